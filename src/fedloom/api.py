@@ -1,0 +1,120 @@
+"""The Python face: `fedloom.run(...)`, with the command line's names."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import nn
+
+from fedloom.config import Values, assign, make_settings
+from fedloom.data import Dataset
+from fedloom.experiment import Experiment, OnRound, Parts, PersonalModel
+from fedloom.method import Method
+from fedloom.progress import live
+from fedloom.registry import method_name
+
+Model = nn.Module | Callable[..., nn.Module]
+
+
+class Run:
+    """A finished run."""
+
+    def __init__(self, experiment: Experiment, summary: Values) -> None:
+        self._experiment = experiment
+        self.summary = summary
+        """What `summary.json` holds."""
+        self.folder: Path = experiment.folder.path
+        """Where everything was written."""
+        self.metrics = pd.DataFrame(experiment.rows)
+        """One row per evaluated round."""
+        self.clients = pd.DataFrame(experiment.client_rows)
+        """One row per client and round in which it trained or was scored."""
+
+    def model(self, i: int) -> PersonalModel:
+        """Client `i`'s personal model in evaluation mode, adapted as the method asks: `model(x)` gives logits (B, Y).
+
+        Inputs are normalised as in training; `run.federation.test(i)` gives such rows.
+        """
+        return self._experiment.personal_model(i)
+
+    @property
+    def federation(self) -> Any:
+        """The clients' rows (`fedloom.data.Federation`)."""
+        return self._experiment.data
+
+    def __repr__(self) -> str:
+        found = {k: v["final"] for k, v in self.summary.items() if isinstance(v, dict) and "final" in v}
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        return f"<Run {self.summary['method']} on {self.summary['data']}, {self.summary['rounds']} rounds: {scores}; {self.folder}>"
+
+
+def run(
+    method: Method | str = "fedavg",
+    *,
+    data: Dataset | str = "digits",
+    model: Model | str | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Run:
+    """Run one experiment and return what came of it.
+
+    Args:
+        method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
+        data: a name, or rows from `fedloom.from_arrays(x, y)`.
+        model: a name, an `nn.Module` (its weights are the initial ones), or a class or function that makes one; default fedavg_cnn.
+        progress: whether to show a live line.
+        settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`); tables as dictionaries (`partition={"name": "iid"}`)
+            or as dotted names (`**{"partition.alpha": 0.5}`).
+
+    Raises:
+        UsageError: settings that are unknown or contradict each other, data that are missing.
+    """
+    values: Values = {}
+    chosen = {**settings, "method": _method_table(method), "data": data.name if isinstance(data, Dataset) else data}
+    chosen |= (
+        {}
+        if model is None
+        else {"model": model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)}
+    )
+    for key, value in chosen.items():
+        assign(values, key, value)
+    parts = Parts(
+        method if isinstance(method, Method) else None,
+        data if isinstance(data, Dataset) else None,
+        None if model is None or isinstance(model, str) else model,
+    )
+    experiment = Experiment(make_settings(values), parts)
+    return _run(experiment, progress)
+
+
+def resume(
+    folder: str | Path,
+    *,
+    method: Method | None = None,
+    data: Dataset | None = None,
+    model: Model | None = None,
+    progress: bool = True,
+) -> Run:
+    """Continue an interrupted run from its folder, bit for bit as if it had not stopped.
+
+    Objects that came from Python must be given again; what came by name is found in the folder's config.
+    """
+    return _run(Experiment.resume(folder, Parts(method, data, model)), progress)
+
+
+def _run(experiment: Experiment, progress: bool) -> Run:
+    if not progress:
+        return Run(experiment, experiment.run())
+    with live(experiment.settings.method.name) as on_round:
+        return Run(experiment, experiment.run(on_round))
+
+
+def _method_table(method: Method | str) -> str | Mapping[str, Any]:
+    return method if isinstance(method, str) else {"name": method_name(type(method)), **dataclasses.asdict(method)}
+
+
+__all__ = ["OnRound", "Run", "resume", "run"]

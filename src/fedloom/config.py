@@ -1,0 +1,282 @@
+"""Settings of an experiment: typed, validated, from TOML files, `key=value` words and Python, under the same names."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from fedloom.errors import ConfigError, suggest
+from fedloom.method import Method
+from fedloom.registry import method_class
+
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Values = dict[str, Any]
+
+
+class Section(BaseModel):
+    """A table of settings: read-only, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Named(Section):
+    """A table whose `name` chooses something and whose other keys are options of what was chosen, checked there."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def options(self) -> Values:
+        """Everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class DataSettings(Section):
+    """Where the rows come from and how they become inputs."""
+
+    name: str = "digits"
+    """A known data set (`fedloom list datasets`), or any name together with `data.path`."""
+    path: Path | None = None
+    """A folder of parquet files (train.parquet, test.parquet), or PFLlib's folder for `data=pfllib`."""
+    rows: Count | None = None
+    """Take only so many of the training rows, drawn once at random."""
+    image_size: Count | None = None
+    """Resize images to this many pixels a side."""
+    normalise: Literal["half", "standard", "none"] = "half"
+    """`half`: to [-1, 1]; `standard`: mean 0 and deviation 1 per channel; `none`: as they are (0 to 1)."""
+    augment: str = "none"
+    """How training batches are augmented."""
+
+
+class PartitionSettings(Section):
+    """How rows are dealt to clients."""
+
+    name: Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own"] = "dirichlet"
+    """The scheme; `own` is the split that a PFLlib folder brings along."""
+    alpha: Annotated[float, Field(gt=0)] = 0.1
+    """Concentration of the Dirichlet schemes: small is skewed."""
+    classes_per_client: Count = 2
+    """Classes a client holds (pathological, extended)."""
+    balance: bool = False
+    """Equal shares of a class (pathological)."""
+    column: str | None = None
+    """The column that names a row's owner (natural)."""
+    path: Path | None = None
+    """A partition written by `fedloom partition` or by hand (file)."""
+    min_examples: Count = 10
+    """Rows that every client must have, before its split into training and test rows."""
+    merge: bool = True
+    """Deal official training and test rows together (the custom in personalised federated learning), or the training rows alone."""
+    test_fraction: Fraction | None = None
+    """The part of a client's rows that is its own test split; default: 0.25, and 0 (the official test set) with `merge=false`."""
+
+
+class EvalSettings(Section):
+    """What is scored, and how often."""
+
+    general_every: Annotated[int, Field(ge=0)] = 0
+    """Score personal models on the common rows every so many rounds; 0: only after the last."""
+    clients: Count | None = None
+    """Score a fixed sample of so many clients; default: all."""
+    valid: Fraction = 0.0
+    """The part of the training rows set aside for validation."""
+    fitted: bool = False
+    """Also score models as their client's last turn left them."""
+
+
+class EngineSettings(Section):
+    """What runs the clients."""
+
+    name: str = "auto"
+    """`sequential`, or a wrapper around it: `debug`, `bytes`."""
+    threads: Count | None = None
+    """Threads of torch within this run; default: torch's own choice."""
+
+
+class Settings(Section):
+    """One experiment."""
+
+    method: Named = Named(name="fedavg")
+    """The method (`fedloom list methods`) or `my.py:Mine`; its hyper-parameters are `method.KEY`."""
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    clients: Count | None = 10
+    """Number of clients; with a natural partition it may be left out."""
+    participation: float | str = 1.0
+    """Part of the clients in a round, above 0 and at most 1; `0.1-1.0` draws it anew in every round."""
+    cohort: Count | None = None
+    """Number of clients in a round, in place of `participation`."""
+    rounds: Count = 20
+    """Communication rounds."""
+    batch_size: Count = 10
+    """Rows in a training batch."""
+    drop_last: bool = False
+    """Leave out the incomplete last batch of an epoch."""
+    model: Named = Named(name="fedavg_cnn")
+    """The architecture (`fedloom list models`) or `my.py:Net`; its options are `model.KEY`."""
+    models: tuple[str, ...] = ()
+    """Several architectures, dealt to the clients in turn, in place of `model`."""
+    width: Count | None = None
+    """Features that every body gives; default: the architecture's own."""
+    same_init: bool = True
+    """Whether clients start from equal weights."""
+    eval_every: Count = 1
+    """Score every so many rounds (and after the last)."""
+    eval: EvalSettings = EvalSettings()
+    engine: EngineSettings = EngineSettings()
+    precision: Literal["fp32", "fp64"] = "fp32"
+    """Arithmetic of training and scoring."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Everything random follows from this number."""
+    checkpoint_every: Annotated[int, Field(ge=0)] = 10
+    """Write a checkpoint every so many rounds (and after the last); 0: never."""
+    out: Path | None = None
+    """The run's folder; default: a new one under runs/."""
+    log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Where metrics also go (extras of the same names)."""
+
+    @field_validator("models", "log", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("participation")
+    @classmethod
+    def _participation(cls, value: float | str) -> float | str:
+        low, high = participation_range(value)
+        if not 0 < low <= high <= 1:
+            raise ValueError("must be above 0 and at most 1, or a range like 0.1-1.0")
+        return value
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Settings:
+        if self.cohort is not None and self.clients is not None and self.cohort > self.clients:
+            raise ValueError(f"cohort={self.cohort}: there are only {self.clients} clients")
+        if self.clients is None and self.partition.name not in ("natural", "file", "own"):
+            raise ValueError(f"clients: must be given for partition={self.partition.name}")
+        return self
+
+
+SECTIONS = tuple(
+    name
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.default, Section) and "name" in type(field.default).model_fields
+)
+
+
+def participation_range(value: float | str) -> tuple[float, float]:
+    """The least and the greatest part of the clients in a round."""
+    try:
+        low, _, high = str(value).partition("-")
+        return float(low), float(high or low)
+    except ValueError:
+        raise ValueError("must be a number, or a range like 0.1-1.0") from None
+
+
+def parse_value(text: str) -> Any:
+    """A value on the command line: TOML where it is that (numbers, booleans, lists, quoted text), else plain text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def assign(values: Values, key: str, value: Any) -> None:
+    """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`, and starts that table afresh if the name is another."""
+    *tables, last = key.split(".")
+    node = values
+    for table in tables:
+        child = node.get(table, {})
+        node[table] = child if isinstance(child, dict) else {"name": child}
+        node = node[table]
+    if not tables and last in SECTIONS and not isinstance(value, Mapping):
+        old = node.get(last)
+        old = old if isinstance(old, dict) else {}
+        node[last] = {**old, "name": value} if old.get("name", value) == value else {"name": value}
+    else:
+        node[last] = value
+
+
+def read_toml(path: str | Path) -> Values:
+    """The tables of a TOML file, with `data = "digits"` spelt out."""
+    file = Path(path)
+    try:
+        loaded = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {file}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: {error}") from None
+    values: Values = {}
+    for key, value in loaded.items():
+        assign(values, key, value)
+    return values
+
+
+def from_words(words: Iterable[str], values: Values | None = None) -> Values:
+    """`key=value` words over the tables of `values`."""
+    values = {} if values is None else values
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{word}': expected key=value")
+        assign(values, key, parse_value(text))
+    return values
+
+
+def make_settings(values: Mapping[str, Any]) -> Settings:
+    """Validated settings.
+
+    Raises:
+        ConfigError: one line that names the key, the value and what is allowed.
+    """
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, "", Settings)) from None
+
+
+def make_method(choice: Named) -> Method:
+    """The method that `method.name` and the other keys of that table describe."""
+    cls = method_class(choice.name)
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for key in choice.options.keys() - fields:
+        raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{suggest(key, fields)}")
+    try:
+        return TypeAdapter(cls).validate_python(choice.options)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, "method.", cls)) from None
+
+
+def _explain(error: ValidationError, prefix: str, root: Any) -> str:
+    first = error.errors()[0]
+    where = [
+        str(part)
+        for part in first["loc"]
+        if not str(part).startswith(("function-", "constrained", "float", "str", "lax"))
+    ]
+    key = prefix + ".".join(where)
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"unknown key '{key}'{suggest(where[-1], _known(root, where[:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:1].isupper() else message
+    if not where:
+        return prefix + message
+    return f"{key}={first['input']}: {message.removeprefix('Input ').removeprefix('input ')}"
+
+
+def _known(root: Any, path: list[str]) -> list[str]:
+    for part in path:
+        root = root.model_fields[part].annotation
+    return list(root.model_fields) if hasattr(root, "model_fields") else [f.name for f in dataclasses.fields(root)]
+
+
+def to_toml(settings: Settings) -> str:
+    """The settings as a TOML file that `read_toml` reads back; what is None is left out."""
+    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))

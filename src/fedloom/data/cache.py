@@ -1,0 +1,65 @@
+"""Decoded pools on disk, as safetensors.
+
+The cache is a convenience: unreadable means absent, unwritable means not kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fedloom.data.dataset import Dataset, checked
+from fedloom.errors import DataError
+
+
+def load(root: Path, name: str, key: str) -> Dataset | None:
+    """The pool stored under `key`, or None when there is none or it cannot be read."""
+    try:
+        with safe_open(_file(root, name, key), framework="pt") as stored:
+            facts = json.loads(stored.metadata()["fedloom"])
+            tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118 (not a mapping)
+        columns = {c: tensors["column." + c].numpy() for c in facts["columns"]}
+        for column, values in facts["strings"].items():
+            columns[column] = np.asarray(values)[columns[column]]
+        return checked(
+            Dataset(name, tensors["images"], tensors["labels"], facts["n_train"], tuple(facts["classes"]), columns)
+        )
+    except (OSError, SafetensorError, DataError, KeyError, TypeError, ValueError, IndexError, RuntimeError):
+        return None
+
+
+def save(root: Path, key: str, dataset: Dataset) -> None:
+    """Keeps the pool under `key`, in one step, so that a reader never meets half a file."""
+    tensors = {"images": dataset.images, "labels": dataset.labels}
+    strings: dict[str, list[str]] = {}
+    for name, column in dataset.columns.items():
+        if column.dtype.kind == "U":
+            values, codes = np.unique(column, return_inverse=True)
+            strings[name], column = values.tolist(), codes
+        tensors["column." + name] = torch.from_numpy(np.ascontiguousarray(column))
+    facts = {
+        "n_train": dataset.n_train,
+        "classes": dataset.classes,
+        "columns": list(dataset.columns),
+        "strings": strings,
+    }
+    file = _file(root, dataset.name, key)
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    with suppress(OSError, SafetensorError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(tensors, temporary, metadata={"fedloom": json.dumps(facts)})
+            os.replace(temporary, file)  # noqa: PTH105 (as everywhere: temporary name, then one step)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _file(root: Path, name: str, key: str) -> Path:
+    return root / "decoded" / f"{name}-{key}.safetensors"

@@ -1,0 +1,133 @@
+"""One pool of examples: the official training rows first, then the official test rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedloom.errors import DataError
+
+Column = npt.NDArray[Any]
+Array = Tensor | npt.NDArray[Any]
+
+
+class Dataset(NamedTuple):
+    """A pool of N examples, training rows first.
+
+    Rows 0 .. n_train-1 are the official training rows, the rest the official test rows (maybe none). `images` is (N,
+    C, H, W) uint8 for pictures (0 .. 255), or any float tensor (N, ...) for features of one's own; `labels` is (N,)
+    int64 in 0 .. Y-1; `classes` names the Y classes; `columns` holds further facts per row, (N,) each (domain,
+    writer).
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    n_train: int
+    classes: tuple[str, ...]
+    columns: dict[str, Column]
+
+    @property
+    def n_rows(self) -> int:
+        """N, training and test rows together."""
+        return len(self.labels)
+
+    @property
+    def n_classes(self) -> int:
+        """Y, whether or not every class has an example."""
+        return len(self.classes)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: (C, H, W) for pictures, (D,) for flat features."""
+        return tuple(self.images.shape[1:])
+
+
+def from_arrays(
+    x: Array,
+    y: Array,
+    x_test: Array | None = None,
+    y_test: Array | None = None,
+    *,
+    name: str = "arrays",
+    classes: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[Any] | Column] | None = None,
+) -> Dataset:
+    """A pool from one's own NumPy arrays or torch tensors.
+
+    `x` is (N, C, H, W) uint8, or float of any shape (N, ...) without NaN or infinities; `y` is (N,) integers from 0.
+    `x_test`, `y_test` come together or not at all. `columns` hold one value per row, training rows first. Raises
+    DataError.
+    """
+    if (x_test is None) != (y_test is None):
+        raise DataError("from_arrays: x_test and y_test come together; one of them is missing")
+    images, labels = _inputs(x, "x"), _labels(y, "y")
+    n_train = len(labels)
+    if x_test is not None and y_test is not None:
+        more = _inputs(x_test, "x_test")
+        if more.shape[1:] != images.shape[1:] or more.dtype != images.dtype:
+            raise DataError(f"from_arrays: x_test is {_describe(more)} and x is {_describe(images)}; they must agree")
+        images, labels = torch.cat([images, more]), torch.cat([labels, _labels(y_test, "y_test")])
+    if len(images) != len(labels):
+        raise DataError(f"from_arrays: {len(images)} rows of inputs and {len(labels)} labels; they must agree")
+    names = tuple(classes) if classes is not None else tuple(str(c) for c in range(int(labels.max()) + 1))
+    pool = Dataset(name, images, labels, n_train, names, {key: np.asarray(v) for key, v in (columns or {}).items()})
+    return checked(pool)
+
+
+def checked(dataset: Dataset) -> Dataset:
+    """The same data set, once its rows, labels and columns are known to agree. Raises DataError."""
+    n, low, high = len(dataset.images), int(dataset.labels.min()), int(dataset.labels.max())
+    if len(dataset.labels) != n or not 0 < dataset.n_train <= n:
+        raise DataError(
+            f"data={dataset.name}: {n} inputs, {len(dataset.labels)} labels, {dataset.n_train} training rows"
+        )
+    if low < 0 or high >= dataset.n_classes:
+        raise DataError(
+            f"data={dataset.name}: labels run from {low} to {high}, allowed is 0 to {dataset.n_classes - 1}"
+        )
+    for key, column in dataset.columns.items():
+        if column.shape != (n,):
+            raise DataError(f"data={dataset.name}: column '{key}' has shape {column.shape}, allowed is ({n},)")
+    return dataset
+
+
+def _tensor(values: Array, what: str) -> Tensor:
+    if isinstance(values, np.ndarray) and not values.flags.writeable:
+        values = values.copy()  # torch warns about memory that it must not write to
+    try:
+        return torch.as_tensor(values).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"from_arrays: {what} cannot become a tensor ({error})") from error
+
+
+def _inputs(x: Array, what: str) -> Tensor:
+    tensor = _tensor(x, what)
+    if tensor.ndim < 2 or len(tensor) == 0:
+        raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; rows come first and there must be some")
+    if tensor.dtype == torch.uint8:
+        if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
+            raise DataError(
+                f"from_arrays: {what} is {_describe(tensor)}; uint8 pictures are (N, C, H, W) with C = 1 or 3"
+            )
+    elif not tensor.is_floating_point():
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; allowed are uint8 pictures and floating point")
+    elif not bool(torch.isfinite(tensor).all()):
+        raise DataError(f"from_arrays: {what} holds NaN or infinite values")
+    return tensor
+
+
+def _labels(y: Array, what: str) -> Tensor:
+    tensor = _tensor(y, what)
+    if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool or len(tensor) == 0:
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; labels are (N,) integers from 0")
+    return tensor.to(torch.int64)
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,102 @@
+"""Where the parquet files of a data set lie: a named folder, `$FEDLOOM_DATA`, the cache, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from fedloom.data.catalogue import SOURCES, Source
+from fedloom.errors import DataError, suggest
+
+_TEST_NAMES = ("test", "valid", "validation")
+_SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
+
+
+def cache_root(cache: str | Path | None = None) -> Path:
+    """The cache folder: `cache`, else `$FEDLOOM_CACHE`, else `~/.cache/fedloom`."""
+    return Path(cache or os.environ.get("FEDLOOM_CACHE") or "~/.cache/fedloom").expanduser()
+
+
+def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Path], list[Path]]:
+    """The training and test files of a data set, downloaded when they are nowhere else. Raises DataError.
+
+    Looked for in `path` (then nowhere else), `$FEDLOOM_DATA/<name>`, `<cache>/<name>`; then the hub is asked.
+    """
+    if path is not None:
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise DataError(f"data.path={path}: no such folder")
+        if not (files := split_files(folder))[0]:
+            raise DataError(f"data.path={path}: it holds neither train.parquet nor train-00000-of-00001.parquet")
+        return files
+    source = SOURCES.get(name)
+    folders = [root / alias for root in _roots(cache) for alias in _aliases(name, source)]
+    for folder in folders:
+        if folder.is_dir() and (files := split_files(folder))[0]:
+            return files
+    if source is None:
+        raise DataError(f"data={name}: unknown, and no data.path=FOLDER was given{suggest(name, SOURCES)}")
+    return split_files(_download(name, source, cache / (source.folder or name), folders[0]))
+
+
+def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Training and test files of a folder: `train.parquet` or the shards `train-*.parquet`, here or one folder below.
+
+    Where there is no `test`, a `valid` or `validation` split serves as the test set. Raises DataError if a shard is
+    missing.
+    """
+    places = [place for place in (folder, *sorted(folder.iterdir())) if place.is_dir() and _shards(place, "train")]
+    if len(places) > 1 and places[0] != folder:
+        names = ", ".join(place.name for place in places)
+        raise DataError(f"data.path={folder}: several folders in it hold training files ({names}); name one of them")
+    if not places:
+        return [], []
+    tests = (_shards(places[0], split) for split in _TEST_NAMES)
+    return _shards(places[0], "train"), next((files for files in tests if files), [])
+
+
+def _shards(folder: Path, split: str) -> list[Path]:
+    whole = folder / f"{split}.parquet"
+    if whole.is_file():
+        return [whole]
+    files = sorted(folder.glob(f"{split}-*.parquet"))
+    expected = {int(found[2]) for file in files if (found := _SHARD.search(file.name))}
+    if expected and expected != {len(files)}:
+        raise DataError(f"{folder}: {len(files)} of {max(expected)} files {split}-*.parquet are there; all are needed")
+    return files
+
+
+def _roots(cache: Path) -> list[Path]:
+    shared = os.environ.get("FEDLOOM_DATA")
+    return [Path(shared).expanduser(), cache] if shared else [cache]
+
+
+def _aliases(name: str, source: Source | None) -> list[str]:
+    names = [name, source.folder] if source and source.folder else [name]
+    return list(dict.fromkeys(alias for n in names if n for alias in (n, n.replace("-", "_"), n.replace("_", "-"))))
+
+
+def _download(name: str, source: Source, target: Path, first: Path) -> Path:
+    places = " or ".join(str(folder) for folder in dict.fromkeys((first, target)))
+    advice = f"put train.parquet (and test.parquet) into {places}, or name a folder with data.path=FOLDER"
+    if source.hub is None:
+        raise DataError(f"data={name}: not found, and no hub repository is known for it; {advice}")
+    partial = target.with_name(target.name + ".part")
+    try:
+        from huggingface_hub import snapshot_download
+
+        # Under its final name only when complete: an interrupted download goes on from the partial folder.
+        wanted = [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *_TEST_NAMES)]
+        snapshot_download(repo_id=source.hub, repo_type="dataset", allow_patterns=wanted, local_dir=partial)
+        if not split_files(partial)[0]:
+            raise DataError(f"data={name}: hub repository {source.hub} holds no {wanted[0]} any more; {advice}")
+        partial.replace(target)
+    except ImportError:
+        raise DataError(f"data={name}: not found; {advice}, or `pip install fedloom[hub]` to download it") from None
+    except DataError:
+        raise
+    except Exception as error:  # whatever the hub's client raises offline, it ends in one line
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise DataError(f"data={name}: download of {source.hub} failed ({reason[0]}); {advice}") from error
+    return target

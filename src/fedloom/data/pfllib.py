@@ -1,0 +1,181 @@
+"""PFLlib's folders: one `.npz` per client and split, each holding a pickled dictionary of arrays.
+
+The layout is `train/0.npz` .. `train/K-1.npz`, `test/` likewise, and `config.json`; every file has one object array
+`data`, a dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and a pickle can run any code. Here
+they are read by an unpickler that knows five names, none of which is the real thing: arrays, dtypes and scalars
+become plain records, from which numeric arrays are then built out of their raw bytes. Any other name in the file is
+refused.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fedloom.data.dataset import Dataset, checked, from_arrays
+from fedloom.errors import DataError
+
+_NUMERIC = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
+
+
+def load(path: str | Path) -> Dataset:
+    """The pool of a PFLlib folder: all clients' training rows, then all their test rows; column `client` says whose.
+
+    Inputs come as they were stored (PFLlib stores them normalised). `partition(dataset, scheme="own")` gives PFLlib's
+    own split back. Raises DataError for files that are missing, malformed, or that name anything but arrays.
+    """
+    folder = Path(path).expanduser()
+    splits = [_read_split(folder / split) for split in ("train", "test")]
+    if len(splits[0]) != len(splits[1]):
+        raise DataError(f"data.path={path}: {len(splits[0])} clients in train/ and {len(splits[1])} in test/")
+    (x, y), (x_test, y_test) = (_join(path, split) for split in splits)
+    owners = np.concatenate([np.repeat(np.arange(len(split)), [len(y) for _, y in split]) for split in splits])
+    pool = from_arrays(x, y, x_test, y_test, name="pfllib", columns={"client": owners})
+    n_classes = _declared_classes(folder)
+    if n_classes is None:
+        return pool
+    return checked(pool._replace(classes=tuple(str(c) for c in range(n_classes))))
+
+
+Client = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
+
+
+def _read_split(folder: Path) -> list[Client]:
+    numbers = sorted(int(file.stem) for file in folder.glob("*.npz") if file.stem.isdigit())
+    if not numbers or numbers != list(range(len(numbers))):
+        raise DataError(f"{folder}: expected the files 0.npz, 1.npz, ... of PFLlib, without gaps; found {len(numbers)}")
+    return [_read_client(folder / f"{i}.npz") for i in numbers]
+
+
+def _read_client(file: Path) -> Client:
+    content = read_object(file)
+    if not isinstance(content, dict) or not {"x", "y"} <= set(content):
+        raise DataError(f"{file}: expected a dictionary with 'x' and 'y'")
+    x, y = content["x"], content["y"]
+    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or y.ndim != 1 or len(x) != len(y):
+        raise DataError(f"{file}: 'x' and 'y' must be arrays with one label per row (text is not supported)")
+    if not np.array_equal(y, y.astype(np.int64)):
+        raise DataError(f"{file}: labels must be whole numbers")
+    return x, y.astype(np.int64)
+
+
+def _join(path: str | Path, clients: list[Client]) -> tuple[torch.Tensor, torch.Tensor]:
+    if len({(x.shape[1:], x.dtype) for x, _ in clients}) != 1:
+        raise DataError(f"data.path={path}: the clients' inputs differ in shape or type")
+    return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*clients, strict=True))  # type: ignore[return-value]
+
+
+def _declared_classes(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / "config.json").read_text())["num_classes"])
+    except FileNotFoundError:
+        return None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{folder / 'config.json'}: not PFLlib's config.json ({error})") from error
+
+
+def read_object(file: str | Path) -> Any:
+    """The Python object that `np.savez(file, data=object)` stored, without running anything that the file says.
+
+    Dictionaries, lists, tuples, strings, numbers and numeric arrays can come back; any other content is a DataError.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            stream = io.BytesIO(archive.read("data.npy"))
+        version = np.lib.format.read_magic(stream)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        _, _, dtype = header(stream)
+        if not dtype.hasobject:
+            raise DataError(f"{file}: expected PFLlib's dictionary, found an array of {dtype}")
+        content = _built(_ArraysOnly(stream).load())
+    except DataError as error:
+        raise DataError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
+    except (OSError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{file}: not an .npz file with an entry 'data' ({type(error).__name__})") from error
+    except Exception as error:  # a hostile pickle can fail in any way at all; nothing that it names was called
+        raise DataError(f"{file}: malformed ({type(error).__name__})") from error
+    return content[0] if isinstance(content, list) and len(content) == 1 else content
+
+
+class _Type:
+    """What the pickle says of a dtype: code such as 'f4' and byte order."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = "=" if state[1] == "|" else state[1]
+
+    def numeric(self) -> np.dtype[Any]:
+        if self.code not in _NUMERIC or self.order not in ("<", ">", "="):
+            raise DataError(f"arrays of type {self.code!r} are not allowed")
+        return np.dtype(self.order + self.code)
+
+
+class _Array:
+    """What the pickle says of an array: shape, dtype, order and raw bytes (a list of objects for dtype 'O8')."""
+
+    def __init__(self, *_: object) -> None:
+        self.state: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+    def built(self) -> Any:
+        _, shape, dtype, is_fortran, raw = self.state
+        if dtype.code == "O8":
+            return [_built(item) for item in raw]
+        flat = np.frombuffer(raw, dtype.numeric())
+        return np.array(flat.reshape(shape, order="F" if is_fortran else "C"), flat.dtype.newbyteorder("="))
+
+
+class _Scalar:
+    """What the pickle says of a NumPy scalar."""
+
+    def __init__(self, dtype: _Type, raw: bytes) -> None:
+        self.dtype, self.raw = dtype, raw
+
+    def built(self) -> Any:
+        return np.frombuffer(self.raw, self.dtype.numeric())[0].item()
+
+
+def _latin(text: str, encoding: str) -> bytes:
+    """Stands in for `_codecs.encode`, with which old protocols write bytes."""
+    if encoding != "latin1":
+        raise DataError(f"encoding {encoding!r} is not allowed")
+    return text.encode("latin1")
+
+
+class _ArraysOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        home = module.replace("numpy._core.", "numpy.core.", 1)
+        match home, name:
+            case ("numpy.core.multiarray", "_reconstruct") | ("numpy", "ndarray"):
+                return _Array
+            case "numpy.core.multiarray", "scalar":
+                return _Scalar
+            case "numpy", "dtype":
+                return _Type
+            case "_codecs", "encode":
+                return _latin
+        raise DataError(f"refused: it names {module}.{name}, and only arrays are allowed")
+
+
+def _built(value: Any) -> Any:
+    if isinstance(value, _Array | _Scalar):
+        return value.built()
+    if isinstance(value, dict):
+        return {_built(key): _built(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_built(item) for item in value)
+    if value is None or isinstance(value, str | bytes | bool | int | float):
+        return value
+    raise DataError(f"values of type {type(value).__name__} are not allowed")

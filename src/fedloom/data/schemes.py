@@ -1,0 +1,199 @@
+"""Ways to deal rows to clients.
+
+Each takes labels or a column, its settings and a stream, and returns row numbers per client. Most schemes first draw
+how many examples of each class a client gets, (K, Y) counts; only an accepted draw is dealt out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedloom.errors import DataError
+from fedloom.rng import Stream
+
+Rows = npt.NDArray[np.int64]
+MAX_DRAWS: Final = 2000
+
+
+def iid(labels: Rows, n_clients: int, min_examples: int, stream: Stream) -> list[Rows]:
+    """A random deal in equal parts (sizes differ by one at most)."""
+    parts = np.array_split(stream.numpy.permutation(len(labels)), n_clients)
+    if min(len(part) for part in parts) < min_examples:
+        raise too_few("iid", n_clients, min_examples, "fewer clients")
+    return [np.asarray(part, np.int64) for part in parts]
+
+
+def dirichlet(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
+    """Capped Dirichlet, the "practical" setting of PFLlib and FedRIR.
+
+    Class by class, shares over the clients are drawn from Dirichlet(alpha); the share of every client that already
+    holds N/K examples or more is set to 0 and the rest renormalised. Redrawn as a whole until every client has
+    `min_examples`.
+    """
+    totals = np.bincount(labels)
+
+    def draw() -> Rows | None:
+        counts = np.zeros((n_clients, len(totals)), np.int64)
+        for c, total in enumerate(totals):
+            shares = stream.numpy.dirichlet(np.full(n_clients, alpha))
+            shares[counts.sum(axis=1) * n_clients >= len(labels)] = 0
+            cut = _cut(shares, total)
+            if cut is None:
+                return None
+            counts[:, c] = cut
+        return counts
+
+    return _deal(labels, _accepted(draw, "dirichlet", n_clients, min_examples, "a larger partition.alpha"), stream)
+
+
+def pathological(
+    labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, classes_per_client: int, balance: bool
+) -> list[Rows]:
+    """A few whole classes per client, the "pathological" setting of PFLlib and FedRIR.
+
+    Class by class, the first ceil(K/Y * classes_per_client) clients that still lack classes share its examples:
+    equally with `balance`, else each but the last takes a uniform number between a tenth of the equal share and the
+    equal share, and the last the rest.
+    """
+    totals = np.bincount(labels)
+    holders = _holders_in_turn(n_clients, len(totals), classes_per_client)
+
+    def draw() -> Rows:
+        counts = np.zeros((n_clients, len(totals)), np.int64)
+        for c, clients in enumerate(holders):
+            equal = totals[c] / len(clients)
+            sizes = np.full(len(clients) - 1, int(equal))
+            if not balance:
+                sizes = stream.numpy.integers(int(equal / 10), max(int(equal), int(equal / 10) + 1), len(sizes))
+            counts[clients, c] = [*sizes, totals[c] - sizes.sum()]
+        return counts
+
+    draws = 1 if balance else MAX_DRAWS
+    advice = "another partition.classes_per_client"
+    return _deal(labels, _accepted(draw, "pathological", n_clients, min_examples, advice, draws), stream)
+
+
+def extended(
+    labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, classes_per_client: int, alpha: float
+) -> list[Rows]:
+    """Extended Dirichlet (Li & Lyu, NeurIPS 2023): some classes per client, Dirichlet(alpha) shares within each class.
+
+    Client by client, the classes are those with the fewest holders so far, ties broken at random.
+    """
+    totals = np.bincount(labels)
+    if n_clients * classes_per_client < len(totals):
+        raise _uncovered(n_clients, len(totals), classes_per_client, n_clients * classes_per_client)
+
+    def draw() -> Rows | None:
+        has = np.zeros((n_clients, len(totals)), bool)
+        for i in range(n_clients):
+            order = np.lexsort((stream.numpy.random(len(totals)), has.sum(0)))
+            has[i, order[:classes_per_client]] = True
+        counts = np.zeros(has.shape, np.int64)
+        for c, total in enumerate(totals):
+            clients = np.flatnonzero(has[:, c])
+            cut = _cut(stream.numpy.dirichlet(np.full(len(clients), alpha)), total)
+            if cut is None:
+                return None
+            counts[clients, c] = cut
+        return counts
+
+    advice = "a larger partition.alpha or partition.classes_per_client"
+    return _deal(labels, _accepted(draw, "extended", n_clients, min_examples, advice), stream)
+
+
+def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
+    """Sizes from one Dirichlet(alpha) draw, rows at random: clients differ in how much they hold, not in what."""
+
+    def draw() -> Rows | None:
+        sizes = _cut(stream.numpy.dirichlet(np.full(n_clients, alpha)), len(labels))
+        return None if sizes is None else sizes[:, None]
+
+    counts = _accepted(draw, "quantity", n_clients, min_examples, "a larger partition.alpha")
+    return _deal(np.zeros_like(labels), counts, stream)
+
+
+def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> list[Rows]:
+    """One client per value of a column, in sorted order; with `n_clients`, the values with the most rows only.
+
+    Values with fewer than `min_examples` rows are left out. Raises DataError if there are too few values.
+    """
+    values, owners = np.unique(column, return_inverse=True)
+    sizes = np.bincount(owners, minlength=len(values))
+    large = np.argsort(-sizes, kind="stable")[: int((sizes >= min_examples).sum())]
+    if n_clients is not None and n_clients > len(large):
+        raise DataError(
+            f"clients={n_clients}: only {len(large)} of the column's {len(values)} values have "
+            f"partition.min_examples={min_examples} rows; ask for at most that many clients"
+        )
+    if len(large) == 0:
+        raise DataError(f"partition.min_examples={min_examples}: no value of the column has that many rows")
+    order = np.argsort(owners, kind="stable")
+    groups = np.split(order, np.cumsum(sizes)[:-1])
+    return [groups[v] for v in sorted(large[:n_clients])]
+
+
+def too_few(scheme: str, n_clients: int, min_examples: int, advice: str) -> DataError:
+    """The error for a scheme that leaves some client with too few examples."""
+    return DataError(
+        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={min_examples} rows; "
+        f"try {advice}, or a smaller partition.min_examples"
+    )
+
+
+def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
+    """Whole numbers in proportion to the shares, that sum to `total`; None where all shares have vanished."""
+    size = shares.sum()
+    if not size > 0:
+        return None
+    ends = (np.cumsum(shares / size) * total).astype(np.int64)
+    ends[np.flatnonzero(shares)[-1] :] = total
+    return np.diff(ends, prepend=0)
+
+
+def _accepted(
+    draw: Callable[[], Rows | None],
+    scheme: str,
+    n_clients: int,
+    min_examples: int,
+    advice: str,
+    n_draws: int = MAX_DRAWS,
+) -> Rows:
+    for _ in range(n_draws):
+        counts = draw()
+        if counts is not None and counts.sum(axis=1).min() >= min_examples:
+            return counts
+    raise too_few(scheme, n_clients, min_examples, advice)
+
+
+def _deal(labels: Rows, counts: Rows, stream: Stream) -> list[Rows]:
+    """Shuffles each class and cuts it by its column of the (K, Y) counts."""
+    pieces = []
+    for c in range(counts.shape[1]):
+        rows = stream.numpy.permutation(np.flatnonzero(labels == c))
+        pieces.append(np.split(rows, np.cumsum(counts[:-1, c])))
+    return [np.concatenate(mine) for mine in zip(*pieces, strict=True)]
+
+
+def _holders_in_turn(n_clients: int, n_classes: int, classes_per_client: int) -> list[Rows]:
+    lacking = np.full(n_clients, classes_per_client)
+    n_holders = -(-n_clients * classes_per_client // n_classes)
+    holders = []
+    for c in range(n_classes):
+        clients = np.flatnonzero(lacking)[:n_holders]
+        if len(clients) == 0:
+            raise _uncovered(n_clients, n_classes, classes_per_client, c)
+        lacking[clients] -= 1
+        holders.append(clients)
+    return holders
+
+
+def _uncovered(n_clients: int, n_classes: int, classes_per_client: int, n_covered: int) -> DataError:
+    return DataError(
+        f"partition.classes_per_client={classes_per_client} with clients={n_clients} covers {n_covered} of {n_classes} "
+        "classes; choose them so that clients times classes_per_client is a multiple of the number of classes"
+    )

@@ -1,0 +1,58 @@
+"""Loads a data set by name: embedded, from a folder of parquet files, from PFLlib's files, or from the hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fedloom.data import hub, parquet, pfllib
+from fedloom.data.catalogue import SOURCES
+from fedloom.data.dataset import Dataset
+from fedloom.errors import DataError
+
+
+def load(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    rows: int | None = None,
+    cache: str | Path | None = None,
+) -> Dataset:
+    """A data set, as one pool of rows.
+
+    `name` is one of `SOURCES`, "pfllib", or any word for files of one's own (`-` and `_` are the same). `path` is a
+    folder with `train.parquet` and perhaps `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...); without
+    it the folder is looked for in `$FEDLOOM_DATA`, then in the cache, then on the hub (extra `fedloom[hub]`). Decoded
+    pictures are kept in `cache` (default `$FEDLOOM_CACHE`, else `~/.cache/fedloom`).
+
+    `image_size` resizes pictures to a square of that edge. `rows=N` keeps N training rows: the first N of one fixed
+    permutation, `Stream("rows", name)`, whatever their class, in file order; test rows all stay. Raises DataError.
+    """
+    if image_size is not None and not 1 <= image_size <= 1024:
+        raise DataError(f"data.image_size={image_size}: allowed is 1 to 1024 (pixels)")
+    name = name.lower().replace("_", "-")
+    if name == "pfllib":
+        if path is None or image_size is not None or rows is not None:
+            raise DataError("data=pfllib needs data.path=FOLDER, and takes neither data.image_size nor data.rows")
+        return pfllib.load(path)
+    if name == "digits" and path is None:
+        return _digits(image_size, rows)
+    root = hub.cache_root(cache)
+    files = hub.find_files(name, path, root)
+    return parquet.read(name, files, SOURCES.get(name), image_size=image_size, rows=rows, cache_root=root)
+
+
+def _digits(image_size: int | None, rows: int | None) -> Dataset:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    labels = bunch.target.astype(np.int64)
+    keep, n_train = parquet.choose_rows("digits", np.ones(len(labels), dtype=bool), len(labels), rows)
+    images = np.stack([parquet.resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
+    classes = tuple("0123456789")
+    return Dataset("digits", torch.from_numpy(images), torch.from_numpy(labels[keep]), n_train, classes, {})

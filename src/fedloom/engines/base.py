@@ -1,0 +1,146 @@
+"""The seam between an experiment and whatever runs its clients.
+
+An engine owns the clients: their weights, memory and optimiser states never leave it except through `client` (checkpoints, exports). An
+experiment hands it downlinks and gets replies; it never sees where or in which order the work was done.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedloom.data import Federation
+from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts
+from fedloom.nets import read_weights, select
+from fedloom.rng import Stream
+from fedloom.training import Modules, Plan, fresh_modules
+from fedloom.tree import Tree, Weights
+
+
+class Reply(NamedTuple):
+    """What came back from one client's turn."""
+
+    client: int
+    slot: int  # its place in the cohort
+    uplink: Tree
+    examples: int
+    steps: Mapping[str, int]
+    logs: Mapping[str, float]
+    seconds: float
+
+
+class Score(NamedTuple):
+    """How one predictor did on one set of rows: rows predicted rightly, and rows, per class (Y,)."""
+
+    right: np.ndarray
+    rows: np.ndarray
+
+    @property
+    def accuracy(self) -> float:
+        """Right over all; NaN where there are no rows."""
+        return float(self.right.sum() / self.rows.sum()) if self.rows.sum() else float("nan")
+
+
+class Ask(NamedTuple):
+    """Which model of a client to score on which rows."""
+
+    name: str  # the key in the reply
+    rows: str  # "test" | "valid" | "common"
+    fitted: bool = False  # the model as the client's last turn left it, not as the downlink makes it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that an engine needs to know. Read-only, and the same in every worker."""
+
+    method: Method
+    task: Task
+    archs: tuple[Architecture, ...]
+    arch_of: tuple[int, ...]  # for each client, its place in `archs`
+    data: Federation
+    plan: Plan
+    seed: int
+    same_init: bool = True  # whether all clients of one architecture start from the same weights
+    keep_fitted: bool = False  # whether clients keep their trained copy of what travels, for scoring it
+
+    def modules(self, arch: int) -> Modules:
+        """Fresh modules of one architecture, holding its initial weights."""
+        return self._modules(arch, Stream(self.seed, "init"))
+
+    def _modules(self, arch: int, rng: Stream) -> dict[str, nn.Module]:
+        return fresh_modules(lambda: self.method.nets(self.archs[arch], self.task), rng)
+
+    def initial(self, client: int, shared: Weights) -> Client:
+        """A client that has never taken part. `shared` are its architecture's initial weights, used unless clients differ."""
+        rng = Stream(self.seed, "init", client)
+        weights = shared if self.same_init else read_weights(self._modules(self.arch_of[client], rng))
+        method = self.method
+        opts = init_opts((*method.phases(), *method.adapt()), weights)
+        return Client(weights, method.init_memory(weights, self.task), opts)
+
+    def stream(self, number: int, client: int, purpose: str) -> Stream:
+        """A client's stream for one purpose in one round."""
+        return Stream(self.seed, purpose, number, client)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether clients keep their trained copy of what travels."""
+        return self.method.keeps_shared or self.keep_fitted or not self.method.shared
+
+    def kept(self, weights: Weights) -> Weights:
+        """The part of the weights that a client keeps between rounds."""
+        if self.keeps_all:
+            return weights
+        return select(weights, self.method.shared, buffers=self.method.buffers == "shared", rest=True)
+
+
+class Engine(ABC):
+    """Runs the clients of one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    @abstractmethod
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """Let the cohort take its turns; replies in cohort order, fewer where clients were lost."""
+
+    @abstractmethod
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """Score the clients' personal predictors: one dictionary per client, by the names of the asks."""
+
+    @abstractmethod
+    def score_server(self, down: Downlink) -> Score:
+        """Score the method's server predictor on the common rows."""
+
+    @abstractmethod
+    def client(self, i: int) -> Client:
+        """All that client `i` keeps."""
+
+    @abstractmethod
+    def changed(self) -> Iterable[int]:
+        """The clients that differ from their initial state."""
+
+    @abstractmethod
+    def restore(self, i: int, client: Client) -> None:
+        """Put back what `client(i)` gave earlier (resuming a run)."""
+
+    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+        """Client `i`'s personal predictor after `receive` and `adapt`: modules, weights and memory, and the downlink it was given."""
+        raise NotImplementedError
+
+    def close(self) -> None:  # noqa: B027 (most engines hold nothing to let go of)
+        """Let go of workers and files."""
+
+
+def total(scores: Iterable[Score]) -> Score:
+    """Several scores as one."""
+    every = list(scores)
+    return Score(np.sum([s.right for s in every], axis=0), np.sum([s.rows for s in every], axis=0))
+
+
+__all__ = ["Ask", "Engine", "Problem", "Reply", "Score", "Tensor", "total"]

@@ -1,0 +1,138 @@
+"""Engines that wrap an engine: `debug` watches the rules of the contract, `bytes` sends every message through the wire format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from fedloom import tree
+from fedloom.engines.base import Ask, Engine, Reply, Score
+from fedloom.engines.wire import Meter, decode, encode
+from fedloom.errors import MethodError
+from fedloom.method import Client, Downlink
+from fedloom.nets import net_names
+from fedloom.training import Modules
+from fedloom.tree import Tree
+
+
+class Wrapper(Engine):
+    """An engine that hands everything on to another."""
+
+    def __init__(self, inner: Engine) -> None:
+        super().__init__(inner.problem)
+        self.inner = inner
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """See `Engine.train`."""
+        return self.inner.train(number, cohort, down)
+
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """See `Engine.score`."""
+        return self.inner.score(number, down, clients, asks)
+
+    def score_server(self, down: Downlink) -> Score:
+        """See `Engine.score_server`."""
+        return self.inner.score_server(down)
+
+    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+        """See `Engine.personal`."""
+        return self.inner.personal(number, down, i)
+
+    def client(self, i: int) -> Client:
+        """See `Engine.client`."""
+        return self.inner.client(i)
+
+    def changed(self) -> Iterable[int]:
+        """See `Engine.changed`."""
+        return self.inner.changed()
+
+    def restore(self, i: int, client: Client) -> None:
+        """See `Engine.restore`."""
+        self.inner.restore(i, client)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.inner.close()
+
+
+class Bytes(Wrapper):
+    """Every message is written to bytes and read back, as it would be on a network; the counted size is checked against the real one."""
+
+    def __init__(self, inner: Engine) -> None:
+        super().__init__(inner)
+        self.meter = Meter()
+
+    def _through(self, message: Tree, **fields: int) -> Tree:
+        data = encode(message, **fields)
+        counted = sum(self.meter.sizes(message).values())
+        if len(data) != counted:
+            raise MethodError(f"a message of {len(data)} bytes was counted as {counted}")
+        return tree.merge(
+            message, decode(data, expect=message)
+        )  # branches without tensors do not travel, yet the receiver knows them
+
+    def _down(self, number: int, clients: Sequence[int], down: Downlink) -> Downlink:
+        whole = [self._through(down.to(s), round=number, client=i, examples=0) for s, i in enumerate(clients)]
+        return Downlink(each=whole)
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """See `Engine.train`."""
+        replies = self.inner.train(number, cohort, self._down(number, cohort, down))
+        return [
+            r._replace(uplink=self._through(r.uplink, round=number, client=r.client, examples=r.examples))
+            for r in replies
+        ]
+
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """See `Engine.score`."""
+        return self.inner.score(
+            number, Downlink(self._through(down.common, round=number, client=0, examples=0)), clients, asks
+        )
+
+
+class Debug(Wrapper):
+    """Watches the contract: inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite."""
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """See `Engine.train`; each broken rule is a MethodError that names client, round and tensor."""
+        before = {i: _copy(self.inner.client(i)) for i in range(self.problem.task.n_clients)}
+        sent = [tree.clone(down.to(slot)) for slot in range(len(cohort))]
+        replies = self.inner.train(number, cohort, down)
+        for slot, copy in enumerate(sent):
+            if not tree.equal(copy, down.to(slot)):
+                raise MethodError(f"round {number}: the downlink of slot {slot} was changed in place")
+        for i, copy in before.items():
+            self._check_client(number, i, copy, self.inner.client(i), i in cohort)
+        for reply in replies:
+            self._check_uplink(number, reply)
+        return replies
+
+    def _check_client(self, number: int, i: int, before: Tree, after: Client, worked: bool) -> None:
+        now = after._asdict()
+        if not worked and not tree.equal(before, now):
+            raise MethodError(f"round {number}: client {i} was not in the cohort, yet it changed")
+        changed = set(tree.structure(before).items()) ^ set(tree.structure(now).items())
+        if changed:
+            raise MethodError(
+                f"round {number}, client {i}: the structure of what it keeps changed at '{min(changed)[0]}'"
+            )
+        _check_finite(now, f"round {number}, client {i} keeps")
+
+    def _check_uplink(self, number: int, reply: Reply) -> None:
+        public = {pattern.partition(":")[0] for pattern in self.problem.method.shared}
+        sent = reply.uplink.get("weights", {})
+        leaked = net_names(sent) - public if sent else set()
+        if leaked:
+            raise MethodError(f"round {number}, client {reply.client}: private net '{min(leaked)}' is in the uplink")
+        _check_finite(reply.uplink, f"round {number}, client {reply.client} sends")
+
+
+def _copy(client: Client) -> Tree:
+    return tree.clone(client._asdict())
+
+
+def _check_finite(values: Tree, where: str) -> None:
+    for path, leaf in tree.flatten(values):
+        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            raise MethodError(f"{where} '{path}' (shape {tuple(leaf.shape)}), which is not finite")

@@ -1,0 +1,425 @@
+"""One experiment: the round loop, scoring, checkpoints and resuming, once for all methods and engines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from fedloom import data, metrics, tree
+from fedloom.config import Named, Settings, make_method, make_settings, participation_range, read_toml, to_toml
+from fedloom.engines import Ask, Engine, Problem, Reply, make_engine
+from fedloom.engines.wire import Meter
+from fedloom.errors import ConfigError, MethodError, RunFolderError
+from fedloom.method import Arrival, Client, Downlink, Method, Round, Task
+from fedloom.models import Arch, arch
+from fedloom.nets import Nets, read_weights, select, write_weights
+from fedloom.registry import load_object
+from fedloom.rng import Stream
+from fedloom.runfolder import RunFolder, environment
+from fedloom.trackers import Tracker, make_trackers
+from fedloom.training import Plan, fresh_modules
+from fedloom.tree import Tree
+
+Row = dict[str, Any]
+OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
+
+
+class Parts(NamedTuple):
+    """Objects from Python in place of what the settings name."""
+
+    method: Method | None = None
+    dataset: data.Dataset | None = None
+    model: nn.Module | Callable[..., nn.Module] | None = None
+
+
+NOTHING = Parts()
+
+
+class Ledger:
+    """What a run has cost so far."""
+
+    def __init__(self, state: Row | None = None) -> None:
+        state = state or {}
+        self.meter = Meter()
+        self.kinds: dict[str, dict[str, int]] = state.get("bytes_by_kind", {"uplink": {}, "downlink": {}})
+        self.train_seconds: float = state.get("train_seconds", 0.0)
+        self.eval_seconds: float = state.get("eval_seconds", 0.0)
+        self.trained: set[int] = set(state.get("trained", ()))
+
+    def count(self, way: str, message: Tree) -> int:
+        """Add one message; its size in bytes."""
+        sizes = self.meter.sizes(message)
+        for kind, n in sizes.items():
+            self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
+        return sum(sizes.values())
+
+    def total(self, way: str) -> int:
+        """All bytes that went `uplink` or `downlink`."""
+        return sum(self.kinds[way].values())
+
+    def state(self) -> Row:
+        """For the checkpoint."""
+        return {
+            "bytes_by_kind": self.kinds,
+            "train_seconds": self.train_seconds,
+            "eval_seconds": self.eval_seconds,
+            "trained": sorted(self.trained),
+        }
+
+
+class Experiment:
+    """A federation, a method and an engine, ready to run; everything it writes goes into its folder."""
+
+    def __init__(self, settings: Settings, parts: Parts = NOTHING, folder: RunFolder | None = None) -> None:
+        with arithmetic(settings):
+            self.settings = settings
+            self.method = parts.method or make_method(settings.method)
+            self.data = make_federation(settings, parts.dataset)
+            if self.method.pooled:
+                self.data = self.data.pooled()
+            self.problem = make_problem(settings, self.method, self.data, parts.model)
+            self.engine: Engine = make_engine(settings.engine.name, self.problem)
+            self.server = self.method.init_server(_initial_weights(self.problem), self.problem.task)
+        self.done = 0
+        self.rows: list[Row] = []
+        self.client_rows: list[Row] = []
+        self.ledger = Ledger()
+        if folder is None:
+            folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
+            self._describe(folder)
+        else:
+            self._resume(folder)
+        self.folder = folder
+        self.trackers: list[Tracker] = make_trackers(settings.log, folder.path, settings.model_dump(mode="json"))
+
+    @classmethod
+    def resume(cls, path: str | Path, parts: Parts = NOTHING) -> Experiment:
+        """Take up a run from its last checkpoint (or from the start, where there is none yet)."""
+        folder = RunFolder.open(Path(path))
+        if (folder.path / "summary.json").exists():
+            raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
+        return cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+
+    def run(self, on_round: OnRound | None = None) -> Row:
+        """Run what is left of the rounds; returns the summary."""
+        rounds = self.settings.rounds
+        try:
+            with arithmetic(self.settings):
+                for number in range(self.done, rounds):
+                    self._round(number)
+                    if on_round:
+                        on_round(self.done, rounds, self.rows[-1] if self.rows else {})
+            return self._finish()
+        finally:
+            self.engine.close()
+            for tracker in self.trackers:
+                tracker.close()
+
+    # one round
+
+    def _round(self, number: int) -> None:
+        started = time.perf_counter()
+        cohort = self._cohort(number)
+        down = self.method.downlink(self.server, cohort)
+        replies = self.engine.train(number, cohort, down)
+        if replies:
+            arrivals = _arrivals(replies)
+            rng = Stream(self.settings.seed, "server", number)
+            self.server = self.method.aggregate(
+                self.server, [r.uplink for r in replies], Round(number, self.problem.task.n_clients, arrivals, rng)
+            )
+        self._record_round(number, cohort, down, replies)
+        self.done = number + 1
+        self.ledger.train_seconds += time.perf_counter() - started
+        last = self.done == self.settings.rounds
+        if last or self.done % self.settings.eval_every == 0:
+            self._evaluate(replies)
+        every = self.settings.checkpoint_every
+        if every and (last or self.done % every == 0):
+            self._checkpoint()
+
+    def _cohort(self, number: int) -> Sequence[int]:
+        task, rng = self.problem.task, Stream(self.settings.seed, "cohort", number)
+        low, high = participation_range(self.settings.participation)
+        part = low + (high - low) * float(rng.child("size").numpy.random())
+        size = self.settings.cohort or max(int(part * task.n_clients + 1e-9), 1)
+        cohort = [int(i) for i in self.method.cohort(self.server, task, size, rng)]
+        if len(set(cohort)) != len(cohort) or not all(0 <= i < task.n_clients for i in cohort):
+            raise MethodError(
+                f"round {number}: a cohort must be distinct clients from 0 to {task.n_clients - 1}, not {cohort}"
+            )
+        return cohort
+
+    def _record_round(self, number: int, cohort: Sequence[int], down: Downlink, replies: Sequence[Reply]) -> None:
+        sent = [self.ledger.count("downlink", down.to(slot)) for slot in range(len(cohort))]
+        for reply in replies:
+            self.ledger.trained.add(reply.client)
+            self.client_rows.append(
+                {
+                    "round": number + 1,
+                    "client": reply.client,
+                    "examples": reply.examples,
+                    "steps": sum(reply.steps.values()),
+                    "uplink_bytes": self.ledger.count("uplink", reply.uplink),
+                    "downlink_bytes": sent[reply.slot],
+                    "seconds": reply.seconds,
+                    **reply.logs,
+                }
+            )
+
+    # scoring
+
+    def _evaluate(self, replies: Sequence[Reply]) -> None:
+        started = time.perf_counter()
+        clients = self._scored_clients()
+        every = self.settings.eval.general_every
+        general = self.done == self.settings.rounds or bool(every and self.done % every == 0)
+        down = self.method.deploy(self.server, self.problem.task)
+        scores = self.engine.score(self.done, down, clients, self._asks(general))
+        by_name = {name: [score[name] for score in scores] for name in scores[0]}
+        trained = [i in self.ledger.trained for i in clients]
+        row: Row = {"round": self.done}
+        row |= metrics.spread(by_name["personal_accuracy"], "personal_accuracy", trained)
+        if "fitted" in by_name:
+            row |= metrics.spread(by_name["fitted"], "personal_accuracy_fitted", trained)
+        if "valid" in by_name:
+            row["valid_accuracy"] = metrics.total(by_name["valid"]).accuracy
+        row |= {"general_accuracy": None, "server_accuracy": None}
+        if general:
+            row |= metrics.over_clients(by_name["general_accuracy"], "general_accuracy")
+        if "server" in self.method.predictors():
+            row["server_accuracy"] = self.engine.score_server(down).accuracy
+        self.ledger.eval_seconds += time.perf_counter() - started
+        row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
+        row |= {
+            "cohort": len(replies),
+            "train_seconds": self.ledger.train_seconds,
+            "eval_seconds": self.ledger.eval_seconds,
+        }
+        row |= metrics.mean_logs(replies)
+        self._record_scores(clients, by_name)
+        self.rows.append(row)
+        self.folder.append(row)
+        for tracker in self.trackers:
+            tracker.log(self.done, row)
+
+    def _asks(self, general: bool) -> list[Ask]:
+        own = "test" if any(self.data.n_test(i) for i in range(self.data.n_clients)) else "common"
+        asks = [Ask("personal_accuracy", own)]
+        if self.settings.eval.fitted:
+            asks.append(Ask("fitted", own, fitted=True))
+        if self.settings.eval.valid:
+            asks.append(Ask("valid", "valid"))
+        if general:
+            asks.append(Ask("general_accuracy", "common"))
+        return asks
+
+    def _scored_clients(self) -> Sequence[int]:
+        n, sample = self.problem.task.n_clients, self.settings.eval.clients
+        if sample is None or sample >= n:
+            return range(n)
+        chosen: list[int] = Stream(self.settings.seed, "scored").permutation(n)[:sample].sort().values.tolist()
+        return chosen
+
+    def _record_scores(self, clients: Sequence[int], by_name: dict[str, list[Any]]) -> None:
+        now = {row["client"]: row for row in self.client_rows if row["round"] == self.done}
+        for place, i in enumerate(clients):
+            if i not in now:
+                now[i] = {"round": self.done, "client": i}
+                self.client_rows.append(now[i])
+            for name in ("personal_accuracy", "general_accuracy"):
+                if name in by_name:
+                    now[i][name] = by_name[name][place].accuracy
+
+    # files
+
+    def _describe(self, folder: RunFolder) -> None:
+        partition = self.data.partition
+        labels, n_classes = self.data.dataset.labels, self.data.n_classes
+        folder.write("config.toml", to_toml(self.settings))
+        folder.write_json("environment.json", environment())
+        partition.save(folder.path / "partition.json")
+        folder.write_json(
+            "classes.json",
+            {
+                "names": list(self.data.dataset.classes),
+                "counts": {split: partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")},
+            },
+        )
+
+    def _checkpoint(self) -> None:
+        clients = {i: self.engine.client(i)._asdict() for i in self.engine.changed()}
+        self.folder.write_clients(pd.DataFrame(self.client_rows))
+        self.folder.save_checkpoint({"round": self.done, **self.ledger.state()}, self.server, clients)
+
+    def _resume(self, folder: RunFolder) -> None:
+        saved = folder.load_checkpoint()
+        state, server, clients = saved if saved else ({"round": 0}, {}, {})
+        self.done, self.ledger = state["round"], Ledger(state)
+        self.rows = folder.keep_rows(self.done)
+        self.client_rows = [_without_nan(row) for row in folder.read_clients(self.done).to_dict("records")]
+        self.server = _restored(self.server, server, "server") if saved else self.server
+        with arithmetic(self.settings):
+            for i, client in clients.items():
+                self.engine.restore(i, Client(**_restored(self.engine.client(i)._asdict(), client, f"client {i}")))
+
+    def _finish(self) -> Row:
+        s = self.settings
+        summary = {
+            "method": s.method.name,
+            "model": ",".join(a.name for a in self.problem.archs),
+            "data": s.data.name,
+            "clients": self.problem.task.n_clients,
+            "rounds": self.done,
+            "seed": s.seed,
+            **metrics.summarise(self.rows),
+            "uplink_bytes": self.ledger.total("uplink"),
+            "downlink_bytes": self.ledger.total("downlink"),
+            "bytes_by_kind": self.ledger.kinds,
+            "seconds": self.ledger.train_seconds + self.ledger.eval_seconds,
+            "train_seconds": self.ledger.train_seconds,
+            "buffers": self.method.buffers,
+            "partition": self.data.partition.hash(),
+            "finished": True,
+        }
+        self.folder.write_clients(pd.DataFrame(self.client_rows))
+        self.folder.write_json("summary.json", summary)
+        return summary
+
+    def personal_model(self, i: int) -> PersonalModel:
+        """Client `i`'s personal predictor as it would be used now, as a plain module in evaluation mode."""
+        down = self.method.deploy(self.server, self.problem.task)
+        with arithmetic(self.settings):
+            return PersonalModel(self.method, *self.engine.personal(self.done, down, i))
+
+
+class PersonalModel(nn.Module):
+    """A client's personal predictor: `model(x)` gives logits (B, Y) for normalised inputs (B, ...)."""
+
+    def __init__(self, method: Method, modules: Any, client: Client, down: Tree) -> None:
+        super().__init__()
+        write_weights(modules, client.weights)
+        self.nets = nn.ModuleDict(modules)
+        self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, Y)."""
+        modules = dict(self.nets.items())
+        nets = Nets(
+            modules,
+            *({f"{n}.{k}": t for n, m in modules.items() for k, t in part(m)} for part in _TENSORS),
+            modules if self.training else (),
+        )
+        return self._predictor(nets, x, self._down, self._memory)
+
+
+_TENSORS = (nn.Module.named_parameters, nn.Module.named_buffers)
+
+
+@contextmanager
+def arithmetic(settings: Settings) -> Iterator[None]:
+    """The precision and threads that the settings ask for, while it lasts."""
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
+    torch.set_num_threads(settings.engine.threads or threads)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+
+
+def make_dataset(settings: Settings) -> data.Dataset:
+    """The data set that the settings name."""
+    d = settings.data
+    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows)
+
+
+def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> data.Federation:
+    """The clients' rows."""
+    dataset = make_dataset(settings) if dataset is None else dataset
+    p = settings.partition
+    partition = data.partition(
+        dataset,
+        settings.clients,
+        scheme=p.name,
+        valid=settings.eval.valid,
+        seed=settings.seed,
+        **p.model_dump(exclude={"name"}),
+    )
+    return data.Federation(dataset, partition, normalise=settings.data.normalise, augment=settings.data.augment)
+
+
+def make_archs(settings: Settings, federation: data.Federation, model: Any = None) -> tuple[Arch, ...]:
+    """The clients' architectures, in the order in which they are dealt out."""
+    names = [Named(name=name) for name in settings.models] or [settings.model]
+    found = []
+    for choice in names:
+        what = model if model is not None else load_object(choice.name, "model") if ":" in choice.name else choice.name
+        found.append(arch(what, federation.input_shape, federation.n_classes, settings.width, choice.options))
+    return tuple(found)
+
+
+def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
+    """All that an engine needs to know; checks that the method fits the architectures."""
+    n, archs = federation.n_clients, make_archs(settings, federation, model)
+    size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
+    if size > n:
+        raise ConfigError(f"cohort={size}: there are only {n} clients")
+    task = Task(n, size, federation.n_classes, federation.input_shape, archs[0].features, settings.rounds)
+    problem = Problem(
+        method,
+        task,
+        archs,
+        tuple(i % len(archs) for i in range(n)),
+        federation,
+        Plan(settings.batch_size, settings.drop_last),
+        settings.seed,
+        settings.same_init,
+        settings.eval.fitted,
+    )
+    _check_sharing(problem)
+    return problem
+
+
+def _check_sharing(problem: Problem) -> None:
+    """Clients that average a net must have the same net."""
+    method, forms = problem.method, []
+    for choice in problem.archs if method.shared else ():
+        modules = fresh_modules(lambda choice=choice: method.nets(choice, problem.task), Stream("shape"))
+        forms.append(tree.structure(select(read_weights(modules), method.shared)))
+    if any(form != forms[0] for form in forms):
+        names = ", ".join(choice.name for choice in problem.archs)
+        raise ConfigError(
+            f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
+        )
+
+
+def _initial_weights(problem: Problem) -> Any:
+    return read_weights(problem.modules(0))
+
+
+def _arrivals(replies: Sequence[Reply]) -> tuple[Arrival, ...]:
+    examples = sum(reply.examples for reply in replies)
+    return tuple(Arrival(reply.client, reply.slot, reply.examples / examples) for reply in replies)
+
+
+def _restored(template: Tree, saved: Tree, what: str) -> Tree:
+    if tree.structure(template) != tree.structure(saved):
+        raise RunFolderError(
+            f"the checkpoint does not fit this method and model (at the {what}); was the method's file changed?"
+        )
+    return tree.merge(template, saved)  # in the template's order; branches without tensors come from it
+
+
+def _without_nan(row: Row) -> Row:
+    return {key: value for key, value in row.items() if not (isinstance(value, float) and np.isnan(value))}

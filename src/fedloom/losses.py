@@ -1,0 +1,52 @@
+"""Losses that every method may use. All are safe under `torch.func.vmap` and `torch.func.grad`, and all return 0-d tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy in nats; `logits` (B, Y), `labels` (B,) whole numbers below Y."""
+    return F.cross_entropy(logits, labels)
+
+
+def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
+    """The squared Euclidean distance between the tensors that `a` and `b` have in common (at least one)."""
+    common = [name for name in a if name in b]
+    if not common:
+        raise ValueError("nothing in common to measure a distance between")
+    return torch.stack([(a[name] - b[name]).square().sum() for name in common]).sum()
+
+
+def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over features, mean over the batch; both (B, D)."""
+    return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
+
+
+def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
+    """-log N(target; mean, exp(log_variance)), without its constant, in nats: mean over batch and features; all (B, D)."""
+    return 0.5 * ((target - mean).square() / log_variance.exp() + log_variance).mean()
+
+
+def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | None = None) -> Tensor:
+    """The variational contrastive log-ratio upper bound on the mutual information (vCLUB; Cheng et al., ICML 2020).
+
+    How much better q(target_i | input_i) explains its own target than those of other rows:
+    mean_i [log q(c_i | g_i) - mean_j log q(c_j | g_i)], in nats per feature (mean over the D features; multiply by D for the
+    whole bound). About 0 for independent variables, positive for dependent ones; a bad q makes it negative.
+
+    Args:
+        mean, log_variance: (B, D), what q predicts for each row.
+        target: (B, D), the true values c_i.
+        other: (B,) row numbers j, one drawn per row (the paper's sampled bound); None means all rows.
+    """
+    own = (mean - target).square()
+    if other is not None:
+        rest = (mean - target[other]).square()
+    else:  # mean_j (m - c_j)^2 = (m - E c)^2 + Var c: no (B, B, D) tensor is needed
+        rest = (mean - target.mean(0)).square() + target.var(0, correction=0)
+    return ((rest - own) / (2 * log_variance.exp())).mean()

@@ -1,0 +1,333 @@
+"""The contract: what a federated method is. `Method` itself is FedAvg; a paper overrides only what it changes.
+
+A method is a frozen dataclass that holds hyper-parameters and nothing else. Its hooks are pure functions of trees of tensors; local
+work is declared as data (`Train`, `Interleave`, `Sweep`, `Free`), so that an engine may loop it, map it over clients, or ship it.
+
+One round, and who calls what (`server` is any tree, `weights` as in `fedloom.nets`)::
+
+    server  cohort -> downlink
+    client  receive -> phases (loss, draw) -> uplink          the engine runs this part, wherever the client lives
+    server  aggregate                                         over those who arrived
+    score   deploy -> receive -> adapt -> predictors          on evaluation rounds, on throw-away copies
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from fedloom import losses, optim, tree
+from fedloom.errors import MethodError
+from fedloom.nets import Nets, select
+from fedloom.optim import Optimizer
+from fedloom.rng import Stream
+from fedloom.tree import Tree, Weights
+
+
+class Architecture(Protocol):
+    """What a method may ask of an architecture (see `fedloom.models.Arch`)."""
+
+    def model(self) -> nn.Module:
+        """The whole model: a `body` that gives features (B, D), and a linear `head` that gives logits (B, Y)."""
+
+    def body(self, width: int | None = None) -> nn.Module:
+        """The body alone, with `width` features."""
+
+    def head(self, features: int | None = None) -> nn.Linear:
+        """A linear head on so many features."""
+
+    @property
+    def features(self) -> int:
+        """The body's number of features D."""
+
+
+class Task(NamedTuple):
+    """Facts of the problem, read-only."""
+
+    n_clients: int
+    max_cohort: int  # the most clients that a round can have
+    n_classes: int
+    input_shape: tuple[int, ...]
+    width: int  # features D of the first architecture (of all of them, where clients differ)
+    rounds: int
+
+
+class Client(NamedTuple):
+    """All that a client keeps. The structure is complete from round 0 and never changes."""
+
+    weights: Weights
+    memory: Tree
+    opts: Tree  # optimiser states of the phases that keep theirs, by phase
+
+
+class Batch(NamedTuple):
+    """One batch of a client's rows."""
+
+    x: Tensor  # (B, ...) inputs, normalised
+    y: Tensor  # (B,) labels
+    draws: Mapping[str, Tensor] = {}  # what the phase's `draw` made for this batch
+
+
+class Turn(NamedTuple):
+    """One client's part in a round."""
+
+    number: int  # the round, from 0
+    last: int  # the number of the last round
+    examples: int  # n_k, the client's training rows
+    steps: Mapping[str, int] = {}  # optimiser steps taken, by phase
+
+
+class Arrival(NamedTuple):
+    """A client whose uplink reached the server."""
+
+    client: int
+    slot: int  # its place in the cohort
+    share: float  # its part of the examples of all who arrived; shares sum to 1
+    age: int = 0  # rounds since it was sent the downlink
+
+
+class Round(NamedTuple):
+    """What the server knows of a round: who arrived, in cohort order, and a stream for its own randomness."""
+
+    number: int
+    n_clients: int  # K, in the whole federation
+    arrivals: tuple[Arrival, ...]
+    rng: Stream
+
+    @property
+    def shares(self) -> list[float]:
+        """Each arrival's part of the examples; sums to 1."""
+        return [arrival.share for arrival in self.arrivals]
+
+
+class Downlink(NamedTuple):
+    """What the server sends: one tree for all, and over it, if given, one tree for each member of the cohort in cohort order."""
+
+    common: Tree = {}
+    each: Sequence[Tree] | None = None
+
+    def to(self, slot: int) -> Tree:
+        """The whole message to one member of the cohort."""
+        return self.common if self.each is None else tree.merge(self.common, self.each[slot])
+
+
+Logs = dict[str, Tensor]
+LossFn = Callable[[Nets, Batch, Tree, Tree], "Tensor | tuple[Tensor, Logs]"]
+DrawFn = Callable[[Batch, Task, Stream], Mapping[str, Tensor]]
+Predictor = Callable[[Nets, Tensor, Tree, Tree], Tensor]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Minimise a loss over the client's rows."""
+
+    name: str
+    loss: LossFn  # (nets, batch, down, memory) -> 0-d loss, or (loss, {name: 0-d tensor to log})
+    trains: tuple[str, ...]  # patterns of parameters to update (`fedloom.nets.select`)
+    optimizer: Optimizer
+    epochs: int = 1
+    steps: int | None = None  # a number of steps in place of epochs
+    draw: DrawFn | None = None  # (batch, task, stream) -> the step's random tensors, drawn outside any mapped code
+    keep_state: bool = False  # whether the optimiser's state lasts over rounds
+    training: tuple[str, ...] | None = (
+        None  # nets in training mode (default: those it trains); the others are in evaluation mode
+    )
+    when: Callable[[Turn], bool] | None = None  # whether to run in this turn (default: always)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The nets in training mode."""
+        return self.training if self.training is not None else tuple(p.partition(":")[0] for p in self.trains)
+
+
+@dataclass(frozen=True)
+class Interleave:
+    """Several `Train`s that take turns on every batch, in order; the members' own epochs and steps do not count."""
+
+    name: str
+    members: tuple[Train, ...]
+    epochs: int = 1
+    steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Visit every row once, in evaluation mode and without gradients, to fill `memory[name]`, which starts from zeros."""
+
+    name: str
+    step: Callable[[Nets, Batch, Tree, Tree, Tree], Tree]  # (nets, batch, accumulated, down, memory) -> accumulated
+
+
+@dataclass(frozen=True)
+class Free:
+    """Any local work at all: runs on every engine but never vectorised."""
+
+    name: str
+    run: Callable[[Client, Nets, Batch, Tree, Stream], Client]  # (client, nets, all its rows, down, stream) -> client
+
+
+Phase = Train | Interleave | Sweep | Free
+
+
+class Paper(NamedTuple):
+    """Where a method comes from."""
+
+    title: str
+    authors: str
+    venue: str
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """FedAvg, and the base of every method."""
+
+    lr: float = 0.05
+    """Learning rate of the local optimiser."""
+    momentum: float = 0.0
+    """Momentum (SGD only)."""
+    weight_decay: float = 0.0
+    """L2 penalty, added to the gradient."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """Local optimiser; its state starts afresh in every round unless the method keeps it."""
+    lr_decay: float = 1.0
+    """The learning rate is multiplied by this after every round."""
+    local_epochs: int = 1
+    """Passes over the client's training rows in a round."""
+    buffers: Literal["shared", "private"] = "shared"
+    """Whether BatchNorm's running statistics travel (and are averaged) with the shared nets or stay with the client."""
+
+    paper: ClassVar[Paper]
+    shared: ClassVar[tuple[str, ...]] = ("model",)  # what travels, as patterns
+    keeps_shared: ClassVar[bool] = False  # whether a client keeps its trained copy of what travels for the next round
+    pooled: ClassVar[bool] = False  # whether one client holds all rows (an upper reference, not a federated method)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no method can mean."""
+        if not self.lr > 0:
+            raise ValueError(f"lr={self.lr}: must be above 0")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum}: must be at least 0 and below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0")
+        if not 0 < self.lr_decay <= 1:
+            raise ValueError(f"lr_decay={self.lr_decay}: must be above 0 and at most 1")
+        if self.local_epochs < 1:
+            raise ValueError(f"local_epochs={self.local_epochs}: must be at least 1")
+
+    # what exists
+
+    def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
+        """The nets of a client, fresh. Called once per architecture and process, never inside a loss."""
+        return {"model": arch.model()}
+
+    def init_memory(self, weights: Weights, task: Task) -> Tree:
+        """What a client remembers besides weights, with its full structure."""
+        return {}
+
+    def init_server(self, weights: Weights, task: Task) -> Tree:
+        """The server's state before the first round; `weights` are a client's initial ones."""
+        return {"weights": self.travelling(weights)}
+
+    # server, before a round
+
+    def cohort(self, server: Tree, task: Task, size: int, rng: Stream) -> Sequence[int]:
+        """Who takes part: `size` clients drawn uniformly without replacement."""
+        return sorted(rng.permutation(task.n_clients)[:size].tolist())
+
+    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+        """What the cohort is sent."""
+        return Downlink({"weights": server["weights"]})
+
+    # client
+
+    def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
+        """The weights with which the client starts its turn. Every travelling tensor must be replaced."""
+        if not self.shared:
+            return weights
+        missing = tree.structure(self.travelling(weights)).keys() - tree.structure(down["weights"]).keys()
+        if missing:
+            raise MethodError(
+                f"the downlink lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors that travel"
+            )
+        return tree.merge(weights, down["weights"])
+
+    def phases(self) -> tuple[Phase, ...]:
+        """The local work of a turn; the same in every round (a member's `when` may switch it off)."""
+        return (Train("train", self.loss, ("model",), self.local_optimizer(), epochs=self.local_epochs),)
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor | tuple[Tensor, Logs]:
+        """The mean cross-entropy of `model`."""
+        return losses.cross_entropy(nets.model(batch.x), batch.y)
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        """What the client sends, and its memory for its next turn."""
+        return {"weights": self.travelling(client.weights)}, client.memory
+
+    # server, after a round
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """The server's next state, from the uplinks of those who arrived (at least one), in cohort order."""
+        return {"weights": tree.mean([up["weights"] for up in uplinks], round.shares)}
+
+    # use
+
+    def deploy(self, server: Tree, task: Task) -> Downlink:
+        """What any client would be sent to predict with now."""
+        return self.downlink(server, ())
+
+    def adapt(self) -> tuple[Phase, ...]:
+        """Local work before predicting, on a copy that is thrown away."""
+        return ()
+
+    def predictors(self) -> dict[str, Predictor]:
+        """`personal`: a client's predictor; `server`: the server's, where it has a model. (nets, x, down, memory) -> logits (B, Y)."""
+        return {"personal": predict_model, "server": predict_model}
+
+    # for methods to call
+
+    def travelling(self, weights: Weights) -> Weights:
+        """The part of a client's weights that travels: `shared`, with or without buffers."""
+        return select(weights, self.shared, buffers=self.buffers == "shared")
+
+    def local_optimizer(self, lr: float | None = None) -> Optimizer:
+        """The optimiser that the hyper-parameters name, with another learning rate if given."""
+        if self.optimizer == "adam":
+            return optim.adam(lr or self.lr, weight_decay=self.weight_decay)
+        return optim.sgd(lr or self.lr, self.momentum, self.weight_decay)
+
+    def lr_scale(self, number: int) -> float:
+        """The factor on the learning rate in a round."""
+        return self.lr_decay**number
+
+
+def predict_model(nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
+    """Logits (B, Y) of `model`."""
+    logits: Tensor = nets.model(x)
+    return logits
+
+
+def trains_of(phases: Iterable[Phase]) -> list[Train]:
+    """Every `Train` of some phases, those inside an `Interleave` too."""
+    found: list[Train] = []
+    for phase in phases:
+        found += [phase] if isinstance(phase, Train) else list(phase.members) if isinstance(phase, Interleave) else []
+    return found
+
+
+def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
+    """The optimiser states that a client keeps over rounds, by phase."""
+    return {
+        train.name: train.optimizer.init(select(weights, train.trains)["params"])
+        for train in trains_of(phases)
+        if train.keep_state
+    }
+
+
+__all__ = [
+    "Architecture", "Arrival", "Batch", "Client", "Downlink", "Free", "Interleave", "Method", "Paper", "Phase", "Round", "Sweep",
+    "Task", "Train", "Turn", "init_opts", "replace", "trains_of",
+]  # fmt: skip

@@ -1,0 +1,23 @@
+"""FedAvg: the server averages the clients' models, weighted by their examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.method import Method, Paper
+
+
+@dataclass(frozen=True)
+class FedAvg(Method):
+    """FedAvg (McMahan et al., AISTATS 2017, algorithm 1). All of it is in `fedloom.Method`.
+
+    Travels: the whole model, both ways. Stays: nothing.
+    """
+
+    paper: ClassVar[Paper] = Paper(
+        "Communication-efficient learning of deep networks from decentralized data",
+        "McMahan, Moore, Ramage, Hampson, Agüera y Arcas",
+        "AISTATS 2017",
+        "https://arxiv.org/abs/1602.05629",
+    )

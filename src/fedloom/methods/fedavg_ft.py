@@ -1,0 +1,34 @@
+"""FedAvg + local fine-tuning: FedAvg's model, trained a little on a client's own rows before it predicts there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.method import Paper, Phase, Train
+from fedloom.methods.fedavg import FedAvg
+
+
+@dataclass(frozen=True)
+class FedAvgFT(FedAvg):
+    """FedAvg with local fine-tuning before prediction (FedAvg+FT; Collins et al., 2022, section 2).
+
+    Travels: the whole model, both ways. Stays: nothing; the fine-tuned copy is made for scoring and thrown away.
+    """
+
+    tuning_epochs: int = 1
+    """Passes over the client's training rows before it predicts."""
+    tuning_lr: float = 0.0
+    """Learning rate of the fine-tuning; 0 means the same as `lr`."""
+
+    paper: ClassVar[Paper] = Paper(
+        "FedAvg with fine tuning: local updates lead to representation learning",
+        "Collins, Hassani, Mokhtari, Shakkottai",
+        "NeurIPS 2022",
+        "https://arxiv.org/abs/2205.13692",
+    )
+
+    def adapt(self) -> tuple[Phase, ...]:
+        """Plain training of the received model."""
+        optimizer = self.local_optimizer(self.tuning_lr or self.lr)
+        return (Train("tune", self.loss, ("model",), optimizer, epochs=self.tuning_epochs),)

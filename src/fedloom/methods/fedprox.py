@@ -1,0 +1,36 @@
+"""FedProx: local models are held near the one that they received."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedloom import losses
+from fedloom.method import Batch, Method, Paper
+from fedloom.nets import Nets
+from fedloom.tree import Tree
+
+
+@dataclass(frozen=True)
+class FedProx(Method):
+    """FedProx (Li et al., MLSys 2020, eq. 2 and algorithm 2), with epochs in place of the inexactness gamma.
+
+    Travels: the whole model, both ways. Stays: nothing. With mu = 0 it is FedAvg.
+    """
+
+    mu: float = 0.01
+    """Weight of the proximal term (mu / 2) ||w - w_received||^2."""
+
+    paper: ClassVar[Paper] = Paper(
+        "Federated optimization in heterogeneous networks",
+        "Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith",
+        "MLSys 2020",
+        "https://arxiv.org/abs/1812.06127",
+    )
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """Cross-entropy plus the proximal term (eq. 2); only parameters are held, not running statistics."""
+        error = losses.cross_entropy(nets.model(batch.x), batch.y)
+        return error + self.mu / 2 * losses.squared_distance(nets.params, down["weights"]["params"])

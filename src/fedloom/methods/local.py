@@ -1,0 +1,23 @@
+"""Local training: every client alone, the lower reference of personalised federated learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.method import Method, Paper, Predictor, predict_model
+
+
+@dataclass(frozen=True)
+class Local(Method):
+    """Every client trains its own model on its own rows.
+
+    Travels: nothing. Stays: the model. A round is `local_epochs` passes, so a run costs as much computing as FedAvg's.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[Paper] = Paper("(no federation)", "", "lower reference")
+
+    def predictors(self) -> dict[str, Predictor]:
+        """There is no server model."""
+        return {"personal": predict_model}

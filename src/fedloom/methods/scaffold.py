@@ -1,0 +1,76 @@
+"""SCAFFOLD: control variates correct the drift of local steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedloom import losses, tree
+from fedloom.method import Batch, Client, Downlink, Method, Paper, Round, Task, Turn
+from fedloom.nets import Nets
+from fedloom.tree import Tree, Weights
+
+
+@dataclass(frozen=True)
+class Scaffold(Method):
+    """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II).
+
+    Travels: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Stays: the client's control
+    variate c_i, an estimate of its own *gradient* (same sign); c is the mean of all c_i.
+    The means run over the cohort with equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
+    """
+
+    server_lr: float = 1.0
+    """The server's step size (the paper's global eta)."""
+
+    paper: ClassVar[Paper] = Paper(
+        "SCAFFOLD: stochastic controlled averaging for federated learning",
+        "Karimireddy, Kale, Mohri, Reddi, Stich, Suresh",
+        "ICML 2020",
+        "https://arxiv.org/abs/1910.06378",
+    )
+
+    def __post_init__(self) -> None:
+        """Option II reads the mean gradient off the distance travelled, which only plain SGD allows."""
+        super().__post_init__()
+        if self.optimizer != "sgd" or self.momentum or self.weight_decay:
+            raise ValueError("scaffold needs plain SGD: optimizer=sgd, momentum=0, weight_decay=0")
+
+    def init_memory(self, weights: Weights, task: Task) -> Tree:
+        """c_i = 0."""
+        return {"control": tree.zeros_like(self.travelling(weights)["params"])}
+
+    def init_server(self, weights: Weights, task: Task) -> Tree:
+        """The model and c = 0; K turns the cohort's mean change of c_i into the change of c."""
+        control = tree.zeros_like(self.travelling(weights)["params"])
+        return super().init_server(weights, task) | {"control": control}
+
+    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+        """x and c."""
+        return Downlink({"weights": server["weights"], "control": server["control"]})
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """Its gradient is g_i(y) - c_i + c (line 10)."""
+        correction = tree.sub(down["control"], memory["control"])
+        own = {name: nets.params[name] for name in correction}
+        return losses.cross_entropy(nets.model(batch.x), batch.y) + tree.dot(correction, own)
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        """y_i and the change of c_i: c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""
+        travelled = turn.steps["train"] * self.lr * self.lr_scale(turn.number)
+        sent = self.travelling(client.weights)
+        moved = tree.sub(down["weights"]["params"], sent["params"])
+        change = tree.add(tree.map_tree(lambda m: m / travelled, moved), down["control"], -1.0)
+        memory = {"control": tree.add(client.memory["control"], change)}
+        return {"weights": sent, "control": change}, memory
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """x <- x + server_lr mean(y_i - x); c <- c + |S| / K mean(change of c_i) (lines 16 and 17)."""
+        mean = tree.mean(uplinks)
+        step = tree.sub(mean["weights"]["params"], server["weights"]["params"])
+        params = tree.add(server["weights"]["params"], step, self.server_lr)
+        control = tree.add(server["control"], mean["control"], len(uplinks) / round.n_clients)
+        return {"weights": {"params": params, "buffers": mean["weights"]["buffers"]}, "control": control}

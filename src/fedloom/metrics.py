@@ -1,0 +1,82 @@
+"""From scores and replies to the numbers of a run: one row per evaluated round, and a summary of the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedloom.engines import Reply, Score, total
+
+Row = dict[str, Any]
+
+
+def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = None) -> Row:
+    """Accuracy over several clients' rows: `name` (mean over examples), `_uniform` (over clients), `_std`, `_worst10` and `_trained`.
+
+    `_std` is the deviation over clients (of the population), `_worst10` the mean of the worst tenth (at least one client), `_trained` the
+    mean over examples of the clients that took part at least once. Clients without rows do not count.
+    """
+    each = np.array([score.accuracy for score in scores])
+    each = each[~np.isnan(each)]
+    if not each.size:
+        return {}
+    worst = np.sort(each)[: max(1, math.ceil(each.size / 10))]
+    row: Row = {
+        name: total(scores).accuracy,
+        f"{name}_uniform": float(each.mean()),
+        f"{name}_std": float(each.std()),
+        f"{name}_worst10": float(worst.mean()),
+    }
+    if trained is not None and any(trained):
+        row[f"{name}_trained"] = _number(total([s for s, t in zip(scores, trained, strict=True) if t]).accuracy)
+    return row
+
+
+def over_clients(scores: Sequence[Score], name: str) -> Row:
+    """Accuracy of several clients' models on the same rows: `name` (mean over clients) and `_std`."""
+    each = np.array([score.accuracy for score in scores])
+    return {name: float(each.mean()), f"{name}_std": float(each.std())}
+
+
+def mean_logs(replies: Sequence[Reply]) -> Row:
+    """The clients' logs, averaged by examples; a log counts only the clients that wrote it."""
+    row: Row = {}
+    for name in sorted({name for reply in replies for name in reply.logs}):
+        having = [reply for reply in replies if name in reply.logs]
+        row[name] = float(np.average([r.logs[name] for r in having], weights=[r.examples for r in having]))
+    return row
+
+
+HEADLINES = ("personal_accuracy", "personal_accuracy_fitted", "general_accuracy", "server_accuracy")
+FACETS = ("uniform", "std", "worst10", "trained")
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
+    """For each accuracy: `final`, `last10` (mean of the last ten evaluations), `best_on_test` (not a fair number), `chosen_on_validation`.
+
+    The round chosen on validation is the first with the best validation accuracy; without validation rows it is None.
+    """
+    valid = [row.get("valid_accuracy") for row in rows]
+    best = max((v, -i) for i, v in enumerate(valid) if v is not None) if any(v is not None for v in valid) else None
+    chosen = None if best is None else rows[-best[1]]
+    found: Row = {}
+    for name in HEADLINES:
+        series = [row[name] for row in rows if row.get(name) is not None]
+        if not series:
+            found[name] = None
+            continue
+        found[name] = {
+            "final": series[-1],
+            "last10": float(np.mean(series[-10:])),
+            "best_on_test": max(series),
+            "chosen_on_validation": None if chosen is None else chosen.get(name),
+            "chosen_round": None if chosen is None else chosen["round"],
+        } | {facet: rows[-1][f"{name}_{facet}"] for facet in FACETS if rows[-1].get(f"{name}_{facet}") is not None}
+    return found
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

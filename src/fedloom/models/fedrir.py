@@ -1,0 +1,80 @@
+"""The two nets of FedRIR beside its extractors: the image generator and the information distillation module.
+
+Huang, Shao, Yang, Lu, Zhang: FedRIR, WWW 2025 (arXiv 2502.00859); sizes as in the released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fedloom.errors import ConfigError
+from fedloom.models.layers import sequence
+
+SMALLEST_UNPADDED = 28
+
+
+class Axis(NamedTuple):
+    """How two 5x5 transposed convolutions of stride 2 reach one side of an image exactly."""
+
+    seed: int
+    padding: int
+    extra: tuple[int, int]  # output padding of the first and of the second
+
+
+def _axis(side: int) -> Axis:
+    """The released form (side = 4 seed + 12, no padding) where it fits; else padded, each step doubling the side or
+    doubling it less one."""
+    if side >= SMALLEST_UNPADDED and side % 4 == 0:
+        return Axis((side - 12) // 4, 0, (1, 1))
+    middle = (side + 1) // 2
+    return Axis((middle + 1) // 2, 2, (1 - middle % 2, 1 - side % 2))
+
+
+class ImageGenerator(nn.Module):
+    """Features (B, features) to images (B, C, H, W): linear, 64 maps, ConvT 32, ReLU, ConvT C; no output activation.
+
+    Seeds are 4x4, 5x5 and 13x13 for sides 28, 32 and 64 (577,345, 874,435 and 5,602,243 parameters at 512 features with
+    1, 3 and 3 channels). Sides that two unpadded steps cannot reach, or under 28 pixels, get padding and a seed of a
+    quarter of the side.
+    """
+
+    def __init__(self, features: int, output_shape: Sequence[int]) -> None:
+        super().__init__()
+        if len(output_shape) != 3:
+            raise ConfigError(f"ImageGenerator makes images (C, H, W); it cannot make {tuple(output_shape)}")
+        n_channels, *sides = output_shape
+        rows, columns = (_axis(side) for side in sides)
+        padding = (rows.padding, columns.padding)
+        first, second = zip(rows.extra, columns.extra, strict=True)
+        self.linear = nn.Linear(features, 64 * rows.seed * columns.seed)
+        self.seed = nn.Unflatten(1, (64, rows.seed, columns.seed))
+        self.conv1 = nn.ConvTranspose2d(64, 32, 5, stride=2, padding=padding, output_padding=first)
+        self.relu = nn.ReLU()
+        self.conv2 = nn.ConvTranspose2d(32, n_channels, 5, stride=2, padding=padding, output_padding=second)
+
+    def forward(self, features: Tensor) -> Tensor:
+        maps: Tensor = self.seed(self.linear(features))
+        images: Tensor = self.conv2(self.relu(self.conv1(maps)))
+        return images
+
+
+class InformationDistillation(nn.Module):
+    """q(f_cs | f_g): from global features (B, d), the mean and log-variance (B, d) of the client-specific ones.
+
+    Two perceptrons d-hidden-d; the log-variance ends in Tanh, so the variance stays within [1/e, e].
+    """
+
+    def __init__(self, d: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.mean = _perceptron(d, hidden)
+        self.log_variance = nn.Sequential(*_perceptron(d, hidden), nn.Tanh())
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mean(features), self.log_variance(features)
+
+
+def _perceptron(d: int, hidden: int) -> nn.Sequential:
+    return sequence({"linear1": nn.Linear(d, hidden), "relu": nn.ReLU(), "linear2": nn.Linear(hidden, d)})

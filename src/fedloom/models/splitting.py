@@ -1,0 +1,69 @@
+"""Cut an outsider's module into a body, which makes features, and a linear head, which makes logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import ConfigError
+
+
+def split(module: nn.Module, n_classes: int, name: str) -> tuple[nn.Module, nn.Linear]:
+    """Body and head of `module`, which is taken apart: its own `.body` and `.head` where it has both, else the last
+    nn.Linear with `n_classes` outputs is the head and an Identity takes its place in the body.
+
+    Raises:
+        ConfigError: there is no such head.
+    """
+    body, head = getattr(module, "body", None), getattr(module, "head", None)
+    if isinstance(body, nn.Module) and isinstance(head, nn.Module):
+        if isinstance(head, nn.Linear) and head.out_features == n_classes:
+            return body, head
+        raise ConfigError(f"model {name}: its .head must be an nn.Linear with {n_classes} outputs, not {head}")
+    path, last = _last_linear(module, n_classes, name)
+    if not path:
+        return nn.Identity(), last
+    parent, _, child = path.rpartition(".")
+    setattr(module.get_submodule(parent), child, nn.Identity())
+    return module, last
+
+
+def _last_linear(module: nn.Module, n_classes: int, name: str) -> tuple[str, nn.Linear]:
+    for path, part in reversed(list(module.named_modules())):
+        if isinstance(part, nn.Linear) and part.out_features == n_classes:
+            return path, part
+    raise ConfigError(
+        f"model {name}: no nn.Linear with {n_classes} outputs in it to be the head; name its .body and .head"
+    )
+
+
+def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, name: str) -> None:
+    """Raise ConfigError unless the head applied to the body's features gives what `module` gives (in eval mode)."""
+    body, head = split(deepcopy(module), n_classes, name)
+    try:
+        logits, features = dry_run(module, input_shape), dry_run(body, input_shape)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model {name} fails on inputs of shape (2, *{tuple(input_shape)}): {reason}") from error
+    if logits.shape != (2, n_classes):
+        raise ConfigError(
+            f"model {name} gives {tuple(logits.shape)} for 2 examples; logits (2, {n_classes}) are needed"
+        )
+    if features.shape != (2, head.in_features) or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
+        raise ConfigError(f"model {name}: its output is not {head} applied to features; name its .body and .head")
+
+
+@torch.no_grad()
+def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """What `module` makes of two made-up inputs in eval mode, on its own device and in its own dtype."""
+    weight = next(module.parameters(), torch.empty(0))
+    n = 2 * math.prod(input_shape)
+    inputs = torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device).reshape(2, *input_shape)
+    was_training = module.training
+    outputs: Tensor = module.eval()(inputs)
+    module.train(was_training)
+    return outputs

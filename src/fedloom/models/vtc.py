@@ -1,0 +1,80 @@
+"""FedVTC's generator psi: transposed convolutions from features to images in [-1, 1].
+
+Niu, Dong, Qin: FedVTC, ICLR 2026 (arXiv 2508.01669). Its sizes are not public; these two forms are reconstructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from fedloom.errors import ConfigError
+from fedloom.models.layers import group_norm, sequence
+
+Size = tuple[int, int]
+
+
+class VtcDecoder(nn.Module):
+    """Features (B, p) to images (B, C, H, W) in [-1, 1]; every H and W from 4 up comes out exactly.
+
+    Every step but the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
+
+    Args:
+        features: p.
+        output_shape: (C, H, W).
+        form: "linear" starts with Linear(p, 64 H/4 W/4) and takes two steps, 64 - 32 - C channels. "conv" is all
+            convolution: from a 1x1 seed of p channels to at most 4x4, then as many steps as it takes to (H, W).
+    """
+
+    def __init__(self, features: int, output_shape: Sequence[int], form: str = "linear") -> None:
+        super().__init__()
+        if len(output_shape) != 3 or min(output_shape[1:]) < 4:
+            raise ConfigError(f"VtcDecoder makes images (C, H, W) of at least 4x4 pixels; not {tuple(output_shape)}")
+        n_channels, height, width = output_shape
+        if form == "linear":
+            sizes = _halvings((height, width), 2)
+            n_maps = [64, 32, n_channels]
+            seed = _linear_seed(features, n_maps[0], sizes[0])
+        elif form == "conv":
+            sizes = _halvings((height, width))
+            n_maps = [*(min(128, 32 << i) for i in reversed(range(len(sizes) - 1))), n_channels]
+            seed = _conv_seed(features, n_maps[0], sizes[0])
+        else:
+            raise ConfigError(f"VtcDecoder form={form!r} is unknown; known: conv, linear")
+        self.layers = sequence({**seed, **_doublings(sizes, n_maps), "tanh": nn.Tanh()})
+
+    def forward(self, features: Tensor) -> Tensor:
+        images: Tensor = self.layers(features)
+        return images
+
+
+def _halvings(size: Size, n: int | None = None) -> list[Size]:
+    """Sizes from small to `size`, each half of the next, rounded down: `n` halvings, or until no side is over 4."""
+    sizes = [size]
+    while len(sizes) <= n if n is not None else max(sizes[0]) > 4 and min(sizes[0]) > 1:
+        height, width = sizes[0]
+        sizes.insert(0, (height // 2, width // 2))
+    return sizes
+
+
+def _linear_seed(features: int, n_maps: int, size: Size) -> dict[str, nn.Module]:
+    height, width = size
+    linear = nn.Linear(features, n_maps * height * width)
+    return {"linear": linear, "unflatten": nn.Unflatten(1, (n_maps, height, width))}
+
+
+def _conv_seed(features: int, n_maps: int, size: Size) -> dict[str, nn.Module]:
+    return {"unflatten": nn.Unflatten(1, (features, 1, 1)), "conv0": nn.ConvTranspose2d(features, n_maps, size)}
+
+
+def _doublings(sizes: list[Size], n_maps: list[int]) -> dict[str, nn.Module]:
+    """GroupNorm - LeakyReLU - ConvT for every size but the first."""
+    layers: dict[str, nn.Module] = {}
+    for i, ((height, width), (n_in, n_out)) in enumerate(zip(sizes[1:], pairwise(n_maps), strict=True), start=1):
+        extra = (height % 2, width % 2)
+        layers[f"norm{i}"] = group_norm(n_in)
+        layers[f"relu{i}"] = nn.LeakyReLU()
+        layers[f"conv{i}"] = nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1, output_padding=extra)
+    return layers

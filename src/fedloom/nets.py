@@ -1,0 +1,172 @@
+"""Networks bound to one client's tensors, and the names of their parts.
+
+Weights are two flat dictionaries, `{"params": {...}, "buffers": {...}}`; a tensor's name is its net's name followed by its name in
+the module: `model.body.0.weight`, `gfe.1.running_mean`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedloom.errors import MethodError, suggest
+from fedloom.tree import Weights
+
+Unit = Literal["layer", "tensor", "block"]
+
+
+class Net:
+    """One module with the tensors it computes with. Calling it is calling the module."""
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor], training: bool) -> None:
+        self.module, self.tensors, self.training = module, tensors, training
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self.module.training != self.training:
+            self.module.train(self.training)
+        return functional_call(self.module, self.tensors, inputs, tie_weights=False)
+
+
+class Nets:
+    """A client's nets: `nets.gfe(x)` calls module `gfe` on this client's tensors.
+
+    In training mode BatchNorm updates the running statistics *in place* in `buffers`: whoever builds a `Nets` owns those tensors.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        params: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        training: Iterable[str] = (),
+    ) -> None:
+        self.modules, self.params, self.buffers = modules, params, buffers
+        self.training = frozenset(training)
+
+    def __getattr__(self, name: str) -> Net:
+        modules: Mapping[str, nn.Module] = self.__dict__["modules"]
+        if name not in modules:
+            raise AttributeError(f"no net is called '{name}'{suggest(name, modules)}")
+        start = len(name) + 1
+        tensors = {
+            key[start:]: value
+            for part in (self.params, self.buffers)
+            for key, value in part.items()
+            if key.startswith(name + ".")
+        }
+        net = Net(modules[name], tensors, name in self.training)
+        self.__dict__[name] = net
+        return net
+
+    def at(self, weights: Weights) -> Nets:
+        """The same nets in evaluation mode with other weights in place of those that `weights` names (MOON's previous model)."""
+        params = {**self.params, **weights["params"]}
+        return Nets(self.modules, params, {**self.buffers, **weights["buffers"]})
+
+    def with_params(self, params: Mapping[str, Tensor]) -> Nets:
+        """The same nets and mode, with other parameters in place of those that `params` names."""
+        return Nets(self.modules, {**self.params, **params}, self.buffers, self.training)
+
+    @functools.cached_property
+    def frozen(self) -> Nets:
+        """The same nets; no gradient flows into their parameters (it does flow through them to their inputs)."""
+        params = {name: value.detach() for name, value in self.params.items()}
+        return Nets(self.modules, params, self.buffers, self.training)
+
+
+def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
+    """The weights that the modules hold now, as copies."""
+    kept = {net: m.state_dict() for net, m in modules.items()}  # leaves out buffers that are not persistent
+    return {
+        kind: {
+            f"{net}.{name}": tensor.detach().clone()
+            for net, module in modules.items()
+            for name, tensor in (module.named_parameters() if kind == "params" else module.named_buffers())
+            if name in kept[net]
+        }
+        for kind in ("params", "buffers")
+    }
+
+
+def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
+    """Copy `weights` into the modules (for handing a plain module to a user)."""
+    tensors = {**weights["params"], **weights["buffers"]}
+    for net, module in modules.items():
+        start = len(net) + 1
+        module.load_state_dict({k[start:]: v for k, v in tensors.items() if k.startswith(net + ".")})
+
+
+def layer_of(name: str) -> str:
+    """The layer (innermost module) that owns a tensor: `model.body.3.weight` belongs to `model.body.3`."""
+    return name.rpartition(".")[0]
+
+
+def block_of(name: str) -> str:
+    """The block that a tensor belongs to: its layer's path up to the first number, or the layer itself where there is none.
+
+    `model.body.stage1.0.conv.weight` belongs to `model.body.stage1.0`, `model.head.bias` to `model.head`.
+    """
+    path = layer_of(name).split(".")
+    numbers = [i for i, part in enumerate(path) if part.isdigit()]
+    return ".".join(path[: numbers[0] + 1] if numbers else path)
+
+
+def units(weights: Weights, unit: Unit) -> list[list[tuple[str, str]]]:
+    """The tensors, as `(kind, name)` with kind params|buffers, grouped by the unit that they form, in order of first appearance."""
+    owner: Callable[[str], str] = {"layer": layer_of, "block": block_of, "tensor": str}[unit]
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for kind in ("params", "buffers"):
+        for name in weights[kind]:
+            groups.setdefault(owner(name), []).append((kind, name))
+    return list(groups.values())
+
+
+def norm_layers(weights: Weights) -> set[str]:
+    """The normalisation layers: those with running statistics, or whose weight is one-dimensional."""
+    return {
+        layer_of(name)
+        for part in weights.values()
+        for name, value in part.items()
+        if name.endswith(".running_mean") or (name.endswith(".weight") and value.ndim == 1)
+    }
+
+
+def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, rest: bool = False) -> Weights:
+    """The part of `weights` that any of the patterns names; with `rest`, all that none of them names.
+
+    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), or a net without a part (`model:-head`); the part
+    `norm` stands for all normalisation layers (`model:-norm`, FedBN).
+
+    Args:
+        buffers: whether the patterns also take buffers (running statistics).
+
+    Raises:
+        MethodError: a pattern matches nothing.
+    """
+    norms = norm_layers(weights) if any("norm" in pattern for pattern in patterns) else set()
+
+    def matches(pattern: str, name: str) -> bool:
+        net, _, part = pattern.partition(":")
+        if not name.startswith(net + "."):
+            return False
+        negated, part = part.startswith("-"), part.lstrip("-")
+        inside = not part or (layer_of(name) in norms if part == "norm" else name.startswith(f"{net}.{part}."))
+        return inside != negated
+
+    for pattern in patterns:
+        if not any(matches(pattern, name) for part in weights.values() for name in part):
+            raise MethodError(f"the pattern '{pattern}' names nothing; nets: {', '.join(sorted(net_names(weights)))}")
+
+    def taken(kind: str, name: str) -> bool:
+        return (buffers or kind == "params") and any(matches(pattern, name) for pattern in patterns)
+
+    return {kind: {n: t for n, t in part.items() if taken(kind, n) != rest} for kind, part in weights.items()}
+
+
+def net_names(weights: Weights) -> set[str]:
+    """The nets whose tensors `weights` holds."""
+    return {name.partition(".")[0] for part in weights.values() for name in part}

@@ -1,0 +1,10 @@
+"""Tables, plots and one HTML page from run folders; never from live objects.
+
+Tables need nothing more than fedloom itself; `plots` and `page` need `pip install 'fedloom[report]'`.
+"""
+
+from fedloom.report.page import write_page
+from fedloom.report.read import RunRecord, read
+from fedloom.report.tables import paired_table, summary_table
+
+__all__ = ["RunRecord", "paired_table", "read", "summary_table", "write_page"]

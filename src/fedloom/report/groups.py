@@ -1,0 +1,119 @@
+"""Which runs belong together, and the numbers that stand for them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from fedloom.report.read import RunRecord, printable
+
+NOT_A_SETTING = ("out", "command")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in nothing but their seed: one row of a table, one line of a plot."""
+
+    label: str
+    method: str
+    records: tuple[RunRecord, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether any of the runs is finished."""
+        return any(record.finished for record in self.records)
+
+    @property
+    def counted(self) -> tuple[RunRecord, ...]:
+        """The runs that enter means: the finished ones, or all of them while none is."""
+        return tuple(record for record in self.records if record.finished) or self.records
+
+
+def group(records: Sequence[RunRecord]) -> list[Group]:
+    """Gathers `records` by method and settings, in order of first appearance.
+
+    A group is labelled with its method; where one method appears with several settings, those that differ are added.
+    """
+    members: dict[tuple[str, str], list[RunRecord]] = {}
+    for record in records:
+        key = (record.method, json.dumps(settings(record), sort_keys=True, default=str))
+        members.setdefault(key, []).append(record)
+    labels = _labels([(method, settings(runs[0])) for (method, _), runs in members.items()])
+    groups = zip(labels, members.items(), strict=True)
+    return [Group(label, method, tuple(runs)) for label, ((method, _), runs) in groups]
+
+
+def settings(record: RunRecord) -> dict[str, Any]:
+    """The flat settings of a run (`"method.lr": 0.1`) without those that only name or seed it."""
+    flat = flatten(record.config)
+    return {key: value for key, value in flat.items() if key not in NOT_A_SETTING and key.split(".")[-1] != "seed"}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one table with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _labels(members: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    labels = []
+    for method, own in members:
+        others = [other for name, other in members if name == method]
+        keys = sorted(key for key in own if any(other.get(key) != own[key] for other in others))
+        parts = [method, *(f"{key.removeprefix('method.')}={own[key]}" for key in keys)]
+        labels.append(printable(" ".join(parts)))
+    return labels
+
+
+def series(record: RunRecord, key: str) -> pd.Series[float]:
+    """The finite values of a metric, indexed by round; empty where it was never measured."""
+    if key not in record.metrics.columns:
+        return pd.Series(dtype="float64")
+    values = record.metrics.set_index("round")[key]
+    return values[values.map(math.isfinite)]
+
+
+def headline(record: RunRecord, measure: str, statistic: str = "final") -> float | None:
+    """One number that stands for a run, from its summary, or from the rounds so far where that does not tell.
+
+    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std` or `worst10`. None
+    where it was not measured.
+    """
+    known = (record.summary or {}).get(measure)
+    value = known.get(statistic) if isinstance(known, Mapping) else None
+    if isinstance(value, int | float) and math.isfinite(value):
+        return float(value)
+    return _from_rounds(record, measure, statistic)
+
+
+def _from_rounds(record: RunRecord, measure: str, statistic: str) -> float | None:
+    values = series(record, measure)
+    if statistic in ("uniform", "std", "worst10"):
+        values = series(record, f"{measure}_{statistic}")
+    elif statistic == "chosen_on_validation":
+        valid = series(record, "valid_accuracy")
+        values = values[values.index == valid.idxmax()] if len(valid) else valid
+    if not len(values):
+        return None
+    if statistic == "last10":
+        return float(values.iloc[-10:].mean())
+    return float(values.max() if statistic == "best_on_test" else values.iloc[-1])
+
+
+def total(record: RunRecord, key: str) -> float | None:
+    """A total of the run: `uplink_bytes`, `downlink_bytes`, or `seconds`; for an unfinished run, the total so far."""
+    value = (record.summary or {}).get(key)
+    if isinstance(value, int | float):
+        return float(value)
+    parts = [series(record, part) for part in (("train_seconds", "eval_seconds") if key == "seconds" else (key,))]
+    return float(sum(part.iloc[-1] for part in parts if len(part))) if any(map(len, parts)) else None

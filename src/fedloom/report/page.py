@@ -1,0 +1,227 @@
+"""One self-contained HTML page from run folders."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedloom.errors import UsageError
+from fedloom.report import units
+from fedloom.report.groups import flatten, group, headline, total
+from fedloom.report.read import RunRecord, printable
+from fedloom.report.tables import Cell, Grid, paired_grid, summary_grid
+
+if TYPE_CHECKING:
+    from fedloom.report.style import Figure
+
+FACTS = ("data", "model", "models", "clients", "participation", "rounds", "seed", "buffers")
+MEASURES = {
+    "personal_accuracy": "personal",
+    "personal_accuracy_trained": "personal, trained clients only",
+    "personal_accuracy_fitted": "personal, after local training",
+    "general_accuracy": "general",
+    "server_accuracy": "server",
+}
+STATISTICS = {
+    "final": "final",
+    "last10": "mean of last 10",
+    "chosen_on_validation": "chosen on validation",
+    "best_on_test": "best on test",
+    "uniform": "mean over clients",
+    "std": "std over clients",
+    "worst10": "worst 10 %",
+}
+
+
+class Plot(NamedTuple):
+    """A figure in the page: SVG, a note under it, and whether it takes the full width."""
+
+    svg: str
+    note: str
+    wide: bool
+
+
+class Detail(NamedTuple):
+    """What the page tells of one run."""
+
+    title: str
+    finished: bool
+    progress: str
+    command: str
+    accuracies: Grid
+    tables: Mapping[str, Mapping[str, str]]
+
+
+def write_page(records: Sequence[RunRecord], path: str | Path) -> None:
+    """Writes a report of `records` to `path`, one HTML file that needs nothing else, atomically.
+
+    Raises UsageError when there are no records, when matplotlib or Jinja is missing, or when `path` is a folder.
+    """
+    if not records:
+        raise UsageError("a report needs at least one run")
+    target = Path(path)
+    if target.is_dir():
+        raise UsageError(f"cannot write the report to '{target}': it is a folder")
+    page = _render(records)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.write_text(page, encoding="utf-8")
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _render(records: Sequence[RunRecord]) -> str:
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError as missing:
+        raise UsageError("the report page needs Jinja: pip install 'fedloom[report]'") from missing
+    source = resources.files("fedloom.report").joinpath("page.html").read_text(encoding="utf-8")
+    jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    plots = {
+        title: [{"svg": markupsafe.Markup(plot.svg), "note": plot.note, "wide": plot.wide} for plot in section]
+        for title, section in _sections(records).items()
+        if section
+    }
+    return jinja.from_string(source).render(
+        title=_title(records),
+        facts=_facts(records),
+        unfinished=[record for record in records if not record.finished],
+        grids=[summary_grid(records, digits=2), paired_grid(records, digits=2)],
+        sections=plots,
+        details=[_detail(record) for record in records],
+    )
+
+
+def _title(records: Sequence[RunRecord]) -> str:
+    methods = list(dict.fromkeys(record.method for record in records))
+    return " · ".join(methods) if len(methods) <= 6 else f"{len(methods)} methods"
+
+
+def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
+    """What was run: values that all runs share, or all of the values."""
+    facts = {key: _listed(record.fact(key) for record in records) for key in FACTS}
+    facts["partition"] = _listed(_scheme(record) for record in records)
+    facts["runs"] = str(len(records))
+    return {key: value for key, value in facts.items() if value}
+
+
+def _listed(values: Iterator[Any]) -> str:
+    return ", ".join(dict.fromkeys(_shown(value) for value in values if value not in (None, "")))
+
+
+def _shown(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return printable(text)
+
+
+def _scheme(record: RunRecord) -> str:
+    scheme = record.partition.get("scheme")
+    if not isinstance(scheme, Mapping):
+        return ""
+    rest = {key: value for key, value in flatten(scheme).items() if key != "name"}
+    parts = [_shown(scheme.get("name", "")), *(f"{key}={_shown(value)}" for key, value in rest.items())]
+    return " ".join(parts).strip()
+
+
+def _sections(records: Sequence[RunRecord]) -> dict[str, list[Plot]]:
+    from fedloom.report import plots
+
+    band = any(len(g.counted) > 1 for g in group(records))
+    range_note = "Line: mean over seeds; band: from the lowest seed to the highest." if band else ""
+    measures = [measure for measure in plots.MEASURES if plots.measured(records, measure)]
+    accuracy = [(plots.accuracy_over_rounds(records, measure), range_note) for measure in measures]
+    if measures:
+        note = "All clients together, cumulative."
+        accuracy.append((plots.accuracy_over_bytes(records, measures[0]), note))
+    spread = "Bar: the middle half of the clients; stroke: median; diamond: mean of the worst tenth."
+    clients = [(plots.client_spread(records), spread)] if any(r.clients is not None for r in records) else []
+    traffic = [(plots.bytes_by_kind(records), "Whole run, all clients together.")]
+    logs = [(plots.log_over_rounds(records, key), "") for key in plots.log_names(records)]
+    return {
+        "Accuracy": _drawn("accuracy", accuracy),
+        "Clients and traffic": _drawn("clients", clients + (traffic if any(r.summary for r in records) else [])),
+        "Partition": _drawn("partition", _partitions(records)),
+        "Logs": _drawn("log", logs),
+    }
+
+
+def _drawn(name: str, figures: Sequence[tuple[Figure, str]]) -> list[Plot]:
+    from fedloom.report import style
+
+    found = []
+    for place, (figure, note) in enumerate(figures):
+        title = next((axes.get_title(loc="left") for axes in figure.axes), name)
+        drawn = style.svg(figure, f"{name}{place}", f"{title}. {note}")
+        found.append(Plot(drawn, note, figure.get_size_inches()[0] > 7))
+    return found
+
+
+def _partitions(records: Sequence[RunRecord]) -> list[tuple[Figure, str]]:
+    """One figure for each different partition."""
+    from fedloom.report import plots
+
+    runs: dict[str, list[RunRecord]] = {}
+    for record in records:
+        if (record.partition.get("class_counts") or {}).get("train"):
+            runs.setdefault(str(record.partition.get("hash", record.name)), []).append(record)
+    found = []
+    for digest, sharing in runs.items():
+        partition = sharing[0].partition
+        figure = plots.partition_figure(partition["class_counts"]["train"], partition.get("classes"))
+        users = ", ".join(record.name for record in sharing) if len(sharing) <= 6 else f"{len(sharing)} runs"
+        users = "all runs" if len(sharing) == len(records) else users
+        found.append((figure, f"{_scheme(sharing[0])} (hash {_shown(digest)[:16]}): {users}."))
+    return found
+
+
+def _detail(record: RunRecord) -> Detail:
+    rows = [
+        (Cell(label), *(_accuracy_cell(record, measure, statistic) for statistic in STATISTICS))
+        for measure, label in MEASURES.items()
+        if headline(record, measure) is not None
+    ]
+    filled = [0, *(place for place in range(1, len(STATISTICS) + 1) if any(row[place].text for row in rows))]
+    headers = ("accuracy (%)", *STATISTICS.values())
+    accuracies = Grid(
+        "",
+        tuple(headers[place] for place in filled),
+        tuple(tuple(row[place] for place in filled) for row in rows),
+        "",
+    )
+    command = record.config.get("command") or record.environment.get("command") or ""
+    tables = {
+        "Result": _result(record),
+        "Settings": _pairs(record.config),
+        "Environment": _pairs(record.environment),
+    }
+    words = command if isinstance(command, str) else " ".join(map(str, command))
+    return Detail(record.name, record.finished, record.progress, printable(words), accuracies, tables)
+
+
+def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
+    return {printable(key): _shown(value) for key, value in flatten(tree).items() if key != "command"}
+
+
+def _accuracy_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
+    value = headline(record, measure, statistic)
+    return Cell("") if value is None else Cell(units.points(value, 2), value)
+
+
+def _result(record: RunRecord) -> dict[str, str]:
+    up, down, seconds = (total(record, key) for key in ("uplink_bytes", "downlink_bytes", "seconds"))
+    found = {
+        "state": "finished" if record.finished else f"unfinished, {record.progress}",
+        "uplink": f"{units.size(up)} ({up:,.0f} bytes)" if up is not None else "",
+        "downlink": f"{units.size(down)} ({down:,.0f} bytes)" if down is not None else "",
+        "time": units.duration(seconds) if seconds is not None else "",
+        "partition": _scheme(record),
+        "partition hash": _shown(record.partition.get("hash", "")),
+    }
+    return {key: value for key, value in found.items() if value}

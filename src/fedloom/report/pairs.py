@@ -1,0 +1,76 @@
+"""Paired differences: two methods on the same partition with the same seed, so that what they share cancels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats  # type: ignore[import-untyped]
+
+from fedloom.errors import UsageError, suggest
+from fedloom.report.groups import Group, headline
+from fedloom.report.read import RunRecord
+
+MIN_SEEDS_FOR_INTERVAL = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`label` minus the baseline, in percentage points (positive: better), over `n_seeds` pairs.
+
+    `interval` is the 95 % t-interval of the mean, None below three seeds.
+    """
+
+    label: str
+    n_seeds: int
+    mean: float
+    interval: tuple[float, float] | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
+
+
+def choose_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
+    """The group labelled (or of the method) `name`; by default FedAvg, else the first one."""
+    wanted = name or "fedavg"
+    for candidate in groups:
+        if wanted in (candidate.label, candidate.method):
+            return candidate
+    if name is None:
+        return groups[0]
+    raise UsageError(f"baseline '{name}' is not among the runs{suggest(name, {g.label for g in groups})}")
+
+
+def difference(group: Group, baseline: Group, measure: str, statistic: str = "final") -> Difference | None:
+    """The paired difference in one measure, over finished runs of equal seed and partition; None without a pair."""
+    ours, theirs = (_by_seed(g, measure, statistic) for g in (group, baseline))
+    points = 100 * np.array([np.mean(ours[key]) - np.mean(theirs[key]) for key in ours if key in theirs])
+    if not len(points):
+        return None
+    mean = float(points.mean())
+    return Difference(group.label, len(points), mean, _interval(mean, points))
+
+
+def _interval(mean: float, points: np.ndarray) -> tuple[float, float] | None:
+    n = len(points)
+    if n < MIN_SEEDS_FOR_INTERVAL:
+        return None
+    half = float(stats.t.ppf(0.975, n - 1) * points.std(ddof=1) / math.sqrt(n))
+    return mean - half, mean + half
+
+
+def _by_seed(group: Group, measure: str, statistic: str) -> dict[tuple[int | None, str | None], list[float]]:
+    values: dict[tuple[int | None, str | None], list[float]] = {}
+    for record in group.records:
+        value = headline(record, measure, statistic) if record.finished else None
+        if value is not None:
+            values.setdefault(_pair_key(record), []).append(value)
+    return values
+
+
+def _pair_key(record: RunRecord) -> tuple[int | None, str | None]:
+    return record.seed, record.partition.get("hash")

@@ -1,0 +1,327 @@
+"""Figures of runs. Each is a `matplotlib.figure.Figure` of its own: nothing here touches pyplot or any global state.
+
+Every function that takes `records` groups them by method and settings; a method keeps its colour and dash in all
+figures of the same records. A figure of something that nobody measured says so instead of failing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+
+from fedloom.errors import DataError
+from fedloom.report.groups import Group, group, headline, series
+from fedloom.report.read import RunRecord, printable
+from fedloom.report.style import (
+    ACCENT,
+    INK,
+    MUTED,
+    Axes,
+    Figure,
+    Stroke,
+    colors,
+    drawing,
+    label_ends,
+    shorten,
+    strokes,
+    ticker,
+)
+from fedloom.report.units import size
+
+Floats = NDArray[np.float64]
+
+WIDTH, HEIGHT = 4.9, 3.3
+MAX_DOTS = 200
+MAX_BUBBLES = (120, 30)
+MEASURES = ("personal_accuracy", "general_accuracy", "server_accuracy")
+NOT_A_LOG = (*MEASURES, "round", "valid_accuracy", "uplink_bytes", "downlink_bytes", "cohort")
+
+
+class Curve(NamedTuple):
+    """A mean over seeds with its range; all four of shape (points,)."""
+
+    x: Floats
+    mean: Floats
+    low: Floats
+    high: Floats
+
+
+def accuracy_over_rounds(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
+    """An accuracy in percent over completed rounds: mean over seeds, with a band from the worst seed to the best."""
+    curves = _curves(group(records), lambda record: 100 * series(record, measure))
+    return _curves_figure(records, curves, f"{measure_name(measure)} over rounds", ("round", "accuracy (%)"))
+
+
+def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
+    """An accuracy in percent over all bytes sent so far, up and down, by all clients together."""
+    groups = group(records)
+    curves = _curves(groups, lambda record: 100 * series(record, measure))
+    traffic = _curves(groups, lambda record: series(record, "uplink_bytes") + series(record, "downlink_bytes"))
+    curves = {label: _over(curve, traffic[label]) for label, curve in curves.items() if label in traffic}
+    curves = {label: curve for label, curve in curves.items() if len(curve.x)}
+    axis_names = ("bytes sent, up and down", "accuracy (%)")
+    figure = _curves_figure(records, curves, f"{measure_name(measure)} over traffic", axis_names)
+    for axes in figure.axes if curves else ():
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+        if _spans([curve.x[-1] for curve in curves.values()], 20):
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: size(x) if x >= 0 else ""))
+    return figure
+
+
+def log_over_rounds(records: Sequence[RunRecord], key: str) -> Figure:
+    """One logged quantity over rounds, averaged over each round's cohort; only the methods that log it are drawn."""
+    curves = _curves(group(records), lambda record: series(record, key))
+    figure = _curves_figure(records, curves, shorten(printable(key), 40), ("round", ""), (4.0, 2.7))
+    if _spans([value for curve in curves.values() for value in curve.low], 200):
+        figure.axes[0].set_yscale("log")
+    return figure
+
+
+def log_names(records: Sequence[RunRecord]) -> list[str]:
+    """What the methods logged of their own (`train.loss`, `mcsl.kl`), in order of first appearance."""
+    columns = dict.fromkeys(key for record in records for key in record.metrics.columns)
+    measures = tuple(f"{measure}_" for measure in MEASURES)
+    own = [key for key in columns if key not in NOT_A_LOG and not key.startswith(measures)]
+    return [key for key in own if not key.endswith("_seconds") and measured(records, key)]
+
+
+def measured(records: Iterable[RunRecord], key: str) -> bool:
+    """Whether any run has a finite value of this metric."""
+    return any(len(series(record, key)) for record in records)
+
+
+def measure_name(measure: str) -> str:
+    """`"personal_accuracy"` as `"Personal accuracy"`."""
+    return measure.replace("_", " ").capitalize()
+
+
+def client_spread(records: Sequence[RunRecord]) -> Figure:
+    """Every client's personal accuracy at the last evaluation, seeds pooled.
+
+    Bar: the middle half; stroke: the median; diamond: the mean of the worst tenth. At most 200 dots per method, evenly
+    spaced in rank.
+    """
+    groups = group(records)
+    marks = strokes(groups)
+    with drawing():
+        figure = Figure(figsize=(WIDTH, 1.2 + 0.38 * len(groups)))
+        axes = figure.add_subplot(title="Spread over clients", xlabel="personal accuracy of a client (%)")
+        found = [_draw_spread(axes, place, g, marks[g.label].colour) for place, g in enumerate(groups)]
+        if not any(found):
+            return _nothing(axes)
+        _name_rows(axes, [g.label for g in groups])
+    return figure
+
+
+def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
+    """What the bytes of a whole run were, up and down: one bar per method and kind of content, mean over seeds."""
+    groups = group(records)
+    marks = strokes(groups)
+    traffic = {g.label: _kinds(g) for g in groups}
+    rows = [(label, kind) for label, kinds in traffic.items() for kind in kinds]
+    with drawing():
+        figure = Figure(figsize=(WIDTH, 1.0 + 0.25 * len(rows)))
+        if not rows:
+            return _nothing(figure.add_subplot(title="Bytes by kind"))
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        largest = max(max(traffic[label][kind]) for label, kind in rows)
+        for side, (axes, title) in enumerate(zip(panels, ("Uplink by kind", "Downlink"), strict=True)):
+            widths = [traffic[label][kind][side] for label, kind in rows]
+            bars = axes.barh(range(len(rows)), widths, 0.62, color=[marks[label].colour for label, _ in rows])
+            axes.bar_label(bars, [size(width) if width else "" for width in widths], padding=3, fontsize=8)
+            axes.set(title=title, xlim=(0, 1.5 * largest or 1), xticks=[])
+            _name_rows(axes, [f"{shorten(label, 18)} · {printable(kind)}" for label, kind in rows])
+            axes.tick_params(left=False, labelleft=not side)
+            axes.spines["bottom"].set_visible(False)
+    return figure
+
+
+def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None = None) -> Figure:
+    """Who holds what: examples of each class (rows) at each client (columns), and examples per client above.
+
+    `class_counts` has shape (K, Y), `classes` the Y names. Bubbles (area = examples) for up to 120 clients and 30
+    classes, shades beyond. Raises DataError for counts or names that do not fit.
+    """
+    counts = _checked_counts(class_counts)
+    n_clients, n_classes = counts.shape
+    names = [str(name) for name in (range(n_classes) if classes is None else classes)]
+    if len(names) != n_classes:
+        raise DataError(f"classes has {len(names)} names, but class_counts has {n_classes} classes")
+    few = n_clients <= MAX_BUBBLES[0] and n_classes <= MAX_BUBBLES[1]
+    width = min(max(1.6 + 0.19 * n_clients, WIDTH), 10.8) if few else 10.8
+    with drawing():
+        figure = Figure(figsize=(width, min(2.0 + 0.21 * n_classes, 6.5)))
+        top, main = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(2.5, 0.3 * min(n_classes, 20))])
+        top.stairs(counts.sum(axis=1), np.arange(n_clients + 1) - 0.5, fill=True, color=ACCENT, alpha=0.55)
+        top.set(title="Partition of the training examples", ylabel="examples", ylim=(0, None))
+        top.yaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
+        top.tick_params(bottom=False)
+        if few:
+            note = f"largest bubble: {counts.max():.0f} examples"
+            top.set_title(note, loc="right", color=MUTED, fontsize=8, fontweight="normal")
+            _draw_bubbles(main, counts, cell_points=72 * min((width - 1.4) / n_clients, 0.21))
+        else:
+            _draw_shades(main, counts)
+        _name_classes(main, names)
+        main.set(xlabel="client", ylabel="class", xlim=(-0.6, n_clients - 0.4), ylim=(n_classes - 0.4, -0.6))
+        main.xaxis.set_major_locator(ticker.MaxNLocator(20, integer=True, min_n_ticks=1))
+    return figure
+
+
+def _curves(groups: Sequence[Group], values: Callable[[RunRecord], pd.Series[float]]) -> dict[str, Curve]:
+    """Curves over rounds by label, without those that have no point."""
+    curves = {}
+    for g in groups:
+        table = pd.concat([values(record) for record in g.counted], axis=1).dropna(how="all").sort_index()
+        if len(table):
+            parts = (table.index, table.mean(axis=1), table.min(axis=1), table.max(axis=1))
+            curves[g.label] = Curve(*(np.asarray(part, dtype=np.float64) for part in parts))
+    return curves
+
+
+def _over(curve: Curve, other: Curve) -> Curve:
+    """`curve` over the mean of `other` instead of over rounds, where both are known."""
+    _, ours, theirs = np.intersect1d(curve.x, other.x, return_indices=True)
+    return Curve(other.mean[theirs], curve.mean[ours], curve.low[ours], curve.high[ours])
+
+
+def _curves_figure(
+    records: Sequence[RunRecord],
+    curves: Mapping[str, Curve],
+    title: str,
+    axis_names: tuple[str, str],
+    shape: tuple[float, float] = (WIDTH, HEIGHT),
+) -> Figure:
+    marks = strokes(group(records))
+    with drawing():
+        figure = Figure(figsize=(shape[0], max(shape[1], 0.9 + 0.2 * len(curves))))
+        axes = figure.add_subplot(title=title, xlabel=axis_names[0], ylabel=axis_names[1])
+        if not curves:
+            return _nothing(axes)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
+        for label, curve in curves.items():
+            _draw_curve(axes, curve, marks[label])
+        axes.autoscale_view()
+        label_ends(axes, {label: (curve.x[-1], curve.mean[-1]) for label, curve in curves.items()}, marks)
+    return figure
+
+
+def _draw_curve(axes: Axes, curve: Curve, mark: Stroke) -> None:
+    if len(curve.x) == 1:  # a line needs two points
+        axes.plot(curve.x, curve.mean, "o", color=mark.colour)
+        axes.vlines(curve.x, curve.low, curve.high, color=mark.colour)
+    else:
+        axes.plot(curve.x, curve.mean, mark.dash, color=mark.colour)
+        axes.fill_between(curve.x, curve.low, curve.high, color=mark.colour, alpha=0.16, linewidth=0)
+
+
+def _spans(values: Iterable[float], ratio: float) -> bool:
+    """Whether all values are positive and the largest is more than `ratio` times the smallest."""
+    known = list(values)
+    return bool(known) and min(known) > 0 and max(known) > ratio * min(known)
+
+
+def _nothing(axes: Axes) -> Figure:
+    axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=MUTED)
+    axes.set(xticks=[], yticks=[])
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
+    """Rows from the top, named at the left, without lines across."""
+    axes.set_yticks(range(len(labels)), [shorten(label, 30) for label in labels], color=INK)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+
+
+def _draw_spread(axes: Axes, row: int, members: Group, colour: str) -> bool:
+    """Draws one method; whether there was anything to draw."""
+    values = _client_accuracies(members)
+    if not len(values):
+        return False
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    axes.barh(row, high - low, 0.56, left=low, color=colour, alpha=0.22)
+    axes.vlines(median, row - 0.28, row + 0.28, color=colour, linewidth=2)
+    dots = values if len(values) <= MAX_DOTS else np.quantile(values, np.linspace(0, 1, MAX_DOTS))
+    # Multiples of the golden ratio scatter the dots evenly, the same way each time.
+    heights = row + 0.44 * ((np.arange(len(dots)) * 0.618034) % 1 - 0.5)
+    axes.plot(dots, heights, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.6)
+    worst = [headline(record, "personal_accuracy", "worst10") for record in members.counted]
+    known = [value for value in worst if value is not None]
+    if known:
+        axes.plot([100 * float(np.mean(known))], [row], "D", color=INK, markersize=4.5, markerfacecolor="none")
+    return True
+
+
+def _client_accuracies(members: Group) -> Floats:
+    """Accuracies in percent at each run's last evaluation, ascending, shape (clients of all seeds,)."""
+    found: list[Floats] = [np.empty(0)]
+    for record in members.counted:
+        if record.clients is not None and "personal_accuracy" in record.clients.columns:
+            values = pd.to_numeric(record.clients["personal_accuracy"], errors="coerce")
+            known = record.clients.assign(value=values)[values.notna()]
+            last = known[known["round"] == known["round"].max()]
+            found.append(100 * last["value"].to_numpy(dtype=np.float64))
+    return np.sort(np.concatenate(found))
+
+
+def _kinds(members: Group) -> dict[str, tuple[float, float]]:
+    """Mean bytes (up, down) by kind, the largest kind first."""
+    tables = [table for record in members.counted if (table := (record.summary or {}).get("bytes_by_kind"))]
+    kinds = dict.fromkeys(kind for table in tables for way in ("uplink", "downlink") for kind in table.get(way, {}))
+
+    def mean(way: str, kind: str) -> float:
+        return float(np.mean([table.get(way, {}).get(kind, 0) for table in tables]))
+
+    return dict(
+        sorted(((kind, (mean("uplink", kind), mean("downlink", kind))) for kind in kinds), key=lambda row: -sum(row[1]))
+    )
+
+
+def _checked_counts(class_counts: ArrayLike) -> Floats:
+    try:
+        counts = np.asarray(class_counts, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"class_counts must be numbers of shape (clients, classes): {error}") from error
+    if counts.ndim != 2 or not counts.size:
+        raise DataError(f"class_counts must have shape (clients, classes), not {counts.shape}")
+    if not np.isfinite(counts).all() or counts.min() < 0:
+        raise DataError("class_counts must be counts: finite and not negative")
+    return counts
+
+
+def _draw_bubbles(axes: Axes, counts: Floats, cell_points: float) -> None:
+    n_levels = 24  # equal sizes share one marker, which keeps the SVG small
+    largest = counts.max() or 1.0
+    levels = np.ceil(n_levels * np.sqrt(counts / largest)).astype(int)
+    for level in range(1, n_levels + 1):
+        clients, classes = np.nonzero(levels == level)
+        if len(clients):
+            diameter = max(0.98 * cell_points * level / n_levels, 1.2)
+            axes.plot(clients, classes, "o", color=ACCENT, markersize=diameter, markeredgewidth=0)
+
+
+def _draw_shades(axes: Axes, counts: Floats) -> None:
+    clear, full = (colors.to_rgba(ACCENT, alpha) for alpha in (0, 1))
+    shades = colors.LinearSegmentedColormap.from_list("shades", [clear, full])
+    norm = colors.PowerNorm(0.5, 0, counts.max() or 1.0)  # by the root, so that a few examples still show
+    image = axes.imshow(counts.T, aspect="auto", interpolation="none", cmap=shades, norm=norm)
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(image, ax=axes, label="examples", pad=0.01, fraction=0.04)
+    bar.solids.set_rasterized(True)  # type: ignore[union-attr]
+    axes.grid(visible=False)
+
+
+def _name_classes(axes: Axes, names: Sequence[str]) -> None:
+    step = math.ceil(len(names) / 30)
+    axes.set_yticks(range(0, len(names), step), [shorten(printable(name), 16) for name in names[::step]])

@@ -1,0 +1,195 @@
+"""Run folders in, records out: everything that a report knows comes through here."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedloom.errors import RunFolderError
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """What one run folder holds.
+
+    `metrics` has one row per evaluated round, in order of `round`, floats with NaN for null; `clients` one row per
+    (round, client), or None when the folder has no `clients.parquet`; `summary` is None while the run is unfinished;
+    `environment` and `partition` are empty when their files are missing.
+    """
+
+    path: Path
+    name: str
+    config: Mapping[str, Any]
+    metrics: pd.DataFrame
+    clients: pd.DataFrame | None
+    summary: Mapping[str, Any] | None
+    environment: Mapping[str, Any]
+    partition: Mapping[str, Any]
+
+    @property
+    def method(self) -> str:
+        """The method's name: from the configuration, else the summary, else the folder."""
+        return printable(str(self.fact("method") or self.name))
+
+    @property
+    def seed(self) -> int | None:
+        """The seed, or None when nothing in the folder tells it."""
+        seed = self.fact("seed")
+        return seed if isinstance(seed, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.summary is not None and bool(self.summary.get("finished", True))
+
+    @property
+    def rounds_done(self) -> int:
+        """Rounds completed at the last evaluation, 0 before the first."""
+        return int(self.metrics["round"].iloc[-1]) if len(self.metrics) else 0
+
+    @property
+    def progress(self) -> str:
+        """Such as `"round 12 of 30"`."""
+        planned = self.fact("rounds")
+        return f"round {self.rounds_done} of {planned}" if planned else f"round {self.rounds_done}"
+
+    def fact(self, key: str) -> Any:
+        """`key` from the configuration (the name, where it is a table), else from the summary, else None."""
+        value = self.config.get(key)
+        if isinstance(value, Mapping):
+            value = value.get("name")
+        return value if value not in (None, "") else (self.summary or {}).get(key)
+
+
+def printable(text: str) -> str:
+    """`text` with every control character replaced, so that a name cannot steer a terminal or break a page."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def read(paths: Iterable[str | Path]) -> list[RunRecord]:
+    """Records of all runs in `paths`, each a run folder or a folder of run folders; a run named twice is read once.
+
+    Raises RunFolderError for a path that is neither, and for a file that cannot be read; a last line of
+    `metrics.jsonl` that was cut short by an interruption is left out.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        for folder in _run_folders(Path(path)):
+            folders.setdefault(folder.resolve(), folder)
+    if not folders:
+        raise RunFolderError("no run folder was named")
+    return [_read_run(folder) for folder in folders.values()]
+
+
+def _run_folders(path: Path) -> list[Path]:
+    if not path.is_dir():
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise RunFolderError(f"run folder '{path}' {state}")
+    inner = [child for child in path.iterdir() if (child / "config.toml").is_file()]
+    if inner:
+        return sorted(inner, key=_natural_order)
+    if (path / "config.toml").is_file():
+        return [path]
+    raise RunFolderError(f"'{path}' is neither a run folder (it has no config.toml) nor a folder of run folders")
+
+
+def _natural_order(path: Path) -> list[tuple[int, str]]:
+    """Sorts seed2 before seed10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+
+def _read_run(folder: Path) -> RunRecord:
+    summary = folder / "summary.json"
+    return RunRecord(
+        path=folder,
+        name=printable(folder.resolve().name),
+        config=_read_toml(folder / "config.toml"),
+        metrics=_read_metrics(folder / "metrics.jsonl"),
+        clients=_read_clients(folder / "clients.parquet"),
+        summary=_read_json(summary) if summary.exists() else None,
+        environment=_read_json(folder / "environment.json"),
+        partition=_read_json(folder / "partition.json"),
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"cannot read '{path}': {error}") from error
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(_read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise RunFolderError(f"'{path}' is not valid TOML: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    return _object(_read_text(path), f"'{path}'")
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{where} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{where} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _read_metrics(path: Path) -> pd.DataFrame:
+    rows = list(_metric_rows(path)) if path.exists() else []
+    table = pd.DataFrame(rows, columns=list(dict.fromkeys(["round", *(key for row in rows for key in row)])))
+    table = table.astype({key: "int64" if key == "round" else "float64" for key in table.columns})
+    # A run that was killed between this file and its checkpoint evaluates some rounds again: the later line counts.
+    return table.drop_duplicates("round", keep="last").sort_values("round", ignore_index=True)
+
+
+def _metric_rows(path: Path) -> Iterator[dict[str, float | None]]:
+    lines = _read_text(path).split("\n")
+    for number, line in enumerate(lines, start=1):
+        where = f"line {number} of '{path}'"
+        try:
+            row = _object(line, where) if line.strip() else None
+        except RunFolderError:
+            if number == len(lines):  # no newline at its end: the run was interrupted while writing it
+                return
+            raise
+        if row is not None:
+            yield _checked(row, where)
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, float | None]:
+    if type(row.get("round")) is not int:
+        raise RunFolderError(f"{where} has no whole number 'round'")
+    for key, value in row.items():
+        if value is not None and not isinstance(value, int | float):
+            raise RunFolderError(f"{where}: '{key}' must be a number or null, not {value!r}")
+    return row
+
+
+def _read_clients(path: Path) -> pd.DataFrame | None:
+    if not path.exists():
+        return None
+    try:
+        table: pd.DataFrame = pq.ParquetFile(path).read().to_pandas()
+    except (OSError, pa.ArrowException) as error:
+        raise RunFolderError(f"'{path}' is not a readable Parquet file: {error}") from error
+    missing = [key for key in ("round", "client") if key not in table.columns]
+    if missing:
+        raise RunFolderError(f"'{path}' has no column '{missing[0]}'")
+    return table

@@ -1,0 +1,196 @@
+"""The summary and the paired differences, as grids of cells and as tables for the terminal."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from fedloom.report import units
+from fedloom.report.groups import Group, group, headline, total
+from fedloom.report.pairs import MIN_SEEDS_FOR_INTERVAL, Difference, choose_baseline, difference
+from fedloom.report.read import RunRecord
+
+
+class Cell(NamedTuple):
+    """Text to show, the number behind it (for sorting; None where there is none), and whether to set it bold."""
+
+    text: str
+    value: float | None = None
+    bold: bool = False
+
+
+EMPTY = Cell("–")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table before it is drawn; the first column names the rows, "\\n" in a header is a place to break it."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+    caption: str
+
+
+class Column(NamedTuple):
+    """One number per run: how to find it, how to write it, and which end of it is good."""
+
+    header: str
+    value: Callable[[RunRecord], float | None]
+    text: Callable[[float], str]
+    larger_is_better: bool
+    with_spread: bool
+
+
+def summary_table(records: Sequence[RunRecord]) -> Table:
+    """One row per method (mean ± std over its seeds): accuracies in percent, traffic and time in total per run."""
+    return _draw(summary_grid(records))
+
+
+def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> Table | None:
+    """Differences to a baseline (by default FedAvg, else the first method), seed by seed; None where nothing pairs.
+
+    Raises UsageError for a `baseline` that is not among the runs.
+    """
+    grid = paired_grid(records, baseline)
+    return _draw(grid) if grid else None
+
+
+def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
+    """See `summary_table`; `digits` after the point for accuracies. Columns that nothing fills are left out."""
+    groups = group(records)
+    columns = [column for column in _columns(digits) if _fills(column, groups)]
+    body = [_column_cells(column, groups, digits) for column in columns]
+    names = [Cell(g.label if g.finished else f"{g.label} (unfinished)") for g in groups]
+    rows = tuple(zip(names, *body, strict=True))
+    headers = ("Method", *(column.header for column in columns))
+    return Grid("Results, accuracy in percent", headers, rows, _summary_caption(groups))
+
+
+def _columns(digits: int) -> list[Column]:
+    def accuracy(header: str, measure: str, statistic: str = "final") -> Column:
+        return Column(
+            header, lambda record: headline(record, measure, statistic), lambda x: units.points(x, digits), True, True
+        )
+
+    def cost(header: str, key: str, text: Callable[[float], str]) -> Column:
+        return Column(header, lambda record: total(record, key), text, False, False)
+
+    return [
+        accuracy("personal\nfinal", "personal_accuracy"),
+        accuracy("personal\nlast 10", "personal_accuracy", "last10"),
+        accuracy("personal\nchosen", "personal_accuracy", "chosen_on_validation"),
+        accuracy("personal\nworst 10%", "personal_accuracy", "worst10"),
+        Column("personal\ntrained", _trained, lambda x: units.points(x, digits), True, True),
+        accuracy("personal\nfitted", "personal_accuracy_fitted"),
+        accuracy("general\nfinal", "general_accuracy"),
+        accuracy("server\nfinal", "server_accuracy"),
+        cost("\nuplink", "uplink_bytes", units.size),
+        cost("\ndownlink", "downlink_bytes", units.size),
+        cost("\ntime", "seconds", units.duration),
+    ]
+
+
+def _trained(record: RunRecord) -> float | None:
+    """Without the clients that never trained; None where that changes nothing."""
+    value = headline(record, "personal_accuracy_trained")
+    return None if value == headline(record, "personal_accuracy") else value
+
+
+def _fills(column: Column, groups: Sequence[Group]) -> bool:
+    return any(column.value(record) is not None for g in groups for record in g.counted)
+
+
+def _column_cells(column: Column, groups: Sequence[Group], digits: int) -> list[Cell]:
+    cells = [_mean_cell(column, g, digits) for g in groups]
+    means = [cell.value for cell, g in zip(cells, groups, strict=True) if cell.value is not None and g.finished]
+    printed = [column.text(mean) for mean in means]  # equal as printed is equally good
+    if len(set(printed)) < 2:
+        return cells
+    best = column.text(max(means) if column.larger_is_better else min(means))
+    return [
+        cell._replace(bold=g.finished and cell.value is not None and column.text(cell.value) == best)
+        for cell, g in zip(cells, groups, strict=True)
+    ]
+
+
+def _mean_cell(column: Column, members: Group, digits: int) -> Cell:
+    values = [value for record in members.counted if (value := column.value(record)) is not None]
+    if not values:
+        return EMPTY
+    mean = statistics.fmean(values)
+    text = column.text(mean)
+    if column.with_spread and len(values) > 1:
+        text += f" ±{units.points(statistics.stdev(values), digits)}"
+    return Cell(text, mean)
+
+
+def _summary_caption(groups: Sequence[Group]) -> str:
+    counts = {g.label: len(g.counted) for g in groups}
+    notes = []
+    if max(counts.values()) > 1:
+        distinct = set(counts.values())
+        listed = str(*distinct) if len(distinct) == 1 else ", ".join(f"{label} {n}" for label, n in counts.items())
+        notes.append(f"Mean ± standard deviation over seeds ({listed}).")
+    unfinished = [record for g in groups for record in g.records if not record.finished]
+    if unfinished:
+        listed = ", ".join(f"{record.name} ({record.progress})" for record in unfinished)
+        notes.append(f"Unfinished: {listed}; counted only where a method has no finished run.")
+    return " ".join(notes)
+
+
+def paired_grid(records: Sequence[RunRecord], baseline: str | None = None, digits: int = 1) -> Grid | None:
+    """See `paired_table`; `digits` after the point."""
+    groups = group(records)
+    base = choose_baseline(groups, baseline)
+    others = [g for g in groups if g is not base]
+    measures = ("personal_accuracy", "general_accuracy", "server_accuracy")
+    found = {measure: [difference(g, base, measure) for g in others] for measure in measures}
+    found = {measure: column for measure, column in found.items() if any(column)}
+    rows = [_paired_row(g.label, column, digits) for g, *column in zip(others, *found.values(), strict=True)]
+    if not found:
+        return None
+    headers = ("Method", "\nseeds", *(f"{measure.split('_')[0]}\nfinal" for measure in found))
+    title = f"Difference to {base.label} in percentage points"
+    return Grid(title, headers, tuple(row for row in rows if row), _paired_caption(list(found.values())))
+
+
+def _paired_row(label: str, differences: Sequence[Difference | None], digits: int) -> tuple[Cell, ...]:
+    n_seeds = max((found.n_seeds for found in differences if found), default=0)
+    if not n_seeds:
+        return ()
+    return (Cell(label), Cell(str(n_seeds), n_seeds), *(_difference_cell(found, digits) for found in differences))
+
+
+def _difference_cell(found: Difference | None, digits: int) -> Cell:
+    if found is None:
+        return EMPTY
+    text = f"{found.mean:+.{digits}f}"
+    if found.interval:
+        low, high = found.interval
+        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return Cell(text, found.mean, found.clear)
+
+
+def _paired_caption(columns: Sequence[Sequence[Difference | None]]) -> str:
+    caption = "Pairs share seed and partition; finished runs only."
+    if any(found and found.interval for column in columns for found in column):
+        return f"{caption} In brackets the 95 % t-interval of the mean; bold where it leaves out zero."
+    return f"{caption} An interval needs {MIN_SEEDS_FOR_INTERVAL} seeds."
+
+
+def _draw(grid: Grid) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
+    table.title, table.title_justify = Text(grid.title, style="bold"), "left"
+    table.caption, table.caption_justify = Text(grid.caption, style="dim"), "left"
+    for place, header in enumerate(grid.headers):
+        table.add_column(Text(header), justify="right" if place else "left", vertical="bottom", overflow="fold")
+    for row in grid.rows:
+        table.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in row))
+    return table

@@ -1,0 +1,30 @@
+"""Numbers as people read them: points, bytes, durations."""
+
+from __future__ import annotations
+
+
+def points(value: float, digits: int = 1) -> str:
+    """An accuracy in [0, 1] in percent, without the sign: `"83.1"`."""
+    return f"{100 * value:.{digits}f}"
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in decimal units: `"950 B"`, `"12.3 MB"`."""
+    names = ("B", "kB", "MB", "GB", "TB")
+    value, place = float(n_bytes), 0
+    while value >= 999.5 and place < len(names) - 1:
+        value, place = value / 1000, place + 1
+    return f"{value:.3g} {names[place]}" if value < 1000 else f"{value:.0f} {names[place]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as `"4.2s"`, `"42s"`, `"3m10s"` or `"2h05m"`."""
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,178 @@
+"""A run as a folder of files, written as the run goes, so that nothing is lost when it stops.
+
+`config.toml`, `environment.json`, `partition.json` at the start; a line of `metrics.jsonl` per evaluated round; `checkpoint/` and
+`clients.parquet` every few rounds; `summary.json` at the end. Every file but metrics.jsonl is replaced whole (written beside, then
+renamed), and a checkpoint is a folder that is renamed whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy
+import pandas as pd
+import torch
+
+from fedloom._version import __version__
+from fedloom.engines.wire import decode, encode
+from fedloom.errors import RunFolderError, WireError
+from fedloom.tree import Tree
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path | None, name: str) -> RunFolder:
+        """A new folder: `path`, or one under `runs/` named for the time and `name`.
+
+        Raises:
+            RunFolderError: something is there already; nothing is ever overwritten.
+        """
+        if path is None:
+            stem = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
+            tries = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 1000))
+            path = next(candidate for candidate in tries if not candidate.exists())
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise RunFolderError(
+                f"out={path}: there is something already; choose another folder, or continue it with --resume {path}"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFolderError(f"out={path}: {error.strerror}") from None
+        return cls(path)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """An existing run's folder."""
+        if not (path / "config.toml").is_file():
+            raise RunFolderError(f"{path} is not a run's folder: it holds no config.toml")
+        return cls(path)
+
+    # whole files
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a text file in one step."""
+        beside = self.path / f".{name}.tmp"
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, self.path / name)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file in one step."""
+        self.write(name, json.dumps(value, indent=2) + "\n")
+
+    def write_clients(self, table: pd.DataFrame) -> None:
+        """Replace `clients.parquet`."""
+        beside = self.path / ".clients.parquet.tmp"
+        table.to_parquet(beside, index=False)
+        os.replace(beside, self.path / "clients.parquet")
+
+    def read_clients(self, upto: int) -> pd.DataFrame:
+        """The rows of `clients.parquet` up to a round."""
+        file = self.path / "clients.parquet"
+        table = pd.read_parquet(file) if file.is_file() else pd.DataFrame({"round": []})
+        return table[table["round"] <= upto]
+
+    # metrics, line by line
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`; what is not finite becomes null."""
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a last line that was cut off is left out."""
+        file = self.path / "metrics.jsonl"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+    def keep_rows(self, upto: int) -> list[dict[str, Any]]:
+        """Drop the lines after a round (they will be written again), and return the others."""
+        rows = [row for row in self.rows() if row["round"] <= upto]
+        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        return rows
+
+    # checkpoint
+
+    def save_checkpoint(self, state: Mapping[str, Any], server: Tree, clients: Mapping[int, Tree]) -> None:
+        """Replace the checkpoint in one step; the one before stays until the new one is whole."""
+        new, now, old = (self.path / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
+        shutil.rmtree(new, ignore_errors=True)
+        (new / "clients").mkdir(parents=True)
+        (new / "server.safetensors").write_bytes(encode(server))
+        for i, client in clients.items():
+            (new / "clients" / f"{i}.safetensors").write_bytes(encode(client))
+        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        shutil.rmtree(old, ignore_errors=True)
+        if now.exists():
+            now.rename(old)
+        new.rename(now)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self) -> tuple[dict[str, Any], Tree, dict[int, Tree]] | None:
+        """The newest whole checkpoint: its state, the server's tree, and the changed clients' trees; None where there is none."""
+        found = [self.path / name for name in ("checkpoint", ".checkpoint.old") if (self.path / name).is_dir()]
+        if not found:
+            return None
+        try:
+            state = json.loads((found[0] / "state.json").read_text(encoding="utf-8"))
+            server = decode((found[0] / "server.safetensors").read_bytes())
+            files = (found[0] / "clients").glob("*.safetensors")
+            return state, server, {int(file.stem): decode(file.read_bytes()) for file in files}
+        except (OSError, ValueError, WireError) as error:
+            raise RunFolderError(f"the checkpoint in {found[0]} cannot be read: {error}") from None
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record."""
+    return {
+        "fedloom": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _commit() -> str | None:
+    """The commit of the working copy that this package runs from, if it is one."""
+    try:
+        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def round_table(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Rows as a table, empty or not."""
+    return pd.DataFrame(list(rows))

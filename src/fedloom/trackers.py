@@ -1,0 +1,95 @@
+"""Where metrics go besides the run folder: TensorBoard, Weights & Biases (offline too), MLflow. Each is an optional extra."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedloom.errors import ConfigError
+
+Row = Mapping[str, Any]
+
+
+class Tracker(Protocol):
+    """Takes a row of metrics per evaluated round."""
+
+    def log(self, number: int, row: Row) -> None:
+        """Note the numbers of round `number`."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers that `log` names; their files go into the run's folder.
+
+    Raises:
+        ConfigError: the extra of that name is not installed.
+    """
+    known = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+    return [known[name](folder, config) for name in names]
+
+
+def _import(module: str, name: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise ConfigError(f"log={name}: not installed; pip install 'fedloom[{name}]'") from None
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    return {key: float(value) for key, value in row.items() if isinstance(value, (int, float)) and key != "round"}
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        _import("tensorboard", "tensorboard")
+        self._writer = _import("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(folder / "tensorboard"))
+
+    def log(self, number: int, row: Row) -> None:
+        for key, value in _numbers(row).items():
+            self._writer.add_scalar(key, value, number)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    """Goes where WANDB_MODE says; `WANDB_MODE=offline` needs no network and no account."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._run = _import("wandb", "wandb").init(
+            project="fedloom", name=folder.name, dir=str(folder), config=dict(config)
+        )
+
+    def log(self, number: int, row: Row) -> None:
+        self._run.log(_numbers(row), step=number)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    """Goes where MLFLOW_TRACKING_URI says, or to a folder `mlruns` in the run's folder."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import os
+
+        tracking = _import("mlflow.tracking", "mlflow")
+        self._client = tracking.MlflowClient(
+            os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
+        )
+        found = self._client.get_experiment_by_name("fedloom")
+        number = found.experiment_id if found else self._client.create_experiment("fedloom")
+        self._run = self._client.create_run(number, run_name=folder.name).info.run_id
+        for key, value in config.items():
+            self._client.log_param(self._run, key, value)
+
+    def log(self, number: int, row: Row) -> None:
+        for key, value in _numbers(row).items():
+            self._client.log_metric(self._run, key, value, step=number)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)

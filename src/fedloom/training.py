@@ -1,0 +1,247 @@
+"""Local work: one client's turn, from the weights it receives to its uplink. No client axis, no transport, no files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedloom import tree
+from fedloom.errors import DataError, MethodError
+from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
+from fedloom.nets import Nets, select
+from fedloom.rng import Stream
+from fedloom.tree import Tree, Weights
+
+Modules = Mapping[str, nn.Module]
+EVAL_BATCH = 512
+
+
+class Rows(NamedTuple):
+    """A client's rows, and how to augment a batch of them (or not)."""
+
+    x: Tensor  # (n, ...)
+    y: Tensor  # (n,)
+    augment: Callable[[Tensor, Stream], Tensor] | None = None
+
+    def batch(self, index: Tensor, rng: Stream) -> Batch:
+        """The rows `index` as a batch for training."""
+        x = self.x[index]
+        return Batch(self.augment(x, rng) if self.augment else x, self.y[index])
+
+
+class Plan(NamedTuple):
+    """How a client's rows are cut into batches."""
+
+    batch_size: int = 10
+    drop_last: bool = False
+
+    def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
+        """Row numbers, batch by batch: a new permutation per epoch.
+
+        A batch is at most the client's rows. With `drop_last` an incomplete last batch is left out; without it, a last batch of a single
+        row joins the one before it, because BatchNorm cannot train on one row.
+        """
+        size = min(self.batch_size, n)
+        taken = 0
+        for _ in range(epochs) if steps is None else iter(int, 1):
+            order = rng.permutation(n)
+            for start in range(0, n, size):
+                stop = start + size
+                if (stop > n and self.drop_last) or (n - start == 1 and size > 1):
+                    break
+                yield order[start : n if n - stop == 1 and not self.drop_last and size > 1 else stop]
+                taken += 1
+                if taken == steps:
+                    return
+
+
+class Site(NamedTuple):
+    """Where a client works: its rows and the plan for them, the problem's facts, and its stream for this piece of work."""
+
+    rows: Rows
+    plan: Plan
+    task: Task
+    rng: Stream
+
+
+class Outcome(NamedTuple):
+    """What came of a client's turn."""
+
+    client: Client
+    uplink: Tree
+    turn: Turn
+    logs: dict[str, float]  # means over the steps, named `phase.loss`, `phase.<log>`
+
+
+def run_turn(method: Method, modules: Modules, client: Client, down: Tree, site: Site, number: int) -> Outcome:
+    """One client's part in round `number`. Inputs are not changed."""
+    turn = Turn(number, site.task.rounds - 1, len(site.rows.y))
+    received = method.receive(client.weights, down, client.memory)
+    start = client._replace(weights=received)
+    scale = method.lr_scale(number)
+    worked, steps, logs = run_phases(method.phases(), modules, start, down, site, turn, scale)
+    turn = turn._replace(steps=steps)
+    uplink, memory = method.uplink(worked, received, down, turn)
+    return Outcome(worked._replace(memory=memory), uplink, turn, logs)
+
+
+def run_phases(
+    phases: Sequence[Phase], modules: Modules, client: Client, down: Tree, site: Site, turn: Turn, lr_scale: float = 1.0
+) -> tuple[Client, dict[str, int], dict[str, float]]:
+    """Run phases one after another. Returns the client after them, the optimiser steps taken and the logs, both by phase."""
+    buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes into them
+    client = client._replace(weights={"params": dict(client.weights["params"]), "buffers": buffers})
+    steps: dict[str, int] = {}
+    logs: dict[str, float] = {}
+    for phase in phases:
+        here = site._replace(rng=site.rng.child(phase.name))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(here.rng.torch_seed())  # for modules with randomness of their own (Dropout)
+                if isinstance(phase, Sweep):
+                    client = _sweep(phase, modules, client, down, here.rows)
+                elif isinstance(phase, Free):
+                    rows = Batch(here.rows.x, here.rows.y)
+                    client = phase.run(client, Nets(modules, **client.weights), rows, down, here.rng)
+                else:
+                    trainer = _Trainer(phase, modules, client, down, turn)
+                    client = trainer.run(here, lr_scale)
+                    steps |= trainer.steps()
+                    logs |= trainer.logs()
+        except Exception as error:
+            shape = tuple(here.rows.x.shape)
+            error.add_note(f"in phase '{phase.name}', after {sum(steps.values())} steps in earlier ones; rows {shape}")
+            raise
+    return client, steps, logs
+
+
+class _Member:
+    """One `Train` at work: its parameters, optimiser state and running means of its logs."""
+
+    def __init__(self, train: Train, weights: Weights, opts: Tree) -> None:
+        self.train = train
+        self.names = list(select(weights, train.trains)["params"])
+        if not self.names:
+            raise MethodError(f"phase '{train.name}' trains {train.trains}, which holds no parameters")
+        params = {name: weights["params"][name] for name in self.names}
+        self.state = opts[train.name] if train.keep_state else train.optimizer.init(params)
+        self.steps, self.sums = 0, dict[str, Tensor]()
+
+    def step(self, modules: Modules, weights: Weights, batch: Batch, down: Tree, memory: Tree, lr_scale: float) -> None:
+        """One optimiser step; replaces entries of `weights["params"]`."""
+        params = weights["params"]
+        wanted = {name: params[name].detach().requires_grad_() for name in self.names}
+        nets = Nets(modules, {**params, **wanted}, weights["buffers"], self.train.modes)
+        loss, logs = _with_logs(self.train.loss(nets, batch, down, memory))
+        grads = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
+        with torch.no_grad():
+            old = {name: params[name] for name in self.names}
+            new, self.state = self.train.optimizer.update(
+                dict(zip(self.names, grads, strict=True)), self.state, old, lr_scale
+            )
+        params.update(new)
+        self.steps += 1
+        for name, value in {"loss": loss, **logs}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach()
+
+
+class _Trainer:
+    """A `Train`, or an `Interleave` of several, over a client's batches."""
+
+    def __init__(self, phase: Train | Interleave, modules: Modules, client: Client, down: Tree, turn: Turn) -> None:
+        self.phase, self.modules, self.client, self.down = phase, modules, client, down
+        every = (phase,) if isinstance(phase, Train) else phase.members
+        self.members = [_Member(t, client.weights, client.opts) for t in every if t.when is None or t.when(turn)]
+
+    def run(self, site: Site, lr_scale: float) -> Client:
+        """Train; returns the client with its new weights and kept optimiser states."""
+        rows, plan, task, rng = site
+        weights, memory = self.client.weights, self.client.memory
+        draws = [rng.child("draw", member.train.name) for member in self.members]
+        augment = rng.child("augment")
+        order = plan.batches(len(rows.y), self.phase.epochs, self.phase.steps, rng.child("batches"))
+        for index in order if self.members else ():
+            batch = rows.batch(index, augment)
+            self._check(batch)
+            for member, stream in zip(self.members, draws, strict=True):
+                drawn = member.train.draw(batch, task, stream) if member.train.draw else {}
+                member.step(self.modules, weights, batch._replace(draws=drawn), self.down, memory, lr_scale)
+        kept = {m.train.name: m.state for m in self.members if m.train.keep_state}
+        return self.client._replace(opts={**self.client.opts, **kept})
+
+    def steps(self) -> dict[str, int]:
+        """Optimiser steps taken, by `Train`."""
+        return {member.train.name: member.steps for member in self.members}
+
+    def logs(self) -> dict[str, float]:
+        """Means over the steps, named `train.loss`, `train.<log>`."""
+        return {
+            f"{member.train.name}.{name}": float(value) / member.steps
+            for member in self.members
+            for name, value in member.sums.items()
+        }
+
+    def _check(self, batch: Batch) -> None:
+        if len(batch.y) == 1:
+            trained = {net for member in self.members for net in member.train.modes}
+            if any(
+                isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in self.modules[net].modules()
+            ):
+                raise DataError(
+                    "a client with a single training row cannot train a model with BatchNorm: raise partition.min_examples, or use model.norm=group"
+                )
+
+
+def _with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, logs = result if isinstance(result, tuple) else (result, {})
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise MethodError(
+            f"a loss must be a 0-d tensor, not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
+        )
+    return loss, logs
+
+
+def _sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows) -> Client:
+    if phase.name not in client.memory:
+        raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}'], which init_memory does not create")
+    nets = Nets(modules, **client.weights)
+    total = tree.zeros_like(client.memory[phase.name])
+    with torch.inference_mode():
+        for start in range(0, len(rows.y), EVAL_BATCH):
+            batch = Batch(rows.x[start : start + EVAL_BATCH], rows.y[start : start + EVAL_BATCH])
+            total = phase.step(nets, batch, total, down, client.memory)
+    return client._replace(memory={**client.memory, phase.name: tree.clone(total)})
+
+
+@torch.inference_mode()
+def predict(
+    predictor: Predictor,
+    modules: Modules,
+    weights: Weights,
+    x: Tensor,
+    down: Tree,
+    memory: Tree,
+    batch: int = EVAL_BATCH,
+) -> Tensor:
+    """Logits (n, Y) of all rows, in evaluation mode and large batches."""
+    nets = Nets(modules, **weights)
+    return torch.cat([predictor(nets, part, down, memory) for part in x.split(batch)])
+
+
+def recall_counts(logits: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """Rows predicted rightly, and rows, per class: two (Y,) int64 tensors. A row without a finite logit counts as wrong."""
+    right = (logits.argmax(1) == y) & logits.isfinite().all(1)
+    return torch.bincount(y[right], minlength=n_classes), torch.bincount(y, minlength=n_classes)
+
+
+def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
+    """Modules whose initial weights depend on `rng` alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.torch_seed())
+        modules: dict[str, nn.Module] = build()
+    for module in modules.values():
+        module.requires_grad_(False)
+    return modules

@@ -1,0 +1,139 @@
+"""Trees of tensors: nested dictionaries with string keys and tensors as leaves.
+
+Everything that a client keeps, that travels, or that the server holds is such a tree. These functions never change their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tree = dict[str, Any]  # values: Tensor | Tree
+Weights = dict[str, dict[str, Tensor]]  # {"params": {name: tensor}, "buffers": {name: tensor}}
+
+
+def map_tree(fn: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
+    """`fn` applied leaf by leaf to one or several trees of the same structure."""
+    return {
+        key: map_tree(fn, value, *(other[key] for other in others))
+        if isinstance(value, dict)
+        else fn(value, *(other[key] for other in others))
+        for key, value in tree.items()
+    }
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """`(path, leaf)` in the order of the dictionaries; the keys on a path are joined with `/`."""
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from flatten(value, path + "/")
+        else:
+            yield path, value
+
+
+def unflatten(leaves: Mapping[str, Tensor]) -> Tree:
+    """The inverse of `flatten`; branches without leaves are lost."""
+    tree: Tree = {}
+    for path, leaf in leaves.items():
+        *branches, last = path.split("/")
+        node = tree
+        for branch in branches:
+            node = node.setdefault(branch, {})
+        node[last] = leaf
+    return tree
+
+
+def leaves(tree: Mapping[str, Any]) -> list[Tensor]:
+    """All leaves, in the order of `flatten`."""
+    return [leaf for _, leaf in flatten(tree)]
+
+
+def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
+    """`tree` with the leaves of `over` in place of its own, or added to them. Tensors are shared, not copied."""
+    merged = dict(tree)
+    for key, value in over.items():
+        mine = merged.get(key)
+        merged[key] = merge(mine, value) if isinstance(value, dict) and isinstance(mine, dict) else value
+    return merged
+
+
+def clone(tree: Tree) -> Tree:
+    """A copy that shares no memory."""
+    return map_tree(lambda leaf: leaf.detach().clone(), tree)
+
+
+def zeros_like(tree: Tree) -> Tree:
+    """Zeros of the same structure, shapes and types."""
+    return map_tree(torch.zeros_like, tree)
+
+
+def add(a: Tree, b: Tree, scale: float = 1.0) -> Tree:
+    """`a + scale * b`."""
+    return map_tree(lambda x, y: x + scale * y, a, b)
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """`a - b`."""
+    return map_tree(torch.sub, a, b)
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """The inner product over all leaves, a 0-d tensor."""
+    return torch.stack([leaf.sum() for leaf in leaves(map_tree(torch.mul, a, b))]).sum()
+
+
+def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
+    """The weighted mean, summed in the order given, so that the result does not depend on who finished first.
+
+    Args:
+        trees: one or more trees of one structure.
+        shares: one weight per tree; they should sum to 1. Default: equal shares.
+            Whole-number leaves (counters) are averaged in float64 and rounded.
+    """
+    if not trees:
+        raise ValueError("the mean of no trees is not defined")
+    weights = [1.0 / len(trees)] * len(trees) if shares is None else [float(share) for share in shares]
+    if len(weights) != len(trees):
+        raise ValueError(f"{len(trees)} trees but {len(weights)} shares")
+
+    def average(*values: Tensor) -> Tensor:
+        exact = [value if value.is_floating_point() else value.double() for value in values]
+        total = exact[0] * weights[0]
+        for value, weight in zip(exact[1:], weights[1:], strict=True):
+            total.add_(value, alpha=weight)
+        return total if values[0].is_floating_point() else total.round().to(values[0].dtype)
+
+    return map_tree(average, *trees)
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Trees of one structure as one tree, whose leaves have a new first dimension."""
+    return map_tree(lambda *values: torch.stack(values), *trees)
+
+
+def unstack(tree: Tree) -> list[Tree]:
+    """The inverse of `stack`; the leaves are views."""
+    n = len(leaves(tree)[0])
+    return [map_tree(lambda leaf, i=i: leaf[i], tree) for i in range(n)]
+
+
+def structure(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and type of every leaf by its path: two trees fit together when these are equal."""
+    return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
+
+
+def equal(a: Tree, b: Tree) -> bool:
+    """Whether two trees have the same structure and the same numbers (NaN equals NaN), in any order."""
+    other = dict(flatten(b))
+    return structure(a) == structure(b) and all(
+        torch.equal(x.nan_to_num(), other[path].nan_to_num()) for path, x in flatten(a)
+    )
+
+
+def n_bytes(tree: Mapping[str, Any]) -> int:
+    """The size of all leaves in memory."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))

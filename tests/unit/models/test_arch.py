@@ -1,0 +1,176 @@
+"""Recipes: what is checked, how an outsider's module is taken in and split."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fedloom.errors import ConfigError
+from fedloom.models import Arch, arch, option_defaults
+
+SHAPE = (1, 8, 8)
+
+
+class Net(nn.Module):
+    def __init__(self, input_shape, n_classes, hidden=12):
+        super().__init__()
+        self.conv = nn.Conv2d(input_shape[0], 4, 3, padding=1)
+        self.layers = nn.Sequential(nn.Linear(4 * 64, hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
+
+    def forward(self, x):
+        return self.layers(torch.relu(self.conv(x)).flatten(1))
+
+
+class WidthNet(nn.Module):
+    def __init__(self, n_classes, width):
+        super().__init__()
+        self.flatten, self.first = nn.Flatten(), nn.LazyLinear(width or 9)
+        self.last = nn.Linear(width or 9, n_classes)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.first(self.flatten(x))))
+
+
+class TwoParts(nn.Module):
+    def __init__(self, n_classes):
+        super().__init__()
+        self.head = nn.Linear(16, n_classes)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 16))
+        self.unrelated = nn.Linear(3, n_classes)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+class SoftmaxNet(Net):
+    def forward(self, x):
+        return super().forward(x).softmax(1)
+
+
+def convolutional_logits(n_classes):
+    return nn.Sequential(nn.Conv2d(1, n_classes, 8), nn.Flatten())
+
+
+def test_recipes_are_equal_hashable_and_survive_pickling():
+    one = arch("mlp", [1, 8, 8], 10, options={"hidden": 5})
+    two = arch("mlp", (1, 8, 8), 10, options={"hidden": 5})
+    assert one == two
+    assert len({one, two, arch("mlp", SHAPE, 10)}) == 2
+    assert pickle.loads(pickle.dumps(one)) == one
+    assert isinstance(one, Arch)
+
+
+def test_options_reach_the_architecture():
+    assert arch("mlp", SHAPE, 10, options={"hidden": 5}).features == 5
+    assert option_defaults("mlp") == {"hidden": 200}
+    assert option_defaults("logistic") == {}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"source": "resnet21"}, ["resnet21", "did you mean", "resnet2"]),
+        ({"source": "zebra"}, ["zebra", "fedavg_cnn", "vit_tiny"]),
+        ({"source": 3}, ["model=3"]),
+        ({"n_classes": 0}, ["n_classes=0"]),
+        ({"n_classes": True}, ["n_classes=True"]),
+        ({"width": 2.5}, ["width=2.5"]),
+        ({"input_shape": (1, 8, -1)}, ["input_shape", "-1"]),
+        ({"source": "resnet8", "input_shape": (64,)}, ["resnet8", "(64,)", "8x8"]),
+        ({"source": "resnet8", "input_shape": (1, 4, 8)}, ["resnet8", "(1, 4, 8)", "8x8"]),
+        ({"options": {"hiden": 3}}, ["mlp", "hiden", "did you mean 'hidden'"]),
+        ({"source": "logistic", "options": {"hidden": 3}}, ["logistic", "hidden", "none"]),
+        ({"options": {"hidden": "3"}}, ["hidden='3'", "int"]),
+        ({"options": {"hidden": 0}}, ["hidden=0"]),
+        ({"source": "resnet8", "options": {"norm": "layer"}}, ["norm='layer'", "batch", "group"]),
+        ({"source": "vit_tiny", "options": {"heads": 5}}, ["heads=5", "dim=64"]),
+        ({"source": "vgg16", "options": {"dropout": 1.0}}, ["dropout=1.0"]),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(settings, words):
+    with pytest.raises(ConfigError) as caught:
+        arch(**{"source": "mlp", "input_shape": SHAPE, "n_classes": 10, **settings})
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+
+
+def test_an_outsiders_class_is_split_at_its_last_linear_layer():
+    made = arch(Net, SHAPE, 10)
+    assert (made.name, made.features) == ("Net", 12)
+    torch.manual_seed(3)
+    model = made.model()
+    torch.manual_seed(3)
+    original = Net(SHAPE, 10)
+    inputs = torch.randn(2, *SHAPE)
+    torch.testing.assert_close(model(inputs), original(inputs))
+    assert model.head.weight.shape == (10, 12)
+    assert set(model.state_dict()) == {
+        *("body.conv.weight", "body.conv.bias", "body.layers.0.weight", "body.layers.0.bias"),
+        *("head.weight", "head.bias"),
+    }
+
+
+def test_an_outsiders_options_are_passed_by_name():
+    assert arch(Net, SHAPE, 10, options={"hidden": 5}).features == 5
+    with pytest.raises(ConfigError, match="'depth'"):
+        arch(Net, SHAPE, 10, options={"depth": 5})
+
+
+def test_an_outsider_that_names_the_width_gets_it_and_lazy_layers_are_filled():
+    assert arch(WidthNet, SHAPE, 10).features == 9
+    model = arch(WidthNet, SHAPE, 10, width=20).model()
+    assert model.head.in_features == 20
+    assert model.state_dict()["body.first.weight"].shape == (20, 64)
+
+
+def test_an_outsider_that_does_not_name_the_width_is_projected():
+    made = arch(Net, SHAPE, 10, width=20)
+    model = made.model()
+    assert made.features == model.head.in_features == 20
+    assert model.state_dict()["body.project.weight"].shape == (20, 12)
+    assert made.body(12)(torch.zeros(1, *SHAPE)).shape == (1, 12)
+    assert (made.head().in_features, made.head(7).in_features) == (20, 7)
+
+
+def test_an_instance_gives_the_initial_weights_and_is_left_alone():
+    instance = Net(SHAPE, 10)
+    made = arch(instance, SHAPE, 10)
+    first, second = made.model(), made.model()
+    with torch.no_grad():
+        first.head.weight.zero_()
+    assert torch.equal(second.head.weight, instance.layers[2].weight)
+    assert torch.equal(made.head().weight, instance.layers[2].weight)
+    assert isinstance(instance.layers[2], nn.Linear)
+    assert instance.training
+
+
+def test_a_module_with_body_and_head_keeps_them():
+    model = arch(TwoParts, SHAPE, 10).model()
+    assert set(model.state_dict()) == {"body.1.weight", "body.1.bias", "head.weight", "head.bias"}
+
+
+def test_functions_and_bare_linear_layers_are_taken():
+    assert arch(lambda n_classes: nn.Sequential(nn.Flatten(), nn.Linear(64, n_classes)), SHAPE, 10).features == 64
+    assert arch(nn.Linear(5, 3), (5,), 3).model()(torch.zeros(2, 5)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (convolutional_logits, ["convolutional_logits", "no nn.Linear with 10 outputs"]),
+        (SoftmaxNet, ["SoftmaxNet", "not Linear"]),
+        (Net((3, 8, 8), 10), ["Net", "fails on inputs"]),
+        (Net(SHAPE, 11), ["Net", "no nn.Linear with 10 outputs"]),
+        (lambda depth: nn.Linear(1, depth), ["depth", "input_shape, n_classes, width"]),
+        (lambda n_classes: n_classes, ["gave a int", "nn.Module"]),
+        (lambda n_classes: nn.Linear(8, n_classes), ["logits (2, 10)"]),
+    ],
+)
+def test_modules_that_cannot_be_used_are_refused_in_one_line(source, words):
+    with pytest.raises(ConfigError) as caught:
+        arch(source, SHAPE, 10)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
