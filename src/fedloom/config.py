@@ -189,7 +189,10 @@ def parse_value(text: str) -> Any:
 
 
 def assign(values: Values, key: str, value: Any) -> None:
-    """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`, and starts that table afresh if the name is another."""
+    """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
+
+    Choosing another name starts that table afresh: its other keys were options of the old choice.
+    """
     *tables, last = key.split(".")
     node = values
     for table in tables:

@@ -8,14 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from fedloom import data, metrics, tree
 from fedloom.config import Named, Settings, make_method, make_settings, participation_range, read_toml, to_toml
-from fedloom.engines import Ask, Engine, Problem, Reply, make_engine
+from fedloom.engines import Ask, Engine, Problem, Reply, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import ConfigError, MethodError, RunFolderError
 from fedloom.method import Arrival, Client, Downlink, Method, Round, Task
@@ -25,7 +24,7 @@ from fedloom.registry import load_object
 from fedloom.rng import Stream
 from fedloom.runfolder import RunFolder, environment
 from fedloom.trackers import Tracker, make_trackers
-from fedloom.training import Plan, fresh_modules
+from fedloom.training import Plan
 from fedloom.tree import Tree
 
 Row = dict[str, Any]
@@ -191,7 +190,7 @@ class Experiment:
         if "fitted" in by_name:
             row |= metrics.spread(by_name["fitted"], "personal_accuracy_fitted", trained)
         if "valid" in by_name:
-            row["valid_accuracy"] = metrics.total(by_name["valid"]).accuracy
+            row["valid_accuracy"] = total(by_name["valid"]).accuracy
         row |= {"general_accuracy": None, "server_accuracy": None}
         if general:
             row |= metrics.over_clients(by_name["general_accuracy"], "general_accuracy")
@@ -265,7 +264,7 @@ class Experiment:
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
         self.done, self.ledger = state["round"], Ledger(state)
         self.rows = folder.keep_rows(self.done)
-        self.client_rows = [_without_nan(row) for row in folder.read_clients(self.done).to_dict("records")]
+        self.client_rows = _without_nan(folder.read_clients(self.done))
         self.server = _restored(self.server, server, "server") if saved else self.server
         with arithmetic(self.settings):
             for i, client in clients.items():
@@ -314,15 +313,10 @@ class PersonalModel(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, Y)."""
         modules = dict(self.nets.items())
-        nets = Nets(
-            modules,
-            *({f"{n}.{k}": t for n, m in modules.items() for k, t in part(m)} for part in _TENSORS),
-            modules if self.training else (),
-        )
+        params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
+        buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
+        nets = Nets(modules, params, buffers, modules if self.training else ())
         return self._predictor(nets, x, self._down, self._memory)
-
-
-_TENSORS = (nn.Module.named_parameters, nn.Module.named_buffers)
 
 
 @contextmanager
@@ -394,9 +388,9 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
 def _check_sharing(problem: Problem) -> None:
     """Clients that average a net must have the same net."""
     method, forms = problem.method, []
-    for choice in problem.archs if method.shared else ():
-        modules = fresh_modules(lambda choice=choice: method.nets(choice, problem.task), Stream("shape"))
-        forms.append(tree.structure(select(read_weights(modules), method.shared)))
+    for place in range(len(problem.archs)) if method.shared and len(problem.archs) > 1 else ():
+        weights = read_weights(problem.modules(place))
+        forms.append(tree.structure(select(weights, method.shared)))
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
         raise ConfigError(
@@ -421,5 +415,5 @@ def _restored(template: Tree, saved: Tree, what: str) -> Tree:
     return tree.merge(template, saved)  # in the template's order; branches without tensors come from it
 
 
-def _without_nan(row: Row) -> Row:
-    return {key: value for key, value in row.items() if not (isinstance(value, float) and np.isnan(value))}
+def _without_nan(table: pd.DataFrame) -> list[Row]:
+    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in table.to_dict("records")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -45,8 +45,7 @@ def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | No
         other: (B,) row numbers j, one drawn per row (the paper's sampled bound); None means all rows.
     """
     own = (mean - target).square()
-    if other is not None:
-        rest = (mean - target[other]).square()
-    else:  # mean_j (m - c_j)^2 = (m - E c)^2 + Var c: no (B, B, D) tensor is needed
-        rest = (mean - target.mean(0)).square() + target.var(0, correction=0)
+    # mean_j (m - c_j)^2 = (m - E c)^2 + Var c: no (B, B, D) tensor is needed
+    every = (mean - target.mean(0)).square() + target.var(0, correction=0)
+    rest = every if other is None else (mean - target[other]).square()
     return ((rest - own) / (2 * log_variance.exp())).mean()

@@ -14,8 +14,8 @@ One round, and who calls what (`server` is any tree, `weights` as in `fedloom.ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -42,6 +42,10 @@ class Architecture(Protocol):
     @property
     def features(self) -> int:
         """The body's number of features D."""
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
 
 
 class Task(NamedTuple):
@@ -325,9 +329,3 @@ def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
         for train in trains_of(phases)
         if train.keep_state
     }
-
-
-__all__ = [
-    "Architecture", "Arrival", "Batch", "Client", "Downlink", "Free", "Interleave", "Method", "Paper", "Phase", "Round", "Sweep",
-    "Task", "Train", "Turn", "init_opts", "replace", "trains_of",
-]  # fmt: skip

@@ -117,11 +117,11 @@ def block_of(name: str) -> str:
 
 def units(weights: Weights, unit: Unit) -> list[list[tuple[str, str]]]:
     """The tensors, as `(kind, name)` with kind params|buffers, grouped by the unit that they form, in order of first appearance."""
-    owner: Callable[[str], str] = {"layer": layer_of, "block": block_of, "tensor": str}[unit]
+    owners: dict[Unit, Callable[[str], str]] = {"layer": layer_of, "block": block_of, "tensor": lambda name: name}
     groups: dict[str, list[tuple[str, str]]] = {}
     for kind in ("params", "buffers"):
         for name in weights[kind]:
-            groups.setdefault(owner(name), []).append((kind, name))
+            groups.setdefault(owners[unit](name), []).append((kind, name))
     return list(groups.values())
 
 

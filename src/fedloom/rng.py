@@ -31,7 +31,7 @@ class Stream:
     """
 
     def __init__(self, *key: Key) -> None:
-        self.key = tuple(int(part) if isinstance(part, np.integer) else part for part in key)
+        self.key = tuple(part if isinstance(part, str) else int(part) for part in key)
         self.numpy = np.random.Generator(np.random.Philox(key=digest(*self.key)))
 
     def child(self, *key: Key) -> Stream:

@@ -69,7 +69,7 @@ class RunFolder:
         """Replace a text file in one step."""
         beside = self.path / f".{name}.tmp"
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, self.path / name)
+        beside.replace(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file in one step."""
@@ -79,7 +79,7 @@ class RunFolder:
         """Replace `clients.parquet`."""
         beside = self.path / ".clients.parquet.tmp"
         table.to_parquet(beside, index=False)
-        os.replace(beside, self.path / "clients.parquet")
+        beside.replace(self.path / "clients.parquet")
 
     def read_clients(self, upto: int) -> pd.DataFrame:
         """The rows of `clients.parquet` up to a round."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any])
     Raises:
         ConfigError: the extra of that name is not installed.
     """
-    known = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
+    known: dict[str, Callable[[Path, Row], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
     return [known[name](folder, config) for name in names]
 
 

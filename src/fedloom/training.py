@@ -191,7 +191,7 @@ class _Trainer:
                 isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in self.modules[net].modules()
             ):
                 raise DataError(
-                    "a client with a single training row cannot train a model with BatchNorm: raise partition.min_examples, or use model.norm=group"
+                    "BatchNorm cannot train on a batch of one row: raise partition.min_examples or batch_size, or use model.norm=group"
                 )
 
 
@@ -228,7 +228,7 @@ def predict(
 ) -> Tensor:
     """Logits (n, Y) of all rows, in evaluation mode and large batches."""
     nets = Nets(modules, **weights)
-    return torch.cat([predictor(nets, part, down, memory) for part in x.split(batch)])
+    return torch.cat([predictor(nets, part, down, memory) for part in torch.split(x, batch)])
 
 
 def recall_counts(logits: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:

@@ -74,11 +74,13 @@ def _join(path: str | Path, clients: list[Client]) -> tuple[torch.Tensor, torch.
 
 
 def _declared_classes(folder: Path) -> int | None:
+    """Y as `config.json` has it, where there is such a file (and it says: older ones do not)."""
     try:
-        return int(json.loads((folder / "config.json").read_text())["num_classes"])
+        config = json.loads((folder / "config.json").read_text())
+        return None if "num_classes" not in config else int(config["num_classes"])
     except FileNotFoundError:
         return None
-    except (KeyError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(f"{folder / 'config.json'}: not PFLlib's config.json ({error})") from error
 
 

@@ -14,7 +14,7 @@ WRAPPERS: Mapping[str, Callable[[Engine], Engine]] = {"debug": Debug, "bytes": B
 
 
 def make_engine(name: str, problem: Problem) -> Engine:
-    """An engine by name: `sequential`, `auto`, a wrapper around it (`debug`, `bytes`), or several joined with `+` (`debug+bytes+sequential`).
+    """An engine by name: `sequential`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
 
     Raises:
         ConfigError: an unknown name.

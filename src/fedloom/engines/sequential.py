@@ -58,7 +58,8 @@ class Sequential(Engine):
 
         def one(ask: Ask, i: int, client: Client) -> Score:
             if ask.rows != "common":
-                return self._recalls(predictor, i, client, *getattr(p.data, ask.rows)(i), down.common)
+                x, y = p.data.valid(i) if ask.rows == "valid" else p.data.test(i)
+                return self._recalls(predictor, i, client, x, y, down.common)
             before = common.get(ask.name)
             if before is None or not _same_tensors(before[0], client):
                 common[ask.name] = client, self._recalls(predictor, i, client, *p.data.common(), down.common)

@@ -92,7 +92,10 @@ class Bytes(Wrapper):
 
 
 class Debug(Wrapper):
-    """Watches the contract: inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite."""
+    """Watches the contract.
+
+    Inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite.
+    """
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`; each broken rule is a MethodError that names client, round and tensor."""

@@ -10,7 +10,20 @@ from torch import Tensor, nn
 
 from fedloom import losses
 from fedloom.errors import ConfigError
-from fedloom.method import Architecture, Batch, Interleave, Logs, Method, Paper, Phase, Predictor, Task, Train
+from fedloom.method import (
+    Architecture,
+    Batch,
+    DrawFn,
+    Interleave,
+    Logs,
+    LossFn,
+    Method,
+    Paper,
+    Phase,
+    Predictor,
+    Task,
+    Train,
+)
 from fedloom.models.fedrir import ImageGenerator, InformationDistillation
 from fedloom.nets import Nets
 from fedloom.rng import Stream
@@ -145,7 +158,8 @@ class FedRIR(Method):
         """-log q(f_cs | f_g): fits q before each use; no gradient flows into f_g or f_cs."""
         with torch.no_grad():
             common, specific = self.features(nets, batch.x)
-        return losses.gaussian_nll(*nets.idm(common), specific)
+        mean, log_variance = nets.idm(common)
+        return losses.gaussian_nll(mean, log_variance, specific)
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
         """For the sampled bound: another row for every row."""
@@ -166,7 +180,8 @@ class FedRIR(Method):
         """The information term in nats per feature; the bound is clamped at 0, as there is nothing below independence to reward."""
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
-            return ((mean - specific).square() / log_variance.exp() + log_variance).sum(1).mean()
+            released: Tensor = ((mean - specific).square() / log_variance.exp() + log_variance).sum(1).mean()
+            return released
         mean, log_variance = nets.frozen.idm(common)
         return losses.vclub(mean, log_variance, specific, batch.draws.get("other")).clamp(min=0)
 
@@ -190,7 +205,14 @@ class FedRIR(Method):
         """Whether there is an information term."""
         return self.mcsl != "off" and self.idm_mode != "none"
 
-    def _train(self, name, loss, trains, draw=None, modes=None) -> Train:  # type: ignore[no-untyped-def]
+    def _train(
+        self,
+        name: str,
+        loss: LossFn,
+        trains: tuple[str, ...],
+        draw: DrawFn | None = None,
+        modes: tuple[str, ...] | None = None,
+    ) -> Train:
         return Train(
             name,
             loss,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,7 +60,7 @@ class Detail(NamedTuple):
 def write_page(records: Sequence[RunRecord], path: str | Path) -> None:
     """Writes a report of `records` to `path`, one HTML file that needs nothing else, atomically.
 
-    Raises UsageError when there are no records, when matplotlib or Jinja is missing, or when `path` is a folder.
+    Raises UsageError when there are no records, when matplotlib or Jinja is missing, or when `path` cannot be written.
     """
     if not records:
         raise UsageError("a report needs at least one run")
@@ -68,12 +69,15 @@ def write_page(records: Sequence[RunRecord], path: str | Path) -> None:
         raise UsageError(f"cannot write the report to '{target}': it is a folder")
     page = _render(records)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         draft.write_text(page, encoding="utf-8")
         draft.replace(target)
+    except OSError as error:
+        raise UsageError(f"cannot write the report to '{target}': {error.strerror}") from error
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
 
 
 def _render(records: Sequence[RunRecord]) -> str:

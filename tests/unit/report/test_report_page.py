@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from synthetic_runs import Scene
 
-from conftest import Scene
 from fedloom.errors import UsageError
 from fedloom.report import read, write_page
 
@@ -132,6 +132,9 @@ def test_a_report_needs_runs_and_a_file(comparison: Path, tmp_path: Path) -> Non
         write_page([], tmp_path / "report.html")
     with pytest.raises(UsageError, match="it is a folder"):
         write_page(read([comparison / "fedavg-seed0"]), tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="cannot write the report to"):
+        write_page(read([comparison / "fedavg-seed0"]), tmp_path / "file" / "report.html")
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "jinja2"])

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from synthetic_runs import Scene
 
-from conftest import Scene
 from fedloom.errors import DataError
 from fedloom.report import RunRecord, plots, read
 from fedloom.report.groups import group

@@ -8,8 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+from synthetic_runs import Scene
 
-from conftest import Scene
 from fedloom.errors import RunFolderError
 from fedloom.report import read
 
