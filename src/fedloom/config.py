@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,14 +12,17 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from fedloom.errors import ConfigError, suggest
 from fedloom.method import Method
-from fedloom.registry import method_class
+from fedloom.registry import METHODS, method_class
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Values = dict[str, Any]
+DEFAULT_CLIENTS = 10
+OWNERS_KNOWN = ("natural", "file", "own")  # partitions that say themselves how many clients there are
 
 
 class Section(BaseModel):
@@ -49,8 +54,8 @@ class DataSettings(Section):
     """Take only so many of the training rows, drawn once at random."""
     image_size: Count | None = None
     """Resize images to this many pixels a side."""
-    normalise: Literal["half", "standard", "none"] = "half"
-    """`half`: to [-1, 1]; `standard`: mean 0 and deviation 1 per channel; `none`: as they are (0 to 1)."""
+    normalise: Literal["half", "standard", "none"] | None = None
+    """`half`: pictures to [-1, 1]; `standard`: mean 0 and deviation 1 per channel; `none`: as they are; default: half for pictures."""
     augment: str = "none"
     """How training batches are augmented."""
 
@@ -107,8 +112,8 @@ class Settings(Section):
     """The method (`fedloom list methods`) or `my.py:Mine`; its hyper-parameters are `method.KEY`."""
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
-    clients: Count | None = 10
-    """Number of clients; with a natural partition it may be left out."""
+    clients: Count | None = None
+    """Number of clients; default: 10, or as many as there are with partition=natural, file or own."""
     participation: float | str = 1.0
     """Part of the clients in a round, above 0 and at most 1; `0.1-1.0` draws it anew in every round."""
     cohort: Count | None = None
@@ -139,6 +144,8 @@ class Settings(Section):
     """Write a checkpoint every so many rounds (and after the last); 0: never."""
     out: Path | None = None
     """The run's folder; default: a new one under runs/."""
+    label: str | None = None
+    """What tables and plots call this run; default: its method's name."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where metrics also go (extras of the same names)."""
 
@@ -155,12 +162,19 @@ class Settings(Section):
             raise ValueError("must be above 0 and at most 1, or a range like 0.1-1.0")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _clients(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("clients") is not None:
+            return values
+        partition = values.get("partition", PartitionSettings())
+        name = partition.get("name") if isinstance(partition, Mapping) else getattr(partition, "name", partition)
+        return values if name in OWNERS_KNOWN else {**values, "clients": DEFAULT_CLIENTS}
+
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
         if self.cohort is not None and self.clients is not None and self.cohort > self.clients:
             raise ValueError(f"cohort={self.cohort}: there are only {self.clients} clients")
-        if self.clients is None and self.partition.name not in ("natural", "file", "own"):
-            raise ValueError(f"clients: must be given for partition={self.partition.name}")
         return self
 
 
@@ -173,6 +187,8 @@ SECTIONS = tuple(
 
 def participation_range(value: float | str) -> tuple[float, float]:
     """The least and the greatest part of the clients in a round."""
+    if isinstance(value, float):  # 1e-05 is no range
+        return value, value
     try:
         low, _, high = str(value).partition("-")
         return float(low), float(high or low)
@@ -215,7 +231,8 @@ def read_toml(path: str | Path) -> Values:
     except FileNotFoundError:
         raise ConfigError(f"there is no config file {file}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{file}: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{file} cannot be read as a TOML file: {reason}") from None
     values: Values = {}
     for key, value in loaded.items():
         assign(values, key, value)
@@ -228,19 +245,21 @@ def from_words(words: Iterable[str], values: Values | None = None) -> Values:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"'{word}': expected key=value")
+            raise ConfigError(f"'{word}': expected key=value, such as rounds=20")
         assign(values, key, parse_value(text))
     return values
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Validated settings.
+    """Validated settings; `method.lr=0.1` without a `method` is meant for the default one (`model` likewise).
 
     Raises:
         ConfigError: one line that names the key, the value and what is allowed.
     """
+    defaults = {key: Settings.model_fields[key].default.name for key in ("method", "model")}
+    named = {key: {"name": defaults[key], **v} for key, v in values.items() if key in defaults and isinstance(v, dict)}
     try:
-        return Settings.model_validate(values)
+        return Settings.model_validate({**values, **named})
     except ValidationError as error:
         raise ConfigError(_explain(error, "", Settings)) from None
 
@@ -250,7 +269,9 @@ def make_method(choice: Named) -> Method:
     cls = method_class(choice.name)
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in choice.options.keys() - fields:
-        raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{suggest(key, fields)}")
+        owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
+        hint = f"; {', '.join(owners)} has it" if len(owners) == 1 else suggest(key, fields)
+        raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
         return TypeAdapter(cls).validate_python(choice.options)
     except ValidationError as error:
@@ -262,16 +283,59 @@ def _explain(error: ValidationError, prefix: str, root: Any) -> str:
     where = [
         str(part)
         for part in first["loc"]
-        if not str(part).startswith(("function-", "constrained", "float", "str", "lax"))
+        if not (isinstance(part, int) or part in ("float", "str") or part.startswith("function-"))
     ]
     key = prefix + ".".join(where)
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'{suggest(where[-1], _known(root, where[:-1]))}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message[:1].isupper() else message
-    if not where:
-        return prefix + message
-    return f"{key}={first['input']}: {message.removeprefix('Input ').removeprefix('input ')}"
+    message = _plainly(first)
+    if not where:  # a check over several keys, which names them itself
+        return prefix + message if re.match(r"\w+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
+    return f"{key}={_shown(first['input'])}: {message}"
+
+
+_WORDS = {
+    "bool": "must be true or false",
+    "dict": "is a table; its settings have names of their own, such as {key}.KEY=VALUE",
+    "float": "must be a number",
+    "int": "must be a whole number",
+    "is": "must be a whole number",
+    "model": "is a table; its settings have names of their own, such as {key}.KEY=VALUE",
+    "path": "must be a path",
+    "string": "must be text",
+    "tuple": "must be a list",
+}
+_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+
+
+def _plainly(error: ErrorDetails) -> str:
+    """Pydantic's reason in this project's words."""
+    kind, context = error["type"], error.get("ctx", {})
+    for limit, words in _LIMITS.items():
+        if limit in context:
+            return f"must be {words} {context[limit]}"
+    if kind == "literal_error":
+        known = [word.strip("'") for word in re.split(", | or ", context["expected"])]
+        return f"must be one of {', '.join(known)}{_nearest(str(error['input']), known)}"
+    if kind == "finite_number":
+        return "must be a finite number"
+    first = kind.partition("_")[0]
+    if first in _WORDS:
+        return _WORDS[first].format(key=".".join(str(part) for part in error["loc"]))
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return message[0].lower() + message[1:] if message[:2].istitle() else message
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    hint = suggest(word, known)
+    return hint if "did you mean" in hint else ""
+
+
+def _shown(value: Any) -> str:
+    """A value as one writes it in a file or on the command line."""
+    if isinstance(value, bool | list | tuple | dict):
+        return json.dumps(value, default=str)
+    return str(value)
 
 
 def _known(root: Any, path: list[str]) -> list[str]:

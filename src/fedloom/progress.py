@@ -5,25 +5,30 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fedloom.experiment import OnRound
-
 QUIET_S = 10.0  # at least so many seconds between two plain lines
 
 
+class Show(Protocol):
+    """Shows how far the work has come; a callback for `Experiment.run`."""
+
+    def __call__(self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
+        """`done` of `rounds`, the newest numbers, and another name from now on."""
+
+
 @contextmanager
-def live(name: str, console: Console | None = None) -> Iterator[OnRound]:
-    """A callback for `Experiment.run` that shows progress on standard error."""
+def live(name: str, console: Console | None = None) -> Iterator[Show]:
+    """Progress on standard error, or on `console`."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
         yield _plain(name, console)
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -34,20 +39,21 @@ def live(name: str, console: Console | None = None) -> Iterator[OnRound]:
     with Progress(*columns, console=console, transient=True) as bar:
         job = bar.add_task(name, total=None, numbers="")
 
-        def show(done: int, rounds: int, row: Mapping[str, Any]) -> None:
-            bar.update(job, completed=done, total=rounds, numbers=numbers(row))
+        def show(done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
+            bar.update(job, completed=done, total=rounds, numbers=numbers(row), description=name)
 
         yield show
 
 
-def _plain(name: str, console: Console) -> OnRound:
+def _plain(title: str, console: Console) -> Show:
     last = time.monotonic()
 
-    def show(done: int, rounds: int, row: Mapping[str, Any]) -> None:
+    def show(done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
         nonlocal last
         if done == rounds or time.monotonic() - last >= QUIET_S:
             last = time.monotonic()
-            console.print(f"{name}: round {done}/{rounds}  {numbers(row)}", highlight=False)
+            line = f"{name or title}: round {done}/{rounds}  {numbers(row)}"
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     return show
 

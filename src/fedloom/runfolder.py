@@ -118,8 +118,8 @@ class RunFolder:
         for i, client in clients.items():
             (new / "clients" / f"{i}.safetensors").write_bytes(encode(client))
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        shutil.rmtree(old, ignore_errors=True)
-        if now.exists():
+        if now.exists():  # otherwise `old` is the only whole checkpoint
+            shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
         new.rename(now)
         shutil.rmtree(old, ignore_errors=True)

@@ -27,9 +27,23 @@ class Rows(NamedTuple):
     augment: Callable[[Tensor, Stream], Tensor] | None = None
 
     def batch(self, index: Tensor, rng: Stream) -> Batch:
-        """The rows `index` as a batch for training."""
-        x = self.x[index]
+        """The rows `index` as a batch for training, laid out in memory as `x` is."""
+        if is_channels_last(self.x):
+            x = self.x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+        else:
+            x = self.x.index_select(0, index)
         return Batch(self.augment(x, rng) if self.augment else x, self.y[index])
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a picture's channels lie next to each other in memory."""
+    return x.ndim == 4 and x.permute(0, 2, 3, 1).is_contiguous()
+
+
+def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
+    """Tensors with the wanted order of channels in memory (four-dimensional ones); the numbers are the same."""
+    form = torch.channels_last if channels_last else torch.contiguous_format
+    return {name: t.contiguous(memory_format=form) if t.ndim == 4 else t for name, t in tensors.items()}
 
 
 class Plan(NamedTuple):
@@ -93,7 +107,8 @@ def run_phases(
 ) -> tuple[Client, dict[str, int], dict[str, float]]:
     """Run phases one after another. Returns the client after them, the optimiser steps taken and the logs, both by phase."""
     buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes into them
-    client = client._replace(weights={"params": dict(client.weights["params"]), "buffers": buffers})
+    params = laid_out(client.weights["params"], is_channels_last(site.rows.x))
+    client = client._replace(weights={"params": params, "buffers": buffers})
     steps: dict[str, int] = {}
     logs: dict[str, float] = {}
     for phase in phases:
@@ -227,7 +242,7 @@ def predict(
     batch: int = EVAL_BATCH,
 ) -> Tensor:
     """Logits (n, Y) of all rows, in evaluation mode and large batches."""
-    nets = Nets(modules, **weights)
+    nets = Nets(modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
     return torch.cat([predictor(nets, part, down, memory) for part in torch.split(x, batch)])
 
 

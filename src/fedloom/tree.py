@@ -130,7 +130,7 @@ def equal(a: Tree, b: Tree) -> bool:
     """Whether two trees have the same structure and the same numbers (NaN equals NaN), in any order."""
     other = dict(flatten(b))
     return structure(a) == structure(b) and all(
-        torch.equal(x.nan_to_num(), other[path].nan_to_num()) for path, x in flatten(a)
+        torch.allclose(x, other[path], rtol=0, atol=0, equal_nan=True) for path, x in flatten(a)
     )
 
 

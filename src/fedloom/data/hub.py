@@ -30,14 +30,22 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
         if not (files := split_files(folder))[0]:
             raise DataError(f"data.path={path}: it holds neither train.parquet nor train-00000-of-00001.parquet")
         return files
+    if (found := local_folder(name, cache)) is not None:
+        return split_files(found)
     source = SOURCES.get(name)
-    folders = [root / alias for root in _roots(cache) for alias in _aliases(name, source)]
-    for folder in folders:
-        if folder.is_dir() and (files := split_files(folder))[0]:
-            return files
     if source is None:
         raise DataError(f"data={name}: unknown, and no data.path=FOLDER was given{suggest(name, SOURCES)}")
-    return split_files(_download(name, source, cache / (source.folder or name), folders[0]))
+    return split_files(_download(name, source, cache / (source.folder or name), _folders(name, cache)[0]))
+
+
+def local_folder(name: str, cache: Path) -> Path | None:
+    """The folder in `$FEDLOOM_DATA` or the cache that holds a data set's files; None where there is none."""
+    found = (folder for folder in _folders(name, cache) if folder.is_dir() and split_files(folder)[0])
+    return next(found, None)
+
+
+def _folders(name: str, cache: Path) -> list[Path]:
+    return [root / alias for root in _roots(cache) for alias in _aliases(name, SOURCES.get(name))]
 
 
 def split_files(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,17 +158,19 @@ def _latin(text: str, encoding: str) -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
+    """Every name becomes an object of its own, so that a pickle that sets attributes on what it named reaches nothing."""
+
     def find_class(self, module: str, name: str) -> Any:
         home = module.replace("numpy._core.", "numpy.core.", 1)
         match home, name:
             case ("numpy.core.multiarray", "_reconstruct") | ("numpy", "ndarray"):
-                return _Array
+                return partial(_Array)
             case "numpy.core.multiarray", "scalar":
-                return _Scalar
+                return partial(_Scalar)
             case "numpy", "dtype":
-                return _Type
+                return partial(_Type)
             case "_codecs", "encode":
-                return _latin
+                return partial(_latin)
         raise DataError(f"refused: it names {module}.{name}, and only arrays are allowed")
 
 

@@ -20,10 +20,8 @@ MAX_DRAWS: Final = 2000
 
 
 def iid(labels: Rows, n_clients: int, min_examples: int, stream: Stream) -> list[Rows]:
-    """A random deal in equal parts (sizes differ by one at most)."""
+    """A random deal in equal parts: sizes differ by one at most, so `min_examples` needs no redraws."""
     parts = np.array_split(stream.numpy.permutation(len(labels)), n_clients)
-    if min(len(part) for part in parts) < min_examples:
-        raise too_few("iid", n_clients, min_examples, "fewer clients")
     return [np.asarray(part, np.int64) for part in parts]
 
 
@@ -137,14 +135,6 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
     return [groups[v] for v in sorted(large[:n_clients])]
 
 
-def too_few(scheme: str, n_clients: int, min_examples: int, advice: str) -> DataError:
-    """The error for a scheme that leaves some client with too few examples."""
-    return DataError(
-        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={min_examples} rows; "
-        f"try {advice}, or a smaller partition.min_examples"
-    )
-
-
 def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
     """Whole numbers in proportion to the shares, that sum to `total`; None where all shares have vanished."""
     size = shares.sum()
@@ -167,7 +157,10 @@ def _accepted(
         counts = draw()
         if counts is not None and counts.sum(axis=1).min() >= min_examples:
             return counts
-    raise too_few(scheme, n_clients, min_examples, advice)
+    raise DataError(
+        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={min_examples} rows; "
+        f"try {advice}, or a smaller partition.min_examples"
+    )
 
 
 def _deal(labels: Rows, counts: Rows, stream: Stream) -> list[Rows]:

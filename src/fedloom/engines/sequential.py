@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -13,8 +14,12 @@ from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.errors import DataError
 from fedloom.method import Client, Downlink, Predictor, Turn
 from fedloom.nets import read_weights
-from fedloom.training import Modules, Rows, Site, predict, recall_counts, run_phases, run_turn
+from fedloom.rng import Stream
+from fedloom.training import Modules, Outcome, Rows, Site, laid_out, predict, recall_counts, run_phases, run_turn
 from fedloom.tree import Tree, Weights
+
+T = TypeVar("T")
+Augment = Callable[[Tensor, Stream], Tensor]
 
 
 class Sequential(Engine):
@@ -24,6 +29,9 @@ class Sequential(Engine):
         super().__init__(problem)
         self._modules: list[Modules] = [problem.modules(arch) for arch in range(len(problem.archs))]
         self._initial: list[Weights] = [read_weights(modules) for modules in self._modules]
+        self._channels_last = [len(problem.task.input_shape) == 3] * len(
+            problem.archs
+        )  # until an architecture refuses it
         self._clients: dict[int, Client] = {}  # those that differ from their initial state
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
@@ -32,9 +40,13 @@ class Sequential(Engine):
 
     def _turn(self, number: int, i: int, slot: int, message: Tree) -> Reply:
         p, started = self.problem, time.perf_counter()
-        site = self._site(number, i, "train", augment=True)
+
+        def work(channels_last: bool) -> Outcome:
+            site = self._site(number, i, "train", channels_last, p.data.augmented)
+            return run_turn(p.method, self._modules_of(i), self._whole(i), message, site, number)
+
         try:
-            done = run_turn(p.method, self._modules_of(i), self._whole(i), message, site, number)
+            done = self._laid_out(i, work)
         except Exception as error:
             error.add_note(f"client {i}, round {number}")
             raise
@@ -42,13 +54,27 @@ class Sequential(Engine):
         seconds = time.perf_counter() - started
         return Reply(i, slot, done.uplink, done.turn.examples, done.turn.steps, done.logs, seconds)
 
-    def _site(self, number: int, i: int, purpose: str, *, augment: bool) -> Site:
+    def _laid_out(self, i: int, work: Callable[[bool], T]) -> T:
+        """Do a piece of work with channels last (1.2 to 1.7 times faster on a CPU), or without if the client's model cannot."""
+        arch = self.problem.arch_of[i]
+        if self._channels_last[arch]:
+            try:
+                return work(True)
+            except RuntimeError as error:
+                if "view size is not compatible" not in str(
+                    error
+                ):  # a model that calls .view() on the output of a convolution
+                    raise
+                self._channels_last[arch] = False
+        return work(False)
+
+    def _site(self, number: int, i: int, purpose: str, channels_last: bool, augment: Augment | None = None) -> Site:
         p, (x, y) = self.problem, self.problem.data.train(i)
         if not len(y):
             raise DataError(
                 f"client {i} has no training rows; raise partition.min_examples or choose another partition"
             )
-        rows = Rows(x, y, p.data.augmented if augment else None)
+        rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment)
         return Site(rows, p.plan, p.task, p.stream(number, i, purpose))
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
@@ -76,7 +102,13 @@ class Sequential(Engine):
         n_classes = self.problem.task.n_classes
         if not len(y):
             return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
-        logits = predict(predictor, self._modules_of(i), client.weights, x, message, client.memory)
+        modules = self._modules_of(i)
+
+        def work(channels_last: bool) -> Tensor:
+            inputs = laid_out({"x": x}, channels_last)["x"]
+            return predict(predictor, modules, client.weights, inputs, message, client.memory)
+
+        logits = self._laid_out(i, work)
         right, rows = recall_counts(logits, y, n_classes)
         return Score(right.numpy(), rows.numpy())
 
@@ -121,9 +153,13 @@ class Sequential(Engine):
         client = client._replace(weights=p.method.receive(client.weights, message, client.memory))
         if not p.method.adapt():
             return client
-        site = self._site(number, i, "adapt", augment=False)
-        turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
-        return run_phases(p.method.adapt(), self._modules_of(i), client, message, site, turn)[0]
+
+        def work(channels_last: bool) -> Client:
+            site = self._site(number, i, "adapt", channels_last)
+            turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
+            return run_phases(p.method.adapt(), self._modules_of(i), client, message, site, turn)[0]
+
+        return self._laid_out(i, work)
 
 
 def _same_tensors(a: Client, b: Client) -> bool:

@@ -6,11 +6,14 @@ format's version and the sender's fields, padded so that the length of a message
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from itertools import pairwise
 
 import safetensors
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from fedloom import tree
 from fedloom.errors import WireError
@@ -42,16 +45,26 @@ def decode(data: bytes, expect: Tree | None = None) -> Tree:
     Raises:
         WireError: the bytes are no message, or not the expected one. Says what is wrong.
     """
-    if not data:
-        return {}
-    try:
-        flat = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise WireError(f"{len(data)} bytes that are not a safetensors message: {error}") from None
-    message = tree.unflatten(flat)
+    flat = _load(data) if data else {}
     if expect is not None:
-        _compare(tree.structure(message), tree.structure(expect))
-    return message
+        _compare(tree.structure(flat), tree.structure(expect))
+    return tree.unflatten(flat)
+
+
+def _load(data: bytes) -> dict[str, Tensor]:
+    """The tensors of a message by path."""
+    try:
+        flat: dict[str, Tensor] = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise WireError(f"{len(data)} bytes that are not a safetensors message: {error}") from None
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    version = (header.get("__metadata__") or {}).get("fedloom")
+    if version != VERSION:
+        raise WireError(f"a message of version {version}; this is fedloom's wire format {VERSION}")
+    for path, after in pairwise(sorted(name.split("/") for name in flat)):
+        if after[: len(path)] == path:
+            raise WireError(f"'{'/'.join(path)}' is both a tensor and a branch")
+    return flat
 
 
 def _compare(got: Mapping[str, object], want: Mapping[str, object]) -> None:

@@ -118,7 +118,7 @@ class Debug(Wrapper):
         changed = set(tree.structure(before).items()) ^ set(tree.structure(now).items())
         if changed:
             raise MethodError(
-                f"round {number}, client {i}: the structure of what it keeps changed at '{min(changed)[0]}'"
+                f"round {number}, client {i}: the structure of what it keeps changed at '{min(path for path, _ in changed)}'"
             )
         _check_finite(now, f"round {number}, client {i} keeps")
 

@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedloom.report.read import RunRecord, printable
 
-NOT_A_SETTING = ("out", "command")
+NOT_A_SETTING = ("out", "command", "label")
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ class Group:
 def group(records: Sequence[RunRecord]) -> list[Group]:
     """Gathers `records` by method and settings, in order of first appearance.
 
-    A group is labelled with its method; where one method appears with several settings, those that differ are added.
+    A group is labelled as its runs are (`label` in their settings) or with its method; where one label appears with several
+    settings, those that differ are added.
     """
     members: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
-        key = (record.method, json.dumps(settings(record), sort_keys=True, default=str))
+        name = str(record.fact("label") or record.method)
+        key = (name, json.dumps(settings(record), sort_keys=True, default=str))
         members.setdefault(key, []).append(record)
-    labels = _labels([(method, settings(runs[0])) for (method, _), runs in members.items()])
-    groups = zip(labels, members.items(), strict=True)
-    return [Group(label, method, tuple(runs)) for label, ((method, _), runs) in groups]
+    labels = _labels([(name, settings(runs[0])) for (name, _), runs in members.items()])
+    return [Group(label, runs[0].method, tuple(runs)) for label, runs in zip(labels, members.values(), strict=True)]
 
 
 def settings(record: RunRecord) -> dict[str, Any]:

@@ -1,0 +1,160 @@
+"""`fedloom list`."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from fedloom.cli.keys import default_words
+from fedloom.cli.words import Parser, output
+from fedloom.data import SOURCES
+from fedloom.data.hub import cache_root, local_folder
+from fedloom.engines import ENGINES, WRAPPERS
+from fedloom.errors import ConfigError, DataError, suggest
+from fedloom.models import ZOO, option_defaults
+from fedloom.registry import METHODS, describe, method_class
+
+Facts = dict[str, Any]
+EXAMPLES = """\
+  fedloom list methods                  every method, its paper, what travels
+  fedloom list methods fedrir           one in full: hyper-parameters, defaults, meanings
+  fedloom list methods my.py:Mine       your own
+  fedloom list datasets                 and which are found on this machine
+  fedloom list models --json
+"""
+
+
+def listing(words: Sequence[str]) -> int:
+    """`fedloom list`."""
+    parser = Parser("list", "What can be chosen, and what can be set.", EXAMPLES)
+    parser.add_argument("what", nargs="?", metavar="|".join(KINDS), help="what to list")
+    parser.add_argument("name", nargs="?", help="one of them, in full")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    given = parser.read(words)
+    if given.what not in KINDS:
+        wrong = f"'{given.what}' cannot be listed{suggest(given.what, KINDS)}" if given.what else "list what?"
+        raise ConfigError(f"fedloom list: {wrong}" + ("" if given.what else f" {', '.join(KINDS)}"))
+    facts = KINDS[given.what]()
+    if given.name is not None:
+        facts = [_one(given.what, given.name, facts)]
+    if given.json:
+        print(json.dumps(facts[0] if given.name else facts, indent=2, default=str))
+    elif given.name:
+        _show_one(facts[0])
+    else:
+        _show_all(facts)
+    return 0
+
+
+def methods() -> list[Facts]:
+    """Every registered method."""
+    return [describe(name, method) for name, method in METHODS.items()]
+
+
+def datasets() -> list[Facts]:
+    """Every known data set, and the folder where it was found."""
+    return [
+        {
+            "name": name,
+            "title": source.title,
+            "size": f"{source.channels}x{source.image_size}x{source.image_size}" if source.image_size else "varies",
+            "classes": source.n_classes,
+            "found": _found(name),
+        }
+        for name, source in SOURCES.items()
+    ]
+
+
+def models() -> list[Facts]:
+    """Every architecture of the zoo."""
+    return [
+        {"name": name, "summary": _first_line(builder), "options": option_defaults(name)}
+        for name, builder in ZOO.items()
+    ]
+
+
+def engines() -> list[Facts]:
+    """Every engine and wrapper."""
+    auto = {"name": "auto", "kind": "engine", "summary": "Chooses the engine (the default)."}
+    kinds = (("engine", ENGINES), ("wrapper", WRAPPERS))
+    every = [(kind, name, made) for kind, known in kinds for name, made in known.items()]
+    return [auto, *({"name": name, "kind": kind, "summary": _first_line(made)} for kind, name, made in every)]
+
+
+KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(
+    {"methods": methods, "datasets": datasets, "models": models, "engines": engines}
+)
+
+
+def _one(what: str, name: str, facts: Sequence[Facts]) -> Facts:
+    if what == "methods" and ":" in name:
+        cls = method_class(name)
+        return describe(name, cls) | {"description": inspect.getdoc(cls) or ""}
+    found = next((fact for fact in facts if fact["name"] == name), None)
+    if found is None:
+        raise ConfigError(f"there is no {what[:-1]} '{name}'{suggest(name, [fact['name'] for fact in facts])}")
+    documented: Mapping[str, Any] = METHODS if what == "methods" else ZOO if what == "models" else {}
+    return found | ({"description": inspect.getdoc(documented[name]) or ""} if name in documented else {})
+
+
+def _found(name: str) -> str | None:
+    if name == "digits":
+        return "embedded"
+    try:
+        folder = local_folder(name, cache_root())
+    except DataError as error:  # a folder with a missing part
+        return str(error)
+    return str(folder) if folder else None
+
+
+def _first_line(made: Callable[..., Any]) -> str:
+    return (inspect.getdoc(made) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _show_all(facts: Sequence[Facts]) -> None:
+    columns = [key for key in facts[0] if key not in ("authors", "url", "paper", "hyper_parameters")]
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column == "name", overflow="fold")
+    for fact in facts:
+        table.add_row(*(_cell(column, fact[column]) for column in columns))
+    output().print(table)
+
+
+def _cell(column: str, value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={default_words(each)}" for key, each in value.items()) or "–"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or ("nothing" if column == "travels" else "–")
+    return "–" if value in (None, "") else str(value)
+
+
+def _show_one(fact: Facts) -> None:
+    console = output()
+    plain = {key: value for key, value in fact.items() if key not in ("hyper_parameters", "description", "summary")}
+    width = max(map(len, plain))
+    for key, value in plain.items():
+        console.print(f"{key:<{width}}  {_cell(key, value)}", soft_wrap=True)
+    if text := fact.get("description") or fact.get("summary"):
+        console.print(f"\n{text}", soft_wrap=True)
+    if "hyper_parameters" not in fact:
+        return
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("hyper-parameter", "default", "type", "meaning"):
+        table.add_column(header, no_wrap=header == "hyper-parameter", overflow="fold")
+    for name, each in fact["hyper_parameters"].items():
+        table.add_row(f"method.{name}", default_words(each["default"]), _type(each["type"]), each["doc"])
+    console.print("", table, sep="\n")
+
+
+def _type(text: str) -> str:
+    """`Literal["a", "b"]` as `a|b`."""
+    if not text.startswith("Literal["):
+        return {"float": "number", "int": "whole number", "bool": "true|false", "str": "text"}.get(text, text)
+    return text.removeprefix("Literal[").removesuffix("]").replace('"', "").replace("'", "").replace(", ", "|")

@@ -1,0 +1,106 @@
+"""Entry point: finds the command, and ends every error in one clear line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import fedloom
+from fedloom.blame import blame
+from fedloom.cli.checking import check
+from fedloom.cli.listing import listing
+from fedloom.cli.partitioning import partition
+from fedloom.cli.reporting import report
+from fedloom.cli.running import compare, run
+from fedloom.cli.words import Command, Interrupted
+from fedloom.errors import ConfigError, UsageError, suggest
+
+INTERRUPTED, MISUSED, FAILED = 130, 2, 1  # exit codes
+
+
+class Entry(NamedTuple):
+    """A command, and the one line that says what it is for."""
+
+    call: Command
+    purpose: str
+
+
+COMMANDS: Mapping[str, Entry] = MappingProxyType(
+    {
+        "run": Entry(run, "one experiment: train, score, write a folder"),
+        "compare": Entry(compare, "several methods on the same clients, with paired differences"),
+        "report": Entry(report, "tables and one HTML page from the folders of runs"),
+        "list": Entry(listing, "methods, datasets, models or engines, and what can be set"),
+        "partition": Entry(partition, "deal a data set to clients, look at it, keep it in a file"),
+        "check": Entry(check, "whether a method of your own keeps the rules"),
+    }
+)
+
+OVERVIEW = """\
+fedloom {version}: personalised and heterogeneous federated learning in PyTorch
+
+usage: fedloom COMMAND ...
+
+{commands}
+
+start with:
+  fedloom run method=fedavg rounds=5
+  fedloom compare method=local,fedavg,fedrir seed=0,1,2 rounds=20
+  fedloom list methods
+
+fedloom COMMAND --help shows examples and every key; --debug shows tracebacks; --version the version."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _dispatch(words)
+    except SystemExit as leaving:  # argparse ends --help this way
+        return leaving.code if isinstance(leaving.code, int) else MISUSED
+    except KeyboardInterrupt as interrupt:
+        hint = f"; continue with: {interrupt}" if isinstance(interrupt, Interrupted) else ""
+        return _tell(f"interrupted{hint}", INTERRUPTED)
+    except BrokenPipeError:  # `fedloom list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except UsageError as error:
+        if debug:
+            traceback.print_exc()
+        return _tell(f"error: {error}{_notes(error)}", MISUSED)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        hint = "" if debug else " [--debug shows the traceback]"
+        return _tell(f"error: {blame(error)}{hint}", FAILED)
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        width = max(map(len, COMMANDS))
+        commands = "\n".join(f"  {name:<{width}}  {entry.purpose}" for name, entry in COMMANDS.items())
+        print(OVERVIEW.format(version=fedloom.__version__, commands=commands))
+        return 0
+    if words[0] == "--version":
+        print(f"fedloom {fedloom.__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        raise ConfigError(f"'{words[0]}' is not a command{suggest(words[0], COMMANDS)}")
+    return COMMANDS[words[0]].call(words[1:])
+
+
+def _tell(line: str, code: int) -> int:
+    print(f"fedloom: {' '.join(line.split())}", file=sys.stderr)
+    return code
+
+
+def _notes(error: BaseException) -> str:
+    """Which client and round, where the work had begun."""
+    notes = getattr(error, "__notes__", [])
+    return f" ({notes[-1]})" if notes else ""

@@ -1,0 +1,103 @@
+"""`fedloom partition`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from fedloom.cli.words import Parser, output, read_values, settings_words
+from fedloom.config import make_settings
+from fedloom.data import Federation
+from fedloom.errors import ConfigError, DataError
+from fedloom.experiment import make_federation
+
+EXAMPLES = """\
+  fedloom partition clients=20 partition.alpha=0.1
+  fedloom partition data=mnist partition=pathological clients=50 out=mnist.json plot=mnist.png
+  fedloom partition configs/digits.toml
+  fedloom run partition=file partition.path=mnist.json data=mnist
+
+keys: data.*, partition.*, clients, seed, eval.valid (see fedloom run --help); and
+  out=FILE.json   write the row numbers of every client
+  plot=FILE.png   draw examples by client and class (.svg and .pdf too; needs fedloom[report])
+"""
+SHOWN = 30  # clients in the table; of more, the first and the last
+LAST = 5
+
+
+def partition(words: Sequence[str]) -> int:
+    """`fedloom partition`."""
+    parser = Parser("partition", "Deal a data set to clients and show what each one got; no training.", EXAMPLES)
+    settings_words(parser)
+    values = read_values(parser.read(words).words)
+    out, plot = (_file(values.pop(key, None), key) for key in ("out", "plot"))
+    values = {key: value for key, value in values.items() if key not in ("method", "variant")}
+    federation = make_federation(make_settings(values))
+    console = output()
+    console.print(_table(federation))
+    console.print(f"\nhash    {federation.partition.hash()}", soft_wrap=True)
+    if out:
+        _save(federation, out)
+        console.print(f"rows    {out}", soft_wrap=True)
+    if plot:
+        _draw(federation, plot)
+        console.print(f"plot    {plot}", soft_wrap=True)
+    return 0
+
+
+def _file(value: Any, key: str) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{key}={value}: must be a file's name")
+    path = Path(value)
+    if path.is_dir() or not path.parent.is_dir():
+        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ConfigError(f"{key}={value}: cannot be written, {reason}")
+    return path
+
+
+def _table(federation: Federation) -> Table:
+    p, classes = federation.partition, federation.dataset.classes
+    counts = p.counts(federation.dataset.labels, federation.n_classes)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("client", "train", "valid", "test", "classes", "largest class"):
+        table.add_column(header, justify="right" if header != "largest class" else "left")
+    n = p.n_clients
+    for i in range(n) if n <= SHOWN else [*range(SHOWN - LAST), *range(n - LAST, n)]:
+        if n > SHOWN and i == n - LAST:
+            table.add_row(*["…"] * 6)
+        top, rows = int(counts[i].argmax()), counts[i].sum()
+        share = f"{100 * counts[i][top] / rows:.0f} %  {classes[top]}" if rows else "–"
+        sizes = (federation.n_train(i), federation.n_valid(i), federation.n_test(i), int((counts[i] > 0).sum()))
+        table.add_row(str(i), *map(str, sizes), share)
+    sums = [sum(map(len, split)) for split in (p.train, p.valid, p.test)]
+    table.add_section()
+    table.add_row("all", *map(str, sums), str(int((counts.sum(0) > 0).sum())), f"common test set: {len(p.common)} rows")
+    return table
+
+
+def _save(federation: Federation, out: Path) -> None:
+    try:
+        federation.partition.save(out)
+    except OSError as error:
+        raise DataError(f"out={out}: cannot be written, {error.strerror}") from None
+
+
+def _draw(federation: Federation, plot: Path) -> None:
+    from fedloom.report import plots  # matplotlib is an extra
+
+    counts = federation.partition.counts(federation.dataset.labels, federation.n_classes)
+    figure = plots.partition_figure(counts, federation.dataset.classes)
+    draft = plot.with_name(f".{plot.stem}.tmp{plot.suffix}")
+    try:
+        figure.savefig(draft)
+        draft.replace(plot)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"plot={plot}: {str(error).splitlines()[0]}") from None
+    finally:
+        draft.unlink(missing_ok=True)

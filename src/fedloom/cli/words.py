@@ -1,0 +1,76 @@
+"""What all commands share: a parser that raises instead of exiting, `[CONFIG.toml] [key=value ...]`, and consoles."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rich.console import Console
+
+from fedloom.config import Values, from_words, read_toml
+from fedloom.errors import ConfigError, suggest
+from fedloom.registry import METHODS
+
+Command = Callable[[Sequence[str]], int]
+WIDE = 140  # columns of a table that goes into a file or a pipe
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C after a run had its folder; the text is the command that continues it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are ConfigErrors, and whose options and words may be mixed."""
+
+    def __init__(self, command: str, description: str, examples: str) -> None:
+        super().__init__(
+            prog=f"fedloom {command}",
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """The words as a namespace."""
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in words:
+            option = word.partition("=")[0]
+            if option.startswith("--") and option not in known:
+                raise ConfigError(f"{self.prog} has no option {option}{suggest(option, [*known, '--debug'])}")
+        return self.parse_intermixed_args(words)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage and exiting."""
+        raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def settings_words(parser: Parser) -> None:
+    """Declare `[CONFIG.toml] [key=value ...]`."""
+    parser.add_argument(
+        "words", nargs="*", metavar="[CONFIG.toml] key=value", help="a config file, and settings over it"
+    )
+
+
+def read_values(words: Sequence[str]) -> Values:
+    """The tables that a config file and `key=value` words describe."""
+    files = [word for word in words if "=" not in word]
+    if len(files) > 1:
+        raise ConfigError(f"'{files[1]}': only one config file can be given, and '{files[0]}' is there already")
+    for file in files:
+        if Path(file).suffix != ".toml" and not Path(file).is_file():
+            hint = f"; did you mean method={file}?" if file in METHODS else ""
+            raise ConfigError(f"'{file}': expected key=value, such as rounds=20, or a config file{hint}")
+    values = read_toml(files[0]) if files else {}
+    return from_words([word for word in words if "=" in word], values)
+
+
+def output() -> Console:
+    """Where results go: standard output, with room for wide tables when it is no terminal."""
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    return console

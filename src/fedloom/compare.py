@@ -1,0 +1,244 @@
+"""Several methods on the same clients: which runs a comparison is made of, and running them into one folder.
+
+For one seed all runs share the partition, the initial weights and the cohorts, because each follows from the seed and from settings
+that a comparison holds fixed; only the method and its hyper-parameters differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from fedloom.config import Named, Settings, Values, make_method, make_settings, read_toml
+from fedloom.engines import make_engine
+from fedloom.errors import ConfigError, RunFolderError, suggest
+from fedloom.experiment import Experiment, OnRound, Parts, arithmetic, make_dataset, make_federation, make_problem
+from fedloom.method import Method
+from fedloom.registry import METHODS, method_class
+from fedloom.runfolder import RunFolder
+
+FILE = "compare.toml"
+OnRun = Callable[["Job"], OnRound | None]  # called before a run starts
+
+
+class Row(NamedTuple):
+    """A line of the comparison's table."""
+
+    label: str
+    method: Values  # its `name` and hyper-parameters
+
+
+class Job(NamedTuple):
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        assert self.settings.out is not None
+        return self.settings.out
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end."""
+        return (self.folder / "summary.json").is_file()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: `rows` times `seeds`, with everything else as in `base`."""
+
+    base: Values
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+
+    def jobs(self, folder: Path) -> list[Job]:
+        """All runs, seed by seed, so that a comparison that is cut short still compares."""
+        return [
+            Job(row.label, seed, self._settings(row, seed, folder / f"{row.label}-seed{seed}"))
+            for seed in self.seeds
+            for row in self.rows
+        ]
+
+    def check(self) -> None:
+        """Refuse now what would fail in the middle: data, partition, model and engine of every row.
+
+        Raises:
+            UsageError: one line, as the run itself would raise it.
+        """
+        dataset = make_dataset(self._settings(self.rows[0], self.seeds[0]))
+        for seed in self.seeds:
+            federation = make_federation(self._settings(self.rows[0], seed), dataset)
+            for row in self.rows if seed == self.seeds[0] else ():
+                settings = self._settings(row, seed)
+                with arithmetic(settings):
+                    problem = make_problem(settings, make_method(settings.method), federation)
+                    make_engine(settings.engine.name, problem).close()
+
+    def toml(self) -> str:
+        """A config file that gives this comparison again, with every setting spelt out."""
+        settings = self._settings(self.rows[0], self.seeds[0]).model_dump(mode="json", exclude_none=True)
+        base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
+        tables = {row.label: _spelt_out(row) for row in self.rows}
+        methods = {label: table for label, table in tables.items() if label in METHODS}
+        variants = {label: table for label, table in tables.items() if label not in METHODS}
+        for table in methods.values():
+            del table["method"]
+        return tomli_w.dumps({"method": list(tables), "seed": list(self.seeds), **base, **methods, "variant": variants})
+
+    def _settings(self, row: Row, seed: int, out: Path | None = None) -> Settings:
+        return make_settings({**self.base, "method": row.method, "seed": seed, "label": row.label, "out": out})
+
+
+def plan(values: Mapping[str, Any]) -> Comparison:
+    """A comparison from the tables of a config file and `key=value` words.
+
+    Beside the keys of a run: `method` is a list of methods or variants (default: all variants), `method.KEY` a hyper-parameter of all
+    methods that have it, a table named like a method its own hyper-parameters, `variant.NAME` a row of its own (`method` and
+    hyper-parameters), `seed` a list.
+
+    Raises:
+        ConfigError: one line that names the key, the value and what is allowed.
+    """
+    base = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out", "label")}
+    table = values.get("method", {})
+    table = table if isinstance(table, Mapping) else {"name": table}
+    common = {key: value for key, value in table.items() if key != "name"}
+    variants = _tables(values.get("variant", {}), "variant")
+    own = {key: base.pop(key) for key in list(base) if key not in Settings.model_fields and _is_method(key, table)}
+    own = _tables(own, "")
+    names = _listed(table.get("name", list(variants)), "method")
+    if not names:
+        raise ConfigError("method: name what to compare, such as method=fedavg,fedrir, or give [variant.NAME] tables")
+    for key in base.keys() - Settings.model_fields.keys():
+        raise ConfigError(f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', *METHODS])}")
+    rows = tuple(_row(name, common, own, variants) for name in names)
+    _check_common(common, rows)
+    _check_labels([row.label for row in rows])
+    seeds = tuple(_seed(seed) for seed in _listed(values.get("seed", 0), "seed"))
+    if len(set(seeds)) < len(seeds) or not seeds:
+        raise ConfigError(f"seed={','.join(map(str, seeds))}: give one or several different seeds")
+    comparison = Comparison(base, rows, seeds)
+    for job in comparison.jobs(Path()):
+        make_method(job.settings.method)
+    return comparison
+
+
+def create(comparison: Comparison, out: str | Path | None = None) -> Path:
+    """A new folder for a comparison; default: one under `runs/` named for the time and the data."""
+    comparison.check()
+    data = comparison.jobs(Path())[0].settings.data.name
+    folder = RunFolder.create(None if out is None else Path(out), f"compare-{data}")
+    folder.write(FILE, comparison.toml())
+    return folder.path
+
+
+def reopen(folder: str | Path) -> Comparison:
+    """The comparison that a folder holds, to be continued with `execute`."""
+    path = Path(folder)
+    if not (path / FILE).is_file():
+        hint = ": it is a single run; use fedloom run --resume" if (path / "config.toml").is_file() else ""
+        raise RunFolderError(f"{path} is not the folder of a comparison: it holds no {FILE}{hint}")
+    return plan(read_toml(path / FILE))
+
+
+def execute(comparison: Comparison, folder: Path, on_run: OnRun | None = None) -> list[Path]:
+    """Run what is left: finished runs are kept, an unfinished one goes on from its checkpoint. Returns the runs' folders."""
+    jobs = comparison.jobs(folder)
+    left = [job for job in jobs if not job.finished]
+    dataset = make_dataset(left[0].settings) if left else None
+    for job in left:
+        on_round = on_run(job) if on_run else None
+        parts = Parts(dataset=dataset)
+        started = (job.folder / "config.toml").is_file()
+        experiment = Experiment.resume(job.folder, parts) if started else Experiment(job.settings, parts)
+        experiment.run(on_round)
+    return [job.folder for job in jobs]
+
+
+def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping[str, Values]) -> Row:
+    variant = dict(variants.get(name, {}))
+    method = variant.pop("method", name)
+    if name in variants and not isinstance(method, str):
+        raise ConfigError(f"variant.{name}.method={method}: must be the name of a method")
+    if name in variants and method == name and name not in METHODS:
+        raise ConfigError(f'variant.{name}: it needs method = "...", the method that it varies')
+    if name not in variants and ":" not in name and name not in METHODS:
+        known = [*METHODS, *variants]
+        raise ConfigError(f"method={name}: neither a method nor a variant has that name{suggest(name, known)}")
+    fields = _fields(method)
+    shared = {key: value for key, value in common.items() if key in fields}
+    return Row(_label(name), {"name": method, **shared, **own.get(_label(method), {}), **variant})
+
+
+def _label(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _fields(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(method_class(method))}
+
+
+def _is_method(key: str, table: Mapping[str, Any]) -> bool:
+    """Whether a table at the top is a method's: a registered one's, or that of `my.py:Mine`, called `Mine`."""
+    return key in METHODS or key in {_label(name) for name in _listed(table.get("name", []), "method")}
+
+
+def _tables(tables: Any, where: str) -> dict[str, Values]:
+    prefix = f"{where}." if where else ""
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"{where}={tables}: is a table of tables, [{prefix}NAME]")
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{prefix}{name}={table}: is a table; set {prefix}{name}.KEY=VALUE")
+    return {name: dict(table) for name, table in tables.items()}
+
+
+def _listed(value: Any, key: str) -> list[Any]:
+    """`a,b` or `[a, b]` or `a` as a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    found = list(value) if isinstance(value, Sequence) else [value]
+    if key == "method" and not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"method={value}: must be names of methods")
+    return found
+
+
+def _seed(value: Any) -> int:
+    try:
+        seed = int(value) if isinstance(value, str) else value
+    except ValueError:
+        seed = None
+    if type(seed) is not int or seed < 0:
+        raise ConfigError(f"seed={value}: must be whole numbers from 0 up, such as seed=0,1,2")
+    return seed
+
+
+def _check_common(common: Values, rows: Sequence[Row]) -> None:
+    for key in common:
+        if not any(key in row.method for row in rows):
+            fields = sorted(set[str]().union(*(_fields(row.method["name"]) for row in rows)))
+            names = ", ".join(dict.fromkeys(row.method["name"] for row in rows))
+            raise ConfigError(f"method.{key}: none of {names} has this hyper-parameter{suggest(key, fields)}")
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"method: '{label}' is there twice; give the second one a name with [variant.NAME]")
+        if not re.fullmatch(r"\w[\w.+-]*", label):
+            raise ConfigError(f"variant.{label}: a name is made of letters, digits and _ . + -")
+
+
+def _spelt_out(row: Row) -> Values:
+    method: Method = make_method(Named(**row.method))
+    return {"method": row.method["name"], **dataclasses.asdict(method)}

@@ -1,0 +1,74 @@
+"""What tests of every kind share."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+from fedloom.config import assign, make_settings
+from fedloom.experiment import Experiment, Parts
+
+hypothesis.settings.register_profile("fedloom", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.load_profile("fedloom")
+
+SMALL: dict[str, Any] = {
+    "data": {"name": "digits", "rows": 240},
+    "model": {"name": "mlp", "hidden": 12},
+    "partition": {"name": "dirichlet", "alpha": 0.5},
+    "clients": 4,
+    "rounds": 2,
+    "batch_size": 16,
+    "precision": "fp64",
+    "engine": {"name": "sequential", "threads": 1},
+}
+"""A run that takes a few hundredths of a second."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--regenerate-golden` rewrites the files of tests/golden/ instead of comparing with them."""
+    parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+@pytest.fixture
+def float64() -> Any:
+    """float64 as the default dtype, for one test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Callable[..., Experiment]:
+    """Makes small experiments: `experiment("fedavg", rounds=3, engine="debug")`, `experiment(Mine(), **{"model": "resnet8"})`.
+
+    The first word is a method's name or a method; then settings as for `fedloom.run`, over those of `SMALL`; `parts` are objects in
+    place of names.
+    """
+    made = 0
+
+    def make(method: Any = "fedavg", *, dataset: Any = None, module: Any = None, **settings: Any) -> Experiment:
+        nonlocal made
+        made += 1
+        values: dict[str, Any] = {key: dict(v) if isinstance(v, dict) else v for key, v in SMALL.items()}
+        named = isinstance(method, str)
+        chosen = {"method": method if named else type(method).__name__, "out": str(tmp_path / f"run{made}"), **settings}
+        for key, value in chosen.items():
+            assign(values, "engine.name" if key == "engine" else key, value)
+        return Experiment(make_settings(values), Parts(None if named else method, dataset, module))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """A folder with real data sets, one folder of parquet files each: `$FEDLOOM_DATA`, or `shared/data` beside the repository."""
+    named = os.environ.get("FEDLOOM_DATA")
+    folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is not a folder; name one with FEDLOOM_DATA")
+    return folder

@@ -1,0 +1,60 @@
+"""Small pools and parquet files, and a cache of each test's own."""
+
+import io
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from fedloom.data import from_arrays
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FEDLOOM_DATA", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def pool():
+    """600 training and 200 test rows of 1 x 2 x 2 pixels in 10 classes, with a writer column of 8 unequal values."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 10, 800)
+    x = rng.integers(0, 256, (800, 1, 2, 2)).astype(np.uint8)
+    writers = np.array([f"w{v}" for v in np.minimum(rng.geometric(0.3, 800), 8)])
+    return from_arrays(x[:600], y[:600], x[600:], y[600:], name="pool", columns={"writer": writers})
+
+
+def encoded(pixels, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def write_parquet():
+    """Writes pictures (arrays or bytes) and labels in the hub's layout, with class names in the metadata on request."""
+
+    def write(file, pictures, labels, *, label="label", image="image", names=None, plain=False, **columns):
+        cells = [p if isinstance(p, bytes) else encoded(p) for p in pictures]
+        pictures = pa.array(cells if plain else [{"bytes": c, "path": None} for c in cells])
+        table = pa.table({image: pictures, label: labels, **columns})
+        if names:
+            features = {c: {"names": n, "_type": "ClassLabel"} for c, n in names.items()}
+            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, file)
+        return file
+
+    return write
+
+
+@pytest.fixture
+def grey():
+    """`grey(n, size)`: n random grey pictures."""
+    rng = np.random.default_rng(1)
+    return lambda n, size=8: [rng.integers(0, 256, (size, size)).astype(np.uint8) for _ in range(n)]

@@ -1,0 +1,179 @@
+"""Rows become inputs: normalisation, augmentation, references."""
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.data import Federation, Partition, from_arrays, load, partition
+from fedloom.data.augment import AUGMENTS
+from fedloom.errors import DataError
+from fedloom.rng import Stream
+
+
+@pytest.fixture
+def made(pool):
+    return partition(pool, 5, alpha=1.0, valid=0.1)
+
+
+@pytest.fixture
+def ramp():
+    """Three clients of pictures (3, 16, 16) whose pixels name their own row and column."""
+    column = torch.arange(16).expand(16, 16)
+    picture = torch.stack([10 * column, 10 * column.T, torch.full((16, 16), 255)]).to(torch.uint8)
+    return from_arrays(picture.repeat(12, 1, 1, 1), torch.arange(12) % 2, name="ramp")
+
+
+def test_splits_are_the_partitions_rows(pool, made):
+    federation = Federation(pool, made)
+    assert (federation.name, federation.n_clients, federation.n_classes) == ("pool", 5, 10)
+    assert federation.input_shape == (1, 2, 2)
+    for split in ("train", "valid", "test"):
+        for i, rows in enumerate(getattr(made, split)):
+            x, y = getattr(federation, split)(i)
+            assert getattr(federation, f"n_{split}")(i) == len(rows) == len(x)
+            assert torch.equal(y, pool.labels[rows])
+            torch.testing.assert_close(x, pool.images[rows] / 127.5 - 1)
+            assert x.is_contiguous()
+            assert x.dtype == torch.get_default_dtype()
+
+
+def test_the_common_set_is_made_once(pool, made):
+    federation = Federation(pool, made)
+    x, y = federation.common()
+    assert torch.equal(y, pool.labels[made.common])
+    assert federation.common()[0] is x
+
+
+def test_inputs_follow_the_default_dtype(pool, made):
+    federation = Federation(pool, made)
+    federation.common()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert federation.train(0)[0].dtype == federation.common()[0].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_standard_uses_the_training_rows_of_the_pool(made):
+    rng = np.random.default_rng(0)
+    x = (rng.integers(0, 100, (800, 3, 4, 4)) + np.array([0, 50, 150])[:, None, None]).astype(np.uint8)
+    x[600:] = 255
+    pool = from_arrays(x[:600], np.arange(600) % 10, x[600:], np.arange(200) % 10)
+    inputs, _ = Federation(pool, made, normalise="standard").rows(np.arange(600))
+    torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_features_of_ones_own_are_left_alone_unless_asked():
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9.0, 0.0]) + 5
+    pool = from_arrays(x, torch.arange(40) % 2)
+    made = partition(pool, 2, scheme="iid")
+    assert torch.equal(Federation(pool, made).rows(np.arange(40))[0], x)
+    scaled = Federation(pool, made, normalise="standard").rows(np.arange(40))[0]
+    torch.testing.assert_close(scaled.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
+    with pytest.raises(DataError, match="are not pictures"):
+        Federation(pool, made, augment="flip")
+
+
+def test_none_leaves_pictures_between_0_and_1(pool, made):
+    x, _ = Federation(pool, made, normalise="none").rows(np.arange(800))
+    assert (x.min().item(), x.max().item()) == pytest.approx((0, 1))
+
+
+def test_pooled_moves_all_training_rows_to_client_0(pool, made):
+    federation = Federation(pool, made)
+    pooled = federation.pooled()
+    assert pooled.n_train(0) == sum(federation.n_train(i) for i in range(5))
+    assert [pooled.n_train(i) for i in range(1, 5)] == [0] * 4
+    assert torch.equal(pooled.test(3)[0], federation.test(3)[0])
+    assert federation.n_train(0) == len(made.train[0])
+    assert pooled.train(4)[0].shape == (0, 1, 2, 2)
+
+
+def test_partitions_and_settings_that_do_not_fit_are_refused(pool, made):
+    beyond = made._replace(common=np.array([800]))
+    with pytest.raises(DataError, match="rows 0 to 800, and data=pool has rows 0 to 799"):
+        Federation(pool, beyond)
+    with pytest.raises(DataError, match="every client needs"):
+        Federation(pool, Partition(made.train, (), made.test, made.common, {}))
+    with pytest.raises(DataError, match=r"data\.normalise=halff.*'half'"):
+        Federation(pool, made, normalise="halff")
+    with pytest.raises(DataError, match=r"data\.augment=flop.*'flip'"):
+        Federation(pool, made, augment="flop")
+    with pytest.raises(DataError, match="labels run from"):
+        Federation(pool._replace(classes=("one",)), made)
+
+
+@pytest.mark.parametrize("augment", AUGMENTS)
+def test_augmentation_follows_its_stream_and_leaves_its_input(ramp, augment):
+    federation = Federation(ramp, partition(ramp, 1, scheme="iid"), augment=augment)
+    x, _ = federation.rows(np.arange(12))
+    before = x.clone()
+    once, twice = federation.augmented(x, Stream(1)), federation.augmented(x, Stream(1))
+    assert torch.equal(once, twice)
+    assert torch.equal(x, before)
+    assert once.shape == x.shape
+    other = federation.augmented(x, Stream(2))
+    assert torch.equal(once, other) == (augment in ("none", "resized-crop-flip-once"))
+
+
+def test_flips_mirror_about_half_of_the_pictures(ramp):
+    federation = Federation(ramp, partition(ramp, 1, scheme="iid"), augment="flip")
+    x = federation.rows(np.zeros(200, np.int64))[0]
+    mirrored = (federation.augmented(x, Stream(0)) == x.flip(3)).all(dim=(1, 2, 3))
+    kept = (federation.augmented(x, Stream(0)) == x).all(dim=(1, 2, 3))
+    assert (mirrored ^ kept).all()
+    assert 70 < mirrored.sum() < 130
+
+
+@pytest.mark.parametrize("normalise", ["half", "standard"])
+def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
+    federation = Federation(ramp, partition(ramp, 1, scheme="iid"), normalise=normalise, augment="crop-flip")
+    x = federation.rows(np.zeros(300, np.int64))[0]
+    out = federation.augmented(x, Stream(0))
+    black, white = Federation(ramp, federation.partition, normalise=normalise)._black()[2], x[0, 2, 0, 0]
+    inside = out[:, 2] == white
+    assert (inside | (out[:, 2] == black)).all()
+    for rows in (inside.any(2).sum(1), inside.any(1).sum(1)):
+        assert (rows.min(), rows.max()) == (12, 16)
+    # what is inside is the picture itself, moved as a whole: neighbours still differ by one step, up or down
+    step = (x[0, 0, 0, 1] - x[0, 0, 0, 0]).abs()
+    moved = (out[:, 0, :, 1:] - out[:, 0, :, :-1]).abs()[inside[:, :, 1:] & inside[:, :, :-1]]
+    torch.testing.assert_close(moved, step.expand_as(moved))
+
+
+def test_resized_crops_are_windows_of_at_least_three_quarters(ramp):
+    federation = Federation(ramp, partition(ramp, 1, scheme="iid"), normalise="none", augment="resized-crop-flip")
+    x = federation.rows(np.zeros(400, np.int64))[0]
+    out = federation.augmented(x, Stream(0)) * 25.5  # channel 0 holds the column, channel 1 the row, of what is seen
+    inner = out[:, :, 2:-2, 2:-2]
+    width = (inner[:, 0, :, -1] - inner[:, 0, :, 0]).mean(1).abs() / 11
+    height = (inner[:, 1, -1, :] - inner[:, 1, 0, :]).mean(1) / 11
+    area = width * height
+    assert 0.7 < area.min() < 0.8
+    assert 0.97 < area.max() < 1.001
+    ratio = width / height
+    assert ratio.min() > 0.74
+    assert ratio.max() < 1.35
+    assert (out.min() >= 0) & (out[:, :2].max() <= 15.001)
+
+
+def test_once_changes_every_row_at_load_and_never_again(ramp):
+    made = partition(ramp, 1, scheme="iid")
+    plain, once = (Federation(ramp, made, augment=a) for a in ("none", "resized-crop-flip-once"))
+    assert once.dataset.images.dtype == torch.uint8
+    for split in ("train", "test"):
+        x, changed = getattr(plain, split)(0)[0], getattr(once, split)(0)[0]
+        assert (x != changed).flatten(1).any(1).all()
+    assert torch.equal(Federation(ramp, made, augment="resized-crop-flip-once").train(0)[0], once.train(0)[0])
+    assert torch.equal(ramp.images[0, 0, 0], torch.arange(0, 160, 10).to(torch.uint8))
+
+
+def test_digits_end_to_end():
+    digits = load("digits")
+    federation = Federation(digits, partition(digits, 10))
+    assert sum(federation.n_train(i) + federation.n_test(i) for i in range(10)) == 1797
+    x, y = federation.train(0)
+    assert x.shape[1:] == (1, 8, 8)
+    assert (x.min().item(), x.max().item()) == pytest.approx((-1, 1))
+    assert y.dtype == torch.int64

@@ -1,0 +1,226 @@
+"""Who gets which rows: properties of the schemes, splits, files."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedloom.data import Partition, from_arrays, load, partition
+from fedloom.errors import DataError
+
+DEALT = {
+    "iid": {},
+    "dirichlet": {"alpha": 0.3},
+    "pathological": {"classes_per_client": 2},
+    "extended": {"classes_per_client": 3, "alpha": 1.0},
+    "quantity": {"alpha": 1.0},
+}
+
+
+def everything(made):
+    return np.concatenate([*made.train, *made.valid, *made.test])
+
+
+@pytest.mark.parametrize("scheme", DEALT)
+@settings(max_examples=15, deadline=None)
+@given(clients=st.integers(5, 12), seed=st.integers(0, 10**6), valid=st.sampled_from([0.0, 0.1]))
+def test_every_row_goes_to_exactly_one_split_of_one_client(scheme, clients, seed, valid):
+    rng = np.random.default_rng(seed)
+    pool = from_arrays(
+        np.zeros((900, 1)), rng.permutation(np.arange(900) % 10), np.zeros((100, 1)), np.arange(100) % 10
+    )
+    chosen = DEALT[scheme] | ({"classes_per_client": 10} if scheme == "pathological" and 2 * clients % 10 else {})
+    made = partition(pool, clients, scheme=scheme, seed=seed, valid=valid, min_examples=4, **chosen)
+    assert made.n_clients == clients
+    assert np.array_equal(np.sort(everything(made)), np.arange(1000))
+    assert np.array_equal(made.common, np.sort(np.concatenate(made.test)))
+    for train, held_out, test in zip(made.train, made.valid, made.test, strict=True):
+        n = len(train) + len(held_out) + len(test)
+        assert n >= 4
+        assert len(train) >= 1
+        assert len(test) == -(-n // 4)
+        assert (len(held_out) > 0) == (valid > 0 and len(train) + len(held_out) > 1)
+        assert all(np.array_equal(part, np.sort(part)) and part.dtype == np.int64 for part in (train, held_out, test))
+    assert (
+        partition(pool, clients, scheme=scheme, seed=seed, valid=valid, min_examples=4, **chosen).hash() == made.hash()
+    )
+    assert partition(pool, clients, scheme=scheme, seed=seed + 1, min_examples=4, **chosen).hash() != made.hash()
+
+
+def test_seeds_and_schemes_are_recorded_and_hashes_are_pinned():
+    made = partition(load("digits"), 10)
+    assert made.scheme == {
+        "name": "dirichlet", "clients": 10, "min_examples": 10, "alpha": 0.1,
+        "merge": True, "test_fraction": 0.25, "valid": 0.0, "seed": 0,
+    }  # fmt: skip
+    assert made.hash() == "3353a9190e9fea16ca192e40b47fa64b"
+
+
+def test_iid_sizes_differ_by_one_at_most(pool):
+    made = partition(pool, 7, scheme="iid")
+    sizes = [len(a) + len(b) for a, b in zip(made.train, made.test, strict=True)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_small_alpha_means_skew_and_a_large_one_means_none(pool):
+    def largest_share(alpha):
+        counts = partition(pool, 5, alpha=alpha).counts(pool.labels, 10)
+        return (counts.max(axis=1) / counts.sum(axis=1)).mean()
+
+    assert largest_share(0.05) > 0.3
+    assert largest_share(1000.0) < 0.2
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_dirichlet_is_capped(seed):
+    """A client that holds N/K rows gets no more classes: so it can exceed the cap by one class's rows at most."""
+    labels = np.repeat(np.arange(10), 60)
+    made = partition(from_arrays(np.zeros((600, 1)), labels), 6, alpha=0.1, seed=seed, min_examples=2)
+    dealt = [np.concatenate(parts) for parts in zip(made.train, made.test, strict=True)]
+    counts = np.stack([np.bincount(labels[rows], minlength=10) for rows in dealt])
+    before = np.cumsum(counts, axis=1) - counts
+    assert (counts[before >= 100] == 0).all()
+    assert counts.sum(axis=1).max() < 160
+
+
+@pytest.mark.parametrize("balance", [True, False])
+def test_pathological_deals_classes_in_turn(pool, balance):
+    made = partition(pool, 20, scheme="pathological", classes_per_client=2, balance=balance, min_examples=2)
+    counts = made.counts(pool.labels, 10) + made.counts(pool.labels, 10, "test")
+    assert (counts > 0).sum(axis=1).max() <= 2
+    for c in range(10):
+        holders = np.flatnonzero(counts[:, c])
+        assert set(holders) <= set(range(4 * (c // 2), 4 * (c // 2) + 4))
+    sizes = counts[:4, 0]
+    assert (sizes.max() - sizes.min() <= 3) == balance
+
+
+def test_pathological_says_when_classes_would_be_left_over(pool):
+    with pytest.raises(DataError, match="covers 8 of 10 classes"):
+        partition(pool, 7, scheme="pathological", classes_per_client=2)
+
+
+def test_extended_gives_every_client_its_number_of_classes(pool):
+    made = partition(pool, 10, scheme="extended", classes_per_client=3, alpha=100.0)
+    counts = made.counts(pool.labels, 10) + made.counts(pool.labels, 10, "test")
+    assert ((counts > 0).sum(axis=1) == 3).all()
+    assert ((counts > 0).sum(axis=0) == 3).all()
+    with pytest.raises(DataError, match="covers 2 of 10 classes"):
+        partition(pool, 2, scheme="extended", classes_per_client=1)
+
+
+def test_natural_makes_a_client_of_every_value(pool):
+    made = partition(pool, scheme="natural", column="writer", min_examples=50)
+    for train, test in zip(made.train, made.test, strict=True):
+        assert len(set(pool.columns["writer"][np.concatenate([train, test])])) == 1
+    values, sizes = np.unique(pool.columns["writer"], return_counts=True)
+    assert made.n_clients == (sizes >= 50).sum() < len(values)
+    few = partition(pool, 2, scheme="natural", column="writer")
+    assert sorted(len(a) + len(b) for a, b in zip(few.train, few.test, strict=True)) == sorted(sizes)[-2:]
+    with pytest.raises(DataError, match="at most that many"):
+        partition(pool, 9, scheme="natural", column="writer", min_examples=2)
+    with pytest.raises(DataError, match="has the columns: writer"):
+        partition(pool, scheme="natural", column="wrtier")
+
+
+def test_without_merging_the_official_test_set_is_the_common_set(pool):
+    made = partition(pool, 5, merge=False, alpha=1.0)
+    assert np.array_equal(made.common, np.arange(600, 800))
+    assert all(len(rows) == 0 for rows in made.test)
+    assert np.array_equal(np.sort(everything(made)), np.arange(600))
+    own = partition(pool, 5, merge=False, alpha=1.0, test_fraction=0.5)
+    assert np.array_equal(own.common, np.arange(600, 800))
+    assert all(len(rows) for rows in own.test)
+
+
+def test_someone_must_be_tested():
+    with pytest.raises(DataError, match=r"test_fraction=0\.0.*no other test set"):
+        partition(load("digits"), 5, merge=False)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"clients": 60, "alpha": 0.01}, "no draw gave each client"),
+        ({"clients": 40, "scheme": "quantity", "alpha": 0.05}, "a larger partition.alpha"),
+        ({"clients": 5, "scheme": "pathological", "balance": True, "min_examples": 159}, "no draw"),
+        ({"clients": 81}, "clients=81: 800 rows"),
+        ({"clients": 0}, "clients=0"),
+        ({}, "needs a number of clients"),
+        ({"clients": 5, "scheme": "dirichelt"}, "did you mean 'dirichlet'"),
+        ({"clients": 5, "alpha": 0.0}, r"partition\.alpha=0\.0"),
+        ({"clients": 5, "alpha": float("nan")}, r"partition\.alpha=nan"),
+        ({"clients": 5, "scheme": "pathological", "classes_per_client": 11}, "allowed is 1 to 10"),
+        ({"clients": 5, "min_examples": 1}, r"partition\.min_examples=1"),
+        ({"clients": 5, "test_fraction": 1.0}, r"partition\.test_fraction=1\.0"),
+        ({"clients": 5, "valid": 1.0}, r"partition\.valid=1\.0"),
+        ({"scheme": "file"}, r"partition\.path=FILE"),
+    ],
+)
+def test_impossible_plans_end_in_an_error_that_says_what_to_change(pool, chosen, message):
+    with pytest.raises(DataError, match=message):
+        partition(pool, **chosen)
+
+
+def test_a_partition_survives_its_file(pool, tmp_path):
+    made = partition(pool, 5, valid=0.2, alpha=1.0)
+    made.save(tmp_path / "partition.json")
+    assert [file.name for file in tmp_path.iterdir()] == ["partition.json"]
+    back = Partition.load(tmp_path / "partition.json", pool.n_rows)
+    assert (back.hash(), back.scheme) == (made.hash(), made.scheme)
+    assert all(map(np.array_equal, back.valid, made.valid))
+    again = partition(pool, 5, scheme="file", path=tmp_path / "partition.json")
+    assert again.hash() == made.hash()
+    with pytest.raises(DataError, match="is for 5 clients"):
+        partition(pool, 4, scheme="file", path=tmp_path / "partition.json")
+
+
+def test_a_foreign_file_needs_training_rows_only(pool, tmp_path):
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps({"train": [[5, 3], [7]]}))
+    made = partition(pool, scheme="file", path=file)
+    assert made.train[0].tolist() == [3, 5]
+    assert np.array_equal(made.common, np.arange(600, 800))
+    file.write_text(json.dumps({"train": [[5, 3], [7]], "test": [[1, 2], [2]]}))
+    assert partition(pool, scheme="file", path=file).common.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("nonsense", "cannot be read as JSON"),
+        ([1], "'train' must be"),
+        ({"train": []}, "'train' must be"),
+        ({"train": [[0, 800]]}, r"train\[0\] names row 800, allowed is 0 to 799"),
+        ({"train": [[-1]]}, "names row -1"),
+        ({"train": [[0.5]]}, "whole numbers"),
+        ({"train": [[True]]}, "whole numbers"),
+        ({"train": [[1, 1]]}, "names row 1 twice"),
+        ({"train": [[1], [1]]}, "row 1 is in two"),
+        ({"train": [[1]], "valid": [[1]]}, "row 1 is in two"),
+        ({"train": [[1], [2]], "test": [[3]]}, "one list for each of the 2 clients"),
+        ({"train": [[1], [2]], "test": [[2], [3]]}, "row 2 is both trained and tested on"),
+        ({"train": [[1]], "common": [1]}, "row 1 is both trained and tested on"),
+        ({"train": [[1]], "hash": "0" * 32}, "hash does not fit"),
+    ],
+)
+def test_files_that_contradict_themselves_are_refused(tmp_path, content, message):
+    file = tmp_path / "theirs.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(DataError, match=message):
+        Partition.load(file, 800, 600)
+    with pytest.raises(DataError, match="cannot be read"):
+        Partition.load(tmp_path / "absent.json", 800)
+
+
+def test_counts_are_per_client_and_class(pool):
+    made = partition(pool, 5, alpha=1.0)
+    counts = made.counts(pool.labels, 12)
+    assert counts.shape == (5, 12)
+    assert counts.sum(axis=1).tolist() == [len(rows) for rows in made.train]
+    assert counts[2, 4] == (pool.labels.numpy()[made.train[2]] == 4).sum()
+    with pytest.raises(DataError, match="split='tset'"):
+        made.counts(pool.labels, 10, "tset")

@@ -1,0 +1,128 @@
+"""Losses: closed forms and naive sums."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fedloom import losses, optim
+from fedloom.rng import Stream
+
+
+@pytest.fixture(autouse=True)
+def _wide(float64):
+    """All of these run in float64."""
+
+
+def naive_vclub(mean, log_variance, target):
+    """The double sum of the paper, per feature."""
+    n, d = target.shape
+
+    def log_q(i, j):
+        return -0.5 * ((mean[i] - target[j]) ** 2 / log_variance[i].exp() + log_variance[i]).sum()
+
+    own = sum(log_q(i, i) for i in range(n)) / n
+    every = sum(log_q(i, j) for i in range(n) for j in range(n)) / n**2
+    return (own - every) / d
+
+
+def fitted_q(x, c):
+    """q(c | x) with a linear mean and a free variance, fitted by its likelihood."""
+    net = nn.Linear(x.shape[1], c.shape[1])
+    params = {"w": torch.zeros_like(net.weight), "b": torch.zeros_like(net.bias), "v": torch.zeros(c.shape[1])}
+    adam = optim.adam(0.05)
+    state = adam.init(params)
+
+    def q(p):
+        return x @ p["w"].T + p["b"], p["v"].expand(len(x), -1)
+
+    for _ in range(300):
+        wanted = {name: p.detach().requires_grad_() for name, p in params.items()}
+        grads = torch.autograd.grad(losses.gaussian_nll(*q(wanted), c), list(wanted.values()))
+        params, state = adam.update(dict(zip(params, grads, strict=True)), state, params, 1.0)
+    return q(params)
+
+
+def test_gaussian_kl_closed_forms():
+    zero = torch.zeros(4, 3)
+    assert losses.gaussian_kl(zero, zero).item() == 0
+    assert losses.gaussian_kl(torch.ones(4, 3), zero).item() == pytest.approx(1.5)  # 3 features, m^2 / 2 each
+    log_variance = torch.full((4, 3), math.log(4.0))
+    assert losses.gaussian_kl(zero, log_variance).item() == pytest.approx(3 * 0.5 * (4 - 1 - math.log(4)))
+
+
+def test_gaussian_kl_equals_torchs():
+    mean, log_variance = Stream(0).normal((5, 2)), Stream(1).normal((5, 2))
+    q = torch.distributions.Normal(mean, (log_variance / 2).exp())
+    expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(torch.zeros(1), torch.ones(1))).sum(1)
+    assert losses.gaussian_kl(mean, log_variance).item() == pytest.approx(expected.mean().item())
+
+
+def test_gaussian_nll_lacks_only_its_constant():
+    mean, log_variance, target = (Stream(i).normal((5, 2)) for i in range(3))
+    log_p = torch.distributions.Normal(mean, (log_variance / 2).exp()).log_prob(target)
+    expected = -log_p.mean().item() - 0.5 * math.log(2 * math.pi)
+    assert losses.gaussian_nll(mean, log_variance, target).item() == pytest.approx(expected)
+
+
+def test_vclub_equals_the_naive_double_sum():
+    mean, log_variance, target = (Stream(i).normal((7, 3)) for i in range(3))
+    expected = naive_vclub(mean, log_variance, target).item()
+    assert losses.vclub(mean, log_variance, target).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_sampled_vclub_has_the_same_expectation():
+    mean, log_variance, target = (Stream(i).normal((6, 2)) for i in range(3))
+    whole = losses.vclub(mean, log_variance, target).item()
+    shifts = [losses.vclub(mean, log_variance, target, torch.arange(6).roll(k)).item() for k in range(6)]
+    assert sum(shifts) / 6 == pytest.approx(whole, rel=1e-12)  # over all shifts every pair appears once
+    drawn = [losses.vclub(mean, log_variance, target, Stream(9, i).permutation(6)).item() for i in range(3000)]
+    assert sum(drawn) / 3000 == pytest.approx(whole, abs=4 * torch.tensor(drawn).std().item() / math.sqrt(3000))
+
+
+def test_vclub_with_itself_as_the_other_is_zero():
+    mean, log_variance, target = (Stream(i).normal((6, 2)) for i in range(3))
+    assert losses.vclub(mean, log_variance, target, torch.arange(6)).item() == 0
+
+
+def test_vclub_is_about_zero_for_independent_variables():
+    x, c = Stream(0).normal((2000, 1)), Stream(1).normal((2000, 1))
+    assert abs(losses.vclub(*fitted_q(x, c), c).item()) < 0.02
+
+
+def test_vclub_bounds_the_information_of_correlated_gaussians():
+    x, noise, rho = Stream(0).normal((2000, 1)), Stream(1).normal((2000, 1)), 0.8
+    c = rho * x + math.sqrt(1 - rho**2) * noise
+    information = -0.5 * math.log(1 - rho**2)
+    bound = losses.vclub(*fitted_q(x, c), c).item()
+    assert bound > information
+    assert bound == pytest.approx(rho**2 / (1 - rho**2), rel=0.15)  # what vCLUB gives with the true q
+
+
+def test_a_bad_q_makes_vclub_negative():
+    c = Stream(0).normal((50, 2))
+    assert losses.vclub(-c, torch.zeros_like(c), c) < 0
+
+
+def test_squared_distance_counts_what_is_common():
+    a = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(5.0)}
+    assert losses.squared_distance(a, {"x": torch.tensor([0.0, 0.0]), "z": torch.tensor(1.0)}).item() == 5.0
+    with pytest.raises(ValueError, match="nothing in common"):
+        losses.squared_distance(a, {"z": torch.tensor(1.0)})
+
+
+def test_cross_entropy_is_in_nats():
+    assert losses.cross_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 2])).item() == pytest.approx(math.log(4))
+
+
+def test_losses_map_over_clients():
+    mean, log_variance, target = (Stream(i).normal((3, 5, 2)) for i in range(3))
+    other = torch.stack([Stream(4, i).permutation(5) for i in range(3)])
+    mapped = torch.func.vmap(losses.vclub)(mean, log_variance, target, other)
+    looped = [losses.vclub(mean[i], log_variance[i], target[i], other[i]) for i in range(3)]
+    torch.testing.assert_close(mapped, torch.stack(looped))
+    torch.testing.assert_close(
+        torch.func.vmap(torch.func.grad(losses.gaussian_kl))(mean, log_variance),
+        torch.stack([torch.func.grad(losses.gaussian_kl)(mean[i], log_variance[i]) for i in range(3)]),
+    )
