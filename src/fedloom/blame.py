@@ -18,7 +18,7 @@ def blame(error: BaseException) -> str:
     frame = own_frame(error)
     if frame is None and not known:
         frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
-    place = [] if frame is None else [f"{frame.filename}:{frame.lineno}, in {frame.name}"]
+    place = [] if frame is None else [f"{place_of(frame)}, in {frame.name}"]
     rest = "; ".join([*place, *getattr(error, "__notes__", [])])
     return " ".join(f"{what} ({rest})".removesuffix(" ()").split())
 
@@ -27,6 +27,13 @@ def own_frame(error: BaseException) -> traceback.FrameSummary | None:
     """The innermost line of code that belongs neither to fedloom nor to an installed package."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_installed(frame.filename)]
     return frames[-1] if frames else None
+
+
+def place_of(frame: traceback.FrameSummary) -> str:
+    """`my.py:12`, relative to the current folder where that is shorter."""
+    file = Path(frame.filename)
+    inside = file.is_relative_to(Path.cwd())
+    return f"{file.relative_to(Path.cwd()) if inside else file}:{frame.lineno}"
 
 
 def _is_installed(file: str) -> bool:

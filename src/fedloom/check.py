@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedloom import data, tree
-from fedloom.blame import blame, own_frame
+from fedloom.blame import blame, own_frame, place_of
 from fedloom.config import make_settings
 from fedloom.engines import Reply
 from fedloom.engines.wrappers import Wrapper
@@ -114,7 +114,7 @@ class _Trial:
         contract = "two rounds keep the contract: inputs unchanged, private nets stay, structures last, numbers finite"
         try:
             reference = self._run("plain", "sequential")
-            self._run("debug", "debug+bytes")
+            self._run("debug", "debug")
         except Exception as error:
             return [Finding(contract, False, blame(error))]
         return [
@@ -146,7 +146,7 @@ class _Trial:
     def _normalised(self) -> Finding:
         rule = "so it does with BatchNorm in the model"
         try:
-            self._run("batchnorm", "debug+bytes", NORMALISED)
+            self._run("batchnorm", "debug", NORMALISED)
         except Exception as error:
             return Finding(rule, False, blame(error))
         return Finding(rule, True)
@@ -177,7 +177,10 @@ class _Trial:
 
     def _mapped(self, experiment: Experiment) -> Finding:
         rule = "its losses can be mapped over clients (the vectorised engine)"
-        phases = self.parts.method.phases() if self.parts.method else ()
+        method = experiment.problem.method
+        if method.pooled:
+            return Finding(rule, None, "nothing to map: one client holds all rows")
+        phases = method.phases()
         free = [phase.name for phase in phases if isinstance(phase, Free)]
         if free:
             return Finding(rule, None, f"runs, but never vectorised: phase '{free[0]}' is Free work")
@@ -289,7 +292,7 @@ _REASONS = {
 
 def _why(error: Exception) -> str:
     frame = own_frame(error)
-    line = f"; {frame.filename}:{frame.lineno}: {frame.line}" if frame else ""
+    line = f"; {place_of(frame)}: {frame.line}" if frame else ""
     text = f"{error} {frame.line if frame else ''}"
     reason = next((words for sign, words in _REASONS.items() if sign in text), None)
     first = f"{type(error).__name__}: {error}".splitlines()[0]

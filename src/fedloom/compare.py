@@ -146,8 +146,9 @@ def reopen(folder: str | Path) -> Comparison:
     """The comparison that a folder holds, to be continued with `execute`."""
     path = Path(folder)
     if not (path / FILE).is_file():
-        hint = ": it is a single run; use fedloom run --resume" if (path / "config.toml").is_file() else ""
-        raise RunFolderError(f"{path} is not the folder of a comparison: it holds no {FILE}{hint}")
+        if (path / "config.toml").is_file():
+            raise RunFolderError(f"{path} is the folder of a single run; continue it with fedloom run --resume {path}")
+        raise RunFolderError(f"{path} is not the folder of a comparison: it holds no {FILE}")
     return plan(read_toml(path / FILE))
 
 
@@ -168,16 +169,38 @@ def execute(comparison: Comparison, folder: Path, on_run: OnRun | None = None) -
 def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping[str, Values]) -> Row:
     variant = dict(variants.get(name, {}))
     method = variant.pop("method", name)
-    if name in variants and not isinstance(method, str):
-        raise ConfigError(f"variant.{name}.method={method}: must be the name of a method")
-    if name in variants and method == name and name not in METHODS:
-        raise ConfigError(f'variant.{name}: it needs method = "...", the method that it varies')
-    if name not in variants and ":" not in name and name not in METHODS:
+    if name in variants:
+        _check_variant(name, method)
+    elif ":" not in name and name not in METHODS:
         known = [*METHODS, *variants]
         raise ConfigError(f"method={name}: neither a method nor a variant has that name{suggest(name, known)}")
+    shared = {key: value for key, value in common.items() if key in _fields(method)}
+    table = own.get(_label(method), {})
+    _check_keys(_label(method), method, table)
+    _check_keys(f"variant.{name}", method, variant)
+    return Row(_label(name), {"name": method, **shared, **table, **variant})
+
+
+def _check_variant(name: str, method: Any) -> None:
+    if not isinstance(method, str):
+        raise ConfigError(f"variant.{name}.method={method}: must be the name of a method")
+    if method == name and name not in METHODS:
+        raise ConfigError(f'variant.{name}: it needs method = "...", the method that it varies')
+    try:
+        method_class(method)
+    except ConfigError as error:
+        raise ConfigError(f"variant.{name}.{error}") from None
+
+
+def _check_keys(where: str, method: str, table: Values) -> None:
     fields = _fields(method)
-    shared = {key: value for key, value in common.items() if key in fields}
-    return Row(_label(name), {"name": method, **shared, **own.get(_label(method), {}), **variant})
+    for key in table.keys() - fields:
+        hint = (
+            "; it is a setting of the run, the same for all rows"
+            if key in Settings.model_fields
+            else suggest(key, fields)
+        )
+        raise ConfigError(f"{where}.{key}: {method} has no such hyper-parameter{hint}")
 
 
 def _label(name: str) -> str:

@@ -291,7 +291,7 @@ def _explain(error: ValidationError, prefix: str, root: Any) -> str:
     message = _plainly(first)
     if not where:  # a check over several keys, which names them itself
         return prefix + message if re.match(r"\w+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
-    return f"{key}={_shown(first['input'])}: {message}"
+    return f"{key.removesuffix('.name')}={_shown(first['input'])}: {message}"
 
 
 _WORDS = {
@@ -313,7 +313,7 @@ def _plainly(error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx", {})
     for limit, words in _LIMITS.items():
         if limit in context:
-            return f"must be {words} {context[limit]}"
+            return f"must be {words} {context[limit]:g}"
     if kind == "literal_error":
         known = [word.strip("'") for word in re.split(", | or ", context["expected"])]
         return f"must be one of {', '.join(known)}{_nearest(str(error['input']), known)}"

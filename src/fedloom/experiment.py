@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -245,14 +246,9 @@ class Experiment:
         labels, n_classes = self.data.dataset.labels, self.data.n_classes
         folder.write("config.toml", to_toml(self.settings))
         folder.write_json("environment.json", environment())
-        partition.save(folder.path / "partition.json")
-        folder.write_json(
-            "classes.json",
-            {
-                "names": list(self.data.dataset.classes),
-                "counts": {split: partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")},
-            },
-        )
+        counts = {split: partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
+        dealt = {"classes": list(self.data.dataset.classes), "class_counts": counts, **partition.content()}
+        folder.write("partition.json", json.dumps(dealt))
 
     def _checkpoint(self) -> None:
         clients = {i: self.engine.client(i)._asdict() for i in self.engine.changed()}

@@ -47,9 +47,9 @@ class RunFolder:
             tries = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 1000))
             path = next(candidate for candidate in tries if not candidate.exists())
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunFolderError(
-                f"out={path}: there is something already; choose another folder, or continue it with --resume {path}"
-            )
+            started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
+            hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
+            raise RunFolderError(f"out={path}: there is something already; choose another folder{hint}")
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -118,7 +118,8 @@ def _first_line(made: Callable[..., Any]) -> str:
 
 
 def _show_all(facts: Sequence[Facts]) -> None:
-    columns = [key for key in facts[0] if key not in ("authors", "url", "paper", "hyper_parameters")]
+    hidden = ("authors", "url", "hyper_parameters", *(["summary"] if "paper" in facts[0] else []))
+    columns = [key for key in facts[0] if key not in hidden]
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in columns:
         table.add_column(column, no_wrap=column == "name", overflow="fold")

@@ -60,13 +60,16 @@ class Partition(NamedTuple):
         return np.stack([np.bincount(labels[rows], minlength=n_classes) for rows in parts])
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, in one step: the lists by split, `common`, `scheme` and `hash`."""
-        content: dict[str, Any] = {split: [rows.tolist() for rows in getattr(self, split)] for split in _SPLITS}
-        content |= {"common": self.common.tolist(), "scheme": self.scheme, "hash": self.hash()}
+        """Writes `content` as JSON, in one step."""
         path = Path(path)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(content, separators=(",", ":")))
+        temporary.write_text(json.dumps(self.content(), separators=(",", ":")))
         temporary.replace(path)
+
+    def content(self) -> dict[str, Any]:
+        """All of it as JSON-able values: the lists by split, `common`, `scheme` and `hash`."""
+        lists: dict[str, Any] = {split: [rows.tolist() for rows in getattr(self, split)] for split in _SPLITS}
+        return lists | {"common": self.common.tolist(), "scheme": self.scheme, "hash": self.hash()}
 
     @classmethod
     def load(cls, path: str | Path, n_rows: int, n_train: int | None = None) -> Partition:

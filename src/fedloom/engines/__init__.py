@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+from fedloom.engines.processes import Processes
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.wrappers import Bytes, Debug
 from fedloom.errors import ConfigError, suggest
 
-ENGINES: Mapping[str, Callable[[Problem], Engine]] = {"sequential": Sequential}
+ENGINES: Mapping[str, Callable[[Problem], Engine]] = {"sequential": Sequential, "processes": Processes}
 WRAPPERS: Mapping[str, Callable[[Engine], Engine]] = {"debug": Debug, "bytes": Bytes}
 
 
@@ -41,6 +42,7 @@ __all__ = [
     "Debug",
     "Engine",
     "Problem",
+    "Processes",
     "Reply",
     "Score",
     "Sequential",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.state import MappedStore, MemoryStore, Store
 from fedloom.errors import DataError
 from fedloom.method import Client, Downlink, Predictor, Turn
 from fedloom.nets import read_weights
@@ -25,20 +27,22 @@ Augment = Callable[[Tensor, Stream], Tensor]
 class Sequential(Engine):
     """One client after another. Every other engine must give the same numbers."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, folder: Path | None = None) -> None:
+        """Clients live in memory, or in mapped files in `folder`, where several processes can share them."""
         super().__init__(problem)
         self._modules: list[Modules] = [problem.modules(arch) for arch in range(len(problem.archs))]
         self._initial: list[Weights] = [read_weights(modules) for modules in self._modules]
-        self._channels_last = [len(problem.task.input_shape) == 3] * len(
-            problem.archs
-        )  # until an architecture refuses it
-        self._clients: dict[int, Client] = {}  # those that differ from their initial state
+        pictures = len(problem.task.input_shape) == 3
+        self._channels_last = [pictures] * len(problem.archs)  # until an architecture refuses it
+        shared = folder and MappedStore(self._blank, folder, problem.arch_of)
+        self.store: Store = shared or MemoryStore(self._blank)
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        return [self._turn(number, i, slot, down.to(slot)) for slot, i in enumerate(cohort)]
+        return [self.turn(number, i, slot, down.to(slot)) for slot, i in enumerate(cohort)]
 
-    def _turn(self, number: int, i: int, slot: int, message: Tree) -> Reply:
+    def turn(self, number: int, i: int, slot: int, message: Tree) -> Reply:
+        """One client's turn; it is member `slot` of the cohort."""
         p, started = self.problem, time.perf_counter()
 
         def work(channels_last: bool) -> Outcome:
@@ -50,7 +54,7 @@ class Sequential(Engine):
         except Exception as error:
             error.add_note(f"client {i}, round {number}")
             raise
-        self._clients[i] = done.client._replace(weights=p.kept(done.client.weights))
+        self.store.put(i, done.client._replace(weights=p.kept(done.client.weights)))
         seconds = time.perf_counter() - started
         return Reply(i, slot, done.uplink, done.turn.examples, done.turn.steps, done.logs, seconds)
 
@@ -61,9 +65,7 @@ class Sequential(Engine):
             try:
                 return work(True)
             except RuntimeError as error:
-                if "view size is not compatible" not in str(
-                    error
-                ):  # a model that calls .view() on the output of a convolution
+                if "view size is not compatible" not in str(error):  # the model calls .view() on a convolution's output
                     raise
                 self._channels_last[arch] = False
         return work(False)
@@ -126,15 +128,15 @@ class Sequential(Engine):
 
     def client(self, i: int) -> Client:
         """See `Engine.client`."""
-        return self._clients.get(i) or self._blank(i)
+        return self.store.get(i)
 
     def changed(self) -> Iterable[int]:
         """See `Engine.changed`."""
-        return sorted(self._clients)
+        return self.store.changed()
 
     def restore(self, i: int, client: Client) -> None:
         """See `Engine.restore`."""
-        self._clients[i] = client
+        self.store.put(i, client)
 
     def _modules_of(self, i: int) -> Modules:
         return self._modules[self.problem.arch_of[i]]

@@ -11,7 +11,7 @@ from fedloom.engines.base import Ask, Engine, Reply, Score
 from fedloom.engines.wire import Meter, decode, encode
 from fedloom.errors import MethodError
 from fedloom.method import Client, Downlink
-from fedloom.nets import net_names
+from fedloom.nets import read_weights
 from fedloom.training import Modules
 from fedloom.tree import Tree
 
@@ -97,6 +97,11 @@ class Debug(Wrapper):
     Inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite.
     """
 
+    def __init__(self, inner: Engine) -> None:
+        super().__init__(inner)
+        initial = (read_weights(self.problem.modules(arch)) for arch in range(len(self.problem.archs)))
+        self._public = [tree.structure(self.problem.method.travelling(weights)).keys() for weights in initial]
+
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`; each broken rule is a MethodError that names client, round and tensor."""
         before = {i: _copy(self.inner.client(i)) for i in range(self.problem.task.n_clients)}
@@ -123,11 +128,11 @@ class Debug(Wrapper):
         _check_finite(now, f"round {number}, client {i} keeps")
 
     def _check_uplink(self, number: int, reply: Reply) -> None:
-        public = {pattern.partition(":")[0] for pattern in self.problem.method.shared}
-        sent = reply.uplink.get("weights", {})
-        leaked = net_names(sent) - public if sent else set()
+        sent = tree.structure(reply.uplink.get("weights", {})).keys()
+        leaked = sent - self._public[self.problem.arch_of[reply.client]]
         if leaked:
-            raise MethodError(f"round {number}, client {reply.client}: private net '{min(leaked)}' is in the uplink")
+            name = min(leaked).partition("/")[2]
+            raise MethodError(f"round {number}, client {reply.client}: the private tensor '{name}' is in the uplink")
         _check_finite(reply.uplink, f"round {number}, client {reply.client} sends")
 
 

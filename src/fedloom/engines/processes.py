@@ -1,0 +1,252 @@
+"""One worker process per core, each with one thread; the same numbers as the sequential engine with one thread.
+
+Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling.
+Messages and clients lie in mapped files, preferably on a memory disk; pipes carry only where they lie. The longest turns start first, and a worker that is
+done takes the next client. Uplinks are handed on in cohort order, whoever finished first.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+import signal
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Sequence
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedloom import tree
+from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.sequential import Sequential
+from fedloom.engines.state import Layout, Slab, layout_of
+from fedloom.errors import FedloomError
+from fedloom.method import Client, Downlink
+from fedloom.training import Modules
+from fedloom.tree import Tree
+
+PIECES_PER_WORKER = 8  # work is handed out in pieces of about this part of a worker's share
+
+
+class WorkerError(FedloomError):
+    """A worker process ended before its work was done."""
+
+
+class Message(NamedTuple):
+    """Where a tree lies: a slab's file and its layout."""
+
+    file: str
+    layout: Layout
+
+
+class Slabs:
+    """This process's view of the message files, each opened once while its size stays."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._open: dict[str, Slab] = {}
+
+    def put(self, name: str, value: Tree) -> Message:
+        """Write a tree into the file `name`."""
+        message = Message(name, layout_of(value))
+        self._slab(message).write(message.layout, value)
+        return message
+
+    def get(self, message: Message) -> Tree:
+        """The tree of a message, as views."""
+        return self._slab(message).read(message.layout)
+
+    def _slab(self, message: Message) -> Slab:
+        slab = self._open.get(message.file)
+        if slab is None or slab.n_bytes < message.layout.n_bytes:
+            slab = self._open[message.file] = Slab(self._folder / message.file, message.layout.n_bytes)
+        return slab
+
+
+class Processes(Engine):
+    """One-thread workers, one per core by default."""
+
+    def __init__(self, problem: Problem, workers: int | None = None) -> None:
+        super().__init__(problem)
+        self._folder = Path(tempfile.mkdtemp(prefix="fedloom-", dir=_memory_disk()))
+        self._slabs = Slabs(self._folder)
+        self._local = Sequential(problem, self._folder)  # for whatever is asked of one client alone
+        n = min(workers or len(os.sched_getaffinity(0)), problem.task.max_cohort)
+        self._workers = [_Worker(problem, self._folder, place) for place in range(max(n, 1))]
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """See `Engine.train`."""
+        common = self._slabs.put("down", down.common)
+        own = [self._slabs.put(f"down-{slot}", message) for slot, message in enumerate(down.each or ())]
+        sizes = [self.problem.data.n_train(i) for i in cohort]
+        pieces = _pieces(sizes, len(self._workers))
+        jobs = [("train", number, common, [(s, cohort[s], own[s] if own else None) for s in piece]) for piece in pieces]
+        replies: list[Reply] = [reply for done in self._share_out(jobs) for reply in done]
+        replies = [reply._replace(uplink=tree.clone(self._slabs.get(reply.uplink))) for reply in replies]  # type: ignore[arg-type]
+        return sorted(replies, key=lambda reply: reply.slot)
+
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """See `Engine.score`."""
+        common = self._slabs.put("down", down.common)
+        n = len(self._workers)
+        shares = [clients[place::n] for place in range(n) if clients[place::n]]
+        jobs = [("score", number, common, share, asks) for share in shares]
+        done = self._share_out(jobs)
+        scores = {
+            i: score for share, found in zip(shares, done, strict=True) for i, score in zip(share, found, strict=True)
+        }
+        return [scores[i] for i in clients]
+
+    def score_server(self, down: Downlink) -> Score:
+        """See `Engine.score_server`."""
+        return self._local.score_server(down)
+
+    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+        """See `Engine.personal`."""
+        return self._local.personal(number, down, i)
+
+    def client(self, i: int) -> Client:
+        """See `Engine.client`."""
+        return self._local.client(i)
+
+    def changed(self) -> Iterable[int]:
+        """See `Engine.changed`."""
+        return self._local.changed()
+
+    def restore(self, i: int, client: Client) -> None:
+        """See `Engine.restore`."""
+        self._local.restore(i, client)
+
+    def close(self) -> None:
+        """End the workers and remove the mapped files."""
+        for worker in self._workers:
+            worker.end()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _share_out(self, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Give each free worker the next job; results in the order of the jobs. The first error ends the rest."""
+        results: list[Any] = [None] * len(jobs)
+        waiting = iter(enumerate(jobs))
+        idle, busy = list(self._workers), dict[Any, tuple[_Worker, int]]()  # by the worker's pipe
+        while True:
+            while idle and (following := next(waiting, None)):
+                worker = idle.pop()
+                worker.pipe.send(following[1])
+                busy[worker.pipe] = worker, following[0]
+            if not busy:
+                return results
+            for ready in wait(list(busy)):
+                worker, place = busy.pop(ready)
+                results[place] = worker.receive()
+                idle.append(worker)
+
+
+class _Worker:
+    """One worker process, seen from the experiment."""
+
+    def __init__(self, problem: Problem, folder: Path, place: int) -> None:
+        context = multiprocessing.get_context("fork")
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_work, args=(problem, folder, theirs), daemon=True, name=f"worker {place}"
+        )
+        with (
+            warnings.catch_warnings()
+        ):  # Python 3.12 warns of forking beside other threads; workers use none of their locks
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+
+    def receive(self) -> Any:
+        """The result of the job; raises what the job raised."""
+        try:
+            failed, value = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self._process.join(5)
+            code = self._process.exitcode
+            raise WorkerError(
+                f"{self._process.name} ended in the middle of its work (exit code {code}; -9: killed, perhaps for want of memory)"
+            ) from None
+        if failed:
+            raise value
+        return value
+
+    def end(self) -> None:
+        """Stop the process, at work or not."""
+        self._process.terminate()
+        self._process.join(5)
+        if self._process.is_alive():
+            self._process.kill()
+        self.pipe.close()
+
+
+def _work(problem: Problem, folder: Path, pipe: Connection) -> None:
+    """A worker's life."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the experiment, which then ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    engine, slabs = Sequential(problem, folder), Slabs(folder)
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((False, _do(engine, slabs, job)))
+        except Exception as error:
+            pipe.send((True, _portable(error)))
+
+
+def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> list[Any]:
+    kind, number, common, members, *rest = job
+    down = Downlink(slabs.get(common))
+    if kind == "score":
+        return engine.score(number, down, members, rest[0])
+    replies = []
+    for slot, i, own in members:
+        started = time.perf_counter()
+        message = tree.merge(down.common, slabs.get(own)) if own else down.common
+        reply = engine.turn(number, i, slot, message)
+        sent = slabs.put(f"up-{slot}", reply.uplink)
+        replies.append(reply._replace(uplink=sent, seconds=time.perf_counter() - started))  # type: ignore[arg-type]
+    return replies
+
+
+def _portable(error: Exception) -> Exception:
+    """The error as it can be sent; the worker's traceback goes along as a note."""
+    error.add_note("".join(traceback.format_exception(error)))
+    try:
+        multiprocessing.reduction.ForkingPickler.dumps(error)
+    except Exception:
+        plain = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            plain.add_note(note)
+        return plain
+    return error
+
+
+def _pieces(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
+    """Places in the cohort, largest first, in pieces that are worth a message each."""
+    worth = sum(sizes) / (n_workers * PIECES_PER_WORKER)
+    pieces: list[list[int]] = []
+    room = 0.0
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        if room < sizes[place]:
+            pieces.append([])
+            room = worth
+        pieces[-1].append(place)
+        room -= sizes[place]
+    return pieces
+
+
+def _memory_disk() -> str | None:
+    """A folder in memory with room to spare, if there is one; else the system's folder for temporary files."""
+    candidate = Path("/dev/shm")
+    roomy = candidate.is_dir() and os.access(candidate, os.W_OK) and shutil.disk_usage(candidate).free > 1 << 30
+    return str(candidate) if roomy else None

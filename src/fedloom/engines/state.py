@@ -1,0 +1,138 @@
+"""Where clients live between rounds, and trees in memory that processes share.
+
+A `Slab` is a file that is mapped into memory and holds one tree; every process that opens it sees the same bytes. A `Store` keeps what each
+client keeps: in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.method import Client
+from fedloom.tree import Tree
+
+ALIGNMENT = 64  # bytes; leaves start at multiples, as vector instructions like it
+
+
+class Leaf(NamedTuple):
+    """Where one tensor lies in a slab."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    n_bytes: int
+
+
+class Layout(NamedTuple):
+    """Where the leaves of a tree lie in a slab: a tree of `Leaf`s, and the slab's size in bytes."""
+
+    leaves: Tree
+    n_bytes: int
+
+
+def layout_of(example: Tree) -> Layout:
+    """The layout for all trees of the structure of `example`."""
+    end = 0
+
+    def place(leaf: Tensor) -> Leaf:
+        nonlocal end
+        start, n_bytes = end, leaf.numel() * leaf.element_size()
+        end += -(-n_bytes // ALIGNMENT) * ALIGNMENT
+        return Leaf(leaf.dtype, tuple(leaf.shape), start, n_bytes)
+
+    leaves = tree.map_tree(place, example)  # type: ignore[arg-type]
+    return Layout(leaves, end)
+
+
+class Slab:
+    """One mapped file."""
+
+    def __init__(self, path: Path, n_bytes: int) -> None:
+        """Open the file, making or enlarging it if needed."""
+        self.n_bytes = max(n_bytes, 1)
+        self._bytes = torch.from_file(str(path), shared=True, size=self.n_bytes, dtype=torch.uint8)
+
+    def read(self, layout: Layout) -> Tree:
+        """The tree in the slab; its leaves are views and change with it."""
+
+        def view(leaf: Leaf) -> Tensor:
+            return self._bytes[leaf.start : leaf.start + leaf.n_bytes].view(leaf.dtype).view(leaf.shape)
+
+        return tree.map_tree(view, layout.leaves)
+
+    def write(self, layout: Layout, value: Tree) -> None:
+        """Copy a tree into the slab."""
+        tree.map_tree(torch.Tensor.copy_, self.read(layout), value)
+
+
+class Store(Protocol):
+    """What clients keep between rounds; those that never changed are as `blank` makes them."""
+
+    def get(self, i: int) -> Client:
+        """What client `i` keeps."""
+
+    def put(self, i: int, client: Client) -> None:
+        """Replace what client `i` keeps."""
+
+    def changed(self) -> Iterable[int]:
+        """The clients that were ever replaced, in order."""
+
+
+class MemoryStore:
+    """Clients in this process's memory."""
+
+    def __init__(self, blank: Callable[[int], Client]) -> None:
+        self._blank = blank
+        self._clients: dict[int, Client] = {}
+
+    def get(self, i: int) -> Client:
+        """See `Store.get`."""
+        return self._clients[i] if i in self._clients else self._blank(i)
+
+    def put(self, i: int, client: Client) -> None:
+        """See `Store.put`."""
+        self._clients[i] = client
+
+    def changed(self) -> Iterable[int]:
+        """See `Store.changed`."""
+        return sorted(self._clients)
+
+
+class MappedStore:
+    """Clients in slabs, one file each in a folder that all workers share. One worker at a time may hold a client."""
+
+    def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
+        """`kind_of[i]` is the same for clients of one structure."""
+        self._blank, self._folder, self._kind_of = blank, folder, kind_of
+        self._layouts: dict[int, Layout] = {}
+
+    def get(self, i: int) -> Client:
+        """See `Store.get`; the tensors are views of the slab."""
+        if not self._file(i).is_file():
+            return self._blank(i)
+        layout = self._layout(i)
+        return Client(**Slab(self._file(i), layout.n_bytes).read(layout))
+
+    def put(self, i: int, client: Client) -> None:
+        """See `Store.put`."""
+        layout = self._layout(i)
+        Slab(self._file(i), layout.n_bytes).write(layout, client._asdict())
+
+    def changed(self) -> Iterable[int]:
+        """See `Store.changed`."""
+        return sorted(int(file.name.removeprefix("client-")) for file in self._folder.glob("client-*"))
+
+    def _file(self, i: int) -> Path:
+        return self._folder / f"client-{i}"
+
+    def _layout(self, i: int) -> Layout:
+        kind = self._kind_of[i]
+        if kind not in self._layouts:
+            self._layouts[kind] = layout_of(self._blank(i)._asdict())
+        return self._layouts[kind]

@@ -1,0 +1,97 @@
+"""Metrics: their definitions, by numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+
+from fedloom import metrics
+from fedloom.engines import Reply, Score, total
+
+
+def score(right: int, rows: int) -> Score:
+    return Score(np.array([right, 0]), np.array([rows, 0]))
+
+
+THREE = [score(9, 10), score(1, 2), score(0, 4)]
+
+
+def test_an_accuracy_is_right_over_rows():
+    assert Score(np.array([1, 2]), np.array([4, 2])).accuracy == 0.5
+    assert math.isnan(score(0, 0).accuracy)
+    assert total(THREE).accuracy == 10 / 16
+
+
+def test_the_spread_over_clients():
+    row = metrics.spread(THREE, "acc", [True, True, False])
+    each = [0.9, 0.5, 0.0]
+    assert row["acc"] == 10 / 16  # over examples
+    assert row["acc_uniform"] == pytest.approx(1.4 / 3)  # over clients
+    assert row["acc_std"] == pytest.approx(np.std(each))
+    assert row["acc_worst10"] == 0.0
+    assert row["acc_trained"] == 10 / 12
+
+
+def test_the_worst_tenth_is_rounded_up():
+    scores = [score(n, 20) for n in range(20)]
+    assert metrics.spread(scores, "acc")["acc_worst10"] == pytest.approx((0 + 1 / 20) / 2)
+    assert metrics.spread([*scores, score(20, 20)], "acc")["acc_worst10"] == pytest.approx((0 + 1 + 2) / 60)
+
+
+def test_clients_without_rows_do_not_count():
+    row = metrics.spread([score(1, 2), score(0, 0)], "acc", [False, True])
+    assert (row["acc"], row["acc_uniform"], row["acc_std"], row["acc_trained"]) == (0.5, 0.5, 0.0, None)
+    assert metrics.spread([score(0, 0)], "acc") == {}
+
+
+def test_nobody_trained_is_no_row():
+    assert "acc_trained" not in metrics.spread(THREE, "acc", [False, False, False])
+
+
+def test_general_accuracy_is_the_mean_over_clients():
+    assert metrics.over_clients(THREE, "general")["general"] == pytest.approx(1.4 / 3)
+
+
+def test_logs_are_weighted_by_the_examples_of_those_who_wrote_them():
+    def reply(examples, logs):
+        return Reply(0, 0, {}, examples, {}, logs, 0.0)
+
+    row = metrics.mean_logs([reply(10, {"a": 1.0}), reply(30, {"a": 2.0, "b": 5.0})])
+    assert row == {"a": 1.75, "b": 5.0}
+    assert metrics.mean_logs([]) == {}
+
+
+def series(values, valid=None):
+    rows = [{"round": 2 * i + 2, "personal_accuracy": v, "general_accuracy": None} for i, v in enumerate(values)]
+    for row, v in zip(rows, valid or [], strict=False):
+        row["valid_accuracy"] = v
+    return rows
+
+
+def test_the_summary_of_a_series():
+    values = [0.9, *(i / 100 for i in range(11))]
+    found = metrics.summarise(series(values))["personal_accuracy"]
+    assert found["final"] == 0.10
+    assert found["last10"] == pytest.approx(sum(range(1, 11)) / 1000)
+    assert found["best_on_test"] == 0.9
+    assert (found["chosen_on_validation"], found["chosen_round"]) == (None, None)
+
+
+def test_the_round_is_chosen_on_validation_and_the_first_of_equals():
+    found = metrics.summarise(series([0.1, 0.2, 0.3, 0.4], [0.5, 0.7, 0.7, 0.6]))["personal_accuracy"]
+    assert (found["chosen_on_validation"], found["chosen_round"]) == (0.2, 4)
+
+
+def test_what_was_never_scored_is_none_and_facets_are_of_the_last_row():
+    rows = series([0.1, 0.2])
+    rows[0]["general_accuracy"] = 0.7
+    rows[-1] |= {"personal_accuracy_std": 0.05, "personal_accuracy_worst10": 0.01}
+    found = metrics.summarise(rows)
+    assert found["server_accuracy"] is None
+    assert found["general_accuracy"]["final"] == 0.7  # the last round in which it was scored
+    assert found["personal_accuracy"]["std"] == 0.05
+    assert found["personal_accuracy"]["worst10"] == 0.01
+
+
+def test_a_run_without_rows_has_no_accuracies():
+    assert set(metrics.summarise([]).values()) == {None}

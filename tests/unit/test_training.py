@@ -1,0 +1,279 @@
+"""Batches and phases: what one client does in its turn."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from fedloom import optim
+from fedloom.errors import DataError, MethodError
+from fedloom.losses import cross_entropy
+from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train, Turn
+from fedloom.nets import read_weights
+from fedloom.rng import Stream
+from fedloom.training import Plan, Rows, Site, predict, recall_counts, run_phases, run_turn
+
+sizes = st.integers(1, 40)
+
+
+@given(sizes, st.integers(1, 12), st.integers(1, 3))
+def test_every_row_comes_once_per_epoch(n, batch_size, epochs):
+    batches = [b.tolist() for b in Plan(batch_size).batches(n, epochs, None, Stream(0))]
+    rows = [row for batch in batches for row in batch]
+    assert sorted(rows) == sorted(list(range(n)) * epochs)
+    assert sorted(rows[:n]) == list(range(n))
+    assert max(map(len, batches)) <= batch_size + 1
+    if min(n, batch_size) > 1:
+        assert min(map(len, batches)) > 1  # BatchNorm cannot train on one row
+
+
+@given(sizes, st.integers(1, 12))
+def test_drop_last_keeps_whole_batches_only(n, batch_size):
+    batches = [b.tolist() for b in Plan(batch_size, drop_last=True).batches(n, 1, None, Stream(0))]
+    size = min(n, batch_size)
+    assert [len(b) for b in batches] == [size] * (n // size)
+    assert len({row for b in batches for row in b}) == size * (n // size)
+
+
+def test_a_last_single_row_joins_the_batch_before():
+    assert [len(b) for b in Plan(4).batches(9, 1, None, Stream(0))] == [4, 5]
+    assert [len(b) for b in Plan(4).batches(10, 1, None, Stream(0))] == [4, 4, 2]
+    assert [len(b) for b in Plan(4).batches(1, 2, None, Stream(0))] == [1, 1]
+
+
+@given(sizes, st.integers(1, 12), st.integers(1, 30), st.booleans())
+def test_steps_are_counted_over_epochs(n, batch_size, steps, drop_last):
+    assert len(list(Plan(batch_size, drop_last).batches(n, 1, steps, Stream(0)))) == steps
+
+
+def test_epochs_are_shuffled_anew():
+    first, second = Plan(20).batches(20, 2, None, Stream(0))
+    assert first.tolist() != second.tolist()
+    assert first.tolist() == next(iter(Plan(20).batches(20, 2, None, Stream(0)))).tolist()
+
+
+# turns
+
+N_ROWS, TASK = 11, Task(1, 1, 2, (3,), 3, 5)
+
+
+def net(*layers: nn.Module) -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    made = {"model": nn.Sequential(*(layers or (nn.Linear(3, 2),))), "other": nn.Linear(3, 2)}
+    for module in made.values():
+        module.requires_grad_(False)
+    return made
+
+
+def rows(n: int = N_ROWS) -> Rows:
+    return Rows(Stream(0).normal((n, 3)), Stream(1).integers(2, (n,)))
+
+
+def work(*phases, modules=None, memory=None, opts=None, n=N_ROWS, turn=None, plan=None, down=None):
+    modules = modules or net()
+    client = Client(read_weights(modules), memory or {}, opts or {})
+    site = Site(rows(n), plan or Plan(4), TASK, Stream(3))
+    return client, run_phases(phases, modules, client, down or {}, site, turn or Turn(0, 4, n))
+
+
+def loss(nets, batch, down, memory):
+    return cross_entropy(nets.model(batch.x), batch.y)
+
+
+SGD = optim.sgd(0.1)
+
+
+def test_a_train_changes_what_it_trains_and_nothing_else():
+    before, (after, steps, logs) = work(Train("fit", loss, ("model",), SGD, epochs=2))
+    changed = {n for n, p in after.weights["params"].items() if not torch.equal(p, before.weights["params"][n])}
+    assert changed == {"model.0.weight", "model.0.bias"}
+    assert steps == {"fit": 6}
+    assert set(logs) == {"fit.loss"}
+    assert before.weights["params"]["model.0.weight"].equal(read_weights(net())["params"]["model.0.weight"])
+
+
+def test_the_log_is_the_mean_over_steps():
+    seen = []
+
+    def logged(nets, batch, down, memory):
+        seen.append(float(len(batch.y)))
+        return loss(nets, batch, down, memory), {"rows": torch.tensor(seen[-1])}
+
+    _, (_, _, logs) = work(Train("fit", logged, ("model",), SGD))
+    assert seen == [4, 4, 3]
+    assert logs["fit.rows"] == pytest.approx(11 / 3)
+
+
+def test_a_phase_can_be_switched_off_and_counted_in_steps():
+    phases = (
+        Train("never", loss, ("model",), SGD, when=lambda turn: turn.number > 0),
+        Train("fit", loss, ("model",), SGD, steps=7),
+    )
+    _, (_, steps, _) = work(*phases)
+    assert steps == {"fit": 7}
+    _, (_, steps, _) = work(*phases, turn=Turn(1, 4, N_ROWS))
+    assert steps == {"never": 3, "fit": 7}
+
+
+def test_members_of_an_interleave_see_the_same_batches_in_turn():
+    seen = []
+
+    def watched(name):
+        def inner(nets, batch, down, memory):
+            seen.append((name, batch.x.sum().item(), nets.model(batch.x)[0, 0].item()))
+            return loss(nets, batch, down, memory)
+
+        return inner
+
+    members = (Train("a", watched("a"), ("model",), SGD, epochs=9), Train("b", watched("b"), ("model",), SGD))
+    _, (_, steps, _) = work(Interleave("both", members, epochs=2))
+    assert steps == {"a": 6, "b": 6}
+    assert [name for name, _, _ in seen] == ["a", "b"] * 6
+    assert all(a[1] == b[1] and a[2] != b[2] for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_draws_are_made_anew_for_every_batch_and_member():
+    seen = {"a": [], "b": []}
+
+    def watched(name):
+        def inner(nets, batch, down, memory):
+            seen[name].append(batch.draws["noise"].item())
+            return loss(nets, batch, down, memory)
+
+        return Train(name, inner, ("model",), SGD, draw=lambda batch, task, rng: {"noise": rng.normal(())})
+
+    work(Interleave("both", (watched("a"), watched("b"))))
+    assert len({*seen["a"], *seen["b"]}) == 6
+
+
+def test_a_kept_state_lasts_and_another_starts_afresh():
+    momentum = optim.sgd(0.1, 0.9)
+    train = Train("fit", loss, ("model",), momentum, keep_state=True)
+    opts = {"fit": momentum.init({k: v for k, v in read_weights(net())["params"].items() if k.startswith("model")})}
+    _, (after, _, _) = work(train, opts=opts)
+    assert after.opts["fit"]["velocity"]["model.0.bias"].abs().sum() > 0
+    assert opts["fit"]["velocity"]["model.0.bias"].abs().sum() == 0
+    _, (fresh, _, _) = work(Train("fit", loss, ("model",), momentum))
+    assert fresh.opts == {}
+
+
+def test_a_sweep_sees_every_row_once_in_evaluation_mode():
+    def count(nets, batch, acc, down, memory):
+        assert not torch.is_grad_enabled()
+        right = batch.y[:, None] == torch.arange(2)
+        nets.model(batch.x)
+        return {"count": acc["count"] + right.sum(0), "sum": acc["sum"] + right.to(batch.x.dtype).T @ batch.x}
+
+    memory = {"means": {"count": torch.full((2,), 99), "sum": torch.full((2, 3), 9.0)}}
+    modules = net(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    before, (after, _, _) = work(Sweep("means", count), memory=memory, n=1200, modules=modules)
+    every = rows(1200)
+    assert after.memory["means"]["count"].tolist() == torch.bincount(every.y).tolist()
+    torch.testing.assert_close(
+        after.memory["means"]["sum"], torch.stack([every.x[every.y == c].sum(0) for c in (0, 1)])
+    )
+    assert after.weights["buffers"]["model.1.num_batches_tracked"].item() == 0
+    assert before.memory["means"]["count"].tolist() == [99, 99]
+    assert not after.memory["means"]["sum"].is_inference()
+
+
+def test_a_sweep_without_memory_is_an_error():
+    with pytest.raises(MethodError, match="sweep 'means' needs memory"):
+        work(Sweep("means", lambda nets, batch, acc, down, memory: acc))
+
+
+BATCH_NORM = (nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+
+
+def test_running_statistics_move_in_training_and_stay_the_clients_own():
+    modules = net(*BATCH_NORM)
+    before, (after, _, _) = work(Train("fit", loss, ("model",), SGD), modules=modules)
+    assert after.weights["buffers"]["model.1.num_batches_tracked"].item() == 3
+    assert before.weights["buffers"]["model.1.num_batches_tracked"].item() == 0
+    assert modules["model"][1].num_batches_tracked.item() == 0
+    _, (frozen, _, _) = work(Train("fit", loss, ("model",), SGD, training=()), modules=net(*BATCH_NORM))
+    assert frozen.weights["buffers"]["model.1.num_batches_tracked"].item() == 0
+
+
+def test_a_single_row_cannot_train_a_batch_norm():
+    with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one row"):
+        work(Train("fit", loss, ("model",), SGD), modules=net(*BATCH_NORM), n=1)
+    work(Train("fit", loss, ("model",), SGD), n=1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        (lambda nets, batch, down, memory: torch.ones(2), r"0-d tensor, not \(2,\)"),
+        (lambda nets, batch, down, memory: 1.0, "0-d tensor, not float"),
+    ],
+)
+def test_a_loss_that_is_no_scalar_is_an_error(bad, words):
+    with pytest.raises(MethodError, match=words):
+        work(Train("fit", bad, ("model",), SGD))
+
+
+def test_a_train_without_parameters_is_an_error():
+    with pytest.raises(MethodError, match=r"trains \('model',\), which holds no parameters"):
+        work(Train("fit", loss, ("model",), SGD), modules=net(nn.BatchNorm1d(3, affine=False)))
+
+
+def test_errors_say_where_they_happened():
+    def fails(nets, batch, down, memory):
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError) as caught:
+        work(Train("fit", loss, ("model",), SGD), Train("break", fails, ("model",), SGD))
+    assert "in phase 'break', after 3 steps in earlier ones; rows (11, 3)" in caught.value.__notes__
+
+
+def test_a_turn_reports_steps_and_leaves_its_inputs_alone():
+    modules = net()
+    client = Client(read_weights(modules), {}, {})
+    down = {"weights": {"params": {n: p + 1 for n, p in client.weights["params"].items()}, "buffers": {}}}
+    done = run_turn(Method(), modules, client, down, Site(rows(), Plan(4), TASK, Stream(0)), 2)
+    assert done.turn == Turn(2, 4, N_ROWS, {"train": 3})
+    assert client.weights["params"]["model.0.bias"].equal(read_weights(net())["params"]["model.0.bias"])
+    assert set(done.uplink["weights"]["params"]) == {"model.0.weight", "model.0.bias"}
+
+
+def test_a_downlink_that_lacks_a_tensor_is_an_error():
+    modules = net()
+    with pytest.raises(MethodError, match="the downlink lacks params/model.0.weight"):
+        run_turn(
+            Method(),
+            modules,
+            Client(read_weights(modules), {}, {}),
+            {"weights": {"params": {"model.0.bias": torch.zeros(2)}, "buffers": {}}},
+            Site(rows(), Plan(4), TASK, Stream(0)),
+            0,
+        )
+
+
+def test_prediction_does_not_depend_on_the_batch():
+    modules = net(*BATCH_NORM)
+    weights, x = read_weights(modules), rows().x
+
+    def logits(nets, part, down, memory):
+        return nets.model(part)
+
+    whole = predict(logits, modules, weights, x, {}, {})
+    assert whole.shape == (N_ROWS, 2)
+    torch.testing.assert_close(predict(logits, modules, weights, x, {}, {}, batch=3), whole)
+
+
+def test_recalls_count_rows_by_class():
+    logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [float("nan"), 0.0]])
+    right, n = recall_counts(logits, torch.tensor([0, 1, 0, 0]), 3)
+    assert right.tolist() == [1, 1, 0]
+    assert n.tolist() == [3, 1, 0]
+
+
+def test_batches_are_augmented_with_a_stream_of_their_own():
+    twice = Rows(*rows()[:2], augment=lambda x, rng: x + rng.normal((1,)))
+    stream = Stream(4)
+    first, second = (twice.batch(torch.arange(3), stream) for _ in range(2))
+    assert isinstance(first, Batch)
+    assert not torch.equal(first.x, second.x)
+    assert torch.equal(rows().batch(torch.arange(3), stream).x, rows().x[:3])
