@@ -19,7 +19,6 @@ from fedloom.config import Named, Settings, Values, make_method, make_settings, 
 from fedloom.engines import make_engine
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment import Experiment, OnRound, Parts, arithmetic, make_dataset, make_federation, make_problem
-from fedloom.method import Method
 from fedloom.registry import METHODS, method_class
 from fedloom.runfolder import RunFolder
 
@@ -31,7 +30,7 @@ class Row(NamedTuple):
     """A line of the comparison's table."""
 
     label: str
-    method: Values  # its `name` and hyper-parameters
+    method: Values  # its `name` and all of its hyper-parameters
 
 
 class Job(NamedTuple):
@@ -88,12 +87,10 @@ class Comparison:
         """A config file that gives this comparison again, with every setting spelt out."""
         settings = self._settings(self.rows[0], self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
-        tables = {row.label: _spelt_out(row) for row in self.rows}
-        methods = {label: table for label, table in tables.items() if label in METHODS}
-        variants = {label: table for label, table in tables.items() if label not in METHODS}
-        for table in methods.values():
-            del table["method"]
-        return tomli_w.dumps({"method": list(tables), "seed": list(self.seeds), **base, **methods, "variant": variants})
+        variants = {row.label: {"method": row.method["name"], **row.method} for row in self.rows}
+        for table in variants.values():
+            del table["name"]
+        return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
 
     def _settings(self, row: Row, seed: int, out: Path | None = None) -> Settings:
         return make_settings({**self.base, "method": row.method, "seed": seed, "label": row.label, "out": out})
@@ -121,15 +118,14 @@ def plan(values: Mapping[str, Any]) -> Comparison:
         raise ConfigError("method: name what to compare, such as method=fedavg,fedrir, or give [variant.NAME] tables")
     for key in base.keys() - Settings.model_fields.keys():
         raise ConfigError(f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', *METHODS])}")
-    rows = tuple(_row(name, common, own, variants) for name in names)
+    rows = tuple(_spelt_out(_row(name, common, own, variants)) for name in names)
     _check_common(common, rows)
     _check_labels([row.label for row in rows])
     seeds = tuple(_seed(seed) for seed in _listed(values.get("seed", 0), "seed"))
     if len(set(seeds)) < len(seeds) or not seeds:
         raise ConfigError(f"seed={','.join(map(str, seeds))}: give one or several different seeds")
     comparison = Comparison(base, rows, seeds)
-    for job in comparison.jobs(Path()):
-        make_method(job.settings.method)
+    comparison.jobs(Path())
     return comparison
 
 
@@ -262,6 +258,7 @@ def _check_labels(labels: Sequence[str]) -> None:
             raise ConfigError(f"variant.{label}: a name is made of letters, digits and _ . + -")
 
 
-def _spelt_out(row: Row) -> Values:
-    method: Method = make_method(Named(**row.method))
-    return {"method": row.method["name"], **dataclasses.asdict(method)}
+def _spelt_out(row: Row) -> Row:
+    """With every hyper-parameter, so that a comparison taken up again is the same whatever defaults may become."""
+    method = make_method(Named(**row.method))
+    return Row(row.label, {"name": row.method["name"], **dataclasses.asdict(method)})

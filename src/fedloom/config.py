@@ -100,9 +100,11 @@ class EngineSettings(Section):
     """What runs the clients."""
 
     name: str = "auto"
-    """`sequential`, or a wrapper around it: `debug`, `bytes`."""
+    """`sequential`, `processes`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
     threads: Count | None = None
-    """Threads of torch within this run; default: torch's own choice."""
+    """Threads of torch in this process; default: torch's own choice. Worker processes always have one."""
+    workers: Count | None = None
+    """Worker processes (`processes`); default: one per core."""
 
 
 class Settings(Section):

@@ -24,7 +24,7 @@ from fedloom.nets import Nets, read_weights, select, write_weights
 from fedloom.registry import load_object
 from fedloom.rng import Stream
 from fedloom.runfolder import RunFolder, environment
-from fedloom.trackers import Tracker, make_trackers
+from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.training import Plan
 from fedloom.tree import Tree
 
@@ -79,6 +79,7 @@ class Experiment:
     """A federation, a method and an engine, ready to run; everything it writes goes into its folder."""
 
     def __init__(self, settings: Settings, parts: Parts = NOTHING, folder: RunFolder | None = None) -> None:
+        check_trackers(settings.log)
         with arithmetic(settings):
             self.settings = settings
             self.method = parts.method or make_method(settings.method)
@@ -86,7 +87,7 @@ class Experiment:
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
-            self.engine: Engine = make_engine(settings.engine.name, self.problem)
+            self.engine: Engine = make_engine(settings.engine.name, self.problem, settings.engine.workers)
             self.server = self.method.init_server(_initial_weights(self.problem), self.problem.task)
         self.done = 0
         self.rows: list[Row] = []
@@ -312,7 +313,7 @@ class PersonalModel(nn.Module):
         params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
         nets = Nets(modules, params, buffers, modules if self.training else ())
-        return self._predictor(nets, x, self._down, self._memory)
+        return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
 
 
 @contextmanager

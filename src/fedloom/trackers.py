@@ -32,6 +32,12 @@ def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any])
     return [known[name](folder, config) for name in names]
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ConfigError for a tracker whose extra is not installed (before a run leaves anything behind)."""
+    for name in names:
+        _import(name, name)
+
+
 def _import(module: str, name: str) -> Any:
     try:
         return importlib.import_module(module)

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections.abc import Callable, Mapping
 
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
-from fedloom.engines.processes import Processes
+from fedloom.engines.processes import Processes, cores
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.wrappers import Bytes, Debug
 from fedloom.errors import ConfigError, suggest
 
-ENGINES: Mapping[str, Callable[[Problem], Engine]] = {"sequential": Sequential, "processes": Processes}
+ENGINES: Mapping[str, str] = {
+    "sequential": "one client after another, in this process: the reference",
+    "processes": "a one-thread worker process per core; the default on Linux with more than one core",
+}
 WRAPPERS: Mapping[str, Callable[[Engine], Engine]] = {"debug": Debug, "bytes": Bytes}
 
 
-def make_engine(name: str, problem: Problem) -> Engine:
-    """An engine by name: `sequential`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
+def make_engine(name: str, problem: Problem, workers: int | None = None) -> Engine:
+    """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
+
+    Args:
+        workers: worker processes; default: one per core.
 
     Raises:
-        ConfigError: an unknown name.
+        ConfigError: an unknown name, or an engine that this system cannot run.
     """
     *wrappers, last = name.split("+")
     if last in WRAPPERS:
@@ -28,7 +36,12 @@ def make_engine(name: str, problem: Problem) -> Engine:
             raise ConfigError(
                 f"engine={name}: no engine is called '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
             )
-    engine = ENGINES["sequential" if last == "auto" else last](problem)
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
+    if last == "auto":
+        last = "processes" if can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1 else "sequential"
+    if last == "processes" and not can_fork:
+        raise ConfigError("engine=processes: only on Linux; use engine=sequential")
+    engine: Engine = Processes(problem, workers) if last == "processes" else Sequential(problem)
     for wrapper in reversed(wrappers):
         engine = WRAPPERS[wrapper](engine)
     return engine

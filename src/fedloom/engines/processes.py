@@ -1,8 +1,8 @@
 """One worker process per core, each with one thread; the same numbers as the sequential engine with one thread.
 
 Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling.
-Messages and clients lie in mapped files, preferably on a memory disk; pipes carry only where they lie. The longest turns start first, and a worker that is
-done takes the next client. Uplinks are handed on in cohort order, whoever finished first.
+Messages and clients lie in mapped files, preferably on a memory disk; pipes carry only where they lie. The longest turns
+start first, and a worker that is done takes the next client. Uplinks are handed on in cohort order, whoever finished first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,8 +79,10 @@ class Processes(Engine):
         self._folder = Path(tempfile.mkdtemp(prefix="fedloom-", dir=_memory_disk()))
         self._slabs = Slabs(self._folder)
         self._local = Sequential(problem, self._folder)  # for whatever is asked of one client alone
-        n = min(workers or len(os.sched_getaffinity(0)), problem.task.max_cohort)
-        self._workers = [_Worker(problem, self._folder, place) for place in range(max(n, 1))]
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._workers: list[_Worker] = []
+        for _ in range(min(workers or cores(), problem.task.max_cohort)):
+            self._workers.append(_Worker(problem, self._folder, self._workers))
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
@@ -124,10 +128,10 @@ class Processes(Engine):
         self._local.restore(i, client)
 
     def close(self) -> None:
-        """End the workers and remove the mapped files."""
+        """End the workers. The clients can still be asked for; their files go with this object."""
         for worker in self._workers:
             worker.end()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._workers = []
 
     def _share_out(self, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Give each free worker the next job; results in the order of the jobs. The first error ends the rest."""
@@ -137,7 +141,7 @@ class Processes(Engine):
         while True:
             while idle and (following := next(waiting, None)):
                 worker = idle.pop()
-                worker.pipe.send(following[1])
+                worker.send(following[1])
                 busy[worker.pipe] = worker, following[0]
             if not busy:
                 return results
@@ -150,32 +154,40 @@ class Processes(Engine):
 class _Worker:
     """One worker process, seen from the experiment."""
 
-    def __init__(self, problem: Problem, folder: Path, place: int) -> None:
+    def __init__(self, problem: Problem, folder: Path, earlier: Sequence[_Worker]) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(problem, folder, theirs), daemon=True, name=f"worker {place}"
-        )
-        with (
-            warnings.catch_warnings()
-        ):  # Python 3.12 warns of forking beside other threads; workers use none of their locks
+        ours = [self.pipe, *(worker.pipe for worker in earlier)]
+        self._process = context.Process(target=_work, args=(problem, folder, theirs, ours), daemon=True)
+        with warnings.catch_warnings():
+            # Python 3.12 warns of forking beside other threads; workers use none of their locks
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
 
+    def send(self, job: Any) -> None:
+        """Hand over a job."""
+        with self._alive():
+            self.pipe.send(job)
+
     def receive(self) -> Any:
         """The result of the job; raises what the job raised."""
-        try:
+        with self._alive():
             failed, value = self.pipe.recv()
-        except (EOFError, ConnectionResetError):
-            self._process.join(5)
-            code = self._process.exitcode
-            raise WorkerError(
-                f"{self._process.name} ended in the middle of its work (exit code {code}; -9: killed, perhaps for want of memory)"
-            ) from None
         if failed:
             raise value
         return value
+
+    @contextmanager
+    def _alive(self) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError):
+            self._process.join(5)
+            code = self._process.exitcode
+            raise WorkerError(
+                f"a worker process ended in the middle of its work (exit code {code}; -9 is a kill, perhaps for want of memory)"
+            ) from None
 
     def end(self) -> None:
         """Stop the process, at work or not."""
@@ -186,8 +198,10 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(problem: Problem, folder: Path, pipe: Connection) -> None:
-    """A worker's life."""
+def _work(problem: Problem, folder: Path, pipe: Connection, inherited: Sequence[Connection]) -> None:
+    """A worker's life: jobs until the experiment stops it, or is gone (then nobody else would remove the mapped files)."""
+    for end in inherited:  # the experiment's ends: while a copy is open, nobody notices that the experiment is gone
+        end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the experiment, which then ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
@@ -196,6 +210,7 @@ def _work(problem: Problem, folder: Path, pipe: Connection) -> None:
         try:
             job = pipe.recv()
         except EOFError:
+            shutil.rmtree(folder, ignore_errors=True)
             return
         try:
             pipe.send((False, _do(engine, slabs, job)))
@@ -243,6 +258,11 @@ def _pieces(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
         pieces[-1].append(place)
         room -= sizes[place]
     return pieces
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory_disk() -> str | None:

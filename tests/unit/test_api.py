@@ -1,0 +1,212 @@
+"""The Python face: own modules, own arrays, own methods, and models to keep."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import fedloom
+from fedloom.losses import cross_entropy
+from fedloom.rng import Stream
+
+
+def arrays(n=120, dim=5, n_classes=3):
+    """Three clouds that a linear model tells apart."""
+    y = np.arange(n) % n_classes
+    x = Stream(0).normal((n, dim)).double().numpy() + 3 * np.eye(n_classes, dim)[y]
+    return x, y
+
+
+class Net(nn.Module):
+    """A module of one's own, with a BatchNorm."""
+
+    def __init__(self, input_shape, n_classes):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(int(np.prod(input_shape)), 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.last = nn.Linear(8, n_classes)
+
+    def forward(self, x):
+        return self.last(self.layers(x))
+
+
+@dataclass(frozen=True)
+class Shrunken(fedloom.FedAvg):
+    """FedAvg with a pull to zero."""
+
+    pull: float = 0.1
+
+    def loss(self, nets, batch, down, memory):
+        size = sum(p.square().sum() for p in nets.params.values())
+        return cross_entropy(nets.model(batch.x), batch.y) + self.pull * size
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = 0
+
+    def go(method="fedavg", **settings):
+        nonlocal made
+        made += 1
+        chosen = {
+            "data": {"name": "digits", "rows": 240}, "model": "mlp", "clients": 3, "rounds": 2, "batch_size": 16,
+            "partition": {"name": "iid"}, "engine": {"threads": 1}, "progress": False, "out": tmp_path / f"api{made}",
+        }  # fmt: skip
+        return fedloom.run(method, **(chosen | settings))
+
+    return go
+
+
+def scores(run):
+    """The personal accuracy, worked out from the models that the run hands over."""
+    right = rows = 0
+    for i in range(run.federation.n_clients):
+        x, y = run.federation.test(i)
+        logits = run.model(i)(x)
+        right, rows = right + int((logits.argmax(1) == y).sum()), rows + len(y)
+    return right / rows
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedavg_ft", "local", "fedmr", "fedrir", "scaffold", "centralised"])
+def test_the_models_predict_with_the_accuracy_that_was_reported(run, method):
+    done = run(method, model="fedmr_cnn", partition={"name": "dirichlet", "alpha": 0.5})
+    assert done.summary["personal_accuracy"]["final"] == scores(done)
+
+
+def test_models_in_float64_take_the_rows_of_the_federation(run):
+    done = run(precision="fp64")
+    assert done.summary["personal_accuracy"]["final"] == scores(done)
+
+
+def test_a_model_is_a_plain_module(run):
+    model = run("fedavg", model="resnet8").model(1)
+    x = torch.randn(3, 1, 8, 8)
+    assert not model.training
+    assert model(x).shape == (3, 10)
+    torch.testing.assert_close(model(x)[:1], model(x[:1]), rtol=1e-4, atol=1e-5)
+    assert set(model.state_dict()) == set(nn.ModuleDict({"nets": model.nets}).state_dict())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_own_arrays_and_an_own_module(run, precision):
+    x, y = arrays()
+    done = run(
+        data=fedloom.from_arrays(x, y, name="clouds"), model=Net, rounds=6, precision=precision, **{"method.lr": 0.2}
+    )
+    assert done.summary["data"] == "clouds"
+    assert done.summary["model"] == "Net"
+    assert done.summary["personal_accuracy"]["final"] > 0.8
+
+
+def test_features_of_ones_own_are_taken_as_they_are(run):
+    x, y = arrays()
+    federation = run(data=fedloom.from_arrays(x, y), model=Net, rounds=1).federation
+    train, _ = federation.train(0)
+    np.testing.assert_allclose(train.numpy(), x[federation.partition.train[0]], rtol=1e-6)
+
+
+def test_an_instance_brings_its_initial_weights(run):
+    torch.manual_seed(5)
+    net = Net((1, 8, 8), 10)
+    before = {name: p.clone() for name, p in net.state_dict().items()}
+    tiny = run(fedloom.FedAvg(lr=1e-12), model=net, rounds=1)
+    kept = tiny.model(0).nets["model"].state_dict()
+    torch.testing.assert_close(kept["head.weight"], before["last.weight"])
+    assert all(
+        torch.equal(p, before[name]) for name, p in net.state_dict().items()
+    )  # the caller's module is left alone
+
+
+def test_an_own_method_runs_like_any_other(run):
+    plain, pulled = run(fedloom.FedAvg()), run(Shrunken(pull=0.5))
+    assert pulled.summary["method"] == "Shrunken"
+    size = {k: sum(float(p.norm()) for p in done.model(0).parameters()) for k, done in (("a", plain), ("b", pulled))}
+    assert size["b"] < size["a"]
+
+
+def test_an_object_a_name_and_words_mean_the_same(run):
+    by_object = run(fedloom.FedProx(mu=0.3, lr=0.1))
+    by_name = run("fedprox", **{"method.mu": 0.3, "method.lr": 0.1})
+    by_table = run({"name": "fedprox", "mu": 0.3, "lr": 0.1}) if False else by_name
+    pd.testing.assert_frame_equal(untimed(by_object.metrics), untimed(by_table.metrics))
+
+
+def untimed(table):
+    return table.drop(columns=[c for c in table if "seconds" in c])
+
+
+def test_a_run_shows_its_numbers_and_its_folder(run):
+    done = run()
+    assert done.metrics["round"].tolist() == [1, 2]
+    assert set(done.clients["client"]) == {0, 1, 2}
+    assert (done.folder / "summary.json").is_file()
+    assert str(done.folder) in repr(done)
+    assert f"{done.summary['personal_accuracy']['final']:.4f}" in repr(done)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(run):
+    first, again, other = run(seed=3), run(seed=3), run(seed=4)
+    pd.testing.assert_frame_equal(untimed(first.metrics), untimed(again.metrics))
+    assert not untimed(first.metrics).equals(untimed(other.metrics))
+
+
+def test_a_run_leaves_torch_as_it_was(run):
+    dtype, threads, state = torch.get_default_dtype(), torch.get_num_threads(), torch.random.get_rng_state()
+    run("fedavg_ft", precision="fp64")
+    assert (torch.get_default_dtype(), torch.get_num_threads()) == (dtype, threads)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_scoring_more_often_or_otherwise_changes_no_training(run):
+    settings = {"model": "resnet8", "rounds": 2}
+    plain = run("fedavg_ft", **settings)
+    watched = run("fedavg_ft", **settings, eval={"fitted": True, "general_every": 1, "clients": 2})
+    assert watched.metrics["personal_accuracy_fitted"].notna().all()
+    assert watched.metrics["general_accuracy"].notna().all()
+    assert plain.metrics["server_accuracy"].equals(watched.metrics["server_accuracy"])
+    assert plain.metrics["train.loss"].equals(watched.metrics["train.loss"])
+
+
+def test_a_finished_run_cannot_be_resumed(run):
+    done = run()
+    with pytest.raises(fedloom.RunFolderError, match="finished"):
+        fedloom.resume(done.folder, progress=False)
+    with pytest.raises(fedloom.RunFolderError, match="already"):
+        run(out=done.folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rounz": 3}, "rounz"),
+        ({"model": "mlpp"}, "mlpp"),
+        ({"method": "fedavgg"}, "fedavgg"),
+        ({"data": "digitz"}, "digitz"),
+        ({"engine": {"name": "fast"}}, "no engine is called 'fast'"),
+        ({"clients": 2000}, "clients=2000"),
+        ({"models": "mlp,logistic", "method": "fedavg"}, "must be the same for all clients"),
+    ],
+)
+def test_mistakes_are_usage_errors(run, settings, words, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(fedloom.UsageError, match=words):
+        run(**settings)
+
+
+def test_clients_with_models_of_their_own(run):
+    done = run("local", models="mlp,logistic", rounds=1)
+    assert done.summary["model"] == "mlp,logistic"
+    assert len(list(done.model(0).parameters())) == 4
+    assert len(list(done.model(1).parameters())) == 2
+    assert done.summary["personal_accuracy"]["final"] == scores(done)
+
+
+def test_one_can_score_without_rows_of_ones_own(run):
+    x, y = arrays()
+    x_test, y_test = arrays(30)
+    data = fedloom.from_arrays(x, y, x_test, y_test)
+    done = run("fedavg", data=data, model="logistic", partition={"name": "iid", "merge": False})
+    assert done.federation.n_test(0) == 0
+    assert done.summary["personal_accuracy"]["final"] == done.summary["server_accuracy"]["final"]

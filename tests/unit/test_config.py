@@ -1,0 +1,196 @@
+"""Settings: every key survives a file, and every mistake is named."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from fedloom import config
+from fedloom.config import Named, Settings, from_words, make_method, make_settings, read_toml, to_toml
+from fedloom.errors import ConfigError
+from fedloom.registry import METHODS
+
+UNUSUAL = {
+    "method": {"name": "fedprox", "mu": 0.5},
+    "data": {
+        "name": "mine", "path": "somewhere", "rows": 77, "image_size": 12, "normalise": "standard", "augment": "flip",
+    },
+    "partition": {
+        "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "path": "p.json",
+        "min_examples": 3, "merge": False, "test_fraction": 0.4,
+    },
+    "clients": 7, "participation": "0.2-0.9", "cohort": 3, "rounds": 4, "batch_size": 5, "drop_last": True,
+    "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
+    "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True},
+    "engine": {"name": "debug+sequential", "threads": 2},
+    "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
+}  # fmt: skip
+
+
+def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        found |= paths(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else {prefix + name: value}
+    return found
+
+
+def test_the_unusual_settings_differ_from_the_defaults_in_every_key():
+    default, unusual = paths(Settings()), paths(make_settings(UNUSUAL))
+    assert {key for key in default if default[key] == unusual[key]} <= set(MISSING)
+
+
+MISSING: tuple[str, ...] = ()
+
+
+def test_every_key_survives_a_file(tmp_path):
+    settings = make_settings(UNUSUAL)
+    (tmp_path / "config.toml").write_text(to_toml(settings))
+    again = make_settings(read_toml(tmp_path / "config.toml"))
+    assert again == settings
+    assert again.method.options == {"mu": 0.5}
+
+
+def test_the_defaults_survive_a_file(tmp_path):
+    (tmp_path / "config.toml").write_text(to_toml(Settings()))
+    assert make_settings(read_toml(tmp_path / "config.toml")) == Settings()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_hyper_parameter_survives_a_file(tmp_path, name):
+    method = METHODS[name]()
+    settings = make_settings({"method": {"name": name, **dataclasses.asdict(method)}})
+    (tmp_path / "config.toml").write_text(to_toml(settings))
+    assert make_method(make_settings(read_toml(tmp_path / "config.toml")).method) == method
+
+
+def test_every_key_is_documented():
+    for section in (
+        Settings,
+        config.DataSettings,
+        config.PartitionSettings,
+        config.EvalSettings,
+        config.EngineSettings,
+    ):
+        for name, field in section.model_fields.items():
+            nested = isinstance(field.default, BaseModel) and not isinstance(field.default, Named)
+            assert nested or field.description, f"{section.__name__}.{name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rounds=3", "seed=1"], {"rounds": 3, "seed": 1}),
+        (["data=digits", "data.rows=5"], {"data": {"name": "digits", "rows": 5}}),
+        (["data.rows=5", "data=digits"], {"data": {"rows": 5, "name": "digits"}}),
+        (["method=fedprox", "method.mu=1e-2"], {"method": {"name": "fedprox", "mu": 0.01}}),
+        (["method=fedprox", "method.mu=1", "method=fedavg"], {"method": {"name": "fedavg"}}),
+        (["participation=0.1-0.5"], {"participation": "0.1-0.5"}),
+        (["models=mlp,resnet8"], {"models": "mlp,resnet8"}),
+        (["drop_last=true"], {"drop_last": True}),
+        (["data.path=/tmp/a=b"], {"data": {"path": "/tmp/a=b"}}),
+        (["label="], {"label": ""}),
+    ],
+)
+def test_words_of_the_command_line(words, expected):
+    assert from_words(words) == expected
+
+
+def test_words_go_over_a_file(tmp_path):
+    (tmp_path / "c.toml").write_text('data = "digits"\nrounds = 3\n[method]\nname = "fedprox"\nmu = 1.0\n')
+    values = from_words(["rounds=5", "method.mu=2"], read_toml(tmp_path / "c.toml"))
+    settings = make_settings(values)
+    assert (settings.rounds, settings.data.name, settings.method.options) == (5, "digits", {"mu": 2})
+
+
+MISTAKES = [
+    (["roundz=3"], ["roundz", "did you mean 'rounds'"]),
+    (["strategy=3"], ["'strategy'", "known"]),
+    (["floats=3"], ["'floats'"]),
+    (["eval.stride=3"], ["'eval.stride'"]),
+    (["data.rowz=3"], ["data.rowz", "'rows'"]),
+    (["partition.alfa=3"], ["partition.alfa", "alpha"]),
+    (["rounds=many"], ["rounds=many", "whole number"]),
+    (["rounds=0"], ["rounds=0", "at least 1"]),
+    (["rounds=2.5"], ["rounds=2.5", "whole number"]),
+    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["batch_size=0"], ["batch_size=0", "at least 1"]),
+    (["partition.alpha=0"], ["partition.alpha=0", "above 0"]),
+    (["partition.name=dirichle"], ["partition", "dirichle", "dirichlet"]),
+    (["partition.test_fraction=1"], ["partition.test_fraction=1", "below 1"]),
+    (["precision=fp16"], ["precision=fp16", "fp32", "fp64"]),
+    (["participation=0"], ["participation=0", "above 0", "at most 1"]),
+    (["participation=1.5"], ["participation=1.5", "at most 1"]),
+    (["participation=0.9-0.1"], ["participation=0.9-0.1", "range"]),
+    (["participation=half"], ["participation=half", "range"]),
+    (["participation=nan"], ["participation=nan"]),
+    (["log=tensorbord"], ["log", "tensorbord", "tensorboard"]),
+    (["cohort=11"], ["cohort=11", "10 clients"]),
+    (["eval.valid=1.5"], ["eval.valid=1.5", "below 1"]),
+    (["drop_last=perhaps"], ["drop_last=perhaps", "true or false"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), MISTAKES, ids=lambda value: " ".join(value))
+def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(words, parts):
+    with pytest.raises(ConfigError) as caught:
+        make_settings(from_words(words))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("word", ["rounds", "=3", ""])
+def test_a_word_that_is_no_setting_is_named(word):
+    with pytest.raises(ConfigError, match=f"'{word}': expected key=value"):
+        from_words([word])
+
+
+METHOD_MISTAKES = [
+    ({"name": "fedprx"}, ["method=fedprx", "did you mean 'fedprox'"]),
+    ({"name": "fedprox", "nu": 1}, ["method.nu", "fedprox has no such hyper-parameter"]),
+    ({"name": "fedprox", "mu": "big"}, ["method.mu=big", "number"]),
+    ({"name": "fedavg", "lr": 0}, ["method", "lr=0", "above 0"]),
+    ({"name": "fedavg", "momentum": 1.0}, ["momentum=1.0", "below 1"]),
+    ({"name": "fedavg", "optimizer": "sdg"}, ["method.optimizer=sdg", "sgd"]),
+    ({"name": "fedavg", "local_epochs": 0}, ["local_epochs=0", "at least 1"]),
+    ({"name": "fedavg", "lr_decay": 1.1}, ["lr_decay=1.1", "at most 1"]),
+    ({"name": "fedmr", "unit": "leyer"}, ["method.unit=leyer", "layer"]),
+    ({"name": "fedmr", "segment": 0}, ["segment=0", "above 0"]),
+    ({"name": "scaffold", "momentum": 0.9}, ["plain SGD"]),
+    ({"name": "fedrir", "mask_ratio": 1}, ["mask_ratio=1", "below 1"]),
+    ({"name": "fedrir", "loss_region": "masked", "mcsl": "off"}, ["loss_region=masked", "mcsl=masked"]),
+]
+
+
+@pytest.mark.parametrize(("table", "parts"), METHOD_MISTAKES, ids=lambda value: str(value))
+def test_a_mistake_in_a_method_is_named(table, parts):
+    with pytest.raises(ConfigError) as caught:
+        make_method(Named(**table))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_a_missing_and_a_broken_file_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no config file .*none\.toml"):
+        read_toml(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("rounds = = 3")
+    with pytest.raises(ConfigError, match=r"bad\.toml"):
+        read_toml(tmp_path / "bad.toml")
+    with pytest.raises(ConfigError):
+        read_toml(tmp_path)
+
+
+def test_settings_are_read_only():
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().rounds = 3
+    assert isinstance(make_settings({"out": "x"}).out, Path)
+
+
+def test_a_small_participation_is_no_range():
+    assert config.participation_range(make_settings({"participation": 1e-5}).participation) == (1e-5, 1e-5)
+    assert config.participation_range("0.1-0.5") == (0.1, 0.5)

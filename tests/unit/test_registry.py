@@ -1,0 +1,94 @@
+"""Methods by name, objects from a user's file, and what a class says of itself."""
+
+import dataclasses
+import inspect
+
+import pytest
+
+import fedloom
+from fedloom.errors import ConfigError
+from fedloom.registry import METHODS, describe, load_object, method_class, method_name
+
+MINE = """
+from dataclasses import dataclass
+from fedloom import Method
+
+@dataclass(frozen=True)
+class Mine(Method):
+    '''Mine, for a test.'''
+
+    strength: float = 0.5
+    '''How strong.'''
+
+class Plain(Method):
+    pass
+
+number = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "my.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_a_class_from_a_file(file):
+    mine = method_class(f"{file}:Mine")
+    assert mine(strength=2).strength == 2
+    assert method_name(mine) == "Mine"
+    assert load_object(f"{file}:number", "x") == 3
+
+
+@pytest.mark.parametrize("where", ["number", "dataclass"])
+def test_an_object_that_is_no_method_is_named(file, where):
+    with pytest.raises(ConfigError, match=f"method=.*{where}: not a dataclass derived from fedloom.Method"):
+        method_class(f"{file}:{where}")
+
+
+def test_mistakes_around_a_file_are_named(file, tmp_path):
+    with pytest.raises(ConfigError, match=r"method=.*none\.py:Mine: there is no file"):
+        method_class(f"{tmp_path}/none.py:Mine")
+    with pytest.raises(ConfigError, match=r"defines no 'Mien' \(did you mean 'Mine'\?\)"):
+        method_class(f"{file}:Mien")
+    file.write_text("import nothing_of_that_name")
+    with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
+        method_class(f"{file}:Mine")
+
+
+def test_an_unknown_name_is_named():
+    with pytest.raises(ConfigError, match=r"method=fedpro: no method has that name \(did you mean 'fedprox'\?\)"):
+        method_class("fedpro")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_describes_itself(name):
+    cls = METHODS[name]
+    assert method_name(cls) == name
+    found = describe(name, cls)
+    assert found["summary"]
+    assert found["paper"]
+    assert set(found["hyper_parameters"]) == {field.name for field in dataclasses.fields(cls)}
+    for key, entry in found["hyper_parameters"].items():
+        assert entry["doc"], key
+        assert entry["default"] == getattr(cls(), key)
+    assert "Travels:" in inspect.getdoc(cls) or "no federated method" in inspect.getdoc(cls)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_a_frozen_value(name):
+    method = METHODS[name]()
+    assert method == METHODS[name]()
+    assert hash(method) == hash(METHODS[name]())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.lr = 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.anything = 1.0
+
+
+def test_registered_methods_are_public_and_sorted():
+    assert list(METHODS) == sorted(METHODS)
+    assert {cls.__name__ for cls in METHODS.values()} <= set(fedloom.__all__)
+    with pytest.raises(TypeError):
+        METHODS["mine"] = fedloom.Method
