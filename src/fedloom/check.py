@@ -114,13 +114,15 @@ class _Trial:
         contract = "two rounds keep the contract: inputs unchanged, private nets stay, structures last, numbers finite"
         try:
             reference = self._run("plain", "sequential")
-            self._run("debug", "debug")
+            self._run("debug", "debug+sequential")
         except Exception as error:
             return [Finding(contract, False, blame(error))]
         return [
             Finding(contract, True),
             self._normalised(),
-            self._same("messages as bytes give the same numbers", reference, lambda: self._run("bytes", "bytes")),
+            self._same(
+                "messages as bytes give the same numbers", reference, lambda: self._run("bytes", "bytes+sequential")
+            ),
             self._same("stopped after a round and resumed, it gives the same numbers", reference, self._resumed),
             self._same("the order in which clients work does not matter", reference, self._backwards),
             self._mapped(reference),
@@ -146,7 +148,7 @@ class _Trial:
     def _normalised(self) -> Finding:
         rule = "so it does with BatchNorm in the model"
         try:
-            self._run("batchnorm", "debug", NORMALISED)
+            self._run("batchnorm", "debug+sequential", NORMALISED)
         except Exception as error:
             return Finding(rule, False, blame(error))
         return Finding(rule, True)

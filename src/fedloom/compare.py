@@ -81,7 +81,7 @@ class Comparison:
                 settings = self._settings(row, seed)
                 with arithmetic(settings):
                     problem = make_problem(settings, make_method(settings.method), federation)
-                    make_engine(settings.engine.name, problem).close()
+                    make_engine(settings.engine.name, problem, settings.engine.workers).close()
 
     def toml(self) -> str:
         """A config file that gives this comparison again, with every setting spelt out."""
@@ -106,26 +106,21 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     Raises:
         ConfigError: one line that names the key, the value and what is allowed.
     """
-    base = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out", "label")}
     table = values.get("method", {})
     table = table if isinstance(table, Mapping) else {"name": table}
-    common = {key: value for key, value in table.items() if key != "name"}
     variants = _tables(values.get("variant", {}), "variant")
-    own = {key: base.pop(key) for key in list(base) if key not in Settings.model_fields and _is_method(key, table)}
-    own = _tables(own, "")
     names = _listed(table.get("name", list(variants)), "method")
     if not names:
         raise ConfigError("method: name what to compare, such as method=fedavg,fedrir, or give [variant.NAME] tables")
-    for key in base.keys() - Settings.model_fields.keys():
-        raise ConfigError(f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', *METHODS])}")
+    base, own = _split(
+        values, {*METHODS, *map(_label, names), *(_label(str(v.get("method"))) for v in variants.values())}
+    )
+    common = {key: value for key, value in table.items() if key != "name"}
     rows = tuple(_spelt_out(_row(name, common, own, variants)) for name in names)
     _check_common(common, rows)
     _check_labels([row.label for row in rows])
-    seeds = tuple(_seed(seed) for seed in _listed(values.get("seed", 0), "seed"))
-    if len(set(seeds)) < len(seeds) or not seeds:
-        raise ConfigError(f"seed={','.join(map(str, seeds))}: give one or several different seeds")
-    comparison = Comparison(base, rows, seeds)
-    comparison.jobs(Path())
+    comparison = Comparison(base, rows, _seeds(values.get("seed", 0)))
+    comparison.jobs(Path())  # refuses settings that no run can have
     return comparison
 
 
@@ -207,9 +202,14 @@ def _fields(method: str) -> set[str]:
     return {field.name for field in dataclasses.fields(method_class(method))}
 
 
-def _is_method(key: str, table: Mapping[str, Any]) -> bool:
-    """Whether a table at the top is a method's: a registered one's, or that of `my.py:Mine`, called `Mine`."""
-    return key in METHODS or key in {_label(name) for name in _listed(table.get("name", []), "method")}
+def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[str, Values]]:
+    """The settings of the runs, and the tables of methods: of registered ones, and of `my.py:Mine` under `Mine`."""
+    rest = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out", "label")}
+    base = {key: value for key, value in rest.items() if key in Settings.model_fields}
+    own = {key: value for key, value in rest.items() if key not in base and key in methods}
+    for key in rest.keys() - base.keys() - own.keys():
+        raise ConfigError(f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', *methods])}")
+    return base, _tables(own, "")
 
 
 def _tables(tables: Any, where: str) -> dict[str, Values]:
@@ -232,14 +232,13 @@ def _listed(value: Any, key: str) -> list[Any]:
     return found
 
 
-def _seed(value: Any) -> int:
-    try:
-        seed = int(value) if isinstance(value, str) else value
-    except ValueError:
-        seed = None
-    if type(seed) is not int or seed < 0:
-        raise ConfigError(f"seed={value}: must be whole numbers from 0 up, such as seed=0,1,2")
-    return seed
+def _seeds(value: Any) -> tuple[int, ...]:
+    listed = _listed(value, "seed")
+    seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in listed]
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        shown = ",".join(map(str, listed))
+        raise ConfigError(f"seed={shown}: must be different whole numbers from 0 up, such as seed=0,1,2")
+    return tuple(seeds)
 
 
 def _check_common(common: Values, rows: Sequence[Row]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.errors import DataError, MethodError
+from fedloom.gradients import Gradients
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
@@ -90,20 +91,26 @@ class Outcome(NamedTuple):
     logs: dict[str, float]  # means over the steps, named `phase.loss`, `phase.<log>`
 
 
-def run_turn(method: Method, modules: Modules, client: Client, down: Tree, site: Site, number: int) -> Outcome:
+def run_turn(method: Method, gradients: Gradients, client: Client, down: Tree, site: Site, number: int) -> Outcome:
     """One client's part in round `number`. Inputs are not changed."""
     turn = Turn(number, site.task.rounds - 1, len(site.rows.y))
     received = method.receive(client.weights, down, client.memory)
     start = client._replace(weights=received)
     scale = method.lr_scale(number)
-    worked, steps, logs = run_phases(method.phases(), modules, start, down, site, turn, scale)
+    worked, steps, logs = run_phases(method.phases(), gradients, start, down, site, turn, scale)
     turn = turn._replace(steps=steps)
     uplink, memory = method.uplink(worked, received, down, turn)
     return Outcome(worked._replace(memory=memory), uplink, turn, logs)
 
 
 def run_phases(
-    phases: Sequence[Phase], modules: Modules, client: Client, down: Tree, site: Site, turn: Turn, lr_scale: float = 1.0
+    phases: Sequence[Phase],
+    gradients: Gradients,
+    client: Client,
+    down: Tree,
+    site: Site,
+    turn: Turn,
+    lr_scale: float = 1.0,
 ) -> tuple[Client, dict[str, int], dict[str, float]]:
     """Run phases one after another. Returns the client after them, the optimiser steps taken and the logs, both by phase."""
     buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes into them
@@ -117,12 +124,12 @@ def run_phases(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(here.rng.torch_seed())  # for modules with randomness of their own (Dropout)
                 if isinstance(phase, Sweep):
-                    client = _sweep(phase, modules, client, down, here.rows)
+                    client = _sweep(phase, gradients.modules, client, down, here.rows)
                 elif isinstance(phase, Free):
                     rows = Batch(here.rows.x, here.rows.y)
-                    client = phase.run(client, Nets(modules, **client.weights), rows, down, here.rng)
+                    client = phase.run(client, Nets(gradients.modules, **client.weights), rows, down, here.rng)
                 else:
-                    trainer = _Trainer(phase, modules, client, down, turn)
+                    trainer = _Trainer(phase, gradients, client, down, turn)
                     client = trainer.run(here, lr_scale)
                     steps |= trainer.steps()
                     logs |= trainer.logs()
@@ -145,29 +152,25 @@ class _Member:
         self.state = opts[train.name] if train.keep_state else train.optimizer.init(params)
         self.steps, self.sums = 0, dict[str, Tensor]()
 
-    def step(self, modules: Modules, weights: Weights, batch: Batch, down: Tree, memory: Tree, lr_scale: float) -> None:
+    def step(
+        self, gradients: Gradients, weights: Weights, batch: Batch, down: Tree, memory: Tree, lr_scale: float
+    ) -> None:
         """One optimiser step; replaces entries of `weights["params"]`."""
         params = weights["params"]
-        wanted = {name: params[name].detach().requires_grad_() for name in self.names}
-        nets = Nets(modules, {**params, **wanted}, weights["buffers"], self.train.modes)
-        loss, logs = _with_logs(self.train.loss(nets, batch, down, memory))
-        grads = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
-        with torch.no_grad():
-            old = {name: params[name] for name in self.names}
-            new, self.state = self.train.optimizer.update(
-                dict(zip(self.names, grads, strict=True)), self.state, old, lr_scale
-            )
+        old = {name: params[name] for name in self.names}
+        grads, logs = gradients(self.train, old, params, weights["buffers"], batch, down, memory)
+        new, self.state = self.train.optimizer.update(grads, self.state, old, lr_scale)
         params.update(new)
         self.steps += 1
-        for name, value in {"loss": loss, **logs}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
+        for name, value in logs.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
 
 
 class _Trainer:
     """A `Train`, or an `Interleave` of several, over a client's batches."""
 
-    def __init__(self, phase: Train | Interleave, modules: Modules, client: Client, down: Tree, turn: Turn) -> None:
-        self.phase, self.modules, self.client, self.down = phase, modules, client, down
+    def __init__(self, phase: Train | Interleave, gradients: Gradients, client: Client, down: Tree, turn: Turn) -> None:
+        self.phase, self.gradients, self.client, self.down = phase, gradients, client, down
         every = (phase,) if isinstance(phase, Train) else phase.members
         self.members = [_Member(t, client.weights, client.opts) for t in every if t.when is None or t.when(turn)]
 
@@ -183,7 +186,7 @@ class _Trainer:
             self._check(batch)
             for member, stream in zip(self.members, draws, strict=True):
                 drawn = member.train.draw(batch, task, stream) if member.train.draw else {}
-                member.step(self.modules, weights, batch._replace(draws=drawn), self.down, memory, lr_scale)
+                member.step(self.gradients, weights, batch._replace(draws=drawn), self.down, memory, lr_scale)
         kept = {m.train.name: m.state for m in self.members if m.train.keep_state}
         return self.client._replace(opts={**self.client.opts, **kept})
 
@@ -203,20 +206,13 @@ class _Trainer:
         if len(batch.y) == 1:
             trained = {net for member in self.members for net in member.train.modes}
             if any(
-                isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in self.modules[net].modules()
+                isinstance(m, nn.modules.batchnorm._BatchNorm)
+                for net in trained
+                for m in self.gradients.modules[net].modules()
             ):
                 raise DataError(
                     "BatchNorm cannot train on a batch of one row: raise partition.min_examples or batch_size, or use model.norm=group"
                 )
-
-
-def _with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, logs = result if isinstance(result, tuple) else (result, {})
-    if not isinstance(loss, Tensor) or loss.ndim:
-        raise MethodError(
-            f"a loss must be a 0-d tensor, not {tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__}"
-        )
-    return loss, logs
 
 
 def _sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows) -> Client:

@@ -1,5 +1,6 @@
 """Messages as bytes: round trips, hostile bytes, and the meter."""
 
+import contextlib
 import json
 import pickle
 import struct
@@ -110,15 +111,13 @@ def test_changed_bytes_never_raise_anything_else(changes):
     data = bytearray(GOOD)
     for place, value in changes:
         data[place] = value
-    try:
-        decode(bytes(data), expect=decode(GOOD))
-    except WireError as error:
-        assert str(error)
+    with contextlib.suppress(WireError):
+        assert tree.structure(decode(bytes(data), expect=decode(GOOD))) == tree.structure(decode(GOOD))
 
 
 def test_deep_names_do_not_exhaust_the_stack():
     data = safetensors.torch.save({"a/" * 5000 + "a": torch.ones(1)}, {"fedloom": "1"})
-    with pytest.raises(WireError, match="nobody asked for|lacks"):
+    with pytest.raises(WireError, match=r"nobody asked for|lacks"):
         decode(data, expect={"b": torch.ones(1)})
 
 

@@ -81,10 +81,10 @@ def models() -> list[Facts]:
 
 def engines() -> list[Facts]:
     """Every engine and wrapper."""
-    auto = {"name": "auto", "kind": "engine", "summary": "Chooses the engine (the default)."}
-    kinds = (("engine", ENGINES), ("wrapper", WRAPPERS))
-    every = [(kind, name, made) for kind, known in kinds for name, made in known.items()]
-    return [auto, *({"name": name, "kind": kind, "summary": _first_line(made)} for kind, name, made in every)]
+    auto = {"name": "auto", "kind": "engine", "summary": "chooses between these (the default)"}
+    plain = [{"name": name, "kind": "engine", "summary": text} for name, text in ENGINES.items()]
+    wrappers = [{"name": name, "kind": "wrapper", "summary": _first_line(made)} for name, made in WRAPPERS.items()]
+    return [auto, *plain, *wrappers]
 
 
 KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(

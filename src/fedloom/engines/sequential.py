@@ -14,6 +14,7 @@ from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.engines.state import MappedStore, MemoryStore, Store
 from fedloom.errors import DataError
+from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Predictor, Turn
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
@@ -30,8 +31,8 @@ class Sequential(Engine):
     def __init__(self, problem: Problem, folder: Path | None = None) -> None:
         """Clients live in memory, or in mapped files in `folder`, where several processes can share them."""
         super().__init__(problem)
-        self._modules: list[Modules] = [problem.modules(arch) for arch in range(len(problem.archs))]
-        self._initial: list[Weights] = [read_weights(modules) for modules in self._modules]
+        self._gradients = [Gradients(problem.modules(arch)) for arch in range(len(problem.archs))]
+        self._initial: list[Weights] = [read_weights(gradients.modules) for gradients in self._gradients]
         pictures = len(problem.task.input_shape) == 3
         self._channels_last = [pictures] * len(problem.archs)  # until an architecture refuses it
         shared = folder and MappedStore(self._blank, folder, problem.arch_of)
@@ -47,7 +48,7 @@ class Sequential(Engine):
 
         def work(channels_last: bool) -> Outcome:
             site = self._site(number, i, "train", channels_last, p.data.augmented)
-            return run_turn(p.method, self._modules_of(i), self._whole(i), message, site, number)
+            return run_turn(p.method, self._gradients_of(i), self._whole(i), message, site, number)
 
         try:
             done = self._laid_out(i, work)
@@ -104,7 +105,7 @@ class Sequential(Engine):
         n_classes = self.problem.task.n_classes
         if not len(y):
             return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
-        modules = self._modules_of(i)
+        modules = self._gradients_of(i).modules
 
         def work(channels_last: bool) -> Tensor:
             inputs = laid_out({"x": x}, channels_last)["x"]
@@ -138,8 +139,8 @@ class Sequential(Engine):
         """See `Engine.restore`."""
         self.store.put(i, client)
 
-    def _modules_of(self, i: int) -> Modules:
-        return self._modules[self.problem.arch_of[i]]
+    def _gradients_of(self, i: int) -> Gradients:
+        return self._gradients[self.problem.arch_of[i]]
 
     def _blank(self, i: int) -> Client:
         client = self.problem.initial(i, self._initial[self.problem.arch_of[i]])
@@ -159,7 +160,7 @@ class Sequential(Engine):
         def work(channels_last: bool) -> Client:
             site = self._site(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
-            return run_phases(p.method.adapt(), self._modules_of(i), client, message, site, turn)[0]
+            return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn)[0]
 
         return self._laid_out(i, work)
 

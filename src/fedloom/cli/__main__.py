@@ -1,0 +1,7 @@
+"""`python -m fedloom.cli`."""
+
+import sys
+
+from fedloom.cli.main import main
+
+sys.exit(main())

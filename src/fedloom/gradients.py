@@ -1,0 +1,169 @@
+"""The gradient of a `Train`'s loss, the fast way.
+
+A step of a small model costs more in Python and autograd than in arithmetic. So when a kind of step turns out to be short, it
+is traced into a flat list of tensor operations; if replaying the list is faster and gives the same bits, it is replayed from
+then on. Whatever cannot be traced, and nets with buffers (BatchNorm changes them on the way), is computed as written.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom import tree
+from fedloom.errors import MethodError
+from fedloom.method import Batch, Train
+from fedloom.nets import Nets
+from fedloom.tree import Tree
+
+Params = dict[str, Tensor]
+Found = tuple[Params, Params]  # gradients by parameter; logs, `loss` among them
+
+SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
+TRIALS = 30  # steps of a kind before it is judged
+REPEATS = 5  # timings of each way
+
+
+class Gradients:
+    """Computes gradients with one architecture's modules; remembers which kinds of step to replay."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self._kinds: dict[Any, _Kind] = {}
+        self._stateful = any(True for module in modules.values() for _ in module.buffers())
+
+    def __call__(
+        self, train: Train, wanted: Params, params: Params, buffers: Params, batch: Batch, down: Tree, memory: Tree
+    ) -> Found:
+        """The gradients of the parameters `wanted`, and the step's logs."""
+        if self._stateful:
+            return self._written(train, buffers, wanted, params, batch, down, memory)
+        key = train.name, batch.x.shape, batch.x.stride()
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind()
+        if kind.replay is not None:
+            return kind.replay(_inputs(wanted, params, batch, down, memory))
+        started = time.perf_counter()
+        found = self._written(train, buffers, wanted, params, batch, down, memory)
+        if kind.is_worth_a_trial(time.perf_counter() - started):
+
+            def step(i: Tree) -> Found:
+                same = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
+                return self._written(train, buffers, i["wanted"], i["params"], same, i["down"], i["memory"])
+
+            kind.replay = faster_replay(step, _inputs(wanted, params, batch, down, memory))
+        return found
+
+    def _written(
+        self, train: Train, buffers: Params, wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tree
+    ) -> Found:
+        live = {name: tensor.detach().requires_grad_() for name, tensor in wanted.items()}
+        nets = Nets(self.modules, {**params, **live}, buffers, train.modes)
+        loss, logs = with_logs(train.loss(nets, batch, down, memory))
+        grads = torch.autograd.grad(loss, list(live.values()), materialize_grads=True)
+        return dict(zip(live, grads, strict=True)), {"loss": loss.detach()} | {k: v.detach() for k, v in logs.items()}
+
+
+def _inputs(wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tree) -> Tree:
+    """All that a step depends on, as one tree."""
+    x, y, draws = batch
+    return {
+        "wanted": wanted,
+        "params": params,
+        "batch": {"x": x, "y": y, "draws": draws},
+        "down": down,
+        "memory": memory,
+    }
+
+
+class _Kind:
+    """Steps of one `Train` on batches of one shape."""
+
+    def __init__(self) -> None:
+        self.replay: Callable[[Tree], Found] | None = None
+        self._left, self._best = TRIALS, float("inf")
+
+    def is_worth_a_trial(self, seconds: float) -> bool:
+        """Whether now is the time to try a replay: once, after some steps, if the shortest was short."""
+        self._left -= 1
+        self._best = min(self._best, seconds)
+        return self._left == 0 and self._best < SHORT_S
+
+
+def faster_replay(step: Callable[[Tree], Found], inputs: Tree) -> Callable[[Tree], Found] | None:
+    """A trace of `step` that gives the same bits on `inputs` in less time, or None."""
+    try:
+        replay = _trace(step, inputs)
+        mine, other = replay(inputs), _with_grad(step, inputs)
+        same = all(
+            a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in zip(mine, other, strict=True)
+        )
+        slow, fast = _shortest(lambda: _with_grad(step, inputs)), _shortest(lambda: replay(inputs))
+    except Exception:  # whatever tracing cannot do (a value read out of a tensor, ...) runs as written
+        return None
+    return replay if same and fast < 0.95 * slow else None
+
+
+def _trace(step: Callable[[Tree], Found], inputs: Tree) -> Callable[[Tree], Found]:
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
+
+    paths = [path for path, _ in tree.flatten(inputs)]
+    names: list[list[str]] = []
+
+    def flat_step(*tensors: Tensor) -> list[Tensor]:
+        in_order = iter(tensors)
+        grads, logs = step(tree.map_tree(lambda _: next(in_order), inputs))
+        names[:] = [list(grads), list(logs)]
+        return [*grads.values(), *logs.values()]
+
+    with torch.enable_grad():
+        traced = make_fx(flat_step)(*tree.leaves(inputs))
+    used = []
+    for node, path in zip(traced.graph.find_nodes(op="placeholder"), paths, strict=True):
+        if node.users:
+            used.append(path.split("/"))
+        else:
+            traced.graph.erase_node(node)
+    traced.recompile()
+
+    def replay(now: Tree) -> Found:
+        with torch.no_grad():
+            found = traced(*[functools.reduce(operator.getitem, path, now) for path in used])
+        grads, logs = names
+        return dict(zip(grads, found, strict=False)), dict(zip(logs, found[len(grads) :], strict=True))
+
+    return replay
+
+
+def _with_grad(step: Callable[[Tree], Found], inputs: Tree) -> Found:
+    with torch.enable_grad():
+        return step(inputs)
+
+
+def _shortest(work: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a loss returned, as the loss and its logs.
+
+    Raises:
+        MethodError: it is not a 0-d tensor.
+    """
+    loss, logs = result if isinstance(result, tuple) else (result, {})
+    if not isinstance(loss, Tensor) or loss.ndim:
+        found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise MethodError(f"a loss must be a 0-d tensor, not {found}")
+    return loss, logs

@@ -1,0 +1,83 @@
+"""`fedloom compare` and `fedloom report`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+STUDY = """
+seed = [0, 1]
+rounds = 2
+model = "mlp"
+clients = 4
+engine = "sequential"
+method = ["fedavg", "strong"]
+[data]
+rows = 200
+[variant.strong]
+method = "fedprox"
+mu = 2.0
+[variant.unused]
+method = "local"
+"""
+
+
+def test_all_combinations_in_one_folder(tiny):
+    done = tiny("compare", "method=local,fedavg", "seed=0,1", "out=both")
+    assert done.code == 0
+    names = {file.name for file in Path("both").iterdir()}
+    assert names == {
+        "compare.toml", "report.html", "local-seed0", "local-seed1", "fedavg-seed0", "fedavg-seed1"
+    }  # fmt: skip
+    assert "Difference to fedavg" in done.out
+    assert "[4/4] fedavg, seed 1: round 8/8" in done.err
+    HTMLParser().feed(Path("both/report.html").read_text())
+
+
+def test_runs_of_a_seed_share_partition_and_start(tiny):
+    tiny("compare", "method=fedavg,fedprox", "fedprox.mu=0", "seed=0,1", "out=both", "--quiet")
+    summaries = [json.loads(file.read_text()) for file in sorted(Path("both").glob("*/summary.json"))]
+    fedavg0, fedavg1, fedprox0, fedprox1 = summaries
+    assert fedavg0["partition"] == fedprox0["partition"] != fedavg1["partition"]
+    assert fedavg0["server_accuracy"] == fedprox0["server_accuracy"]
+    assert fedavg1["server_accuracy"] == fedprox1["server_accuracy"]
+
+
+def test_a_study_with_variants(cli):
+    Path("study.toml").write_text(STUDY)
+    done = cli("compare", "study.toml", "out=study")
+    assert done.code == 0
+    assert "strong" in done.out
+    assert "unused" not in done.out
+    assert "mu = 2.0" in Path("study/strong-seed1/config.toml").read_text()
+
+
+def test_json_is_a_list_of_summaries(tiny):
+    done = tiny("compare", "method=local,fedavg", "out=both", "--json")
+    assert [summary["method"] for summary in json.loads(done.out)] == ["local", "fedavg"]
+
+
+def test_resume_keeps_what_is_finished(tiny, cli):
+    tiny("compare", "method=local,fedavg", "out=both", "--quiet")
+    kept = Path("both/local-seed0/summary.json").stat().st_mtime_ns
+    shutil.rmtree("both/fedavg-seed0")
+    done = cli("compare", "--resume", "both")
+    assert done.code == 0
+    assert Path("both/local-seed0/summary.json").stat().st_mtime_ns == kept
+    assert Path("both/fedavg-seed0/summary.json").exists()
+
+
+def test_report_of_a_comparison(tiny, cli):
+    tiny("compare", "method=local,fedavg", "out=both", "--quiet")
+    Path("both/report.html").unlink()
+    done = cli("report", "both", "baseline=local")
+    assert done.code == 0
+    assert "Difference to local" in done.out
+    assert done.out.endswith("report  both/report.html\n")
+    assert (
+        cli("report", "both/local-seed0", "both/fedavg-seed0", "out=page.html", "--quiet").out == "report  page.html\n"
+    )
+    assert "local" in Path("page.html").read_text()
+    assert cli("report", "both", "baseline=fedmr").code == 2

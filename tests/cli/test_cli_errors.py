@@ -1,0 +1,147 @@
+"""Everything that a user can get wrong ends in one clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+OWN = """
+from dataclasses import dataclass
+from fedloom import Method
+
+
+@dataclass(frozen=True)
+class Mine(Method):
+    def loss(self, nets, batch, down, memory):
+        return nets.model(batch.x).sum() * (1 / len([]))
+
+
+@dataclass(frozen=True)
+class Vector(Method):
+    def loss(self, nets, batch, down, memory):
+        return nets.model(batch.x)
+"""
+
+MISTAKES = {
+    "rn": "'rn' is not a command (did you mean 'run'?)",
+    "run rouns=3": "unknown key 'rouns' (did you mean 'rounds'?)",
+    "run rounds=abc": "rounds=abc: must be a whole number",
+    "run rounds=1.5": "rounds=1.5: must be a whole number",
+    "run batch_size=0": "batch_size=0: must be at least 1",
+    "run seed=-1": "seed=-1: must be at least 0",
+    "run partition.alpha=0": "partition.alpha=0: must be above 0",
+    "run eval.valid=1": "eval.valid=1: must be below 1",
+    "run eval=3": "eval=3: is a table; its settings have names of their own, such as eval.KEY=VALUE",
+    "run partition.balance=maybe": "partition.balance=maybe: must be true or false",
+    "run partition=dirichlt": "must be one of iid, dirichlet, pathological",
+    "run precision=fp61": "precision=fp61: must be one of fp32, fp64 (did you mean 'fp64'?)",
+    "run log=tensorbord": "log=tensorbord: must be one of tensorboard, wandb, mlflow (did you mean 'tensorboard'?)",
+    "run participation=2": "participation=2: must be above 0 and at most 1",
+    "run cohort=20": "cohort=20: there are only 10 clients",
+    "run clients=5000": "clients=5000: 1797 rows",
+    "run data=cifar10": "data=cifar10: not found; put train.parquet",
+    "run data.path=/nowhere": "data.path=/nowhere: no such folder",
+    "run method=fedrri": "(did you mean 'fedrir'?)",
+    "run method.mu=1": "method.mu: fedavg has no such hyper-parameter; fedprox has it",
+    "run method.lrr=1": "method.lrr: fedavg has no such hyper-parameter (did you mean 'lr'?)",
+    "run method.lr=fast": "method.lr=fast: must be a number",
+    "run method.lr=-1": "method.lr=-1.0: must be above 0",
+    "run method=scaffold method.momentum=0.9": "method: scaffold needs plain SGD",
+    "run method=a,b": "method=a,b: a run has one method; use fedloom compare for several",
+    "run seed=0,1": "seed=0,1: a run has one seed",
+    "run model=resnt8": "(did you mean 'resnet8'?)",
+    "run engine=sequentail": "(did you mean 'sequential'?)",
+    "run models=mlp,resnet8": "FedAvg shares model, which must be the same for all clients",
+    "run method=own.py:Nine": "own.py defines no 'Nine' (did you mean 'Mine'?)",
+    "run method=none.py:Mine": "there is no file none.py",
+    "run fedavg": "did you mean method=fedavg?",
+    "run none.toml": "there is no config file none.toml",
+    "run own.py": "own.py cannot be read as a TOML file",
+    "run typo.toml": "unknown key 'partition.alhpa' (did you mean 'alpha'?)",
+    "run typo.toml other.toml": "only one config file can be given",
+    "run --jsn": "fedloom run has no option --jsn (did you mean '--json'?)",
+    "run out=full": "out=full: there is something already; choose another folder",
+    "compare": "method: name what to compare",
+    "compare method=fedavg,fedavg": "'fedavg' is there twice",
+    "compare method=fedavg,fedprox seed=a": "seed=a: must be different whole numbers",
+    "compare method=fedavg,fedprox method.nu=1": "method.nu: none of fedavg, fedprox has this hyper-parameter",
+    "compare method=fedavg,fedprox fedprox.nu=1": "fedprox.nu: fedprox has no such hyper-parameter",
+    "compare method=fedavg other.x=1": "unknown key 'other'",
+    "compare variant.x.mu=1": "variant.x: it needs method",
+    "compare variant.x.method=fedavg variant.x.rounds=3": "it is a setting of the run, the same for all rows",
+    "compare --resume full": "full is not the folder of a comparison",
+    "compare method=fedavg,fedprox out=full": "out=full: there is something already",
+    "compare method=fedavg engine=sequentail": "(did you mean 'sequential'?)",
+    "list": "list what? methods, datasets, models, engines",
+    "list metods": "(did you mean 'methods'?)",
+    "list methods fedrri": "(did you mean 'fedrir'?)",
+    "report": "name the folder of a run",
+    "report full": "neither a run folder",
+    "report full base=x": "unknown key 'base' (did you mean 'baseline'?)",
+    "partition out=none/x.json": "out=none/x.json: cannot be written, there is no folder none",
+    "partition plot=x.doc": "plot=x.doc: Format 'doc' is not supported",
+    "check": "name a method",
+    "check own.py:Nine": "(did you mean 'Mine'?)",
+    "check empty.py": "defines no class derived from fedloom.Method",
+}  # fmt: skip
+
+
+@pytest.fixture
+def files(cli):
+    Path("own.py").write_text(OWN)
+    Path("empty.py").write_text("")
+    Path("typo.toml").write_text("[partition]\nalhpa = 1.0\n")
+    Path("full").mkdir()
+    Path("full/notes.txt").write_text("mine")
+    return cli
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES.items(), ids=MISTAKES)
+def test_one_line_and_exit_code_2(files, line, message):
+    done = files(*line.split())
+    assert done.err.startswith("fedloom: error: ")
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert done.code == 2
+    assert not Path("runs").exists(), "a refused command leaves no folder behind"
+    assert Path("full/notes.txt").read_text() == "mine"
+
+
+def test_an_error_in_a_method_names_file_line_client_round_and_phase(files):
+    words = ("model=mlp", "engine=sequential", "out=mine")
+    done = files("run", "method=own.py:Mine", *words)
+    assert done.code == 1
+    assert done.err.startswith(
+        "fedloom: error: ZeroDivisionError: division by zero (own.py:9, in loss; in phase 'train'"
+    )
+    assert "client 0, round 0" in done.err
+    assert "--debug" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(files):
+    done = files("run", "method=own.py:Mine", "model=mlp", "engine=sequential", "out=mine", "--debug")
+    assert done.code == 1
+    assert "Traceback (most recent call last)" in done.err
+
+
+def test_a_broken_rule_is_one_line_too(files):
+    done = files("run", "method=own.py:Vector", "model=mlp", "engine=sequential", "out=mine")
+    assert done.code == 1
+    assert "a loss must be a 0-d tensor, not (10, 10)" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_batch_norm_on_single_rows_says_what_to_change(files):
+    done = files("run", "model=resnet8", "batch_size=1", "engine=sequential", "out=mine")
+    assert done.code == 2
+    assert "BatchNorm" in done.err
+    assert "(client 0, round 0)" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_fedrir_takes_any_backbone(files):
+    assert (
+        files("run", "method=fedrir", "model=mlp", "data.rows=200", "rounds=1", "engine=sequential", "out=m").code == 0
+    )

@@ -1,0 +1,105 @@
+"""Overview, list, partition and check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedloom.compare import plan
+from fedloom.config import make_method, make_settings, read_toml
+from fedloom.models import ZOO
+from fedloom.registry import METHODS
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+COMMANDS = ("run", "compare", "report", "list", "partition", "check")
+
+
+@pytest.mark.parametrize("words", [(), ("--help",), ("help",)])
+def test_overview_names_every_command(cli, words):
+    done = cli(*words)
+    assert done.code == 0
+    assert all(f"\n  {command} " in done.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_examples(cli, command):
+    done = cli(command, "--help")
+    assert done.code == 0
+    assert done.out.count(f"  fedloom {command} ") >= 2
+
+
+def test_list_methods(cli):
+    assert all(name in cli("list", "methods").out for name in METHODS)
+    fedrir = next(m for m in json.loads(cli("list", "methods", "--json").out) if m["name"] == "fedrir")
+    assert fedrir["travels"] == ["gfe"]
+    assert fedrir["venue"] == "WWW 2025"
+    assert fedrir["hyper_parameters"]["mask_ratio"]["default"] == 0.6
+
+
+def test_one_method_in_full(cli):
+    done = cli("list", "methods", "fedmr")
+    assert "method.unit" in done.out
+    assert "layer|tensor|block|segment" in done.out
+    assert "Travels: a whole model" in done.out
+
+
+def test_list_datasets_says_what_is_found(cli, monkeypatch):
+    Path("store/mnist").mkdir(parents=True)
+    Path("store/mnist/train.parquet").touch()
+    monkeypatch.setenv("FEDLOOM_DATA", "store")
+    found = {d["name"]: d["found"] for d in json.loads(cli("list", "datasets", "--json").out)}
+    assert found["digits"] == "embedded"
+    assert found["mnist"] == "store/mnist"
+    assert found["cifar10"] is None
+
+
+def test_list_models_and_engines(cli):
+    models = {m["name"]: m["options"] for m in json.loads(cli("list", "models", "--json").out)}
+    assert models.keys() == ZOO.keys()
+    assert models["mlp"] == {"hidden": 200}
+    assert "hidden=200" in cli("list", "models", "mlp").out
+    engines = {e["name"] for e in json.loads(cli("list", "engines", "--json").out)}
+    assert {"auto", "sequential", "debug", "bytes"} <= engines
+
+
+def test_partition_shows_saves_and_draws(cli):
+    done = cli("partition", "clients=4", "data.rows=200", "out=p.json", "plot=p.png")
+    assert done.code == 0
+    saved = json.loads(Path("p.json").read_text())
+    assert saved["hash"] in done.out
+    assert len(saved["train"]) == 4
+    assert Path("p.png").read_bytes().startswith(b"\x89PNG")
+    again = cli("partition", "partition=file", "partition.path=p.json", "data.rows=200")
+    assert saved["hash"] in again.out
+
+
+def test_long_partitions_are_shortened(cli):
+    lines = cli("partition", "clients=60", "partition=iid").out.splitlines()
+    assert len(lines) < 45
+    assert any(line.startswith("…") or line.strip().startswith("…") for line in lines)
+    assert any(line.split()[:1] == ["59"] for line in lines)
+
+
+def test_check_prints_a_list_and_tells_by_its_exit_code(cli):
+    Path("own.py").write_text(
+        "from dataclasses import dataclass\nfrom fedloom import Method\n\n"
+        "@dataclass(frozen=True)\nclass Good(Method):\n    pass\n\n"
+        "class Bad(Method):\n    mu: float = 1.0\n"
+    )
+    good = cli("check", "own.py:Good")
+    assert (good.code, good.out.count("✓")) == (0, 7)
+    every = cli("check", "own.py", "--json")
+    assert every.code == 1
+    found = json.loads(every.out)
+    assert found.keys() == {"own.py:Good", "own.py:Bad"}
+    assert "put @dataclass(frozen=True) above Bad" in found["own.py:Bad"][0]["note"]
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
+def test_the_configs_that_come_along_are_valid(file):
+    values = read_toml(file)
+    several = isinstance(values["method"], dict) and isinstance(values["method"]["name"], list)
+    settings = [job.settings for job in plan(values).jobs(Path())] if several else [make_settings(values)]
+    assert all(make_method(each.method) for each in settings)

@@ -1,0 +1,121 @@
+"""`fedloom run`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fedloom
+
+
+def test_run_prints_a_table_and_writes_a_folder(tiny):
+    done = tiny("run", "out=mine")
+    assert done.code == 0
+    assert "fedavg" in done.out
+    assert "personal" in done.out
+    assert "folder  mine" in done.out
+    assert {"config.toml", "summary.json", "metrics.jsonl", "report.html"} <= {
+        file.name for file in Path("mine").iterdir()
+    }
+    assert "round 2/2" in done.err
+
+
+def test_json_prints_the_summary_and_nothing_else(tiny):
+    done = tiny("run", "--json", "out=mine")
+    assert json.loads(done.out) == json.loads(Path("mine/summary.json").read_text())
+
+
+def test_quiet_prints_the_folder_alone(tiny):
+    done = tiny("run", "--quiet", "out=mine")
+    assert (done.out, done.err) == ("mine\n", "")
+
+
+def test_a_config_file_and_words_over_it(cli):
+    Path("a.toml").write_text(
+        'method = "fedprox"\nrounds = 3\nmodel = "mlp"\nclients = 4\nengine = "sequential"\n[data]\nrows = 200\n'
+    )
+    assert cli("run", "method.mu=0.5", "a.toml", "rounds=1", "--json", "out=mine").code == 0
+    summary = json.loads(Path("mine/summary.json").read_text())
+    assert (summary["method"], summary["rounds"]) == ("fedprox", 1)
+    assert "mu = 0.5" in Path("mine/config.toml").read_text()
+
+
+def test_options_may_stand_between_words(tiny):
+    assert tiny("run", "--quiet", "seed=1", "--json", "out=mine").code == 0
+    assert json.loads(Path("mine/summary.json").read_text())["seed"] == 1
+
+
+def test_a_label_names_the_run(tiny):
+    assert "first try" in tiny("run", 'label="first try"', "out=mine").out
+
+
+def test_divergence_is_told(tiny):
+    done = tiny("run", "method.lr=1e30", "out=mine", "--quiet")
+    assert done.code == 0
+    assert "warning: mine: train.loss was not finite in round" in done.err
+    assert "method.lr" in done.err
+
+
+def test_natural_clients_need_no_number(cli):
+    assert "'clients'" not in cli("run", "partition=natural", "partition.column=writer").err
+
+
+def test_help_lists_every_key(cli):
+    done = cli("run", "--help")
+    assert done.code == 0
+    for key in ("method=", "partition.alpha= [0.1]  number > 0", "eval.valid=", "precision= [fp32]  fp32|fp64", "out="):
+        assert key in done.out
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(tiny, cli):
+    whole = tiny("run", "rounds=6", "out=whole", "--json")
+    words = (
+        "rounds=600",
+        "clients=4",
+        "model=mlp",
+        "model.hidden=8",
+        "data.rows=200",
+        "engine=sequential",
+        "engine.threads=1",
+    )
+    command = [sys.executable, "-m", "fedloom.cli", "run", *words, "out=cut", "checkpoint_every=1"]
+    stopped = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    )
+    deadline = time.monotonic() + 60
+    while not Path("cut/checkpoint").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    stopped.send_signal(signal.SIGINT)
+    _, err = stopped.communicate(timeout=60)
+    assert (stopped.returncode, err) == (130, "fedloom: interrupted; continue with: fedloom run --resume cut\n")
+    config = Path("cut/config.toml")
+    done = json.loads(Path("cut/checkpoint/state.json").read_text())["round"]
+    config.write_text(config.read_text().replace("rounds = 600", f"rounds = {done + 1}"))
+    resumed = cli("run", "--resume", "cut", "--json")
+    assert resumed.code == 0
+    shared = min(done + 1, 6)
+    rows = [Path(folder, "metrics.jsonl").read_text().splitlines() for folder in ("cut", "whole")]
+    assert whole.code == 0
+    accuracies = [[json.loads(row)["server_accuracy"] for row in each[:shared]] for each in rows]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_what_cannot_be_resumed(tiny, cli):
+    tiny("run", "out=mine", "--quiet")
+    Path("foreign").mkdir()
+    assert "finished" in cli("run", "--resume", "mine").err
+    assert "not a run's folder" in cli("run", "--resume", "foreign").err
+    assert "from the folder alone" in cli("run", "--resume", "mine", "rounds=3").err
+
+
+def test_the_entry_point():
+    command = [Path(sys.executable).with_name("fedloom"), "--version"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.stdout == f"fedloom {fedloom.__version__}\n"

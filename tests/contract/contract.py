@@ -1,0 +1,174 @@
+"""What the tests of the contract share: what a run left behind, compared, and methods that use one kind of phase each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom import Batch, Client, Downlink, FedAvg, Free, Interleave, Nets, Stream, Sweep, Task, Train, Turn, tree
+from fedloom.experiment import Experiment
+from fedloom.losses import cross_entropy
+from fedloom.method import Phase, Predictor
+from fedloom.tree import Tree, Weights
+
+
+class Left(NamedTuple):
+    """All that a run leaves behind, without times."""
+
+    server: Tree
+    clients: list[Tree]
+    rows: list[dict[str, Any]]
+    turns: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def left_by(experiment: Experiment) -> Left:
+    """Run an experiment to its end."""
+    summary = experiment.run()
+    clients = [tree.clone(experiment.engine.client(i)._asdict()) for i in range(experiment.problem.task.n_clients)]
+    rows, turns = ([untimed(row) for row in rows] for rows in (experiment.rows, experiment.client_rows))
+    return Left(tree.clone(experiment.server), clients, rows, turns, untimed(summary))
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what differs from run to run."""
+    return {key: value for key, value in row.items() if "seconds" not in key}
+
+
+def assert_same(one: Left, other: Left) -> None:
+    """Bit for bit."""
+    assert one.rows == other.rows
+    assert one.turns == other.turns
+    assert one.summary == other.summary
+    assert tree.equal(one.server, other.server)
+    for i, (a, b) in enumerate(zip(one.clients, other.clients, strict=True)):
+        assert tree.equal(a, b), f"client {i}"
+
+
+@dataclass(frozen=True)
+class ClassMeans(FedAvg):
+    """Sweeps for the classes' counts and mean inputs; the server keeps the mean over all rows."""
+
+    def init_memory(self, weights: Weights, task: Task) -> Tree:
+        return {"sweep": self.blank(task)}
+
+    def blank(self, task: Task) -> Tree:
+        return {
+            "count": torch.zeros(task.n_classes),
+            "sum": torch.zeros(task.n_classes, int(torch.tensor(task.input_shape).prod())),
+        }
+
+    def init_server(self, weights: Weights, task: Task) -> Tree:
+        return super().init_server(weights, task) | {"statistics": self.blank(task)}
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (*super().phases(), Sweep("sweep", self.count))
+
+    def count(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
+        n_classes = total["count"].shape[0]
+        right = (batch.y[:, None] == torch.arange(n_classes)).to(batch.x.dtype)
+        return {"count": total["count"] + right.sum(0), "sum": total["sum"] + right.T @ batch.x.flatten(1)}
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        message, memory = super().uplink(client, received, down, turn)
+        return message | {"statistics": client.memory["sweep"]}, memory
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Any) -> Tree:
+        statistics = uplinks[0]["statistics"]
+        for uplink in uplinks[1:]:
+            statistics = tree.add(statistics, uplink["statistics"])
+        return super().aggregate(server, uplinks, round) | {"statistics": statistics}
+
+
+@dataclass(frozen=True)
+class Counting(FedAvg):
+    """Free work with a known answer: every parameter becomes the number of the client's rows."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Free("count", self.count),)
+
+    def count(self, client: Client, nets: Nets, rows: Batch, down: Tree, rng: Stream) -> Client:
+        params = {name: torch.full_like(p, len(rows.y)) for name, p in client.weights["params"].items()}
+        return client._replace(weights={**client.weights, "params": params})
+
+
+@dataclass(frozen=True)
+class Noisy(FedAvg):
+    """Random free work, drawn from the client's own stream."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Free("noise", self.shake), *super().phases())
+
+    def shake(self, client: Client, nets: Nets, rows: Batch, down: Tree, rng: Stream) -> Client:
+        params = {name: p + 0.01 * rng.normal(p.shape) for name, p in client.weights["params"].items()}
+        return client._replace(weights={**client.weights, "params": params})
+
+
+@dataclass(frozen=True)
+class Meta(FedAvg):
+    """Two members that take turns, a member with a state that lasts, a phase of some steps, and one for the last round only."""
+
+    def phases(self) -> tuple[Phase, ...]:
+        noisy = Train("noisy", self.noisy_loss, ("model",), self.local_optimizer(), draw=self.draw)
+        kept = Train("kept", self.loss, ("model:head",), self.local_optimizer(), keep_state=True)
+        last = Train("last", self.loss, ("model",), self.local_optimizer(), steps=2, when=self.is_last)
+        return (Interleave("both", (noisy, kept), epochs=1), last)
+
+    def is_last(self, turn: Turn) -> bool:
+        return turn.number == turn.last
+
+    def draw(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
+        return {"noise": rng.normal(batch.x.shape)}
+
+    def noisy_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        return cross_entropy(nets.model(batch.x + 0.1 * batch.draws["noise"]), batch.y)
+
+
+@dataclass(frozen=True)
+class Remembering(FedAvg):
+    """Each client remembers its last two models, in an order in which one takes the other's place."""
+
+    def init_memory(self, weights: Weights, task: Task) -> Tree:
+        return {"newer": dict(weights["params"]), "older": dict(weights["params"])}
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        message, memory = super().uplink(client, received, down, turn)
+        return message, {"newer": client.weights["params"], "older": memory["newer"]}
+
+
+@dataclass(frozen=True)
+class Perfed(FedAvg):
+    """FedPer: the body travels, the head and its momentum stay; running statistics stay too."""
+
+    buffers: Any = "private"
+    momentum: float = 0.9
+    shared: ClassVar[tuple[str, ...]] = ("model:body",)
+
+    def phases(self) -> tuple[Phase, ...]:
+        optimizer = self.local_optimizer()
+        return (Train("train", self.loss, ("model",), optimizer, epochs=self.local_epochs, keep_state=True),)
+
+    def predictors(self) -> dict[str, Predictor]:
+        return {"personal": super().predictors()["personal"]}
+
+
+@dataclass(frozen=True)
+class Differing(FedAvg):
+    """Every member of the cohort is sent another model: the server's, with a head scaled by its place."""
+
+    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+        heads = [
+            {n: p * (1 + 0.1 * slot) for n, p in server["weights"]["params"].items() if ".head." in n}
+            for slot in range(len(cohort))
+        ]
+        return Downlink({"weights": server["weights"]}, [{"weights": {"params": head}} for head in heads])
+
+    def deploy(self, server: Tree, task: Task) -> Downlink:
+        return Downlink({"weights": server["weights"]})
+
+
+TOYS = {cls.__name__: cls for cls in (ClassMeans, Counting, Noisy, Meta, Remembering, Perfed, Differing)}

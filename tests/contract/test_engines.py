@@ -1,0 +1,263 @@
+"""Every method on every engine: the same numbers as the reference, bit for bit."""
+
+import pytest
+import torch
+from contract import TOYS, Left, assert_same, left_by, untimed
+from torch import nn
+
+from fedloom import Downlink, tree
+from fedloom.engines import ENGINES, make_engine
+from fedloom.engines.wire import encode
+from fedloom.registry import METHODS
+
+REFERENCE = "sequential"
+WRAPPED = ("debug+sequential", "bytes+sequential", "debug+bytes+processes")
+OTHERS = [*(name for name in ENGINES if name != REFERENCE), *WRAPPED]
+MODELS = ("mlp", "resnet8")
+SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
+
+references: dict[tuple[str, str], Left] = {}
+
+
+def make(experiment, method, model, engine, **settings):
+    what = TOYS[method]() if method in TOYS else method
+    return experiment(what, **{**SETTINGS, "engine": engine, "model": model, **settings})
+
+
+@pytest.fixture
+def reference(experiment):
+    """What the reference engine leaves; each is run once."""
+
+    def find(method, model):
+        if (method, model) not in references:
+            references[method, model] = left_by(make(experiment, method, model, REFERENCE))
+        return references[method, model]
+
+    return find
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+def test_all_engines_agree_bit_for_bit(experiment, reference, method, model, engine):
+    if model == "resnet8" and method in TOYS and method != "Perfed":
+        pytest.skip("one toy with running statistics is enough")
+    assert_same(left_by(make(experiment, method, model, engine)), reference(method, model))
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedmr", "fedrir", "Perfed"])
+def test_convolutions_with_biases_agree_too(experiment, method):
+    settings = {"cohort": 2, "clients": 3}
+    runs = [left_by(make(experiment, method, "fedmr_cnn", engine, **settings)) for engine in (REFERENCE, *OTHERS)]
+    for run in runs[1:]:
+        assert_same(run, runs[0])
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, method):
+    run = make(experiment, method, "resnet8" if method == "fedrir" else "mlp", "sequential")
+    before = [tree.clone(run.engine.client(i)._asdict()) for i in range(5)]
+    server = tree.clone(run.server)
+    torch.set_default_dtype(torch.float64)
+    try:
+        cohort = [0] if run.method.pooled else [1, 3]
+        down = run.method.downlink(run.server, cohort)
+        sent = [tree.clone(down.to(slot)) for slot in range(len(cohort))]
+        replies = run.engine.train(0, cohort, down)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [reply.client for reply in replies] == cohort
+    for i in {0, 1, 2, 3, 4} - set(cohort):
+        assert tree.equal(before[i], run.engine.client(i)._asdict())
+    assert tree.equal(server, run.server)
+    assert all(tree.equal(copy, down.to(slot)) for slot, copy in enumerate(sent))
+    assert set(run.engine.changed()) <= set(cohort)
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_order_in_which_a_cohort_works_changes_nothing(experiment, method, engine):
+    run = make(experiment, method, "fedmr_cnn", engine)
+    cohort = [0] if run.method.pooled else [0, 2, 4]
+    torch.set_default_dtype(torch.float64)
+    try:
+        down = run.method.downlink(run.server, cohort)
+        found = []
+        for order in ([0, 1, 2], [2, 0, 1]):
+            places = [slot for slot in order if slot < len(cohort)]
+            inner = make_engine(engine, run.problem, 2)
+            there = Downlink(each=[down.to(slot) for slot in places])
+            replies = inner.train(0, [cohort[slot] for slot in places], there)
+            found.append({r.client: (r.uplink, tree.clone(inner.client(r.client)._asdict()), r.logs) for r in replies})
+            inner.close()
+    finally:
+        torch.set_default_dtype(torch.float32)
+        run.engine.close()
+    one, other = found
+    for i in cohort:
+        assert tree.equal(one[i][0], other[i][0])
+        assert tree.equal(one[i][1], other[i][1])
+        assert one[i][2] == other[i][2]
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+def test_private_tensors_never_leave(experiment, method):
+    run = make(experiment, method, "resnet8", "sequential", rounds=1)
+    sent = spied(run)
+    run.run()
+    public = set(tree.structure(run.method.travelling(run.engine._whole(0).weights)))
+    assert sent["up"]
+    for uplink in sent["up"]:
+        assert set(tree.structure(uplink.get("weights", {}))) <= public
+    if run.method.buffers == "private":
+        assert not any("running_mean" in path for up in sent["up"] for path in tree.structure(up))
+
+
+def spied(run):
+    """Notes the messages of a run."""
+    sent, train = {"up": [], "down": []}, run.engine.train
+
+    def watched(number, cohort, down):
+        replies = train(number, cohort, down)
+        sent["down"] += [down.to(slot) for slot in range(len(cohort))]
+        sent["up"] += [reply.uplink for reply in replies]
+        return replies
+
+    run.engine.train = watched
+    return sent
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bytes_reported_are_the_bytes_of_the_messages(experiment, method, model):
+    run = make(experiment, method, model, "sequential")
+    sent = spied(run)
+    summary = run.run()
+    lengths = {way: [len(encode(m, round=1, client=2, examples=3)) for m in sent[way]] for way in ("up", "down")}
+    assert summary["uplink_bytes"] == sum(lengths["up"])
+    assert summary["downlink_bytes"] == sum(lengths["down"])
+    for way in ("uplink", "downlink"):
+        assert sum(summary["bytes_by_kind"][way].values()) == summary[f"{way}_bytes"]
+        tensors = sum(tree.n_bytes(m) for m in sent[way.removesuffix("link")])
+        assert summary["bytes_by_kind"][way].get("weights", 0) <= tensors
+        assert summary[f"{way}_bytes"] - summary["bytes_by_kind"][way].get("header", 0) == tensors
+    turns = [row for row in run.client_rows if "uplink_bytes" in row]
+    assert sum(row["uplink_bytes"] for row in turns) == summary["uplink_bytes"]
+    assert sum(row["downlink_bytes"] for row in turns) == summary["downlink_bytes"]
+
+
+class Dropping(nn.Module):
+    """A small net with Dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Dropout2d(0.3), nn.Flatten(), nn.Dropout(0.5))
+        self.head = nn.Linear(144, 10)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("engine", OTHERS)
+def test_dropout_follows_from_the_seed(experiment, engine):
+    def go(name, seed):
+        torch.manual_seed(0)
+        settings = {**SETTINGS, "engine": name, "seed": seed, "model": "Dropping"}
+        return left_by(experiment("fedavg_ft", module=Dropping(), **settings))
+
+    torch.manual_seed(1)
+    first = go("sequential", 0)
+    torch.rand(7)  # the state of torch's own generator must not matter
+    assert_same(first, go(engine, 0))
+
+
+def test_dropout_differs_from_client_to_client_and_step_to_step(experiment):
+    masks = []
+
+    class Watching(Dropping):
+        def forward(self, x):
+            if self.training:
+                masks.append(tuple((self.body(torch.ones(2, 1, 8, 8, dtype=x.dtype)) == 0)[0].tolist()))
+            return super().forward(x)
+
+        def __deepcopy__(self, memo):
+            return self
+
+    @pytest.mark.filterwarnings("ignore")
+    def go():
+        experiment("fedavg", module=Watching(), **{**SETTINGS, "rounds": 1, "model": "Watching"}).run()
+
+    go()
+    assert len(masks) == 0 or len(set(masks)) == len(masks)
+
+
+def test_workers_and_models_that_refuse_channels_last(experiment):
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(1, 4, 3), nn.Linear(144, 10)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.conv(x)).view(len(x), -1))
+
+    def go(name):
+        torch.manual_seed(0)
+        return left_by(experiment("fedavg_ft", module=Viewing(), **{**SETTINGS, "engine": name, "model": "Viewing"}))
+
+    assert_same(go("sequential"), go("processes"))
+
+
+def test_class_means_have_a_known_answer(experiment):
+    run = make(experiment, "ClassMeans", "mlp", "sequential", cohort=5, rounds=1)
+    run.run()
+    torch.set_default_dtype(torch.float64)
+    try:
+        rows = [run.data.train(i) for i in range(5)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    x, y = torch.cat([x.flatten(1) for x, _ in rows]), torch.cat([y for _, y in rows])
+    statistics = run.server["statistics"]
+    assert statistics["count"].tolist() == torch.bincount(y, minlength=10).tolist()
+    for c in range(10):
+        torch.testing.assert_close(statistics["sum"][c], x[y == c].sum(0))
+
+
+def test_free_work_has_a_known_answer(experiment):
+    run = make(experiment, "Counting", "mlp", "sequential", cohort=5, rounds=1)
+    run.run()
+    n = [run.data.n_train(i) for i in range(5)]
+    expected = sum(k * k for k in n) / sum(n)
+    for p in tree.leaves(run.server["weights"]["params"]):
+        torch.testing.assert_close(p, torch.full_like(p, expected))
+
+
+def test_phases_for_the_last_round_and_of_some_steps(experiment):
+    run = make(experiment, "Meta", "mlp", "sequential", rounds=3)
+    rows = left_by(run).rows
+    assert ["last.loss" in row for row in rows] == [False, False, True]
+    batches = {i: len(list(run.problem.plan.batches(run.data.n_train(i), 1, None, run.problem.stream(0, i, "x")))) for i in range(5)}
+    for turn in run.client_rows:
+        if "steps" in turn:
+            assert turn["steps"] == 2 * batches[turn["client"]] + (2 if turn["round"] == 3 else 0)
+
+
+def test_memory_holds_what_was_handed_on(experiment):
+    for engine in ENGINES:
+        run = make(experiment, "Remembering", "mlp", engine, cohort=5)
+        seen = []
+        train = run.engine.train
+
+        def watched(number, cohort, down, train=train, run=run, seen=seen):
+            replies = train(number, cohort, down)
+            seen.append({r.client: r.uplink["weights"]["params"] for r in replies})
+            return replies
+
+        run.engine.train = watched
+        left = left_by(run)
+        for i in range(5):
+            assert tree.equal(left.clients[i]["memory"]["newer"], seen[1][i])
+            assert tree.equal(left.clients[i]["memory"]["older"], seen[0][i])
+
+
+def test_untimed_rows_still_hold_the_numbers():
+    assert untimed({"train_seconds": 1, "personal_accuracy": 0.5}) == {"personal_accuracy": 0.5}

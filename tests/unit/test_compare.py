@@ -1,0 +1,137 @@
+"""`fedloom.compare`: which runs a comparison is made of, and going on with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedloom import DataError
+from fedloom.compare import create, execute, plan, reopen
+from fedloom.config import from_words, read_toml
+from fedloom.errors import ConfigError, RunFolderError
+
+TINY = (
+    "rounds=2",
+    "clients=3",
+    "model=mlp",
+    "model.hidden=8",
+    "data.rows=120",
+    "engine.name=sequential",
+    "engine.threads=1",
+)
+
+
+def rows(*words: str):
+    return {row.label: row.method for row in plan(from_words(words)).rows}
+
+
+def test_lists_of_methods_and_seeds():
+    found = plan(from_words(["method=fedavg,local", "seed=0,2"]))
+    assert [row.label for row in found.rows] == ["fedavg", "local"]
+    assert found.seeds == (0, 2)
+    jobs = found.jobs(Path("out"))
+    assert [(job.label, job.seed) for job in jobs] == [("fedavg", 0), ("local", 0), ("fedavg", 2), ("local", 2)]
+    assert jobs[-1].folder == Path("out/local-seed2")
+
+
+def test_lists_may_be_toml_lists():
+    assert plan({"method": ["fedavg", "local"], "seed": [3]}).seeds == (3,)
+
+
+def test_common_hyper_parameters_reach_those_that_have_them():
+    found = rows("method=fedavg,fedprox", "method.lr=0.3", "method.mu=0.7")
+    assert found["fedavg"]["lr"] == found["fedprox"]["lr"] == 0.3
+    assert found["fedprox"]["mu"] == 0.7
+    assert "mu" not in found["fedavg"]
+
+
+def test_the_more_special_table_wins():
+    words = ("method=fedavg,fedprox,v", "method.lr=0.3", "fedprox.lr=0.2", "fedprox.mu=0.5", "variant.v.method=fedprox")
+    found = rows(*words, "variant.v.mu=0.9")
+    assert [found[name]["lr"] for name in ("fedavg", "fedprox", "v")] == [0.3, 0.2, 0.2]
+    assert [found[name]["mu"] for name in ("fedprox", "v")] == [0.5, 0.9]
+
+
+def test_without_a_method_all_variants_are_compared():
+    assert list(rows("variant.a.method=fedavg", "variant.b.method=local")) == ["a", "b"]
+
+
+def test_own_methods_are_called_by_their_class(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom fedloom import Method\n"
+        "@dataclass(frozen=True)\nclass Mine(Method):\n    nu: float = 0.1\n"
+    )
+    found = rows(f"method=fedavg,{file}:Mine", "Mine.nu=0.4")
+    assert found["Mine"]["name"] == f"{file}:Mine"
+    assert found["Mine"]["nu"] == 0.4
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "name what to compare"),
+        (("method=fedavg,fedavg",), "there twice"),
+        (("method=fedavg", "fedavg=3"), "fedavg=3: is a table"),
+        (("method=fedavg", "fedprocks.mu=3"), "unknown key 'fedprocks'"),
+        (("method=fedavg", "rounds=x"), "rounds=x: must be a whole number"),
+        (("method=fedavg", "method.lr=x"), "method.lr=x: must be a number"),
+        (("method=fedavg,local", "seed=1,1"), "different whole numbers"),
+        (("method=v", "variant.v.method=4"), "must be the name of a method"),
+        (("method=a/b", 'variant."a/b".method=fedavg'), "neither a method nor a variant|letters, digits"),
+    ],
+)
+def test_what_is_refused(words, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(from_words(words))
+
+
+def test_what_is_written_gives_the_same_comparison(tmp_path):
+    found = plan(from_words(["method=fedavg,v", "variant.v.method=fedprox", "seed=1,2", *TINY]))
+    file = tmp_path / "compare.toml"
+    file.write_text(found.toml())
+    again = plan(read_toml(file))
+    assert (again.rows, again.seeds) == (found.rows, found.seeds)
+    here, there = (each.jobs(Path("x"))[0].settings for each in (found, again))
+    assert here == there
+
+
+def test_trouble_shows_before_anything_is_written(tmp_path):
+    found = plan(from_words(["method=fedavg,local", "clients=500", "data.rows=100"]))
+    with pytest.raises(DataError, match="clients=500"):
+        create(found, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(tmp_path):
+    words = ["method=local,fedavg", "checkpoint_every=1", "rounds=3", *TINY[1:]]
+    found = plan(from_words(words))
+    whole, cut = (create(found, tmp_path / name) for name in ("whole", "cut"))
+    execute(found, whole)
+
+    def interrupt(job):
+        def stop(done, rounds, row):
+            if job.label == "fedavg" and done == 2:
+                raise KeyboardInterrupt
+
+        return stop
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(found, cut, interrupt)
+    ran = []
+    assert execute(reopen(cut), cut, lambda job: ran.append(job.label)) == [cut / "local-seed0", cut / "fedavg-seed0"]
+    assert ran == ["fedavg"]
+    for label in ("local", "fedavg"):
+        one, other = (json.loads((f / f"{label}-seed0/summary.json").read_text()) for f in (whole, cut))
+        assert one["personal_accuracy"] == other["personal_accuracy"]
+        assert one["bytes_by_kind"] == other["bytes_by_kind"]
+
+
+def test_only_the_folder_of_a_comparison_is_reopened(tmp_path):
+    with pytest.raises(RunFolderError, match=r"holds no compare\.toml"):
+        reopen(tmp_path)
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(RunFolderError, match="single run"):
+        reopen(tmp_path)
