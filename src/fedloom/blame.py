@@ -2,38 +2,62 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from pathlib import Path
+from typing import NamedTuple
 
 from fedloom.errors import FedloomError
 
 HOME = str(Path(__file__).parent)
 
 
+class Place(NamedTuple):
+    """A line of code."""
+
+    file: str
+    line: int
+    function: str
+    code: str
+
+    def __str__(self) -> str:
+        """`my.py:12`, relative to the current folder where the file lies in it."""
+        file = Path(self.file)
+        inside = file.is_relative_to(Path.cwd())
+        return f"{file.relative_to(Path.cwd()) if inside else file}:{self.line}"
+
+
 def blame(error: BaseException) -> str:
     """`ZeroDivisionError: division by zero (my.py:12, in loss; in phase 'train' ...; client 0, round 1)`."""
     known = isinstance(error, FedloomError)
     what = str(error) if known else f"{type(error).__name__}: {error}"
-    frame = own_frame(error)
-    if frame is None and not known:
-        frame = (traceback.extract_tb(error.__traceback__) or [None])[-1]
-    place = [] if frame is None else [f"{place_of(frame)}, in {frame.name}"]
-    rest = "; ".join([*place, *getattr(error, "__notes__", [])])
+    place = own_place(error)
+    if place is None and not known:
+        place = (_places(error) or [None])[-1]
+    where = [] if place is None else [f"{place}, in {place.function}"]
+    rest = "; ".join([*where, *notes(error)])
     return " ".join(f"{what} ({rest})".removesuffix(" ()").split())
 
 
-def own_frame(error: BaseException) -> traceback.FrameSummary | None:
+def notes(error: BaseException) -> list[str]:
+    """The engine's notes, innermost first: the phase, then client and round."""
+    return [note for note in getattr(error, "__notes__", []) if "\n" not in note]
+
+
+def own_place(error: BaseException) -> Place | None:
     """The innermost line of code that belongs neither to fedloom nor to an installed package."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_installed(frame.filename)]
-    return frames[-1] if frames else None
+    own = [place for place in _places(error) if not _is_installed(place.file)]
+    return own[-1] if own else None
 
 
-def place_of(frame: traceback.FrameSummary) -> str:
-    """`my.py:12`, relative to the current folder where that is shorter."""
-    file = Path(frame.filename)
-    inside = file.is_relative_to(Path.cwd())
-    return f"{file.relative_to(Path.cwd()) if inside else file}:{frame.lineno}"
+def _places(error: BaseException) -> list[Place]:
+    """Here, and in the worker process that the error came from: its traceback travels as a note of several lines."""
+    frames = traceback.extract_tb(error.__traceback__)
+    here = [Place(frame.filename, frame.lineno or 0, frame.name, frame.line or "") for frame in frames]
+    texts = "\n".join(note for note in getattr(error, "__notes__", []) if "\n" in note)
+    found = re.findall(r'^ *File "(.+)", line (\d+), in (\S+)\n *(.*)$', texts, re.MULTILINE)
+    return here + [Place(file, int(line), function, code) for file, line, function, code in found]
 
 
 def _is_installed(file: str) -> bool:

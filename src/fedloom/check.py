@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedloom import data, tree
-from fedloom.blame import blame, own_frame, place_of
+from fedloom.blame import blame, own_place
 from fedloom.config import make_settings
 from fedloom.engines import Reply
 from fedloom.engines.wrappers import Wrapper
@@ -293,9 +293,9 @@ _REASONS = {
 
 
 def _why(error: Exception) -> str:
-    frame = own_frame(error)
-    line = f"; {place_of(frame)}: {frame.line}" if frame else ""
-    text = f"{error} {frame.line if frame else ''}"
+    place = own_place(error)
+    line = f"; {place}: {place.code}" if place else ""
+    text = f"{error} {place.code if place else ''}"
     reason = next((words for sign, words in _REASONS.items() if sign in text), None)
     first = f"{type(error).__name__}: {error}".splitlines()[0]
     return f"{reason or first}{line}"

@@ -254,5 +254,5 @@ def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()
     for module in modules.values():
-        module.requires_grad_(False)
+        module.to(torch.get_default_dtype()).requires_grad_(False)  # a user's instance may be of another precision
     return modules

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import fedloom
-from fedloom.blame import blame
+from fedloom.blame import blame, notes
 from fedloom.cli.checking import check
 from fedloom.cli.listing import listing
 from fedloom.cli.partitioning import partition
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if debug:
             traceback.print_exc()
-        return _tell(f"error: {error}{_notes(error)}", MISUSED)
+        return _tell(f"error: {error}{_at(error)}", MISUSED)
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -100,7 +100,7 @@ def _tell(line: str, code: int) -> int:
     return code
 
 
-def _notes(error: BaseException) -> str:
+def _at(error: BaseException) -> str:
     """Which client and round, where the work had begun."""
-    notes = getattr(error, "__notes__", [])
-    return f" ({notes[-1]})" if notes else ""
+    found = notes(error)
+    return f" ({found[-1]})" if found else ""

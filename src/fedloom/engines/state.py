@@ -122,7 +122,8 @@ class MappedStore:
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""
         layout = self._layout(i)
-        Slab(self._file(i), layout.n_bytes).write(layout, client._asdict())
+        kept = tree.clone(client._asdict())  # its tensors may be views of this very slab, under other names
+        Slab(self._file(i), layout.n_bytes).write(layout, kept)
 
     def changed(self) -> Iterable[int]:
         """See `Store.changed`."""
