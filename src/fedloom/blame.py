@@ -32,11 +32,9 @@ def blame(error: BaseException) -> str:
     """`ZeroDivisionError: division by zero (my.py:12, in loss; in phase 'train' ...; client 0, round 1)`."""
     known = isinstance(error, FedloomError)
     what = str(error) if known else f"{type(error).__name__}: {error}"
-    place = own_place(error)
-    if place is None and not known:
-        place = (_places(error) or [None])[-1]
-    where = [] if place is None else [f"{place}, in {place.function}"]
-    rest = "; ".join([*where, *notes(error)])
+    own = own_place(error)
+    places = [own] if own else [] if known else _places(error)[-1:]
+    rest = "; ".join([*(f"{place}, in {place.function}" for place in places), *notes(error)])
     return " ".join(f"{what} ({rest})".removesuffix(" ()").split())
 
 

@@ -105,6 +105,8 @@ class EngineSettings(Section):
     """Threads of torch in this process; default: torch's own choice. Worker processes always have one."""
     workers: Count | None = None
     """Worker processes (`processes`); default: one per core."""
+    lanes: Count | None = None
+    """Clients side by side (`vectorised`); default: as many as memory allows, 64 at most."""
 
 
 class Settings(Section):

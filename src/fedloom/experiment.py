@@ -87,7 +87,9 @@ class Experiment:
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
-            self.engine: Engine = make_engine(settings.engine.name, self.problem, settings.engine.workers)
+            self.engine: Engine = make_engine(
+                settings.engine.name, self.problem, settings.engine.workers, settings.engine.lanes
+            )
             self.server = self.method.init_server(_initial_weights(self.problem), self.problem.task)
         self.done = 0
         self.rows: list[Row] = []

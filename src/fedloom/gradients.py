@@ -44,7 +44,7 @@ class Gradients:
         """The gradients of the parameters `wanted`, and the step's logs."""
         if self._stateful:
             return self._written(train, buffers, wanted, params, batch, down, memory)
-        key = train.name, batch.x.shape, batch.x.stride()
+        key = _kind_of(train, wanted, batch, down, memory)
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind()
@@ -61,6 +61,45 @@ class Gradients:
             with torch.random.fork_rng(devices=[]):  # the trial must not move the phase's generator
                 kind.replay = faster_replay(step, _inputs(wanted, params, batch, down, memory))
         return found
+
+    def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
+        """The gradients of several lanes at once, stacked.
+
+        Args:
+            inputs: wanted, others, fixed (parameters), buffers (written into), batch, down, memory.
+            dims: for each leaf 0 if it is stacked over lanes, None if all lanes share it.
+        """
+        key = train.name, inputs["batch"]["x"].shape
+        kind = self._kinds.setdefault(key, _Kind())
+        if kind.replay is not None:
+            return kind.replay(inputs)
+        started = time.perf_counter()
+        found = self._mapped(train, inputs, dims)
+        n_lanes = len(inputs["batch"]["y"])
+        if kind.is_worth_a_trial((time.perf_counter() - started) / n_lanes) and not self._stateful:
+            with torch.random.fork_rng(devices=[]):
+                kind.replay = faster_replay(lambda i: self._mapped(train, i, dims), inputs)
+        return found
+
+    def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
+        def lane(*leaves: Tensor) -> Any:
+            in_order = iter(leaves)
+            i = tree.map_tree(lambda _: next(in_order), inputs)
+
+            def loss(wanted: Params) -> tuple[Tensor, tuple[Params, Params]]:
+                buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
+                nets = Nets(self.modules, {**i["fixed"], **i["others"], **wanted}, buffers, train.modes)
+                batch = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
+                value, logs = with_logs(train.loss(nets, batch, i["down"], i["memory"]))
+                return value, (logs, buffers)
+
+            grads, (value, (logs, buffers)) = torch.func.grad_and_value(loss, has_aux=True)(i["wanted"])
+            return grads, {"loss": value, **logs}, buffers
+
+        ordered = tree.leaves(tree.map_tree(lambda _, dim: dim, inputs, dims))
+        grads, logs, buffers = torch.func.vmap(lane, in_dims=tuple(ordered))(*tree.leaves(inputs))
+        tree.map_tree(Tensor.copy_, inputs["buffers"], buffers)
+        return grads, logs
 
     def _written(
         self, train: Train, buffers: Params, wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tree
@@ -82,6 +121,24 @@ def _inputs(wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tr
         "down": down,
         "memory": memory,
     }
+
+
+def _kind_of(train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tree) -> Any:
+    """What one trace can stand for: a loss, what it is derived by, and the structure of all that it may read.
+
+    A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
+    """
+    loss = getattr(train.loss, "__func__", train.loss)  # a bound method is another object at every access
+    forms = tuple(tuple(tree.structure(t).items()) for t in (dict(batch.draws), down, memory))
+    return (
+        train.name,
+        getattr(loss, "__code__", loss),
+        tuple(wanted),
+        train.modes,
+        batch.x.shape,
+        batch.x.stride(),
+        forms,
+    )
 
 
 class _Kind:

@@ -59,14 +59,20 @@ def adam(
         if weight_decay:
             g = list(torch._foreach_add(g, values, alpha=weight_decay))
         step = state["step"] + 1
-        n = float(step)
         mean = torch._foreach_lerp([state["mean"][name] for name in names], g, 1 - beta1)
         square = torch._foreach_mul([state["square"][name] for name in names], beta2)
         torch._foreach_addcmul_(square, g, g, 1 - beta2)
         spread = torch._foreach_sqrt(square)
-        torch._foreach_div_(spread, (1 - beta2**n) ** 0.5)
-        torch._foreach_add_(spread, eps)
-        moved = torch._foreach_addcdiv(values, mean, spread, -lr * scale / (1 - beta1**n))
+        if step.ndim:  # several clients stacked, each with a count of its own
+            moved = [
+                p - lr * scale * m / _along(1 - beta1**step, m) / (s / _along((1 - beta2**step) ** 0.5, s) + eps)
+                for p, m, s in zip(values, mean, spread, strict=True)
+            ]
+        else:
+            n = float(step)
+            torch._foreach_div_(spread, (1 - beta2**n) ** 0.5)
+            torch._foreach_add_(spread, eps)
+            moved = list(torch._foreach_addcdiv(values, mean, spread, -lr * scale / (1 - beta1**n)))
         kept = {
             "mean": dict(zip(names, mean, strict=True)),
             "square": dict(zip(names, square, strict=True)),
@@ -75,3 +81,8 @@ def adam(
         return dict(zip(names, moved, strict=True)), kept
 
     return Optimizer(init, update)
+
+
+def _along(factors: Tensor, values: Tensor) -> Tensor:
+    """One factor per client, shaped to multiply the clients' stacked values."""
+    return factors.to(values.dtype).view(-1, *[1] * (values.ndim - 1))

@@ -38,13 +38,23 @@ class Rows(NamedTuple):
 
 def is_channels_last(x: Tensor) -> bool:
     """Whether a picture's channels lie next to each other in memory."""
-    return x.ndim == 4 and x.permute(0, 2, 3, 1).is_contiguous()
+    return x.ndim == 4 and x.stride() == _channels_last_stride(x)
 
 
 def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
     """Tensors with the wanted order of channels in memory (four-dimensional ones); the numbers are the same."""
-    form = torch.channels_last if channels_last else torch.contiguous_format
-    return {name: t.contiguous(memory_format=form) if t.ndim == 4 else t for name, t in tensors.items()}
+    lay = _channels_last if channels_last else torch.Tensor.contiguous
+    return {name: lay(t) if t.ndim == 4 else t for name, t in tensors.items()}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """With one channel or one pixel torch sees no difference in the two orders; the strides say which one is meant."""
+    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, _channels_last_stride(x))
+
+
+def _channels_last_stride(x: Tensor) -> tuple[int, ...]:
+    _, channels, height, width = x.shape
+    return height * width * channels, 1, width * channels, channels
 
 
 class Plan(NamedTuple):
@@ -124,7 +134,7 @@ def run_phases(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(here.rng.torch_seed())  # for modules with randomness of their own (Dropout)
                 if isinstance(phase, Sweep):
-                    client = _sweep(phase, gradients.modules, client, down, here.rows)
+                    client = sweep(phase, gradients.modules, client, down, here.rows)
                 elif isinstance(phase, Free):
                     rows = Batch(here.rows.x, here.rows.y)
                     client = phase.run(client, Nets(gradients.modules, **client.weights), rows, down, here.rng)
@@ -215,7 +225,7 @@ class _Trainer:
                 )
 
 
-def _sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows) -> Client:
+def sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows) -> Client:
     if phase.name not in client.memory:
         raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}'], which init_memory does not create")
     nets = Nets(modules, **client.weights)

@@ -171,4 +171,39 @@ class Differing(FedAvg):
         return Downlink({"weights": server["weights"]})
 
 
-TOYS = {cls.__name__: cls for cls in (ClassMeans, Counting, Noisy, Meta, Remembering, Perfed, Differing)}
+@dataclass(frozen=True)
+class Late(FedAvg):
+    """The downlink gains a branch after the first round, and the loss a term; from a certain value on it has another form."""
+
+    def init_server(self, weights: Weights, task: Task) -> Tree:
+        return super().init_server(weights, task) | {"rounds": torch.zeros(())}
+
+    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+        late = {"pull": {"to": server["rounds"]}} if server["rounds"] > 0 else {}
+        return Downlink({"weights": server["weights"], **late})
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        error = cross_entropy(nets.model(batch.x), batch.y)
+        if "pull" not in down:
+            return error
+        distance = sum((p - down["pull"]["to"]).square().sum() for p in nets.params.values())
+        return error + (0.01 * distance if down["pull"]["to"] < 2 else 0.02 * distance)
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Any) -> Tree:
+        return super().aggregate(server, uplinks, round) | {"rounds": server["rounds"] + 1}
+
+
+@dataclass(frozen=True)
+class Namesake(FedAvg):
+    """The phase of adaptation has the name of the phase of training, and another loss."""
+
+    def adapt(self) -> tuple[Phase, ...]:
+        return (Train("train", self.to_one, ("model:head",), self.local_optimizer()),)
+
+    def to_one(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        return cross_entropy(-nets.model(batch.x), batch.y)
+
+
+TOYS = {
+    cls.__name__: cls for cls in (ClassMeans, Counting, Noisy, Meta, Remembering, Perfed, Differing, Late, Namesake)
+}

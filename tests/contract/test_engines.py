@@ -4,10 +4,10 @@ from typing import ClassVar
 
 import pytest
 import torch
-from contract import TOYS, Left, assert_same, left_by, untimed
 from torch import nn
 
-from fedloom import Downlink, Stream, tree
+from contract import TOYS, Left, assert_same, left_by, untimed
+from fedloom import Downlink, Stream, gradients, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
 from fedloom.registry import METHODS
@@ -38,12 +38,16 @@ def reference(experiment):
     return find
 
 
+CASES = [
+    *((method, model) for model in MODELS for method in METHODS),
+    *((toy, "mlp") for toy in TOYS),
+    ("Perfed", "resnet8"),
+]
+
+
 @pytest.mark.parametrize("engine", OTHERS)
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+@pytest.mark.parametrize(("method", "model"), CASES)
 def test_all_engines_agree_bit_for_bit(experiment, reference, method, model, engine):
-    if model == "resnet8" and method in TOYS and method != "Perfed":
-        pytest.skip("one toy with running statistics is enough")
     assert_same(left_by(make(experiment, method, model, engine)), reference(method, model))
 
 
@@ -173,16 +177,20 @@ def test_dropout_follows_from_the_seed(experiment, engine):
     assert_same(first, go(engine, 0))
 
 
-class Watching(Dropping):
+class Watching(nn.Module):
     """Notes which of its features are dropped."""
 
     seen: ClassVar[list[tuple[bool, ...]]] = []
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.last = Dropping().body, nn.Linear(144, 10)
+
     def forward(self, x):
-        features = self.body(x)
+        features = self.features(x)
         if self.training:
             Watching.seen.append(tuple((features == 0).all(0).tolist()))
-        return self.head(features)
+        return self.last(features)
 
 
 def test_dropout_differs_from_client_to_client_and_step_to_step(experiment):
@@ -206,6 +214,17 @@ def test_workers_and_models_that_refuse_channels_last(experiment):
         return left_by(experiment("fedavg_ft", module=Viewing(), **{**SETTINGS, "engine": name, "model": "Viewing"}))
 
     assert_same(go("sequential"), go("processes"))
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
+    settings = {"rounds": 4, "batch_size": 4, "cohort": 5, "data.rows": 120, "model.hidden": 8}
+    runs = []
+    for longest in (0.0, 1e9):  # never, and wherever it is faster
+        monkeypatch.setattr(gradients, "SHORT_S", longest)
+        monkeypatch.setattr(gradients, "TRIALS", 5)
+        runs.append(left_by(make(experiment, method, "mlp", "sequential", **settings)))
+    assert_same(*runs)
 
 
 def test_class_means_have_a_known_answer(experiment):

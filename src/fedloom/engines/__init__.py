@@ -9,21 +9,24 @@ from collections.abc import Callable, Mapping
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
 from fedloom.engines.processes import Processes, cores
 from fedloom.engines.sequential import Sequential
+from fedloom.engines.vectorised import Vectorised
 from fedloom.engines.wrappers import Bytes, Debug
 from fedloom.errors import ConfigError, suggest
 
 ENGINES: Mapping[str, str] = {
     "sequential": "one client after another, in this process: the reference",
+    "vectorised": "clients of one architecture side by side, in batched operations",
     "processes": "a one-thread worker process per core; the default on Linux with more than one core",
 }
 WRAPPERS: Mapping[str, Callable[[Engine], Engine]] = {"debug": Debug, "bytes": Bytes}
 
 
-def make_engine(name: str, problem: Problem, workers: int | None = None) -> Engine:
+def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: int | None = None) -> Engine:
     """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
 
     Args:
         workers: worker processes; default: one per core.
+        lanes: clients side by side in the vectorised engine; default: as many as memory allows, 64 at most.
 
     Raises:
         ConfigError: an unknown name, or an engine that this system cannot run.
@@ -41,7 +44,13 @@ def make_engine(name: str, problem: Problem, workers: int | None = None) -> Engi
         last = "processes" if can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1 else "sequential"
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: only on Linux; use engine=sequential")
-    engine: Engine = Processes(problem, workers) if last == "processes" else Sequential(problem)
+    engine: Engine = (
+        Processes(problem, workers)
+        if last == "processes"
+        else Vectorised(problem, lanes=lanes)
+        if last == "vectorised"
+        else Sequential(problem)
+    )
     for wrapper in reversed(wrappers):
         engine = WRAPPERS[wrapper](engine)
     return engine
@@ -59,6 +68,7 @@ __all__ = [
     "Reply",
     "Score",
     "Sequential",
+    "Vectorised",
     "make_engine",
     "total",
 ]

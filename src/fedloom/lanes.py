@@ -1,0 +1,208 @@
+"""Turns of several clients at once: clients of one architecture are lanes of stacked tensors, and losses are mapped over the lanes.
+
+The numbers are those of `fedloom.training`, lane by lane, up to the rounding of batched matrix products. Every lane walks
+through its own batches in its own order; at each step the lanes whose batches have the same size advance together, so ragged
+clients need neither padding nor masks. Sort clients by their number of rows, and nearly all steps are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.gradients import Gradients
+from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
+from fedloom.nets import select
+from fedloom.rng import Stream
+from fedloom.training import Outcome, Site, is_channels_last, laid_out, run_turn, sweep
+from fedloom.tree import Tree
+
+
+class CannotMapError(Exception):
+    """These turns cannot be mapped over lanes; the text says why."""
+
+
+class Lane(NamedTuple):
+    """One client at work."""
+
+    client: Client
+    down: Tree
+    site: Site
+    turn: Turn
+
+
+def run_turns(
+    method: Method,
+    gradients: Gradients,
+    clients: Sequence[Client],
+    downs: Sequence[Tree],
+    sites: Sequence[Site],
+    number: int,
+) -> list[Outcome]:
+    """The turns of several clients of one architecture in round `number`; see `training.run_turn`.
+
+    Raises:
+        CannotMapError: a phase, a loss or a module cannot be mapped over lanes. Nothing has changed then.
+    """
+    if len(clients) == 1:
+        return [run_turn(method, gradients, clients[0], downs[0], sites[0], number)]
+    received = [method.receive(c.weights, down, c.memory) for c, down in zip(clients, downs, strict=True)]
+    lanes = []
+    for client, weights, down, site in zip(clients, received, downs, sites, strict=True):
+        params = laid_out(weights["params"], is_channels_last(site.rows.x))
+        buffers = {name: b.clone() for name, b in weights["buffers"].items()}
+        turn = Turn(number, site.task.rounds - 1, len(site.rows.y))
+        lanes.append(Lane(client._replace(weights={"params": params, "buffers": buffers}), down, site, turn))
+    logs: list[dict[str, float]] = [{} for _ in lanes]
+    for phase in method.phases():
+        lanes = _run_phase(phase, gradients, lanes, method.lr_scale(number), logs)
+    outcomes = []
+    for lane, weights, noted in zip(lanes, received, logs, strict=True):
+        uplink, memory = method.uplink(lane.client, weights, lane.down, lane.turn)
+        outcomes.append(Outcome(lane.client._replace(memory=memory), uplink, lane.turn, noted))
+    return outcomes
+
+
+def _run_phase(
+    phase: Phase, gradients: Gradients, lanes: list[Lane], lr_scale: float, logs: list[dict[str, float]]
+) -> list[Lane]:
+    if isinstance(phase, Free):
+        raise CannotMapError(f"phase '{phase.name}' is Free")
+    if isinstance(phase, Sweep):
+        return [
+            lane._replace(client=sweep(phase, gradients.modules, lane.client, lane.down, lane.site.rows))
+            for lane in lanes
+        ]
+    trains = (phase,) if isinstance(phase, Train) else phase.members
+    active = [[t for t in trains if t.when is None or t.when(lane.turn)] for lane in lanes]
+    if any(mine != active[0] for mine in active):
+        raise CannotMapError(f"phase '{phase.name}' runs for some clients only")
+    return _Stack(phase, active[0], gradients, lanes).run(lr_scale, logs) if active[0] else lanes
+
+
+class _Stack:
+    """The tensors of all lanes in one phase, stacked along a first dimension where lanes differ."""
+
+    def __init__(
+        self, phase: Train | Interleave, trains: Sequence[Train], gradients: Gradients, lanes: list[Lane]
+    ) -> None:
+        self.phase, self.trains, self.gradients, self.lanes = phase, trains, gradients, lanes
+        weights = [lane.client.weights for lane in lanes]
+        self.names = {train.name: list(select(weights[0], train.trains)["params"]) for train in trains}
+        trained = {name for names in self.names.values() for name in names}
+        fixed = [{name: p for name, p in w["params"].items() if name not in trained} for w in weights]
+        self.params = tree.stack([{name: w["params"][name] for name in sorted(trained)} for w in weights])
+        self.buffers = tree.stack([w["buffers"] for w in weights])
+        self.around, self.dims = _stacked(
+            [
+                {"fixed": f, "down": lane.down, "memory": lane.client.memory}
+                for f, lane in zip(fixed, lanes, strict=True)
+            ]
+        )
+        self.states = {train.name: tree.stack([self._state(train, lane) for lane in lanes]) for train in trains}
+        self.sums: dict[str, dict[str, Tensor]] = {train.name: {} for train in trains}
+
+    def _state(self, train: Train, lane: Lane) -> Tree:
+        if train.keep_state:
+            state: Tree = lane.client.opts[train.name]
+            return state
+        return train.optimizer.init({name: lane.client.weights["params"][name] for name in self.names[train.name]})
+
+    def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Lane]:
+        """Train every lane on its own batches; returns the lanes after it and adds to their logs."""
+        phase, trains = self.phase, self.trains
+        sites = [lane.site._replace(rng=lane.site.rng.child(phase.name)) for lane in self.lanes]
+        plans = [list(s.plan.batches(len(s.rows.y), phase.epochs, phase.steps, s.rng.child("batches"))) for s in sites]
+        augment = [site.rng.child("augment") for site in sites]
+        draws = {t.name: [site.rng.child("draw", t.name) for site in sites] for t in trains}
+        for step in range(max(map(len, plans))):
+            for group in _by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
+                batches = [sites[k].rows.batch(plans[k][step], augment[k]) for k in group]
+                for train in trains:
+                    streams = [draws[train.name][k] for k in group]
+                    self._step(
+                        train,
+                        group,
+                        [_drawn(train, b, sites[0].task, s) for b, s in zip(batches, streams, strict=True)],
+                        lr_scale,
+                    )
+        return [self._lane(k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
+
+    def _step(self, train: Train, group: list[int], batches: list[Batch], lr_scale: float) -> None:
+        """One step of the lanes in `group`."""
+        taken = _Taken(group, len(self.lanes))
+        names = self.names[train.name]
+        wanted = {name: taken.out(self.params[name]) for name in names}
+        others = {name: taken.out(p) for name, p in self.params.items() if name not in wanted}
+        buffers = tree.map_tree(taken.out, self.buffers)
+        rows = tree.stack([{"x": b.x, "y": b.y, "draws": dict(b.draws)} for b in batches])
+        own = {"wanted": wanted, "others": others, "buffers": buffers, "batch": rows}
+        around = tree.map_tree(lambda leaf, dim: leaf if dim is None else taken.out(leaf), self.around, self.dims)
+        dims = {**tree.map_tree(lambda _: 0, own), **self.dims}  # type: ignore[arg-type, return-value]
+        grads, logs = self.gradients.mapped(train, {**own, **around}, dims)
+        state = tree.map_tree(taken.out, self.states[train.name])
+        new, state = train.optimizer.update(grads, state, wanted, lr_scale)
+        for name in names:
+            self.params[name] = taken.back(self.params[name], new[name])
+        self.buffers = tree.map_tree(taken.back, self.buffers, buffers)
+        self.states[train.name] = tree.map_tree(taken.back, self.states[train.name], state)
+        sums = self.sums[train.name]
+        for name, value in logs.items():
+            so_far = sums.get(name, value.new_zeros(len(self.lanes)))
+            sums[name] = taken.back(so_far, taken.out(so_far) + value)
+
+    def _lane(self, k: int, n_steps: int, logs: dict[str, float]) -> Lane:
+        """Lane `k` by itself again."""
+        lane = self.lanes[k]
+
+        def mine(value: Tree) -> Tree:
+            return tree.map_tree(lambda leaf: leaf[k].clone(), value)
+
+        weights = {"params": {**lane.client.weights["params"], **mine(self.params)}, "buffers": mine(self.buffers)}
+        kept = {train.name: mine(self.states[train.name]) for train in self.trains if train.keep_state}
+        client = lane.client._replace(weights=weights, opts={**lane.client.opts, **kept})
+        for train in self.trains:
+            logs |= {f"{train.name}.{name}": float(value[k]) / n_steps for name, value in self.sums[train.name].items()}
+        steps = {**lane.turn.steps, **{train.name: n_steps for train in self.trains}}
+        return lane._replace(client=client, turn=lane.turn._replace(steps=steps))
+
+
+class _Taken:
+    """Some of the lanes, taken out of stacked tensors and put back."""
+
+    def __init__(self, group: list[int], n_lanes: int) -> None:
+        self.rows = None if len(group) == n_lanes else torch.tensor(group)
+
+    def out(self, value: Tensor) -> Tensor:
+        return value if self.rows is None else value.index_select(0, self.rows)
+
+    def back(self, value: Tensor, new: Tensor) -> Tensor:
+        return new if self.rows is None else value.index_copy(0, self.rows, new)
+
+
+def _drawn(train: Train, batch: Batch, task: Task, rng: Stream) -> Batch:
+    return batch._replace(draws=train.draw(batch, task, rng)) if train.draw else batch
+
+
+def _by_size(sizes: Sequence[int]) -> list[list[int]]:
+    """Places with equal sizes together; those of size 0 are left out."""
+    groups: dict[int, list[int]] = {}
+    for place, size in enumerate(sizes):
+        if size:
+            groups.setdefault(size, []).append(place)
+    return list(groups.values())
+
+
+def _stacked(trees: Sequence[Tree]) -> tuple[Tree, Tree]:
+    """One tree for all lanes, and for each leaf 0 if it was stacked, or None if all lanes hold the very same tensor."""
+
+    def is_shared(*leaves: Tensor) -> bool:
+        return all(leaf is leaves[0] for leaf in leaves)
+
+    value = tree.map_tree(lambda *leaves: leaves[0] if is_shared(*leaves) else torch.stack(leaves), *trees)
+    dims = tree.map_tree(lambda *leaves: None if is_shared(*leaves) else 0, *trees)  # type: ignore[arg-type, return-value]
+    return value, dims

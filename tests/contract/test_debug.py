@@ -1,0 +1,169 @@
+"""The debug engine catches every broken rule and names it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+
+from fedloom import FedAvg, FedRIR, Local, MethodError, Train, tree
+from fedloom.losses import cross_entropy
+
+
+@dataclass(frozen=True)
+class Scribbler(FedAvg):
+    """Writes into its downlink."""
+
+    def uplink(self, client, received, down, turn):
+        next(iter(down["weights"]["params"].values())).add_(1)
+        return super().uplink(client, received, down, turn)
+
+
+@dataclass(frozen=True)
+class LeakyNet(FedRIR):
+    """Sends private nets."""
+
+    def uplink(self, client, received, down, turn):
+        return {"weights": client.weights}, client.memory
+
+
+@dataclass(frozen=True)
+class LeakyPart(FedAvg):
+    """Shares the body, and sends the head too."""
+
+    shared: ClassVar[tuple[str, ...]] = ("model:body",)
+
+    def uplink(self, client, received, down, turn):
+        return {"weights": client.weights}, client.memory
+
+
+@dataclass(frozen=True)
+class Growing(Local):
+    """Remembers more after a turn than before."""
+
+    def uplink(self, client, received, down, turn):
+        return {}, {"extra": torch.zeros(2)}
+
+
+@dataclass(frozen=True)
+class Retyping(Local):
+    """Remembers the same in another type."""
+
+    def init_memory(self, weights, task):
+        return {"n": torch.zeros(2, dtype=torch.float32)}
+
+    def uplink(self, client, received, down, turn):
+        return {}, {"n": client.memory["n"].double()}
+
+
+@dataclass(frozen=True)
+class Exploding(FedAvg):
+    """Has a loss that is not a number."""
+
+    def loss(self, nets, batch, down, memory):
+        return cross_entropy(nets.model(batch.x), batch.y) * float("nan")
+
+
+@dataclass(frozen=True)
+class PrivatelyExploding(Local):
+    """The same, of a model that stays."""
+
+    loss = Exploding.loss
+
+
+COMMON = torch.zeros(1, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Entangled(FedAvg):
+    """All clients remember one and the same tensor, and write into it."""
+
+    def init_memory(self, weights, task):
+        return {"common": COMMON}
+
+    def uplink(self, client, received, down, turn):
+        client.memory["common"].add_(1)
+        return super().uplink(client, received, down, turn)
+
+
+@dataclass(frozen=True)
+class Misnaming(FedAvg):
+    """Trains a net that does not exist."""
+
+    def phases(self):
+        return (Train("train", self.loss, ("modle",), self.local_optimizer()),)
+
+
+@dataclass(frozen=True)
+class Forgetful(FedAvg):
+    """Sends half of the model."""
+
+    def downlink(self, server, cohort):
+        down = super().downlink(server, cohort)
+        half = dict(list(down.common["weights"]["params"].items())[:2])
+        return down._replace(common={"weights": {"params": half, "buffers": {}}})
+
+
+@dataclass(frozen=True)
+class Doubled(FedAvg):
+    """Draws a client twice."""
+
+    def cohort(self, server, task, size, rng):
+        return [1, 1]
+
+
+BROKEN = {
+    Scribbler: r"round 0: the downlink of slot 0 was changed in place",
+    LeakyNet: r"round 0, client 0: the private tensor 'csfe\.\S+' is in the uplink",
+    LeakyPart: r"round 0, client 0: the private tensor 'model\.head\.bias' is in the uplink",
+    Growing: r"round 0, client 0: the structure of what it keeps changed at 'memory/extra'",
+    Retyping: r"round 0, client 0: the structure of what it keeps changed at 'memory/n'",
+    Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
+    PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
+    Misnaming: r"the pattern 'modle' names nothing; nets: model",
+    Forgetful: r"the downlink lacks params/\S+ and 1 more tensors that travel",
+    Doubled: r"round 0: a cohort must be distinct clients from 0 to 3, not \[1, 1\]",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda cls: cls.__name__)
+def test_a_broken_rule_is_named(experiment, broken):
+    run = experiment(broken(), engine="debug+sequential", model="mlp")
+    with pytest.raises(MethodError, match=BROKEN[broken]):
+        run.run()
+
+
+def test_a_client_that_changes_without_working_is_named(experiment):
+    COMMON.zero_()
+    run = experiment(Entangled(), engine="debug+sequential", cohort=1)
+    with pytest.raises(MethodError, match=r"round 0: client \d was not in the cohort, yet it changed"):
+        run.run()
+
+
+def test_a_broken_rule_is_named_whatever_runs_beneath(experiment):
+    run = experiment(Scribbler(), engine="debug")
+    with pytest.raises(MethodError, match="changed in place"):
+        run.run()
+
+
+def test_an_error_says_where_it_happened(experiment):
+    @dataclass(frozen=True)
+    class Failing(FedAvg):
+        def loss(self, nets, batch, down, memory):
+            raise ZeroDivisionError("by zero")
+
+    for engine in ("sequential", "processes"):
+        run = experiment(Failing(), engine=engine)
+        with pytest.raises(ZeroDivisionError) as caught:
+            run.run()
+        notes = "\n".join(caught.value.__notes__)
+        assert "in phase 'train', after 0 steps" in notes
+        assert "round 0" in notes
+        assert "client" in notes
+
+
+def test_debug_changes_no_numbers_and_no_state(experiment):
+    run = experiment("fedrir", engine="debug+sequential", rounds=1)
+    before = tree.clone(run.server)
+    run.run()
+    assert not tree.equal(before, run.server)

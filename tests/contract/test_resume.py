@@ -1,0 +1,157 @@
+"""Interrupted and resumed equals uninterrupted, bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import pytest
+
+from contract import TOYS, assert_same, left_by, untimed
+from fedloom.errors import RunFolderError
+from fedloom.experiment import Experiment, Parts
+from fedloom.registry import METHODS
+
+SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}
+
+
+class Interrupted(Exception):
+    """Stands for a power cut."""
+
+
+def interrupted_after(experiment, last):
+    def stop(done, rounds, row):
+        if done == last:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        experiment.run(stop)
+    return experiment.folder.path
+
+
+@pytest.mark.parametrize("after", [1, 2])
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+def test_a_run_is_taken_up_where_it_stopped(experiment, method, after):
+    def make():
+        return experiment(TOYS[method]() if method in TOYS else method, **SETTINGS)
+
+    whole = left_by(make())
+    path = interrupted_after(make(), after)
+    parts = Parts(TOYS[method]()) if method in TOYS else Parts()
+    assert_same(left_by(Experiment.resume(path, parts)), whole)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedprox", "fedmr", "fedrir"])
+@pytest.mark.parametrize("model", ["fedmr_cnn", "resnet8"])
+def test_convolutions_and_running_statistics_are_taken_up_too(experiment, method, model):
+    settings = {**SETTINGS, "rounds": 2, "clients": 3, "cohort": 2, "model": model}
+    whole = left_by(experiment(method, **settings))
+    path = interrupted_after(experiment(method, **settings), 1)
+    assert_same(left_by(Experiment.resume(path)), whole)
+
+
+@pytest.mark.parametrize("stop", ["debug+bytes+sequential", "processes"])
+def test_a_run_can_be_taken_up_on_another_engine(experiment, stop):
+    whole = left_by(experiment("fedrir", **SETTINGS))
+    path = interrupted_after(experiment("fedrir", **{**SETTINGS, "engine": stop, "engine.workers": 2}), 2)
+    config = path / "config.toml"
+    config.write_text(config.read_text().replace(stop, "sequential"))
+    assert_same(left_by(Experiment.resume(path)), whole)
+
+
+def test_rounds_after_the_last_checkpoint_are_done_again(experiment):
+    settings = {**SETTINGS, "rounds": 5, "checkpoint_every": 2}
+    whole = left_by(experiment("fedrir", **settings))
+    path = interrupted_after(experiment("fedrir", **settings), 3)
+    assert len((path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert_same(left_by(Experiment.resume(path)), whole)
+    assert [json.loads(line)["round"] for line in (path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_without_a_checkpoint_starts_again(experiment):
+    settings = {**SETTINGS, "checkpoint_every": 0}
+    whole = left_by(experiment("fedavg", **settings))
+    path = interrupted_after(experiment("fedavg", **settings), 2)
+    (path / "partition.json").unlink()  # killed while it wrote its description
+    assert_same(left_by(Experiment.resume(path)), whole)
+    assert (path / "partition.json").is_file()
+
+
+def test_scores_and_validation_are_taken_up_too(experiment):
+    settings = {**SETTINGS, "eval": {"fitted": True, "valid": 0.2, "general_every": 2, "clients": 3}, "eval_every": 2}
+    whole = left_by(experiment("fedavg_ft", **settings))
+    assert_same(left_by(Experiment.resume(interrupted_after(experiment("fedavg_ft", **settings), 2))), whole)
+
+
+def test_a_checkpoint_of_another_method_is_named(experiment):
+    path = interrupted_after(experiment("fedavg", **SETTINGS), 1)
+    config = path / "config.toml"
+    config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
+    with pytest.raises(RunFolderError, match="the checkpoint does not fit this method and model"):
+        Experiment.resume(path)
+
+
+# killed, really
+
+RUN = """
+import sys
+from pathlib import Path
+import fedloom
+folder = Path(sys.argv[1])
+if (folder / "config.toml").exists():
+    fedloom.resume(folder, progress=False)
+else:
+    fedloom.run("fedrir", clients=4, cohort=3, rounds=12, batch_size=16, precision="fp64", checkpoint_every=1, progress=False,
+                model="mlp", out=folder, data={"name": "digits", "rows": 160}, engine={"name": ENGINE, "threads": 1},
+                partition={"name": "dirichlet", "alpha": 0.5}, **{"model.hidden": 12})
+"""
+
+
+def n_lines(folder):
+    file = folder / "metrics.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+def start(folder, engine):
+    return subprocess.Popen([sys.executable, "-c", RUN.replace("ENGINE", repr(engine)), str(folder)])
+
+
+def kill_after(folder, engine, rounds, more_s):
+    """Start or resume, let it do so many rounds and a little more, and kill it."""
+    child, goal, patience = start(folder, engine), n_lines(folder) + rounds, time.monotonic() + 60
+    while n_lines(folder) < goal and child.poll() is None and time.monotonic() < patience:
+        time.sleep(0.001)
+    time.sleep(more_s)
+    child.send_signal(signal.SIGKILL)
+    return child.wait()
+
+
+@pytest.mark.parametrize("engine", ["sequential", "processes"])
+def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path, engine):
+    chance = random.Random(0)
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    codes = [kill_after(killed, engine, chance.randint(1, 3), chance.uniform(0, 0.04)) for _ in range(3)]
+    assert codes.count(-signal.SIGKILL) >= 2
+    for folder in (killed, whole):
+        assert (folder / "summary.json").exists() or start(folder, engine).wait(120) == 0
+    for name in ("summary.json",):
+        one, other = (json.loads((folder / name).read_text()) for folder in (killed, whole))
+        assert untimed(one) == untimed(other)
+    one, other = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (killed, whole)
+    )
+    assert [untimed(row) for row in one] == [untimed(row) for row in other]
+    files = sorted(p.relative_to(whole) for p in (whole / "checkpoint").rglob("*.safetensors"))
+    assert len(files) == 5
+    assert files == sorted(p.relative_to(killed) for p in (killed / "checkpoint").rglob("*.safetensors"))
+    for file in files:
+        assert (killed / file).read_bytes() == (whole / file).read_bytes(), file
+    tables = [pd.read_parquet(folder / "clients.parquet") for folder in (killed, whole)]
+    timeless = [table[sorted(c for c in table if "seconds" not in c)] for table in tables]
+    pd.testing.assert_frame_equal(*timeless)
+    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
+    shutil.rmtree(tmp_path)
