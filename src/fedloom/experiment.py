@@ -260,6 +260,8 @@ class Experiment:
 
     def _resume(self, folder: RunFolder) -> None:
         saved = folder.load_checkpoint()
+        if not saved:  # the run may have ended before its description was whole
+            self._describe(folder)
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
         self.done, self.ledger = state["round"], Ledger(state)
         self.rows = folder.keep_rows(self.done)

@@ -204,5 +204,5 @@ def _stacked(trees: Sequence[Tree]) -> tuple[Tree, Tree]:
         return all(leaf is leaves[0] for leaf in leaves)
 
     value = tree.map_tree(lambda *leaves: leaves[0] if is_shared(*leaves) else torch.stack(leaves), *trees)
-    dims = tree.map_tree(lambda *leaves: None if is_shared(*leaves) else 0, *trees)  # type: ignore[arg-type, return-value]
+    dims = tree.map_tree(lambda *leaves: None if is_shared(*leaves) else 0, *trees)  # type: ignore[arg-type]
     return value, dims

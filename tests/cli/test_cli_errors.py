@@ -134,7 +134,7 @@ def test_debug_shows_the_traceback(files):
 def test_a_broken_rule_is_one_line_too(files):
     done = files("run", "method=own.py:Vector", "model=mlp", "engine=sequential", "out=mine")
     assert done.code == 1
-    assert "a loss must be a 0-d tensor, not (10, 10)" in done.err
+    assert "a loss must be a 0-d tensor" in done.err
     assert done.err.count("\n") == 1
 
 

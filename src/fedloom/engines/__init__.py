@@ -41,7 +41,8 @@ def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: 
             )
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
     if last == "auto":
-        last = "processes" if can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1 else "sequential"
+        many = can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1
+        last = "processes" if many and "debug" not in wrappers else "sequential"  # debug must see what turns change
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: only on Linux; use engine=sequential")
     engine: Engine = (
