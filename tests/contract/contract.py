@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -47,6 +48,20 @@ def assert_same(one: Left, other: Left) -> None:
     assert tree.equal(one.server, other.server)
     for i, (a, b) in enumerate(zip(one.clients, other.clients, strict=True)):
         assert tree.equal(a, b), f"client {i}"
+
+
+def assert_close(one: Left, other: Left) -> None:
+    """To the rounding of batched matrix products."""
+    for a, b in [*zip(one.rows, other.rows, strict=True), *zip(one.turns, other.turns, strict=True)]:
+        assert a.keys() == b.keys()
+        for key, value in a.items():
+            assert value == (b[key] if value is None else pytest.approx(b[key], rel=1e-8, abs=1e-10)), key
+    trees = [(one.server, other.server), *zip(one.clients, other.clients, strict=True)]
+    for x, y in trees:
+        assert tree.structure(x) == tree.structure(y)
+        tree.map_tree(lambda p, q: torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10) or p, x, y)
+    for way in ("uplink_bytes", "downlink_bytes", "bytes_by_kind", "partition"):
+        assert one.summary[way] == other.summary[way]
 
 
 @dataclass(frozen=True)

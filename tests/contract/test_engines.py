@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from contract import TOYS, Left, assert_same, left_by, untimed
+from contract import TOYS, Left, assert_close, assert_same, left_by, untimed
 from fedloom import Downlink, Stream, gradients, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
@@ -18,12 +18,19 @@ OTHERS = [*(name for name in ENGINES if name != REFERENCE), *WRAPPED]
 MODELS = ("mlp", "resnet8")
 SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
 
+ROUNDING = ("vectorised",)
+"""Engines that give the same numbers up to rounding, not the same bits."""
+
 references: dict[tuple[str, str], Left] = {}
 
 
 def make(experiment, method, model, engine, **settings):
     what = TOYS[method]() if method in TOYS else method
     return experiment(what, **{**SETTINGS, "engine": engine, "model": model, **settings})
+
+
+def assert_agrees(engine, run, with_):
+    (assert_close if engine in ROUNDING else assert_same)(run, with_)
 
 
 @pytest.fixture
@@ -48,15 +55,15 @@ CASES = [
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize(("method", "model"), CASES)
 def test_all_engines_agree_bit_for_bit(experiment, reference, method, model, engine):
-    assert_same(left_by(make(experiment, method, model, engine)), reference(method, model))
+    assert_agrees(engine, left_by(make(experiment, method, model, engine)), reference(method, model))
 
 
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedmr", "fedrir", "Perfed"])
 def test_convolutions_with_biases_agree_too(experiment, method):
     settings = {"cohort": 2, "clients": 3}
-    runs = [left_by(make(experiment, method, "fedmr_cnn", engine, **settings)) for engine in (REFERENCE, *OTHERS)]
-    for run in runs[1:]:
-        assert_same(run, runs[0])
+    expected = left_by(make(experiment, method, "fedmr_cnn", REFERENCE, **settings))
+    for engine in OTHERS:
+        assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
@@ -81,7 +88,7 @@ def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, me
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in ROUNDING])
 def test_the_order_in_which_a_cohort_works_changes_nothing(experiment, method, engine):
     run = make(experiment, method, "fedmr_cnn", engine)
     cohort = [0] if run.method.pooled else [0, 2, 4]
@@ -174,7 +181,7 @@ def test_dropout_follows_from_the_seed(experiment, engine):
     torch.manual_seed(1)
     first = go("sequential", 0)
     torch.rand(7)  # the state of torch's own generator must not matter
-    assert_same(first, go(engine, 0))
+    assert_agrees(engine, go(engine, 0), first)
 
 
 class Watching(nn.Module):

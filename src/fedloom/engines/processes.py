@@ -76,9 +76,10 @@ class Processes(Engine):
 
     def __init__(self, problem: Problem, workers: int | None = None) -> None:
         super().__init__(problem)
-        self._folder = Path(tempfile.mkdtemp(prefix="fedloom-", dir=_memory_disk()))
+        self._local = Sequential(problem)  # for whatever is asked of one client alone
+        self._folder = _folder_for(problem, self._local)
+        self._local.share(self._folder)
         self._slabs = Slabs(self._folder)
-        self._local = Sequential(problem, self._folder)  # for whatever is asked of one client alone
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._workers: list[_Worker] = []
         for _ in range(min(workers or cores(), problem.task.max_cohort)):
@@ -205,7 +206,8 @@ def _work(problem: Problem, folder: Path, pipe: Connection, inherited: Sequence[
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the experiment, which then ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    engine, slabs = Sequential(problem, folder), Slabs(folder)
+    engine, slabs = Sequential(problem), Slabs(folder)
+    engine.share(folder)
     while True:
         try:
             job = pipe.recv()
@@ -265,8 +267,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _memory_disk() -> str | None:
-    """A folder in memory with room to spare, if there is one; else the system's folder for temporary files."""
-    candidate = Path("/dev/shm")
-    roomy = candidate.is_dir() and os.access(candidate, os.W_OK) and shutil.disk_usage(candidate).free > 1 << 30
-    return str(candidate) if roomy else None
+def _folder_for(problem: Problem, local: Sequential) -> Path:
+    """A new folder for clients and messages: on the memory disk if all would fit twice, else on disk (mapped, so memory is a cache)."""
+    client = local.client(0)
+    needed = tree.n_bytes(client._asdict()) * problem.task.n_clients
+    needed += tree.n_bytes(local.initial(0)) * 2 * problem.task.max_cohort
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * needed
+    return Path(tempfile.mkdtemp(prefix="fedloom-", dir=memory if roomy else None))

@@ -28,15 +28,21 @@ Augment = Callable[[Tensor, Stream], Tensor]
 class Sequential(Engine):
     """One client after another. Every other engine must give the same numbers."""
 
-    def __init__(self, problem: Problem, folder: Path | None = None) -> None:
-        """Clients live in memory, or in mapped files in `folder`, where several processes can share them."""
+    def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         self._gradients = [Gradients(problem.modules(arch)) for arch in range(len(problem.archs))]
         self._initial: list[Weights] = [read_weights(gradients.modules) for gradients in self._gradients]
         pictures = len(problem.task.input_shape) == 3
         self._channels_last = [pictures] * len(problem.archs)  # until an architecture refuses it
-        shared = folder and MappedStore(self._blank, folder, problem.arch_of)
-        self.store: Store = shared or MemoryStore(self._blank)
+        self.store: Store = MemoryStore(self._blank)
+
+    def share(self, folder: Path) -> None:
+        """Keep clients in mapped files in `folder` from now on, where several processes can work on them."""
+        self.store = MappedStore(self._blank, folder, self.problem.arch_of)
+
+    def initial(self, arch: int) -> Weights:
+        """The initial weights of an architecture."""
+        return self._initial[arch]
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from fedloom import tree
 from fedloom.engines.base import Problem, Reply
@@ -26,8 +25,8 @@ log = logging.getLogger(__name__)
 class Vectorised(Sequential):
     """Lanes of stacked clients; falls back to one after another, with a warning that says why, where a method cannot be mapped."""
 
-    def __init__(self, problem: Problem, folder: Path | None = None, lanes: int | None = None) -> None:
-        super().__init__(problem, folder)
+    def __init__(self, problem: Problem, lanes: int | None = None) -> None:
+        super().__init__(problem)
         self._lanes = [lanes or self._lanes_for(arch) for arch in range(len(problem.archs))]
 
     def _lanes_for(self, arch: int) -> int:
