@@ -101,8 +101,8 @@ class EngineSettings(Section):
 
     name: str = "auto"
     """`sequential`, `processes`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
-    threads: Count | None = None
-    """Threads of torch in this process; default: torch's own choice. Worker processes always have one."""
+    threads: Count = 1
+    """Threads of torch in this process; with more than one, numbers depend on how many. Worker processes always have one."""
     workers: Count | None = None
     """Worker processes (`processes`); default: one per core."""
     lanes: Count | None = None
@@ -140,8 +140,8 @@ class Settings(Section):
     """Score every so many rounds (and after the last)."""
     eval: EvalSettings = EvalSettings()
     engine: EngineSettings = EngineSettings()
-    precision: Literal["fp32", "fp64"] = "fp32"
-    """Arithmetic of training and scoring."""
+    precision: Literal["fp32", "fp64", "bf16"] = "fp32"
+    """Arithmetic of training and scoring; `bf16`: products in bfloat16, everything else in fp32 (faster, not the same numbers)."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Everything random follows from this number."""
     checkpoint_every: Annotated[int, Field(ge=0)] = 10

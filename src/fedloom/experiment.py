@@ -84,6 +84,7 @@ class Experiment:
             self.settings = settings
             self.method = parts.method or make_method(settings.method)
             self.data = make_federation(settings, parts.dataset)
+            self.partition = self.data.partition  # as it was dealt, whatever a reference method pools
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
@@ -245,7 +246,7 @@ class Experiment:
     # files
 
     def _describe(self, folder: RunFolder) -> None:
-        partition = self.data.partition
+        partition = self.partition
         labels, n_classes = self.data.dataset.labels, self.data.n_classes
         folder.write("config.toml", to_toml(self.settings))
         folder.write_json("environment.json", environment())
@@ -287,7 +288,7 @@ class Experiment:
             "seconds": self.ledger.train_seconds + self.ledger.eval_seconds,
             "train_seconds": self.ledger.train_seconds,
             "buffers": self.method.buffers,
-            "partition": self.data.partition.hash(),
+            "partition": self.partition.hash(),
             "finished": True,
         }
         self.folder.write_clients(pd.DataFrame(self.client_rows))
@@ -325,7 +326,7 @@ def arithmetic(settings: Settings) -> Iterator[None]:
     """The precision and threads that the settings ask for, while it lasts."""
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
-    torch.set_num_threads(settings.engine.threads or threads)
+    torch.set_num_threads(settings.engine.threads)
     try:
         yield
     finally:
@@ -380,6 +381,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         Plan(settings.batch_size, settings.drop_last),
         settings.seed,
         settings.same_init,
+        settings.precision == "bf16",
         settings.eval.fitted,
     )
     _check_sharing(problem)

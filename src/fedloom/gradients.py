@@ -11,6 +11,7 @@ import functools
 import operator
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,8 +34,9 @@ REPEATS = 5  # timings of each way
 class Gradients:
     """Computes gradients with one architecture's modules; remembers which kinds of step to replay."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, nn.Module], bf16: bool = False) -> None:
+        """With `bf16`, matrix products and convolutions run in bfloat16 (autocast); weights and updates stay as they are."""
+        self.modules, self.bf16 = modules, bf16
         self._kinds: dict[Any, _Kind] = {}
         self._stateful = any(True for module in modules.values() for _ in module.buffers())
 
@@ -90,7 +92,8 @@ class Gradients:
                 buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
                 nets = Nets(self.modules, {**i["fixed"], **i["others"], **wanted}, buffers, train.modes)
                 batch = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
-                value, logs = with_logs(train.loss(nets, batch, i["down"], i["memory"]))
+                with autocast(batch.x.device, self.bf16):
+                    value, logs = with_logs(train.loss(nets, batch, i["down"], i["memory"]))
                 return value, (logs, buffers)
 
             grads, (value, (logs, buffers)) = torch.func.grad_and_value(loss, has_aux=True)(i["wanted"])
@@ -106,7 +109,8 @@ class Gradients:
     ) -> Found:
         live = {name: tensor.detach().requires_grad_() for name, tensor in wanted.items()}
         nets = Nets(self.modules, {**params, **live}, buffers, train.modes)
-        loss, logs = with_logs(train.loss(nets, batch, down, memory))
+        with autocast(batch.x.device, self.bf16):
+            loss, logs = with_logs(train.loss(nets, batch, down, memory))
         grads = torch.autograd.grad(loss, list(live.values()), materialize_grads=True)
         return dict(zip(live, grads, strict=True)), {"loss": loss.detach()} | {k: v.detach() for k, v in logs.items()}
 
@@ -222,6 +226,11 @@ def _shortest(work: Callable[[], Any]) -> float:
         work()
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[object]:
+    """bfloat16 for matrix products and convolutions, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 def with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.errors import DataError, MethodError
-from fedloom.gradients import Gradients
+from fedloom.gradients import Gradients, autocast
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
@@ -240,7 +240,7 @@ def sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows
 @torch.inference_mode()
 def predict(
     predictor: Predictor,
-    modules: Modules,
+    gradients: Gradients,
     weights: Weights,
     x: Tensor,
     down: Tree,
@@ -248,8 +248,9 @@ def predict(
     batch: int = EVAL_BATCH,
 ) -> Tensor:
     """Logits (n, Y) of all rows, in evaluation mode and large batches."""
-    nets = Nets(modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
-    return torch.cat([predictor(nets, part, down, memory) for part in torch.split(x, batch)])
+    nets = Nets(gradients.modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
+    with autocast(x.device, gradients.bf16):
+        return torch.cat([predictor(nets, part, down, memory) for part in torch.split(x, batch)])
 
 
 def recall_counts(logits: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:

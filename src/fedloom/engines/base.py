@@ -66,6 +66,7 @@ class Problem:
     plan: Plan
     seed: int
     same_init: bool = True  # whether all clients of one architecture start from the same weights
+    bf16: bool = False  # whether matrix products and convolutions run in bfloat16
     keep_fitted: bool = False  # whether clients keep their trained copy of what travels, for scoring it
 
     def modules(self, arch: int) -> Modules:

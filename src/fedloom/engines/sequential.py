@@ -30,7 +30,7 @@ class Sequential(Engine):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self._gradients = [Gradients(problem.modules(arch)) for arch in range(len(problem.archs))]
+        self._gradients = [Gradients(problem.modules(arch), problem.bf16) for arch in range(len(problem.archs))]
         self._initial: list[Weights] = [read_weights(gradients.modules) for gradients in self._gradients]
         pictures = len(problem.task.input_shape) == 3
         self._channels_last = [pictures] * len(problem.archs)  # until an architecture refuses it
@@ -114,11 +114,11 @@ class Sequential(Engine):
         n_classes = self.problem.task.n_classes
         if not len(y):
             return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
-        modules = self._gradients_of(i).modules
+        gradients = self._gradients_of(i)
 
         def work(channels_last: bool) -> Tensor:
             inputs = laid_out({"x": x}, channels_last)["x"]
-            return predict(predictor, modules, client.weights, inputs, message, client.memory)
+            return predict(predictor, gradients, client.weights, inputs, message, client.memory)
 
         logits = self._laid_out(i, work)
         right, rows = recall_counts(logits, y, n_classes)

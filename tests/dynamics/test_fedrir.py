@@ -1,0 +1,201 @@
+"""FedRIR: who learns what in which stage, what travels, and what is masked."""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from fedloom import Batch, Client, ConfigError, FedAvg, FedRIR, Interleave, Stream, Task, Train, Turn, from_arrays, tree
+from fedloom.gradients import Gradients
+from fedloom.method import init_opts, trains_of
+from fedloom.models import arch
+from fedloom.nets import Nets, read_weights
+from fedloom.training import Plan, Rows, Site, fresh_modules, run_phases
+
+
+@pytest.fixture(autouse=True)
+def _wide(float64):
+    """All of this runs in float64."""
+
+
+TASK = Task(4, 4, 10, (1, 8, 8), 16, 5)
+
+
+def made(method, model="fedrir_cnn"):
+    """Modules, and a client after a first look at its rows."""
+    choice = arch(model, TASK.input_shape, TASK.n_classes, 16)
+    modules = fresh_modules(lambda: method.nets(choice, TASK), Stream(0))
+    weights = read_weights(modules)
+    return modules, Client(weights, {}, init_opts(method.phases(), weights))
+
+
+def rows():
+    return Rows(Stream(0).normal((20, 1, 8, 8)), Stream(1).integers(10, (20,)))
+
+
+def worked(method, phases):
+    """What some phases change: the names of the nets with other parameters, and with other buffers."""
+    modules, client = made(method)
+    site = Site(rows(), Plan(10), TASK, Stream(2))
+    after, _, logs = run_phases(phases, Gradients(modules), client, {}, site, Turn(0, 4, 20))
+    changed = [
+        {name.partition(".")[0] for name, t in part.items() if not torch.equal(t, client.weights[kind][name])}
+        for kind, part in after.weights.items()
+    ]
+    return changed, logs
+
+
+def test_the_first_stage_touches_csfe_and_generator_alone():
+    (params, buffers), logs = worked(FedRIR(), FedRIR().phases()[:1])
+    assert params == {"csfe", "generator"}
+    assert buffers == {"csfe"}
+    assert logs["mcsl.loss"] == pytest.approx(logs["mcsl.reconstruction"] + FedRIR().kl_weight * logs["mcsl.kl"])
+
+
+@pytest.mark.parametrize("mode", ["vclub", "vclub_sampled", "released"])
+def test_the_second_stage_leaves_csfe_and_generator_alone(mode):
+    method = FedRIR(idm_mode=mode)
+    (params, buffers), _ = worked(method, method.phases()[1:])
+    assert params == {"gfe", "head", "idm"}
+    assert buffers == {"gfe"}
+
+
+def test_only_the_supervised_csfe_learns_from_labels():
+    method = FedRIR(mcsl="supervised")
+    (params, _), _ = worked(method, method.phases())
+    assert params == {"gfe", "csfe", "head", "idm"}
+
+
+@pytest.mark.parametrize("mode", ["vclub", "vclub_sampled"])
+def test_the_information_term_reaches_gfe_but_not_q_and_is_clamped(mode):
+    method = FedRIR(idm_mode=mode, idm_weight=1.0)
+    modules, client = made(method)
+    params = {name: p.clone().requires_grad_() for name, p in client.weights["params"].items()}
+    classify = next(t for t in trains_of(method.phases()) if "head" in t.trains)
+    seen = []
+    for seed in range(6):
+        batch = Batch(Stream(seed).normal((8, 1, 8, 8)), Stream(seed, "y").integers(10, (8,)))
+        batch = batch._replace(draws=classify.draw(batch, TASK, Stream(seed)) if classify.draw else {})
+        nets = Nets(modules, params, client.weights["buffers"])
+        loss, logs = classify.loss(nets, batch, {}, {})
+        assert logs["information"] >= 0
+        assert loss.item() == pytest.approx((logs["cross_entropy"] + logs["information"]).item())
+        grads = torch.autograd.grad(logs["information"], list(params.values()), allow_unused=True, retain_graph=True)
+        by_net = {}
+        for name, grad in zip(params, grads, strict=True):
+            size = 0.0 if grad is None else float(grad.abs().sum())
+            by_net[name.partition(".")[0]] = by_net.get(name.partition(".")[0], 0.0) + size
+        assert by_net["idm"] == by_net["csfe"] == by_net["head"] == by_net["generator"] == 0
+        assert (by_net["gfe"] > 0) == (logs["information"] > 0)
+        seen.append(logs["information"].item())
+    assert max(seen) > 0
+
+
+def test_fitting_q_reaches_nothing_but_q():
+    method = FedRIR()
+    modules, client = made(method)
+    params = {name: p.clone().requires_grad_() for name, p in client.weights["params"].items()}
+    (fit_q,) = [t for t in trains_of(method.phases()) if t.trains == ("idm",)]
+    batch = Batch(rows().x, rows().y)
+    batch = batch._replace(draws=fit_q.draw(batch, TASK, Stream(0)) if fit_q.draw else {})
+    result = fit_q.loss(Nets(modules, params, client.weights["buffers"]), batch, {}, {})
+    loss = result[0] if isinstance(result, tuple) else result
+    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
+    assert {name.partition(".")[0] for name, grad in grads.items() if grad is not None} == {"idm"}
+
+
+def test_every_step_with_the_bound_is_preceded_by_a_step_of_q():
+    method = FedRIR(idm_mode="vclub")
+    (both,) = [phase for phase in method.phases() if isinstance(phase, Interleave)]
+    assert [member.trains for member in both.members] == [("idm",), ("gfe", "head")]
+
+
+@pytest.mark.parametrize("buffers", ["private", "shared"])
+def test_nothing_but_gfe_travels(experiment, buffers):
+    run = experiment(FedRIR(buffers=buffers), model="fedrir_cnn", rounds=1, width=16, **{"data.rows": 120})
+    messages, train = [], run.engine.train
+
+    def watched(number, cohort, down):
+        replies = train(number, cohort, down)
+        messages.extend([down.to(0), *(reply.uplink for reply in replies)])
+        return replies
+
+    run.engine.train = watched
+    run.run()
+    for message in messages:
+        assert set(message) == {"weights"}
+        names = [name for part in message["weights"].values() for name in part]
+        assert names
+        assert all(name.startswith("gfe.") for name in names)
+        assert bool(message["weights"]["buffers"]) == (buffers == "shared")
+
+
+@dataclass(frozen=True)
+class Perfed(FedAvg):
+    """The body travels; the head, Adam's moments and the running statistics stay."""
+
+    optimizer: Any = "adam"
+    lr: float = 5e-4
+    buffers: Any = "private"
+    shared: ClassVar[tuple[str, ...]] = ("model:body",)
+
+    def phases(self):
+        (train,) = super().phases()
+        return (replace(train, name="classify", keep_state=True),)
+
+
+@pytest.mark.parametrize("model", ["mlp", "fedrir_cnn"])
+def test_without_its_parts_it_is_fedper(experiment, model):
+    settings = {"model": model, "rounds": 3, "data.rows": 160}
+    bare, fedper = experiment(FedRIR(mcsl="off", idm_mode="none"), **settings), experiment(Perfed(), **settings)
+    bare.run()
+    fedper.run()
+    for one, other in zip(bare.rows, fedper.rows, strict=True):
+        for key in ("personal_accuracy", "personal_accuracy_std", "general_accuracy", "classify.loss"):
+            assert one[key] == other[key], key
+    renamed = {f"model.body.{name.removeprefix('gfe.')}": p for name, p in bare.server["weights"]["params"].items()}
+    assert tree.equal({"p": renamed}, {"p": fedper.server["weights"]["params"]})
+
+
+@pytest.mark.parametrize(("side", "patch", "n_patches"), [(8, 0, 16), (28, 0, 49), (32, 0, 64), (10, 4, 9), (8, 4, 4)])
+@pytest.mark.parametrize("ratio", [0.6, 0.0, 0.5])
+def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
+    method, n = FedRIR(patch_size=patch, mask_ratio=ratio), 12
+    batch = Batch(torch.ones(n, 3, side, side), torch.zeros(n, dtype=torch.int64))
+    draws = method.draw_mask(batch, TASK._replace(input_shape=(3, side, side)), Stream(0))
+    stays, edge = draws["stays"], patch or (4 if side >= 28 else 2)
+    assert stays.shape == (n, 1, side, side)
+    assert draws["noise"].shape == (n, TASK.width)
+    n_masked = []
+    for image in stays[:, 0]:
+        patches = [p for band in image.split(edge, 0) for p in band.split(edge, 1)]
+        assert len(patches) == n_patches
+        assert all(bool((p == p[0, 0]).all()) for p in patches)  # whole patches
+        n_masked.append(sum(int(p[0, 0] == 0) for p in patches))
+    assert n_masked == [int(ratio * n_patches)] * n
+    if ratio:
+        assert len({tuple(image.flatten().tolist()) for image in stays}) > 1  # another mask for every image
+
+
+def test_a_method_that_masks_nothing_sees_everything(experiment):
+    masked, unmasked = (FedRIR(mcsl=mode, mask_ratio=0.0) for mode in ("masked", "unmasked"))
+    runs = [experiment(method, rounds=1, **{"data.rows": 120}) for method in (masked, unmasked)]
+    for run in runs:
+        run.run()
+    assert tree.equal(runs[0].server, runs[1].server)
+
+
+def test_an_input_that_is_no_image_is_named(experiment):
+    data = from_arrays(torch.randn(80, 5).numpy(), (torch.arange(80) % 4).numpy())
+    with pytest.raises(ConfigError, match=r"fedrir rebuilds images \(C, H, W\); these inputs have the shape \(5,\)"):
+        experiment("fedrir", dataset=data)
+
+
+def test_the_phases_have_names_of_their_own():
+    for method in (FedRIR(), FedRIR(idm_mode="released"), FedRIR(mcsl="supervised"), FedRIR(mcsl="off")):
+        names = [phase.name for phase in method.phases()] + [t.name for t in trains_of(method.phases())]
+        trains = [t.name for t in trains_of(method.phases())]
+        assert len(trains) == len(set(trains))
+        assert names
+    assert all(isinstance(t, Train) for t in trains_of(FedRIR().phases()))

@@ -1,0 +1,207 @@
+"""Two clients with quadratic losses, whose fixed points are known in closed form.
+
+Client i minimises 1/2 sum_d a_id (w_d - b_id)^2 by E steps of size eta: w -> b_i + (1 - eta a_i)^E (w - b_i).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedloom import FedAvg, FedMR, FedProx, Scaffold, from_arrays, tree
+
+A = np.array([[1.0, 0.5], [0.2, 2.0]])  # curvatures: clients, dimensions
+B = np.array([[1.0, -1.0], [-2.0, 3.0]])  # optima
+ROWS = 8
+
+
+class Vector(nn.Module):
+    """One parameter vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+
+
+class Quadratic:
+    """The nets and the loss; a client's rows all hold (a_i, b_i)."""
+
+    def nets(self, arch, task):
+        return {"model": Vector()}
+
+    def error(self, nets, batch):
+        a, b = batch.x[:, :2], batch.x[:, 2:]
+        return 0.5 * (a * (nets.params["model.w"] - b).square()).sum(1).mean()
+
+    def predictors(self):
+        return {"personal": self.guess}
+
+    def guess(self, nets, x, down, memory):
+        return torch.zeros(len(x), 2) + nets.params["model.w"].sum()
+
+
+@dataclass(frozen=True)
+class QuadraticFedAvg(Quadratic, FedAvg):
+    """FedAvg on quadratics."""
+
+    def loss(self, nets, batch, down, memory):
+        return self.error(nets, batch)
+
+
+@dataclass(frozen=True)
+class QuadraticFedMR(Quadratic, FedMR):
+    """FedMR on quadratics."""
+
+    loss = QuadraticFedAvg.loss
+
+
+@dataclass(frozen=True)
+class QuadraticFedProx(Quadratic, FedProx):
+    """FedProx on quadratics: its proximal term from its own file, the error from here."""
+
+    def loss(self, nets, batch, down, memory):
+        proximal = super().loss(_Zero(nets), batch, down, memory)
+        return self.error(nets, batch) + proximal
+
+
+@dataclass(frozen=True)
+class QuadraticScaffold(Quadratic, Scaffold):
+    """SCAFFOLD on quadratics: its correction from its own file."""
+
+    def loss(self, nets, batch, down, memory):
+        return self.error(nets, batch) + super().loss(_Zero(nets), batch, down, memory)
+
+
+class _Zero:
+    """Nets whose model gives logits with a cross-entropy that does not depend on anything."""
+
+    def __init__(self, nets) -> None:
+        self.params = nets.params
+
+    def model(self, x):
+        return torch.zeros(len(x), 2)
+
+
+@dataclass(frozen=True)
+class WrongSign(QuadraticScaffold):
+    """SCAFFOLD with the correction the wrong way round."""
+
+    def loss(self, nets, batch, down, memory):
+        correct = super().loss(nets, batch, down, memory)
+        return 2 * self.error(nets, batch) - correct
+
+
+@dataclass(frozen=True)
+class WrongMemory(QuadraticScaffold):
+    """SCAFFOLD that keeps minus its control variate."""
+
+    def uplink(self, client, received, down, turn):
+        message, memory = super().uplink(client, received, down, turn)
+        return message, tree.map_tree(torch.neg, memory)
+
+
+@pytest.fixture
+def settle(experiment):
+    """Runs a method on the two clients; returns the server's vector and the experiment."""
+    y = np.zeros(2 * ROWS, int)
+    y[::2] = 1
+    x = np.repeat(np.concatenate([A, B], 1), ROWS, 0)
+    owner = np.repeat(["first", "second"], ROWS)
+    dataset = from_arrays(x, y, columns={"owner": owner})
+
+    def go(method, rounds=60, **settings):
+        chosen = {
+            "model": "logistic", "clients": 2, "rounds": rounds, "eval_every": rounds, "batch_size": 100,
+            "partition": {"name": "natural", "column": "owner", "min_examples": 2}, "checkpoint_every": 0,
+        }  # fmt: skip
+        run = experiment(method, dataset=dataset, **(chosen | settings))
+        run.run()
+        server = run.server
+        return (
+            server["weights"]["params"]["model.w"] if "weights" in server else server["slots"]["params"]["model.w"]
+        ), run
+
+    return go
+
+
+ETA, E = 0.1, 10
+BIASED = ((1 - (1 - ETA * A) ** E) * B).sum(0) / (1 - (1 - ETA * A) ** E).sum(0)
+OPTIMUM = (A * B).sum(0) / A.sum(0)
+
+
+def near(w, expected, tolerance=1e-8):
+    return bool(np.abs(w.numpy() - expected).max() < tolerance)
+
+
+def test_the_two_answers_differ():
+    assert np.abs(BIASED - OPTIMUM).max() > 0.1
+
+
+def test_fedavg_settles_at_its_biased_fixed_point(settle):
+    w, _ = settle(QuadraticFedAvg(lr=ETA, local_epochs=E))
+    assert near(w, BIASED)
+
+
+def test_fedavg_with_one_step_settles_at_the_optimum(settle):
+    w, _ = settle(QuadraticFedAvg(lr=ETA, local_epochs=1), rounds=400)
+    assert near(w, OPTIMUM)
+
+
+def test_one_round_is_the_closed_form(settle):
+    w, _ = settle(QuadraticFedAvg(lr=ETA, local_epochs=E), rounds=1)
+    assert near(w, ((1 - (1 - ETA * A) ** E) * B).mean(0), 1e-12)
+
+
+def test_the_learning_rate_decays_by_round(settle):
+    w, _ = settle(QuadraticFedAvg(lr=ETA, lr_decay=0.5), rounds=2)
+    expected = np.zeros(2)
+    for rate in (ETA, ETA / 2):
+        expected = (expected + rate * A * (B - expected)).mean(0)
+    assert near(w, expected, 1e-12)
+
+
+def test_scaffold_settles_at_the_optimum(settle):
+    w, run = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=300)
+    assert near(w, OPTIMUM, 1e-6)
+    controls = [run.engine.client(i).memory["control"]["model.w"].numpy() for i in range(2)]
+    first = [int(run.data.train(i)[0][0, 0] != A[0, 0]) for i in range(2)]
+    for control, i in zip(
+        controls, first, strict=True
+    ):  # c_i is the client's own gradient at the optimum, with its sign
+        np.testing.assert_allclose(control, A[i] * (OPTIMUM - B[i]), atol=1e-5)
+    np.testing.assert_allclose(run.server["control"]["model.w"].numpy(), np.mean(controls, 0), atol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [WrongSign, WrongMemory])
+def test_a_scaffold_with_a_wrong_sign_does_not(settle, wrong):
+    w, _ = settle(wrong(lr=ETA, local_epochs=E), rounds=300)
+    assert not near(w, OPTIMUM, 0.1)
+
+
+def test_scaffold_with_partial_participation_settles_too(settle):
+    w, _ = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=600, cohort=1)
+    assert near(w, OPTIMUM, 1e-3)
+
+
+def test_fedprox_without_its_term_is_fedavg_bit_for_bit(settle):
+    plain, _ = settle(QuadraticFedAvg(lr=ETA, local_epochs=E))
+    w, _ = settle(QuadraticFedProx(lr=ETA, local_epochs=E, mu=0.0))
+    assert torch.equal(w, plain)
+
+
+def test_a_large_mu_holds_clients_near_what_they_received(settle):
+    mu = 50.0
+    w, _ = settle(QuadraticFedProx(lr=0.01, local_epochs=2000, mu=mu), rounds=1)
+    assert near(w, (A * B / (A + mu)).mean(0), 1e-10)
+
+
+def test_fedmr_keeps_the_mean_of_the_models(settle):
+    """With one unit a permutation only renumbers the slots, and the mean moves as FedAvg's would slot by slot."""
+    slots, run = settle(QuadraticFedMR(lr=ETA, momentum=0.0, local_epochs=E), rounds=1)
+    assert slots.shape == (2, 2)
+    expected = (1 - (1 - ETA * A) ** E) * B
+    np.testing.assert_allclose(np.sort(slots.numpy(), 0), np.sort(expected, 0), atol=1e-12)
+    deployed = run.method.deploy(run.server, run.problem.task).common["weights"]["params"]["model.w"]
+    assert near(deployed, expected.mean(0), 1e-12)
