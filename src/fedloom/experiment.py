@@ -195,12 +195,12 @@ class Experiment:
         if "fitted" in by_name:
             row |= metrics.spread(by_name["fitted"], "personal_accuracy_fitted", trained)
         if "valid" in by_name:
-            row["valid_accuracy"] = total(by_name["valid"]).accuracy
+            row["valid_accuracy"] = metrics.number(total(by_name["valid"]).accuracy)
         row |= {"general_accuracy": None, "server_accuracy": None}
         if general:
             row |= metrics.over_clients(by_name["general_accuracy"], "general_accuracy")
         if "server" in self.method.predictors():
-            row["server_accuracy"] = self.engine.score_server(down).accuracy
+            row["server_accuracy"] = metrics.number(self.engine.score_server(down).accuracy)
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
         row |= {

@@ -31,14 +31,14 @@ def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = 
         f"{name}_worst10": float(worst.mean()),
     }
     if trained is not None and any(trained):
-        row[f"{name}_trained"] = _number(total([s for s, t in zip(scores, trained, strict=True) if t]).accuracy)
+        row[f"{name}_trained"] = number(total([s for s, t in zip(scores, trained, strict=True) if t]).accuracy)
     return row
 
 
 def over_clients(scores: Sequence[Score], name: str) -> Row:
     """Accuracy of several clients' models on the same rows: `name` (mean over clients) and `_std`."""
     each = np.array([score.accuracy for score in scores])
-    return {name: float(each.mean()), f"{name}_std": float(each.std())}
+    return {name: number(float(each.mean())), f"{name}_std": number(float(each.std()))}
 
 
 def mean_logs(replies: Sequence[Reply]) -> Row:
@@ -78,5 +78,6 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
     return found
 
 
-def _number(value: float) -> float | None:
+def number(value: float) -> float | None:
+    """The value; None where there were no rows to score (NaN)."""
     return None if math.isnan(value) else value

@@ -1,5 +1,6 @@
 """The Python face: own modules, own arrays, own methods, and models to keep."""
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -209,3 +210,16 @@ def test_one_can_score_without_rows_of_ones_own(run):
     done = run("fedavg", data=data, model="logistic", partition={"name": "iid", "merge": False})
     assert done.federation.n_test(0) == 0
     assert done.summary["personal_accuracy"]["final"] == done.summary["server_accuracy"]["final"]
+
+
+def test_what_cannot_be_scored_is_null(run, tmp_path):
+    """A partition file without test or validation rows, of data without official test rows."""
+    x, y = arrays(40)
+    (tmp_path / "p.json").write_text(json.dumps({"train": [list(range(20)), list(range(20, 40))]}))
+    partition = {"name": "file", "path": str(tmp_path / "p.json")}
+    data = fedloom.from_arrays(x, y)
+    done = run(data=data, model="logistic", clients=2, partition=partition, eval={"valid": 0.2})
+    assert done.summary["server_accuracy"] is None
+    assert done.summary["general_accuracy"] is None
+    assert "NaN" not in (done.folder / "summary.json").read_text()
+    assert done.metrics["valid_accuracy"].isna().all()

@@ -52,6 +52,10 @@ def test_general_accuracy_is_the_mean_over_clients():
     assert metrics.over_clients(THREE, "general")["general"] == pytest.approx(1.4 / 3)
 
 
+def test_without_common_rows_there_is_no_general_accuracy():
+    assert metrics.over_clients([score(0, 0)] * 2, "general") == {"general": None, "general_std": None}
+
+
 def test_logs_are_weighted_by_the_examples_of_those_who_wrote_them():
     def reply(examples, logs):
         return Reply(0, 0, {}, examples, {}, logs, 0.0)

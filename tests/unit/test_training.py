@@ -8,6 +8,7 @@ from torch import nn
 
 from fedloom import optim
 from fedloom.errors import DataError, MethodError
+from fedloom.gradients import Gradients
 from fedloom.losses import cross_entropy
 from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train, Turn
 from fedloom.nets import read_weights
@@ -74,7 +75,7 @@ def work(*phases, modules=None, memory=None, opts=None, n=N_ROWS, turn=None, pla
     modules = modules or net()
     client = Client(read_weights(modules), memory or {}, opts or {})
     site = Site(rows(n), plan or Plan(4), TASK, Stream(3))
-    return client, run_phases(phases, modules, client, down or {}, site, turn or Turn(0, 4, n))
+    return client, run_phases(phases, Gradients(modules), client, down or {}, site, turn or Turn(0, 4, n))
 
 
 def loss(nets, batch, down, memory):
@@ -209,7 +210,7 @@ def test_a_single_row_cannot_train_a_batch_norm():
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        (torch.ones(2), r"0-d tensor, not \(2,\)"),
+        (torch.ones(2), r"0-d tensor, not .*\(2,\)"),
         (1.0, "0-d tensor, not float"),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_turn_reports_steps_and_leaves_its_inputs_alone():
     modules = net()
     client = Client(read_weights(modules), {}, {})
     down = {"weights": {"params": {n: p + 1 for n, p in client.weights["params"].items()}, "buffers": {}}}
-    done = run_turn(Method(), modules, client, down, Site(rows(), Plan(4), TASK, Stream(0)), 2)
+    done = run_turn(Method(), Gradients(modules), client, down, Site(rows(), Plan(4), TASK, Stream(0)), 2)
     assert done.turn == Turn(2, 4, N_ROWS, {"train": 3})
     assert client.weights["params"]["model.0.bias"].equal(read_weights(net())["params"]["model.0.bias"])
     assert set(done.uplink["weights"]["params"]) == {"model.0.weight", "model.0.bias"}
@@ -247,7 +248,7 @@ def test_a_downlink_that_lacks_a_tensor_is_an_error():
     with pytest.raises(MethodError, match=r"the downlink lacks params/model\.0\.weight"):
         run_turn(
             Method(),
-            modules,
+            Gradients(modules),
             Client(read_weights(modules), {}, {}),
             {"weights": {"params": {"model.0.bias": torch.zeros(2)}, "buffers": {}}},
             Site(rows(), Plan(4), TASK, Stream(0)),
@@ -262,9 +263,9 @@ def test_prediction_does_not_depend_on_the_batch():
     def logits(nets, part, down, memory):
         return nets.model(part)
 
-    whole = predict(logits, modules, weights, x, {}, {})
+    whole = predict(logits, Gradients(modules), weights, x, {}, {})
     assert whole.shape == (N_ROWS, 2)
-    torch.testing.assert_close(predict(logits, modules, weights, x, {}, {}, batch=3), whole)
+    torch.testing.assert_close(predict(logits, Gradients(modules), weights, x, {}, {}, batch=3), whole)
 
 
 def test_recalls_count_rows_by_class():

@@ -117,7 +117,7 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _listed(values: Iterator[Any]) -> str:
-    return ", ".join(dict.fromkeys(_shown(value) for value in values if value not in (None, "")))
+    return ", ".join(dict.fromkeys(_shown(value) for value in values if value not in (None, "", [])))
 
 
 def _shown(value: object) -> str:
@@ -129,7 +129,8 @@ def _scheme(record: RunRecord) -> str:
     scheme = record.partition.get("scheme")
     if not isinstance(scheme, Mapping):
         return ""
-    rest = {key: value for key, value in flatten(scheme).items() if key != "name"}
+    known = ("name", "seed", "clients")  # shown elsewhere
+    rest = {key: value for key, value in flatten(scheme).items() if key not in known}
     parts = [_shown(scheme.get("name", "")), *(f"{key}={_shown(value)}" for key, value in rest.items())]
     return " ".join(parts).strip()
 

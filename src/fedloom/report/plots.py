@@ -159,7 +159,7 @@ def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None =
         figure = Figure(figsize=(width, min(2.0 + 0.21 * n_classes, 6.5)))
         top, main = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(2.5, 0.3 * min(n_classes, 20))])
         top.stairs(counts.sum(axis=1), np.arange(n_clients + 1) - 0.5, fill=True, color=ACCENT, alpha=0.55)
-        top.set(title="Partition of the training examples", ylabel="examples", ylim=(0, None))
+        top.set(title="Training examples", ylabel="examples", ylim=(0, None))
         top.yaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
         top.tick_params(bottom=False)
         if few:

@@ -112,7 +112,7 @@ def test_a_dollar_is_a_dollar(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (10, 3), (120, 10), (500, 10), (5, 100)])
 def test_partitions_of_all_sizes(shape: tuple[int, int]) -> None:
     figure = plots.partition_figure(np.arange(shape[0] * shape[1]).reshape(shape))
-    assert figure.axes[0].get_title(loc="left") == "Partition of the training examples"
+    assert figure.axes[0].get_title(loc="left") == "Training examples"
     assert figure.get_size_inches()[0] <= 10.8
 
 
