@@ -1,5 +1,6 @@
 """fedloom: personalised and heterogeneous federated learning in PyTorch."""
 
+from fedloom import losses, tree
 from fedloom._version import __version__
 from fedloom.api import Run, resume, run
 from fedloom.data import Dataset, Partition, from_arrays
@@ -57,6 +58,8 @@ __all__ = [
     "WireError",
     "__version__",
     "from_arrays",
+    "losses",
     "resume",
     "run",
+    "tree",
 ]

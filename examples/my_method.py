@@ -1,0 +1,23 @@
+"""A method of one's own: `fedloom run method=examples/my_method.py:HeavyBall` (`fedloom check examples/my_method.py` checks it)."""
+
+from dataclasses import dataclass
+
+from fedloom import Method, tree
+
+
+@dataclass(frozen=True)
+class HeavyBall(Method):
+    """FedAvg whose server keeps moving in the direction of earlier rounds."""
+
+    beta: float = 0.7
+    """How much of the last movement is kept."""
+
+    def init_server(self, weights, task):
+        server = super().init_server(weights, task)
+        return server | {"movement": tree.zeros_like(server["weights"])}
+
+    def aggregate(self, server, uplinks, round):
+        average = tree.mean([up["weights"] for up in uplinks], round.shares)
+        step = tree.sub(average, server["weights"])
+        movement = tree.add(step, server["movement"], self.beta)
+        return {"weights": tree.add(server["weights"], movement), "movement": movement}
