@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,12 +82,11 @@ class _MLflow:
     """Goes where MLFLOW_TRACKING_URI says, or to a folder `mlruns` in the run's folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import os
-
-        tracking = _import("mlflow.tracking", "mlflow")
-        self._client = tracking.MlflowClient(
-            os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").resolve().as_uri()
-        )
+        where = os.environ.get("MLFLOW_TRACKING_URI")
+        if not where:  # MLflow 3 wants to be told that files will do; the light package has no database
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+            where = (folder / "mlruns").resolve().as_uri()
+        self._client = _import("mlflow.tracking", "mlflow").MlflowClient(where)
         found = self._client.get_experiment_by_name("fedloom")
         number = found.experiment_id if found else self._client.create_experiment("fedloom")
         self._run = self._client.create_run(number, run_name=folder.name).info.run_id

@@ -208,16 +208,16 @@ def _work(problem: Problem, folder: Path, pipe: Connection, inherited: Sequence[
     torch.set_num_threads(1)
     engine, slabs = Sequential(problem), Slabs(folder)
     engine.share(folder)
-    while True:
-        try:
+    try:
+        while True:
             job = pipe.recv()
-        except EOFError:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
-        try:
-            pipe.send((False, _do(engine, slabs, job)))
-        except Exception as error:
-            pipe.send((True, _portable(error)))
+            try:
+                answer: tuple[bool, Any] = False, _do(engine, slabs, job)
+            except Exception as error:
+                answer = True, _portable(error)
+            pipe.send(answer)
+    except (EOFError, ConnectionError):  # between two jobs, or with an answer that nobody waits for
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> list[Any]:
