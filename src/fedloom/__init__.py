@@ -19,7 +19,23 @@ from fedloom.method import (
     Train,
     Turn,
 )
-from fedloom.methods import Centralised, FedAvg, FedAvgFT, FedMR, FedProx, FedRIR, Local, Scaffold
+from fedloom.methods import (
+    Centralised,
+    Ditto,
+    FedAvg,
+    FedAvgFT,
+    FedBABU,
+    FedBN,
+    FedMR,
+    FedPer,
+    FedProto,
+    FedProx,
+    FedRep,
+    FedRIR,
+    FedVTC,
+    Local,
+    Scaffold,
+)
 from fedloom.nets import Nets
 from fedloom.rng import Stream
 
@@ -30,12 +46,19 @@ __all__ = [
     "ConfigError",
     "DataError",
     "Dataset",
+    "Ditto",
     "Downlink",
     "FedAvg",
     "FedAvgFT",
+    "FedBABU",
+    "FedBN",
     "FedMR",
+    "FedPer",
+    "FedProto",
     "FedProx",
     "FedRIR",
+    "FedRep",
+    "FedVTC",
     "FedloomError",
     "Free",
     "Interleave",

@@ -18,7 +18,7 @@ from fedloom.config import Named, Settings, make_method, make_settings, particip
 from fedloom.engines import Ask, Engine, Problem, Reply, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import ConfigError, MethodError, RunFolderError
-from fedloom.method import Arrival, Client, Downlink, Method, Round, Task
+from fedloom.method import Arrival, Client, Downlink, Method, Round, Task, Train, trains_of
 from fedloom.models import Arch, arch
 from fedloom.nets import Nets, read_weights, select, write_weights
 from fedloom.registry import load_object
@@ -385,7 +385,18 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         settings.eval.fitted,
     )
     _check_sharing(problem)
+    _check_phases(method)
     return problem
+
+
+def _check_phases(method: Method) -> None:
+    """Names of phases key their optimiser states, random streams and logs."""
+    for phases in (method.phases(), method.adapt()):
+        names = [train.name for train in trains_of(phases)]
+        names += [phase.name for phase in phases if not isinstance(phase, Train)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
 
 
 def _check_sharing(problem: Problem) -> None:

@@ -14,6 +14,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
+def one_hot(labels: Tensor, n_classes: int) -> Tensor:
+    """1 where a row is of a class and 0 elsewhere: (B, Y) for labels (B,), in the default dtype."""
+    return (labels[:, None] == torch.arange(n_classes, device=labels.device)).to(torch.get_default_dtype())
+
+
 def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """The squared Euclidean distance between the tensors that `a` and `b` have in common (at least one)."""
     common = [name for name in a if name in b]

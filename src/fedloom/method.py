@@ -13,8 +13,9 @@ One round, and who calls what (`server` is any tree, `weights` as in `fedloom.ne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -141,6 +142,11 @@ class Train:
     )
     when: Callable[[Turn], bool] | None = None  # whether to run in this turn (default: always)
 
+    def __post_init__(self) -> None:
+        """Refuse work that would never begin or never end."""
+        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
+            raise MethodError(f"phase '{self.name}': epochs={self.epochs}, steps={self.steps}: must be at least 1")
+
     @property
     def modes(self) -> tuple[str, ...]:
         """The nets in training mode."""
@@ -155,6 +161,11 @@ class Interleave:
     members: tuple[Train, ...]
     epochs: int = 1
     steps: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse work that would never begin or never end."""
+        if not self.members or self.epochs < 1 or (self.steps is not None and self.steps < 1):
+            raise MethodError(f"phase '{self.name}': needs members, and epochs or steps of at least 1")
 
 
 @dataclass(frozen=True)
@@ -211,6 +222,10 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse values that no method can mean."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{field.name}={value}: must be a finite number")
         if not self.lr > 0:
             raise ValueError(f"lr={self.lr}: must be above 0")
         if not 0 <= self.momentum < 1:

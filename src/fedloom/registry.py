@@ -15,16 +15,39 @@ from typing import Any
 
 from fedloom.errors import ConfigError, suggest
 from fedloom.method import Method
-from fedloom.methods import Centralised, FedAvg, FedAvgFT, FedMR, FedProx, FedRIR, Local, Scaffold
+from fedloom.methods import (
+    Centralised,
+    Ditto,
+    FedAvg,
+    FedAvgFT,
+    FedBABU,
+    FedBN,
+    FedMR,
+    FedPer,
+    FedProto,
+    FedProx,
+    FedRep,
+    FedRIR,
+    FedVTC,
+    Local,
+    Scaffold,
+)
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
         "centralised": Centralised,
+        "ditto": Ditto,
         "fedavg": FedAvg,
         "fedavg_ft": FedAvgFT,
+        "fedbabu": FedBABU,
+        "fedbn": FedBN,
         "fedmr": FedMR,
+        "fedper": FedPer,
+        "fedproto": FedProto,
         "fedprox": FedProx,
+        "fedrep": FedRep,
         "fedrir": FedRIR,
+        "fedvtc": FedVTC,
         "local": Local,
         "scaffold": Scaffold,
     }

@@ -253,12 +253,6 @@ def predict(
         return torch.cat([predictor(nets, part, down, memory) for part in torch.split(x, batch)])
 
 
-def recall_counts(logits: Tensor, y: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    """Rows predicted rightly, and rows, per class: two (Y,) int64 tensors. A row without a finite logit counts as wrong."""
-    right = (logits.argmax(1) == y) & logits.isfinite().all(1)
-    return torch.bincount(y[right], minlength=n_classes), torch.bincount(y, minlength=n_classes)
-
-
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
     """Modules whose initial weights depend on `rng` alone."""
     with torch.random.fork_rng(devices=[]):

@@ -7,13 +7,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedloom import optim
+from fedloom.engines.scoring import score_of
 from fedloom.errors import DataError, MethodError
 from fedloom.gradients import Gradients
 from fedloom.losses import cross_entropy
 from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train, Turn
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
-from fedloom.training import Plan, Rows, Site, predict, recall_counts, run_phases, run_turn
+from fedloom.training import Plan, Rows, Site, predict, run_phases, run_turn
 
 sizes = st.integers(1, 40)
 
@@ -270,7 +271,7 @@ def test_prediction_does_not_depend_on_the_batch():
 
 def test_recalls_count_rows_by_class():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [float("nan"), 0.0]])
-    right, n = recall_counts(logits, torch.tensor([0, 1, 0, 0]), 3)
+    right, n = score_of(logits, torch.tensor([0, 1, 0, 0]), 3)
     assert right.tolist() == [1, 1, 0]
     assert n.tolist() == [3, 1, 0]
 

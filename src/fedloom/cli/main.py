@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import fedloom
 from fedloom.blame import blame, notes
+from fedloom.cli.benching import bench
 from fedloom.cli.checking import check
 from fedloom.cli.listing import listing
 from fedloom.cli.partitioning import partition
@@ -37,6 +38,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "list": Entry(listing, "methods, datasets, models or engines, and what can be set"),
         "partition": Entry(partition, "deal a data set to clients, look at it, keep it in a file"),
         "check": Entry(check, "whether a method of your own keeps the rules"),
+        "bench": Entry(bench, "how fast the engines are on this machine"),
     }
 )
 

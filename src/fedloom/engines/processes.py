@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.state import Layout, Slab, layout_of
 from fedloom.errors import FedloomError
@@ -97,20 +97,26 @@ class Processes(Engine):
         return sorted(replies, key=lambda reply: reply.slot)
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
-        """See `Engine.score`."""
+        """See `Engine.score`: own rows are shared out by clients, common rows by pieces (unless clients train before they are scored)."""
         common = self._slabs.put("down", down.common)
+        by_rows = [] if self.problem.method.adapt() else [ask for ask in asks if ask.rows == "common"]
+        by_clients = [ask for ask in asks if ask not in by_rows]
+        found: dict[int, dict[str, Score]] = {i: {} for i in clients}
         n = len(self._workers)
-        shares = [clients[place::n] for place in range(n) if clients[place::n]]
-        jobs = [("score", number, common, share, asks) for share in shares]
-        done = self._share_out(jobs)
-        scores = {
-            i: score for share, found in zip(shares, done, strict=True) for i, score in zip(share, found, strict=True)
-        }
-        return [scores[i] for i in clients]
+        shares = [(clients[k::n], by_clients, (0, 1)) for k in range(n) if clients[k::n] and by_clients]
+        shares += [(clients, by_rows, (k, n)) for k in range(n) if by_rows]
+        jobs = [("score", number, common, *share) for share in shares]
+        for (members, _, _), scores in zip(shares, self._share_out(jobs), strict=True):
+            for i, mine in zip(members, scores, strict=True):
+                for name, score in mine.items():
+                    found[i][name] = total([found[i][name], score]) if name in found[i] else score
+        return [{ask.name: found[i][ask.name] for ask in asks} for i in clients]
 
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`."""
-        return self._local.score_server(down)
+        common = self._slabs.put("down", down.common)
+        n = len(self._workers)
+        return total(self._share_out([("server", 0, common, (k, n)) for k in range(n)]))
 
     def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
         """See `Engine.personal`."""
@@ -220,11 +226,15 @@ def _work(problem: Problem, folder: Path, pipe: Connection, inherited: Sequence[
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> list[Any]:
-    kind, number, common, members, *rest = job
+def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
+    kind, number, common, *what = job
     down = Downlink(slabs.get(common))
     if kind == "score":
-        return engine.score(number, down, members, rest[0])
+        clients, asks, part = what
+        return engine.score_part(number, down, clients, asks, part)
+    if kind == "server":
+        return engine.score_server_part(down, what[0])
+    (members,) = what
     replies = []
     for slot, i, own in members:
         started = time.perf_counter()

@@ -7,18 +7,18 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.scoring import Scorer, common_part, none, score_of
 from fedloom.engines.state import MappedStore, MemoryStore, Store
 from fedloom.errors import DataError
 from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Predictor, Turn
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
-from fedloom.training import Modules, Outcome, Rows, Site, laid_out, predict, recall_counts, run_phases, run_turn
+from fedloom.training import Modules, Outcome, Rows, Site, laid_out, predict, run_phases, run_turn
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
@@ -90,47 +90,53 @@ class Sequential(Engine):
         return Site(rows, p.plan, p.task, p.stream(number, i, purpose))
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
-        """See `Engine.score`. Neighbours whose models are the very same tensors share one pass over the common rows."""
-        p, predictor = self.problem, self.problem.method.predictors()["personal"]
-        common: dict[str, tuple[Client, Score]] = {}
+        """See `Engine.score`."""
+        return self.score_part(number, down, clients, asks, (0, 1))
 
-        def one(ask: Ask, i: int, client: Client) -> Score:
-            if ask.rows != "common":
-                x, y = p.data.valid(i) if ask.rows == "valid" else p.data.test(i)
-                return self._recalls(predictor, i, client, x, y, down.common)
-            before = common.get(ask.name)
-            if before is None or not _same_tensors(before[0], client):
-                common[ask.name] = client, self._recalls(predictor, i, client, *p.data.common(), down.common)
-            return common[ask.name][1]
+    def score_part(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask], part: tuple[int, int]
+    ) -> list[dict[str, Score]]:
+        """`score`, on the k-th of n pieces of the common rows, `part=(k, n)`."""
+        predictor = self.problem.method.predictors()["personal"]
 
-        def every(i: int) -> dict[str, Score]:
-            fitted = any(ask.fitted for ask in asks) and self._whole(i)
+        def logits(i: int, client: Client, x: Tensor) -> Tensor:
+            return self._predict(predictor, i, client, x, down.common)
+
+        scorers = [Scorer(ask, self.problem.data, logits, part) for ask in asks]
+        for i in clients:
+            fitted = self._whole(i) if any(ask.fitted for ask in asks) else None
             received = self._adapted(number, down.common, i)
-            return {ask.name: one(ask, i, fitted if fitted and ask.fitted else received) for ask in asks}
+            for ask, scorer in zip(asks, scorers, strict=True):
+                scorer.add(i, fitted if ask.fitted and fitted else received)
+        found = {ask.name: scorer.scores() for ask, scorer in zip(asks, scorers, strict=True)}
+        return [{name: scores[i] for name, scores in found.items()} for i in clients]
 
-        return [every(i) for i in clients]
-
-    def _recalls(self, predictor: Predictor, i: int, client: Client, x: Tensor, y: Tensor, message: Tree) -> Score:
-        n_classes = self.problem.task.n_classes
-        if not len(y):
-            return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
+    def _predict(self, predictor: Predictor, i: int, client: Client, x: Tensor, message: Tree) -> Tensor:
         gradients = self._gradients_of(i)
 
         def work(channels_last: bool) -> Tensor:
             inputs = laid_out({"x": x}, channels_last)["x"]
             return predict(predictor, gradients, client.weights, inputs, message, client.memory)
 
-        logits = self._laid_out(i, work)
-        right, rows = recall_counts(logits, y, n_classes)
-        return Score(right.numpy(), rows.numpy())
+        return self._laid_out(i, work)
 
     def score_server(self, down: Downlink) -> Score:
-        """See `Engine.score_server`: the weights are those that a new client of the first architecture would receive."""
+        """See `Engine.score_server`."""
+        return self.score_server_part(down, (0, 1))
+
+    def score_server_part(self, down: Downlink, part: tuple[int, int]) -> Score:
+        """`score_server`, on the k-th of n pieces of the common rows.
+
+        The weights are those that a new client of the first architecture would receive.
+        """
         p = self.problem
+        x, y = common_part(p.data, part)
+        if not len(y):
+            return none(p.task.n_classes)
         blank = p.initial(0, self._initial[p.arch_of[0]])
-        weights = p.method.receive(blank.weights, down.common, blank.memory)
-        x, y = p.data.common()
-        return self._recalls(p.method.predictors()["server"], 0, blank._replace(weights=weights), x, y, down.common)
+        server = blank._replace(weights=p.method.receive(blank.weights, down.common, blank.memory))
+        logits = self._predict(p.method.predictors()["server"], 0, server, x, down.common)
+        return score_of(logits, y, p.task.n_classes)
 
     def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
         """See `Engine.personal`."""
@@ -172,10 +178,3 @@ class Sequential(Engine):
             return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn)[0]
 
         return self._laid_out(i, work)
-
-
-def _same_tensors(a: Client, b: Client) -> bool:
-    pairs = zip(
-        tree.leaves({"w": a.weights, "m": a.memory}), tree.leaves({"w": b.weights, "m": b.memory}), strict=False
-    )
-    return all(x is y for x, y in pairs)

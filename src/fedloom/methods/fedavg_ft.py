@@ -28,6 +28,14 @@ class FedAvgFT(FedAvg):
         "https://arxiv.org/abs/2205.13692",
     )
 
+    def __post_init__(self) -> None:
+        """Check what is fine-tuning's own."""
+        super().__post_init__()
+        if self.tuning_epochs < 1:
+            raise ValueError(f"tuning_epochs={self.tuning_epochs}: must be at least 1")
+        if self.tuning_lr < 0:
+            raise ValueError(f"tuning_lr={self.tuning_lr}: must be at least 0")
+
     def adapt(self) -> tuple[Phase, ...]:
         """Plain training of the received model."""
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)

@@ -63,10 +63,10 @@ class FedMR(Method):
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Average in the first stage, recombine in the second."""
         slots = tree.unstack(server["slots"])
+        if round.number < self.first_stage_rounds:
+            return {"slots": tree.stack([tree.mean([uplink["weights"] for uplink in uplinks])] * len(slots))}
         for arrival, uplink in zip(round.arrivals, uplinks, strict=True):
             slots[arrival.slot] = uplink["weights"]
-        if round.number < self.first_stage_rounds:
-            return {"slots": tree.stack([tree.mean(slots)] * len(slots))}
         return {"slots": self.recombine(tree.stack(slots), round.rng)}
 
     def recombine(self, slots: Weights, rng: Stream) -> Weights:

@@ -30,6 +30,12 @@ class FedProx(Method):
         "https://arxiv.org/abs/1812.06127",
     )
 
+    def __post_init__(self) -> None:
+        """Check what is FedProx's own."""
+        super().__post_init__()
+        if self.mu < 0:
+            raise ValueError(f"mu={self.mu}: must be at least 0")
+
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """Cross-entropy plus the proximal term (eq. 2); only parameters are held, not running statistics."""
         error = losses.cross_entropy(nets.model(batch.x), batch.y)

@@ -36,6 +36,8 @@ class Scaffold(Method):
     def __post_init__(self) -> None:
         """Option II reads the mean gradient off the distance travelled, which only plain SGD allows."""
         super().__post_init__()
+        if self.server_lr <= 0:
+            raise ValueError(f"server_lr={self.server_lr}: must be above 0")
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
             raise ValueError("scaffold needs plain SGD: optimizer=sgd, momentum=0, weight_decay=0")
 

@@ -1,0 +1,302 @@
+"""The same federations the way most research code runs them, for comparison: modules, DataLoaders, loops over clients.
+
+Follows the structure of PFLlib (Zhang et al., JMLR 2025) and of the papers' released code, in words of our own: every client
+holds a list of (x, y) pairs, its own copy of the model and a torch optimiser; each round copies the global parameters into
+every client, trains the cohort one after another, averages parameters in Python, and evaluates every client at the training
+batch size with the bookkeeping for AUC, then the loss on its whole training split. Inputs are NCHW. Data lie in memory
+(PFLlib reads a client's file whenever it builds a loader), so times here are, if anything, too kind to it.
+
+Offered to `fedloom bench` as `rival=benchmarks/pfllib_style.py:make`.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import label_binarize
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fedloom.bench import Rival, Times
+from fedloom.engines import Problem
+from fedloom.methods import FedMR, FedRIR
+
+Pairs = list[tuple[Tensor, Tensor]]
+FEDMR_EVAL_BATCH = 128
+
+
+def make(problem: Problem, threads: int) -> Rival:
+    """The loop that fits the problem's method: FedRIR, FedMR, and FedAvg for every other method that shares all of `model`."""
+    if isinstance(problem.method, FedRIR):
+        return FedRIRLoop(problem, threads)
+    return FedMRLoop(problem, threads) if isinstance(problem.method, FedMR) else FedAvgLoop(problem, threads)
+
+
+class Client:
+    """Data, nets and optimisers of one client."""
+
+    def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict) -> None:
+        self.train_pairs, self.test_pairs = _pairs(*problem.data.train(i)), _pairs(*problem.data.test(i))
+        self.plan, self.epochs = problem.plan, problem.method.local_epochs
+        self.n_classes = problem.task.n_classes
+        self.nets = copy.deepcopy(nets)
+        self.ce = nn.CrossEntropyLoss()
+
+    def train_loader(self) -> DataLoader:
+        """Shuffled batches; a client with fewer rows than a batch takes one of all its rows, as in fedloom."""
+        size = min(self.plan.batch_size, len(self.train_pairs))
+        return DataLoader(self.train_pairs, size, shuffle=True, drop_last=self.plan.drop_last)
+
+    def test_loader(self) -> DataLoader:
+        """The test split at the training batch size."""
+        return DataLoader(self.test_pairs, self.plan.batch_size, shuffle=True)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The personal prediction (B, Y)."""
+        return self.nets["model"](x)
+
+    @torch.no_grad()
+    def accuracy(self) -> tuple[int, int]:
+        """Right and all test rows."""
+        self.nets.eval()
+        right = sum(int((self.logits(x).argmax(1) == y).sum()) for x, y in self.test_loader())
+        return right, len(self.test_pairs)
+
+    @torch.no_grad()
+    def test_metrics(self) -> tuple[int, int, float]:
+        """Right and all test rows, and the micro-averaged AUC."""
+        self.nets.eval()
+        right, scores, truth = 0, [], []
+        for x, y in self.test_loader():
+            output = self.logits(x)
+            right += int((output.argmax(1) == y).sum())
+            scores.append(output.numpy())
+            truth.append(label_binarize(y.numpy(), classes=np.arange(self.n_classes)))
+        auc = roc_auc_score(np.concatenate(truth), np.concatenate(scores), average="micro")
+        return right, len(self.test_pairs), auc
+
+    @torch.no_grad()
+    def train_loss(self) -> tuple[float, int]:
+        """Summed cross-entropy over the training split, and its rows."""
+        self.nets.eval()
+        total, rows = 0.0, 0
+        for x, y in self.train_loader():
+            total += float(self.ce(self.logits(x), y)) * len(y)
+            rows += len(y)
+        return total, rows
+
+
+class FedAvgLoop:
+    """FedAvg as in PFLlib."""
+
+    shared = "model"
+
+    def __init__(self, problem: Problem, threads: int) -> None:
+        self.problem, self.threads = problem, threads
+        nets = nn.ModuleDict(problem.modules(0)).requires_grad_(True)
+        self.clients = [self.client(i, nets) for i in range(problem.task.n_clients)]
+        self.server = copy.deepcopy(nets[self.shared])
+
+    def client(self, i: int, nets: nn.ModuleDict) -> Client:
+        """A client with its optimiser."""
+        client = Client(self.problem, i, nets)
+        client.optimizer = torch.optim.SGD(client.nets.parameters(), lr=self.problem.method.lr)
+        return client
+
+    def round(self, cohort: Sequence[int]) -> Times:
+        """See `fedloom.bench.Rival`."""
+        with _threads(self.threads):
+            started = time.perf_counter()
+            for client in self.clients:
+                _copy_into(client.nets[self.shared], self.server.parameters())
+            for i in cohort:
+                self.train(self.clients[i])
+            self.aggregate([self.clients[i] for i in cohort])
+            trained = time.perf_counter()
+            self.score()
+            scored = time.perf_counter()
+            self.evaluate()
+            evaluated = time.perf_counter()
+        # scoring alone is timed for the comparison of equal work; the tool itself does it as a part of evaluating
+        return Times(trained - started, scored - trained, max(evaluated - scored - (scored - trained), 0.0))
+
+    def train(self, client: Client) -> None:
+        """Local work."""
+        client.nets.train()
+        for _ in range(client.epochs):
+            for x, y in client.train_loader():
+                loss = client.ce(client.logits(x), y)
+                client.optimizer.zero_grad()
+                loss.backward()
+                client.optimizer.step()
+
+    def aggregate(self, clients: Sequence[Client]) -> None:
+        """Mean by examples, parameter by parameter."""
+        rows = sum(len(client.train_pairs) for client in clients)
+        self.server = copy.deepcopy(clients[0].nets[self.shared])
+        for parameter in self.server.parameters():
+            parameter.data.zero_()
+        for client in clients:
+            share = len(client.train_pairs) / rows
+            for mean, own in zip(self.server.parameters(), client.nets[self.shared].parameters(), strict=True):
+                mean.data += own.data.clone() * share
+
+    def score(self) -> float:
+        """Test accuracy alone."""
+        found = [client.accuracy() for client in self.clients]
+        return sum(right for right, _ in found) / sum(rows for _, rows in found)
+
+    def evaluate(self) -> tuple[float, float, float]:
+        """Test accuracy, AUC and training loss over all clients."""
+        test = [client.test_metrics() for client in self.clients]
+        loss = [client.train_loss() for client in self.clients]
+        rows = sum(n for _, n, _ in test)
+        auc = sum(a * n for _, n, a in test) / rows
+        return sum(r for r, _, _ in test) / rows, auc, sum(s for s, _ in loss) / sum(n for _, n in loss)
+
+
+class FedRIRClient(Client):
+    """Nets gfe, csfe, generator, idm, head; two Adams whose moments last."""
+
+    def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict) -> None:
+        super().__init__(problem, i, nets)
+        self.method = problem.method
+        n, lr = self.nets, problem.method.lr
+        self.first = torch.optim.Adam([*n["csfe"].parameters(), *n["generator"].parameters()], lr=lr)
+        second = [*n["gfe"].parameters(), *n["idm"].parameters(), *n["head"].parameters()]
+        self.second = torch.optim.Adam(second, lr=lr)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """head([f_g, f_cs])."""
+        specific = self.nets["csfe"](x).chunk(2, 1)[0]
+        return self.nets["head"](torch.cat([self.nets["gfe"](x), specific], 1))
+
+
+class FedRIRLoop(FedAvgLoop):
+    """FedRIR's round as released: masked reconstruction, then classification with its information loss."""
+
+    shared = "gfe"
+
+    def client(self, i: int, nets: nn.ModuleDict) -> Client:
+        """See `FedAvgLoop.client`."""
+        return FedRIRClient(self.problem, i, nets)
+
+    def train(self, client: FedRIRClient) -> None:
+        """Both stages."""
+        client.nets.train()
+        for stage, optimizer in ((self.reconstruction, client.first), (self.classification, client.second)):
+            for _ in range(client.epochs):
+                for x, y in client.train_loader():
+                    loss = stage(client, x, y)
+                    optimizer.zero_grad()
+                    loss.backward()
+                    optimizer.step()
+
+    def reconstruction(self, client: FedRIRClient, x: Tensor, y: Tensor) -> Tensor:
+        """The squared error of the whole picture, seen through a mask, and the KL divergence."""
+        n, _, height, width = x.shape
+        side = 4 if min(height, width) >= 28 else 2
+        rows, columns = height // side, width // side
+        n_masked = int(client.method.mask_ratio * rows * columns)
+        stays = torch.ones(n, rows * columns)
+        stays.scatter_(1, torch.rand(n, rows * columns).argsort(1)[:, :n_masked], 0.0)
+        stays = stays.view(n, 1, rows, columns).repeat_interleave(side, 2).repeat_interleave(side, 3)
+        mean, log_variance = client.nets["csfe"](x * stays).chunk(2, 1)
+        image = client.nets["generator"](mean + torch.exp(log_variance / 2) * torch.randn_like(mean))
+        kl = -0.5 * (1 + log_variance - mean.pow(2) - log_variance.exp()).sum(1).mean()
+        return nn.functional.mse_loss(image, x) + client.method.kl_weight * kl
+
+    def classification(self, client: FedRIRClient, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy and the information loss as released."""
+        with torch.no_grad():
+            specific = client.nets["csfe"](x).chunk(2, 1)[0]
+        common = client.nets["gfe"](x)
+        mean, log_variance = client.nets["idm"](common)
+        information = ((mean - specific) ** 2 / log_variance.exp() + log_variance).sum(1).mean()
+        logits = client.nets["head"](torch.cat([common, specific], 1))
+        return client.ce(logits, y) + client.method.idm_weight * information
+
+
+class FedMRLoop:
+    """FedMR's round as released: K models in slots, fresh SGD, every entry of the state dict permuted on its own."""
+
+    def __init__(self, problem: Problem, threads: int) -> None:
+        self.problem, self.threads = problem, threads
+        self.pairs = [_pairs(*problem.data.train(i)) for i in range(problem.task.n_clients)]
+        self.test_pairs = _pairs(*problem.data.common())
+        model = problem.modules(0)["model"].requires_grad_(True)
+        self.slots = [copy.deepcopy(model.state_dict()) for _ in range(problem.task.max_cohort)]
+        self.server = copy.deepcopy(model)
+        self.ce = nn.CrossEntropyLoss()
+
+    def round(self, cohort: Sequence[int]) -> Times:
+        """See `fedloom.bench.Rival`."""
+        with _threads(self.threads):
+            started = time.perf_counter()
+            returned = [self.train(self.slots[slot], self.pairs[i]) for slot, i in enumerate(cohort)]
+            mean = {key: sum(state[key].float() for state in returned) / len(returned) for key in returned[0]}
+            self.server.load_state_dict(mean)
+            self.slots = self.recombine(returned)
+            trained = time.perf_counter()
+            self.evaluate()
+            return Times(trained - started, time.perf_counter() - trained)
+
+    def train(self, state: dict[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
+        """One client's epochs on a copy of its slot."""
+        plan, method = self.problem.plan, self.problem.method
+        model = copy.deepcopy(self.server)
+        model.load_state_dict(state)
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=method.lr, momentum=method.momentum)
+        loader = DataLoader(pairs, min(plan.batch_size, len(pairs)), shuffle=True, drop_last=plan.drop_last)
+        for _ in range(method.local_epochs):
+            for x, y in loader:
+                model.zero_grad()
+                loss = self.ce(model(x), y)
+                loss.backward()
+                optimizer.step()
+        return copy.deepcopy(model.state_dict())
+
+    def recombine(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """A permutation of the models for every key."""
+        mixed = [copy.deepcopy(state) for state in states]
+        for key in states[0]:
+            for slot, other in enumerate(torch.randperm(len(states)).tolist()):
+                mixed[slot][key] = states[other][key]
+        return mixed
+
+    @torch.no_grad()
+    def evaluate(self) -> tuple[float, float]:
+        """Accuracy and mean loss of the server's model on the common test set."""
+        self.server.eval()
+        right, loss = 0, 0.0
+        for x, y in DataLoader(self.test_pairs, FEDMR_EVAL_BATCH):
+            logits = self.server(x)
+            loss += nn.functional.cross_entropy(logits, y, reduction="sum").item()
+            right += int((logits.argmax(1) == y).sum())
+        return right / len(self.test_pairs), loss / len(self.test_pairs)
+
+
+def _pairs(x: Tensor, y: Tensor) -> Pairs:
+    return list(zip(x.contiguous(), y, strict=True))
+
+
+def _copy_into(net: nn.Module, parameters: Iterable[Tensor]) -> None:
+    for old, new in zip(net.parameters(), parameters, strict=True):
+        old.data = new.data.clone()
+
+
+@contextmanager
+def _threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,134 @@
+"""`fedloom bench`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.table import Table
+
+from fedloom.bench import WORKLOADS, MakeRival, machine_roof, measure, workload
+from fedloom.cli.words import Parser, output
+from fedloom.config import parse_value
+from fedloom.engines import ENGINES
+from fedloom.engines.processes import cores
+from fedloom.errors import ConfigError, suggest
+from fedloom.registry import load_object
+from fedloom.runfolder import environment
+
+EXAMPLES = """\
+  fedloom bench                                        all workloads, small, on the engines that suit this machine
+  fedloom bench w4-mlp engine=sequential,processes,vectorised scale=0.2
+  fedloom bench w1 w3 rounds=10 precision=bf16 --json
+  fedloom bench w1 rival=benchmarks/pfllib_style.py:make
+
+workloads (at scale=1):
+"""
+COLUMNS = (
+    "",
+    "train s",
+    "(quartiles)",
+    "score s",
+    "other s",
+    "GFLOP/s",
+    "of roof",
+    "train",
+    "equal work",
+    "all it does",
+)
+
+
+class Options(NamedTuple):
+    """`key=value` words of the command, with their defaults."""
+
+    engine: str = ""
+    scale: float = 0.05
+    rounds: int = 5
+    precision: str = "fp32"
+    rival: str = ""
+
+
+def bench(words: Sequence[str]) -> int:
+    """`fedloom bench`."""
+    known = "\n".join(f"  {name:<8}  {work.title}" for name, work in WORKLOADS.items())
+    parser = Parser("bench", "Time the engines on this machine, and choose between them.", EXAMPLES + known)
+    parser.add_argument("words", nargs="*", metavar="WORKLOAD|key=value", help=f"keys: {', '.join(Options._fields)}")
+    parser.add_argument("--json", action="store_true", help="as JSON, with versions and hardware")
+    given = parser.read(words)
+    options = _options([word for word in given.words if "=" in word])
+    chosen = {name: workload(name) for name in given.words if "=" not in name} or WORKLOADS
+    engines = options.engine.split(",") if options.engine else _default_engines()
+    rivals = _rivals(options.rival)
+    roof = machine_roof()
+    found = {}
+    for name, work in chosen.items():
+        found[name] = measure(
+            work,
+            engines,
+            scale=options.scale,
+            rounds=options.rounds,
+            precision=options.precision,
+            rivals=rivals,
+            roof=roof,
+        )
+        if not given.json:
+            _show(name, found[name])
+    if given.json:
+        print(json.dumps({"environment": environment(), "workloads": found}, indent=2))
+    return 0
+
+
+def _options(words: Sequence[str]) -> Options:
+    values: dict[str, Any] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if key not in Options._fields:
+            raise ConfigError(f"unknown key '{key}'{suggest(key, Options._fields)}")
+        default = Options._field_defaults[key]
+        value = text if isinstance(default, str) else parse_value(text)
+        if isinstance(default, int | float) and (type(value) not in (int, float) or type(default)(value) != value):
+            raise ConfigError(f"{key}={text}: must be a {'whole ' if isinstance(default, int) else ''}number")
+        values[key] = value
+    return Options(**values)
+
+
+def _default_engines() -> list[str]:
+    """Those that a user would choose between on this machine; lanes lose on convolutions, so they are timed on request."""
+    return ["sequential", "processes"] if cores() > 1 and "processes" in ENGINES else ["sequential"]
+
+
+def _rivals(where: str) -> Mapping[str, MakeRival]:
+    return {Path(where.rpartition(":")[0]).stem: load_object(where, "rival")} if where else {}
+
+
+def _show(name: str, facts: Mapping[str, Any]) -> None:
+    console = output()
+    size = f"{facts['data']}, scale {facts['scale']:g}: {facts['cohort']} of {facts['clients']} clients"
+    roof = f"{facts['train_flop'] / 1e9:.3g} GFLOP a round, roof {facts['roof_flop_per_s'] / 1e9:.0f} GFLOP/s"
+    console.print(f"{name}: {facts['title']}\n{size}; {facts['cores']} cores, {facts['precision']}; {roof}")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for contestant, found in facts["contestants"].items():
+        table.add_row(contestant, *_row(found))
+    console.print(table)
+    console.print(
+        "the last three columns: time over that of the first row, median of interleaved rounds\n", soft_wrap=True
+    )
+
+
+def _row(found: Mapping[str, Any]) -> list[str]:
+    train = found["train_s"]
+    ratios = (f"{found['times_as_long'][key]['median']:.2f}x" for key in ("train", "equal_work", "as_it_does"))
+    return [
+        f"{train['median']:.3f}",
+        f"{train['low']:.3f}-{train['high']:.3f}",
+        f"{found['score_s']['median']:.3f}",
+        f"{found['extra_s']['median']:.3f}",
+        f"{found['flop_per_s'] / 1e9:.1f}",
+        f"{found['share_of_roof']:.0%}",
+        *ratios,
+    ]

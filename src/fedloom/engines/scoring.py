@@ -1,0 +1,94 @@
+"""Scoring clients one after another, with as few passes as possible: neighbours that hold the very same model share them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.data import Federation
+from fedloom.engines.base import Ask, Score
+from fedloom.method import Client
+
+ROWS_AT_ONCE = 8192  # own rows of neighbours are gathered up to about this many
+
+Predict = Callable[[int, Client, Tensor], Tensor]  # (client number, client, inputs) -> logits
+
+
+class Scorer:
+    """Answers one `Ask` for clients that come one after another."""
+
+    def __init__(self, ask: Ask, data: Federation, predict: Predict, part: tuple[int, int]) -> None:
+        """`part=(k, n)`: of the common rows only the k-th of n pieces."""
+        self._ask, self._data, self._predict, self._part = ask, data, predict, part
+        self._last: Client | None = None
+        self._score: Score | None = None  # of the last model on the common rows
+        self._waiting: list[int] = []  # clients that hold the last model and whose own rows are not scored yet
+        self._scores: dict[int, Score] = {}
+
+    def add(self, i: int, client: Client) -> None:
+        """The next client."""
+        if self._last is None or not _same_tensors(self._last, client):
+            self._finish()
+            self._last, self._score = client, None
+        if self._ask.rows == "common":
+            self._scores[i] = self._score = self._score or self._common(i, client)
+            return
+        self._waiting.append(i)
+        if sum(len(self._rows(i)) for i in self._waiting) > ROWS_AT_ONCE:
+            self._finish()
+
+    def scores(self) -> dict[int, Score]:
+        """The scores of all clients that came."""
+        self._finish()
+        return self._scores
+
+    def _rows(self, i: int) -> np.ndarray[Any, Any]:
+        partition = self._data.partition
+        return partition.valid[i] if self._ask.rows == "valid" else partition.test[i]
+
+    def _common(self, i: int, client: Client) -> Score:
+        x, y = common_part(self._data, self._part)
+        return score_of(self._predict(i, client, x), y, self._data.n_classes) if len(y) else none(self._data.n_classes)
+
+    def _finish(self) -> None:
+        """One pass over the own rows of all that wait."""
+        waiting, self._waiting = self._waiting, []
+        sizes = [len(self._rows(i)) for i in waiting]
+        self._scores |= {i: none(self._data.n_classes) for i in waiting}
+        if not sum(sizes) or self._last is None:
+            return
+        x, y = self._data.rows(np.concatenate([self._rows(i) for i in waiting]))
+        logits = self._predict(waiting[0], self._last, x)
+        for i, mine, labels in zip(waiting, torch.split(logits, sizes), torch.split(y, sizes), strict=True):
+            if len(labels):
+                self._scores[i] = score_of(mine, labels, self._data.n_classes)
+
+
+def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The k-th of n pieces of the common rows."""
+    x, y = data.common()
+    k, n = part
+    return x.tensor_split(n)[k], y.tensor_split(n)[k]
+
+
+def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
+    """Rows predicted rightly, and rows, per class. A row without a finite logit counts as wrong."""
+    right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
+    counts = (torch.bincount(chosen, minlength=n_classes).cpu().numpy() for chosen in (labels[right], labels))
+    return Score(*counts)
+
+
+def none(n_classes: int) -> Score:
+    """No rows at all."""
+    return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
+
+
+def _same_tensors(a: Client, b: Client) -> bool:
+    mine, other = ({"weights": c.weights, "memory": c.memory} for c in (a, b))
+    pairs = list(zip(tree.flatten(mine), tree.flatten(other), strict=False))
+    return len(tree.leaves(mine)) == len(tree.leaves(other)) and all(p == q and x is y for (p, x), (q, y) in pairs)

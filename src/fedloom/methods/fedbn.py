@@ -1,0 +1,29 @@
+"""FedBN: everything is averaged but the normalisation layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.method import Method, Paper, Predictor, predict_model
+
+
+@dataclass(frozen=True)
+class FedBN(Method):
+    """FedBN (Li et al., ICLR 2021): normalisation layers stay with the client and absorb what its inputs have of their own.
+
+    Travels: all but the normalisation layers, both ways. Stays: these layers, parameters and running statistics alike.
+    A model without normalisation layers makes it FedAvg.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ("model:-norm",)
+    paper: ClassVar[Paper] = Paper(
+        "FedBN: Federated learning on non-IID features via local batch normalization",
+        "Li, Jiang, Zhang, Kamp, Dou",
+        "ICLR 2021",
+        "https://arxiv.org/abs/2102.07623",
+    )
+
+    def predictors(self) -> dict[str, Predictor]:
+        """There is no server model, since no normalisation layer reaches the server."""
+        return {"personal": predict_model}

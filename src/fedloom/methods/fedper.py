@@ -1,0 +1,28 @@
+"""FedPer: a common body, a head of one's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.method import Method, Paper, Predictor, predict_model
+
+
+@dataclass(frozen=True)
+class FedPer(Method):
+    """FedPer (Arivazhagan et al., 2019): the base layers are averaged, the personalisation layers never leave.
+
+    Travels: the body, both ways. Stays: the head. Both are trained together, as FedAvg's model would be.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ("model:body",)
+    paper: ClassVar[Paper] = Paper(
+        "Federated learning with personalization layers",
+        "Arivazhagan, Aggarwal, Singh, Choudhary",
+        "arXiv 2019",
+        "https://arxiv.org/abs/1912.00818",
+    )
+
+    def predictors(self) -> dict[str, Predictor]:
+        """There is no server model, since no head reaches the server."""
+        return {"personal": predict_model}

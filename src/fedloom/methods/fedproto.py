@@ -1,0 +1,147 @@
+"""FedProto: clients exchange the mean features of their classes instead of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedloom import losses
+from fedloom.errors import ConfigError
+from fedloom.method import (
+    Architecture,
+    Batch,
+    Client,
+    Downlink,
+    Logs,
+    Method,
+    Paper,
+    Phase,
+    Predictor,
+    Round,
+    Sweep,
+    Task,
+    Train,
+    Turn,
+)
+from fedloom.nets import Nets
+from fedloom.tree import Tree, Weights
+
+
+@dataclass(frozen=True)
+class FedProto(Method):
+    """FedProto (Tan et al., AAAI 2022): models of any architectures with a common feature width, held together by prototypes.
+
+    Two nets: `body` gives features z (B, p), `head` logits. A client's prototypes are the mean features of its classes, (C_k, p)
+    for the C_k classes that it holds; the server averages them class by class.
+
+    Travels: prototypes and counts (Y,), both ways. Stays: all weights. A client predicts the class of the nearest global
+    prototype, among the classes that have one.
+    """
+
+    prototype_weight: float = 1.0
+    """Weight lambda of the mean squared distance between a row's features and its class's global prototype."""
+    prototype_mean: Literal["weighted", "uniform"] = "weighted"
+    """Whether a client counts by its rows of the class, or all clients that hold the class count alike."""
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    paper: ClassVar[Paper] = Paper(
+        "FedProto: Federated prototype learning across heterogeneous clients",
+        "Tan, Long, Liu, Zhou, Lu, Jiang, Zhang",
+        "AAAI 2022",
+        "https://arxiv.org/abs/2105.00243",
+    )
+
+    def __post_init__(self) -> None:
+        """Check what is FedProto's own."""
+        super().__post_init__()
+        if self.prototype_weight < 0:
+            raise ValueError(f"prototype_weight={self.prototype_weight}: must be at least 0")
+
+    def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
+        """An architecture's body and head; all bodies must give as many features."""
+        if arch.features != task.width:
+            raise ConfigError(
+                f"models: {arch.name} gives {arch.features} features and another {task.width}; prototypes need one width, such as width=64"
+            )
+        return {"body": arch.body(), "head": arch.head()}
+
+    def init_memory(self, weights: Weights, task: Task) -> Tree:
+        """Counts (Y,) and sums of features (Y, p) by class, in float64."""
+        counts = torch.zeros(task.n_classes, dtype=torch.float64)
+        return {"statistics": {"counts": counts, "sums": counts.new_zeros(task.n_classes, task.width)}}
+
+    def init_server(self, weights: Weights, task: Task) -> Tree:
+        """Prototypes (Y, p) and the rows behind them (Y,); a class with no rows has none yet."""
+        return {"prototypes": torch.zeros(task.n_classes, task.width), "counts": torch.zeros(task.n_classes)}
+
+    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+        """All prototypes and counts."""
+        return Downlink(dict(server))
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Training, then the prototypes of the trained body."""
+        train = Train("train", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
+        return train, Sweep("statistics", self.statistics)
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
+        """Cross-entropy plus prototype_weight times the distance to the prototypes; a row whose class has none has distance 0."""
+        features = nets.body(batch.x)
+        error = losses.cross_entropy(nets.head(features), batch.y)
+        known = down["counts"][batch.y] > 0
+        distance = (known * self.distance(features, batch.y, down)).mean()
+        return error + self.prototype_weight * distance, {"cross_entropy": error, "distance": distance}
+
+    def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
+        """Mean squared distance per feature between rows (B, p) and their classes' prototypes: (B,)."""
+        away: Tensor = features - down["prototypes"][labels]
+        return away.square().mean(1)
+
+    def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
+        """Add a batch to the counts and sums."""
+        member = losses.one_hot(batch.y, len(total["counts"])).double()
+        features = nets.body(batch.x).double()
+        return {"counts": total["counts"] + member.sum(0), "sums": total["sums"] + member.T @ features}
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        """Prototypes of the classes that the client holds (C_k, p), in the order of the classes, and all counts (Y,)."""
+        counts, sums = client.memory["statistics"]["counts"], client.memory["statistics"]["sums"]
+        held, dtype = counts > 0, down["prototypes"].dtype
+        prototypes = sums[held] / counts[held, None]
+        return {"prototypes": prototypes.to(dtype), "counts": counts.to(dtype)}, client.memory
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """Mean prototypes, class by class; a class that nobody of the cohort holds keeps what it had."""
+        shares, local = self.gathered(uplinks)
+        seen = shares.sum(0) > 0
+        prototypes = torch.where(seen[:, None], (shares[:, :, None] * local).sum(0), server["prototypes"])
+        counts = torch.stack([up["counts"] for up in uplinks]).sum(0)
+        return {"prototypes": prototypes, "counts": torch.where(seen, counts, server["counts"])}
+
+    def gathered(self, uplinks: Sequence[Tree]) -> tuple[Tensor, Tensor]:
+        """Each client's share of each class (K, Y), which sum to 1 over clients or are all 0, and its prototypes (K, Y, p), 0 for none."""
+        weights = self.weights_of(uplinks)
+        local = uplinks[0]["prototypes"].new_zeros(*weights.shape, uplinks[0]["prototypes"].shape[1])
+        for mine, up in zip(local, uplinks, strict=True):
+            mine[up["counts"] > 0] = up["prototypes"]
+        return weights / weights.sum(0).clamp(min=1), local
+
+    def weights_of(self, uplinks: Sequence[Tree]) -> Tensor:
+        """How much each client counts in each class: (K, Y)."""
+        counts = torch.stack([up["counts"] for up in uplinks])
+        return counts if self.prototype_mean == "weighted" else (counts > 0).to(counts.dtype)
+
+    def predictors(self) -> dict[str, Predictor]:
+        """The nearest prototype; there is no server model."""
+        return {"personal": self.predict}
+
+    def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
+        """Minus the distances to the global prototypes (B, Y); a class without a prototype is never chosen."""
+        features = nets.body(x)
+        distance = torch.cdist(
+            features, down["prototypes"].to(features.dtype), compute_mode="donot_use_mm_for_euclid_dist"
+        )
+        return torch.where(down["counts"] > 0, -distance, torch.finfo(features.dtype).min)

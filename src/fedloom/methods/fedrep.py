@@ -1,0 +1,41 @@
+"""FedRep: first the own head on the common body, then the body under that head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedloom.method import Paper, Phase, Train
+from fedloom.methods.fedper import FedPer
+
+
+@dataclass(frozen=True)
+class FedRep(FedPer):
+    """FedRep (Collins et al., ICML 2021): a common representation, learnt under heads that fit it first.
+
+    Travels: the body, both ways. Stays: the head. A turn makes `head_epochs` passes that update the head alone, then `local_epochs`
+    passes that update the body alone. The whole model is in training mode in both, as in the released code, so running statistics
+    also move while the head learns.
+    """
+
+    head_epochs: int = 10
+    """Passes that update the head, before the body's `local_epochs`."""
+
+    paper: ClassVar[Paper] = Paper(
+        "Exploiting shared representations for personalized federated learning",
+        "Collins, Hassani, Mokhtari, Shakkottai",
+        "ICML 2021",
+        "https://arxiv.org/abs/2102.07078",
+    )
+
+    def __post_init__(self) -> None:
+        """Check what is FedRep's own."""
+        super().__post_init__()
+        if self.head_epochs < 1:
+            raise ValueError(f"head_epochs={self.head_epochs}: must be at least 1")
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Head, then body."""
+        head = Train("head", self.loss, ("model:head",), self.local_optimizer(), epochs=self.head_epochs)
+        body = Train("body", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs)
+        return head, body

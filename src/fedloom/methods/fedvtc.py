@@ -1,0 +1,361 @@
+"""FedVTC: variational transposed convolutions make images out of shared feature statistics, to fine-tune models on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedloom import losses, optim, tree
+from fedloom.method import (
+    Architecture,
+    Batch,
+    Client,
+    Downlink,
+    Logs,
+    Paper,
+    Phase,
+    Predictor,
+    Round,
+    Sweep,
+    Task,
+    Train,
+    Turn,
+)
+from fedloom.methods.fedproto import FedProto
+from fedloom.models.vtc import VtcDecoder
+from fedloom.nets import Nets, select
+from fedloom.rng import Stream
+from fedloom.tree import Tree, Weights
+
+
+class Spread(nn.Module):
+    """The logarithm of the factor (p,) on a client's empirical standard deviations; 0 at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.zeros(width))
+
+    def forward(self) -> Tensor:
+        return self.log_factor.exp()
+
+
+@dataclass(frozen=True)
+class FedVTC(FedProto):
+    """FedVTC (Niu et al., ICLR 2026); the released facts leave gaps, see `docs/methods/fedvtc.md` for what is reconstructed.
+
+    Nets of a client: `body` (g_k) gives features z (B, p), `head` (h_k) logits, `generator` (psi_k) images from features; with
+    `learn_spread` also `spread`. Architectures may differ, p may not.
+
+    Travels: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Stays: all weights (with `share_generator`
+    the generator travels too). A turn has four phases:
+
+    1. fit: body and head by cross-entropy, pulled to the global prototypes.
+    2. statistics: a sweep over the client's rows.
+    3. generator: psi_k rebuilds images from noisy features, and its images of *global* latents must give features like c; f_k is frozen.
+    4. finetune: body and head on images psi_k(v), v ~ N(c_y, sigma^2), y uniform; in every Nth turn, or on a copy before predicting.
+    """
+
+    prototype_mean: Literal["weighted", "uniform"] = "weighted"
+    """Whether a client counts by its rows of the class, or all clients that hold the class count alike (means and variance)."""
+    prototype_weight: float = 1.0
+    """Weight lambda of the distance between a row's features and its class's global prototype."""
+    pull: Literal["plain", "scaled"] = "plain"
+    """The distance: a mean square, or one in units of sigma, halved (then a shrinking sigma pulls harder: mind `spread_floor`)."""
+    covariance: Literal["pooled", "class", "full"] = "pooled"
+    """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
+    spread_floor: float = 0.1
+    """The least standard deviation of a feature."""
+    learn_spread: bool = False
+    """Whether the client learns its own sigma_k, as a factor on the empirical one, together with psi_k."""
+    generator_form: Literal["linear", "conv"] = "linear"
+    """How psi begins: a linear map to small pictures, or a transposed convolution of one pixel."""
+    generator_epochs: int = 1
+    """Passes over the client's training rows that update the generator."""
+    generator_lr: float = 1e-3
+    """The generator's learning rate (Adam, whose moments last over rounds)."""
+    kl_weight: float = 0.1
+    """Weight of KL(N(z, sigma_k^2) || N(c_y, sigma^2)) per feature; it has a gradient only with `learn_spread`."""
+    matching: Literal["mean", "mahalanobis", "real", "cycle"] = "mean"
+    """What g_k(psi_k(v)) must match: c by class means, c row by row in units of sigma, the class means of real rows, or v itself."""
+    matching_weight: float = 1.0
+    """Weight of the distribution matching."""
+    n_synthetic: int = 32
+    """Synthetic images in a step."""
+    finetune: Literal["every", "end", "never"] = "end"
+    """Fine-tune in every `finetune_every`-th turn, or a copy before predicting (which is thrown away), or not."""
+    finetune_every: int = 1
+    """Rounds from one fine-tuning to the next."""
+    finetune_steps: int = 50
+    """Steps of a fine-tuning."""
+    finetune_lr: float = 0.01
+    """Learning rate of the fine-tuning."""
+    finetune_part: Literal["model", "head"] = "model"
+    """What fine-tuning updates."""
+    finetune_mix: bool = True
+    """Whether a batch of real rows goes with every batch of synthetic ones, and counts as much."""
+    share_generator: bool = False
+    """Whether the generators are averaged (they travel then) or stay with their clients."""
+
+    paper: ClassVar[Paper] = Paper(
+        "Bridging generalization gap of heterogeneous federated clients using generative models",
+        "Niu, Dong, Qin",
+        "ICLR 2026",
+        "https://arxiv.org/abs/2508.01669",
+    )
+
+    def __post_init__(self) -> None:
+        """Check what is FedVTC's own."""
+        super().__post_init__()
+        for name in ("spread_floor", "generator_lr", "finetune_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+        for name in ("generator_epochs", "n_synthetic", "finetune_every", "finetune_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for name in ("kl_weight", "matching_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+
+    # what exists
+
+    def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
+        """Body and head of any architecture, and a generator for its features."""
+        nets = super().nets(arch, task) | {"generator": VtcDecoder(task.width, task.input_shape, self.generator_form)}
+        return nets | {"spread": Spread(task.width)} if self.learn_spread else nets
+
+    def init_memory(self, weights: Weights, task: Task) -> Tree:
+        """FedProto's counts and sums, and the sums of squares."""
+        memory = super().init_memory(weights, task)
+        squares = torch.zeros(self.variance_shape(task), dtype=torch.float64)
+        return {"statistics": memory["statistics"] | {"squares": squares}}
+
+    def init_server(self, weights: Weights, task: Task) -> Tree:
+        """FedProto's prototypes and counts, the variance, and the generator if it is shared."""
+        server = super().init_server(weights, task) | {"variance": torch.zeros(self.variance_shape(task))}
+        return server | {"weights": self.travelling(weights)} if self.share_generator else server
+
+    def variance_shape(self, task: Task) -> tuple[int, ...]:
+        """The shape of sigma^2."""
+        p = task.width
+        return {"pooled": (p,), "class": (task.n_classes, p), "full": (p, p)}[self.covariance]
+
+    def travelling(self, weights: Weights) -> Weights:
+        """The generator, or nothing."""
+        return select(weights, ("generator",) if self.share_generator else ())
+
+    def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
+        """A client's own weights, with the generator that came."""
+        return tree.merge(weights, down["weights"]) if self.share_generator else weights
+
+    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+        """c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
+        sent = {key: value for key, value in server.items() if key != "variance"}
+        variance = server["variance"]
+        if self.covariance == "full":
+            identity = torch.eye(len(variance), dtype=torch.float64, device=variance.device)
+            factor: Tensor = torch.linalg.cholesky(variance.double() + self.spread_floor**2 * identity)
+            return Downlink(sent | {"spread": factor.to(variance.dtype)})
+        return Downlink(sent | {"spread": variance.sqrt().clamp(min=self.spread_floor)})
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Fit, statistics, generator, and fine-tuning where it is a part of turns."""
+        fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
+        generator = Train(
+            "generator",
+            self.generator_loss,
+            ("generator", "spread") if self.learn_spread else ("generator",),
+            optim.adam(self.generator_lr),
+            epochs=self.generator_epochs,
+            draw=self.draw_latents,
+            keep_state=True,
+        )
+        first = (fit, Sweep("statistics", self.statistics), generator)
+        return (*first, self.finetuning()) if self.finetune == "every" else first
+
+    def adapt(self) -> tuple[Phase, ...]:
+        """The last fine-tuning, where it is not a part of turns."""
+        return (self.finetuning(),) if self.finetune == "end" else ()
+
+    def finetuning(self) -> Train:
+        """In evaluation mode: running statistics stay those of real images."""
+        return Train(
+            "finetune",
+            self.finetune_loss,
+            ("body", "head") if self.finetune_part == "model" else ("head",),
+            self.local_optimizer(self.finetune_lr),
+            steps=self.finetune_steps,
+            draw=self.draw_latents,
+            training=(),
+            when=self.finetunes if self.finetune == "every" else None,
+        )
+
+    def finetunes(self, turn: Turn) -> bool:
+        """Whether this turn has a fine-tuning."""
+        return (turn.number + 1) % self.finetune_every == 0
+
+    # phase 1: fit (FedProto's loss, with another distance)
+
+    def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
+        """Mean squared distance per feature to the classes' prototypes (B,), or half of that in units of sigma."""
+        away: Tensor = features - down["prototypes"][labels]
+        if self.pull == "scaled":
+            away = away / (self.deviations(down["spread"], labels) * 2**0.5)
+        return away.square().mean(1)
+
+    # phase 2: statistics
+
+    def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
+        """Add a batch to counts, sums and squares; in float64, since the variance is a small difference of large numbers."""
+        z = nets.body(batch.x).double()
+        member = losses.one_hot(batch.y, len(total["counts"])).double()
+        squares = {"pooled": lambda: z.square().sum(0), "class": lambda: member.T @ z.square(), "full": lambda: z.T @ z}
+        return {
+            "counts": total["counts"] + member.sum(0),
+            "sums": total["sums"] + member.T @ z,
+            "squares": total["squares"] + squares[self.covariance](),
+        }
+
+    def within(self, found: Tree) -> Tensor:
+        """A client's variance about its own class means, in float64 and in the form of `covariance`; 0 where it has no rows."""
+        counts: Tensor = found["counts"].clamp(min=1)[:, None]
+        sums: Tensor = found["sums"]
+        squares: Tensor = found["squares"]
+        n: Tensor = found["counts"].sum().clamp(min=1)
+        means = sums / counts
+        if self.covariance == "full":
+            return (squares - sums.T @ means) / n
+        if self.covariance == "class":
+            return (squares / counts - means.square()).clamp(min=0)
+        return ((squares - (sums * means).sum(0)) / n).clamp(min=0)
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        """Prototypes of the classes held, counts, the variance, and the generator if it is shared."""
+        sent, memory = super().uplink(client, received, down, turn)
+        sent["variance"] = self.within(memory["statistics"]).to(sent["counts"].dtype)
+        return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """FedProto's prototypes, and the variance of all rows about them."""
+        after = super().aggregate(server, uplinks, round)
+        after["variance"] = self.total_variance(server["variance"], uplinks, after["prototypes"])
+        if self.share_generator:
+            after["weights"] = tree.mean([up["weights"] for up in uplinks], round.shares)
+        return after
+
+    def total_variance(self, old: Tensor, uplinks: Sequence[Tree], prototypes: Tensor) -> Tensor:
+        """The law of total variance: the mean of the clients' variances plus the variance of their prototypes."""
+        weights, (shares, local) = self.weights_of(uplinks), self.gathered(uplinks)
+        inside = torch.stack([up["variance"] for up in uplinks])
+        away = (local - prototypes) * (weights > 0)[:, :, None]
+        if self.covariance == "class":
+            new = (shares[:, :, None] * (inside + away.square())).sum(0)
+            return torch.where(weights.sum(0)[:, None] > 0, new, old)
+        shares = weights / weights.sum()
+        if self.covariance == "full":
+            return torch.einsum("ky,kpq->pq", shares, inside) + torch.einsum("ky,kyp,kyq->pq", shares, away, away)
+        return torch.einsum("ky,kp->p", shares, inside) + torch.einsum("ky,kyp->p", shares, away.square())
+
+    # phase 3: generator
+
+    def draw_latents(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
+        """Noise for the batch's own features (B, p) and for synthetic rows (S, p), and numbers in [0, 1) that choose their classes (S,)."""
+        n = self.n_synthetic
+        strata = (torch.arange(n) + rng.uniform((n,))) / n  # evenly over the classes
+        return {
+            "noise": rng.normal((len(batch.y), task.width)),
+            "latent_noise": rng.normal((n, task.width)),
+            "class_choice": strata,
+        }
+
+    def generator_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
+        """Reconstruction of x from z + sigma_k eps, the KL term and the distribution matching; the frozen body gives z."""
+        z = nets.body(batch.x)
+        spread = self.own_spread(nets, batch.y, memory).to(z.dtype)
+        image = nets.generator(z + spread * batch.draws["noise"])
+        reconstruction = (image - batch.x).square().mean()
+        kl = self.kl(z, spread, batch.y, down)
+        labels, latents = self.latents(batch.draws, down)
+        matching = self.match(nets.body(nets.generator(latents)), latents, labels, z, batch.y, down)
+        loss = reconstruction + self.kl_weight * kl + self.matching_weight * matching
+        return loss, {"reconstruction": reconstruction, "kl": kl, "matching": matching}
+
+    def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
+        """sigma_k for each row: (B, p)."""
+        variance = self.within(memory["statistics"])
+        if self.covariance == "full":
+            variance = variance.diagonal(dim1=-2, dim2=-1).clamp(min=0)
+        spread = variance.sqrt().clamp(min=self.spread_floor)
+        per_row: Tensor = spread[labels] if self.covariance == "class" else spread.expand(len(labels), -1)
+        return per_row * nets.spread() if self.learn_spread else per_row
+
+    def kl(self, z: Tensor, spread: Tensor, labels: Tensor, down: Tree) -> Tensor:
+        """KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature: mean over rows, 0 for classes without a prototype."""
+        sigma = self.deviations(down["spread"], labels)
+        known = (down["counts"][labels] > 0)[:, None]
+        mean = (z - down["prototypes"][labels]) / sigma
+        log_variance = 2 * (spread / sigma).log()
+        return losses.gaussian_kl(known * mean, known * log_variance) / z.shape[1]
+
+    def deviations(self, spread: Tensor, labels: Tensor) -> Tensor:
+        """The standard deviations of classes: (p,) or (B, p); of a full covariance, those on its diagonal."""
+        if self.covariance == "class":
+            return spread[labels]
+        return spread.square().sum(1).sqrt() if self.covariance == "full" else spread
+
+    def latents(self, draws: Mapping[str, Tensor], down: Tree) -> tuple[Tensor, Tensor]:
+        """Classes (S,), uniform over those with a prototype (0 where none has), and v ~ N(c_y, sigma^2) (S, p)."""
+        place = (down["counts"] > 0).cumsum(0)  # of a class among those with a prototype, from 1
+        wanted = torch.minimum((draws["class_choice"] * place[-1]).floor(), place[-1] - 1)
+        labels = (place <= wanted[:, None]).sum(1)
+        noise, spread = draws["latent_noise"], down["spread"]
+        away = noise @ spread.T if self.covariance == "full" else noise * self.deviations(spread, labels)
+        return labels, down["prototypes"][labels] + away
+
+    def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
+        """The distance of features `made` of synthetic images (S, p) from what they should be, per feature; 0 without prototypes."""
+        if self.matching == "cycle":
+            error = (made - latents).square().mean()
+        elif self.matching == "mahalanobis":
+            sigma = self.deviations(down["spread"], labels)
+            error = ((made - down["prototypes"][labels]) / sigma).square().mean()
+        else:
+            n_classes = len(down["counts"])
+            means, present = class_means(made, labels, n_classes)
+            target = down["prototypes"]
+            if self.matching == "real":
+                target, held = class_means(z, y, n_classes)
+                present = present * held
+            error = ((means - target).square().mean(1) * present).sum() / present.sum().clamp(min=1)
+        exists: Tensor = (down["counts"] > 0).any()
+        return error * exists
+
+    # phase 4: fine-tuning
+
+    def finetune_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """Cross-entropy on synthetic images, alone or half and half with real rows; 0 without prototypes, or before the first turn."""
+        labels, latents = self.latents(batch.draws, down)
+        error = losses.cross_entropy(self.predict(nets, nets.generator(latents), down, memory), labels)
+        if self.finetune_mix:
+            error = (error + losses.cross_entropy(self.predict(nets, batch.x, down, memory), batch.y)) / 2
+        ready: Tensor = (down["counts"] > 0).any() & (memory["statistics"]["counts"] > 0).any()
+        return error * ready
+
+    def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
+        """Logits (B, Y) of the client's own model."""
+        logits: Tensor = nets.head(nets.body(x))
+        return logits
+
+    def predictors(self) -> dict[str, Predictor]:
+        """head(body); there is no server model."""
+        return {"personal": self.predict}
+
+
+def class_means(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
+    """The mean of each class's rows (Y, p), 0 without rows, and 1 where it has rows, else 0 (Y,)."""
+    member = losses.one_hot(labels, n_classes).to(features.dtype)
+    counts = member.sum(0)
+    return member.T @ features / counts.clamp(min=1)[:, None], (counts > 0).to(features.dtype)
