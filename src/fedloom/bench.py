@@ -21,11 +21,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom import data
+from fedloom.assembly import arithmetic
 from fedloom.config import Values, make_settings
 from fedloom.engines import Problem, Sequential
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
-from fedloom.experiment import Experiment, Parts, arithmetic
+from fedloom.experiment import Experiment, Parts
 from fedloom.rng import Stream
 from fedloom.training import Plan
 

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from fedloom import data, tree
+from fedloom.assembly import arithmetic
 from fedloom.blame import blame, own_place
 from fedloom.config import make_settings
 from fedloom.engines import Reply
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError
-from fedloom.experiment import Experiment, Parts, arithmetic
+from fedloom.experiment import Experiment, Parts
 from fedloom.method import Batch, Client, Downlink, Free, Method, Train, trains_of
 from fedloom.nets import Nets, select
 from fedloom.registry import load_object, method_class

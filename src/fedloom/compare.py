@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
+from fedloom.assembly import arithmetic, make_dataset, make_federation, make_problem
 from fedloom.config import Named, Settings, Values, make_method, make_settings, read_toml
 from fedloom.engines import make_engine
 from fedloom.errors import ConfigError, RunFolderError, suggest
-from fedloom.experiment import Experiment, OnRound, Parts, arithmetic, make_dataset, make_federation, make_problem
+from fedloom.experiment import Experiment, OnRound, Parts
 from fedloom.registry import METHODS, method_class
 from fedloom.runfolder import RunFolder
 

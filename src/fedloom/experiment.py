@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-import torch
 from torch import Tensor, nn
 
 from fedloom import data, metrics, tree
-from fedloom.config import Named, Settings, make_method, make_settings, participation_range, read_toml, to_toml
-from fedloom.engines import Ask, Engine, Problem, Reply, make_engine, total
+from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
+from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
+from fedloom.engines import Ask, Engine, Reply, make_engine, total
 from fedloom.engines.wire import Meter
-from fedloom.errors import ConfigError, MethodError, RunFolderError
-from fedloom.method import Arrival, Client, Downlink, Method, Round, Task, Train, trains_of
-from fedloom.models import Arch, arch
-from fedloom.nets import Nets, read_weights, select, write_weights
-from fedloom.registry import load_object
+from fedloom.errors import MethodError, RunFolderError
+from fedloom.method import Arrival, Client, Downlink, Method, Round
+from fedloom.nets import Nets, write_weights
 from fedloom.rng import Stream
 from fedloom.runfolder import RunFolder, environment
 from fedloom.trackers import Tracker, check_trackers, make_trackers
-from fedloom.training import Plan
 from fedloom.tree import Tree
 
 Row = dict[str, Any]
@@ -91,7 +87,7 @@ class Experiment:
             self.engine: Engine = make_engine(
                 settings.engine.name, self.problem, settings.engine.workers, settings.engine.lanes
             )
-            self.server = self.method.init_server(_initial_weights(self.problem), self.problem.task)
+            self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
         self.done = 0
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
@@ -319,101 +315,6 @@ class PersonalModel(nn.Module):
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
         nets = Nets(modules, params, buffers, modules if self.training else ())
         return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
-
-
-@contextmanager
-def arithmetic(settings: Settings) -> Iterator[None]:
-    """The precision and threads that the settings ask for, while it lasts."""
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
-    torch.set_num_threads(settings.engine.threads)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
-
-
-def make_dataset(settings: Settings) -> data.Dataset:
-    """The data set that the settings name."""
-    d = settings.data
-    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows)
-
-
-def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> data.Federation:
-    """The clients' rows."""
-    dataset = make_dataset(settings) if dataset is None else dataset
-    p = settings.partition
-    partition = data.partition(
-        dataset,
-        settings.clients,
-        scheme=p.name,
-        valid=settings.eval.valid,
-        seed=settings.seed,
-        **p.model_dump(exclude={"name"}),
-    )
-    return data.Federation(dataset, partition, normalise=settings.data.normalise, augment=settings.data.augment)
-
-
-def make_archs(settings: Settings, federation: data.Federation, model: Any = None) -> tuple[Arch, ...]:
-    """The clients' architectures, in the order in which they are dealt out."""
-    names = [Named(name=name) for name in settings.models] or [settings.model]
-    found = []
-    for choice in names:
-        what = model if model is not None else load_object(choice.name, "model") if ":" in choice.name else choice.name
-        found.append(arch(what, federation.input_shape, federation.n_classes, settings.width, choice.options))
-    return tuple(found)
-
-
-def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
-    """All that an engine needs to know; checks that the method fits the architectures."""
-    n, archs = federation.n_clients, make_archs(settings, federation, model)
-    size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
-    if size > n:
-        raise ConfigError(f"cohort={size}: there are only {n} clients")
-    task = Task(n, size, federation.n_classes, federation.input_shape, archs[0].features, settings.rounds)
-    problem = Problem(
-        method,
-        task,
-        archs,
-        tuple(i % len(archs) for i in range(n)),
-        federation,
-        Plan(settings.batch_size, settings.drop_last),
-        settings.seed,
-        settings.same_init,
-        settings.precision == "bf16",
-        settings.eval.fitted,
-    )
-    _check_sharing(problem)
-    _check_phases(method)
-    return problem
-
-
-def _check_phases(method: Method) -> None:
-    """Names of phases key their optimiser states, random streams and logs."""
-    for phases in (method.phases(), method.adapt()):
-        names = [train.name for train in trains_of(phases)]
-        names += [phase.name for phase in phases if not isinstance(phase, Train)]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
-
-
-def _check_sharing(problem: Problem) -> None:
-    """Clients that average a net must have the same net."""
-    method, forms = problem.method, []
-    for place in range(len(problem.archs)) if method.shared and len(problem.archs) > 1 else ():
-        weights = read_weights(problem.modules(place))
-        forms.append(tree.structure(select(weights, method.shared)))
-    if any(form != forms[0] for form in forms):
-        names = ", ".join(choice.name for choice in problem.archs)
-        raise ConfigError(
-            f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
-        )
-
-
-def _initial_weights(problem: Problem) -> Any:
-    return read_weights(problem.modules(0))
 
 
 def _arrivals(replies: Sequence[Reply]) -> tuple[Arrival, ...]:

@@ -9,11 +9,11 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fedloom.assembly import make_federation
 from fedloom.cli.words import Parser, output, read_values, settings_words
 from fedloom.config import make_settings
 from fedloom.data import Federation
 from fedloom.errors import ConfigError, DataError
-from fedloom.experiment import make_federation
 
 EXAMPLES = """\
   fedloom partition clients=20 partition.alpha=0.1
