@@ -47,9 +47,7 @@ class FedRIR(Method):
 
     Differences from the released code, and `docs/methods/fedrir.md` for what each is worth: the released information loss
     makes f_g *predict* f_cs; ours (`idm_mode=vclub`) fits q first and then lowers the bound with q fixed, as the paper states
-    its aim. The released reconstruction error is a mean over pixels beside a KL summed over features, under which the
-    posterior collapses and f_cs is empty; ours sums both. csfe is in evaluation mode in stage 2. Clients start from equal
-    weights.
+    its aim. csfe is in evaluation mode in stage 2. Clients start from equal weights.
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
@@ -65,8 +63,8 @@ class FedRIR(Method):
     """Side of a masked patch in pixels; 0 means 4, or 2 for images under 28 pixels."""
     kl_weight: float = 0.1
     """Weight of the KL divergence in stage 1."""
-    rec_reduction: Literal["mean", "sum"] = "sum"
-    """Whether the squared error is a sum over the pixels of an image, as the KL is over features, or a mean (released code)."""
+    rec_reduction: Literal["mean", "sum"] = "mean"
+    """Whether the squared error is a mean over the pixels of an image (released code) or a sum, as the KL is over features."""
     loss_region: Literal["all", "masked"] = "all"
     """The pixels that the squared error counts."""
     idm_mode: Literal["vclub", "vclub_sampled", "released", "none"] = "vclub"
