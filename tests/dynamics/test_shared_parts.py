@@ -44,12 +44,13 @@ def changed_by(phases):
     modules = fresh_modules(lambda: {"model": choice.model()}, Stream(0))
     client = Client(read_weights(modules), {}, {})
     rows = Rows(Stream(0).normal((20, 1, 8, 8)), Stream(1).integers(10, (20,)))
-    after, _, _ = run_phases(phases, Gradients(modules), client, {}, Site(rows, Plan(10), TASK, Stream(2)), Turn(0, 4, 20))
-    moved = [
+    after, _, _ = run_phases(
+        phases, Gradients(modules), client, {}, Site(rows, Plan(10), TASK, Stream(2)), Turn(0, 4, 20)
+    )
+    return [
         {name.split(".")[1] for name, t in part.items() if not torch.equal(t, client.weights[kind][name])}
         for kind, part in after.weights.items()
     ]
-    return moved
 
 
 @pytest.mark.parametrize("method", [FedPer, FedRep, FedBABU])
@@ -92,7 +93,10 @@ def test_fedper_with_one_client_is_fedavg_with_one_client(experiment, model):
 def test_fedrep_trains_the_head_first_and_then_the_body():
     head, body = FedRep(head_epochs=3, local_epochs=2).phases()
     assert (head.epochs, body.epochs) == (3, 2)
-    assert changed_by([head]) == [{"head"}, {"body"}]  # the running statistics of the body move, as in the released code
+    assert changed_by([head]) == [
+        {"head"},
+        {"body"},
+    ]  # the running statistics of the body move, as in the released code
     assert changed_by([body]) == [{"body"}, {"body"}]
 
 

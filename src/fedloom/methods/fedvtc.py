@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedloom import losses, optim, tree
+from fedloom import losses, moments, optim, tree
 from fedloom.method import (
     Architecture,
     Batch,
@@ -18,7 +18,6 @@ from fedloom.method import (
     Logs,
     Paper,
     Phase,
-    Predictor,
     Round,
     Sweep,
     Task,
@@ -65,7 +64,7 @@ class FedVTC(FedProto):
     """Weight lambda of the distance between a row's features and its class's global prototype."""
     pull: Literal["plain", "scaled"] = "plain"
     """The distance: a mean square, or one in units of sigma, halved (then a shrinking sigma pulls harder: mind `spread_floor`)."""
-    covariance: Literal["pooled", "class", "full"] = "pooled"
+    covariance: moments.Form = "pooled"
     """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
     spread_floor: float = 0.1
     """The least standard deviation of a feature."""
@@ -85,13 +84,13 @@ class FedVTC(FedProto):
     """Weight of the distribution matching."""
     n_synthetic: int = 32
     """Synthetic images in a step."""
-    finetune: Literal["every", "end", "never"] = "end"
+    finetune: Literal["every", "end", "never"] = "every"
     """Fine-tune in every `finetune_every`-th turn, or a copy before predicting (which is thrown away), or not."""
     finetune_every: int = 1
     """Rounds from one fine-tuning to the next."""
     finetune_steps: int = 50
     """Steps of a fine-tuning."""
-    finetune_lr: float = 0.01
+    finetune_lr: float = 0.05
     """Learning rate of the fine-tuning."""
     finetune_part: Literal["model", "head"] = "model"
     """What fine-tuning updates."""
@@ -128,20 +127,14 @@ class FedVTC(FedProto):
         return nets | {"spread": Spread(task.width)} if self.learn_spread else nets
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
-        """FedProto's counts and sums, and the sums of squares."""
-        memory = super().init_memory(weights, task)
-        squares = torch.zeros(self.variance_shape(task), dtype=torch.float64)
-        return {"statistics": memory["statistics"] | {"squares": squares}}
+        """Counts, sums and squares of the features."""
+        return {"statistics": moments.zeros(self.covariance, task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
         """FedProto's prototypes and counts, the variance, and the generator if it is shared."""
-        server = super().init_server(weights, task) | {"variance": torch.zeros(self.variance_shape(task))}
+        variance = torch.zeros(moments.shape(self.covariance, task.n_classes, task.width))
+        server = super().init_server(weights, task) | {"variance": variance}
         return server | {"weights": self.travelling(weights)} if self.share_generator else server
-
-    def variance_shape(self, task: Task) -> tuple[int, ...]:
-        """The shape of sigma^2."""
-        p = task.width
-        return {"pooled": (p,), "class": (task.n_classes, p), "full": (p, p)}[self.covariance]
 
     def travelling(self, weights: Weights) -> Weights:
         """The generator, or nothing."""
@@ -154,12 +147,7 @@ class FedVTC(FedProto):
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
         """c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
         sent = {key: value for key, value in server.items() if key != "variance"}
-        variance = server["variance"]
-        if self.covariance == "full":
-            identity = torch.eye(len(variance), dtype=torch.float64, device=variance.device)
-            factor: Tensor = torch.linalg.cholesky(variance.double() + self.spread_floor**2 * identity)
-            return Downlink(sent | {"spread": factor.to(variance.dtype)})
-        return Downlink(sent | {"spread": variance.sqrt().clamp(min=self.spread_floor)})
+        return Downlink(sent | {"spread": moments.spread_of(server["variance"], self.spread_floor, self.covariance)})
 
     def phases(self) -> tuple[Phase, ...]:
         """Fit, statistics, generator, and fine-tuning where it is a part of turns."""
@@ -203,61 +191,33 @@ class FedVTC(FedProto):
         """Mean squared distance per feature to the classes' prototypes (B,), or half of that in units of sigma."""
         away: Tensor = features - down["prototypes"][labels]
         if self.pull == "scaled":
-            away = away / (self.deviations(down["spread"], labels) * 2**0.5)
+            away = away / (moments.deviations(down["spread"], labels, self.covariance) * 2**0.5)
         return away.square().mean(1)
 
     # phase 2: statistics
 
     def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
-        """Add a batch to counts, sums and squares; in float64, since the variance is a small difference of large numbers."""
-        z = nets.body(batch.x).double()
-        member = losses.one_hot(batch.y, len(total["counts"])).double()
-        squares = {"pooled": lambda: z.square().sum(0), "class": lambda: member.T @ z.square(), "full": lambda: z.T @ z}
-        return {
-            "counts": total["counts"] + member.sum(0),
-            "sums": total["sums"] + member.T @ z,
-            "squares": total["squares"] + squares[self.covariance](),
-        }
-
-    def within(self, found: Tree) -> Tensor:
-        """A client's variance about its own class means, in float64 and in the form of `covariance`; 0 where it has no rows."""
-        counts: Tensor = found["counts"].clamp(min=1)[:, None]
-        sums: Tensor = found["sums"]
-        squares: Tensor = found["squares"]
-        n: Tensor = found["counts"].sum().clamp(min=1)
-        means = sums / counts
-        if self.covariance == "full":
-            return (squares - sums.T @ means) / n
-        if self.covariance == "class":
-            return (squares / counts - means.square()).clamp(min=0)
-        return ((squares - (sums * means).sum(0)) / n).clamp(min=0)
+        """Add a batch."""
+        return moments.add(total, nets.body(batch.x), batch.y, self.covariance)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Prototypes of the classes held, counts, the variance, and the generator if it is shared."""
         sent, memory = super().uplink(client, received, down, turn)
-        sent["variance"] = self.within(memory["statistics"]).to(sent["counts"].dtype)
+        sent["variance"] = moments.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
         return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """FedProto's prototypes, and the variance of all rows about them."""
         after = super().aggregate(server, uplinks, round)
-        after["variance"] = self.total_variance(server["variance"], uplinks, after["prototypes"])
+        weights, (_, local) = self.weights_of(uplinks), self.gathered(uplinks)
+        inside = torch.stack([up["variance"] for up in uplinks])
+        variance = moments.total(inside, local, after["prototypes"], weights, self.covariance)
+        if self.covariance == "class":
+            variance = torch.where(weights.sum(0)[:, None] > 0, variance, server["variance"])
+        after["variance"] = variance
         if self.share_generator:
             after["weights"] = tree.mean([up["weights"] for up in uplinks], round.shares)
         return after
-
-    def total_variance(self, old: Tensor, uplinks: Sequence[Tree], prototypes: Tensor) -> Tensor:
-        """The law of total variance: the mean of the clients' variances plus the variance of their prototypes."""
-        weights, (shares, local) = self.weights_of(uplinks), self.gathered(uplinks)
-        inside = torch.stack([up["variance"] for up in uplinks])
-        away = (local - prototypes) * (weights > 0)[:, :, None]
-        if self.covariance == "class":
-            new = (shares[:, :, None] * (inside + away.square())).sum(0)
-            return torch.where(weights.sum(0)[:, None] > 0, new, old)
-        shares = weights / weights.sum()
-        if self.covariance == "full":
-            return torch.einsum("ky,kpq->pq", shares, inside) + torch.einsum("ky,kyp,kyq->pq", shares, away, away)
-        return torch.einsum("ky,kp->p", shares, inside) + torch.einsum("ky,kyp->p", shares, away.square())
 
     # phase 3: generator
 
@@ -285,34 +245,23 @@ class FedVTC(FedProto):
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
         """sigma_k for each row: (B, p)."""
-        variance = self.within(memory["statistics"])
-        if self.covariance == "full":
-            variance = variance.diagonal(dim1=-2, dim2=-1).clamp(min=0)
-        spread = variance.sqrt().clamp(min=self.spread_floor)
-        per_row: Tensor = spread[labels] if self.covariance == "class" else spread.expand(len(labels), -1)
+        variance = moments.within(memory["statistics"], self.covariance)
+        spread = moments.spread_of(variance, self.spread_floor, self.covariance)
+        per_row = moments.deviations(spread, labels, self.covariance).expand(len(labels), -1)
         return per_row * nets.spread() if self.learn_spread else per_row
 
     def kl(self, z: Tensor, spread: Tensor, labels: Tensor, down: Tree) -> Tensor:
         """KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature: mean over rows, 0 for classes without a prototype."""
-        sigma = self.deviations(down["spread"], labels)
+        sigma = moments.deviations(down["spread"], labels, self.covariance)
         known = (down["counts"][labels] > 0)[:, None]
         mean = (z - down["prototypes"][labels]) / sigma
         log_variance = 2 * (spread / sigma).log()
         return losses.gaussian_kl(known * mean, known * log_variance) / z.shape[1]
 
-    def deviations(self, spread: Tensor, labels: Tensor) -> Tensor:
-        """The standard deviations of classes: (p,) or (B, p); of a full covariance, those on its diagonal."""
-        if self.covariance == "class":
-            return spread[labels]
-        return spread.square().sum(1).sqrt() if self.covariance == "full" else spread
-
     def latents(self, draws: Mapping[str, Tensor], down: Tree) -> tuple[Tensor, Tensor]:
         """Classes (S,), uniform over those with a prototype (0 where none has), and v ~ N(c_y, sigma^2) (S, p)."""
-        place = (down["counts"] > 0).cumsum(0)  # of a class among those with a prototype, from 1
-        wanted = torch.minimum((draws["class_choice"] * place[-1]).floor(), place[-1] - 1)
-        labels = (place <= wanted[:, None]).sum(1)
-        noise, spread = draws["latent_noise"], down["spread"]
-        away = noise @ spread.T if self.covariance == "full" else noise * self.deviations(spread, labels)
+        labels = moments.among(down["counts"] > 0, draws["class_choice"])
+        away = moments.scaled(draws["latent_noise"], down["spread"], labels, self.covariance)
         return labels, down["prototypes"][labels] + away
 
     def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
@@ -320,14 +269,14 @@ class FedVTC(FedProto):
         if self.matching == "cycle":
             error = (made - latents).square().mean()
         elif self.matching == "mahalanobis":
-            sigma = self.deviations(down["spread"], labels)
+            sigma = moments.deviations(down["spread"], labels, self.covariance)
             error = ((made - down["prototypes"][labels]) / sigma).square().mean()
         else:
             n_classes = len(down["counts"])
-            means, present = class_means(made, labels, n_classes)
+            means, present = moments.class_means(made, labels, n_classes)
             target = down["prototypes"]
             if self.matching == "real":
-                target, held = class_means(z, y, n_classes)
+                target, held = moments.class_means(z, y, n_classes)
                 present = present * held
             error = ((means - target).square().mean(1) * present).sum() / present.sum().clamp(min=1)
         exists: Tensor = (down["counts"] > 0).any()
@@ -345,17 +294,6 @@ class FedVTC(FedProto):
         return error * ready
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Logits (B, Y) of the client's own model."""
+        """Logits (B, Y) of the client's own model, not by nearest prototype; there is no server model."""
         logits: Tensor = nets.head(nets.body(x))
         return logits
-
-    def predictors(self) -> dict[str, Predictor]:
-        """head(body); there is no server model."""
-        return {"personal": self.predict}
-
-
-def class_means(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    """The mean of each class's rows (Y, p), 0 without rows, and 1 where it has rows, else 0 (Y,)."""
-    member = losses.one_hot(labels, n_classes).to(features.dtype)
-    counts = member.sum(0)
-    return member.T @ features / counts.clamp(min=1)[:, None], (counts > 0).to(features.dtype)

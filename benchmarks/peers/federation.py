@@ -1,0 +1,54 @@
+"""What every peer's script needs: the workload's federation as fedloom deals it, and one way to report."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom.assembly import make_federation, make_problem
+from fedloom.bench import WORKLOADS, dataset_for
+from fedloom.config import make_method, make_settings
+from fedloom.engines import Problem
+from fedloom.runfolder import environment
+
+
+def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namespace:
+    """Command line of a peer's script: workload, --scale, --rounds, and `more` as --name with its meaning (required)."""
+    parser = argparse.ArgumentParser(description=f"Seconds per round of {peer} on a fedloom workload (FedAvg).")
+    parser.add_argument("workload", choices=workloads)
+    parser.add_argument("--scale", type=float, default=0.1)
+    parser.add_argument("--rounds", type=int, default=5)
+    for name, meaning in more.items():
+        parser.add_argument(f"--{name}", required=True, help=meaning)
+    return parser.parse_args()
+
+
+def problem_of(workload: str, scale: float) -> Problem:
+    """The workload's clients, model and plan."""
+    work = WORKLOADS[workload]
+    settings = make_settings(work.values(scale))
+    data = make_federation(settings, dataset_for(work, scale))
+    return make_problem(settings, make_method(settings.method), data)
+
+
+def need(module: str, install: str) -> ModuleType:
+    """A peer's module; where it is missing, one line says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SystemExit(f"{module} cannot be imported ({error}); {install}") from None
+
+
+def tell(peer: str, given: argparse.Namespace, seconds: Sequence[float], covers: str) -> None:
+    """Print the result as JSON; the first round warms up and does not count."""
+    low, median, high = np.quantile(seconds[1:] or seconds, [0.25, 0.5, 0.75])
+    result: dict[str, Any] = {"peer": peer, **vars(given), "round_s": {"median": median, "low": low, "high": high}}
+    result |= {"covers": covers, "threads": torch.get_num_threads(), "environment": environment()}
+    print(json.dumps(result, indent=2))

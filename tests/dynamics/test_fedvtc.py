@@ -1,0 +1,340 @@
+"""FedVTC: its statistics, its losses with known answers, what each phase touches, and what travels."""
+
+import logging
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom import Batch, FedVTC, Local, Nets, Stream, Task, Turn, from_arrays, moments, tree
+from fedloom.gradients import Gradients
+from fedloom.method import Client, init_opts
+from fedloom.models import arch
+from fedloom.nets import read_weights
+from fedloom.training import Plan, Rows, Site, fresh_modules, run_phases
+
+
+@pytest.fixture(autouse=True)
+def _wide(float64):
+    """All of this runs in float64."""
+
+
+P, Y = 6, 4
+TASK = Task(3, 3, Y, (1, 8, 8), P, 5)
+COVARIANCES = ("pooled", "class", "full")
+QUICK = {"finetune_steps": 3, "n_synthetic": 8}
+
+
+class Setting(NamedTuple):
+    """One client with rows of the classes 0 and 1, and a downlink that knows the classes 0, 1 and 3."""
+
+    method: FedVTC
+    modules: dict
+    client: Client
+    rows: Rows
+    down: dict
+
+    @property
+    def nets(self):
+        return Nets(self.modules, **self.client.weights)
+
+    def worked(self, phases, down=None):
+        site = Site(self.rows, Plan(10), TASK, Stream(2))
+        found = run_phases(phases, Gradients(self.modules), self.client, down or self.down, site, Turn(1, 4, 24))
+        return found[0], found[2]
+
+    def with_statistics(self):
+        return self._replace(client=self.worked(self.method.phases()[1:2])[0])
+
+
+def setting(model="resnet8", **options):
+    method, choice = FedVTC(**QUICK, **options), arch(model, TASK.input_shape, Y, P)
+    modules = fresh_modules(lambda: method.nets(choice, TASK), Stream(0))
+    weights = read_weights(modules)
+    opts = init_opts((*method.phases(), *method.adapt()), weights)
+    client = Client(weights, method.init_memory(weights, TASK), opts)
+    rows = Rows(Stream(0).normal((24, 1, 8, 8)), Stream(1).integers(2, (24,)))
+    server = method.init_server(weights, TASK)
+    server["prototypes"], server["counts"] = Stream(3).normal((Y, P)), torch.tensor([5.0, 7.0, 0.0, 2.0])
+    server["variance"] = server["variance"] + (0.5 * torch.eye(P) if method.covariance == "full" else 0.5)
+    return Setting(method, modules, client, rows, method.downlink(server, ()).common)
+
+
+def covariance_of(z, y, form):
+    """Within classes, by NumPy."""
+    away = np.concatenate([z[y == c] - z[y == c].mean(0) for c in range(Y) if (y == c).any()])
+    if form == "class":
+        return np.stack([z[y == c].var(0) if (y == c).any() else np.zeros(z.shape[1]) for c in range(Y)])
+    return away.T @ away / len(z) if form == "full" else (away**2).mean(0)
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_a_clients_statistics_are_numpys(form):
+    s = setting(covariance=form).with_statistics()
+    z, y = s.nets.body(s.rows.x).numpy(), s.rows.y.numpy()
+    sent, _ = s.method.uplink(s.client, s.client.weights, s.down, Turn(1, 4, 24))
+    assert sent["counts"].tolist() == np.bincount(y, minlength=Y).tolist()
+    np.testing.assert_allclose(sent["prototypes"], [z[y == c].mean(0) for c in (0, 1)], rtol=1e-10)
+    np.testing.assert_allclose(sent["variance"], covariance_of(z, y, form), rtol=1e-8, atol=1e-12)
+
+
+def test_a_small_spread_far_from_zero_is_not_lost_in_float32():
+    torch.set_default_dtype(torch.float32)
+    s = setting("mlp")
+    offset = {**s.client.weights["params"]}
+    (name,) = [n for n in offset if n.startswith("body.") and n.endswith(".bias") and offset[n].shape == (P,)]
+    offset[name] = offset[name] + 1000
+    s = s._replace(client=s.client._replace(weights={"params": offset, "buffers": {}})).with_statistics()
+    z, y = s.nets.body(s.rows.x).double().numpy(), s.rows.y.numpy()
+    sent, _ = s.method.uplink(s.client, s.client.weights, s.down, Turn(1, 4, 24))
+    assert sent["variance"].dtype == torch.float32
+    np.testing.assert_allclose(sent["variance"], covariance_of(z, y, "pooled"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experiment, form):
+    run = experiment(FedVTC(covariance=form, **QUICK), rounds=1, width=P)
+    run.run()
+    z, y = [], []
+    for i in range(4):
+        nets = Nets(run.problem.modules(0), **run.engine.client(i).weights)
+        z.append(nets.body(run.data.train(i)[0]).numpy())
+        y.append(run.data.train(i)[1].numpy())
+    z, y = np.concatenate(z), np.concatenate(y)
+    away = z - np.stack([z[y == c].mean(0) for c in range(10)])[y]
+    expected = {
+        "pooled": (away**2).mean(0),
+        "full": away.T @ away / len(z),
+        "class": np.stack([(away[y == c] ** 2).mean(0) for c in range(10)]),
+    }
+    np.testing.assert_allclose(run.server["variance"], expected[form], rtol=1e-9, atol=1e-12)
+
+
+def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
+    inside, local = torch.tensor([[2.0], [4.0]]), torch.tensor([[[1.0]], [[5.0]]])
+    alike = moments.total(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
+    by_rows = moments.total(inside, local, torch.tensor([[2.0]]), torch.tensor([[3.0], [1.0]]), "pooled")
+    assert alike.tolist() == [3.0 + 4.0]
+    assert by_rows.tolist() == [2.5 + 3.0]
+
+
+def test_a_class_that_nobody_holds_keeps_what_it_had(experiment):
+    run = experiment(FedVTC(covariance="class", **QUICK), cohort=1, rounds=3, width=P)
+    known = torch.zeros(10, dtype=torch.bool)
+    for number in range(3):
+        (client,) = run._cohort(number)
+        held, before = run.data.train(client)[1].bincount(minlength=10) > 0, run.server
+        assert not held.all()
+        run._round(number)
+        for key in ("prototypes", "counts", "variance"):
+            assert torch.equal(before[key][~held], run.server[key][~held])
+        known |= held
+        assert torch.equal(run.server["counts"] > 0, known)
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_the_kl_is_that_of_two_normal_distributions(form):
+    s = setting(covariance=form)
+    z, y = Stream(5).normal((7, P)), torch.tensor([0, 1, 3, 0, 1, 3, 2])
+    spread = 0.2 + Stream(6).uniform((7, P))
+    sigma = moments.deviations(s.down["spread"], y, form).expand(7, P)
+    each = torch.distributions.kl_divergence(
+        torch.distributions.Normal(z, spread), torch.distributions.Normal(s.down["prototypes"][y], sigma)
+    ).mean(1)
+    assert s.method.kl(z, spread, y, s.down).item() == pytest.approx(each[:6].sum().item() / 7)  # class 2 is unknown
+    equal = s.method.kl(s.down["prototypes"][y], sigma, y, s.down)
+    assert equal.item() == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize("matching", ["mean", "mahalanobis", "real", "cycle"])
+def test_the_matching_is_zero_where_it_should_be_and_only_there(matching):
+    s = setting(matching=matching)
+    labels, y = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 3, 3])
+    targets = s.down["prototypes"][labels]
+    z = s.down["prototypes"][y]
+    assert s.method.match(targets, targets, labels, z, y, s.down).item() == pytest.approx(0, abs=1e-14)
+    assert s.method.match(targets + 1, targets, labels, z, y, s.down) > 0.1
+    nothing = s.down | {"counts": torch.zeros(Y)}
+    assert s.method.match(targets + 1, targets, labels, z, y, nothing) == 0
+
+
+def test_the_matching_of_means_forgives_what_averages_out():
+    labels = torch.tensor([0, 0, 1, 1])
+    around = torch.tensor([1.0, -1.0, 2.0, -2.0])[:, None].expand(4, P)
+    for matching, zero in (("mean", True), ("mahalanobis", False)):
+        s = setting(matching=matching)
+        made = s.down["prototypes"][labels] + around
+        found = s.method.match(made, made, labels, made, labels, s.down).item()
+        assert (found == pytest.approx(0, abs=1e-14)) == zero
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_latents_have_the_means_and_covariances_of_known_classes_alone(form):
+    s = setting(covariance=form)
+    n = 30_000
+    draws = FedVTC(n_synthetic=n, covariance=form).draw_latents(Batch(s.rows.x, s.rows.y), TASK, Stream(4))
+    labels, latents = s.method.latents(draws, s.down)
+    assert labels.bincount(minlength=Y).tolist() == [n // 3, n // 3, 0, n // 3]
+    for c in (0, 1, 3):
+        torch.testing.assert_close(latents[labels == c].mean(0), s.down["prototypes"][c], rtol=0, atol=0.04)
+        torch.testing.assert_close(
+            latents[labels == c].T.cov(), (0.5 + 0.01 * (form == "full")) * torch.eye(P), rtol=0, atol=0.05
+        )
+    labels, latents = s.method.latents(draws, s.down | {"counts": torch.zeros(Y)})
+    assert not labels.any()
+    assert torch.isfinite(latents).all()
+
+
+def parts_of(before, after):
+    """Nets with other parameters, and with other buffers."""
+    return [
+        {name.partition(".")[0] for name, t in part.items() if not torch.equal(t, before["weights"][kind][name])}
+        for kind, part in after["weights"].items()
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"learn_spread": True}, {"share_generator": True}])
+def test_every_phase_touches_its_own_nets(options):
+    s = setting(**options)
+    fit, _, generator, _ = s.method.phases()
+    (finetune,) = replace(s.method, finetune="end").adapt()
+
+    def touched(at, phase):
+        return parts_of(at.client._asdict(), at.worked([phase])[0]._asdict())
+
+    assert touched(s, fit) == [{"body", "head"}, {"body"}]
+    s = s.with_statistics()
+    assert touched(s, generator) == [{"generator", "spread"} if "learn_spread" in options else {"generator"}, set()]
+    assert touched(s, finetune) == [{"body", "head"}, set()]  # the running statistics stay those of real images
+    (head,) = FedVTC(finetune="end", finetune_part="head", **QUICK, **options).adapt()
+    assert touched(s, head) == [{"head"}, set()]
+
+
+def test_the_kl_has_a_gradient_only_if_the_spread_is_learnt():
+    for learn in (False, True):
+        s = setting(learn_spread=learn).with_statistics()
+        params = {name: p.clone().requires_grad_() for name, p in s.client.weights["params"].items()}
+        nets = Nets(s.modules, params, s.client.weights["buffers"])
+        z, spread = s.nets.body(s.rows.x), s.method.own_spread(nets, s.rows.y, s.client.memory)
+        kl = s.method.kl(z, spread, s.rows.y, s.down)
+        assert kl.requires_grad == learn
+
+
+@pytest.mark.parametrize("ready", ["no prototypes", "no turn yet"])
+def test_without_statistics_fine_tuning_changes_nothing(ready):
+    s = setting()
+    (finetune,) = replace(s.method, finetune="end").adapt()
+    if ready == "no prototypes":
+        s = s.with_statistics()
+        s = s._replace(down=s.down | {"counts": torch.zeros(Y), "prototypes": torch.zeros(Y, P)})
+    after, _ = s.worked([finetune])
+    assert tree.equal(after.weights, s.client.weights)
+
+
+def test_fine_tuning_comes_in_every_nth_turn_or_at_the_end(experiment):
+    names = [[phase.name for phase in FedVTC(finetune=when).phases()] for when in ("every", "end", "never")]
+    assert names == [["fit", "statistics", "generator", "finetune"], *[["fit", "statistics", "generator"]] * 2]
+    assert [len(FedVTC(finetune=when).adapt()) for when in ("every", "end", "never")] == [0, 1, 0]
+    run = experiment(FedVTC(finetune="every", finetune_every=2, **QUICK), rounds=4, width=P)
+    run.run()
+    steps = {row["round"]: "finetune.loss" in row for row in run.rows}
+    assert steps == {1: False, 2: True, 3: False, 4: True}
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_statistics_travel_and_no_weights(experiment, form):
+    run = experiment(FedVTC(covariance=form, **QUICK), rounds=2, width=P, engine="debug+bytes+sequential")
+    kinds = run.run()["bytes_by_kind"]
+    held = sum(int((run.data.train(i)[1].bincount() > 0).sum()) for i in range(4))
+    spread = {"pooled": P, "class": 10 * P, "full": P * P}[form]
+    for way in ("uplink", "downlink"):
+        assert "weights" not in kinds[way]
+    assert kinds["uplink"]["prototypes"] == 2 * held * P * 8
+    assert kinds["uplink"]["variance"] == 2 * 4 * spread * 8
+    assert kinds["uplink"]["counts"] == 2 * 4 * 10 * 8
+
+
+def test_a_shared_generator_travels_and_is_averaged(experiment):
+    run = experiment(FedVTC(share_generator=True, **QUICK), rounds=2, width=P, engine="debug+bytes+sequential")
+    run.run()
+    assert {n.partition(".")[0] for part in run.server["weights"].values() for n in part} == {"generator"}
+    n = [run.data.n_train(i) for i in range(4)]
+    mean = tree.mean([run.method.travelling(run.engine.client(i).weights) for i in range(4)], [k / sum(n) for k in n])
+    for name, p in mean["params"].items():
+        torch.testing.assert_close(run.server["weights"]["params"][name], p, rtol=1e-12, atol=1e-14)
+
+
+MIXED = {"models": ["resnet8", "fedavg_cnn", "mobilenetv2", "vit_tiny"], "width": 16, "precision": "fp32"}
+
+
+def test_several_architectures_learn_together_and_the_same_every_time(experiment):
+    settings = {**MIXED, "rounds": 3, "engine": "debug+bytes+sequential", "data.rows": 240}
+    runs = [experiment(FedVTC(finetune="every", **QUICK), **settings) for _ in range(2)]
+    for run in runs:
+        run.run()
+    assert tree.equal(runs[0].server, runs[1].server)
+    first, last = runs[0].rows[0], runs[0].rows[-1]
+    assert last["fit.cross_entropy"] < first["fit.cross_entropy"]
+    assert last["generator.reconstruction"] < first["generator.reconstruction"]
+    assert [row["general_accuracy"] for row in runs[0].rows] == [row["general_accuracy"] for row in runs[1].rows]
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_clients_with_one_class_and_clients_that_skip_rounds(experiment, form):
+    y = np.repeat([0, 1, 2], 9)
+    x = np.random.default_rng(0).standard_normal((27, 1, 8, 8))
+    dataset = from_arrays(x, y, columns={"owner": y.astype(str)}, classes=["a", "b", "c", "never seen"])
+    partition = {"name": "natural", "column": "owner", "min_examples": 2}
+    method = FedVTC(covariance=form, finetune="every", learn_spread=True, **QUICK)
+    settings = {"clients": 3, "cohort": 2, "rounds": 3, "width": P, "engine": "debug+sequential"}
+    run = experiment(method, dataset=dataset, partition=partition, **settings)
+    run.run()
+    assert (run.server["counts"][:3] > 0).all()
+    assert run.server["counts"][3] == 0
+    assert run.rows[-1]["general_accuracy"] is not None
+
+
+def test_fine_tuned_copies_are_thrown_away(experiment):
+    runs = [experiment(FedVTC(finetune=when, **QUICK), rounds=2, width=P) for when in ("end", "never")]
+    for run in runs:
+        run.run()
+    assert tree.equal(runs[0].server, runs[1].server)
+    for i in range(4):
+        assert tree.equal(runs[0].engine.client(i)._asdict(), runs[1].engine.client(i)._asdict())
+
+
+@pytest.mark.parametrize(
+    "options", [{"matching": "real"}, {"covariance": "full"}, {"covariance": "class", "learn_spread": True}]
+)
+def test_clients_can_be_lanes(experiment, caplog, options):
+    method = FedVTC(finetune="every", pull="scaled", **QUICK, **options)
+    settings = {"rounds": 2, "width": P, "model": "mlp"}
+    loop, lanes = (experiment(method, engine=name, **settings) for name in ("sequential", "vectorised"))
+    loop.run()
+    with caplog.at_level(logging.WARNING):
+        lanes.run()
+    assert not caplog.records
+    for path, leaf in tree.flatten(loop.server):
+        torch.testing.assert_close(dict(tree.flatten(lanes.server))[path], leaf, rtol=1e-8, atol=1e-10)
+
+
+def test_without_prototypes_and_fine_tuning_the_models_train_alone(experiment):
+    alone = experiment(Local(), rounds=2, width=P, batch_size=1000)
+    method = FedVTC(prototype_weight=0.0, finetune="never", optimizer="sgd", lr=Local().lr, **QUICK)
+    run = experiment(method, rounds=2, width=P, batch_size=1000)
+    alone.run()
+    run.run()
+    for one, other in zip(run.rows, alone.rows, strict=True):
+        assert one["personal_accuracy"] == other["personal_accuracy"]
+        assert one["general_accuracy"] == other["general_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [("spread_floor", 0.0, "above 0"), ("kl_weight", -1.0, "at least 0"), ("finetune_steps", 0, "at least 1")],
+)
+def test_what_does_not_make_sense_is_refused(field, value, allowed):
+    with pytest.raises(ValueError, match=f"{field}={value}: must be {allowed}"):
+        FedVTC(**{field: value})

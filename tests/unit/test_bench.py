@@ -1,0 +1,162 @@
+"""`fedloom bench`: the workloads, what is measured, and that the loop it is compared with computes the same thing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedloom import tree
+from fedloom.bench import WORKLOADS, Stepped, Times, Workload, dataset_for, machine_roof, measure, train_flop, workload
+from fedloom.cli import main
+from fedloom.config import make_settings
+from fedloom.errors import ConfigError
+from fedloom.experiment import Parts
+from fedloom.registry import load_object
+
+RIVAL = Path(__file__).parents[2] / "benchmarks" / "pfllib_style.py"
+SMALL = {
+    "method": {"name": "fedavg"},
+    "model": {"name": "mlp", "hidden": 8},
+    "clients": 4,
+    "cohort": 2,
+    "batch_size": 100,
+    "partition": {"name": "iid"},
+}
+
+
+def small(**settings) -> Workload:
+    return Workload("tiny", "mnist", (1, 28, 28), (140, 20), SMALL | settings)
+
+
+@pytest.fixture(autouse=True)
+def synthetic(monkeypatch):
+    monkeypatch.delenv("FEDLOOM_DATA", raising=False)
+
+
+def stepped(work: Workload, folder: Path) -> Stepped:
+    values = work.values(1.0) | {"engine": {"name": "sequential"}, "out": folder, "rounds": 9, "checkpoint_every": 0}
+    return Stepped(make_settings(values), Parts(dataset=dataset_for(work, 1.0)))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_every_workload_has_valid_settings_and_rows_in_proportion(name):
+    work = workload(name)
+    settings = make_settings(work.values(0.02))
+    assert settings.clients == round(work.settings["clients"] * (0.02 if work.by_clients else 1))
+    data = dataset_for(work, 0.02)
+    assert (data.n_train, data.n_rows - data.n_train) == tuple(round(n * 0.02) for n in work.rows)
+    assert data.input_shape == work.input_shape
+
+
+def test_measure_times_all_contestants_in_the_same_rounds():
+    cohorts = []
+
+    class Slow:
+        def round(self, cohort):
+            cohorts.append(tuple(cohort))
+            return Times(100.0, 10.0, 1.0)
+
+    found = measure(small(), ["sequential", "vectorised"], scale=1.0, rounds=3, rivals={"slow": lambda *_: Slow()})
+    assert list(found["contestants"]) == ["sequential", "vectorised", "slow"]
+    assert len(cohorts) == 4  # one to warm up
+    assert len(set(cohorts)) > 1
+    slow, first = found["contestants"]["slow"], found["contestants"]["sequential"]
+    assert slow["train_s"] == {"median": 100.0, "low": 100.0, "high": 100.0}
+    assert slow["times_as_long"]["train"]["median"] == pytest.approx(100 / first["train_s"]["median"], rel=0.5)
+    assert first["times_as_long"]["as_it_does"]["median"] == 1.0
+    json.dumps(found)
+
+
+def test_flops_are_those_of_the_matrix_products(tmp_path):
+    rows = 2 * 30  # two clients of 40 rows each, three quarters of them for training
+    inner, last = 784 * 8, 8 * 10
+    forward, for_weights, for_hidden = inner + last, inner + last, last
+    assert train_flop(stepped(small(), tmp_path / "run")) == 2 * rows * (forward + for_weights + for_hidden)
+
+
+def test_flops_leave_out_rows_that_drop_last_drops(tmp_path):
+    whole, dropped = (
+        train_flop(stepped(small(batch_size=20, drop_last=drop), tmp_path / str(drop))) for drop in (False, True)
+    )
+    assert dropped == pytest.approx(whole * 20 / 30)
+
+
+def test_roof_is_positive_and_leaves_the_threads_alone():
+    before = torch.get_num_threads()
+    assert machine_roof(threads=1, seconds=0.05) > 1e8
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedmr"])
+def test_pfllib_style_loop_computes_what_the_engine_computes(method, tmp_path):
+    # full batches: then the order of the rows does not matter
+    mine = stepped(small(method={"name": method, "local_epochs": 1, "lr": 0.5}), tmp_path / "run")
+    rival = load_object(f"{RIVAL}:make", "rival")(mine.problem, 1)
+    for _ in range(2 if method == "fedavg" else 1):  # recombination draws its own permutations
+        cohort = mine.next_cohort()
+        times = rival.round(cohort), mine.round(cohort)
+        assert all(t.train > 0 and t.score > 0 and t.extra >= 0 for t in times)
+    server = mine.method.deploy(mine.server, mine.problem.task).common["weights"]["params"]
+    theirs = {f"model.{name}": p.detach() for name, p in rival.server.named_parameters()}
+    assert theirs.keys() == server.keys()
+    assert all(torch.allclose(theirs[name], p, atol=1e-6) for name, p in server.items())
+    start = mine.problem.modules(0)["model"].state_dict()
+    assert not torch.equal(theirs["model.head.weight"], start["head.weight"])
+
+
+def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
+    work = small(
+        method={"name": "fedrir", "idm_mode": "released"}, model={"name": "fedrir_cnn"}, width=16, clients=2, cohort=1
+    )
+    mine = stepped(work, tmp_path / "run")
+    rival = load_object(f"{RIVAL}:make", "rival")(mine.problem, 1)
+    before = tree.clone({i: dict(c.nets.state_dict()) for i, c in enumerate(rival.clients)})
+    rival.round([1])
+    moved = {
+        i: {name.split(".")[0] for name, p in c.nets.named_parameters() if not torch.equal(p.detach(), before[i][name])}
+        for i, c in enumerate(rival.clients)
+    }
+    assert moved == {0: set(), 1: {"gfe", "csfe", "generator", "idm", "head"}}
+    assert all(torch.isfinite(p).all() for p in rival.server.parameters())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["w9"], "no workload is called 'w9'"),
+        (["w1", "scale=2"], "scale=2: must be above 0 and at most 1"),
+        (["w1", "scale=much"], "scale=much: must be a number"),
+        (["w1", "rounds=0"], "rounds=0: must be at least 1"),
+        (["w1", "rounds=1.5"], "rounds=1.5: must be a whole number"),
+        (["w1", "engin=sequential"], "unknown key 'engin' (did you mean 'engine'?)"),
+        (["w4-mlp", "scale=0.01", "engine=warp"], "no engine is called 'warp'"),
+        (["w4-mlp", "scale=0.01", "precision=fp8"], "precision=fp8: must be one of"),
+        (["w1", "rival=nowhere.py:make"], "rival=nowhere.py:make: there is no file nowhere.py"),
+        (["w3", "scale=0.001"], "rows do not give each"),
+    ],
+)
+def test_mistakes_end_in_one_line(words, message, capsys):
+    assert main(["bench", *words]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_scale_out_of_range_is_refused_from_python_too():
+    with pytest.raises(ConfigError, match="scale=0"):
+        measure(small(), ["sequential"], scale=0)
+
+
+def test_command_prints_tables_or_json(capsys):
+    words = ["bench", "w4-mlp", "scale=0.01", "rounds=1", "engine=sequential"]
+    assert main([*words, f"rival={RIVAL}:make"]) == 0
+    out = capsys.readouterr().out
+    assert "sequential" in out
+    assert "pfllib_style" in out
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["environment"]["torch"] == torch.__version__
+    assert 0 < found["workloads"]["w4-mlp"]["contestants"]["sequential"]["share_of_roof"] < 1.5
