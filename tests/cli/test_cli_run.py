@@ -68,7 +68,13 @@ def test_natural_clients_need_no_number(cli):
 def test_help_lists_every_key(cli):
     done = cli("run", "--help")
     assert done.code == 0
-    for key in ("method=", "partition.alpha= [0.1]  number > 0", "eval.valid=", "precision= [fp32]  fp32|fp64|bf16", "out="):
+    for key in (
+        "method=",
+        "partition.alpha= [0.1]  number > 0",
+        "eval.valid=",
+        "precision= [fp32]  fp32|fp64|bf16",
+        "out=",
+    ):
         assert key in done.out
 
 
