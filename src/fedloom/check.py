@@ -273,7 +273,7 @@ def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[_Lane]]:
 
 def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) -> _Lane:
     """With weights moved a little, so that no two clients are alike."""
-    params = {k: v.detach() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
+    params = {k: v.detach().contiguous() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
     names = select(client.weights, train.trains)["params"].keys()
     trained = {name: params.pop(name) for name in names}
     return _Lane(trained, params, client.weights["buffers"], batch, down, client.memory)
