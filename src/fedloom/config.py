@@ -274,7 +274,8 @@ def make_method(choice: Named) -> Method:
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in choice.options.keys() - fields:
         owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
-        hint = f"; {', '.join(owners)} has it" if len(owners) == 1 else suggest(key, fields)
+        have = f"; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it"
+        hint = have if 0 < len(owners) < 5 else suggest(key, fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
         return TypeAdapter(cls).validate_python(choice.options)

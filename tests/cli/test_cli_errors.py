@@ -45,7 +45,7 @@ MISTAKES = {
     "run data=cifar10": "data=cifar10: not found; put train.parquet",
     "run data.path=/nowhere": "data.path=/nowhere: no such folder",
     "run method=fedrri": "(did you mean 'fedrir'?)",
-    "run method.mu=1": "method.mu: fedavg has no such hyper-parameter; fedprox has it",
+    "run method.mu=1": "method.mu: fedavg has no such hyper-parameter; ditto, fedprox have it",
     "run method.lrr=1": "method.lrr: fedavg has no such hyper-parameter (did you mean 'lr'?)",
     "run method.lr=fast": "method.lr=fast: must be a number",
     "run method.lr=-1": "method.lr=-1.0: must be above 0",

@@ -28,7 +28,6 @@ EXAMPLES = """\
 workloads (at scale=1):
 """
 COLUMNS = (
-    "",
     "train s",
     "(quartiles)",
     "score s",
@@ -110,8 +109,9 @@ def _show(name: str, facts: Mapping[str, Any]) -> None:
     roof = f"{facts['train_flop'] / 1e9:.3g} GFLOP a round, roof {facts['roof_flop_per_s'] / 1e9:.0f} GFLOP/s"
     console.print(f"{name}: {facts['title']}\n{size}; {facts['cores']} cores, {facts['precision']}; {roof}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column(no_wrap=True, min_width=max(map(len, facts["contestants"])))  # whatever the terminal's width
     for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
     for contestant, found in facts["contestants"].items():
         table.add_row(contestant, *_row(found))
     console.print(table)
