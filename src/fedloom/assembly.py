@@ -99,11 +99,17 @@ def _check_phases(method: Method) -> None:
 
 
 def _check_sharing(problem: Problem) -> None:
-    """Clients that average a net must have the same net."""
+    """What is shared must be there, and clients that average a net must have the same net."""
     method, forms = problem.method, []
-    for place in range(len(problem.archs)) if method.shared and len(problem.archs) > 1 else ():
+    for place, choice in enumerate(problem.archs if method.shared else ()):
         weights = read_weights(problem.modules(place))
-        forms.append(tree.structure(select(weights, method.shared)))
+        try:
+            forms.append(tree.structure(select(weights, method.shared)))
+        except MethodError as error:
+            name = type(method).__name__
+            raise ConfigError(
+                f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here {error}"
+            ) from None
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
         raise ConfigError(

@@ -274,14 +274,17 @@ def _rows_used(plan: Plan, n: int) -> int:
     return n // size * size if plan.drop_last else n
 
 
-def machine_roof(threads: int | None = None, seconds: float = 1.0) -> float:
-    """The most FLOP/s in float32 that a large matrix product or a large convolution reaches here.
+def machine_roof(n_cores: int | None = None, seconds: float = 1.0) -> float:
+    """The most FLOP/s in float32 that cores reach on a matrix product or a convolution, each by itself.
+
+    Measured on one core, in pieces of a few milliseconds, and multiplied: so a machine that is busy otherwise is not mistaken
+    for a slow one, which a measurement over all cores would do.
 
     Args:
-        threads: default: one per core that this process may use.
+        n_cores: default: all that this process may use.
         seconds: how long to try.
     """
-    n, batch, channels, side = 1536, 32, 64, 32
+    n, batch, channels, side = 512, 4, 64, 32
     a, b = torch.randn(n, n), torch.randn(n, n)
     x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -289,8 +292,9 @@ def machine_roof(threads: int | None = None, seconds: float = 1.0) -> float:
         (2.0 * n**3, lambda: a @ b),
         (2.0 * batch * side**2 * channels**2 * 9, lambda: torch.conv2d(x, weight, padding=1)),
     ]
-    with _threads(threads or cores()), torch.inference_mode():
-        return max(flop / _shortest(run, seconds / len(tries)) for flop, run in tries)
+    with _threads(1), torch.inference_mode():
+        best = max(flop / _shortest(run, seconds / len(tries)) for flop, run in tries)
+    return best * (n_cores or cores())
 
 
 @contextmanager

@@ -84,9 +84,9 @@ def test_flops_leave_out_rows_that_drop_last_drops(tmp_path):
     assert dropped == pytest.approx(whole * 20 / 30)
 
 
-def test_roof_is_positive_and_leaves_the_threads_alone():
+def test_roof_grows_with_the_cores_and_leaves_the_threads_alone():
     before = torch.get_num_threads()
-    assert machine_roof(threads=1, seconds=0.05) > 1e8
+    assert machine_roof(8, seconds=0.1) > 2 * machine_roof(1, seconds=0.1) > 1e8
     assert torch.get_num_threads() == before
 
 

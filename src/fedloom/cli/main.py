@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _tell(f"error: {error}{_at(error)}", MISUSED)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _output_is_gone():
+        if isinstance(error, BrokenPipeError):  # nobody reads our output any more (`fedloom list | head`)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
         if debug:
             traceback.print_exc()
@@ -94,16 +95,6 @@ def _dispatch(words: list[str]) -> int:
     if words[0] not in COMMANDS:
         raise ConfigError(f"'{words[0]}' is not a command{suggest(words[0], COMMANDS)}")
     return COMMANDS[words[0]].call(words[1:])
-
-
-def _output_is_gone() -> bool:
-    """Whether nobody reads our output any more (`fedloom list | head`); then nothing more is written."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
 
 
 def _tell(line: str, code: int) -> int:
