@@ -46,23 +46,13 @@ class Gradients:
         """The gradients of the parameters `wanted`, and the step's logs."""
         if self._stateful:
             return self._written(train, buffers, wanted, params, batch, down, memory)
+
+        def written(i: Tree) -> Found:
+            same = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
+            return self._written(train, buffers, i["wanted"], i["params"], same, i["down"], i["memory"])
+
         key = _kind_of(train, wanted, batch, down, memory)
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = self._kinds[key] = _Kind()
-        if kind.replay is not None:
-            return kind.replay(_inputs(wanted, params, batch, down, memory))
-        started = time.perf_counter()
-        found = self._written(train, buffers, wanted, params, batch, down, memory)
-        if kind.is_worth_a_trial(time.perf_counter() - started):
-
-            def step(i: Tree) -> Found:
-                same = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
-                return self._written(train, buffers, i["wanted"], i["params"], same, i["down"], i["memory"])
-
-            with torch.random.fork_rng(devices=[]):  # the trial must not move the phase's generator
-                kind.replay = faster_replay(step, _inputs(wanted, params, batch, down, memory))
-        return found
+        return self._fastest(key, written, _inputs(wanted, params, batch, down, memory))
 
     def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         """The gradients of several lanes at once, stacked.
@@ -71,16 +61,25 @@ class Gradients:
             inputs: wanted, others, fixed (parameters), buffers (written into), batch, down, memory.
             dims: for each leaf 0 if it is stacked over lanes, None if all lanes share it.
         """
-        key = train.name, inputs["batch"]["x"].shape
-        kind = self._kinds.setdefault(key, _Kind())
+        if self._stateful:
+            return self._mapped(train, inputs, dims)
+        rows = Batch(inputs["batch"]["x"], inputs["batch"]["y"], inputs["batch"]["draws"])
+        kind = _kind_of(train, inputs["wanted"], rows, inputs["down"], inputs["memory"])
+        key = kind, tuple(tree.flatten(dims))
+        return self._fastest(key, lambda i: self._mapped(train, i, dims), inputs, n_lanes=len(rows.y))
+
+    def _fastest(self, key: Any, written: Callable[[Tree], Found], inputs: Tree, n_lanes: int = 1) -> Found:
+        """A step as written, or its replay once that has proved itself; `key` tells kinds of step apart."""
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind()
         if kind.replay is not None:
             return kind.replay(inputs)
         started = time.perf_counter()
-        found = self._mapped(train, inputs, dims)
-        n_lanes = len(inputs["batch"]["y"])
-        if kind.is_worth_a_trial((time.perf_counter() - started) / n_lanes) and not self._stateful:
-            with torch.random.fork_rng(devices=[]):
-                kind.replay = faster_replay(lambda i: self._mapped(train, i, dims), inputs)
+        found = written(inputs)
+        if kind.is_worth_a_trial((time.perf_counter() - started) / n_lanes):
+            with torch.random.fork_rng(devices=[]):  # the trial must not move the phase's generator
+                kind.replay = faster_replay(written, inputs)
         return found
 
     def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:

@@ -78,8 +78,9 @@ class Problem:
 
     def initial(self, client: int, shared: Weights) -> Client:
         """A client that has never taken part. `shared` are its architecture's initial weights, used unless clients differ."""
-        rng = Stream(self.seed, "init", client)
-        weights = shared if self.same_init else read_weights(self._modules(self.arch_of[client], rng))
+        weights = shared
+        if not self.same_init:
+            weights = read_weights(self._modules(self.arch_of[client], Stream(self.seed, "init", client)))
         method = self.method
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         return Client(weights, method.init_memory(weights, self.task), opts)

@@ -27,6 +27,7 @@ class Scorer:
         self._ask, self._data, self._predict, self._part = ask, data, predict, part
         self._last: Client | None = None
         self._score: Score | None = None  # of the last model on the common rows
+        self._n_rows = 0  # own rows that wait
         self._waiting: list[int] = []  # clients that hold the last model and whose own rows are not scored yet
         self._scores: dict[int, Score] = {}
 
@@ -39,7 +40,8 @@ class Scorer:
             self._scores[i] = self._score = self._score or self._common(i, client)
             return
         self._waiting.append(i)
-        if sum(len(self._rows(i)) for i in self._waiting) > ROWS_AT_ONCE:
+        self._n_rows += len(self._rows(i))
+        if self._n_rows > ROWS_AT_ONCE:
             self._finish()
 
     def scores(self) -> dict[int, Score]:
@@ -57,7 +59,7 @@ class Scorer:
 
     def _finish(self) -> None:
         """One pass over the own rows of all that wait."""
-        waiting, self._waiting = self._waiting, []
+        waiting, self._waiting, self._n_rows = self._waiting, [], 0
         sizes = [len(self._rows(i)) for i in waiting]
         self._scores |= {i: none(self._data.n_classes) for i in waiting}
         if not sum(sizes) or self._last is None:
