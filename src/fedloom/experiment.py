@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedloom import data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
-from fedloom.engines import Ask, Engine, Reply, make_engine, total
+from fedloom.engines import Ask, Engine, Reply, Score, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import MethodError, RunFolderError
 from fedloom.method import Arrival, Client, Downlink, Method, Round
@@ -96,7 +96,7 @@ class Experiment:
             folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
             self._describe(folder)
         else:
-            self._resume(folder)
+            self._restore(folder)
         self.folder = folder
         self.trackers: list[Tracker] = make_trackers(settings.log, folder.path, settings.model_dump(mode="json"))
 
@@ -106,7 +106,21 @@ class Experiment:
         folder = RunFolder.open(Path(path))
         if (folder.path / "summary.json").exists():
             raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
-        return cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+        experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+        if not folder.has_checkpoint():  # the run may have ended before its description was whole
+            experiment._describe(folder)
+        folder.keep_rows(experiment.done)
+        return experiment
+
+    @classmethod
+    def reopen(cls, path: str | Path, parts: Parts = NOTHING) -> Experiment:
+        """A run as its last checkpoint left it, finished or not, to look at: on the sequential engine, and its folder stays as it is."""
+        folder = RunFolder.open(Path(path))
+        if not folder.has_checkpoint():
+            raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
+        settings = make_settings(read_toml(folder.path / "config.toml"))
+        engine = settings.engine.model_copy(update={"name": "sequential"})
+        return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
 
     def run(self, on_round: OnRound | None = None) -> Row:
         """Run what is left of the rounds; returns the summary."""
@@ -185,6 +199,8 @@ class Experiment:
         down = self.method.deploy(self.server, self.problem.task)
         scores = self.engine.score(self.done, down, clients, self._asks(general))
         by_name = {name: [score[name] for score in scores] for name in scores[0]}
+        if general and not self._own_tests:
+            by_name["general_accuracy"] = by_name["personal_accuracy"]
         trained = [i in self.ledger.trained for i in clients]
         row: Row = {"round": self.done}
         row |= metrics.spread(by_name["personal_accuracy"], "personal_accuracy", trained)
@@ -196,7 +212,7 @@ class Experiment:
         if general:
             row |= metrics.over_clients(by_name["general_accuracy"], "general_accuracy")
         if "server" in self.method.predictors():
-            row["server_accuracy"] = metrics.number(self.engine.score_server(down).accuracy)
+            row["server_accuracy"] = metrics.number(self._server_score(down, by_name).accuracy)
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
         row |= {
@@ -211,14 +227,29 @@ class Experiment:
         for tracker in self.trackers:
             tracker.log(self.done, row)
 
+    def _server_score(self, down: Downlink, by_name: dict[str, list[Score]]) -> Score:
+        """The server's score; where every client predicts with the server's model, it follows from theirs."""
+        if self.problem.one_model:
+            if "general_accuracy" in by_name or not self._own_tests:
+                return by_name.get("general_accuracy", by_name["personal_accuracy"])[0]
+            partition, scored = self.data.partition, by_name["personal_accuracy"]
+            if len(scored) == self.data.n_clients and sum(map(len, partition.test)) == len(partition.common):
+                return total(scored)
+        return self.engine.score_server(down)
+
+    @property
+    def _own_tests(self) -> bool:
+        """Whether clients have test rows of their own; otherwise personal predictors are scored on the common rows."""
+        return any(self.data.n_test(i) for i in range(self.data.n_clients))
+
     def _asks(self, general: bool) -> list[Ask]:
-        own = "test" if any(self.data.n_test(i) for i in range(self.data.n_clients)) else "common"
+        own = "test" if self._own_tests else "common"
         asks = [Ask("personal_accuracy", own)]
         if self.settings.eval.fitted:
             asks.append(Ask("fitted", own, fitted=True))
         if self.settings.eval.valid:
             asks.append(Ask("valid", "valid"))
-        if general:
+        if general and self._own_tests:
             asks.append(Ask("general_accuracy", "common"))
         return asks
 
@@ -255,13 +286,11 @@ class Experiment:
         self.folder.write_clients(pd.DataFrame(self.client_rows))
         self.folder.save_checkpoint({"round": self.done, **self.ledger.state()}, self.server, clients)
 
-    def _resume(self, folder: RunFolder) -> None:
+    def _restore(self, folder: RunFolder) -> None:
         saved = folder.load_checkpoint()
-        if not saved:  # the run may have ended before its description was whole
-            self._describe(folder)
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
         self.done, self.ledger = state["round"], Ledger(state)
-        self.rows = folder.keep_rows(self.done)
+        self.rows = [row for row in folder.rows() if row["round"] <= self.done]
         self.client_rows = _without_nan(folder.read_clients(self.done))
         self.server = _restored(self.server, server, "server") if saved else self.server
         with arithmetic(self.settings):

@@ -124,9 +124,17 @@ class RunFolder:
         new.rename(now)
         shutil.rmtree(old, ignore_errors=True)
 
+    def has_checkpoint(self) -> bool:
+        """Whether there is one."""
+        return bool(self._checkpoints())
+
+    def _checkpoints(self) -> list[Path]:
+        """The newest first; a second one is there only for the moment in which a new one takes its place."""
+        return [self.path / name for name in ("checkpoint", ".checkpoint.old") if (self.path / name).is_dir()]
+
     def load_checkpoint(self) -> tuple[dict[str, Any], Tree, dict[int, Tree]] | None:
         """The newest whole checkpoint: its state, the server's tree, and the changed clients' trees; None where there is none."""
-        found = [self.path / name for name in ("checkpoint", ".checkpoint.old") if (self.path / name).is_dir()]
+        found = self._checkpoints()
         if not found:
             return None
         try:

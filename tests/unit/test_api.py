@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fedloom
+from fedloom.experiment import Experiment
 from fedloom.losses import cross_entropy
 from fedloom.rng import Stream
 
@@ -223,3 +224,34 @@ def test_what_cannot_be_scored_is_null(run, tmp_path):
     assert done.summary["general_accuracy"] is None
     assert "NaN" not in (done.folder / "summary.json").read_text()
     assert done.metrics["valid_accuracy"].isna().all()
+
+
+@pytest.mark.parametrize("partition", [{"name": "iid"}, {"name": "dirichlet", "alpha": 1.0}])
+def test_scores_that_follow_from_others_are_those_one_would_measure(run, partition):
+    done = run("fedavg", partition=partition)
+    experiment = Experiment.reopen(done.folder)
+    measured = experiment.engine.score_server(experiment.method.deploy(experiment.server, experiment.problem.task))
+    last = done.metrics.iloc[-1]
+    assert experiment.problem.one_model
+    assert last["server_accuracy"] == last["general_accuracy"] == measured.accuracy
+    assert measured.rows.sum() == len(experiment.data.partition.common)
+
+
+@pytest.mark.parametrize("method", ["fedper", "fedavg_ft", "fedrir", "fedbn"])
+def test_clients_with_something_of_their_own_do_not_predict_as_the_server(run, method):
+    done = run(method, model="resnet8")
+    assert not Experiment.reopen(done.folder).problem.one_model
+
+
+def test_a_reopened_run_predicts_as_it_ended_and_stays_as_it_is(run):
+    done = run("fedper")
+    before = {file: file.read_bytes() for file in done.folder.rglob("*") if file.is_file()}
+    again = Experiment.reopen(done.folder)
+    x, _ = again.data.common()
+    assert torch.equal(again.personal_model(1)(x), done.model(1)(x))
+    assert {file: file.read_bytes() for file in done.folder.rglob("*") if file.is_file()} == before
+
+
+def test_a_run_without_checkpoint_cannot_be_reopened(run):
+    with pytest.raises(fedloom.RunFolderError, match="checkpoint"):
+        Experiment.reopen(run(checkpoint_every=0).folder)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+from fedloom.engines.memory import keep_freed_memory
 from fedloom.engines.processes import Processes, cores
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.vectorised import Vectorised
@@ -39,6 +40,7 @@ def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: 
             raise ConfigError(
                 f"engine={name}: no engine is called '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
             )
+    keep_freed_memory()
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
     if last == "auto":
         many = can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1

@@ -9,13 +9,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor, nn
 
+from fedloom import tree
 from fedloom.data import Federation
-from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts
+from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
 from fedloom.nets import read_weights, select
 from fedloom.rng import Stream
 from fedloom.training import Modules, Plan, fresh_modules
@@ -93,6 +95,20 @@ class Problem:
     def keeps_all(self) -> bool:
         """Whether clients keep their trained copy of what travels."""
         return self.method.keeps_shared or self.keep_fitted or not self.method.shared
+
+    @cached_property
+    def one_model(self) -> bool:
+        """Whether after a downlink every client predicts with the server's model: all of it travels and nothing of its own is mixed in."""
+        method, weights = self.method, read_weights(self.modules(0))
+        predictors, whole = method.predictors(), tree.structure(weights).keys()
+        return (
+            len(self.archs) == 1
+            and predictors["personal"] is predictors.get("server") is predict_model
+            and type(method).receive is Method.receive
+            and not method.adapt()
+            and bool(method.shared)
+            and tree.structure(method.travelling(weights)).keys() == whole
+        )
 
     def kept(self, weights: Weights) -> Weights:
         """The part of the weights that a client keeps between rounds."""
