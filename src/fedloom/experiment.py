@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,18 +144,18 @@ class Experiment:
         cohort = self._cohort(number)
         down = self.method.downlink(self.server, cohort)
         replies = self.engine.train(number, cohort, down)
+        before, uplinks = self.server, [reply.uplink for reply in replies]
+        rng = Stream(self.settings.seed, "server", number)
+        round = Round(number, self.problem.task.n_clients, _arrivals(replies), rng)
         if replies:
-            arrivals = _arrivals(replies)
-            rng = Stream(self.settings.seed, "server", number)
-            self.server = self.method.aggregate(
-                self.server, [r.uplink for r in replies], Round(number, self.problem.task.n_clients, arrivals, rng)
-            )
+            self.server = self.method.aggregate(before, uplinks, round)
         self._record_round(number, cohort, down, replies)
         self.done = number + 1
         self.ledger.train_seconds += time.perf_counter() - started
         last = self.done == self.settings.rounds
         if last or self.done % self.settings.eval_every == 0:
-            self._evaluate(replies)
+            logs = self.method.server_logs(before, uplinks, round) if replies else {}
+            self._evaluate(replies, logs)
         every = self.settings.checkpoint_every
         if every and (last or self.done % every == 0):
             self._checkpoint()
@@ -191,7 +191,7 @@ class Experiment:
 
     # scoring
 
-    def _evaluate(self, replies: Sequence[Reply]) -> None:
+    def _evaluate(self, replies: Sequence[Reply], server_logs: Mapping[str, float]) -> None:
         started = time.perf_counter()
         clients = self._scored_clients()
         every = self.settings.eval.general_every
@@ -220,7 +220,7 @@ class Experiment:
             "train_seconds": self.ledger.train_seconds,
             "eval_seconds": self.ledger.eval_seconds,
         }
-        row |= metrics.mean_logs(replies)
+        row |= metrics.mean_logs(replies) | {f"server.{name}": value for name, value in server_logs.items()}
         self._record_scores(clients, by_name)
         self.rows.append(row)
         self.folder.append(row)

@@ -292,6 +292,10 @@ class Method:
         """The server's next state, from the uplinks of those who arrived (at least one), in cohort order."""
         return {"weights": tree.mean([up["weights"] for up in uplinks], round.shares)}
 
+    def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
+        """Finite numbers that tell of an evaluated round, from the server *before* it and the uplinks; recorded as `server.<name>`."""
+        return {}
+
     # use
 
     def deploy(self, server: Tree, task: Task) -> Downlink:

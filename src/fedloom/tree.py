@@ -86,6 +86,17 @@ def dot(a: Tree, b: Tree) -> Tensor:
     return torch.stack([leaf.sum() for leaf in leaves(map_tree(torch.mul, a, b))]).sum()
 
 
+def mean_cosine(trees: Sequence[Tree]) -> float:
+    """The mean cosine between pairs of two or more trees, each taken as one vector: from -1 to 1; a zero vector has cosine 0 with any."""
+    gram = torch.zeros(len(trees), len(trees), dtype=torch.float64)
+    for same in zip(*(leaves(tree) for tree in trees), strict=True):
+        rows = torch.stack(same).flatten(1).double()
+        gram += (rows @ rows.T).cpu()
+    norms = gram.diagonal().sqrt()
+    cosines = gram / torch.outer(norms, norms).clamp(min=torch.finfo(torch.float64).tiny)
+    return float(cosines.triu(1).sum() / (len(trees) * (len(trees) - 1) / 2))
+
+
 def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
     """The weighted mean, summed in the order given, so that the result does not depend on who finished first.
 

@@ -94,3 +94,22 @@ def test_each_member_gets_the_slot_of_its_place(weights):
     down = method.downlink(server, [7, 3, 9])
     for slot in range(3):
         assert tree.equal(down.to(slot)["weights"], models(weights)[slot])
+
+
+def test_the_log_tells_how_alike_the_returned_models_and_their_movements_are():
+    slots = tree.stack([{"params": {"m.w": torch.tensor([float(k), 1.0])}, "buffers": {}} for k in range(3)])
+    sent = tree.unstack(slots)
+    arrivals = tuple(Arrival(10 + slot, slot, 0.5) for slot in (0, 2))
+    step = {"params": {"m.w": torch.tensor([0.0, 1.0])}, "buffers": {}}
+    uplinks = [{"weights": tree.add(sent[0], step, 1.0)}, {"weights": tree.add(sent[2], step, -1.0)}]  # (0, 2), (2, 0)
+    logs = FedMR().server_logs({"slots": slots}, uplinks, Round(0, 20, arrivals, Stream(0)))
+    assert logs == pytest.approx({"slot_cosine": 0.0, "update_cosine": -1.0})
+    assert FedMR().server_logs({"slots": slots}, uplinks[:1], Round(0, 20, arrivals[:1], Stream(0))) == {}
+
+
+def test_the_log_is_in_every_evaluated_row_and_the_first_round_starts_from_one_model(experiment):
+    run = experiment("fedmr", rounds=4, eval_every=2, **{"method.lr": 1e-6})
+    run.run()
+    assert len(run.rows) == 2
+    assert all(row["server.slot_cosine"] == pytest.approx(1, abs=1e-6) for row in run.rows)
+    assert all(-1 < row["server.update_cosine"] < 1 for row in run.rows)

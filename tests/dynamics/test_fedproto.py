@@ -110,3 +110,13 @@ def test_a_client_with_a_single_class_and_one_row_of_it(experiment):
     run = experiment(FedProto(), dataset=dataset, clients=3, partition=partition, engine="debug+sequential")
     run.run()
     assert (run.server["counts"] > 0).all()
+
+
+def test_the_log_is_the_mean_cosine_class_by_class():
+    uplinks = [
+        {"prototypes": torch.tensor([[1.0, 0.0], [1.0, 0.0]]), "counts": torch.tensor([1.0, 4.0, 0.0])},
+        {"prototypes": torch.tensor([[0.0, 2.0], [3.0, 0.0], [7.0, 1.0]]), "counts": torch.tensor([1.0, 2.0, 1.0])},
+    ]
+    logs = FedProto().server_logs({}, uplinks, round_of(0, 1))
+    assert logs == pytest.approx({"prototype_cosine": 0.5})  # at right angles, alike, and one alone
+    assert FedProto().server_logs({}, uplinks[:1], round_of(0)) == {}

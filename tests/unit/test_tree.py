@@ -135,3 +135,12 @@ def test_equal_tells_infinity_from_the_largest_number():
 
 def test_equal_ignores_the_order_of_keys():
     assert tree.equal(sample(), dict(reversed(sample().items())))
+
+
+def test_the_mean_cosine_of_vectors_with_known_angles():
+    half = {"a": {"w": torch.tensor([[1.0, 0.0]])}, "b": torch.tensor([0.0])}
+    other = {"a": {"w": torch.tensor([[3.0, 0.0]])}, "b": torch.tensor([3.0])}  # at 45 degrees
+    against = {"a": {"w": torch.tensor([[-2.0, 0.0]])}, "b": torch.tensor([0.0])}
+    assert tree.mean_cosine([half, other]) == pytest.approx(0.5**0.5)
+    assert tree.mean_cosine([half, other, against]) == pytest.approx(-1 / 3)
+    assert tree.mean_cosine([half, tree.zeros_like(half)]) == 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -68,6 +68,15 @@ class FedMR(Method):
         for arrival, uplink in zip(round.arrivals, uplinks, strict=True):
             slots[arrival.slot] = uplink["weights"]
         return {"slots": self.recombine(tree.stack(slots), round.rng)}
+
+    def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
+        """Mean pairwise cosine of the returned models' parameters (`slot_cosine`), and of what each moved by (`update_cosine`)."""
+        if len(uplinks) < 2:
+            return {}
+        slots = tree.unstack(server["slots"])
+        models = [uplink["weights"]["params"] for uplink in uplinks]
+        moved = [tree.sub(m, slots[a.slot]["params"]) for m, a in zip(models, round.arrivals, strict=True)]
+        return {"slot_cosine": tree.mean_cosine(models), "update_cosine": tree.mean_cosine(moved)}
 
     def recombine(self, slots: Weights, rng: Stream) -> Weights:
         """slot_i[u] <- slot_{pi_u(i)}[u] with an independent uniform permutation pi_u for every unit u."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fedloom import losses
+from fedloom import losses, tree
 from fedloom.errors import ConfigError
 from fedloom.method import (
     Architecture,
@@ -120,6 +120,14 @@ class FedProto(Method):
         prototypes = torch.where(seen[:, None], (shares[:, :, None] * local).sum(0), server["prototypes"])
         counts = torch.stack([up["counts"] for up in uplinks]).sum(0)
         return {"prototypes": prototypes, "counts": torch.where(seen, counts, server["counts"])}
+
+    def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
+        """`prototype_cosine`: the mean cosine of two clients' prototypes of a class, averaged over the classes that two or more hold."""
+        _, local = self.gathered(uplinks)
+        held = torch.stack([up["counts"] > 0 for up in uplinks])
+        by_class = [[{"prototype": p} for p in local[held[:, y], y]] for y in range(held.shape[1])]
+        cosines = [tree.mean_cosine(prototypes) for prototypes in by_class if len(prototypes) > 1]
+        return {"prototype_cosine": sum(cosines) / len(cosines)} if cosines else {}
 
     def gathered(self, uplinks: Sequence[Tree]) -> tuple[Tensor, Tensor]:
         """Each client's share of each class (K, Y), which sum to 1 over clients or are all 0, and its prototypes (K, Y, p), 0 for none."""
