@@ -106,7 +106,8 @@ class EngineSettings(Section):
     workers: Count | None = None
     """Worker processes (`processes`); default: one per core."""
     lanes: Count | None = None
-    """Clients side by side (`vectorised`); default: as many as memory allows, 64 at most."""
+    """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most) or in each worker of `processes`
+    (default: one after another; several pay for small models without convolutions, and change the last bits)."""
 
 
 class Settings(Section):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -131,8 +132,7 @@ def run_phases(
     for phase in phases:
         here = site._replace(rng=site.rng.child(phase.name))
         try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(here.rng.torch_seed())  # for modules with randomness of their own (Dropout)
+            with own_randomness(here.rng):
                 if isinstance(phase, Sweep):
                     client = sweep(phase, gradients.modules, client, down, here.rows)
                 elif isinstance(phase, Free):
@@ -148,6 +148,21 @@ def run_phases(
             error.add_note(f"in phase '{phase.name}', after {sum(steps.values())} steps in earlier ones; rows {shape}")
             raise
     return client, steps, logs
+
+
+@contextmanager
+def own_randomness(rng: Stream) -> Iterator[None]:
+    """Seed torch's generator, for modules with randomness of their own (Dropout), while it lasts.
+
+    This generator alone: `torch.manual_seed` also asks every accelerator, which costs more than a step of a small model.
+    """
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(rng.torch_seed())
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 class _Member:

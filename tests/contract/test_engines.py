@@ -58,6 +58,12 @@ def test_all_engines_agree_bit_for_bit(experiment, reference, method, model, eng
     assert_agrees(engine, left_by(make(experiment, method, model, engine)), reference(method, model))
 
 
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedmr", "fedrir", "fedvtc"])
+def test_workers_train_lanes_up_to_rounding(experiment, reference, method):
+    lanes = make(experiment, method, "resnet8", "processes", **{"engine.lanes": 2})
+    assert_close(left_by(lanes), reference(method, "resnet8"))
+
+
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedmr", "fedrir", "Perfed"])
 def test_convolutions_with_biases_agree_too(experiment, method):
     settings = {"cohort": 2, "clients": 3}

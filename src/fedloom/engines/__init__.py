@@ -27,7 +27,8 @@ def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: 
 
     Args:
         workers: worker processes; default: one per core.
-        lanes: clients side by side in the vectorised engine; default: as many as memory allows, 64 at most.
+        lanes: clients side by side in the vectorised engine (default: as many as memory allows, 64 at most), or in each worker process
+            (default: one after another).
 
     Raises:
         ConfigError: an unknown name, or an engine that this system cannot run.
@@ -48,7 +49,7 @@ def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: 
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: only on Linux; use engine=sequential")
     engine: Engine = (
-        Processes(problem, workers)
+        Processes(problem, workers, lanes)
         if last == "processes"
         else Vectorised(problem, lanes=lanes)
         if last == "vectorised"

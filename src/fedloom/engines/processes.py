@@ -26,8 +26,9 @@ import torch
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
-from fedloom.engines.sequential import Sequential
+from fedloom.engines.sequential import Member, Sequential
 from fedloom.engines.state import Layout, Slab, layout_of
+from fedloom.engines.vectorised import Vectorised
 from fedloom.errors import FedloomError
 from fedloom.method import Client, Downlink
 from fedloom.training import Modules
@@ -74,8 +75,10 @@ class Slabs:
 class Processes(Engine):
     """One-thread workers, one per core by default."""
 
-    def __init__(self, problem: Problem, workers: int | None = None) -> None:
+    def __init__(self, problem: Problem, workers: int | None = None, lanes: int | None = None) -> None:
+        """With `lanes`, every worker trains so many clients side by side (`Vectorised`)."""
         super().__init__(problem)
+        self._lanes = lanes
         self._local = Sequential(problem)  # for whatever is asked of one client alone
         self._folder = _folder_for(problem, self._local)
         self._local.share(self._folder)
@@ -83,14 +86,14 @@ class Processes(Engine):
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._workers: list[_Worker] = []
         for _ in range(min(workers or cores(), problem.task.max_cohort)):
-            self._workers.append(_Worker(problem, self._folder, self._workers))
+            self._workers.append(_Worker(problem, self._folder, self._workers, lanes))
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
         common = self._slabs.put("down", down.common)
         own = [self._slabs.put(f"down-{slot}", message) for slot, message in enumerate(down.each or ())]
         sizes = [self.problem.data.n_train(i) for i in cohort]
-        pieces = _pieces(sizes, len(self._workers))
+        pieces = _pieces(sizes, len(self._workers), self._lanes)
         jobs = [("train", number, common, [(s, cohort[s], own[s] if own else None) for s in piece]) for piece in pieces]
         replies: list[Reply] = [reply for done in self._share_out(jobs) for reply in done]
         replies = [reply._replace(uplink=tree.clone(self._slabs.get(reply.uplink))) for reply in replies]  # type: ignore[arg-type]
@@ -161,11 +164,11 @@ class Processes(Engine):
 class _Worker:
     """One worker process, seen from the experiment."""
 
-    def __init__(self, problem: Problem, folder: Path, earlier: Sequence[_Worker]) -> None:
+    def __init__(self, problem: Problem, folder: Path, earlier: Sequence[_Worker], lanes: int | None) -> None:
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
         ours = [self.pipe, *(worker.pipe for worker in earlier)]
-        self._process = context.Process(target=_work, args=(problem, folder, theirs, ours), daemon=True)
+        self._process = context.Process(target=_work, args=(problem, folder, lanes, theirs, ours), daemon=True)
         with warnings.catch_warnings():
             # Python 3.12 warns of forking beside other threads; workers use none of their locks
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -205,14 +208,15 @@ class _Worker:
         self.pipe.close()
 
 
-def _work(problem: Problem, folder: Path, pipe: Connection, inherited: Sequence[Connection]) -> None:
+def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, inherited: Sequence[Connection]) -> None:
     """A worker's life: jobs until the experiment stops it, or is gone (then nobody else would remove the mapped files)."""
     for end in inherited:  # the experiment's ends: while a copy is open, nobody notices that the experiment is gone
         end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the experiment, which then ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    engine, slabs = Sequential(problem), Slabs(folder)
+    engine = Vectorised(problem, lanes) if lanes else Sequential(problem)
+    slabs = Slabs(folder)
     engine.share(folder)
     try:
         while True:
@@ -234,15 +238,17 @@ def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
         return engine.score_part(number, down, clients, asks, part)
     if kind == "server":
         return engine.score_server_part(down, what[0])
-    (members,) = what
-    replies = []
-    for slot, i, own in members:
-        started = time.perf_counter()
-        message = tree.merge(down.common, slabs.get(own)) if own else down.common
-        reply = engine.turn(number, i, slot, message)
-        sent = slabs.put(f"up-{slot}", reply.uplink)
-        replies.append(reply._replace(uplink=sent, seconds=time.perf_counter() - started))  # type: ignore[arg-type]
-    return replies
+    (places,) = what
+    started = time.perf_counter()
+    members = [
+        Member(slot, i, tree.merge(down.common, slabs.get(own)) if own else down.common) for slot, i, own in places
+    ]
+    replies = [
+        reply._replace(uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
+        for reply in engine.turns(number, members)
+    ]
+    around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
+    return [reply._replace(seconds=reply.seconds + around) for reply in replies]
 
 
 def _portable(error: Exception) -> Exception:
@@ -258,12 +264,15 @@ def _portable(error: Exception) -> Exception:
     return error
 
 
-def _pieces(sizes: Sequence[int], n_workers: int) -> list[list[int]]:
-    """Places in the cohort, largest first, in pieces that are worth a message each."""
+def _pieces(sizes: Sequence[int], n_workers: int, lanes: int | None = None) -> list[list[int]]:
+    """Places in the cohort, largest first, in pieces that are worth a message each (of as many clients as a worker has lanes)."""
+    places = sorted(range(len(sizes)), key=lambda place: -sizes[place])
+    if lanes:
+        return [places[start : start + lanes] for start in range(0, len(places), lanes)]
     worth = sum(sizes) / (n_workers * PIECES_PER_WORKER)
     pieces: list[list[int]] = []
     room = 0.0
-    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+    for place in places:
         if room < sizes[place]:
             pieces.append([])
             room = worth

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -23,6 +23,14 @@ from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
 Augment = Callable[[Tensor, Stream], Tensor]
+
+
+class Member(NamedTuple):
+    """One member of a cohort, and what it is sent."""
+
+    slot: int  # its place in the cohort
+    client: int
+    message: Tree
 
 
 class Sequential(Engine):
@@ -46,7 +54,11 @@ class Sequential(Engine):
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        return [self.turn(number, i, slot, down.to(slot)) for slot, i in enumerate(cohort)]
+        return self.turns(number, [Member(slot, i, down.to(slot)) for slot, i in enumerate(cohort)])
+
+    def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
+        """The turns of some members of the cohort, in the order given."""
+        return [self.turn(number, i, slot, message) for slot, i, message in members]
 
     def turn(self, number: int, i: int, slot: int, message: Tree) -> Reply:
         """One client's turn; it is member `slot` of the cohort."""

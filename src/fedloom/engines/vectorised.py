@@ -12,9 +12,8 @@ from collections.abc import Sequence
 
 from fedloom import tree
 from fedloom.engines.base import Problem, Reply
-from fedloom.engines.sequential import Sequential
+from fedloom.engines.sequential import Member, Sequential
 from fedloom.lanes import CannotMapError, run_turns
-from fedloom.method import Downlink
 
 LANES_BYTES = 1 << 28  # stacked weights of a group; activations and optimiser states come on top
 MOST_LANES = 64
@@ -33,44 +32,44 @@ class Vectorised(Sequential):
         size = tree.n_bytes(self._initial[arch])
         return max(1, min(MOST_LANES, LANES_BYTES // max(size, 1)))
 
-    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """See `Engine.train`."""
-        replies = [reply for group in self._groups(cohort) for reply in self._turns(number, cohort, group, down)]
-        return sorted(replies, key=lambda reply: reply.slot)
+    def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
+        """See `Sequential.turns`."""
+        done = {reply.slot: reply for group in self._groups(members) for reply in self._group_turns(number, group)}
+        return [done[member.slot] for member in members]
 
-    def _groups(self, cohort: Sequence[int]) -> list[list[int]]:
-        """Places in the cohort: clients of one architecture with similar numbers of rows together, as many as there are lanes."""
-        groups: list[list[int]] = []
+    def _groups(self, members: Sequence[Member]) -> list[list[Member]]:
+        """Clients of one architecture with similar numbers of rows together, as many as there are lanes."""
+        groups: list[list[Member]] = []
         arch_of, n_train = self.problem.arch_of, self.problem.data.n_train
         for arch, lanes in enumerate(self._lanes):
-            places = [slot for slot, i in enumerate(cohort) if arch_of[i] == arch]
-            places.sort(key=lambda slot: (-n_train(cohort[slot]), slot))
-            groups += [places[start : start + lanes] for start in range(0, len(places), lanes)]
+            mine = [member for member in members if arch_of[member.client] == arch]
+            mine.sort(key=lambda member: (-n_train(member.client), member.slot))
+            groups += [mine[start : start + lanes] for start in range(0, len(mine), lanes)]
         return groups
 
-    def _turns(self, number: int, cohort: Sequence[int], group: list[int], down: Downlink) -> list[Reply]:
-        arch = self.problem.arch_of[cohort[group[0]]]
+    def _group_turns(self, number: int, group: list[Member]) -> list[Reply]:
+        arch = self.problem.arch_of[group[0].client]
         if self._lanes[arch] > 1 and len(group) > 1:
             try:
-                return self._mapped_turns(number, [cohort[slot] for slot in group], group, down)
+                return self._mapped_turns(number, group)
             except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                log.warning(
-                    "engine=vectorised: clients are trained one after another, since they cannot be mapped: %s", reason
-                )
+                log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
                 self._lanes[arch] = 1
-        return [self.turn(number, cohort[slot], slot, down.to(slot)) for slot in group]
+        return super().turns(number, group)
 
-    def _mapped_turns(self, number: int, clients: list[int], slots: list[int], down: Downlink) -> list[Reply]:
+    def _mapped_turns(self, number: int, group: list[Member]) -> list[Reply]:
         p, started = self.problem, time.perf_counter()
+        clients, downs = [member.client for member in group], [member.message for member in group]
         sites = [self._site(number, i, "train", False, p.data.augmented) for i in clients]
-        downs = [down.to(slot) for slot in slots]
         gradients = self._gradients_of(clients[0])
         done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
         seconds = (time.perf_counter() - started) / len(clients)
         replies = []
-        for i, slot, outcome in zip(clients, slots, done, strict=True):
-            self._keep(i, outcome)
+        for member, outcome in zip(group, done, strict=True):
+            self._keep(member.client, outcome)
             turn = outcome.turn
-            replies.append(Reply(i, slot, outcome.uplink, turn.examples, turn.steps, outcome.logs, seconds))
+            replies.append(
+                Reply(member.client, member.slot, outcome.uplink, turn.examples, turn.steps, outcome.logs, seconds)
+            )
         return replies
