@@ -145,9 +145,9 @@ class _Stack:
         dims = {**tree.map_tree(lambda _: 0, own), **self.dims}  # type: ignore[arg-type, return-value]
         grads, logs = self.gradients.mapped(train, {**own, **around}, dims)
         state = tree.map_tree(taken.out, self.states[train.name])
-        new, state = train.optimizer.update(grads, state, wanted, lr_scale)
+        train.optimizer.step(grads, state, wanted, lr_scale)  # stacked tensors are nobody else's
         for name in names:
-            self.params[name] = taken.back(self.params[name], new[name])
+            self.params[name] = taken.back(self.params[name], wanted[name])
         self.buffers = tree.map_tree(taken.back, self.buffers, buffers)
         self.states[train.name] = tree.map_tree(taken.back, self.states[train.name], state)
         sums = self.sums[train.name]

@@ -180,12 +180,15 @@ class _Member:
     def step(
         self, gradients: Gradients, weights: Weights, batch: Batch, down: Tree, memory: Tree, lr_scale: float
     ) -> None:
-        """One optimiser step; replaces entries of `weights["params"]`."""
+        """One optimiser step: the first replaces entries of `weights["params"]`, which may be others' too; later ones change them."""
         params = weights["params"]
-        old = {name: params[name] for name in self.names}
-        grads, logs = gradients(self.train, old, params, weights["buffers"], batch, down, memory)
-        new, self.state = self.train.optimizer.update(grads, self.state, old, lr_scale)
-        params.update(new)
+        mine = {name: params[name] for name in self.names}
+        grads, logs = gradients(self.train, mine, params, weights["buffers"], batch, down, memory)
+        if self.steps:
+            self.train.optimizer.step(grads, self.state, mine, lr_scale)
+        else:
+            mine, self.state = self.train.optimizer.update(grads, self.state, mine, lr_scale)
+            params.update(mine)
         self.steps += 1
         for name, value in logs.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
