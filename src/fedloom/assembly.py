@@ -17,6 +17,7 @@ from fedloom.models import Arch, arch
 from fedloom.nets import read_weights, select
 from fedloom.registry import load_object
 from fedloom.training import Plan
+from fedloom.transforms import Codec, parse
 from fedloom.tree import Weights
 
 
@@ -81,6 +82,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         settings.seed,
         settings.same_init,
         settings.precision == "bf16",
+        Codec(parse(settings.uplink, "uplink"), parse(settings.downlink, "downlink")),
         settings.eval.fitted,
     )
     _check_sharing(problem)

@@ -24,6 +24,7 @@ from fedloom.registry import METHODS, method_class
 from fedloom.runfolder import RunFolder
 
 FILE = "compare.toml"
+VARIED = ("uplink", "downlink")  # settings of the run that rows may differ in and still have everything else in common
 OnRun = Callable[["Job"], OnRound | None]  # called before a run starts
 
 
@@ -32,6 +33,7 @@ class Row(NamedTuple):
 
     label: str
     method: Values  # its `name` and all of its hyper-parameters
+    run: Values = {}  # settings of the run that are the row's own, of those in VARIED
 
 
 class Job(NamedTuple):
@@ -86,15 +88,17 @@ class Comparison:
 
     def toml(self) -> str:
         """A config file that gives this comparison again, with every setting spelt out."""
-        settings = self._settings(self.rows[0], self.seeds[0]).model_dump(mode="json", exclude_none=True)
+        first = self.rows[0]._replace(run={})
+        settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
-        variants = {row.label: {"method": row.method["name"], **row.method} for row in self.rows}
+        variants = {row.label: {"method": row.method["name"], **row.method, **row.run} for row in self.rows}
         for table in variants.values():
             del table["name"]
         return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
 
     def _settings(self, row: Row, seed: int, out: Path | None = None) -> Settings:
-        return make_settings({**self.base, "method": row.method, "seed": seed, "label": row.label, "out": out})
+        own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
+        return make_settings({**self.base, **own})
 
 
 def plan(values: Mapping[str, Any]) -> Comparison:
@@ -102,7 +106,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 
     Beside the keys of a run: `method` is a list of methods or variants (default: all variants), `method.KEY` a hyper-parameter of all
     methods that have it, a table named like a method its own hyper-parameters, `variant.NAME` a row of its own (`method` and
-    hyper-parameters), `seed` a list.
+    hyper-parameters, and perhaps `uplink` and `downlink`), `seed` a list.
 
     Raises:
         ConfigError: one line that names the key, the value and what is allowed.
@@ -161,6 +165,7 @@ def execute(comparison: Comparison, folder: Path, on_run: OnRun | None = None) -
 def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping[str, Values]) -> Row:
     variant = dict(variants.get(name, {}))
     method = variant.pop("method", name)
+    run = {key: variant.pop(key) for key in VARIED if key in variant}
     if name in variants:
         _check_variant(name, method)
     elif ":" not in name and name not in METHODS:
@@ -170,7 +175,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
     table = own.get(_label(method), {})
     _check_keys(_label(method), method, table)
     _check_keys(f"variant.{name}", method, variant)
-    return Row(_label(name), {"name": method, **shared, **table, **variant})
+    return Row(_label(name), {"name": method, **shared, **table, **variant}, run)
 
 
 def _check_variant(name: str, method: Any) -> None:
@@ -261,4 +266,4 @@ def _check_labels(labels: Sequence[str]) -> None:
 def _spelt_out(row: Row) -> Row:
     """With every hyper-parameter, so that a comparison taken up again is the same whatever defaults may become."""
     method = make_method(Named(**row.method))
-    return Row(row.label, {"name": row.method["name"], **dataclasses.asdict(method)})
+    return row._replace(method={"name": row.method["name"], **dataclasses.asdict(method)})

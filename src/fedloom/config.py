@@ -11,9 +11,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
+from fedloom import transforms
 from fedloom.errors import ConfigError, suggest
 from fedloom.method import Method
 from fedloom.registry import METHODS, method_class
@@ -151,6 +161,10 @@ class Settings(Section):
     """The run's folder; default: a new one under runs/."""
     label: str | None = None
     """What tables and plots call this run; default: its method's name."""
+    uplink: tuple[str, ...] = ()
+    """What becomes of the weights in uplinks (`fedloom list transforms`), such as `topk:0.1,int8`; of another part: `PART/fp16`."""
+    downlink: tuple[str, ...] = ()
+    """What becomes of the weights in downlinks, such as `fp16`."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Where metrics also go (extras of the same names)."""
 
@@ -158,6 +172,14 @@ class Settings(Section):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("uplink", "downlink", mode="before")
+    @classmethod
+    def _transforms(cls, value: Any, info: ValidationInfo) -> Any:
+        words = cls._split(value)
+        if isinstance(words, list | tuple) and all(isinstance(word, str) for word in words):
+            transforms.parse(words, str(info.field_name))
+        return words
 
     @field_validator("participation")
     @classmethod

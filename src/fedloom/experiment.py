@@ -143,13 +143,16 @@ class Experiment:
         started = time.perf_counter()
         cohort = self._cohort(number)
         down = self.method.downlink(self.server, cohort)
-        replies = self.engine.train(number, cohort, down)
-        before, uplinks = self.server, [reply.uplink for reply in replies]
+        codec = self.problem.codec
+        sent = codec.send(down)
+        replies = self.engine.train(number, cohort, sent)
+        arrived = codec.arrived(sent)
+        before, uplinks = self.server, [codec.opened(r.uplink, arrived.to(r.slot)) for r in replies]
         rng = Stream(self.settings.seed, "server", number)
         round = Round(number, self.problem.task.n_clients, _arrivals(replies), rng)
         if replies:
             self.server = self.method.aggregate(before, uplinks, round)
-        self._record_round(number, cohort, down, replies)
+        self._record_round(number, cohort, sent, replies)
         self.done = number + 1
         self.ledger.train_seconds += time.perf_counter() - started
         last = self.done == self.settings.rounds
@@ -197,7 +200,7 @@ class Experiment:
         every = self.settings.eval.general_every
         general = self.done == self.settings.rounds or bool(every and self.done % every == 0)
         down = self.method.deploy(self.server, self.problem.task)
-        scores = self.engine.score(self.done, down, clients, self._asks(general))
+        scores = self.engine.score(self.done, self._received(down), clients, self._asks(general))
         by_name = {name: [score[name] for score in scores] for name in scores[0]}
         if general and not self._own_tests:
             by_name["general_accuracy"] = by_name["personal_accuracy"]
@@ -324,7 +327,12 @@ class Experiment:
         """Client `i`'s personal predictor as it would be used now, as a plain module in evaluation mode."""
         down = self.method.deploy(self.server, self.problem.task)
         with arithmetic(self.settings):
-            return PersonalModel(self.method, *self.engine.personal(self.done, down, i))
+            return PersonalModel(self.method, *self.engine.personal(self.done, self._received(down), i))
+
+    def _received(self, down: Downlink) -> Downlink:
+        """What clients would have of a downlink."""
+        codec = self.problem.codec
+        return codec.arrived(codec.send(down))
 
 
 class PersonalModel(nn.Module):

@@ -18,7 +18,7 @@ from fedloom.gradients import Gradients
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
 from fedloom.nets import select
 from fedloom.rng import Stream
-from fedloom.training import Outcome, Site, is_channels_last, laid_out, run_turn, sweep
+from fedloom.training import Outcome, Site, is_channels_last, laid_out, report, run_turn, sweep
 from fedloom.tree import Tree
 
 
@@ -39,7 +39,7 @@ def run_turns(
     method: Method,
     gradients: Gradients,
     clients: Sequence[Client],
-    downs: Sequence[Tree],
+    sent: Sequence[Tree],
     sites: Sequence[Site],
     number: int,
 ) -> list[Outcome]:
@@ -49,7 +49,8 @@ def run_turns(
         CannotMapError: a phase, a loss or a module cannot be mapped over lanes. Nothing has changed then.
     """
     if len(clients) == 1:
-        return [run_turn(method, gradients, clients[0], downs[0], sites[0], number)]
+        return [run_turn(method, gradients, clients[0], sent[0], sites[0], number)]
+    downs = [site.codec.received(message) for site, message in zip(sites, sent, strict=True)]
     received = [method.receive(c.weights, down, c.memory) for c, down in zip(clients, downs, strict=True)]
     lanes = []
     for client, weights, down, site in zip(clients, received, downs, sites, strict=True):
@@ -60,11 +61,10 @@ def run_turns(
     logs: list[dict[str, float]] = [{} for _ in lanes]
     for phase in method.phases():
         lanes = _run_phase(phase, gradients, lanes, method.lr_scale(number), logs)
-    outcomes = []
-    for lane, weights, noted in zip(lanes, received, logs, strict=True):
-        uplink, memory = method.uplink(lane.client, weights, lane.down, lane.turn)
-        outcomes.append(Outcome(lane.client._replace(memory=memory), uplink, lane.turn, noted))
-    return outcomes
+    return [
+        report(method, lane.client, weights, lane.down, lane.site, lane.turn, noted)
+        for lane, weights, noted in zip(lanes, received, logs, strict=True)
+    ]
 
 
 def _run_phase(

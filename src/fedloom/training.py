@@ -15,6 +15,7 @@ from fedloom.gradients import Gradients, autocast
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
+from fedloom.transforms import PLAIN, Codec
 from fedloom.tree import Tree, Weights
 
 Modules = Mapping[str, nn.Module]
@@ -85,12 +86,13 @@ class Plan(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where a client works: its rows and the plan for them, the problem's facts, and its stream for this piece of work."""
+    """Where a client works: its rows and their plan, the problem's facts, its stream for this piece of work, its end of the wire."""
 
     rows: Rows
     plan: Plan
     task: Task
     rng: Stream
+    codec: Codec = PLAIN
 
 
 class Outcome(NamedTuple):
@@ -102,16 +104,25 @@ class Outcome(NamedTuple):
     logs: dict[str, float]  # means over the steps, named `phase.loss`, `phase.<log>`
 
 
-def run_turn(method: Method, gradients: Gradients, client: Client, down: Tree, site: Site, number: int) -> Outcome:
-    """One client's part in round `number`. Inputs are not changed."""
+def run_turn(method: Method, gradients: Gradients, client: Client, sent: Tree, site: Site, number: int) -> Outcome:
+    """One client's part in round `number`, from the message `sent` to it to the uplink that it sends. Inputs are not changed."""
+    down = site.codec.received(sent)
     turn = Turn(number, site.task.rounds - 1, len(site.rows.y))
     received = method.receive(client.weights, down, client.memory)
     start = client._replace(weights=received)
     scale = method.lr_scale(number)
     worked, steps, logs = run_phases(method.phases(), gradients, start, down, site, turn, scale)
     turn = turn._replace(steps=steps)
-    uplink, memory = method.uplink(worked, received, down, turn)
-    return Outcome(worked._replace(memory=memory), uplink, turn, logs)
+    return report(method, worked, received, down, site, turn, logs)
+
+
+def report(
+    method: Method, client: Client, received: Weights, down: Tree, site: Site, turn: Turn, logs: dict[str, float]
+) -> Outcome:
+    """The end of a turn: what a client that has worked sends, and what it keeps."""
+    uplink, memory = method.uplink(client, received, down, turn)
+    sent, unsent = site.codec.reply(uplink, down, client.unsent, site.rng.child("uplink"))
+    return Outcome(client._replace(memory=memory, unsent=unsent), sent, turn, logs)
 
 
 def run_phases(
@@ -204,7 +215,7 @@ class _Trainer:
 
     def run(self, site: Site, lr_scale: float) -> Client:
         """Train; returns the client with its new weights and kept optimiser states."""
-        rows, plan, task, rng = site
+        rows, plan, task, rng, _ = site
         weights, memory = self.client.weights, self.client.memory
         draws = [rng.child("draw", member.train.name) for member in self.members]
         augment = rng.child("augment")

@@ -98,6 +98,19 @@ def test_what_is_written_gives_the_same_comparison(tmp_path):
     assert here == there
 
 
+def test_rows_may_differ_in_what_becomes_of_their_messages(tmp_path):
+    words = ["variant.a.method=fedavg", "variant.a.uplink=int8", "variant.b.method=fedavg", "downlink=fp16", *TINY]
+    found = plan(from_words(words))
+    file = tmp_path / "compare.toml"
+    file.write_text(found.toml())
+    for each in (found, plan(read_toml(file))):
+        settings = [job.settings for job in each.jobs(Path("x"))]
+        assert [s.uplink for s in settings] == [("int8",), ()]
+        assert [s.downlink for s in settings] == [("fp16",), ("fp16",)]
+    with pytest.raises(ConfigError, match="uplink=int9"):
+        plan(from_words(["variant.a.method=fedavg", "variant.a.uplink=int9"]))
+
+
 def test_trouble_shows_before_anything_is_written(tmp_path):
     found = plan(from_words(["method=fedavg,local", "clients=500", "data.rows=100"]))
     with pytest.raises(DataError, match="clients=500"):

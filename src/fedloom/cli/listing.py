@@ -19,6 +19,7 @@ from fedloom.engines import ENGINES, WRAPPERS
 from fedloom.errors import ConfigError, DataError, suggest
 from fedloom.models import ZOO, option_defaults
 from fedloom.registry import METHODS, describe, method_class
+from fedloom.transforms import TRANSFORMS
 
 Facts = dict[str, Any]
 EXAMPLES = """\
@@ -87,8 +88,16 @@ def engines() -> list[Facts]:
     return [auto, *plain, *wrappers]
 
 
+def transforms() -> list[Facts]:
+    """What may become of a message between method and wire."""
+    return [
+        {"name": name, "example": kind.example, "for": kind.ways, "summary": kind.summary}
+        for name, kind in TRANSFORMS.items()
+    ]
+
+
 KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(
-    {"methods": methods, "datasets": datasets, "models": models, "engines": engines}
+    {"methods": methods, "datasets": datasets, "models": models, "engines": engines, "transforms": transforms}
 )
 
 

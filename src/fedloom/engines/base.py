@@ -21,6 +21,7 @@ from fedloom.method import Architecture, Client, Downlink, Method, Task, init_op
 from fedloom.nets import read_weights, select
 from fedloom.rng import Stream
 from fedloom.training import Modules, Plan, fresh_modules
+from fedloom.transforms import PLAIN, Codec
 from fedloom.tree import Tree, Weights
 
 
@@ -69,6 +70,7 @@ class Problem:
     seed: int
     same_init: bool = True  # whether all clients of one architecture start from the same weights
     bf16: bool = False  # whether matrix products and convolutions run in bfloat16
+    codec: Codec = PLAIN  # what becomes of messages on the wire
     keep_fitted: bool = False  # whether clients keep their trained copy of what travels, for scoring it
 
     def modules(self, arch: int) -> Modules:
@@ -85,7 +87,8 @@ class Problem:
             weights = read_weights(self._modules(self.arch_of[client], Stream(self.seed, "init", client)))
         method = self.method
         opts = init_opts((*method.phases(), *method.adapt()), weights)
-        return Client(weights, method.init_memory(weights, self.task), opts)
+        unsent = self.codec.unsent(method.travelling(weights))
+        return Client(weights, method.init_memory(weights, self.task), opts, unsent)
 
     def stream(self, number: int, client: int, purpose: str) -> Stream:
         """A client's stream for one purpose in one round."""
@@ -125,7 +128,10 @@ class Engine(ABC):
 
     @abstractmethod
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """Let the cohort take its turns; replies in cohort order, fewer where clients were lost."""
+        """Let the cohort take its turns; replies in cohort order, fewer where clients were lost.
+
+        Messages are as they travel: `down` went through `Codec.send`, and uplinks must go through `Codec.opened`.
+        """
 
     @abstractmethod
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:

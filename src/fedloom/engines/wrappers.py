@@ -13,6 +13,7 @@ from fedloom.errors import MethodError
 from fedloom.method import Client, Downlink
 from fedloom.nets import read_weights
 from fedloom.training import Modules
+from fedloom.transforms import is_coded
 from fedloom.tree import Tree
 
 
@@ -128,8 +129,9 @@ class Debug(Wrapper):
         _check_finite(now, f"round {number}, client {i} keeps")
 
     def _check_uplink(self, number: int, reply: Reply) -> None:
+        public = self._public[self.problem.arch_of[reply.client]]
         sent = tree.structure(reply.uplink.get("weights", {})).keys()
-        leaked = sent - self._public[self.problem.arch_of[reply.client]]
+        leaked = {path for path in sent if path not in public and not is_coded(path, public)}
         if leaked:
             name = min(leaked).partition("/")[2]
             raise MethodError(f"round {number}, client {reply.client}: the private tensor '{name}' is in the uplink")
