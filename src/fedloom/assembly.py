@@ -87,6 +87,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     )
     _check_sharing(problem)
     _check_phases(method)
+    _check_messages(problem)
     return problem
 
 
@@ -98,6 +99,15 @@ def _check_phases(method: Method) -> None:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
+
+
+def _check_messages(problem: Problem) -> None:
+    """A difference means nothing to a server that does not know whose it is."""
+    if problem.codec.uplink and problem.method.exchanges:
+        raise ConfigError(
+            f"uplink: {type(problem.method).__name__} exchanges parts of uplinks among clients before the upload, so the server could"
+            " not tell what a difference refers to; leave uplink empty"
+        )
 
 
 def _check_sharing(problem: Problem) -> None:

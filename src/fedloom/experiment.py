@@ -50,9 +50,10 @@ class Ledger:
         self.eval_seconds: float = state.get("eval_seconds", 0.0)
         self.trained: set[int] = set(state.get("trained", ()))
 
-    def count(self, way: str, message: Tree) -> int:
-        """Add one message; its size in bytes."""
+    def count(self, way: str, message: Tree, kind: str | None = None) -> int:
+        """Add one message; its size in bytes. They are counted as the message's kinds, or all as one."""
         sizes = self.meter.sizes(message)
+        sizes = {kind: sum(sizes.values())} if kind else sizes
         for kind, n in sizes.items():
             self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
         return sum(sizes.values())
@@ -149,6 +150,7 @@ class Experiment:
         arrived = codec.arrived(sent)
         before, uplinks = self.server, [codec.opened(r.uplink, arrived.to(r.slot)) for r in replies]
         rng = Stream(self.settings.seed, "server", number)
+        uplinks = list(self.method.exchange(uplinks, rng.child("exchange"))) if uplinks else []
         round = Round(number, self.problem.task.n_clients, _arrivals(replies), rng)
         if replies:
             self.server = self.method.aggregate(before, uplinks, round)
@@ -179,14 +181,18 @@ class Experiment:
         sent = [self.ledger.count("downlink", down.to(slot)) for slot in range(len(cohort))]
         for reply in replies:
             self.ledger.trained.add(reply.client)
+            relayed = 0  # what clients exchange goes through a relay: up once, and down to others
+            if self.method.exchanges:
+                relayed = self.ledger.count("uplink", reply.uplink, "exchange")
+                self.ledger.count("downlink", reply.uplink, "exchange")
             self.client_rows.append(
                 {
                     "round": number + 1,
                     "client": reply.client,
                     "examples": reply.examples,
                     "steps": sum(reply.steps.values()),
-                    "uplink_bytes": self.ledger.count("uplink", reply.uplink),
-                    "downlink_bytes": sent[reply.slot],
+                    "uplink_bytes": self.ledger.count("uplink", reply.uplink) + relayed,
+                    "downlink_bytes": sent[reply.slot] + relayed,
                     "seconds": reply.seconds,
                     **reply.logs,
                 }

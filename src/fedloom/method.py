@@ -7,6 +7,7 @@ One round, and who calls what (`server` is any tree, `weights` as in `fedloom.ne
 
     server  cohort -> downlink
     client  receive -> phases (loss, draw) -> uplink          the engine runs this part, wherever the client lives
+    client  exchange                                          among themselves, where `exchanges` says so
     server  aggregate                                         over those who arrived
     score   deploy -> receive -> adapt -> predictors          on evaluation rounds, on throw-away copies
 """
@@ -286,6 +287,17 @@ class Method:
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """What the client sends, and its memory for its next turn."""
         return {"weights": self.travelling(client.weights)}, client.memory
+
+    # clients among themselves
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether clients exchange parts of their uplinks before the server sees them. Devices need an encrypted relay for that."""
+        return False
+
+    def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
+        """What the server gets to see in place of the uplinks of those who arrived; as many, but no longer client by client."""
+        return uplinks
 
     # server, after a round
 

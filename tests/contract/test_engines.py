@@ -72,6 +72,30 @@ def test_convolutions_with_biases_agree_too(experiment, method):
         assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
 
 
+CODED = [{"uplink": "topk:0.2,int8", "downlink": "fp16"}, {"uplink": "gaussian:1.0:0.01,fp16", "downlink": "int8"}]
+
+
+@pytest.mark.parametrize("settings", CODED)
+@pytest.mark.parametrize("method", ["fedavg", "fedmr", "fedrir", "scaffold", "Perfed", "Differing"])
+def test_engines_agree_on_messages_that_are_transformed(experiment, method, settings):
+    settings = {**settings, "cohort": 2, "clients": 3}
+    expected = left_by(make(experiment, method, "fedmr_cnn", REFERENCE, **settings))
+    plain = left_by(make(experiment, method, "fedmr_cnn", REFERENCE, cohort=2, clients=3))
+    assert expected.summary["uplink_bytes"] < 0.7 * plain.summary["uplink_bytes"]
+    assert expected.summary["downlink_bytes"] < 0.7 * plain.summary["downlink_bytes"]
+    for engine in OTHERS:
+        assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_transforms_of_its_weights(experiment, method):
+    words = {"fedproto": "prototypes/int8", "fedvtc": "prototypes/int8"}
+    run = make(experiment, method, "mlp", "debug+bytes+sequential", uplink=words.get(method, "int8"), downlink="int8")
+    run.run()
+    clients = [run.engine.client(i)._asdict() for i in range(5)]
+    assert all(torch.isfinite(leaf).all() for client in clients for leaf in tree.leaves(client))
+
+
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
 def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, method):
     run = make(experiment, method, "resnet8" if method == "fedrir" else "mlp", "sequential")

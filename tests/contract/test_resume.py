@@ -13,6 +13,7 @@ import pytest
 
 import fedloom
 from contract import TOYS, assert_same, left_by, untimed
+from fedloom import tree
 from fedloom.errors import RunFolderError
 from fedloom.experiment import Experiment, Parts
 from fedloom.registry import METHODS
@@ -62,6 +63,14 @@ def test_a_run_can_be_taken_up_on_another_engine(experiment, stop):
     config = path / "config.toml"
     config.write_text(config.read_text().replace(stop, "sequential"))
     assert_same(left_by(Experiment.resume(path)), whole)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedmr", "fedrir"])
+def test_what_top_k_left_unsent_is_taken_up_too(experiment, method):
+    settings = {**SETTINGS, "uplink": "topk:0.05,int8", "downlink": "fp16"}
+    whole = left_by(experiment(method, **settings))
+    assert any(leaf.abs().max() > 0 for client in whole.clients for leaf in tree.leaves(client["unsent"]))
+    assert_same(left_by(Experiment.resume(interrupted_after(experiment(method, **settings), 2))), whole)
 
 
 def test_rounds_after_the_last_checkpoint_are_done_again(experiment):

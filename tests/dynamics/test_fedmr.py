@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedloom import FedMR, Round, Stream, tree
+from fedloom import ConfigError, FedMR, Round, Stream, tree
 from fedloom.method import Arrival
 from fedloom.models import arch
 from fedloom.nets import block_of, layer_of, read_weights
@@ -113,3 +113,83 @@ def test_the_log_is_in_every_evaluated_row_and_the_first_round_starts_from_one_m
     assert len(run.rows) == 2
     assert all(row["server.slot_cosine"] == pytest.approx(1, abs=1e-6) for row in run.rows)
     assert all(-1 < row["server.update_cosine"] < 1 for row in run.rows)
+
+
+def exchanged(method, weights, n=N_SLOTS, seed=0):
+    uplinks = [{"weights": model} for model in models(weights)[:n]]
+    return [uplink["weights"] for uplink in method.exchange(uplinks, Stream("exchange", seed))]
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("n", [2, 3, N_SLOTS])
+def test_after_a_secure_exchange_the_server_sees_no_clients_whole_model(weights, unit, n):
+    method = FedMR(unit=unit, secure=True)
+    assert method.exchanges
+    for seed in range(20):
+        seen = exchanged(method, weights, n, seed)
+        assert tree.structure(tree.stack(seen)) == tree.structure(tree.stack(models(weights)[:n]))
+        for piece in method.units(weights):
+            owners = [{float(v) for kind, name in piece for v in model[kind][name].unique()} for model in seen]
+            assert all(len(owner) == 1 for owner in owners)  # a unit comes from one client, whole
+            assert {owner for each in owners for owner in each} == set(range(n))  # and each client's is there once
+        for model in seen:
+            assert len({float(v) for leaf in tree.leaves(model) for v in leaf.unique()}) > 1
+
+
+def test_two_clients_with_two_units_can_still_hide(weights):
+    small = {"params": {"a.w": torch.zeros(1), "b.w": torch.zeros(1)}, "buffers": {}}
+    for seed in range(50):
+        for model in exchanged(FedMR(secure=True), small, 2, seed):
+            assert float(model["params"]["a.w"]) != float(model["params"]["b.w"])
+    for uplinks, unit in ((models(small)[:1], "layer"), (models(small), "segment")):
+        with pytest.raises(ConfigError, match="needs two clients and two units"):
+            FedMR(unit=unit, segment=1.0, secure=True).exchange([{"weights": m} for m in uplinks], Stream(0))
+
+
+def test_a_secure_round_deploys_the_same_model(experiment):
+    runs = [experiment("fedmr", rounds=1, **{"method.secure": secure, "method.lr": 0.1}) for secure in (False, True)]
+    plain, secure = (run.run() and run for run in runs)
+    deployed = [run.method.deploy(run.server, run.problem.task).common for run in (plain, secure)]
+    tree.map_tree(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13) or a, *deployed)
+    one, other = plain.ledger.kinds, secure.ledger.kinds
+    for way in ("uplink", "downlink"):
+        whole = sum(one["uplink"].values())
+        assert other[way] == {**one[way], "exchange": whole}  # every model once more up and once more down
+    assert secure.client_rows[0]["uplink_bytes"] == 2 * plain.client_rows[0]["uplink_bytes"]
+    assert "server.update_cosine" in plain.rows[0]
+    assert "server.update_cosine" not in secure.rows[0]
+
+
+def test_a_secure_exchange_and_differences_do_not_go_together(experiment):
+    with pytest.raises(ConfigError, match="uplink: FedMR exchanges parts of uplinks"):
+        experiment("fedmr", uplink="int8", **{"method.secure": True})
+
+
+def test_patience_ends_the_first_stage_when_models_no_longer_become_more_alike():
+    method = FedMR(first_stage_rounds=10, first_stage_patience=2)
+    flat = {"params": {"a.w": torch.zeros(2), "b.w": torch.zeros(2)}, "buffers": {}}
+    server = {
+        "slots": tree.stack([flat] * 2),
+        "stage": {"best": torch.tensor(-1.0).double(), "rounds": torch.tensor(0)},
+    }
+    arrivals = tuple(Arrival(i, i, 0.5) for i in (0, 1))
+    stages = []
+    for number, angle in enumerate([1.0, 0.5, 0.7, 0.4, 0.4, 0.6, 0.1, 0.1]):  # of the two models that come back
+        stages.append(method.averages(server, number))
+        ends = [torch.tensor([1.0, 0.0]), torch.stack([torch.tensor(angle).cos(), torch.tensor(angle).sin()])]
+        models = [{"params": {"a.w": end, "b.w": torch.zeros(2)}, "buffers": {}} for end in ends]
+        round = Round(number, 20, arrivals, Stream(0, number))
+        server = method.aggregate(server, [{"weights": model} for model in models], round)
+    assert stages == [True] * 6 + [False] * 2  # most alike in round 3, not more in rounds 4 and 5
+
+
+def test_patience_lasts_over_rounds_and_is_logged(experiment):
+    settings = {"method.first_stage_rounds": 4, "method.first_stage_patience": 1}
+    run = experiment("fedmr", rounds=6, **settings)
+    run.run()
+    logged = [row["server.first_stage"] for row in run.rows]
+    assert logged == sorted(logged, reverse=True)
+    assert logged[0] == 1
+    assert logged[4:] == [0, 0]
+    with pytest.raises(ConfigError, match="first_stage_patience=3: must be at least 0 and at most first_stage_rounds"):
+        experiment("fedmr", **{"method.first_stage_patience": 3})

@@ -6,11 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
+from torch import Tensor
+
 from fedloom import tree
+from fedloom.errors import ConfigError
 from fedloom.method import Downlink, Method, Paper, Round, Task
 from fedloom.nets import units
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
+
+Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 
 
 @dataclass(frozen=True)
@@ -22,6 +28,7 @@ class FedMR(Method):
     (a layer) of the returned models is shuffled over the slots by a permutation of its own (recombination). The first
     `first_stage_rounds` rounds fill all slots with the average instead (the two-stage scheme).
     The model in use is the equal-weight mean of the slots, which recombination leaves unchanged.
+    With `secure` (the paper's secure recombination) clients shuffle their units among themselves first.
 
     Differences from the released code: a unit is a layer, as the paper says (`unit=tensor` permutes every tensor on its own, as the code
     does). A slot whose client is lost, or that a smaller cohort does not use, goes into the recombination as it is.
@@ -36,6 +43,10 @@ class FedMR(Method):
     """The size of a segment as a part of all tensors (with `unit=segment`)."""
     first_stage_rounds: int = 0
     """Rounds of plain averaging before recombination begins (T1)."""
+    first_stage_patience: int = 0
+    """End the first stage early, once the returned models have not become more alike for so many rounds; 0: never."""
+    secure: bool = False
+    """Whether clients exchange units before the upload, so that the server never sees one client's whole model."""
 
     paper: ClassVar[Paper] = Paper(
         "Is aggregation the only choice? Federated learning via layer-wise model recombination",
@@ -51,23 +62,64 @@ class FedMR(Method):
             raise ValueError(f"segment={self.segment}: must be above 0 and at most 1")
         if self.first_stage_rounds < 0:
             raise ValueError(f"first_stage_rounds={self.first_stage_rounds}: must be at least 0")
+        if not 0 <= self.first_stage_patience <= self.first_stage_rounds:
+            raise ValueError(
+                f"first_stage_patience={self.first_stage_patience}: must be at least 0 and at most first_stage_rounds"
+            )
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """K slots, stacked: every leaf is (K, ...)."""
-        return {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
+        """K slots, stacked: every leaf is (K, ...). With patience also how alike models were at best, and rounds since."""
+        slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
+        if not self.first_stage_patience:
+            return slots
+        return slots | {"stage": {"best": torch.tensor(-1.0, dtype=torch.float64), "rounds": torch.tensor(0)}}
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
         """Slot i to the i-th member."""
         return Downlink(each=[{"weights": slot} for slot in tree.unstack(server["slots"])[: len(cohort)]])
 
+    @property
+    def exchanges(self) -> bool:
+        """Whether the recombination is secure."""
+        return self.secure
+
+    def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
+        """Secure recombination: units are shuffled among those who arrived, until none holds a whole model of one client."""
+        if not self.secure:
+            return uplinks
+        models = tree.stack([uplink["weights"] for uplink in uplinks])
+        n, pieces = len(uplinks), self.units(models)
+        if n < 2 or len(pieces) < 2:
+            raise ConfigError(
+                f"method.secure=true needs two clients and two units in every round; here {n} and {len(pieces)}"
+            )
+        whole = True
+        while whole:
+            orders = [rng.permutation(n) for _ in pieces]
+            whole = bool((torch.stack(orders) == orders[0]).all(0).any())
+        return [{"weights": model} for model in tree.unstack(_shuffled(models, pieces, orders))]
+
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Average in the first stage, recombine in the second."""
-        slots = tree.unstack(server["slots"])
-        if round.number < self.first_stage_rounds:
-            return {"slots": tree.stack([tree.mean([uplink["weights"] for uplink in uplinks])] * len(slots))}
-        for arrival, uplink in zip(round.arrivals, uplinks, strict=True):
-            slots[arrival.slot] = uplink["weights"]
-        return {"slots": self.recombine(tree.stack(slots), round.rng)}
+        slots, models = tree.unstack(server["slots"]), [uplink["weights"] for uplink in uplinks]
+        if self.averages(server, round.number):
+            return self.watched(server, models) | {"slots": tree.stack([tree.mean(models)] * len(slots))}
+        for arrival, model in zip(round.arrivals, models, strict=True):
+            slots[arrival.slot] = model
+        return server | {"slots": self.recombine(tree.stack(slots), round.rng)}
+
+    def averages(self, server: Tree, number: int) -> bool:
+        """Whether a round belongs to the first stage."""
+        patient = not self.first_stage_patience or int(server["stage"]["rounds"]) < self.first_stage_patience
+        return number < self.first_stage_rounds and patient
+
+    def watched(self, server: Tree, models: Sequence[Weights]) -> Tree:
+        """The server's state with what patience goes by: the best mean cosine of returned models, and rounds without a better one."""
+        if not self.first_stage_patience or len(models) < 2:
+            return server
+        best, now = server["stage"]["best"], tree.mean_cosine([model["params"] for model in models])
+        waited = torch.zeros_like(server["stage"]["rounds"]) if now > best else server["stage"]["rounds"] + 1
+        return server | {"stage": {"best": best.clamp(min=now), "rounds": waited}}
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
         """Mean pairwise cosine of the returned models' parameters (`slot_cosine`), and of what each moved by (`update_cosine`)."""
@@ -75,21 +127,21 @@ class FedMR(Method):
             return {}
         slots = tree.unstack(server["slots"])
         models = [uplink["weights"]["params"] for uplink in uplinks]
+        alike = {"slot_cosine": tree.mean_cosine(models)}
+        if self.first_stage_patience:
+            alike["first_stage"] = float(self.averages(server, round.number))
+        if self.secure:  # nobody knows which slot a unit was sent from
+            return alike
         moved = [tree.sub(m, slots[a.slot]["params"]) for m, a in zip(models, round.arrivals, strict=True)]
-        return {"slot_cosine": tree.mean_cosine(models), "update_cosine": tree.mean_cosine(moved)}
+        return alike | {"update_cosine": tree.mean_cosine(moved)}
 
     def recombine(self, slots: Weights, rng: Stream) -> Weights:
         """slot_i[u] <- slot_{pi_u(i)}[u] with an independent uniform permutation pi_u for every unit u."""
-        mixed: Weights = {"params": {}, "buffers": {}}
-        n = len(tree.leaves(slots)[0])
-        for unit in self.units(slots):
-            order = rng.permutation(n)
-            for kind, name in unit:
-                mixed[kind][name] = slots[kind][name][order]
-        return mixed
+        n, pieces = len(tree.leaves(slots)[0]), self.units(slots)
+        return _shuffled(slots, pieces, [rng.permutation(n) for _ in pieces])
 
-    def units(self, weights: Weights) -> list[list[tuple[str, str]]]:
-        """The pieces that stay together, as (params|buffers, name)."""
+    def units(self, weights: Weights) -> list[Unit]:
+        """The pieces that stay together."""
         if self.unit != "segment":
             return units(weights, self.unit)
         tensors = [tensor for layer in units(weights, "layer") for tensor in layer]
@@ -99,3 +151,12 @@ class FedMR(Method):
     def deploy(self, server: Tree, task: Task) -> Downlink:
         """The equal-weight mean of the slots (w_glb)."""
         return Downlink({"weights": tree.mean(tree.unstack(server["slots"]))})
+
+
+def _shuffled(models: Weights, pieces: Sequence[Unit], orders: Sequence[Tensor]) -> Weights:
+    """Stacked models, each piece in an order of its own."""
+    mixed: Weights = {"params": {}, "buffers": {}}
+    for piece, order in zip(pieces, orders, strict=True):
+        for kind, name in piece:
+            mixed[kind][name] = models[kind][name][order]
+    return mixed
