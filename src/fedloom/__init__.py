@@ -3,6 +3,7 @@
 from fedloom import losses, tree
 from fedloom._version import __version__
 from fedloom.api import Run, resume, run
+from fedloom.composition import compose
 from fedloom.data import Dataset, Partition, from_arrays
 from fedloom.errors import ConfigError, DataError, FedloomError, MethodError, RunFolderError, UsageError, WireError
 from fedloom.method import (
@@ -22,6 +23,7 @@ from fedloom.method import (
 from fedloom.methods import (
     Centralised,
     Ditto,
+    FedASAM,
     FedAvg,
     FedAvgFT,
     FedBABU,
@@ -48,6 +50,7 @@ __all__ = [
     "Dataset",
     "Ditto",
     "Downlink",
+    "FedASAM",
     "FedAvg",
     "FedAvgFT",
     "FedBABU",
@@ -80,6 +83,7 @@ __all__ = [
     "UsageError",
     "WireError",
     "__version__",
+    "compose",
     "from_arrays",
     "losses",
     "resume",

@@ -168,7 +168,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
     run = {key: variant.pop(key) for key in VARIED if key in variant}
     if name in variants:
         _check_variant(name, method)
-    elif ":" not in name and name not in METHODS:
+    elif ":" not in name and "+" not in name and name not in METHODS:
         known = [*METHODS, *variants]
         raise ConfigError(f"method={name}: neither a method nor a variant has that name{suggest(name, known)}")
     shared = {key: value for key, value in common.items() if key in _fields(method)}

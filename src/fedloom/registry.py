@@ -13,11 +13,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fedloom.composition import composed
 from fedloom.errors import ConfigError, suggest
 from fedloom.method import Method
 from fedloom.methods import (
     Centralised,
     Ditto,
+    FedASAM,
     FedAvg,
     FedAvgFT,
     FedBABU,
@@ -37,6 +39,7 @@ METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
         "centralised": Centralised,
         "ditto": Ditto,
+        "fedasam": FedASAM,
         "fedavg": FedAvg,
         "fedavg_ft": FedAvgFT,
         "fedbabu": FedBABU,
@@ -80,12 +83,15 @@ def load_object(where: str, key: str) -> Any:
 
 
 def method_class(name: str) -> type[Method]:
-    """A method's class, from its name or from `file.py:Class`."""
+    """A method's class, from its name, from `file.py:Class`, or from `server+client`, two names whose halves are joined."""
     if ":" in name:
         found = load_object(name, "method")
         if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
             raise ConfigError(f"method={name}: not a dataclass derived from fedloom.Method")
         return found
+    if "+" in name:
+        server, _, client = name.partition("+")
+        return composed(method_class(server), method_class(client))
     if name not in METHODS:
         raise ConfigError(
             f"method={name}: no method has that name{suggest(name, METHODS)}; an own one is given as my.py:Mine"

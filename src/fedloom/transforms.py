@@ -25,7 +25,9 @@ from fedloom.method import Downlink
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
-Flat = dict[str, Tensor]  # the tensors of one part by path
+Flat = dict[
+    str, Tensor
+]  # the tensors of one part by path, each path with a / in front; a part that is one tensor has the path ""
 WEIGHTS, TOPK = "weights", "topk"
 
 
@@ -78,14 +80,14 @@ class TopK:
         """`values` is taken as one vector of n numbers; its `n_sent(n)` largest in magnitude, and their places, ascending."""
         vector = torch.cat([leaf.flatten() for leaf in values.values()])
         kept = vector.abs().topk(self.n_sent(len(vector))).indices.sort().values
-        return {f"{TOPK}/values": vector[kept], f"{TOPK}/indices": kept.int()}
+        return {f"/{TOPK}/values": vector[kept], f"/{TOPK}/indices": kept.int()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
         """Zeros where nothing was sent."""
-        if f"{TOPK}/values" not in sent:  # there was nothing to send
+        if f"/{TOPK}/values" not in sent:  # there was nothing to send
             return sent
-        values, places = sent[f"{TOPK}/values"], sent[f"{TOPK}/indices"].long()
-        rest = {path: leaf for path, leaf in sent.items() if not path.startswith(f"{TOPK}/")}
+        values, places = sent[f"/{TOPK}/values"], sent[f"/{TOPK}/indices"].long()
+        rest = {path: leaf for path, leaf in sent.items() if not path.startswith(f"/{TOPK}/")}
         sizes = [leaf.numel() for leaf in like.values()]
         n, k = sum(sizes), self.n_sent(sum(sizes))
         if not values.shape == places.shape == (k,) or not 0 <= int(places.min()) <= int(places.max()) < n:
@@ -111,7 +113,7 @@ class Half:
         for path, leaf in sent.items():
             if leaf.dtype is torch.float16 and bool((leaf.isinf() & values[path].isfinite()).any()):
                 raise ConfigError(
-                    f"fp16: '{path}' has a number beyond 65504, which half precision cannot hold; use bf16"
+                    f"fp16: '{path[1:]}' has a number beyond 65504, which half precision cannot hold; use bf16"
                 )
         return sent
 
@@ -282,23 +284,23 @@ class Codec(NamedTuple):
         opened = dict(uplink)
         for part in self.uplink.keys() & uplink.keys():
             known = _known(received, part)
-            values = self.uplink[part].decode(dict(tree.flatten(uplink[part])), known)
+            values = self.uplink[part].decode(_flat(uplink[part]), known)
             moved = {path: leaf + known[path] if path in known else leaf for path, leaf in values.items()}
-            opened[part] = _regrown(moved, uplink[part], dict(tree.flatten(received.get(part, {}))))
+            opened[part] = _regrown(moved, uplink[part], _flat(received.get(part, {})))
         return opened
 
     # client
 
     def unsent(self, travelling: Weights) -> Tree:
         """What a client that has never taken part has not sent: zeros, for the parts that remember."""
-        zeros = tree.unflatten({path: torch.zeros_like(leaf) for path, leaf in _floating(travelling).items()})
+        zeros = _regrown({path: torch.zeros_like(leaf) for path, leaf in _floating(travelling).items()}, {}, {})
         return {part: zeros for part, chain in self.uplink.items() if chain.remembers}
 
     def received(self, message: Tree) -> Tree:
         """What a client makes of a message that was sent."""
         opened = dict(message)
         for part in self.downlink.keys() & message.keys():
-            values = self.downlink[part].decode(dict(tree.flatten(message[part])), {})
+            values = self.downlink[part].decode(_flat(message[part]), {})
             opened[part] = _regrown(values, message[part], {})
         return opened
 
@@ -314,14 +316,14 @@ class Codec(NamedTuple):
             values = _floating(uplink.get(part, {}))
             if not values:
                 continue
-            known, before = _known(received, part), dict(tree.flatten(unsent.get(part, {})))
+            known, before = _known(received, part), _flat(unsent.get(part, {}))
             if chain.on_differences and not (values.keys() == known.keys() == (before or known).keys()):
                 raise MethodError("uplink: topk and gaussian need uplinks with the weights that the downlink has")
             moved = {path: leaf - known[path] if path in known else leaf for path, leaf in values.items()}
             coded, after = chain.encode(moved, before, rng)
-            rest = {path: leaf for path, leaf in tree.flatten(uplink[part]) if path not in values}
+            rest = {path: leaf for path, leaf in _flat(uplink[part]).items() if path not in values}
             sent[part] = _regrown({**coded, **rest}, uplink[part], {})
-            left |= {part: tree.unflatten(after)} if chain.remembers else {}
+            left |= {part: _regrown(after, {}, {})} if chain.remembers else {}
         return sent, left
 
 
@@ -342,15 +344,19 @@ def _packed(message: Tree, chains: Chains) -> Tree:
     for part in chains.keys() & message.keys():
         values = _floating(message[part])
         coded, _ = chains[part].encode(values, {}, Stream())
-        rest = {path: leaf for path, leaf in tree.flatten(message[part]) if path not in values}
+        rest = {path: leaf for path, leaf in _flat(message[part]).items() if path not in values}
         packed[part] = _regrown({**coded, **rest}, message[part], {})
     return packed
 
 
-def _floating(part: Tree) -> Flat:
+def _flat(part: Tree | Tensor) -> Flat:
+    return dict(tree.flatten({"": part}))
+
+
+def _floating(part: Tree | Tensor) -> Flat:
     """The tensors of a part that transforms work on, in the order of their paths: the other end's dictionaries may have another."""
     wide = torch.get_default_dtype()
-    return {path: leaf for path, leaf in sorted(tree.flatten(part), key=_path) if leaf.dtype is wide}
+    return {path: leaf for path, leaf in sorted(_flat(part).items(), key=_path) if leaf.dtype is wide}
 
 
 def _path(named: tuple[str, Tensor]) -> str:
@@ -362,8 +368,8 @@ def _known(received: Tree, part: str) -> Flat:
     return _floating(received.get(WEIGHTS, {})) if part == WEIGHTS else {}
 
 
-def _regrown(flat: Flat, like: Tree, order: Mapping[str, Tensor]) -> Tree:
-    """The tensors as a tree, in the order of those paths in `order` that it has, with the branches of `like` that hold no tensors."""
+def _regrown(flat: Flat, like: Tree | Tensor, order: Flat) -> Tree:
+    """The tensors as a part, in the order of those paths in `order` that it has, with the branches of `like` that hold no tensors."""
     grown = tree.unflatten({**{path: flat[path] for path in order if path in flat}, **flat})
 
     def grow(into: Tree, branch: Tree) -> None:
@@ -371,5 +377,6 @@ def _regrown(flat: Flat, like: Tree, order: Mapping[str, Tensor]) -> Tree:
             if isinstance(value, dict) and name != TOPK and isinstance(into.setdefault(name, {}), dict):
                 grow(into[name], value)
 
-    grow(grown, like)
-    return grown
+    grow(grown, {"": like})
+    part: Tree = grown.get("", {})
+    return part

@@ -10,7 +10,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedloom import Batch, Client, Downlink, FedAvg, Free, Interleave, Nets, Stream, Sweep, Task, Train, Turn, tree
+from fedloom import (
+    Batch,
+    Client,
+    Downlink,
+    FedAvg,
+    FedMR,
+    Free,
+    Interleave,
+    Nets,
+    Stream,
+    Sweep,
+    Task,
+    Train,
+    Turn,
+    tree,
+)
 from fedloom.experiment import Experiment
 from fedloom.losses import cross_entropy
 from fedloom.method import Phase, Predictor
@@ -219,6 +234,16 @@ class Namesake(FedAvg):
         return cross_entropy(-nets.model(batch.x), batch.y)
 
 
+@dataclass(frozen=True)
+class Secure(FedMR):
+    """Clients exchange layers before the upload, after a first stage that ends by a plateau."""
+
+    secure: bool = True
+    first_stage_rounds: int = 2
+    first_stage_patience: int = 1
+
+
 TOYS = {
-    cls.__name__: cls for cls in (ClassMeans, Counting, Noisy, Meta, Remembering, Perfed, Differing, Late, Namesake)
+    cls.__name__: cls
+    for cls in (ClassMeans, Counting, Noisy, Meta, Remembering, Perfed, Differing, Late, Namesake, Secure)
 }

@@ -49,6 +49,9 @@ CASES = [
     *((method, model) for model in MODELS for method in METHODS),
     *((toy, "mlp") for toy in TOYS),
     ("Perfed", "resnet8"),
+    ("fedmr+fedprox", "mlp"),
+    ("fedmr+fedasam", "resnet8"),
+    ("Secure", "resnet8"),
 ]
 
 

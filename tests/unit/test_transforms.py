@@ -137,12 +137,17 @@ def test_downlinks_arrive_coarser_for_all_and_for_each():
         assert whole["n"] == exact["n"]
 
 
-def test_another_part_is_coded_as_it_is():
-    wire = codec(["prototypes/fp16"])
-    uplink = {"prototypes": torch.tensor([[0.1, 3.0]]), "counts": torch.tensor([7.0])}
-    sent, _ = wire.reply({"prototypes": {"a": uplink["prototypes"]}, "counts": uplink["counts"]}, {}, {}, Stream(0))
-    assert sent["prototypes"]["a"].dtype is torch.float16
+@pytest.mark.parametrize("name", ["fp16", "int8"])
+@pytest.mark.parametrize("boxed", [False, True])
+def test_another_part_is_coded_as_it_is(name, boxed):
+    wire, near = codec([f"prototypes/{name}"]), torch.tensor([[0.1, 3.0]])
+    uplink = {"prototypes": {"a": {"b": near}} if boxed else near, "counts": torch.tensor([7.0])}
+    sent, _ = wire.reply(uplink, {"prototypes": near + 1}, {}, Stream(0))
     assert sent["counts"].dtype is torch.float32
+    assert tree.n_bytes({"p": sent["prototypes"]}) in (4, 6)
+    arrived = wire.opened(tree.merge(sent, decode(encode(sent))), {"prototypes": near + 1})
+    assert tree.structure(arrived) == tree.structure(uplink)
+    assert float((tree.leaves(arrived)[0] - near).abs().max()) < 0.02
 
 
 def test_a_wrong_part_is_named():

@@ -102,7 +102,7 @@ KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(
 
 
 def _one(what: str, name: str, facts: Sequence[Facts]) -> Facts:
-    if what == "methods" and ":" in name:
+    if what == "methods" and (":" in name or "+" in name):
         cls = method_class(name)
         return describe(name, cls) | {"description": inspect.getdoc(cls) or ""}
     found = next((fact for fact in facts if fact["name"] == name), None)

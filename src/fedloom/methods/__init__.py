@@ -2,6 +2,7 @@
 
 from fedloom.methods.centralised import Centralised
 from fedloom.methods.ditto import Ditto
+from fedloom.methods.fedasam import FedASAM
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.fedavg_ft import FedAvgFT
 from fedloom.methods.fedbabu import FedBABU
@@ -19,6 +20,7 @@ from fedloom.methods.scaffold import Scaffold
 __all__ = [
     "Centralised",
     "Ditto",
+    "FedASAM",
     "FedAvg",
     "FedAvgFT",
     "FedBABU",

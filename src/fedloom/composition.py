@@ -1,0 +1,64 @@
+"""Joining the server's half of one method with the clients' half of another."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+from fedloom.errors import ConfigError
+from fedloom.method import Method
+
+SERVER_HALF = ("init_server", "cohort", "downlink", "exchanges", "exchange", "aggregate", "server_logs", "deploy")
+CLIENT_HALF = (
+    "nets", "init_memory", "receive", "phases", "loss", "uplink", "adapt", "predictors", "travelling", "local_optimizer", "lr_scale",
+    "shared", "keeps_shared",
+)  # fmt: skip
+BASIC = {field.name for field in dataclasses.fields(Method)}  # hyper-parameters of local training
+
+
+def compose(server: Method, client: Method) -> Method:
+    """A method whose server does what `server`'s does and whose clients do what `client`'s do: `compose(server=FedMR(), client=FedProx())`.
+
+    Local training, with the hyper-parameters that all methods have (`lr`, `local_epochs`, ...), is the client's.
+
+    Raises:
+        ConfigError: the two clash.
+    """
+    cls = composed(type(server), type(client))
+    own = {f.name: getattr(server, f.name) for f in dataclasses.fields(server) if f.name not in BASIC}
+    return cls(**own, **dataclasses.asdict(client))
+
+
+def composed(server: type[Method], client: type[Method]) -> type[Method]:
+    """The class of such methods: it has the hyper-parameters of both.
+
+    Raises:
+        ConfigError: the client's method needs a server of its own, the server's needs clients of its own, or one name means two things.
+    """
+    a, b = server.__name__, client.__name__
+    _refuse(server, CLIENT_HALF, f"method={a}+{b}: {a} cannot be the server's half, since it has clients of its own")
+    _refuse(client, SERVER_HALF, f"method={a}+{b}: {b} cannot be the clients' half, since it has a server of its own")
+    twice = (_own_names(server) & _own_names(client)) - _own_names(Method)
+    if server.pooled or client.pooled or twice:
+        what = f"both have '{min(twice)}'" if twice else "one of them is no federated method"
+        raise ConfigError(f"method={a}+{b}: {what}")
+    name = f"{a}{b}"
+    locally = [(f.name, f.type, f.default) for f in dataclasses.fields(client) if f.name in BASIC]
+    text = f"{a}'s server with {b}'s clients.\n\n{inspect.getdoc(server)}\n\n{inspect.getdoc(client)}"
+    namespace = {"__doc__": text, "__module__": Method.__module__, "paper": getattr(server, "paper", None)}
+    found: type[Method] = dataclasses.make_dataclass(
+        name, locally, bases=(server, client), namespace=namespace, frozen=True
+    )
+    return found
+
+
+def _refuse(cls: type[Method], half: tuple[str, ...], why: str) -> None:
+    own = [name for name in half if getattr(cls, name) is not getattr(Method, name)]
+    if own:
+        raise ConfigError(f"{why} ({', '.join(own)})")
+
+
+def _own_names(cls: type[Method]) -> set[str]:
+    """What a class and those it derives from define, down to Method."""
+    bases = cls.__mro__[: cls.__mro__.index(Method)] or (Method,)
+    return {name for base in bases for name in vars(base) if not name.startswith("__") and name != "paper"}

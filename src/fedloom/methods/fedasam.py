@@ -1,0 +1,68 @@
+"""FedASAM: clients look for flat minima, by adaptive sharpness-aware minimisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedloom import losses
+from fedloom.method import Batch, Method, Paper
+from fedloom.nets import Nets
+from fedloom.tree import Tree
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FedASAM(Method):
+    """FedASAM (Caldarola et al., ECCV 2022, section 4.1; ASAM: Kwon et al., ICML 2021, algorithm 1).
+
+    Every local step first climbs to the worst weights nearby, w + e with e = rho T^2 g / ||T g|| and T = |w| + eta, then takes the
+    gradient there and steps with it from w. Travels: the whole model, both ways. Stays: nothing. With rho = 0 it is FedAvg.
+
+    As in the released code T is 1 for tensors that are not called `weight`, and running statistics are those of the second pass alone.
+    The paper's averaging of models over rounds (SWA) is not part of this.
+    """
+
+    rho: float = 0.5
+    """The length of the climb, in units of T."""
+    eta: float = 0.2
+    """What is added to |w| in T, so that small weights move too."""
+
+    paper: ClassVar[Paper] = Paper(
+        "Improving generalization in federated learning by seeking flat minima",
+        "Caldarola, Caputo, Ciccone",
+        "ECCV 2022",
+        "https://arxiv.org/abs/2203.11834",
+    )
+
+    def __post_init__(self) -> None:
+        """Check what is FedASAM's own."""
+        super().__post_init__()
+        for name in ("rho", "eta"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """The cross-entropy at w + e; no gradient flows through e."""
+        e = self.ascent(nets, batch)
+        worst = nets.with_params({name: nets.params[name] + e[name] for name in e})
+        return losses.cross_entropy(worst.model(batch.x), batch.y)
+
+    def ascent(self, nets: Nets, batch: Batch) -> Params:
+        """e, for every parameter of the model."""
+        here = {name: p.detach() for name, p in nets.params.items() if name.startswith("model.")}
+
+        def error(params: Params) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in nets.buffers.items()}
+            logits = Nets(nets.modules, params, buffers, nets.training).model(batch.x)
+            return losses.cross_entropy(logits, batch.y)
+
+        slopes: Params = torch.func.grad(error)(here)
+        scales = {n: p.abs() + self.eta if n.endswith(".weight") else torch.ones_like(p) for n, p in here.items()}
+        scaled = {name: scales[name] * slope for name, slope in slopes.items()}
+        length = torch.stack([s.square().sum() for s in scaled.values()]).sum().sqrt()
+        return {name: self.rho * scales[name] * s / (length + 1e-16) for name, s in scaled.items()}

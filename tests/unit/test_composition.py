@@ -1,0 +1,81 @@
+"""Joining one method's server with another's clients."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from fedloom import ConfigError, FedASAM, FedAvg, FedMR, FedProx, FedRIR, Local, Scaffold, compose, tree
+from fedloom.compare import plan
+from fedloom.config import from_words, make_method, make_settings
+from fedloom.registry import method_class
+
+
+def test_local_training_is_the_clients_and_the_rest_is_each_ones_own():
+    joined = compose(server=FedMR(unit="block", lr=0.3), client=FedProx(mu=0.2, lr=0.02, local_epochs=3))
+    assert (joined.unit, joined.mu, joined.lr, joined.local_epochs, joined.momentum) == ("block", 0.2, 0.02, 3, 0.0)
+    settings = make_settings(from_words(["method=fedmr+fedprox", "method.unit=block", "method.mu=0.2"]))
+    named = make_method(settings.method)
+    assert (named.unit, named.mu, named.lr) == ("block", 0.2, FedProx.lr)
+    assert method_class("fedmr+fedrir")().optimizer == "adam"
+    assert method_class("fedmr+fedrir").shared == ("gfe",)
+
+
+def test_one_half_that_does_nothing_gives_the_other_method(experiment):
+    pairs = [
+        (compose(server=FedMR(), client=FedProx(mu=0.0, lr=0.1)), FedMR(lr=0.1, momentum=0.0, local_epochs=1)),
+        (compose(server=FedAvg(), client=FedProx(mu=0.5)), FedProx(mu=0.5)),
+        (compose(server=FedMR(), client=FedAvg(lr=0.1)), FedMR(lr=0.1, momentum=0.0, local_epochs=1)),
+    ]
+    for joined, alone in pairs:
+        one, other = experiment(joined), experiment(alone)
+        one.run(), other.run()
+        tree.map_tree(
+            lambda a, b: a if (a - b).abs().max() < 1e-12 else pytest.fail("differs"), one.server, other.server
+        )
+
+
+def test_both_halves_work(experiment):
+    plain = experiment("fedmr", **{"method.lr": 0.1})
+    joined = {name: experiment(f"fedmr+{name}", **{"method.lr": 0.1}) for name in ("fedprox", "fedasam", "fedrir")}
+    for run in (plain, *joined.values()):
+        run.run()
+        assert "slots" in run.server
+        assert "server.slot_cosine" in run.rows[0]
+    assert all(path.startswith("slots/params/gfe.") for path in tree.structure(joined["fedrir"].server))
+
+
+def test_rows_of_a_comparison_may_be_joined():
+    found = plan(from_words(["method=fedmr,fedmr+fedprox", "fedmr+fedprox.mu=0.3", "method.unit=block"]))
+    rows = {row.label: row.method for row in found.rows}
+    assert rows["fedmr+fedprox"]["mu"] == 0.3
+    assert rows["fedmr"]["unit"] == rows["fedmr+fedprox"]["unit"] == "block"
+
+
+@dataclass(frozen=True)
+class Segmented(FedProx):
+    """Has a hyper-parameter that FedMR also has."""
+
+    segment: Any = 3
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "message"),
+    [
+        (FedMR, Scaffold, "Scaffold cannot be the clients' half, since it has a server of its own .init_server, downlink, aggregate"),
+        (FedMR, FedMR, "FedMR cannot be the clients' half"),
+        (FedRIR, FedProx, "FedRIR cannot be the server's half, since it has clients of its own .nets, phases, loss"),
+        (Scaffold, FedASAM, "Scaffold cannot be the server's half"),
+        (Local, FedProx, "Local cannot be the server's half"),
+        (FedMR, Segmented, "method=FedMR.Segmented: both have 'segment'"),
+    ],
+)  # fmt: skip
+def test_what_clashes_is_refused(server, client, message):
+    with pytest.raises(ConfigError, match=message):
+        compose(server=server(), client=client())
+
+
+@pytest.mark.parametrize("name", ["fedmr+fedprocks", "fedmr+", "+fedprox", "fedmr+fedprox+fedavg"])
+def test_wrong_names_are_refused(name):
+    with pytest.raises(ConfigError, match="method="):
+        method_class(name)
