@@ -10,6 +10,7 @@ from contract import TOYS, Left, assert_close, assert_same, left_by, untimed
 from fedloom import Downlink, Stream, gradients, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
+from fedloom.nets import write_weights
 from fedloom.registry import METHODS
 
 REFERENCE = "sequential"
@@ -88,6 +89,22 @@ def test_engines_agree_on_messages_that_are_transformed(experiment, method, sett
     assert expected.summary["downlink_bytes"] < 0.7 * plain.summary["downlink_bytes"]
     for engine in OTHERS:
         assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
+
+
+def test_clients_are_scored_with_what_arrives_and_the_server_with_its_own_model(experiment):
+    run = make(experiment, "fedavg", "mlp", "sequential", downlink="int8", clients=3, cohort=3)
+    run.run()
+    exact, own = run.server["weights"]["params"], dict(run.personal_model(1).named_parameters())
+    for name, p in exact.items():
+        step = float(p.abs().max()) / 127
+        gap = (own[f"nets.{name}"] - p).abs().max()
+        assert 0 < gap <= step / 2 * (1 + 1e-6)
+    x, y = run.data.common()
+    modules = run.problem.modules(0)
+    write_weights(modules, run.server["weights"])
+    right = (modules["model"].eval()(x).argmax(1) == y).double().mean().item()
+    assert run.rows[-1]["server_accuracy"] == pytest.approx(right, abs=1e-12)
+    assert not run.problem.one_model
 
 
 @pytest.mark.parametrize("method", METHODS)

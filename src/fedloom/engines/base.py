@@ -106,6 +106,7 @@ class Problem:
         predictors, whole = method.predictors(), tree.structure(weights).keys()
         return (
             len(self.archs) == 1
+            and not self.codec.downlink  # what arrives is coarser
             and predictors["personal"] is predictors.get("server") is predict_model
             and type(method).receive is Method.receive
             and not method.adapt()
