@@ -25,9 +25,7 @@ from fedloom.method import Downlink
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
-Flat = dict[
-    str, Tensor
-]  # the tensors of one part by path, each path with a / in front; a part that is one tensor has the path ""
+Flat = dict[str, Tensor]  # the tensors of a part by path, with a / in front; a part that is one tensor has the path ""
 WEIGHTS, TOPK = "weights", "topk"
 
 
@@ -84,8 +82,10 @@ class TopK:
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
         """Zeros where nothing was sent."""
-        if f"/{TOPK}/values" not in sent:  # there was nothing to send
+        if not like:
             return sent
+        if not {f"/{TOPK}/values", f"/{TOPK}/indices"} <= sent.keys():
+            raise WireError("topk: the message lacks its numbers or their places")
         values, places = sent[f"/{TOPK}/values"], sent[f"/{TOPK}/indices"].long()
         rest = {path: leaf for path, leaf in sent.items() if not path.startswith(f"/{TOPK}/")}
         sizes = [leaf.numel() for leaf in like.values()]

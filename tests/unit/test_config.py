@@ -25,6 +25,7 @@ UNUSUAL = {
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True},
     "engine": {"name": "debug+sequential", "threads": 2, "workers": 3, "lanes": 4},
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
+    "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"],
 }  # fmt: skip
 
 
