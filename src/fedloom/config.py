@@ -98,13 +98,6 @@ class EvalSettings(Section):
     """An accuracy: the summary tells after which round, and how many bytes, personal models first reached it."""
 
 
-class RoundSettings(Section):
-    """When a round counts."""
-
-    min_clients: Count = 1
-    """With fewer uplinks than this a round is skipped: the server stays as it was."""
-
-
 class DeviceSettings(Section):
     """Simulated devices that are lost or slow (docs/devices.md)."""
 
@@ -145,6 +138,8 @@ class Settings(Section):
     """Part of the clients in a round, above 0 and at most 1; `0.1-1.0` draws it anew in every round."""
     cohort: Count | None = None
     """Number of clients in a round, in place of `participation`."""
+    min_clients: Count = 1
+    """A round in which fewer uplinks arrive is skipped: the server stays as it was."""
     rounds: Count = 20
     """Communication rounds."""
     batch_size: Count = 10
@@ -162,7 +157,6 @@ class Settings(Section):
     eval_every: Count = 1
     """Score every so many rounds (and after the last)."""
     eval: EvalSettings = EvalSettings()
-    round: RoundSettings = RoundSettings()
     devices: DeviceSettings = DeviceSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"

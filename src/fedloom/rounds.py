@@ -44,9 +44,9 @@ def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
         raise ConfigError(
             f"devices.stragglers=late: {settings.method.name} cannot take in late uplinks; use wait, drop or partial"
         )
-    least = settings.round.min_clients
+    least = settings.min_clients
     if least > max_cohort:
-        raise ConfigError(f"round.min_clients={least}: a cohort has {max_cohort} members at most")
+        raise ConfigError(f"min_clients={least}: a cohort has {max_cohort} members at most")
 
 
 class Roster(NamedTuple):
@@ -78,7 +78,7 @@ class Intake:
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
-        self._min_clients = settings.round.min_clients
+        self._min_clients = settings.min_clients
         self._screen = Screen(problem)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
         self.flights: dict[int, Flight] = {}  # by client: a device does one turn at a time
@@ -112,7 +112,7 @@ class Intake:
         self._note(number, "late", [r.client for r in late], reason=f"{self._age} rounds")
         fresh = [reply for reply in good if reply not in late]
         if len(fresh) + len(landed) < self._min_clients:
-            reason = f"{len(fresh) + len(landed)} arrived, round.min_clients={self._min_clients}"
+            reason = f"{len(fresh) + len(landed)} arrived, min_clients={self._min_clients}"
             self._note(number, "skipped", reason=reason)
             return Taken([], ())
         uplinks = [reply.uplink for reply in fresh]

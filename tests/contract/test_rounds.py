@@ -148,13 +148,13 @@ def test_a_client_without_a_reply_is_lost(experiment):
 
 
 def test_with_too_few_clients_a_round_is_skipped(experiment):
-    run = experiment("fedavg", **{**SETTINGS, "rounds": 2, "round.min_clients": 4})
+    run = experiment("fedavg", **{**SETTINGS, "rounds": 2, "min_clients": 4})
     before, servers = tree.clone(run.server), []
     run.engine = Faulty(run.engine, FAULTS["nan"][0])
     run.run(lambda *_: servers.append(tree.clone(run.server)))
     assert tree.equal(servers[0], before)
     assert not tree.equal(servers[1], before)
-    assert events(run)[1] == {"round": 1, "event": "skipped", "reason": "3 arrived, round.min_clients=4"}
+    assert events(run)[1] == {"round": 1, "event": "skipped", "reason": "3 arrived, min_clients=4"}
     assert [row["skipped"] for row in run.rows] == [1, 1]
     assert [row["cohort"] for row in run.rows] == [0, 4]
 
@@ -321,8 +321,8 @@ def test_a_method_that_cannot_take_late_uplinks_says_so(experiment, method):
 
 
 def test_more_clients_than_a_cohort_has_cannot_be_asked_for(experiment):
-    with pytest.raises(ConfigError, match=r"round.min_clients=3: a cohort has 2 members at most"):
-        experiment("fedavg", **SETTINGS, **{"cohort": 2, "round.min_clients": 3})
+    with pytest.raises(ConfigError, match=r"min_clients=3: a cohort has 2 members at most"):
+        experiment("fedavg", **SETTINGS, **{"cohort": 2, "min_clients": 3})
 
 
 def test_events_after_the_last_checkpoint_are_noted_once(experiment):

@@ -20,9 +20,10 @@ UNUSUAL = {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "path": "p.json",
         "min_examples": 3, "merge": False, "test_fraction": 0.4,
     },
-    "clients": 7, "participation": "0.2-0.9", "cohort": 3, "rounds": 4, "batch_size": 5, "drop_last": True,
+    "clients": 7, "participation": "0.2-0.9", "cohort": 3, "min_clients": 2, "rounds": 4, "batch_size": 5, "drop_last": True,
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
-    "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True},
+    "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "target": 0.9},
+    "devices": {"dropout": 0.1, "slow": 0.2, "slowdown": 8.0, "stragglers": "drop"},
     "engine": {"name": "debug+sequential", "threads": 2, "workers": 3, "lanes": 4},
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
 }  # fmt: skip

@@ -96,7 +96,10 @@ def test_other_folders_stay(tmp_path):
 
 
 def test_a_run_that_is_killed_with_its_workers_leaves_nothing_behind_for_long(tmp_path):
-    words = "import sys, fedloom; fedloom.run(clients=2, rounds=500, model='mlp', progress=False, out=sys.argv[1], engine={'name': 'processes', 'workers': 2})"
+    words = (
+        "import sys, fedloom; engine = {'name': 'processes', 'workers': 2}\n"
+        "fedloom.run(clients=2, rounds=500, model='mlp', progress=False, out=sys.argv[1], engine=engine)"
+    )
     child = subprocess.Popen([sys.executable, "-c", words, str(tmp_path / "run")], start_new_session=True)
 
     def left():

@@ -37,7 +37,9 @@ def test_shares_are_by_examples_and_age():
 
 def test_lost_clients_are_as_many_as_the_chance_says(experiment):
     run = experiment("fedavg", **{"clients": 20, "data.rows": 300, "devices.dropout": 0.3, "partition.name": "iid"})
-    lost = [slot for number in range(200) for slot in set(range(20)) - set(run.intake.roster(number, range(20)).working)]
+    lost = [
+        slot for number in range(200) for slot in set(range(20)) - set(run.intake.roster(number, range(20)).working)
+    ]
     assert len(lost) == pytest.approx(0.3 * 4000, abs=120)  # 4 standard deviations
     assert max(lost.count(i) for i in range(20)) < 100
 
