@@ -16,6 +16,7 @@ from fedloom.method import Method, Task, Train, trains_of
 from fedloom.models import Arch, arch
 from fedloom.nets import read_weights, select
 from fedloom.registry import load_object
+from fedloom.rounds import check_rules, slowdowns
 from fedloom.training import Plan
 from fedloom.transforms import Codec, parse
 from fedloom.tree import Weights
@@ -84,7 +85,9 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         settings.precision == "bf16",
         Codec(parse(settings.uplink, "uplink"), parse(settings.downlink, "downlink")),
         settings.eval.fitted,
+        slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
     )
+    check_rules(settings, method, size)
     _check_sharing(problem)
     _check_phases(method)
     _check_messages(problem)

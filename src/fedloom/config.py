@@ -104,6 +104,21 @@ class EvalSettings(Section):
     """The part of the training rows set aside for validation."""
     fitted: bool = False
     """Also score models as their client's last turn left them."""
+    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    """An accuracy: the summary tells after which round, and how many bytes, personal models first reached it."""
+
+
+class DeviceSettings(Section):
+    """Simulated devices that are lost or slow (docs/devices.md)."""
+
+    dropout: Fraction = 0.0
+    """The chance that a member of a round's cohort is lost: it is sent the downlink, and does no work."""
+    slow: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The part of the clients that are slow, the same ones in all rounds."""
+    slowdown: Annotated[float, Field(ge=1)] = 4.0
+    """How many times longer a slow client takes for a step."""
+    stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
+    """What becomes of slow turns: `wait` for them, `drop` them, let them in `late`, or do a `partial` one (1/slowdown of the steps)."""
 
 
 class EngineSettings(Section):
@@ -133,6 +148,8 @@ class Settings(Section):
     """Part of the clients in a round, above 0 and at most 1; `0.1-1.0` draws it anew in every round."""
     cohort: Count | None = None
     """Number of clients in a round, in place of `participation`."""
+    min_clients: Count = 1
+    """A round in which fewer uplinks arrive is skipped: the server stays as it was."""
     rounds: Count = 20
     """Communication rounds."""
     batch_size: Count = 10
@@ -150,6 +167,7 @@ class Settings(Section):
     eval_every: Count = 1
     """Score every so many rounds (and after the last)."""
     eval: EvalSettings = EvalSettings()
+    devices: DeviceSettings = DeviceSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"
     """Arithmetic of training and scoring; `bf16`: products in bfloat16, everything else in fp32 (faster, not the same numbers)."""

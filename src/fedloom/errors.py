@@ -6,7 +6,8 @@
     ├── UsageError          the caller can mend it: one clear line, exit code 2
     │   ├── ConfigError     an unknown key, a wrong type, an impossible combination
     │   ├── DataError       data that are missing, malformed, or too few for the plan
-    │   └── RunFolderError  a run folder that is missing, in the way, or not resumable
+    │   ├── RunFolderError  a run folder that is missing, in the way, or not resumable
+    │   └── DivergedError   the server's numbers are not finite any more
     ├── MethodError         a method broke the contract (says which rule, and where)
     └── WireError           bytes that are not a valid message
 """
@@ -35,6 +36,10 @@ class DataError(UsageError):
 
 class RunFolderError(UsageError):
     """A run folder that is missing, that would be overwritten, or that cannot be resumed."""
+
+
+class DivergedError(UsageError):
+    """The server's state is not finite any more; nothing of it was written."""
 
 
 class MethodError(FedloomError):

@@ -17,9 +17,10 @@ from fedloom.config import Settings, make_method, make_settings, participation_r
 from fedloom.engines import Ask, Engine, Reply, Score, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import MethodError, RunFolderError
-from fedloom.method import Arrival, Client, Downlink, Method, Round
+from fedloom.method import Client, Downlink, Method, Round
 from fedloom.nets import Nets, write_weights
 from fedloom.rng import Stream
+from fedloom.rounds import Intake, require_finite
 from fedloom.runfolder import RunFolder, environment
 from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree
@@ -89,10 +90,11 @@ class Experiment:
                 settings.engine.name, self.problem, settings.engine.workers, settings.engine.lanes
             )
             self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
-        self.done = 0
+        self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Ledger()
+        self.intake = Intake(self.problem, settings)
         if folder is None:
             folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
             self._describe(folder)
@@ -144,23 +146,24 @@ class Experiment:
         started = time.perf_counter()
         cohort = self._cohort(number)
         down = self.method.downlink(self.server, cohort)
-        codec = self.problem.codec
-        sent = codec.send(down)
-        replies = self.engine.train(number, cohort, sent)
-        arrived = codec.arrived(sent)
-        before, uplinks = self.server, [codec.opened(r.uplink, arrived.to(r.slot)) for r in replies]
+        sent = self.problem.codec.send(down)
+        roster = self.intake.roster(number, cohort)
+        replies = self._train(number, cohort, sent, roster.working)
+        uplinks, arrivals = self.intake.take(number, sent, [cohort[slot] for slot in roster.working], replies)
         rng = Stream(self.settings.seed, "server", number)
         uplinks = list(self.method.exchange(uplinks, rng.child("exchange"))) if uplinks else []
-        round = Round(number, self.problem.task.n_clients, _arrivals(replies), rng)
-        if replies:
-            self.server = self.method.aggregate(before, uplinks, round)
-        self._record_round(number, cohort, sent, replies)
+        before, round = self.server, Round(number, self.problem.task.n_clients, arrivals, rng)
+        if uplinks:
+            server = self.method.aggregate(before, uplinks, round)
+            require_finite(server, number, self.saved)
+            self.server = server
+        self._record_round(number, cohort, sent, roster.sent, replies)
         self.done = number + 1
         self.ledger.train_seconds += time.perf_counter() - started
         last = self.done == self.settings.rounds
         if last or self.done % self.settings.eval_every == 0:
-            logs = self.method.server_logs(before, uplinks, round) if replies else {}
-            self._evaluate(replies, logs)
+            logs = self.method.server_logs(before, uplinks, round) if uplinks else {}
+            self._evaluate(replies, len(uplinks), logs)
         every = self.settings.checkpoint_every
         if every and (last or self.done % every == 0):
             self._checkpoint()
@@ -177,8 +180,27 @@ class Experiment:
             )
         return cohort
 
-    def _record_round(self, number: int, cohort: Sequence[int], down: Downlink, replies: Sequence[Reply]) -> None:
-        sent = [self.ledger.count("downlink", down.to(slot)) for slot in range(len(cohort))]
+    def _train(self, number: int, cohort: Sequence[int], down: Downlink, working: Sequence[int]) -> list[Reply]:
+        """The turns of those members of the cohort who work."""
+        if len(working) == len(cohort):
+            return self.engine.train(number, cohort, down)
+        if not working:
+            return []
+        theirs = Downlink(down.common, None if down.each is None else [down.each[slot] for slot in working])
+        replies = self.engine.train(number, [cohort[slot] for slot in working], theirs)
+        return [reply._replace(slot=working[reply.slot]) for reply in replies]
+
+    def _record_round(
+        self, number: int, cohort: Sequence[int], down: Downlink, slots: Sequence[int], replies: Sequence[Reply]
+    ) -> None:
+        """Note the events, bytes and turns of a round; `slots`: who was sent the downlink."""
+        for event in self.intake.events:
+            self.folder.append(event, "events.jsonl")
+        self.intake.events.clear()
+        sent = {slot: self.ledger.count("downlink", down.to(slot)) for slot in slots}
+        silent = sent.keys() - {reply.slot for reply in replies}
+        for slot in sorted(silent):
+            self.client_rows.append({"round": number + 1, "client": cohort[slot], "downlink_bytes": sent[slot]})
         for reply in replies:
             self.ledger.trained.add(reply.client)
             relayed = 0  # what clients exchange goes through a relay: up once, and down to others
@@ -200,7 +222,7 @@ class Experiment:
 
     # scoring
 
-    def _evaluate(self, replies: Sequence[Reply], server_logs: Mapping[str, float]) -> None:
+    def _evaluate(self, replies: Sequence[Reply], n_arrived: int, server_logs: Mapping[str, float]) -> None:
         started = time.perf_counter()
         clients = self._scored_clients()
         every = self.settings.eval.general_every
@@ -218,14 +240,18 @@ class Experiment:
         if "valid" in by_name:
             row["valid_accuracy"] = metrics.number(total(by_name["valid"]).accuracy)
         row |= {"general_accuracy": None, "server_accuracy": None}
+        row["personal_recall"] = metrics.recall(by_name["personal_accuracy"])
         if general:
             row |= metrics.over_clients(by_name["general_accuracy"], "general_accuracy")
+            row["general_recall"] = metrics.recall(by_name["general_accuracy"])
         if "server" in self.method.predictors():
-            row["server_accuracy"] = metrics.number(self._server_score(down, by_name).accuracy)
+            score = self._server_score(down, by_name)
+            row |= {"server_accuracy": metrics.number(score.accuracy), "server_recall": metrics.recall([score])}
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
         row |= {
-            "cohort": len(replies),
+            "cohort": n_arrived,
+            **self.intake.counts,
             "train_seconds": self.ledger.train_seconds,
             "eval_seconds": self.ledger.eval_seconds,
         }
@@ -293,12 +319,17 @@ class Experiment:
     def _checkpoint(self) -> None:
         clients = {i: self.engine.client(i)._asdict() for i in self.engine.changed()}
         self.folder.write_clients(pd.DataFrame(self.client_rows))
-        self.folder.save_checkpoint({"round": self.done, **self.ledger.state()}, self.server, clients)
+        late = {i: flight.message for i, flight in self.intake.flights.items()}
+        state = {"round": self.done, **self.ledger.state(), **self.intake.state()}
+        self.folder.save_checkpoint(state, self.server, clients, late)
+        self.saved = self.done
 
     def _restore(self, folder: RunFolder) -> None:
         saved = folder.load_checkpoint()
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
-        self.done, self.ledger = state["round"], Ledger(state)
+        self.done = self.saved = state["round"]
+        self.ledger = Ledger(state)
+        self.intake.restore(state, folder.load_late())
         self.rows = [row for row in folder.rows() if row["round"] <= self.done]
         self.client_rows = _without_nan(folder.read_clients(self.done))
         self.server = _restored(self.server, server, "server") if saved else self.server
@@ -319,6 +350,8 @@ class Experiment:
             "uplink_bytes": self.ledger.total("uplink"),
             "downlink_bytes": self.ledger.total("downlink"),
             "bytes_by_kind": self.ledger.kinds,
+            **self.intake.counts,
+            **metrics.reached(self.rows, s.eval.target),
             "seconds": self.ledger.train_seconds + self.ledger.eval_seconds,
             "train_seconds": self.ledger.train_seconds,
             "buffers": self.method.buffers,
@@ -358,11 +391,6 @@ class PersonalModel(nn.Module):
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
         nets = Nets(modules, params, buffers, modules if self.training else ())
         return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
-
-
-def _arrivals(replies: Sequence[Reply]) -> tuple[Arrival, ...]:
-    examples = sum(reply.examples for reply in replies)
-    return tuple(Arrival(reply.client, reply.slot, reply.examples / examples) for reply in replies)
 
 
 def _restored(template: Tree, saved: Tree, what: str) -> Tree:

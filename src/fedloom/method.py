@@ -220,6 +220,9 @@ class Method:
     paper: ClassVar[Paper]
     shared: ClassVar[tuple[str, ...]] = ("model",)  # what travels, as patterns
     keeps_shared: ClassVar[bool] = False  # whether a client keeps its trained copy of what travels for the next round
+    accepts_late: ClassVar[bool] = (
+        False  # whether `aggregate` can take in uplinks of earlier rounds (see `Arrival.age`)
+    )
     pooled: ClassVar[bool] = False  # whether one client holds all rows (an upper reference, not a federated method)
 
     def __post_init__(self) -> None:
@@ -287,6 +290,10 @@ class Method:
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """What the client sends, and its memory for its next turn."""
         return {"weights": self.travelling(client.weights)}, client.memory
+
+    def ragged(self, uplink: Tree) -> Mapping[str, int]:
+        """Tensors of an uplink whose first dimension depends on the client's rows, by path, with the length that each must have."""
+        return {}
 
     # clients among themselves
 

@@ -41,6 +41,12 @@ def over_clients(scores: Sequence[Score], name: str) -> Row:
     return {name: number(float(each.mean())), f"{name}_std": number(float(each.std()))}
 
 
+def recall(scores: Sequence[Score]) -> list[float | None]:
+    """Each class's part that was predicted rightly, of all rows of all scores, to four digits; None for a class without rows."""
+    right, rows = total(scores)
+    return [round(float(r / n), 4) if n else None for r, n in zip(right, rows, strict=True)]
+
+
 def mean_logs(replies: Sequence[Reply]) -> Row:
     """The clients' logs, averaged by examples; a log counts only the clients that wrote it."""
     row: Row = {}
@@ -51,6 +57,7 @@ def mean_logs(replies: Sequence[Reply]) -> Row:
 
 
 HEADLINES = ("personal_accuracy", "personal_accuracy_fitted", "general_accuracy", "server_accuracy")
+RECALLS = ("personal_recall", "general_recall", "server_recall")
 FACETS = ("uniform", "std", "worst10", "trained")
 
 
@@ -75,7 +82,17 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
             "chosen_on_validation": None if chosen is None else chosen.get(name),
             "chosen_round": None if chosen is None else chosen["round"],
         } | {facet: rows[-1][f"{name}_{facet}"] for facet in FACETS if rows[-1].get(f"{name}_{facet}") is not None}
-    return found
+    last = rows[-1] if rows else {}
+    return found | {name: last[name] for name in RECALLS if name in last}
+
+
+def reached(rows: Sequence[Mapping[str, Any]], target: float | None, name: str = "personal_accuracy") -> Row:
+    """The first evaluated round in which `name` was at least `target`, and the bytes sent both ways until then; None if it never was."""
+    if target is None:
+        return {}
+    first = next((row for row in rows if row.get(name) is not None and row[name] >= target), None)
+    sent = None if first is None else first["uplink_bytes"] + first["downlink_bytes"]
+    return {"target": target, "rounds_to_target": first and first["round"], "bytes_to_target": sent}
 
 
 def number(value: float) -> float | None:

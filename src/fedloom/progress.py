@@ -59,6 +59,8 @@ def _plain(title: str, console: Console) -> Show:
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """The newest accuracies in a few words."""
+    """The newest accuracies in a few words, and what went amiss so far."""
     shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
-    return "  ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
+    amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
+    words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    return "  ".join(words + [f"{name} {value}" for name, value in amiss.items() if value])

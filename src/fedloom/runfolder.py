@@ -1,7 +1,8 @@
 """A run as a folder of files, written as the run goes, so that nothing is lost when it stops.
 
-`config.toml`, `environment.json`, `partition.json` at the start; a line of `metrics.jsonl` per evaluated round; `checkpoint/` and
-`clients.parquet` every few rounds; `summary.json` at the end. Every file but metrics.jsonl is replaced whole (written beside, then
+`config.toml`, `environment.json`, `partition.json` at the start; a line of `metrics.jsonl` per evaluated round; lines of `events.jsonl`
+where a client was lost, late or rejected, or a round was skipped; `checkpoint/` and
+`clients.parquet` every few rounds; `summary.json` at the end. Every file but those of lines is replaced whole (written beside, then
 renamed), and a checkpoint is a folder that is renamed whole.
 """
 
@@ -27,6 +28,8 @@ from fedloom._version import __version__
 from fedloom.engines.wire import decode, encode
 from fedloom.errors import RunFolderError, WireError
 from fedloom.tree import Tree
+
+LINES = ("metrics.jsonl", "events.jsonl")
 
 
 class RunFolder:
@@ -89,34 +92,47 @@ class RunFolder:
 
     # metrics, line by line
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`; what is not finite becomes null."""
+    def append(self, row: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
+        """Add a line to `metrics.jsonl`, or to `events.jsonl`; what is not finite becomes null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
-    def rows(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; a last line that was cut off is left out."""
-        file = self.path / "metrics.jsonl"
+    def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, or of `events.jsonl`; a last line that was cut off is left out."""
+        file = self.path / name
         text = file.read_text(encoding="utf-8") if file.is_file() else ""
         return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def keep_rows(self, upto: int) -> list[dict[str, Any]]:
-        """Drop the lines after a round (they will be written again), and return the others."""
-        rows = [row for row in self.rows() if row["round"] <= upto]
-        self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        return rows
+        """Drop the lines and events after a round (they will be written again), and return the lines that stay."""
+        kept = {name: [row for row in self.rows(name) if row["round"] <= upto] for name in LINES}
+        for name, rows in kept.items():
+            if rows or name == LINES[0]:
+                self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+            else:
+                (self.path / name).unlink(missing_ok=True)
+        return kept[LINES[0]]
 
     # checkpoint
 
-    def save_checkpoint(self, state: Mapping[str, Any], server: Tree, clients: Mapping[int, Tree]) -> None:
-        """Replace the checkpoint in one step; the one before stays until the new one is whole."""
+    def save_checkpoint(
+        self,
+        state: Mapping[str, Any],
+        server: Tree,
+        clients: Mapping[int, Tree],
+        late: Mapping[int, Tree] | None = None,
+    ) -> None:
+        """Replace the checkpoint in one step; the one before stays until the new one is whole. `late`: uplinks under way, by client."""
         new, now, old = (self.path / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
         shutil.rmtree(new, ignore_errors=True)
         (new / "clients").mkdir(parents=True)
         (new / "server.safetensors").write_bytes(encode(server))
         for i, client in clients.items():
             (new / "clients" / f"{i}.safetensors").write_bytes(encode(client))
+        for i, message in (late or {}).items():
+            (new / "late").mkdir(exist_ok=True)
+            (new / "late" / f"{i}.safetensors").write_bytes(encode(message))
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         if now.exists():  # otherwise `old` is the only whole checkpoint
             shutil.rmtree(old, ignore_errors=True)
@@ -126,24 +142,36 @@ class RunFolder:
 
     def has_checkpoint(self) -> bool:
         """Whether there is one."""
-        return bool(self._checkpoints())
+        return self._newest() is not None
 
-    def _checkpoints(self) -> list[Path]:
-        """The newest first; a second one is there only for the moment in which a new one takes its place."""
-        return [self.path / name for name in ("checkpoint", ".checkpoint.old") if (self.path / name).is_dir()]
+    def _newest(self) -> Path | None:
+        """The newest whole checkpoint; a second one is there only for the moment in which a new one takes its place."""
+        found = (self.path / name for name in ("checkpoint", ".checkpoint.old"))
+        return next((folder for folder in found if folder.is_dir()), None)
 
     def load_checkpoint(self) -> tuple[dict[str, Any], Tree, dict[int, Tree]] | None:
         """The newest whole checkpoint: its state, the server's tree, and the changed clients' trees; None where there is none."""
-        found = self._checkpoints()
-        if not found:
+        whole = self._newest()
+        if not whole:
             return None
         try:
-            state = json.loads((found[0] / "state.json").read_text(encoding="utf-8"))
-            server = decode((found[0] / "server.safetensors").read_bytes())
-            files = (found[0] / "clients").glob("*.safetensors")
-            return state, server, {int(file.stem): decode(file.read_bytes()) for file in files}
+            state = json.loads((whole / "state.json").read_text(encoding="utf-8"))
+            server = decode((whole / "server.safetensors").read_bytes())
+            return state, server, _messages(whole / "clients")
         except (OSError, ValueError, WireError) as error:
-            raise RunFolderError(f"the checkpoint in {found[0]} cannot be read: {error}") from None
+            raise RunFolderError(f"the checkpoint in {whole} cannot be read: {error}") from None
+
+    def load_late(self) -> dict[int, Tree]:
+        """The uplinks that were under way at the newest whole checkpoint, by client."""
+        whole = self._newest()
+        try:
+            return _messages(whole / "late") if whole else {}
+        except (OSError, ValueError, WireError) as error:
+            raise RunFolderError(f"the checkpoint in {whole} cannot be read: {error}") from None
+
+
+def _messages(folder: Path) -> dict[int, Tree]:
+    return {int(file.stem): decode(file.read_bytes()) for file in folder.glob("*.safetensors")}
 
 
 def environment() -> dict[str, Any]:

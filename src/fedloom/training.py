@@ -64,13 +64,21 @@ class Plan(NamedTuple):
 
     batch_size: int = 10
     drop_last: bool = False
+    slowdown: float = 1.0  # a slow device does only one in so many of its steps (at least one)
 
     def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
-        """Row numbers, batch by batch: a new permutation per epoch.
+        """Row numbers, batch by batch: a new permutation per epoch. A slow device leaves out the last ones.
 
         A batch is at most the client's rows. With `drop_last` an incomplete last batch is left out; without it, a last batch of a single
         row joins the one before it, because BatchNorm cannot train on one row.
         """
+        every = self._batches(n, epochs, steps, rng)
+        if self.slowdown == 1:
+            return every
+        listed = list(every)
+        return iter(listed[: max(int(len(listed) // self.slowdown), 1)])
+
+    def _batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
         size = min(self.batch_size, n)
         taken = 0
         for _ in range(epochs) if steps is None else iter(int, 1):

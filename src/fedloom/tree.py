@@ -145,6 +145,15 @@ def equal(a: Tree, b: Tree) -> bool:
     )
 
 
+def not_finite(tree: Tree) -> str:
+    """The path of the first leaf with a number that is not finite; "" if there is none."""
+    for path, leaf in flatten(tree):
+        if leaf.is_floating_point() and not torch.isfinite(leaf.sum()):  # a sum is cheap; it may overflow by itself
+            if not torch.isfinite(leaf).all():
+                return path
+    return ""
+
+
 def n_bytes(tree: Mapping[str, Any]) -> int:
     """The size of all leaves in memory."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))

@@ -20,6 +20,13 @@ class Mine(Method):
 
 
 @dataclass(frozen=True)
+class Broken(Method):
+    def aggregate(self, server, uplinks, round):
+        after = super().aggregate(server, uplinks, round)
+        return {"weights": {**after["weights"], "params": {n: p / 0 for n, p in after["weights"]["params"].items()}}}
+
+
+@dataclass(frozen=True)
 class Vector(Method):
     def loss(self, nets, batch, down, memory):
         return nets.model(batch.x)
@@ -31,6 +38,13 @@ MISTAKES = {
     "run rounds=abc": "rounds=abc: must be a whole number",
     "run rounds=1.5": "rounds=1.5: must be a whole number",
     "run batch_size=0": "batch_size=0: must be at least 1",
+    "run devices.dropout=1": "devices.dropout=1: must be below 1",
+    "run devices.slow=1.5": "devices.slow=1.5: must be at most 1",
+    "run devices.slowdown=0.5": "devices.slowdown=0.5: must be at least 1",
+    "run devices.stragglers=lat": "must be one of wait, drop, late, partial (did you mean 'late'?)",
+    "run method=fedmr devices.stragglers=late": "devices.stragglers=late: fedmr cannot take in late uplinks",
+    "run min_clients=11": "min_clients=11: a cohort has 10 members at most",
+    "run eval.target=80": "eval.target=80: must be at most 1",
     "run seed=-1": "seed=-1: must be at least 0",
     "run partition.alpha=0": "partition.alpha=0: must be above 0",
     "run eval.valid=1": "eval.valid=1: must be below 1",
@@ -123,6 +137,15 @@ def test_an_error_in_a_method_names_file_line_client_round_and_phase(files, engi
     assert re.search(r"client \d, round 0\)", done.err)
     assert "--debug" in done.err
     assert done.err.count("\n") == 1
+
+
+def test_a_server_that_is_not_finite_ends_the_run_in_one_line(files):
+    done = files("run", "method=own.py:Broken", "model=mlp", "rounds=1", "engine=sequential", "out=mine")
+    assert done.code == 2
+    message = "error: round 1: the server's 'weights/params/model.body.linear.weight' is not finite after aggregation; there is no"
+    assert message in done.err
+    assert done.err.count("\n") == 1
+    assert not Path("mine/checkpoint").exists()
 
 
 def test_debug_shows_the_traceback(files):

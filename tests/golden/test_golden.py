@@ -19,8 +19,8 @@ MODELS = {"fedrir": "fedrir_cnn"}
 
 
 def numbers(run):
-    """Everything but times."""
-    rows = [{key: value for key, value in row.items() if "seconds" not in key} for row in run.rows]
+    """Everything but times and lists."""
+    rows = [{key: v for key, v in row.items() if "seconds" not in key and not isinstance(v, list)} for row in run.rows]
     return {"rounds": rows, "bytes_by_kind": run.ledger.kinds, "partition": run.data.partition.hash()}
 
 

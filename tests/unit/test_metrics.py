@@ -99,3 +99,24 @@ def test_what_was_never_scored_is_none_and_facets_are_of_the_last_row():
 
 def test_a_run_without_rows_has_no_accuracies():
     assert set(metrics.summarise([]).values()) == {None}
+
+
+def test_recall_is_right_over_rows_class_by_class():
+    one, other = Score(np.array([1, 0, 0]), np.array([3, 0, 2])), Score(np.array([1, 0, 1]), np.array([1, 0, 1]))
+    assert metrics.recall([one, other]) == [0.5, None, 0.3333]
+
+
+def test_the_recalls_of_a_summary_are_those_of_the_last_row():
+    rows = [{"round": 1, "personal_recall": [0.1], "server_recall": [0.2]}, {"round": 2, "personal_recall": [0.3]}]
+    found = metrics.summarise(rows)
+    assert found["personal_recall"] == [0.3]
+    assert "server_recall" not in found
+
+
+def test_the_first_round_that_reaches_the_target_counts():
+    bytes_so_far = [{"uplink_bytes": 10 * n, "downlink_bytes": n} for n in range(1, 5)]
+    rows = [row | more for row, more in zip(series([0.1, 0.5, 0.4, 0.6]), bytes_so_far, strict=True)]
+    found = metrics.reached(rows, 0.5)
+    assert found == {"target": 0.5, "rounds_to_target": rows[1]["round"], "bytes_to_target": 22}
+    assert metrics.reached(rows, 0.9) == {"target": 0.9, "rounds_to_target": None, "bytes_to_target": None}
+    assert metrics.reached(rows, None) == {}

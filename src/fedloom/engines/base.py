@@ -72,6 +72,7 @@ class Problem:
     bf16: bool = False  # whether matrix products and convolutions run in bfloat16
     codec: Codec = PLAIN  # what becomes of messages on the wire
     keep_fitted: bool = False  # whether clients keep their trained copy of what travels, for scoring it
+    slowdowns: tuple[float, ...] = ()  # a client does only one in so many of its steps; empty: all do all of them
 
     def modules(self, arch: int) -> Modules:
         """Fresh modules of one architecture, holding its initial weights."""
@@ -93,6 +94,10 @@ class Problem:
     def stream(self, number: int, client: int, purpose: str) -> Stream:
         """A client's stream for one purpose in one round."""
         return Stream(self.seed, purpose, number, client)
+
+    def plan_of(self, client: int) -> Plan:
+        """How a client's rows are cut into batches in a turn."""
+        return self.plan._replace(slowdown=self.slowdowns[client]) if self.slowdowns else self.plan
 
     @property
     def keeps_all(self) -> bool:

@@ -15,7 +15,6 @@ import tempfile
 import time
 import traceback
 import warnings
-import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
@@ -26,6 +25,7 @@ import torch
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+from fedloom.engines.folders import new_folder
 from fedloom.engines.sequential import Member, Sequential
 from fedloom.engines.state import Layout, Slab, layout_of
 from fedloom.engines.vectorised import Vectorised
@@ -80,10 +80,9 @@ class Processes(Engine):
         super().__init__(problem)
         self._lanes = lanes
         self._local = Sequential(problem)  # for whatever is asked of one client alone
-        self._folder = _folder_for(problem, self._local)
+        self._folder = new_folder(self, _parent_folder(problem, self._local))
         self._local.share(self._folder)
         self._slabs = Slabs(self._folder)
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._workers: list[_Worker] = []
         for _ in range(min(workers or cores(), problem.task.max_cohort)):
             self._workers.append(_Worker(problem, self._folder, self._workers, lanes))
@@ -286,11 +285,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _folder_for(problem: Problem, local: Sequential) -> Path:
-    """A new folder for clients and messages: on the memory disk if all would fit twice, else on disk (mapped, so memory is a cache)."""
+def _parent_folder(problem: Problem, local: Sequential) -> Path:
+    """Where clients and messages lie: on the memory disk if all would fit twice, else on disk (mapped, so memory is a cache)."""
     client = local.client(0)
     needed = tree.n_bytes(client._asdict()) * problem.task.n_clients
     needed += tree.n_bytes(local.initial(0)) * 2 * problem.task.max_cohort
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * needed
-    return Path(tempfile.mkdtemp(prefix="fedloom-", dir=memory if roomy else None))
+    return memory if roomy else Path(tempfile.gettempdir())

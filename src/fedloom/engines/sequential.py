@@ -99,7 +99,8 @@ class Sequential(Engine):
                 f"client {i} has no training rows; raise partition.min_examples or choose another partition"
             )
         rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment)
-        return Site(rows, p.plan, p.task, p.stream(number, i, purpose), p.codec)
+        plan = p.plan_of(i) if purpose == "train" else p.plan
+        return Site(rows, plan, p.task, p.stream(number, i, purpose), p.codec)
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`."""

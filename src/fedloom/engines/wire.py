@@ -47,7 +47,7 @@ def decode(data: bytes, expect: Tree | None = None) -> Tree:
     """
     flat = _load(data) if data else {}
     if expect is not None:
-        _compare(tree.structure(flat), tree.structure(expect))
+        compare(tree.structure(flat), tree.structure(expect))
     return tree.unflatten(flat)
 
 
@@ -67,8 +67,9 @@ def _load(data: bytes) -> dict[str, Tensor]:
     return flat
 
 
-def _compare(got: Mapping[str, object], want: Mapping[str, object]) -> None:
-    for path in want.keys() - got.keys():
+def compare(got: Mapping[str, object], want: Mapping[str, object]) -> None:
+    """Raise WireError where a message's structure (see `tree.structure`) is not the wanted one; names the first such tensor."""
+    for path in sorted(want.keys() - got.keys()):
         raise WireError(f"the message lacks '{path}'")
     for path, form in got.items():
         if path not in want:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
-
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Reply, Score
 from fedloom.engines.wire import Meter, decode, encode
@@ -143,6 +141,7 @@ def _copy(client: Client) -> Tree:
 
 
 def _check_finite(values: Tree, where: str) -> None:
-    for path, leaf in tree.flatten(values):
-        if leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            raise MethodError(f"{where} '{path}' (shape {tuple(leaf.shape)}), which is not finite")
+    path = tree.not_finite(values)
+    if path:
+        shape = tree.structure(values)[path][0]
+        raise MethodError(f"{where} '{path}' (shape {shape}), which is not finite")

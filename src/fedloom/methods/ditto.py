@@ -28,6 +28,7 @@ class Ditto(Method):
     personal_epochs: int = 1
     """Passes over the client's training rows that update the personal model, after those that update the common one."""
 
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "Ditto: Fair and robust federated learning through personalization",
         "Li, Hu, Beirami, Smith",

@@ -15,6 +15,7 @@ class FedAvg(Method):
     Travels: the whole model, both ways. Stays: nothing.
     """
 
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "Communication-efficient learning of deep networks from decentralized data",
         "McMahan, Moore, Ramage, Hampson, Agüera y Arcas",

@@ -17,6 +17,7 @@ class FedBN(Method):
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:-norm",)
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "FedBN: Federated learning on non-IID features via local batch normalization",
         "Li, Jiang, Zhang, Kamp, Dou",

@@ -16,6 +16,7 @@ class FedPer(Method):
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "Federated learning with personalization layers",
         "Arivazhagan, Aggarwal, Singh, Choudhary",

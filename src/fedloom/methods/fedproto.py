@@ -113,6 +113,10 @@ class FedProto(Method):
         prototypes = sums[held] / counts[held, None]
         return {"prototypes": prototypes.to(dtype), "counts": counts.to(dtype)}, client.memory
 
+    def ragged(self, uplink: Tree) -> Mapping[str, int]:
+        """One prototype for each class that is held."""
+        return {"prototypes": int((uplink["counts"] > 0).sum())}
+
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Mean prototypes, class by class; a class that nobody of the cohort holds keeps what it had."""
         shares, local = self.gathered(uplinks)

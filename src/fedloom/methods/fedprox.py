@@ -23,6 +23,7 @@ class FedProx(Method):
     mu: float = 0.01
     """Weight of the proximal term (mu / 2) ||w - w_received||^2."""
 
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "Federated optimization in heterogeneous networks",
         "Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith",

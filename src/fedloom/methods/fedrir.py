@@ -73,6 +73,7 @@ class FedRIR(Method):
     """Weight w of the information term in stage 2."""
 
     shared: ClassVar[tuple[str, ...]] = ("gfe",)
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "FedRIR: Rethinking information representation in federated learning",
         "Huang, Shao, Yang, Lu, Zhang",

@@ -14,7 +14,7 @@ from fedloom.errors import UsageError
 from fedloom.report import units
 from fedloom.report.groups import flatten, group, headline, total
 from fedloom.report.read import RunRecord, printable
-from fedloom.report.tables import Cell, Grid, paired_grid, summary_grid
+from fedloom.report.tables import Cell, Grid, paired_grid, recall_grid, summary_grid
 
 if TYPE_CHECKING:
     from fedloom.report.style import Figure
@@ -97,7 +97,7 @@ def _render(records: Sequence[RunRecord]) -> str:
         title=_title(records),
         facts=_facts(records),
         unfinished=[record for record in records if not record.finished],
-        grids=[summary_grid(records, digits=2), paired_grid(records, digits=2)],
+        grids=[summary_grid(records, digits=2), paired_grid(records, digits=2), recall_grid(records)],
         sections=plots,
         details=[_detail(record) for record in records],
     )

@@ -39,7 +39,8 @@ WIDTH, HEIGHT = 4.9, 3.3
 MAX_DOTS = 200
 MAX_BUBBLES = (120, 30)
 MEASURES = ("personal_accuracy", "general_accuracy", "server_accuracy")
-NOT_A_LOG = (*MEASURES, "round", "valid_accuracy", "uplink_bytes", "downlink_bytes", "cohort")
+ROUNDS = ("lost", "late", "rejected", "skipped", "virtual_steps")  # how rounds went, so far
+NOT_A_LOG = (*MEASURES, "round", "valid_accuracy", "uplink_bytes", "downlink_bytes", "cohort", *ROUNDS)
 
 
 class Curve(NamedTuple):

@@ -176,14 +176,17 @@ def _metric_rows(path: Path) -> Iterator[dict[str, float | None]]:
                 return
             raise
         if row is not None:
-            yield _checked(row, where)
+            yield {key: value for key, value in _checked(row, where).items() if not isinstance(value, list)}
 
 
-def _checked(row: dict[str, Any], where: str) -> dict[str, float | None]:
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     if type(row.get("round")) is not int:
         raise RunFolderError(f"{where} has no whole number 'round'")
     for key, value in row.items():
-        if value is not None and not isinstance(value, int | float):
+        parts = (
+            value if isinstance(value, list) else [value]
+        )  # lists are per class; the report takes those of the summary
+        if not all(part is None or isinstance(part, int | float) for part in parts):
             raise RunFolderError(f"{where}: '{key}' must be a number or null, not {value!r}")
     return row
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Grid:
     headers: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     caption: str
+    heat: bool = False  # whether cells are shaded by their values, from 0 to 1
 
 
 class Column(NamedTuple):
@@ -91,10 +93,50 @@ def _columns(digits: int) -> list[Column]:
         accuracy("personal\nfitted", "personal_accuracy_fitted"),
         accuracy("general\nfinal", "general_accuracy"),
         accuracy("server\nfinal", "server_accuracy"),
+        Column("rounds\nto target", lambda record: _to_target(record, "rounds"), _rounds, False, False),
+        Column("bytes\nto target", lambda record: _to_target(record, "bytes"), _bytes, False, False),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
     ]
+
+
+def _to_target(record: RunRecord, what: str) -> float | None:
+    """Infinite where the target was never reached; None where there was none."""
+    summary = record.summary or {}
+    value = summary.get(f"{what}_to_target", math.inf if "target" in summary else None)
+    return math.inf if "target" in summary and value is None else value
+
+
+def _rounds(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "never"
+
+
+def _bytes(value: float) -> str:
+    return units.size(value) if math.isfinite(value) else "never"
+
+
+def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
+    """Each class's recall by the clients' models on the common rows, in percent, mean over seeds; None where there is none to show.
+
+    `most`: the most classes that make a table that one can read.
+    """
+    found = {
+        g.label: [run for r in g.counted if (run := (r.summary or {}).get("general_recall"))] for g in group(records)
+    }
+    found = {label: runs for label, runs in found.items() if runs}
+    sizes = {len(run) for runs in found.values() for run in runs}
+    if len(sizes) != 1 or max(sizes) > most:
+        return None
+    names = next((r.partition.get("classes") for r in records if r.partition.get("classes")), None) or range(*sizes)
+    rows = tuple((Cell(label), *map(_recall_cell, zip(*runs, strict=True))) for label, runs in found.items())
+    caption = "Personal models on the common rows: the part of a class's rows that they predict rightly; mean over clients and seeds."
+    return Grid("Recall by class, in percent", ("Method", *map(str, names)), rows, caption, heat=True)
+
+
+def _recall_cell(values: Sequence[float | None]) -> Cell:
+    known = [value for value in values if value is not None]
+    return Cell(units.points(statistics.fmean(known), 0), statistics.fmean(known)) if known else EMPTY
 
 
 def _trained(record: RunRecord) -> float | None:

@@ -38,6 +38,7 @@ class Scene:
     finished: bool = True
     uplink_per_round: int = 2_400_000
     settings: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)  # more of the summary
 
     def accuracy(self, number: int) -> float:
         """Rises to `final`, with a ripple that is zero in the last round."""
@@ -72,6 +73,9 @@ class Scene:
             "general_accuracy": 0.6 * value if general else None,
             "general_accuracy_std": 0.05 if general else None,
             "server_accuracy": 0.7 * value if self.server else None,
+            "personal_recall": [value, None],
+            "lost": number,
+            "virtual_steps": 10.0 * number,
             "uplink_bytes": number * self.uplink_per_round,
             "downlink_bytes": number * 2_400_000,
             "cohort": self.clients,
@@ -120,6 +124,7 @@ class Scene:
             "seconds": 2.0 * self.rounds,
             "buffers": "shared",
             "finished": True,
+            **self.extra,
         }
 
     def config(self) -> Row:

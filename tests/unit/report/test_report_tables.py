@@ -13,7 +13,7 @@ from synthetic_runs import Scene
 from fedloom.errors import UsageError
 from fedloom.report import paired_table, read, summary_table
 from fedloom.report.groups import group, headline
-from fedloom.report.tables import Cell, Grid, paired_grid, summary_grid
+from fedloom.report.tables import EMPTY, Cell, Grid, paired_grid, recall_grid, summary_grid
 from fedloom.report.units import duration, size
 
 
@@ -174,3 +174,33 @@ def test_units() -> None:
         "1h00m",
         "2h05m",
     ]
+
+
+def test_recall_is_a_shaded_table_of_means_over_seeds(tmp_path: Path) -> None:
+    for seed, recall in enumerate([[0.5, None, 1.0], [0.7, None, 0.0]]):
+        Scene(seed=seed, classes=3, extra={"general_recall": recall}).write(tmp_path / f"a{seed}")
+    Scene(method="fedrir", classes=3).write(tmp_path / "b")
+    grid = recall_grid(read([tmp_path]))
+    assert grid is not None
+    assert grid.heat
+    assert grid.headers == ("Method", "0", "1", "2")
+    assert grid.rows == ((Cell("fedavg"), Cell("60", pytest.approx(0.6)), EMPTY, Cell("50", 0.5)),)
+
+
+def test_no_table_of_recall_without_recall_or_with_too_many_classes(tmp_path: Path) -> None:
+    Scene(method="none").write(tmp_path / "none")
+    assert recall_grid(read([tmp_path])) is None
+    Scene(classes=21, extra={"general_recall": [0.5] * 21}).write(tmp_path / "many")
+    assert recall_grid(read([tmp_path])) is None
+
+
+def test_a_target_that_was_never_reached_is_worse_than_any_that_was(tmp_path: Path) -> None:
+    reached = {"target": 0.8, "rounds_to_target": 12, "bytes_to_target": 24_000_000}
+    Scene(extra=reached).write(tmp_path / "a")
+    Scene(method="slow", extra={**reached, "rounds_to_target": None, "bytes_to_target": None}).write(tmp_path / "b")
+    Scene(method="none").write(tmp_path / "c")
+    grid = summary_grid(read([tmp_path]))
+    assert [cells(grid, m)["rounds to target"].text for m in ("fedavg", "slow", "none")] == ["12", "never", "–"]
+    assert [cells(grid, m)["bytes to target"].text for m in ("fedavg", "slow", "none")] == ["24 MB", "never", "–"]
+    assert cells(grid, "fedavg")["rounds to target"].bold
+    assert not cells(grid, "slow")["rounds to target"].bold

@@ -1,0 +1,257 @@
+"""What reaches the server in a round, and what it takes in: devices that are lost or slow, uplinks that are late or wrong.
+
+A round, seen from here::
+
+    roster    who of the cohort is sent the downlink, and whose work counts        (devices that are lost, busy, or dropped)
+    screen    uplinks of the wrong form, or with numbers that are not finite, are rejected
+    take      late uplinks go on their way, those that are due are folded in, shares are worked out
+
+Every draw depends on (seed, round, client) alone: the same on every engine, and after an interruption.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from fedloom import tree
+from fedloom.config import Settings
+from fedloom.engines import Problem, Reply
+from fedloom.engines.wire import compare
+from fedloom.errors import ConfigError, DivergedError, WireError
+from fedloom.method import Arrival, Client, Downlink, Method, Turn, trains_of
+from fedloom.nets import read_weights
+from fedloom.rng import Stream
+from fedloom.tree import Tree
+
+Row = dict[str, Any]
+
+
+def slowdowns(settings: Settings, method: Method, n_clients: int) -> tuple[float, ...]:
+    """Each client's factor: `slowdown` for the slow part of them, drawn once from the seed, and 1 for the others."""
+    devices = settings.devices
+    n_slow = 0 if method.pooled else int(devices.slow * n_clients + 0.5)  # no device holds everybody's rows
+    slow = set(Stream(settings.seed, "slow").permutation(n_clients)[:n_slow].tolist())
+    return tuple(devices.slowdown if i in slow else 1.0 for i in range(n_clients))
+
+
+def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
+    """Raise ConfigError for rules that this method or this federation can never follow."""
+    if settings.devices.stragglers == "late" and not method.accepts_late:
+        raise ConfigError(
+            f"devices.stragglers=late: {settings.method.name} cannot take in late uplinks; use wait, drop or partial"
+        )
+    least = settings.min_clients
+    if least > max_cohort:
+        raise ConfigError(f"min_clients={least}: a cohort has {max_cohort} members at most")
+
+
+class Roster(NamedTuple):
+    """Places in the cohort."""
+
+    sent: list[int]  # those who are sent the downlink
+    working: list[int]  # those whose turn is run
+
+
+class Flight(NamedTuple):
+    """An uplink under way."""
+
+    client: int
+    slot: int
+    examples: int
+    sent: int  # the round of its downlink
+    message: Tree  # the uplink; in place of its weights, what they gained over those of the downlink
+
+
+class Taken(NamedTuple):
+    """What the server aggregates, in the order in which it does."""
+
+    uplinks: list[Tree]
+    arrivals: tuple[Arrival, ...]
+
+
+class Intake:
+    """The rules of one experiment, the uplinks under way, and counts of what did not go as it should."""
+
+    def __init__(self, problem: Problem, settings: Settings) -> None:
+        self._problem, self._rules = problem, settings.devices
+        self._min_clients = settings.min_clients
+        self._screen = Screen(problem)
+        self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
+        self.flights: dict[int, Flight] = {}  # by client: a device does one turn at a time
+        self.counts = {"lost": 0, "late": 0, "rejected": 0, "skipped": 0, "virtual_steps": 0.0}
+        self.events: list[Row] = []  # since they were last taken away
+
+    def roster(self, number: int, cohort: Sequence[int]) -> Roster:
+        """Who takes part: clients whose uplink is still under way are left alone; lost ones and stragglers do no work."""
+        busy = [slot for slot, i in enumerate(cohort) if i in self.flights]
+        sent = [slot for slot in range(len(cohort)) if slot not in busy]
+        lost = [slot for slot in sent if self._is_lost(number, cohort[slot])]
+        dropped = [slot for slot in sent if slot not in lost and self._is_late(cohort[slot], "drop")]
+        self._note(number, "busy", [cohort[slot] for slot in busy])
+        self._note(number, "lost", [cohort[slot] for slot in lost], reason="devices.dropout")
+        self._note(number, "late", [cohort[slot] for slot in dropped], reason="dropped")
+        return Roster(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
+
+    def take(self, number: int, sent: Downlink, working: Sequence[int], replies: Sequence[Reply]) -> Taken:
+        """What there is to aggregate, given the replies of the clients `working`; nothing where too few arrived.
+
+        `sent` and the replies are as they travelled; what is taken is as the method wrote it.
+        """
+        down = self._problem.codec.arrived(sent)
+        self._note(number, "lost", sorted(set(working) - {r.client for r in replies}), reason="no reply")
+        self._pass_time(replies)
+        good = []
+        for reply in replies:
+            try:
+                good.append(reply._replace(uplink=self._screen.opened(number, reply, down)))
+            except WireError as error:
+                self._note(number, "rejected", [reply.client], reason=str(error))
+        landed = self._land(number)
+        late = [reply for reply in good if self._is_late(reply.client, "late")]
+        for reply in late:
+            self.flights[reply.client] = _flight(number, reply, down)
+        self._note(number, "late", [r.client for r in late], reason=f"{self._age} rounds")
+        fresh = [reply for reply in good if reply not in late]
+        if len(fresh) + len(landed) < self._min_clients:
+            reason = f"{len(fresh) + len(landed)} arrived, min_clients={self._min_clients}"
+            self._note(number, "skipped", reason=reason)
+            return Taken([], ())
+        uplinks = [reply.uplink for reply in fresh]
+        uplinks += [self._screen.rebased(number, flight, down) for flight in landed]
+        members = [(r.client, r.slot, r.examples, 0) for r in fresh]
+        members += [(f.client, f.slot, f.examples, number - f.sent) for f in landed]
+        return Taken(uplinks, _arrivals(members))
+
+    @property
+    def _age(self) -> int:
+        """Rounds after which a slow client's uplink arrives: a round lasts as long as its turn on a device of normal speed."""
+        return math.ceil(self._rules.slowdown) - 1
+
+    def _is_lost(self, number: int, i: int) -> bool:
+        if self._problem.method.pooled or not self._rules.dropout:
+            return False
+        return bool(Stream(self._problem.seed, "lost", number, i).numpy.random() < self._rules.dropout)
+
+    def _is_late(self, i: int, rule: str) -> bool:
+        return self._rules.stragglers == rule and self._slowdown[i] > 1
+
+    def _pass_time(self, replies: Sequence[Reply]) -> None:
+        """The server waits for the longest turn; it does not wait for uplinks that come in a later round."""
+        waits = self._rules.stragglers in ("wait", "partial")
+        turns = [sum(r.steps.values()) * (self._slowdown[r.client] if waits else 1.0) for r in replies]
+        self.counts["virtual_steps"] += max(turns, default=0.0)
+
+    def _land(self, number: int) -> list[Flight]:
+        """The uplinks that are due, in the order in which they were sent."""
+        due = [flight for flight in self.flights.values() if flight.sent + self._age <= number]
+        due.sort(key=lambda flight: (flight.sent, flight.slot))
+        for flight in due:
+            del self.flights[flight.client]
+        self._note(number, "landed", [flight.client for flight in due], sent=[flight.sent + 1 for flight in due])
+        return due
+
+    def _note(self, number: int, event: str, clients: Sequence[int] | None = None, **facts: Any) -> None:
+        """Note an event of round `number`; nothing where it befell nobody."""
+        if clients is not None and not clients:
+            return
+        if event in self.counts:
+            self.counts[event] += 1 if clients is None else len(clients)
+        whom = {} if clients is None else {"clients": list(clients)}
+        self.events.append({"round": number + 1, "event": event, **whom, **facts})
+
+    # resuming
+
+    def state(self) -> Row:
+        """For the checkpoint, without the messages under way."""
+        flights = [flight._replace(message={})._asdict() for flight in self.flights.values()]
+        return {"counts": self.counts, "flights": flights}
+
+    def restore(self, state: Mapping[str, Any], messages: Mapping[int, Tree]) -> None:
+        """Put back what `state` gave, and the messages under way by client."""
+        self.counts |= state.get("counts", {})
+        flights = [Flight(**flight) for flight in state.get("flights", ())]
+        self.flights = {f.client: f._replace(message=messages.get(f.client, {})) for f in flights}
+
+
+class Screen:
+    """Knows what an uplink must look like: the method's own `uplink` of a client that has not worked yet, by architecture."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._blank: dict[int, Client] = {}
+        self._expected: dict[int, Tree] = {}  # in round `_number`
+        self._number = -1
+
+    def opened(self, number: int, reply: Reply, down: Downlink) -> Tree:
+        """The uplink as the method wrote it.
+
+        Raises:
+            WireError: why it cannot be aggregated.
+        """
+        if reply.examples < 1:
+            raise WireError(f"examples={reply.examples}: must be at least 1")
+        codec, received = self._problem.codec, down.to(reply.slot)
+        blank = self._uplink(number, reply.client, received)
+        unsent = codec.unsent(self._problem.method.travelling(self._blank[self._problem.arch_of[reply.client]].weights))
+        travels = codec.reply(blank, received, unsent, Stream())[0]
+        got, want = tree.structure(reply.uplink), dict(tree.structure(travels))
+        compare(dict.fromkeys(got), dict.fromkeys(want))
+        for path, length in self._problem.method.ragged(reply.uplink).items():
+            for place in want.keys() & {path, f"{path}/int8"}:
+                shape, dtype = want[place]
+                want[place] = (length, *shape[1:]), dtype
+        compare(got, want)
+        uplink = codec.opened(reply.uplink, received)
+        broken = tree.not_finite(uplink)
+        if broken:
+            raise WireError(f"'{broken}' is not finite")
+        return uplink
+
+    def rebased(self, number: int, flight: Flight, down: Downlink) -> Tree:
+        """A late uplink as if its client had started from the weights that the server holds now."""
+        template = self._uplink(number, flight.client, down.common)
+        message = tree.merge(template, flight.message)  # branches without tensors are lost in a checkpoint
+        weights = tree.map_tree(torch.add, message["weights"], down.common["weights"])
+        return {**message, "weights": weights}
+
+    def _uplink(self, number: int, i: int, down: Tree) -> Tree:
+        """What client `i` would send if it had done nothing, once per round and architecture."""
+        if number != self._number:
+            self._number, self._expected = number, {}
+        p, arch = self._problem, self._problem.arch_of[i]
+        if arch not in self._expected:
+            if arch not in self._blank:
+                self._blank[arch] = p.initial(i, read_weights(p.modules(arch)))
+            blank = self._blank[arch]
+            turn = Turn(number, p.task.rounds - 1, 1, {train.name: 1 for train in trains_of(p.method.phases())})
+            self._expected[arch] = p.method.uplink(blank, blank.weights, down, turn)[0]
+        return self._expected[arch]
+
+
+def require_finite(server: Tree, number: int, last: int) -> None:
+    """Raise DivergedError if the server's state after round `number` is not finite; `last`: the checkpoint's rounds, 0 for none."""
+    broken = tree.not_finite(server)
+    if broken:
+        kept = f"the checkpoint of round {last} is as it was" if last else "there is no checkpoint yet"
+        raise DivergedError(
+            f"round {number + 1}: the server's '{broken}' is not finite after aggregation; {kept}; try a smaller method.lr"
+        )
+
+
+def _flight(number: int, reply: Reply, down: Downlink) -> Flight:
+    """An uplink on its way."""
+    received = down.to(reply.slot)["weights"]
+    gained = tree.map_tree(torch.sub, reply.uplink["weights"], received)
+    rest = tree.clone({name: part for name, part in reply.uplink.items() if name != "weights"})
+    return Flight(reply.client, reply.slot, reply.examples, number, {**rest, "weights": gained})
+
+
+def _arrivals(members: Sequence[tuple[int, int, int, int]]) -> tuple[Arrival, ...]:
+    """`(client, slot, examples, age)` with shares: by examples, and by 1 / sqrt(1 + age) for those who are late; they sum to 1."""
+    weights = [examples if age == 0 else examples / math.sqrt(1 + age) for _, _, examples, age in members]
+    whole = sum(weights)
+    return tuple(Arrival(i, slot, w / whole, age) for (i, slot, _, age), w in zip(members, weights, strict=True))

@@ -1,0 +1,341 @@
+"""What a round does when clients are lost, slow, late or wrong, with real methods and engines."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from contract import TOYS, assert_close, assert_same, left_by
+from fedloom import FedAvg, tree
+from fedloom.engines.wrappers import Wrapper
+from fedloom.errors import ConfigError, DivergedError
+from fedloom.experiment import Experiment, Parts
+from fedloom.registry import METHODS
+
+SETTINGS = {"clients": 4, "rounds": 1, "data.rows": 160, "engine": "sequential", "engine.workers": 2}
+SLOW = {"devices.slow": 0.5, "devices.slowdown": 3}
+WEIGHT = "model.head.weight"
+
+
+class Faulty(Wrapper):
+    """An engine whose replies of client 1 are tampered with, or lost where `tamper` gives None."""
+
+    def __init__(self, inner, tamper, rounds=(0,)):
+        super().__init__(inner)
+        self.tamper, self.rounds = tamper, rounds
+
+    def train(self, number, cohort, down):
+        replies = self.inner.train(number, cohort, down)
+        if number in self.rounds:
+            replies = [self.tamper(reply) if reply.client == 1 else reply for reply in replies]
+        return [reply for reply in replies if reply]
+
+
+def with_tensor(change):
+    """Tampering that puts `change(tensor)` in place of one tensor; None takes it away."""
+
+    def tamper(reply):
+        params = dict(reply.uplink["weights"]["params"])
+        new = change(params.pop(WEIGHT))
+        params |= {} if new is None else {WEIGHT: new}
+        return reply._replace(uplink={"weights": {**reply.uplink["weights"], "params": params}})
+
+    return tamper
+
+
+def foreign(reply):
+    return reply._replace(uplink={**reply.uplink, "secret": {"rows": torch.zeros(3)}})
+
+
+def filled(value):
+    def change(tensor):
+        changed = tensor.clone()
+        changed[0, 0] = value
+        return changed
+
+    return with_tensor(change)
+
+
+FAULTS = {
+    "nan": (filled(float("nan")), f"'weights/params/{WEIGHT}' is not finite"),
+    "infinite": (filled(float("-inf")), f"'weights/params/{WEIGHT}' is not finite"),
+    "shape": (with_tensor(lambda w: w[:-1]), f"'weights/params/{WEIGHT}' is ((9, 12)"),
+    "type": (with_tensor(torch.Tensor.half), f"'weights/params/{WEIGHT}' is ((10, 12), torch.float16)"),
+    "missing": (with_tensor(lambda _: None), f"the message lacks 'weights/params/{WEIGHT}'"),
+    "foreign": (foreign, "the message holds 'secret/rows', which nobody asked for"),
+    "no rows": (lambda reply: reply._replace(examples=0), "examples=0: must be at least 1"),
+}
+
+
+def events(run):
+    return run.folder.rows("events.jsonl")
+
+
+def spied(run, replies):
+    """Notes the engine's replies, round by round."""
+    train = run.engine.train
+
+    def watched(number, cohort, down):
+        replies.append(train(number, cohort, down))
+        return replies[-1]
+
+    run.engine.train = watched
+    return run
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("engine", ["sequential", "processes"])
+def test_a_bad_uplink_is_rejected_and_the_others_are_averaged(experiment, fault, engine):
+    tamper, reason = FAULTS[fault]
+    run = experiment("fedavg", **{**SETTINGS, "engine": engine})
+    replies = []
+    run.engine = Faulty(spied(run, replies).engine, tamper)
+    summary = run.run()
+    good = [reply for reply in replies[0] if reply.client != 1]
+    examples = sum(reply.examples for reply in good)
+    expected = tree.mean([r.uplink["weights"] for r in good], [r.examples / examples for r in good])
+    assert tree.equal(run.server["weights"], expected)
+    (event,) = events(run)
+    assert (event["round"], event["event"], event["clients"]) == (1, "rejected", [1])
+    assert event["reason"].startswith(reason)
+    assert (summary["rejected"], summary["lost"], summary["skipped"]) == (1, 0, 0)
+    assert run.rows[-1]["rejected"] == 1
+    assert run.rows[-1]["cohort"] == 3
+
+
+@pytest.mark.parametrize("model", ["mlp", "resnet8"])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_methods_send_is_never_rejected(experiment, method, model):
+    run = experiment(method, **{**SETTINGS, "rounds": 2, "model": model, "cohort": 2})
+    assert run.run()["rejected"] == 0
+    assert events(run) == []
+
+
+@pytest.mark.parametrize("toy", TOYS)
+def test_what_other_methods_send_is_never_rejected(experiment, toy):
+    assert experiment(TOYS[toy](), **{**SETTINGS, "rounds": 2}).run()["rejected"] == 0
+
+
+@pytest.mark.parametrize("method", ["fedproto", "fedvtc"])
+def test_prototypes_must_be_as_many_as_the_classes_that_are_held(experiment, method):
+    def tamper(reply):
+        return reply._replace(uplink={**reply.uplink, "prototypes": reply.uplink["prototypes"][:-1]})
+
+    run = experiment(method, **SETTINGS)
+    run.engine = Faulty(run.engine, tamper)
+    assert run.run()["rejected"] == 1
+    assert events(run)[0]["reason"].startswith("'prototypes' is ((")
+
+
+def test_each_architecture_has_a_form_of_its_own(experiment):
+    run = experiment("fedproto", **SETTINGS, models="mlp,fedavg_cnn", width=16)
+    assert run.run()["rejected"] == 0
+
+
+def test_a_client_without_a_reply_is_lost(experiment):
+    run = experiment("fedavg", **SETTINGS)
+    replies = []
+    run.engine = Faulty(spied(run, replies).engine, lambda _: None)
+    summary = run.run()
+    assert events(run) == [{"round": 1, "event": "lost", "clients": [1], "reason": "no reply"}]
+    assert summary["lost"] == 1
+    assert run.rows[-1]["cohort"] == 3
+    turns = {row["client"]: row for row in run.client_rows}
+    assert "uplink_bytes" not in turns[1]
+    assert sum(row["downlink_bytes"] for row in turns.values()) == summary["downlink_bytes"]
+
+
+def test_with_too_few_clients_a_round_is_skipped(experiment):
+    run = experiment("fedavg", **{**SETTINGS, "rounds": 2, "min_clients": 4})
+    before, servers = tree.clone(run.server), []
+    run.engine = Faulty(run.engine, FAULTS["nan"][0])
+    run.run(lambda *_: servers.append(tree.clone(run.server)))
+    assert tree.equal(servers[0], before)
+    assert not tree.equal(servers[1], before)
+    assert events(run)[1] == {"round": 1, "event": "skipped", "reason": "3 arrived, min_clients=4"}
+    assert [row["skipped"] for row in run.rows] == [1, 1]
+    assert [row["cohort"] for row in run.rows] == [0, 4]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedmr", "fedproto"])
+def test_a_cohort_that_is_lost_as_a_whole_changes_nothing(experiment, method):
+    run = experiment(method, **{**SETTINGS, "rounds": 2, "devices.dropout": 0.9999999})
+    before = tree.clone(run.server)
+    summary = run.run()
+    assert tree.equal(run.server, before)
+    assert (summary["lost"], summary["skipped"], summary["uplink_bytes"]) == (8, 2, 0)
+    assert summary["downlink_bytes"] > 0
+    assert list(run.engine.changed()) == []
+
+
+# a server that breaks
+
+
+@dataclass(frozen=True)
+class Breaking(FedAvg):
+    """Its server's head is infinite after round 3."""
+
+    def aggregate(self, server, uplinks, round):
+        after = super().aggregate(server, uplinks, round)
+        if round.number == 2:
+            after["weights"]["params"][WEIGHT] = after["weights"]["params"][WEIGHT] / 0
+        return after
+
+
+def test_a_server_that_is_not_finite_is_never_written(experiment):
+    run = experiment(Breaking(), **{**SETTINGS, "rounds": 4, "checkpoint_every": 2})
+    with pytest.raises(DivergedError, match=rf"round 3: the server's 'weights/params/{WEIGHT}' is not finite.*round 2"):
+        run.run()
+    state, server, _ = run.folder.load_checkpoint()
+    assert state["round"] == 2
+    assert tree.not_finite(server) == ""
+    with pytest.raises(DivergedError, match="round 3"):
+        Experiment.resume(run.folder.path, Parts(Breaking())).run()
+
+
+# devices
+
+RULES = [
+    ("fedavg", "late"), ("fedrir", "late"), ("scaffold", "partial"), ("fedvtc", "partial"), ("fedmr", "drop"), ("scaffold", "wait"),
+]  # fmt: skip
+
+
+def devices(experiment, method, rule, engine="sequential", **settings):
+    chosen = {**SETTINGS, "clients": 6, "cohort": 5, "rounds": 5, "devices.dropout": 0.3, **SLOW, "data.rows": 200}
+    return experiment(method, **{**chosen, "devices.stragglers": rule, "engine": engine, **settings})
+
+
+@pytest.mark.parametrize(("method", "rule"), RULES)
+def test_devices_are_the_same_on_every_engine(experiment, method, rule):
+    expected = left_by(devices(experiment, method, rule))
+    assert expected.summary["lost"] > 0
+    for engine in ("processes", "debug+bytes+sequential"):
+        assert_same(left_by(devices(experiment, method, rule, engine)), expected)
+    assert_close(left_by(devices(experiment, method, rule, "vectorised")), expected)
+
+
+@pytest.mark.parametrize("after", [1, 2, 4])
+@pytest.mark.parametrize(("method", "rule"), RULES[:3])
+def test_a_run_is_taken_up_with_uplinks_under_way(experiment, method, rule, after):
+    def stop(done, rounds, row):
+        if done == after:
+            raise KeyboardInterrupt
+
+    whole = devices(experiment, method, rule, checkpoint_every=1)
+    expected = left_by(whole)
+    run = devices(experiment, method, rule, checkpoint_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(stop)
+    assert bool(run.intake.flights) == (rule == "late")
+    again = Experiment.resume(run.folder.path)
+    assert again.intake.flights.keys() == run.intake.flights.keys()
+    assert_same(left_by(again), expected)
+    assert events(again) == events(whole)
+
+
+def test_a_late_uplink_is_folded_in_with_its_weight(experiment):
+    replies, servers = [], []
+    settings = {"clients": 3, "rounds": 3, "devices.slow": 0.3, "devices.slowdown": 2.5, "devices.stragglers": "late"}
+    run = spied(experiment("fedavg", **{**SETTINGS, **settings}), replies)
+    servers.append(tree.clone(run.server["weights"]))
+    run.run(lambda *_: servers.append(tree.clone(run.server["weights"])))
+    (slow,) = (i for i, factor in enumerate(run.intake._slowdown) if factor > 1)
+    first, second, third = ({r.client: r for r in each} for each in replies)
+    assert slow in first
+    assert slow not in second  # at work until its uplink has landed, in round 3
+    assert slow not in third
+    for number, fresh in ((0, first), (1, second)):
+        on_time = [r for r in fresh.values() if r.client != slow]
+        n = sum(r.examples for r in on_time)
+        expected = tree.mean([r.uplink["weights"] for r in on_time], [r.examples / n for r in on_time])
+        torch.testing.assert_close(servers[number + 1], expected)
+    moved_on = tree.add(servers[2], tree.sub(first[slow].uplink["weights"], servers[0]))
+    messages = [*(r.uplink["weights"] for r in third.values()), moved_on]
+    weights = [*(float(r.examples) for r in third.values()), first[slow].examples / math.sqrt(3)]
+    expected = tree.mean(messages, [w / sum(weights) for w in weights])
+    torch.testing.assert_close(servers[3], expected)
+    assert [e for e in events(run) if e["event"] == "landed"] == [
+        {"round": 3, "event": "landed", "clients": [slow], "sent": [1]}
+    ]
+    assert run.rows[-1]["late"] == 1
+
+
+def test_half_of_two_epochs_is_one(experiment):
+    settings = {**SETTINGS, "rounds": 2, "partition": {"name": "iid"}, "engine": "sequential"}
+    slow = {"devices.slow": 1.0, "devices.slowdown": 2, "devices.stragglers": "partial"}
+    for method in ("fedavg", "scaffold"):
+        part = left_by(experiment(method, **settings, **slow, **{"method.local_epochs": 2}))
+        whole = left_by(experiment(method, **settings))
+        assert tree.equal(part.server, whole.server)
+        assert [row["steps"] for row in part.turns] == [row["steps"] for row in whole.turns]
+        assert part.summary["virtual_steps"] == 2 * whole.summary["virtual_steps"]
+
+
+def test_partial_turns_have_the_steps_that_are_recorded(experiment):
+    whole = experiment("fedavg", **SETTINGS)
+    whole.run()
+    run = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": "partial"})
+    run.run()
+    factors = run.intake._slowdown
+    assert sorted(factors) == [1, 1, 3, 3]
+    for all_of, some in zip(whole.client_rows, run.client_rows, strict=True):
+        assert some["steps"] == max(all_of["steps"] // factors[some["client"]], 1)
+    tiny = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": "partial", "devices.slowdown": 1000})
+    tiny.run()
+    assert {row["steps"] for row in tiny.client_rows if tiny.intake._slowdown[row["client"]] > 1} == {1}
+
+
+def test_dropped_stragglers_never_train(experiment):
+    run = experiment(
+        "fedavg_ft", **{**SETTINGS, **SLOW, "rounds": 2, "devices.stragglers": "drop", "eval.fitted": True}
+    )
+    summary = run.run()
+    slow = {i for i, factor in enumerate(run.intake._slowdown) if factor > 1}
+    assert set(run.engine.changed()) == {0, 1, 2, 3} - slow
+    assert summary["late"] == 4
+    assert {row["client"] for row in run.client_rows if "steps" in row} == {0, 1, 2, 3} - slow
+
+
+def test_the_server_waits_for_the_longest_turn(experiment):
+    times = {}
+    for rule in ("wait", "drop", "late", "partial"):
+        run = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": rule})
+        times[rule] = run.run()["virtual_steps"]
+        turns = [(row["steps"], run.intake._slowdown[row["client"]]) for row in run.client_rows if "steps" in row]
+        longest = max(steps * (1 if rule == "late" else factor) for steps, factor in turns)
+        assert times[rule] == longest
+    assert times["drop"] <= times["late"] < times["wait"]
+
+
+def test_a_reference_that_is_no_federation_has_no_devices(experiment):
+    run = experiment("centralised", **{**SETTINGS, **SLOW, "devices.slow": 1.0, "devices.dropout": 0.99})
+    assert run.run()["lost"] == 0
+
+
+@pytest.mark.parametrize("method", ["scaffold", "fedmr", "fedproto", "fedvtc", "local"])
+def test_a_method_that_cannot_take_late_uplinks_says_so(experiment, method):
+    with pytest.raises(ConfigError, match=rf"devices.stragglers=late: {method} cannot take in late uplinks"):
+        experiment(method, **SETTINGS, **{"devices.stragglers": "late"})
+
+
+def test_more_clients_than_a_cohort_has_cannot_be_asked_for(experiment):
+    with pytest.raises(ConfigError, match=r"min_clients=3: a cohort has 2 members at most"):
+        experiment("fedavg", **SETTINGS, **{"cohort": 2, "min_clients": 3})
+
+
+def test_events_after_the_last_checkpoint_are_noted_once(experiment):
+    def stop(done, rounds, row):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    run = devices(experiment, "fedavg", "wait", checkpoint_every=2)
+    with pytest.raises(KeyboardInterrupt):
+        run.run(stop)
+    again = Experiment.resume(run.folder.path)
+    again.run()
+    lines = (run.folder.path / "events.jsonl").read_text().splitlines()
+    rounds = [json.loads(line)["round"] for line in lines]
+    assert rounds == sorted(rounds)
+    assert len(set(lines)) == len(lines)

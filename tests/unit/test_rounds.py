@@ -1,0 +1,52 @@
+"""Draws and rules of rounds, without running one."""
+
+import pytest
+
+from fedloom.config import make_settings
+from fedloom.method import Method
+from fedloom.methods.centralised import Centralised
+from fedloom.rounds import Flight, _arrivals, slowdowns
+
+
+def factors(n=10, method=None, **values):
+    devices = {"slow": 0.3, "slowdown": 5.0, **values.pop("devices", {})}
+    return slowdowns(make_settings({"devices": devices, **values}), method or Method(), n)
+
+
+def test_so_many_clients_are_slow_and_always_the_same():
+    assert sorted(factors()) == [1.0] * 7 + [5.0] * 3
+    assert factors() == factors()
+    assert len({factors(seed=seed) for seed in range(20)}) > 5
+    assert factors(devices={"slow": 0.0}) == (1.0,) * 10
+    assert factors(devices={"slow": 1.0}) == (5.0,) * 10
+    assert factors(method=Centralised()) == (1.0,) * 10
+
+
+@pytest.mark.parametrize(("slow", "n", "expected"), [(0.5, 3, 2), (0.1, 4, 0), (0.1, 5, 1), (0.25, 10, 3)])
+def test_the_number_of_slow_clients_is_rounded(slow, n, expected):
+    assert sum(factor > 1 for factor in factors(n, devices={"slow": slow})) == expected
+
+
+def test_shares_are_by_examples_and_age():
+    arrivals = _arrivals([(4, 0, 30, 0), (2, 1, 10, 0), (7, 3, 40, 3)])
+    assert [a.share for a in arrivals] == pytest.approx([0.5, 1 / 6, 1 / 3])  # 30, 10 and 40 / 2 of 60
+    assert [(a.client, a.slot, a.age) for a in arrivals] == [(4, 0, 0), (2, 1, 0), (7, 3, 3)]
+    fresh = _arrivals([(0, 0, 3, 0), (1, 1, 7, 0)])
+    assert [a.share for a in fresh] == [3 / 10, 7 / 10]  # to the bit
+
+
+def test_lost_clients_are_as_many_as_the_chance_says(experiment):
+    run = experiment("fedavg", **{"clients": 20, "data.rows": 300, "devices.dropout": 0.3, "partition.name": "iid"})
+    lost = [
+        slot for number in range(200) for slot in set(range(20)) - set(run.intake.roster(number, range(20)).working)
+    ]
+    assert len(lost) == pytest.approx(0.3 * 4000, abs=120)  # 4 standard deviations
+    assert max(lost.count(i) for i in range(20)) < 100
+
+
+def test_a_client_at_work_is_left_alone(experiment):
+    run = experiment("fedavg", **{"devices.stragglers": "late", "devices.slow": 0.5})
+    run.intake.flights[2] = Flight(2, 0, 10, 0, {})
+    roster = run.intake.roster(1, [0, 2, 3])
+    assert (roster.sent, roster.working) == ([0, 2], [0, 2])
+    assert run.intake.events == [{"round": 2, "event": "busy", "clients": [2]}]
