@@ -11,7 +11,7 @@ from fedloom.method import Method
 SERVER_HALF = ("init_server", "cohort", "downlink", "exchanges", "exchange", "aggregate", "server_logs", "deploy")
 CLIENT_HALF = (
     "nets", "init_memory", "receive", "phases", "loss", "uplink", "adapt", "predictors", "travelling", "local_optimizer", "lr_scale",
-    "shared", "keeps_shared",
+    "shared", "keeps_shared", "ragged",
 )  # fmt: skip
 BASIC = {field.name for field in dataclasses.fields(Method)}  # hyper-parameters of local training
 
@@ -46,6 +46,7 @@ def composed(server: type[Method], client: type[Method]) -> type[Method]:
     locally = [(f.name, f.type, f.default) for f in dataclasses.fields(client) if f.name in BASIC]
     text = f"{a}'s server with {b}'s clients.\n\n{inspect.getdoc(server)}\n\n{inspect.getdoc(client)}"
     namespace = {"__doc__": text, "__module__": Method.__module__, "paper": getattr(server, "paper", None)}
+    namespace["accepts_late"] = server.accepts_late
     found: type[Method] = dataclasses.make_dataclass(
         name, locally, bases=(server, client), namespace=namespace, frozen=True
     )

@@ -182,8 +182,8 @@ class Screen:
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self._blank: dict[int, Client] = {}
-        self._expected: dict[int, Tree] = {}  # in round `_number`
+        self._clients: dict[int, Client] = {}  # that have never worked, by architecture
+        self._expected: dict[int, _Blank] = {}  # in round `_number`, by architecture
         self._number = -1
 
     def opened(self, number: int, reply: Reply, down: Downlink) -> Tree:
@@ -194,18 +194,15 @@ class Screen:
         """
         if reply.examples < 1:
             raise WireError(f"examples={reply.examples}: must be at least 1")
-        codec, received = self._problem.codec, down.to(reply.slot)
-        blank = self._uplink(number, reply.client, received)
-        unsent = codec.unsent(self._problem.method.travelling(self._blank[self._problem.arch_of[reply.client]].weights))
-        travels = codec.reply(blank, received, unsent, Stream())[0]
-        got, want = tree.structure(reply.uplink), dict(tree.structure(travels))
+        received = down.to(reply.slot)
+        got, want = tree.structure(reply.uplink), dict(self._blank_uplink(number, reply.client, received).travels)
         compare(dict.fromkeys(got), dict.fromkeys(want))
         for path, length in self._problem.method.ragged(reply.uplink).items():
             for place in want.keys() & {path, f"{path}/int8"}:
                 shape, dtype = want[place]
                 want[place] = (length, *shape[1:]), dtype
         compare(got, want)
-        uplink = codec.opened(reply.uplink, received)
+        uplink = self._problem.codec.opened(reply.uplink, received)
         broken = tree.not_finite(uplink)
         if broken:
             raise WireError(f"'{broken}' is not finite")
@@ -213,23 +210,32 @@ class Screen:
 
     def rebased(self, number: int, flight: Flight, down: Downlink) -> Tree:
         """A late uplink as if its client had started from the weights that the server holds now."""
-        template = self._uplink(number, flight.client, down.common)
+        template = self._blank_uplink(number, flight.client, down.common).uplink
         message = tree.merge(template, flight.message)  # branches without tensors are lost in a checkpoint
         weights = tree.map_tree(torch.add, message["weights"], down.common["weights"])
         return {**message, "weights": weights}
 
-    def _uplink(self, number: int, i: int, down: Tree) -> Tree:
+    def _blank_uplink(self, number: int, i: int, down: Tree) -> _Blank:
         """What client `i` would send if it had done nothing, once per round and architecture."""
         if number != self._number:
             self._number, self._expected = number, {}
         p, arch = self._problem, self._problem.arch_of[i]
         if arch not in self._expected:
-            if arch not in self._blank:
-                self._blank[arch] = p.initial(i, read_weights(p.modules(arch)))
-            blank = self._blank[arch]
+            if arch not in self._clients:
+                self._clients[arch] = p.initial(i, read_weights(p.modules(arch)))
+            client = self._clients[arch]
             turn = Turn(number, p.task.rounds - 1, 1, {train.name: 1 for train in trains_of(p.method.phases())})
-            self._expected[arch] = p.method.uplink(blank, blank.weights, down, turn)[0]
+            uplink = p.method.uplink(client, client.weights, down, turn)[0]
+            travels = p.codec.reply(uplink, down, client.unsent, Stream())[0]
+            self._expected[arch] = _Blank(uplink, tree.structure(travels))
         return self._expected[arch]
+
+
+class _Blank(NamedTuple):
+    """The uplink of a client that has done nothing."""
+
+    uplink: Tree
+    travels: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # its structure on the wire
 
 
 def require_finite(server: Tree, number: int, last: int) -> None:
