@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from fedloom import data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
+from fedloom.costs import Costs
 from fedloom.engines import Ask, Engine, Reply, Score, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import MethodError, RunFolderError
@@ -25,6 +27,10 @@ from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree
 
 Row = dict[str, Any]
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
 
 
@@ -48,6 +54,8 @@ class Ledger:
         self.kinds: dict[str, dict[str, int]] = state.get("bytes_by_kind", {"uplink": {}, "downlink": {}})
         self.train_seconds: float = state.get("train_seconds", 0.0)
         self.eval_seconds: float = state.get("eval_seconds", 0.0)
+        self.phase_seconds: dict[str, float] = state.get("phase_seconds", {})
+        self.flops: float = state.get("flops", 0.0)
         self.trained: set[int] = set(state.get("trained", ()))
 
     def count(self, way: str, message: Tree) -> int:
@@ -56,6 +64,12 @@ class Ledger:
         for kind, n in sizes.items():
             self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
         return sum(sizes.values())
+
+    def work(self, phase_seconds: Mapping[str, float], flops: float) -> None:
+        """Add what one turn took."""
+        self.flops += flops
+        for phase, seconds in phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
 
     def total(self, way: str) -> int:
         """All bytes that went `uplink` or `downlink`."""
@@ -67,6 +81,8 @@ class Ledger:
             "bytes_by_kind": self.kinds,
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
+            "phase_seconds": self.phase_seconds,
+            "flops": self.flops,
             "trained": sorted(self.trained),
         }
 
@@ -92,6 +108,7 @@ class Experiment:
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Ledger()
+        self.costs: Costs | None = Costs(self.problem)
         if folder is None:
             folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
             self._describe(folder)
@@ -175,7 +192,9 @@ class Experiment:
     def _record_round(self, number: int, cohort: Sequence[int], down: Downlink, replies: Sequence[Reply]) -> None:
         sent = [self.ledger.count("downlink", down.to(slot)) for slot in range(len(cohort))]
         for reply in replies:
+            flops = self._count(lambda costs, i=reply.client: sum(costs.flops(i, number).values()))
             self.ledger.trained.add(reply.client)
+            self.ledger.work(reply.phase_seconds, flops or 0.0)
             self.client_rows.append(
                 {
                     "round": number + 1,
@@ -184,10 +203,23 @@ class Experiment:
                     "steps": sum(reply.steps.values()),
                     "uplink_bytes": self.ledger.count("uplink", reply.uplink),
                     "downlink_bytes": sent[reply.slot],
+                    "flops": flops,
                     "seconds": reply.seconds,
+                    **{f"seconds.{phase}": seconds for phase, seconds in reply.phase_seconds.items()},
                     **reply.logs,
                 }
             )
+
+    def _count(self, count: Callable[[Costs], T]) -> T | None:
+        """A count, or None: work that cannot be counted on a few rows is no reason to end a run."""
+        if self.costs is None:
+            return None
+        try:
+            return count(self.costs)
+        except Exception as error:
+            log.warning("what turns cost is not counted: %s: %s", type(error).__name__, error)
+            self.costs = None
+            return None
 
     # scoring
 
@@ -312,6 +344,9 @@ class Experiment:
             "bytes_by_kind": self.ledger.kinds,
             "seconds": self.ledger.train_seconds + self.ledger.eval_seconds,
             "train_seconds": self.ledger.train_seconds,
+            "seconds_by_phase": self.ledger.phase_seconds,
+            "flops_per_round": self.ledger.flops / max(self.done, 1) or None,
+            "peak_client_bytes": self._count(Costs.peak_client_bytes),
             "buffers": self.method.buffers,
             "partition": self.partition.hash(),
             "finished": True,
