@@ -372,6 +372,12 @@ class PersonalModel(nn.Module):
         self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
         self.eval()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
+        """Another precision, or another device, is also one for what the predictor reads besides weights."""
+        super()._apply(fn, recurse)
+        self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, Y)."""
         modules = dict(self.nets.items())
