@@ -85,7 +85,7 @@ class Costs:
         site = Site(rows, Plan(n), p.task, Stream(p.seed, "costs"))
         with FlopCounterMode(display=False) as counter:
             run_phases((shortened(phase, 1),), self._gradients[p.arch_of[i]], self.received(i), self._down, site, turn)
-        return counter.get_total_flops()
+        return int(counter.get_total_flops())
 
     @property
     def _down(self) -> Tree:
@@ -97,6 +97,13 @@ class Costs:
         members = [i for i, mine in enumerate(p.arch_of) if mine == arch and p.data.n_train(i)]
         return max(members, key=p.data.n_train) if members else None
 
+    def busiest(self, i: int) -> Turn:
+        """Client `i`'s first turn in which as many phases as ever are switched on."""
+        p = self.problem
+        trains, rounds = trains_of(p.method.phases()), p.task.rounds
+        turns = (Turn(number, rounds - 1, p.data.n_train(i)) for number in range(rounds))
+        return max(turns, key=lambda turn: sum(train.when is None or train.when(turn) for train in trains))
+
     def peak_bytes(self, i: int) -> dict[str, int]:
         """The most bytes that client `i`'s tensors take at once, by phase; the turn's peak is the largest of them.
 
@@ -105,8 +112,7 @@ class Costs:
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
         site = Site(Rows(x, y), p.plan, p.task, Stream(p.seed, "costs"))
-        turn = Turn(_busiest(p), p.task.rounds - 1, len(y))
-        client = self.received(i)
+        turn, client = self.busiest(i), self.received(i)
         peaks: dict[str, int] = {}
         with Live([x, y, *tree.leaves(client._asdict()), *tree.leaves(self._down)]) as live:
             for phase in p.method.phases():
@@ -122,12 +128,12 @@ class Costs:
         return max(max(self.peak_bytes(i).values()) for i in clients if i is not None)
 
 
-class Live(TorchDispatchMode):
+class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows the tensors that are made while it lasts: bytes alive now, and the most so far."""
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         """`held` are tensors that are there already."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
         for tensor in held:
@@ -167,16 +173,6 @@ def pieces(phase: Phase, plan: Plan, n: int) -> Mapping[int, int]:
     if isinstance(phase, Sweep):
         return Counter(min(EVAL_BATCH, n - start) for start in range(0, n, EVAL_BATCH))
     return Counter(len(batch) for batch in plan.batches(n, phase.epochs, phase.steps, Stream("sizes")))
-
-
-def _busiest(problem: Problem) -> int:
-    """The first round in which all that is ever switched on is on, or else as much as possible."""
-    trains, last = trains_of(problem.method.phases()), problem.task.rounds - 1
-
-    def active(number: int) -> int:
-        return sum(train.when is None or train.when(Turn(number, last, 1)) for train in trains)
-
-    return max(range(last + 1), key=active)
 
 
 def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -192,7 +193,7 @@ class Experiment:
     def _record_round(self, number: int, cohort: Sequence[int], down: Downlink, replies: Sequence[Reply]) -> None:
         sent = [self.ledger.count("downlink", down.to(slot)) for slot in range(len(cohort))]
         for reply in replies:
-            flops = self._count(lambda costs, i=reply.client: sum(costs.flops(i, number).values()))
+            flops = self._count(partial(_flops, i=reply.client, number=number))
             self.ledger.trained.add(reply.client)
             self.ledger.work(reply.phase_seconds, flops or 0.0)
             self.client_rows.append(
@@ -374,7 +375,7 @@ class PersonalModel(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
         """Another precision, or another device, is also one for what the predictor reads besides weights."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
         return self
 
@@ -385,6 +386,10 @@ class PersonalModel(nn.Module):
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
         nets = Nets(modules, params, buffers, modules if self.training else ())
         return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
+
+
+def _flops(costs: Costs, i: int, number: int) -> float:
+    return sum(costs.flops(i, number).values())
 
 
 def _arrivals(replies: Sequence[Reply]) -> tuple[Arrival, ...]:

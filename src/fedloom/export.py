@@ -58,7 +58,7 @@ class Exported(NamedTuple):
     client: int
     file: str
     file_bytes: int
-    parameters: int
+    parameters: int  # of the nets that predict
     rows: int  # the client's own test rows, on which file and torch were compared
     difference: float  # the largest between logits
     same_class: int  # rows given the same class by both
@@ -111,8 +111,8 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
     model, facts = experiment.personal_model(i).float(), described(experiment, i)
     with arithmetic(experiment.settings):
         x, y = _own_rows(experiment, i)
-    _write_onnx(model, x[:2].float(), file, facts)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    used = _write_onnx(model, x[:2].float(), file, facts)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
     safetensors.torch.save_file(weights, file.with_suffix(".safetensors"), facts)
     logits = _run_onnx(file, x)
     try:
@@ -128,7 +128,7 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
         i,
         str(file),
         file.stat().st_size,
-        sum(p.numel() for p in model.parameters()),
+        sum(p.numel() for name, p in model.named_parameters() if name in used),
         len(y),
         difference,
         int((logits.argmax(1) == own.argmax(1)).sum()),
@@ -192,7 +192,8 @@ def _own_rows(experiment: Experiment, i: int) -> tuple[Tensor, Tensor]:
     return data.test(i) if data.n_test(i) else data.common()
 
 
-def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str, str]) -> None:
+def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str, str]) -> set[str]:
+    """Returns the names of the parameters and buffers that prediction reads."""
     with _quiet():
         program = torch.onnx.export(
             model,
@@ -203,10 +204,13 @@ def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str,
             output_names=["logits"],
             verbose=False,
         )
-        if program is None:
+        if program is None or program.exported_program is None:
             raise ExportError("torch.onnx.export gave nothing")
         program.model.metadata_props.update(facts)
         program.save(str(file), external_data=False)
+    graph, signature = program.exported_program.graph, program.exported_program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {names[node.name] for node in graph.find_nodes(op="placeholder") if node.name in names and node.users}
 
 
 @contextmanager
@@ -250,7 +254,8 @@ def _torch_seconds(model: PersonalModel, x: Tensor) -> tuple[float, float]:
 
 
 def _median(work: Callable[[], Any]) -> float:
-    found, end = [], time.perf_counter() + MOST_S
+    found: list[float] = []
+    end = time.perf_counter() + MOST_S
     while len(found) < LEAST or time.perf_counter() < end:
         started = time.perf_counter()
         work()

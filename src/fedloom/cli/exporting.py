@@ -45,7 +45,7 @@ def export(words: Sequence[str]) -> int:
     n = experiment.problem.task.n_clients
     clients = list(range(n)) if given.all else _clients("0" if given.client is None else given.client, n)
     files = targets(Path(given.out or Path(given.run) / "export"), clients)
-    found = []
+    found: list[Exported] = []
     with Console(stderr=True).status("") as status:
         for i, file in files.items():
             status.update(f"client {i}: {len(found) + 1} of {len(files)}")

@@ -82,10 +82,8 @@ class Federation:
         """Mean and deviation, per channel or feature: an input is (v - mean) / std, v a picture's pixel / 255, or the stored value."""
         std = 1 / (self._scale * (255 if self.is_picture else 1))
         mean = -self._shift * std
-        n = self.input_shape[0]
-        found = (value.reshape(-1).expand(n) for value in torch.broadcast_tensors(mean, std))
-        mean_of, std_of = (value.tolist() for value in found)
-        return mean_of, std_of
+        per_channel = (value.reshape(-1).expand(self.input_shape[0]).tolist() for value in (mean, std))
+        return next(per_channel), next(per_channel)
 
     def n_train(self, i: int) -> int:
         """How many training examples client `i` has."""
