@@ -108,20 +108,16 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
     Raises:
         ExportError: the file differs from torch by more than rounding; it is removed again.
     """
-    model, facts = experiment.personal_model(i).float(), described(experiment, i)
+    model, used = write(experiment, i, file)
     with arithmetic(experiment.settings):
         x, y = _own_rows(experiment, i)
-    used = _write_onnx(model, x[:2].float(), file, facts)
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
-    safetensors.torch.save_file(weights, file.with_suffix(".safetensors"), facts)
-    logits = _run_onnx(file, x)
+    logits, own = _run_onnx(file, x), _torch_logits(model, x.float())
     try:
         difference = checked(model, x, logits, f"client {i}")
     except ExportError:
         file.unlink()
         file.with_suffix(".safetensors").unlink()
         raise
-    own = _torch_logits(model, x)
     one, many = _torch_seconds(model, x)
     probe = _probe(file, x.shape[1:])
     return Exported(
@@ -140,6 +136,15 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
         int(probe["peak"]),
         int(probe["peak"] - probe["before"]),
     )
+
+
+def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, set[str]]:
+    """Write both files, unchecked. Returns the model and the names of its parameters and buffers that predict."""
+    model, facts = experiment.personal_model(i).float(), described(experiment, i)
+    used = _write_onnx(model, torch.zeros(2, *experiment.data.input_shape), file, facts)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
+    safetensors.torch.save_file(weights, file.with_suffix(".safetensors"), facts)
+    return model, used
 
 
 def described(experiment: Experiment, i: int) -> dict[str, str]:
@@ -173,7 +178,7 @@ def checked(model: PersonalModel, x: Tensor, logits: Tensor, who: str) -> float:
     Raises:
         ExportError: it is more.
     """
-    own, exact = _torch_logits(model, x), _torch_logits(copy.deepcopy(model).double(), x.double())
+    own, exact = _torch_logits(model, x.float()), _torch_logits(copy.deepcopy(model).double(), x.double())
     known = exact.abs() < LOWEST
     if not known.any() or not torch.equal(known, logits.abs() < LOWEST):
         raise ExportError(f"{who}: logits that are no numbers, or not the same ones in the file as in torch")

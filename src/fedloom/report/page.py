@@ -170,7 +170,7 @@ def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> dict[str, l
     if waiting is None:
         return {}
     note = "Every round waits for its slowest client; the server's own work takes no time."
-    figures = [(plots.accuracy_over_time(records, network, waiting.slowdown), note) for network in waiting.networks]
+    figures = [(plots.accuracy_over_time(records, network, waiting), note) for network in waiting.networks]
     return {"Devices and networks": _drawn("time", figures)}
 
 

@@ -33,7 +33,7 @@ from fedloom.report.style import (
     ticker,
 )
 from fedloom.report.units import duration, size
-from fedloom.report.waiting import elapsed
+from fedloom.report.waiting import Waiting, elapsed
 
 Floats = NDArray[np.float64]
 
@@ -76,11 +76,11 @@ def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_a
     return figure
 
 
-def accuracy_over_time(records: Sequence[RunRecord], network: Network, slowdown: float) -> Figure:
+def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
     """Personal accuracy in percent over the time that devices on a network would have needed (see `report.waiting`)."""
     groups = group(records)
     curves = _curves(groups, lambda record: 100 * series(record, "personal_accuracy"))
-    times = _curves(groups, lambda record: elapsed(record, network, slowdown))
+    times = _curves(groups, lambda record: elapsed(record, network, waiting))
     curves = {label: _over(curve, times[label]) for label, curve in curves.items() if label in times}
     curves = {label: curve for label, curve in curves.items() if len(curve.x)}
     title = f"{measure_name('personal_accuracy')} over time, {network.name}"

@@ -25,21 +25,25 @@ class Waiting(NamedTuple):
 
     networks: Sequence[Network]
     slowdown: float = 1.0  # how many times as long as here a device computes
+    gflops: float | None = (
+        None  # or its GFLOP/s, over which the counted operations are divided in place of measured seconds
+    )
     target: float | None = None  # an accuracy in [0, 1]; None: the highest whole percent that all runs reach
 
 
-def elapsed(record: RunRecord, network: Network, slowdown: float) -> pd.Series[float]:
+def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[float]:
     """Seconds from the start to the end of each round, by round; empty where the run kept no clients' times.
 
     All clients work at the same time and the server waits for the last: a round takes as long as the slowest client's downlink, turn and
     uplink. The server's own work and scoring take no time.
     """
-    if record.clients is None or "uplink_bytes" not in record.clients:
+    work, factor = ("seconds", waiting.slowdown) if waiting.gflops is None else ("flops", 1e-9 / waiting.gflops)
+    if record.clients is None or not {"uplink_bytes", "downlink_bytes", work} <= set(record.clients.columns):
         return pd.Series(dtype="float64")
-    turns = record.clients.dropna(subset=["uplink_bytes", "seconds"])
+    turns = record.clients.dropna(subset=["uplink_bytes", work])
     sizes = zip(turns["uplink_bytes"], turns["downlink_bytes"], strict=True)
     sending = [network.seconds(up, down) for up, down in sizes]
-    waits = turns["seconds"] * slowdown + sending
+    waits = turns[work] * factor + sending
     rounds: pd.Series[float] = waits.groupby(turns["round"]).max().sort_index().cumsum()
     return rounds
 
@@ -69,7 +73,9 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
         ConfigError: there is no accuracy, or there are no clients' times, to tell it from.
     """
     counted = [record for g in group(records) for record in g.counted]
-    untold = [r.name for r in counted if not len(series(r, MEASURE)) or not len(elapsed(r, waiting.networks[0], 1))]
+    untold = [
+        r.name for r in counted if not len(series(r, MEASURE)) or not len(elapsed(r, waiting.networks[0], waiting))
+    ]
     if untold:
         raise ConfigError(f"network: {untold[0]} has no accuracy yet, or no clients.parquet to tell times from")
     target = common_target(counted) if waiting.target is None else waiting.target
@@ -96,10 +102,10 @@ def _cells(pairs: Sequence[tuple[RunRecord, int]], waiting: Waiting) -> list[Cel
     mean = statistics.fmean
     sizes = [_bytes_per_turn(record) for record, _ in pairs]
     still = Network("", math.inf, math.inf, 0.0)
-    computing = mean(_at(elapsed(record, still, waiting.slowdown), number) for record, number in pairs)
+    computing = mean(_at(elapsed(record, still, waiting), number) for record, number in pairs)
     cells = [Cell(f"{mean(n for _, n in pairs):.3g}"), Cell(units.size(mean(sizes))), Cell(units.duration(computing))]
     for network in waiting.networks:
-        whole = mean(_at(elapsed(record, network, waiting.slowdown), number) for record, number in pairs)
+        whole = mean(_at(elapsed(record, network, waiting), number) for record, number in pairs)
         cells.append(Cell(units.duration(whole), whole))
     return cells
 
@@ -117,4 +123,5 @@ def _bytes_per_turn(record: RunRecord) -> float:
 
 def _caption(waiting: Waiting) -> str:
     ways = "; ".join(f"{w.name} {w.up:g} Mbit/s up, {w.down:g} down, {w.latency:g} ms" for w in waiting.networks)
-    return f"Assumed: {ways}; a device computes {waiting.slowdown:g} times as long as here; a round waits for its slowest client."
+    here = f"{waiting.slowdown:g} times as long as here" if waiting.gflops is None else f"{waiting.gflops:g} GFLOP/s"
+    return f"Assumed: {ways}; a device computes {here}; a round waits for its slowest client."
