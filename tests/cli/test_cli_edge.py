@@ -45,6 +45,7 @@ MISTAKES = {
     "report r target=90": "target=90: needs a network, such as network=4g",
     "report r network=4g target=900": "target=900: must be a number above 0 and at most 100",
     "report r network=4g slowdown=-1": "slowdown=-1: must be a number above 0",
+    "report r network=4g slowdown=2 gflops=2": "slowdown=2 tells the device's speed already",
     "report r netwrk=4g": "(did you mean 'network'?)",
 }
 

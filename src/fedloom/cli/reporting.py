@@ -16,9 +16,10 @@ EXAMPLES = """\
   fedloom report runs/digits baseline=local            differences to another method than FedAvg
   fedloom report runs/digits network=4g,lan target=90 slowdown=19
                                                        time to 90 % on networks, for devices that compute 19 times as long;
+                                                       gflops=2 in place of slowdown divides the counted operations;
                                                        own networks are UP/DOWN/LATENCY: network=2/10/80
 """
-OPTIONS = ("out", "baseline", "network", "target", "slowdown")
+OPTIONS = ("out", "baseline", "network", "target", "slowdown", "gflops")
 
 
 def report(words: Sequence[str]) -> int:
@@ -50,12 +51,17 @@ def report(words: Sequence[str]) -> int:
 
 def _waiting(options: Mapping[str, str]) -> Waiting | None:
     if "network" not in options:
-        alone = next((key for key in ("target", "slowdown") if key in options), None)
+        alone = next((key for key in ("target", "slowdown", "gflops") if key in options), None)
         if alone:
             raise ConfigError(f"{alone}={options[alone]}: needs a network, such as network=4g")
         return None
     target = _number("target", options["target"], 100) / 100 if "target" in options else None
-    return Waiting(networks(options["network"]), _number("slowdown", options.get("slowdown", "1")), target)
+    if "slowdown" in options and "gflops" in options:
+        raise ConfigError(
+            f"gflops={options['gflops']}: slowdown={options['slowdown']} tells the device's speed already"
+        )
+    gflops = _number("gflops", options["gflops"]) if "gflops" in options else None
+    return Waiting(networks(options["network"]), _number("slowdown", options.get("slowdown", "1")), gflops, target)
 
 
 def _number(key: str, text: str, most: float = float("inf")) -> float:

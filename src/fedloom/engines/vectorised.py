@@ -70,8 +70,6 @@ class Vectorised(Sequential):
             self._keep(member.client, outcome)
             turn, logs, by_phase = outcome.turn, outcome.logs, outcome.seconds
             replies.append(
-                Reply(
-                    member.client, member.slot, outcome.uplink, turn.examples, turn.steps, logs, seconds, by_phase
-                )
+                Reply(member.client, member.slot, outcome.uplink, turn.examples, turn.steps, logs, seconds, by_phase)
             )
         return replies

@@ -22,7 +22,14 @@ def folder(path, accuracies, seconds, method="fedavg"):
     rows = [{"round": r, "personal_accuracy": a} for r, a in enumerate(accuracies, start=1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     turns = [
-        {"round": r, "client": i, "uplink_bytes": up, "downlink_bytes": 10_000_000, "seconds": seconds * (i + 1)}
+        {
+            "round": r,
+            "client": i,
+            "uplink_bytes": up,
+            "downlink_bytes": 10_000_000,
+            "seconds": seconds * (i + 1),
+            "flops": 4e9 * (i + 1),
+        }
         for r in range(1, len(accuracies) + 1)
         for i, up in enumerate((1_000_000, 0))
     ]
@@ -33,9 +40,11 @@ def folder(path, accuracies, seconds, method="fedavg"):
 def test_a_round_waits_for_its_slowest_client(tmp_path):
     (record,) = read([folder(tmp_path / "a", [0.5, 0.9], seconds=0.25)])
     # the first: 2 messages, 1 s each way, and 0.25 s x 2; the second: one message, 1 s, and 0.5 s x 2
-    assert elapsed(record, WAY, slowdown=2).tolist() == pytest.approx([3.5, 7.0])
+    assert elapsed(record, WAY, Waiting([WAY], slowdown=2)).tolist() == pytest.approx([3.5, 7.0])
     # computing ten times as slowly, the second is the last
-    assert elapsed(record, WAY, slowdown=20).tolist() == pytest.approx([11.5, 23.0])
+    assert elapsed(record, WAY, Waiting([WAY], slowdown=20)).tolist() == pytest.approx([11.5, 23.0])
+    # 4 and 8 GFLOP at 1 GFLOP/s
+    assert elapsed(record, WAY, Waiting([WAY], gflops=1)).tolist() == pytest.approx([9.5, 19.0])
 
 
 def test_the_target_is_what_all_reach(tmp_path):
@@ -47,7 +56,7 @@ def test_the_target_is_what_all_reach(tmp_path):
 
 def test_the_table_says_when(tmp_path):
     records = read([folder(tmp_path / "a", [0.5, 0.9], 0.25), folder(tmp_path / "b", [0.6, 0.7], 0.25, "fedmr")])
-    grid = waiting_grid(records, Waiting([WAY], 2, target=0.9))
+    grid = waiting_grid(records, Waiting([WAY], slowdown=2, target=0.9))
     (name, *cells), (other, *dashes) = [[cell.text for cell in row] for row in grid.rows]
     assert (name, other) == ("fedavg", "fedmr")
     assert cells == ["2", "10.5 MB", "2.0s", "7.0s"]
