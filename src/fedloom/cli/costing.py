@@ -27,6 +27,7 @@ keys: see fedloom run --help. Of each architecture the client with the most rows
 thread. The device is an assumption (a Raspberry Pi 4: docs/edge.md says why); --gflops and --memory declare another.
 """
 PI_GFLOPS, PI_GB = 4.0, 1.0
+ROOF_S = 3.0  # long enough to catch some undisturbed milliseconds on a busy machine
 
 
 def cost(words: Sequence[str]) -> int:
@@ -43,7 +44,7 @@ def cost(words: Sequence[str]) -> int:
     settings = make_settings(read_values(given.words))
     with Console(stderr=True).status("measuring a client's turn"):
         found = turn_costs(settings)
-        slowdown = machine_roof(1) / 1e9 / gflops
+        slowdown = machine_roof(1, ROOF_S) / 1e9 / gflops
     if given.json:
         print(json.dumps([_facts(one, slowdown, memory, ways) for one in found], indent=2))
         return 0
