@@ -18,17 +18,16 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom import data
 from fedloom.assembly import arithmetic
 from fedloom.config import Values, make_settings
-from fedloom.engines import Ask, Problem, Sequential
+from fedloom.costs import Costs
+from fedloom.engines import Ask, Problem
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
 from fedloom.experiment import Experiment, Parts
 from fedloom.rng import Stream
-from fedloom.training import Plan
 
 WARM_UP = 1  # rounds before the clock counts: memory, threads and traces settle
 
@@ -258,20 +257,10 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def train_flop(experiment: Stepped) -> float:
-    """Floating-point operations of the next round's local training: matrix products and convolutions, counted on one client."""
-    p, cohort = experiment.problem, experiment.next_cohort()
-    smallest = min(cohort, key=p.data.n_train)
-    message = experiment.method.downlink(experiment.server, cohort).to(list(cohort).index(smallest))
-    with arithmetic(experiment.settings), FlopCounterMode(display=False) as counter:
-        Sequential(p).turn(0, smallest, 0, message)
-    rows = [_rows_used(p.plan, p.data.n_train(i)) for i in cohort]
-    return float(counter.get_total_flops()) * sum(rows) / _rows_used(p.plan, p.data.n_train(smallest))
-
-
-def _rows_used(plan: Plan, n: int) -> int:
-    """The rows of `n` that an epoch visits."""
-    size = min(plan.batch_size, n)
-    return n // size * size if plan.drop_last else n
+    """Floating-point operations of the next round's local training (see `fedloom.costs`)."""
+    costs = Costs(experiment.problem)
+    with arithmetic(experiment.settings):
+        return sum(sum(costs.flops(i, experiment.done).values()) for i in experiment.next_cohort())
 
 
 def machine_roof(n_cores: int | None = None, seconds: float = 1.0) -> float:

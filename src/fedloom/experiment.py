@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pandas as pd
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from fedloom import data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
+from fedloom.costs import Costs
 from fedloom.engines import Ask, Engine, Reply, Score, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import MethodError, RunFolderError
@@ -26,6 +29,10 @@ from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree
 
 Row = dict[str, Any]
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
 
 
@@ -49,6 +56,8 @@ class Ledger:
         self.kinds: dict[str, dict[str, int]] = state.get("bytes_by_kind", {"uplink": {}, "downlink": {}})
         self.train_seconds: float = state.get("train_seconds", 0.0)
         self.eval_seconds: float = state.get("eval_seconds", 0.0)
+        self.phase_seconds: dict[str, float] = state.get("phase_seconds", {})
+        self.flops: float = state.get("flops", 0.0)
         self.trained: set[int] = set(state.get("trained", ()))
 
     def count(self, way: str, message: Tree, kind: str | None = None) -> int:
@@ -58,6 +67,12 @@ class Ledger:
         for kind, n in sizes.items():
             self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
         return sum(sizes.values())
+
+    def work(self, phase_seconds: Mapping[str, float], flops: float) -> None:
+        """Add what one turn took."""
+        self.flops += flops
+        for phase, seconds in phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
 
     def total(self, way: str) -> int:
         """All bytes that went `uplink` or `downlink`."""
@@ -69,6 +84,8 @@ class Ledger:
             "bytes_by_kind": self.kinds,
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
+            "phase_seconds": self.phase_seconds,
+            "flops": self.flops,
             "trained": sorted(self.trained),
         }
 
@@ -95,6 +112,7 @@ class Experiment:
         self.client_rows: list[Row] = []
         self.ledger = Ledger()
         self.intake = Intake(self.problem, settings)
+        self.costs: Costs | None = Costs(self.problem)
         if folder is None:
             folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
             self._describe(folder)
@@ -202,7 +220,9 @@ class Experiment:
         for slot in sorted(silent):
             self.client_rows.append({"round": number + 1, "client": cohort[slot], "downlink_bytes": sent[slot]})
         for reply in replies:
+            flops = self._count(partial(_flops, i=reply.client, number=number))
             self.ledger.trained.add(reply.client)
+            self.ledger.work(reply.phase_seconds, flops or 0.0)
             relayed = 0  # what clients exchange goes through a relay: up once, and down to others
             if self.method.exchanges:
                 relayed = self.ledger.count("uplink", reply.uplink, "exchange")
@@ -215,10 +235,23 @@ class Experiment:
                     "steps": sum(reply.steps.values()),
                     "uplink_bytes": self.ledger.count("uplink", reply.uplink) + relayed,
                     "downlink_bytes": sent[reply.slot] + relayed,
+                    "flops": flops,
                     "seconds": reply.seconds,
+                    **{f"seconds.{phase}": seconds for phase, seconds in reply.phase_seconds.items()},
                     **reply.logs,
                 }
             )
+
+    def _count(self, count: Callable[[Costs], T]) -> T | None:
+        """A count, or None: work that cannot be counted on a few rows is no reason to end a run."""
+        if self.costs is None:
+            return None
+        try:
+            return count(self.costs)
+        except Exception as error:
+            log.warning("what turns cost is not counted: %s: %s", type(error).__name__, error)
+            self.costs = None
+            return None
 
     # scoring
 
@@ -354,6 +387,9 @@ class Experiment:
             **metrics.reached(self.rows, s.eval.target),
             "seconds": self.ledger.train_seconds + self.ledger.eval_seconds,
             "train_seconds": self.ledger.train_seconds,
+            "seconds_by_phase": self.ledger.phase_seconds,
+            "flops_per_round": self.ledger.flops / max(self.done, 1) or None,
+            "peak_client_bytes": self._count(Costs.peak_client_bytes),
             "buffers": self.method.buffers,
             "partition": self.partition.hash(),
             "finished": True,
@@ -384,6 +420,12 @@ class PersonalModel(nn.Module):
         self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
         self.eval()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
+        """Another precision, or another device, is also one for what the predictor reads besides weights."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, Y)."""
         modules = dict(self.nets.items())
@@ -391,6 +433,10 @@ class PersonalModel(nn.Module):
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
         nets = Nets(modules, params, buffers, modules if self.training else ())
         return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
+
+
+def _flops(costs: Costs, i: int, number: int) -> float:
+    return sum(costs.flops(i, number).values())
 
 
 def _restored(template: Tree, saved: Tree, what: str) -> Tree:

@@ -7,6 +7,7 @@ clients need neither padding nor masks. Sort clients by their number of rows, an
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,10 +60,13 @@ def run_turns(
         turn = Turn(number, site.task.rounds - 1, len(site.rows.y))
         lanes.append(Lane(client._replace(weights={"params": params, "buffers": buffers}), down, site, turn))
     logs: list[dict[str, float]] = [{} for _ in lanes]
+    seconds: dict[str, float] = {}  # a lane's part of them
     for phase in method.phases():
+        started = time.perf_counter()
         lanes = _run_phase(phase, gradients, lanes, method.lr_scale(number), logs)
+        seconds[phase.name] = (time.perf_counter() - started) / len(lanes)
     return [
-        report(method, lane.client, weights, lane.down, lane.site, lane.turn, noted)
+        report(method, lane.client, weights, lane.down, lane.site, lane.turn, noted, seconds)
         for lane, weights, noted in zip(lanes, received, logs, strict=True)
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -110,6 +111,7 @@ class Outcome(NamedTuple):
     uplink: Tree
     turn: Turn
     logs: dict[str, float]  # means over the steps, named `phase.loss`, `phase.<log>`
+    seconds: dict[str, float]  # by phase
 
 
 def run_turn(method: Method, gradients: Gradients, client: Client, sent: Tree, site: Site, number: int) -> Outcome:
@@ -119,18 +121,26 @@ def run_turn(method: Method, gradients: Gradients, client: Client, sent: Tree, s
     received = method.receive(client.weights, down, client.memory)
     start = client._replace(weights=received)
     scale = method.lr_scale(number)
-    worked, steps, logs = run_phases(method.phases(), gradients, start, down, site, turn, scale)
+    seconds: dict[str, float] = {}
+    worked, steps, logs = run_phases(method.phases(), gradients, start, down, site, turn, scale, seconds)
     turn = turn._replace(steps=steps)
-    return report(method, worked, received, down, site, turn, logs)
+    return report(method, worked, received, down, site, turn, logs, seconds)
 
 
 def report(
-    method: Method, client: Client, received: Weights, down: Tree, site: Site, turn: Turn, logs: dict[str, float]
+    method: Method,
+    client: Client,
+    received: Weights,
+    down: Tree,
+    site: Site,
+    turn: Turn,
+    logs: dict[str, float],
+    seconds: dict[str, float],
 ) -> Outcome:
     """The end of a turn: what a client that has worked sends, and what it keeps."""
     uplink, memory = method.uplink(client, received, down, turn)
     sent, unsent = site.codec.reply(uplink, down, client.unsent, site.rng.child("uplink"))
-    return Outcome(client._replace(memory=memory, unsent=unsent), sent, turn, logs)
+    return Outcome(client._replace(memory=memory, unsent=unsent), sent, turn, logs, seconds)
 
 
 def run_phases(
@@ -141,15 +151,20 @@ def run_phases(
     site: Site,
     turn: Turn,
     lr_scale: float = 1.0,
+    seconds: dict[str, float] | None = None,
 ) -> tuple[Client, dict[str, int], dict[str, float]]:
-    """Run phases one after another. Returns the client after them, the optimiser steps taken and the logs, both by phase."""
+    """Run phases one after another. Returns the client after them, the optimiser steps taken and the logs, both by phase.
+
+    Args:
+        seconds: where the time that each phase took is written.
+    """
     buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes into them
     params = laid_out(client.weights["params"], is_channels_last(site.rows.x))
     client = client._replace(weights={"params": params, "buffers": buffers})
     steps: dict[str, int] = {}
     logs: dict[str, float] = {}
     for phase in phases:
-        here = site._replace(rng=site.rng.child(phase.name))
+        here, started = site._replace(rng=site.rng.child(phase.name)), time.perf_counter()
         try:
             with own_randomness(here.rng):
                 if isinstance(phase, Sweep):
@@ -166,6 +181,8 @@ def run_phases(
             shape = tuple(here.rows.x.shape)
             error.add_note(f"in phase '{phase.name}', after {sum(steps.values())} steps in earlier ones; rows {shape}")
             raise
+        if seconds is not None:
+            seconds[phase.name] = time.perf_counter() - started
     return client, steps, logs
 
 

@@ -13,6 +13,8 @@ import fedloom
 from fedloom.blame import blame, notes
 from fedloom.cli.benching import bench
 from fedloom.cli.checking import check
+from fedloom.cli.costing import cost
+from fedloom.cli.exporting import export
 from fedloom.cli.listing import listing
 from fedloom.cli.partitioning import partition
 from fedloom.cli.reporting import report
@@ -36,6 +38,8 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "compare": Entry(compare, "several methods on the same clients, with paired differences"),
         "report": Entry(report, "tables and one HTML page from the folders of runs"),
         "list": Entry(listing, "methods, datasets, models or engines, and what can be set"),
+        "cost": Entry(cost, "what a client's turn takes, and whether a small device can"),
+        "export": Entry(export, "a client's model as an ONNX file for a device"),
         "partition": Entry(partition, "deal a data set to clients, look at it, keep it in a file"),
         "check": Entry(check, "whether a method of your own keeps the rules"),
         "bench": Entry(bench, "how fast the engines are on this machine"),

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedloom.cli.words import Parser, output
 from fedloom.errors import ConfigError, suggest
-from fedloom.report import paired_table, read, summary_table, write_page
+from fedloom.networks import networks
+from fedloom.report import Waiting, paired_table, read, summary_table, waiting_table, write_page
 
 EXAMPLES = """\
   fedloom report runs/digits                           one run, or a comparison's folder; writes report.html into it
   fedloom report runs/a runs/b runs/c out=abc.html
   fedloom report runs/digits baseline=local            differences to another method than FedAvg
+  fedloom report runs/digits network=4g,lan target=90 slowdown=19
+                                                       time to 90 % on networks, for devices that compute 19 times as long;
+                                                       gflops=2 in place of slowdown divides the counted operations;
+                                                       own networks are UP/DOWN/LATENCY: network=2/10/80
 """
-OPTIONS = ("out", "baseline")
+OPTIONS = ("out", "baseline", "network", "target", "slowdown", "gflops")
 
 
 def report(words: Sequence[str]) -> int:
@@ -27,6 +32,7 @@ def report(words: Sequence[str]) -> int:
     options = dict(word.split("=", 1) for word in given.words if _is_option(word))
     if not folders:
         raise ConfigError("fedloom report: name the folder of a run, such as runs/digits")
+    waiting = _waiting(options)
     records = read(folders)
     if not given.quiet:
         console = output()
@@ -34,11 +40,38 @@ def report(words: Sequence[str]) -> int:
         paired = paired_table(records, options.get("baseline")) if len(records) > 1 else None
         if paired is not None:
             console.print("", paired, sep="\n")
+        if waiting is not None:
+            console.print("", waiting_table(records, waiting), sep="\n")
         console.print()
     target = Path(options.get("out") or (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html")
-    write_page(records, target)
+    write_page(records, target, waiting)
     print(f"report  {target}")
     return 0
+
+
+def _waiting(options: Mapping[str, str]) -> Waiting | None:
+    if "network" not in options:
+        alone = next((key for key in ("target", "slowdown", "gflops") if key in options), None)
+        if alone:
+            raise ConfigError(f"{alone}={options[alone]}: needs a network, such as network=4g")
+        return None
+    target = _number("target", options["target"], 100) / 100 if "target" in options else None
+    if "slowdown" in options and "gflops" in options:
+        raise ConfigError(
+            f"gflops={options['gflops']}: slowdown={options['slowdown']} tells the device's speed already"
+        )
+    gflops = _number("gflops", options["gflops"]) if "gflops" in options else None
+    return Waiting(networks(options["network"]), _number("slowdown", options.get("slowdown", "1")), gflops, target)
+
+
+def _number(key: str, text: str, most: float = float("inf")) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= most or value == float("inf"):
+        raise ConfigError(f"{key}={text}: must be a number above 0" + (f" and at most {most:g}" if most < 1e9 else ""))
+    return value
 
 
 def _is_option(word: str) -> bool:

@@ -41,8 +41,8 @@ class Federation:
     def __init__(
         self, dataset: Dataset, partition: Partition, *, normalise: str | None = None, augment: str = "none"
     ) -> None:
-        is_picture = dataset.images.dtype == torch.uint8
-        normalise = normalise or ("half" if is_picture else "none")
+        self.is_picture = dataset.images.dtype == torch.uint8
+        normalise = normalise or ("half" if self.is_picture else "none")
         for key, value, known in (("normalise", normalise, NORMALISES), ("augment", augment, AUGMENTS)):
             if value not in known:
                 raise DataError(f"data.{key}={value}: unknown{suggest(value, known)}")
@@ -76,6 +76,14 @@ class Federation:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input: (C, H, W) for pictures, (D,) for flat features."""
         return self.dataset.input_shape
+
+    @property
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation, per channel or feature: an input is (v - mean) / std, v a picture's pixel / 255, or the stored value."""
+        std = 1 / (self._scale * (255 if self.is_picture else 1))
+        mean = -self._shift * std
+        per_channel = (value.reshape(-1).expand(self.input_shape[0]).tolist() for value in (mean, std))
+        return next(per_channel), next(per_channel)
 
     def n_train(self, i: int) -> int:
         """How many training examples client `i` has."""

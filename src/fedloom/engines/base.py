@@ -35,6 +35,7 @@ class Reply(NamedTuple):
     steps: Mapping[str, int]
     logs: Mapping[str, float]
     seconds: float
+    phase_seconds: Mapping[str, float] = {}
 
 
 class Score(NamedTuple):

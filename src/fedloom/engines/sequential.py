@@ -75,7 +75,7 @@ class Sequential(Engine):
             raise
         self._keep(i, done)
         seconds = time.perf_counter() - started
-        return Reply(i, slot, done.uplink, done.turn.examples, done.turn.steps, done.logs, seconds)
+        return Reply(i, slot, done.uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds)
 
     def _keep(self, i: int, done: Outcome) -> None:
         self.store.put(i, done.client._replace(weights=self.problem.kept(done.client.weights)))

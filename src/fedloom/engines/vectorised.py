@@ -68,8 +68,8 @@ class Vectorised(Sequential):
         replies = []
         for member, outcome in zip(group, done, strict=True):
             self._keep(member.client, outcome)
-            turn = outcome.turn
+            turn, logs, by_phase = outcome.turn, outcome.logs, outcome.seconds
             replies.append(
-                Reply(member.client, member.slot, outcome.uplink, turn.examples, turn.steps, outcome.logs, seconds)
+                Reply(member.client, member.slot, outcome.uplink, turn.examples, turn.steps, logs, seconds, by_phase)
             )
         return replies

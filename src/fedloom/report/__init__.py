@@ -6,5 +6,6 @@ Tables need nothing more than fedloom itself; `plots` and `page` need `pip insta
 from fedloom.report.page import write_page
 from fedloom.report.read import RunRecord, read
 from fedloom.report.tables import paired_table, summary_table
+from fedloom.report.waiting import Waiting, waiting_table
 
-__all__ = ["RunRecord", "paired_table", "read", "summary_table", "write_page"]
+__all__ = ["RunRecord", "Waiting", "paired_table", "read", "summary_table", "waiting_table", "write_page"]

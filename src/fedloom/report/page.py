@@ -15,6 +15,7 @@ from fedloom.report import units
 from fedloom.report.groups import flatten, group, headline, total
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.tables import Cell, Grid, paired_grid, recall_grid, summary_grid
+from fedloom.report.waiting import Waiting, waiting_grid
 
 if TYPE_CHECKING:
     from fedloom.report.style import Figure
@@ -57,8 +58,10 @@ class Detail(NamedTuple):
     tables: Mapping[str, Mapping[str, str]]
 
 
-def write_page(records: Sequence[RunRecord], path: str | Path) -> None:
+def write_page(records: Sequence[RunRecord], path: str | Path, waiting: Waiting | None = None) -> None:
     """Writes a report of `records` to `path`, one HTML file that needs nothing else, atomically.
+
+    With `waiting` it also tells how long devices on networks would have taken.
 
     Raises UsageError when there are no records, when matplotlib or Jinja is missing, or when `path` cannot be written.
     """
@@ -67,7 +70,7 @@ def write_page(records: Sequence[RunRecord], path: str | Path) -> None:
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"cannot write the report to '{target}': it is a folder")
-    page = _render(records)
+    page = _render(records, waiting)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -80,7 +83,7 @@ def write_page(records: Sequence[RunRecord], path: str | Path) -> None:
             draft.unlink()
 
 
-def _render(records: Sequence[RunRecord]) -> str:
+def _render(records: Sequence[RunRecord], waiting: Waiting | None) -> str:
     try:
         import jinja2
         import markupsafe
@@ -90,14 +93,19 @@ def _render(records: Sequence[RunRecord]) -> str:
     jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     plots = {
         title: [{"svg": markupsafe.Markup(plot.svg), "note": plot.note, "wide": plot.wide} for plot in section]
-        for title, section in _sections(records).items()
+        for title, section in {**_sections(records), **_times(records, waiting)}.items()
         if section
     }
     return jinja.from_string(source).render(
         title=_title(records),
         facts=_facts(records),
         unfinished=[record for record in records if not record.finished],
-        grids=[summary_grid(records, digits=2), paired_grid(records, digits=2), recall_grid(records)],
+        grids=[
+            summary_grid(records, digits=2),
+            paired_grid(records, digits=2),
+            waiting_grid(records, waiting) if waiting else None,
+            recall_grid(records),
+        ],
         sections=plots,
         details=[_detail(record) for record in records],
     )
@@ -155,6 +163,16 @@ def _sections(records: Sequence[RunRecord]) -> dict[str, list[Plot]]:
         "Partition": _drawn("partition", _partitions(records)),
         "Logs": _drawn("log", logs),
     }
+
+
+def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> dict[str, list[Plot]]:
+    from fedloom.report import plots
+
+    if waiting is None:
+        return {}
+    note = "Every round waits for its slowest client; the server's own work takes no time."
+    figures = [(plots.accuracy_over_time(records, network, waiting), note) for network in waiting.networks]
+    return {"Devices and networks": _drawn("time", figures)}
 
 
 def _drawn(name: str, figures: Sequence[tuple[Figure, str]]) -> list[Plot]:
@@ -221,11 +239,14 @@ def _accuracy_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
 
 def _result(record: RunRecord) -> dict[str, str]:
     up, down, seconds = (total(record, key) for key in ("uplink_bytes", "downlink_bytes", "seconds"))
+    flops, peak = (total(record, key) for key in ("flops_per_round", "peak_client_bytes"))
     found = {
         "state": "finished" if record.finished else f"unfinished, {record.progress}",
         "uplink": f"{units.size(up)} ({up:,.0f} bytes)" if up is not None else "",
         "downlink": f"{units.size(down)} ({down:,.0f} bytes)" if down is not None else "",
         "time": units.duration(seconds) if seconds is not None else "",
+        "local training": f"{flops / 1e9:.3g} GFLOP a round" if flops else "",
+        "largest client": f"{units.size(peak)} of tensors at once" if peak else "",
         "partition": _scheme(record),
         "partition hash": _shown(record.partition.get("hash", "")),
     }

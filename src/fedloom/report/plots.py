@@ -15,6 +15,7 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from fedloom.errors import DataError
+from fedloom.networks import Network
 from fedloom.report.groups import Group, group, headline, series
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.style import (
@@ -31,7 +32,8 @@ from fedloom.report.style import (
     strokes,
     ticker,
 )
-from fedloom.report.units import size
+from fedloom.report.units import duration, size
+from fedloom.report.waiting import Waiting, elapsed
 
 Floats = NDArray[np.float64]
 
@@ -72,6 +74,23 @@ def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_a
         if _spans([curve.x[-1] for curve in curves.values()], 20):
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: size(x) if x >= 0 else ""))
+    return figure
+
+
+def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
+    """Personal accuracy in percent over the time that devices on a network would have needed (see `report.waiting`)."""
+    groups = group(records)
+    curves = _curves(groups, lambda record: 100 * series(record, "personal_accuracy"))
+    times = _curves(groups, lambda record: elapsed(record, network, waiting))
+    curves = {label: _over(curve, times[label]) for label, curve in curves.items() if label in times}
+    curves = {label: curve for label, curve in curves.items() if len(curve.x)}
+    title = f"{measure_name('personal_accuracy')} over time, {network.name}"
+    figure = _curves_figure(records, curves, title, ("time", "accuracy (%)"))
+    for axes in figure.axes if curves else ():
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+        if _spans([curve.x[-1] for curve in curves.values()], 20):
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: duration(x) if x >= 0 else ""))
     return figure
 
 

@@ -1,0 +1,112 @@
+"""`fedloom cost`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedloom.bench import machine_roof
+from fedloom.cli.words import Parser, output, read_values, settings_words
+from fedloom.config import make_settings
+from fedloom.edge import TIMED_STEPS, TurnCost, turn_costs
+from fedloom.errors import ConfigError
+from fedloom.networks import NETWORKS, Network, networks
+from fedloom.report import units
+
+EXAMPLES = """\
+  fedloom cost method=fedrir model=fedrir_cnn          scikit-learn's digits, 10 clients
+  fedloom cost configs/mnist-fedrir.toml --network 4g,2/10/80
+  fedloom cost method=fedvtc models=resnet8,mobilenetv2 width=64 --gflops 20 --memory 4
+
+keys: see fedloom run --help. Of each architecture the client with the most rows is measured, in a process of its own, on one
+thread. The device is an assumption (a Raspberry Pi 4: docs/edge.md says why); --gflops and --memory declare another.
+"""
+PI_GFLOPS, PI_GB = 4.0, 1.0
+ROOF_S = 3.0  # long enough to catch some undisturbed milliseconds on a busy machine
+
+
+def cost(words: Sequence[str]) -> int:
+    """`fedloom cost`."""
+    parser = Parser("cost", "What a client's turn takes, phase by phase, and whether a small device can.", EXAMPLES)
+    settings_words(parser)
+    parser.add_argument("--gflops", default=str(PI_GFLOPS), metavar="N", help="the device's GFLOP/s on one thread [4]")
+    parser.add_argument("--memory", default=str(PI_GB), metavar="GB", help="the device's memory [1]")
+    parser.add_argument("--network", metavar="NAMES", help=f"{', '.join(NETWORKS)}, or UP/DOWN/LATENCY [all known]")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    given = parser.read(words)
+    gflops, memory = (_above_zero(f"--{key}", getattr(given, key)) for key in ("gflops", "memory"))
+    ways = networks(given.network) if given.network else list(NETWORKS.values())
+    settings = make_settings(read_values(given.words))
+    with Console(stderr=True).status("measuring a client's turn"):
+        found = turn_costs(settings)
+        slowdown = machine_roof(1, ROOF_S) / 1e9 / gflops
+    if given.json:
+        print(json.dumps([_facts(one, slowdown, memory, ways) for one in found], indent=2))
+        return 0
+    for one in found:
+        _show(one, slowdown, memory, ways)
+    output().print(
+        f"device (assumed): {gflops:g} GFLOP/s on one thread, {memory:g} GB. Here {slowdown * gflops:.1f} GFLOP/s were measured, "
+        f"so its seconds are those here x {slowdown:.1f}.\nseconds: up to {TIMED_STEPS} steps of a phase, scaled to all; "
+        "tensors: the most bytes that tensors take at once",
+        soft_wrap=True,
+    )
+    return 0
+
+
+def _above_zero(key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ConfigError(f"{key} {text}: must be a number above 0")
+    return value
+
+
+def _facts(one: TurnCost, slowdown: float, memory: float, ways: Sequence[Network]) -> Mapping[str, Any]:
+    return {
+        **one._asdict(),
+        "phases": [phase._asdict() for phase in one.phases],
+        "slowdown": slowdown,
+        "fits": one.process_bytes <= memory * 1e9,
+        "network_seconds": {way.name: way.seconds(one.uplink_bytes, one.downlink_bytes) for way in ways},
+    }
+
+
+def _show(one: TurnCost, slowdown: float, memory: float, ways: Sequence[Network]) -> None:
+    console = output()
+    console.print(
+        f"{one.method}, {one.model} on {one.data}: client {one.client}, which has the most rows: {one.rows:,}"
+    )
+    console.print(f"parameters  {one.parameters:,}, of them sent {one.parameters_sent:,}")
+    console.print(f"kept        {units.size(one.kept_bytes)} between rounds")
+    times = ", ".join(f"{way.name} {_s(way.seconds(one.uplink_bytes, one.downlink_bytes))}" for way in ways)
+    console.print(f"messages    {units.size(one.uplink_bytes)} up, {units.size(one.downlink_bytes)} down: {times}")
+    fits = "fits" if one.process_bytes <= memory * 1e9 else "does not fit"
+    program = units.size(one.program_bytes)
+    peak = f"{units.size(one.process_bytes)} at its peak, {program} of it Python, torch and fedloom"
+    console.print(f"process     {peak}: {fits} {memory:g} GB\n")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("phase")
+    for column in ("steps", "GFLOP", "seconds here", "on the device", "tensors"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for phase in one.phases:
+        seconds = (_s(phase.seconds), _s(phase.seconds * slowdown))
+        table.add_row(
+            phase.name, f"{phase.steps:,}", f"{phase.flops / 1e9:.3g}", *seconds, units.size(phase.tensor_bytes)
+        )
+    total, flops = sum(phase.seconds for phase in one.phases), sum(phase.flops for phase in one.phases)
+    peak = units.size(max(phase.tensor_bytes for phase in one.phases))
+    table.add_row("turn", "", f"{flops / 1e9:.3g}", _s(total), _s(total * slowdown), f"{peak} (the largest)")
+    console.print(table)
+    console.print()
+
+
+def _s(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else units.duration(seconds)

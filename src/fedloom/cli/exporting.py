@@ -1,0 +1,95 @@
+"""`fedloom export`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from fedloom.cli.words import Parser, output
+from fedloom.errors import ConfigError
+from fedloom.experiment import Experiment
+from fedloom.export import BATCH, Exported, export_client, needs, targets
+from fedloom.report import units
+
+EXAMPLES = """\
+  fedloom export runs/mine                             client 0's personal model, into runs/mine/export
+  fedloom export runs/mine --client 3,7 --out models   client-3.onnx, client-7.onnx and their weights as safetensors
+  fedloom export runs/mine --all --json
+
+needs: pip install 'fedloom[export]'
+"""
+COLUMNS = ("file", "parameters", "accuracy", "same class", "difference")
+TIMES = ("torch\n1 image", "onnx\n1 image", f"torch\n{BATCH} images", f"onnx\n{BATCH} images", "memory", "of it model")
+
+
+def export(words: Sequence[str]) -> int:
+    """`fedloom export`."""
+    parser = Parser("export", "Write personal models of a run as ONNX files, checked against torch.", EXAMPLES)
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, with a checkpoint")
+    parser.add_argument("--client", metavar="I,J", help="whose models (default: 0)")
+    parser.add_argument("--all", action="store_true", help="every client's model")
+    parser.add_argument("--out", metavar="FOLDER", help="where to (default: RUN/export); nothing is overwritten")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    given = parser.read(words)
+    if given.run is None:
+        raise ConfigError("fedloom export: name the folder of a run, such as runs/mine")
+    if given.all and given.client is not None:
+        raise ConfigError(f"--client {given.client}: --all exports every client already")
+    needs()
+    experiment = Experiment.reopen(given.run)
+    n = experiment.problem.task.n_clients
+    clients = list(range(n)) if given.all else _clients("0" if given.client is None else given.client, n)
+    files = targets(Path(given.out or Path(given.run) / "export"), clients)
+    found: list[Exported] = []
+    with Console(stderr=True).status("") as status:
+        for i, file in files.items():
+            status.update(f"client {i}: {len(found) + 1} of {len(files)}")
+            found.append(export_client(experiment, i, file))
+    if given.json:
+        print(json.dumps([one._asdict() for one in found], indent=2))
+    else:
+        _show(found, experiment)
+    return 0
+
+
+def _clients(text: str, n: int) -> list[int]:
+    chosen = []
+    for word in text.split(","):
+        if not word.strip().isdecimal() or int(word) >= n:
+            raise ConfigError(f"--client {text}: '{word}' is no client of this run, which has 0 to {n - 1}")
+        chosen.append(int(word))
+    return list(dict.fromkeys(chosen))
+
+
+def _show(found: Sequence[Exported], experiment: Experiment) -> None:
+    console = output()
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("client", vertical="bottom")
+    for column in (*COLUMNS, *TIMES):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
+    for one in found:
+        seconds = (one.torch_seconds, one.onnx_seconds, one.torch_batch_seconds, one.onnx_batch_seconds)
+        table.add_row(
+            str(one.client),
+            units.size(one.file_bytes),
+            f"{one.parameters:,}",
+            f"{one.accuracy:.1%}",
+            f"{one.same_class} of {one.rows}",
+            f"{one.difference:.1e}",
+            *(f"{1000 * value:.2f} ms" for value in seconds),
+            units.size(one.peak_bytes),
+            units.size(one.model_bytes),
+        )
+    console.print(table)
+    method, folder = experiment.settings.method.name, Path(found[0].file).parent
+    console.print(
+        f"{method} after {experiment.done} rounds; accuracy and differences (of logits, to torch) on the client's own test rows; "
+        "one thread, medians; memory: peak of a fresh process with ONNX Runtime, for one image",
+        soft_wrap=True,
+    )
+    console.print(f"folder  {folder}", soft_wrap=True)

@@ -1,0 +1,57 @@
+"""A model of a client's connection: how long a round's messages take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from fedloom.errors import ConfigError, suggest
+
+
+class Network(NamedTuple):
+    """A connection with a fixed rate each way and a fixed latency; nobody else uses it."""
+
+    name: str
+    up: float  # Mbit/s, 10^6 bits
+    down: float
+    latency: float  # ms, for each message, one way
+
+    def seconds(self, up_bytes: float, down_bytes: float) -> float:
+        """A downlink and then an uplink of so many bytes; a message of no bytes is not sent and takes no time."""
+        bits = 8 * up_bytes / self.up + 8 * down_bytes / self.down
+        return bits / 1e6 + self.latency / 1e3 * ((up_bytes > 0) + (down_bytes > 0))
+
+
+NETWORKS: Mapping[str, Network] = MappingProxyType(
+    {
+        "4g": Network("4g", up=5, down=20, latency=60),
+        "wifi": Network("wifi", up=20, down=50, latency=20),
+        "lan": Network("lan", up=1000, down=1000, latency=1),
+    }
+)
+"""Assumptions, not measurements; docs/edge.md says where they come from."""
+
+
+def networks(text: str) -> list[Network]:
+    """Networks from `4g,lan` or, as own ones, from UP/DOWN/LATENCY in Mbit/s, Mbit/s and ms: `2/10/80`.
+
+    Raises:
+        ConfigError: a word that is neither.
+    """
+    return [_network(word.strip()) for word in text.split(",")]
+
+
+def _network(word: str) -> Network:
+    if word in NETWORKS:
+        return NETWORKS[word]
+    try:
+        up, down, latency = (float(part) for part in word.split("/"))
+    except ValueError:
+        hint = suggest(word, NETWORKS)
+        raise ConfigError(
+            f"network={word}: must be a known one or UP/DOWN/LATENCY in Mbit/s, Mbit/s, ms, such as 5/20/60{hint}"
+        ) from None
+    if not (0 < up < float("inf") and 0 < down < float("inf") and 0 <= latency < float("inf")):
+        raise ConfigError(f"network={word}: rates must be above 0 and the latency at least 0")
+    return Network(word, up, down, latency)

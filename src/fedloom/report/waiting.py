@@ -1,0 +1,127 @@
+"""How long a federation of devices would have taken: computing and sending, from what a run recorded."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pandas as pd
+from rich.table import Table
+
+from fedloom.errors import ConfigError
+from fedloom.networks import Network
+from fedloom.report import units
+from fedloom.report.groups import group, series
+from fedloom.report.read import RunRecord
+from fedloom.report.tables import EMPTY, Cell, Grid, draw
+
+MEASURE = "personal_accuracy"
+
+
+class Waiting(NamedTuple):
+    """What is assumed of the devices."""
+
+    networks: Sequence[Network]
+    slowdown: float = 1.0  # how many times as long as here a device computes
+    gflops: float | None = (
+        None  # or its GFLOP/s, over which the counted operations are divided in place of measured seconds
+    )
+    target: float | None = None  # an accuracy in [0, 1]; None: the highest whole percent that all runs reach
+
+
+def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[float]:
+    """Seconds from the start to the end of each round, by round; empty where the run kept no clients' times.
+
+    All clients work at the same time and the server waits for the last: a round takes as long as the slowest client's downlink, turn and
+    uplink. The server's own work and scoring take no time.
+    """
+    work, factor = ("seconds", waiting.slowdown) if waiting.gflops is None else ("flops", 1e-9 / waiting.gflops)
+    if record.clients is None or not {"uplink_bytes", "downlink_bytes", work} <= set(record.clients.columns):
+        return pd.Series(dtype="float64")
+    turns = record.clients.dropna(subset=["uplink_bytes", work])
+    sizes = zip(turns["uplink_bytes"], turns["downlink_bytes"], strict=True)
+    sending = [network.seconds(up, down) for up, down in sizes]
+    waits = turns[work] * factor + sending
+    rounds: pd.Series[float] = waits.groupby(turns["round"]).max().sort_index().cumsum()
+    return rounds
+
+
+def common_target(records: Sequence[RunRecord]) -> float:
+    """The highest whole percent of personal accuracy that every run reaches."""
+    best = [series(record, MEASURE).max() for record in records]
+    return math.floor(100 * min(best) + 1e-9) / 100
+
+
+def reached(record: RunRecord, target: float) -> int | None:
+    """The first evaluated round with the target accuracy; None where there is none."""
+    values = series(record, MEASURE)
+    there = values[values >= target]
+    return int(there.index[0]) if len(there) else None
+
+
+def waiting_table(records: Sequence[RunRecord], waiting: Waiting) -> Table:
+    """See `waiting_grid`."""
+    return draw(waiting_grid(records, waiting))
+
+
+def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
+    """For each method the time to the target accuracy on each network, mean over its seeds; a dash where a seed never reaches it.
+
+    Raises:
+        ConfigError: there is no accuracy, or there are no clients' times, to tell it from.
+    """
+    counted = [record for g in group(records) for record in g.counted]
+    untold = [
+        r.name for r in counted if not len(series(r, MEASURE)) or not len(elapsed(r, waiting.networks[0], waiting))
+    ]
+    if untold:
+        raise ConfigError(f"network: {untold[0]} has no accuracy yet, or no clients.parquet to tell times from")
+    target = common_target(counted) if waiting.target is None else waiting.target
+    rows = []
+    for g in group(records):
+        rounds = [reached(record, target) for record in g.counted]
+        known = [number for number in rounds if number is not None]
+        if len(known) < len(rounds):
+            rows.append((Cell(g.label), *[EMPTY] * (3 + len(waiting.networks))))
+            continue
+        pairs = list(zip(g.counted, known, strict=True))
+        rows.append((Cell(g.label), *_cells(pairs, waiting)))
+    headers = (
+        "Method",
+        "\nround",
+        "bytes a client\nand round",
+        "\ncomputing",
+        *(f"\n{w.name}" for w in waiting.networks),
+    )
+    return Grid(f"Time to {units.points(target)} % personal accuracy", headers, tuple(rows), _caption(waiting))
+
+
+def _cells(pairs: Sequence[tuple[RunRecord, int]], waiting: Waiting) -> list[Cell]:
+    mean = statistics.fmean
+    sizes = [_bytes_per_turn(record) for record, _ in pairs]
+    still = Network("", math.inf, math.inf, 0.0)
+    computing = mean(_at(elapsed(record, still, waiting), number) for record, number in pairs)
+    cells = [Cell(f"{mean(n for _, n in pairs):.3g}"), Cell(units.size(mean(sizes))), Cell(units.duration(computing))]
+    for network in waiting.networks:
+        whole = mean(_at(elapsed(record, network, waiting), number) for record, number in pairs)
+        cells.append(Cell(units.duration(whole), whole))
+    return cells
+
+
+def _at(times: pd.Series[float], number: int) -> float:
+    return float(times[times.index <= number].iloc[-1])
+
+
+def _bytes_per_turn(record: RunRecord) -> float:
+    """Up and down together."""
+    clients = record.clients
+    assert clients is not None  # `waiting_grid` has asked
+    return float((clients["uplink_bytes"] + clients["downlink_bytes"]).mean())
+
+
+def _caption(waiting: Waiting) -> str:
+    ways = "; ".join(f"{w.name} {w.up:g} Mbit/s up, {w.down:g} down, {w.latency:g} ms" for w in waiting.networks)
+    here = f"{waiting.slowdown:g} times as long as here" if waiting.gflops is None else f"{waiting.gflops:g} GFLOP/s"
+    return f"Assumed: {ways}; a device computes {here}; a round waits for its slowest client."

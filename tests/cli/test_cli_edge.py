@@ -1,0 +1,91 @@
+"""`fedloom export`, `fedloom cost`, and reports of time on networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import Cli
+
+
+def test_export_writes_once(tiny: Cli, cli: Cli) -> None:
+    pytest.importorskip("onnxruntime")
+    assert tiny("run", "out=r").code == 0
+    done = cli("export", "r", "--client", "1,3")
+    assert done.code == 0, done.err
+    assert sorted(file.name for file in Path("r/export").iterdir()) == [
+        f"client-{i}.{end}" for i in (1, 3) for end in ("onnx", "safetensors")
+    ]
+    assert "fedavg after 2 rounds" in done.out
+    again = cli("export", "r", "--client", "3")
+    assert (again.code, again.err.count("\n")) == (2, 1)
+    assert "client-3.onnx is there already" in again.err
+    other = cli("export", "r", "--out", "elsewhere", "--json")
+    (facts,) = json.loads(other.out)
+    assert (facts["client"], facts["file"]) == (0, "elsewhere/client-0.onnx")
+
+
+MISTAKES = {
+    "export": "name the folder of a run",
+    "export nowhere": "nowhere is not a run's folder",
+    "export r --client 4": "--client 4: '4' is no client of this run, which has 0 to 3",
+    "export r --client x": "'x' is no client",
+    "export r --client -1": "is no client",
+    "export r --client 1 --all": "--all exports every client already",
+    "export r --clint 1": "did you mean '--client'?",
+    "export unkept": "has no checkpoint",
+    "cost --gflops fast": "--gflops fast: must be a number above 0",
+    "cost --memory 0": "--memory 0: must be a number above 0",
+    "cost --network 5g": "network=5g: must be a known one",
+    "cost method=fedrri": "(did you mean 'fedrir'?)",
+    "report r network=5g": "network=5g: must be a known one",
+    "report r network=1/2": "UP/DOWN/LATENCY",
+    "report r target=90": "target=90: needs a network, such as network=4g",
+    "report r network=4g target=900": "target=900: must be a number above 0 and at most 100",
+    "report r network=4g slowdown=-1": "slowdown=-1: must be a number above 0",
+    "report r network=4g slowdown=2 gflops=2": "slowdown=2 tells the device's speed already",
+    "report r netwrk=4g": "(did you mean 'network'?)",
+}
+
+
+def test_mistakes_end_in_one_line(tiny: Cli, cli: Cli) -> None:
+    pytest.importorskip("onnxruntime")
+    tiny("run", "out=r", "--quiet")
+    tiny("run", "out=unkept", "checkpoint_every=0", "--quiet")
+    for words, message in MISTAKES.items():
+        result = cli(*words.split())
+        assert (result.code, result.err.count("\n")) == (2, 1), (words, result.err)
+        assert message in result.err, words
+
+
+def test_cost_of_a_turn(tiny: Cli) -> None:
+    """Two hidden layers by hand; and it is measured in a process that holds torch, and little else."""
+    words = ("method=fedavg", "partition=iid", "--network", "8/8/0", "--memory", "0.001", "--json")
+    (facts,) = json.loads(tiny("cost", *words).out)
+    rows = facts["rows"]
+    (phase,) = facts["phases"]
+    assert phase["flops"] == rows * (4 * 64 * 8 + 6 * 8 * 10)
+    assert phase["seconds"] > 0
+    assert facts["parameters"] == facts["parameters_sent"] == 64 * 8 + 8 + 8 * 10 + 10
+    assert facts["uplink_bytes"] == facts["downlink_bytes"] > 4 * facts["parameters"]
+    assert facts["network_seconds"]["8/8/0"] == pytest.approx(2 * facts["uplink_bytes"] / 1e6)
+    assert 50e6 < facts["program_bytes"] < facts["process_bytes"] < 4e9
+    assert facts["fits"] is False
+
+
+def test_cost_shows_every_architecture(tiny: Cli) -> None:
+    shown = tiny("cost", "method=fedvtc", "models=mlp,logistic", "model=mlp", "width=16")
+    assert shown.code == 0, shown.err
+    for words in ("fedvtc, mlp on digits", "fedvtc, logistic on digits", "generator", "finetune", "fits 1 GB"):
+        assert words in shown.out
+
+
+def test_report_tells_the_time_on_networks(tiny: Cli, cli: Cli) -> None:
+    tiny("run", "out=r", "--quiet")
+    shown = cli("report", "r", "network=4g,2/10/80", "slowdown=20", "target=1")
+    assert shown.code == 0, shown.err
+    assert "Time to 1.0 % personal accuracy" in shown.out
+    assert "2/10/80 2 Mbit/s up, 10 down, 80 ms" in " ".join(shown.out.split())
+    assert "over time, 4g" in Path("r/report.html").read_text()

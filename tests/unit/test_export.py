@@ -1,0 +1,112 @@
+"""Models as files for devices: the same numbers as torch, for every method."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from fedloom.config import make_settings
+from fedloom.experiment import Experiment
+from fedloom.export import ExportError, checked, described, export_client, write
+from fedloom.registry import METHODS
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def finished(tmp_path, method, model="fedavg_cnn", **settings):
+    values = {
+        "method": {"name": method},
+        "model": {"name": model},
+        "data": {"name": "digits", "rows": 120},
+        "partition": {"name": "iid"},
+        "clients": 2,
+        "rounds": 1,
+        "engine": {"name": "sequential"},
+        "out": tmp_path / "run",
+    }
+    Experiment(make_settings(values | settings)).run()
+    return Experiment.reopen(tmp_path / "run")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("fedloom.export.MOST_S", 0.0)
+
+
+def logits_of(file, x):
+    import onnxruntime
+
+    return torch.from_numpy(onnxruntime.InferenceSession(str(file)).run(None, {"input": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_file_computes_what_torch_computes(method, tmp_path):
+    run = finished(
+        tmp_path, method, {"fedbn": "resnet8", "fedrir": "fedrir_cnn", "fedvtc": "fedavg_cnn"}.get(method, "mlp")
+    )
+    file, x, model = tmp_path / "model.onnx", run.data.test(1)[0], run.personal_model(1)
+    write(run, 1, file)
+    assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of rows
+    assert checked(model, x, logits_of(file, x), method) < 1e-3
+    assert torch.equal(logits_of(file, x).argmax(1), model(x).argmax(1))
+
+
+def test_an_export_says_what_came_of_it(tmp_path):
+    run = finished(tmp_path, "fedproto", "mlp")
+    file = tmp_path / "client-1.onnx"
+    told = export_client(run, 1, file)
+    assert told.rows == told.same_class == run.data.n_test(1)
+    assert told.accuracy == pytest.approx(next(r["personal_accuracy"] for r in run.client_rows if r["client"] == 1))
+    assert 0 < told.model_bytes < told.peak_bytes
+    assert told.file_bytes == file.stat().st_size > 4 * told.parameters
+    assert min(told.torch_seconds, told.onnx_seconds, told.torch_batch_seconds, told.onnx_batch_seconds) > 0
+
+
+def test_only_the_nets_that_predict_go_into_the_file(tmp_path):
+    from safetensors.torch import load_file
+
+    run = finished(tmp_path, "fedrir")
+    write(run, 0, tmp_path / "model.onnx")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert {name.split(".")[1] for name in weights} == {"gfe", "csfe", "head"}
+    own = run.personal_model(0).state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in weights.items())
+
+
+def test_the_metadata_turn_a_picture_into_an_input(tmp_path):
+    import onnxruntime
+
+    run = finished(tmp_path, "fedproto", "mlp", data={"name": "digits", "rows": 120, "normalise": "standard"})
+    write(run, 0, tmp_path / "model.onnx")
+    facts = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).get_modelmeta().custom_metadata_map
+    assert facts.items() >= described(run, 0).items()
+    assert (facts["method"], facts["client"], json.loads(facts["input_shape"])) == ("fedproto", "0", [1, 8, 8])
+    assert json.loads(facts["classes"]) == [str(digit) for digit in range(10)]
+    mean, std = (torch.tensor(json.loads(facts[key]))[:, None, None] for key in ("mean", "std"))
+    pixels = run.data.dataset.images[torch.as_tensor(run.data.partition.test[0])] / 255
+    assert torch.allclose((pixels - mean) / std, run.data.test(0)[0], atol=1e-5)
+
+
+def test_a_run_in_double_precision_gives_a_file_in_single(tmp_path):
+    run = finished(tmp_path, "fedproto", "mlp", precision="fp64")
+    model, _ = write(run, 0, tmp_path / "model.onnx")
+    x = run.data.test(0)[0].float()
+    assert checked(model, x, logits_of(tmp_path / "model.onnx", x), "client 0") < 1e-3
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path):
+    run = finished(tmp_path, "fedavg", "mlp")
+    model, x = run.personal_model(0), run.data.test(0)[0]
+    with torch.no_grad():
+        logits = model(x)
+    assert checked(model, x, logits, "client 0") == 0
+    wrong = logits.clone()
+    wrong[3, 2] += 1e-3
+    with pytest.raises(ExportError, match="client 0: the file's logits differ"):
+        checked(model, x, wrong, "client 0")
+    wrong[3, 2] = float("nan")
+    with pytest.raises(ExportError, match="no numbers"):
+        checked(model, x, wrong, "client 0")
