@@ -50,7 +50,7 @@ def _plain(title: str, console: Console) -> Show:
 
     def show(done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
         nonlocal last
-        if done == rounds or time.monotonic() - last >= QUIET_S:
+        if (done == rounds and "joined" not in row) or time.monotonic() - last >= QUIET_S:
             last = time.monotonic()
             line = f"{name or title}: round {done}/{rounds}  {numbers(row)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -61,4 +61,5 @@ def _plain(title: str, console: Console) -> Show:
 def numbers(row: Mapping[str, Any]) -> str:
     """The newest accuracies in a few words."""
     shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
-    return "  ".join(f"{name} {value:.3f}" for name, value in shown.items() if value is not None)
+    words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    return "  ".join([*words, *([f"newcomers {row['joined']}"] if "joined" in row else [])])

@@ -91,6 +91,10 @@ def _columns(digits: int) -> list[Column]:
         accuracy("personal\nfitted", "personal_accuracy_fitted"),
         accuracy("general\nfinal", "general_accuracy"),
         accuracy("server\nfinal", "server_accuracy"),
+        Column(
+            "newcomers\nreceived", lambda r: _newcomers(r, "received"), lambda x: units.points(x, digits), True, True
+        ),
+        Column("newcomers\njoined", lambda r: _newcomers(r, "joined"), lambda x: units.points(x, digits), True, True),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
@@ -101,6 +105,12 @@ def _trained(record: RunRecord) -> float | None:
     """Without the clients that never trained; None where that changes nothing."""
     value = headline(record, "personal_accuracy_trained")
     return None if value == headline(record, "personal_accuracy") else value
+
+
+def _newcomers(record: RunRecord, when: str) -> float | None:
+    """Clients that joined after training, on their own rows: with what they received, or when they had joined."""
+    value = ((record.summary or {}).get("new_clients") or {}).get(when)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _fills(column: Column, groups: Sequence[Group]) -> bool:
