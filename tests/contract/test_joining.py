@@ -128,8 +128,12 @@ def test_a_newcomer_can_be_looked_at_later(experiment):
 
 def test_progress_counts_newcomers(experiment):
     told = []
-    experiment("local", **SETTINGS).run(lambda done, rounds, row: told.append(row.get("joined")))
-    assert told == [None, None, None, "1/2", "2/2"]
+
+    def tell(done, rounds, row):
+        told.append((done, rounds, row.get("joined")))
+
+    experiment("local", **SETTINGS).run(tell)
+    assert told == [(1, 3, None), (2, 3, None), (3, 3, None), (3, 3, "1/2"), (3, 3, "2/2")]
 
 
 @pytest.mark.parametrize(

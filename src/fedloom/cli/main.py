@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import fedloom
 from fedloom.blame import blame, notes
+from fedloom.cli.analysing import analyse
 from fedloom.cli.benching import bench
 from fedloom.cli.checking import check
 from fedloom.cli.listing import listing
@@ -35,6 +36,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "run": Entry(run, "one experiment: train, score, write a folder"),
         "compare": Entry(compare, "several methods on the same clients, with paired differences"),
         "report": Entry(report, "tables and one HTML page from the folders of runs"),
+        "analyse": Entry(analyse, "what generators make, what features hold, how sharp the minimum is"),
         "list": Entry(listing, "methods, datasets, models or engines, and what can be set"),
         "partition": Entry(partition, "deal a data set to clients, look at it, keep it in a file"),
         "check": Entry(check, "whether a method of your own keeps the rules"),

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Mapping
 
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
-from fedloom.engines.memory import keep_freed_memory
 from fedloom.engines.joining import Joining
+from fedloom.engines.memory import keep_freed_memory
 from fedloom.engines.processes import Processes, cores
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.vectorised import Vectorised

@@ -50,7 +50,7 @@ class Column(NamedTuple):
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
     """One row per method (mean ± std over its seeds): accuracies in percent, traffic and time in total per run."""
-    return _draw(summary_grid(records))
+    return drawn(summary_grid(records))
 
 
 def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> Table | None:
@@ -59,7 +59,7 @@ def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> T
     Raises UsageError for a `baseline` that is not among the runs.
     """
     grid = paired_grid(records, baseline)
-    return _draw(grid) if grid else None
+    return drawn(grid) if grid else None
 
 
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
@@ -195,7 +195,8 @@ def _paired_caption(columns: Sequence[Sequence[Difference | None]]) -> str:
     return f"{caption} An interval needs {MIN_SEEDS_FOR_INTERVAL} seeds."
 
 
-def _draw(grid: Grid) -> Table:
+def drawn(grid: Grid) -> Table:
+    """The grid as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     table.title, table.title_justify = Text(grid.title, style="bold"), "left"
     table.caption, table.caption_justify = Text(grid.caption, style="dim"), "left"
