@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fedloom import data, tree
-from fedloom.config import Named, Settings, participation_range
+from fedloom.config import Named, Settings, check_cohort, participation_range
 from fedloom.engines import Problem
 from fedloom.errors import ConfigError, MethodError
 from fedloom.method import Method, Task, Train, trains_of
@@ -68,16 +68,14 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
 
 def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
     """All that an engine needs to know; checks that the method fits the architectures."""
-    n, archs = federation.n_clients, make_archs(settings, federation, model)
+    n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
     size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
-    if size > n:
-        raise ConfigError(f"cohort={size}: there are only {n} clients")
     task = Task(n, size, federation.n_classes, federation.input_shape, archs[0].features, settings.rounds)
     problem = Problem(
         method,
         task,
         archs,
-        tuple(i % len(archs) for i in range(n)),
+        tuple(i % len(archs) for i in range(federation.n_clients)),
         federation,
         Plan(settings.batch_size, settings.drop_last),
         settings.seed,
@@ -92,6 +90,21 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     _check_phases(method)
     _check_messages(problem)
     return problem
+
+
+def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
+    """How many clients train: all but those that join afterwards."""
+    joining = settings.join.clients
+    if joining and method.pooled:
+        name = settings.method.name
+        raise ConfigError(
+            f"join.clients={joining}: {name} holds all rows in one place; there is nothing that a client could join"
+        )
+    try:
+        check_cohort(settings, federation.n_clients)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return federation.n_clients - joining
 
 
 def _check_phases(method: Method) -> None:

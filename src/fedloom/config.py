@@ -121,6 +121,15 @@ class DeviceSettings(Section):
     """What becomes of slow turns: `wait` for them, `drop` them, let them in `late`, or do a `partial` one (1/slowdown of the steps)."""
 
 
+class JoinSettings(Section):
+    """Clients that come when training is over (docs/new-clients.md)."""
+
+    clients: Annotated[int, Field(ge=0)] = 0
+    """The last so many of the `clients` take no part in training; after the last round they join, and are scored by themselves."""
+    turns: Count = 10
+    """Turns that a newcomer takes by itself: the method's phases, with all that travels left as it was received."""
+
+
 class EngineSettings(Section):
     """What runs the clients."""
 
@@ -168,6 +177,7 @@ class Settings(Section):
     """Score every so many rounds (and after the last)."""
     eval: EvalSettings = EvalSettings()
     devices: DeviceSettings = DeviceSettings()
+    join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"
     """Arithmetic of training and scoring; `bf16`: products in bfloat16, everything else in fp32 (faster, not the same numbers)."""
@@ -218,8 +228,8 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
-        if self.cohort is not None and self.clients is not None and self.cohort > self.clients:
-            raise ValueError(f"cohort={self.cohort}: there are only {self.clients} clients")
+        if self.clients is not None:
+            check_cohort(self, self.clients)
         return self
 
 
@@ -228,6 +238,20 @@ SECTIONS = tuple(
     for name, field in Settings.model_fields.items()
     if isinstance(field.default, Section) and "name" in type(field.default).model_fields
 )
+
+
+def check_cohort(settings: Settings, n_clients: int) -> None:
+    """Refuse more clients in a round than there are, and a federation of newcomers alone.
+
+    Raises:
+        ValueError: one line that names the key.
+    """
+    joining = settings.join.clients
+    if joining >= n_clients:
+        raise ValueError(f"join.clients={joining}: there are only {n_clients} clients, and somebody must train")
+    if settings.cohort is not None and settings.cohort > n_clients - joining:
+        late = f", of whom {joining} join after training" if joining else ""
+        raise ValueError(f"cohort={settings.cohort}: there are only {n_clients} clients{late}")
 
 
 def participation_range(value: float | str) -> tuple[float, float]:

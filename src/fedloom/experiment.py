@@ -17,7 +17,7 @@ from fedloom import data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
 from fedloom.costs import Costs
-from fedloom.engines import Ask, Engine, Reply, Score, make_engine, total
+from fedloom.engines import Ask, Engine, Joining, Reply, Score, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import MethodError, RunFolderError
 from fedloom.method import Client, Downlink, Method, Round
@@ -152,7 +152,8 @@ class Experiment:
                     self._round(number)
                     if on_round:
                         on_round(self.done, rounds, self.rows[-1] if self.rows else {})
-            return self._finish()
+                joined = self._join(on_round)
+            return self._finish(joined)
         finally:
             self.engine.close()
             for tracker in self.trackers:
@@ -338,6 +339,32 @@ class Experiment:
                 if name in by_name:
                     now[i][name] = by_name[name][place].accuracy
 
+    # newcomers
+
+    def _join(self, on_round: OnRound | None) -> Row:
+        """Let those join who took no part in training: nothing of theirs reaches the server. What the summary says of them."""
+        if not self.settings.join.clients:
+            return {}
+        started, joining = time.perf_counter(), Joining(self.problem)
+        down = self.method.deploy(self.server, self.problem.task)
+        ask, turns = self._asks(general=False)[0], self.settings.join.turns
+        before, after = list[Score](), list[Score]()
+        newcomers = range(self.problem.task.n_clients, self.data.n_clients)
+        for i in newcomers:
+            before.append(joining.score_received(i, down, ask))
+            self.engine.restore(i, joining.join(i, down, turns))
+            after.append(joining.score(self.done, down, [i], [ask])[0][ask.name])
+            if on_round:
+                on_round(self.done, self.settings.rounds, {"joined": f"{len(after)}/{len(newcomers)}"})
+        if self.settings.checkpoint_every:
+            self._checkpoint()
+        each = [metrics.newcomer(i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
+        scores = metrics.spread(before, "received") | metrics.spread(after, "joined")
+        return {
+            "new_clients": {"clients": len(newcomers), "turns": turns, **scores, "each": each},
+            "join_seconds": time.perf_counter() - started,
+        }
+
     # files
 
     def _describe(self, folder: RunFolder) -> None:
@@ -370,7 +397,7 @@ class Experiment:
             for i, client in clients.items():
                 self.engine.restore(i, Client(**_restored(self.engine.client(i)._asdict(), client, f"client {i}")))
 
-    def _finish(self) -> Row:
+    def _finish(self, joined: Row) -> Row:
         s = self.settings
         summary = {
             "method": s.method.name,
@@ -380,6 +407,7 @@ class Experiment:
             "rounds": self.done,
             "seed": s.seed,
             **metrics.summarise(self.rows),
+            **joined,
             "uplink_bytes": self.ledger.total("uplink"),
             "downlink_bytes": self.ledger.total("downlink"),
             "bytes_by_kind": self.ledger.kinds,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -368,3 +368,28 @@ def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
         for train in trains_of(phases)
         if train.keep_state
     }
+
+
+def without(phases: Iterable[Phase], weights: Weights, frozen: Weights) -> tuple[Phase, ...]:
+    """The phases with the tensors of `frozen` out of their reach; a `Train` that is left with nothing to train is left out.
+
+    A net that is frozen whole, running statistics too, is in evaluation mode. `Sweep` and `Free` phases stay as they are.
+    """
+    free = {kind: [name for name in part if name not in frozen[kind]] for kind, part in weights.items()}
+    nets = {name.partition(".")[0] for names in free.values() for name in names}
+
+    def reduced(train: Train) -> Train:
+        names = select(weights, train.trains)["params"].keys() & set(free["params"])
+        in_order = tuple(name for name in weights["params"] if name in names)
+        return replace(train, trains=in_order, training=tuple(net for net in train.modes if net in nets))
+
+    found: list[Phase] = []
+    for phase in phases:
+        if isinstance(phase, Sweep | Free):
+            found.append(phase)
+            continue
+        members = [reduced(train) for train in trains_of([phase])]
+        members = [train for train in members if train.trains]
+        if members:
+            found.append(replace(phase, members=tuple(members)) if isinstance(phase, Interleave) else members[0])
+    return tuple(found)

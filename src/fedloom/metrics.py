@@ -56,6 +56,11 @@ def mean_logs(replies: Sequence[Reply]) -> Row:
     return row
 
 
+def newcomer(client: int, received: Score, joined: Score) -> Row:
+    """A client that joined after training: accuracy on its own rows with what it received, and after it had joined."""
+    return {"client": client, "received": number(received.accuracy), "joined": number(joined.accuracy)}
+
+
 HEADLINES = ("personal_accuracy", "personal_accuracy_fitted", "general_accuracy", "server_accuracy")
 RECALLS = ("personal_recall", "general_recall", "server_recall")
 FACETS = ("uniform", "std", "worst10", "trained")

@@ -138,8 +138,8 @@ def norm_layers(weights: Weights) -> set[str]:
 def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, rest: bool = False) -> Weights:
     """The part of `weights` that any of the patterns names; with `rest`, all that none of them names.
 
-    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), or a net without a part (`model:-head`); the part
-    `norm` stands for all normalisation layers (`model:-norm`, FedBN).
+    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), a net without a part (`model:-head`), or one tensor by its
+    whole name (`model.head.bias`); the part `norm` stands for all normalisation layers (`model:-norm`, FedBN).
 
     Args:
         buffers: whether the patterns also take buffers (running statistics).
@@ -150,6 +150,8 @@ def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, r
     norms = norm_layers(weights) if any("norm" in pattern for pattern in patterns) else set()
 
     def matches(pattern: str, name: str) -> bool:
+        if pattern == name:
+            return True
         net, _, part = pattern.partition(":")
         if not name.startswith(net + "."):
             return False

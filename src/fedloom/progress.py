@@ -21,11 +21,11 @@ class Show(Protocol):
 
 
 @contextmanager
-def live(name: str, console: Console | None = None) -> Iterator[Show]:
-    """Progress on standard error, or on `console`."""
+def live(name: str, console: Console | None = None, unit: str = "round") -> Iterator[Show]:
+    """Progress on standard error, or on `console`; `unit` is what is counted."""
     console = console or Console(stderr=True)
     if not console.is_terminal:
-        yield _plain(name, console)
+        yield _plain(name, console, unit)
         return
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -45,14 +45,14 @@ def live(name: str, console: Console | None = None) -> Iterator[Show]:
         yield show
 
 
-def _plain(title: str, console: Console) -> Show:
+def _plain(title: str, console: Console, unit: str) -> Show:
     last = time.monotonic()
 
     def show(done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
         nonlocal last
-        if done == rounds or time.monotonic() - last >= QUIET_S:
+        if (done == rounds and "joined" not in row) or time.monotonic() - last >= QUIET_S:
             last = time.monotonic()
-            line = f"{name or title}: round {done}/{rounds}  {numbers(row)}"
+            line = f"{name or title}: {unit} {done}/{rounds}  {numbers(row)}"
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     return show
@@ -63,4 +63,5 @@ def numbers(row: Mapping[str, Any]) -> str:
     shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
     words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    words += [f"newcomers {row['joined']}"] if "joined" in row else []
     return "  ".join(words + [f"{name} {value}" for name, value in amiss.items() if value])

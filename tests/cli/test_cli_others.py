@@ -13,7 +13,7 @@ from fedloom.models import ZOO
 from fedloom.registry import METHODS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-COMMANDS = ("run", "compare", "report", "list", "partition", "check")
+COMMANDS = ("run", "compare", "report", "analyse", "list", "partition", "check")
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("help",)])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import fedloom
 from fedloom.blame import blame, notes
+from fedloom.cli.analysing import analyse
 from fedloom.cli.benching import bench
 from fedloom.cli.checking import check
 from fedloom.cli.costing import cost
@@ -37,6 +38,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "run": Entry(run, "one experiment: train, score, write a folder"),
         "compare": Entry(compare, "several methods on the same clients, with paired differences"),
         "report": Entry(report, "tables and one HTML page from the folders of runs"),
+        "analyse": Entry(analyse, "what generators make, what features hold, how sharp the minimum is"),
         "list": Entry(listing, "methods, datasets, models or engines, and what can be set"),
         "cost": Entry(cost, "what a client's turn takes, and whether a small device can"),
         "export": Entry(export, "a client's model as an ONNX file for a device"),

@@ -123,6 +123,11 @@ class Federation:
         y = self.dataset.labels.index_select(0, chosen)
         return torch.addcmul(self._shift.to(dtype), x, self._scale.to(dtype)), y
 
+    def pictures(self, x: Tensor) -> Tensor:
+        """Inputs (n, ...) as `rows` gives them, back on the scale of pictures: black is 0 and white 1, values beyond are cut off."""
+        unit = 255 if self.dataset.images.dtype == torch.uint8 else 1.0
+        return ((x - self._shift.to(x.dtype)) / (self._scale.to(x.dtype) * unit)).clamp(0, 1)
+
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
         """A training batch (B, C, H, W) of normalised pictures, changed at random as `augment` says, on its device."""
         match self.augment:

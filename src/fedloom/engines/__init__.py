@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+from fedloom.engines.joining import Joining
 from fedloom.engines.memory import keep_freed_memory
 from fedloom.engines.processes import Processes, cores
 from fedloom.engines.sequential import Sequential
@@ -67,6 +68,7 @@ __all__ = [
     "Bytes",
     "Debug",
     "Engine",
+    "Joining",
     "Problem",
     "Processes",
     "Reply",

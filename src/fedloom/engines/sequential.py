@@ -110,12 +110,7 @@ class Sequential(Engine):
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
         """`score`, on the k-th of n pieces of the common rows, `part=(k, n)`."""
-        predictor = self.problem.method.predictors()["personal"]
-
-        def logits(i: int, client: Client, x: Tensor) -> Tensor:
-            return self._predict(predictor, i, client, x, down.common)
-
-        scorers = [Scorer(ask, self.problem.data, logits, part) for ask in asks]
+        scorers = [self._scorer(ask, down.common, part) for ask in asks]
         for i in clients:
             fitted = self._whole(i) if any(ask.fitted for ask in asks) else None
             received = self._adapted(number, down.common, i)
@@ -123,6 +118,15 @@ class Sequential(Engine):
                 scorer.add(i, fitted if ask.fitted and fitted else received)
         found = {ask.name: scorer.scores() for ask, scorer in zip(asks, scorers, strict=True)}
         return [{name: scores[i] for name, scores in found.items()} for i in clients]
+
+    def _scorer(self, ask: Ask, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
+        """Scores clients' personal predictors."""
+        predictor = self.problem.method.predictors()["personal"]
+
+        def logits(i: int, client: Client, x: Tensor) -> Tensor:
+            return self._predict(predictor, i, client, x, message)
+
+        return Scorer(ask, self.problem.data, logits, part)
 
     def _predict(self, predictor: Predictor, i: int, client: Client, x: Tensor, message: Tree) -> Tensor:
         gradients = self._gradients_of(i)
@@ -179,9 +183,12 @@ class Sequential(Engine):
         client = self.client(i)
         return client._replace(weights=tree.merge(self._initial[self.problem.arch_of[i]], client.weights))
 
+    def _received(self, i: int, message: Tree) -> Client:
+        client = self._whole(i)
+        return client._replace(weights=self.problem.method.receive(client.weights, message, client.memory))
+
     def _adapted(self, number: int, message: Tree, i: int) -> Client:
-        p, client = self.problem, self._whole(i)
-        client = client._replace(weights=p.method.receive(client.weights, message, client.memory))
+        p, client = self.problem, self._received(i, message)
         if not p.method.adapt():
             return client
 

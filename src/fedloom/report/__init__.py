@@ -3,9 +3,20 @@
 Tables need nothing more than fedloom itself; `plots` and `page` need `pip install 'fedloom[report]'`.
 """
 
+from fedloom.report.looked_at import analysis_grids
 from fedloom.report.page import write_page
 from fedloom.report.read import RunRecord, read
-from fedloom.report.tables import paired_table, summary_table
+from fedloom.report.tables import drawn, paired_table, summary_table
 from fedloom.report.waiting import Waiting, waiting_table
 
-__all__ = ["RunRecord", "Waiting", "paired_table", "read", "summary_table", "waiting_table", "write_page"]
+__all__ = [
+    "RunRecord",
+    "Waiting",
+    "analysis_grids",
+    "drawn",
+    "paired_table",
+    "read",
+    "summary_table",
+    "waiting_table",
+    "write_page",
+]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedloom.errors import UsageError
 from fedloom.report import units
 from fedloom.report.groups import flatten, group, headline, total
+from fedloom.report.looked_at import analysis_grids, pictures
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.tables import Cell, Grid, paired_grid, recall_grid, summary_grid
 from fedloom.report.waiting import Waiting, waiting_grid
@@ -105,8 +106,10 @@ def _render(records: Sequence[RunRecord], waiting: Waiting | None) -> str:
             paired_grid(records, digits=2),
             waiting_grid(records, waiting) if waiting else None,
             recall_grid(records),
+            *analysis_grids(records),
         ],
         sections=plots,
+        looked_at=[(record.name, list(pictures(record))) for record in records if record.analysis],
         details=[_detail(record) for record in records],
     )
 
@@ -156,11 +159,13 @@ def _sections(records: Sequence[RunRecord]) -> dict[str, list[Plot]]:
     spread = "Bar: the middle half of the clients; stroke: median; diamond: mean of the worst tenth."
     clients = [(plots.client_spread(records), spread)] if any(r.clients is not None for r in records) else []
     traffic = [(plots.bytes_by_kind(records), "Whole run, all clients together.")]
+    sharp = [(plots.sharpness(records), plots.SHARPNESS_NOTE)] if plots.has_sharpness(records) else []
     logs = [(plots.log_over_rounds(records, key), "") for key in plots.log_names(records)]
     return {
         "Accuracy": _drawn("accuracy", accuracy),
         "Clients and traffic": _drawn("clients", clients + (traffic if any(r.summary for r in records) else [])),
         "Partition": _drawn("partition", _partitions(records)),
+        "Sharpness": _drawn("sharpness", sharp),
         "Logs": _drawn("log", logs),
     }
 

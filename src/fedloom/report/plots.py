@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from fedloom.errors import DataError
 from fedloom.networks import Network
 from fedloom.report.groups import Group, group, headline, series
+from fedloom.report.looked_at import part_of
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.style import (
     ACCENT,
@@ -91,6 +92,32 @@ def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: 
         if _spans([curve.x[-1] for curve in curves.values()], 20):
             axes.set_xscale("log")
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: duration(x) if x >= 0 else ""))
+    return figure
+
+
+SHARPNESS_NOTE = (
+    "Random filter-normalised directions; at distance 1 every filter has moved by its own length. "
+    "Line: mean over directions and seeds; band: from the lowest to the highest."
+)
+
+
+def has_sharpness(records: Sequence[RunRecord]) -> bool:
+    """Whether any run's server model was analysed."""
+    return any(part_of(record, "sharpness").get("curves") for record in records)
+
+
+def sharpness(records: Sequence[RunRecord]) -> Figure:
+    """The server's training loss along random directions away from its model, in units of each filter's length."""
+    curves = {}
+    for g in group(records):
+        found = [part_of(record, "sharpness") for record in g.records]
+        lines = [line for part in found for line in part.get("curves", ())]
+        if lines:
+            x, each = np.asarray(next(part["distances"] for part in found if "distances" in part)), np.asarray(lines)
+            curves[g.label] = Curve(x, each.mean(0), each.min(0), each.max(0))
+    figure = _curves_figure(records, curves, "Loss around the server's model", ("distance", "cross-entropy"))
+    for axes in figure.axes if curves else ():
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
     return figure
 
 

@@ -6,7 +6,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class RunRecord:
     `metrics` has one row per evaluated round, in order of `round`, floats with NaN for null; `clients` one row per
     (round, client), or None when the folder has no `clients.parquet`; `summary` is None while the run is unfinished;
     `environment` and `partition` are empty when their files are missing; `partition` also has the `classes` and `class_counts`
-    of `classes.json`.
+    of `classes.json`; `analysis` is what `fedloom analyse` found.
     """
 
     path: Path
@@ -35,6 +35,7 @@ class RunRecord:
     summary: Mapping[str, Any] | None
     environment: Mapping[str, Any]
     partition: Mapping[str, Any]
+    analysis: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -119,6 +120,7 @@ def _read_run(folder: Path) -> RunRecord:
         summary=_read_json(summary) if summary.exists() else None,
         environment=_read_json(folder / "environment.json"),
         partition=_read_json(folder / "partition.json") | _read_classes(folder / "classes.json"),
+        analysis=_read_json(folder / "analysis" / "analysis.json"),
     )
 
 

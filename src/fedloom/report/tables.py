@@ -52,7 +52,7 @@ class Column(NamedTuple):
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
     """One row per method (mean ± std over its seeds): accuracies in percent, traffic and time in total per run."""
-    return draw(summary_grid(records))
+    return drawn(summary_grid(records))
 
 
 def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> Table | None:
@@ -61,7 +61,7 @@ def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> T
     Raises UsageError for a `baseline` that is not among the runs.
     """
     grid = paired_grid(records, baseline)
-    return draw(grid) if grid else None
+    return drawn(grid) if grid else None
 
 
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
@@ -95,6 +95,10 @@ def _columns(digits: int) -> list[Column]:
         accuracy("server\nfinal", "server_accuracy"),
         Column("rounds\nto target", lambda record: _to_target(record, "rounds"), _rounds, False, False),
         Column("bytes\nto target", lambda record: _to_target(record, "bytes"), _bytes, False, False),
+        Column(
+            "newcomers\nreceived", lambda r: _newcomers(r, "received"), lambda x: units.points(x, digits), True, True
+        ),
+        Column("newcomers\njoined", lambda r: _newcomers(r, "joined"), lambda x: units.points(x, digits), True, True),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
@@ -143,6 +147,12 @@ def _trained(record: RunRecord) -> float | None:
     """Without the clients that never trained; None where that changes nothing."""
     value = headline(record, "personal_accuracy_trained")
     return None if value == headline(record, "personal_accuracy") else value
+
+
+def _newcomers(record: RunRecord, when: str) -> float | None:
+    """Clients that joined after training, on their own rows: with what they received, or when they had joined."""
+    value = ((record.summary or {}).get("new_clients") or {}).get(when)
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _fills(column: Column, groups: Sequence[Group]) -> bool:
@@ -227,8 +237,8 @@ def _paired_caption(columns: Sequence[Sequence[Difference | None]]) -> str:
     return f"{caption} An interval needs {MIN_SEEDS_FOR_INTERVAL} seeds."
 
 
-def draw(grid: Grid) -> Table:
-    """A grid for the terminal."""
+def drawn(grid: Grid) -> Table:
+    """The grid as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     table.title, table.title_justify = Text(grid.title, style="bold"), "left"
     table.caption, table.caption_justify = Text(grid.caption, style="dim"), "left"

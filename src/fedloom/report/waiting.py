@@ -15,7 +15,7 @@ from fedloom.networks import Network
 from fedloom.report import units
 from fedloom.report.groups import group, series
 from fedloom.report.read import RunRecord
-from fedloom.report.tables import EMPTY, Cell, Grid, draw
+from fedloom.report.tables import EMPTY, Cell, Grid, drawn
 
 MEASURE = "personal_accuracy"
 
@@ -63,7 +63,7 @@ def reached(record: RunRecord, target: float) -> int | None:
 
 def waiting_table(records: Sequence[RunRecord], waiting: Waiting) -> Table:
     """See `waiting_grid`."""
-    return draw(waiting_grid(records, waiting))
+    return drawn(waiting_grid(records, waiting))
 
 
 def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:

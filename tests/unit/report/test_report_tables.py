@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -204,3 +205,13 @@ def test_a_target_that_was_never_reached_is_worse_than_any_that_was(tmp_path: Pa
     assert [cells(grid, m)["bytes to target"].text for m in ("fedavg", "slow", "none")] == ["24 MB", "never", "–"]
     assert cells(grid, "fedavg")["rounds to target"].bold
     assert not cells(grid, "slow")["rounds to target"].bold
+
+
+def test_newcomers_have_columns_of_their_own(tmp_path: Path) -> None:
+    folder = Scene(method="fedper").write(tmp_path / "one")
+    assert not any("newcomers" in header for header in summary_grid(read([folder])).headers)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["new_clients"] = {"clients": 4, "received": 0.125, "joined": 0.9}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    row = cells(summary_grid(read([folder])), "fedper")
+    assert (row["newcomers received"].text, row["newcomers joined"].text) == ("12.5", "90.0")

@@ -1,0 +1,114 @@
+"""The parts of an analysis, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedloom._version import __version__
+from fedloom.analysis import features, pictures, samples, sharpness
+from fedloom.analysis.subject import Subject
+from fedloom.assembly import arithmetic
+from fedloom.experiment import Experiment
+from fedloom.report.style import Figure, drawing
+from fedloom.runfolder import RunFolder
+
+FILE = "analysis.json"
+Tell = Callable[[str], None]  # what is being worked at
+Found = tuple[dict[str, Any], dict[str, tuple[Figure, str, str]]]  # numbers; file: (figure, title, note)
+
+
+def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any]:
+    """Analyse one run and write `analysis.json` and pictures into `RUN/analysis/`; returns what the file holds.
+
+    Parts that were analysed earlier and are not in `parts` stay; those in `parts` are replaced. A part that does not apply to
+    the method (no generator, no server model) is recorded with the reason.
+
+    Raises:
+        RunFolderError: the run has no checkpoint.
+    """
+    experiment = Experiment.reopen(path)
+    folder = RunFolder(Path(path) / "analysis")
+    folder.path.mkdir(exist_ok=True)
+    file = folder.path / FILE
+    record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pictures": {}}
+    record |= {"fedloom": __version__, "round": experiment.done}
+    with arithmetic(experiment.settings):
+        subject = Subject(experiment)
+        for part in parts:
+            tell(part)
+            numbers, drawn = WORK[part](subject)
+            _write_pictures(folder.path, drawn)
+            kept = {name: about for name, about in record["pictures"].items() if about["part"] != part}
+            new = {name: {"part": part, "title": title, "note": note} for name, (_, title, note) in drawn.items()}
+            record |= {part: _finite(numbers), "pictures": kept | new}
+    folder.write_json(FILE, record)
+    return record
+
+
+def _features(subject: Subject) -> Found:
+    numbers: dict[str, Any] = {}
+    drawn = {}
+    kinds = (
+        ("own", features.own_rows, "Each client's own test rows through its own nets"),
+        ("same", features.same_rows, "The same common rows through every client's nets"),
+    )
+    for kind, rows, title in kinds:
+        table = rows(subject)
+        if table is None:
+            continue
+        numbers[kind] = features.measured(table, subject.rng("probe", kind))
+        planes = {name: features.plane(x) for name, x in table.features.items()}
+        figure = pictures.feature_planes(table, planes, subject.data.dataset.classes, title)
+        drawn[f"features-{kind}.png"] = (
+            figure,
+            title,
+            "First two principal components, with the variance that they explain.",
+        )
+    return numbers or {"left_out": "there are no test rows of two clients or more"}, drawn
+
+
+def _samples(subject: Subject) -> Found:
+    found = samples.measured(subject, subject.clients)
+    if found is None:
+        return {"left_out": "the method has no generator of images, or nothing to generate from"}, {}
+    grid = pictures.sample_grid(found.sheets, subject.data.dataset.classes)
+    note = "Nearest: the client's training image at the smallest mean squared distance."
+    histogram = pictures.nearness(found)
+    about = "As many held-out real images as made ones, each against its client's training images; dotted: the nearest of all."
+    return found.numbers, {
+        "samples.png": (grid, "What the generators make", note),
+        "nearest.png": (histogram, "Nearness to training images", about),
+    }
+
+
+def _sharpness(subject: Subject) -> Found:
+    found = sharpness.measured(subject)
+    return ({"left_out": "the method has no server model"} if found is None else found), {}
+
+
+WORK: Mapping[str, Callable[[Subject], Found]] = MappingProxyType(
+    {"features": _features, "samples": _samples, "sharpness": _sharpness}
+)
+PARTS = tuple(WORK)
+
+
+def _write_pictures(folder: Path, drawn: Mapping[str, tuple[Figure, str, str]]) -> None:
+    for name, (figure, _, _) in drawn.items():
+        draft = folder / f".{name}.tmp"
+        with drawing():
+            figure.savefig(draft, format="png")
+        draft.replace(folder / name)
+
+
+def _finite(value: Any) -> Any:
+    """What is not finite becomes null, as JSON has no word for it."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

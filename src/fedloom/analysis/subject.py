@@ -1,0 +1,79 @@
+"""A run that is looked at: its clients' nets and rows, and its server's model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.data.schemes import Rows
+from fedloom.experiment import Experiment
+from fedloom.method import Downlink
+from fedloom.nets import Nets, read_weights
+from fedloom.rng import Stream
+from fedloom.tree import Tree
+
+MOST_CLIENTS = 20  # of more, so many are looked at, evenly spaced
+
+
+class Owner(NamedTuple):
+    """A client as it would predict now: its nets in evaluation mode, the downlink and its memory."""
+
+    nets: Nets
+    down: Tree
+    memory: Tree
+
+
+class Subject:
+    """One run, reopened. Everything random in an analysis follows from the run's seed."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.method, self.data, self.problem = experiment.method, experiment.data, experiment.problem
+        self.task, self.round = experiment.problem.task, experiment.done
+        self._engine, self._seed = experiment.engine, experiment.settings.seed
+        self.down: Downlink = self.method.deploy(experiment.server, self.task)
+
+    @property
+    def clients(self) -> list[int]:
+        """The clients that are looked at, those that joined after training too."""
+        n = self.data.n_clients
+        return sorted({int(i) for i in np.linspace(0, n - 1, min(n, MOST_CLIENTS)).round()})
+
+    def owner(self, i: int) -> Owner:
+        """Client `i`, after `receive` and `adapt`."""
+        modules, client, message = self._engine.personal(self.round, self.down, i)
+        nets = Nets(modules, client.weights["params"], client.weights["buffers"])
+        return Owner(nets, message, client.memory)
+
+    def server(self) -> Owner | None:
+        """The server's model, as a client that never trained would receive it; None where the method has none."""
+        if "server" not in self.method.predictors():
+            return None
+        modules = self.problem.modules(self.problem.arch_of[0])
+        blank = self.problem.initial(0, read_weights(modules))
+        weights = self.method.receive(blank.weights, self.down.common, blank.memory)
+        return Owner(Nets(modules, weights["params"], weights["buffers"]), self.down.common, blank.memory)
+
+    def rng(self, *purpose: str | int) -> Stream:
+        """A stream for one purpose."""
+        return Stream(self._seed, "analysis", *purpose)
+
+    def some(self, rows: Rows, n: int, *purpose: str | int) -> Rows:
+        """At most `n` of some row numbers, drawn once for a purpose, in order."""
+        if len(rows) <= n:
+            return rows
+        chosen = self.rng("rows", *purpose).permutation(len(rows))[:n].sort().values
+        return np.asarray(rows[chosen.numpy()])
+
+    def training_rows(self, n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
+        """At most `n` rows of all clients' training splits: inputs and labels."""
+        return self.data.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))
+
+
+@torch.no_grad()
+def logits(subject: Subject, owner: Owner, x: Tensor) -> Tensor:
+    """What a client's personal predictor says: (B, Y)."""
+    predictor = subject.method.predictors()["personal"]
+    return predictor(owner.nets, x, owner.down, owner.memory)

@@ -1,0 +1,114 @@
+"""`fedloom analyse`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedloom.cli.words import Parser, output
+from fedloom.errors import ConfigError, suggest
+from fedloom.progress import live
+from fedloom.report import RunRecord, analysis_grids, drawn, read
+
+EXAMPLES = """\
+  fedloom analyse runs/digits                          one run, or all runs of a comparison's folder
+  fedloom analyse runs/fedvtc --only samples
+  fedloom analyse runs/fedmr runs/fedavg --only sharpness out=sharpness.png
+
+parts (each where it applies):
+  features   how well a linear probe finds class and client in a client's features; their principal components as pictures
+  samples    images of the clients' generators: nearest training images, SSIM and PSNR, a classifier's opinion
+  sharpness  loss around the server's model, the Hessian's largest eigenvalue, the loss that noise adds
+
+Everything goes into RUN/analysis/ (an earlier analysis of the same parts is replaced), and `fedloom report` shows it. `out` is where the
+curves of all runs go; default: analysis-sharpness.png in the one folder that was named, else in the current folder.
+"""
+
+
+def analyse(words: Sequence[str]) -> int:
+    """`fedloom analyse`."""
+    parser = Parser("analyse", "Look at what finished runs have learnt (needs fedloom[analyse]).", EXAMPLES)
+    parser.add_argument("words", nargs="*", metavar="RUN", help="a run's folder, or a folder of such folders")
+    parser.add_argument("--only", metavar="PARTS", help="parts to analyse, such as features,samples; default: all")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    given = parser.read(words)
+    from fedloom.analysis import PARTS  # matplotlib is an extra
+    from fedloom.analysis import analyse as look_at
+
+    folders, out = _folders(given.words)
+    parts = _parts(given.only, PARTS)
+    records = read(folders)
+    done, total = 0, len(records) * len(parts)
+    with live("analyse", unit="part") as show:
+        for record in records:
+
+            def tell(part: str, name: str = record.name) -> None:
+                nonlocal done
+                if not given.quiet:
+                    show(done + 1, total, {}, f"{name}: {part}")
+                done += 1
+
+            look_at(record.path, parts, tell)
+    records = read(folders)
+    target = _write_curves(records, out or _beside(folders)) if "sharpness" in parts else None
+    _conclude(records, parts, target, given.quiet)
+    return 0
+
+
+def _folders(words: Sequence[str]) -> tuple[list[str], Path | None]:
+    folders = [word for word in words if not word.startswith("out=")]
+    outs = [Path(word.removeprefix("out=")) for word in words if word.startswith("out=")]
+    if not folders:
+        raise ConfigError("fedloom analyse: name the folder of a run, such as runs/digits")
+    for word in folders:
+        if "=" in word and not Path(word).exists():
+            raise ConfigError(f"unknown key '{word.partition('=')[0]}'{suggest(word.partition('=')[0], ['out'])}")
+    return folders, outs[-1] if outs else None
+
+
+def _parts(only: str | None, known: Sequence[str]) -> list[str]:
+    chosen = [part.strip() for part in only.split(",")] if only is not None else list(known)
+    for part in chosen:
+        if part not in known:
+            raise ConfigError(f"--only {only}: there is no part '{part}'{suggest(part, known)}")
+    return [part for part in known if part in chosen]
+
+
+def _beside(folders: Sequence[str]) -> Path:
+    return (Path(folders[0]) if len(folders) == 1 else Path()) / "analysis-sharpness.png"
+
+
+def _write_curves(records: Sequence[RunRecord], target: Path) -> Path | None:
+    """One plot with the curves of all runs, where there are any."""
+    from fedloom.report import plots
+    from fedloom.report.style import drawing
+
+    if not plots.has_sharpness(records):
+        return None
+    figure = plots.sharpness(records)
+    draft = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    try:
+        with drawing():
+            figure.savefig(draft)
+        draft.replace(target)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"out={target}: {str(error).splitlines()[0]}") from None
+    finally:
+        draft.unlink(missing_ok=True)
+    return target
+
+
+def _conclude(records: Sequence[RunRecord], parts: Sequence[str], curves: Path | None, quiet: bool) -> None:
+    if quiet:
+        return
+    console = output()
+    for grid in analysis_grids(records):
+        console.print(drawn(grid), "")
+    for record in records:
+        for part in parts:
+            reason = record.analysis.get(part, {}).get("left_out")
+            if reason:
+                console.print(f"{record.name}: no {part}, {reason}", soft_wrap=True)
+        console.print(f"folder  {record.path / 'analysis'}", soft_wrap=True)
+    if curves:
+        console.print(f"curves  {curves}", soft_wrap=True)

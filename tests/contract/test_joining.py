@@ -1,0 +1,196 @@
+"""Clients that join after training: nothing of theirs reaches the server, and what travels stays as it was received."""
+
+import json
+
+import pytest
+import torch
+
+from contract import assert_close, assert_same, left_by, untimed
+from fedloom import FedPer, FedRIR, Stream, Task, Train, tree
+from fedloom.errors import ConfigError
+from fedloom.experiment import Experiment
+from fedloom.method import Interleave, Sweep, without
+from fedloom.models import arch
+from fedloom.nets import read_weights, select
+from fedloom.registry import METHODS
+from fedloom.training import fresh_modules
+
+SETTINGS = {
+    "clients": 6,
+    "join.clients": 2,
+    "join.turns": 3,
+    "cohort": 3,
+    "rounds": 3,
+    "checkpoint_every": 1,
+    "data.rows": 300,
+}
+JOINABLE = [name for name in METHODS if name != "centralised"]
+ALL_TRAVELS = ["fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]  # fedbn: the MLP has no normalisation layers
+
+
+@pytest.fixture(autouse=True)
+def _wide(float64):
+    """All of this runs in float64."""
+
+
+@pytest.mark.parametrize("name", JOINABLE)
+def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_path, name):
+    run = experiment(name, **SETTINGS)
+    with_newcomers = left_by(run)
+    assert {row["client"] for row in with_newcomers.turns} <= {0, 1, 2, 3}
+    assert with_newcomers.summary["clients"] == 4
+    dealt = json.loads((run.folder.path / "partition.json").read_text())
+    splits = {split: dealt[split][:4] for split in ("train", "valid", "test")}
+    (tmp_path / "four.json").write_text(json.dumps(splits))
+    four = {"name": "file", "path": str(tmp_path / "four.json")}
+    without_them = left_by(experiment(name, **{**SETTINGS, "join.clients": 0, "clients": 4, "partition": four}))
+    assert tree.equal(with_newcomers.server, without_them.server)
+    assert all(tree.equal(a, b) for a, b in zip(with_newcomers.clients, without_them.clients, strict=True))
+    assert with_newcomers.summary["uplink_bytes"] == without_them.summary["uplink_bytes"]
+    assert "new_clients" not in without_them.summary
+
+
+@pytest.mark.parametrize("name", JOINABLE)
+def test_what_travels_is_frozen_and_what_stays_is_learnt(experiment, name):
+    run = experiment(
+        name,
+        **{**SETTINGS, "join.turns": 8, "rounds": 2, "data.rows": None, "method.lr": 2e-3 if name == "fedrir" else 0.1},
+    )
+    found = run.run()["new_clients"]
+    down = run.method.deploy(run.server, run.problem.task)
+    for i in (4, 5):
+        _, client, _ = run.engine.personal(2, down, i)
+        if run.method.shared and not run.method.adapt():
+            assert tree.equal(run.method.travelling(client.weights), down.common["weights"])
+        kept = run.engine.client(i)
+        assert tree.structure(kept._asdict()) == tree.structure(run.engine.client(0)._asdict())
+        assert tree.equal(kept.opts, run.problem.initial(i, read_weights(run.problem.modules(0))).opts)
+    assert [each["client"] for each in found["each"]] == [4, 5]
+    if name in ALL_TRAVELS:
+        assert found["joined"] == found["received"]
+    else:
+        assert found["joined"] > found["received"] + 0.1
+
+
+@pytest.mark.parametrize("name", ["fedrir", "fedper"])
+def test_running_statistics_move_where_they_stay_and_only_there(experiment, name):
+    choice = {"model": "fedrir_cnn"} if name == "fedrir" else {"model": "resnet8"}
+    run = experiment(name, **{**SETTINGS, **choice, "rounds": 1, "data.rows": 160, "partition": {"name": "iid"}})
+    run.run()
+    down = run.method.deploy(run.server, run.problem.task)
+    _, client, _ = run.engine.personal(1, down, 4)
+    initial = run.problem.initial(4, read_weights(run.problem.modules(0))).weights
+    net = "gfe" if name == "fedrir" else "model"
+    stays = select(client.weights, (net,))["buffers"]
+    if name == "fedrir":  # private running statistics: gfe is in training mode, although none of its parameters moves
+        assert all(not torch.equal(b, initial["buffers"][n]) for n, b in stays.items() if n.endswith("running_mean"))
+    else:
+        assert all(torch.equal(b, down.common["weights"]["buffers"][n]) for n, b in stays.items())
+
+
+@pytest.mark.parametrize("engine", ["processes", "debug+bytes+sequential", "vectorised"])
+@pytest.mark.parametrize("name", ["fedrir", "fedper", "fedvtc"])
+def test_every_engine_lets_the_same_clients_join(experiment, name, engine):
+    one = left_by(experiment(name, **SETTINGS))
+    other = left_by(experiment(name, **{**SETTINGS, "engine": engine, "engine.workers": 2}))
+    (assert_close if engine == "vectorised" else assert_same)(one, other)
+    assert other.summary["new_clients"]["joined"] == one.summary["new_clients"]["joined"]
+
+
+class StopError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize("when", ["in training", "after the first newcomer"])
+def test_an_interrupted_run_ends_the_same(experiment, when):
+    whole = left_by(experiment("fedrir", **SETTINGS))
+    run = experiment("fedrir", **SETTINGS)
+
+    def stop(done, rounds, row):
+        if (done == 2 and when == "in training") or row.get("joined") == "1/2":
+            raise StopError
+
+    with pytest.raises(StopError):
+        run.run(stop)
+    again = Experiment.resume(run.folder.path)
+    assert_same(left_by(again), whole)
+
+
+def test_a_newcomer_can_be_looked_at_later(experiment):
+    run = experiment("fedper", **SETTINGS)
+    found = run.run()["new_clients"]["each"]
+    again = Experiment.reopen(run.folder.path)
+    for each in found:
+        x, y = again.data.test(each["client"])
+        right = again.personal_model(each["client"])(x).argmax(1) == y
+        assert float(right.double().mean()) == each["joined"]
+
+
+def test_progress_counts_newcomers(experiment):
+    told = []
+
+    def tell(done, rounds, row):
+        told.append((done, rounds, row.get("joined")))
+
+    experiment("local", **SETTINGS).run(tell)
+    assert told == [(1, 3, None), (2, 3, None), (3, 3, None), (3, 3, "1/2"), (3, 3, "2/2")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"method": "centralised"}, "join.clients=2: centralised holds all rows in one place"),
+        ({"join.clients": 6}, "join.clients=6: there are only 6 clients, and somebody must train"),
+        ({"cohort": 5}, "cohort=5: there are only 6 clients, of whom 2 join after training"),
+    ],
+)
+def test_what_cannot_be_is_refused(experiment, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        experiment(settings.pop("method", "fedavg"), **{**SETTINGS, **settings})
+
+
+# the phases of a newcomer
+
+
+def weights_of(method, model="mlp"):
+    choice = arch(model, (1, 8, 8), 10)
+    return read_weights(
+        fresh_modules(lambda: method.nets(choice, Task(4, 4, 10, (1, 8, 8), choice.features, 5)), Stream(0))
+    )
+
+
+def test_fedper_trains_its_head_alone():
+    weights = weights_of(FedPer())
+    (phase,) = without(FedPer().phases(), weights, FedPer().travelling(weights))
+    assert isinstance(phase, Train)
+    assert phase.trains == ("model.head.weight", "model.head.bias")
+    assert phase.modes == ("model",)
+
+
+@pytest.mark.parametrize(("buffers", "modes"), [("private", ("gfe", "head")), ("shared", ("head",))])
+def test_fedrir_keeps_its_stages_without_gfe(buffers, modes):
+    method = FedRIR(buffers=buffers)
+    weights = weights_of(method, "fedrir_cnn")
+    first, second = without(method.phases(), weights, method.travelling(weights))
+    assert first.name == "mcsl"
+    assert {name.partition(".")[0] for name in first.trains} == {"csfe", "generator"}
+    assert isinstance(second, Interleave)
+    assert second.epochs == method.local_epochs
+    fit_q, classify = second.members
+    assert {name.partition(".")[0] for name in fit_q.trains} == {"idm"}
+    assert set(classify.trains) == {"head.weight", "head.bias"}
+    assert classify.modes == modes
+
+
+def keep(nets, batch, total, down, memory):
+    return total
+
+
+def test_phases_without_parameters_to_train_go_and_sweeps_stay():
+    method = FedPer()
+    weights = weights_of(method)
+    sweep = Sweep("count", keep)
+    assert without((*method.phases(), sweep), weights, weights) == (sweep,)
+    everything = without(method.phases(), weights, {"params": {}, "buffers": {}})
+    assert set(everything[0].trains) == weights["params"].keys()
+    assert untimed({"join_seconds": 1.0}) == {}

@@ -1,0 +1,111 @@
+"""Probes on made-up features, and the features of real nets."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedloom import FedAvg, FedRIR, Stream
+from fedloom.analysis import features
+from fedloom.analysis.features import Table
+from fedloom.analysis.subject import Subject
+from fedloom.errors import ConfigError
+
+RNG = np.random.default_rng(0)
+N = 400
+CLASSES, CLIENTS = RNG.integers(0, 4, N), RNG.integers(0, 5, N)
+
+
+def measured(x, clients=CLIENTS):
+    return features.measured(Table({"x": x}, CLASSES, clients, np.arange(N)), Stream(0))["x"]
+
+
+def one_hot(numbers):
+    return np.eye(numbers.max() + 1)[numbers] + 0.01 * RNG.normal(size=(N, numbers.max() + 1))
+
+
+def test_a_probe_finds_what_is_there_and_nothing_else():
+    found = measured(one_hot(CLASSES))
+    assert found["class_probe"] == 1.0
+    assert found["client_probe"] < 0.3  # of five clients, at random
+    assert found["class_silhouette"] > 0.9
+    assert abs(found["client_silhouette"]) < 0.1
+    found = measured(one_hot(CLIENTS))
+    assert found["client_probe"] == 1.0
+    assert found["class_probe"] < 0.4
+
+
+def test_noise_holds_nothing():
+    found = measured(RNG.normal(size=(N, 10)))
+    assert found["class_probe"] < 0.4
+    assert found["class_chance"] == pytest.approx(np.bincount(CLASSES).max() / N)
+
+
+def test_skewed_classes_tell_of_the_client():
+    clients = CLASSES // 2  # each client holds two classes of its own
+    found = measured(one_hot(CLASSES), clients)
+    assert found["client_probe"] == found["client_from_class"] == 1.0
+    assert found["client_chance"] < 0.6
+
+
+def test_copies_of_a_row_are_never_split():
+    rows = np.repeat(np.arange(40), 10)
+    classes = np.random.default_rng(1).integers(0, 4, 40)[rows]
+    noise = np.random.default_rng(2).normal(size=(40, 60))[
+        rows
+    ]  # the same for all copies: a split would find the class by heart
+    found = features.measured(Table({"x": noise}, classes, np.tile(np.arange(10), 40), rows), Stream(0))["x"]
+    assert found["class_probe"] < 0.5
+
+
+def test_the_plane_of_a_line():
+    line = np.outer(np.linspace(-1, 1, 50), [3.0, 4.0, 0.0])
+    found = features.plane(line)
+    assert found.explained == pytest.approx((1.0, 0.0))
+    assert np.ptp(found.points[:, 0]) == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("name", ["fedper", "ditto", "fedproto"])
+def test_features_are_those_of_the_body_that_predicts(experiment, name):
+    subject = Subject(experiment(name, precision="fp32"))
+    owner, (x, _) = subject.owner(1), subject.data.test(1)
+    net = {"fedper": "model", "ditto": "personal", "fedproto": "body"}[name]
+    found = features.features_of(subject.method, owner, x)["body"]
+    module = owner.nets.modules[net]
+    body = module if net == "body" else module.body
+    expected = nn.Sequential(body)(x)  # nobody has trained yet: the modules hold the client's weights
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_fedrirs_two_kinds(experiment):
+    subject = Subject(experiment("fedrir", precision="fp32"))
+    x, _ = subject.data.test(0)
+    found = features.features_of(subject.method, subject.owner(0), x)
+    assert {name: tuple(f.shape) for name, f in found.items()} == {"f_g": (len(x), 12), "f_cs": (len(x), 12)}
+    subject = Subject(experiment(FedRIR(mcsl="off"), precision="fp32"))
+    assert list(features.features_of(subject.method, subject.owner(0), x)) == ["f_g"]
+
+
+def test_same_rows_through_one_model_tell_nothing_of_the_client(experiment):
+    run = experiment("fedavg", precision="fp32", rounds=1)
+    run.run()
+    table = features.same_rows(Subject(run))
+    assert set(np.bincount(table.rows)[table.rows]) == {4}  # every row, once for each client
+    found = features.measured(table, Stream(0))["body"]
+    assert found["client_probe"] <= found["client_chance"] == 0.25
+
+
+class Bare(FedAvg):
+    """Predicts without a body."""
+
+    def predictors(self):
+        return {"personal": self.first_pixels}
+
+    def first_pixels(self, nets, x, down, memory):
+        return x.flatten(1)[:, :10]
+
+
+def test_a_method_without_a_body_is_told_so(experiment):
+    subject = Subject(experiment(Bare(), precision="fp32"))
+    with pytest.raises(ConfigError, match="Bare's predictor uses no net or part called 'body'"):
+        features.features_of(subject.method, subject.owner(0), subject.data.test(0)[0])
