@@ -346,7 +346,7 @@ class Experiment:
         if not self.settings.join.clients:
             return {}
         started, joining = time.perf_counter(), Joining(self.problem)
-        down = self.method.deploy(self.server, self.problem.task)
+        down = self._received(self.method.deploy(self.server, self.problem.task))
         ask, turns = self._asks(general=False)[0], self.settings.join.turns
         before, after = list[Score](), list[Score]()
         newcomers = range(self.problem.task.n_clients, self.data.n_clients)
