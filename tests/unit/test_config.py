@@ -23,7 +23,9 @@ UNUSUAL = {
     "clients": 7, "participation": "0.2-0.9", "cohort": 3, "rounds": 4, "batch_size": 5, "drop_last": True,
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True},
-    "engine": {"name": "debug+sequential", "threads": 2, "workers": 3, "lanes": 4},
+    "engine": {
+        "name": "debug+ray", "threads": 2, "workers": 3, "lanes": 4, "address": "node-1:6379", "deadline_s": 9.5,
+    },
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
 }  # fmt: skip
 
