@@ -114,13 +114,13 @@ def _peak(child: BaseProcess) -> int:
     """Poll a process and those below it until it ends."""
     peak = 0
     while child.is_alive():
-        peak = max(peak, _held(child.pid))
+        peak = max(peak, held(child.pid))
         time.sleep(POLL_S)
     child.join()
     return peak
 
 
-def _held(pid: int | None) -> int:
+def held(pid: int | None) -> int:
     """Bytes held by a process and all below it (Linux)."""
     root = Path(f"/proc/{pid}")
     try:
@@ -128,7 +128,7 @@ def _held(pid: int | None) -> int:
         below = [int(word) for task in (root / "task").iterdir() for word in (task / "children").read_text().split()]
     except (OSError, StopIteration):  # it ended meanwhile
         return 0
-    return int(pss.split()[1]) * 1024 + sum(_held(other) for other in below)
+    return int(pss.split()[1]) * 1024 + sum(held(other) for other in below)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import sys
 import traceback
 from pathlib import Path
 from typing import NamedTuple
 
-from fedloom.errors import FedloomError
-
-HOME = str(Path(__file__).parent)
+from fedloom.errors import FedloomError, is_own_code
 
 
 class Place(NamedTuple):
@@ -45,7 +42,7 @@ def notes(error: BaseException) -> list[str]:
 
 def own_place(error: BaseException) -> Place | None:
     """The innermost line of code that belongs neither to fedloom nor to an installed package."""
-    own = [place for place in _places(error) if not _is_installed(place.file)]
+    own = [place for place in _places(error) if is_own_code(place.file)]
     return own[-1] if own else None
 
 
@@ -56,7 +53,3 @@ def _places(error: BaseException) -> list[Place]:
     texts = "\n".join(note for note in getattr(error, "__notes__", []) if "\n" in note)
     found = re.findall(r'^ *File "(.+)", line (\d+), in (\S+)\n *(.*)$', texts, re.MULTILINE)
     return here + [Place(file, int(line), function, code) for file, line, function, code in found]
-
-
-def _is_installed(file: str) -> bool:
-    return file.startswith((HOME, sys.prefix, sys.base_prefix, "<")) or "site-packages" in file

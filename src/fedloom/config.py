@@ -134,14 +134,25 @@ class EngineSettings(Section):
     """What runs the clients."""
 
     name: str = "auto"
-    """`sequential`, `processes`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
+    """`sequential`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
     threads: Count = 1
     """Threads of torch in this process; with more than one, numbers depend on how many. Worker processes always have one."""
     workers: Count | None = None
-    """Worker processes (`processes`); default: one per core."""
+    """Worker processes (`processes`, `ray`); default: one per core."""
     lanes: Count | None = None
     """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most) or in each worker of `processes`
     (default: one after another; several pay for small models without convolutions, and change the last bits)."""
+    address: str | None = None
+    """The Ray cluster to join (`ray`): `auto` (the one that this machine is in), HOST:PORT or ray://HOST:PORT; default: start one here."""
+    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    """Seconds that a worker has for its share of a round before the round goes on without it (`ray`); default: no limit."""
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"auto|(ray://)?[^\s:/]+:\d+", value):
+            raise ValueError("must be auto, HOST:PORT or ray://HOST:PORT")
+        return value
 
 
 class Settings(Section):
@@ -230,6 +241,10 @@ class Settings(Section):
     def _combinations(self) -> Settings:
         if self.clients is not None:
             check_cohort(self, self.clients)
+        for key in ("address", "deadline_s"):
+            value, engine = getattr(self.engine, key), self.engine.name
+            if value is not None and engine.rpartition("+")[2] != "ray":
+                raise ValueError(f"engine.{key}={value}: only engine=ray has it, not engine={engine}")
         return self
 
 
@@ -360,7 +375,9 @@ def _explain(error: ValidationError, prefix: str, root: Any) -> str:
         return f"unknown key '{key}'{suggest(where[-1], _known(root, where[:-1]))}"
     message = _plainly(first)
     if not where:  # a check over several keys, which names them itself
-        return prefix + message if re.match(r"\w+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
+        return (
+            prefix + message if re.match(r"[\w.]+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
+        )
     return f"{key.removesuffix('.name')}={_shown(first['input'])}: {message}"
 
 

@@ -9,13 +9,18 @@
     │   ├── RunFolderError  a run folder that is missing, in the way, or not resumable
     │   └── DivergedError   the server's numbers are not finite any more
     ├── MethodError         a method broke the contract (says which rule, and where)
-    └── WireError           bytes that are not a valid message
+    ├── WireError           bytes that are not a valid message
+    └── WorkerError         a worker process ended before its work was done
 """
 
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+from pathlib import Path
+
+HOME = str(Path(__file__).parent)
 
 
 class FedloomError(Exception):
@@ -48,6 +53,15 @@ class MethodError(FedloomError):
 
 class WireError(FedloomError):
     """Bytes that cannot be read as a message, or a message that is not what was expected."""
+
+
+class WorkerError(FedloomError):
+    """A worker process ended before its work was done, and nobody can take its place."""
+
+
+def is_own_code(file: str) -> bool:
+    """Whether a source file is somebody's own: neither fedloom's nor an installed package's."""
+    return not (file.startswith((HOME, sys.prefix, sys.base_prefix, "<")) or "site-packages" in file)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

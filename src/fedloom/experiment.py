@@ -103,9 +103,8 @@ class Experiment:
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
-            self.engine: Engine = make_engine(
-                settings.engine.name, self.problem, settings.engine.workers, settings.engine.lanes
-            )
+            e = settings.engine
+            self.engine: Engine = make_engine(e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s)
             self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []

@@ -1,5 +1,6 @@
 """Every method on every engine: the same numbers as the reference, bit for bit."""
 
+import importlib.util
 from typing import ClassVar
 
 import pytest
@@ -15,7 +16,9 @@ from fedloom.registry import METHODS
 
 REFERENCE = "sequential"
 WRAPPED = ("debug+sequential", "bytes+sequential", "debug+bytes+processes")
-OTHERS = [*(name for name in ENGINES if name != REFERENCE), *WRAPPED]
+NO_RAY = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install ray)")
+EVERY = [pytest.param(name, marks=NO_RAY) if name.endswith("ray") else name for name in ENGINES]
+OTHERS = [engine for engine in [*EVERY, *WRAPPED] if engine != REFERENCE]
 MODELS = ("mlp", "resnet8")
 SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
 
@@ -38,9 +41,9 @@ def assert_agrees(engine, run, with_):
 def reference(experiment):
     """What the reference engine leaves; each is run once."""
 
-    def find(method, model):
+    def find(method, model, **settings):
         if (method, model) not in references:
-            references[method, model] = left_by(make(experiment, method, model, REFERENCE))
+            references[method, model] = left_by(make(experiment, method, model, REFERENCE, **settings))
         return references[method, model]
 
     return find
@@ -68,12 +71,12 @@ def test_workers_train_lanes_up_to_rounding(experiment, reference, method):
     assert_close(left_by(lanes), reference(method, "resnet8"))
 
 
+@pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedmr", "fedrir", "Perfed"])
-def test_convolutions_with_biases_agree_too(experiment, method):
+def test_convolutions_with_biases_agree_too(experiment, reference, method, engine):
     settings = {"cohort": 2, "clients": 3}
-    expected = left_by(make(experiment, method, "fedmr_cnn", REFERENCE, **settings))
-    for engine in OTHERS:
-        assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
+    expected = reference(method, "fedmr_cnn", **settings)
+    assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
 
 
 CODED = [{"uplink": "topk:0.2,int8", "downlink": "fp16"}, {"uplink": "gaussian:1.0:0.01,fp16", "downlink": "int8"}]
@@ -138,7 +141,7 @@ def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, me
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
-@pytest.mark.parametrize("engine", [engine for engine in ENGINES if engine not in ROUNDING])
+@pytest.mark.parametrize("engine", [engine for engine in EVERY if engine not in ROUNDING])
 def test_the_order_in_which_a_cohort_works_changes_nothing(experiment, method, engine):
     run = make(experiment, method, "fedmr_cnn", engine)
     cohort = [0] if run.method.pooled else [0, 2, 4]
@@ -319,22 +322,22 @@ def test_phases_for_the_last_round_and_of_some_steps(experiment):
             assert turn["steps"] == 2 * batches[turn["client"]] + (2 if turn["round"] == 3 else 0)
 
 
-def test_memory_holds_what_was_handed_on(experiment):
-    for engine in ENGINES:
-        run = make(experiment, "Remembering", "mlp", engine, cohort=5)
-        seen = []
-        train = run.engine.train
+@pytest.mark.parametrize("engine", EVERY)
+def test_memory_holds_what_was_handed_on(experiment, engine):
+    run = make(experiment, "Remembering", "mlp", engine, cohort=5)
+    seen = []
+    train = run.engine.train
 
-        def watched(number, cohort, down, train=train, run=run, seen=seen):
-            replies = train(number, cohort, down)
-            seen.append({r.client: r.uplink["weights"]["params"] for r in replies})
-            return replies
+    def watched(number, cohort, down):
+        replies = train(number, cohort, down)
+        seen.append({r.client: r.uplink["weights"]["params"] for r in replies})
+        return replies
 
-        run.engine.train = watched
-        left = left_by(run)
-        for i in range(5):
-            assert tree.equal(left.clients[i]["memory"]["newer"], seen[1][i])
-            assert tree.equal(left.clients[i]["memory"]["older"], seen[0][i])
+    run.engine.train = watched
+    left = left_by(run)
+    for i in range(5):
+        assert tree.equal(left.clients[i]["memory"]["newer"], seen[1][i])
+        assert tree.equal(left.clients[i]["memory"]["older"], seen[0][i])
 
 
 def test_untimed_rows_still_hold_the_numbers():

@@ -24,7 +24,9 @@ UNUSUAL = {
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "target": 0.9},
     "devices": {"dropout": 0.1, "slow": 0.2, "slowdown": 8.0, "stragglers": "drop"}, "join": {"clients": 2, "turns": 5},
-    "engine": {"name": "debug+sequential", "threads": 2, "workers": 3, "lanes": 4},
+    "engine": {
+        "name": "debug+ray", "threads": 2, "workers": 3, "lanes": 4, "address": "node-1:6379", "deadline_s": 9.5,
+    },
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
     "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"],
 }  # fmt: skip

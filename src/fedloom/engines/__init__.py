@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Mapping
 
@@ -19,17 +20,27 @@ ENGINES: Mapping[str, str] = {
     "sequential": "one client after another, in this process: the reference",
     "vectorised": "clients of one architecture side by side, in batched operations",
     "processes": "a one-thread worker process per core; the default on Linux with more than one core",
+    "ray": "one-thread workers on the machines of a Ray cluster, or on this one (pip install 'fedloom[ray]')",
 }
 WRAPPERS: Mapping[str, Callable[[Engine], Engine]] = {"debug": Debug, "bytes": Bytes}
 
 
-def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: int | None = None) -> Engine:
+def make_engine(
+    name: str,
+    problem: Problem,
+    workers: int | None = None,
+    lanes: int | None = None,
+    address: str | None = None,
+    deadline_s: float | None = None,
+) -> Engine:
     """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
 
     Args:
         workers: worker processes; default: one per core.
         lanes: clients side by side in the vectorised engine (default: as many as memory allows, 64 at most), or in each worker process
             (default: one after another).
+        address: the Ray cluster to join; default: Ray is started on this machine.
+        deadline_s: seconds that a worker of Ray has for its share of a round; default: no limit.
 
     Raises:
         ConfigError: an unknown name, or an engine that this system cannot run.
@@ -54,11 +65,25 @@ def make_engine(name: str, problem: Problem, workers: int | None = None, lanes: 
         if last == "processes"
         else Vectorised(problem, lanes=lanes)
         if last == "vectorised"
+        else _on_ray(problem, workers, address, deadline_s)
+        if last == "ray"
         else Sequential(problem)
     )
     for wrapper in reversed(wrappers):
         engine = WRAPPERS[wrapper](engine)
     return engine
+
+
+def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:
+    # Ray prints losses on standard output; the engine says itself who was lost
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    try:
+        from fedloom.engines.ray import Cluster, Ray
+    except ModuleNotFoundError as missing:
+        if missing.name != "ray":
+            raise
+        raise ConfigError("engine=ray: Ray is not installed; pip install 'fedloom[ray]'") from None
+    return Ray(problem, Cluster(address, workers, problem.task.max_cohort), deadline_s)
 
 
 __all__ = [

@@ -19,26 +19,23 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
 from fedloom.engines.folders import new_folder
+from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Member, Sequential
 from fedloom.engines.state import Layout, Slab, layout_of
 from fedloom.engines.vectorised import Vectorised
-from fedloom.errors import FedloomError
+from fedloom.errors import WorkerError
 from fedloom.method import Client, Downlink
 from fedloom.training import Modules
 from fedloom.tree import Tree
 
 PIECES_PER_WORKER = 8  # work is handed out in pieces of about this part of a worker's share
-
-
-class WorkerError(FedloomError):
-    """A worker process ended before its work was done."""
 
 
 class Message(NamedTuple):
@@ -101,18 +98,10 @@ class Processes(Engine):
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`: own rows are shared out by clients, common rows by pieces (unless clients train before they are scored)."""
         common = self._slabs.put("down", down.common)
-        by_rows = [] if self.problem.method.adapt() else [ask for ask in asks if ask.rows == "common"]
-        by_clients = [ask for ask in asks if ask not in by_rows]
-        found: dict[int, dict[str, Score]] = {i: {} for i in clients}
         n = len(self._workers)
-        shares = [(clients[k::n], by_clients, (0, 1)) for k in range(n) if clients[k::n] and by_clients]
-        shares += [(clients, by_rows, (k, n)) for k in range(n) if by_rows]
-        jobs = [("score", number, common, *share) for share in shares]
-        for (members, _, _), scores in zip(shares, self._share_out(jobs), strict=True):
-            for i, mine in zip(members, scores, strict=True):
-                for name, score in mine.items():
-                    found[i][name] = total([found[i][name], score]) if name in found[i] else score
-        return [{ask.name: found[i][ask.name] for ask in asks} for i in clients]
+        work = shares(asks, [clients[k::n] for k in range(n)], by_rows=not self.problem.method.adapt())
+        done = self._share_out([("score", number, common, *share) for share in work])
+        return merged(work, done, clients, asks)
 
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`."""
@@ -223,7 +212,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
             try:
                 answer: tuple[bool, Any] = False, _do(engine, slabs, job)
             except Exception as error:
-                answer = True, _portable(error)
+                answer = True, portable(error, multiprocessing.reduction.ForkingPickler)
             pipe.send(answer)
     except (EOFError, ConnectionError):  # between two jobs, or with an answer that nobody waits for
         shutil.rmtree(folder, ignore_errors=True)
@@ -250,11 +239,21 @@ def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     return [reply._replace(seconds=reply.seconds + around) for reply in replies]
 
 
-def _portable(error: Exception) -> Exception:
-    """The error as it can be sent; the worker's traceback goes along as a note."""
+class Pickler(Protocol):
+    """How objects are sent to other processes."""
+
+    def dumps(self, obj: Any) -> Any:
+        """An object's bytes."""
+
+    def loads(self, data: Any) -> Any:
+        """The object again."""
+
+
+def portable(error: BaseException, pickler: Pickler) -> BaseException:
+    """The error as it can be sent and received; the worker's traceback goes along as a note."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
-        multiprocessing.reduction.ForkingPickler.dumps(error)
+        pickler.loads(pickler.dumps(error))
     except Exception:
         plain = RuntimeError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.data import Federation
-from fedloom.engines.base import Ask, Score
+from fedloom.engines.base import Ask, Score, total
 from fedloom.method import Client
 
 ROWS_AT_ONCE = 8192  # own rows of neighbours are gathered up to about this many
@@ -69,6 +69,41 @@ class Scorer:
         for i, mine, labels in zip(waiting, torch.split(logits, sizes), torch.split(y, sizes), strict=True):
             if len(labels):
                 self._scores[i] = score_of(mine, labels, self._data.n_classes)
+
+
+class Share(NamedTuple):
+    """A part of the scoring: some clients, some asks, and the k-th of n pieces of the common rows."""
+
+    clients: Sequence[int]
+    asks: Sequence[Ask]
+    part: tuple[int, int]
+
+
+def shares(asks: Sequence[Ask], groups: Sequence[Sequence[int]], by_rows: bool) -> list[Share]:
+    """The scoring in about as many parts as there are groups of clients.
+
+    Own rows go by groups. Common rows go by pieces if `by_rows`: then a model that many clients hold is scored once, not once a group.
+    """
+    of_pieces = [ask for ask in asks if by_rows and ask.rows == "common"]
+    of_clients = [ask for ask in asks if ask not in of_pieces]
+    every, n = [i for group in groups for i in group], len(groups)
+    found = [Share(group, of_clients, (0, 1)) for group in groups if group and of_clients]
+    return found + [Share(every, of_pieces, (k, n)) for k in range(n) if of_pieces]
+
+
+def merged(
+    work: Sequence[Share],
+    done: Iterable[Sequence[Mapping[str, Score]]],
+    clients: Sequence[int],
+    asks: Sequence[Ask],
+) -> list[dict[str, Score]]:
+    """What the shares brought, one dictionary per client, in the order of `clients` and `asks`."""
+    found: dict[int, dict[str, Score]] = {i: {} for i in clients}
+    for share, scores in zip(work, done, strict=True):
+        for i, mine in zip(share.clients, scores, strict=True):
+            for name, score in mine.items():
+                found[i][name] = total([found[i][name], score]) if name in found[i] else score
+    return [{ask.name: found[i][ask.name] for ask in asks} for i in clients]
 
 
 def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor]:

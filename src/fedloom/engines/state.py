@@ -50,6 +50,15 @@ def layout_of(example: Tree) -> Layout:
     return Layout(leaves, end)
 
 
+def views(data: Tensor, layout: Layout) -> Tree:
+    """The tree that lies in some bytes (n,) uint8; its leaves are views and change with them."""
+
+    def view(leaf: Leaf) -> Tensor:
+        return data[leaf.start : leaf.start + leaf.n_bytes].view(leaf.dtype).view(leaf.shape)
+
+    return tree.map_tree(view, layout.leaves)
+
+
 class Slab:
     """One mapped file."""
 
@@ -60,11 +69,7 @@ class Slab:
 
     def read(self, layout: Layout) -> Tree:
         """The tree in the slab; its leaves are views and change with it."""
-
-        def view(leaf: Leaf) -> Tensor:
-            return self._bytes[leaf.start : leaf.start + leaf.n_bytes].view(leaf.dtype).view(leaf.shape)
-
-        return tree.map_tree(view, layout.leaves)
+        return views(self._bytes, layout)
 
     def write(self, layout: Layout, value: Tree) -> None:
         """Copy a tree into the slab."""

@@ -1,0 +1,155 @@
+"""What the Ray engine costs beside the others: messages, rounds of small models, its start and its memory; kept in benchmarks/results/.
+
+    python benchmarks/ray_overhead.py rounds=20 out=ray-overhead                       the path of the result is printed
+    python benchmarks/ray_overhead.py clients=100,1000 address=127.0.0.1:6379          on a cluster that runs
+
+Contestants take turns, round by round, on the same cohort and the same downlink; only `Engine.train` is timed. On a busy machine
+look at the least time, at ratios, and at processor time, which is summed over this process and all below it (Ray's too).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom import Client, Downlink, FedAvg, Stream, from_arrays, tree
+from fedloom.config import make_settings
+from fedloom.engines import Engine
+from fedloom.errors import ConfigError, UsageError, suggest
+from fedloom.experiment import Experiment, Parts
+from fedloom.runfolder import RunFolder, environment
+from workloads import RESULTS, held
+
+DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {"rounds": "20", "clients": "100,1000,10000", "workers": "2", "address": "", "out": "ray-overhead"}
+)
+COHORT, FLOATS = 100, 62_500  # 250 kB a message
+ROWS, SHAPE, CLASSES = 70, (1, 28, 28), 10  # a client's rows, 60 of them for training
+WARM_UP = 3
+
+
+@dataclass(frozen=True)
+class Echo(FedAvg):
+    """No work at all: every client is sent a message of its own, and sends another of the same size."""
+
+    def phases(self) -> tuple[()]:
+        """Nothing."""
+        return ()
+
+    def downlink(self, server: tree.Tree, cohort: Sequence[int]) -> Downlink:
+        """A tensor for each member."""
+        each = [{"own": torch.full((FLOATS,), float(i))} for i in cohort]
+        return Downlink({"weights": server["weights"]}, each)
+
+    def uplink(self, client: Client, received: Any, down: tree.Tree, turn: Any) -> tuple[tree.Tree, tree.Tree]:
+        """The tensor and one."""
+        return {"own": down["own"] + 1}, client.memory
+
+
+def main(words: Sequence[str]) -> int:
+    """Measure, and write one result file."""
+    options = {**DEFAULTS, **dict(word.split("=", 1) for word in words)}
+    for key in options.keys() - DEFAULTS.keys():
+        raise ConfigError(f"unknown key '{key}'{suggest(key, DEFAULTS)}")
+    load = [os.getloadavg()[0]]
+    found: dict[str, Any] = {"messages": contest(Echo(), 100, ("sequential", "ray"), options)}
+    for n in map(int, options["clients"].split(",")):
+        found[f"rounds, {n} clients"] = contest(FedAvg(lr=0.05), n, ("sequential", "processes", "ray"), options)
+    load.append(os.getloadavg()[0])
+    import ray
+
+    facts = {"kind": "ray", "environment": environment() | {"ray": ray.__version__}, "seed": 0, "load": load}
+    RESULTS.mkdir(exist_ok=True)
+    RunFolder(RESULTS).write_json(f"{options['out']}.json", {**facts, "options": options, "found": found})
+    print(json.dumps(found, indent=2))
+    print(RESULTS / f"{options['out']}.json", file=sys.stderr)
+    return 0
+
+
+def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mapping[str, str]) -> dict[str, Any]:
+    """Seconds of rounds of 100 clients on each engine, of its start, and the bytes held by all processes after it."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (n_clients * ROWS, *SHAPE), np.uint8)
+    parts = Parts(method, from_arrays(x, rng.integers(0, CLASSES, len(x))))
+    with tempfile.TemporaryDirectory() as folder:
+        found: dict[str, Any] = {"before": {"held_bytes": held(os.getpid())}}
+        runs: dict[str, Experiment] = {}
+        try:
+            for name in names:  # Ray last: it starts threads, and `processes` forks
+                runs[name], seconds = timed(lambda name=name: make(parts, n_clients, name, Path(folder), options))
+                found[name] = {"start_s": seconds, "held_bytes": held(os.getpid())}
+            engines = {name: run.engine for name, run in runs.items()}
+            for name, spent in in_turn(engines, runs[names[0]], options).items():
+                times, busy = zip(*spent, strict=True)
+                found[name] |= {"least_s": min(times), "median_s": float(np.median(times)), "rounds": len(times)}
+                found[name] |= {"mean_processor_s": float(np.mean(busy))}
+            found["after"] = {"held_bytes": held(os.getpid())}
+        finally:
+            for run in runs.values():
+                run.engine.close()
+    return found
+
+
+def make(parts: Parts, n_clients: int, name: str, folder: Path, options: Mapping[str, str]) -> Experiment:
+    """An experiment on one engine."""
+    engine: dict[str, Any] = {"name": name, "workers": int(options["workers"])}
+    if name == "ray" and options["address"]:
+        engine["address"] = options["address"]
+    values = {"method": {"name": "fedavg"}, "data": {"name": "arrays"}, "model": {"name": "mlp", "hidden": 200}}
+    size = {"clients": n_clients, "cohort": COHORT, "partition": {"name": "iid", "test_fraction": 1 / 7}}
+    return Experiment(make_settings({**values, **size, "engine": engine, "out": folder / name}), parts)
+
+
+def in_turn(
+    engines: Mapping[str, Engine], run: Experiment, options: Mapping[str, str]
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and processor seconds of each engine's rounds; who starts changes from round to round."""
+    torch.set_num_threads(1)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
+    for number in range(WARM_UP + int(options["rounds"])):
+        chosen = Stream(0, "cohort", number).permutation(run.problem.task.n_clients)[:COHORT]
+        cohort = sorted(chosen.tolist())
+        down = run.method.downlink(run.server, cohort)
+        names = list(engines)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            before = processor_s(os.getpid())
+            replies, seconds = timed(lambda name=name: engines[name].train(number, cohort, down))  # noqa: B023
+            assert len(replies) == COHORT
+            if number >= WARM_UP:
+                times[name].append((seconds, processor_s(os.getpid()) - before))
+    return times
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """What some work gives, and how long it takes."""
+    started = time.perf_counter()
+    return work(), time.perf_counter() - started
+
+
+def processor_s(pid: int) -> float:
+    """Seconds that a process and all below it have computed (Linux)."""
+    root = Path(f"/proc/{pid}")
+    try:
+        ticks = sum(map(int, (root / "stat").read_text().rpartition(")")[2].split()[11:13]))
+        below = [int(word) for task in (root / "task").iterdir() for word in (task / "children").read_text().split()]
+    except OSError:  # it ended meanwhile
+        return 0.0
+    return ticks / os.sysconf("SC_CLK_TCK") + sum(map(processor_s, below))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UsageError as error:
+        sys.exit(f"benchmarks: error: {error}")

@@ -1,0 +1,109 @@
+"""The Ray engine from the command line: an own file's method, Ctrl-C, nothing left running, clear errors."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+OWN = """\
+from dataclasses import dataclass
+
+from fedloom import Method, losses
+
+
+@dataclass(frozen=True)
+class Mine(Method):
+    def loss(self, nets, batch, down, memory):
+        return soft(losses.cross_entropy(nets.model(batch.x), batch.y))
+
+
+def soft(loss):
+    return loss.exp().log1p()
+"""
+WORDS = ("clients=4", "model=mlp", "model.hidden=8", "data.rows=200", "engine.threads=1", "checkpoint_every=1")
+needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install ray)")
+
+
+def carriers(mark: str) -> list[str]:
+    """The processes that were started with `mark` in their environment, or below such a process."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_text()[:80])
+        except OSError:  # it ended meanwhile
+            continue
+    return found
+
+
+@needs_ray
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
+    Path("own.py").write_text(OWN)
+    mark = uuid.uuid4().hex
+    words = ("method=own.py:Mine", *WORDS, "rounds=5000", "engine=ray", "engine.workers=2", "out=cut")
+    stopped = subprocess.Popen(
+        [sys.executable, "-m", "fedloom.cli", "run", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "FEDLOOM_TEST": mark},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    patience = time.monotonic() + 120
+    while not Path("cut/checkpoint").exists() and stopped.poll() is None and time.monotonic() < patience:
+        time.sleep(0.05)
+    os.killpg(stopped.pid, signal.SIGINT)  # as a terminal does
+    out, err = stopped.communicate(timeout=60)
+    assert stopped.returncode == 130, err
+    assert err.splitlines()[-1] == "fedloom: interrupted; continue with: fedloom run --resume cut"
+    assert out == ""
+    patience = time.monotonic() + 20
+    while carriers(mark) and time.monotonic() < patience:
+        time.sleep(0.2)
+    assert carriers(mark) == []
+    config, state = Path("cut/config.toml"), Path("cut/checkpoint/state.json")
+    n = json.loads(state.read_text())["round"] + 1
+    config.write_text(
+        config.read_text().replace("rounds = 5000", f"rounds = {n}").replace('name = "ray"', 'name = "sequential"')
+    )
+    assert cli("run", "--resume", "cut", "--quiet").code == 0
+    assert (
+        cli("run", "method=own.py:Mine", *WORDS, f"rounds={n}", "engine=sequential", "out=whole", "--quiet").code == 0
+    )
+    last = [json.loads(Path(folder, "metrics.jsonl").read_text().splitlines()[-1]) for folder in ("cut", "whole")]
+    for key in ("train.loss", "server_accuracy", "personal_accuracy", "uplink_bytes"):
+        assert last[0][key] == last[1][key]
+
+
+@needs_ray
+def test_a_cluster_that_is_not_there_is_one_line(cli):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    for where in (address, f"ray://{address}"):
+        done = cli("run", "engine=ray", f"engine.address={where}", *WORDS)
+        assert done.err.startswith(f"fedloom: error: engine.address={where}: no Ray cluster can be joined there: ")
+        assert done.err.count("\n") == 1
+        assert done.code == 2
+    assert not Path("runs").exists()
+
+
+def test_without_ray_one_line_says_what_to_install(cli, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("fedloom.engines.ray")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    done = cli("run", "engine=ray", *WORDS)
+    assert done.err == "fedloom: error: engine=ray: Ray is not installed; pip install 'fedloom[ray]'\n"
+    assert done.code == 2
