@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: run test check clean
+.PHONY: run test test-deploy check clean
 
 run: $(VENV)/installed  ## four methods on scikit-learn's digits, side by side
 	$(BIN)/fedloom compare configs/digits.toml
@@ -14,7 +14,10 @@ test: $(VENV)/installed  ## style, types, layers, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not deploy"
+
+test-deploy: $(VENV)/installed  ## whole federations on this machine: TLS, node keys, faults (minutes)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m deploy tests/deploy
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -17,7 +17,7 @@ from fedloom import data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
 from fedloom.costs import Costs
-from fedloom.engines import Ask, Engine, Joining, Reply, Score, make_engine, total
+from fedloom.engines import Ask, Engine, Joining, Problem, Reply, Score, make_engine, total
 from fedloom.engines.wire import Meter
 from fedloom.errors import MethodError, RunFolderError
 from fedloom.method import Client, Downlink, Method, Round
@@ -42,6 +42,8 @@ class Parts(NamedTuple):
     method: Method | None = None
     dataset: data.Dataset | None = None
     model: nn.Module | Callable[..., nn.Module] | None = None
+    federation: data.Federation | None = None  # in place of `dataset` and the partition (rows on devices)
+    engine: Callable[[Problem], Engine] | None = None
 
 
 NOTHING = Parts()
@@ -98,13 +100,17 @@ class Experiment:
         with arithmetic(settings):
             self.settings = settings
             self.method = parts.method or make_method(settings.method)
-            self.data = make_federation(settings, parts.dataset)
+            self.data = parts.federation or make_federation(settings, parts.dataset)
             self.partition = self.data.partition  # as it was dealt, whatever a reference method pools
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
             e = settings.engine
-            self.engine: Engine = make_engine(e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s)
+            self.engine: Engine = (
+                parts.engine(self.problem)
+                if parts.engine
+                else make_engine(e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s)
+            )
             self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []
@@ -296,13 +302,16 @@ class Experiment:
             tracker.log(self.done, row)
 
     def _server_score(self, down: Downlink, by_name: dict[str, list[Score]]) -> Score:
-        """The server's score; where every client predicts with the server's model, it follows from theirs."""
+        """The server's score; where every client predicts with the server's model, it follows from theirs, if none was lost."""
         if self.problem.one_model:
-            if "general_accuracy" in by_name or not self._own_tests:
-                return by_name.get("general_accuracy", by_name["personal_accuracy"])[0]
             partition, scored = self.data.partition, by_name["personal_accuracy"]
-            if len(scored) == self.data.n_clients and sum(map(len, partition.test)) == len(partition.common):
-                return total(scored)
+            known = scored[0]
+            if "general_accuracy" in by_name or not self._own_tests:
+                known = by_name.get("general_accuracy", scored)[0]
+            elif len(scored) == self.data.n_clients and sum(map(len, partition.test)) == len(partition.common):
+                known = total(scored)
+            if known.rows.sum() == len(partition.common):
+                return known
         return self.engine.score_server(down)
 
     @property

@@ -15,6 +15,7 @@ from fedloom.cli.analysing import analyse
 from fedloom.cli.benching import bench
 from fedloom.cli.checking import check
 from fedloom.cli.costing import cost
+from fedloom.cli.deploying import deploy
 from fedloom.cli.exporting import export
 from fedloom.cli.listing import listing
 from fedloom.cli.partitioning import partition
@@ -43,6 +44,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "cost": Entry(cost, "what a client's turn takes, and whether a small device can"),
         "export": Entry(export, "a client's model as an ONNX file for a device"),
         "partition": Entry(partition, "deal a data set to clients, look at it, keep it in a file"),
+        "deploy": Entry(deploy, "the same on real devices, through Flower"),
         "check": Entry(check, "whether a method of your own keeps the rules"),
         "bench": Entry(bench, "how fast the engines are on this machine"),
     }

@@ -63,8 +63,8 @@ def run(words: Sequence[str]) -> int:
         experiment = Experiment(make_settings(values))
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
-    _until_interrupted(lambda: _run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
-    _conclude([folder], folder, given.json, given.quiet)
+    until_interrupted(lambda: _run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
+    conclude([folder], folder, given.json, given.quiet)
     return 0
 
 
@@ -83,8 +83,8 @@ def compare(words: Sequence[str]) -> int:
         folder = create(wanted, values.get("out"))
     done: list[Path] = []
     again = f"fedloom compare --resume {folder}"
-    _until_interrupted(lambda: done.extend(_run_all(wanted, folder, given.quiet)), again)
-    _conclude(done, folder, given.json, given.quiet)
+    until_interrupted(lambda: done.extend(_run_all(wanted, folder, given.quiet)), again)
+    conclude(done, folder, given.json, given.quiet)
     return 0
 
 
@@ -115,7 +115,7 @@ def _refuse_several(values: Values) -> None:
         raise ConfigError("variant: variants are rows of a comparison; use fedloom compare")
 
 
-def _until_interrupted(work: Callable[[], Any], again: str) -> None:
+def until_interrupted(work: Callable[[], Any], again: str) -> None:
     try:
         work()
     except KeyboardInterrupt:
@@ -149,7 +149,7 @@ def _run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
         return execute(wanted, folder, on_run)
 
 
-def _conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> None:
+def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> None:
     """Tables, page and warnings for finished runs."""
     records = read(runs)
     hint = _write_page(records, folder / "report.html")

@@ -193,8 +193,8 @@ def _split(
 ) -> Partition:
     train, held_out, test = [], [], []
     for i, rows in enumerate(dealt):
-        kept, tested = _part(rows, fraction, stream.child("test", i))
-        kept, validated = _part(kept, valid, stream.child("valid", i))
+        kept, tested = apart(rows, fraction, stream.child("test", i))
+        kept, validated = apart(kept, valid, stream.child("valid", i))
         train.append(kept)
         held_out.append(validated)
         test.append(tested)
@@ -202,7 +202,7 @@ def _split(
     return Partition(tuple(train), tuple(held_out), tuple(test), common, settings)
 
 
-def _part(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
+def apart(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
     """Sorted rows, and the sorted share of them that is set apart at random, rounded up; one row at least stays."""
     if fraction == 0:
         return np.sort(rows), np.empty(0, np.int64)
@@ -224,7 +224,7 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
         if len(rows) == 0:
             raise DataError(f"partition=own: client '{value}' of column '{column}' has no training rows")
     stream = Stream(seed, "partition", "own")
-    parts = [_part(rows, valid, stream.child("valid", i)) for i, (rows, _) in enumerate(mine)]
+    parts = [apart(rows, valid, stream.child("valid", i)) for i, (rows, _) in enumerate(mine)]
     return Partition(
         train=tuple(rows for rows, _ in parts),
         valid=tuple(rows for _, rows in parts),

@@ -48,6 +48,8 @@ def make_engine(
     *wrappers, last = name.split("+")
     if last in WRAPPERS:
         wrappers, last = [*wrappers, last], "auto"
+    if last == "flower":
+        raise ConfigError("engine=flower: runs on a deployed federation; see fedloom deploy --help")
     for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
         if word not in known:
             raise ConfigError(

@@ -46,7 +46,11 @@ class Sequential(Engine):
 
     def share(self, folder: Path) -> None:
         """Keep clients in mapped files in `folder` from now on, where several processes can work on them."""
-        self.store = MappedStore(self._blank, folder, self.problem.arch_of)
+        self.keep_in(lambda blank: MappedStore(blank, folder, self.problem.arch_of))
+
+    def keep_in(self, make: Callable[[Callable[[int], Client]], Store]) -> None:
+        """Keep clients in another store from now on; `make` gets what makes a client that has never taken part."""
+        self.store = make(self._blank)
 
     def initial(self, arch: int) -> Weights:
         """The initial weights of an architecture."""

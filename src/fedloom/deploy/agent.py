@@ -1,0 +1,183 @@
+"""A node on its device: Flower's SuperNode, kept running; a worker process, replaced when it hangs or dies; and the agent between them."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.supercore.constant import TaskType
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+
+from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.runtime import TaskToken, beating, finish_task, read_place, take_task
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, script
+from fedloom.deploy.worker import serve
+from fedloom.engines.envelope import Failed, open_envelope, seal
+from fedloom.errors import ConfigError, WireError
+
+log = logging.getLogger("fedloom.node")
+POLL_S = 0.25  # between two looks for a task
+SETTLE_S = 0.4  # Flower announces a task just before the message has arrived whole; asking at once would cost a second
+MESSAGE = "fedloom"  # the record that carries an envelope
+WHOLE = 4 * 2**20  # bytes that are sent in one piece
+DEFAULT_DEADLINE_S = 600.0
+
+
+class WorkerProcess:
+    """The worker, seen from the agent. Its clients' states are on disk, so it can be replaced at any time."""
+
+    def __init__(self, folder: Path, over: threading.Event) -> None:
+        """`over`: set when the node is to end, at work or not."""
+        self._folder, self._over = folder, over
+        self._process: Any = None
+        self._pipe: Connection | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start a fresh process."""
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(self._folder, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def answer(self, data: bytes, deadline_s: float) -> bytes:
+        """The worker's answer; a failure, and a fresh worker, where it hangs past the deadline or dies."""
+        pipe = self._pipe
+        if pipe is None or not self._process.is_alive():
+            self.replace()
+            pipe = self._pipe
+        assert pipe is not None
+        try:
+            pipe.send_bytes(data)
+            until = time.monotonic() + deadline_s
+            while not self._over.is_set() and time.monotonic() < until:
+                if pipe.poll(POLL_S):
+                    return pipe.recv_bytes()
+            reason = f"nothing after {deadline_s:g} s; the worker was replaced"
+        except (EOFError, OSError):
+            self._process.join(5)
+            reason = f"the worker ended in the middle of its work (exit code {self._process.exitcode}) and was replaced"
+        log.error(reason)
+        self.replace()
+        return seal(Failed(reason=reason), {})
+
+    def replace(self) -> None:
+        """End the process, at work or not, and start another."""
+        self.end()
+        self.start()
+
+    def end(self) -> None:
+        """End the process."""
+        if self._pipe is not None:
+            self._pipe.close()
+        self._process.kill()
+        self._process.join(5)
+
+
+def run_node(folder: Path) -> None:
+    """Run a node until SIGTERM or Ctrl-C.
+
+    Raises:
+        ConfigError: the folder is no node's.
+    """
+    node = read_file(folder / "node.toml", NodeFile, "a node's folder")
+    for name in ("node.key", "ca.crt", "runtime.secret"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder} is not a node's folder: it holds no {name}")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    supernode = Service(
+        "flower-supernode", supernode_command(folder, node), flower_environment(), folder / "supernode.log"
+    )
+    with ended_by_signals() as over:
+        supernode.start()
+        worker = WorkerProcess(folder, over)
+        log.info("%s: clients %s; the server is %s", node.name, ", ".join(map(str, node.clients)), node.server)
+        try:
+            _attend(folder, node, supernode, worker, over)
+        finally:
+            worker.end()
+            supernode.end()
+
+
+def supernode_command(folder: Path, node: NodeFile) -> list[str]:
+    """The SuperNode's command line."""
+    return [
+        *script("supernode"), "--superlink", node.server, "--root-certificates", str(folder / "ca.crt"),
+        "--auth-supernode-private-key", str(folder / "node.key"), "--isolation", "process",
+        "--superexec-auth-secret-file", str(folder / "runtime.secret"), "--host", "127.0.0.1", "--port", str(node.runtime_port),
+    ]  # fmt: skip
+
+
+def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProcess, over: threading.Event) -> None:
+    """Take messages from the SuperNode, one after another, and keep it running."""
+    place = read_place(folder, f"127.0.0.1:{node.runtime_port}", "flwr-clientapp", tls=False)
+    tasks = place.client()
+    tasks._retry_invoker = None  # the SuperNode may be starting: look again soon
+    while not over.is_set():
+        if line := supernode.tend():
+            log.error(line)
+        try:
+            task = take_task(tasks, TaskType.CLIENT_APP)
+        except httpx.HTTPError:
+            over.wait(0.5)
+            continue
+        if task is None:
+            over.wait(POLL_S)
+            continue
+        try:
+            with place.client(task.token) as client, beating(client):
+                _work(client, worker)
+        except Exception:  # the message is lost, the node is not
+            log.exception("a message could not be answered")
+
+
+def _work(client: RuntimeHttpClient, worker: WorkerProcess) -> None:
+    time.sleep(SETTLE_S)
+    message, context, _, _ = pull_task_input(client)
+    try:
+        data = content_of(message)
+        answer = worker.answer(data, _deadline(data))
+    except WireError as error:
+        answer = seal(Failed(reason=str(error)), {})
+    push_message(client, Message(as_record(answer), reply_to=message), context)
+    finish_task(client)
+
+
+def _deadline(data: bytes) -> float:
+    call = getattr(open_envelope(data).header, "call", None)
+    return float(call.deadline_s) if call else DEFAULT_DEADLINE_S
+
+
+def as_record(data: bytes) -> RecordDict:
+    """An envelope as Flower carries it: a value among settings, which is sent in one piece, or an array, which is cut into chunks.
+
+    Every piece costs requests on each of three ways, so small envelopes are sent whole.
+    """
+    if len(data) <= WHOLE:
+        return RecordDict({MESSAGE: ConfigRecord({MESSAGE: data})})
+    return RecordDict({MESSAGE: ArrayRecord({MESSAGE: Array("uint8", (len(data),), MESSAGE, data)})})
+
+
+def content_of(message: Message) -> bytes:
+    """The envelope in a message. Raises WireError where there is none."""
+    records = message.content.values() if message.has_content() else ()
+    for record in records:
+        found = record.get(MESSAGE) if isinstance(record, ConfigRecord | ArrayRecord) else None
+        if isinstance(found, Array):
+            return bytes(found.data)
+        if isinstance(found, bytes):
+            return found
+    raise WireError("a message that carries no fedloom envelope")
+
+
+__all__ = ["TaskToken", "WorkerProcess", "as_record", "content_of", "run_node", "supernode_command"]

@@ -1,0 +1,229 @@
+"""A deployed federation as a folder: who takes part, keys and certificates, the app bundle, commands and service units.
+
+::
+
+    federation.toml   addresses, deadline, which node holds which clients
+    config.toml       the experiment, as for `fedloom run`
+    server/           stays on the server: certificate, key, the nodes' public keys, app/ (the bundle), fedloom-server.service
+    node-0/ ...       goes to that device: node.toml, its private key, the authority's certificate, fedloom-node.service
+    authority/        the authority's key: keep it offline, it is needed only for a new server certificate
+    README.md         the steps
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import sys
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedloom.config import Settings, make_method, make_settings, read_toml, to_toml
+from fedloom.deploy import texts
+from fedloom.deploy.certificates import (
+    certificate_bytes,
+    key_bytes,
+    new_authority,
+    new_node_key,
+    new_server,
+    node_key_bytes,
+    write_new,
+)
+from fedloom.errors import ConfigError, suggest
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Client = Annotated[int, Field(ge=0)]
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,250}[A-Za-z0-9])?|::1?")
+M = TypeVar("M", bound=BaseModel)
+LOOPBACK = ("127.0.0.1", "localhost")
+
+
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class FederationFile(_File):
+    """`federation.toml`."""
+
+    host: str
+    port: Port
+    superlink_port: Port
+    deadline_s: Annotated[float, Field(gt=0)] = 600.0
+    join_s: Annotated[float, Field(ge=0)] = 120.0
+    nodes: dict[str, list[Client]]
+
+
+class NodeFile(_File):
+    """`node.toml`."""
+
+    name: str
+    server: str
+    runtime_port: Port
+    clients: list[Client]
+    data: str = "config"
+
+
+class Deployment:
+    """A federation's folder, as the server sees it."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the folder. Raises ConfigError where it is none."""
+        self.path = path
+        self.server = path / "server"
+        self.file = read_file(path / "federation.toml", FederationFile, "a federation's folder")
+        _check_roster(path, self.file.nodes)
+
+    @property
+    def superlink(self) -> str:
+        """Where the SuperLink listens, on the server alone."""
+        return f"127.0.0.1:{self.file.superlink_port}"
+
+    @property
+    def n_clients(self) -> int:
+        """Clients on all nodes."""
+        return sum(map(len, self.file.nodes.values()))
+
+    def public_key(self, node: str) -> Path:
+        """The file with a node's public key."""
+        return self.server / "keys" / f"{node}.pub"
+
+
+def read_file(path: Path, model: type[M], what: str) -> M:
+    """A TOML file as a model. Raises ConfigError in one line."""
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} is not {what}: it holds no {path.name}")
+    try:
+        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        hint = suggest(key, model.model_fields) if first["type"] == "extra_forbidden" else ""
+        reason = "unknown key" if hint else first["msg"].lower()
+        raise ConfigError(f"{path}: {key}: {reason}{hint}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+
+
+def create(
+    path: Path,
+    values: Mapping[str, Any],
+    n_nodes: int,
+    hosts: Sequence[str] = LOOPBACK,
+    ports: Mapping[str, int] | None = None,
+    runtime: Sequence[int] = (),
+) -> Deployment:
+    """Write a new federation's folder.
+
+    Args:
+        values: the experiment's tables; its clients are dealt to the nodes in turn, as evenly as can be.
+        hosts: the server's names and addresses, the first of which nodes connect to.
+        ports: `proxy` and `superlink`; default 9092 and 9091.
+        runtime: a port for each node's own processes; default 9094, for each is on a machine of its own.
+
+    Raises:
+        ConfigError: the folder holds something already, or values that cannot be.
+    """
+    settings = deployable(make_settings(values))
+    check_plan(settings, n_nodes, hosts)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path}: there is something already; nothing is overwritten, choose another folder")
+    ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
+    nodes = _dealt(settings.clients or n_nodes, n_nodes)
+    authority = new_authority()
+    server = new_server(authority, list(dict.fromkeys([*hosts, *LOOPBACK])))
+    address = f"[{hosts[0]}]:{ports['proxy']}" if ":" in hosts[0] else f"{hosts[0]}:{ports['proxy']}"
+    federation = {
+        "host": hosts[0], "port": ports["proxy"], "superlink_port": ports["superlink"], "deadline_s": 600.0, "join_s": 120.0,
+        "nodes": nodes,
+    }  # fmt: skip
+    write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation))
+    write_new(path / "config.toml", to_toml(settings))
+    write_new(path / "authority/ca.key", key_bytes(authority.key), secret=True)
+    write_new(path / "authority/ca.crt", certificate_bytes(authority))
+    write_new(path / "server/ca.crt", certificate_bytes(authority))
+    write_new(path / "server/server.crt", certificate_bytes(server))
+    write_new(path / "server/server.key", key_bytes(server.key), secret=True)
+    write_new(path / "server/runtime.secret", secrets.token_hex(32), secret=True)
+    write_new(path / "server/flwr/config.toml", texts.flwr_config(ports["superlink"], path / "server/ca.crt"))
+    write_new(path / "server/app/pyproject.toml", texts.APP_PROJECT)
+    write_new(path / "server/app/fedloom_app.py", texts.APP_CODE)
+    write_new(path / "server/fedloom-server.service", texts.server_unit(path.resolve(), sys.executable))
+    for place, (name, clients) in enumerate(nodes.items()):
+        folder = path / name
+        private, public = node_key_bytes(new_node_key())
+        port = runtime[place] if runtime else 9094
+        node = {"name": name, "server": address, "runtime_port": port, "clients": clients, "data": "config"}
+        write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node))
+        write_new(folder / "node.key", private, secret=True)
+        write_new(path / f"server/keys/{name}.pub", public)
+        write_new(folder / "ca.crt", certificate_bytes(authority))
+        write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
+        write_new(folder / "fedloom-node.service", texts.node_unit(name))
+        _copy_code(settings, folder / "code")
+    made = Deployment(path)
+    write_new(path / "README.md", texts.readme(made.file, path.name))
+    return made
+
+
+def deployable(settings: Settings) -> Settings:
+    """The settings as they are run on devices; refuses what cannot be deployed."""
+    if settings.checkpoint_every < 1:
+        raise ConfigError("checkpoint_every=0: a deployed run must be resumable; use 1 or more")
+    if settings.engine.name not in ("auto", "flower"):
+        raise ConfigError(
+            f"engine={settings.engine.name}: a federation on devices has an engine of its own; leave it out"
+        )
+    engine = settings.engine.model_copy(update={"name": "flower"})
+    return settings.model_copy(update={"engine": engine})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The tables of a federation's `config.toml`."""
+    return read_toml(path / "config.toml")
+
+
+def code_files(settings: Settings) -> list[Path]:
+    """The Python files that the settings name (`my.py:Mine`)."""
+    names = [settings.method.name, settings.model.name, *settings.models]
+    return [Path(name.rpartition(":")[0]) for name in dict.fromkeys(names) if ":" in name]
+
+
+def _copy_code(settings: Settings, folder: Path) -> None:
+    for file in code_files(settings):
+        if not file.is_file():
+            raise ConfigError(f"there is no file {file}")
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / file.name)
+
+
+def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:
+    """Raises ConfigError for what cannot be deployed, before anything is written or started."""
+    make_method(settings.method)
+    if settings.clients is None:
+        raise ConfigError(
+            "clients: say how many clients the federation has (partition=natural, file and own cannot tell before)"
+        )
+    if not 1 <= n_nodes <= settings.clients:
+        raise ConfigError(f"--nodes {n_nodes}: must be from 1 to the number of clients ({settings.clients})")
+    for host in hosts:
+        if not HOST.fullmatch(host):
+            raise ConfigError(f"--address {host}: must be a host name or an IP address")
+
+
+def _check_roster(path: Path, nodes: Mapping[str, Sequence[int]]) -> None:
+    every = [i for clients in nodes.values() for i in clients]
+    if not every or sorted(every) != list(range(len(every))):
+        raise ConfigError(
+            f"{path / 'federation.toml'}: nodes: every client from 0 to K - 1 must be on one node, not {sorted(every)}"
+        )
+
+
+def _dealt(clients: int, n_nodes: int) -> dict[str, list[int]]:
+    bounds = [clients * k // n_nodes for k in range(n_nodes + 1)]
+    return {f"node-{k}": list(range(bounds[k], bounds[k + 1])) for k in range(n_nodes)}

@@ -1,0 +1,195 @@
+"""The server's end of the line: nodes as a `Link`, over Flower's grid, from this very process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+import httpx
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
+from flwr.app import Message
+from flwr.common.serde import run_from_proto
+from flwr.proto.runtime_pb2 import PullTaskInputRequest
+from flwr.supercore.constant import TaskType
+from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
+from flwr.supercore.run import RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.superlink.grid import HttpGrid
+
+from fedloom.deploy.agent import as_record, content_of
+from fedloom.deploy.folder import Deployment
+from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
+from fedloom.deploy.services import flower_environment
+from fedloom.engines.flower import Lost
+from fedloom.errors import UsageError, WireError
+
+REJOIN_S = 60.0  # how long to wait then for the nodes that were there before
+POLL_S = 0.3  # between two looks for answers
+REOPEN_S = 180.0  # how long to wait for a SuperLink that is gone
+T = TypeVar("T")
+TASK_S = 30.0  # how long Flower may take to turn a run into a task
+GONE = (httpx.HTTPError, RunNotRunningException)
+
+
+class LinkError(UsageError):
+    """The SuperLink cannot be reached, or refuses us."""
+
+
+class GridLink:
+    """One Flower run after another: when the SuperLink was away, a new one is begun and the exchange is repeated.
+
+    Repeating is safe: every request names the states that it starts from.
+    """
+
+    def __init__(self, deployment: Deployment, tell: Callable[[str], None]) -> None:
+        """Begin a run. Raises LinkError where no SuperLink answers."""
+        self._deployment, self._tell = deployment, tell
+        self._names = {_pem(deployment.public_key(node).read_bytes()): node for node in deployment.file.nodes}
+        self._ids: dict[str, int] = {}
+        self._grid: HttpGrid
+        self._heart: HeartbeatSender
+        self._open()
+
+    def nodes(self) -> Sequence[str]:
+        """See `Link.nodes`: those of this federation that are online."""
+        return self._steadily(self._online)
+
+    def _online(self) -> Sequence[str]:
+        now = time.time()
+        self._ids = {
+            self._names[info.public_key.decode()]: info.node_id
+            for info in self._grid.get_nodes()
+            if info.online_until > now and info.public_key.decode() in self._names
+        }
+        return sorted(self._ids)
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> Mapping[str, bytes | Lost]:
+        """See `Link.exchange`."""
+        return self._steadily(lambda: self._exchange(requests, deadline_s))
+
+    def _exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> Mapping[str, bytes | Lost]:
+        here = self._online() if requests.keys() - self._ids.keys() else self._ids
+        answers: dict[str, bytes | Lost] = {node: Lost("is not there") for node in requests if node not in here}
+        asked = [node for node in requests if node in here]
+        messages = [Message(as_record(requests[node]), self._ids[node], "train", ttl=deadline_s) for node in asked]
+        waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))  # nodes by the message they answer
+        until = time.monotonic() + deadline_s
+        while waiting and time.monotonic() < until:
+            for reply in self._grid.pull_messages(list(waiting)):
+                node = waiting.pop(reply.metadata.reply_to_message_id)
+                late = time.monotonic() > until - 2  # Flower has dropped the message, and says so in its own words
+                answers[node] = Lost(_late(deadline_s)) if late and reply.has_error() else _answer(reply)
+            if waiting:
+                time.sleep(POLL_S)
+        return answers | {node: Lost(_late(deadline_s)) for node in waiting.values()}
+
+    def _steadily(self, work: Callable[[], T]) -> T:
+        """Do a piece of work; where the SuperLink goes away, wait for it, begin a new run, and do it again."""
+        until = time.monotonic() + REOPEN_S
+        while True:
+            try:
+                return work()
+            except GONE as error:
+                self._tell(f"the SuperLink is gone ({_short(error)}); waiting for it")
+                self._drop()
+                self._reopen(until)
+
+    def _reopen(self, until: float) -> None:
+        before = set(self._ids)
+        while True:
+            try:
+                self._open()
+                again = time.monotonic() + REJOIN_S
+                while not before <= set(self._online()) and time.monotonic() < again:
+                    time.sleep(1)
+                return
+            except (LinkError, *GONE) as error:
+                if time.monotonic() > until:
+                    raise LinkError(str(error)) from None
+                time.sleep(2)
+
+    def _open(self) -> None:
+        """Begin a Flower run, take its task, and connect."""
+        place = read_place(self._deployment.server, self._deployment.superlink, "flwr-serverapp", tls=True)
+        run = _start_run(self._deployment)
+        with place.client() as tasks:
+            until = time.monotonic() + TASK_S
+            while not (task := take_task(tasks, TaskType.SERVER_APP)) or task.run != run:
+                if task:  # left over from a run that was killed before it began
+                    with place.client(task.token) as old:
+                        finish_task(old, "nobody works on this run any more")
+                if time.monotonic() > until:
+                    raise LinkError(
+                        f"the SuperLink at {self._deployment.superlink} started no run; another one may be at work"
+                    )
+                time.sleep(POLL_S)
+        self._grid = HttpGrid(self._deployment.superlink, False, place.ca, token=task.token)
+        self._grid._retry_invoker = patient()
+        given = self._grid._runtime_client.PullTaskInput(PullTaskInputRequest())
+        self._grid.set_run(run_from_proto(given.run))
+        TaskIdentity.task_id, TaskIdentity.run_id = given.task_id, given.run.run_id
+        TaskIdentity.node_id = given.context.node_id
+        self._heart = HeartbeatSender(make_task_heartbeat_fn_http(self._grid._runtime_client))
+        self._heart.start()
+
+    def _drop(self) -> None:
+        """Forget the run, whatever state it is in."""
+        if self._heart.is_running:
+            self._heart.stop()
+        self._grid.close()
+
+    def close(self) -> None:
+        """See `Link.close`: the Flower run is completed."""
+        with suppress(*GONE):
+            finish_task(self._grid._runtime_client)
+        self._drop()
+
+
+def _start_run(deployment: Deployment) -> int:
+    """Ask the SuperLink for a run; its number."""
+    command = ["flwr", "run", str(deployment.server / "app"), "fedloom", "--format", "json"]
+    environment = flower_environment((deployment.server / "flwr").resolve())
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        return int(json.loads(done.stdout)["run-id"])
+    except (OSError, ValueError, KeyError, TypeError, subprocess.TimeoutExpired):
+        where = deployment.superlink
+        raise LinkError(
+            f"no SuperLink answers at {where}; start it with: fedloom deploy server {deployment.path}"
+        ) from None
+
+
+def register_nodes(deployment: Deployment) -> None:
+    """Tell the SuperLink the nodes' public keys; those it knows already stay. Raises LinkError."""
+    environment = flower_environment((deployment.server / "flwr").resolve())
+    for node in deployment.file.nodes:
+        command = ["flwr", "supernode", "register", str(deployment.public_key(node)), "fedloom", "--format", "json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+        text = f"{done.stdout} {done.stderr}"
+        if '"success": true' not in text and "already" not in text.lower():
+            raise LinkError(f"{node}'s key could not be registered: {' '.join(text.split())[-300:]}")
+
+
+def _answer(reply: Message) -> bytes | Lost:
+    if reply.has_error():
+        return Lost(f"no answer (Flower's code {reply.error.code}: {' '.join(str(reply.error.reason).split())[:200]})")
+    try:
+        return content_of(reply)
+    except WireError as error:
+        return Lost(str(error))
+
+
+def _late(deadline_s: float) -> str:
+    return f"no answer within {deadline_s:g} s"
+
+
+def _pem(openssh: bytes) -> str:
+    return load_ssh_public_key(openssh).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__} {error}".split())[:120]

@@ -1,0 +1,92 @@
+"""A whole federation on this machine, for as long as a block lasts: TLS, node keys, a server and nodes as processes of their own."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedloom.deploy.folder import Deployment, create
+from fedloom.deploy.grid import LinkError
+from fedloom.deploy.server import is_open
+from fedloom.deploy.services import end_group, flower_environment, free_ports, leashed
+
+START_S = 90.0  # how long a busy machine may take to bring the server up
+
+
+class Federation:
+    """The processes of a federation on this machine."""
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start_server(self) -> None:
+        """Start SuperLink and proxy, and wait until they answer."""
+        self._start("server", ["server", str(self.deployment.path)])
+        until = time.monotonic() + START_S
+        while not is_open(self.deployment):
+            if self.processes["server"].poll() is not None or time.monotonic() > until:
+                raise LinkError(f"the server did not come up:\n{self.log('server')[-2000:]}")
+            time.sleep(0.2)
+
+    def start_node(self, node: str) -> None:
+        """Start a node."""
+        self._start(node, ["node", str(self.deployment.path / node)])
+
+    def _start(self, name: str, words: Sequence[str]) -> None:
+        with self._log(name).open("ab") as out:
+            self.processes[name] = subprocess.Popen(
+                leashed([sys.executable, "-m", "fedloom.cli", "deploy", *words]),
+                env=flower_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def log(self, name: str) -> str:
+        """What a process has printed."""
+        return self._log(name).read_text(encoding="utf-8", errors="replace")
+
+    def _log(self, name: str) -> Path:
+        return self.deployment.path / f"{name}.log"
+
+    def end(self) -> None:
+        """End all processes, the nodes first."""
+        running = list(reversed(self.processes.values()))
+        for process in running:
+            process.terminate()
+        for process in running:
+            end_group(process)
+        self.processes.clear()
+
+
+@contextmanager
+def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | None = None) -> Iterator[Federation]:
+    """A federation that is up; whatever happens in the block, no process outlives it.
+
+    Args:
+        folder: where its files go and stay; default: a temporary folder that goes with the block.
+    """
+    place = folder or Path(tempfile.mkdtemp(prefix="fedloom-federation-")) / "federation"
+    proxy, superlink, *runtime = free_ports(2 + n_nodes)
+    federation: Federation | None = None
+    try:
+        deployment = create(place, values, n_nodes, ports={"proxy": proxy, "superlink": superlink}, runtime=runtime)
+        federation = Federation(deployment)
+        federation.start_server()
+        for node in deployment.file.nodes:
+            federation.start_node(node)
+        yield federation
+    finally:
+        if federation:
+            federation.end()
+        if folder is None:
+            shutil.rmtree(place.parent, ignore_errors=True)

@@ -1,0 +1,93 @@
+"""The only door of a federation: forwards Flower's node API (`/v1/fleet/...`) to the SuperLink, and refuses everything else.
+
+The SuperLink serves its control API on the same port as its node API, without asking who calls; whoever reaches it can start runs and
+register nodes. It therefore listens on the loopback alone, and nodes meet this proxy, with the same certificate.
+
+Run by its path, so that neither torch nor the rest of fedloom is imported.
+"""
+
+from __future__ import annotations
+
+import re
+import ssl
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+ALLOWED = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
+MAX_BODY = 64 * 2**20  # bytes; Flower cuts tensors into chunks of 5 MB
+HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
+TIMEOUT_S = 60.0
+
+
+def allowed(method: str, path: bytes) -> bool:
+    """Whether a request may pass: a POST to one of the node API's plain paths, with nothing escaped or relative in it."""
+    return method == "POST" and ALLOWED.fullmatch(path) is not None
+
+
+def make_app(upstream: str, client: httpx.AsyncClient) -> Starlette:
+    """The proxy as an ASGI application.
+
+    Args:
+        upstream: the SuperLink, such as `https://127.0.0.1:9091`.
+        client: what reaches it.
+    """
+    return Starlette(routes=[Route("/{path:path}", _Forward(upstream, client))])
+
+
+class _Forward:
+    """Answers every request, whatever its method."""
+
+    def __init__(self, upstream: str, client: httpx.AsyncClient) -> None:
+        self._upstream, self._client = upstream, client
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        request = Request(scope, receive)
+        response = await self._answer(request)
+        await response(scope, receive, send)
+
+    async def _answer(self, request: Request) -> Response:
+        path = request.scope.get("raw_path") or b""
+        if not allowed(request.method, path) or request.url.query:
+            return PlainTextResponse("not here", 403)
+        body = b""
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                return PlainTextResponse("too large", 413)
+        headers = [(name, value) for name, value in request.headers.raw if name not in HOP]
+        try:
+            answer = await self._client.post(f"{self._upstream}{path.decode()}", content=body, headers=headers)
+        except httpx.HTTPError:
+            return PlainTextResponse("the SuperLink does not answer", 503)
+        kept = {k: v for k, v in answer.headers.items() if k.encode() not in HOP and k != "content-encoding"}
+        return Response(answer.content, answer.status_code, kept)
+
+
+def serve(host: str, port: int, superlink_port: int, folder: Path) -> None:
+    """Run a federation's proxy until it is told to end; `folder` holds the certificate and its authority's."""
+    trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    client = httpx.AsyncClient(verify=trust, timeout=TIMEOUT_S, trust_env=False)
+    config = uvicorn.Config(
+        make_app(f"https://127.0.0.1:{superlink_port}", client),
+        host=host,
+        port=port,
+        ssl_certfile=folder / "server.crt",
+        ssl_keyfile=folder / "server.key",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=64 * 1024,
+    )
+    uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

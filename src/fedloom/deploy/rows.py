@@ -1,0 +1,165 @@
+"""Rows that live on devices: a node reads its own, and the server knows of them by their number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom import data
+from fedloom.config import Settings
+from fedloom.data import Dataset, Federation, Partition
+from fedloom.data.parquet import decode
+from fedloom.data.partition import apart
+from fedloom.errors import ConfigError, DataError
+from fedloom.rng import Stream
+
+Counts = Mapping[int, Mapping[str, Sequence[int]]]  # by client and split, per class
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+SPLITS = ("train", "valid", "test")
+NONE = np.empty(0, np.int64)
+
+
+def read_own(
+    folder: Path, clients: Sequence[int], settings: Settings, classes: Sequence[str], input_shape: Sequence[int]
+) -> Federation:
+    """A node's own rows as a federation in which the other nodes' clients have none.
+
+    `folder` holds the client's rows, or for several clients a folder `client-<number>` each: parquet files (train.parquet, perhaps
+    test.parquet), or pictures in folders named by class, perhaps below `train` and `test`. Without test rows some of the others are
+    set apart (`partition.test_fraction`, default 0.25), from a stream of the run's seed.
+
+    Raises:
+        DataError: rows that are missing, of classes that the server does not know, or of another shape.
+    """
+    refuse_pooled_statistics(settings)
+    pools = [_read(place, settings) for place in _places(folder, clients)]
+    for pool, place in zip(pools, _places(folder, clients), strict=True):
+        if pool.input_shape != tuple(input_shape):
+            raise DataError(f"{place}: inputs of shape {pool.input_shape}, the server's are {tuple(input_shape)}")
+    labels = torch.cat([_renamed(pool, classes) for pool in pools])
+    images = torch.cat([pool.images for pool in pools])
+    whole = Dataset(settings.data.name, images, labels, len(labels), tuple(classes), {})
+    parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
+    start = 0
+    for i, pool in zip(clients, pools, strict=True):
+        for split, rows in _split(pool, i, settings).items():
+            parts[split][i] = rows + start
+        start += pool.n_rows
+    partition = _partition(parts, NONE)
+    return Federation(whole, partition, normalise=settings.data.normalise, augment=settings.data.augment)
+
+
+def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[str, list[int]]]:
+    """How many rows of each class these clients have, by split."""
+    labels, n_classes = federation.dataset.labels, federation.n_classes
+    every = {split: federation.partition.counts(labels, n_classes, split) for split in SPLITS}
+    return {i: {split: every[split][i].tolist() for split in SPLITS} for i in clients}
+
+
+class Remote(Federation):
+    """What the server knows of rows on devices: how many there are of each class. It holds the common rows, and no others."""
+
+    def __init__(self, held: Dataset, counts: Counts, settings: Settings) -> None:
+        """`held`: the server's own rows; those of its test split are the common ones, or all where there is none."""
+        refuse_pooled_statistics(settings)
+        common = np.arange(held.n_train if held.n_train < held.n_rows else 0, held.n_rows)
+        parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
+        labels, end = [held.labels], held.n_rows
+        for i in sorted(counts):
+            for split in SPLITS:
+                mine = np.repeat(np.arange(held.n_classes), counts[i][split])
+                parts[split][i] = np.arange(end, end + len(mine))
+                labels.append(torch.from_numpy(mine))
+                end += len(mine)
+        partition = _partition(parts, common)
+        shown = held._replace(images=held.images[:1].expand(end, *held.input_shape), labels=torch.cat(labels))
+        super().__init__(shown, partition, normalise=settings.data.normalise)
+        self._held = Federation(
+            held,
+            Partition((NONE,), (NONE,), (NONE,), common, {}),
+            normalise=settings.data.normalise,
+        )  # fmt: skip
+
+    def rows(self, index: Any) -> tuple[Tensor, Tensor]:
+        """See `Federation.rows`: of the common rows alone.
+
+        Raises:
+            DataError: rows of clients stay on their devices.
+        """
+        chosen = torch.as_tensor(index, dtype=torch.int64)
+        if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:
+            raise DataError("rows of clients stay on their devices; the server knows how many there are, and no more")
+        return self._held.rows(chosen)
+
+
+def refuse_pooled_statistics(settings: Settings) -> None:
+    """Nobody sees all rows, so nothing can be computed from them before the first round."""
+    if settings.data.normalise == "standard":
+        raise ConfigError("data.normalise=standard: needs all rows in one place; on devices use half or none")
+    if settings.data.augment == "resized-crop-flip-once":
+        raise ConfigError("data.augment=resized-crop-flip-once: is not for rows on devices; use resized-crop-flip")
+
+
+def _partition(parts: Mapping[str, Sequence[Any]], common: Any) -> Partition:
+    train, valid, test = (tuple(parts[split]) for split in SPLITS)
+    return Partition(train, valid, test, common, {"name": "devices"})
+
+
+def _n_clients(settings: Settings) -> int:
+    if settings.clients is None:
+        raise ConfigError("clients: say how many clients the whole federation has")
+    return settings.clients
+
+
+def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
+    if not folder.is_dir():
+        raise DataError(f"{folder}: this node's rows are not there: no such folder")
+    if len(clients) == 1:
+        return [folder]
+    for i in clients:
+        if not (folder / f"client-{i}").is_dir():
+            raise DataError(f"{folder}: no folder 'client-{i}' with the rows of client {i}")
+    return [folder / f"client-{i}" for i in clients]
+
+
+def _read(folder: Path, settings: Settings) -> Dataset:
+    d = settings.data
+    if any(folder.rglob("train*.parquet")):
+        return data.load(d.name, folder, image_size=d.image_size)
+    train, test = folder / "train", folder / "test"
+    parts = [_pictures(place) for place in ((train, test) if train.is_dir() else (folder,)) if place.is_dir()]
+    if not parts[0]:
+        raise DataError(f"{folder}: neither train.parquet nor folders of pictures named by their class")
+    files = [file for part in parts for file in part]
+    classes = tuple(sorted({file.parent.name for file in files}))
+    encoded = ((str(file), file.read_bytes()) for file in files)
+    images = torch.from_numpy(decode(encoded, len(files), d.image_size))
+    labels = torch.tensor([classes.index(file.parent.name) for file in files])
+    return Dataset(d.name, images, labels, len(parts[0]), classes, {})
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in PICTURES)
+
+
+def _renamed(pool: Dataset, classes: Sequence[str]) -> Tensor:
+    places = {name: place for place, name in enumerate(classes)}
+    unknown = [pool.classes[c] for c in sorted(set(pool.labels.tolist())) if pool.classes[c] not in places]
+    if unknown:
+        raise DataError(f"rows of class '{unknown[0]}', which the server does not know; it has {', '.join(classes)}")
+    return torch.tensor([places.get(name, -1) for name in pool.classes])[pool.labels]
+
+
+def _split(pool: Dataset, i: int, settings: Settings) -> Mapping[str, Any]:
+    rng = Stream(settings.seed, "devices", i)
+    train, test = np.arange(pool.n_train), np.arange(pool.n_train, pool.n_rows)
+    if not len(test):
+        fraction = settings.partition.test_fraction
+        train, test = apart(train, 0.25 if fraction is None else fraction, rng.child("test"))
+    train, valid = apart(train, settings.eval.valid, rng.child("valid"))
+    return {"train": train, "valid": valid, "test": test}

@@ -1,0 +1,145 @@
+"""An experiment on a federation that is up."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedloom.assembly import arithmetic, make_dataset, make_federation
+from fedloom.config import Settings, make_settings, read_toml, to_toml
+from fedloom.data import Federation
+from fedloom.deploy.folder import Deployment, deployable
+from fedloom.deploy.rows import Remote
+from fedloom.engines.base import Problem
+from fedloom.engines.envelope import Call, Failed, Hello, Present, open_envelope, seal
+from fedloom.engines.flower import Flower, Link, Lost, Turns
+from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
+from fedloom.experiment import Experiment, Parts
+from fedloom.runfolder import RunFolder
+
+RECORD = "federation.json"  # in a run's folder: its name on the nodes
+TURNS = "turns.json"  # in a run's folder: which turns were accepted
+Tell = Callable[[str], None]
+
+
+def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell: Tell) -> Experiment:
+    """A new run: asks the nodes who they are, and writes the run's folder."""
+    settings = deployable(make_settings(values))
+    run = secrets.token_hex(8)
+    return _experiment(deployment, settings, run, link, tell, None)
+
+
+def resume(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
+    """An interrupted run, from its last checkpoint; the nodes take up the states that belong to it."""
+    folder = RunFolder.open(path)
+    if (path / "summary.json").exists():
+        raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
+    try:
+        run = json.loads((path / RECORD).read_text(encoding="utf-8"))["run"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise RunFolderError(
+            f"{path}: this run was not made on devices; continue it with: fedloom run --resume {path}"
+        ) from None
+    settings = make_settings(read_toml(path / "config.toml"))
+    return _experiment(deployment, settings, run, link, tell, folder)
+
+
+def _experiment(
+    deployment: Deployment, settings: Settings, run: str, link: Link, tell: Tell, folder: RunFolder | None
+) -> Experiment:
+    if settings.clients != deployment.n_clients:
+        raise ConfigError(f"clients={settings.clients}: the nodes of {deployment.path} hold {deployment.n_clients}")
+    with arithmetic(settings):
+        federation, call = _meet(deployment, settings, run, link, tell)
+
+    def make(problem: Problem) -> Flower:
+        return Flower(problem, link, deployment.file.nodes, call, tell)
+
+    experiment = Experiment(settings, Parts(federation=federation, engine=make), folder)
+    if folder is None:
+        experiment.folder.write_json(RECORD, {"run": run, "nodes": deployment.file.nodes})
+    assert isinstance(experiment.engine, Flower)
+    experiment.engine.turns = Turns(experiment.folder.path / TURNS)
+    return experiment
+
+
+def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell: Tell) -> tuple[Federation, Call]:
+    """What the nodes say of themselves, and the federation as the server sees it."""
+    _wait_for(deployment, link, tell)
+    held = make_dataset(settings)
+    call = Call(
+        run=run,
+        config=to_toml(settings.model_copy(update={"out": None, "label": None, "log": ()})),
+        classes=list(held.classes),
+        input_shape=list(held.input_shape),
+        deadline_s=deployment.file.deadline_s,
+    )
+    present = _introductions(deployment, link.nodes(), link, call, tell)
+    own = {node for node, who in present.items() if who.own_rows}
+    if not own:
+        return make_federation(settings, held), call
+    if own != present.keys():
+        others = ", ".join(sorted(present.keys() - own))
+        raise ConfigError(
+            f"{', '.join(sorted(own))} have rows of their own, and {others} those of the config; mend node.toml"
+        )
+    counts = {int(i): each for who in present.values() for i, each in who.counts.items()}
+    return Remote(held, counts, settings), call
+
+
+def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
+    """Wait for all nodes, but not for ever; one must be there."""
+    wanted, until, told = set(deployment.file.nodes), time.monotonic() + deployment.file.join_s, False
+    while (missing := wanted - set(link.nodes())) and time.monotonic() < until:
+        if not told:
+            tell(f"waiting up to {deployment.file.join_s:g} s for {', '.join(sorted(missing))}")
+            told = True
+        time.sleep(0.5)
+    if missing == wanted:
+        raise ConfigError(f"no node is online; start them with: fedloom deploy node {deployment.path / min(wanted)}")
+    if missing:
+        tell(f"going on without {', '.join(sorted(missing))}")
+
+
+def _introductions(
+    deployment: Deployment, nodes: Sequence[str], link: Link, call: Call, tell: Tell
+) -> dict[str, Present]:
+    hello = seal(Hello(call=call), {})
+    found: dict[str, Present] = {}
+    reasons: list[str] = []
+    for node, answer in link.exchange(dict.fromkeys(nodes, hello), deployment.file.deadline_s).items():
+        try:
+            found[node] = _introduction(deployment, node, answer, call)
+        except WireError as error:
+            reasons.append(f"{node}: {error}")
+            tell(reasons[-1])
+    if not found:
+        raise DataError(f"no node can take part; {'; '.join(reasons)}")
+    return found
+
+
+def _introduction(deployment: Deployment, node: str, answer: bytes | Lost, call: Call) -> Present:
+    if isinstance(answer, Lost):
+        raise WireError(answer.reason)
+    header = open_envelope(answer).header
+    if isinstance(header, Failed):
+        raise WireError(header.reason)
+    if not isinstance(header, Present):
+        raise WireError(f"an answer of another kind ({header.kind})")
+    if header.clients != deployment.file.nodes[node]:
+        raise WireError(f"it holds clients {header.clients}, and federation.toml says {deployment.file.nodes[node]}")
+    _check_counts(header, call)
+    return header
+
+
+def _check_counts(header: Present, call: Call) -> None:
+    wanted = {str(i) for i in header.clients} if header.own_rows else set()
+    if header.counts.keys() != wanted:
+        raise WireError("its counts of rows are not those of its clients")
+    for splits in header.counts.values():
+        if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.classes) for c in splits.values()):
+            raise WireError("its counts of rows are not one per split and class")

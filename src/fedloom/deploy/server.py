@@ -1,0 +1,97 @@
+"""The server's programs: Flower's SuperLink on the loopback, and the proxy in front of it, kept running."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import threading
+import time
+
+from fedloom.deploy.folder import LOOPBACK, Deployment
+from fedloom.deploy.grid import LinkError, register_nodes
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, script
+from fedloom.errors import ConfigError
+
+log = logging.getLogger("fedloom.server")
+START_S = 60.0  # how long the SuperLink may take to come up
+
+
+def superlink_command(deployment: Deployment) -> list[str]:
+    """The SuperLink's command line."""
+    own = deployment.server
+    return [
+        "flower-superlink", "--host", "127.0.0.1", "--port", str(deployment.file.superlink_port), "--enable-supernode-auth",
+        "--isolation", "process", "--superexec-auth-secret-file", str(own / "runtime.secret"), "--database",
+        str((own / "superlink.db").resolve()), "--disable-runtime-dependency-installation", "--ssl-ca-certfile", str(own / "ca.crt"),
+        "--ssl-certfile", str(own / "server.crt"), "--ssl-keyfile", str(own / "server.key"),
+    ]  # fmt: skip
+
+
+def proxy_command(deployment: Deployment) -> list[str]:
+    """The proxy's command line."""
+    file = deployment.file
+    everywhere = "127.0.0.1" if file.host in LOOPBACK else "0.0.0.0"
+    return [*script("proxy"), everywhere, str(file.port), str(file.superlink_port), str(deployment.server)]
+
+
+def run_server(deployment: Deployment) -> None:
+    """Run SuperLink and proxy until SIGTERM or Ctrl-C."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    for port in (deployment.file.superlink_port, deployment.file.port):
+        _check_free(port)
+    home = (deployment.server / "flwr").resolve()
+    superlink = Service(
+        "flower-superlink", superlink_command(deployment), flower_environment(home), deployment.server / "superlink.log"
+    )
+    proxy = Service("proxy", proxy_command(deployment), flower_environment(home), deployment.server / "proxy.log")
+    with ended_by_signals() as over:
+        superlink.start()
+        proxy.start()
+        try:
+            _wait(deployment, superlink, over)
+            if not over.is_set():
+                register_nodes(deployment)
+                log.info("the federation is open at %s:%d", deployment.file.host, deployment.file.port)
+            while not over.wait(0.5):
+                for service in (superlink, proxy):
+                    if line := service.tend():
+                        log.error(line)
+        finally:
+            proxy.end()
+            superlink.end()
+
+
+def is_open(deployment: Deployment) -> bool:
+    """Whether SuperLink and proxy both answer with their certificate."""
+    context = ssl.create_default_context(cafile=str(deployment.server / "ca.crt"))
+    try:
+        for port in (deployment.file.superlink_port, deployment.file.port):
+            with (
+                socket.create_connection(("127.0.0.1", port), 2) as raw,
+                context.wrap_socket(raw, server_hostname="127.0.0.1"),
+            ):
+                pass
+    except OSError:
+        return False
+    return True
+
+
+def _wait(deployment: Deployment, superlink: Service, over: threading.Event) -> None:
+    until = time.monotonic() + START_S
+    while not over.is_set() and not is_open(deployment):
+        ended = superlink.process is None or superlink.process.poll() is not None
+        if ended or time.monotonic() > until:
+            raise LinkError(f"the SuperLink did not come up; see {deployment.server / 'superlink.log'}")
+        over.wait(0.3)
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ConfigError(
+                f"port {port} is in use; is the server running already? (ports are in federation.toml)"
+            ) from None

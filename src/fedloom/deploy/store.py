@@ -1,0 +1,80 @@
+"""What a node's clients keep between rounds: a file per client and committed round, in safetensors, replaced in one step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from fedloom import tree
+from fedloom.engines.envelope import Member
+from fedloom.engines.wire import decode, encode
+from fedloom.method import Client
+
+SUFFIX = ".safetensors"
+
+
+class NodeStore:
+    """Clients' states by round: a state is labelled with the round after which it holds, plus one; label 0 is the initial state.
+
+    A turn in round r writes label r + 1 and leaves the others, until the server says that it no longer needs them. So a turn that the
+    server never accepted is undone by asking for the label before it.
+    """
+
+    def __init__(self, blank: Callable[[int], Client], folder: Path) -> None:
+        self._blank, self._folder = blank, folder
+        self._members: Mapping[int, Member] = {}
+        self._number = 0
+        self.notes: list[str] = []
+        """What the server should know of."""
+
+    def turn_to(self, number: int, members: Iterable[Member]) -> None:
+        """Serve a request: these clients, as they were before round `number`."""
+        self._number, self._members, self.notes = number, {member.client: member for member in members}, []
+
+    def get(self, i: int) -> Client:
+        """See `Store.get`: the state with the label that was asked for. Where it is missing the client begins anew, with a note.
+
+        Raises:
+            WireError: a file that does not hold what this client keeps.
+        """
+        base, blank = self._members[i].base, self._blank(i)
+        file = self._file(i, base)
+        if not base:
+            return blank
+        if not file.is_file():
+            self.notes.append(
+                f"client {i} begins anew: its state after round {base} is not on this node ({self._found(i)})"
+            )
+            return blank
+        template = blank._asdict()
+        return Client(**tree.merge(template, decode(file.read_bytes(), expect=template)))
+
+    def put(self, i: int, client: Client) -> None:
+        """See `Store.put`: commit the state after this round, and drop those that nobody needs any more."""
+        file = self._file(i, self._number + 1)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        beside = file.with_name(f".{file.name}.tmp")
+        with beside.open("wb") as out:
+            out.write(encode(client._asdict()))
+            out.flush()
+            os.fsync(out.fileno())
+        beside.replace(file)
+        for label in self.labels(i):
+            if label < self._members[i].keep or label > self._number + 1:
+                self._file(i, label).unlink(missing_ok=True)
+
+    def changed(self) -> Iterable[int]:
+        """See `Store.changed`."""
+        return sorted(int(folder.name.removeprefix("client-")) for folder in self._folder.glob("client-*"))
+
+    def labels(self, i: int) -> list[int]:
+        """The labels of a client's states that are there, in order."""
+        return sorted(int(file.name.removesuffix(SUFFIX)) for file in self._file(i, 0).parent.glob(f"[0-9]*{SUFFIX}"))
+
+    def _file(self, i: int, label: int) -> Path:
+        return self._folder / f"client-{i}" / f"{label}{SUFFIX}"
+
+    def _found(self, i: int) -> str:
+        labels = self.labels(i)
+        return f"there are those after rounds {', '.join(map(str, labels))}" if labels else "there are none"

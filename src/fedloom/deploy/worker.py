@@ -1,0 +1,220 @@
+"""A node's work: opens a request, lets its clients take their turns or scores them, and seals the answer.
+
+The worker is a process of its own that lives as long as the node, so torch is imported once and data are read once. It talks to the node's
+agent over a pipe, in bytes. If it hangs or dies the agent starts another; what was committed is on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import signal
+import time
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fedloom.assembly import make_federation, make_problem
+from fedloom.blame import blame
+from fedloom.config import Named, Settings, make_method, make_settings
+from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.leash import hold
+from fedloom.deploy.rows import counts_of, read_own
+from fedloom.deploy.store import NodeStore
+from fedloom.engines.base import Problem, Reply, Score
+from fedloom.engines.envelope import (
+    Call,
+    Counted,
+    Failed,
+    Hello,
+    Letter,
+    Member,
+    Present,
+    Scored,
+    ScoreRequest,
+    Trained,
+    TrainRequest,
+    Turned,
+    open_envelope,
+    seal,
+)
+from fedloom.engines.sequential import Sequential
+from fedloom.errors import ConfigError, WireError
+from fedloom.method import Downlink
+from fedloom.tree import Tree, merge
+
+log = logging.getLogger("fedloom.node")
+LONGEST = 300  # letters of a reason that leaves the node
+
+
+class Site(NamedTuple):
+    """One run on this node: the problem, the engine that works on it, and its clients' states."""
+
+    problem: Problem
+    engine: Sequential
+    store: NodeStore
+
+
+class Worker:
+    """Answers requests, one after another."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder`: the node's."""
+        self._folder = folder
+        self._node = read_file(folder / "node.toml", NodeFile, "a node's folder")
+        self._key = ""
+        self._site: Site | None = None
+
+    def answer(self, data: bytes) -> bytes:
+        """The answer to a request; whatever goes wrong becomes an answer that says so."""
+        try:
+            letter = open_envelope(data)
+            match letter.header:
+                case Hello():
+                    return self._present(letter.header)
+                case TrainRequest():
+                    return self._train(letter, letter.header)
+                case ScoreRequest():
+                    return self._score(letter, letter.header)
+            raise WireError(f"a message of kind '{letter.header.kind}', which is no request")
+        except Exception as error:
+            log.exception("the request failed")
+            return seal(Failed(reason=_reason(error)), {})
+
+    def _present(self, header: Hello) -> bytes:
+        site, mine = self._open(header.call), self._node.clients
+        own = self._node.data != "config"
+        counts = {str(i): c for i, c in counts_of(site.problem.data, mine).items()} if own else {}
+        return seal(Present(clients=mine, own_rows=own, counts=counts), {})
+
+    def _train(self, letter: Letter, request: TrainRequest) -> bytes:
+        site = self._serve(request.call, request.number, request.members)
+        common = letter.tree("common")
+        turns, uplinks, notes = [], {}, []
+        for member in request.members:
+            try:
+                own = f"each-{member.slot}"
+                message = merge(common, letter.tree(own)) if own in letter.trees else common
+                reply = site.engine.turn(request.number, member.client, member.slot, message)
+                turns.append(_turned(reply))
+                uplinks[str(member.slot)] = reply.uplink
+            except Exception as error:
+                log.exception("client %d, round %d failed", member.client, request.number + 1)
+                turns.append(Turned(client=member.client, slot=member.slot, failure=_reason(error)))
+            log.info("round %d: client %d is done", request.number + 1, member.client)
+        notes += site.store.notes
+        return seal(Trained(turns=turns, notes=notes), uplinks)
+
+    def _score(self, letter: Letter, request: ScoreRequest) -> bytes:
+        site = self._serve(request.call, request.number, request.members)
+        clients = [member.client for member in request.members]
+        asks = [question.ask() for question in request.questions]
+        found = site.engine.score(request.number, Downlink(letter.tree("common")), clients, asks)
+        scores = {
+            str(i): {name: _counted(score) for name, score in mine.items()}
+            for i, mine in zip(clients, found, strict=True)
+        }
+        return seal(Scored(scores=scores, notes=site.store.notes), {})
+
+    def _serve(self, call: Call, number: int, members: Sequence[Member]) -> Site:
+        site = self._open(call)
+        strangers = [member.client for member in members if member.client not in self._node.clients]
+        if strangers:
+            raise WireError(f"client {strangers[0]} is not on {self._node.name}")
+        site.store.turn_to(number, members)
+        return site
+
+    def _open(self, call: Call) -> Site:
+        """The run's site, made once."""
+        key = hashlib.blake2b(f"{call.run}\0{call.config}\0{call.classes}\0{call.input_shape}".encode()).hexdigest()
+        if self._site is None or key != self._key:
+            self._site, self._key = None, ""
+            self._site, self._key = self._make(call), key
+        return self._site
+
+    def _make(self, call: Call) -> Site:
+        settings = self._settings(call.config)
+        torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
+        torch.set_num_threads(settings.engine.threads)
+        method = make_method(settings.method)
+        if self._node.data == "config":
+            federation = make_federation(settings)
+        else:
+            folder = self._folder / self._node.data
+            federation = read_own(folder, self._node.clients, settings, call.classes, call.input_shape)
+        if list(federation.input_shape) != call.input_shape or list(federation.dataset.classes) != call.classes:
+            raise ConfigError("this node's data set is not the server's: other classes or another shape of inputs")
+        if method.pooled:
+            raise ConfigError(f"method={settings.method.name}: pools all rows in one place, which devices never do")
+        problem = make_problem(settings, method, federation)
+        engine, stores = Sequential(problem), list[NodeStore]()
+
+        def keep(blank: Any) -> NodeStore:
+            stores.append(NodeStore(blank, self._folder / "state" / call.run))
+            return stores[0]
+
+        engine.keep_in(keep)
+        return Site(problem, engine, stores[0])
+
+    def _settings(self, text: str) -> Settings:
+        """The run's settings, with Python files taken from this node's own `code` folder and from nowhere else."""
+        import tomllib
+
+        settings = make_settings(tomllib.loads(text))
+        method = settings.method.model_copy(update={"name": self._code(settings.method.name)})
+        model: Named = settings.model.model_copy(update={"name": self._code(settings.model.name)})
+        models = tuple(self._code(name) for name in settings.models)
+        return settings.model_copy(update={"method": method, "model": model, "models": models})
+
+    def _code(self, name: str) -> str:
+        path, colon, what = name.rpartition(":")
+        if not colon:
+            return name
+        file = self._folder / "code" / Path(path).name
+        if not file.is_file():
+            raise ConfigError(f"{name}: this node has no code/{file.name}, and never runs code that it was sent")
+        return f"{file}:{what}"
+
+
+def serve(folder: Path, pipe: Connection) -> None:
+    """The worker process: answers until the pipe closes."""
+    hold()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    worker = Worker(folder)
+    while True:
+        try:
+            data = pipe.recv_bytes()
+        except (EOFError, OSError):
+            return
+        started = time.perf_counter()
+        answer = worker.answer(data)
+        log.info("answered %d bytes with %d in %.2f s", len(data), len(answer), time.perf_counter() - started)
+        pipe.send_bytes(answer)
+
+
+def _turned(reply: Reply) -> Turned:
+    return Turned(
+        client=reply.client,
+        slot=reply.slot,
+        examples=reply.examples,
+        steps=dict(reply.steps),
+        logs=dict(reply.logs),
+        seconds=reply.seconds,
+        phase_seconds=dict(reply.phase_seconds),
+    )
+
+
+def _counted(score: Score) -> Counted:
+    return Counted(right=score.right.tolist(), rows=score.rows.tolist())
+
+
+def _reason(error: BaseException) -> str:
+    """One line for the server; the whole of it stays in the node's log."""
+    return " ".join(blame(error).split())[:LONGEST]
+
+
+__all__ = ["Tree", "Worker", "serve"]

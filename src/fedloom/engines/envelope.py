@@ -1,0 +1,268 @@
+"""What the server and a node say to each other: a JSON header that is validated, and trees of tensors in our wire format.
+
+An envelope is `fedloom1`, the header's length (8 bytes, little-endian), the header, and the parts, one after another, in safetensors; their
+lengths are in the header. Nothing is ever unpickled; whatever does not fit is refused with a `WireError` that says why.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.engines.base import Ask, Score
+from fedloom.engines.wire import compare, decode, encode
+from fedloom.errors import WireError
+from fedloom.tree import Tree
+
+MAGIC = b"fedloom1"
+MAX_HEADER = 64 * 2**20  # bytes
+EMPTY = "/"  # ends the path of a branch without tensors
+
+Number = Annotated[int, Field(ge=0)]
+Counts = Annotated[list[Number], Field(max_length=1_000_000)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Part(_Strict):
+    """A tree in the envelope: its bytes, and the paths of its leaves (and of its empty branches) in order."""
+
+    name: str
+    n_bytes: Number
+    paths: list[str]
+
+
+class Member(_Strict):
+    """A client that is asked: its place in the cohort, the round in which its state must have been committed last, and what to keep.
+
+    `base` and `keep` are round numbers plus one; 0 is the initial state.
+    """
+
+    client: Number
+    slot: Number
+    base: Number
+    keep: Number
+
+
+class Question(_Strict):
+    """An `Ask` on its way."""
+
+    name: str
+    rows: Literal["test", "valid", "common"]
+    fitted: bool
+
+    def ask(self) -> Ask:
+        """The ask."""
+        return Ask(self.name, self.rows, self.fitted)
+
+
+class Call(_Strict):
+    """What every request says: which run, its settings as TOML, the classes' names, the shape of an input, and how long to work at most."""
+
+    run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+    config: str
+    classes: list[str]
+    input_shape: list[int]
+    deadline_s: Annotated[float, Field(gt=0)]
+
+
+class Hello(_Strict):
+    """Asks a node who it is."""
+
+    kind: Literal["hello"] = "hello"
+    call: Call
+
+
+class TrainRequest(_Strict):
+    """Asks clients to take their turns. Parts: `common`, and `each-<slot>` where members are sent trees of their own."""
+
+    kind: Literal["train"] = "train"
+    call: Call
+    number: Number
+    members: list[Member]
+
+
+class ScoreRequest(_Strict):
+    """Asks for scores of clients. Part: `common`."""
+
+    kind: Literal["score"] = "score"
+    call: Call
+    number: Number
+    members: list[Member]
+    questions: list[Question]
+
+
+class Present(_Strict):
+    """Who a node is: its clients, and for rows of its own how many of each class there are, by split ("train", "valid", "test")."""
+
+    kind: Literal["present"] = "present"
+    clients: list[Number]
+    own_rows: bool
+    counts: dict[str, dict[str, Counts]]  # by client (as text) and split
+
+
+class Turned(_Strict):
+    """A client's turn: done (its uplink is the part named by its slot), or failed, and why."""
+
+    client: Number
+    slot: Number
+    examples: Number = 0
+    steps: dict[str, Number] = {}
+    logs: dict[str, float] = {}
+    phase_seconds: dict[str, float] = {}
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    failure: str = ""
+
+
+class Trained(_Strict):
+    """What came of a `TrainRequest`."""
+
+    kind: Literal["trained"] = "trained"
+    turns: list[Turned]
+    notes: list[str] = []
+
+
+class Counted(_Strict):
+    """A score on its way: per class, rows predicted rightly, and rows."""
+
+    right: Counts
+    rows: Counts
+
+    def score(self, n_classes: int) -> Score:
+        """The score; raises WireError where the counts cannot be."""
+        right, rows = np.array(self.right, np.int64), np.array(self.rows, np.int64)
+        if right.shape != (n_classes,) or rows.shape != (n_classes,) or (right > rows).any():
+            raise WireError("scores that cannot be")
+        return Score(right, rows)
+
+
+class Scored(_Strict):
+    """What came of a `ScoreRequest`: scores by client (as text) and name."""
+
+    kind: Literal["scored"] = "scored"
+    scores: dict[str, dict[str, Counted]]
+    notes: list[str] = []
+
+
+class Failed(_Strict):
+    """A node could do nothing of what was asked."""
+
+    kind: Literal["failed"] = "failed"
+    reason: str
+
+
+Header = Annotated[
+    Hello | TrainRequest | ScoreRequest | Present | Trained | Scored | Failed, Field(discriminator="kind")
+]
+
+
+class Letter(NamedTuple):
+    """An opened envelope."""
+
+    header: Any  # one of the models above
+    trees: Mapping[str, bytes]  # encoded
+    paths: Mapping[str, Sequence[str]]
+
+    def tree(self, name: str, expect: Tree | None = None) -> Tree:
+        """A part as a tree, its leaves in the order in which they were sent; with `expect`, refused unless it has that very structure.
+
+        A tree that was expected comes in the order of what was expected, with its empty branches. Where a tensor without rows is expected
+        (shape `(0, ...)`), there may be any number of them.
+        """
+        if name not in self.trees:
+            raise WireError(f"the message has no part '{name}'")
+        found = decode(self.trees[name])
+        if expect is not None:
+            rows = dict(tree.flatten(found))
+            opened = {path: _opened(leaf, rows.get(path, leaf)) for path, leaf in tree.flatten(expect)}
+            compare(tree.structure(found), tree.structure(tree.unflatten(opened)))
+            return tree.merge(expect, found)
+        return _in_order(dict(tree.flatten(found)), self.paths[name])
+
+
+def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
+    """An envelope."""
+    encoded = {name: encode(value) for name, value in trees.items()}
+    parts = [{"name": name, "n_bytes": len(data), "paths": list(_paths(trees[name]))} for name, data in encoded.items()]
+    text = json.dumps({"header": header.model_dump(mode="python"), "parts": parts}).encode()
+    return b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *encoded.values()])
+
+
+def open_envelope(data: bytes) -> Letter:
+    """The letter in an envelope.
+
+    Raises:
+        WireError: says what is wrong with the bytes.
+    """
+    if data[: len(MAGIC)] != MAGIC:
+        raise WireError(f"{len(data)} bytes that are no fedloom message")
+    start = len(MAGIC) + 8
+    length = int.from_bytes(data[len(MAGIC) : start], "little")
+    if length > min(MAX_HEADER, len(data) - start):
+        raise WireError(f"a message of {len(data)} bytes that was cut off in its header")
+    try:
+        content = _CONTENT.validate_json(data[start : start + length])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise WireError(f"a header that is not understood: {where}: {first['msg']}") from None
+    return Letter(content.header, *_cut(content.parts, data, start + length))
+
+
+def _opened(expected: Tensor, found: Tensor) -> Tensor:
+    """What is found where a tensor without rows is expected, and what is expected elsewhere."""
+    any_rows = expected.ndim and not expected.shape[0] and found.ndim == expected.ndim
+    return found if any_rows and (found.shape[1:], found.dtype) == (expected.shape[1:], expected.dtype) else expected
+
+
+class _Content(_Strict):
+    header: Header
+    parts: list[Part]
+
+
+_CONTENT = TypeAdapter(_Content)
+
+
+def _cut(parts: Sequence[Part], data: bytes, start: int) -> tuple[dict[str, bytes], dict[str, list[str]]]:
+    if sum(part.n_bytes for part in parts) != len(data) - start:
+        raise WireError(f"a message of {len(data)} bytes that was cut off, or holds more than it says")
+    trees: dict[str, bytes] = {}
+    for part in parts:
+        trees[part.name] = data[start : start + part.n_bytes]
+        start += part.n_bytes
+    if len(trees) != len(parts):
+        raise WireError("a message with two parts of one name")
+    return trees, {part.name: part.paths for part in parts}
+
+
+def _paths(value: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, child in value.items():
+        if not isinstance(child, dict):
+            yield prefix + key
+        elif child:
+            yield from _paths(child, f"{prefix}{key}/")
+        else:
+            yield prefix + key + EMPTY
+
+
+def _in_order(leaves: Mapping[str, Any], paths: Sequence[str]) -> Tree:
+    if {path for path in paths if not path.endswith(EMPTY)} != leaves.keys():
+        raise WireError("a part that does not hold what its header says")
+    made: Tree = {}
+    for path in paths:
+        *branches, last = path.removesuffix(EMPTY).split("/")
+        node = made
+        for branch in branches:
+            node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise WireError(f"'{path}' lies below a tensor")
+        node[last] = {} if path.endswith(EMPTY) else leaves[path]
+    return made

@@ -1,0 +1,284 @@
+"""Clients on devices: the server's side of a deployed federation.
+
+The engine asks nodes over a `Link` (Flower's grid in `fedloom.deploy.grid`, a direct call in tests): one message per node and round, for
+all of its clients. Clients' states never come here; a node keeps them by round, and every request names the last turn of a client that the
+server *accepted*. A turn whose reply was lost, late or refused is therefore undone on the device when the client is asked next, and a
+resumed run finds the states that belong to its checkpoint. What is lost costs its clients' part in the round and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from fedloom import tree
+from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.envelope import (
+    Call,
+    Failed,
+    Letter,
+    Member,
+    Question,
+    Scored,
+    ScoreRequest,
+    Trained,
+    TrainRequest,
+    Turned,
+    open_envelope,
+    seal,
+)
+from fedloom.engines.scoring import none
+from fedloom.engines.sequential import Sequential
+from fedloom.errors import ConfigError, RunFolderError, WireError
+from fedloom.method import Client, Downlink, Interleave, Method, Turn, trains_of
+from fedloom.nets import read_weights
+from fedloom.rng import Stream
+from fedloom.training import Modules
+from fedloom.tree import Tree, Weights
+
+H = TypeVar("H")
+WAIT_S = 1.0  # between two looks for nodes
+
+
+class Lost(NamedTuple):
+    """No answer, and why."""
+
+    reason: str
+
+
+class Link(Protocol):
+    """How messages get to nodes and back."""
+
+    def nodes(self) -> Sequence[str]:
+        """The nodes that can be asked now, by name."""
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> Mapping[str, bytes | Lost]:
+        """Ask several nodes at once, and wait for their answers until the deadline."""
+
+    def close(self) -> None:
+        """Hang up."""
+
+
+class Turns:
+    """Which turns were accepted, by client, in a file; so that devices and server agree on every client's state."""
+
+    def __init__(self, file: Path | None = None) -> None:
+        self._file = file
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
+            self._rounds = {int(i): sorted(map(int, rounds)) for i, rounds in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise RunFolderError(f"{file}: cannot be read as the record of turns: {error}") from None
+
+    def base(self, client: int, number: int) -> int:
+        """The client's last accepted round before round `number`, plus one; 0 where there is none."""
+        return max((r + 1 for r in self._rounds.get(client, ()) if r < number), default=0)
+
+    def accept(self, number: int, clients: Iterable[int], keep: int) -> None:
+        """Record round `number`; forget what came after it (undone by resuming), and all before round `keep` but the last."""
+        for i in {*self._rounds, *clients}:
+            before = [r for r in self._rounds.get(i, []) if r < number]
+            last = self.base(i, keep) - 1
+            self._rounds[i] = [r for r in before if r >= last]
+        for i in clients:
+            self._rounds[i].append(number)
+        if self._file:
+            beside = self._file.with_name(f".{self._file.name}.tmp")
+            beside.write_text(json.dumps(self._rounds), encoding="utf-8")
+            beside.replace(self._file)
+
+
+class Flower(Engine):
+    """Asks nodes; `fedloom.deploy` makes it, for it needs a federation that is up."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        link: Link,
+        roster: Mapping[str, Sequence[int]],
+        call: Call,
+        tell: Callable[[str], None],
+    ) -> None:
+        """`roster`: the clients of each node; `call`: what every request says; `tell`: takes a line about whatever was lost or refused."""
+        super().__init__(problem)
+        refuse_exchange(problem.method)
+        self._link, self._call, self._tell = link, call, tell
+        self.turns = Turns()  # in memory, until the run has a folder
+        self._node_of = {i: node for node, clients in roster.items() for i in clients}
+        self._safe = self._pending = 0  # states before these rounds are no longer needed; after the next train
+        self._done = 0
+        self._templates: dict[tuple[int, object], Tree] = {}
+        missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
+        if missing or len(self._node_of) != problem.task.n_clients:
+            raise ConfigError(
+                f"clients={problem.task.n_clients}: the federation's nodes hold {len(self._node_of)} clients"
+                + (f", not client {missing[0]}" if missing else "")
+            )
+
+    @cached_property
+    def _local(self) -> Sequential:
+        """For what the server itself scores."""
+        return Sequential(self.problem)
+
+    @cached_property
+    def _initial(self) -> list[Weights]:
+        return [read_weights(self.problem.modules(arch)) for arch in range(len(self.problem.archs))]
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """See `Engine.train`."""
+        self._safe = self._pending  # the checkpoint of that round is whole by now
+        groups = self._by_node(cohort, number)
+        requests = {}
+        for node, slots in groups.items():
+            members = [self._member(cohort[slot], slot, number) for slot in slots]
+            trees = {"common": down.common}
+            if down.each is not None:
+                trees |= {f"each-{slot}": down.each[slot] for slot in slots}
+            requests[node] = seal(TrainRequest(call=self._call, number=number, members=members), trees)
+        replies: list[Reply] = []
+        for node, letter in self._ask(requests, Trained):
+            asked = {slot: cohort[slot] for slot in groups[node]}
+            replies += self._replies(number, node, letter, asked, down)
+        replies.sort(key=lambda reply: reply.slot)
+        self.turns.accept(number, [reply.client for reply in replies], self._safe)
+        self._done = number + 1
+        return replies
+
+    def _member(self, i: int, slot: int, number: int) -> Member:
+        return Member(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
+
+    def _by_node(self, cohort: Sequence[int], number: int) -> dict[str, list[int]]:
+        """Places in the cohort by node, for the nodes that are there; waits while there are none."""
+        until = time.monotonic() + self._call.deadline_s
+        wanted = {self._node_of[i] for i in cohort}
+        while not (here := wanted & set(self._link.nodes())) and time.monotonic() < until:
+            time.sleep(WAIT_S)
+        for node in sorted(wanted - here):
+            self._tell(f"round {number + 1}: {node} is not there")
+        return {
+            node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node]
+            for node in sorted(here)
+        }  # fmt: skip
+
+    def _ask(self, requests: Mapping[str, bytes], kind: type[H]) -> Iterable[tuple[str, Letter]]:
+        """The answers of the right kind, in the order of the requests; the others are reported."""
+        answers = self._link.exchange(requests, self._call.deadline_s) if requests else {}
+        for node in requests:
+            answer = answers.get(node, Lost("no answer"))
+            try:
+                if isinstance(answer, Lost):
+                    raise WireError(answer.reason)
+                letter = open_envelope(answer)
+                if isinstance(letter.header, Failed):
+                    raise WireError(letter.header.reason)
+                if not isinstance(letter.header, kind):
+                    raise WireError(f"an answer of another kind ({letter.header.kind})")
+            except WireError as error:
+                self._tell(f"{node}: {error}")
+                continue
+            for note in getattr(letter.header, "notes", ()):
+                self._tell(f"{node}: {note}")
+            yield node, letter
+
+    def _replies(
+        self, number: int, node: str, letter: Letter, asked: Mapping[int, int], down: Downlink
+    ) -> Iterable[Reply]:
+        """The valid turns of a node's answer."""
+        left = dict(asked)
+        for turn in letter.header.turns:
+            try:
+                if left.pop(turn.slot, None) != turn.client:
+                    raise WireError("nobody asked for this turn")
+                yield self._reply(number, letter, turn, down)
+            except WireError as error:
+                self._tell(f"{node}: round {number + 1}, client {turn.client}: {error}")
+        for i in left.values():
+            self._tell(f"{node}: round {number + 1}, client {i}: its turn is missing")
+
+    def _reply(self, number: int, letter: Letter, turn: Turned, down: Downlink) -> Reply:
+        if turn.failure:
+            raise WireError(turn.failure)
+        if not turn.examples:
+            raise WireError("a turn without examples")
+        uplink = letter.tree(str(turn.slot), self._expected(number, turn.client, down.to(turn.slot)))
+        return Reply(
+            turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds
+        )
+
+    def _expected(self, number: int, i: int, message: Tree) -> Tree:
+        """A tree of the structure that the client's uplink must have: the uplink of a client that has just received the message."""
+        p, arch = self.problem, self.problem.arch_of[i]
+        key = arch, tuple(tree.structure(message).items())
+        if key not in self._templates:
+            client = p.initial(i, self._initial[arch])
+            opened = p.codec.received(message)
+            received = p.method.receive(client.weights, opened, client.memory)
+            phases = p.method.phases()
+            names = [phase.name for phase in phases if isinstance(phase, Interleave)]
+            names += [train.name for train in trains_of(phases)]
+            turn = Turn(number, p.task.rounds - 1, 1, dict.fromkeys(names, 1))
+            uplink, _ = p.method.uplink(client._replace(weights=received), received, opened, turn)
+            self._templates[key], _ = p.codec.reply(uplink, opened, client.unsent, Stream())
+        return self._templates[key]
+
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """See `Engine.score`. Clients that cannot be asked count no rows."""
+        n_classes = self.problem.task.n_classes
+        found = {i: {ask.name: none(n_classes) for ask in asks} for i in clients}
+        questions = [Question(name=ask.name, rows=ask.rows, fitted=ask.fitted) for ask in asks]  # type: ignore[arg-type]
+        requests, asked = {}, {}
+        for node, places in self._by_node(clients, number).items():
+            asked[node] = [clients[place] for place in places]
+            members = [self._member(i, place, number) for i, place in zip(asked[node], places, strict=True)]
+            header = ScoreRequest(call=self._call, number=number, members=members, questions=questions)
+            requests[node] = seal(header, {"common": down.common})
+        for node, letter in self._ask(requests, Scored):
+            for i in asked[node]:
+                try:
+                    mine = letter.header.scores[str(i)]
+                    found[i] = {ask.name: mine[ask.name].score(n_classes) for ask in asks}
+                except (KeyError, WireError) as error:
+                    reason = error if isinstance(error, WireError) else "its scores are missing"
+                    self._tell(f"{node}: scores of client {i}: {reason}")
+        return [found[i] for i in clients]
+
+    def score_server(self, down: Downlink) -> Score:
+        """See `Engine.score_server`: here, on the rows that the server holds."""
+        return self._local.score_server(down)
+
+    def client(self, i: int) -> Client:
+        """Refused: states of clients never leave their device."""
+        raise ConfigError(f"client {i} lives on {self._node_of[i]}; what it keeps never leaves that device")
+
+    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+        """Refused, like `client`."""
+        raise ConfigError(f"client {i}'s model lives on {self._node_of[i]}; it never leaves that device")
+
+    def changed(self) -> Iterable[int]:
+        """Nobody: checkpoints hold no states of clients, which stay on the devices; from now on older ones are not needed."""
+        self._pending = self._done
+        return ()
+
+    def restore(self, i: int, client: Client) -> None:
+        """Refused, like `client`: this run began on another engine."""
+        raise RunFolderError("this run's checkpoint holds clients' states: it was not made on devices")
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._link.close()
+
+
+def refuse_exchange(method: Method) -> None:
+    """Methods whose clients talk among themselves before they upload cannot run here: devices talk to the server alone."""
+    if method.exchanges:
+        name = type(method).__name__
+        raise ConfigError(
+            f"method={name.lower()}: its clients exchange parts of their uplinks, and devices talk to the server alone"
+        )
+
+
+__all__ = ["Flower", "Link", "Lost", "Turns"]

@@ -1,0 +1,64 @@
+"""`fedloom deploy` as a newcomer types it."""
+
+import pytest
+
+
+def test_a_folder_is_made_and_its_steps_are_shown(cli):
+    done = cli("deploy", "init", "ward", "clients=5", "--nodes", "2", "--address", "fl.example.org")
+    assert (done.code, done.err) == (0, "")
+    assert "node-1  clients 2, 3, 4" in done.out
+    assert "ward/README.md" in done.out
+    again = cli("deploy", "init", "ward", "clients=5")
+    assert again.code == 2
+    assert "nothing is overwritten" in again.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nod"], "'nod' is no step (did you mean 'node'?)"),
+        (["up"], "say how many nodes with --local N"),
+        (["up", "--local", "0"], "--local 0: must be at least 1"),
+        (["up", "--local", "x"], "invalid int value"),
+        (["up", "--local", "2", "methd=fedavg"], "unknown key 'methd' (did you mean 'method'?)"),
+        (["up", "--local", "20"], "--nodes 20: must be from 1 to the number of clients (10)"),
+        (["up", "--local", "2", "engine=ray"], "engine=ray"),
+        (["up", "--lokal", "2"], "has no option --lokal"),
+        (["run"], "name a folder"),
+        (["run", "nowhere"], "nowhere is not a federation's folder: it holds no federation.toml"),
+        (["run", "nowhere", "--resume", "x", "rounds=3"], "nowhere is not a federation's folder"),
+        (["server", "nowhere"], "nowhere is not a federation's folder"),
+        (["node", "nowhere"], "nowhere is not a node's folder: it holds no node.toml"),
+        (["init"], "name a folder"),
+        (["init", "clients=3"], "name a folder"),
+        (["init", "w", "--nodes", "99"], "--nodes 99"),
+    ],
+)
+def test_mistakes_end_in_one_line(cli, words, message):
+    done = cli("deploy", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert done.err.count("\n") == 1, done.err
+    assert "Traceback" not in done.err
+
+
+def test_help_names_every_step(cli):
+    shown = cli("deploy", "--help")
+    assert shown.code == 0
+    for step in ("init", "server", "node", "run", "up"):
+        assert f"fedloom deploy {step}" in shown.out
+        assert cli("deploy", step, "--help").code == 0
+
+
+def test_a_run_without_a_server_says_how_to_start_it(cli):
+    assert cli("deploy", "init", "ward", "clients=2", "--nodes", "1").code == 0
+    done = cli("deploy", "run", "ward")
+    assert done.code == 2
+    assert "no SuperLink answers" in done.err
+    assert "fedloom deploy server ward" in done.err
+
+
+def test_the_flower_engine_is_not_for_simulations(cli):
+    done = cli("run", "engine=flower")
+    assert done.code == 2
+    assert "see fedloom deploy" in done.err

@@ -1,0 +1,90 @@
+"""Federations of processes on this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from fedloom.config import assign, make_settings
+from fedloom.deploy.grid import GridLink
+from fedloom.deploy.local import Federation, local_federation
+from fedloom.deploy.running import prepare, resume
+from fedloom.experiment import Experiment, OnRound
+
+VALUES: dict[str, Any] = {
+    "data": {"name": "digits", "rows": 400},
+    "model": {"name": "mlp", "hidden": 12},
+    "partition": {"name": "dirichlet", "alpha": 0.5},
+    "clients": 6,
+    "rounds": 2,
+    "batch_size": 16,
+    "checkpoint_every": 1,
+}
+NODES = 3
+
+
+def values(**settings: Any) -> dict[str, Any]:
+    """Settings over those of `VALUES`."""
+    found = {key: dict(v) if isinstance(v, dict) else v for key, v in VALUES.items()}
+    for key, value in settings.items():
+        assign(found, key, value)
+    return found
+
+
+class Ran(NamedTuple):
+    """A finished run, and what was said of it."""
+
+    experiment: Experiment
+    said: list[str]
+    seconds: float
+
+
+class Running:
+    """A federation that is up, and experiments on it."""
+
+    def __init__(self, federation: Federation, folder: Path) -> None:
+        self.federation, self.folder = federation, folder
+        self.n = 0
+
+    def run(self, on_round: OnRound | None = None, path: Path | None = None, **settings: Any) -> Ran:
+        """One experiment; with `path`, that run is resumed."""
+        said: list[str] = []
+        link = GridLink(self.federation.deployment, said.append)
+        self.n += 1
+        chosen = values(**settings) | {"out": str(self.folder / f"run-{self.n}")}
+        try:
+            deployment = self.federation.deployment
+            experiment = (
+                resume(deployment, path, link, said.append) if path else prepare(deployment, chosen, link, said.append)
+            )
+        except BaseException:
+            link.close()
+            raise
+        started = time.monotonic()
+        experiment.run(on_round)
+        return Ran(experiment, said, time.monotonic() - started)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Three nodes with two clients each, for all tests of a module."""
+    folder = tmp_path_factory.mktemp("deploy")
+    with local_federation(values(), NODES, folder / "federation") as federation:
+        yield Running(federation, folder)
+
+
+@pytest.fixture
+def simulated(tmp_path: Path) -> Callable[..., Experiment]:
+    """The same experiment on the sequential engine, with one thread."""
+
+    def run(**settings: Any) -> Experiment:
+        chosen = values(**settings) | {"engine": {"name": "sequential", "threads": 1}, "out": str(tmp_path / "here")}
+        experiment = Experiment(make_settings(chosen))
+        experiment.run()
+        return experiment
+
+    return run

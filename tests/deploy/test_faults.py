@@ -1,0 +1,188 @@
+"""The kill matrix: who fails, how and when, and what comes of it. Recorded in docs/deployment.md."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import values
+from fedloom import tree
+from fedloom.config import make_settings
+from fedloom.deploy.grid import GridLink
+from fedloom.deploy.local import local_federation
+from fedloom.deploy.running import prepare, resume
+from fedloom.deploy.services import end_group
+from fedloom.experiment import Experiment
+
+pytestmark = pytest.mark.deploy
+METHOD = str(Path(__file__).with_name("faulty.py"))
+DEADLINE_S = 45.0
+
+
+@pytest.fixture
+def federation(tmp_path):
+    """Three nodes with two clients each; a round has a short deadline."""
+    chosen = values(method=f"{METHOD}:Faulty")
+    with local_federation(chosen, 3, tmp_path / "federation") as found:
+        file = found.deployment.file.model_copy(update={"deadline_s": DEADLINE_S})
+        found.deployment.file = file
+        yield found
+
+
+def run(federation, folder, rounds, on_round=None, path=None):
+    """One experiment, and what was said."""
+    said = []
+    link = GridLink(federation.deployment, said.append)
+    try:
+        experiment = (
+            resume(federation.deployment, path, link, said.append)
+            if path
+            else prepare(
+                federation.deployment,
+                values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder)},
+                link,
+                said.append,
+            )
+        )
+    except BaseException:
+        link.close()
+        raise
+    experiment.run(on_round)
+    return experiment, said
+
+
+def expected(folder, rounds, lost):
+    """The sequential engine's server, with the turns of some clients in some rounds undone."""
+    chosen = values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder), "engine": {"name": "sequential"}}
+    experiment = Experiment(make_settings(chosen))
+    engine, train = experiment.engine, experiment.engine.train
+
+    def lossy(number, cohort, down):
+        gone = lost.get(number, ())
+        before = {i: engine.client(i) for i in gone}
+        replies = train(number, cohort, down)
+        for i, client in before.items():
+            engine.restore(i, client)
+        return [reply for reply in replies if reply.client not in gone]
+
+    engine.train = lossy
+    experiment.run()
+    return experiment
+
+
+def has(said, pattern):
+    return any(re.search(pattern, line) for line in said)
+
+
+def test_clients_that_raise_die_hang_or_answer_wrongly_lose_their_round_alone(federation, tmp_path):
+    code = federation.deployment.path / "node-2/code/faulty.py"
+    faults = {1: "raises", 2: "dies", 3: "foreign", 4: "hangs"}
+    code.write_text(code.read_text().replace("FAULTS: dict[int, str] = {}", f"FAULTS: dict[int, str] = {faults}"))
+    experiment, said = run(federation, tmp_path / "run", 6)
+    print("\n".join(said))
+    assert has(said, r"node-2: round 2, client 4: ValueError: the disk is full")
+    assert has(said, r"node-2: the worker ended in the middle of its work \(exit code 3\)")
+    assert has(said, r"node-2: round 4, client 5: .*(lacks|expected|nobody asked)")
+    assert has(said, r"node-2: (nothing after 45 s; the worker was replaced|no answer within 45 s)")
+    assert [row["cohort"] for row in experiment.rows] == [6, 4, 4, 4, 4, 6]
+    same = expected(tmp_path / "expected", 6, dict.fromkeys((1, 2, 3, 4), (4, 5)))
+    assert tree.equal(experiment.server, same.server)
+
+
+def kill_group(process):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation, tmp_path):
+    """Killed in the middle of a round, started again at once: the SuperLink takes it back when its old self has expired."""
+
+    def fault(done, rounds, row):
+        if done == 1:
+            threading.Timer(1.0, kill_group, [federation.processes["node-1"]]).start()
+        if done == 2:
+            federation.start_node("node-1")
+
+    experiment, said = run(federation, tmp_path / "run", 14, fault)
+    print("\n".join(said))
+    cohorts = [row["cohort"] for row in experiment.rows]
+    assert cohorts[0] == 6
+    assert min(cohorts) == 4
+    assert cohorts[-1] == 6, cohorts
+    lost = {number: (2, 3) for number, cohort in enumerate(cohorts) if cohort == 4}
+    assert tree.equal(experiment.server, expected(tmp_path / "expected", 14, lost).server)
+
+
+def test_a_killed_superlink_is_waited_for_and_the_run_ends_as_if_nothing_had_been(federation, tmp_path):
+    def fault(done, rounds, row):
+        if done == 1:
+            superlinks = [
+                int(entry.name)
+                for entry in Path("/proc").iterdir()
+                if entry.name.isdigit()
+                and b"flower-superlink" in (command := _command(entry))
+                and str(federation.deployment.server).encode() in command
+            ]
+            assert superlinks
+            for number in superlinks:
+                os.kill(number, signal.SIGKILL)
+
+    experiment, said = run(federation, tmp_path / "run", 3, fault)
+    print("\n".join(said))
+    assert "flower-superlink ended (exit code -9" in federation.log("server")
+    assert [row["cohort"] for row in experiment.rows] == [6, 6, 6], said
+    assert tree.equal(experiment.server, expected(tmp_path / "expected", 3, {}).server)
+
+
+def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path):
+    """SuperLink and proxy killed together, and started half a minute later: the Flower run is lost, and ours is not."""
+    away = []
+
+    def fault(done, rounds, row):
+        if done == 1:
+            kill_group(federation.processes["server"])
+            time.sleep(1)  # until its leashed children are gone
+            server = f"{sys.executable} -m fedloom.cli deploy server {federation.deployment.path}"
+            away.append(subprocess.Popen(["sh", "-c", f"sleep 30; exec {server}"], start_new_session=True))
+
+    try:
+        experiment, said = run(federation, tmp_path / "run", 3, fault)
+    finally:
+        for process in away:
+            end_group(process)
+    print("\n".join(said))
+    assert has(said, "the SuperLink is gone")
+    came = {(row["round"] - 1, row["client"]) for row in experiment.client_rows if row.get("examples", 0) > 0}
+    lost = {n: tuple(i for i in range(6) if (n, i) not in came) for n in range(3)}
+    assert experiment.rows[-1]["cohort"] == 6, said
+    assert tree.equal(experiment.server, expected(tmp_path / "expected", 3, lost).server)
+
+
+def _command(entry):
+    try:
+        return (entry / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_killed_run_is_resumed_from_its_checkpoint(federation, tmp_path):
+    words = [f"{k}={v}" for k, v in {"rounds": 4, "out": tmp_path / "run"}.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedloom.cli", "deploy", "run", str(federation.deployment.path), *words],
+        start_new_session=True,
+    )
+    metrics, until = tmp_path / "run/metrics.jsonl", time.monotonic() + 240
+    while time.monotonic() < until and not (metrics.is_file() and len(metrics.read_text().splitlines()) >= 2):
+        time.sleep(0.2)
+    kill_group(process)
+    assert len(metrics.read_text().splitlines()) in (2, 3)
+    experiment, said = run(federation, None, 4, path=tmp_path / "run")
+    print("\n".join(said))
+    assert experiment.done == 4
+    assert tree.equal(experiment.server, expected(tmp_path / "expected", 4, {}).server)

@@ -1,0 +1,348 @@
+"""The parts of a deployment, each on its own."""
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import shutil
+import signal
+import ssl
+import stat
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from fedloom import tree
+from fedloom.deploy import certificates
+from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
+from fedloom.deploy.proxy import allowed, make_app
+from fedloom.deploy.server import superlink_command
+from fedloom.deploy.services import Service, end_group, free_ports, leashed
+from fedloom.deploy.store import NodeStore
+from fedloom.engines.envelope import Member
+from fedloom.errors import ConfigError, WireError
+from fedloom.method import Client
+
+# certificates
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return certificates.new_authority()
+
+
+def test_the_server_certificate_is_good_for_its_hosts_and_signed_by_the_authority(authority):
+    server = certificates.new_server(authority, ["fl.example.org", "192.168.1.10", "::1"])
+    server.certificate.verify_directly_issued_by(authority.certificate)
+    names = server.certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fl.example.org"]
+    assert names.get_values_for_type(x509.IPAddress) == [ipaddress.ip_address(a) for a in ("192.168.1.10", "::1")]
+    assert not server.certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert isinstance(server.key.curve, ec.SECP384R1)
+    with pytest.raises(InvalidSignature):
+        server.certificate.verify_directly_issued_by(certificates.new_authority().certificate)
+
+
+def test_node_keys_are_p384_in_openssh_format():
+    private, public = certificates.node_key_bytes(certificates.new_node_key())
+    assert private.startswith(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    assert public.startswith(b"ecdsa-sha2-nistp384 ")
+    key = load_ssh_private_key(private, None)
+    assert key.public_key().public_numbers() == load_ssh_public_key(public).public_numbers()
+
+
+# the folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    create(tmp_path / "ward", {"clients": 7, "method": {"name": "fedrir"}}, 3, ["fl.example.org", "10.0.0.1"])
+    return tmp_path / "ward"
+
+
+def test_the_folder_has_everything_and_secrets_are_private(folder):
+    made = Deployment(folder)
+    assert made.file.nodes == {"node-0": [0, 1], "node-1": [2, 3], "node-2": [4, 5, 6]}
+    assert made.file.host == "fl.example.org"
+    secret = {"authority/ca.key", "server/server.key", "server/runtime.secret"}
+    secret |= {f"node-{k}/{name}" for k in range(3) for name in ("node.key", "runtime.secret")}
+    files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert secret <= files
+    for name in files:
+        assert (stat.S_IMODE((folder / name).stat().st_mode) == 0o600) == (name in secret), name
+    assert not list(folder.glob("node-*/ca.key"))
+    assert not list(folder.glob("server/ca.key"))
+    for node in made.file.nodes:
+        found = read_file(folder / node / "node.toml", NodeFile, "a node's folder")
+        assert (found.name, found.server, found.clients) == (node, "fl.example.org:9092", made.file.nodes[node])
+        key = load_ssh_private_key((folder / node / "node.key").read_bytes(), None)
+        public = load_ssh_public_key(made.public_key(node).read_bytes())
+        assert key.public_key().public_numbers() == public.public_numbers()
+    context = ssl.create_default_context(cafile=str(folder / "node-0/ca.crt"))
+    assert context.get_ca_certs()[0]["subject"]
+    load_pem_private_key((folder / "server/server.key").read_bytes(), None)
+    unit = (folder / "node-1/fedloom-node.service").read_text()
+    assert "Restart=always" in unit
+    assert "RestartMaxDelaySec=60" in unit
+    assert "fedloom deploy node /etc/fedloom/node-1" in unit
+    assert "fl.example.org:9092" in (folder / "README.md").read_text()
+
+
+def test_the_bundle_lists_flower_alone_and_holds_no_code_that_runs(folder):
+    project = tomllib.loads((folder / "server/app/pyproject.toml").read_text())
+    assert [word.partition(">")[0] for word in project["project"]["dependencies"]] == ["flwr"]
+    code = (folder / "server/app/fedloom_app.py").read_text()
+    assert "torch" not in code
+    assert "fedloom." not in code.replace("of fedloom.", "")
+
+
+def test_the_superlink_listens_on_the_loopback_alone_and_asks_for_keys(folder):
+    command = superlink_command(Deployment(folder))
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "--enable-supernode-auth" in command
+    assert command[command.index("--isolation") + 1] == "process"
+    assert "--insecure" not in command
+
+
+def test_nothing_is_overwritten(folder):
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(ConfigError, match="nothing is overwritten"):
+        create(folder, {"clients": 7}, 3)
+    with pytest.raises(FileExistsError):
+        certificates.write_new(folder / "README.md", "x")
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("values", "nodes", "hosts", "message"),
+    [
+        ({"clients": 2}, 3, ["h"], "--nodes 3: must be from 1 to the number of clients"),
+        ({"clients": 2}, 0, ["h"], "--nodes 0"),
+        ({"clients": 2}, 1, ["no host"], "--address no host"),
+        ({"clients": 2, "checkpoint_every": 0}, 1, ["h"], "checkpoint_every=0"),
+        ({"clients": 2, "engine": {"name": "processes"}}, 1, ["h"], "engine=processes"),
+        ({"clients": 2, "method": {"name": "nobody.py:Mine"}}, 1, ["h"], "method=nobody.py:Mine: there is no file"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused(tmp_path, values, nodes, hosts, message):
+    with pytest.raises(ConfigError, match=message):
+        create(tmp_path / "new", values, nodes, hosts)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("deadline_s = 600.0", "dedline_s = 600.0", r"dedline_s: unknown key \(did you mean 'deadline_s'\?\)"),
+        ("port = 9092", "port = 70000", "port: input should be less than or equal to 65535"),
+        ("port = 9092", "port = ", "cannot be read"),
+    ],
+)
+def test_a_bad_federation_file_ends_in_one_line(folder, old, new, message):
+    file = folder / "federation.toml"
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message) as error:
+        Deployment(folder)
+    assert "\n" not in str(error.value)
+
+
+# the proxy
+
+
+@pytest.mark.parametrize("path", ["/v1/fleet/pull-messages", "/v1/fleet/register-node"])
+def test_the_node_api_may_pass(path):
+    assert allowed("POST", path.encode())
+    assert not allowed("GET", path.encode())
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/", "/v1/control/start-run", "/v1/fleet", "/v1/fleet/", "/v1/fleet/../control/start-run", "/v1/fleet/%2e%2e/control",
+     "/v1/fleet//x", "/v1/fleet/a/b", "//v1/fleet/x", "/V1/FLEET/x", "/v1/fleet/x\n", "/v1/fleet/x;y", "/v1/runtime/acquire-task"],
+)  # fmt: skip
+def test_nothing_else_may_pass(path):
+    assert not allowed("POST", path.encode())
+
+
+class Proxied:
+    """The proxy before a server that remembers what reached it."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.reached: list[tuple[str, bytes, str | None]] = []
+        inner = Starlette(routes=[Route("/{path:path}", self.tell, methods=["GET", "POST"])])
+        client = httpx.AsyncClient(transport=transport or httpx.ASGITransport(inner))
+        self.app = make_app("https://127.0.0.1:9091", client)
+
+    async def tell(self, request):
+        self.reached.append((request.url.path, await request.body(), request.headers.get("flwr-signature")))
+        return JSONResponse({"seen": True}, 201, {"x-answer": "1"})
+
+    def ask(self, verb, path, **what):
+        async def send():
+            async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="https://fl") as client:
+                return await client.request(verb, path, **what)
+
+        return asyncio.run(send())
+
+
+def test_the_proxy_hands_on_body_headers_and_answer():
+    proxied = Proxied()
+    answer = proxied.ask("POST", "/v1/fleet/push-object", content=b"\x00\xff", headers={"flwr-signature": "s"})
+    assert (answer.status_code, answer.json(), answer.headers["x-answer"]) == (201, {"seen": True}, "1")
+    assert proxied.reached == [("/v1/fleet/push-object", b"\x00\xff", "s")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "path"),
+    [("POST", "/v1/control/start-run"), ("GET", "/v1/fleet/get-run"), ("POST", "/v1/fleet/x?y=1"), ("DELETE", "/")],
+)
+def test_the_proxy_lets_nothing_else_reach_the_server(verb, path):
+    proxied = Proxied()
+    assert proxied.ask(verb, path).status_code == 403
+    assert proxied.reached == []
+
+
+def test_the_proxy_refuses_what_is_too_large():
+    proxied = Proxied()
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(65 * 2**20)).status_code == 413
+    assert proxied.reached == []
+
+
+def test_the_proxy_says_when_the_superlink_is_gone():
+    def refuse(request):
+        raise httpx.ConnectError("refused")
+
+    assert Proxied(httpx.MockTransport(refuse)).ask("POST", "/v1/fleet/pull-messages").status_code == 503
+
+
+# a node's store
+
+
+def blank(i):
+    return Client({"params": {"w": torch.zeros(2)}, "buffers": {}}, {"n": torch.tensor(0)}, {})
+
+
+def state(value):
+    return blank(0)._replace(memory={"n": torch.tensor(value)})
+
+
+def asked(base, keep=0):
+    return [Member(client=0, slot=0, base=base, keep=keep)]
+
+
+def test_states_are_found_by_round_and_undone_by_asking_for_an_earlier_one(tmp_path):
+    store = NodeStore(blank, tmp_path)
+    for number in range(3):
+        store.turn_to(number, asked(base=number))
+        assert int(store.get(0).memory["n"]) == number
+        store.put(0, state(number + 1))
+    assert store.labels(0) == [1, 2, 3]
+    again = NodeStore(blank, tmp_path)  # after a restart
+    again.turn_to(3, asked(base=2, keep=2))
+    assert int(again.get(0).memory["n"]) == 2
+    again.put(0, state(9))
+    assert again.labels(0) == [2, 3, 4]
+    again.turn_to(1, asked(base=1))
+    again.put(0, state(5))
+    assert again.labels(0) == [2]  # what came after belongs to a run that is undone
+    assert tree.equal(again.get(0)._asdict(), blank(0)._asdict())  # label 1 is gone
+    assert list(again.changed()) == [0]
+    assert "client 0 begins anew" in again.notes[0]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("content", [b"", b"x" * 40, None])
+def test_a_broken_state_is_refused(tmp_path, content):
+    store = NodeStore(blank, tmp_path)
+    store.turn_to(0, asked(base=0))
+    store.put(0, state(1))
+    file = tmp_path / "client-0/1.safetensors"
+    file.write_bytes(file.read_bytes()[:-3] if content is None else content)
+    store.turn_to(1, asked(base=1))
+    with pytest.raises(WireError):
+        store.get(0)
+
+
+# services
+
+
+def running(group=None, number=None):
+    """Whether a process, or one of a group, is there and no zombie."""
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            state, _, of = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
+            if state != "Z" and (int(of) == group or int(entry.name) == number):
+                return True
+    return False
+
+
+def wait_for(condition, seconds=20):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_a_service_is_started_again_after_a_growing_pause_and_ended_as_a_whole(tmp_path):
+    up = str(tmp_path / "up")
+    script = f"import subprocess, time; subprocess.Popen(['sleep', '60']); open({up!r}, 'a').write('x'); time.sleep(60)"
+    service = Service("sleeper", [sys.executable, "-c", script], os.environ, tmp_path / "log")
+    service.start()
+    try:
+        assert wait_for((tmp_path / "up").is_file)
+        os.kill(service.process.pid, signal.SIGKILL)
+        service.process.wait()
+        assert "it starts again in 1 s" in service.tend()
+        assert service.tend() is None
+        assert service.process is None
+        time.sleep(1.05)
+        service.tend()
+        assert wait_for(lambda: (tmp_path / "up").read_text() == "xx")
+        group = service.process.pid
+    finally:
+        service.end()
+    assert wait_for(lambda: not running(group=group))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
+def test_a_leashed_process_ends_with_its_parent(tmp_path):
+    command = leashed(["sleep", "60"])
+    code = f"import subprocess, sys; p = subprocess.Popen({command!r}); print(p.pid, flush=True); sys.stdin.read()"
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child = int(parent.stdout.readline())
+    time.sleep(0.5)
+    assert running(number=child)
+    parent.kill()
+    parent.wait()
+    parent.stdin.close()
+    parent.stdout.close()
+    assert wait_for(lambda: not running(number=child))
+
+
+def test_a_group_that_will_not_end_is_killed():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
+    process.stdout.readline()
+    end_group(process, 0.2)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_free_ports_differ():
+    assert len(set(free_ports(20))) == 20
+
+
+def test_flower_is_on_the_machine():
+    assert shutil.which("flower-superlink", path=str(Path(sys.executable).parent))

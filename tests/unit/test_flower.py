@@ -1,0 +1,423 @@
+"""The Flower engine and its nodes without a network: real workers with real stores, called directly."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedloom import tree
+from fedloom.config import assign, make_settings
+from fedloom.deploy import running
+from fedloom.deploy.folder import Deployment, create
+from fedloom.deploy.worker import Worker
+from fedloom.engines.envelope import Failed, Hello, Present, Trained, Turned, open_envelope, seal
+from fedloom.engines.flower import Lost, Turns
+from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
+from fedloom.experiment import Experiment
+from fedloom.registry import METHODS
+
+VALUES: dict[str, Any] = {
+    "data": {"name": "digits", "rows": 240},
+    "model": {"name": "mlp", "hidden": 12},
+    "partition": {"name": "dirichlet", "alpha": 0.5},
+    "clients": 4,
+    "rounds": 3,
+    "batch_size": 16,
+    "precision": "fp64",
+    "checkpoint_every": 1,
+}
+Change = Callable[[str, int, bytes], bytes | Lost]
+
+
+class Wire:
+    """A link that calls workers directly; `change` may spoil an answer: (node, how many requests it had before, answer)."""
+
+    def __init__(self, deployment: Deployment, change: Change | None = None) -> None:
+        self.workers = {node: Worker(deployment.path / node) for node in deployment.file.nodes}
+        self.change = change or (lambda _node, _n, answer: answer)
+        self.asked = dict.fromkeys(self.workers, 0)
+        self.requests: list[bytes] = []
+
+    def nodes(self) -> list[str]:
+        return sorted(self.workers)
+
+    def exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> dict[str, bytes | Lost]:
+        answers = {}
+        for node in reversed(requests):  # in another order than they were asked
+            self.requests.append(requests[node])
+            if node in self.workers:
+                answers[node] = self.change(node, self.asked[node], self.workers[node].answer(requests[node]))
+                self.asked[node] += 1
+        return answers
+
+    def close(self) -> None:
+        pass
+
+
+class Ran(NamedTuple):
+    """A run on workers."""
+
+    experiment: Experiment
+    link: Wire
+    said: list[str]
+    deployment: Deployment
+
+
+@pytest.fixture(autouse=True)
+def types(float64):
+    """Workers set the default type of their process."""
+
+
+def values(**settings: Any) -> dict[str, Any]:
+    found = {key: dict(v) if isinstance(v, dict) else v for key, v in VALUES.items()}
+    for key, value in settings.items():
+        assign(found, key, value)
+    return found
+
+
+@pytest.fixture
+def federation(tmp_path) -> Callable[..., Deployment]:
+    """A federation's folder with two nodes."""
+
+    def make(name: str = "federation", nodes: int = 2, **settings: Any) -> Deployment:
+        return create(tmp_path / name, values(**settings), nodes)
+
+    return make
+
+
+@pytest.fixture
+def deployed(tmp_path, federation) -> Callable[..., Ran]:
+    """A finished run on nodes."""
+
+    def make(change: Change | None = None, **settings: Any) -> Ran:
+        place = federation(f"federation-{len(list(tmp_path.iterdir()))}", **settings)
+        said: list[str] = []
+        link = Wire(place, change)
+        chosen = values(**settings) | {"out": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")}
+        experiment = running.prepare(place, chosen, link, said.append)
+        experiment.run()
+        return Ran(experiment, link, said, place)
+
+    return make
+
+
+@pytest.fixture
+def simulated(tmp_path) -> Callable[..., Experiment]:
+    """The same run on the sequential engine."""
+
+    def make(**settings: Any) -> Experiment:
+        chosen = values(**settings) | {"engine": {"name": "sequential"}, "out": str(tmp_path / "simulated")}
+        experiment = Experiment(make_settings(chosen))
+        experiment.run()
+        return experiment
+
+    return make
+
+
+def scores(experiment: Experiment) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in experiment.rows]
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].pooled])
+def test_devices_give_the_numbers_of_the_sequential_engine(deployed, simulated, method):
+    there, here = deployed(method=method), simulated(method=method)
+    assert tree.equal(there.experiment.server, here.server)
+    assert scores(there.experiment) == scores(here)
+    assert there.said == []
+
+
+def test_architectures_may_differ_and_cohorts_may_be_small(deployed, simulated):
+    several = {"method": "fedvtc", "models": ["mlp", "resnet8"], "width": 16, "cohort": 2, "rounds": 4}
+    there, here = deployed(**several), simulated(**several)
+    assert tree.equal(there.experiment.server, here.server)
+    assert scores(there.experiment) == scores(here)
+
+
+def test_states_stay_on_their_node(deployed):
+    ran = deployed(method="fedper")
+    states = {file.parent.name for file in ran.deployment.path.glob("node-0/state/*/*/*.safetensors")}
+    assert states == {"client-0", "client-1"}
+    assert not list(ran.experiment.folder.path.glob("checkpoint/clients/*"))
+    for request in ran.link.requests:
+        letter = open_envelope(request)
+        assert not any(".head." in path for paths in letter.paths.values() for path in paths)
+    with pytest.raises(ConfigError, match="client 3 lives on node-1"):
+        ran.experiment.engine.client(3)
+    with pytest.raises(ConfigError, match="never leaves"):
+        ran.experiment.personal_model(0)
+
+
+class Losing:
+    """What the server should make of answers that are lost in some rounds: the sequential engine, with those turns undone."""
+
+    def __init__(self, lost: Mapping[int, tuple[int, ...]]) -> None:
+        self.lost = lost
+
+    def run(self, experiment: Experiment) -> Experiment:
+        engine = experiment.engine
+        train = engine.train
+
+        def lossy(number, cohort, down):
+            gone = self.lost.get(number, ())
+            before = {i: engine.client(i) for i in gone}
+            replies = train(number, cohort, down)
+            for i, client in before.items():
+                engine.restore(i, client)
+            return [reply for reply in replies if reply.client not in gone]
+
+        engine.train = lossy  # type: ignore[method-assign]
+        experiment.run()
+        return experiment
+
+
+SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
+    "lost": (lambda _: Lost("no answer within 5 s"), "no answer within 5 s"),
+    "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
+    "foreign": (lambda _: b"\x80\x04K\x01." * 9, "no fedloom message"),
+    "empty": (lambda _: b"", "no fedloom message"),
+    "another kind": (lambda _: seal(Present(clients=[], own_rows=False, counts={}), {}), "another kind"),
+    "failed": (lambda _: seal(Failed(reason="out of memory"), {}), "out of memory"),
+    "no turns": (lambda _: seal(Trained(turns=[]), {}), "its turn is missing"),
+    "someone else's": (lambda _: seal(Trained(turns=[Turned(client=0, slot=0, examples=9)]), {}), "nobody asked"),
+    "no weights": (
+        lambda _: seal(Trained(turns=[Turned(client=2, slot=2, examples=9), Turned(client=3, slot=3, examples=9)]), {}),
+        "has no part",
+    ),
+    "wrong weights": (
+        lambda _: seal(
+            Trained(turns=[Turned(client=2, slot=2, examples=9), Turned(client=3, slot=3, examples=9)]),
+            {slot: {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}} for slot in "23"},
+        ),
+        "lacks|expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_answer_costs_its_clients_part_in_the_round_and_nothing_else(deployed, simulated, tmp_path, how):
+    spoil, reason = SPOILT[how]
+    # a node's requests: hello, then train and score in turn; 3 is the training of round 2
+    ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 3) else answer, method="fedper")
+    chosen = values(method="fedper") | {"engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
+    expected = Losing({1: (2, 3)}).run(Experiment(make_settings(chosen)))
+    assert tree.equal(ran.experiment.server, expected.server)
+    assert scores(ran.experiment) == scores(expected)
+    assert ran.said
+    assert any(re.search(reason, line) for line in ran.said), ran.said
+    assert all("node-1" in line for line in ran.said)
+
+
+def test_a_client_that_fails_is_reported_and_the_others_go_on(deployed, federation, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom fedloom import Method\n\n@dataclass(frozen=True)\nclass Mine(Method):\n"
+        "    pass\n"
+    )
+    place = federation(method=f"{file}:Mine")
+    broken = place.path / "node-1/code/mine.py"
+    broken.write_text(
+        file.read_text().replace("    pass\n", "    def loss(self, nets, batch, down, memory):\n        return 1 / 0\n")
+    )
+    said: list[str] = []
+    chosen = values(method=f"{file}:Mine") | {"out": str(tmp_path / "run")}
+    experiment = running.prepare(place, chosen, Wire(place), said.append)
+    experiment.run()
+    assert [row["cohort"] for row in experiment.rows] == [2, 2, 2]
+    assert any("client 2" in line and "ZeroDivisionError" in line for line in said)
+    monkeypatch.undo()
+
+
+def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, tmp_path):
+    place = federation()
+    file = tmp_path / "evil.py"
+    file.write_text("raise SystemExit('executed')")
+    said: list[str] = []
+    link = Wire(place)
+    link_settings = make_settings(values(method="fedavg"))
+    text = running.to_toml(link_settings).replace('name = "fedavg"', f'name = "{file}:Mine"')
+    call = {"run": "0" * 16, "config": text, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 5.0}
+    answer = open_envelope(link.workers["node-0"].answer(seal(Hello(call=call), {}))).header
+    assert isinstance(answer, Failed)
+    assert "never runs code that it was sent" in answer.reason
+    assert said == []
+
+
+def test_clients_that_are_not_there_count_no_rows(deployed):
+    ran = deployed(lambda node, n, answer: Lost("gone") if node == "node-1" and n else answer)
+    assert [row["cohort"] for row in ran.experiment.rows] == [2, 2, 2]
+    assert all(0 < row["personal_accuracy"] <= 1 for row in ran.experiment.rows)
+
+
+class StopError(Exception):
+    """An interruption."""
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedrir", "fedvtc"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path, method, every):
+    place = federation(method=method)
+    chosen = values(method=method, rounds=5, checkpoint_every=every) | {"out": str(tmp_path / "run")}
+    said: list[str] = []
+
+    def interrupt(done, rounds, row):
+        if done == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        running.prepare(place, chosen, Wire(place), said.append).run(interrupt)
+    again = running.resume(place, tmp_path / "run", Wire(place), said.append)
+    again.run()
+    here = simulated(method=method, rounds=5, checkpoint_every=every)
+    assert tree.equal(again.server, here.server)
+    assert scores(again) == scores(here)
+    assert said == []
+
+
+def test_a_node_that_lost_its_states_begins_anew_and_says_so(deployed, federation, tmp_path):
+    place = federation(method="fedper")
+    link, said = Wire(place), list[str]()
+    experiment = running.prepare(place, values(method="fedper") | {"out": str(tmp_path / "run")}, link, said.append)
+
+    def lose(done, rounds, row):
+        if done == 2:
+            shutil.rmtree(place.path / "node-0/state")
+
+    experiment.run(lose)
+    assert any(
+        "client 0 begins anew: its state after round 2 is not on this node (there are none)" in line for line in said
+    )
+
+
+def test_only_states_that_a_checkpoint_needs_are_kept(deployed):
+    ran = deployed(method="fedper", rounds=6, checkpoint_every=2)
+    kept = sorted(int(file.stem) for file in ran.deployment.path.glob("node-0/state/*/client-0/*.safetensors"))
+    assert kept == [4, 5, 6]  # the checkpoint of round 4 was the last to be whole before round 6 began
+
+
+def test_turns_are_recorded_and_undone(tmp_path):
+    turns = Turns(tmp_path / "turns.json")
+    for number in range(5):
+        turns.accept(number, [0, 1] if number != 3 else [1], keep=0)
+    assert (turns.base(0, 5), turns.base(0, 3), turns.base(1, 4), turns.base(2, 4)) == (5, 3, 4, 0)
+    again = Turns(tmp_path / "turns.json")
+    again.accept(2, [0], keep=2)
+    assert (again.base(0, 9), again.base(1, 9)) == (3, 2)
+    (tmp_path / "turns.json").write_text("[1]")
+    with pytest.raises(RunFolderError, match=r"turns\.json"):
+        Turns(tmp_path / "turns.json")
+
+
+# rows on devices
+
+
+@pytest.fixture
+def rows(tmp_path) -> Callable[..., Path]:
+    """Digits as pictures in folders named by class."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+
+    def write(folder: str, chosen: slice, *split: str) -> Path:
+        place = tmp_path / folder
+        for n, (picture, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
+            target = place.joinpath(*split, str(label))
+            target.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8)).save(target / f"{n}.png")
+        return place
+
+    return write
+
+
+def name_data(node: Path, data: Path) -> None:
+    file = node / "node.toml"
+    file.write_text(file.read_text().replace('data = "config"', f'data = "{data}"'))
+
+
+def test_rows_of_devices_stay_there(federation, rows, tmp_path):
+    place = federation(nodes=2, clients=2)
+    name_data(place.path / "node-0", rows("a", slice(0, 200)))
+    name_data(place.path / "node-1", rows("b", slice(200, 330), "train"))
+    rows("b", slice(330, 390), "test")
+    said: list[str] = []
+    link = Wire(place)
+    chosen = values(clients=2, rounds=8, **{"method.lr": 0.1, "eval.valid": 0.1}) | {"out": str(tmp_path / "run")}
+    experiment = running.prepare(place, chosen, link, said.append)
+    assert [experiment.data.n_test(i) for i in range(2)] == [50, 60]
+    assert [experiment.data.n_train(i) for i in range(2)] == [135, 117]
+    with pytest.raises(DataError, match="stay on their devices"):
+        experiment.data.train(0)
+    experiment.run()
+    assert said == []
+    last = experiment.rows[-1]
+    assert last["personal_accuracy"] > 0.7
+    assert last["server_accuracy"] > 0.6
+    assert last["general_accuracy"] is None
+    counts = json.loads((tmp_path / "run/partition.json").read_text())["class_counts"]
+    assert [sum(row) for row in counts["test"]] == [50, 60]
+
+
+def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_path):
+    place = federation(nodes=2, clients=2)
+    name_data(place.path / "node-0", tmp_path / "nowhere")
+    strange = rows("strange", slice(0, 50))
+    (strange / "0").rename(strange / "zero")
+    name_data(place.path / "node-1", strange)
+    said: list[str] = []
+    with pytest.raises(DataError, match="no node can take part"):
+        running.prepare(place, values(clients=2) | {"out": str(tmp_path / "run")}, Wire(place), said.append)
+    assert any("nowhere: this node's rows are not there" in line for line in said)
+    assert any("'zero', which the server does not know" in line for line in said)
+
+
+def test_statistics_of_all_rows_are_not_for_devices(federation, rows, tmp_path):
+    place = federation(nodes=1, clients=1)
+    name_data(place.path / "node-0", rows("a", slice(0, 50)))
+    with pytest.raises(UsageError, match="normalise=standard"):
+        running.prepare(place, values(clients=1, **{"data.normalise": "standard"}), Wire(place), list[str]().append)
+
+
+# envelopes
+
+
+def test_an_envelope_keeps_order_empty_branches_and_every_type():
+    message = {
+        "b": {"z": torch.ones(2), "a": torch.zeros(3, dtype=torch.int64)},
+        "empty": {},
+        "a": {"deep": {"none": {}}, "x": torch.tensor(float("nan"))},
+    }
+    letter = open_envelope(seal(Trained(turns=[Turned(client=1, slot=0, logs={"loss": float("inf")})]), {"0": message}))
+    found = letter.tree("0")
+    assert tree.equal(found, message)
+    assert json.dumps(found, default=str) == json.dumps(message, default=str)  # in the same order
+    assert letter.header.turns[0].logs == {"loss": float("inf")}
+
+
+@pytest.mark.parametrize("keep", [0, 3, 8, 15, 16, 40, 200, -1])
+def test_every_cut_is_noticed(keep):
+    whole = seal(Trained(turns=[Turned(client=1, slot=0)]), {"0": {"w": torch.ones(50)}})
+    with pytest.raises(WireError):
+        open_envelope(whole[:keep])
+    with pytest.raises(WireError):
+        open_envelope(whole + b"x")
+
+
+def test_headers_are_checked():
+    good = seal(Trained(turns=[Turned(client=1, slot=0)]), {})
+    for old, new in ((b'"client": 1', b'"client":-1'), (b'"slot": 0', b'"slit": 0'), (b'"trained"', b'"execute"')):
+        with pytest.raises(WireError, match="not understood"):
+            open_envelope(good.replace(old, new))
+
+
+def test_methods_whose_clients_exchange_uplinks_are_refused(federation, tmp_path):
+    option = "secure"
+    place = federation(method="fedmr")
+    chosen = values(method="fedmr", **{f"method.{option}": True}) | {"out": str(tmp_path / "r")}
+    with pytest.raises(ConfigError, match="devices talk to the server alone"):
+        running.prepare(place, chosen, Wire(place), list[str]().append)
