@@ -24,7 +24,7 @@ from fedloom.method import Client, Downlink, Method, Round
 from fedloom.nets import Nets, write_weights
 from fedloom.rng import Stream
 from fedloom.rounds import Intake, require_finite
-from fedloom.runfolder import RunFolder, environment
+from fedloom.runfolder import DEPLOYED, RunFolder, environment
 from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree
 
@@ -132,6 +132,7 @@ class Experiment:
         folder = RunFolder.open(Path(path))
         if (folder.path / "summary.json").exists():
             raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
+        _refuse_deployed(folder)
         experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
         if not folder.has_checkpoint():  # the run may have ended before its description was whole
             experiment._describe(folder)
@@ -144,6 +145,7 @@ class Experiment:
         folder = RunFolder.open(Path(path))
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
+        _refuse_deployed(folder)
         settings = make_settings(read_toml(folder.path / "config.toml"))
         engine = settings.engine.model_copy(update={"name": "sequential"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
@@ -473,6 +475,13 @@ class PersonalModel(nn.Module):
 
 def _flops(costs: Costs, i: int, number: int) -> float:
     return sum(costs.flops(i, number).values())
+
+
+def _refuse_deployed(folder: RunFolder) -> None:
+    if (folder.path / DEPLOYED).is_file():
+        raise RunFolderError(
+            f"{folder.path}: the clients of this run are on devices, and so is what they keep; go on with fedloom deploy run --resume"
+        )
 
 
 def _restored(template: Tree, saved: Tree, what: str) -> Tree:

@@ -32,6 +32,9 @@ from fedloom.tree import Tree
 LINES = ("metrics.jsonl", "events.jsonl")
 
 
+DEPLOYED = "federation.json"  # there where the run's clients, and their states, are on devices
+
+
 class RunFolder:
     """The files of one run."""
 
@@ -49,15 +52,20 @@ class RunFolder:
             stem = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
             tries = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 1000))
             path = next(candidate for candidate in tries if not candidate.exists())
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
-            hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
-            raise RunFolderError(f"out={path}: there is something already; choose another folder{hint}")
+        cls.check_free(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunFolderError(f"out={path}: {error.strerror}") from None
         return cls(path)
+
+    @staticmethod
+    def check_free(path: Path) -> None:
+        """Raise RunFolderError if a new run cannot be put at `path`."""
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
+            hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
+            raise RunFolderError(f"out={path}: there is something already; choose another folder{hint}")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:

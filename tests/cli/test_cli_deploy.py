@@ -42,6 +42,13 @@ def test_mistakes_end_in_one_line(cli, words, message):
     assert "Traceback" not in done.err
 
 
+def test_a_folder_that_is_taken_is_noticed_before_anything_starts(cli):
+    assert cli("run", "rounds=1", "out=there", "--quiet").code == 0
+    done = cli("deploy", "up", "--local", "2", "out=there")
+    assert done.code == 2
+    assert done.err == "fedloom: error: out=there: there is something already; choose another folder\n"
+
+
 def test_help_names_every_step(cli):
     shown = cli("deploy", "--help")
     assert shown.code == 0

@@ -255,3 +255,13 @@ def test_a_reopened_run_predicts_as_it_ended_and_stays_as_it_is(run):
 def test_a_run_without_checkpoint_cannot_be_reopened(run):
     with pytest.raises(fedloom.RunFolderError, match="checkpoint"):
         Experiment.reopen(run(checkpoint_every=0).folder)
+
+
+def test_a_run_on_devices_is_not_taken_for_one_whose_clients_are_here(run):
+    done = run("fedper")
+    (done.folder / "federation.json").write_text("{}")
+    with pytest.raises(fedloom.RunFolderError, match="on devices"):
+        Experiment.reopen(done.folder)
+    (done.folder / "summary.json").unlink()
+    with pytest.raises(fedloom.RunFolderError, match="fedloom deploy run --resume"):
+        fedloom.resume(done.folder, progress=False)

@@ -18,6 +18,7 @@ from fedloom.cli.words import Parser, output, read_values, settings_words
 from fedloom.config import Values, make_settings
 from fedloom.errors import ConfigError, suggest
 from fedloom.progress import live
+from fedloom.runfolder import RunFolder
 
 INIT_EXAMPLES = """\
   fedloom deploy init ward configs/digits.toml --nodes 3 --address fl.example.org
@@ -135,7 +136,10 @@ def up(words: Sequence[str]) -> int:
     if given.local < 1:
         raise ConfigError(f"--local {given.local}: must be at least 1")
     values = {"checkpoint_every": 1, **read_values(given.words)}
-    check_plan(deployable(make_settings(values)), given.local)
+    settings = deployable(make_settings(values))
+    check_plan(settings, given.local)
+    if settings.out is not None:
+        RunFolder.check_free(settings.out)
     with _ended_in_order():
         Console(stderr=True).print(f"starting a server and {given.local} nodes", highlight=False)
         with local_federation({k: v for k, v in values.items() if k != "out"}, given.local) as federation:

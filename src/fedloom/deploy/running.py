@@ -19,9 +19,8 @@ from fedloom.engines.envelope import Call, Failed, Hello, Present, open_envelope
 from fedloom.engines.flower import Flower, Link, Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment import Experiment, Parts
-from fedloom.runfolder import RunFolder
+from fedloom.runfolder import DEPLOYED, RunFolder
 
-RECORD = "federation.json"  # in a run's folder: its name on the nodes
 TURNS = "turns.json"  # in a run's folder: which turns were accepted
 Tell = Callable[[str], None]
 
@@ -39,7 +38,7 @@ def resume(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experi
     if (path / "summary.json").exists():
         raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
     try:
-        run = json.loads((path / RECORD).read_text(encoding="utf-8"))["run"]
+        run = json.loads((path / DEPLOYED).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunFolderError(
             f"{path}: this run was not made on devices; continue it with: fedloom run --resume {path}"
@@ -61,7 +60,7 @@ def _experiment(
 
     experiment = Experiment(settings, Parts(federation=federation, engine=make), folder)
     if folder is None:
-        experiment.folder.write_json(RECORD, {"run": run, "nodes": deployment.file.nodes})
+        experiment.folder.write_json(DEPLOYED, {"run": run, "nodes": deployment.file.nodes})
     assert isinstance(experiment.engine, Flower)
     experiment.engine.turns = Turns(experiment.folder.path / TURNS)
     return experiment
