@@ -20,10 +20,10 @@ import torch
 from fedloom import tree
 from fedloom.config import Settings
 from fedloom.engines import Problem, Reply
+from fedloom.engines.forms import Forms
 from fedloom.engines.wire import compare
 from fedloom.errors import ConfigError, DivergedError, WireError
-from fedloom.method import Arrival, Client, Downlink, Method, Turn, trains_of
-from fedloom.nets import read_weights
+from fedloom.method import Arrival, Downlink, Method
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
@@ -178,13 +178,10 @@ class Intake:
 
 
 class Screen:
-    """Knows what an uplink must look like: the method's own `uplink` of a client that has not worked yet, by architecture."""
+    """Tells uplinks that can be aggregated from those that cannot."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._clients: dict[int, Client] = {}  # that have never worked, by architecture
-        self._expected: dict[int, _Blank] = {}  # in round `_number`, by architecture
-        self._number = -1
+        self._problem, self._forms = problem, Forms(problem)
 
     def opened(self, number: int, reply: Reply, down: Downlink) -> Tree:
         """The uplink as the method wrote it.
@@ -195,7 +192,8 @@ class Screen:
         if reply.examples < 1:
             raise WireError(f"examples={reply.examples}: must be at least 1")
         received = down.to(reply.slot)
-        got, want = tree.structure(reply.uplink), dict(self._blank_uplink(number, reply.client, received).travels)
+        got = tree.structure(reply.uplink)
+        want = tree.structure(self._forms.of(number, reply.client, received).travels)
         compare(dict.fromkeys(got), dict.fromkeys(want))
         for path, length in self._problem.method.ragged(reply.uplink).items():
             for place in want.keys() & {path, f"{path}/int8"}:
@@ -210,32 +208,10 @@ class Screen:
 
     def rebased(self, number: int, flight: Flight, down: Downlink) -> Tree:
         """A late uplink as if its client had started from the weights that the server holds now."""
-        template = self._blank_uplink(number, flight.client, down.common).uplink
+        template = self._forms.of(number, flight.client, down.common).uplink
         message = tree.merge(template, flight.message)  # branches without tensors are lost in a checkpoint
         weights = tree.map_tree(torch.add, message["weights"], down.common["weights"])
         return {**message, "weights": weights}
-
-    def _blank_uplink(self, number: int, i: int, down: Tree) -> _Blank:
-        """What client `i` would send if it had done nothing, once per round and architecture."""
-        if number != self._number:
-            self._number, self._expected = number, {}
-        p, arch = self._problem, self._problem.arch_of[i]
-        if arch not in self._expected:
-            if arch not in self._clients:
-                self._clients[arch] = p.initial(i, read_weights(p.modules(arch)))
-            client = self._clients[arch]
-            turn = Turn(number, p.task.rounds - 1, 1, {train.name: 1 for train in trains_of(p.method.phases())})
-            uplink = p.method.uplink(client, client.weights, down, turn)[0]
-            travels = p.codec.reply(uplink, down, client.unsent, Stream())[0]
-            self._expected[arch] = _Blank(uplink, tree.structure(travels))
-        return self._expected[arch]
-
-
-class _Blank(NamedTuple):
-    """The uplink of a client that has done nothing."""
-
-    uplink: Tree
-    travels: Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # its structure on the wire
 
 
 def require_finite(server: Tree, number: int, last: int) -> None:

@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.engines.envelope import (
     Call,
@@ -31,14 +30,13 @@ from fedloom.engines.envelope import (
     open_envelope,
     seal,
 )
+from fedloom.engines.forms import Forms
 from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink, Interleave, Method, Turn, trains_of
-from fedloom.nets import read_weights
-from fedloom.rng import Stream
+from fedloom.method import Client, Downlink, Method
 from fedloom.training import Modules
-from fedloom.tree import Tree, Weights
+from fedloom.tree import Tree
 
 H = TypeVar("H")
 WAIT_S = 1.0  # between two looks for nodes
@@ -111,7 +109,7 @@ class Flower(Engine):
         self._node_of = {i: node for node, clients in roster.items() for i in clients}
         self._safe = self._pending = 0  # states before these rounds are no longer needed; after the next train
         self._done = 0
-        self._templates: dict[tuple[int, object], Tree] = {}
+        self._forms = Forms(problem)
         missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
         if missing or len(self._node_of) != problem.task.n_clients:
             raise ConfigError(
@@ -123,10 +121,6 @@ class Flower(Engine):
     def _local(self) -> Sequential:
         """For what the server itself scores."""
         return Sequential(self.problem)
-
-    @cached_property
-    def _initial(self) -> list[Weights]:
-        return [read_weights(self.problem.modules(arch)) for arch in range(len(self.problem.archs))]
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
@@ -204,26 +198,11 @@ class Flower(Engine):
             raise WireError(turn.failure)
         if not turn.examples:
             raise WireError("a turn without examples")
-        uplink = letter.tree(str(turn.slot), self._expected(number, turn.client, down.to(turn.slot)))
+        received = self.problem.codec.received(down.to(turn.slot))
+        uplink = letter.tree(str(turn.slot), self._forms.of(number, turn.client, received).travels)
         return Reply(
             turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds
         )
-
-    def _expected(self, number: int, i: int, message: Tree) -> Tree:
-        """A tree of the structure that the client's uplink must have: the uplink of a client that has just received the message."""
-        p, arch = self.problem, self.problem.arch_of[i]
-        key = arch, tuple(tree.structure(message).items())
-        if key not in self._templates:
-            client = p.initial(i, self._initial[arch])
-            opened = p.codec.received(message)
-            received = p.method.receive(client.weights, opened, client.memory)
-            phases = p.method.phases()
-            names = [phase.name for phase in phases if isinstance(phase, Interleave)]
-            names += [train.name for train in trains_of(phases)]
-            turn = Turn(number, p.task.rounds - 1, 1, dict.fromkeys(names, 1))
-            uplink, _ = p.method.uplink(client._replace(weights=received), received, opened, turn)
-            self._templates[key], _ = p.codec.reply(uplink, opened, client.unsent, Stream())
-        return self._templates[key]
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`. Clients that cannot be asked count no rows."""

@@ -1,0 +1,46 @@
+"""What uplinks must look like, derived rather than declared: the method's own `uplink` of a client that has just received its message."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedloom import tree
+from fedloom.engines.base import Problem
+from fedloom.method import Interleave, Turn, trains_of
+from fedloom.nets import read_weights
+from fedloom.rng import Stream
+from fedloom.tree import Tree, Weights
+
+
+class Form(NamedTuple):
+    """The uplink of a client that has done nothing."""
+
+    uplink: Tree  # as the method wrote it
+    travels: Tree  # as it would be on the wire
+
+
+class Forms:
+    """The forms of one problem's uplinks, each derived once."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._initial: dict[int, Weights] = {}  # by architecture
+        self._known: dict[tuple[int, object], Form] = {}
+
+    def of(self, number: int, i: int, down: Tree) -> Form:
+        """The form of client `i`'s uplink in round `number`; `down` is its message, as the method reads it."""
+        p, arch = self._problem, self._problem.arch_of[i]
+        key = arch, tuple(tree.structure(down).items())
+        if key not in self._known:
+            if arch not in self._initial:
+                self._initial[arch] = read_weights(p.modules(arch))
+            client = p.initial(i, self._initial[arch])
+            received = p.method.receive(client.weights, down, client.memory)
+            phases = p.method.phases()
+            names = [phase.name for phase in phases if isinstance(phase, Interleave)]
+            names += [train.name for train in trains_of(phases)]
+            turn = Turn(number, p.task.rounds - 1, 1, dict.fromkeys(names, 1))
+            uplink, _ = p.method.uplink(client._replace(weights=received), received, down, turn)
+            travels, _ = p.codec.reply(uplink, down, client.unsent, Stream())
+            self._known[key] = Form(uplink, travels)
+        return self._known[key]
