@@ -14,7 +14,7 @@ test: $(VENV)/installed  ## style, types, layers, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not deploy"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not deploy"
 
 test-deploy: $(VENV)/installed  ## whole federations on this machine: TLS, node keys, faults (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m deploy tests/deploy

@@ -1,6 +1,7 @@
 """What tests of every kind share."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,19 @@ SMALL: dict[str, Any] = {
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--regenerate-golden` rewrites the files of tests/golden/ instead of comparing with them."""
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden/*.json")
+
+
+RAY_OFTEN = re.compile(r"\[(?!fed(avg|rir|mr|vtc)-)[\w+]+-resnet8-ray|cohort_works_changes_nothing\[ray-(?!fedavg\b)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of Ray go to one worker, as starting it takes long; most of its repetitions are for the slow suite."""
+    for item in items:
+        if re.search(r"test_ray\.py|[-\[]ray[-\]]", item.nodeid):
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        if RAY_OFTEN.search(item.nodeid):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

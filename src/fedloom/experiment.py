@@ -159,8 +159,7 @@ class Experiment:
                     self._round(number)
                     if on_round:
                         on_round(self.done, rounds, self.rows[-1] if self.rows else {})
-                joined = self._join(on_round)
-            return self._finish(joined)
+                return self._finish(self._join(on_round))
         finally:
             self.engine.close()
             for tracker in self.trackers:

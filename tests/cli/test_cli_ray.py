@@ -47,6 +47,7 @@ def carriers(mark: str) -> list[str]:
 
 
 @needs_ray
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
     Path("own.py").write_text(OWN)

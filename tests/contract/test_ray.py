@@ -105,7 +105,7 @@ def lost_by(caplog):
     return found
 
 
-@pytest.mark.parametrize("event", ["kill", "hang"])
+@pytest.mark.parametrize("event", ["kill", pytest.param("hang", marks=pytest.mark.slow)])
 def test_a_lost_worker_costs_the_round_its_clients_and_nothing_else(experiment, tmp_path, caplog, event):
     flag = str(tmp_path / "flag")
     settings = {**ON_RAY, "engine.deadline_s": 5 if event == "hang" else 300}
@@ -120,6 +120,7 @@ def test_a_lost_worker_costs_the_round_its_clients_and_nothing_else(experiment, 
     assert_same(left._replace(summary={}), expected._replace(summary={}))
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_between_rounds_costs_one_round_at_most(experiment, caplog):
     run = experiment("fedmr", **ON_RAY)
 
@@ -137,6 +138,7 @@ def test_a_worker_that_dies_between_rounds_costs_one_round_at_most(experiment, c
         assert tree.equal(run.engine.client(i)._asdict(), calm.engine.client(i)._asdict())
 
 
+@pytest.mark.slow
 def test_a_worker_that_starts_anew_unnoticed_is_sent_its_clients(experiment, workers, caplog):
     run = experiment(Stumbling(), **ON_RAY)
 
@@ -174,6 +176,7 @@ def test_an_error_of_the_method_is_an_error_of_the_run(experiment, tmp_path, cap
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, tmp_path, caplog):
     run = experiment(Stumbling(flag=str(tmp_path / "flag"), event="exit"), **ON_RAY)
     pids = [seat.facts.pid for seat in run.engine._seats]
@@ -184,6 +187,7 @@ def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, tmp_path, ca
     assert not caplog.records
 
 
+@pytest.mark.slow
 def test_a_run_that_only_loses_ends(experiment, caplog, monkeypatch):
     monkeypatch.setattr("fedloom.engines.ray.ATTEMPTS", 2)
     run = experiment(Dying(), **{**ON_RAY, "cohort": 1, "rounds": 10, "eval_every": 10})

@@ -147,3 +147,10 @@ def test_work_that_cannot_be_counted_does_not_end_a_run(tmp_path, caplog):
     summary = Experiment(make_settings(values), Parts(Whole())).run()
     assert summary["flops_per_round"] is summary["peak_client_bytes"] is None
     assert "too few rows" in caplog.text
+
+
+def test_a_run_in_double_precision_is_counted_like_any_other(experiment, caplog):
+    summary = experiment("fedavg", model="fedmr_cnn", precision="fp64").run()
+    assert summary["flops_per_round"] > 0
+    assert summary["peak_client_bytes"] > 0
+    assert not caplog.records
