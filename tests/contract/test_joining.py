@@ -25,7 +25,8 @@ SETTINGS = {
     "data.rows": 300,
 }
 JOINABLE = [name for name in METHODS if name != "centralised"]
-ALL_TRAVELS = ["fedasam", "fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]  # fedbn: the MLP has no normalisation layers
+# with fedbn, because the MLP has no normalisation layers
+ALL_TRAVELS = ["fedasam", "fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]
 
 
 @pytest.fixture(autouse=True)
