@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -24,15 +24,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+from fedloom.engines.base import Ask, Problem, Reply, Score, total
 from fedloom.engines.folders import new_folder
 from fedloom.engines.scoring import merged, shares
-from fedloom.engines.sequential import Member, Sequential
+from fedloom.engines.sequential import Backed, Member, Sequential
 from fedloom.engines.state import Layout, Slab, layout_of
 from fedloom.engines.vectorised import Vectorised
 from fedloom.errors import WorkerError
-from fedloom.method import Client, Downlink
-from fedloom.training import Modules
+from fedloom.method import Downlink
 from fedloom.tree import Tree
 
 PIECES_PER_WORKER = 8  # work is handed out in pieces of about this part of a worker's share
@@ -69,14 +68,13 @@ class Slabs:
         return slab
 
 
-class Processes(Engine):
+class Processes(Backed):
     """One-thread workers, one per core by default."""
 
     def __init__(self, problem: Problem, workers: int | None = None, lanes: int | None = None) -> None:
         """With `lanes`, every worker trains so many clients side by side (`Vectorised`)."""
         super().__init__(problem)
         self._lanes = lanes
-        self._local = Sequential(problem)  # for whatever is asked of one client alone
         self._folder = new_folder(self, _parent_folder(problem, self._local))
         self._local.share(self._folder)
         self._slabs = Slabs(self._folder)
@@ -108,22 +106,6 @@ class Processes(Engine):
         common = self._slabs.put("down", down.common)
         n = len(self._workers)
         return total(self._share_out([("server", 0, common, (k, n)) for k in range(n)]))
-
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
-        """See `Engine.personal`."""
-        return self._local.personal(number, down, i)
-
-    def client(self, i: int) -> Client:
-        """See `Engine.client`."""
-        return self._local.client(i)
-
-    def changed(self) -> Iterable[int]:
-        """See `Engine.changed`."""
-        return self._local.changed()
-
-    def restore(self, i: int, client: Client) -> None:
-        """See `Engine.restore`."""
-        self._local.restore(i, client)
 
     def close(self) -> None:
         """End the workers. The clients can still be asked for; their files go with this object."""

@@ -28,7 +28,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+from fedloom.engines.base import Ask, Problem, Reply, Score, total
 from fedloom.engines.packing import Packed, Packer, unpack
 from fedloom.engines.rayworker import (
     Done,
@@ -44,11 +44,9 @@ from fedloom.engines.rayworker import (
     versions,
 )
 from fedloom.engines.scoring import merged, shares
-from fedloom.engines.sequential import Sequential
+from fedloom.engines.sequential import Backed
 from fedloom.errors import ConfigError, WorkerError, is_own_code
 from fedloom.method import Client, Downlink
-from fedloom.training import Modules
-from fedloom.tree import Tree
 
 CONNECT_S = 10.0
 START_S = 180.0  # for a worker to start; a machine that imports torch for the first time is slow
@@ -175,7 +173,7 @@ class Seat:
         self._actor.forget.remote(self._shared.key)
 
 
-class Ray(Engine):
+class Ray(Backed):
     """Workers on a cluster. A worker that is lost costs the round its clients, which stay as they were; the run goes on."""
 
     def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
@@ -185,7 +183,6 @@ class Ray(Engine):
             ConfigError: no worker starts, or one has other versions.
         """
         super().__init__(problem)
-        self._local = Sequential(problem)  # the committed clients
         self._cluster, self._deadline_s, self._packer = cluster, deadline_s, Packer()
         self._versions: dict[int, int] = {}
         self._ticket = self._empty_rounds = 0
@@ -247,22 +244,10 @@ class Ray(Engine):
         seats = self._ready()
         return total(self._insist(down, [ServerScore((k, len(seats)), {}) for k in range(len(seats))], seats))
 
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
-        """See `Engine.personal`."""
-        return self._local.personal(number, down, i)
-
-    def client(self, i: int) -> Client:
-        """See `Engine.client`."""
-        return self._local.client(i)
-
-    def changed(self) -> Iterable[int]:
-        """See `Engine.changed`."""
-        return self._local.changed()
-
     def restore(self, i: int, client: Client) -> None:
         """See `Engine.restore`."""
         self._ticket += 1
-        self._local.restore(i, client)
+        super().restore(i, client)
         self._versions[i] = self._ticket
 
     def close(self) -> None:

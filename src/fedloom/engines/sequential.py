@@ -202,3 +202,27 @@ class Sequential(Engine):
             return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn)[0]
 
         return self._laid_out(i, work)
+
+
+class Backed(Engine):
+    """An engine whose workers are elsewhere: `_local` holds the clients, and answers whatever is asked of one of them."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        self._local = Sequential(problem)
+
+    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+        """See `Engine.personal`."""
+        return self._local.personal(number, down, i)
+
+    def client(self, i: int) -> Client:
+        """See `Engine.client`."""
+        return self._local.client(i)
+
+    def changed(self) -> Iterable[int]:
+        """See `Engine.changed`."""
+        return self._local.changed()
+
+    def restore(self, i: int, client: Client) -> None:
+        """See `Engine.restore`."""
+        self._local.restore(i, client)
