@@ -63,35 +63,41 @@ def accuracy_over_rounds(records: Sequence[RunRecord], measure: str = "personal_
 
 def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
     """An accuracy in percent over all bytes sent so far, up and down, by all clients together."""
-    groups = group(records)
-    curves = _curves(groups, lambda record: 100 * series(record, measure))
-    traffic = _curves(groups, lambda record: series(record, "uplink_bytes") + series(record, "downlink_bytes"))
-    curves = {label: _over(curve, traffic[label]) for label, curve in curves.items() if label in traffic}
-    curves = {label: curve for label, curve in curves.items() if len(curve.x)}
-    axis_names = ("bytes sent, up and down", "accuracy (%)")
-    figure = _curves_figure(records, curves, f"{measure_name(measure)} over traffic", axis_names)
-    for axes in figure.axes if curves else ():
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
-        if _spans([curve.x[-1] for curve in curves.values()], 20):
-            axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: size(x) if x >= 0 else ""))
-    return figure
+
+    def traffic(record: RunRecord) -> pd.Series:
+        return series(record, "uplink_bytes") + series(record, "downlink_bytes")
+
+    title = f"{measure_name(measure)} over traffic"
+    return _accuracy_over(traffic, size, records, measure, title, "bytes sent, up and down")
 
 
 def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
     """Personal accuracy in percent over the time that devices on a network would have needed (see `report.waiting`)."""
+    measure = "personal_accuracy"
+    title = f"{measure_name(measure)} over time, {network.name}"
+    return _accuracy_over(lambda r: elapsed(r, network, waiting), duration, records, measure, title, "time")
+
+
+def _accuracy_over(
+    cost: Callable[[RunRecord], pd.Series],
+    shown: Callable[[float], str],
+    records: Sequence[RunRecord],
+    measure: str,
+    title: str,
+    axis_name: str,
+) -> Figure:
+    """An accuracy in percent over what it cost, `shown` on the axis in words."""
     groups = group(records)
-    curves = _curves(groups, lambda record: 100 * series(record, "personal_accuracy"))
-    times = _curves(groups, lambda record: elapsed(record, network, waiting))
-    curves = {label: _over(curve, times[label]) for label, curve in curves.items() if label in times}
+    curves = _curves(groups, lambda record: 100 * series(record, measure))
+    costs = _curves(groups, cost)
+    curves = {label: _over(curve, costs[label]) for label, curve in curves.items() if label in costs}
     curves = {label: curve for label, curve in curves.items() if len(curve.x)}
-    title = f"{measure_name('personal_accuracy')} over time, {network.name}"
-    figure = _curves_figure(records, curves, title, ("time", "accuracy (%)"))
+    figure = _curves_figure(records, curves, title, (axis_name, "accuracy (%)"))
     for axes in figure.axes if curves else ():
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
         if _spans([curve.x[-1] for curve in curves.values()], 20):
             axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: duration(x) if x >= 0 else ""))
+        axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: shown(x) if x >= 0 else ""))
     return figure
 
 
