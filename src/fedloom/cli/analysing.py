@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom.cli.words import Parser, output
+from fedloom.cli.words import Parser, output, save_picture
 from fedloom.errors import ConfigError, suggest
 from fedloom.progress import live
 from fedloom.report import RunRecord, analysis_grids, drawn, read
@@ -86,15 +86,8 @@ def _write_curves(records: Sequence[RunRecord], target: Path) -> Path | None:
     if not plots.has_sharpness(records):
         return None
     figure = plots.sharpness(records)
-    draft = target.with_name(f".{target.stem}.tmp{target.suffix}")
-    try:
-        with drawing():
-            figure.savefig(draft)
-        draft.replace(target)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"out={target}: {str(error).splitlines()[0]}") from None
-    finally:
-        draft.unlink(missing_ok=True)
+    with drawing():
+        save_picture(figure, target, "out")
     return target
 
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from fedloom.assembly import make_federation
-from fedloom.cli.words import Parser, output, read_values, settings_words
+from fedloom.cli.words import Parser, output, read_values, save_picture, settings_words
 from fedloom.config import make_settings
 from fedloom.data import Federation
 from fedloom.errors import ConfigError, DataError
@@ -93,11 +93,4 @@ def _draw(federation: Federation, plot: Path) -> None:
 
     counts = federation.partition.counts(federation.dataset.labels, federation.n_classes)
     figure = plots.partition_figure(counts, federation.dataset.classes)
-    draft = plot.with_name(f".{plot.stem}.tmp{plot.suffix}")
-    try:
-        figure.savefig(draft)
-        draft.replace(plot)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"plot={plot}: {str(error).splitlines()[0]}") from None
-    finally:
-        draft.unlink(missing_ok=True)
+    save_picture(figure, plot, "plot")

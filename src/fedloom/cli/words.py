@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
 
@@ -74,3 +74,15 @@ def output() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     return console
+
+
+def save_picture(figure: Any, target: Path, key: str) -> None:
+    """Write a matplotlib figure in one step; a target that cannot be written is a mistake in the word `key`."""
+    draft = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    try:
+        figure.savefig(draft)
+        draft.replace(target)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={target}: {str(error).splitlines()[0]}") from None
+    finally:
+        draft.unlink(missing_ok=True)
