@@ -82,7 +82,7 @@ class PartitionSettings(Section):
     balance: bool = False
     """Equal shares of a class (pathological)."""
     column: str | None = None
-    """The column that names a row's owner (natural)."""
+    """The column that names a row's owner (natural); default: a known data set's, else the only one."""
     path: Path | None = None
     """A partition written by `fedloom partition` or by hand (file)."""
     min_examples: Count = 10

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from fedloom.data import schemes
+from fedloom.data.catalogue import SOURCES
 from fedloom.data.dataset import Dataset
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
@@ -118,9 +119,9 @@ def partition(
     """Deals the rows of a data set to clients.
 
     `scheme` is one of `SCHEMES`: "iid", "dirichlet" (alpha), "pathological" (classes_per_client, balance), "extended"
-    (classes_per_client, alpha), "quantity" (alpha), "natural" (column; `clients` keeps the largest), "own" (the data
-    set brings its split: training rows and test rows go to the client that `column`, default "client", names), "file"
-    (path).
+    (classes_per_client, alpha), "quantity" (alpha), "natural" (column, by default a known data
+    set's own, like Office-Caltech10's domain; `clients` keeps the largest), "own" (the data set brings its split:
+    training rows and test rows go to the client that `column`, default "client", names), "file" (path).
 
     With `merge` (the protocol of PFLlib and FedRIR) official training and test rows are pooled and dealt out
     together, and each client's rows split at random, `test_fraction` (default 0.25) for its test; the common set is
@@ -140,6 +141,7 @@ def partition(
     stream = Stream(seed, "partition", scheme)
     settings: dict[str, Any]
     if scheme == "natural":
+        column = column or _natural_column(dataset)
         settings = {"column": column}
         dealt = schemes.natural(_column(dataset, column)[:n_dealt], clients, min_examples)
     else:
@@ -243,10 +245,18 @@ def _from_file(dataset: Dataset, clients: int | None, path: str | Path | None) -
     return made
 
 
+def _natural_column(dataset: Dataset) -> str | None:
+    """The column that a known data set is divided by; of an unknown one its only column."""
+    if dataset.name in SOURCES:
+        return SOURCES[dataset.name].natural
+    return next(iter(dataset.columns)) if len(dataset.columns) == 1 else None
+
+
 def _column(dataset: Dataset, column: str | None) -> npt.NDArray[Any]:
     if column is None or column not in dataset.columns:
         known = ", ".join(dataset.columns) or "none"
-        raise DataError(f"partition.column={column}: data={dataset.name} has the columns: {known}")
+        told = "partition.column: must be given" if column is None else f"partition.column={column}: there is none such"
+        raise DataError(f"{told}; data={dataset.name} has the columns: {known}")
     return dataset.columns[column]
 
 

@@ -124,6 +124,8 @@ def test_natural_makes_a_client_of_every_value(pool):
         partition(pool, 9, scheme="natural", column="writer", min_examples=2)
     with pytest.raises(DataError, match="has the columns: writer"):
         partition(pool, scheme="natural", column="wrtier")
+    by_default = partition(pool, 2, scheme="natural")
+    assert [rows.tolist() for rows in by_default.train] == [rows.tolist() for rows in few.train]
 
 
 def test_without_merging_the_official_test_set_is_the_common_set(pool):

@@ -34,7 +34,7 @@ def test_cifar10(real):
 def test_office_caltech_has_a_client_per_domain(real):
     pool = real("office_caltech10", image_size=64)
     assert pool.input_shape == (3, 64, 64)
-    made = partition(pool, scheme="natural", column="domain")
+    made = partition(pool, scheme="natural")
     assert [len(a) + len(b) for a, b in zip(made.train, made.test, strict=True)] == [958, 1123, 157, 295]
     federation = Federation(pool, made, augment="resized-crop-flip-once")
     assert federation.common()[0].shape == (len(made.common), 3, 64, 64)
