@@ -218,7 +218,10 @@ class Method:
     """Whether BatchNorm's running statistics travel (and are averaged) with the shared nets or stay with the client."""
 
     paper: ClassVar[Paper]
-    shared: ClassVar[tuple[str, ...]] = ("model",)  # what travels, as patterns
+    shared: ClassVar[tuple[str, ...]] = ("model",)  # the weights that travel, as patterns
+    also_travels: ClassVar[
+        tuple[str, ...]
+    ] = ()  # what else uplinks or downlinks carry, for listings: names beside "weights"
     keeps_shared: ClassVar[bool] = False  # whether a client keeps its trained copy of what travels for the next round
     accepts_late: ClassVar[bool] = (
         False  # whether `aggregate` can take in uplinks of earlier rounds (see `Arrival.age`)

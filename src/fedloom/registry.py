@@ -115,7 +115,7 @@ def describe(name: str, method: type[Method]) -> dict[str, Any]:
         "authors": paper.authors if paper else "",
         "venue": paper.venue if paper else "",
         "url": paper.url if paper else "",
-        "travels": list(method.shared),
+        "travels": [*method.shared, *method.also_travels],
         "hyper_parameters": {
             field.name: {"default": field.default, "type": str(field.type), "doc": docs.get(field.name, "")}
             for field in dataclasses.fields(method)

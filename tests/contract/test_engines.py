@@ -60,6 +60,14 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_travels_is_declared(reference, method):
+    ways = reference(method, "mlp").summary["bytes_by_kind"].values()
+    sent = {kind for way in ways for kind in way} - {"header"}
+    cls = METHODS[method]
+    assert sent == {*(["weights"] if cls.shared else []), *cls.also_travels}
+
+
 @pytest.mark.parametrize("engine", OTHERS)
 @pytest.mark.parametrize(("method", "model"), CASES)
 def test_all_engines_agree_bit_for_bit(experiment, reference, method, model, engine):

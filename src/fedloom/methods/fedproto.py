@@ -48,6 +48,7 @@ class FedProto(Method):
     """Whether a client counts by its rows of the class, or all clients that hold the class count alike."""
 
     shared: ClassVar[tuple[str, ...]] = ()
+    also_travels: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
     paper: ClassVar[Paper] = Paper(
         "FedProto: Federated prototype learning across heterogeneous clients",
         "Tan, Long, Liu, Zhou, Lu, Jiang, Zhang",

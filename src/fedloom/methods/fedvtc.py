@@ -99,6 +99,7 @@ class FedVTC(FedProto):
     share_generator: bool = False
     """Whether the generators are averaged (they travel then) or stay with their clients."""
 
+    also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
     paper: ClassVar[Paper] = Paper(
         "Bridging generalization gap of heterogeneous federated clients using generative models",
         "Niu, Dong, Qin",

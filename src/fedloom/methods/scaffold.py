@@ -26,6 +26,7 @@ class Scaffold(Method):
     server_lr: float = 1.0
     """The server's step size (the paper's global eta)."""
 
+    also_travels: ClassVar[tuple[str, ...]] = ("control",)
     paper: ClassVar[Paper] = Paper(
         "SCAFFOLD: stochastic controlled averaging for federated learning",
         "Karimireddy, Kale, Mohri, Reddi, Stich, Suresh",
