@@ -26,10 +26,9 @@ from pydantic_core import ErrorDetails
 from fedloom import transforms
 from fedloom.errors import ConfigError, suggest
 from fedloom.method import Method
+from fedloom.ranges import LIMITS, Count, Fraction, Positive, Share, Whole
 from fedloom.registry import METHODS, method_class
 
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 Values = dict[str, Any]
 DEFAULT_CLIENTS = 10
 OWNERS_KNOWN = ("natural", "file", "own")  # partitions that say themselves how many clients there are
@@ -75,7 +74,7 @@ class PartitionSettings(Section):
 
     name: Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own"] = "dirichlet"
     """The scheme; `own` is the split that a PFLlib folder brings along."""
-    alpha: Annotated[float, Field(gt=0)] = 0.1
+    alpha: Positive = 0.1
     """Concentration of the Dirichlet schemes: small is skewed."""
     classes_per_client: Count = 2
     """Classes a client holds (pathological, extended)."""
@@ -96,7 +95,7 @@ class PartitionSettings(Section):
 class EvalSettings(Section):
     """What is scored, and how often."""
 
-    general_every: Annotated[int, Field(ge=0)] = 0
+    general_every: Whole = 0
     """Score personal models on the common rows every so many rounds; 0: only after the last."""
     clients: Count | None = None
     """Score a fixed sample of so many clients; default: all."""
@@ -104,7 +103,7 @@ class EvalSettings(Section):
     """The part of the training rows set aside for validation."""
     fitted: bool = False
     """Also score models as their client's last turn left them."""
-    target: Annotated[float, Field(gt=0, le=1)] | None = None
+    target: Share | None = None
     """An accuracy: the summary tells after which round, and how many bytes, personal models first reached it."""
 
 
@@ -124,7 +123,7 @@ class DeviceSettings(Section):
 class JoinSettings(Section):
     """Clients that come when training is over (docs/new-clients.md)."""
 
-    clients: Annotated[int, Field(ge=0)] = 0
+    clients: Whole = 0
     """The last so many of the `clients` take no part in training; after the last round they join, and are scored by themselves."""
     turns: Count = 10
     """Turns that a newcomer takes by itself: the method's phases, with all that travels left as it was received."""
@@ -144,7 +143,7 @@ class EngineSettings(Section):
     (default: one after another; several pay for small models without convolutions, and change the last bits)."""
     address: str | None = None
     """The Ray cluster to join (`ray`): `auto` (the one that this machine is in), HOST:PORT or ray://HOST:PORT; default: start one here."""
-    deadline_s: Annotated[float, Field(gt=0)] | None = None
+    deadline_s: Positive | None = None
     """Seconds that a worker has for its share of a round before the round goes on without it (`ray`); default: no limit."""
 
     @field_validator("address")
@@ -192,9 +191,9 @@ class Settings(Section):
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16"] = "fp32"
     """Arithmetic of training and scoring; `bf16`: products in bfloat16, everything else in fp32 (faster, not the same numbers)."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Whole = 0
     """Everything random follows from this number."""
-    checkpoint_every: Annotated[int, Field(ge=0)] = 10
+    checkpoint_every: Whole = 10
     """Write a checkpoint every so many rounds (and after the last); 0: never."""
     out: Path | None = None
     """The run's folder; default: a new one under runs/."""
@@ -392,13 +391,12 @@ _WORDS = {
     "string": "must be text",
     "tuple": "must be a list",
 }
-_LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def _plainly(error: ErrorDetails) -> str:
     """Pydantic's reason in this project's words."""
     kind, context = error["type"], error.get("ctx", {})
-    for limit, words in _LIMITS.items():
+    for limit, (_, words, _) in LIMITS.items():
         if limit in context:
             return f"must be {words} {context[limit]:g}"
     if kind == "literal_error":

@@ -14,17 +14,17 @@ One round, and who calls what (`server` is any tree, `weights` as in `fedloom.ne
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from fedloom import losses, optim, tree
+from fedloom import losses, optim, ranges, tree
 from fedloom.errors import MethodError
 from fedloom.nets import Nets, select
 from fedloom.optim import Optimizer
+from fedloom.ranges import Count, Fraction, NonNegative, Positive, Share
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
@@ -202,17 +202,17 @@ class Paper(NamedTuple):
 class Method:
     """FedAvg, and the base of every method."""
 
-    lr: float = 0.05
+    lr: Positive = 0.05
     """Learning rate of the local optimiser."""
-    momentum: float = 0.0
+    momentum: Fraction = 0.0
     """Momentum (SGD only)."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """L2 penalty, added to the gradient."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Local optimiser; its state starts afresh in every round unless the method keeps it."""
-    lr_decay: float = 1.0
+    lr_decay: Share = 1.0
     """The learning rate is multiplied by this after every round."""
-    local_epochs: int = 1
+    local_epochs: Count = 1
     """Passes over the client's training rows in a round."""
     buffers: Literal["shared", "private"] = "shared"
     """Whether BatchNorm's running statistics travel (and are averaged) with the shared nets or stay with the client."""
@@ -230,20 +230,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse values that no method can mean."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{field.name}={value}: must be a finite number")
-        if not self.lr > 0:
-            raise ValueError(f"lr={self.lr}: must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum}: must be at least 0 and below 1")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}: must be at least 0")
-        if not 0 < self.lr_decay <= 1:
-            raise ValueError(f"lr_decay={self.lr_decay}: must be above 0 and at most 1")
-        if self.local_epochs < 1:
-            raise ValueError(f"local_epochs={self.local_epochs}: must be at least 1")
+        ranges.check(self)
 
     # what exists
 

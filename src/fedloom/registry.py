@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_type_hints
 
 from fedloom.composition import composed
 from fedloom.errors import ConfigError, suggest
@@ -34,6 +34,7 @@ from fedloom.methods import (
     Local,
     Scaffold,
 )
+from fedloom.ranges import type_words
 
 METHODS: Mapping[str, type[Method]] = MappingProxyType(
     {
@@ -106,7 +107,7 @@ def method_name(method: type[Method]) -> str:
 
 def describe(name: str, method: type[Method]) -> dict[str, Any]:
     """What there is to know of a method: paper, what travels, hyper-parameters with their defaults and meanings."""
-    docs = _field_docs(method)
+    docs, types = _field_docs(method), get_type_hints(method, include_extras=True)
     paper = getattr(method, "paper", None)
     return {
         "name": name,
@@ -117,7 +118,11 @@ def describe(name: str, method: type[Method]) -> dict[str, Any]:
         "url": paper.url if paper else "",
         "travels": [*method.shared, *method.also_travels],
         "hyper_parameters": {
-            field.name: {"default": field.default, "type": str(field.type), "doc": docs.get(field.name, "")}
+            field.name: {
+                "default": field.default,
+                "type": type_words(types[field.name]),
+                "doc": docs.get(field.name, ""),
+            }
             for field in dataclasses.fields(method)
         },
     }

@@ -62,7 +62,7 @@ MISTAKES = {
     "run method.mu=1": "method.mu: fedavg has no such hyper-parameter; ditto, fedprox have it",
     "run method.lrr=1": "method.lrr: fedavg has no such hyper-parameter (did you mean 'lr'?)",
     "run method.lr=fast": "method.lr=fast: must be a number",
-    "run method.lr=-1": "method.lr=-1.0: must be above 0",
+    "run method.lr=-1": "method.lr=-1: must be above 0",
     "run method=scaffold method.momentum=0.9": "method: scaffold needs plain SGD",
     "run method=a,b": "method=a,b: a run has one method; use fedloom compare for several",
     "run seed=0,1": "seed=0,1: a run has one seed",

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import textwrap
-import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
-
-from pydantic.fields import FieldInfo
+from typing import Any, NamedTuple
 
 from fedloom.config import Named, Section, Settings
-
-PLAIN = {"int": "whole number", "float": "number", "bool": "true|false", "str": "text", "Path": "path"}
-LIMITS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+from fedloom.ranges import type_words
 
 
 class Key(NamedTuple):
@@ -34,28 +29,6 @@ def keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[Key]:
         else:
             key = (prefix + name).removesuffix(".name")
             yield Key(key, type_words(field.annotation, field), default_words(field.default), field.description or "")
-
-
-def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
-    """A type in words: `whole number ≥ 1`, `half|standard|none`."""
-    limits = list(field.metadata) if field else []
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        inner, *notes = get_args(annotation)
-        limits += [limit for note in notes for limit in (note.metadata if isinstance(note, FieldInfo) else [note])]
-        return " ".join([type_words(inner), *_limits(limits)])
-    if origin is Literal:
-        return "|".join(map(str, get_args(annotation)))
-    if origin in (Union, types.UnionType):
-        return " or ".join(type_words(part) for part in get_args(annotation) if part is not type(None))
-    if origin is tuple:
-        return f"list of {type_words(get_args(annotation)[0])}"
-    return " ".join([PLAIN.get(getattr(annotation, "__name__", ""), str(annotation)), *_limits(limits)])
-
-
-def _limits(notes: list[Any]) -> list[str]:
-    found = [f"{sign} {getattr(note, name)}" for note in notes for name, sign in LIMITS.items() if hasattr(note, name)]
-    return [", ".join(found)] if found else []
 
 
 def default_words(value: Any) -> str:

@@ -159,12 +159,5 @@ def _show_one(fact: Facts) -> None:
     for header in ("hyper-parameter", "default", "type", "meaning"):
         table.add_column(header, no_wrap=header == "hyper-parameter", overflow="fold")
     for name, each in fact["hyper_parameters"].items():
-        table.add_row(f"method.{name}", default_words(each["default"]), _type(each["type"]), each["doc"])
+        table.add_row(f"method.{name}", default_words(each["default"]), each["type"], each["doc"])
     console.print("", table, sep="\n")
-
-
-def _type(text: str) -> str:
-    """`Literal["a", "b"]` as `a|b`."""
-    if not text.startswith("Literal["):
-        return {"float": "number", "int": "whole number", "bool": "true|false", "str": "text"}.get(text, text)
-    return text.removeprefix("Literal[").removesuffix("]").replace('"', "").replace("'", "").replace(", ", "|")

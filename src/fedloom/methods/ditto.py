@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fedloom import losses
 from fedloom.method import Architecture, Batch, Method, Paper, Phase, Predictor, Task, Train, predict_model
 from fedloom.nets import Nets
+from fedloom.ranges import Count, NonNegative
 from fedloom.tree import Tree
 
 
@@ -23,9 +24,9 @@ class Ditto(Method):
     With mu = 0 the v_k are trained as in `local`, with mu growing they follow w.
     """
 
-    mu: float = 0.1
+    mu: NonNegative = 0.1
     """Weight of the pull (mu / 2) ||v - w_received||^2 (the paper's lambda)."""
-    personal_epochs: int = 1
+    personal_epochs: Count = 1
     """Passes over the client's training rows that update the personal model, after those that update the common one."""
 
     accepts_late: ClassVar[bool] = True
@@ -35,14 +36,6 @@ class Ditto(Method):
         "ICML 2021",
         "https://arxiv.org/abs/2012.04221",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is Ditto's own."""
-        super().__post_init__()
-        if self.mu < 0:
-            raise ValueError(f"mu={self.mu}: must be at least 0")
-        if self.personal_epochs < 1:
-            raise ValueError(f"personal_epochs={self.personal_epochs}: must be at least 1")
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """w and v_k, alike at first."""

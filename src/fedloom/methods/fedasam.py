@@ -11,6 +11,7 @@ from torch import Tensor
 from fedloom import losses
 from fedloom.method import Batch, Method, Paper
 from fedloom.nets import Nets
+from fedloom.ranges import NonNegative
 from fedloom.tree import Tree
 
 Params = dict[str, Tensor]
@@ -27,9 +28,9 @@ class FedASAM(Method):
     The paper's averaging of models over rounds (SWA) is not part of this.
     """
 
-    rho: float = 0.5
+    rho: NonNegative = 0.5
     """The length of the climb, in units of T."""
-    eta: float = 0.2
+    eta: NonNegative = 0.2
     """What is added to |w| in T, so that small weights move too."""
 
     paper: ClassVar[Paper] = Paper(
@@ -38,13 +39,6 @@ class FedASAM(Method):
         "ECCV 2022",
         "https://arxiv.org/abs/2203.11834",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is FedASAM's own."""
-        super().__post_init__()
-        for name in ("rho", "eta"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """The cross-entropy at w + e; no gradient flows through e."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from fedloom.method import Paper, Phase, Train
 from fedloom.methods.fedavg import FedAvg
+from fedloom.ranges import Count, NonNegative
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,9 @@ class FedAvgFT(FedAvg):
     Travels: the whole model, both ways. Stays: nothing; the fine-tuned copy is made for scoring and thrown away.
     """
 
-    tuning_epochs: int = 1
+    tuning_epochs: Count = 1
     """Passes over the client's training rows before it predicts."""
-    tuning_lr: float = 0.0
+    tuning_lr: NonNegative = 0.0
     """Learning rate of the fine-tuning; 0 means the same as `lr`."""
 
     paper: ClassVar[Paper] = Paper(
@@ -27,14 +28,6 @@ class FedAvgFT(FedAvg):
         "NeurIPS 2022",
         "https://arxiv.org/abs/2205.13692",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is fine-tuning's own."""
-        super().__post_init__()
-        if self.tuning_epochs < 1:
-            raise ValueError(f"tuning_epochs={self.tuning_epochs}: must be at least 1")
-        if self.tuning_lr < 0:
-            raise ValueError(f"tuning_lr={self.tuning_lr}: must be at least 0")
 
     def adapt(self) -> tuple[Phase, ...]:
         """Plain training of the received model."""

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 from fedloom.method import Paper, Phase, Train
 from fedloom.methods.fedavg_ft import FedAvgFT
+from fedloom.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class FedBABU(FedAvgFT):
     `server_accuracy` that of the body with the common head.
     """
 
-    tuning_epochs: int = 5
+    tuning_epochs: Count = 5
     tuned: Literal["model", "body", "head"] = "model"
     """What fine-tuning updates."""
 

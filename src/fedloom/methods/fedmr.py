@@ -13,6 +13,7 @@ from fedloom import tree
 from fedloom.errors import ConfigError
 from fedloom.method import Downlink, Method, Paper, Round, Task
 from fedloom.nets import units
+from fedloom.ranges import Count, Fraction, Positive, Share, Whole
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
@@ -34,16 +35,16 @@ class FedMR(Method):
     does). A slot whose client is lost, or that a smaller cohort does not use, goes into the recombination as it is.
     """
 
-    lr: float = 0.01
-    momentum: float = 0.5
-    local_epochs: int = 5
+    lr: Positive = 0.01
+    momentum: Fraction = 0.5
+    local_epochs: Count = 5
     unit: Literal["layer", "tensor", "block", "segment"] = "layer"
     """What is shuffled as one piece: the tensors of a layer, single tensors, blocks, or segments of consecutive tensors."""
-    segment: float = 0.1
+    segment: Share = 0.1
     """The size of a segment as a part of all tensors (with `unit=segment`)."""
-    first_stage_rounds: int = 0
+    first_stage_rounds: Whole = 0
     """Rounds of plain averaging before recombination begins (T1)."""
-    first_stage_patience: int = 0
+    first_stage_patience: Whole = 0
     """End the first stage early, once the returned models have not become more alike for so many rounds; 0: never."""
     secure: bool = False
     """Whether clients exchange units before the upload, so that the server never sees one client's whole model."""
@@ -56,16 +57,10 @@ class FedMR(Method):
     )
 
     def __post_init__(self) -> None:
-        """Check what is FedMR's own."""
+        """Patience cannot outlast its stage."""
         super().__post_init__()
-        if not 0 < self.segment <= 1:
-            raise ValueError(f"segment={self.segment}: must be above 0 and at most 1")
-        if self.first_stage_rounds < 0:
-            raise ValueError(f"first_stage_rounds={self.first_stage_rounds}: must be at least 0")
-        if not 0 <= self.first_stage_patience <= self.first_stage_rounds:
-            raise ValueError(
-                f"first_stage_patience={self.first_stage_patience}: must be at least 0 and at most first_stage_rounds"
-            )
+        if self.first_stage_patience > self.first_stage_rounds:
+            raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
         """K slots, stacked: every leaf is (K, ...). With patience also how alike models were at best, and rounds since."""

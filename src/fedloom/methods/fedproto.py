@@ -28,6 +28,7 @@ from fedloom.method import (
     Turn,
 )
 from fedloom.nets import Nets
+from fedloom.ranges import NonNegative
 from fedloom.tree import Tree, Weights
 
 
@@ -42,7 +43,7 @@ class FedProto(Method):
     prototype, among the classes that have one.
     """
 
-    prototype_weight: float = 1.0
+    prototype_weight: NonNegative = 1.0
     """Weight lambda of the mean squared distance between a row's features and its class's global prototype."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
     """Whether a client counts by its rows of the class, or all clients that hold the class count alike."""
@@ -55,12 +56,6 @@ class FedProto(Method):
         "AAAI 2022",
         "https://arxiv.org/abs/2105.00243",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is FedProto's own."""
-        super().__post_init__()
-        if self.prototype_weight < 0:
-            raise ValueError(f"prototype_weight={self.prototype_weight}: must be at least 0")
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """An architecture's body and head; all bodies must give as many features."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from fedloom import losses
 from fedloom.method import Batch, Method, Paper
 from fedloom.nets import Nets
+from fedloom.ranges import NonNegative
 from fedloom.tree import Tree
 
 
@@ -20,7 +21,7 @@ class FedProx(Method):
     Travels: the whole model, both ways. Stays: nothing. With mu = 0 it is FedAvg.
     """
 
-    mu: float = 0.01
+    mu: NonNegative = 0.01
     """Weight of the proximal term (mu / 2) ||w - w_received||^2."""
 
     accepts_late: ClassVar[bool] = True
@@ -30,12 +31,6 @@ class FedProx(Method):
         "MLSys 2020",
         "https://arxiv.org/abs/1812.06127",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is FedProx's own."""
-        super().__post_init__()
-        if self.mu < 0:
-            raise ValueError(f"mu={self.mu}: must be at least 0")
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """Cross-entropy plus the proximal term (eq. 2); only parameters are held, not running statistics."""

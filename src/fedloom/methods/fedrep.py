@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from fedloom.method import Paper, Phase, Train
 from fedloom.methods.fedper import FedPer
+from fedloom.ranges import Count
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class FedRep(FedPer):
     also move while the head learns.
     """
 
-    head_epochs: int = 10
+    head_epochs: Count = 10
     """Passes that update the head, before the body's `local_epochs`."""
 
     paper: ClassVar[Paper] = Paper(
@@ -27,12 +28,6 @@ class FedRep(FedPer):
         "ICML 2021",
         "https://arxiv.org/abs/2102.07078",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is FedRep's own."""
-        super().__post_init__()
-        if self.head_epochs < 1:
-            raise ValueError(f"head_epochs={self.head_epochs}: must be at least 1")
 
     def phases(self) -> tuple[Phase, ...]:
         """Head, then body."""

@@ -26,6 +26,7 @@ from fedloom.method import (
 )
 from fedloom.models.fedrir import ImageGenerator, InformationDistillation
 from fedloom.nets import Nets
+from fedloom.ranges import Fraction, NonNegative, Positive, Whole
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
@@ -51,17 +52,17 @@ class FedRIR(Method):
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
-    lr: float = 5e-4
+    lr: Positive = 5e-4
     buffers: Literal["shared", "private"] = "private"
     keep_optimizer: bool = True
     """Whether the optimisers' moments last over rounds."""
     mcsl: Literal["masked", "unmasked", "supervised", "off"] = "masked"
     """How csfe learns: a masked VAE (the paper), a VAE without masks, by the cross-entropy, or not at all (head on f_g alone)."""
-    mask_ratio: float = 0.6
+    mask_ratio: Fraction = 0.6
     """The part of the patches that is masked."""
-    patch_size: int = 0
+    patch_size: Whole = 0
     """Side of a masked patch in pixels; 0 means 4, or 2 for images under 28 pixels."""
-    kl_weight: float = 0.1
+    kl_weight: NonNegative = 0.1
     """Weight of the KL divergence in stage 1."""
     rec_reduction: Literal["mean", "sum"] = "mean"
     """Whether the squared error is a mean over the pixels of an image (released code) or a sum, as the KL is over features."""
@@ -69,7 +70,7 @@ class FedRIR(Method):
     """The pixels that the squared error counts."""
     idm_mode: Literal["vclub", "vclub_sampled", "released", "none"] = "vclub"
     """The information term: the bound over all pairs, over one drawn pair a row, the released code's loss, or none."""
-    idm_weight: float = 1.0
+    idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
 
     shared: ClassVar[tuple[str, ...]] = ("gfe",)
@@ -82,13 +83,8 @@ class FedRIR(Method):
     )
 
     def __post_init__(self) -> None:
-        """Check what is FedRIR's own."""
+        """Masked pixels need masks."""
         super().__post_init__()
-        if not 0 <= self.mask_ratio < 1:
-            raise ValueError(f"mask_ratio={self.mask_ratio}: must be at least 0 and below 1")
-        for name in ("patch_size", "kl_weight", "idm_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
         if self.loss_region == "masked" and (self.mcsl != "masked" or self.mask_ratio == 0):
             raise ValueError("loss_region=masked needs mcsl=masked and a mask_ratio above 0")
 

@@ -27,6 +27,7 @@ from fedloom.method import (
 from fedloom.methods.fedproto import FedProto
 from fedloom.models.vtc import VtcDecoder
 from fedloom.nets import Nets, select
+from fedloom.ranges import Count, NonNegative, Positive
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
@@ -60,37 +61,37 @@ class FedVTC(FedProto):
 
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
     """Whether a client counts by its rows of the class, or all clients that hold the class count alike (means and variance)."""
-    prototype_weight: float = 1.0
+    prototype_weight: NonNegative = 1.0
     """Weight lambda of the distance between a row's features and its class's global prototype."""
     pull: Literal["plain", "scaled"] = "plain"
     """The distance: a mean square, or one in units of sigma, halved (then a shrinking sigma pulls harder: mind `spread_floor`)."""
     covariance: moments.Form = "pooled"
     """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
-    spread_floor: float = 0.1
+    spread_floor: Positive = 0.1
     """The least standard deviation of a feature."""
     learn_spread: bool = False
     """Whether the client learns its own sigma_k, as a factor on the empirical one, together with psi_k."""
     generator_form: Literal["linear", "conv"] = "linear"
     """How psi begins: a linear map to small pictures, or a transposed convolution of one pixel."""
-    generator_epochs: int = 1
+    generator_epochs: Count = 1
     """Passes over the client's training rows that update the generator."""
-    generator_lr: float = 1e-3
+    generator_lr: Positive = 1e-3
     """The generator's learning rate (Adam, whose moments last over rounds)."""
-    kl_weight: float = 0.1
+    kl_weight: NonNegative = 0.1
     """Weight of KL(N(z, sigma_k^2) || N(c_y, sigma^2)) per feature; it has a gradient only with `learn_spread`."""
     matching: Literal["mean", "mahalanobis", "real", "cycle"] = "mean"
     """What g_k(psi_k(v)) must match: c by class means, c row by row in units of sigma, the class means of real rows, or v itself."""
-    matching_weight: float = 1.0
+    matching_weight: NonNegative = 1.0
     """Weight of the distribution matching."""
-    n_synthetic: int = 32
+    n_synthetic: Count = 32
     """Synthetic images in a step."""
     finetune: Literal["every", "end", "never"] = "every"
     """Fine-tune in every `finetune_every`-th turn, or a copy before predicting (which is thrown away), or not."""
-    finetune_every: int = 1
+    finetune_every: Count = 1
     """Rounds from one fine-tuning to the next."""
-    finetune_steps: int = 50
+    finetune_steps: Count = 50
     """Steps of a fine-tuning."""
-    finetune_lr: float = 0.05
+    finetune_lr: Positive = 0.05
     """Learning rate of the fine-tuning."""
     finetune_part: Literal["model", "head"] = "model"
     """What fine-tuning updates."""
@@ -106,19 +107,6 @@ class FedVTC(FedProto):
         "ICLR 2026",
         "https://arxiv.org/abs/2508.01669",
     )
-
-    def __post_init__(self) -> None:
-        """Check what is FedVTC's own."""
-        super().__post_init__()
-        for name in ("spread_floor", "generator_lr", "finetune_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
-        for name in ("generator_epochs", "n_synthetic", "finetune_every", "finetune_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("kl_weight", "matching_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
 
     # what exists
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fedloom import losses, tree
 from fedloom.method import Batch, Client, Downlink, Method, Paper, Round, Task, Turn
 from fedloom.nets import Nets
+from fedloom.ranges import Positive
 from fedloom.tree import Tree, Weights
 
 
@@ -23,7 +24,7 @@ class Scaffold(Method):
     The means run over the cohort with equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
     """
 
-    server_lr: float = 1.0
+    server_lr: Positive = 1.0
     """The server's step size (the paper's global eta)."""
 
     also_travels: ClassVar[tuple[str, ...]] = ("control",)
@@ -37,8 +38,6 @@ class Scaffold(Method):
     def __post_init__(self) -> None:
         """Option II reads the mean gradient off the distance travelled, which only plain SGD allows."""
         super().__post_init__()
-        if self.server_lr <= 0:
-            raise ValueError(f"server_lr={self.server_lr}: must be above 0")
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
             raise ValueError("scaffold needs plain SGD: optimizer=sgd, momentum=0, weight_decay=0")
 

@@ -1,0 +1,79 @@
+"""Numbers with limits, as types of fields: one place checks them, and help pages show them in words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import types
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+
+LIMITS: Final[Mapping[str, tuple[Callable[[Any, Any], bool], str, str]]] = MappingProxyType(
+    {
+        "ge": (operator.ge, "at least", "≥"),
+        "gt": (operator.gt, "above", ">"),
+        "le": (operator.le, "at most", "≤"),
+        "lt": (operator.lt, "below", "<"),
+    }
+)
+"""Each limit's test, its words in messages, and its sign in help pages."""
+_PLAIN: Final = MappingProxyType(
+    {"int": "whole number", "float": "number", "bool": "true|false", "str": "text", "Path": "path"}
+)
+
+
+def check(settings: Any) -> None:
+    """Refuse a dataclass with a number outside its field's limits, or one that is not finite. Raises ValueError.
+
+    A subclass that gives a field another default keeps the limits, also where it says plain `float`.
+    """
+    bases = [
+        get_type_hints(cls, include_extras=True) for cls in type(settings).__mro__ if dataclasses.is_dataclass(cls)
+    ]
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        limits = dict.fromkeys(limit for hints in bases for limit in _limits(hints.get(field.name)))
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name}={value}: must be a finite number")
+        if not all(LIMITS[name][0](value, limit) for name, limit in limits):
+            allowed = " and ".join(f"{LIMITS[name][1]} {limit:g}" for name, limit in limits)
+            raise ValueError(f"{field.name}={value}: must be {allowed}")
+
+
+def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
+    """A type in words: `whole number ≥ 1`, `half|standard|none`; `field` may hold further limits."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join(type_words(part) for part in args if part is not type(None))
+    if origin is tuple:
+        return f"list of {type_words(args[0])}"
+    plain = args[0] if origin is Annotated else annotation
+    words = _PLAIN.get(getattr(plain, "__name__", ""), str(plain)) if get_origin(plain) is None else type_words(plain)
+    limits = [*_limits(annotation), *(_named(field.metadata) if field else ())]
+    signs = ", ".join(f"{LIMITS[name][2]} {limit}" for name, limit in limits)
+    return f"{words} {signs}" if signs else words
+
+
+def _limits(annotation: Any) -> Iterator[tuple[str, Any]]:
+    """The limits of an annotated type, by name."""
+    if get_origin(annotation) is Annotated:
+        for note in get_args(annotation)[1:]:
+            yield from _named(note.metadata if isinstance(note, FieldInfo) else [note])
+
+
+def _named(notes: list[Any]) -> Iterator[tuple[str, Any]]:
+    return ((name, getattr(note, name)) for note in notes for name in LIMITS if hasattr(note, name))
