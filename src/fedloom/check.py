@@ -24,7 +24,7 @@ from fedloom.engines import Reply
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError
 from fedloom.experiment import Experiment, Parts
-from fedloom.method import Batch, Client, Downlink, Free, Method, Train, trains_of
+from fedloom.method import Batch, Client, Downlink, Free, Method, OnceFn, Train, trains_of
 from fedloom.nets import Nets, select
 from fedloom.registry import load_object, method_class
 from fedloom.rng import Stream
@@ -188,9 +188,11 @@ class _Trial:
         if free:
             return Finding(rule, None, f"runs, but never vectorised: phase '{free[0]}' is Free work")
         with arithmetic(experiment.settings):
-            for train in trains_of(phases):
+            for train, once in [
+                (train, getattr(phase, "once", None)) for phase in phases for train in trains_of([phase])
+            ]:
                 try:
-                    wrong = _map_differs(experiment, train)
+                    wrong = _map_differs(experiment, train, once)
                 except Exception as error:
                     return Finding(rule, None, f"runs, but never vectorised: phase '{train.name}' {_why(error)}")
                 if wrong:
@@ -235,7 +237,7 @@ class _Lane(NamedTuple):
     memory: Tree
 
 
-def _map_differs(experiment: Experiment, train: Train) -> str:
+def _map_differs(experiment: Experiment, train: Train, once: OnceFn | None) -> str:
     """The first tensor whose gradient differs between two clients in turn and two clients mapped; "" where none does."""
     modules, lanes = _lanes(experiment, train)
 
@@ -243,7 +245,9 @@ def _map_differs(experiment: Experiment, train: Train) -> str:
         def loss(trained: dict[str, Tensor]) -> Tensor:
             buffers = {name: value.clone() for name, value in lane["buffers"].items()}  # BatchNorm writes into them
             nets = Nets(modules, {**lane["fixed"], **trained}, buffers, train.modes)
-            batch = Batch(lane["batch"]["x"], lane["batch"]["y"], lane["batch"]["draws"])
+            batch = Batch(**lane["batch"])
+            if once:
+                batch = batch._replace(once=once(nets, batch, lane["down"], lane["memory"]))
             result = train.loss(nets, batch, lane["down"], lane["memory"])
             return result[0] if isinstance(result, tuple) else result
 

@@ -10,16 +10,16 @@ from __future__ import annotations
 import functools
 import operator
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.errors import MethodError
-from fedloom.method import Batch, Train
+from fedloom.method import Batch, Interleave, Train
 from fedloom.nets import Nets
 from fedloom.tree import Tree
 
@@ -31,6 +31,36 @@ TRIALS = 30  # steps of a kind before it is judged
 REPEATS = 5  # timings of each way
 
 
+class Once(NamedTuple):
+    """What an `Interleave`'s `once` made of a batch (of several lanes, stacked), and the way back through it."""
+
+    values: Params  # with their graph
+    live: Params  # the parameters that gradients flow into
+
+    @property
+    def numbers(self) -> Params:
+        """The values alone."""
+        return {name: value.detach() for name, value in self.values.items()}
+
+    @property
+    def through(self) -> Params:
+        """The values that depend on a live parameter."""
+        return {name: value.detach() for name, value in self.values.items() if value.requires_grad}
+
+    def back(self, grads: Params) -> Params:
+        """Gradients by live parameters and by the values `through`, as gradients by live parameters alone."""
+        ends = [value for value in self.values.values() if value.requires_grad]
+        if not ends:
+            return grads
+        found = torch.autograd.grad(
+            ends, list(self.live.values()), [grads[name] for name in self.through], allow_unused=True
+        )
+        return {
+            name: grads[name] if more is None else grads[name] + more
+            for name, more in zip(self.live, found, strict=True)
+        }
+
+
 class Gradients:
     """Computes gradients with one architecture's modules; remembers which kinds of step to replay."""
 
@@ -40,16 +70,48 @@ class Gradients:
         self._kinds: dict[Any, _Kind] = {}
         self._stateful = any(True for module in modules.values() for _ in module.buffers())
 
+    def once(
+        self,
+        phase: Interleave,
+        members: Iterable[Train],
+        wanted: Params,
+        params: Params,
+        buffers: Params,
+        batch: Batch,
+        down: Tree,
+        memory: Tree,
+    ) -> Once:
+        """What the members that are at work share on a batch; gradients will flow into the parameters `wanted`."""
+        assert phase.once is not None
+        live = _live(wanted)
+        nets = Nets(self.modules, {**params, **live}, buffers, _modes(members))
+        with autocast(batch.x.device, self.bf16):
+            return Once(dict(phase.once(nets, batch, down, memory)), live)
+
+    def mapped_once(self, phase: Interleave, members: Iterable[Train], inputs: Tree, dims: Tree) -> Once:
+        """`once` for several lanes; see `mapped`."""
+        live, modes = _live(inputs["wanted"]), _modes(members)
+
+        def lane(i: Tree) -> tuple[Params, Params]:
+            assert phase.once is not None
+            buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
+            nets = Nets(self.modules, {**i["fixed"], **i["others"], **i["wanted"]}, buffers, modes)
+            with autocast(i["batch"]["x"].device, self.bf16):
+                return dict(phase.once(nets, _batch(i), i["down"], i["memory"])), buffers
+
+        values, buffers = _over_lanes(lane, {**inputs, "wanted": live}, dims)
+        tree.map_tree(Tensor.copy_, inputs["buffers"], buffers)
+        return Once(values, live)
+
     def __call__(
         self, train: Train, wanted: Params, params: Params, buffers: Params, batch: Batch, down: Tree, memory: Tree
     ) -> Found:
-        """The gradients of the parameters `wanted`, and the step's logs."""
+        """The gradients of the parameters `wanted`, and of the entries of `batch.once` among them, and the step's logs."""
         if self._stateful:
             return self._written(train, buffers, wanted, params, batch, down, memory)
 
         def written(i: Tree) -> Found:
-            same = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
-            return self._written(train, buffers, i["wanted"], i["params"], same, i["down"], i["memory"])
+            return self._written(train, buffers, i["wanted"], i["params"], _batch(i), i["down"], i["memory"])
 
         key = _kind_of(train, wanted, batch, down, memory)
         return self._fastest(key, written, _inputs(wanted, params, batch, down, memory))
@@ -63,7 +125,7 @@ class Gradients:
         """
         if self._stateful:
             return self._mapped(train, inputs, dims)
-        rows = Batch(inputs["batch"]["x"], inputs["batch"]["y"], inputs["batch"]["draws"])
+        rows = _batch(inputs)
         kind = _kind_of(train, inputs["wanted"], rows, inputs["down"], inputs["memory"])
         key = kind, tuple(tree.flatten(dims))
         return self._fastest(key, lambda i: self._mapped(train, i, dims), inputs, n_lanes=len(rows.y))
@@ -83,14 +145,11 @@ class Gradients:
         return found
 
     def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
-        def lane(*leaves: Tensor) -> Any:
-            in_order = iter(leaves)
-            i = tree.map_tree(lambda _: next(in_order), inputs)
-
+        def lane(i: Tree) -> Any:
             def loss(wanted: Params) -> tuple[Tensor, tuple[Params, Params]]:
                 buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
-                nets = Nets(self.modules, {**i["fixed"], **i["others"], **wanted}, buffers, train.modes)
-                batch = Batch(i["batch"]["x"], i["batch"]["y"], i["batch"]["draws"])
+                params, batch = _placed(wanted, _batch(i))
+                nets = Nets(self.modules, {**i["fixed"], **i["others"], **params}, buffers, train.modes)
                 with autocast(batch.x.device, self.bf16):
                     value, logs = with_logs(train.loss(nets, batch, i["down"], i["memory"]))
                 return value, (logs, buffers)
@@ -98,16 +157,16 @@ class Gradients:
             grads, (value, (logs, buffers)) = torch.func.grad_and_value(loss, has_aux=True)(i["wanted"])
             return grads, {"loss": value, **logs}, buffers
 
-        ordered = tree.leaves(tree.map_tree(lambda _, dim: dim, inputs, dims))
-        grads, logs, buffers = torch.func.vmap(lane, in_dims=tuple(ordered))(*tree.leaves(inputs))
+        grads, logs, buffers = _over_lanes(lane, inputs, dims)
         tree.map_tree(Tensor.copy_, inputs["buffers"], buffers)
         return grads, logs
 
     def _written(
         self, train: Train, buffers: Params, wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tree
     ) -> Found:
-        live = {name: tensor.detach().requires_grad_() for name, tensor in wanted.items()}
-        nets = Nets(self.modules, {**params, **live}, buffers, train.modes)
+        live = _live(wanted)
+        own, batch = _placed(live, batch)
+        nets = Nets(self.modules, {**params, **own}, buffers, train.modes)
         with autocast(batch.x.device, self.bf16):
             loss, logs = with_logs(train.loss(nets, batch, down, memory))
         grads = torch.autograd.grad(loss, list(live.values()), materialize_grads=True)
@@ -116,14 +175,39 @@ class Gradients:
 
 def _inputs(wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tree) -> Tree:
     """All that a step depends on, as one tree."""
-    x, y, draws = batch
-    return {
-        "wanted": wanted,
-        "params": params,
-        "batch": {"x": x, "y": y, "draws": draws},
-        "down": down,
-        "memory": memory,
-    }
+    return {"wanted": wanted, "params": params, "batch": batch._asdict(), "down": down, "memory": memory}
+
+
+def _batch(inputs: Tree) -> Batch:
+    return Batch(**inputs["batch"])
+
+
+def _live(wanted: Params) -> Params:
+    return {name: tensor.detach().requires_grad_() for name, tensor in wanted.items()}
+
+
+def _placed(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
+    """What gradients are wanted of, as parameters, and as entries of `batch.once` in their places."""
+    if not batch.once:
+        return wanted, batch
+    # views, since torch's counter of operations fails on a module's input that is a leaf
+    once = {name: v.view_as(v) for name, v in {**batch.once, **wanted}.items() if name in batch.once}
+    return {name: p for name, p in wanted.items() if name not in once}, batch._replace(once=once)
+
+
+def _modes(members: Iterable[Train]) -> set[str]:
+    return {net for train in members for net in train.modes}
+
+
+def _over_lanes(lane: Callable[[Tree], Any], inputs: Tree, dims: Tree) -> Any:
+    """`lane` mapped over the stacked leaves of `inputs`."""
+
+    def flat(*leaves: Tensor) -> Any:
+        in_order = iter(leaves)
+        return lane(tree.map_tree(lambda _: next(in_order), inputs))
+
+    ordered = tree.leaves(tree.map_tree(lambda _, dim: dim, inputs, dims))
+    return torch.func.vmap(flat, in_dims=tuple(ordered))(*tree.leaves(inputs))
 
 
 def _kind_of(train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tree) -> Any:
@@ -132,7 +216,7 @@ def _kind_of(train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tre
     A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
     """
     loss = getattr(train.loss, "__func__", train.loss)  # a bound method is another object at every access
-    forms = tuple(tuple(tree.structure(t).items()) for t in (dict(batch.draws), down, memory))
+    forms = tuple(tuple(tree.structure(t).items()) for t in (dict(batch.draws), dict(batch.once), down, memory))
     return (
         train.name,
         getattr(loss, "__code__", loss),

@@ -8,18 +8,18 @@ clients need neither padding nor masks. Sort clients by their number of rows, an
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom import tree
-from fedloom.gradients import Gradients
+from fedloom.gradients import Gradients, Once
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
 from fedloom.nets import select
 from fedloom.rng import Stream
-from fedloom.training import Outcome, Site, is_channels_last, laid_out, report, run_turn, sweep
+from fedloom.training import Outcome, Site, check_once, is_channels_last, laid_out, report, run_turn, sweep
 from fedloom.tree import Tree
 
 
@@ -97,6 +97,7 @@ class _Stack:
         self.phase, self.trains, self.gradients, self.lanes = phase, trains, gradients, lanes
         weights = [lane.client.weights for lane in lanes]
         self.names = {train.name: list(select(weights[0], train.trains)["params"]) for train in trains}
+        check_once(phase, list(self.names.values()))
         trained = {name for names in self.names.values() for name in names}
         fixed = [{name: p for name, p in w["params"].items() if name not in trained} for w in weights]
         self.params = tree.stack([{name: w["params"][name] for name in sorted(trained)} for w in weights])
@@ -126,33 +127,54 @@ class _Stack:
         for step in range(max(map(len, plans))):
             for group in _by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
                 batches = [sites[k].rows.batch(plans[k][step], augment[k]) for k in group]
-                for train in trains:
-                    streams = [draws[train.name][k] for k in group]
-                    self._step(
-                        train,
-                        group,
-                        [_drawn(train, b, sites[0].task, s) for b, s in zip(batches, streams, strict=True)],
-                        lr_scale,
-                    )
+                streams = {t.name: [draws[t.name][k] for k in group] for t in trains}
+                self._advance(_Taken(group, len(self.lanes)), batches, streams, lr_scale)
         return [self._lane(k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
 
-    def _step(self, train: Train, group: list[int], batches: list[Batch], lr_scale: float) -> None:
-        """One step of the lanes in `group`."""
-        taken = _Taken(group, len(self.lanes))
-        names = self.names[train.name]
+    def _advance(
+        self, taken: _Taken, batches: list[Batch], streams: Mapping[str, Sequence[Stream]], lr_scale: float
+    ) -> None:
+        """A step of every member on the next batches of some lanes."""
+        rows, task = tree.stack([{"x": b.x, "y": b.y} for b in batches]), self.lanes[0].site.task
+        rows |= {"draws": {}, "once": {}}
+        once = self._once(taken, rows)
+        if once:
+            rows["once"] = once.numbers
+        for train in self.trains:
+            drawn = [_drawn(train, b, task, s) for b, s in zip(batches, streams[train.name], strict=True)]
+            given = {**rows, "draws": tree.stack(drawn)}
+            self._step(train, taken, given, lr_scale, once if train is self.trains[-1] else None)
+
+    def _inputs(self, names: Sequence[str], taken: _Taken, rows: Tree, through: Tree) -> tuple[Tree, Tree]:
+        """All that a step of the lanes in `taken` depends on, and the dimension of each leaf's lanes."""
         wanted = {name: taken.out(self.params[name]) for name in names}
         others = {name: taken.out(p) for name, p in self.params.items() if name not in wanted}
         buffers = tree.map_tree(taken.out, self.buffers)
-        rows = tree.stack([{"x": b.x, "y": b.y, "draws": dict(b.draws)} for b in batches])
-        own = {"wanted": wanted, "others": others, "buffers": buffers, "batch": rows}
+        own = {"wanted": {**wanted, **through}, "others": others, "buffers": buffers, "batch": rows}
         around = tree.map_tree(lambda leaf, dim: leaf if dim is None else taken.out(leaf), self.around, self.dims)
-        dims = {**tree.map_tree(lambda _: 0, own), **self.dims}  # type: ignore[arg-type, return-value]
-        grads, logs = self.gradients.mapped(train, {**own, **around}, dims)
+        return {**own, **around}, {**tree.map_tree(lambda _: 0, own), **self.dims}  # type: ignore[arg-type, return-value]
+
+    def _once(self, taken: _Taken, rows: Tree) -> Once | None:
+        if isinstance(self.phase, Train) or not self.phase.once:
+            return None
+        inputs, dims = self._inputs(self.names[self.trains[-1].name], taken, rows, {})
+        once = self.gradients.mapped_once(self.phase, self.trains, inputs, dims)
+        self.buffers = tree.map_tree(taken.back, self.buffers, inputs["buffers"])
+        return once
+
+    def _step(self, train: Train, taken: _Taken, rows: Tree, lr_scale: float, once: Once | None) -> None:
+        """One step of the lanes in `taken`; gradients flow through `once`, if given."""
+        names = self.names[train.name]
+        inputs, dims = self._inputs(names, taken, rows, once.through if once else {})
+        grads, logs = self.gradients.mapped(train, inputs, dims)
+        if once:
+            grads = once.back(grads)
+        wanted = {name: inputs["wanted"][name] for name in names}
         state = tree.map_tree(taken.out, self.states[train.name])
         train.optimizer.step(grads, state, wanted, lr_scale)  # stacked tensors are nobody else's
         for name in names:
             self.params[name] = taken.back(self.params[name], wanted[name])
-        self.buffers = tree.map_tree(taken.back, self.buffers, buffers)
+        self.buffers = tree.map_tree(taken.back, self.buffers, inputs["buffers"])
         self.states[train.name] = tree.map_tree(taken.back, self.states[train.name], state)
         sums = self.sums[train.name]
         for name, value in logs.items():
@@ -188,8 +210,8 @@ class _Taken:
         return new if self.rows is None else value.index_copy(0, self.rows, new)
 
 
-def _drawn(train: Train, batch: Batch, task: Task, rng: Stream) -> Batch:
-    return batch._replace(draws=train.draw(batch, task, rng)) if train.draw else batch
+def _drawn(train: Train, batch: Batch, task: Task, rng: Stream) -> Tree:
+    return dict(train.draw(batch, task, rng)) if train.draw else {}
 
 
 def _by_size(sizes: Sequence[int]) -> list[list[int]]:

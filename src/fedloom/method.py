@@ -76,6 +76,7 @@ class Batch(NamedTuple):
     x: Tensor  # (B, ...) inputs, normalised
     y: Tensor  # (B,) labels
     draws: Mapping[str, Tensor] = {}  # what the phase's `draw` made for this batch
+    once: Mapping[str, Tensor] = {}  # what the `Interleave`'s `once` made of this batch
 
 
 class Turn(NamedTuple):
@@ -124,6 +125,7 @@ class Downlink(NamedTuple):
 Logs = dict[str, Tensor]
 LossFn = Callable[[Nets, Batch, Tree, Tree], "Tensor | tuple[Tensor, Logs]"]
 DrawFn = Callable[[Batch, Task, Stream], Mapping[str, Tensor]]
+OnceFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
 Predictor = Callable[[Nets, Tensor, Tree, Tree], Tensor]
 
 
@@ -157,12 +159,18 @@ class Train:
 
 @dataclass(frozen=True)
 class Interleave:
-    """Several `Train`s that take turns on every batch, in order; the members' own epochs and steps do not count."""
+    """Several `Train`s that take turns on every batch, in order; the members' own epochs and steps do not count.
+
+    What several members need of a batch, `once` computes before the first of them steps, with the nets that any of them has in
+    training mode in training mode; they find it in `batch.once`. Gradients flow through it in the last member alone, so only
+    that one may train what it depends on; for the others it is numbers.
+    """
 
     name: str
     members: tuple[Train, ...]
     epochs: int = 1
     steps: int | None = None
+    once: OnceFn | None = None  # (nets, batch without draws, down, memory) -> {name: tensor}
 
     def __post_init__(self) -> None:
         """Refuse work that would never begin or never end."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.errors import DataError, MethodError
-from fedloom.gradients import Gradients, autocast
+from fedloom.gradients import Gradients, Once, autocast
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
@@ -213,13 +213,29 @@ class _Member:
         self.state = opts[train.name] if train.keep_state else train.optimizer.init(params)
         self.steps, self.sums = 0, dict[str, Tensor]()
 
+    def mine(self, weights: Weights) -> dict[str, Tensor]:
+        """The parameters that it trains."""
+        return {name: weights["params"][name] for name in self.names}
+
     def step(
-        self, gradients: Gradients, weights: Weights, batch: Batch, down: Tree, memory: Tree, lr_scale: float
+        self,
+        gradients: Gradients,
+        weights: Weights,
+        batch: Batch,
+        down: Tree,
+        memory: Tree,
+        lr_scale: float,
+        once: Once | None = None,
     ) -> None:
-        """One optimiser step: the first replaces entries of `weights["params"]`, which may be others' too; later ones change them."""
-        params = weights["params"]
-        mine = {name: params[name] for name in self.names}
-        grads, logs = gradients(self.train, mine, params, weights["buffers"], batch, down, memory)
+        """One optimiser step: the first replaces entries of `weights["params"]`, which may be others' too; later ones change them.
+
+        Gradients flow through `once`, if given.
+        """
+        params, mine = weights["params"], self.mine(weights)
+        wanted = {**mine, **once.through} if once else mine
+        grads, logs = gradients(self.train, wanted, params, weights["buffers"], batch, down, memory)
+        if once:
+            grads = once.back(grads)
         if self.steps:
             self.train.optimizer.step(grads, self.state, mine, lr_scale)
         else:
@@ -237,6 +253,7 @@ class _Trainer:
         self.phase, self.gradients, self.client, self.down = phase, gradients, client, down
         every = (phase,) if isinstance(phase, Train) else phase.members
         self.members = [_Member(t, client.weights, client.opts) for t in every if t.when is None or t.when(turn)]
+        check_once(phase, [member.names for member in self.members])
 
     def run(self, site: Site, lr_scale: float) -> Client:
         """Train; returns the client with its new weights and kept optimiser states."""
@@ -248,9 +265,13 @@ class _Trainer:
         for index in order if self.members else ():
             batch = rows.batch(index, augment)
             self._check(batch)
+            once = self._once(weights, batch)
+            numbers = once.numbers if once else {}
             for member, stream in zip(self.members, draws, strict=True):
                 drawn = member.train.draw(batch, task, stream) if member.train.draw else {}
-                member.step(self.gradients, weights, batch._replace(draws=drawn), self.down, memory, lr_scale)
+                given = batch._replace(draws=drawn, once=numbers)
+                way = once if member is self.members[-1] else None
+                member.step(self.gradients, weights, given, self.down, memory, lr_scale, way)
         kept = {m.train.name: m.state for m in self.members if m.train.keep_state}
         return self.client._replace(opts={**self.client.opts, **kept})
 
@@ -266,6 +287,13 @@ class _Trainer:
             for name, value in member.sums.items()
         }
 
+    def _once(self, weights: Weights, batch: Batch) -> Once | None:
+        phase, trains = self.phase, [member.train for member in self.members]
+        if isinstance(phase, Train) or not phase.once:
+            return None
+        wanted, memory = self.members[-1].mine(weights), self.client.memory
+        return self.gradients.once(phase, trains, wanted, **weights, batch=batch, down=self.down, memory=memory)
+
     def _check(self, batch: Batch) -> None:
         if len(batch.y) == 1:
             trained = {net for member in self.members for net in member.train.modes}
@@ -277,6 +305,17 @@ class _Trainer:
                 raise DataError(
                     "BatchNorm cannot train on a batch of one row: raise partition.min_examples or batch_size, or use model.norm=group"
                 )
+
+
+def check_once(phase: Train | Interleave, names: Sequence[Sequence[str]]) -> None:
+    """Refuse members that change what gradients will flow into; `names` are the parameters that each of them trains.
+
+    Raises:
+        MethodError: two do, and the phase computes something once for both.
+    """
+    both = {name for mine in names[:-1] for name in mine}.intersection(*names[-1:])
+    if isinstance(phase, Interleave) and phase.once and both:
+        raise MethodError(f"phase '{phase.name}': with `once`, only its last member may train '{min(both)}'")
 
 
 def sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows) -> Client:

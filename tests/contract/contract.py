@@ -159,6 +159,43 @@ class Meta(FedAvg):
 
 
 @dataclass(frozen=True)
+class Sharing(FedAvg):
+    """A probe learns from the features that the model is trained through, and the model is kept from helping it."""
+
+    shares: bool = True
+    """Whether features are computed once for both (the same numbers, in less time)."""
+    shared: ClassVar[tuple[str, ...]] = ("body", "head")
+
+    def nets(self, arch: Any, task: Task) -> dict[str, Any]:
+        return {"body": arch.body(), "head": arch.head(), "probe": arch.head()}
+
+    def phases(self) -> tuple[Phase, ...]:
+        probe = Train("probe", self.probe_loss, ("probe",), self.local_optimizer(), training=("body", "probe"))
+        fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), keep_state=True)
+        return (Interleave("both", (probe, fit), self.local_epochs, once=self.look if self.shares else None),)
+
+    def look(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tree:
+        return {"features": nets.body(batch.x), "labels": batch.y}
+
+    def probe_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        seen = batch.once or self.look(nets, batch, down, memory)
+        return cross_entropy(nets.probe(seen["features"].detach()), seen["labels"])
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        seen = batch.once or self.look(nets, batch, down, memory)
+        probed = cross_entropy(nets.frozen.probe(seen["features"]), seen["labels"])
+        size = sum(p.square().sum() for name, p in nets.params.items() if name.startswith("body."))
+        return cross_entropy(nets.head(seen["features"]), seen["labels"]) - 0.1 * probed + 0.01 * size
+
+    def predictors(self) -> dict[str, Predictor]:
+        return {"personal": self.predict}
+
+    def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
+        logits: Tensor = nets.head(nets.body(x))
+        return logits
+
+
+@dataclass(frozen=True)
 class Remembering(FedAvg):
     """Each client remembers its last two models, in an order in which one takes the other's place."""
 
@@ -245,5 +282,5 @@ class Secure(FedMR):
 
 TOYS = {
     cls.__name__: cls
-    for cls in (ClassMeans, Counting, Noisy, Meta, Remembering, Perfed, Differing, Late, Namesake, Secure)
+    for cls in (ClassMeans, Counting, Noisy, Meta, Sharing, Remembering, Perfed, Differing, Late, Namesake, Secure)
 }

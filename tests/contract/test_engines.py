@@ -54,6 +54,7 @@ CASES = [
     *((method, model) for model in MODELS for method in METHODS),
     *((toy, "mlp") for toy in TOYS),
     ("Perfed", "resnet8"),
+    ("Sharing", "resnet8"),
     ("fedmr+fedprox", "mlp"),
     ("fedmr+fedasam", "resnet8"),
     ("Secure", "resnet8"),
@@ -294,6 +295,16 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
         monkeypatch.setattr(gradients, "TRIALS", 5)
         runs.append(left_by(make(experiment, method, "mlp", "sequential", **settings)))
     assert_same(*runs)
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_features_computed_once_for_two_losses_give_the_same_weights(experiment, engine):
+    settings = {**SETTINGS, "engine": engine, "batch_size": 8}
+    methods = (TOYS["Sharing"](local_epochs=3, shares=shares) for shares in (True, False))
+    once, twice = (left_by(experiment(method, **settings)) for method in methods)
+    for one, other in zip([once.server, *once.clients], [twice.server, *twice.clients], strict=True):
+        tree.map_tree(lambda p, q: torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-10) or p, one, other)
+    assert once.summary["flops_per_round"] < 0.8 * twice.summary["flops_per_round"]
 
 
 def test_class_means_have_a_known_answer(experiment):

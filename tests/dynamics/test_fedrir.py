@@ -93,16 +93,46 @@ def test_the_information_term_reaches_gfe_but_not_q_and_is_clamped(mode):
 
 
 def test_fitting_q_reaches_nothing_but_q():
-    method = FedRIR()
-    modules, client = made(method)
-    params = {name: p.clone().requires_grad_() for name, p in client.weights["params"].items()}
-    (fit_q,) = [t for t in trains_of(method.phases()) if t.trains == ("idm",)]
-    batch = Batch(rows().x, rows().y)
-    batch = batch._replace(draws=fit_q.draw(batch, TASK, Stream(0)) if fit_q.draw else {})
-    result = fit_q.loss(Nets(modules, params, client.weights["buffers"]), batch, {}, {})
-    loss = result[0] if isinstance(result, tuple) else result
-    grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), allow_unused=True), strict=True))
-    assert {name.partition(".")[0] for name, grad in grads.items() if grad is not None} == {"idm"}
+    (both,) = [phase for phase in FedRIR().phases() if isinstance(phase, Interleave)]
+    (params, buffers), _ = worked(FedRIR(), (replace(both, members=both.members[:1]),))
+    assert params == {"idm"}
+    assert buffers == set()
+
+
+@pytest.mark.parametrize("mode", ["vclub", "vclub_sampled"])
+@pytest.mark.parametrize("mcsl", ["masked", "supervised"])
+def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
+    """The weights are those of two forward passes, and running statistics move once for a batch."""
+    method = FedRIR(mcsl=mcsl, idm_mode=mode)
+    (both,) = [phase for phase in method.phases() if isinstance(phase, Interleave)]
+
+    def twice(loss, detached):
+        def inner(nets, batch, down, memory):
+            seen = method.features(nets, batch.x)
+            seen = {name: value.detach() for name, value in seen.items()} if detached else seen
+            return loss(nets, batch._replace(once=seen), down, memory)
+
+        return inner
+
+    fit_q, classify = both.members
+    apart = (
+        replace(fit_q, loss=twice(fit_q.loss, True), training=(*classify.modes, "idm")),
+        replace(classify, loss=twice(classify.loss, False)),
+    )
+    found = []
+    for phase in (both, replace(both, members=apart, once=None)):
+        modules, client = made(method, "fedrir_cnn")
+        after, steps, logs = run_phases(
+            (phase,), Gradients(modules), client, {}, Site(rows(), Plan(5), TASK, Stream(2)), Turn(0, 4, 20)
+        )
+        assert steps == {"idm": 4, "classify": 4}
+        found.append((after, logs))
+    (once, logs), (again, expected) = found
+    assert logs == pytest.approx(expected, rel=1e-9)
+    for name, value in once.weights["params"].items():
+        torch.testing.assert_close(value, again.weights["params"][name], rtol=1e-9, atol=1e-12)
+    tracked = [after.weights["buffers"]["gfe.norm1.num_batches_tracked"].item() for after, _ in found]
+    assert tracked == [4, 8]
 
 
 def test_every_step_with_the_bound_is_preceded_by_a_step_of_q():

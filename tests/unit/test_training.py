@@ -1,5 +1,7 @@
 """Batches and phases: what one client does in its turn."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -133,6 +135,55 @@ def test_members_of_an_interleave_see_the_same_batches_in_turn():
     assert steps == {"a": 6, "b": 6}
     assert [name for name, _, _ in seen] == ["a", "b"] * 6
     assert all(a[1] == b[1] and a[2] != b[2] for a, b in zip(seen[::2], seen[1::2], strict=True))
+
+
+def test_what_is_computed_once_has_a_known_gradient():
+    """Two steps by hand: the first member fits b to the numbers s = w x, the second moves w by d/dw (s b)^2 with the new b."""
+    modules = net(nn.Linear(1, 1, bias=False))
+    modules["other"] = nn.Linear(1, 1, bias=False).requires_grad_(False)
+    nn.init.constant_(modules["model"][0].weight, 2.0)
+    nn.init.constant_(modules["other"].weight, 3.0)
+    calls = []
+
+    def once(nets, batch, down, memory):
+        calls.append(batch.draws)
+        return {"s": nets.model(torch.ones(1, 1)), "half": torch.tensor(0.5)}
+
+    def fit(nets, batch, down, memory):
+        assert not batch.once["s"].requires_grad
+        return batch.once["half"] * (nets.other(torch.ones(1, 1)) - batch.once["s"]).square().sum()
+
+    def use(nets, batch, down, memory):
+        assert batch.once["s"].requires_grad
+        assert not batch.once["half"].requires_grad
+        return nets.frozen.other(batch.once["s"]).square().sum()
+
+    members = (Train("fit", fit, ("other",), SGD), Train("use", use, ("model",), SGD))
+    _, (after, steps, _) = work(Interleave("both", members, steps=2, once=once), modules=modules)
+    w, b, rate = 2.0, 3.0, 0.1
+    for _ in range(2):
+        s = w
+        b -= rate * (b - s)
+        w -= rate * 2 * s * b * b
+    assert after.weights["params"]["other.weight"].item() == pytest.approx(b, rel=1e-5)
+    assert after.weights["params"]["model.0.weight"].item() == pytest.approx(w, rel=1e-5)
+    assert steps == {"fit": 2, "use": 2}
+    assert calls == [{}, {}]
+
+
+def test_only_the_last_member_may_train_what_is_computed_once():
+    def once(nets, batch, down, memory):
+        return {"s": nets.model(batch.x)}
+
+    head = Train("head", loss, ("model.0.bias",), SGD)
+    both = Interleave("both", (head, Train("fit", loss, ("model",), SGD)), once=once)
+    with pytest.raises(
+        MethodError, match=r"phase 'both': with `once`, only its last member may train 'model\.0\.bias'"
+    ):
+        work(both)
+    off = replace(both, members=(replace(head, when=lambda _: False), both.members[1]))
+    work(off)
+    work(replace(both, members=tuple(replace(m, when=lambda _: False) for m in both.members)))
 
 
 def noise(batch, task, rng):

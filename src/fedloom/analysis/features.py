@@ -42,9 +42,7 @@ def features_of(method: Method, owner: Owner, x: Tensor) -> dict[str, Tensor]:
     """
     nets, down, memory = owner
     if isinstance(method, FedRIR):
-        if method.mcsl == "off":
-            return {"f_g": nets.gfe(x)}
-        return dict(zip(("f_g", "f_cs"), method.features(nets, x), strict=True))
+        return method.features(nets, x)
     with _watched(owner) as seen:
         method.predictors()["personal"](nets, x, down, memory)
     if not seen:

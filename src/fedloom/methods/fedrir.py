@@ -111,9 +111,9 @@ class FedRIR(Method):
         elif self.idm_mode == "released":
             second = self._train("classify", self.loss, (*classifier, "idm"))
         else:
-            fit_q = self._train("idm", self.q_loss, ("idm",), modes=("gfe", "idm"))
+            fit_q = self._train("idm", self.q_loss, ("idm",))
             classify = self._train("classify", self.loss, classifier, self.draw_pairs)
-            second = Interleave("distil", (fit_q, classify), epochs=self.local_epochs)
+            second = Interleave("distil", (fit_q, classify), epochs=self.local_epochs, once=self.both)
         return (first, second) if self.generates else (second,)
 
     # stage 1: masked client-specific learning
@@ -143,20 +143,21 @@ class FedRIR(Method):
 
     # stage 2: classification with information distillation
 
-    def features(self, nets: Nets, x: Tensor) -> tuple[Tensor, Tensor]:
-        """f_g and f_cs, both (B, D); no gradient flows into csfe unless the cross-entropy trains it."""
-        if self.mcsl == "supervised":
-            return nets.gfe(x), nets.csfe(x).chunk(2, 1)[0]
-        with torch.no_grad():
-            specific = nets.csfe(x).chunk(2, 1)[0]
-        return nets.gfe(x), specific
+    def features(self, nets: Nets, x: Tensor) -> dict[str, Tensor]:
+        """f_g and, unless MCSL is off, f_cs, (B, D) each; no gradient flows into csfe unless the cross-entropy trains it."""
+        if self.mcsl == "off":
+            return {"f_g": nets.gfe(x)}
+        specific = nets.csfe(x).chunk(2, 1)[0]
+        return {"f_g": nets.gfe(x), "f_cs": specific if self.mcsl == "supervised" else specific.detach()}
+
+    def both(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> dict[str, Tensor]:
+        """The features that both steps on a batch use."""
+        return self.features(nets, batch.x)
 
     def q_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """-log q(f_cs | f_g): fits q before each use; no gradient flows into f_g or f_cs."""
-        with torch.no_grad():
-            common, specific = self.features(nets, batch.x)
-        mean, log_variance = nets.idm(common)
-        return losses.gaussian_nll(mean, log_variance, specific)
+        mean, log_variance = nets.idm(batch.once["f_g"])
+        return losses.gaussian_nll(mean, log_variance, batch.once["f_cs"])
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
         """For the sampled bound: another row for every row."""
@@ -164,13 +165,11 @@ class FedRIR(Method):
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Cross-entropy of head([f_g, f_cs]) plus idm_weight times the information term."""
-        if self.mcsl == "off":
-            return losses.cross_entropy(nets.head(nets.gfe(batch.x)), batch.y), {}
-        common, specific = self.features(nets, batch.x)
-        error = losses.cross_entropy(nets.head(torch.cat([common, specific], 1)), batch.y)
+        features = batch.once or self.features(nets, batch.x)
+        error = losses.cross_entropy(nets.head(torch.cat(list(features.values()), 1)), batch.y)
         if not self.informs:
             return error, {}
-        information = self.information(nets, common, specific.detach(), batch)
+        information = self.information(nets, features["f_g"], features["f_cs"].detach(), batch)
         return error + self.idm_weight * information, {"cross_entropy": error, "information": information}
 
     def information(self, nets: Nets, common: Tensor, specific: Tensor, batch: Batch) -> Tensor:
@@ -188,8 +187,7 @@ class FedRIR(Method):
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
         """Logits (B, Y)."""
-        features = (nets.gfe(x),) if self.mcsl == "off" else self.features(nets, x)
-        logits: Tensor = nets.head(torch.cat(features, 1))
+        logits: Tensor = nets.head(torch.cat(list(self.features(nets, x).values()), 1))
         return logits
 
     @property
@@ -208,7 +206,6 @@ class FedRIR(Method):
         loss: LossFn,
         trains: tuple[str, ...],
         draw: DrawFn | None = None,
-        modes: tuple[str, ...] | None = None,
     ) -> Train:
         return Train(
             name,
@@ -218,5 +215,4 @@ class FedRIR(Method):
             self.local_epochs,
             draw=draw,
             keep_state=self.keep_optimizer,
-            training=modes,
         )
