@@ -1,0 +1,97 @@
+"""Keep what a study found: its runs' ends and curves, by method and seed, in benchmarks/results/NAME.json, and a Markdown table of them.
+
+    python benchmarks/study.py NAME "the command that made the runs" RUN [RUN ...]
+
+A RUN is a run's folder, or a folder of such folders (of a comparison). The table has the mean over seeds, and the spread (half the distance
+from least to most) where there are several.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedloom.report.read import RunRecord, read
+
+RESULTS = Path(__file__).parent / "results"
+CURVES = (
+    "personal_accuracy",
+    "general_accuracy",
+    "server_accuracy",
+    "valid_accuracy",
+    "server.slot_cosine",
+    "server.prototype_cosine",
+)
+ENVIRONMENT = ("fedloom", "python", "torch", "numpy", "cpu", "cores", "threads")
+
+
+def found(run: RunRecord) -> dict[str, Any]:
+    """One run: the accuracies of its last rounds, its bytes, its last logs and its curves (by evaluated round)."""
+    rows, last = run.metrics, run.metrics.iloc[-1]
+    ends = {
+        "personal": last.personal_accuracy,
+        "personal_last10": rows.personal_accuracy.tail(10).mean(),
+        "personal_worst10": last.personal_accuracy_worst10,
+        "general": last.general_accuracy,
+        "server": last.server_accuracy,
+        "valid": last.get("valid_accuracy"),
+    }
+    curves = {name: list(map(rounded, rows[name])) for name in CURVES if name in rows and rows[name].notna().any()}
+    logs = {name: rounded(value) for name, value in last.items() if "." in str(name)}
+    size = {
+        "rounds": int(last["round"]),
+        "uplink_bytes": int(last.uplink_bytes),
+        "downlink_bytes": int(last.downlink_bytes),
+    }
+    return (
+        {name: rounded(value) for name, value in ends.items()}
+        | size
+        | {"logs": logs, "round": rows["round"].tolist(), **curves}
+    )
+
+
+def rounded(value: Any) -> float | None:
+    """Five digits; None for what is missing."""
+    return None if value is None or pd.isna(value) else float(f"{value:.5g}")
+
+
+def table(runs: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Markdown: accuracies in percent, one method a row."""
+    columns = ("personal", "personal_last10", "personal_worst10", "general", "server", "valid")
+    lines = ["| | " + " | ".join(columns) + " | MB up |", "|---" * (len(columns) + 2) + "|"]
+    for method, seeds in runs.items():
+        cells = [spread([run[column] for run in seeds.values()]) for column in columns]
+        lines.append(f"| {method} | {' | '.join(cells)} | {next(iter(seeds.values()))['uplink_bytes'] / 1e6:.1f} |")
+    return "\n".join(lines)
+
+
+def spread(values: list[float | None]) -> str:
+    """Such as `71.3 ± 0.8`."""
+    known = [100 * value for value in values if value is not None]
+    if not known:
+        return ""
+    mean = f"{sum(known) / len(known):.1f}"
+    return mean if len(known) == 1 else f"{mean} ± {(max(known) - min(known)) / 2:.1f}"
+
+
+def main(name: str, command: str, *folders: str) -> None:
+    """Write the file, print the table."""
+    records = read(folders)
+    runs: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in records:
+        label = run.name.rsplit("-seed", 1)[0]
+        runs.setdefault(label, {})[str(run.seed)] = found(run)
+    environment = {key: records[0].environment.get(key) for key in ENVIRONMENT}
+    kept = {"command": command, "environment": environment, "runs": runs}
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept) + "\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 4:
+        sys.exit(__doc__)
+    main(*sys.argv[1:])
