@@ -68,6 +68,7 @@ class Gradients:
         """With `bf16`, matrix products and convolutions run in bfloat16 (autocast); weights and updates stay as they are."""
         self.modules, self.bf16 = modules, bf16
         self._kinds: dict[Any, _Kind] = {}
+        self._around: tuple[Tree, Tree, Any] = ({}, {}, ((), ()))  # a downlink, a memory, and their forms
         self._stateful = any(True for module in modules.values() for _ in module.buffers())
 
     def once(
@@ -113,7 +114,7 @@ class Gradients:
         def written(i: Tree) -> Found:
             return self._written(train, buffers, i["wanted"], i["params"], _batch(i), i["down"], i["memory"])
 
-        key = _kind_of(train, wanted, batch, down, memory)
+        key = self._kind_of(train, wanted, batch, down, memory)
         return self._fastest(key, written, _inputs(wanted, params, batch, down, memory))
 
     def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
@@ -126,7 +127,7 @@ class Gradients:
         if self._stateful:
             return self._mapped(train, inputs, dims)
         rows = _batch(inputs)
-        kind = _kind_of(train, inputs["wanted"], rows, inputs["down"], inputs["memory"])
+        kind = self._kind_of(train, inputs["wanted"], rows, inputs["down"], inputs["memory"])
         key = kind, tuple(tree.flatten(dims))
         return self._fastest(key, lambda i: self._mapped(train, i, dims), inputs, n_lanes=len(rows.y))
 
@@ -143,6 +144,28 @@ class Gradients:
             with torch.random.fork_rng(devices=[]):  # the trial must not move the phase's generator
                 kind.replay = faster_replay(written, inputs)
         return found
+
+    def _kind_of(self, train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tree) -> Any:
+        """What one trace can stand for: a loss, what it is derived by, and the structure of all that it may read.
+
+        A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
+        """
+        loss = getattr(train.loss, "__func__", train.loss)  # a bound method is another object at every access
+        known_down, known_memory, forms = self._around  # the same two trees serve all steps of a phase
+        if known_down is not down or known_memory is not memory:
+            forms = _form(down), _form(memory)
+            self._around = down, memory, forms
+        return (
+            train.name,
+            getattr(loss, "__code__", loss),
+            tuple(wanted),
+            train.modes,
+            batch.x.shape,
+            batch.x.stride(),
+            _form(batch.draws),
+            _form(batch.once),
+            forms,
+        )
 
     def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         def lane(i: Tree) -> Any:
@@ -195,6 +218,10 @@ def _placed(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
     return {name: p for name, p in wanted.items() if name not in once}, batch._replace(once=once)
 
 
+def _form(tensors: Mapping[str, Any]) -> Any:
+    return tuple(tree.structure(dict(tensors)).items()) if tensors else ()
+
+
 def _modes(members: Iterable[Train]) -> set[str]:
     return {net for train in members for net in train.modes}
 
@@ -208,24 +235,6 @@ def _over_lanes(lane: Callable[[Tree], Any], inputs: Tree, dims: Tree) -> Any:
 
     ordered = tree.leaves(tree.map_tree(lambda _, dim: dim, inputs, dims))
     return torch.func.vmap(flat, in_dims=tuple(ordered))(*tree.leaves(inputs))
-
-
-def _kind_of(train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tree) -> Any:
-    """What one trace can stand for: a loss, what it is derived by, and the structure of all that it may read.
-
-    A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
-    """
-    loss = getattr(train.loss, "__func__", train.loss)  # a bound method is another object at every access
-    forms = tuple(tuple(tree.structure(t).items()) for t in (dict(batch.draws), dict(batch.once), down, memory))
-    return (
-        train.name,
-        getattr(loss, "__code__", loss),
-        tuple(wanted),
-        train.modes,
-        batch.x.shape,
-        batch.x.stride(),
-        forms,
-    )
 
 
 class _Kind:
@@ -286,15 +295,32 @@ def _trace(step: Callable[[Tree], Found], inputs: Tree) -> Callable[[Tree], Foun
             used.append(path.split("/"))
         else:
             traced.graph.erase_node(node)
+    _shorten(traced.graph)
     traced.recompile()
+    run = traced.forward  # without the hooks of a module's call
 
     def replay(now: Tree) -> Found:
         with torch.no_grad():
-            found = traced(*[functools.reduce(operator.getitem, path, now) for path in used])
+            found = run(*[functools.reduce(operator.getitem, path, now) for path in used])
         grads, logs = names
         return dict(zip(grads, found, strict=False)), dict(zip(logs, found[len(grads) :], strict=True))
 
     return replay
+
+
+def _shorten(graph: torch.fx.Graph) -> None:
+    """Leave out operations that change nothing: they cost as much Python as others."""
+    aten = torch.ops.aten
+    for node in graph.find_nodes(op="call_function", target=aten.detach.default):
+        node.replace_all_uses_with(node.args[0])
+    for node in graph.find_nodes(op="call_function", target=aten.t.default):
+        inner = node.args[0]
+        if inner.target == aten.t.default:
+            node.replace_all_uses_with(inner.args[0])
+    for node in graph.find_nodes(op="call_function", target=aten.mul.Scalar):
+        if node.args[1] == 1 and isinstance(node.args[1], int):
+            node.replace_all_uses_with(node.args[0])
+    graph.eliminate_dead_code()
 
 
 def _with_grad(step: Callable[[Tree], Found], inputs: Tree) -> Found:

@@ -270,11 +270,10 @@ class Method:
         """The weights with which the client starts its turn. Every travelling tensor must be replaced."""
         if not self.shared:
             return weights
-        missing = tree.structure(self.travelling(weights)).keys() - tree.structure(down["weights"]).keys()
+        sent, mine = down["weights"], self.travelling(weights)
+        missing = [f"{kind}/{name}" for kind, part in mine.items() for name in part if name not in sent.get(kind, {})]
         if missing:
-            raise MethodError(
-                f"the downlink lacks {sorted(missing)[0]} and {len(missing) - 1} more tensors that travel"
-            )
+            raise MethodError(f"the downlink lacks {min(missing)} and {len(missing) - 1} more tensors that travel")
         return tree.merge(weights, down["weights"])
 
     def phases(self) -> tuple[Phase, ...]:

@@ -148,6 +148,17 @@ def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, r
         MethodError: a pattern matches nothing.
     """
     norms = norm_layers(weights) if any("norm" in pattern for pattern in patterns) else set()
+    names = tuple((kind, tuple(part)) for kind, part in weights.items())
+    chosen = _chosen(names, frozenset(norms), tuple(patterns), buffers, rest)
+    return {kind: {name: weights[kind][name] for name in mine} for kind, mine in chosen}
+
+
+Names = tuple[tuple[str, tuple[str, ...]], ...]  # by kind
+
+
+@functools.lru_cache(1024)  # the same few questions are asked for every client in every round
+def _chosen(names: Names, norms: frozenset[str], patterns: tuple[str, ...], buffers: bool, rest: bool) -> Names:
+    """The names that `select` takes."""
 
     def matches(pattern: str, name: str) -> bool:
         if pattern == name:
@@ -159,14 +170,16 @@ def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, r
         inside = not part or (layer_of(name) in norms if part == "norm" else name.startswith(f"{net}.{part}."))
         return inside != negated
 
+    every = [name for _, part in names for name in part]
     for pattern in patterns:
-        if not any(matches(pattern, name) for part in weights.values() for name in part):
-            raise MethodError(f"the pattern '{pattern}' names nothing; nets: {', '.join(sorted(net_names(weights)))}")
+        if not any(matches(pattern, name) for name in every):
+            nets = sorted({name.partition(".")[0] for name in every})
+            raise MethodError(f"the pattern '{pattern}' names nothing; nets: {', '.join(nets)}")
 
     def taken(kind: str, name: str) -> bool:
         return (buffers or kind == "params") and any(matches(pattern, name) for pattern in patterns)
 
-    return {kind: {n: t for n, t in part.items() if taken(kind, n) != rest} for kind, part in weights.items()}
+    return tuple((kind, tuple(name for name in part if taken(kind, name) != rest)) for kind, part in names)
 
 
 def net_names(weights: Weights) -> set[str]:

@@ -8,6 +8,7 @@ between processes; none of them would do.)
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -32,7 +33,11 @@ class Stream:
 
     def __init__(self, *key: Key) -> None:
         self.key = tuple(part if isinstance(part, str) else int(part) for part in key)
-        self.numpy = np.random.Generator(np.random.Philox(key=digest(*self.key)))
+
+    @functools.cached_property
+    def numpy(self) -> np.random.Generator:
+        """The generator, made at the first draw: most streams only have children."""
+        return np.random.Generator(np.random.Philox(key=digest(*self.key)))
 
     def child(self, *key: Key) -> Stream:
         """An independent stream below this one; drawing from this one does not move it."""

@@ -66,9 +66,7 @@ class Scorer:
             return
         x, y = self._data.rows(np.concatenate([self._rows(i) for i in waiting]))
         logits = self._predict(waiting[0], self._last, x)
-        for i, mine, labels in zip(waiting, torch.split(logits, sizes), torch.split(y, sizes), strict=True):
-            if len(labels):
-                self._scores[i] = score_of(mine, labels, self._data.n_classes)
+        self._scores |= zip(waiting, scores_of(logits, y, sizes, self._data.n_classes), strict=True)
 
 
 class Share(NamedTuple):
@@ -115,9 +113,17 @@ def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor
 
 def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
     """Rows predicted rightly, and rows, per class. A row without a finite logit counts as wrong."""
+    return scores_of(logits, labels, [len(labels)], n_classes)[0]
+
+
+def scores_of(logits: Tensor, labels: Tensor, sizes: Sequence[int], n_classes: int) -> list[Score]:
+    """`score_of` for rows of several clients, one after another, so many of each."""
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
-    counts = (torch.bincount(chosen, minlength=n_classes).cpu().numpy() for chosen in (labels[right], labels))
-    return Score(*counts)
+    n = len(sizes)
+    places = torch.arange(n, device=labels.device).repeat_interleave(torch.tensor(sizes, device=labels.device))
+    cells = places * n_classes + labels
+    counts = (torch.bincount(c, minlength=n * n_classes).cpu().numpy().reshape(n, -1) for c in (cells[right], cells))
+    return [Score(*pair) for pair in zip(*counts, strict=True)]
 
 
 def none(n_classes: int) -> Score:
@@ -126,6 +132,8 @@ def none(n_classes: int) -> Score:
 
 
 def _same_tensors(a: Client, b: Client) -> bool:
+    if a is b:
+        return True
     mine, other = ({"weights": c.weights, "memory": c.memory} for c in (a, b))
     pairs = list(zip(tree.flatten(mine), tree.flatten(other), strict=False))
     return len(tree.leaves(mine)) == len(tree.leaves(other)) and all(p == q and x is y for (p, x), (q, y) in pairs)

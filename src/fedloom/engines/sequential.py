@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+import torch
 from torch import Tensor
 
 from fedloom import tree
@@ -42,6 +43,7 @@ class Sequential(Engine):
         self._initial: list[Weights] = [read_weights(gradients.modules) for gradients in self._gradients]
         pictures = len(problem.task.input_shape) == 3
         self._channels_last = [pictures] * len(problem.archs)  # until an architecture refuses it
+        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never took part, where all are alike
         self.store: Store = MemoryStore(self._blank)
 
     def share(self, folder: Path) -> None:
@@ -115,9 +117,10 @@ class Sequential(Engine):
     ) -> list[dict[str, Score]]:
         """`score`, on the k-th of n pieces of the common rows, `part=(k, n)`."""
         scorers = [self._scorer(ask, down.common, part) for ask in asks]
+        same = self._received(clients[0], down.common) if self.problem.one_model and len(clients) else None
         for i in clients:
             fitted = self._whole(i) if any(ask.fitted for ask in asks) else None
-            received = self._adapted(number, down.common, i)
+            received = same or self._adapted(number, down.common, i)
             for ask, scorer in zip(asks, scorers, strict=True):
                 scorer.add(i, fitted if ask.fitted and fitted else received)
         found = {ask.name: scorer.scores() for ask, scorer in zip(asks, scorers, strict=True)}
@@ -179,8 +182,15 @@ class Sequential(Engine):
         return self._gradients[self.problem.arch_of[i]]
 
     def _blank(self, i: int) -> Client:
-        client = self.problem.initial(i, self._initial[self.problem.arch_of[i]])
-        return client._replace(weights=self.problem.kept(client.weights))
+        p, arch = self.problem, self.problem.arch_of[i]
+        key = arch, torch.get_default_dtype()
+        if key in self._blanks:
+            return self._blanks[key]
+        client = p.initial(i, self._initial[arch])
+        client = client._replace(weights=p.kept(client.weights))
+        if p.same_init:
+            self._blanks[key] = client
+        return client
 
     def _whole(self, i: int) -> Client:
         """Client `i` with all its tensors: what it does not keep is as it was initially, until `receive` replaces it."""
