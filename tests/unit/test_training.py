@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedloom import optim
-from fedloom.engines.scoring import score_of
+from fedloom.engines.scoring import score_of, scores_of
 from fedloom.errors import DataError, MethodError
 from fedloom.gradients import Gradients
 from fedloom.losses import cross_entropy
@@ -325,6 +325,16 @@ def test_recalls_count_rows_by_class():
     right, n = score_of(logits, torch.tensor([0, 1, 0, 0]), 3)
     assert right.tolist() == [1, 1, 0]
     assert n.tolist() == [3, 1, 0]
+
+
+def test_rows_of_several_clients_are_counted_client_by_client():
+    logits, labels, sizes = Stream(0).normal((9, 3)), Stream(1).integers(3, (9,)), [4, 0, 5]
+    logits[2, 1] = float("inf")
+    together = scores_of(logits, labels, sizes, 3)
+    apart = zip(logits.split(sizes), labels.split(sizes), strict=True)
+    for one, (mine, own) in zip(together, apart, strict=True):
+        assert one.right.tolist() == score_of(mine, own, 3).right.tolist()
+        assert one.rows.tolist() == torch.bincount(own, minlength=3).tolist()
 
 
 def test_batches_are_augmented_with_a_stream_of_their_own():
