@@ -436,9 +436,19 @@ def test_headers_are_checked():
             open_envelope(good.replace(old, new))
 
 
-def test_methods_whose_clients_exchange_uplinks_are_refused(federation, tmp_path):
-    option = "secure"
-    place = federation(method="fedmr")
-    chosen = values(method="fedmr", **{f"method.{option}": True}) | {"out": str(tmp_path / "r")}
-    with pytest.raises(ConfigError, match="devices talk to the server alone"):
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"method": "fedmr", "method.secure": True}, "method=fedmr: its clients exchange .* devices talk to the server alone"),
+        ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
+        ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused_at_every_step(federation, tmp_path, settings, reason):
+    with pytest.raises(ConfigError, match=f"^{reason}"):
+        federation("other", **settings)
+    assert not (tmp_path / "other").exists()
+    place = federation()
+    chosen = values(**settings) | {"out": str(tmp_path / "r")}
+    with pytest.raises(ConfigError, match=f"^{reason}"):
         running.prepare(place, chosen, Wire(place), list[str]().append)

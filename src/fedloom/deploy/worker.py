@@ -181,8 +181,10 @@ class Worker:
 
 def serve(folder: Path, pipe: Connection) -> None:
     """The worker process: answers until the pipe closes."""
-    hold()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's own handlers came along
+        signal.signal(number, signal.SIG_DFL)
+    hold()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     worker = Worker(folder)
     while True:

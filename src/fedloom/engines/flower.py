@@ -33,7 +33,7 @@ from fedloom.engines.envelope import (
 from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink, Method
+from fedloom.method import Client, Downlink
 from fedloom.training import Modules
 from fedloom.tree import Tree
 
@@ -102,7 +102,6 @@ class Flower(Engine):
     ) -> None:
         """`roster`: the clients of each node; `call`: what every request says; `tell`: takes a line about whatever was lost or refused."""
         super().__init__(problem)
-        refuse_exchange(problem.method)
         self._link, self._call, self._tell = link, call, tell
         self.turns = Turns()  # in memory, until the run has a folder
         self._node_of = {i: node for node, clients in roster.items() for i in clients}
@@ -237,15 +236,6 @@ def _reply(letter: Letter, turn: Turned) -> Reply:
         raise WireError(turn.failure)
     uplink = letter.tree(str(turn.slot))
     return Reply(turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds)
-
-
-def refuse_exchange(method: Method) -> None:
-    """Methods whose clients talk among themselves before they upload cannot run here: devices talk to the server alone."""
-    if method.exchanges:
-        name = type(method).__name__
-        raise ConfigError(
-            f"method={name.lower()}: its clients exchange parts of their uplinks, and devices talk to the server alone"
-        )
 
 
 __all__ = ["Flower", "Link", "Lost", "Turns"]
