@@ -276,6 +276,35 @@ def test_clients_that_are_not_there_count_no_rows(deployed):
     assert all(0 < row["personal_accuracy"] <= 1 for row in ran.experiment.rows)
 
 
+def test_too_few_clients_skip_a_round(federation, tmp_path):
+    """Half of them where more are wanted, then none at all until the deadline, then all again."""
+    place = federation()
+    place.file = place.file.model_copy(update={"deadline_s": 1.0})
+    link, said = Wire(place), list[str]()
+    chosen = values(rounds=4, min_clients=3) | {"out": str(tmp_path / "run")}
+    experiment = running.prepare(place, chosen, link, said.append)
+    every = link.workers
+    there = {1: {"node-0": every["node-0"]}, 2: {}}
+
+    def leave(done, rounds, row):
+        link.workers = there.get(done, every)
+
+    experiment.run(leave)
+    assert [row["cohort"] for row in experiment.rows] == [4, 0, 0, 4]
+    assert experiment.rows[-1]["skipped"] == 2
+    assert "round 2: node-1 is not there" in said
+    assert {"round 3: node-0 is not there", "round 3: node-1 is not there"} <= set(said)
+
+
+@pytest.mark.parametrize("rule", ["wait", "drop", "partial", "late"])
+def test_simulated_stragglers_are_those_of_the_sequential_engine(deployed, simulated, rule):
+    devices = {"devices.slow": 0.5, "devices.slowdown": 3.0, "devices.dropout": 0.2, "devices.stragglers": rule}
+    there, here = deployed(rounds=5, **devices), simulated(rounds=5, **devices)
+    assert tree.equal(there.experiment.server, here.server)
+    assert scores(there.experiment) == scores(here)
+    assert here.rows[-1]["late"] or rule in ("wait", "partial")
+
+
 class StopError(Exception):
     """An interruption."""
 
@@ -439,7 +468,10 @@ def test_headers_are_checked():
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"method": "fedmr", "method.secure": True}, "method=fedmr: its clients exchange .* devices talk to the server alone"),
+        (
+            {"method": "fedmr", "method.secure": True},
+            "method=fedmr: its clients exchange .* devices talk to the server alone",
+        ),
         ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
         ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
     ],

@@ -58,7 +58,9 @@ def test_auto_looks_where_ray_noted_its_cluster(cluster, monkeypatch, tmp_path):
         check_address("auto")
 
 
-@pytest.mark.parametrize("address", ["foo", "host", "ray://host", "host:port", "host:0", "host:70000", "a b:1", "::1:5"])
+@pytest.mark.parametrize(
+    "address", ["foo", "host", "ray://host", "host:port", "host:0", "host:70000", "a b:1", "::1:5"]
+)
 def test_what_is_no_address_is_said(address):
     with pytest.raises(ConfigError, match=r"must be auto, HOST:PORT or ray://HOST:PORT$"):
         check_address(address)

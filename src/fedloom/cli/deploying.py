@@ -75,7 +75,9 @@ def init(words: Sequence[str]) -> int:
     )
     given = parser.read(words)
     folder = _folder(given.folder, "init")
-    made = create(folder, _one_experiment(read_values(given.words)), given.nodes, [h.strip() for h in given.address.split(",")])
+    made = create(
+        folder, _one_experiment(read_values(given.words)), given.nodes, [h.strip() for h in given.address.split(",")]
+    )
     console = output()
     console.print(f"folder  {folder}", soft_wrap=True)
     for node, clients in made.file.nodes.items():

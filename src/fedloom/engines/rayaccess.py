@@ -23,7 +23,9 @@ ASKED = {  # a call that changes nothing, of the service behind a kind of addres
 def quiet_environment() -> None:
     """Settings that Ray reads as it is imported: nothing is sent to its makers, a token that is there is used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # Ray prints losses on standard output; the engine says who was lost
+    os.environ.setdefault(
+        "RAY_DEDUP_LOGS_SKIP_REGEX", "."
+    )  # Ray prints losses on standard output; the engine says who was lost
     if _token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -46,7 +48,9 @@ def check_address(address: str) -> None:
 
 def refused(address: str | None, reason: str) -> ConfigError:
     """What to say of an address, or of this machine, and why."""
-    what = f"engine.address={address}: no Ray cluster can be joined there" if address else "engine=ray: Ray cannot start"
+    what = (
+        f"engine.address={address}: no Ray cluster can be joined there" if address else "engine=ray: Ray cannot start"
+    )
     return ConfigError(f"{what}: {reason}")
 
 
