@@ -19,7 +19,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedloom.deploy.folder import NodeFile, read_file
-from fedloom.deploy.runtime import TaskToken, beating, finish_task, read_place, take_task
+from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 from fedloom.deploy.worker import serve
 from fedloom.engines.envelope import Failed, open_envelope, seal
@@ -179,6 +179,3 @@ def content_of(message: Message) -> bytes:
         if isinstance(found, bytes):
             return found
     raise WireError("a message that carries no fedloom envelope")
-
-
-__all__ = ["TaskToken", "WorkerProcess", "as_record", "content_of", "run_node", "supernode_command"]
