@@ -1,6 +1,8 @@
 """What is said of a Ray cluster that cannot be joined, before Ray is asked."""
 
+import os
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -74,13 +76,15 @@ def test_nobody_there_is_said_in_one_line():
             check_address(address)
 
 
-def test_a_token_that_is_there_is_used(monkeypatch):
+@pytest.mark.parametrize("imported", [False, True])
+@pytest.mark.parametrize("address", [None, "auto"])
+def test_a_token_that_is_there_is_used_where_ray_can_still_take_it(monkeypatch, address, imported):
+    """Ray reads the mode as it is imported: set later, its servers would ask for a token and its client would send none."""
     for key in ("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_AUTH_MODE"):
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
-    quiet_environment()
-    import os
-
-    assert os.environ["RAY_AUTH_MODE"] == "token"
+    monkeypatch.setitem(sys.modules, "ray", sys) if imported else monkeypatch.delitem(sys.modules, "ray", False)
+    quiet_environment(address)
+    assert (os.environ.get("RAY_AUTH_MODE") == "token") == (address is not None and not imported)
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

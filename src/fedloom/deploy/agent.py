@@ -49,7 +49,7 @@ class WorkerProcess:
         """
         if self._process is None or not self._process.is_alive():
             self.end()
-            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self._pipe, theirs = context.Pipe()
             self._process = context.Process(target=serve, args=(self._folder, theirs), daemon=True)
             self._process.start()

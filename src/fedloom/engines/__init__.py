@@ -77,7 +77,7 @@ def make_engine(
 
 
 def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:
-    quiet_environment()
+    quiet_environment(address)
     try:
         from fedloom.engines.ray import Cluster, Ray
     except ModuleNotFoundError as missing:

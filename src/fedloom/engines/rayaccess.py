@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import sys
 from pathlib import Path
 
 from fedloom.errors import ConfigError
@@ -20,13 +21,14 @@ ASKED = {  # a call that changes nothing, of the service behind a kind of addres
 }
 
 
-def quiet_environment() -> None:
-    """Settings that Ray reads as it is imported: nothing is sent to its makers, a token that is there is used."""
+def quiet_environment(address: str | None) -> None:
+    """Settings that Ray reads as it is imported: nothing is sent to its makers, and a token that is there is used at `address`.
+
+    For a cluster of its own, and where it was imported before, Ray sees to its token itself.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_DEDUP_LOGS_SKIP_REGEX", "."
-    )  # Ray prints losses on standard output; the engine says who was lost
-    if _token():
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # losses on standard output; the engine says who was lost
+    if address and "ray" not in sys.modules and _token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
