@@ -60,10 +60,7 @@ def run(words: Sequence[str]) -> int:
     else:
         values = read_values(given.words)
         refuse_several(values)
-        settings = make_settings(values)
-        if settings.engine.name.endswith("ray") and not given.quiet:  # it takes some seconds, each worker imports torch
-            Console(stderr=True).print("starting workers on Ray", highlight=False)
-        experiment = Experiment(settings)
+        experiment = Experiment(make_settings(values))
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
     until_interrupted(lambda: _run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
