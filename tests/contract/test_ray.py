@@ -101,7 +101,7 @@ def lost_by(caplog):
     for record in caplog.records:
         said = re.match(r"engine=ray: round (\d+) goes on without clients? ([\d, ]+): worker", record.getMessage())
         assert said, record.getMessage()
-        found.setdefault(int(said[1]), set()).update(int(i) for i in said[2].split(","))
+        found.setdefault(int(said[1]) - 1, set()).update(int(i) for i in said[2].split(","))
     return found
 
 

@@ -1,5 +1,6 @@
 """The kill matrix: who fails, how and when, and what comes of it. Recorded in docs/deployment.md."""
 
+import json
 import os
 import re
 import signal
@@ -57,8 +58,8 @@ def run(federation, folder, rounds, on_round=None, path=None):
     return experiment, said
 
 
-def expected(folder, rounds, lost):
-    """The sequential engine's server, with the turns of some clients in some rounds undone."""
+def expected(folder, rounds, lost, rejected=None):
+    """The sequential engine's server, with the turns of some clients in some rounds undone; rejected ones are not, but do not count."""
     chosen = values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder), "engine": {"name": "sequential"}}
     experiment = Experiment(make_settings(chosen))
     engine, train = experiment.engine, experiment.engine.train
@@ -69,7 +70,7 @@ def expected(folder, rounds, lost):
         replies = train(number, cohort, down)
         for i, client in before.items():
             engine.restore(i, client)
-        return [reply for reply in replies if reply.client not in gone]
+        return [reply for reply in replies if reply.client not in (*gone, *(rejected or {}).get(number, ()))]
 
     engine.train = lossy
     experiment.run()
@@ -88,10 +89,13 @@ def test_clients_that_raise_die_hang_or_answer_wrongly_lose_their_round_alone(fe
     print("\n".join(said))
     assert has(said, r"node-2: round 2, client 4: ValueError: the disk is full")
     assert has(said, r"node-2: the worker ended in the middle of its work \(exit code 3\)")
-    assert has(said, r"node-2: round 4, client 5: .*(lacks|expected|nobody asked)")
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    rejected = [event for event in events if event["event"] == "rejected"]
+    assert [(event["round"], event["clients"]) for event in rejected] == [(4, [4]), (4, [5])]
+    assert all("the message lacks 'weights/params" in event["reason"] for event in rejected)
     assert has(said, r"node-2: (nothing after 45 s; the worker was replaced|no answer within 45 s)")
     assert [row["cohort"] for row in experiment.rows] == [6, 4, 4, 4, 4, 6]
-    same = expected(tmp_path / "expected", 6, dict.fromkeys((1, 2, 3, 4), (4, 5)))
+    same = expected(tmp_path / "expected", 6, dict.fromkeys((1, 2, 4), (4, 5)), {3: (4, 5)})
     assert tree.equal(experiment.server, same.server)
 
 
@@ -100,13 +104,20 @@ def kill_group(process):
     process.wait()
 
 
-def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation, tmp_path):
+@pytest.mark.parametrize("what", ["node", "supernode"])
+def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation, tmp_path, what):
     """Killed in the middle of a round, started again at once: the SuperLink takes it back when its old self has expired."""
+
+    def kill():
+        if what == "node":
+            kill_group(federation.processes["node-1"])
+        else:  # the agent starts it again
+            kill_program(b"supernode.py", federation.deployment.path / "node-1")
 
     def fault(done, rounds, row):
         if done == 1:
-            threading.Timer(1.0, kill_group, [federation.processes["node-1"]]).start()
-        if done == 2:
+            threading.Timer(1.0, kill).start()
+        if done == 2 and what == "node":
             federation.start_node("node-1")
 
     experiment, said = run(federation, tmp_path / "run", 14, fault)
@@ -119,25 +130,65 @@ def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation
     assert tree.equal(experiment.server, expected(tmp_path / "expected", 14, lost).server)
 
 
+def kill_program(program, folder):
+    """SIGKILL for a program of which there is one, named by a word of its command and by a folder in it."""
+    found = [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and program in (command := _command(entry)) and str(folder).encode() in command
+    ]
+    assert found, program
+    for number in found:
+        os.kill(number, signal.SIGKILL)
+
+
+def without_those_who_did_not_come(experiment, folder):
+    """What the sequential engine makes of a run in which the same clients were lost in the same rounds."""
+    came = {(row["round"] - 1, row["client"]) for row in experiment.client_rows if row.get("examples", 0) > 0}
+    rounds = experiment.settings.rounds
+    lost = {number: tuple(i for i in range(6) if (number, i) not in came) for number in range(rounds)}
+    return expected(folder, rounds, lost)
+
+
 def test_a_killed_superlink_is_waited_for_and_the_run_ends_as_if_nothing_had_been(federation, tmp_path):
     def fault(done, rounds, row):
         if done == 1:
-            superlinks = [
-                int(entry.name)
-                for entry in Path("/proc").iterdir()
-                if entry.name.isdigit()
-                and b"flower-superlink" in (command := _command(entry))
-                and str(federation.deployment.server).encode() in command
-            ]
-            assert superlinks
-            for number in superlinks:
-                os.kill(number, signal.SIGKILL)
+            kill_program(b"flower-superlink", federation.deployment.server)
 
     experiment, said = run(federation, tmp_path / "run", 3, fault)
     print("\n".join(said))
     assert "flower-superlink ended (exit code -9" in federation.log("server")
     assert [row["cohort"] for row in experiment.rows] == [6, 6, 6], said
     assert tree.equal(experiment.server, expected(tmp_path / "expected", 3, {}).server)
+
+
+def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation, tmp_path):
+    """The proxy in round 2, the SuperLink in round 4, a worker in round 6; whoever lost its round is back in the end."""
+    own, node = federation.deployment.server, federation.deployment.path / "node-1"
+    worker = f"deploy\0node\0{node}".encode()  # agent and worker have the same command: the worker is the agent's child
+
+    def kill_worker():
+        agent = federation.processes["node-1"].pid
+        below = [int(p) for p in Path(f"/proc/{agent}/task/{agent}/children").read_text().split()]
+        (number,) = [p for p in below if worker in _command(Path(f"/proc/{p}"))]
+        os.kill(number, signal.SIGKILL)
+
+    faults = {
+        1: lambda: kill_program(b"proxy.py", own),
+        3: lambda: kill_program(b"flower-superlink", own),
+        5: kill_worker,
+    }
+
+    def fault(done, rounds, row):
+        if done in faults:
+            threading.Timer(1.0, faults[done]).start()
+
+    experiment, said = run(federation, tmp_path / "run", 8, fault)
+    print("\n".join(said), federation.log("server"), [row["cohort"] for row in experiment.rows])
+    for program in ("proxy", "flower-superlink"):
+        assert f"{program} ended (exit code -9" in federation.log("server")
+    assert experiment.rows[-1]["cohort"] == 6, said
+    assert tree.equal(experiment.server, without_those_who_did_not_come(experiment, tmp_path / "expected").server)
 
 
 def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path):
@@ -158,10 +209,8 @@ def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path):
             end_group(process)
     print("\n".join(said))
     assert has(said, "the SuperLink is gone")
-    came = {(row["round"] - 1, row["client"]) for row in experiment.client_rows if row.get("examples", 0) > 0}
-    lost = {n: tuple(i for i in range(6) if (n, i) not in came) for n in range(3)}
     assert experiment.rows[-1]["cohort"] == 6, said
-    assert tree.equal(experiment.server, expected(tmp_path / "expected", 3, lost).server)
+    assert tree.equal(experiment.server, without_those_who_did_not_come(experiment, tmp_path / "expected").server)
 
 
 def _command(entry):

@@ -6,10 +6,12 @@ import ipaddress
 import os
 import shutil
 import signal
+import socket
 import ssl
 import stat
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -26,13 +28,15 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from fedloom import tree
+from fedloom.config import make_settings, to_toml
 from fedloom.deploy import certificates
+from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
 from fedloom.deploy.proxy import allowed, make_app
 from fedloom.deploy.server import superlink_command
-from fedloom.deploy.services import Service, end_group, free_ports, leashed
+from fedloom.deploy.services import Service, end_group, free_ports, leashed, require_free
 from fedloom.deploy.store import NodeStore
-from fedloom.engines.envelope import Member
+from fedloom.engines.envelope import Hello, Member, open_envelope, seal
 from fedloom.errors import ConfigError, WireError
 from fedloom.method import Client
 
@@ -346,3 +350,60 @@ def test_free_ports_differ():
 
 def test_flower_is_on_the_machine():
     assert shutil.which("flower-superlink", path=str(Path(sys.executable).parent))
+
+
+# the worker of a node
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """A node's worker process, and its number; `hang` and `die` are methods that do so."""
+    values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
+    place = create(tmp_path / "federation", values, 1)
+    started = WorkerProcess(place.path / "node-0", threading.Event())
+    started.tend()
+    yield started
+    started.end()
+
+
+def hello(**settings):
+    config = to_toml(make_settings({"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp"}}))
+    call = {"config": config, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 30.0}
+    return seal(Hello(call=call | {"run": "0" * 16} | settings), {})
+
+
+def test_a_worker_that_is_killed_while_idle_is_replaced(worker):
+    assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
+    os.kill(worker._process.pid, signal.SIGKILL)
+    worker._process.join(5)
+    worker.tend()
+    assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
+
+
+def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker):
+    before = worker._process.pid
+    os.kill(before, signal.SIGSTOP)
+    assert "nothing after 0.5 s" in open_envelope(worker.answer(hello(), 0.5)).header.reason
+    worker.tend()
+    assert worker._process.pid != before
+    os.kill(worker._process.pid, signal.SIGKILL)
+    assert "in the middle of its work (exit code -9)" in open_envelope(worker.answer(hello(), 60)).header.reason
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start from nothing")
+def test_agent_and_worker_share_most_of_their_memory(worker):
+    """A device of 1 GB has no room for torch twice."""
+    open_envelope(worker.answer(hello(), 60))
+    lines = Path(f"/proc/{worker._process.pid}/smaps_rollup").read_text().splitlines()
+    kb = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
+    assert kb["Private_Dirty"] + kb["Private_Clean"] < 0.5 * kb["Rss"]
+
+
+def test_a_port_in_use_is_said_in_one_line(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"^port {port} is in use; is it you"):
+            require_free(port, "is it you?")
+    require_free(port, "")

@@ -190,13 +190,6 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
         lambda _: seal(Trained(turns=[Turned(client=2, slot=2, examples=9), Turned(client=3, slot=3, examples=9)]), {}),
         "has no part",
     ),
-    "wrong weights": (
-        lambda _: seal(
-            Trained(turns=[Turned(client=2, slot=2, examples=9), Turned(client=3, slot=3, examples=9)]),
-            {slot: {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}} for slot in "23"},
-        ),
-        "lacks|expected",
-    ),
 }
 
 
@@ -212,6 +205,34 @@ def test_a_spoilt_answer_costs_its_clients_part_in_the_round_and_nothing_else(de
     assert ran.said
     assert any(re.search(reason, line) for line in ran.said), ran.said
     assert all("node-1" in line for line in ran.said)
+
+
+def test_uplinks_of_another_form_are_rejected_as_on_every_engine(deployed, simulated):
+    """Their clients keep what they learnt; the run goes on with the others."""
+    strange = {
+        2: {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}},
+        3: {"weights": {"params": {}}, "more": {"x": torch.ones(2)}},
+    }
+    turns = [Turned(client=i, slot=i, examples=9) for i in strange]
+    answers = {("node-1", 3): seal(Trained(turns=turns), {str(i): message for i, message in strange.items()})}
+    ran = deployed(lambda node, n, answer: answers.get((node, n), answer), method="fedper")
+    assert [row["cohort"] for row in ran.experiment.rows] == [4, 2, 4]
+    events = [json.loads(line) for line in (ran.experiment.folder.path / "events.jsonl").read_text().splitlines()]
+    assert [(e["round"], e["event"], e["clients"]) for e in events] == [(2, "rejected", [2]), (2, "rejected", [3])]
+    assert all("the message lacks 'weights/params/" in event["reason"] for event in events)
+
+
+def test_a_device_may_leave_out_branches_without_tensors(deployed, simulated):
+    """An MLP has no buffers; the method's own uplink has a branch for them."""
+
+    def cut(node, n, answer):
+        letter = open_envelope(answer)
+        if (node, n) != ("node-1", 1):
+            return answer
+        trees = {name: {"weights": {"params": letter.tree(name)["weights"]["params"]}} for name in letter.trees}
+        return seal(letter.header, trees)
+
+    assert tree.equal(deployed(cut).experiment.server, simulated().server)
 
 
 def test_a_client_that_fails_is_reported_and_the_others_go_on(deployed, federation, tmp_path, monkeypatch):
@@ -253,6 +274,35 @@ def test_clients_that_are_not_there_count_no_rows(deployed):
     ran = deployed(lambda node, n, answer: Lost("gone") if node == "node-1" and n else answer)
     assert [row["cohort"] for row in ran.experiment.rows] == [2, 2, 2]
     assert all(0 < row["personal_accuracy"] <= 1 for row in ran.experiment.rows)
+
+
+def test_too_few_clients_skip_a_round(federation, tmp_path):
+    """Half of them where more are wanted, then none at all until the deadline, then all again."""
+    place = federation()
+    place.file = place.file.model_copy(update={"deadline_s": 1.0})
+    link, said = Wire(place), list[str]()
+    chosen = values(rounds=4, min_clients=3) | {"out": str(tmp_path / "run")}
+    experiment = running.prepare(place, chosen, link, said.append)
+    every = link.workers
+    there = {1: {"node-0": every["node-0"]}, 2: {}}
+
+    def leave(done, rounds, row):
+        link.workers = there.get(done, every)
+
+    experiment.run(leave)
+    assert [row["cohort"] for row in experiment.rows] == [4, 0, 0, 4]
+    assert experiment.rows[-1]["skipped"] == 2
+    assert "round 2: node-1 is not there" in said
+    assert {"round 3: node-0 is not there", "round 3: node-1 is not there"} <= set(said)
+
+
+@pytest.mark.parametrize("rule", ["wait", "drop", "partial", "late"])
+def test_simulated_stragglers_are_those_of_the_sequential_engine(deployed, simulated, rule):
+    devices = {"devices.slow": 0.5, "devices.slowdown": 3.0, "devices.dropout": 0.2, "devices.stragglers": rule}
+    there, here = deployed(rounds=5, **devices), simulated(rounds=5, **devices)
+    assert tree.equal(there.experiment.server, here.server)
+    assert scores(there.experiment) == scores(here)
+    assert here.rows[-1]["late"] or rule in ("wait", "partial")
 
 
 class StopError(Exception):
@@ -415,9 +465,22 @@ def test_headers_are_checked():
             open_envelope(good.replace(old, new))
 
 
-def test_methods_whose_clients_exchange_uplinks_are_refused(federation, tmp_path):
-    option = "secure"
-    place = federation(method="fedmr")
-    chosen = values(method="fedmr", **{f"method.{option}": True}) | {"out": str(tmp_path / "r")}
-    with pytest.raises(ConfigError, match="devices talk to the server alone"):
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"method": "fedmr", "method.secure": True},
+            "method=fedmr: its clients exchange .* devices talk to the server alone",
+        ),
+        ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
+        ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
+    ],
+)
+def test_what_cannot_be_deployed_is_refused_at_every_step(federation, tmp_path, settings, reason):
+    with pytest.raises(ConfigError, match=f"^{reason}"):
+        federation("other", **settings)
+    assert not (tmp_path / "other").exists()
+    place = federation()
+    chosen = values(**settings) | {"out": str(tmp_path / "r")}
+    with pytest.raises(ConfigError, match=f"^{reason}"):
         running.prepare(place, chosen, Wire(place), list[str]().append)

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from fedloom.cli.running import conclude, until_interrupted
+from fedloom.cli.running import conclude, refuse_several, until_interrupted
 from fedloom.cli.words import Parser, output, read_values, settings_words
 from fedloom.config import Values, make_settings
 from fedloom.errors import ConfigError, suggest
@@ -21,7 +21,8 @@ from fedloom.progress import live
 from fedloom.runfolder import RunFolder
 
 INIT_EXAMPLES = """\
-  fedloom deploy init ward configs/digits.toml --nodes 3 --address fl.example.org
+  fedloom deploy init ward method=fedrir clients=3 --nodes 3 --address fl.example.org
+  fedloom deploy init ward experiment.toml --nodes 3 --address fl.example.org,192.0.2.7
   fedloom deploy init lab method=fedrir clients=12 --nodes 4 --address 192.168.1.10
 """
 UP_EXAMPLES = """\
@@ -74,7 +75,9 @@ def init(words: Sequence[str]) -> int:
     )
     given = parser.read(words)
     folder = _folder(given.folder, "init")
-    made = create(folder, read_values(given.words), given.nodes, [h.strip() for h in given.address.split(",")])
+    made = create(
+        folder, _one_experiment(read_values(given.words)), given.nodes, [h.strip() for h in given.address.split(",")]
+    )
     console = output()
     console.print(f"folder  {folder}", soft_wrap=True)
     for node, clients in made.file.nodes.items():
@@ -114,7 +117,7 @@ def run(words: Sequence[str]) -> int:
     deployment = Deployment(_folder(given.folder, "run"))
     if given.resume and given.words:
         raise ConfigError(f"'{given.words[0]}': --resume takes its settings from the run's folder alone")
-    values = _over(read_config(deployment.path), given.words)
+    values = _one_experiment(_over(read_config(deployment.path), given.words))
     _execute(deployment, values, given)
     return 0
 
@@ -135,7 +138,7 @@ def up(words: Sequence[str]) -> int:
         raise ConfigError("fedloom deploy up: say how many nodes with --local N")
     if given.local < 1:
         raise ConfigError(f"--local {given.local}: must be at least 1")
-    values = {"checkpoint_every": 1, **read_values(given.words)}
+    values = {"checkpoint_every": 1, **_one_experiment(read_values(given.words))}
     settings = deployable(make_settings(values))
     check_plan(settings, given.local)
     if settings.out is not None:
@@ -209,6 +212,11 @@ def _folder(word: str | None, step: str) -> Path:
     if word is None or "=" in word:
         raise ConfigError(f"fedloom deploy {step}: name a folder; see fedloom deploy {step} --help")
     return Path(word)
+
+
+def _one_experiment(values: Values) -> Values:
+    refuse_several(values)
+    return values
 
 
 def _over(values: Values, words: Sequence[str]) -> Values:

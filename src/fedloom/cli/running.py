@@ -59,7 +59,7 @@ def run(words: Sequence[str]) -> int:
         experiment = Experiment.resume(given.resume)
     else:
         values = read_values(given.words)
-        _refuse_several(values)
+        refuse_several(values)
         experiment = Experiment(make_settings(values))
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
@@ -102,7 +102,7 @@ def _nothing_else(words: Sequence[str], command: str) -> None:
         raise ConfigError(f"'{words[0]}': fedloom {command} --resume takes its settings from the folder alone")
 
 
-def _refuse_several(values: Values) -> None:
+def refuse_several(values: Values) -> None:
     """Settings that only a comparison can have."""
     method = values.get("method", {})
     name = method.get("name") if isinstance(method, Mapping) else method

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -17,8 +19,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedloom.deploy.folder import NodeFile, read_file
-from fedloom.deploy.runtime import TaskToken, beating, finish_task, read_place, take_task
-from fedloom.deploy.services import Service, ended_by_signals, flower_environment, script
+from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 from fedloom.deploy.worker import serve
 from fedloom.engines.envelope import Failed, open_envelope, seal
 from fedloom.errors import ConfigError, WireError
@@ -39,48 +41,44 @@ class WorkerProcess:
         self._folder, self._over = folder, over
         self._process: Any = None
         self._pipe: Connection | None = None
-        self.start()
 
-    def start(self) -> None:
-        """Start a fresh process."""
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(self._folder, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
+    def tend(self) -> None:
+        """Start a process where there is none. To be called while this process has one thread.
+
+        It is forked, so that a small device holds Python, torch and fedloom in its memory once.
+        """
+        if self._process is None or not self._process.is_alive():
+            self.end()
+            context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=serve, args=(self._folder, theirs), daemon=True)
+            self._process.start()
+            theirs.close()
 
     def answer(self, data: bytes, deadline_s: float) -> bytes:
-        """The worker's answer; a failure, and a fresh worker, where it hangs past the deadline or dies."""
-        pipe = self._pipe
-        if pipe is None or not self._process.is_alive():
-            self.replace()
-            pipe = self._pipe
-        assert pipe is not None
+        """The worker's answer; a failure where it hangs past the deadline, and is ended, or dies."""
+        assert self._pipe is not None
         try:
-            pipe.send_bytes(data)
+            self._pipe.send_bytes(data)
             until = time.monotonic() + deadline_s
             while not self._over.is_set() and time.monotonic() < until:
-                if pipe.poll(POLL_S):
-                    return pipe.recv_bytes()
+                if self._pipe.poll(POLL_S):
+                    return self._pipe.recv_bytes()
             reason = f"nothing after {deadline_s:g} s; the worker was replaced"
         except (EOFError, OSError):
             self._process.join(5)
             reason = f"the worker ended in the middle of its work (exit code {self._process.exitcode}) and was replaced"
         log.error(reason)
-        self.replace()
-        return seal(Failed(reason=reason), {})
-
-    def replace(self) -> None:
-        """End the process, at work or not, and start another."""
         self.end()
-        self.start()
+        return seal(Failed(reason=reason), {})
 
     def end(self) -> None:
         """End the process."""
         if self._pipe is not None:
             self._pipe.close()
-        self._process.kill()
-        self._process.join(5)
+        if self._process is not None:
+            self._process.kill()
+            self._process.join(5)
 
 
 def run_node(folder: Path) -> None:
@@ -93,6 +91,7 @@ def run_node(folder: Path) -> None:
     for name in ("node.key", "ca.crt", "runtime.secret"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is not a node's folder: it holds no {name}")
+    require_free(node.runtime_port, "is this node running already? (runtime_port is in node.toml)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     supernode = Service(
@@ -101,6 +100,7 @@ def run_node(folder: Path) -> None:
     with ended_by_signals() as over:
         supernode.start()
         worker = WorkerProcess(folder, over)
+        gc.freeze()  # or the next collection would unshare what the worker is to share
         log.info("%s: clients %s; the server is %s", node.name, ", ".join(map(str, node.clients)), node.server)
         try:
             _attend(folder, node, supernode, worker, over)
@@ -124,6 +124,7 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
     tasks = place.client()
     tasks._retry_invoker = None  # the SuperNode may be starting: look again soon
     while not over.is_set():
+        worker.tend()
         if line := supernode.tend():
             log.error(line)
         try:
@@ -178,6 +179,3 @@ def content_of(message: Message) -> bytes:
         if isinstance(found, bytes):
             return found
     raise WireError("a message that carries no fedloom envelope")
-
-
-__all__ = ["TaskToken", "WorkerProcess", "as_record", "content_of", "run_node", "supernode_command"]

@@ -79,14 +79,14 @@ def node_key_bytes(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
     return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
-def write_new(path: Path, content: bytes | str, *, secret: bool = False, executable: bool = False) -> None:
+def write_new(path: Path, content: bytes | str, *, secret: bool = False) -> None:
     """Write a file that does not exist yet; secret ones are readable for their owner only.
 
     Raises:
         FileExistsError: nothing is overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mode = 0o600 if secret else 0o755 if executable else 0o644
+    mode = 0o600 if secret else 0o644
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 

@@ -179,6 +179,15 @@ def deployable(settings: Settings) -> Settings:
         raise ConfigError(
             f"engine={settings.engine.name}: a federation on devices has an engine of its own; leave it out"
         )
+    method, name = make_method(settings.method), settings.method.name
+    if method.exchanges:
+        raise ConfigError(
+            f"method={name}: its clients exchange parts of their uplinks, and devices talk to the server alone"
+        )
+    if method.pooled:
+        raise ConfigError(f"method={name}: pools all rows in one place, which devices never do")
+    if settings.join.clients:
+        raise ConfigError("join.clients: clients that join later are not for devices; begin a run that counts them in")
     engine = settings.engine.model_copy(update={"name": "flower"})
     return settings.model_copy(update={"engine": engine})
 
@@ -204,7 +213,6 @@ def _copy_code(settings: Settings, folder: Path) -> None:
 
 def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:
     """Raises ConfigError for what cannot be deployed, before anything is written or started."""
-    make_method(settings.method)
     if settings.clients is None:
         raise ConfigError(
             "clients: say how many clients the federation has (partition=natural, file and own cannot tell before)"

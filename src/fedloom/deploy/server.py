@@ -10,8 +10,7 @@ import time
 
 from fedloom.deploy.folder import LOOPBACK, Deployment
 from fedloom.deploy.grid import LinkError, register_nodes
-from fedloom.deploy.services import Service, ended_by_signals, flower_environment, script
-from fedloom.errors import ConfigError
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 
 log = logging.getLogger("fedloom.server")
 START_S = 60.0  # how long the SuperLink may take to come up
@@ -39,7 +38,7 @@ def run_server(deployment: Deployment) -> None:
     """Run SuperLink and proxy until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for port in (deployment.file.superlink_port, deployment.file.port):
-        _check_free(port)
+        require_free(port, "is the server running already? (ports are in federation.toml)")
     home = (deployment.server / "flwr").resolve()
     superlink = Service(
         "flower-superlink", superlink_command(deployment), flower_environment(home), deployment.server / "superlink.log"
@@ -84,14 +83,3 @@ def _wait(deployment: Deployment, superlink: Service, over: threading.Event) -> 
         if ended or time.monotonic() > until:
             raise LinkError(f"the SuperLink did not come up; see {deployment.server / 'superlink.log'}")
         over.wait(0.3)
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            raise ConfigError(
-                f"port {port} is in use; is the server running already? (ports are in federation.toml)"
-            ) from None

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from fedloom.errors import ConfigError
+
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # before a restart; the last one for all that follow
 STEADY_S = 90.0  # a process that ran so long starts with the first pause again
 GRACE_S = 10.0  # between asking a group to end and ending it
@@ -41,6 +43,16 @@ def free_ports(n: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def require_free(port: int, hint: str) -> None:
+    """Raise ConfigError where somebody uses a port on the loopback."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            raise ConfigError(f"port {port} is in use; {hint}") from None
 
 
 def leashed(command: Sequence[str]) -> list[str]:

@@ -63,7 +63,8 @@ Type=exec
 {who}
 ExecStart={command}
 Restart=always
-RestartSec=2
+RestartSec=5
+# systemd 254 and newer: 5 s at first, a minute in the end; older ones say that they do not know these, and wait 5 s each time
 RestartSteps=6
 RestartMaxDelaySec=60
 KillMode=control-group

@@ -44,7 +44,7 @@ from fedloom.engines.envelope import (
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WireError
 from fedloom.method import Downlink
-from fedloom.tree import Tree, merge
+from fedloom.tree import merge
 
 log = logging.getLogger("fedloom.node")
 LONGEST = 300  # letters of a reason that leaves the node
@@ -93,7 +93,7 @@ class Worker:
     def _train(self, letter: Letter, request: TrainRequest) -> bytes:
         site = self._serve(request.call, request.number, request.members)
         common = letter.tree("common")
-        turns, uplinks, notes = [], {}, []
+        turns, uplinks = [], {}
         for member in request.members:
             try:
                 own = f"each-{member.slot}"
@@ -105,8 +105,7 @@ class Worker:
                 log.exception("client %d, round %d failed", member.client, request.number + 1)
                 turns.append(Turned(client=member.client, slot=member.slot, failure=_reason(error)))
             log.info("round %d: client %d is done", request.number + 1, member.client)
-        notes += site.store.notes
-        return seal(Trained(turns=turns, notes=notes), uplinks)
+        return seal(Trained(turns=turns, notes=site.store.notes), uplinks)
 
     def _score(self, letter: Letter, request: ScoreRequest) -> bytes:
         site = self._serve(request.call, request.number, request.members)
@@ -181,8 +180,10 @@ class Worker:
 
 def serve(folder: Path, pipe: Connection) -> None:
     """The worker process: answers until the pipe closes."""
-    hold()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's own handlers came along
+        signal.signal(number, signal.SIG_DFL)
+    hold()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     worker = Worker(folder)
     while True:
@@ -215,6 +216,3 @@ def _counted(score: Score) -> Counted:
 def _reason(error: BaseException) -> str:
     """One line for the server; the whole of it stays in the node's log."""
     return " ".join(blame(error).split())[:LONGEST]
-
-
-__all__ = ["Tree", "Worker", "serve"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Mapping
 
@@ -11,6 +10,7 @@ from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
 from fedloom.engines.joining import Joining
 from fedloom.engines.memory import keep_freed_memory
 from fedloom.engines.processes import Processes, cores
+from fedloom.engines.rayaccess import quiet_environment
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.vectorised import Vectorised
 from fedloom.engines.wrappers import Bytes, Debug
@@ -77,8 +77,7 @@ def make_engine(
 
 
 def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:
-    # Ray prints losses on standard output; the engine says itself who was lost
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")
+    quiet_environment(address)
     try:
         from fedloom.engines.ray import Cluster, Ray
     except ModuleNotFoundError as missing:

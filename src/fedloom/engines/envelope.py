@@ -12,11 +12,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from torch import Tensor
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Score
-from fedloom.engines.wire import compare, decode, encode
+from fedloom.engines.wire import decode, encode
 from fedloom.errors import WireError
 from fedloom.tree import Tree
 
@@ -171,21 +170,11 @@ class Letter(NamedTuple):
     trees: Mapping[str, bytes]  # encoded
     paths: Mapping[str, Sequence[str]]
 
-    def tree(self, name: str, expect: Tree | None = None) -> Tree:
-        """A part as a tree, its leaves in the order in which they were sent; with `expect`, refused unless it has that very structure.
-
-        A tree that was expected comes in the order of what was expected, with its empty branches. Where a tensor without rows is expected
-        (shape `(0, ...)`), there may be any number of them.
-        """
+    def tree(self, name: str) -> Tree:
+        """A part as a tree, its leaves and empty branches in the order in which they were sent. Raises WireError where there is none."""
         if name not in self.trees:
             raise WireError(f"the message has no part '{name}'")
-        found = decode(self.trees[name])
-        if expect is not None:
-            rows = dict(tree.flatten(found))
-            opened = {path: _opened(leaf, rows.get(path, leaf)) for path, leaf in tree.flatten(expect)}
-            compare(tree.structure(found), tree.structure(tree.unflatten(opened)))
-            return tree.merge(expect, found)
-        return _in_order(dict(tree.flatten(found)), self.paths[name])
+        return _in_order(dict(tree.flatten(decode(self.trees[name]))), self.paths[name])
 
 
 def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
@@ -215,12 +204,6 @@ def open_envelope(data: bytes) -> Letter:
         where = ".".join(str(part) for part in first["loc"])
         raise WireError(f"a header that is not understood: {where}: {first['msg']}") from None
     return Letter(content.header, *_cut(content.parts, data, start + length))
-
-
-def _opened(expected: Tensor, found: Tensor) -> Tensor:
-    """What is found where a tensor without rows is expected, and what is expected elsewhere."""
-    any_rows = expected.ndim and not expected.shape[0] and found.ndim == expected.ndim
-    return found if any_rows and (found.shape[1:], found.dtype) == (expected.shape[1:], expected.dtype) else expected
 
 
 class _Content(_Strict):

@@ -30,11 +30,10 @@ from fedloom.engines.envelope import (
     open_envelope,
     seal,
 )
-from fedloom.engines.forms import Forms
 from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink, Method
+from fedloom.method import Client, Downlink
 from fedloom.training import Modules
 from fedloom.tree import Tree
 
@@ -103,13 +102,11 @@ class Flower(Engine):
     ) -> None:
         """`roster`: the clients of each node; `call`: what every request says; `tell`: takes a line about whatever was lost or refused."""
         super().__init__(problem)
-        refuse_exchange(problem.method)
         self._link, self._call, self._tell = link, call, tell
         self.turns = Turns()  # in memory, until the run has a folder
         self._node_of = {i: node for node, clients in roster.items() for i in clients}
         self._safe = self._pending = 0  # states before these rounds are no longer needed; after the next train
         self._done = 0
-        self._forms = Forms(problem)
         missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
         if missing or len(self._node_of) != problem.task.n_clients:
             raise ConfigError(
@@ -135,8 +132,7 @@ class Flower(Engine):
             requests[node] = seal(TrainRequest(call=self._call, number=number, members=members), trees)
         replies: list[Reply] = []
         for node, letter in self._ask(requests, Trained):
-            asked = {slot: cohort[slot] for slot in groups[node]}
-            replies += self._replies(number, node, letter, asked, down)
+            replies += self._replies(number, node, letter, {slot: cohort[slot] for slot in groups[node]})
         replies.sort(key=lambda reply: reply.slot)
         self.turns.accept(number, [reply.client for reply in replies], self._safe)
         self._done = number + 1
@@ -153,10 +149,7 @@ class Flower(Engine):
             time.sleep(WAIT_S)
         for node in sorted(wanted - here):
             self._tell(f"round {number + 1}: {node} is not there")
-        return {
-            node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node]
-            for node in sorted(here)
-        }  # fmt: skip
+        return {node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node] for node in sorted(here)}
 
     def _ask(self, requests: Mapping[str, bytes], kind: type[H]) -> Iterable[tuple[str, Letter]]:
         """The answers of the right kind, in the order of the requests; the others are reported."""
@@ -178,31 +171,18 @@ class Flower(Engine):
                 self._tell(f"{node}: {note}")
             yield node, letter
 
-    def _replies(
-        self, number: int, node: str, letter: Letter, asked: Mapping[int, int], down: Downlink
-    ) -> Iterable[Reply]:
-        """The valid turns of a node's answer."""
+    def _replies(self, number: int, node: str, letter: Letter, asked: Mapping[int, int]) -> Iterable[Reply]:
+        """The turns of a node's answer that were asked for; what their uplinks hold is looked at where all engines' are."""
         left = dict(asked)
         for turn in letter.header.turns:
             try:
                 if left.pop(turn.slot, None) != turn.client:
                     raise WireError("nobody asked for this turn")
-                yield self._reply(number, letter, turn, down)
+                yield _reply(letter, turn)
             except WireError as error:
                 self._tell(f"{node}: round {number + 1}, client {turn.client}: {error}")
         for i in left.values():
             self._tell(f"{node}: round {number + 1}, client {i}: its turn is missing")
-
-    def _reply(self, number: int, letter: Letter, turn: Turned, down: Downlink) -> Reply:
-        if turn.failure:
-            raise WireError(turn.failure)
-        if not turn.examples:
-            raise WireError("a turn without examples")
-        received = self.problem.codec.received(down.to(turn.slot))
-        uplink = letter.tree(str(turn.slot), self._forms.of(number, turn.client, received).travels)
-        return Reply(
-            turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds
-        )
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`. Clients that cannot be asked count no rows."""
@@ -251,13 +231,11 @@ class Flower(Engine):
         self._link.close()
 
 
-def refuse_exchange(method: Method) -> None:
-    """Methods whose clients talk among themselves before they upload cannot run here: devices talk to the server alone."""
-    if method.exchanges:
-        name = type(method).__name__
-        raise ConfigError(
-            f"method={name.lower()}: its clients exchange parts of their uplinks, and devices talk to the server alone"
-        )
+def _reply(letter: Letter, turn: Turned) -> Reply:
+    if turn.failure:
+        raise WireError(turn.failure)
+    uplink = letter.tree(str(turn.slot))
+    return Reply(turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds)
 
 
 __all__ = ["Flower", "Link", "Lost", "Turns"]

@@ -11,8 +11,6 @@ wanted one (it is new, or did a turn that never arrived) says so and is sent it.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import sys
 import time
 import uuid
@@ -30,6 +28,7 @@ from ray.exceptions import RayError, RayTaskError
 from fedloom import tree
 from fedloom.engines.base import Ask, Problem, Reply, Score, total
 from fedloom.engines.packing import Packed, Packer, unpack
+from fedloom.engines.rayaccess import check_address, refused
 from fedloom.engines.rayworker import (
     Done,
     Facts,
@@ -48,7 +47,6 @@ from fedloom.engines.sequential import Backed
 from fedloom.errors import ConfigError, WorkerError, is_own_code
 from fedloom.method import Client, Downlink
 
-CONNECT_S = 10.0
 START_S = 180.0  # for a worker to start; a machine that imports torch for the first time is slow
 ATTEMPTS = 3  # at scoring, which may be repeated; and rounds in a row that may bring nothing
 POLL_S = 0.05  # while no worker is there
@@ -90,23 +88,15 @@ class Cluster:
 
 
 def _connect(address: str | None, n_cpus: int | None) -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to Ray's makers
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
         if address is None:
             ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **quiet)
-            return
-        if address != "auto":  # Ray itself would try for minutes
-            host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
-        ray.init(address=address, **quiet)
+        else:
+            check_address(address)
+            ray.init(address=address, **quiet)
     except (RayError, OSError, RuntimeError, ValueError) as error:
-        what = (
-            f"engine.address={address}: no Ray cluster can be joined there"
-            if address
-            else "engine=ray: Ray cannot start"
-        )
-        raise ConfigError(f"{what}: {_first_line(error)}") from None
+        raise refused(address, _first_line(error)) from None
 
 
 class Seat:
@@ -215,7 +205,7 @@ class Ray(Backed):
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
             if isinstance(answer, Lost):
                 clients = _listed([i for _, i in job.members])
-                log.warning("engine=ray: round %d goes on without %s: %s: %s", number, clients, seat, answer.reason)
+                log.warning("engine=ray: round %d goes on without %s: %s: %s", number + 1, clients, seat, answer.reason)
             else:
                 replies += [self._commit(done) for done in answer]
         self._empty_rounds = 0 if replies else self._empty_rounds + 1
