@@ -115,6 +115,7 @@ def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor
 
 def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
     """Rows predicted rightly, and rows, per class. A row without a finite logit counts as wrong."""
+    labels = labels.to(logits.device)
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     counts = (torch.bincount(chosen, minlength=n_classes).cpu().numpy() for chosen in (labels[right], labels))
     return Score(*counts)
