@@ -162,19 +162,6 @@ class EngineSettings(Section):
             raise ValueError("must be cpu, cuda or cuda:N")
         return value
 
-    @model_validator(mode="after")
-    def _has_device(self) -> EngineSettings:
-        last = self.name.rpartition("+")[2]
-        if self.device != "cpu" and last not in ("auto", "sequential", "vectorised", "debug", "bytes"):
-            raise ValueError(f"engine.device={self.device}: only sequential and vectorised have it, not engine={last}")
-        if self.device == "cpu" and self.device_bytes is not None:
-            raise ValueError(f"engine.device_bytes={self.device_bytes}: only a GPU has it (engine.device=cuda)")
-        if self.convolutions != "grouped" and not (last == "vectorised" or (self.device != "cpu" and last == "auto")):
-            raise ValueError(
-                f"engine.convolutions={self.convolutions}: only engine=vectorised has it, not engine={last}"
-            )
-        return self
-
     @field_validator("address")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
@@ -274,9 +261,23 @@ class Settings(Section):
             value, engine = getattr(self.engine, key), self.engine.name
             if value is not None and engine.rpartition("+")[2] != "ray":
                 raise ValueError(f"engine.{key}={value}: only engine=ray has it, not engine={engine}")
-        if self.precision == "tf32" and self.engine.device == "cpu":
-            raise ValueError("precision=tf32: only a GPU has it (engine.device=cuda)")
+        _check_device(self)
         return self
+
+
+def _check_device(settings: Settings) -> None:
+    """Raise ValueError for what the engine, or a CPU, does not have."""
+    engine = settings.engine
+    last, on_gpu = engine.name.rpartition("+")[2], engine.device != "cpu"
+    anyone = last in ("auto", "debug", "bytes")
+    if on_gpu and not (anyone or last in ("sequential", "vectorised")):
+        raise ValueError(f"engine.device={engine.device}: only sequential and vectorised have it, not engine={last}")
+    if engine.convolutions != "grouped" and last != "vectorised" and not (anyone and on_gpu):
+        raise ValueError(f"engine.convolutions={engine.convolutions}: only engine=vectorised has it, not engine={last}")
+    if engine.device_bytes is not None and not on_gpu:
+        raise ValueError(f"engine.device_bytes={engine.device_bytes}: only a GPU has it (engine.device=cuda)")
+    if settings.precision == "tf32" and not on_gpu:
+        raise ValueError("precision=tf32: only a GPU has it (engine.device=cuda)")
 
 
 SECTIONS = tuple(
