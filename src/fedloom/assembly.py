@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fedloom import data, tree
+from fedloom import accelerator, data, tree
 from fedloom.config import Named, Settings, check_cohort, participation_range
 from fedloom.engines import Problem
 from fedloom.errors import ConfigError, MethodError
@@ -24,12 +24,14 @@ from fedloom.tree import Weights
 
 @contextmanager
 def arithmetic(settings: Settings) -> Iterator[None]:
-    """The precision and threads that the settings ask for, while it lasts."""
+    """The precision and threads that the settings ask for, while it lasts. Raises ConfigError where their device is not there."""
+    device = accelerator.find(settings.engine.device)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
     torch.set_num_threads(settings.engine.threads)
     try:
-        yield
+        with accelerator.exact(device, settings.precision == "tf32"):
+            yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_num_threads(threads)

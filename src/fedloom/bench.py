@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fedloom import data
+from fedloom.accelerator import HOST, describe, exact, synchronise
 from fedloom.assembly import arithmetic
 from fedloom.config import Values, make_settings
 from fedloom.costs import Costs
@@ -148,9 +149,11 @@ class Stepped(Experiment):
 
     def round(self, cohort: Sequence[int]) -> Times:
         """See `Rival.round`; the cohort is its own, which is the same for all engines."""
+        synchronise(self.place.device)
         before = self.ledger.train_seconds, self.ledger.eval_seconds
         with arithmetic(self.settings):
             self._round(self.done)
+            synchronise(self.place.device)
             score = self._score()
         evaluation = self.ledger.eval_seconds - before[1]
         return Times(self.ledger.train_seconds - before[0], score, max(evaluation - score, 0.0))
@@ -161,6 +164,7 @@ class Stepped(Experiment):
         own = "test" if any(self.data.n_test(i) for i in range(self.data.n_clients)) else "common"
         down = self.method.deploy(self.server, self.problem.task)
         self.engine.score(self.done, down, range(self.data.n_clients), [Ask("personal_accuracy", own)])
+        synchronise(self.place.device)
         return time.perf_counter() - started
 
 
@@ -171,6 +175,7 @@ def measure(
     scale: float = 0.05,
     rounds: int = 5,
     precision: str = "fp32",
+    device: str = "cpu",
     rivals: Mapping[str, MakeRival] | None = None,
     roof: float | None = None,
 ) -> dict[str, Any]:
@@ -179,6 +184,7 @@ def measure(
     Args:
         scale: part of the rows (or of the clients), above 0 and at most 1.
         rounds: rounds that count, after one to warm up.
+        device: where the engines compute (`engine.device`); rivals stay on the CPU.
         roof: FLOP/s that the machine reaches at its best (`machine_roof`); gives each contestant's share of it.
 
     Returns:
@@ -195,7 +201,11 @@ def measure(
         dataset = dataset_for(work, scale)
         ours: dict[str, Stepped] = {}
         for engine in dict.fromkeys(engines):
-            values = work.values(scale) | {"engine": {"name": engine}, "out": folder / engine, "precision": precision}
+            values = work.values(scale) | {
+                "engine": {"name": engine, "device": device},
+                "out": folder / engine,
+                "precision": precision,
+            }
             values |= {"rounds": WARM_UP + rounds + 1, "checkpoint_every": 0}  # the last round scores more than others
             ours[engine] = Stepped(make_settings(values), Parts(dataset=dataset))
             open_things.callback(ours[engine].engine.close)
@@ -212,6 +222,7 @@ def measure(
         "cohort": first.problem.task.max_cohort,
         "precision": precision,
         "cores": cores(),
+        "device": describe(first.place.device),
         "seed": first.settings.seed,
         "train_flop": flop,
         "roof_flop_per_s": roof,
@@ -263,27 +274,30 @@ def train_flop(experiment: Stepped) -> float:
         return sum(sum(costs.flops(i, experiment.done).values()) for i in experiment.next_cohort())
 
 
-def machine_roof(n_cores: int | None = None, seconds: float = 1.0) -> float:
-    """The most FLOP/s in float32 that cores reach on a matrix product or a convolution, each by itself.
+def machine_roof(n_cores: int | None = None, seconds: float = 1.0, device: torch.device = HOST) -> float:
+    """The most FLOP/s in float32 that cores, or a device, reach on a matrix product or a convolution, each by itself.
 
     Measured on one core, in pieces of a few milliseconds, and multiplied: so a machine that is busy otherwise is not mistaken
-    for a slow one, which a measurement over all cores would do.
+    for a slow one, which a measurement over all cores would do. A device gets pieces large enough to fill it.
 
     Args:
         n_cores: default: all that this process may use.
         seconds: how long to try.
     """
-    n, batch, channels, side = 512, 4, 64, 32
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    x = torch.randn(batch, channels, side, side).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(channels, channels, 3, 3).contiguous(memory_format=torch.channels_last)
+    times = 1 if device == HOST else 16
+    n, batch, channels, side = 512 * times, 4 * times, 64, 32
+    a, b = torch.randn(2, n, n, device=device)
+    x, weight = torch.randn(batch, channels, side, side), torch.randn(channels, channels, 3, 3)
+    if device == HOST:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+    x, weight = x.to(device), weight.to(device)
     tries: list[tuple[float, Callable[[], Any]]] = [
         (2.0 * n**3, lambda: a @ b),
         (2.0 * batch * side**2 * channels**2 * 9, lambda: torch.conv2d(x, weight, padding=1)),
     ]
-    with _threads(1), torch.inference_mode():
-        best = max(flop / _shortest(run, seconds / len(tries)) for flop, run in tries)
-    return best * (n_cores or cores())
+    with _threads(1), torch.inference_mode(), exact(device):
+        best = max(flop / _shortest(run, seconds / len(tries), device) for flop, run in tries)
+    return best * (n_cores or cores() if device == HOST else 1)
 
 
 @contextmanager
@@ -296,10 +310,11 @@ def _threads(n: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _shortest(run: Callable[[], Any], seconds: float) -> float:
+def _shortest(run: Callable[[], Any], seconds: float, device: torch.device) -> float:
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
         run()
+        synchronise(device)
         best = min(best, time.perf_counter() - started)
     return best

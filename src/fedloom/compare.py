@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
+from fedloom import accelerator
 from fedloom.assembly import arithmetic, make_dataset, make_federation, make_problem
 from fedloom.config import Named, Settings, Values, make_method, make_settings, read_toml
 from fedloom.engines import make_engine
@@ -84,7 +85,8 @@ class Comparison:
                 settings = self._settings(row, seed)
                 with arithmetic(settings):
                     problem = make_problem(settings, make_method(settings.method), federation)
-                    make_engine(settings.engine.name, problem, settings.engine.workers).close()
+                    place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
+                    make_engine(settings.engine.name, problem, settings.engine.workers, place=place).close()
 
     def toml(self) -> str:
         """A config file that gives this comparison again, with every setting spelt out."""

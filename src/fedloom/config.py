@@ -141,10 +141,26 @@ class EngineSettings(Section):
     lanes: Count | None = None
     """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most) or in each worker of `processes`
     (default: one after another; several pay for small models without convolutions, and change the last bits)."""
+    device: str = "cpu"
+    """Where clients are trained and scored, in `sequential` and `vectorised`: `cpu`, `cuda` (the first GPU) or `cuda:N`. With a GPU
+    `auto` is `vectorised` (docs/gpu.md)."""
+    device_bytes: Whole | None = None
+    """Bytes of the GPU's memory for data and clients' states between turns; what does not fit waits on the host; default: half of what
+    is free."""
+    convolutions: Literal["grouped", "columns", "tuned"] = "grouped"
+    """How `vectorised` computes convolutions: `grouped`, as matrix products of `columns`, or the faster of the two (`tuned`: times them,
+    so the last bits may differ from run to run)."""
     address: str | None = None
     """The Ray cluster to join (`ray`): `auto` (the one that this machine is in), HOST:PORT or ray://HOST:PORT; default: start one here."""
     deadline_s: Positive | None = None
     """Seconds that a worker has for its share of a round before the round goes on without it (`ray`); default: no limit."""
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", value):
+            raise ValueError("must be cpu, cuda or cuda:N")
+        return value
 
     @field_validator("address")
     @classmethod
@@ -189,8 +205,9 @@ class Settings(Section):
     devices: DeviceSettings = DeviceSettings()
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
-    precision: Literal["fp32", "fp64", "bf16"] = "fp32"
-    """Arithmetic of training and scoring; `bf16`: products in bfloat16, everything else in fp32 (faster, not the same numbers)."""
+    precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
+    """Arithmetic of training and scoring; `bf16`, and on a GPU `tf32`: products in that, everything else in fp32 (faster, not the same
+    numbers)."""
     seed: Whole = 0
     """Everything random follows from this number."""
     checkpoint_every: Whole = 10
@@ -244,7 +261,23 @@ class Settings(Section):
             value, engine = getattr(self.engine, key), self.engine.name
             if value is not None and engine.rpartition("+")[2] != "ray":
                 raise ValueError(f"engine.{key}={value}: only engine=ray has it, not engine={engine}")
+        _check_device(self)
         return self
+
+
+def _check_device(settings: Settings) -> None:
+    """Raise ValueError for what the engine, or a CPU, does not have."""
+    engine = settings.engine
+    last, on_gpu = engine.name.rpartition("+")[2], engine.device != "cpu"
+    anyone = last in ("auto", "debug", "bytes")
+    if on_gpu and not (anyone or last in ("sequential", "vectorised")):
+        raise ValueError(f"engine.device={engine.device}: only sequential and vectorised have it, not engine={last}")
+    if engine.convolutions != "grouped" and last != "vectorised" and not (anyone and on_gpu):
+        raise ValueError(f"engine.convolutions={engine.convolutions}: only engine=vectorised has it, not engine={last}")
+    if engine.device_bytes is not None and not on_gpu:
+        raise ValueError(f"engine.device_bytes={engine.device_bytes}: only a GPU has it (engine.device=cuda)")
+    if settings.precision == "tf32" and not on_gpu:
+        raise ValueError("precision=tf32: only a GPU has it (engine.device=cuda)")
 
 
 SECTIONS = tuple(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import pandas as pd
 from torch import Tensor, nn
 
-from fedloom import data, metrics, tree
+from fedloom import accelerator, data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
 from fedloom.costs import Costs
@@ -98,18 +98,20 @@ class Experiment:
     def __init__(self, settings: Settings, parts: Parts = NOTHING, folder: RunFolder | None = None) -> None:
         check_trackers(settings.log)
         with arithmetic(settings):
-            self.settings = settings
+            self.settings, e = settings, settings.engine
+            self.place = accelerator.place(e.device, e.device_bytes)
             self.method = parts.method or make_method(settings.method)
             self.data = parts.federation or make_federation(settings, parts.dataset)
             self.partition = self.data.partition  # as it was dealt, whatever a reference method pools
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
-            e = settings.engine
             self.engine: Engine = (
                 parts.engine(self.problem)
                 if parts.engine
-                else make_engine(e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s)
+                else make_engine(
+                    e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s, self.place, e.convolutions
+                )
             )
             self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
@@ -141,13 +143,13 @@ class Experiment:
 
     @classmethod
     def reopen(cls, path: str | Path, parts: Parts = NOTHING) -> Experiment:
-        """A run as its last checkpoint left it, finished or not, to look at: on the sequential engine, and its folder stays as it is."""
+        """A run as its last checkpoint left it, finished or not, to look at: sequential, on the CPU; its folder stays as it is."""
         folder = RunFolder.open(Path(path))
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
         _refuse_deployed(folder)
         settings = make_settings(read_toml(folder.path / "config.toml"))
-        engine = settings.engine.model_copy(update={"name": "sequential"})
+        engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
 
     def run(self, on_round: OnRound | None = None) -> Row:
@@ -354,7 +356,7 @@ class Experiment:
         """Let those join who took no part in training: nothing of theirs reaches the server. What the summary says of them."""
         if not self.settings.join.clients:
             return {}
-        started, joining = time.perf_counter(), Joining(self.problem)
+        started, joining = time.perf_counter(), Joining(self.problem, self.place)
         down = self._received(self.method.deploy(self.server, self.problem.task))
         ask, turns = self._asks(general=False)[0], self.settings.join.turns
         before, after = list[Score](), list[Score]()
@@ -380,7 +382,7 @@ class Experiment:
         partition = self.partition
         labels, n_classes = self.data.dataset.labels, self.data.n_classes
         folder.write("config.toml", to_toml(self.settings))
-        folder.write_json("environment.json", environment())
+        folder.write_json("environment.json", environment() | {"device": accelerator.describe(self.place.device)})
         counts = {split: partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
         dealt = {"classes": list(self.data.dataset.classes), "class_counts": counts, **partition.content()}
         folder.write("partition.json", json.dumps(dealt))

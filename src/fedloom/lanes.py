@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom import tree
+from fedloom.accelerator import synchronise
 from fedloom.gradients import Gradients, Once
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
 from fedloom.nets import select
 from fedloom.rng import Stream
-from fedloom.training import Outcome, Site, check_once, is_channels_last, laid_out, report, run_turn, sweep
+from fedloom.training import Outcome, Rows, Site, check_once, is_channels_last, laid_out, report, run_turn, sweep
 from fedloom.tree import Tree
 
 
@@ -64,6 +66,7 @@ def run_turns(
     for phase in method.phases():
         started = time.perf_counter()
         lanes = _run_phase(phase, gradients, lanes, method.lr_scale(number), logs)
+        synchronise(sites[0].rows.device)
         seconds[phase.name] = (time.perf_counter() - started) / len(lanes)
     return [
         report(method, lane.client, weights, lane.down, lane.site, lane.turn, noted, seconds)
@@ -108,8 +111,12 @@ class _Stack:
                 for f, lane in zip(fixed, lanes, strict=True)
             ]
         )
-        self.states = {train.name: tree.stack([self._state(train, lane) for lane in lanes]) for train in trains}
+        self.device = lanes[0].site.rows.device
+        self.states = {t.name: self._here(tree.stack([self._state(t, lane) for lane in lanes])) for t in trains}
         self.sums: dict[str, dict[str, Tensor]] = {train.name: {} for train in trains}
+
+    def _here(self, value: Tree) -> Tree:
+        return tree.map_tree(lambda leaf: leaf.to(self.device), value)
 
     def _state(self, train: Train, lane: Lane) -> Tree:
         if train.keep_state:
@@ -124,26 +131,23 @@ class _Stack:
         plans = [list(s.plan.batches(len(s.rows.y), phase.epochs, phase.steps, s.rng.child("batches"))) for s in sites]
         augment = [site.rng.child("augment") for site in sites]
         draws = {t.name: [site.rng.child("draw", t.name) for site in sites] for t in trains}
+        rows = _Together([site.rows for site in sites])
         for step in range(max(map(len, plans))):
             for group in _by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
-                batches = [sites[k].rows.batch(plans[k][step], augment[k]) for k in group]
+                batch = rows.batch({k: plans[k][step] for k in group}, [augment[k] for k in group])
                 streams = {t.name: [draws[t.name][k] for k in group] for t in trains}
-                self._advance(_Taken(group, len(self.lanes)), batches, streams, lr_scale)
+                self._advance(_Taken(group, len(self.lanes), self.device), batch, streams, lr_scale)
         return [self._lane(k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
 
-    def _advance(
-        self, taken: _Taken, batches: list[Batch], streams: Mapping[str, Sequence[Stream]], lr_scale: float
-    ) -> None:
-        """A step of every member on the next batches of some lanes."""
-        rows, task = tree.stack([{"x": b.x, "y": b.y} for b in batches]), self.lanes[0].site.task
-        rows |= {"draws": {}, "once": {}}
+    def _advance(self, taken: _Taken, batch: Batch, streams: Mapping[str, Sequence[Stream]], lr_scale: float) -> None:
+        """A step of every member on the next batches of some lanes, stacked."""
+        rows: Tree = {"x": batch.x, "y": batch.y, "draws": {}, "once": {}}
         once = self._once(taken, rows)
         if once:
             rows["once"] = once.numbers
         for train in self.trains:
-            drawn = [_drawn(train, b, task, s) for b, s in zip(batches, streams[train.name], strict=True)]
-            given = {**rows, "draws": tree.stack(drawn)}
-            self._step(train, taken, given, lr_scale, once if train is self.trains[-1] else None)
+            drawn = self._here(_drawn(train, batch, self.lanes[0].site.task, streams[train.name]))
+            self._step(train, taken, {**rows, "draws": drawn}, lr_scale, once if train is self.trains[-1] else None)
 
     def _inputs(self, names: Sequence[str], taken: _Taken, rows: Tree, through: Tree) -> tuple[Tree, Tree]:
         """All that a step of the lanes in `taken` depends on, and the dimension of each leaf's lanes."""
@@ -200,8 +204,8 @@ class _Stack:
 class _Taken:
     """Some of the lanes, taken out of stacked tensors and put back."""
 
-    def __init__(self, group: list[int], n_lanes: int) -> None:
-        self.rows = None if len(group) == n_lanes else torch.tensor(group)
+    def __init__(self, group: list[int], n_lanes: int, device: torch.device) -> None:
+        self.rows = None if len(group) == n_lanes else torch.tensor(group, device=device)
 
     def out(self, value: Tensor) -> Tensor:
         return value if self.rows is None else value.index_select(0, self.rows)
@@ -210,8 +214,30 @@ class _Taken:
         return new if self.rows is None else value.index_copy(0, self.rows, new)
 
 
-def _drawn(train: Train, batch: Batch, task: Task, rng: Stream) -> Tree:
-    return dict(train.draw(batch, task, rng)) if train.draw else {}
+class _Together:
+    """The rows of all lanes in one tensor, so that a step takes its batches in one piece."""
+
+    def __init__(self, lanes: Sequence[Rows]) -> None:
+        _, _, self._augment, device = lanes[0]
+        self._rows = Rows(torch.cat([rows.x for rows in lanes]), torch.cat([rows.y for rows in lanes]), None, device)
+        self._starts = [0, *accumulate(len(rows.y) for rows in lanes)]
+
+    def batch(self, index: Mapping[int, Tensor], streams: Sequence[Stream]) -> Batch:
+        """The rows `index` of some lanes, all as many, stacked: x (lanes, B, ...), y (lanes, B)."""
+        whole = torch.cat([mine + self._starts[k] for k, mine in index.items()])
+        x, y, *_ = self._rows.batch(whole, streams[0])
+        x, y = x.view(len(index), -1, *x.shape[1:]), y.view(len(index), -1)
+        if self._augment:
+            x = torch.stack([self._augment(own, stream) for own, stream in zip(x, streams, strict=True)])
+        return Batch(x, y)
+
+
+def _drawn(train: Train, batch: Batch, task: Task, streams: Sequence[Stream]) -> Tree:
+    """The lanes' random tensors, stacked."""
+    if not train.draw:
+        return {}
+    lanes = zip(batch.x, batch.y, streams, strict=True)
+    return tree.stack([dict(train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes])
 
 
 def _by_size(sizes: Sequence[int]) -> list[list[int]]:

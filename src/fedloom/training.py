@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom import tree
+from fedloom.accelerator import HOST, generators, staged, synchronise
 from fedloom.errors import DataError, MethodError
 from fedloom.gradients import Gradients, Once, autocast
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
@@ -24,19 +25,26 @@ EVAL_BATCH = 512
 
 
 class Rows(NamedTuple):
-    """A client's rows, and how to augment a batch of them (or not)."""
+    """A client's rows, how to augment a batch of them (or not), and on which device they are worked with."""
 
     x: Tensor  # (n, ...)
     y: Tensor  # (n,)
     augment: Callable[[Tensor, Stream], Tensor] | None = None
+    device: torch.device = HOST
 
     def batch(self, index: Tensor, rng: Stream) -> Batch:
         """The rows `index` as a batch for training, laid out in memory as `x` is."""
+        index = index.to(self.x.device)
         if is_channels_last(self.x):
             x = self.x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
         else:
             x = self.x.index_select(0, index)
-        return Batch(self.augment(x, rng) if self.augment else x, self.y[index])
+        x, y = staged(x, self.device), staged(self.y[index], self.device)
+        return Batch(self.augment(x, rng) if self.augment else x, y)
+
+    def part(self, start: int, stop: int | None = None) -> Batch:
+        """Some neighbouring rows as they are."""
+        return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -166,12 +174,12 @@ def run_phases(
     for phase in phases:
         here, started = site._replace(rng=site.rng.child(phase.name)), time.perf_counter()
         try:
-            with own_randomness(here.rng):
+            with own_randomness(here.rng, here.rows.device):
                 if isinstance(phase, Sweep):
                     client = sweep(phase, gradients.modules, client, down, here.rows)
                 elif isinstance(phase, Free):
-                    rows = Batch(here.rows.x, here.rows.y)
-                    client = phase.run(client, Nets(gradients.modules, **client.weights), rows, down, here.rng)
+                    nets = Nets(gradients.modules, **client.weights)
+                    client = phase.run(client, nets, here.rows.part(0), down, here.rng)
                 else:
                     trainer = _Trainer(phase, gradients, client, down, turn)
                     client = trainer.run(here, lr_scale)
@@ -182,23 +190,26 @@ def run_phases(
             error.add_note(f"in phase '{phase.name}', after {sum(steps.values())} steps in earlier ones; rows {shape}")
             raise
         if seconds is not None:
+            synchronise(here.rows.device)
             seconds[phase.name] = time.perf_counter() - started
     return client, steps, logs
 
 
 @contextmanager
-def own_randomness(rng: Stream) -> Iterator[None]:
+def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
     """Seed torch's generator, for modules with randomness of their own (Dropout), while it lasts.
 
-    This generator alone: `torch.manual_seed` also asks every accelerator, which costs more than a step of a small model.
+    The host's and this device's alone: `torch.manual_seed` also asks every accelerator, which costs more than a step of a small model.
     """
-    generator = torch.default_generator
-    before = generator.get_state()
-    generator.manual_seed(rng.torch_seed())
+    every = generators(device)
+    before = [generator.get_state() for generator in every]
+    for generator in every:
+        generator.manual_seed(rng.torch_seed())
     try:
         yield
     finally:
-        generator.set_state(before)
+        for generator, state in zip(every, before, strict=True):
+            generator.set_state(state)
 
 
 class _Member:
@@ -268,7 +279,8 @@ class _Trainer:
             once = self._once(weights, batch)
             numbers = once.numbers if once else {}
             for member, stream in zip(self.members, draws, strict=True):
-                drawn = member.train.draw(batch, task, stream) if member.train.draw else {}
+                drawn = dict(member.train.draw(batch, task, stream)) if member.train.draw else {}
+                drawn = {name: staged(value, rows.device) for name, value in drawn.items()}
                 given = batch._replace(draws=drawn, once=numbers)
                 way = once if member is self.members[-1] else None
                 member.step(self.gradients, weights, given, self.down, memory, lr_scale, way)
@@ -325,7 +337,7 @@ def sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows
     total = tree.zeros_like(client.memory[phase.name])
     with torch.inference_mode():
         for start in range(0, len(rows.y), EVAL_BATCH):
-            batch = Batch(rows.x[start : start + EVAL_BATCH], rows.y[start : start + EVAL_BATCH])
+            batch = rows.part(start, start + EVAL_BATCH)
             total = phase.step(nets, batch, total, down, client.memory)
     return client._replace(memory={**client.memory, phase.name: tree.clone(total)})
 
@@ -342,8 +354,9 @@ def predict(
 ) -> Tensor:
     """Logits (n, Y) of all rows, in evaluation mode and large batches."""
     nets = Nets(gradients.modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
-    with autocast(x.device, gradients.bf16):
-        return torch.cat([predictor(nets, part, down, memory) for part in torch.split(x, batch)])
+    with autocast(gradients.device, gradients.bf16):
+        parts = (staged(part, gradients.device) for part in torch.split(x, batch))
+        return torch.cat([predictor(nets, part, down, memory) for part in parts])
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:

@@ -100,7 +100,7 @@ class ClassMeans(FedAvg):
 
     def count(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
         n_classes = total["count"].shape[0]
-        right = (batch.y[:, None] == torch.arange(n_classes)).to(batch.x.dtype)
+        right = (batch.y[:, None] == torch.arange(n_classes, device=batch.y.device)).to(batch.x.dtype)
         return {"count": total["count"] + right.sum(0), "sum": total["sum"] + right.T @ batch.x.flatten(1)}
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
@@ -134,7 +134,7 @@ class Noisy(FedAvg):
         return (Free("noise", self.shake), *super().phases())
 
     def shake(self, client: Client, nets: Nets, rows: Batch, down: Tree, rng: Stream) -> Client:
-        params = {name: p + 0.01 * rng.normal(p.shape) for name, p in client.weights["params"].items()}
+        params = {name: p + 0.01 * rng.normal(p.shape).to(p) for name, p in client.weights["params"].items()}
         return client._replace(weights={**client.weights, "params": params})
 
 

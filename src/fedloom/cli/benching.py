@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from rich import box
 from rich.table import Table
 
+from fedloom.accelerator import find
 from fedloom.bench import WORKLOADS, MakeRival, machine_roof, measure, workload
 from fedloom.cli.words import Parser, output
-from fedloom.config import parse_value
+from fedloom.config import make_settings, parse_value
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
@@ -23,6 +24,7 @@ EXAMPLES = """\
   fedloom bench                                        all workloads, small, on the engines that suit this machine
   fedloom bench w4-mlp engine=sequential,processes,vectorised scale=0.2
   fedloom bench w1 w3 rounds=10 precision=bf16 --json
+  fedloom bench device=cuda                            on a GPU; device=cuda precision=tf32 or bf16
   fedloom bench w1 rival=benchmarks/pfllib_style.py:make
 
 workloads (at scale=1):
@@ -47,6 +49,7 @@ class Options(NamedTuple):
     scale: float = 0.05
     rounds: int = 5
     precision: str = "fp32"
+    device: str = "cpu"
     rival: str = ""
 
 
@@ -59,9 +62,10 @@ def bench(words: Sequence[str]) -> int:
     given = parser.read(words)
     options = _options([word for word in given.words if "=" in word])
     chosen = {name: workload(name) for name in given.words if "=" not in name} or WORKLOADS
-    engines = options.engine.split(",") if options.engine else _default_engines()
+    device = make_settings({"engine": {"device": options.device}}).engine.device
+    engines = options.engine.split(",") if options.engine else _default_engines(device)
     rivals = _rivals(options.rival)
-    roof = machine_roof()
+    roof = machine_roof(device=find(device))
     found = {}
     for name, work in chosen.items():
         found[name] = measure(
@@ -70,6 +74,7 @@ def bench(words: Sequence[str]) -> int:
             scale=options.scale,
             rounds=options.rounds,
             precision=options.precision,
+            device=device,
             rivals=rivals,
             roof=roof,
         )
@@ -94,8 +99,10 @@ def _options(words: Sequence[str]) -> Options:
     return Options(**values)
 
 
-def _default_engines() -> list[str]:
-    """Those that a user would choose between on this machine; lanes lose on convolutions, so they are timed on request."""
+def _default_engines(device: str) -> list[str]:
+    """Those that a user would choose between; on a CPU lanes lose on convolutions, so there they are timed on request."""
+    if device != "cpu":
+        return ["sequential", "vectorised"]
     return ["sequential", "processes"] if cores() > 1 and "processes" in ENGINES else ["sequential"]
 
 
@@ -107,7 +114,8 @@ def _show(name: str, facts: Mapping[str, Any]) -> None:
     console = output()
     size = f"{facts['data']}, scale {facts['scale']:g}: {facts['cohort']} of {facts['clients']} clients"
     roof = f"{facts['train_flop'] / 1e9:.3g} GFLOP a round, roof {facts['roof_flop_per_s'] / 1e9:.0f} GFLOP/s"
-    console.print(f"{name}: {facts['title']}\n{size}; {facts['cores']} cores, {facts['precision']}; {roof}")
+    where = f"{facts['cores']} cores" if facts["device"] == "cpu" else facts["device"]
+    console.print(f"{name}: {facts['title']}\n{size}; {where}, {facts['precision']}; {roof}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(no_wrap=True, min_width=max(map(len, facts["contestants"])))  # whatever the terminal's width
     for column in COLUMNS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any, Final
 
@@ -130,11 +131,31 @@ class Federation:
 
     def rows(self, index: Rows | Tensor) -> Batch:
         """Any rows of the pool by number, like `train`, as new contiguous tensors."""
-        chosen = torch.as_tensor(index, dtype=torch.int64)
+        chosen = torch.as_tensor(index, dtype=torch.int64).to(self.dataset.images.device)
         dtype = torch.get_default_dtype()
         x = self.dataset.images.index_select(0, chosen).to(dtype)
         y = self.dataset.labels.index_select(0, chosen)
         return torch.addcmul(self._shift.to(dtype), x, self._scale.to(dtype)), y
+
+    def on(self, device: torch.device) -> Federation:
+        """The same rows kept on a device, where `rows` then gathers and normalises them."""
+        other = copy.copy(self)
+        pool = self.dataset
+        other.dataset = pool._replace(images=pool.images.to(device), labels=pool.labels.to(device))
+        other._scale, other._shift, other._common = self._scale.to(device), self._shift.to(device), None
+        return other
+
+    @property
+    def n_bytes(self) -> int:
+        """What the rows take on a device: the pool as it is stored, and the common test set as inputs."""
+        pool, wide = self.dataset, torch.get_default_dtype().itemsize
+        common = len(self.partition.common) * math.prod(self.input_shape) * wide
+        return sum(t.numel() * t.element_size() for t in (pool.images, pool.labels)) + common
+
+    @property
+    def augments(self) -> bool:
+        """Whether `augmented` changes anything."""
+        return self.augment in ("flip", "crop-flip", "resized-crop-flip")
 
     def pictures(self, x: Tensor) -> Tensor:
         """Inputs (n, ...) as `rows` gives them, back on the scale of pictures: black is 0 and white 1, values beyond are cut off."""

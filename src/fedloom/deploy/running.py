@@ -52,6 +52,10 @@ def _experiment(
 ) -> Experiment:
     if settings.clients != deployment.n_clients:
         raise ConfigError(f"clients={settings.clients}: the nodes of {deployment.path} hold {deployment.n_clients}")
+    if settings.engine.device != "cpu":
+        raise ConfigError(
+            f"engine.device={settings.engine.device}: nodes of a deployment compute on their CPUs; leave it out"
+        )
     with arithmetic(settings):
         federation, call = _meet(deployment, settings, run, link, tell)
 

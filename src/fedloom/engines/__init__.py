@@ -6,6 +6,8 @@ import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
 
+from fedloom.accelerator import HOST, ON_HOST, Place
+from fedloom.convolutions import Convolutions, Form
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
 from fedloom.engines.joining import Joining
 from fedloom.engines.memory import keep_freed_memory
@@ -32,6 +34,8 @@ def make_engine(
     lanes: int | None = None,
     address: str | None = None,
     deadline_s: float | None = None,
+    place: Place = ON_HOST,
+    convolutions: Form = "grouped",
 ) -> Engine:
     """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
 
@@ -41,6 +45,8 @@ def make_engine(
             (default: one after another).
         address: the Ray cluster to join; default: Ray is started on this machine.
         deadline_s: seconds that a worker of Ray has for its share of a round; default: no limit.
+        place: where `sequential` and `vectorised` compute; on a device `auto` is `vectorised`.
+        convolutions: how `vectorised` computes them.
 
     Raises:
         ConfigError: an unknown name, or an engine that this system cannot run.
@@ -58,22 +64,28 @@ def make_engine(
     keep_freed_memory()
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
     if last == "auto":
-        many = can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1
-        last = "processes" if many and "debug" not in wrappers else "sequential"  # debug must see what turns change
+        many = place.device == HOST and can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1
+        alone = "sequential" if place.device == HOST else "vectorised"
+        last = "processes" if many and "debug" not in wrappers else alone  # debug must see what turns change
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: only on Linux; use engine=sequential")
     engine: Engine = (
         Processes(problem, workers, lanes)
         if last == "processes"
-        else Vectorised(problem, lanes=lanes)
+        else Vectorised(problem, lanes, place, _convolutions(convolutions, problem, place))
         if last == "vectorised"
         else _on_ray(problem, workers, address, deadline_s)
         if last == "ray"
-        else Sequential(problem)
+        else Sequential(problem, place)
     )
     for wrapper in reversed(wrappers):
         engine = WRAPPERS[wrapper](engine)
     return engine
+
+
+def _convolutions(form: Form, problem: Problem, place: Place) -> Convolutions | None:
+    """None leaves them to vmap, which groups them."""
+    return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)
 
 
 def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedloom.engines.base import Ask, Score
+from fedloom.engines.moving import moved
 from fedloom.engines.sequential import Sequential
 from fedloom.method import Client, Downlink, Phase, Turn, init_opts, without
 from fedloom.training import run_phases
@@ -18,26 +19,26 @@ class Joining(Sequential):
 
     def score_received(self, i: int, down: Downlink, ask: Ask) -> Score:
         """How newcomer `i` does with what it receives, before any work of its own (`adapt` included)."""
-        scorer = self._scorer(ask, down.common)
-        scorer.add(i, self._received(i, down.common))
+        message = moved(down.common, self._device)
+        scorer = self._scorer(ask, message)
+        scorer.add(i, self._received(i, message))
         return scorer.scores()[i]
 
     def join(self, i: int, down: Downlink, turns: int) -> Client:
         """Newcomer `i` after its turns; what it keeps of them, as an engine keeps it. Kept optimiser states start afresh."""
         method, blank = self.problem.method, self._whole(i)
         phases = without(method.phases(), blank.weights, method.travelling(blank.weights))
-        client = blank._replace(opts=init_opts(phases, blank.weights))
+        client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self._device)
         for number in range(turns if phases else 0):
-            client = client._replace(weights=method.receive(client.weights, down.common, client.memory))
+            client = client._replace(weights=method.receive(client.weights, message, client.memory))
             turn = Turn(number, turns - 1, self.problem.data.n_train(i))
             try:
-                client = self._alone(i, client, down.common, phases, turn)
+                client = self._alone(i, client, message, phases, turn)
             except Exception as error:
                 error.add_note(f"client {i}, joining, turn {number}")
                 raise
-        client = client._replace(weights=self.problem.kept(client.weights), opts=blank.opts)
-        self.store.put(i, client)
-        return client
+        self.store.put(i, client._replace(weights=self.problem.kept(client.weights), opts=blank.opts))
+        return self.client(i)
 
     def _alone(self, i: int, client: Client, message: Tree, phases: tuple[Phase, ...], turn: Turn) -> Client:
         p = self.problem

@@ -118,6 +118,7 @@ def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
 
 def scores_of(logits: Tensor, labels: Tensor, sizes: Sequence[int], n_classes: int) -> list[Score]:
     """`score_of` for rows of several clients, one after another, so many of each."""
+    labels = labels.to(logits.device)
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     n = len(sizes)
     places = torch.arange(n, device=labels.device).repeat_interleave(torch.tensor(sizes, device=labels.device))

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from fedloom import tree
+from fedloom.accelerator import HOST, ON_HOST, Place
+from fedloom.convolutions import Convolutions
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.moving import DeviceStore, Mover, moved
 from fedloom.engines.scoring import Scorer, common_part, none, score_of
 from fedloom.engines.state import MappedStore, MemoryStore, Store
 from fedloom.errors import DataError
@@ -35,16 +38,31 @@ class Member(NamedTuple):
 
 
 class Sequential(Engine):
-    """One client after another. Every other engine must give the same numbers."""
+    """One client after another. Every other engine must give the same numbers.
 
-    def __init__(self, problem: Problem) -> None:
+    On a device of `place` clients take their turns there, on rows that are kept there if its budget allows; whatever goes out, messages
+    and clients alike, is on the host.
+    """
+
+    def __init__(self, problem: Problem, place: Place = ON_HOST, convolutions: Convolutions | None = None) -> None:
+        """`convolutions`: how those of several lanes are computed."""
         super().__init__(problem)
-        self._gradients = [Gradients(problem.modules(arch), problem.bf16) for arch in range(len(problem.archs))]
-        self._initial: list[Weights] = [read_weights(gradients.modules) for gradients in self._gradients]
+        self._device = device = place.device
+        modules = [problem.modules(arch) for arch in range(len(problem.archs))]
+        self._initial: list[Weights] = [read_weights(mine) for mine in modules]
+        self._initial_here: list[Weights] = [moved(weights, device) for weights in self._initial]
+        for module in (module for mine in modules for module in mine.values()):
+            module.to(device)
+        self._gradients = [Gradients(mine, problem.bf16, device, convolutions) for mine in modules]
         pictures = len(problem.task.input_shape) == 3
-        self._channels_last = [pictures] * len(problem.archs)  # until an architecture refuses it
+        lasts = pictures and (device == HOST or problem.bf16)  # on a GPU it is the tensor cores that like channels last
+        self._channels_last = [lasts] * len(problem.archs)  # until an architecture refuses it
         self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never took part, where all are alike
-        self.store: Store = MemoryStore(self._blank)
+        self._to_device = Mover(device)
+        fits = device != HOST and problem.data.n_bytes <= place.budget
+        self.data = problem.data.on(device) if fits else problem.data
+        room = place.budget - (problem.data.n_bytes if fits else 0)
+        self.store: Store = MemoryStore(self._blank) if device == HOST else DeviceStore(self._blank, device, room)
 
     def share(self, folder: Path) -> None:
         """Keep clients in mapped files in `folder` from now on, where several processes can work on them."""
@@ -60,6 +78,7 @@ class Sequential(Engine):
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
+        self._to_device = Mover(self._device)  # knows the tensors of one round
         return self.turns(number, [Member(slot, i, down.to(slot)) for slot, i in enumerate(cohort)])
 
     def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
@@ -69,6 +88,7 @@ class Sequential(Engine):
     def turn(self, number: int, i: int, slot: int, message: Tree) -> Reply:
         """One client's turn; it is member `slot` of the cohort."""
         p, started = self.problem, time.perf_counter()
+        message = self._to_device(message)
 
         def work(channels_last: bool) -> Outcome:
             site = self._site(number, i, "train", channels_last, p.data.augmented)
@@ -80,8 +100,9 @@ class Sequential(Engine):
             error.add_note(f"client {i}, round {number}")
             raise
         self._keep(i, done)
+        uplink = moved(done.uplink, HOST)
         seconds = time.perf_counter() - started
-        return Reply(i, slot, done.uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds)
+        return Reply(i, slot, uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds)
 
     def _keep(self, i: int, done: Outcome) -> None:
         self.store.put(i, done.client._replace(weights=self.problem.kept(done.client.weights)))
@@ -99,12 +120,12 @@ class Sequential(Engine):
         return work(False)
 
     def _site(self, number: int, i: int, purpose: str, channels_last: bool, augment: Augment | None = None) -> Site:
-        p, (x, y) = self.problem, self.problem.data.train(i)
+        p, (x, y) = self.problem, self.data.train(i)
         if not len(y):
             raise DataError(
                 f"client {i} has no training rows; raise partition.min_examples or choose another partition"
             )
-        rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment)
+        rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment, self._device)
         plan = p.plan_of(i) if purpose == "train" else p.plan
         return Site(rows, plan, p.task, p.stream(number, i, purpose), p.codec)
 
@@ -116,11 +137,12 @@ class Sequential(Engine):
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
         """`score`, on the k-th of n pieces of the common rows, `part=(k, n)`."""
-        scorers = [self._scorer(ask, down.common, part) for ask in asks]
-        same = self._received(clients[0], down.common) if self.problem.one_model and len(clients) else None
+        message = moved(down.common, self._device)
+        scorers = [self._scorer(ask, message, part) for ask in asks]
+        same = self._received(clients[0], message) if self.problem.one_model and len(clients) else None
         for i in clients:
             fitted = self._whole(i) if any(ask.fitted for ask in asks) else None
-            received = same or self._adapted(number, down.common, i)
+            received = same or self._adapted(number, message, i)
             for ask, scorer in zip(asks, scorers, strict=True):
                 scorer.add(i, fitted if ask.fitted and fitted else received)
         found = {ask.name: scorer.scores() for ask, scorer in zip(asks, scorers, strict=True)}
@@ -133,7 +155,7 @@ class Sequential(Engine):
         def logits(i: int, client: Client, x: Tensor) -> Tensor:
             return self._predict(predictor, i, client, x, message)
 
-        return Scorer(ask, self.problem.data, logits, part)
+        return Scorer(ask, self.data, logits, part)
 
     def _predict(self, predictor: Predictor, i: int, client: Client, x: Tensor, message: Tree) -> Tensor:
         gradients = self._gradients_of(i)
@@ -153,22 +175,24 @@ class Sequential(Engine):
 
         The weights are those that a new client of the first architecture would receive.
         """
-        p = self.problem
-        x, y = common_part(p.data, part)
+        p, message = self.problem, moved(down.common, self._device)
+        x, y = common_part(self.data, part)
         if not len(y):
             return none(p.task.n_classes)
         blank = p.initial(0, self._initial[p.arch_of[0]])
-        server = blank._replace(weights=p.method.receive(blank.weights, down.common, blank.memory))
-        logits = self._predict(p.method.predictors()["server"], 0, server, x, down.common)
+        blank = Client(**moved(blank._asdict(), self._device))
+        server = blank._replace(weights=p.method.receive(blank.weights, message, blank.memory))
+        logits = self._predict(p.method.predictors()["server"], 0, server, x, message)
         return score_of(logits, y, p.task.n_classes)
 
     def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
         """See `Engine.personal`."""
-        return self.problem.modules(self.problem.arch_of[i]), self._adapted(number, down.common, i), down.common
+        client = self._adapted(number, moved(down.common, self._device), i)
+        return self.problem.modules(self.problem.arch_of[i]), Client(**moved(client._asdict(), HOST)), down.common
 
     def client(self, i: int) -> Client:
         """See `Engine.client`."""
-        return self.store.get(i)
+        return Client(**moved(self.store.get(i)._asdict(), HOST))
 
     def changed(self) -> Iterable[int]:
         """See `Engine.changed`."""
@@ -194,8 +218,8 @@ class Sequential(Engine):
 
     def _whole(self, i: int) -> Client:
         """Client `i` with all its tensors: what it does not keep is as it was initially, until `receive` replaces it."""
-        client = self.client(i)
-        return client._replace(weights=tree.merge(self._initial[self.problem.arch_of[i]], client.weights))
+        client = Client(**moved(self.store.get(i)._asdict(), self._device))
+        return client._replace(weights=tree.merge(self._initial_here[self.problem.arch_of[i]], client.weights))
 
     def _received(self, i: int, message: Tree) -> Client:
         client = self._whole(i)

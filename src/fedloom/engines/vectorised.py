@@ -10,13 +10,23 @@ import logging
 import time
 from collections.abc import Sequence
 
+import torch
+
 from fedloom import tree
+from fedloom.accelerator import HOST, ON_HOST, Place, free_bytes
+from fedloom.convolutions import Convolutions
 from fedloom.engines.base import Problem, Reply
+from fedloom.engines.moving import moved
 from fedloom.engines.sequential import Member, Sequential
 from fedloom.lanes import CannotMapError, run_turns
+from fedloom.training import Outcome
 
 LANES_BYTES = 1 << 28  # stacked weights of a group; activations and optimiser states come on top
 MOST_LANES = 64
+MOST_LANES_ON_DEVICE = 256
+TIMES_WEIGHTS = (
+    8  # on a device: what a lane holds beside its activations (received, gradients, moments, a recording's copies)
+)
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +34,22 @@ log = logging.getLogger(__name__)
 class Vectorised(Sequential):
     """Lanes of stacked clients; falls back to one after another, with a warning that says why, where a method cannot be mapped."""
 
-    def __init__(self, problem: Problem, lanes: int | None = None) -> None:
-        super().__init__(problem)
+    def __init__(
+        self,
+        problem: Problem,
+        lanes: int | None = None,
+        place: Place = ON_HOST,
+        convolutions: Convolutions | None = None,
+    ) -> None:
+        super().__init__(problem, place, convolutions)
         self._lanes = [lanes or self._lanes_for(arch) for arch in range(len(problem.archs))]
 
     def _lanes_for(self, arch: int) -> int:
-        size = tree.n_bytes(self._initial[arch])
-        return max(1, min(MOST_LANES, LANES_BYTES // max(size, 1)))
+        """By memory; nobody knows what activations take before a step was made, so on a device too many are halved (`_group_turns`)."""
+        size, most, room = tree.n_bytes(self._initial[arch]), MOST_LANES, LANES_BYTES
+        if self._device != HOST:
+            size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self._device) // 2
+        return max(1, min(most, room // max(size, 1)))
 
     def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
         """See `Sequential.turns`."""
@@ -49,27 +68,39 @@ class Vectorised(Sequential):
 
     def _group_turns(self, number: int, group: list[Member]) -> list[Reply]:
         arch = self.problem.arch_of[group[0].client]
-        if self._lanes[arch] > 1 and len(group) > 1:
-            try:
-                return self._mapped_turns(number, group)
-            except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
-                self._lanes[arch] = 1
-        return super().turns(number, group)
+        if self._lanes[arch] == 1 or len(group) == 1:
+            return super().turns(number, group)
+        try:
+            done, replies = self._mapped_turns(number, group)
+        except torch.OutOfMemoryError:
+            self._lanes[arch] = len(group) // 2
+            log.warning("%d clients side by side are too many for the device's memory; halved from now on", len(group))
+        except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
+            self._lanes[arch] = 1
+        else:
+            for member, outcome in zip(group, done, strict=True):
+                self._keep(member.client, outcome)
+            return replies
+        lanes = self._lanes[arch]
+        parts = (group[start : start + lanes] for start in range(0, len(group), lanes))
+        return [reply for part in parts for reply in self._group_turns(number, part)]
 
-    def _mapped_turns(self, number: int, group: list[Member]) -> list[Reply]:
+    def _mapped_turns(self, number: int, group: list[Member]) -> tuple[list[Outcome], list[Reply]]:
+        """What came of the turns; nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
-        clients, downs = [member.client for member in group], [member.message for member in group]
-        sites = [self._site(number, i, "train", False, p.data.augmented) for i in clients]
+        clients, downs = [member.client for member in group], [self._to_device(member.message) for member in group]
+        augment = p.data.augmented if p.data.augments else None
+        sites = [self._site(number, i, "train", False, augment) for i in clients]
         gradients = self._gradients_of(clients[0])
         done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
+        uplinks = [moved(outcome.uplink, HOST) for outcome in done]
         seconds = (time.perf_counter() - started) / len(clients)
         replies = []
-        for member, outcome in zip(group, done, strict=True):
-            self._keep(member.client, outcome)
+        for member, outcome, uplink in zip(group, done, uplinks, strict=True):
             turn, logs, by_phase = outcome.turn, outcome.logs, outcome.seconds
             replies.append(
-                Reply(member.client, member.slot, outcome.uplink, turn.examples, turn.steps, logs, seconds, by_phase)
+                Reply(member.client, member.slot, uplink, turn.examples, turn.steps, logs, seconds, by_phase)
             )
-        return replies
+        return done, replies

@@ -1,0 +1,124 @@
+"""Where arithmetic is done: on the CPU, or on a CUDA device. What only a GPU can do is here and in `fedloom.recording`, and nowhere else.
+
+Everything random is drawn on the host, from the same streams as ever, and moved; so batches, masks, noise and latents are the numbers that
+a run on the CPU has. The exception are modules with randomness of their own (Dropout), which ask the device's generator; it is seeded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import ConfigError
+
+HOST = torch.device("cpu")
+SHARE_OF_FREE = 0.5  # of the free memory, for data and clients' states; the rest is for steps
+
+
+class Place(NamedTuple):
+    """Where an engine computes."""
+
+    device: torch.device = HOST
+    budget: int = 0  # bytes of the device's memory that data and clients' states may take between turns
+
+
+ON_HOST = Place()
+
+
+def find(name: str) -> torch.device:
+    """The device called `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        why = "" if torch.version.cuda else f" (this is torch {torch.__version__}, built without CUDA)"
+        raise ConfigError(f"engine.device={name}: torch finds no CUDA device here{why}; use engine.device=cpu")
+    n, index = torch.cuda.device_count(), device.index or 0
+    if index >= n:
+        raise ConfigError(f"engine.device={name}: there are {n} CUDA devices, from cuda:0 to cuda:{n - 1}")
+    return torch.device("cuda", index)
+
+
+def place(name: str, budget: int | None = None) -> Place:
+    """The device called `name`, with a budget of bytes (default: half of what is free on it). Raises ConfigError."""
+    device = find(name)
+    return Place(device, int(SHARE_OF_FREE * free_bytes(device)) if budget is None else budget)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory that are free or that torch holds in reserve; 0 for any other device."""
+    if device.type != "cuda":
+        return 0
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
+def describe(device: torch.device) -> str:
+    """For the record: the device's name, memory and software."""
+    if device.type != "cuda":
+        return str(device)
+    facts = torch.cuda.get_device_properties(device)
+    memory = f"{facts.total_memory / 2**30:.0f} GiB"
+    return f"{device}: {facts.name}, {memory}, CUDA {torch.version.cuda}"
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until the device has done all that it was asked to, before a clock is read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def staged(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on the device; from the host it goes through pinned memory, so that nobody waits for the copy."""
+    if x.device == device:
+        return x
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=x.device == HOST)
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """The generators that modules with randomness of their own draw from."""
+    own = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    return [torch.default_generator, *own]
+
+
+@contextmanager
+def exact(device: torch.device, tf32: bool = False) -> Iterator[None]:
+    """On a CUDA device: the device is the current one, and arithmetic is `strict`. On the CPU nothing changes."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it its sums may vary
+    with torch.cuda.device(device), strict(tf32):
+        yield
+
+
+@contextmanager
+def strict(tf32: bool) -> Iterator[None]:
+    """float32 is float32 (or TF32 in products, if asked for), and the same inputs give the same bits every time.
+
+    An operation that has no deterministic form on the device warns.
+    """
+    cudnn, filled = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
+    products, on = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    warns, fills = torch.is_deterministic_algorithms_warn_only_enabled(), filled.fill_uninitialized_memory
+    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    filled.fill_uninitialized_memory = False
+    try:
+        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=tf32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.use_deterministic_algorithms(on, warn_only=warns)
+        filled.fill_uninitialized_memory = fills

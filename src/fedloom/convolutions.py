@@ -1,0 +1,134 @@
+"""Convolutions of several lanes, each with kernels of its own.
+
+vmap makes one grouped convolution of them. The other form lays every pixel's surroundings in a column and multiplies matrices, one batched
+product for all lanes. Which is faster depends on device, shapes and precision, so `tuned` times both, once per layer. They round
+differently, so with `tuned` the last bits may differ from run to run; with `grouped` or `columns` they do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from fedloom.accelerator import HOST, synchronise
+
+Form = Literal["grouped", "columns", "tuned"]
+REPEATS = 5  # timings of each form
+
+log = logging.getLogger(__name__)
+
+
+class Layer(NamedTuple):
+    """A convolution of one lane, whatever its number of rows."""
+
+    image: tuple[int, ...]  # (C, H, W) of its input
+    weight: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+class Convolutions:
+    """How the convolutions of lanes are computed; remembers what was faster."""
+
+    def __init__(self, form: Form = "tuned", device: torch.device = HOST, bf16: bool = False) -> None:
+        self._form, self._device, self._bf16 = form, device, bf16
+        self.columns_faster: dict[Layer, bool] = {}  # with `tuned`
+
+    def of(self, n_lanes: int) -> TorchFunctionMode:
+        """While it lasts, two-dimensional convolutions inside of vmap are in the chosen form; those with groups stay as they are."""
+        return _Chosen(self, n_lanes)
+
+    def by_columns(self, layer: Layer) -> bool | None:
+        """Whether to compute a layer by columns; None while nobody knows."""
+        return self.columns_faster.get(layer) if self._form == "tuned" else self._form == "columns"
+
+    def time(self, layer: Layer, n_rows: int, n_lanes: int) -> None:
+        """Find out which form is faster, forward and backward, for so many lanes of so many rows."""
+        x = torch.ones((n_lanes, n_rows, *layer.image), dtype=layer.dtype, device=self._device)
+        weight = torch.ones((n_lanes, *layer.weight), dtype=layer.dtype, device=self._device)
+        geometry = layer.stride, layer.padding, layer.dilation
+        forms = {
+            "grouped": lambda w, x: torch.conv2d(x, w, None, *geometry).sum(),
+            "columns": lambda w, x: columns(x, w, None, *geometry).sum(),
+        }
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            seconds = {name: self._shortest(loss, weight, x) for name, loss in forms.items()}
+        self.columns_faster[layer] = seconds["columns"] < seconds["grouped"]
+        found = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in seconds.items())
+        log.info("%d lanes of %d rows %s, kernels %s: %s", n_lanes, n_rows, layer.image, layer.weight, found)
+
+    def _shortest(self, loss: Callable[..., Tensor], weight: Tensor, x: Tensor) -> float:
+        work = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))
+        work(weight, x)  # libraries choose their algorithms
+        best = float("inf")
+        for _ in range(REPEATS):
+            synchronise(self._device)
+            started = time.perf_counter()
+            work(weight, x)
+            synchronise(self._device)
+            best = min(best, time.perf_counter() - started)
+        return best
+
+
+class _Chosen(TorchFunctionMode):
+    """See `Convolutions.of`. Layers that are new run as vmap does and are timed at the end: not inside of vmap, nor of a recording."""
+
+    def __init__(self, book: Convolutions, n_lanes: int) -> None:
+        super().__init__()
+        self._book, self._n_lanes = book, n_lanes
+        self._new: dict[Layer, int] = {}  # number of rows
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """One operation."""
+        given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False))
+        given |= kwargs or {}
+        plain = given.get("groups", 1) == 1 and not isinstance(given.get("padding"), str)
+        if func is not torch.conv2d or not plain or given["input"].ndim != 4:
+            return func(*args, **(kwargs or {}))
+        x, weight = given["input"], given["weight"]
+        geometry = [_pair(given.get(key, value)) for key, value in (("stride", 1), ("padding", 0), ("dilation", 1))]
+        layer = Layer(tuple(x.shape[1:]), tuple(weight.shape), x.dtype, *geometry)
+        by_columns = self._book.by_columns(layer)
+        if by_columns is None:
+            self._new.setdefault(layer, len(x))
+        return columns(x, weight, given.get("bias"), *geometry) if by_columns else func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        """Time what was new."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for layer, n_rows in self._new.items():
+            self._book.time(layer, n_rows, self._n_lanes)
+
+
+def columns(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """`torch.conv2d` without groups, as one product of matrices: x (B, C, H, W), weight (O, C, h, w), bias (O,) -> (B, O, H', W')."""
+    kernel = weight.shape[2:]
+    axes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    sides = [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in axes]
+    pixels = F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))  # (B, C h w, H' W')
+    out = weight.flatten(1) @ pixels.transpose(0, 1).flatten(1)  # weights times all rows at once, not row by row
+    if bias is not None:
+        out = out + bias[:, None]
+    return out.view(-1, len(x), *sides).transpose(0, 1)
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value, value) if isinstance(value, int) else tuple(value) * (2 // len(value))

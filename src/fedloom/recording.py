@@ -1,0 +1,78 @@
+"""Steps that are recorded once and then played again: CUDA graphs.
+
+A small model's step is some fifty kernels that the device runs faster than the host can ask for them. A graph asks for all of them at once.
+It reads and writes the same memory every time, so a `Recording` copies a step's inputs there first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.tree import Tree
+
+Params = dict[str, Tensor]
+Found = tuple[Params, Params]  # gradients; logs
+Record = Callable[[Callable[[], Found]], tuple[Callable[[], Any], Found]]
+"""(work) -> what does the work again, and its results, which lie in the same memory every time."""
+
+WARM_UPS = 3  # runs before the recording: libraries choose their algorithms and take their memory
+
+
+class Recording:
+    """A step with memory of its own for all its inputs. Gradients that it gives are good until it is called again."""
+
+    def __init__(self, step: Callable[[Tree], Found], inputs: Tree, record: Record) -> None:
+        self._inputs = tree.map_tree(twin, inputs)
+        self._seen: list[tuple[Tensor, int] | None] = [None] * len(tree.leaves(inputs))
+        with torch.enable_grad():
+            self._play, self._found = record(lambda: step(self._inputs))
+
+    def __call__(self, now: Tree) -> Found:
+        """The step on other inputs of the same shapes; `now["buffers"]` are changed in place, as the step would."""
+        with torch.no_grad():
+            self._take(tree.leaves(now))
+            self._play()
+            grads, logs = self._found
+            for theirs, mine in zip(tree.leaves(now["buffers"]), tree.leaves(self._inputs["buffers"]), strict=True):
+                theirs.copy_(mine)
+            return dict(grads), {name: value.clone() for name, value in logs.items()}
+
+    def _take(self, leaves: list[Tensor]) -> None:
+        """Copy what is not there yet: the received weights, say, are the same in all steps of a turn."""
+        own = tree.leaves(self._inputs)
+        states = [(leaf, -1 if leaf.is_inference() else leaf._version) for leaf in leaves]
+        new = [k for k, state in enumerate(states) if not _is_known(self._seen[k], state)]
+        if new:
+            torch._foreach_copy_([own[k] for k in new], [leaves[k] for k in new])
+        self._seen = list(states)
+
+
+def twin(leaf: Tensor) -> Tensor:
+    """A copy with the very strides, also where torch sees no difference (one channel): kernels, and so last bits, depend on them."""
+    if 0 in leaf.stride():  # several numbers in one place
+        return leaf.clone()
+    return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
+
+
+def _is_known(before: tuple[Tensor, int] | None, now: tuple[Tensor, int]) -> bool:
+    """Whether this is the tensor that was copied last, unchanged; of an inference tensor nobody can tell."""
+    return before is not None and before[0] is now[0] and before[1] == now[1] >= 0
+
+
+def record_graph(work: Callable[[], Found]) -> tuple[Callable[[], Any], Found]:
+    """A `Record` on the current CUDA device."""
+    beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(WARM_UPS):
+            work()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = work()
+    return graph.replay, found

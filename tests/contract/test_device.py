@@ -1,0 +1,198 @@
+"""Clients on a device, messages and server on the host: the same numbers as without it, whatever fits on the device.
+
+`elsewhere` stands for a device that this machine does not have. Tests marked `gpu` are for machines that have one: `pytest -m gpu`.
+"""
+
+import logging
+
+import pytest
+import torch
+from elsewhere import ELSEWHERE, Elsewhere
+
+from contract import TOYS, Left, assert_close, assert_same, left_by
+from fedloom import accelerator, gradients, tree
+from fedloom.accelerator import HOST, Place
+from fedloom.engines import vectorised
+from fedloom.experiment import Experiment
+from fedloom.registry import METHODS
+
+SETTINGS = {"clients": 3, "cohort": 2, "rounds": 2, "batch_size": 32, "data.rows": 120}
+ROOMY, TIGHT = 1 << 40, 0
+CASES = [(method, "mlp") for method in [*METHODS, *TOYS]]
+LONG = pytest.mark.slow  # every operation goes through Python: a generator's convolutions take half a minute
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """A device with so much room for data and clients."""
+
+    def arrive(budget):
+        monkeypatch.setattr(accelerator, "place", lambda *_: Place(ELSEWHERE, budget))
+        return Elsewhere()
+
+    return arrive
+
+
+def make(experiment, method, model, engine, **settings):
+    what = TOYS[method]() if method in TOYS else method
+    return experiment(what, **{**SETTINGS, "engine": engine, "model": model, **settings})
+
+
+@pytest.mark.parametrize(("engine", "budget"), [("sequential", TIGHT), ("vectorised", ROOMY)])
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [pytest.param(*case, marks=LONG) if case[0] == "fedvtc" else case for case in CASES]
+    + [pytest.param("fedrir", "resnet8", marks=LONG)],
+)
+def test_a_device_changes_no_number(experiment, elsewhere, method, model, engine, budget):
+    here = left_by(make(experiment, method, model, engine))
+    with elsewhere(budget) as device:
+        there = left_by(make(experiment, method, model, engine))
+    assert device.copies > 0
+    # torch takes other steps where lanes of such tensors are mapped, and where channels do not come last
+    exactly = engine == "sequential" and method not in ("fedrir", "fedvtc")
+    (assert_same if exactly else assert_close)(there, here)
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop-flip", "resized-crop-flip"])
+def test_augmented_batches_are_the_same_too(experiment, elsewhere, augment):
+    settings = {"data.augment": augment, "rounds": 1}
+    here = left_by(make(experiment, "fedavg", "mlp", "sequential", **settings))
+    for engine in ("sequential", "vectorised"):
+        with elsewhere(ROOMY):
+            assert_close(left_by(make(experiment, "fedavg", "mlp", engine, **settings)), here)
+
+
+def test_rows_and_clients_stay_on_the_device_as_long_as_there_is_room(experiment, elsewhere, float64):
+    def run_with(budget):
+        with elsewhere(budget) as device:
+            run = make(experiment, "fedper", "mlp", "sequential", cohort=3, rounds=3)
+            left_by(run)
+            copies = device.copies
+            asked = [tree.leaves(run.engine.client(i)._asdict()) for i in range(3)]
+        assert all(leaf.device == HOST for leaves in asked for leaf in leaves)
+        kept = [tree.leaves(run.engine.store.get(i)._asdict()) for i in range(3)]
+        sizes = run.data.n_bytes, tree.n_bytes(run.engine.store.get(0)._asdict())
+        return copies, [all(leaf.device == ELSEWHERE for leaf in leaves) for leaves in kept], sizes
+
+    few, kept, (rows, client) = run_with(ROOMY)
+    assert kept == [True] * 3
+    more, kept, _ = run_with(rows + 2 * client)
+    assert sorted(kept) == [False, True, True]
+    most, kept, _ = run_with(client - 1)
+    assert kept == [False] * 3
+    assert few < more < most
+
+
+@pytest.mark.parametrize("method", ["fedrir", "scaffold"])
+def test_a_run_is_taken_up_on_another_device(experiment, elsewhere, monkeypatch, method):
+    def stop_after_one(done, rounds, row):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    settings = {"rounds": 2, "checkpoint_every": 1}
+    whole = left_by(make(experiment, method, "mlp", "sequential", **settings))
+    with elsewhere(ROOMY):
+        begun = make(experiment, method, "mlp", "sequential", **settings)
+        with pytest.raises(KeyboardInterrupt):
+            begun.run(stop_after_one)
+    monkeypatch.undo()
+    resumed = Experiment.resume(begun.folder.path)
+    assert resumed.place.device == HOST
+    assert_close(left_by(resumed), whole)
+
+
+def test_newcomers_join_on_the_device(experiment, elsewhere):
+    settings = {"clients": 4, "join.clients": 2, "join.turns": 2, "rounds": 1}
+    here = left_by(make(experiment, "fedper", "mlp", "sequential", **settings))
+    with elsewhere(ROOMY):
+        there = left_by(make(experiment, "fedper", "mlp", "sequential", **settings))
+    assert_same(there, here)
+
+
+@pytest.mark.parametrize("fits", [4, 2, 1])
+def test_lanes_that_do_not_fit_are_halved(experiment, monkeypatch, caplog, fits):
+    def run_turns(method, gradients, clients, *rest):
+        if len(clients) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        tried.append(len(clients))
+        return mapped(method, gradients, clients, *rest)
+
+    settings = {"clients": 5, "cohort": 5}
+    plain = left_by(make(experiment, "fedper", "mlp", "vectorised", **settings))
+    mapped, tried = vectorised.run_turns, []
+    monkeypatch.setattr(vectorised, "run_turns", run_turns)
+    with caplog.at_level(logging.WARNING):
+        assert_close(left_by(make(experiment, "fedper", "mlp", "vectorised", **settings)), plain)
+    assert set(tried) == ({2} if fits > 1 else set())
+    assert caplog.messages[0] == "5 clients side by side are too many for the device's memory; halved from now on"
+    assert len(caplog.messages) == (1 if fits > 1 else 2)
+
+
+# on a GPU
+
+GPU = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device on this machine"),
+    pytest.mark.filterwarnings("ignore:.*does not have a deterministic implementation"),
+]
+
+
+def on_gpu(experiment, method, model, engine, **settings) -> Left:
+    return left_by(make(experiment, method, model, engine, **{"engine.device": "cuda", **settings}))
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+@pytest.mark.parametrize(
+    ("method", "model"), [*CASES, *((m, "resnet8") for m in ("fedavg", "fedmr", "fedrir", "fedvtc"))]
+)
+class TestGpu:
+    """The numbers of the CPU, up to rounding in float64."""
+
+    pytestmark = GPU
+
+    @pytest.mark.parametrize("budget", [None, 0])
+    def test_a_gpu_gives_the_numbers_of_the_cpu(self, experiment, method, model, engine, budget):
+        settings = {} if budget is None else {"engine.device_bytes": budget}
+        here = left_by(make(experiment, method, model, "sequential"))
+        assert_close(on_gpu(experiment, method, model, engine, **settings), here)
+
+    def test_the_same_seed_gives_the_same_bits(self, experiment, method, model, engine):
+        one, other = (on_gpu(experiment, method, model, engine, precision="fp32") for _ in range(2))
+        assert_same(one, other)
+
+    def test_graphs_give_the_bits_of_written_steps(self, experiment, method, model, engine, monkeypatch):
+        long = {"rounds": 3, "batch_size": 8, "cohort": 3}
+        monkeypatch.setattr(gradients, "TRIALS", 1 << 30)
+        written = on_gpu(experiment, method, model, engine, **long)
+        monkeypatch.setattr(gradients, "TRIALS", 3)
+        assert_same(on_gpu(experiment, method, model, engine, **long), written)
+
+
+class TestGpuArithmetic:
+    """What only a GPU can tell of itself."""
+
+    pytestmark = GPU
+
+    def test_float32_is_float32_unless_tf32_is_asked_for(self):
+        device, draw = accelerator.find("cuda"), torch.Generator().manual_seed(0)
+        a, b = torch.randn(2, 512, 512, generator=draw)
+        x, w = torch.randn(4, 64, 16, 16, generator=draw), torch.randn(64, 64, 3, 3, generator=draw)
+        for tf32 in (False, True):
+            with accelerator.exact(device, tf32):
+                found = [a.to(device) @ b.to(device), torch.conv2d(x.to(device), w.to(device))]
+            exact = [a.double() @ b.double(), torch.conv2d(x.double(), w.double())]
+            errors = [float((f.cpu() - e).abs().max() / e.abs().max()) for f, e in zip(found, exact, strict=True)]
+            assert all(error < 1e-5 for error in errors) is not tf32, errors
+
+    def test_short_steps_become_graphs(self, experiment, monkeypatch, caplog):
+        made = []
+        judge = gradients.faster_replay
+        monkeypatch.setattr(gradients, "faster_replay", lambda *a: made.append(judge(*a)) or made[-1])
+        settings = {"rounds": 3, "batch_size": 4, "data.rows": 400, "precision": "fp32"}
+        on_gpu(experiment, "fedavg", "fedavg_cnn", "sequential", **settings)
+        assert any(made), caplog.text
+
+    def test_the_environment_names_the_gpu(self, experiment):
+        run = make(experiment, "fedavg", "mlp", "sequential", **{"engine.device": "cuda:0"})
+        assert torch.cuda.get_device_name(0) in (run.folder.path / "environment.json").read_text()
