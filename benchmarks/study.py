@@ -1,9 +1,9 @@
-"""Keep what a study found: its runs' ends and curves, by method and seed, in benchmarks/results/NAME.json, and a Markdown table of them.
+"""Keep what a study found: its runs' ends and curves, by method and seed, in benchmarks/results/NAME.json; NAME.png draws them.
 
     python benchmarks/study.py NAME "the command that made the runs" RUN [RUN ...]
 
-A RUN is a run's folder, or a folder of such folders (of a comparison). The table has the mean over seeds, and the spread (half the distance
-from least to most) where there are several.
+A RUN is a run's folder, or a folder of such folders (of a comparison). Prints a Markdown table: means over seeds, and the spread (half the
+distance from least to most) where there are several.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from fedloom.report.plots import accuracy_over_rounds
 from fedloom.report.read import RunRecord, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,6 +89,8 @@ def main(name: str, command: str, *folders: str) -> None:
     environment = {key: records[0].environment.get(key) for key in ENVIRONMENT}
     kept = {"command": command, "environment": environment, "runs": runs}
     (RESULTS / f"{name}.json").write_text(json.dumps(kept) + "\n")
+    one_model = all(run.metrics.server_accuracy.notna().any() for run in records)
+    accuracy_over_rounds(records, "server_accuracy" if one_model else "personal_accuracy").savefig(RESULTS / f"{name}.png", dpi=100)
     print(table(runs))
 
 
