@@ -121,8 +121,8 @@ def scores_of(logits: Tensor, labels: Tensor, sizes: Sequence[int], n_classes: i
     labels = labels.to(logits.device)
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     n = len(sizes)
-    places = torch.arange(n, device=labels.device).repeat_interleave(torch.tensor(sizes, device=labels.device))
-    cells = places * n_classes + labels
+    places = torch.arange(n).repeat_interleave(torch.tensor(sizes))
+    cells = places.to(labels.device) * n_classes + labels
     counts = (torch.bincount(c, minlength=n * n_classes).cpu().numpy().reshape(n, -1) for c in (cells[right], cells))
     return [Score(*pair) for pair in zip(*counts, strict=True)]
 
