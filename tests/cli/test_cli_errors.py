@@ -51,7 +51,7 @@ MISTAKES = {
     "run eval=3": "eval=3: is a table; its settings have names of their own, such as eval.KEY=VALUE",
     "run partition.balance=maybe": "partition.balance=maybe: must be true or false",
     "run partition=dirichlt": "must be one of iid, dirichlet, pathological",
-    "run precision=fp61": "precision=fp61: must be one of fp32, fp64, bf16 (did you mean 'fp64'?)",
+    "run precision=fp61": "precision=fp61: must be one of fp32, fp64, bf16, tf32 (did you mean 'fp64'?)",
     "run log=tensorbord": "log=tensorbord: must be one of tensorboard, wandb, mlflow (did you mean 'tensorboard'?)",
     "run participation=2": "participation=2: must be above 0 and at most 1",
     "run cohort=20": "cohort=20: there are only 10 clients",

@@ -10,7 +10,7 @@ from fedloom import gradients, tree
 from fedloom.gradients import Replays
 from fedloom.recording import Recording
 
-SETTINGS = {"clients": 3, "cohort": 3, "rounds": 2, "batch_size": 16, "data.rows": 150, "model.hidden": 8}
+SETTINGS = {"clients": 3, "cohort": 3, "rounds": 3, "batch_size": 16, "data.rows": 150, "model.hidden": 8}
 
 
 class Recorder:
