@@ -1,6 +1,6 @@
 """pfl-research (Apple): FederatedAveraging with its SimulatedBackend, in one process, the workload's very split.
 
-pip install 'pfl[pytorch]>=0.4'
+pip install 'pfl[pytorch]>=0.6'
 python benchmarks/peers/pfl_research.py w4-mlp --scale 0.1
 """
 
@@ -15,7 +15,7 @@ import torch
 from federation import need, options, problem_of, tell
 from torch import Tensor, nn
 
-HINT = "pip install 'pfl[pytorch]>=0.4'"
+HINT = "pip install 'pfl[pytorch]>=0.6'"
 
 
 def main() -> None:
@@ -24,7 +24,8 @@ def main() -> None:
     algorithms = need("pfl.algorithm.federated_averaging", HINT)
     hyper, base = need("pfl.hyperparam", HINT), need("pfl.algorithm.base", HINT)
     backends, weighting = need("pfl.aggregate.simulate", HINT), need("pfl.aggregate.weighting", HINT)
-    models, callbacks = need("pfl.model.pytorch", HINT), need("pfl.callback", HINT)
+    models, callbacks = need("pfl.model.pytorch", HINT), need("pfl.callback.base", HINT)
+    metrics = need("pfl.metrics", HINT)
     problem = problem_of(given.workload, given.scale)
     net = with_loss(problem.modules(0)["model"].requires_grad_(True))
     backend = backends.SimulatedBackend(
@@ -33,9 +34,9 @@ def main() -> None:
     stamps = [time.perf_counter()]
 
     class Stamp(callbacks.TrainingProcessCallback):  # type: ignore[misc, name-defined]
-        def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> bool:
+        def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Any]:
             stamps.append(time.perf_counter())
-            return False
+            return False, metrics.Metrics()
 
     algorithms.FederatedAveraging().run(
         algorithm_params=base.NNAlgorithmParams(

@@ -36,7 +36,7 @@ def main() -> None:
     write_split(problem, system.parent / "dataset" / name)
     task = problem.task
     flags = {
-        "-data": name, "-m": "cnn", "-algo": "FedAvg", "-dev": "cpu", "-eg": 1, "-gr": given.rounds,
+        "-data": name, "-m": "CNN", "-algo": "FedAvg", "-dev": "cpu", "-eg": 1, "-gr": given.rounds,
         "-lbs": problem.plan.batch_size, "-lr": problem.method.lr, "-nc": task.n_clients,
         "-jr": task.max_cohort / task.n_clients,
     }  # fmt: skip
