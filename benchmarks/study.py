@@ -90,7 +90,9 @@ def main(name: str, command: str, *folders: str) -> None:
     kept = {"command": command, "environment": environment, "runs": runs}
     (RESULTS / f"{name}.json").write_text(json.dumps(kept) + "\n")
     one_model = all(run.metrics.server_accuracy.notna().any() for run in records)
-    accuracy_over_rounds(records, "server_accuracy" if one_model else "personal_accuracy").savefig(RESULTS / f"{name}.png", dpi=100)
+    accuracy_over_rounds(records, "server_accuracy" if one_model else "personal_accuracy").savefig(
+        RESULTS / f"{name}.png", dpi=100
+    )
     print(table(runs))
 
 

@@ -34,7 +34,9 @@ def main() -> None:
     stamps = [time.perf_counter()]
 
     class Stamp(callbacks.TrainingProcessCallback):  # type: ignore[misc, name-defined]
-        def after_central_iteration(self, aggregate_metrics: Any, model: Any, *, central_iteration: int) -> tuple[bool, Any]:
+        def after_central_iteration(
+            self, aggregate_metrics: Any, model: Any, *, central_iteration: int
+        ) -> tuple[bool, Any]:
             stamps.append(time.perf_counter())
             return False, metrics.Metrics()
 
