@@ -10,23 +10,14 @@ import hypothesis
 import pytest
 import torch
 
-from fedloom.config import assign, make_settings
+from fedloom.config import make_settings
 from fedloom.experiment import Experiment, Parts
+from small import SMALL, changed
 
 hypothesis.settings.register_profile("fedloom", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("fedloom")
 
-SMALL: dict[str, Any] = {
-    "data": {"name": "digits", "rows": 240},
-    "model": {"name": "mlp", "hidden": 12},
-    "partition": {"name": "dirichlet", "alpha": 0.5},
-    "clients": 4,
-    "rounds": 2,
-    "batch_size": 16,
-    "precision": "fp64",
-    "engine": {"name": "sequential", "threads": 1},
-}
-"""A run that takes a few hundredths of a second."""
+ALONE: dict[str, Any] = {**SMALL, "precision": "fp64", "engine": {"name": "sequential", "threads": 1}}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,7 +51,7 @@ def float64() -> Any:
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
     """Makes small experiments: `experiment("fedavg", rounds=3, engine="debug")`, `experiment(Mine(), **{"model": "resnet8"})`.
 
-    The first word is a method's name or a method; then settings as for `fedloom.run`, over those of `SMALL`; `parts` are objects in
+    The first word is a method's name or a method; then settings as for `fedloom.run`, over those of `ALONE`; `parts` are objects in
     place of names.
     """
     made = 0
@@ -68,11 +59,9 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
     def make(method: Any = "fedavg", *, dataset: Any = None, module: Any = None, **settings: Any) -> Experiment:
         nonlocal made
         made += 1
-        values: dict[str, Any] = {key: dict(v) if isinstance(v, dict) else v for key, v in SMALL.items()}
         named = isinstance(method, str)
         chosen = {"method": method if named else type(method).__name__, "out": str(tmp_path / f"run{made}"), **settings}
-        for key, value in chosen.items():
-            assign(values, "engine.name" if key == "engine" else key, value)
+        values = changed(ALONE, **{"engine.name" if key == "engine" else key: v for key, v in chosen.items()})
         return Experiment(make_settings(values), Parts(None if named else method, dataset, module))
 
     return make

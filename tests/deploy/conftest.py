@@ -9,30 +9,20 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fedloom.config import assign, make_settings
+from fedloom.config import make_settings
 from fedloom.deploy.grid import GridLink
 from fedloom.deploy.local import Federation, local_federation
 from fedloom.deploy.running import prepare, resume
 from fedloom.experiment import Experiment, OnRound
+from small import SMALL, changed
 
-VALUES: dict[str, Any] = {
-    "data": {"name": "digits", "rows": 400},
-    "model": {"name": "mlp", "hidden": 12},
-    "partition": {"name": "dirichlet", "alpha": 0.5},
-    "clients": 6,
-    "rounds": 2,
-    "batch_size": 16,
-    "checkpoint_every": 1,
-}
+VALUES = changed(SMALL, **{"data.rows": 400, "clients": 6, "checkpoint_every": 1})
 NODES = 3
 
 
 def values(**settings: Any) -> dict[str, Any]:
     """Settings over those of `VALUES`."""
-    found = {key: dict(v) if isinstance(v, dict) else v for key, v in VALUES.items()}
-    for key, value in settings.items():
-        assign(found, key, value)
-    return found
+    return changed(VALUES, **settings)
 
 
 class Ran(NamedTuple):

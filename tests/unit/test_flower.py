@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fedloom import tree
-from fedloom.config import assign, make_settings
+from fedloom.config import make_settings
 from fedloom.deploy import running
 from fedloom.deploy.folder import Deployment, create
 from fedloom.deploy.worker import Worker
@@ -22,17 +22,9 @@ from fedloom.engines.flower import Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
 from fedloom.experiment import Experiment
 from fedloom.registry import METHODS
+from small import SMALL, changed
 
-VALUES: dict[str, Any] = {
-    "data": {"name": "digits", "rows": 240},
-    "model": {"name": "mlp", "hidden": 12},
-    "partition": {"name": "dirichlet", "alpha": 0.5},
-    "clients": 4,
-    "rounds": 3,
-    "batch_size": 16,
-    "precision": "fp64",
-    "checkpoint_every": 1,
-}
+VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}
 Change = Callable[[str, int, bytes], bytes | Lost]
 
 
@@ -76,10 +68,7 @@ def types(float64):
 
 
 def values(**settings: Any) -> dict[str, Any]:
-    found = {key: dict(v) if isinstance(v, dict) else v for key, v in VALUES.items()}
-    for key, value in settings.items():
-        assign(found, key, value)
-    return found
+    return changed(VALUES, **settings)
 
 
 @pytest.fixture
