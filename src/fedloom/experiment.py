@@ -209,8 +209,6 @@ class Experiment:
 
     def _train(self, number: int, cohort: Sequence[int], down: Downlink, working: Sequence[int]) -> list[Reply]:
         """The turns of those members of the cohort who work."""
-        if len(working) == len(cohort):
-            return self.engine.train(number, cohort, down)
         if not working:
             return []
         theirs = Downlink(down.common, None if down.each is None else [down.each[slot] for slot in working])

@@ -36,9 +36,9 @@ from fedloom.deploy.certificates import (
     write_new,
 )
 from fedloom.errors import ConfigError, suggest
+from fedloom.ranges import NonNegative, Positive, Whole
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-Client = Annotated[int, Field(ge=0)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,250}[A-Za-z0-9])?|::1?")
 M = TypeVar("M", bound=BaseModel)
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -54,9 +54,9 @@ class FederationFile(_File):
     host: str
     port: Port
     superlink_port: Port
-    deadline_s: Annotated[float, Field(gt=0)] = 600.0
-    join_s: Annotated[float, Field(ge=0)] = 120.0
-    nodes: dict[str, list[Client]]
+    deadline_s: Positive = 600.0
+    join_s: NonNegative = 120.0
+    nodes: dict[str, list[Whole]]
 
 
 class NodeFile(_File):
@@ -65,7 +65,7 @@ class NodeFile(_File):
     name: str
     server: str
     runtime_port: Port
-    clients: list[Client]
+    clients: list[Whole]
     data: str = "config"
 
 

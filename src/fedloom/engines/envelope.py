@@ -17,14 +17,14 @@ from fedloom import tree
 from fedloom.engines.base import Ask, Score
 from fedloom.engines.wire import decode, encode
 from fedloom.errors import WireError
+from fedloom.ranges import NonNegative, Positive, Whole
 from fedloom.tree import Tree
 
 MAGIC = b"fedloom1"
 MAX_HEADER = 64 * 2**20  # bytes
 EMPTY = "/"  # ends the path of a branch without tensors
 
-Number = Annotated[int, Field(ge=0)]
-Counts = Annotated[list[Number], Field(max_length=1_000_000)]
+Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
 
 
 class _Strict(BaseModel):
@@ -35,7 +35,7 @@ class Part(_Strict):
     """A tree in the envelope: its bytes, and the paths of its leaves (and of its empty branches) in order."""
 
     name: str
-    n_bytes: Number
+    n_bytes: Whole
     paths: list[str]
 
 
@@ -45,10 +45,10 @@ class Member(_Strict):
     `base` and `keep` are round numbers plus one; 0 is the initial state.
     """
 
-    client: Number
-    slot: Number
-    base: Number
-    keep: Number
+    client: Whole
+    slot: Whole
+    base: Whole
+    keep: Whole
 
 
 class Question(_Strict):
@@ -70,7 +70,7 @@ class Call(_Strict):
     config: str
     classes: list[str]
     input_shape: list[int]
-    deadline_s: Annotated[float, Field(gt=0)]
+    deadline_s: Positive
 
 
 class Hello(_Strict):
@@ -85,7 +85,7 @@ class TrainRequest(_Strict):
 
     kind: Literal["train"] = "train"
     call: Call
-    number: Number
+    number: Whole
     members: list[Member]
 
 
@@ -94,7 +94,7 @@ class ScoreRequest(_Strict):
 
     kind: Literal["score"] = "score"
     call: Call
-    number: Number
+    number: Whole
     members: list[Member]
     questions: list[Question]
 
@@ -103,7 +103,7 @@ class Present(_Strict):
     """Who a node is: its clients, and for rows of its own how many of each class there are, by split ("train", "valid", "test")."""
 
     kind: Literal["present"] = "present"
-    clients: list[Number]
+    clients: list[Whole]
     own_rows: bool
     counts: dict[str, dict[str, Counts]]  # by client (as text) and split
 
@@ -111,13 +111,13 @@ class Present(_Strict):
 class Turned(_Strict):
     """A client's turn: done (its uplink is the part named by its slot), or failed, and why."""
 
-    client: Number
-    slot: Number
-    examples: Number = 0
-    steps: dict[str, Number] = {}
+    client: Whole
+    slot: Whole
+    examples: Whole = 0
+    steps: dict[str, Whole] = {}
     logs: dict[str, float] = {}
     phase_seconds: dict[str, float] = {}
-    seconds: Annotated[float, Field(ge=0)] = 0.0
+    seconds: NonNegative = 0.0
     failure: str = ""
 
 
