@@ -23,7 +23,7 @@ from fedloom.errors import MethodError, RunFolderError
 from fedloom.method import Client, Downlink, Method, Round
 from fedloom.nets import Nets, write_weights
 from fedloom.rng import Stream
-from fedloom.rounds import Intake, require_finite
+from fedloom.rounds import Asked, Intake, require_finite
 from fedloom.runfolder import DEPLOYED, RunFolder, environment
 from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree
@@ -174,9 +174,9 @@ class Experiment:
         cohort = self._cohort(number)
         down = self.method.downlink(self.server, cohort)
         sent = self.problem.codec.send(down)
-        roster = self.intake.roster(number, cohort)
+        roster = self.intake.roster(number, cohort, self.engine.busy())
         replies = self._train(number, cohort, sent, roster.working)
-        uplinks, arrivals = self.intake.take(number, sent, [cohort[slot] for slot in roster.working], replies)
+        uplinks, arrivals = self.intake.take(Asked(number, cohort, sent, roster.working), replies, self.engine.busy())
         rng = Stream(self.settings.seed, "server", number)
         uplinks = list(self.method.exchange(uplinks, rng.child("exchange"))) if uplinks else []
         before, round = self.server, Round(number, self.problem.task.n_clients, arrivals, rng)
@@ -209,11 +209,10 @@ class Experiment:
 
     def _train(self, number: int, cohort: Sequence[int], down: Downlink, working: Sequence[int]) -> list[Reply]:
         """The turns of those members of the cohort who work."""
-        if not working:
+        if not working and not self.engine.busy():
             return []
         theirs = Downlink(down.common, None if down.each is None else [down.each[slot] for slot in working])
-        replies = self.engine.train(number, [cohort[slot] for slot in working], theirs)
-        return [reply._replace(slot=working[reply.slot]) for reply in replies]
+        return self.engine.train(number, [cohort[slot] for slot in working], theirs)
 
     def _record_round(
         self, number: int, cohort: Sequence[int], down: Downlink, slots: Sequence[int], replies: Sequence[Reply]
@@ -222,10 +221,11 @@ class Experiment:
         for event in self.intake.events:
             self.folder.append(event, "events.jsonl")
         self.intake.events.clear()
-        sent = {slot: self.ledger.count("downlink", down.to(slot)) for slot in slots}
-        silent = sent.keys() - {reply.slot for reply in replies}
-        for slot in sorted(silent):
-            self.client_rows.append({"round": number + 1, "client": cohort[slot], "downlink_bytes": sent[slot]})
+        sent = {cohort[slot]: self.ledger.count("downlink", down.to(slot)) for slot in slots}
+        replied = {reply.client for reply in replies}
+        for i, n_bytes in sent.items():
+            if i not in replied:
+                self.client_rows.append({"round": number + 1, "client": i, "downlink_bytes": n_bytes})
         for reply in replies:
             flops = self._count(partial(_flops, i=reply.client, number=number))
             self.ledger.trained.add(reply.client)
@@ -241,7 +241,8 @@ class Experiment:
                     "examples": reply.examples,
                     "steps": sum(reply.steps.values()),
                     "uplink_bytes": self.ledger.count("uplink", reply.uplink) + relayed,
-                    "downlink_bytes": sent[reply.slot] + relayed,
+                    "downlink_bytes": sent.get(reply.client, 0)
+                    + relayed,  # a late reply's was counted when it was sent
                     "flops": flops,
                     "seconds": reply.seconds,
                     **{f"seconds.{phase}": seconds for phase, seconds in reply.phase_seconds.items()},

@@ -12,7 +12,7 @@ Every draw depends on (seed, round, client) alone: the same on every engine, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +38,17 @@ def slowdowns(settings: Settings, method: Method, n_clients: int) -> tuple[float
     return tuple(devices.slowdown if i in slow else 1.0 for i in range(n_clients))
 
 
-def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
-    """Raise ConfigError for rules that this method or this federation can never follow."""
+def check_stragglers(settings: Settings, method: Method) -> None:
+    """Raise ConfigError if the method cannot do with late uplinks what the settings say."""
     if settings.devices.stragglers == "late" and not method.accepts_late:
         raise ConfigError(
             f"devices.stragglers=late: {settings.method.name} cannot take in late uplinks; use wait, drop or partial"
         )
+
+
+def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
+    """Raise ConfigError for rules that this method or this federation can never follow."""
+    check_stragglers(settings, method)
     least = settings.min_clients
     if least > max_cohort:
         raise ConfigError(f"min_clients={least}: a cohort has {max_cohort} members at most")
@@ -66,6 +71,15 @@ class Flight(NamedTuple):
     message: Tree  # the uplink; in place of its weights, what they gained over those of the downlink
 
 
+class Asked(NamedTuple):
+    """What clients were asked in a round. A reply's slot is its place among those who work."""
+
+    number: int
+    cohort: Sequence[int]
+    down: Downlink  # as it travelled; by place in the cohort
+    working: Sequence[int]  # places in the cohort
+
+
 class Taken(NamedTuple):
     """What the server aggregates, in the order in which it does."""
 
@@ -82,12 +96,13 @@ class Intake:
         self._screen = Screen(problem)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
         self.flights: dict[int, Flight] = {}  # by client: a device does one turn at a time
+        self._overdue: dict[int, Asked] = {}  # clients whose devices really are late, which nobody simulates
         self.counts = {"lost": 0, "late": 0, "rejected": 0, "skipped": 0, "virtual_steps": 0.0}
         self.events: list[Row] = []  # since they were last taken away
 
-    def roster(self, number: int, cohort: Sequence[int]) -> Roster:
-        """Who takes part: clients whose uplink is still under way are left alone; lost ones and stragglers do no work."""
-        busy = [slot for slot, i in enumerate(cohort) if i in self.flights]
+    def roster(self, number: int, cohort: Sequence[int], at_work: Collection[int] = ()) -> Roster:
+        """Who takes part: clients `at_work`, or whose uplink is still under way, are left alone; lost ones and stragglers do no work."""
+        busy = [slot for slot, i in enumerate(cohort) if i in self.flights or i in at_work]
         sent = [slot for slot in range(len(cohort)) if slot not in busy]
         lost = [slot for slot in sent if self._is_lost(number, cohort[slot])]
         dropped = [slot for slot in sent if slot not in lost and self._is_late(cohort[slot], "drop")]
@@ -96,26 +111,40 @@ class Intake:
         self._note(number, "late", [cohort[slot] for slot in dropped], reason="dropped")
         return Roster(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
 
-    def take(self, number: int, sent: Downlink, working: Sequence[int], replies: Sequence[Reply]) -> Taken:
-        """What there is to aggregate, given the replies of the clients `working`; nothing where too few arrived.
+    def take(self, now: Asked, replies: Sequence[Reply], at_work: Collection[int] = ()) -> Taken:
+        """What there is to aggregate, given what was asked in this round and the replies; nothing where too few arrived.
 
-        `sent` and the replies are as they travelled; what is taken is as the method wrote it.
+        `at_work`: clients whose reply may still come with a later round. Replies are as they travelled; what is taken is as the method
+        wrote it.
         """
-        down = self._problem.codec.arrived(sent)
-        self._note(number, "lost", sorted(set(working) - {r.client for r in replies}), reason="no reply")
-        self._pass_time(replies)
-        good = []
+        number, down = now.number, self._problem.codec.arrived(now.down)
+        asked = {now.cohort[slot]: now for slot in now.working} | self._overdue
+        silent = asked.keys() - {reply.client for reply in replies}
+        overdue = {i: asked[i] for i in sorted(silent) if i in at_work}
+        self._note(number, "lost", sorted(silent - overdue.keys()), reason="no reply")
+        self._note(number, "late", sorted(overdue.keys() - self._overdue.keys()), reason="still at work")
+        self._overdue = overdue
+        self._pass_time([reply for reply in replies if asked[reply.client] is now])
+        fresh, landed, late = list[Reply](), self._due(number), list[int]()
         for reply in replies:
+            then = asked[reply.client]
+            received = down if then is now else self._problem.codec.arrived(then.down)
+            reply = reply._replace(slot=then.working[reply.slot])
             try:
-                good.append(reply._replace(uplink=self._screen.opened(number, reply, down)))
+                reply = reply._replace(uplink=self._screen.opened(then.number, reply, received))
             except WireError as error:
                 self._note(number, "rejected", [reply.client], reason=str(error))
-        landed = self._land(number)
-        late = [reply for reply in good if self._is_late(reply.client, "late")]
-        for reply in late:
-            self.flights[reply.client] = _flight(number, reply, down)
-        self._note(number, "late", [r.client for r in late], reason=f"{self._age} rounds")
-        fresh = [reply for reply in good if reply not in late]
+                continue
+            if then is not now:
+                landed.append(_flight(then.number, reply, received))
+            elif self._is_late(reply.client, "late"):
+                self.flights[reply.client] = _flight(number, reply, down)
+                late.append(reply.client)
+            else:
+                fresh.append(reply)
+        landed.sort(key=lambda flight: (flight.sent, flight.slot))
+        self._note(number, "landed", [f.client for f in landed], sent=[f.sent + 1 for f in landed])
+        self._note(number, "late", late, reason=f"{self._age} rounds")
         if len(fresh) + len(landed) < self._min_clients:
             reason = f"{len(fresh) + len(landed)} arrived, min_clients={self._min_clients}"
             self._note(number, "skipped", reason=reason)
@@ -145,13 +174,11 @@ class Intake:
         turns = [sum(r.steps.values()) * (self._slowdown[r.client] if waits else 1.0) for r in replies]
         self.counts["virtual_steps"] += max(turns, default=0.0)
 
-    def _land(self, number: int) -> list[Flight]:
-        """The uplinks that are due, in the order in which they were sent."""
+    def _due(self, number: int) -> list[Flight]:
+        """Take the uplinks that are due off their way."""
         due = [flight for flight in self.flights.values() if flight.sent + self._age <= number]
-        due.sort(key=lambda flight: (flight.sent, flight.slot))
         for flight in due:
             del self.flights[flight.client]
-        self._note(number, "landed", [flight.client for flight in due], sent=[flight.sent + 1 for flight in due])
         return due
 
     def _note(self, number: int, event: str, clients: Sequence[int] | None = None, **facts: Any) -> None:

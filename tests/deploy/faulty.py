@@ -17,6 +17,7 @@ class Faulty(Method):
     """FedPer, with faults."""
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
+    accepts_late: ClassVar[bool] = True
 
     def predictors(self):
         """The personal predictor alone."""
@@ -30,6 +31,8 @@ class Faulty(Method):
                 raise ValueError("the disk is full")
             case "hangs":
                 time.sleep(600)
+            case "dawdles":
+                time.sleep(30)
             case "dies":
                 os._exit(3)
             case "foreign":

@@ -36,7 +36,7 @@ def federation(tmp_path):
         yield found
 
 
-def run(federation, folder, rounds, on_round=None, path=None):
+def run(federation, folder, rounds, on_round=None, path=None, **settings):
     """One experiment, and what was said."""
     said = []
     link = GridLink(federation.deployment, said.append)
@@ -46,7 +46,7 @@ def run(federation, folder, rounds, on_round=None, path=None):
             if path
             else prepare(
                 federation.deployment,
-                values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder)},
+                values(method=f"{METHOD}:Faulty", rounds=rounds, **settings) | {"out": str(folder)},
                 link,
                 said.append,
             )
@@ -58,10 +58,15 @@ def run(federation, folder, rounds, on_round=None, path=None):
     return experiment, said
 
 
+def sequential(folder, rounds):
+    """The same run on the sequential engine, not yet run."""
+    chosen = values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder), "engine": {"name": "sequential"}}
+    return Experiment(make_settings(chosen))
+
+
 def expected(folder, rounds, lost, rejected=None):
     """The sequential engine's server, with the turns of some clients in some rounds undone; rejected ones are not, but do not count."""
-    chosen = values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder), "engine": {"name": "sequential"}}
-    experiment = Experiment(make_settings(chosen))
+    experiment = sequential(folder, rounds)
     engine, train = experiment.engine, experiment.engine.train
 
     def lossy(number, cohort, down):
@@ -73,6 +78,26 @@ def expected(folder, rounds, lost, rejected=None):
         return [reply for reply in replies if reply.client not in (*gone, *(rejected or {}).get(number, ()))]
 
     engine.train = lossy
+    experiment.run()
+    return experiment
+
+
+def expected_late(folder, rounds, clients, sent, landed):
+    """The sequential engine's server, with the replies of some clients in round `sent` held back until round `landed`."""
+    experiment = sequential(folder, rounds)
+    engine, train, held = experiment.engine, experiment.engine.train, []
+
+    def late(number, cohort, down):
+        replies = train(number, cohort, down)
+        if number == sent:
+            held.extend(reply for reply in replies if reply.client in clients)
+            return [reply for reply in replies if reply.client not in clients]
+        if number == landed:
+            replies += held
+            held.clear()
+        return replies
+
+    engine.train, engine.busy = late, lambda: frozenset(reply.client for reply in held)
     experiment.run()
     return experiment
 
@@ -96,6 +121,24 @@ def test_clients_that_raise_die_hang_or_answer_wrongly_lose_their_round_alone(fe
     assert has(said, r"node-2: (nothing after 45 s; the worker was replaced|no answer within 45 s)")
     assert [row["cohort"] for row in experiment.rows] == [6, 4, 4, 4, 4, 6]
     same = expected(tmp_path / "expected", 6, dict.fromkeys((1, 2, 4), (4, 5)), {3: (4, 5)})
+    assert tree.equal(experiment.server, same.server)
+
+
+def test_a_node_that_is_late_is_folded_into_a_later_round(federation, tmp_path):
+    """Node 2 takes a minute for its turns in round 2; rounds of 45 s go on without it, and do not ask it again before it has answered."""
+    code = federation.deployment.path / "node-2/code/faulty.py"
+    code.write_text(code.read_text().replace("FAULTS: dict[int, str] = {}", "FAULTS: dict[int, str] = {1: 'dawdles'}"))
+    settings = {"devices.stragglers": "late", "eval_every": 16}
+    experiment, said = run(federation, tmp_path / "run", 16, **settings)
+    print("\n".join(said))
+    assert [line for line in said if "waiting" not in line] == ["node-2: still at work after 45 s"]
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    late, *busy, landed = events
+    assert (late["round"], late["event"], late["clients"]) == (2, "late", [4, 5])
+    assert [event["event"] for event in busy] == ["busy"] * (landed["round"] - 2)
+    assert (landed["event"], landed["clients"], landed["sent"]) == ("landed", [4, 5], [2, 2])
+    assert 2 < landed["round"] < 16
+    same = expected_late(tmp_path / "expected", 16, (4, 5), 1, landed["round"] - 1)
     assert tree.equal(experiment.server, same.server)
 
 

@@ -23,13 +23,20 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run, RunNotRunningException
+from flwr.supercore.task_identity import TaskIdentity
+from flwr.supernode import start_client_internal as loop
+from flwr.supernode.nodestate.nodestate_factory import NodeStateFactory
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config import make_settings, to_toml
-from fedloom.deploy import certificates
+from fedloom.deploy import certificates, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
 from fedloom.deploy.proxy import allowed, make_app
@@ -407,3 +414,38 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path):
         with pytest.raises(ConfigError, match=f"^port {port} is in use; is it you"):
             require_free(port, "is it you?")
     require_free(port, "")
+
+
+# Flower's SuperNode
+
+
+@pytest.mark.parametrize("when", ["pull_object", "confirm_message_received"])
+def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when):
+    """Such a task has no message, and would keep the node until it is given up."""
+    TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 3
+    message = Message(RecordDict({"a": ConfigRecord({"b": b"c"})}), 7, "train")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    objects = get_all_nested_objects(message)
+
+    def over(*_):
+        raise RunNotRunningException
+
+    stores = ObjectStoreFactory()
+    state = NodeStateFactory(stores).state()
+    state.set_node_id(7)
+    state.store_run(Run.create_empty(1))
+    calls = {"pull_object": lambda _, name: objects[name].deflate(), "confirm_message_received": lambda *_: None}
+    taken = supernode.cleaning(loop._pull_and_store_message)(
+        state=state,
+        object_store=stores.store(),
+        node_config={},
+        receive=lambda: (message, get_object_tree(message)),
+        get_run=None,
+        get_fab=None,
+        trusted_entities=None,
+        **(calls | {when: over}),
+    )
+    (task,) = state.get_tasks()
+    assert (taken, task.status.status, task.status.sub_status) == (None, "finished", "failed")
+    assert "its run is over" in task.status.details
+    assert not state.get_messages_legacy()

@@ -21,7 +21,9 @@ from fedloom.engines.envelope import Failed, Hello, Present, Trained, Turned, op
 from fedloom.engines.flower import Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
 from fedloom.experiment import Experiment
+from fedloom.methods.fedavg import FedAvg
 from fedloom.registry import METHODS
+from fedloom.rounds import slowdowns
 from small import SMALL, changed
 
 VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}
@@ -29,9 +31,15 @@ Change = Callable[[str, int, bytes], bytes | Lost]
 
 
 class Wire:
-    """A link that calls workers directly; `change` may spoil an answer: (node, how many requests it had before, answer)."""
+    """A link that calls workers directly; `change` may spoil an answer: (node, how many requests it had before, answer).
 
-    def __init__(self, deployment: Deployment, change: Change | None = None) -> None:
+    `slow`: nodes whose answers to training are late; the server looks for such answers so many times before they are there.
+    """
+
+    def __init__(
+        self, deployment: Deployment, change: Change | None = None, slow: Mapping[str, int] | None = None
+    ) -> None:
+        self.slow, self.under_way = slow or {}, dict[str, tuple[int, bytes | Lost]]()
         self.workers = {node: Worker(deployment.path / node) for node in deployment.file.nodes}
         self.change = change or (lambda _node, _n, answer: answer)
         self.asked = dict.fromkeys(self.workers, 0)
@@ -40,14 +48,24 @@ class Wire:
     def nodes(self) -> list[str]:
         return sorted(self.workers)
 
-    def exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> dict[str, bytes | Lost]:
-        answers = {}
+    def exchange(
+        self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
+    ) -> dict[str, bytes | Lost]:
+        answers: dict[str, bytes | Lost] = {}
         for node in reversed(requests):  # in another order than they were asked
             self.requests.append(requests[node])
             if node in self.workers:
                 answers[node] = self.change(node, self.asked[node], self.workers[node].answer(requests[node]))
                 self.asked[node] += 1
+                if late_s and node in self.slow:
+                    assert node not in self.under_way, "asked while it was at work"
+                    self.under_way[node] = (self.slow[node], answers.pop(node))
         return answers
+
+    def late(self) -> dict[str, bytes | Lost]:
+        there = {node: answer for node, (looks, answer) in self.under_way.items() if not looks}
+        self.under_way = {n: (looks - 1, answer) for n, (looks, answer) in self.under_way.items() if n not in there}
+        return there
 
     def close(self) -> None:
         pass
@@ -85,10 +103,10 @@ def federation(tmp_path) -> Callable[..., Deployment]:
 def deployed(tmp_path, federation) -> Callable[..., Ran]:
     """A finished run on nodes."""
 
-    def make(change: Change | None = None, **settings: Any) -> Ran:
+    def make(change: Change | None = None, slow: Mapping[str, int] | None = None, **settings: Any) -> Ran:
         place = federation(f"federation-{len(list(tmp_path.iterdir()))}", **settings)
         said: list[str] = []
-        link = Wire(place, change)
+        link = Wire(place, change, slow)
         chosen = values(**settings) | {"out": str(tmp_path / f"run-{len(list(tmp_path.iterdir()))}")}
         experiment = running.prepare(place, chosen, link, said.append)
         experiment.run()
@@ -294,6 +312,78 @@ def test_simulated_stragglers_are_those_of_the_sequential_engine(deployed, simul
     assert here.rows[-1]["late"] or rule in ("wait", "partial")
 
 
+LATE = {"devices.stragglers": "late", "rounds": 8}
+
+
+def events(experiment: Experiment, *kinds: str) -> list[dict[str, Any]]:
+    return [event for event in experiment.folder.rows("events.jsonl") if event["event"] in kinds]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedper", "fedrir"])
+def test_a_node_that_really_is_late_counts_as_the_simulated_one(deployed, simulated, method):
+    """Node 1's answers come two rounds late, as those of clients 2 and 3 do in the simulation."""
+    slow = {"devices.slow": 0.5, "devices.slowdown": 3.0}
+    seed = next(
+        s for s in range(99) if slowdowns(make_settings(values(seed=s, **slow)), FedAvg(), 4) == (1.0, 1.0, 3.0, 3.0)
+    )
+    there = deployed(slow={"node-1": 2}, method=method, seed=seed, **LATE)
+    here = simulated(method=method, seed=seed, **slow, **LATE)
+    assert tree.equal(there.experiment.server, here.server)
+    assert events(there.experiment, "busy", "landed") == events(here, "busy", "landed")
+    assert [row["cohort"] for row in there.experiment.rows] == [2, 2, 4, 2, 2, 4, 2, 2]
+    assert {event["reason"] for event in events(there.experiment, "late")} == {"still at work"}
+    assert there.experiment.rows[-1]["late"] == here.rows[-1]["late"] == 6
+    assert set(there.said) == {"node-1: still at work after 600 s"}
+
+
+def test_a_round_with_nobody_to_ask_waits_for_those_who_are_late(deployed):
+    ran = deployed(slow={"node-0": 2, "node-1": 3}, **{**LATE, "rounds": 4})
+    assert [row["cohort"] for row in ran.experiment.rows] == [0, 2, 2, 0]
+    landed = [(event["round"], event["clients"], event["sent"]) for event in events(ran.experiment, "landed")]
+    assert landed == [(2, [0, 1], [1, 1]), (3, [2, 3], [1, 1])]
+
+
+def test_an_answer_that_comes_at_the_last_moment_is_not_late(deployed, simulated):
+    there, here = deployed(slow={"node-1": 0}, **LATE), simulated(**LATE)
+    assert tree.equal(there.experiment.server, here.server)
+    assert there.experiment.rows[-1]["late"] == 0
+
+
+@pytest.mark.parametrize("how", ["lost", "cut off", "failed"])
+def test_a_late_answer_that_never_comes_is_undone(deployed, tmp_path, how):
+    spoil, reason = SPOILT[how]
+    ran = deployed(
+        lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 1) else answer,
+        slow={"node-1": 1},
+        method="fedper",
+        **{**LATE, "rounds": 2},
+    )
+    chosen = values(method="fedper", rounds=2) | {"engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
+    expected = Losing({0: (2, 3), 1: (2, 3)}).run(Experiment(make_settings(chosen)))
+    assert tree.equal(ran.experiment.server, expected.server)
+    (event,) = events(ran.experiment, "lost")
+    assert (event["round"], event["clients"]) == (2, [2, 3])
+    assert any(re.search(reason, line) for line in ran.said)
+    assert ran.experiment.engine.busy() == frozenset()
+
+
+def test_what_was_under_way_when_a_run_ended_is_undone_by_resuming(federation, tmp_path):
+    place, said = federation(method="fedper"), list[str]()
+    chosen = values(method="fedper", **{**LATE, "rounds": 4}) | {"out": str(tmp_path / "run")}
+
+    def interrupt(done, rounds, row):
+        if done == 2:
+            raise StopError
+
+    with pytest.raises(StopError):
+        running.prepare(place, chosen, Wire(place, slow={"node-1": 5}), said.append).run(interrupt)
+    again = running.resume(place, tmp_path / "run", Wire(place), said.append)
+    again.run()
+    plain = {**chosen, "engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
+    expected = Losing({0: (2, 3), 1: (2, 3)}).run(Experiment(make_settings(plain)))
+    assert tree.equal(again.server, expected.server)
+
+
 class StopError(Exception):
     """An interruption."""
 
@@ -343,11 +433,13 @@ def test_only_states_that_a_checkpoint_needs_are_kept(deployed):
 def test_turns_are_recorded_and_undone(tmp_path):
     turns = Turns(tmp_path / "turns.json")
     for number in range(5):
-        turns.accept(number, [0, 1] if number != 3 else [1], keep=0)
+        turns.accept(number, dict.fromkeys([0, 1] if number != 3 else [1], number), keep=0)
     assert (turns.base(0, 5), turns.base(0, 3), turns.base(1, 4), turns.base(2, 4)) == (5, 3, 4, 0)
     again = Turns(tmp_path / "turns.json")
-    again.accept(2, [0], keep=2)
+    again.accept(2, {0: 2}, keep=2)
     assert (again.base(0, 9), again.base(1, 9)) == (3, 2)
+    again.accept(5, {1: 3}, keep=2)  # the turn of round 3 came late
+    assert (again.base(1, 5), again.base(1, 6)) == (2, 4)
     (tmp_path / "turns.json").write_text("[1]")
     with pytest.raises(RunFolderError, match=r"turns\.json"):
         Turns(tmp_path / "turns.json")
@@ -462,6 +554,10 @@ def test_headers_are_checked():
             "method=fedmr: its clients exchange .* devices talk to the server alone",
         ),
         ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
+        (
+            {"method": "fedmr", "devices.stragglers": "late"},
+            "devices.stragglers=late: fedmr cannot take in late uplinks",
+        ),
         ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
     ],
 )

@@ -37,6 +37,7 @@ from fedloom.deploy.certificates import (
 )
 from fedloom.errors import ConfigError, suggest
 from fedloom.ranges import NonNegative, Positive, Whole
+from fedloom.rounds import check_stragglers
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,250}[A-Za-z0-9])?|::1?")
@@ -55,6 +56,7 @@ class FederationFile(_File):
     port: Port
     superlink_port: Port
     deadline_s: Positive = 600.0
+    late_s: Positive = 3600.0
     join_s: NonNegative = 120.0
     nodes: dict[str, list[Whole]]
 
@@ -139,8 +141,8 @@ def create(
     server = new_server(authority, list(dict.fromkeys([*hosts, *LOOPBACK])))
     address = f"[{hosts[0]}]:{ports['proxy']}" if ":" in hosts[0] else f"{hosts[0]}:{ports['proxy']}"
     federation = {
-        "host": hosts[0], "port": ports["proxy"], "superlink_port": ports["superlink"], "deadline_s": 600.0, "join_s": 120.0,
-        "nodes": nodes,
+        "host": hosts[0], "port": ports["proxy"], "superlink_port": ports["superlink"], "deadline_s": 600.0,
+        "late_s": 3600.0, "join_s": 120.0, "nodes": nodes,
     }  # fmt: skip
     write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation))
     write_new(path / "config.toml", to_toml(settings))
@@ -184,6 +186,7 @@ def deployable(settings: Settings) -> Settings:
         raise ConfigError(
             f"method={name}: its clients exchange parts of their uplinks, and devices talk to the server alone"
         )
+    check_stragglers(settings, method)
     if method.pooled:
         raise ConfigError(f"method={name}: pools all rows in one place, which devices never do")
     if settings.join.clients:

@@ -50,6 +50,10 @@ class GridLink:
         self._deployment, self._tell = deployment, tell
         self._names = {_pem(deployment.public_key(node).read_bytes()): node for node in deployment.file.nodes}
         self._ids: dict[str, int] = {}
+        self._overdue: dict[
+            str, tuple[str, float]
+        ] = {}  # late nodes by the message that they may answer, and until when
+        self._gone: dict[str, Lost] = {}  # late nodes whose answer will never come
         self._grid: HttpGrid
         self._heart: HeartbeatSender
         self._open()
@@ -67,25 +71,50 @@ class GridLink:
         }
         return sorted(self._ids)
 
-    def exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> Mapping[str, bytes | Lost]:
+    def exchange(
+        self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
+    ) -> Mapping[str, bytes | Lost]:
         """See `Link.exchange`."""
-        return self._steadily(lambda: self._exchange(requests, deadline_s))
+        return self._steadily(lambda: self._exchange(requests, deadline_s, late_s))
 
-    def _exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> Mapping[str, bytes | Lost]:
+    def late(self) -> Mapping[str, bytes | Lost]:
+        """See `Link.late`."""
+        found = self._steadily(self._late)
+        lost, self._gone = self._gone, {}
+        return {**found, **lost}
+
+    def _late(self) -> Mapping[str, bytes | Lost]:
+        found: dict[str, bytes | Lost] = {}
+        for reply in self._grid.pull_messages(list(self._overdue)) if self._overdue else ():
+            node, _ = self._overdue.pop(reply.metadata.reply_to_message_id)
+            found[node] = _answer(reply)
+        for message, (node, until) in list(self._overdue.items()):
+            if time.monotonic() > until:
+                del self._overdue[message]
+                found[node] = Lost("no answer, though it was waited for")
+        return found
+
+    def _exchange(self, requests: Mapping[str, bytes], deadline_s: float, late_s: float) -> Mapping[str, bytes | Lost]:
         here = self._online() if requests.keys() - self._ids.keys() else self._ids
         answers: dict[str, bytes | Lost] = {node: Lost("is not there") for node in requests if node not in here}
         asked = [node for node in requests if node in here]
-        messages = [Message(as_record(requests[node]), self._ids[node], "train", ttl=deadline_s) for node in asked]
+        ttl = deadline_s + late_s
+        messages = [Message(as_record(requests[node]), self._ids[node], "train", ttl=ttl) for node in asked]
         waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))  # nodes by the message they answer
-        until = time.monotonic() + deadline_s
+        none, until = Lost(f"no answer within {deadline_s:g} s"), time.monotonic() + deadline_s
         while waiting and time.monotonic() < until:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
-                late = time.monotonic() > until - 2  # Flower has dropped the message, and says so in its own words
-                answers[node] = Lost(_late(deadline_s)) if late and reply.has_error() else _answer(reply)
+                late = (
+                    not late_s and time.monotonic() > until - 2
+                )  # Flower has dropped the message, and says so in its own words
+                answers[node] = none if late and reply.has_error() else _answer(reply)
             if waiting:
                 time.sleep(POLL_S)
-        return answers | {node: Lost(_late(deadline_s)) for node in waiting.values()}
+        if late_s:
+            self._overdue |= {message: (node, until + late_s) for message, node in waiting.items()}
+            return answers
+        return answers | dict.fromkeys(waiting.values(), none)
 
     def _steadily(self, work: Callable[[], T]) -> T:
         """Do a piece of work; where the SuperLink goes away, wait for it, begin a new run, and do it again."""
@@ -137,7 +166,9 @@ class GridLink:
         self._heart.start()
 
     def _drop(self) -> None:
-        """Forget the run, whatever state it is in."""
+        """Forget the run, whatever state it is in, and with it the messages under way."""
+        self._gone |= {node: Lost("its late answer went with the SuperLink") for node, _ in self._overdue.values()}
+        self._overdue = {}
         if self._heart.is_running:
             self._heart.stop()
         self._grid.close()
@@ -181,10 +212,6 @@ def _answer(reply: Message) -> bytes | Lost:
         return content_of(reply)
     except WireError as error:
         return Lost(str(error))
-
-
-def _late(deadline_s: float) -> str:
-    return f"no answer within {deadline_s:g} s"
 
 
 def _pem(openssh: bytes) -> str:

@@ -60,7 +60,8 @@ def _experiment(
         federation, call = _meet(deployment, settings, run, link, tell)
 
     def make(problem: Problem) -> Flower:
-        return Flower(problem, link, deployment.file.nodes, call, tell)
+        late_s = deployment.file.late_s if settings.devices.stragglers == "late" else 0.0
+        return Flower(problem, link, deployment.file.nodes, call, tell, late_s)
 
     experiment = Experiment(settings, Parts(federation=federation, engine=make), folder)
     if folder is None:

@@ -9,6 +9,7 @@ FEDERATION = """\
 # host, port: where nodes reach this federation (the proxy; open this port in the firewall, no other).
 # superlink_port: Flower's SuperLink, which listens on 127.0.0.1 alone.
 # deadline_s: how long a round waits for its nodes; join_s: how long a run waits at its start for nodes that are missing.
+# late_s: with devices.stragglers=late, how long after deadline_s an answer may come, to count in a later round.
 # nodes: which clients each node holds; every client from 0 to K - 1 is on one node.
 
 """

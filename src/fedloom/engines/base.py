@@ -137,8 +137,13 @@ class Engine(ABC):
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """Let the cohort take its turns; replies in cohort order, fewer where clients were lost.
 
-        Messages are as they travel: `down` went through `Codec.send`, and uplinks must go through `Codec.opened`.
+        Messages are as they travel: `down` went through `Codec.send`, and uplinks must go through `Codec.opened`. Replies of clients that
+        were `busy` are answers to an earlier round, and come last.
         """
+
+    def busy(self) -> frozenset[int]:
+        """Clients that are still at work for an earlier round: their reply may come with a later `train`."""
+        return frozenset()
 
     @abstractmethod
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:

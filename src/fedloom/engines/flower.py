@@ -47,45 +47,62 @@ class Lost(NamedTuple):
     reason: str
 
 
+class Errand(NamedTuple):
+    """What a node was asked to do: turns of a round, clients by their place among those who work in it."""
+
+    number: int
+    clients: Mapping[int, int]
+
+
 class Link(Protocol):
     """How messages get to nodes and back."""
 
     def nodes(self) -> Sequence[str]:
         """The nodes that can be asked now, by name."""
 
-    def exchange(self, requests: Mapping[str, bytes], deadline_s: float) -> Mapping[str, bytes | Lost]:
-        """Ask several nodes at once, and wait for their answers until the deadline."""
+    def exchange(
+        self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
+    ) -> Mapping[str, bytes | Lost]:
+        """Ask several nodes at once, and wait for their answers until the deadline.
+
+        With `late_s` a node may answer for so long after it; `late` has its answer then.
+        """
+
+    def late(self) -> Mapping[str, bytes | Lost]:
+        """Answers that came after their exchange was over, and word of those that will never come, since the last look."""
 
     def close(self) -> None:
         """Hang up."""
 
 
 class Turns:
-    """Which turns were accepted, by client, in a file; so that devices and server agree on every client's state."""
+    """Which turns were accepted in which round, by client, in a file; so that devices and server agree on every client's state."""
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
         try:
             stored = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
-            self._rounds = {int(i): sorted(map(int, rounds)) for i, rounds in stored.items()}
+            self._turns = {int(i): [(int(at), int(turn)) for at, turn in turns] for i, turns in stored.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{file}: cannot be read as the record of turns: {error}") from None
 
     def base(self, client: int, number: int) -> int:
-        """The client's last accepted round before round `number`, plus one; 0 where there is none."""
-        return max((r + 1 for r in self._rounds.get(client, ()) if r < number), default=0)
+        """The client's last turn that was accepted before round `number`: its round, plus one; 0 where there is none."""
+        return max((turn + 1 for at, turn in self._turns.get(client, ()) if at < number), default=0)
 
-    def accept(self, number: int, clients: Iterable[int], keep: int) -> None:
-        """Record round `number`; forget what came after it (undone by resuming), and all before round `keep` but the last."""
-        for i in {*self._rounds, *clients}:
-            before = [r for r in self._rounds.get(i, []) if r < number]
+    def accept(self, number: int, turns: Mapping[int, int], keep: int) -> None:
+        """Record what round `number` accepted, each client's turn by its round.
+
+        What came after it is forgotten (undone by resuming), and all before round `keep` but the last.
+        """
+        for i in {*self._turns, *turns}:
             last = self.base(i, keep) - 1
-            self._rounds[i] = [r for r in before if r >= last]
-        for i in clients:
-            self._rounds[i].append(number)
+            self._turns[i] = [(at, turn) for at, turn in self._turns.get(i, ()) if at < number and turn >= last]
+        for i, turn in turns.items():
+            self._turns[i].append((number, turn))
         if self._file:
             beside = self._file.with_name(f".{self._file.name}.tmp")
-            beside.write_text(json.dumps(self._rounds), encoding="utf-8")
+            beside.write_text(json.dumps(self._turns), encoding="utf-8")
             beside.replace(self._file)
 
 
@@ -99,12 +116,17 @@ class Flower(Engine):
         roster: Mapping[str, Sequence[int]],
         call: Call,
         tell: Callable[[str], None],
+        late_s: float = 0.0,
     ) -> None:
-        """`roster`: the clients of each node; `call`: what every request says; `tell`: takes a line about whatever was lost or refused."""
+        """`roster`: the clients of each node; `call`: what every request says; `tell`: takes a line about whatever was lost or refused.
+
+        `late_s`: how long after its round's deadline a node's answer may come, to be taken in by a later round.
+        """
         super().__init__(problem)
-        self._link, self._call, self._tell = link, call, tell
+        self._link, self._call, self._tell, self._late_s = link, call, tell, late_s
         self.turns = Turns()  # in memory, until the run has a folder
-        self._node_of = {i: node for node, clients in roster.items() for i in clients}
+        self._roster, self._node_of = roster, {i: node for node, clients in roster.items() for i in clients}
+        self._overdue: dict[str, Errand] = {}  # nodes that are late, and what they are at work on
         self._safe = self._pending = 0  # states before these rounds are no longer needed; after the next train
         self._done = 0
         missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
@@ -122,21 +144,36 @@ class Flower(Engine):
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
         self._safe = self._pending  # the checkpoint of that round is whole by now
-        groups = self._by_node(cohort, number)
+        asked = {
+            node: Errand(number, {slot: cohort[slot] for slot in slots})
+            for node, slots in self._by_node(cohort, number).items()
+        }
+        call = self._call.model_copy(update={"deadline_s": self._call.deadline_s + self._late_s})
         requests = {}
-        for node, slots in groups.items():
-            members = [self._member(cohort[slot], slot, number) for slot in slots]
+        for node, (_, slots) in asked.items():
+            members = [self._member(i, slot, number) for slot, i in slots.items()]
             trees = {"common": down.common}
             if down.each is not None:
                 trees |= {f"each-{slot}": down.each[slot] for slot in slots}
-            requests[node] = seal(TrainRequest(call=self._call, number=number, members=members), trees)
-        replies: list[Reply] = []
-        for node, letter in self._ask(requests, Trained):
-            replies += self._replies(number, node, letter, {slot: cohort[slot] for slot in groups[node]})
-        replies.sort(key=lambda reply: reply.slot)
-        self.turns.accept(number, [reply.client for reply in replies], self._safe)
+            requests[node] = seal(TrainRequest(call=call, number=number, members=members), trees)
+        fresh = self._answers(requests, self._late_s)
+        errands = self._overdue | asked
+        self._overdue = {node: errand for node, errand in errands.items() if node not in fresh}
+        late = self._late_answers(wait=not requests)
+        self._overdue = {node: errand for node, errand in self._overdue.items() if node not in late}
+        turns = [
+            (errands[node].number, reply)
+            for node, letter in self._letters({**fresh, **late}, Trained)
+            for reply in self._replies(node, letter, errands[node])
+        ]
+        turns.sort(key=lambda turn: (-turn[0], turn[1].slot))
+        self.turns.accept(number, {reply.client: at for at, reply in turns}, self._safe)
         self._done = number + 1
-        return replies
+        return [reply for _, reply in turns]
+
+    def busy(self) -> frozenset[int]:
+        """See `Engine.busy`: all clients of a node that is late."""
+        return frozenset(i for node in self._overdue for i in self._roster[node])
 
     def _member(self, i: int, slot: int, number: int) -> Member:
         return Member(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
@@ -145,17 +182,35 @@ class Flower(Engine):
         """Places in the cohort by node, for the nodes that are there; waits while there are none."""
         until = time.monotonic() + self._call.deadline_s
         wanted = {self._node_of[i] for i in cohort}
-        while not (here := wanted & set(self._link.nodes())) and time.monotonic() < until:
+        while not (here := wanted & set(self._link.nodes())) and wanted and time.monotonic() < until:
             time.sleep(WAIT_S)
         for node in sorted(wanted - here):
             self._tell(f"round {number + 1}: {node} is not there")
         return {node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node] for node in sorted(here)}
 
-    def _ask(self, requests: Mapping[str, bytes], kind: type[H]) -> Iterable[tuple[str, Letter]]:
-        """The answers of the right kind, in the order of the requests; the others are reported."""
-        answers = self._link.exchange(requests, self._call.deadline_s) if requests else {}
-        for node in requests:
-            answer = answers.get(node, Lost("no answer"))
+    def _answers(self, requests: Mapping[str, bytes], late_s: float = 0.0) -> dict[str, bytes | Lost]:
+        """What the nodes answered, in the order of the requests; without those who may still do so."""
+        if not requests:
+            return {}
+        found = self._link.exchange(requests, self._call.deadline_s, late_s)
+        if late_s:
+            for node in requests.keys() - found.keys():
+                self._tell(f"{node}: still at work after {self._call.deadline_s:g} s")
+            return {node: found[node] for node in requests if node in found}
+        return {node: found.get(node, Lost("no answer")) for node in requests}
+
+    def _late_answers(self, wait: bool) -> Mapping[str, bytes | Lost]:
+        """What came of nodes that are late; `wait`: for one of them, as there is nobody else to wait for."""
+        until = time.monotonic() + self._call.deadline_s
+        while self._overdue:
+            if (found := self._link.late()) or not wait or time.monotonic() > until:
+                return found
+            time.sleep(WAIT_S)
+        return {}
+
+    def _letters(self, answers: Mapping[str, bytes | Lost], kind: type[H]) -> Iterable[tuple[str, Letter]]:
+        """The answers of the right kind; the others are reported."""
+        for node, answer in answers.items():
             try:
                 if isinstance(answer, Lost):
                     raise WireError(answer.reason)
@@ -171,18 +226,18 @@ class Flower(Engine):
                 self._tell(f"{node}: {note}")
             yield node, letter
 
-    def _replies(self, number: int, node: str, letter: Letter, asked: Mapping[int, int]) -> Iterable[Reply]:
+    def _replies(self, node: str, letter: Letter, errand: Errand) -> Iterable[Reply]:
         """The turns of a node's answer that were asked for; what their uplinks hold is looked at where all engines' are."""
-        left = dict(asked)
+        left, where = dict(errand.clients), f"{node}: round {errand.number + 1}"
         for turn in letter.header.turns:
             try:
                 if left.pop(turn.slot, None) != turn.client:
                     raise WireError("nobody asked for this turn")
                 yield _reply(letter, turn)
             except WireError as error:
-                self._tell(f"{node}: round {number + 1}, client {turn.client}: {error}")
+                self._tell(f"{where}, client {turn.client}: {error}")
         for i in left.values():
-            self._tell(f"{node}: round {number + 1}, client {i}: its turn is missing")
+            self._tell(f"{where}, client {i}: its turn is missing")
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`. Clients that cannot be asked count no rows."""
@@ -195,7 +250,7 @@ class Flower(Engine):
             members = [self._member(i, place, number) for i, place in zip(asked[node], places, strict=True)]
             header = ScoreRequest(call=self._call, number=number, members=members, questions=questions)
             requests[node] = seal(header, {"common": down.common})
-        for node, letter in self._ask(requests, Scored):
+        for node, letter in self._letters(self._answers(requests), Scored):
             for i in asked[node]:
                 try:
                     mine = letter.header.scores[str(i)]

@@ -26,6 +26,10 @@ class Wrapper(Engine):
         """See `Engine.train`."""
         return self.inner.train(number, cohort, down)
 
+    def busy(self) -> frozenset[int]:
+        """See `Engine.busy`."""
+        return self.inner.busy()
+
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`."""
         return self.inner.score(number, down, clients, asks)
