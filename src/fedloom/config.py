@@ -348,7 +348,8 @@ def read_toml(path: str | Path) -> Values:
         raise ConfigError(f"there is no config file {file}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{file} cannot be read as a TOML file: {reason}") from None
+        hint = "; beside a table [method], write its `name = ...` in it" if "twice" in str(error) else ""
+        raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
     values: Values = {}
     for key, value in loaded.items():
         assign(values, key, value)
@@ -403,6 +404,10 @@ def _explain(error: ValidationError, prefix: str, root: Any) -> str:
         if not (isinstance(part, int) or part in ("float", "str") or part.startswith("function-"))
     ]
     key = prefix + ".".join(where)
+    if key in METHODS:
+        return (
+            f"[{key}]: such tables are for `fedloom compare`; for one method the table is [method], or method.KEY=VALUE"
+        )
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'{suggest(where[-1], _known(root, where[:-1]))}"
     message = _plainly(first)

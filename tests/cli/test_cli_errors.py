@@ -77,6 +77,7 @@ MISTAKES = {
     "run fedavg": "did you mean method=fedavg?",
     "run none.toml": "there is no config file none.toml",
     "run own.py": "own.py cannot be read as a TOML file",
+    "run fedprox.mu=1": "[fedprox]: such tables are for `fedloom compare`",
     "run typo.toml": "unknown key 'partition.alhpa' (did you mean 'alpha'?)",
     "run typo.toml other.toml": "only one config file can be given",
     "run --jsn": "fedloom run has no option --jsn (did you mean '--json'?)",

@@ -204,3 +204,13 @@ def test_settings_are_read_only():
 def test_a_small_participation_is_no_range():
     assert config.participation_range(make_settings({"participation": 1e-5}).participation) == (1e-5, 1e-5)
     assert config.participation_range("0.1-0.5") == (0.1, 0.5)
+
+
+def test_a_key_beside_its_table_is_explained(tmp_path):
+    """TOML has no such thing, and its message does not say what to do."""
+    file = tmp_path / "study.toml"
+    file.write_text('method = ["fedavg", "fedmr"]\n[method]\nlr = 0.1\n')
+    with pytest.raises(ConfigError, match=r"twice.*write its `name = ...` in it"):
+        read_toml(file)
+    file.write_text('[method]\nname = ["fedavg", "fedmr"]\nlr = 0.1\n')
+    assert read_toml(file)["method"] == {"name": ["fedavg", "fedmr"], "lr": 0.1}
