@@ -112,10 +112,11 @@ def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
 def _introductions(
     deployment: Deployment, nodes: Sequence[str], link: Link, call: Call, tell: Tell
 ) -> dict[str, Present]:
-    hello = seal(Hello(call=call), {})
+    hello, file = seal(Hello(call=call), {}), deployment.file
     found: dict[str, Present] = {}
     reasons: list[str] = []
-    for node, answer in link.exchange(dict.fromkeys(nodes, hello), deployment.file.deadline_s).items():
+    wait_s = max(file.join_s, file.deadline_s)  # nodes may be held by a run that was killed, until Flower gives it up
+    for node, answer in link.exchange(dict.fromkeys(nodes, hello), wait_s).items():
         try:
             found[node] = _introduction(deployment, node, answer, call)
         except WireError as error:
