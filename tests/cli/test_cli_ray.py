@@ -11,9 +11,16 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from fedloom import tree
+from fedloom.config import from_words, make_settings
+from fedloom.experiment import Experiment
 
 OWN = """\
 from dataclasses import dataclass
@@ -34,13 +41,13 @@ WORDS = ("clients=4", "model=mlp", "model.hidden=8", "data.rows=200", "engine.th
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install ray)")
 
 
-def carriers(mark: str) -> list[str]:
-    """The processes that were started with `mark` in their environment, or below such a process."""
-    found = []
+def carriers(mark: str) -> dict[int, str]:
+    """The processes that were started with `mark` in their environment, or below such a process: numbers and commands."""
+    found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes():
-                found.append((folder / "cmdline").read_text()[:80])
+                found[int(folder.name)] = (folder / "cmdline").read_text()[:80]
         except OSError:  # it ended meanwhile
             continue
     return found
@@ -73,7 +80,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
     patience = time.monotonic() + 20
     while carriers(mark) and time.monotonic() < patience:
         time.sleep(0.2)
-    assert carriers(mark) == []
+    assert carriers(mark) == {}
     config, state = Path("cut/config.toml"), Path("cut/checkpoint/state.json")
     n = json.loads(state.read_text())["round"] + 1
     config.write_text(
@@ -108,3 +115,80 @@ def test_without_ray_one_line_says_what_to_install(cli, monkeypatch):
     done = cli("run", "engine=ray", *WORDS)
     assert done.err == "fedloom: error: engine=ray: Ray is not installed; pip install 'fedloom[ray]'\n"
     assert done.code == 2
+
+
+@contextmanager
+def machine(mark: str, *words: str) -> Iterator[None]:
+    """`ray start` with one core; all that it starts carries the mark, and is killed in the end."""
+    environment = {**os.environ, "FEDLOOM_TEST": mark}
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus=1", "--block", *words]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        lose(mark)
+        process.wait()
+
+
+def lose(mark: str) -> None:
+    """SIGKILL to all of a machine's processes, until there are none."""
+    while found := carriers(mark):
+        for number in found:
+            with suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
+        time.sleep(0.1)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_machine_that_is_lost_costs_its_clients_a_round(cli, monkeypatch):
+    """Two Ray nodes with a worker each; one is killed, whole. The other does the work of both from then on."""
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "RAY_USAGE_STATS_ENABLED": "0"}
+    for name, value in access.items():
+        monkeypatch.setenv(name, value)
+    marks = uuid.uuid4().hex, uuid.uuid4().hex
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    words = (*WORDS, "method=fedper", "rounds=200")
+    on_ray = ("engine=ray", f"engine.address={address}", "engine.workers=2")
+    head = ("--head", f"--port={address.partition(':')[2]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false")
+    with machine(marks[0], *head), machine(marks[1], f"--address={address}"):
+        run = subprocess.Popen(
+            [sys.executable, "-m", "fedloom.cli", "run", *words, *on_ray, "out=lost"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        rows, patience = Path("lost/metrics.jsonl"), time.monotonic() + 240
+        while run.poll() is None and time.monotonic() < patience:
+            if rows.exists() and rows.read_text().count("\n") >= 3:
+                break
+            time.sleep(0.05)
+        lose(marks[1])
+        _, err = run.communicate(timeout=180)
+    assert run.returncode == 0, err
+    assert "its process or its machine is gone" in err
+    lost = {event["round"] - 1: event["clients"] for event in events("lost")}
+    assert len(lost) == 1, lost
+    assert len({i % 2 for clients in lost.values() for i in clients}) == 1, "those of one worker"
+    calm = Experiment(make_settings(from_words([*words, "engine=sequential", "out=calm"])))
+    train = calm.engine.train
+
+    def fewer(number, cohort, down):
+        gone = lost.get(number, ())
+        before = {i: calm.engine.client(i) for i in gone}
+        replies = [reply for reply in train(number, cohort, down) if reply.client not in gone]
+        for i, client in before.items():
+            calm.engine.restore(i, client)
+        return replies
+
+    calm.engine.train = fewer
+    calm.run()
+    assert tree.equal(Experiment.reopen("lost").server, calm.server)
+
+
+def events(kind: str) -> list[dict[str, Any]]:
+    lines = Path("lost/events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
