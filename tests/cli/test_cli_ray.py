@@ -21,6 +21,7 @@ import pytest
 from fedloom import tree
 from fedloom.config import from_words, make_settings
 from fedloom.experiment import Experiment
+from small import losing
 
 OWN = """\
 from dataclasses import dataclass
@@ -173,18 +174,7 @@ def test_a_machine_that_is_lost_costs_its_clients_a_round(cli, monkeypatch):
     lost = {event["round"] - 1: event["clients"] for event in events("lost")}
     assert len(lost) == 1, lost
     assert len({i % 2 for clients in lost.values() for i in clients}) == 1, "those of one worker"
-    calm = Experiment(make_settings(from_words([*words, "engine=sequential", "out=calm"])))
-    train = calm.engine.train
-
-    def fewer(number, cohort, down):
-        gone = lost.get(number, ())
-        before = {i: calm.engine.client(i) for i in gone}
-        replies = [reply for reply in train(number, cohort, down) if reply.client not in gone]
-        for i, client in before.items():
-            calm.engine.restore(i, client)
-        return replies
-
-    calm.engine.train = fewer
+    calm = losing(Experiment(make_settings(from_words([*words, "engine=sequential", "out=calm"]))), lost)
     calm.run()
     assert tree.equal(Experiment.reopen("lost").server, calm.server)
 

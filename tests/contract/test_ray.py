@@ -14,6 +14,7 @@ from contract import Perfed, assert_same, left_by
 from fedloom import ConfigError, FedAvg, tree
 from fedloom.engines.packing import Packer, unpack
 from fedloom.errors import WorkerError
+from small import losing
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
 
@@ -84,17 +85,6 @@ def wait_for(actor):
     ray.get(actor.forget.options(max_task_retries=-1).remote("nobody"), timeout=120)
 
 
-def without(run, lost):
-    """A run in which clients do not work: `lost[number]` in round `number`."""
-
-    def fewer(number, cohort, down):
-        there = [(slot, i) for slot, i in enumerate(cohort) if i not in lost.get(number, ())]
-        return [run.engine.turn(number, i, slot, down.to(slot)) for slot, i in there]
-
-    run.engine.train = fewer
-    return run
-
-
 def lost_by(caplog):
     """The clients that warnings say were lost, by round."""
     found = {}
@@ -116,7 +106,7 @@ def test_a_lost_worker_costs_the_round_its_clients_and_nothing_else(experiment, 
     assert ("engine.deadline_s" in caplog.text) == (event == "hang")
     assert left.rows[0]["cohort"] == 5 - len(lost[0])
     calm = experiment(Stumbling(), **SETTINGS, engine="sequential")
-    expected = left_by(without(calm, lost))
+    expected = left_by(losing(calm, lost))
     assert_same(left._replace(summary={}), expected._replace(summary={}))
 
 
@@ -131,7 +121,7 @@ def test_a_worker_that_dies_between_rounds_costs_one_round_at_most(experiment, c
     run.run(kill)
     lost = lost_by(caplog)
     assert all(number == 1 and all(i % 2 == 0 for i in clients) for number, clients in lost.items())
-    calm = without(experiment("fedmr", **SETTINGS, engine="sequential"), lost)
+    calm = losing(experiment("fedmr", **SETTINGS, engine="sequential"), lost)
     calm.run()
     assert tree.equal(run.server, calm.server)
     for i in range(6):

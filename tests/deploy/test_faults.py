@@ -20,6 +20,7 @@ from fedloom.deploy.local import local_federation
 from fedloom.deploy.running import prepare, resume
 from fedloom.deploy.services import end_group
 from fedloom.experiment import Experiment
+from small import losing
 
 pytestmark = pytest.mark.deploy
 METHOD = str(Path(__file__).with_name("faulty.py"))
@@ -66,18 +67,7 @@ def sequential(folder, rounds):
 
 def expected(folder, rounds, lost, rejected=None):
     """The sequential engine's server, with the turns of some clients in some rounds undone; rejected ones are not, but do not count."""
-    experiment = sequential(folder, rounds)
-    engine, train = experiment.engine, experiment.engine.train
-
-    def lossy(number, cohort, down):
-        gone = lost.get(number, ())
-        before = {i: engine.client(i) for i in gone}
-        replies = train(number, cohort, down)
-        for i, client in before.items():
-            engine.restore(i, client)
-        return [reply for reply in replies if reply.client not in (*gone, *(rejected or {}).get(number, ()))]
-
-    engine.train = lossy
+    experiment = losing(sequential(folder, rounds), lost, rejected)
     experiment.run()
     return experiment
 

@@ -24,7 +24,7 @@ from fedloom.experiment import Experiment
 from fedloom.methods.fedavg import FedAvg
 from fedloom.registry import METHODS
 from fedloom.rounds import slowdowns
-from small import SMALL, changed
+from small import SMALL, changed, losing
 
 VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}
 Change = Callable[[str, int, bytes], bytes | Lost]
@@ -161,29 +161,6 @@ def test_states_stay_on_their_node(deployed):
         ran.experiment.personal_model(0)
 
 
-class Losing:
-    """What the server should make of answers that are lost in some rounds: the sequential engine, with those turns undone."""
-
-    def __init__(self, lost: Mapping[int, tuple[int, ...]]) -> None:
-        self.lost = lost
-
-    def run(self, experiment: Experiment) -> Experiment:
-        engine = experiment.engine
-        train = engine.train
-
-        def lossy(number, cohort, down):
-            gone = self.lost.get(number, ())
-            before = {i: engine.client(i) for i in gone}
-            replies = train(number, cohort, down)
-            for i, client in before.items():
-                engine.restore(i, client)
-            return [reply for reply in replies if reply.client not in gone]
-
-        engine.train = lossy  # type: ignore[method-assign]
-        experiment.run()
-        return experiment
-
-
 SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
     "lost": (lambda _: Lost("no answer within 5 s"), "no answer within 5 s"),
     "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
@@ -206,7 +183,8 @@ def test_a_spoilt_answer_costs_its_clients_part_in_the_round_and_nothing_else(de
     # a node's requests: hello, then train and score in turn; 3 is the training of round 2
     ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 3) else answer, method="fedper")
     chosen = values(method="fedper") | {"engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
-    expected = Losing({1: (2, 3)}).run(Experiment(make_settings(chosen)))
+    expected = losing(Experiment(make_settings(chosen)), {1: (2, 3)})
+    expected.run()
     assert tree.equal(ran.experiment.server, expected.server)
     assert scores(ran.experiment) == scores(expected)
     assert ran.said
@@ -359,7 +337,8 @@ def test_a_late_answer_that_never_comes_is_undone(deployed, tmp_path, how):
         **{**LATE, "rounds": 2},
     )
     chosen = values(method="fedper", rounds=2) | {"engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
-    expected = Losing({0: (2, 3), 1: (2, 3)}).run(Experiment(make_settings(chosen)))
+    expected = losing(Experiment(make_settings(chosen)), {0: (2, 3), 1: (2, 3)})
+    expected.run()
     assert tree.equal(ran.experiment.server, expected.server)
     (event,) = events(ran.experiment, "lost")
     assert (event["round"], event["clients"]) == (2, [2, 3])
@@ -380,7 +359,8 @@ def test_what_was_under_way_when_a_run_ended_is_undone_by_resuming(federation, t
     again = running.resume(place, tmp_path / "run", Wire(place), said.append)
     again.run()
     plain = {**chosen, "engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
-    expected = Losing({0: (2, 3), 1: (2, 3)}).run(Experiment(make_settings(plain)))
+    expected = losing(Experiment(make_settings(plain)), {0: (2, 3), 1: (2, 3)})
+    expected.run()
     assert tree.equal(again.server, expected.server)
 
 
