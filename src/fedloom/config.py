@@ -8,6 +8,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -285,6 +286,8 @@ SECTIONS = tuple(
     for name, field in Settings.model_fields.items()
     if isinstance(field.default, Section) and "name" in type(field.default).model_fields
 )
+LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType({"data": ("path",), "partition": ("path", "column")})
+"""Tables whose keys mean the same for every name, but for these."""
 
 
 def check_cohort(settings: Settings, n_clients: int) -> None:
@@ -323,7 +326,7 @@ def parse_value(text: str) -> Any:
 def assign(values: Values, key: str, value: Any) -> None:
     """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
 
-    Choosing another name starts that table afresh: its other keys were options of the old choice.
+    Choosing another name takes away the keys that belonged to the old choice: for most tables all of them, for those of `LASTING` a few.
     """
     *tables, last = key.split(".")
     node = values
@@ -334,7 +337,8 @@ def assign(values: Values, key: str, value: Any) -> None:
     if not tables and last in SECTIONS and not isinstance(value, Mapping):
         old = node.get(last)
         old = old if isinstance(old, dict) else {}
-        node[last] = {**old, "name": value} if old.get("name", value) == value else {"name": value}
+        other = old.get("name", value) != value
+        node[last] = {k: v for k, v in old.items() if not other or k not in LASTING.get(last, old)} | {"name": value}
     else:
         node[last] = value
 

@@ -96,6 +96,12 @@ def test_every_key_is_documented():
         (["data.rows=5", "data=digits"], {"data": {"rows": 5, "name": "digits"}}),
         (["method=fedprox", "method.mu=1e-2"], {"method": {"name": "fedprox", "mu": 0.01}}),
         (["method=fedprox", "method.mu=1", "method=fedavg"], {"method": {"name": "fedavg"}}),
+        (["data=mnist", "data.rows=5", "data.path=x", "data=cifar10"], {"data": {"rows": 5, "name": "cifar10"}}),
+        (
+            ["partition=natural", "partition.column=writer", "partition.merge=false", "partition=iid"],
+            {"partition": {"merge": False, "name": "iid"}},
+        ),
+        (["engine=ray", "engine.address=auto", "engine=sequential"], {"engine": {"name": "sequential"}}),
         (["participation=0.1-0.5"], {"participation": "0.1-0.5"}),
         (["models=mlp,resnet8"], {"models": "mlp,resnet8"}),
         (["drop_last=true"], {"drop_last": True}),
