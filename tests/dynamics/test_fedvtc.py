@@ -148,6 +148,17 @@ def test_the_kl_is_that_of_two_normal_distributions(form):
     assert equal.item() == pytest.approx(0, abs=1e-14)
 
 
+def test_without_matching_the_generator_is_the_limit_of_a_small_weight():
+    """Nothing is made to be matched then; what is drawn and learnt is the same."""
+    without, hardly = (setting(matching_weight=weight) for weight in (0.0, 1e-12))
+    (none, logs), (limit, seen) = (s.worked(s.method.phases()[2:3]) for s in (without, hardly))
+    for mine, its in zip(tree.leaves(none.weights), tree.leaves(limit.weights), strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-6, atol=1e-9)
+    assert logs["generator.reconstruction"] == pytest.approx(seen["generator.reconstruction"])
+    assert "generator.matching" in seen
+    assert "generator.matching" not in logs
+
+
 @pytest.mark.parametrize("matching", ["mean", "mahalanobis", "real", "cycle"])
 def test_the_matching_is_zero_where_it_should_be_and_only_there(matching):
     s = setting(matching=matching)

@@ -227,10 +227,12 @@ class FedVTC(FedProto):
         image = nets.generator(z + spread * batch.draws["noise"])
         reconstruction = (image - batch.x).square().mean()
         kl = self.kl(z, spread, batch.y, down)
+        loss, logs = reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
+        if not self.matching_weight:  # else half of the step's work would be for nothing
+            return loss, logs
         labels, latents = self.latents(batch.draws, down)
         matching = self.match(nets.body(nets.generator(latents)), latents, labels, z, batch.y, down)
-        loss = reconstruction + self.kl_weight * kl + self.matching_weight * matching
-        return loss, {"reconstruction": reconstruction, "kl": kl, "matching": matching}
+        return loss + self.matching_weight * matching, logs | {"matching": matching}
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
         """sigma_k for each row: (B, p)."""
