@@ -352,7 +352,7 @@ def read_toml(path: str | Path) -> Values:
         raise ConfigError(f"there is no config file {file}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = "; beside a table [method], write its `name = ...` in it" if "twice" in str(error) else ""
+        hint = "; beside a table of that name, write its `name = ...` in it" if "twice" in str(error) else ""
         raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
     values: Values = {}
     for key, value in loaded.items():

@@ -241,8 +241,8 @@ class Experiment:
                     "examples": reply.examples,
                     "steps": sum(reply.steps.values()),
                     "uplink_bytes": self.ledger.count("uplink", reply.uplink) + relayed,
-                    "downlink_bytes": sent.get(reply.client, 0)
-                    + relayed,  # a late reply's was counted when it was sent
+                    # a late reply's downlink was counted when it was sent
+                    "downlink_bytes": sent.get(reply.client, 0) + relayed,
                     "flops": flops,
                     "seconds": reply.seconds,
                     **{f"seconds.{phase}": seconds for phase, seconds in reply.phase_seconds.items()},

@@ -76,7 +76,7 @@ class Asked(NamedTuple):
 
     number: int
     cohort: Sequence[int]
-    down: Downlink  # as it travelled; by place in the cohort
+    down: Downlink  # by place in the cohort; as it is sent, and once taken note of, as it arrives
     working: Sequence[int]  # places in the cohort
 
 
@@ -117,7 +117,8 @@ class Intake:
         `at_work`: clients whose reply may still come with a later round. Replies are as they travelled; what is taken is as the method
         wrote it.
         """
-        number, down = now.number, self._problem.codec.arrived(now.down)
+        now = now._replace(down=self._problem.codec.arrived(now.down))
+        number, down = now.number, now.down
         asked = {now.cohort[slot]: now for slot in now.working} | self._overdue
         silent = asked.keys() - {reply.client for reply in replies}
         overdue = {i: asked[i] for i in sorted(silent) if i in at_work}
@@ -128,15 +129,14 @@ class Intake:
         fresh, landed, late = list[Reply](), self._due(number), list[int]()
         for reply in replies:
             then = asked[reply.client]
-            received = down if then is now else self._problem.codec.arrived(then.down)
             reply = reply._replace(slot=then.working[reply.slot])
             try:
-                reply = reply._replace(uplink=self._screen.opened(then.number, reply, received))
+                reply = reply._replace(uplink=self._screen.opened(then.number, reply, then.down))
             except WireError as error:
                 self._note(number, "rejected", [reply.client], reason=str(error))
                 continue
             if then is not now:
-                landed.append(_flight(then.number, reply, received))
+                landed.append(_flight(then.number, reply, then.down))
             elif self._is_late(reply.client, "late"):
                 self.flights[reply.client] = _flight(number, reply, down)
                 late.append(reply.client)

@@ -50,9 +50,8 @@ class GridLink:
         self._deployment, self._tell = deployment, tell
         self._names = {_pem(deployment.public_key(node).read_bytes()): node for node in deployment.file.nodes}
         self._ids: dict[str, int] = {}
-        self._overdue: dict[
-            str, tuple[str, float]
-        ] = {}  # late nodes by the message that they may answer, and until when
+        # late nodes by the message that they may answer, and until when
+        self._overdue: dict[str, tuple[str, float]] = {}
         self._gone: dict[str, Lost] = {}  # late nodes whose answer will never come
         self._grid: HttpGrid
         self._heart: HeartbeatSender
