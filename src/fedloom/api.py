@@ -12,8 +12,9 @@ from torch import nn
 
 from fedloom.config import Values, assign, make_settings
 from fedloom.data import Dataset
-from fedloom.experiment import Experiment, OnRound, Parts, PersonalModel
+from fedloom.experiment import Experiment, OnRound, Parts
 from fedloom.method import Method
+from fedloom.personal import PersonalModel
 from fedloom.progress import live
 from fedloom.registry import method_name
 

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import pandas as pd
-from torch import Tensor, nn
+from torch import nn
 
 from fedloom import accelerator, data, metrics, tree
 from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
-from fedloom.costs import Costs
-from fedloom.engines import Ask, Engine, Joining, Problem, Reply, Score, make_engine, total
-from fedloom.engines.wire import Meter
+from fedloom.engines import Engine, Joining, Problem, Reply, Score, make_engine
 from fedloom.errors import MethodError, RunFolderError
+from fedloom.evaluation import Scores, Scoring
+from fedloom.ledger import Ledger
 from fedloom.method import Client, Downlink, Method, Round
-from fedloom.nets import Nets, write_weights
+from fedloom.personal import PersonalModel
 from fedloom.rng import Stream
 from fedloom.rounds import Asked, Intake, require_finite
 from fedloom.runfolder import DEPLOYED, RunFolder, environment
@@ -29,10 +27,6 @@ from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree
 
 Row = dict[str, Any]
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
-
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
 
 
@@ -47,49 +41,6 @@ class Parts(NamedTuple):
 
 
 NOTHING = Parts()
-
-
-class Ledger:
-    """What a run has cost so far."""
-
-    def __init__(self, state: Row | None = None) -> None:
-        state = state or {}
-        self.meter = Meter()
-        self.kinds: dict[str, dict[str, int]] = state.get("bytes_by_kind", {"uplink": {}, "downlink": {}})
-        self.train_seconds: float = state.get("train_seconds", 0.0)
-        self.eval_seconds: float = state.get("eval_seconds", 0.0)
-        self.phase_seconds: dict[str, float] = state.get("phase_seconds", {})
-        self.flops: float = state.get("flops", 0.0)
-        self.trained: set[int] = set(state.get("trained", ()))
-
-    def count(self, way: str, message: Tree, kind: str | None = None) -> int:
-        """Add one message; its size in bytes. They are counted as the message's kinds, or all as one."""
-        sizes = self.meter.sizes(message)
-        sizes = {kind: sum(sizes.values())} if kind else sizes
-        for kind, n in sizes.items():
-            self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
-        return sum(sizes.values())
-
-    def work(self, phase_seconds: Mapping[str, float], flops: float) -> None:
-        """Add what one turn took."""
-        self.flops += flops
-        for phase, seconds in phase_seconds.items():
-            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
-
-    def total(self, way: str) -> int:
-        """All bytes that went `uplink` or `downlink`."""
-        return sum(self.kinds[way].values())
-
-    def state(self) -> Row:
-        """For the checkpoint."""
-        return {
-            "bytes_by_kind": self.kinds,
-            "train_seconds": self.train_seconds,
-            "eval_seconds": self.eval_seconds,
-            "phase_seconds": self.phase_seconds,
-            "flops": self.flops,
-            "trained": sorted(self.trained),
-        }
 
 
 class Experiment:
@@ -113,13 +64,13 @@ class Experiment:
                     e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s, self.place, e.convolutions
                 )
             )
+            self.scoring = Scoring(self.problem, settings, self.engine)
             self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
-        self.ledger = Ledger()
+        self.ledger = Ledger(self.problem)
         self.intake = Intake(self.problem, settings)
-        self.costs: Costs | None = Costs(self.problem)
         if folder is None:
             folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
             self._describe(folder)
@@ -227,9 +178,7 @@ class Experiment:
             if i not in replied:
                 self.client_rows.append({"round": number + 1, "client": i, "downlink_bytes": n_bytes})
         for reply in replies:
-            flops = self._count(partial(_flops, i=reply.client, number=number))
-            self.ledger.trained.add(reply.client)
-            self.ledger.work(reply.phase_seconds, flops or 0.0)
+            flops = self.ledger.turn(reply, number)
             relayed = 0  # what clients exchange goes through a relay: up once, and down to others
             if self.method.exchanges:
                 relayed = self.ledger.count("uplink", reply.uplink, "exchange")
@@ -250,44 +199,15 @@ class Experiment:
                 }
             )
 
-    def _count(self, count: Callable[[Costs], T]) -> T | None:
-        """A count, or None: work that cannot be counted on a few rows is no reason to end a run."""
-        if self.costs is None:
-            return None
-        try:
-            return count(self.costs)
-        except Exception as error:
-            log.warning("what turns cost is not counted: %s: %s", type(error).__name__, error)
-            self.costs = None
-            return None
-
     # scoring
 
     def _evaluate(self, replies: Sequence[Reply], n_arrived: int, server_logs: Mapping[str, float]) -> None:
         started = time.perf_counter()
-        clients = self._scored_clients()
         every = self.settings.eval.general_every
         general = self.done == self.settings.rounds or bool(every and self.done % every == 0)
         down = self.method.deploy(self.server, self.problem.task)
-        scores = self.engine.score(self.done, self._received(down), clients, self._asks(general))
-        by_name = {name: [score[name] for score in scores] for name in scores[0]}
-        if general and not self._own_tests:
-            by_name["general_accuracy"] = by_name["personal_accuracy"]
-        trained = [i in self.ledger.trained for i in clients]
-        row: Row = {"round": self.done}
-        row |= metrics.spread(by_name["personal_accuracy"], "personal_accuracy", trained)
-        if "fitted" in by_name:
-            row |= metrics.spread(by_name["fitted"], "personal_accuracy_fitted", trained)
-        if "valid" in by_name:
-            row["valid_accuracy"] = metrics.number(total(by_name["valid"]).accuracy)
-        row |= {"general_accuracy": None, "server_accuracy": None}
-        row["personal_recall"] = metrics.recall(by_name["personal_accuracy"])
-        if general:
-            row |= metrics.over_clients(by_name["general_accuracy"], "general_accuracy")
-            row["general_recall"] = metrics.recall(by_name["general_accuracy"])
-        if "server" in self.method.predictors():
-            score = self._server_score(down, by_name)
-            row |= {"server_accuracy": metrics.number(score.accuracy), "server_recall": metrics.recall([score])}
+        found = self.scoring.score(self.done, down, general)
+        row: Row = {"round": self.done, **self.scoring.row(found, down, self.ledger.trained)}
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
         row |= {
@@ -297,57 +217,21 @@ class Experiment:
             "eval_seconds": self.ledger.eval_seconds,
         }
         row |= metrics.mean_logs(replies) | {f"server.{name}": value for name, value in server_logs.items()}
-        self._record_scores(clients, by_name)
+        self._record_scores(found)
         self.rows.append(row)
         self.folder.append(row)
         for tracker in self.trackers:
             tracker.log(self.done, row)
 
-    def _server_score(self, down: Downlink, by_name: dict[str, list[Score]]) -> Score:
-        """The server's score; where every client predicts with the server's model, it follows from theirs, if none was lost."""
-        if self.problem.one_model:
-            partition, scored = self.data.partition, by_name["personal_accuracy"]
-            known = scored[0]
-            if "general_accuracy" in by_name or not self._own_tests:
-                known = by_name.get("general_accuracy", scored)[0]
-            elif len(scored) == self.data.n_clients and sum(map(len, partition.test)) == len(partition.common):
-                known = total(scored)
-            if known.rows.sum() == len(partition.common):
-                return known
-        return self.engine.score_server(down)
-
-    @property
-    def _own_tests(self) -> bool:
-        """Whether clients have test rows of their own; otherwise personal predictors are scored on the common rows."""
-        return any(self.data.n_test(i) for i in range(self.data.n_clients))
-
-    def _asks(self, general: bool) -> list[Ask]:
-        own = "test" if self._own_tests else "common"
-        asks = [Ask("personal_accuracy", own)]
-        if self.settings.eval.fitted:
-            asks.append(Ask("fitted", own, fitted=True))
-        if self.settings.eval.valid:
-            asks.append(Ask("valid", "valid"))
-        if general and self._own_tests:
-            asks.append(Ask("general_accuracy", "common"))
-        return asks
-
-    def _scored_clients(self) -> Sequence[int]:
-        n, sample = self.problem.task.n_clients, self.settings.eval.clients
-        if sample is None or sample >= n:
-            return range(n)
-        chosen: list[int] = Stream(self.settings.seed, "scored").permutation(n)[:sample].sort().values.tolist()
-        return chosen
-
-    def _record_scores(self, clients: Sequence[int], by_name: dict[str, list[Any]]) -> None:
+    def _record_scores(self, found: Scores) -> None:
         now = {row["client"]: row for row in self.client_rows if row["round"] == self.done}
-        for place, i in enumerate(clients):
+        for place, i in enumerate(self.scoring.clients):
             if i not in now:
                 now[i] = {"round": self.done, "client": i}
                 self.client_rows.append(now[i])
             for name in ("personal_accuracy", "general_accuracy"):
-                if name in by_name:
-                    now[i][name] = by_name[name][place].accuracy
+                if name in found:
+                    now[i][name] = found[name][place].accuracy
 
     # newcomers
 
@@ -356,8 +240,8 @@ class Experiment:
         if not self.settings.join.clients:
             return {}
         started, joining = time.perf_counter(), Joining(self.problem, self.place)
-        down = self._received(self.method.deploy(self.server, self.problem.task))
-        ask, turns = self._asks(general=False)[0], self.settings.join.turns
+        down = self.problem.codec.through(self.method.deploy(self.server, self.problem.task))
+        ask, turns = self.scoring.asks(general=False)[0], self.settings.join.turns
         before, after = list[Score](), list[Score]()
         newcomers = range(self.problem.task.n_clients, self.data.n_clients)
         for i in newcomers:
@@ -398,7 +282,7 @@ class Experiment:
         saved = folder.load_checkpoint()
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
         self.done = self.saved = state["round"]
-        self.ledger = Ledger(state)
+        self.ledger = Ledger(self.problem, state)
         self.intake.restore(state, folder.load_late())
         self.rows = [row for row in folder.rows() if row["round"] <= self.done]
         self.client_rows = _without_nan(folder.read_clients(self.done))
@@ -427,7 +311,7 @@ class Experiment:
             "train_seconds": self.ledger.train_seconds,
             "seconds_by_phase": self.ledger.phase_seconds,
             "flops_per_round": self.ledger.flops / max(self.done, 1) or None,
-            "peak_client_bytes": self._count(Costs.peak_client_bytes),
+            "peak_client_bytes": self.ledger.peak_client_bytes(),
             "buffers": self.method.buffers,
             "partition": self.partition.hash(),
             "finished": True,
@@ -440,41 +324,7 @@ class Experiment:
         """Client `i`'s personal predictor as it would be used now, as a plain module in evaluation mode."""
         down = self.method.deploy(self.server, self.problem.task)
         with arithmetic(self.settings):
-            return PersonalModel(self.method, *self.engine.personal(self.done, self._received(down), i))
-
-    def _received(self, down: Downlink) -> Downlink:
-        """What clients would have of a downlink."""
-        codec = self.problem.codec
-        return codec.arrived(codec.send(down))
-
-
-class PersonalModel(nn.Module):
-    """A client's personal predictor: `model(x)` gives logits (B, Y) for normalised inputs (B, ...)."""
-
-    def __init__(self, method: Method, modules: Any, client: Client, down: Tree) -> None:
-        super().__init__()
-        write_weights(modules, client.weights)
-        self.nets = nn.ModuleDict(modules)
-        self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
-        self.eval()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
-        """Another precision, or another device, is also one for what the predictor reads besides weights."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, Y)."""
-        modules = dict(self.nets.items())
-        params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
-        buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
-        nets = Nets(modules, params, buffers, modules if self.training else ())
-        return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
-
-
-def _flops(costs: Costs, i: int, number: int) -> float:
-    return sum(costs.flops(i, number).values())
+            return PersonalModel(self.method, *self.engine.personal(self.done, self.problem.codec.through(down), i))
 
 
 def _refuse_deployed(folder: RunFolder) -> None:

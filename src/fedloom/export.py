@@ -24,7 +24,8 @@ from fedloom._version import __version__
 from fedloom.assembly import arithmetic
 from fedloom.engines import memory
 from fedloom.errors import FedloomError, RunFolderError, UsageError
-from fedloom.experiment import Experiment, PersonalModel
+from fedloom.experiment import Experiment
+from fedloom.personal import PersonalModel
 
 BATCH = 32  # images in the batch that is timed
 LEAST, MOST_S = 10, 0.5  # a latency is the median of so many runs at least, and of what half a second allows

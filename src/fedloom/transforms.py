@@ -279,6 +279,10 @@ class Codec(NamedTuple):
         """What the clients have of a downlink that was sent."""
         return _each(sent, self.received) if self.downlink else sent
 
+    def through(self, down: Downlink) -> Downlink:
+        """What the clients would have of a downlink."""
+        return self.arrived(self.send(down))
+
     def opened(self, uplink: Tree, received: Tree) -> Tree:
         """An uplink as the method wrote it, or nearly; `received` is what its client had of the downlink."""
         opened = dict(uplink)

@@ -10,7 +10,7 @@ import torch
 from elsewhere import ELSEWHERE, Elsewhere
 
 from contract import TOYS, Left, assert_close, assert_same, left_by
-from fedloom import accelerator, gradients, tree
+from fedloom import accelerator, replays, tree
 from fedloom.accelerator import HOST, Place
 from fedloom.engines import vectorised
 from fedloom.experiment import Experiment
@@ -163,9 +163,9 @@ class TestGpu:
 
     def test_graphs_give_the_bits_of_written_steps(self, experiment, method, model, engine, monkeypatch):
         long = {"rounds": 3, "batch_size": 8, "cohort": 3}
-        monkeypatch.setattr(gradients, "TRIALS", 1 << 30)
+        monkeypatch.setattr(replays, "TRIALS", 1 << 30)
         written = on_gpu(experiment, method, model, engine, **long)
-        monkeypatch.setattr(gradients, "TRIALS", 3)
+        monkeypatch.setattr(replays, "TRIALS", 3)
         assert_same(on_gpu(experiment, method, model, engine, **long), written)
 
 
@@ -187,8 +187,8 @@ class TestGpuArithmetic:
 
     def test_short_steps_become_graphs(self, experiment, monkeypatch, caplog):
         made = []
-        judge = gradients.faster_replay
-        monkeypatch.setattr(gradients, "faster_replay", lambda *a: made.append(judge(*a)) or made[-1])
+        judge = replays.faster_replay
+        monkeypatch.setattr(replays, "faster_replay", lambda *a: made.append(judge(*a)) or made[-1])
         settings = {"rounds": 3, "batch_size": 4, "data.rows": 400, "precision": "fp32"}
         on_gpu(experiment, "fedavg", "fedavg_cnn", "sequential", **settings)
         assert any(made), caplog.text

@@ -1,0 +1,38 @@
+"""A client's personal predictor as a plain module, to use, export or analyse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedloom import tree
+from fedloom.method import Client, Method
+from fedloom.nets import Nets, write_weights
+from fedloom.tree import Tree
+
+
+class PersonalModel(nn.Module):
+    """A client's personal predictor: `model(x)` gives logits (B, Y) for normalised inputs (B, ...)."""
+
+    def __init__(self, method: Method, modules: Any, client: Client, down: Tree) -> None:
+        super().__init__()
+        write_weights(modules, client.weights)
+        self.nets = nn.ModuleDict(modules)
+        self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
+        self.eval()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
+        """Another precision, or another device, is also one for what the predictor reads besides weights."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, Y)."""
+        modules = dict(self.nets.items())
+        params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
+        buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
+        nets = Nets(modules, params, buffers, modules if self.training else ())
+        return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
