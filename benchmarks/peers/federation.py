@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 from collections.abc import Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -30,8 +31,9 @@ def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namesp
     return parser.parse_args()
 
 
+@cache
 def problem_of(workload: str, scale: float) -> Problem:
-    """The workload's clients, model and plan."""
+    """The workload's clients, model and plan; made once in a process."""
     work = WORKLOADS[workload]
     settings = make_settings(work.values(scale))
     data = make_federation(settings, dataset_for(work, scale))

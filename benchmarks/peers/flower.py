@@ -2,13 +2,14 @@
 
 pip install 'flwr[simulation]>=1.15'
 python benchmarks/peers/flower.py w4-mlp --scale 0.1
+
+It waits for ever where /tmp/ray/ray_current_cluster names a cluster that is gone.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,20 +20,13 @@ from torch import nn
 from fedloom.engines import Problem
 
 
-@cache
-def problem_here(workload: str, scale: float) -> Problem:
-    """The federation, made once in every process."""
-    torch.set_num_threads(1)
-    return problem_of(workload, scale)
-
-
 def main() -> None:
     """Run it and report."""
     given = options("Flower", ["w1", "w1-100", "w4", "w4-mlp"])
     hint = "pip install 'flwr[simulation]>=1.15'"
     client, server, simulation = (need(f"flwr.{part}", hint) for part in ("client", "server", "simulation"))
     common, strategy = need("flwr.common", hint), need("flwr.server.strategy", hint)
-    problem = problem_here(given.workload, given.scale)
+    problem = problem_of(given.workload, given.scale)
     task, stamps = problem.task, list[float]()
 
     def stamp(*_: Any) -> None:
@@ -46,6 +40,7 @@ def main() -> None:
         min_available_clients=task.n_clients,
         initial_parameters=common.ndarrays_to_parameters(first),
         evaluate_fn=stamp,
+        accept_failures=False,
     )
     parts = server.ServerAppComponents(strategy=fedavg, config=server.ServerConfig(num_rounds=given.rounds + 1))
     simulation.run_simulation(
@@ -65,7 +60,8 @@ def client_maker(base: type, workload: str, scale: float) -> Callable[[Any], Any
             self.i = i
 
         def fit(self, parameters: list[Any], config: Any) -> tuple[list[Any], int, dict[str, Any]]:
-            problem = problem_here(workload, scale)
+            torch.set_num_threads(1)
+            problem = problem_of(workload, scale)
             model = problem.modules(0)["model"].requires_grad_(True)
             names = model.state_dict().keys()
             model.load_state_dict({k: torch.tensor(v) for k, v in zip(names, parameters, strict=True)})
