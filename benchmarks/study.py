@@ -1,9 +1,9 @@
 """Keep what a study found: its runs' ends and curves, by method and seed, in benchmarks/results/NAME.json; NAME.png draws them.
 
-    python benchmarks/study.py NAME "the command that made the runs" RUN [RUN ...]
+    python benchmarks/study.py NAME "the command that made all the runs" RUN [RUN ...]
 
-A RUN is a run's folder, or a folder of such folders (of a comparison). Prints a Markdown table: means over seeds, and the spread (half the
-distance from least to most) where there are several.
+A RUN is a run's folder, or a folder of such folders (of a comparison). Runs that the file holds already stay, unless they come again.
+Prints a Markdown table: means over seeds, and the spread (half the distance from least to most) where there are several.
 """
 
 from __future__ import annotations
@@ -79,20 +79,27 @@ def spread(values: list[float | None]) -> str:
     return mean if len(known) == 1 else f"{mean} ± {(max(known) - min(known)) / 2:.1f}"
 
 
+def record_of(label: str, seed: str, run: dict[str, Any]) -> RunRecord:
+    """A kept run's curves, for plots."""
+    curves = pd.DataFrame({name: run[name] for name in ("round", *CURVES) if name in run})
+    return RunRecord(Path(label), label, {"label": label, "seed": int(seed)}, curves, None, None, {}, {})
+
+
 def main(name: str, command: str, *folders: str) -> None:
     """Write the file, print the table."""
+    file = RESULTS / f"{name}.json"
+    runs: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())["runs"] if file.exists() else {}
     records = read(folders)
-    runs: dict[str, dict[str, dict[str, Any]]] = {}
     for run in records:
         label = run.name.rsplit("-seed", 1)[0]
         runs.setdefault(label, {})[str(run.seed)] = found(run)
+    runs = {label: dict(sorted(seeds.items())) for label, seeds in runs.items()}
     environment = {key: records[0].environment.get(key) for key in ENVIRONMENT}
-    kept = {"command": command, "environment": environment, "runs": runs}
-    (RESULTS / f"{name}.json").write_text(json.dumps(kept) + "\n")
-    one_model = all(run.metrics.server_accuracy.notna().any() for run in records)
-    accuracy_over_rounds(records, "server_accuracy" if one_model else "personal_accuracy").savefig(
-        RESULTS / f"{name}.png", dpi=100
-    )
+    file.write_text(json.dumps({"command": command, "environment": environment, "runs": runs}) + "\n")
+    drawn = [record_of(label, seed, run) for label, seeds in runs.items() for seed, run in seeds.items()]
+    one_model = all("server_accuracy" in record.metrics for record in drawn)
+    measure = "server_accuracy" if one_model else "personal_accuracy"
+    accuracy_over_rounds(drawn, measure).savefig(RESULTS / f"{name}.png", dpi=100)
     print(table(runs))
 
 
