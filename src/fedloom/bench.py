@@ -182,6 +182,7 @@ def measure(
     """Time a workload on some engines, and on rivals if given, in turn.
 
     Args:
+        engines: their names; `processes:8` is one with `engine.lanes=8`.
         scale: part of the rows (or of the clients), above 0 and at most 1.
         rounds: rounds that count, after one to warm up.
         device: where the engines compute (`engine.device`); rivals stay on the CPU.
@@ -201,8 +202,9 @@ def measure(
         dataset = dataset_for(work, scale)
         ours: dict[str, Stepped] = {}
         for engine in dict.fromkeys(engines):
+            name, _, lanes = engine.partition(":")
             values = work.values(scale) | {
-                "engine": {"name": engine, "device": device},
+                "engine": {"name": name, "device": device} | ({"lanes": lanes} if lanes else {}),
                 "out": folder / engine,
                 "precision": precision,
             }

@@ -59,8 +59,8 @@ def test_measure_times_all_contestants_in_the_same_rounds():
             cohorts.append(tuple(cohort))
             return Times(100.0, 10.0, 1.0)
 
-    found = measure(small(), ["sequential", "vectorised"], scale=1.0, rounds=3, rivals={"slow": lambda *_: Slow()})
-    assert list(found["contestants"]) == ["sequential", "vectorised", "slow"]
+    found = measure(small(), ["sequential", "vectorised:2"], scale=1.0, rounds=3, rivals={"slow": lambda *_: Slow()})
+    assert list(found["contestants"]) == ["sequential", "vectorised:2", "slow"]
     assert len(cohorts) == 4  # one to warm up
     assert len(set(cohorts)) > 1
     slow, first = found["contestants"]["slow"], found["contestants"]["sequential"]
@@ -133,6 +133,7 @@ def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
         (["w1", "rounds=1.5"], "rounds=1.5: must be a whole number"),
         (["w1", "engin=sequential"], "unknown key 'engin' (did you mean 'engine'?)"),
         (["w4-mlp", "scale=0.01", "engine=warp"], "no engine is called 'warp'"),
+        (["w4-mlp", "scale=0.01", "engine=processes:many"], "engine.lanes=many: must be a whole number"),
         (["w4-mlp", "scale=0.01", "precision=fp8"], "precision=fp8: must be one of"),
         (["w1", "rival=nowhere.py:make"], "rival=nowhere.py:make: there is no file nowhere.py"),
         (["w3", "scale=0.001"], "rows do not give each"),

@@ -23,6 +23,7 @@ from fedloom.runfolder import environment
 EXAMPLES = """\
   fedloom bench                                        all workloads, small, on the engines that suit this machine
   fedloom bench w4-mlp engine=sequential,processes,vectorised scale=0.2
+  fedloom bench w4-mlp engine=processes,processes:8    workers with 8 clients side by side (engine.lanes)
   fedloom bench w1 w3 rounds=10 precision=bf16 --json
   fedloom bench device=cuda                            on a GPU; device=cuda precision=tf32 or bf16
   fedloom bench w1 rival=benchmarks/pfllib_style.py:make
