@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from contract import TOYS, Left, assert_close, assert_same, left_by, untimed
-from fedloom import Downlink, Stream, gradients, tree
+from fedloom import Downlink, Stream, replays, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
 from fedloom.nets import write_weights
@@ -291,8 +291,8 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
     settings = {"rounds": 4, "batch_size": 4, "cohort": 5, "data.rows": 120, "model.hidden": 8}
     runs = []
     for longest in (0.0, 1e9):  # never, and wherever it is faster
-        monkeypatch.setattr(gradients, "SHORT_S", longest)
-        monkeypatch.setattr(gradients, "TRIALS", 5)
+        monkeypatch.setattr(replays, "SHORT_S", longest)
+        monkeypatch.setattr(replays, "TRIALS", 5)
         runs.append(left_by(make(experiment, method, "mlp", "sequential", **settings)))
     assert_same(*runs)
 
