@@ -24,7 +24,7 @@ from fedloom.accelerator import HOST, describe, exact, synchronise
 from fedloom.assembly import arithmetic
 from fedloom.config import Values, make_settings
 from fedloom.costs import Costs
-from fedloom.engines import Ask, Problem
+from fedloom.engines import Problem
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
 from fedloom.experiment import Experiment, Parts
@@ -161,9 +161,9 @@ class Stepped(Experiment):
     def _score(self) -> float:
         """Seconds for one accuracy per client alone; an evaluation scores more, such as the server's model."""
         started = time.perf_counter()
-        own = "test" if any(self.data.n_test(i) for i in range(self.data.n_clients)) else "common"
         down = self.method.deploy(self.server, self.problem.task)
-        self.engine.score(self.done, down, range(self.data.n_clients), [Ask("personal_accuracy", own)])
+        personal = self.scoring.asks(general=False)[:1]
+        self.engine.score(self.done, down, range(self.data.n_clients), personal)
         synchronise(self.place.device)
         return time.perf_counter() - started
 
@@ -200,15 +200,11 @@ def measure(
     with ExitStack() as open_things:
         folder = Path(open_things.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-bench-")))
         dataset = dataset_for(work, scale)
+        common = {**work.values(scale), "precision": precision, "checkpoint_every": 0}
+        common["rounds"] = WARM_UP + rounds + 1  # the last round scores more than others
         ours: dict[str, Stepped] = {}
         for engine in dict.fromkeys(engines):
-            name, _, lanes = engine.partition(":")
-            values = work.values(scale) | {
-                "engine": {"name": name, "device": device} | ({"lanes": lanes} if lanes else {}),
-                "out": folder / engine,
-                "precision": precision,
-            }
-            values |= {"rounds": WARM_UP + rounds + 1, "checkpoint_every": 0}  # the last round scores more than others
+            values = {**common, "engine": _engine(engine, device), "out": folder / engine}
             ours[engine] = Stepped(make_settings(values), Parts(dataset=dataset))
             open_things.callback(ours[engine].engine.close)
         first = next(iter(ours.values()))
@@ -230,6 +226,12 @@ def measure(
         "roof_flop_per_s": roof,
     }
     return facts | {"contestants": {name: _facts(t, times[next(iter(ours))], flop, roof) for name, t in times.items()}}
+
+
+def _engine(words: str, device: str) -> Values:
+    """The engine's settings of `NAME` or `NAME:LANES`."""
+    name, _, lanes = words.partition(":")
+    return {"name": name, "device": device, "lanes": lanes or None}
 
 
 def _check(scale: float, rounds: int) -> None:

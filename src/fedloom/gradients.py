@@ -20,7 +20,7 @@ from fedloom.errors import MethodError
 from fedloom.method import Batch, Interleave, Train
 from fedloom.nets import Nets
 from fedloom.recording import Found, Params
-from fedloom.replays import Replayed
+from fedloom.replays import replayed_on
 from fedloom.tree import Tree
 
 
@@ -73,7 +73,7 @@ class Gradients:
         self.modules, self.bf16, self.device, self._convolutions = modules, bf16, device, convolutions
         self._around: tuple[Tree, Tree, Any] = ({}, {}, ((), ()))  # a downlink, a memory, and their forms
         stateful = any(True for module in modules.values() for _ in module.buffers())
-        self._fastest = Replayed(device, stateful)
+        self._replayed = replayed_on(device, stateful)
 
     def once(
         self,
@@ -112,14 +112,14 @@ class Gradients:
         self, train: Train, wanted: Params, params: Params, buffers: Params, batch: Batch, down: Tree, memory: Tree
     ) -> Found:
         """The gradients of the parameters `wanted`, and of the entries of `batch.once` among them, and the step's logs."""
-        if not self._fastest.possible:
+        if self._replayed is None:
             return self._written(train, buffers, wanted, params, batch, down, memory)
 
         def written(i: Tree) -> Found:
             return self._written(train, i["buffers"], i["wanted"], i["params"], _batch(i), i["down"], i["memory"])
 
         key = self._kind_of(train, wanted, batch, down, memory)
-        return self._fastest(key, written, _inputs(wanted, params, buffers, batch, down, memory))
+        return self._replayed(key, written, _inputs(wanted, params, buffers, batch, down, memory))
 
     def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         """The gradients of several lanes at once, stacked.
@@ -128,12 +128,12 @@ class Gradients:
             inputs: wanted, others, fixed (parameters), buffers (written into), batch, down, memory.
             dims: for each leaf 0 if it is stacked over lanes, None if all lanes share it.
         """
-        if not self._fastest.possible:
+        if self._replayed is None:
             return self._mapped(train, inputs, dims)
         rows = _batch(inputs)
         kind = self._kind_of(train, inputs["wanted"], rows, inputs["down"], inputs["memory"])
         key = kind, tuple(tree.flatten(dims))
-        return self._fastest(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
+        return self._replayed(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
 
     def _kind_of(self, train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tree) -> Any:
         """What one trace can stand for: a loss, what it is derived by, and the structure of all that it may read.

@@ -36,33 +36,27 @@ MOST_RECORDINGS = 16  # each holds memory of the device; the commonest kinds of 
 class Replayed:
     """Runs steps; remembers which kinds of them to replay."""
 
-    def __init__(self, device: torch.device, stateful: bool) -> None:
-        """`stateful`: whether nets have buffers."""
-        self._device, self._replays = device, replays_on(device, stateful)
+    def __init__(self, device: torch.device, replays: Replays) -> None:
+        self._device, self._replays = device, replays
         self._kinds: dict[Any, _Kind] = {}
-
-    @property
-    def possible(self) -> bool:
-        """Whether any step is ever replayed."""
-        return self._replays is not None
 
     def __call__(self, key: Any, written: Step, inputs: Tree, n_lanes: int = 1) -> Found:
         """A step as written, or its replay once that has proved itself; `key` tells kinds of step apart."""
-        replays = self._replays
-        if replays is None:
-            return written(inputs)
         kind = self._kinds.get(key)
         if kind is None:
-            kind = self._kinds[key] = _Kind(replays.longest_s)
+            kind = self._kinds[key] = _Kind(self._replays.longest_s)
         if kind.replay is not None:
             return kind.replay(inputs)
         started = time.perf_counter()
         found = written(inputs)
-        n_replays = sum(kind.replay is not None for kind in self._kinds.values())
-        if kind.is_worth_a_trial((time.perf_counter() - started) / n_lanes) and n_replays < replays.most:
+        if kind.is_worth_a_trial((time.perf_counter() - started) / n_lanes) and self._n_replays < self._replays.most:
             with torch.random.fork_rng(_indices(self._device)):  # the trial must not move the phase's generator
-                kind.replay = faster_replay(written, inputs, replays.make, self._device)
+                kind.replay = faster_replay(written, inputs, self._replays.make, self._device)
         return found
+
+    @property
+    def _n_replays(self) -> int:
+        return sum(kind.replay is not None for kind in self._kinds.values())
 
 
 class _Kind:
@@ -92,6 +86,12 @@ def replays_on(device: torch.device, stateful: bool) -> Replays | None:
     if device.type == "cuda":
         return Replays(lambda step, inputs: Recording(step, inputs, record_graph), float("inf"), MOST_RECORDINGS)
     return Replays(_trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
+
+
+def replayed_on(device: torch.device, stateful: bool) -> Replayed | None:
+    """What runs steps on a device; see `replays_on`."""
+    replays = replays_on(device, stateful)
+    return None if replays is None else Replayed(device, replays)
 
 
 def faster_replay(
