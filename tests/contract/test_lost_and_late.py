@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from contract import TOYS, assert_close, assert_same, left_by
-from fedloom import FedAvg, tree
+from fedloom import FedAvg, FedPer, tree
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, DivergedError
 from fedloom.experiment import Experiment, Parts
@@ -167,6 +167,21 @@ def test_a_cohort_that_is_lost_as_a_whole_changes_nothing(experiment, method):
     assert tree.equal(run.server, before)
     assert (summary["lost"], summary["skipped"], summary["uplink_bytes"]) == (8, 2, 0)
     assert summary["downlink_bytes"] > 0
+    assert list(run.engine.changed()) == []
+
+
+@dataclass(frozen=True)
+class Exploding(FedPer):
+    """Diverges in every turn."""
+
+    def loss(self, nets, batch, down, memory):
+        return super().loss(nets, batch, down, memory) * float("nan")
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_clients_that_diverge_go_back_to_what_they_had(experiment, engine):
+    run = experiment(Exploding(), **{**SETTINGS, "engine": engine})
+    assert run.run()["rejected"] == 4
     assert list(run.engine.changed()) == []
 
 

@@ -99,12 +99,14 @@ class Sequential(Engine):
         except Exception as error:
             error.add_note(f"client {i}, round {number}")
             raise
-        self._keep(i, done)
         uplink = moved(done.uplink, HOST)
+        self._keep(i, done, uplink)
         seconds = time.perf_counter() - started
         return Reply(i, slot, uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds)
 
-    def _keep(self, i: int, done: Outcome) -> None:
+    def _keep(self, i: int, done: Outcome, uplink: Tree) -> None:
+        if tree.not_finite(uplink):
+            return  # the server will reject it, and a client that kept what diverged would never recover
         self.store.put(i, done.client._replace(weights=self.problem.kept(done.client.weights)))
 
     def _laid_out(self, i: int, work: Callable[[bool], T]) -> T:

@@ -80,8 +80,8 @@ class Vectorised(Sequential):
             log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
             self._lanes[arch] = 1
         else:
-            for member, outcome in zip(group, done, strict=True):
-                self._keep(member.client, outcome)
+            for outcome, reply in zip(done, replies, strict=True):
+                self._keep(reply.client, outcome, reply.uplink)
             return replies
         lanes = self._lanes[arch]
         parts = (group[start : start + lanes] for start in range(0, len(group), lanes))
