@@ -10,7 +10,7 @@ import torch
 
 from fedloom import accelerator, data, tree
 from fedloom.config import Named, Settings, check_cohort, participation_range
-from fedloom.engines import Problem
+from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
 from fedloom.method import Method, Task, Train, trains_of
 from fedloom.models import Arch, arch
@@ -145,6 +145,12 @@ def _check_sharing(problem: Problem) -> None:
         raise ConfigError(
             f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
         )
+
+
+def engine_for(settings: Settings, place: accelerator.Place, problem: Problem) -> Engine:
+    """The engine that the settings name."""
+    e = settings.engine
+    return make_engine(e.name, problem, e.workers, e.lanes, e.address, e.deadline_s, place, e.convolutions)
 
 
 def initial_weights(problem: Problem) -> Weights:

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedloom import accelerator
-from fedloom.assembly import arithmetic, make_dataset, make_federation, make_problem
+from fedloom.assembly import arithmetic, engine_for, make_dataset, make_federation, make_problem
 from fedloom.config import Named, Settings, Values, make_method, make_settings, read_toml
-from fedloom.engines import make_engine
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment import Experiment, OnRound, Parts
 from fedloom.registry import METHODS, method_class
@@ -86,7 +85,7 @@ class Comparison:
                 with arithmetic(settings):
                     problem = make_problem(settings, make_method(settings.method), federation)
                     place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
-                    make_engine(settings.engine.name, problem, settings.engine.workers, place=place).close()
+                    engine_for(settings, place, problem).close()
 
     def toml(self) -> str:
         """A config file that gives this comparison again, with every setting spelt out."""

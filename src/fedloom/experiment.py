@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +13,9 @@ import pandas as pd
 from torch import nn
 
 from fedloom import accelerator, data, metrics, tree
-from fedloom.assembly import arithmetic, initial_weights, make_federation, make_problem
+from fedloom.assembly import arithmetic, engine_for, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
-from fedloom.engines import Engine, Joining, Problem, Reply, Score, make_engine
+from fedloom.engines import Engine, Joining, Problem, Reply, Score
 from fedloom.errors import MethodError, RunFolderError
 from fedloom.evaluation import Scores, Scoring
 from fedloom.ledger import Ledger
@@ -49,21 +50,15 @@ class Experiment:
     def __init__(self, settings: Settings, parts: Parts = NOTHING, folder: RunFolder | None = None) -> None:
         check_trackers(settings.log)
         with arithmetic(settings):
-            self.settings, e = settings, settings.engine
-            self.place = accelerator.place(e.device, e.device_bytes)
+            self.settings = settings
+            self.place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
             self.method = parts.method or make_method(settings.method)
             self.data = parts.federation or make_federation(settings, parts.dataset)
             self.partition = self.data.partition  # as it was dealt, whatever a reference method pools
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
-            self.engine: Engine = (
-                parts.engine(self.problem)
-                if parts.engine
-                else make_engine(
-                    e.name, self.problem, e.workers, e.lanes, e.address, e.deadline_s, self.place, e.convolutions
-                )
-            )
+            self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
             self.scoring = Scoring(self.problem, settings, self.engine)
             self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
@@ -87,9 +82,7 @@ class Experiment:
             raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
         _refuse_deployed(folder)
         experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
-        if not folder.has_checkpoint():  # the run may have ended before its description was whole
-            experiment._describe(folder)
-        folder.keep_rows(experiment.done)
+        experiment.forget_unsaved()
         return experiment
 
     @classmethod
@@ -102,6 +95,12 @@ class Experiment:
         settings = make_settings(read_toml(folder.path / "config.toml"))
         engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
+
+    def forget_unsaved(self) -> None:
+        """Make the folder that of a run which goes on from its last checkpoint."""
+        if not self.folder.has_checkpoint():  # the run may have ended before its description was whole
+            self._describe(self.folder)
+        self.folder.keep_rows(self.done)
 
     def run(self, on_round: OnRound | None = None) -> Row:
         """Run what is left of the rounds; returns the summary."""
@@ -262,13 +261,15 @@ class Experiment:
     # files
 
     def _describe(self, folder: RunFolder) -> None:
-        partition = self.partition
-        labels, n_classes = self.data.dataset.labels, self.data.n_classes
         folder.write("config.toml", to_toml(self.settings))
         folder.write_json("environment.json", environment() | {"device": accelerator.describe(self.place.device)})
-        counts = {split: partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
-        dealt = {"classes": list(self.data.dataset.classes), "class_counts": counts, **partition.content()}
-        folder.write("partition.json", json.dumps(dealt))
+        folder.write("partition.json", json.dumps(self._dealt()))
+
+    def _dealt(self) -> Row:
+        """Who got which rows."""
+        labels, n_classes = self.data.dataset.labels, self.data.n_classes
+        counts = {split: self.partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
+        return {"classes": list(self.data.dataset.classes), "class_counts": counts, **self.partition.content()}
 
     def _checkpoint(self) -> None:
         clients = {i: self.engine.client(i)._asdict() for i in self.engine.changed()}
@@ -279,6 +280,7 @@ class Experiment:
         self.saved = self.done
 
     def _restore(self, folder: RunFolder) -> None:
+        self._check_partition(folder)
         saved = folder.load_checkpoint()
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
         self.done = self.saved = state["round"]
@@ -290,6 +292,19 @@ class Experiment:
         with arithmetic(self.settings):
             for i, client in clients.items():
                 self.engine.restore(i, Client(**_restored(self.engine.client(i)._asdict(), client, f"client {i}")))
+
+    def _check_partition(self, folder: RunFolder) -> None:
+        """Refuse rows dealt otherwise than when the run began: what it trained on could be tested on."""
+        begun, now = folder.partition(), self._dealt()
+        on_devices = (
+            self.partition.scheme.get("name") == "devices"
+        )  # which may hold other rows by now, and some may be away
+        if not on_devices and any(
+            begun[key] != now[key] for key in ("classes", "class_counts", "hash") if key in begun
+        ):
+            raise RunFolderError(
+                f"{folder.path}: its rows are not those that it began with; were the data or the partition's file changed?"
+            )
 
     def _finish(self, joined: Row) -> Row:
         s = self.settings

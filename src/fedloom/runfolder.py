@@ -86,6 +86,14 @@ class RunFolder:
         """Replace a JSON file in one step."""
         self.write(name, json.dumps(value, indent=2) + "\n")
 
+    def partition(self) -> dict[str, Any]:
+        """What `partition.json` holds; nothing where there is none."""
+        file = self.path / "partition.json"
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise RunFolderError(f"{file} cannot be read: {error}") from None
+
     def write_clients(self, table: pd.DataFrame) -> None:
         """Replace `clients.parquet`."""
         beside = self.path / ".clients.parquet.tmp"

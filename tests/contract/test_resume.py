@@ -14,6 +14,7 @@ import pytest
 import fedloom
 from contract import TOYS, assert_same, left_by, untimed
 from fedloom import tree
+from fedloom.data import load, partition
 from fedloom.errors import RunFolderError
 from fedloom.experiment import Experiment, Parts
 from fedloom.registry import METHODS
@@ -103,6 +104,19 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
     with pytest.raises(RunFolderError, match="the checkpoint does not fit this method and model"):
         Experiment.resume(path)
+
+
+def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):
+    """What the run has trained on could be tested on."""
+    dealt, settings = tmp_path / "p.json", {**SETTINGS, "data.name": "digits", "data.rows": 160}
+    load("digits", rows=160)
+    partition(load("digits", rows=160), 4, seed=0).save(dealt)
+    settings |= {"partition": {"name": "file", "path": str(dealt)}}
+    path = interrupted_after(experiment("fedavg", **settings), 2)
+    partition(load("digits", rows=160), 4, seed=1).save(dealt)
+    for again in (Experiment.resume, Experiment.reopen):
+        with pytest.raises(RunFolderError, match="its rows are not those that it began with"):
+            again(path)
 
 
 # killed, really

@@ -36,7 +36,7 @@ from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config import make_settings, to_toml
-from fedloom.deploy import certificates, supernode
+from fedloom.deploy import certificates, proxy, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
 from fedloom.deploy.proxy import allowed, make_app
@@ -228,6 +228,18 @@ def test_the_proxy_lets_nothing_else_reach_the_server(verb, path):
 def test_the_proxy_refuses_what_is_too_large():
     proxied = Proxied()
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(65 * 2**20)).status_code == 413
+    assert proxied.reached == []
+
+
+def test_the_proxy_waits_for_a_body_no_longer_than_it_must(monkeypatch):
+    monkeypatch.setattr(proxy, "TIMEOUT_S", 0.05)
+
+    async def slowly():
+        yield b"x"
+        await asyncio.sleep(60)
+
+    proxied = Proxied()
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=slowly()).status_code == 408
     assert proxied.reached == []
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -161,6 +162,22 @@ def test_states_stay_on_their_node(deployed):
         ran.experiment.personal_model(0)
 
 
+def retold(answer: bytes, **facts: Any) -> bytes:
+    """A node's answer with other facts about every turn."""
+    letter = open_envelope(answer)
+    turns = [turn.model_copy(update=facts) for turn in letter.header.turns]
+    return seal(letter.header.model_copy(update={"turns": turns}), {name: letter.tree(name) for name in letter.trees})
+
+
+def deepened(answer: bytes) -> bytes:
+    """A node's answer with a tensor below a great many branches."""
+    header = open_envelope(answer).header
+    flat = safetensors.torch.save({"/".join("a" * 1501): torch.ones(1)}, {"fedloom": "1"})
+    parts = [{"name": str(turn.slot), "n_bytes": len(flat), "paths": []} for turn in header.turns]
+    text = json.dumps({"header": header.model_dump(), "parts": parts}).encode()
+    return b"".join([b"fedloom1", len(text).to_bytes(8, "little"), text, flat * len(parts)])
+
+
 SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
     "lost": (lambda _: Lost("no answer within 5 s"), "no answer within 5 s"),
     "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
@@ -170,6 +187,15 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
     "failed": (lambda _: seal(Failed(reason="out of memory"), {}), "out of memory"),
     "no turns": (lambda _: seal(Trained(turns=[]), {}), "its turn is missing"),
     "someone else's": (lambda _: seal(Trained(turns=[Turned(client=0, slot=0, examples=9)]), {}), "nobody asked"),
+    "more rows": (lambda answer: retold(answer, examples=10**6), "it says that it trained on 1000000 rows, and has"),
+    "too many rows": (lambda answer: retold(answer, examples=10**30), "not understood"),
+    "too many steps": (lambda answer: retold(answer, steps={"train": 10**30}), "not understood"),
+    "endless time": (lambda answer: retold(answer, seconds=float("inf")), "not understood"),
+    "the run's own numbers": (
+        lambda answer: retold(answer, logs={"personal_accuracy": 1.0, "round": 77}),
+        "not understood",
+    ),
+    "too deep": (lambda answer: deepened(answer), "a tensor below 1500 branches"),
     "no weights": (
         lambda _: seal(Trained(turns=[Turned(client=2, slot=2, examples=9), Turned(client=3, slot=3, examples=9)]), {}),
         "has no part",
@@ -195,16 +221,35 @@ def test_a_spoilt_answer_costs_its_clients_part_in_the_round_and_nothing_else(de
 def test_uplinks_of_another_form_are_rejected_as_on_every_engine(deployed, simulated):
     """Their clients keep what they learnt; the run goes on with the others."""
     strange = {
-        2: {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}},
-        3: {"weights": {"params": {}}, "more": {"x": torch.ones(2)}},
+        "2": {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}},
+        "3": {"weights": {"params": {}}, "more": {"x": torch.ones(2)}},
     }
-    turns = [Turned(client=i, slot=i, examples=9) for i in strange]
-    answers = {("node-1", 3): seal(Trained(turns=turns), {str(i): message for i, message in strange.items()})}
-    ran = deployed(lambda node, n, answer: answers.get((node, n), answer), method="fedper")
+
+    def spoil(node, n, answer):
+        return seal(open_envelope(answer).header, strange) if (node, n) == ("node-1", 3) else answer
+
+    ran = deployed(spoil, method="fedper")
     assert [row["cohort"] for row in ran.experiment.rows] == [4, 2, 4]
     events = [json.loads(line) for line in (ran.experiment.folder.path / "events.jsonl").read_text().splitlines()]
     assert [(e["round"], e["event"], e["clients"]) for e in events] == [(2, "rejected", [2]), (2, "rejected", [3])]
     assert all("the message lacks 'weights/params/" in event["reason"] for event in events)
+
+
+def test_a_client_that_diverges_goes_back_as_on_every_engine(deployed, simulated, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom fedloom import FedPer\n\n@dataclass(frozen=True)\nclass Mine(FedPer):\n"
+        "    def uplink(self, client, received, down, turn):\n"
+        "        found, memory = super().uplink(client, received, down, turn)\n"
+        "        sick = turn.number == 1 and turn.examples % 2\n"
+        "        params = {n: p * float('nan') if sick else p for n, p in found['weights']['params'].items()}\n"
+        "        return {'weights': {**found['weights'], 'params': params}}, memory\n"
+    )
+    there, here = deployed(method=f"{file}:Mine"), simulated(method=f"{file}:Mine")
+    assert 0 < here.rows[-1]["rejected"] < 4
+    assert scores(there.experiment) == scores(here)
+    assert tree.equal(there.experiment.server, here.server)
+    assert there.said == []
 
 
 def test_a_device_may_leave_out_branches_without_tensors(deployed, simulated):
@@ -381,11 +426,19 @@ def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path,
 
     with pytest.raises(StopError):
         running.prepare(place, chosen, Wire(place), said.append).run(interrupt)
+
+    def interrupt_again(done, rounds, row):
+        if done == 4:
+            raise StopError
+
+    with pytest.raises(StopError):
+        running.resume(place, tmp_path / "run", Wire(place), said.append).run(interrupt_again)
     again = running.resume(place, tmp_path / "run", Wire(place), said.append)
     again.run()
     here = simulated(method=method, rounds=5, checkpoint_every=every)
     assert tree.equal(again.server, here.server)
     assert scores(again) == scores(here)
+    assert [row["round"] for row in again.folder.rows()] == [1, 2, 3, 4, 5]
     assert said == []
 
 
@@ -503,11 +556,13 @@ def test_an_envelope_keeps_order_empty_branches_and_every_type():
         "empty": {},
         "a": {"deep": {"none": {}}, "x": torch.tensor(float("nan"))},
     }
-    letter = open_envelope(seal(Trained(turns=[Turned(client=1, slot=0, logs={"loss": float("inf")})]), {"0": message}))
+    letter = open_envelope(
+        seal(Trained(turns=[Turned(client=1, slot=0, logs={"train.loss": float("inf")})]), {"0": message})
+    )
     found = letter.tree("0")
     assert tree.equal(found, message)
     assert json.dumps(found, default=str) == json.dumps(message, default=str)  # in the same order
-    assert letter.header.turns[0].logs == {"loss": float("inf")}
+    assert letter.header.turns[0].logs == {"train.loss": float("inf")}
 
 
 @pytest.mark.parametrize("keep", [0, 3, 8, 15, 16, 40, 200, -1])
@@ -517,6 +572,20 @@ def test_every_cut_is_noticed(keep):
         open_envelope(whole[:keep])
     with pytest.raises(WireError):
         open_envelope(whole + b"x")
+
+
+def test_numbers_of_rows_that_no_node_can_have_are_refused(federation, rows, tmp_path):
+    place = federation(nodes=2, clients=2)
+    for node in place.file.nodes:
+        name_data(place.path / node, rows(node, slice(0, 100)))
+    swollen = {split: [10**8] * 10 for split in ("train", "valid", "test")}
+
+    def swell(node, n, answer):
+        header = open_envelope(answer).header
+        return seal(header.model_copy(update={"counts": dict.fromkeys(header.counts, swollen)}), {})
+
+    with pytest.raises(DataError, match="at most 10000000 are allowed"):
+        running.prepare(place, values(clients=2) | {"out": str(tmp_path / "r")}, Wire(place, swell), list[str]().append)
 
 
 def test_headers_are_checked():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,11 +94,15 @@ def _options(words: Sequence[str]) -> Options:
         if key not in Options._fields:
             raise ConfigError(f"unknown key '{key}'{suggest(key, Options._fields)}")
         default = Options._field_defaults[key]
-        value = text if isinstance(default, str) else parse_value(text)
-        if isinstance(default, int | float) and (type(value) not in (int, float) or type(default)(value) != value):
-            raise ConfigError(f"{key}={text}: must be a {'whole ' if isinstance(default, int) else ''}number")
-        values[key] = value
+        values[key] = text if isinstance(default, str) else _number(key, text, type(default))
     return Options(**values)
+
+
+def _number(key: str, text: str, kind: type[int | float]) -> int | float:
+    value = parse_value(text)
+    if type(value) not in (int, float) or not math.isfinite(value) or kind(value) != value:
+        raise ConfigError(f"{key}={text}: must be a {'whole ' if kind is int else ''}number")
+    return kind(value)
 
 
 def _default_engines(device: str) -> list[str]:

@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,7 +29,7 @@ from fedloom.rng import Stream
 
 Pixels = npt.NDArray[np.uint8]
 _LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
-_FORMAT = 1  # part of the cache key: count it up when decoding changes
+_FORMAT = 2  # part of the cache key: count it up when decoding changes
 
 
 class Layout(NamedTuple):
@@ -64,7 +65,13 @@ def _decode_pool(
     name: str, train: list[Path], test: list[Path], source: Source | None, image_size: int | None, rows: int | None
 ) -> Dataset:
     layout = _layout(train[0], source)
-    table = pa.concat_tables([_facts(file, layout) for file in train + test], promote_options="permissive")
+    facts = [_facts(file, layout) for file in train + test]
+    try:
+        table = pa.concat_tables(facts, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(f"data={name}: the files' columns do not agree ({_line(error)})") from error
+    if not table.num_rows:
+        raise DataError(f"data={name}: {train[0]} has no rows")
     n_train = sum(_open(file).metadata.num_rows for file in train)
     labels, classes = _classes(name, table[layout.label], layout.names.get(layout.label), source)
     keep, n_train = choose_rows(name, labels >= 0, n_train, rows)
@@ -131,6 +138,8 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
 
 def resized(image: Image.Image, image_size: int | None) -> Pixels:
     """One picture as (C, H, W) uint8, resized to a square when `image_size` is given."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
     image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -142,6 +151,8 @@ def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels
     where, encoded = picture
     try:
         with Image.open(io.BytesIO(encoded or b"")) as image:
+            if image.mode == "F":
+                raise DataError(f"{where}: its pixels are floating-point numbers; save pictures with 8 or 16 bits")
             return resized(image, image_size)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a picture that Pillow can read ({type(error).__name__})") from error
@@ -152,10 +163,21 @@ def _edges(shape: Sequence[int]) -> str:
 
 
 def _open(file: Path) -> pq.ParquetFile:
-    try:
+    with _reading(file):
         return pq.ParquetFile(file)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a parquet file that can be read ({type(error).__name__})") from error
+        raise DataError(f"{file}: not a parquet file that can be read ({_line(error)})") from error
+
+
+def _line(error: Exception) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _key(name: str, files: list[Path], image_size: int | None, rows: int | None, source: Source | None) -> str:
@@ -209,7 +231,8 @@ def _facts(file: Path, layout: Layout) -> Any:
     missing = {layout.image, layout.label, *layout.extra} - set((parquet := _open(file)).schema_arrow.names)
     if missing:
         raise DataError(f"{file}: column '{min(missing)}' is missing, though the first training file has it")
-    return parquet.read(columns=[layout.label, *layout.extra]).replace_schema_metadata(None)
+    with _reading(file):
+        return parquet.read(columns=[layout.label, *layout.extra]).replace_schema_metadata(None)
 
 
 def _column(values: Any, names: list[str] | None) -> Column:
@@ -284,7 +307,12 @@ def _encoded(files: list[Path], image: str, keep: npt.NDArray[np.bool_]) -> Iter
     """The kept pictures in order, read batch by batch: a data set may be larger than memory before it is resized."""
     start = 0
     for file in files:
-        for batch in _open(file).iter_batches(1024, columns=[image]):
+        batches = _open(file).iter_batches(1024, columns=[image])
+        while True:
+            with _reading(file):
+                batch = next(batches, None)
+            if batch is None:
+                break
             cells = batch.column(0)
             cells = cells.field("bytes") if pa.types.is_struct(cells.type) else cells
             for i in np.flatnonzero(keep[start : start + len(cells)]):

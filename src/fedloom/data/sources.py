@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,8 @@ def load(
     if image_size is not None and not 1 <= image_size <= 1024:
         raise DataError(f"data.image_size={image_size}: allowed is 1 to 1024 (pixels)")
     name = name.lower().replace("_", "-")
+    if not re.fullmatch(r"\w[\w.-]*", name):  # it becomes part of files' names
+        raise DataError(f"data={name}: a name is made of letters, digits, '-', '_' and '.'")
     if name == "pfllib":
         if path is None or image_size is not None or rows is not None:
             raise DataError("data=pfllib needs data.path=FOLDER, and takes neither data.image_size nor data.rows")

@@ -8,6 +8,7 @@ Run by its path, so that neither torch nor the rest of fedloom is imported.
 
 from __future__ import annotations
 
+import asyncio
 import re
 import ssl
 import sys
@@ -25,6 +26,7 @@ ALLOWED = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 MAX_BODY = 64 * 2**20  # bytes; Flower cuts tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 TIMEOUT_S = 60.0
+MAX_CONNECTIONS = 64  # at once: nobody is known before a body has been read, and each may fill memory with one
 
 
 def allowed(method: str, path: bytes) -> bool:
@@ -57,14 +59,18 @@ class _Forward:
         path = request.scope.get("raw_path") or b""
         if not allowed(request.method, path) or request.url.query:
             return PlainTextResponse("not here", 403)
-        body = b""
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                return PlainTextResponse("too large", 413)
+        body = bytearray()
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > MAX_BODY:
+                        return PlainTextResponse("too large", 413)
+        except TimeoutError:
+            return PlainTextResponse("too slow", 408)
         headers = [(name, value) for name, value in request.headers.raw if name not in HOP]
         try:
-            answer = await self._client.post(f"{self._upstream}{path.decode()}", content=body, headers=headers)
+            answer = await self._client.post(f"{self._upstream}{path.decode()}", content=bytes(body), headers=headers)
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink does not answer", 503)
         kept = {k: v for k, v in answer.headers.items() if k.encode() not in HOP and k != "content-encoding"}
@@ -85,6 +91,7 @@ def serve(host: str, port: int, superlink_port: int, folder: Path) -> None:
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
+        limit_concurrency=MAX_CONNECTIONS,
     )
     uvicorn.Server(config).run()
 

@@ -22,6 +22,7 @@ from fedloom.experiment import Experiment, Parts
 from fedloom.runfolder import DEPLOYED, RunFolder
 
 TURNS = "turns.json"  # in a run's folder: which turns were accepted
+MAX_ROWS = 10_000_000  # of one node; the server keeps a label for each
 Tell = Callable[[str], None]
 
 
@@ -44,7 +45,9 @@ def resume(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experi
             f"{path}: this run was not made on devices; continue it with: fedloom run --resume {path}"
         ) from None
     settings = make_settings(read_toml(path / "config.toml"))
-    return _experiment(deployment, settings, run, link, tell, folder)
+    experiment = _experiment(deployment, settings, run, link, tell, folder)
+    experiment.forget_unsaved()
+    return experiment
 
 
 def _experiment(
@@ -148,3 +151,6 @@ def _check_counts(header: Present, call: Call) -> None:
     for splits in header.counts.values():
         if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.classes) for c in splits.values()):
             raise WireError("its counts of rows are not one per split and class")
+    n_rows = sum(sum(each) for splits in header.counts.values() for each in splits.values())
+    if n_rows > MAX_ROWS:
+        raise WireError(f"it says that it holds {n_rows} rows; at most {MAX_ROWS} are allowed")

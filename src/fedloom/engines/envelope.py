@@ -15,15 +15,20 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Score
-from fedloom.engines.wire import decode, encode
+from fedloom.engines.wire import check_depth, decode, encode
 from fedloom.errors import WireError
-from fedloom.ranges import NonNegative, Positive, Whole
+from fedloom.ranges import Positive
 from fedloom.tree import Tree
 
 MAGIC = b"fedloom1"
 MAX_HEADER = 64 * 2**20  # bytes
 EMPTY = "/"  # ends the path of a branch without tensors
 
+Whole = Annotated[int, Field(ge=0, lt=2**31)]  # no number that a table or a sum cannot hold
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LogName = Annotated[
+    str, Field(pattern=r"^[^.]+\..")
+]  # `phase.log`; numbers of the run's own have no point in their names
 Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
 
 
@@ -35,7 +40,7 @@ class Part(_Strict):
     """A tree in the envelope: its bytes, and the paths of its leaves (and of its empty branches) in order."""
 
     name: str
-    n_bytes: Whole
+    n_bytes: Annotated[int, Field(ge=0)]
     paths: list[str]
 
 
@@ -115,9 +120,9 @@ class Turned(_Strict):
     slot: Whole
     examples: Whole = 0
     steps: dict[str, Whole] = {}
-    logs: dict[str, float] = {}
-    phase_seconds: dict[str, float] = {}
-    seconds: NonNegative = 0.0
+    logs: dict[LogName, float] = {}
+    phase_seconds: dict[str, Seconds] = {}
+    seconds: Seconds = 0.0
     failure: str = ""
 
 
@@ -239,6 +244,7 @@ def _paths(value: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 def _in_order(leaves: Mapping[str, Any], paths: Sequence[str]) -> Tree:
     if {path for path in paths if not path.endswith(EMPTY)} != leaves.keys():
         raise WireError("a part that does not hold what its header says")
+    check_depth(paths)
     made: Tree = {}
     for path in paths:
         *branches, last = path.removesuffix(EMPTY).split("/")

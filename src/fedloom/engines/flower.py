@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.engines.envelope import (
     Call,
@@ -167,7 +168,10 @@ class Flower(Engine):
             for reply in self._replies(node, letter, errands[node])
         ]
         turns.sort(key=lambda turn: (-turn[0], turn[1].slot))
-        self.turns.accept(number, {reply.client: at for at, reply in turns}, self._safe)
+        sound = {reply.client: at for at, reply in turns if not tree.not_finite(reply.uplink)}
+        self.turns.accept(
+            number, sound, self._safe
+        )  # as on every engine, a client that diverged goes back to what it had
         self._done = number + 1
         return [reply for _, reply in turns]
 
@@ -233,7 +237,7 @@ class Flower(Engine):
             try:
                 if left.pop(turn.slot, None) != turn.client:
                     raise WireError("nobody asked for this turn")
-                yield _reply(letter, turn)
+                yield _reply(letter, turn, self.problem.data.n_train(turn.client))
             except WireError as error:
                 self._tell(f"{where}, client {turn.client}: {error}")
         for i in left.values():
@@ -286,10 +290,12 @@ class Flower(Engine):
         self._link.close()
 
 
-def _reply(letter: Letter, turn: Turned) -> Reply:
+def _reply(letter: Letter, turn: Turned, n_rows: int) -> Reply:
     if turn.failure:
         raise WireError(turn.failure)
     uplink = letter.tree(str(turn.slot))
+    if turn.examples != n_rows:  # they are its share of the mean
+        raise WireError(f"it says that it trained on {turn.examples} rows, and has {n_rows}")
     return Reply(turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds)
 
 

@@ -268,9 +268,9 @@ def cores() -> int:
 
 def _parent_folder(problem: Problem, local: Sequential) -> Path:
     """Where clients and messages lie: on the memory disk if all would fit twice, else on disk (mapped, so memory is a cache)."""
-    client = local.client(0)
-    needed = tree.n_bytes(client._asdict()) * problem.task.n_clients
-    needed += tree.n_bytes(local.initial(0)) * 2 * problem.task.max_cohort
+    arch_of, archs = problem.arch_of, sorted(set(problem.arch_of))
+    needed = sum(tree.n_bytes(local.client(arch_of.index(a))._asdict()) * arch_of.count(a) for a in archs)
+    needed += max(tree.n_bytes(local.initial(a)) for a in archs) * 2 * problem.task.max_cohort
     memory = Path("/dev/shm")
     roomy = memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * needed
     return memory if roomy else Path(tempfile.gettempdir())

@@ -7,7 +7,7 @@ format's version and the sender's fields, padded so that the length of a message
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
 
 import safetensors
@@ -20,6 +20,7 @@ from fedloom.errors import WireError
 from fedloom.tree import Tree
 
 VERSION = "1"
+MAX_DEPTH = 32  # branches above a tensor
 FIELD_LENGTH = 10  # digits; every whole number in the header is padded to this
 
 
@@ -61,10 +62,18 @@ def _load(data: bytes) -> dict[str, Tensor]:
     version = (header.get("__metadata__") or {}).get("fedloom")
     if version != VERSION:
         raise WireError(f"a message of version {version}; this is fedloom's wire format {VERSION}")
+    check_depth(flat)
     for path, after in pairwise(sorted(name.split("/") for name in flat)):
         if after[: len(path)] == path:
             raise WireError(f"'{'/'.join(path)}' is both a tensor and a branch")
     return flat
+
+
+def check_depth(paths: Iterable[str]) -> None:
+    """Raise WireError for a path with more branches than any method's tree has."""
+    deepest = max((path.count("/") for path in paths), default=0)
+    if deepest > MAX_DEPTH:
+        raise WireError(f"a tensor below {deepest} branches; at most {MAX_DEPTH} are allowed")
 
 
 def compare(got: Mapping[str, object], want: Mapping[str, object]) -> None:

@@ -29,7 +29,7 @@ def pool():
     return from_arrays(x[:600], y[:600], x[600:], y[600:], name="pool", columns={"writer": writers})
 
 
-def encoded(pixels, kind="PNG"):
+def encoded(pixels, kind):
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
@@ -39,9 +39,11 @@ def encoded(pixels, kind="PNG"):
 def write_parquet():
     """Writes pictures (arrays or bytes) and labels in the hub's layout, with class names in the metadata on request."""
 
-    def write(file, pictures, labels, *, label="label", image="image", names=None, plain=False, **columns):
-        cells = [p if isinstance(p, bytes) else encoded(p) for p in pictures]
-        pictures = pa.array(cells if plain else [{"bytes": c, "path": None} for c in cells])
+    def write(file, pictures, labels, *, label="label", image="image", names=None, plain=False, kind="PNG", **columns):
+        cells = [p if isinstance(p, bytes) else encoded(p, kind) for p in pictures]
+        struct = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        pictures = pa.array(cells) if plain else pa.array([{"bytes": c, "path": None} for c in cells], struct)
+        labels = pa.array(labels, None if labels else pa.int64())
         table = pa.table({image: pictures, label: labels, **columns})
         if names:
             features = {c: {"names": n, "_type": "ClassLabel"} for c, n in names.items()}

@@ -175,6 +175,42 @@ def test_files_that_are_not_what_they_should_be(tmp_path, write_parquet, grey):
         load("mnist", tmp_path)
 
 
+def test_files_that_are_damaged_or_do_not_agree(tmp_path, write_parquet, grey):
+    file = tmp_path / "train.parquet"
+    write_parquet(file, [], [])
+    with pytest.raises(DataError, match=r"train\.parquet has no rows"):
+        load("mine", tmp_path)
+    write_parquet(file, grey(2), [0, 1])
+    write_parquet(tmp_path / "test.parquet", grey(2), ["a", "b"])
+    with pytest.raises(DataError, match="columns do not agree"):
+        load("mine", tmp_path)
+    write_parquet(tmp_path / "test.parquet", grey(2), [0, 1])
+    whole = file.read_bytes()
+    file.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])  # the footer is as it was
+    with pytest.raises(DataError, match=r"train\.parquet: not a parquet file that can be read"):
+        load("mine", tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("PNG", np.uint16), ("TIFF", np.uint16), ("TIFF", np.int32)])
+def test_sixteen_bits_of_grey_become_eight(tmp_path, write_parquet, kind, dtype):
+    levels = np.array([[0, 255, 256, 1000], [32768, 40000, 65280, 65535]], dtype)
+    write_parquet(tmp_path / "train.parquet", [levels], [0], kind=kind)
+    assert load("mine", tmp_path).images[0, 0].tolist() == [[0, 0, 1, 3], [128, 156, 255, 255]]
+
+
+def test_pixels_that_are_fractions_are_refused(tmp_path, write_parquet):
+    write_parquet(tmp_path / "train.parquet", [np.ones((2, 2), np.float32)], [0], kind="TIFF")
+    with pytest.raises(DataError, match="floating-point numbers; save pictures with 8 or 16 bits"):
+        load("mine", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "a/b", "", ".."])
+def test_a_name_is_no_path(tmp_path, write_parquet, grey, name):
+    write_parquet(tmp_path / "train.parquet", grey(2), [0, 1])
+    with pytest.raises(DataError, match="a name is made of"):
+        load(name, tmp_path)
+
+
 def test_an_unknown_name_suggests_a_known_one():
     with pytest.raises(DataError, match="did you mean 'cifar10'"):
         load("cifar-10")
