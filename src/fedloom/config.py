@@ -206,8 +206,8 @@ class Settings(Section):
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
-    """Arithmetic of training and scoring; `bf16`, and on a GPU `tf32`: products in that, everything else in fp32 (faster, not the same
-    numbers)."""
+    """Arithmetic of training and scoring; `bf16`, and on a GPU `tf32`: products in that, losses, weights and updates in fp32 (faster,
+    not the same numbers)."""
     seed: Whole = 0
     """Everything random follows from this number."""
     checkpoint_every: Whole = 10

@@ -57,7 +57,7 @@ class Scoring:
         if "general_accuracy" in found:
             row |= metrics.over_clients(found["general_accuracy"], "general_accuracy")
             row["general_recall"] = metrics.recall(found["general_accuracy"])
-        if "server" in self._problem.method.predictors():
+        if self._problem.has_server_model:
             score = self._server(down, found)
             row |= {"server_accuracy": metrics.number(score.accuracy), "server_recall": metrics.recall([score])}
         return row

@@ -21,7 +21,18 @@ from fedloom.gradients import Gradients, Once
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
 from fedloom.nets import select
 from fedloom.rng import Stream
-from fedloom.training import Outcome, Rows, Site, check_once, is_channels_last, laid_out, report, run_turn, sweep
+from fedloom.training import (
+    Outcome,
+    Rows,
+    Site,
+    check_batch,
+    check_once,
+    is_channels_last,
+    laid_out,
+    report,
+    run_turn,
+    sweep,
+)
 from fedloom.tree import Tree
 
 
@@ -141,6 +152,7 @@ class _Stack:
 
     def _advance(self, taken: _Taken, batch: Batch, streams: Mapping[str, Sequence[Stream]], lr_scale: float) -> None:
         """A step of every member on the next batches of some lanes, stacked."""
+        check_batch(batch.y.shape[1], self.trains, self.gradients.modules)
         rows: Tree = {"x": batch.x, "y": batch.y, "draws": {}, "once": {}}
         once = self._once(taken, rows)
         if once:

@@ -14,6 +14,11 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
+def wide(values: Tensor) -> Tensor:
+    """The values in single precision at least: with `precision=bf16` nets give 16 bits, too few to square, sum and subtract."""
+    return values if values.element_size() >= 4 else values.float()
+
+
 def one_hot(labels: Tensor, n_classes: int) -> Tensor:
     """1 where a row is of a class and 0 elsewhere: (B, Y) for labels (B,), in the default dtype."""
     return (labels[:, None] == torch.arange(n_classes, device=labels.device)).to(torch.get_default_dtype())
@@ -29,11 +34,13 @@ def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over features, mean over the batch; both (B, D)."""
+    mean, log_variance = wide(mean), wide(log_variance)
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
 
 
 def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
     """-log N(target; mean, exp(log_variance)), without its constant, in nats: mean over batch and features; all (B, D)."""
+    mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
     return 0.5 * ((target - mean).square() / log_variance.exp() + log_variance).mean()
 
 
@@ -49,6 +56,7 @@ def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | No
         target: (B, D), the true values c_i.
         other: (B,) row numbers j, one drawn per row (the paper's sampled bound); None means all rows.
     """
+    mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
     own = (mean - target).square()
     # mean_j (m - c_j)^2 = (m - E c)^2 + Var c: no (B, B, D) tensor is needed
     every = (mean - target.mean(0)).square() + target.var(0, correction=0)

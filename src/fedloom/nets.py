@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedloom.errors import MethodError, suggest
+from fedloom.errors import ConfigError, MethodError, suggest
 from fedloom.tree import Weights
 
 Unit = Literal["layer", "tensor", "block"]
@@ -79,7 +80,9 @@ class Nets:
 
 
 def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
-    """The weights that the modules hold now, as copies."""
+    """The weights that the modules hold now, as copies. Raises ConfigError where a net uses one tensor under two names."""
+    for net, module in modules.items():
+        _refuse_tied(net, module)
     kept = {net: m.state_dict() for net, m in modules.items()}  # leaves out buffers that are not persistent
     return {
         kind: {
@@ -90,6 +93,17 @@ def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
         }
         for kind in ("params", "buffers")
     }
+
+
+def _refuse_tied(net: str, module: nn.Module) -> None:
+    """A client's tensors are bound by name, so that only one of two names would be trained."""
+    every = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    names: dict[Tensor, str] = {}
+    for name, tensor in every:
+        if names.setdefault(tensor, name) != name:
+            raise ConfigError(
+                f"model: '{net}.{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported"
+            )
 
 
 def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:

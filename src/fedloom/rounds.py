@@ -230,7 +230,7 @@ class Screen:
         compare(got, want)
         whole = tree.merge(form, reply.uplink)  # with branches that hold no tensors, which a device may have left out
         uplink = self._problem.codec.opened(whole, received)
-        broken = tree.not_finite(uplink)
+        broken = reply.diverged or tree.not_finite(uplink)
         if broken:
             raise WireError(f"'{broken}' is not finite")
         return uplink

@@ -275,7 +275,7 @@ class _Trainer:
         order = plan.batches(len(rows.y), self.phase.epochs, self.phase.steps, rng.child("batches"))
         for index in order if self.members else ():
             batch = rows.batch(index, augment)
-            self._check(batch)
+            check_batch(len(batch.y), [member.train for member in self.members], self.gradients.modules)
             once = self._once(weights, batch)
             numbers = once.numbers if once else {}
             for member, stream in zip(self.members, draws, strict=True):
@@ -306,17 +306,14 @@ class _Trainer:
         wanted, memory = self.members[-1].mine(weights), self.client.memory
         return self.gradients.once(phase, trains, wanted, **weights, batch=batch, down=self.down, memory=memory)
 
-    def _check(self, batch: Batch) -> None:
-        if len(batch.y) == 1:
-            trained = {net for member in self.members for net in member.train.modes}
-            if any(
-                isinstance(m, nn.modules.batchnorm._BatchNorm)
-                for net in trained
-                for m in self.gradients.modules[net].modules()
-            ):
-                raise DataError(
-                    "BatchNorm cannot train on a batch of one row: raise partition.min_examples or batch_size, or use model.norm=group"
-                )
+
+def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
+    """Refuse a batch of one row for nets with BatchNorm, whose variance would be 0. Raises DataError."""
+    trained = {net for train in trains for net in train.modes} if n_rows == 1 else ()
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in modules[net].modules()):
+        raise DataError(
+            "BatchNorm cannot train on a batch of one row: raise partition.min_examples or batch_size, or use model.norm=group"
+        )
 
 
 def check_once(phase: Train | Interleave, names: Sequence[Sequence[str]]) -> None:

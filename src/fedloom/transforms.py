@@ -26,7 +26,7 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
 Flat = dict[str, Tensor]  # the tensors of a part by path, with a / in front; a part that is one tensor has the path ""
-WEIGHTS, TOPK = "weights", "topk"
+WEIGHTS, COUNTS, TOPK, VARIANCE = "weights", "counts", "topk", ".running_var"
 
 
 class Transform(Protocol):
@@ -232,6 +232,8 @@ def parse(words: Sequence[str], way: str) -> Chains:
         part, _, named = word.rpartition("/")
         part, step = part or WEIGHTS, _step(named, way)
         before = chains.get(part, ())
+        if part == COUNTS:
+            raise ValueError(f"'{word}': counts must arrive as they are, for they say which other numbers there are")
         if part != WEIGHTS and not isinstance(step, Half | Int8):
             raise ValueError(f"'{word}': {named.partition(':')[0]} works on differences of weights alone")
         if before and before[-1].place >= step.place:
@@ -273,6 +275,9 @@ class Codec(NamedTuple):
 
     def send(self, down: Downlink) -> Downlink:
         """A downlink as it travels."""
+        parts = {part for message in (down.common, *(down.each or ())) for part in message if tree.leaves(message)}
+        for part in self.downlink.keys() - parts if parts else ():
+            raise ConfigError(_no_part("downlink", part, sorted(parts)))
         return _each(down, lambda message: _packed(message, self.downlink)) if self.downlink else down
 
     def arrived(self, sent: Downlink) -> Downlink:
@@ -290,6 +295,9 @@ class Codec(NamedTuple):
             known = _known(received, part)
             values = self.uplink[part].decode(_flat(uplink[part]), known)
             moved = {path: leaf + known[path] if path in known else leaf for path, leaf in values.items()}
+            moved |= {
+                p: v.clamp(min=0) for p, v in moved.items() if p.endswith(VARIANCE)
+            }  # rounding may take it below 0
             opened[part] = _regrown(moved, uplink[part], _flat(received.get(part, {})))
         return opened
 
@@ -313,10 +321,7 @@ class Codec(NamedTuple):
         sent, left = dict(uplink), dict(unsent)
         for part, chain in self.uplink.items():
             if part not in uplink and tree.leaves(uplink):
-                parts = ", ".join(uplink)
-                raise ConfigError(
-                    f"uplink: these uplinks have no part '{part}', only {parts}; name one, as in {next(iter(uplink))}/fp16"
-                )
+                raise ConfigError(_no_part("uplink", part, list(uplink)))
             values = _floating(uplink.get(part, {}))
             if not values:
                 continue
@@ -325,6 +330,7 @@ class Codec(NamedTuple):
                 raise MethodError("uplink: topk and gaussian need uplinks with the weights that the downlink has")
             moved = {path: leaf - known[path] if path in known else leaf for path, leaf in values.items()}
             coded, after = chain.encode(moved, before, rng)
+            after = {path: _waits(path, leaf) for path, leaf in after.items()}
             rest = {path: leaf for path, leaf in _flat(uplink[part]).items() if path not in values}
             sent[part] = _regrown({**coded, **rest}, uplink[part], {})
             left |= {part: _regrown(after, {}, {})} if chain.remembers else {}
@@ -343,6 +349,10 @@ def _each(down: Downlink, change: Callable[[Tree], Tree]) -> Downlink:
     return Downlink(change(down.common), None if down.each is None else [change(message) for message in down.each])
 
 
+def _no_part(way: str, part: str, parts: Sequence[str]) -> str:
+    return f"{way}: these {way}s have no part '{part}', only {', '.join(parts)}; name one, as in {parts[0]}/fp16"
+
+
 def _packed(message: Tree, chains: Chains) -> Tree:
     packed = dict(message)
     for part in chains.keys() & message.keys():
@@ -351,6 +361,11 @@ def _packed(message: Tree, chains: Chains) -> Tree:
         rest = {path: leaf for path, leaf in _flat(message[part]).items() if path not in values}
         packed[part] = _regrown({**coded, **rest}, message[part], {})
     return packed
+
+
+def _waits(path: str, unsent: Tensor) -> Tensor:
+    """What is to be sent later: of parameters, for running statistics are measured anew in every turn, not moved by a step."""
+    return torch.zeros_like(unsent) if path.startswith("/buffers/") else unsent
 
 
 def _flat(part: Tree | Tensor) -> Flat:

@@ -147,11 +147,16 @@ def equal(a: Tree, b: Tree) -> bool:
 
 def not_finite(tree: Tree) -> str:
     """The path of the first leaf with a number that is not finite; "" if there is none."""
-    for path, leaf in flatten(tree):
-        if leaf.is_floating_point() and not torch.isfinite(leaf.sum()):  # a sum is cheap; it may overflow by itself
-            if not torch.isfinite(leaf).all():
-                return path
-    return ""
+    floats = [(path, leaf) for path, leaf in flatten(tree) if leaf.is_floating_point()]
+    if not floats:
+        return ""
+    device = floats[0][1].device
+    sums = torch.stack(
+        [leaf.sum().to(device, torch.float32) for _, leaf in floats]
+    )  # cheap; one may overflow by itself
+    if torch.isfinite(sums).all():
+        return ""
+    return next((path for path, leaf in floats if not torch.isfinite(leaf).all()), "")
 
 
 def n_bytes(tree: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from contract import TOYS, Left, assert_close, assert_same, left_by, untimed
 from fedloom import Downlink, Stream, replays, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
+from fedloom.errors import DataError
 from fedloom.nets import write_weights
 from fedloom.registry import METHODS
 
@@ -362,3 +363,26 @@ def test_memory_holds_what_was_handed_on(experiment, engine):
 
 def test_untimed_rows_still_hold_the_numbers():
     assert untimed({"train_seconds": 1, "personal_accuracy": 0.5}) == {"personal_accuracy": 0.5}
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised"])
+def test_a_single_row_cannot_train_a_batch_norm_on_any_engine(experiment, engine):
+    run = experiment("fedavg", engine=engine, model="resnet8", batch_size=1, rounds=1, **{"data.rows": 40})
+    with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one row"):
+        run.run()
+
+
+@pytest.mark.parametrize("buffers", ["shared", "private"])
+def test_without_running_statistics_the_server_has_no_model_to_score(experiment, buffers):
+    run = experiment("fedavg", model="resnet8", rounds=1, **{"data.rows": 120, "method.buffers": buffers})
+    run.run()
+    assert (run.rows[-1]["server_accuracy"] is None) == (buffers == "private")
+
+
+def test_what_follows_training_learns_as_slowly_as_its_last_round(experiment):
+    """With a learning rate that is all but 0 by then, fine-tuned models are the server's."""
+    run = experiment("fedavg_ft", rounds=3, **{"method.lr_decay": 1e-9, "data.rows": 120})
+    run.run()
+    tuned = dict(run.personal_model(0).nets["model"].named_parameters())
+    for name, p in run.server["weights"]["params"].items():
+        torch.testing.assert_close(tuned[name.removeprefix("model.")], p, rtol=1e-6, atol=1e-9)

@@ -185,6 +185,29 @@ def test_clients_that_diverge_go_back_to_what_they_had(experiment, engine):
     assert list(run.engine.changed()) == []
 
 
+@dataclass(frozen=True)
+class Sick(FedAvg):
+    """Sends what is sound, and remembers what is not."""
+
+    def init_memory(self, weights, task):
+        return {"turns": torch.zeros(1)}
+
+    def uplink(self, client, received, down, turn):
+        message, memory = super().uplink(client, received, down, turn)
+        return message, {"turns": memory["turns"] + (float("nan") if turn.number else 1)}
+
+
+@pytest.mark.parametrize("engine", ["sequential", "vectorised", "bytes+sequential"])
+def test_a_turn_that_leaves_something_broken_is_undone(experiment, engine):
+    run = experiment(Sick(), **{**SETTINGS, "engine": engine, "rounds": 2})
+    assert run.run()["rejected"] == 4
+    assert all(run.engine.client(i).memory["turns"] == 1 for i in range(4))
+    assert {event.get("reason") for event in events(run)} == {
+        "'memory/turns' is not finite",
+        "0 arrived, min_clients=1",
+    }
+
+
 # a server that breaks
 
 

@@ -208,6 +208,14 @@ def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
         assert len({tuple(image.flatten().tolist()) for image in stays}) > 1  # another mask for every image
 
 
+@pytest.mark.parametrize(
+    ("settings", "patches"), [({"mask_ratio": 0.05}, "16 patches of 2x2"), ({"patch_size": 8}, "1 patches of 8x8")]
+)
+def test_a_mask_that_masks_no_patch_is_refused(experiment, settings, patches):
+    with pytest.raises(ConfigError, match=rf"masks none of an image's {patches} pixels"):
+        experiment(FedRIR(**settings))
+
+
 def test_a_method_that_masks_nothing_sees_everything(experiment):
     masked, unmasked = (FedRIR(mcsl=mode, mask_ratio=0.0) for mode in ("masked", "unmasked"))
     runs = [experiment(method, rounds=1, **{"data.rows": 120}) for method in (masked, unmasked)]

@@ -112,6 +112,17 @@ def test_squared_distance_counts_what_is_common():
         losses.squared_distance(a, {"z": torch.tensor(1.0)})
 
 
+def test_sixteen_bits_are_not_squared_and_summed():
+    mean, log_variance, target = (0.1 * Stream(k).normal((50, 64)).bfloat16() for k in range(3))
+    for loss, given in [
+        (losses.gaussian_kl, (mean, log_variance)),
+        (losses.gaussian_nll, (mean, log_variance, target)),
+        (losses.vclub, (mean, log_variance, target)),
+    ]:
+        assert loss(*given).dtype is torch.float32
+        assert torch.equal(loss(*given), loss(*(values.float() for values in given)))
+
+
 def test_cross_entropy_is_in_nats():
     assert losses.cross_entropy(torch.zeros(3, 4), torch.tensor([0, 1, 2])).item() == pytest.approx(math.log(4))
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedloom.errors import MethodError
+from fedloom.errors import ConfigError, MethodError
 from fedloom.models import arch
 from fedloom.nets import Nets, block_of, layer_of, read_weights, select, units, write_weights
 from fedloom.rng import Stream
@@ -179,6 +179,17 @@ def test_frozen_lets_gradients_through_to_inputs_only(modules):
     Nets(modules, params, here["buffers"]).frozen.model(x).sum().backward()
     assert x.grad is not None
     assert all(p.grad is None for p in params.values())
+
+
+def test_tied_weights_are_refused():
+    net = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    net[1].weight = net[0].weight
+    with pytest.raises(ConfigError, match=r"'model\.0\.weight' and 'model\.1\.weight' are one tensor"):
+        read_weights({"model": net})
+    norms = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
+    norms[1].running_mean = norms[0].running_mean
+    with pytest.raises(ConfigError, match=r"'model\.1\.running_mean' are one tensor"):
+        read_weights({"model": norms})
 
 
 def test_an_unknown_net_is_named(modules):

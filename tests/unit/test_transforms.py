@@ -89,9 +89,11 @@ def test_topk_sends_exactly_k_and_they_are_the_largest(fraction, k):
     assert values.shape == places.shape == (k,)
     assert places.dtype is torch.int32
     assert bool((places.diff() > 0).all())
-    left = torch.cat([leaf.flatten() for leaf in tree.leaves(unsent["weights"])])
-    assert int((left == 0).sum()) == k
+    left = torch.cat([leaf.flatten() for leaf in tree.leaves(unsent["weights"]["params"])])
+    moved = arrived["buffers"]["m.running_mean"] != old["buffers"]["m.running_mean"]
+    assert int((left == 0).sum()) == k - int(moved.sum())
     assert values.abs().min() >= left.abs().max()
+    assert not unsent["weights"]["buffers"]["m.running_mean"].any()  # which are measured anew in every turn
     back = tree.add(arrived["params"], unsent["weights"]["params"])
     assert max(gaps(back, new["params"]).values()) < 1e-6
 
@@ -150,7 +152,22 @@ def test_another_part_is_coded_as_it_is(name, boxed):
     assert float((tree.leaves(arrived)[0] - near).abs().max()) < 0.02
 
 
+@pytest.mark.parametrize("words", [["int8"], ["topk:0.5", "int8"], ["fp16"]])
+def test_a_variance_never_arrives_negative(words):
+    old, new = part(0), part(1)
+    old["buffers"]["m.running_var"] = torch.tensor([1.3, 1000.3, 300.0])
+    new["buffers"]["m.running_var"] = torch.tensor([1e-4, 0.01, 1.0])
+    arrived = sent_and_back(words, new, old)[1]["buffers"]["m.running_var"]
+    assert (arrived >= 0).all()
+    assert torch.isfinite(arrived).all()
+
+
 def test_a_wrong_part_is_named():
+    with pytest.raises(
+        ConfigError, match="downlink: these downlinks have no part 'weights', only prototypes; name one"
+    ):
+        codec(downlink=["fp16"]).send(Downlink({"prototypes": torch.ones(2)}))
+    assert codec(downlink=["fp16"]).send(Downlink({})) == Downlink({})  # nothing travels
     with pytest.raises(ConfigError, match="no part 'weights', only prototypes; name one, as in prototypes/fp16"):
         codec(["fp16"]).reply({"prototypes": torch.ones(2)}, {}, {}, Stream(0))
 
@@ -179,6 +196,7 @@ def test_places_that_do_not_exist_are_refused(places):
         ("uplink=gaussian:0:1", "CLIP must be above 0"),
         ("uplink=control/topk:0.1", "topk works on differences of weights alone"),
         ("downlink=topk:0.1", "use uplink=topk:0.1"),
+        ("uplink=counts/int8", "'counts/int8': counts must arrive as they are"),
         ("uplink=3", "uplink=3: must be a list"),
         ("uplink=[3]", "must be text"),
     ],

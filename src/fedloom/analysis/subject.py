@@ -49,7 +49,7 @@ class Subject:
 
     def server(self) -> Owner | None:
         """The server's model, as a client that never trained would receive it; None where the method has none."""
-        if "server" not in self.method.predictors():
+        if not self.problem.has_server_model:
             return None
         modules = self.problem.modules(self.problem.arch_of[0])
         blank = self.problem.initial(0, read_weights(modules))

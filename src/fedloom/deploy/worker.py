@@ -206,6 +206,7 @@ def _turned(reply: Reply) -> Turned:
         logs=dict(reply.logs),
         seconds=reply.seconds,
         phase_seconds=dict(reply.phase_seconds),
+        diverged=reply.diverged,
     )
 
 

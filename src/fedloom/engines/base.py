@@ -36,6 +36,7 @@ class Reply(NamedTuple):
     logs: Mapping[str, float]
     seconds: float
     phase_seconds: Mapping[str, float] = {}
+    diverged: str = ""  # the first tensor, sent or kept, with numbers that are not finite: then the turn is undone
 
 
 class Score(NamedTuple):
@@ -119,6 +120,16 @@ class Problem:
             and bool(method.shared)
             and tree.structure(method.travelling(weights)).keys() == whole
         )
+
+    @cached_property
+    def has_server_model(self) -> bool:
+        """Whether the server can predict: not where running statistics stay with clients, which leaves it the initial ones."""
+        if "server" not in self.method.predictors():
+            return False
+        travelling = (
+            select(read_weights(self.modules(0)), self.method.shared) if self.method.shared else {"buffers": {}}
+        )
+        return self.method.buffers == "shared" or not travelling["buffers"]
 
     def kept(self, weights: Weights) -> Weights:
         """The part of the weights that a client keeps between rounds."""

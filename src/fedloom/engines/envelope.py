@@ -123,6 +123,7 @@ class Turned(_Strict):
     logs: dict[LogName, float] = {}
     phase_seconds: dict[str, Seconds] = {}
     seconds: Seconds = 0.0
+    diverged: str = ""
     failure: str = ""
 
 

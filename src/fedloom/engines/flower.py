@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
-from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.engines.envelope import (
     Call,
@@ -168,10 +167,7 @@ class Flower(Engine):
             for reply in self._replies(node, letter, errands[node])
         ]
         turns.sort(key=lambda turn: (-turn[0], turn[1].slot))
-        sound = {reply.client: at for at, reply in turns if not tree.not_finite(reply.uplink)}
-        self.turns.accept(
-            number, sound, self._safe
-        )  # as on every engine, a client that diverged goes back to what it had
+        self.turns.accept(number, {reply.client: at for at, reply in turns if not reply.diverged}, self._safe)
         self._done = number + 1
         return [reply for _, reply in turns]
 
@@ -296,7 +292,17 @@ def _reply(letter: Letter, turn: Turned, n_rows: int) -> Reply:
     uplink = letter.tree(str(turn.slot))
     if turn.examples != n_rows:  # they are its share of the mean
         raise WireError(f"it says that it trained on {turn.examples} rows, and has {n_rows}")
-    return Reply(turn.client, turn.slot, uplink, turn.examples, turn.steps, turn.logs, turn.seconds, turn.phase_seconds)
+    return Reply(
+        turn.client,
+        turn.slot,
+        uplink,
+        turn.examples,
+        turn.steps,
+        turn.logs,
+        turn.seconds,
+        turn.phase_seconds,
+        turn.diverged,
+    )
 
 
 __all__ = ["Flower", "Link", "Lost", "Turns"]

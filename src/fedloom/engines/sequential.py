@@ -100,14 +100,17 @@ class Sequential(Engine):
             error.add_note(f"client {i}, round {number}")
             raise
         uplink = moved(done.uplink, HOST)
-        self._keep(i, done, uplink)
+        diverged = self._keep(i, done)
         seconds = time.perf_counter() - started
-        return Reply(i, slot, uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds)
+        return Reply(i, slot, uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds, diverged)
 
-    def _keep(self, i: int, done: Outcome, uplink: Tree) -> None:
-        if tree.not_finite(uplink):
-            return  # the server will reject it, and a client that kept what diverged would never recover
-        self.store.put(i, done.client._replace(weights=self.problem.kept(done.client.weights)))
+    def _keep(self, i: int, done: Outcome) -> str:
+        """Keep a client after its turn, unless it diverged: it would never recover. Returns what is not finite."""
+        client = done.client._replace(weights=self.problem.kept(done.client.weights))
+        diverged = tree.not_finite({"uplink": done.uplink, **client._asdict()})
+        if not diverged:
+            self.store.put(i, client)
+        return diverged
 
     def _laid_out(self, i: int, work: Callable[[bool], T]) -> T:
         """Do a piece of work with channels last (1.2 to 1.7 times faster on a CPU), or without if the client's model cannot."""
@@ -235,7 +238,8 @@ class Sequential(Engine):
         def work(channels_last: bool) -> Client:
             site = self._site(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
-            return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn)[0]
+            scale = p.method.lr_scale(max(number - 1, 0))  # that of the last round
+            return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn, scale)[0]
 
         return self._laid_out(i, work)
 

@@ -80,9 +80,8 @@ class Vectorised(Sequential):
             log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
             self._lanes[arch] = 1
         else:
-            for outcome, reply in zip(done, replies, strict=True):
-                self._keep(reply.client, outcome, reply.uplink)
-            return replies
+            kept = (self._keep(reply.client, outcome) for reply, outcome in zip(replies, done, strict=True))
+            return [reply._replace(diverged=diverged) for reply, diverged in zip(replies, kept, strict=True)]
         lanes = self._lanes[arch]
         parts = (group[start : start + lanes] for start in range(0, len(group), lanes))
         return [reply for part in parts for reply in self._group_turns(number, part)]

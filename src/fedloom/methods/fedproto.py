@@ -148,6 +148,6 @@ class FedProto(Method):
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
         """Minus the distances to the global prototypes (B, Y); a class without a prototype is never chosen."""
-        features = nets.body(x)
+        features = losses.wide(nets.body(x))
         distance = (features[:, None] - down["prototypes"].to(features.dtype)).norm(dim=2)
         return torch.where(down["counts"] > 0, -distance, torch.finfo(features.dtype).min)

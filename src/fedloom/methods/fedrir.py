@@ -92,6 +92,11 @@ class FedRIR(Method):
         """gfe and csfe of any architecture; the others follow its features D and the image's size."""
         if len(task.input_shape) != 3:
             raise ConfigError(f"fedrir rebuilds images (C, H, W); these inputs have the shape {task.input_shape}")
+        side, rows, columns = self.patches(*task.input_shape[1:])
+        if self.mcsl == "masked" and 0 < self.mask_ratio * rows * columns < 1:
+            raise ConfigError(
+                f"method.mask_ratio={self.mask_ratio}: masks none of an image's {rows * columns} patches of {side}x{side} pixels"
+            )
         gfe, d = arch.body(), arch.features
         if self.mcsl == "off":
             return {"gfe": gfe, "head": arch.head()}
@@ -121,12 +126,16 @@ class FedRIR(Method):
     def draw_mask(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
         """Which pixels stay, (B, 1, H, W) of 0 and 1, floor(mask_ratio N) of an image's N patches masked; and the latent's noise (B, D)."""
         n, _, height, width = batch.x.shape
-        side = self.patch_size or (4 if min(height, width) >= 28 else 2)
-        rows, columns = -(-height // side), -(-width // side)
+        side, rows, columns = self.patches(height, width)
         rank = rng.uniform((n, rows * columns)).argsort(1).argsort(1)
         stays = (rank >= int(self.mask_ratio * rows * columns)).to(batch.x.dtype).view(n, 1, rows, columns)
         stays = stays.repeat_interleave(side, 2).repeat_interleave(side, 3)[:, :, :height, :width]
         return {"stays": stays, "noise": rng.normal((n, task.width))}
+
+    def patches(self, height: int, width: int) -> tuple[int, int, int]:
+        """Side of a patch in pixels, and how many there are below and beside each other."""
+        side = self.patch_size or (4 if min(height, width) >= 28 else 2)
+        return side, -(-height // side), -(-width // side)
 
     def mcsl_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Reconstruction of the whole image from a latent of the masked one, plus kl_weight KL(q(z | x) || N(0, 1))."""
