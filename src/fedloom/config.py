@@ -60,13 +60,14 @@ class DataSettings(Section):
     path: Path | None = None
     """A folder of parquet files (train.parquet, test.parquet), or PFLlib's folder for `data=pfllib`."""
     rows: Count | None = None
-    """Take only so many of the training rows, drawn once at random."""
+    """Take only so many of the training rows, drawn once at random; test rows all stay."""
     image_size: Count | None = None
     """Resize images to this many pixels a side."""
     normalise: Literal["half", "standard", "none"] | None = None
     """`half`: pictures to [-1, 1]; `standard`: mean 0 and deviation 1 per channel; `none`: as they are; default: half for pictures."""
     augment: str = "none"
-    """How training batches are augmented."""
+    """How training batches are augmented: `none`, `flip`, `crop-flip`, `resized-crop-flip`, `resized-crop-flip-once` (every row
+    once, before training; test rows too)."""
 
 
 class PartitionSettings(Section):
@@ -133,13 +134,13 @@ class EngineSettings(Section):
     """What runs the clients."""
 
     name: str = "auto"
-    """`sequential`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
+    """`sequential`, `vectorised`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
     threads: Count = 1
     """Threads of torch in this process; with more than one, numbers depend on how many. Worker processes always have one."""
     workers: Count | None = None
     """Worker processes (`processes`, `ray`); default: one per core."""
     lanes: Count | None = None
-    """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most) or in each worker of `processes`
+    """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most, 256 on a GPU) or in each worker of `processes`
     (default: one after another; several pay for small models without convolutions, and change the last bits)."""
     device: str = "cpu"
     """Where clients are trained and scored, in `sequential` and `vectorised`: `cpu`, `cuda` (the first GPU) or `cuda:N`. With a GPU
@@ -206,8 +207,8 @@ class Settings(Section):
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
-    """Arithmetic of training and scoring; `bf16`, and on a GPU `tf32`: products in that, losses, weights and updates in fp32 (faster,
-    not the same numbers)."""
+    """Arithmetic of training and scoring; `bf16`, and on a GPU `tf32`: products in that, losses, weights and updates in fp32 (other
+    numbers; faster where the machine has such arithmetic)."""
     seed: Whole = 0
     """Everything random follows from this number."""
     checkpoint_every: Whole = 10

@@ -123,6 +123,7 @@ class Experiment:
         started = time.perf_counter()
         cohort = self._cohort(number)
         down = self.method.downlink(self.server, cohort)
+        self.problem.codec.check_downlink(down)
         sent = self.problem.codec.send(down)
         roster = self.intake.roster(number, cohort, self.engine.busy())
         replies = self._train(number, cohort, sent, roster.working)
@@ -296,12 +297,9 @@ class Experiment:
     def _check_partition(self, folder: RunFolder) -> None:
         """Refuse rows dealt otherwise than when the run began: what it trained on could be tested on."""
         begun, now = folder.partition(), self._dealt()
-        on_devices = (
-            self.partition.scheme.get("name") == "devices"
-        )  # which may hold other rows by now, and some may be away
-        if not on_devices and any(
-            begun[key] != now[key] for key in ("classes", "class_counts", "hash") if key in begun
-        ):
+        if self.partition.scheme.get("name") == "devices":
+            return  # they may hold other rows by now, and some may be away
+        if any(begun[key] != now[key] for key in ("classes", "class_counts", "hash") if key in begun):
             raise RunFolderError(
                 f"{folder.path}: its rows are not those that it began with; were the data or the partition's file changed?"
             )

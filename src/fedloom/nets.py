@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from fedloom.errors import ConfigError, MethodError, suggest
+from fedloom.errors import MethodError, suggest
+from fedloom.models.layers import refuse_tied
 from fedloom.tree import Weights
 
 Unit = Literal["layer", "tensor", "block"]
@@ -80,9 +80,8 @@ class Nets:
 
 
 def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
-    """The weights that the modules hold now, as copies. Raises ConfigError where a net uses one tensor under two names."""
-    for net, module in modules.items():
-        _refuse_tied(net, module)
+    """The weights that the modules hold now, as copies. Raises ConfigError where one tensor has two names."""
+    refuse_tied(modules)
     kept = {net: m.state_dict() for net, m in modules.items()}  # leaves out buffers that are not persistent
     return {
         kind: {
@@ -95,15 +94,10 @@ def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
     }
 
 
-def _refuse_tied(net: str, module: nn.Module) -> None:
-    """A client's tensors are bound by name, so that only one of two names would be trained."""
-    every = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
-    names: dict[Tensor, str] = {}
-    for name, tensor in every:
-        if names.setdefault(tensor, name) != name:
-            raise ConfigError(
-                f"model: '{net}.{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported"
-            )
+def without_negative_variances(weights: Weights) -> Weights:
+    """The weights with 0 for running variances below it, where a difference took them: by its rounding, or from a newer base."""
+    buffers = {n: b.clamp(min=0) if n.endswith(".running_var") else b for n, b in weights["buffers"].items()}
+    return {**weights, "buffers": buffers}
 
 
 def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:

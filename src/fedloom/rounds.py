@@ -24,6 +24,7 @@ from fedloom.engines.forms import Forms
 from fedloom.engines.wire import compare
 from fedloom.errors import ConfigError, DivergedError, WireError
 from fedloom.method import Arrival, Downlink, Method
+from fedloom.nets import without_negative_variances
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
@@ -230,7 +231,7 @@ class Screen:
         compare(got, want)
         whole = tree.merge(form, reply.uplink)  # with branches that hold no tensors, which a device may have left out
         uplink = self._problem.codec.opened(whole, received)
-        broken = reply.diverged or tree.not_finite(uplink)
+        broken = tree.not_finite(uplink) or reply.diverged
         if broken:
             raise WireError(f"'{broken}' is not finite")
         return uplink
@@ -240,7 +241,7 @@ class Screen:
         template = self._forms.of(number, flight.client, down.common).uplink
         message = tree.merge(template, flight.message)  # branches without tensors are lost in a checkpoint
         weights = tree.map_tree(torch.add, message["weights"], down.common["weights"])
-        return {**message, "weights": weights}
+        return {**message, "weights": without_negative_variances(weights)}
 
 
 def require_finite(server: Tree, number: int, last: int) -> None:

@@ -22,11 +22,12 @@ from torch import Tensor
 from fedloom import tree
 from fedloom.errors import ConfigError, MethodError, WireError, suggest
 from fedloom.method import Downlink
+from fedloom.nets import without_negative_variances
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
 Flat = dict[str, Tensor]  # the tensors of a part by path, with a / in front; a part that is one tensor has the path ""
-WEIGHTS, COUNTS, TOPK, VARIANCE = "weights", "counts", "topk", ".running_var"
+WEIGHTS, COUNTS, TOPK = "weights", "counts", "topk"
 
 
 class Transform(Protocol):
@@ -275,10 +276,14 @@ class Codec(NamedTuple):
 
     def send(self, down: Downlink) -> Downlink:
         """A downlink as it travels."""
-        parts = {part for message in (down.common, *(down.each or ())) for part in message if tree.leaves(message)}
+        return _each(down, lambda message: _packed(message, self.downlink)) if self.downlink else down
+
+    def check_downlink(self, down: Downlink) -> None:
+        """Raise ConfigError where downlinks that hold anything lack a part that is to be transformed."""
+        messages = (down.common, *(down.each or ())) if self.downlink else ()
+        parts = {part for message in messages for part in message if tree.leaves(message)}
         for part in self.downlink.keys() - parts if parts else ():
             raise ConfigError(_no_part("downlink", part, sorted(parts)))
-        return _each(down, lambda message: _packed(message, self.downlink)) if self.downlink else down
 
     def arrived(self, sent: Downlink) -> Downlink:
         """What the clients have of a downlink that was sent."""
@@ -295,10 +300,9 @@ class Codec(NamedTuple):
             known = _known(received, part)
             values = self.uplink[part].decode(_flat(uplink[part]), known)
             moved = {path: leaf + known[path] if path in known else leaf for path, leaf in values.items()}
-            moved |= {
-                p: v.clamp(min=0) for p, v in moved.items() if p.endswith(VARIANCE)
-            }  # rounding may take it below 0
             opened[part] = _regrown(moved, uplink[part], _flat(received.get(part, {})))
+        if WEIGHTS in self.uplink and WEIGHTS in opened:
+            opened[WEIGHTS] = without_negative_variances(opened[WEIGHTS])
         return opened
 
     # client

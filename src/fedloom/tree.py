@@ -151,9 +151,8 @@ def not_finite(tree: Tree) -> str:
     if not floats:
         return ""
     device = floats[0][1].device
-    sums = torch.stack(
-        [leaf.sum().to(device, torch.float32) for _, leaf in floats]
-    )  # cheap; one may overflow by itself
+    # sums are cheap, and one question is asked of a device; a sum may overflow by itself
+    sums = torch.stack([leaf.sum().to(device, torch.float32) for _, leaf in floats])
     if torch.isfinite(sums).all():
         return ""
     return next((path for path, leaf in floats if not torch.isfinite(leaf).all()), "")

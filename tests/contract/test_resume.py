@@ -109,7 +109,6 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
 def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):
     """What the run has trained on could be tested on."""
     dealt, settings = tmp_path / "p.json", {**SETTINGS, "data.name": "digits", "data.rows": 160}
-    load("digits", rows=160)
     partition(load("digits", rows=160), 4, seed=0).save(dealt)
     settings |= {"partition": {"name": "file", "path": str(dealt)}}
     path = interrupted_after(experiment("fedavg", **settings), 2)

@@ -243,6 +243,14 @@ def test_the_proxy_waits_for_a_body_no_longer_than_it_must(monkeypatch):
     assert proxied.reached == []
 
 
+def test_the_proxy_holds_no_more_bodies_than_it_may(monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_HELD", 10)
+    proxied = Proxied()
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(11)).status_code == 503
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201  # the first one is let go
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
+
+
 def test_the_proxy_says_when_the_superlink_is_gone():
     def refuse(request):
         raise httpx.ConnectError("refused")

@@ -527,6 +527,19 @@ def test_rows_of_devices_stay_there(federation, rows, tmp_path):
     assert [sum(row) for row in counts["test"]] == [50, 60]
 
 
+def test_a_node_with_rows_of_its_own_may_come_later(federation, rows, tmp_path):
+    place = federation(nodes=2, clients=2)
+    for node, chosen in (("node-0", slice(0, 120)), ("node-1", slice(120, 240))):
+        name_data(place.path / node, rows(node, chosen))
+    link, said = Wire(place), list[str]()
+    late = link.workers.pop("node-1")
+    chosen = values(clients=2, rounds=3) | {"out": str(tmp_path / "run")}
+    place.file = place.file.model_copy(update={"join_s": 0.0})
+    experiment = running.prepare(place, chosen, link, said.append)
+    experiment.run(lambda *_: link.workers.update({"node-1": late}))
+    assert [row["cohort"] for row in experiment.rows] == [1, 2, 2]
+
+
 def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     name_data(place.path / "node-0", tmp_path / "nowhere")

@@ -186,10 +186,18 @@ def test_tied_weights_are_refused():
     net[1].weight = net[0].weight
     with pytest.raises(ConfigError, match=r"'model\.0\.weight' and 'model\.1\.weight' are one tensor"):
         read_weights({"model": net})
+    with pytest.raises(ConfigError, match=r"'body\.weight' and 'head\.weight' are one tensor"):
+        read_weights({"body": net[0], "head": net[1]})
+    with pytest.raises(ConfigError, match="are one tensor"):
+        arch(net, (3,), 3)  # before its parts are copies
     norms = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     norms[1].running_mean = norms[0].running_mean
     with pytest.raises(ConfigError, match=r"'model\.1\.running_mean' are one tensor"):
         read_weights({"model": norms})
+    table = torch.ones(3)
+    for norm in (masked := nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))):
+        norm.register_buffer("table", table, persistent=False)
+    assert "model.0.table" not in read_weights({"model": masked})["buffers"]  # no weight, so it may be shared
 
 
 def test_an_unknown_net_is_named(modules):

@@ -166,8 +166,9 @@ def test_a_wrong_part_is_named():
     with pytest.raises(
         ConfigError, match="downlink: these downlinks have no part 'weights', only prototypes; name one"
     ):
-        codec(downlink=["fp16"]).send(Downlink({"prototypes": torch.ones(2)}))
-    assert codec(downlink=["fp16"]).send(Downlink({})) == Downlink({})  # nothing travels
+        codec(downlink=["fp16"]).check_downlink(Downlink({"prototypes": torch.ones(2)}))
+    codec(downlink=["fp16"]).check_downlink(Downlink({}))  # nothing travels
+    codec(downlink=["fp16"]).check_downlink(Downlink({"n": torch.ones(1)}, [{"weights": part()}]))
     with pytest.raises(ConfigError, match="no part 'weights', only prototypes; name one, as in prototypes/fp16"):
         codec(["fp16"]).reply({"prototypes": torch.ones(2)}, {}, {}, Stream(0))
 

@@ -137,9 +137,11 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
 
 
 def resized(image: Image.Image, image_size: int | None) -> Pixels:
-    """One picture as (C, H, W) uint8, resized to a square when `image_size` is given."""
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+    """One picture as (C, H, W) uint8, resized to a square when `image_size` is given. Raises DataError."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow gives PNG as I
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut it off at 255
+    if image.mode in ("I", "F"):
+        raise DataError("its pixels are numbers of 32 bits; save pictures with 8 or 16 bits")
     image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
@@ -151,9 +153,9 @@ def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels
     where, encoded = picture
     try:
         with Image.open(io.BytesIO(encoded or b"")) as image:
-            if image.mode == "F":
-                raise DataError(f"{where}: its pixels are floating-point numbers; save pictures with 8 or 16 bits")
             return resized(image, image_size)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{where}: not a picture that Pillow can read ({type(error).__name__})") from error
 

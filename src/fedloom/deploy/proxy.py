@@ -26,7 +26,7 @@ ALLOWED = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 MAX_BODY = 64 * 2**20  # bytes; Flower cuts tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 TIMEOUT_S = 60.0
-MAX_CONNECTIONS = 64  # at once: nobody is known before a body has been read, and each may fill memory with one
+MAX_HELD = 2**30  # bytes of all bodies together: nobody is known before a body has been read
 
 
 def allowed(method: str, path: bytes) -> bool:
@@ -49,6 +49,7 @@ class _Forward:
 
     def __init__(self, upstream: str, client: httpx.AsyncClient) -> None:
         self._upstream, self._client = upstream, client
+        self._held = 0  # bytes of the bodies that are being read and handed on
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
@@ -61,16 +62,24 @@ class _Forward:
             return PlainTextResponse("not here", 403)
         body = bytearray()
         try:
-            async with asyncio.timeout(TIMEOUT_S):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > MAX_BODY:
-                        return PlainTextResponse("too large", 413)
+            return await self._forward(request, path.decode(), body)
         except TimeoutError:
             return PlainTextResponse("too slow", 408)
+        finally:
+            self._held -= len(body)
+
+    async def _forward(self, request: Request, path: str, body: bytearray) -> Response:
+        async with asyncio.timeout(TIMEOUT_S):
+            async for chunk in request.stream():
+                body += chunk
+                self._held += len(chunk)
+                if len(body) > MAX_BODY:
+                    return PlainTextResponse("too large", 413)
+                if self._held > MAX_HELD:
+                    return PlainTextResponse("too busy", 503)
         headers = [(name, value) for name, value in request.headers.raw if name not in HOP]
         try:
-            answer = await self._client.post(f"{self._upstream}{path.decode()}", content=bytes(body), headers=headers)
+            answer = await self._client.post(f"{self._upstream}{path}", content=bytes(body), headers=headers)
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink does not answer", 503)
         kept = {k: v for k, v in answer.headers.items() if k.encode() not in HOP and k != "content-encoding"}
@@ -91,7 +100,6 @@ def serve(host: str, port: int, superlink_port: int, folder: Path) -> None:
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
-        limit_concurrency=MAX_CONNECTIONS,
     )
     uvicorn.Server(config).run()
 

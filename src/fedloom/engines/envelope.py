@@ -26,9 +26,8 @@ EMPTY = "/"  # ends the path of a branch without tensors
 
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # no number that a table or a sum cannot hold
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LogName = Annotated[
-    str, Field(pattern=r"^[^.]+\..")
-]  # `phase.log`; numbers of the run's own have no point in their names
+# `phase.log`; the run's own numbers have no point in their names
+LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
 Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
 
 

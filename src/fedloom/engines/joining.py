@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedloom import tree
 from fedloom.engines.base import Ask, Score
 from fedloom.engines.moving import moved
 from fedloom.engines.sequential import Sequential
@@ -33,10 +34,11 @@ class Joining(Sequential):
             client = client._replace(weights=method.receive(client.weights, message, client.memory))
             turn = Turn(number, turns - 1, self.problem.data.n_train(i))
             try:
-                client = self._alone(i, client, message, phases, turn)
+                trained = self._alone(i, client, message, phases, turn)
             except Exception as error:
                 error.add_note(f"client {i}, joining, turn {number}")
                 raise
+            client = client if tree.not_finite(trained._asdict()) else trained  # a turn that diverged is undone
         self.store.put(i, client._replace(weights=self.problem.kept(client.weights), opts=blank.opts))
         return self.client(i)
 

@@ -117,6 +117,10 @@ class Debug(Wrapper):
             self._check_client(number, i, copy, self.inner.client(i), i in cohort)
         for reply in replies:
             self._check_uplink(number, reply)
+            if reply.diverged:
+                raise MethodError(
+                    f"round {number}, client {reply.client} keeps '{reply.diverged}', which is not finite"
+                )
         return replies
 
     def _check_client(self, number: int, i: int, before: Tree, after: Client, worked: bool) -> None:
@@ -128,7 +132,6 @@ class Debug(Wrapper):
             raise MethodError(
                 f"round {number}, client {i}: the structure of what it keeps changed at '{min(path for path, _ in changed)}'"
             )
-        _check_finite(now, f"round {number}, client {i} keeps")
 
     def _check_uplink(self, number: int, reply: Reply) -> None:
         public = self._public[self.problem.arch_of[reply.client]]

@@ -257,6 +257,7 @@ class FedVTC(FedProto):
 
     def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
         """The distance of features `made` of synthetic images (S, p) from what they should be, per feature; 0 without prototypes."""
+        made, z = losses.wide(made), losses.wide(z)
         if self.matching == "cycle":
             error = (made - latents).square().mean()
         elif self.matching == "mahalanobis":

@@ -15,7 +15,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fedloom.errors import ConfigError, suggest
 from fedloom.models.cnn import fedavg_cnn, fedmr_cnn, fedrir_cnn
-from fedloom.models.layers import sequence
+from fedloom.models.layers import refuse_tied, sequence
 from fedloom.models.mlp import logistic, mlp
 from fedloom.models.mobilenet import mobilenetv2
 from fedloom.models.patches import mixer, vit_tiny
@@ -103,7 +103,9 @@ class OutsideArch(Arch):
     def check(self) -> None:
         """Raise ConfigError unless the module can be built, split and run on two made-up inputs."""
         with torch.random.fork_rng(devices=[]):
-            check_split(self._module(self.width), self.input_shape, self.n_classes, self.name)
+            module = self._module(self.width)
+            refuse_tied({self.name: module})  # before body and head are separate copies
+            check_split(module, self.input_shape, self.n_classes, self.name)
 
     def _parts(self, width: int | None) -> tuple[nn.Module, nn.Linear]:
         body, head = split(self._module(width), self.n_classes, self.name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedloom.errors import ConfigError
 
@@ -40,3 +40,15 @@ def projected(layers: Mapping[str, nn.Module], features: int, width: int | None)
     if width is None or width == features:
         return sequence(layers)
     return sequence({**layers, "project": nn.Linear(features, width)})
+
+
+def refuse_tied(modules: Mapping[str, nn.Module]) -> None:
+    """A client's tensors are bound by name, so only one of two names would be trained. Raises ConfigError."""
+    names: dict[Tensor, str] = {}
+    for net, module in modules.items():
+        for name, tensor in module.state_dict(keep_vars=True).items():  # every name of every tensor that lasts
+            if isinstance(tensor, Tensor) and tensor in names:
+                raise ConfigError(
+                    f"model: '{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported"
+                )
+            names[tensor] = f"{net}.{name}"
