@@ -236,7 +236,7 @@ def _engine(words: str, device: str) -> Values:
 
 def _check(scale: float, rounds: int) -> None:
     if not 0 < scale <= 1:
-        raise ConfigError(f"scale={scale}: must be above 0 and at most 1")
+        raise ConfigError(f"scale={scale:g}: must be above 0 and at most 1")
     if rounds < 1:
         raise ConfigError(f"rounds={rounds}: must be at least 1")
 

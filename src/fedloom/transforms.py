@@ -354,7 +354,8 @@ def _each(down: Downlink, change: Callable[[Tree], Tree]) -> Downlink:
 
 
 def _no_part(way: str, part: str, parts: Sequence[str]) -> str:
-    return f"{way}: these {way}s have no part '{part}', only {', '.join(parts)}; name one, as in {parts[0]}/fp16"
+    example = next((name for name in parts if name != COUNTS), parts[0])
+    return f"{way}: these {way}s have no part '{part}', only {', '.join(parts)}; name one, as in {example}/fp16"
 
 
 def _packed(message: Tree, chains: Chains) -> Tree:

@@ -123,8 +123,8 @@ def test_clients_are_scored_with_what_arrives_and_the_server_with_its_own_model(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_transforms_of_its_weights(experiment, method):
-    words = {"fedproto": "prototypes/int8", "fedvtc": "prototypes/int8"}
-    run = make(experiment, method, "mlp", "debug+bytes+sequential", uplink=words.get(method, "int8"), downlink="int8")
+    word = "prototypes/int8" if method in ("fedproto", "fedvtc") else "int8"
+    run = make(experiment, method, "mlp", "debug+bytes+sequential", uplink=word, downlink=word)
     run.run()
     clients = [run.engine.client(i)._asdict() for i in range(5)]
     assert all(torch.isfinite(leaf).all() for client in clients for leaf in tree.leaves(client))

@@ -117,7 +117,7 @@ def test_changed_bytes_never_raise_anything_else(changes):
 
 def test_deep_names_do_not_exhaust_the_stack():
     data = safetensors.torch.save({"a/" * 5000 + "a": torch.ones(1)}, {"fedloom": "1"})
-    with pytest.raises(WireError, match=r"nobody asked for|lacks"):
+    with pytest.raises(WireError, match="a tensor below 5000 branches; at most 32 are allowed"):
         decode(data, expect={"b": torch.ones(1)})
 
 
