@@ -122,7 +122,7 @@ class Turned(_Strict):
     logs: dict[LogName, float] = {}
     phase_seconds: dict[str, Seconds] = {}
     seconds: Seconds = 0.0
-    diverged: str = ""
+    diverged: Annotated[str, Field(max_length=1000)] = ""
     failure: str = ""
 
 

@@ -290,9 +290,8 @@ def _reply(letter: Letter, turn: Turned, n_rows: int) -> Reply:
     if turn.failure:
         raise WireError(turn.failure)
     uplink = letter.tree(str(turn.slot))
-    if (
-        n_rows and turn.examples != n_rows
-    ):  # its share of the mean; of a node that was away at the start no rows are known
+    # its share of the mean; of a node with rows of its own that was away at the start none are known
+    if n_rows and turn.examples != n_rows:
         raise WireError(f"it says that it trained on {turn.examples} rows, and has {n_rows}")
     return Reply(
         turn.client,
