@@ -273,9 +273,10 @@ class _Trainer:
         draws = [rng.child("draw", member.train.name) for member in self.members]
         augment = rng.child("augment")
         order = plan.batches(len(rows.y), self.phase.epochs, self.phase.steps, rng.child("batches"))
+        trains = [member.train for member in self.members]
         for index in order if self.members else ():
             batch = rows.batch(index, augment)
-            check_batch(len(batch.y), [member.train for member in self.members], self.gradients.modules)
+            check_batch(len(batch.y), trains, self.gradients.modules)
             once = self._once(weights, batch)
             numbers = once.numbers if once else {}
             for member, stream in zip(self.members, draws, strict=True):

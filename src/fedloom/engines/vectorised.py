@@ -80,8 +80,8 @@ class Vectorised(Sequential):
             log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
             self._lanes[arch] = 1
         else:
-            kept = (self._keep(reply.client, outcome) for reply, outcome in zip(replies, done, strict=True))
-            return [reply._replace(diverged=diverged) for reply, diverged in zip(replies, kept, strict=True)]
+            turns = zip(replies, done, strict=True)
+            return [reply._replace(diverged=self._keep(reply.client, outcome)) for reply, outcome in turns]
         lanes = self._lanes[arch]
         parts = (group[start : start + lanes] for start in range(0, len(group), lanes))
         return [reply for part in parts for reply in self._group_turns(number, part)]
