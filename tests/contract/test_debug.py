@@ -119,7 +119,7 @@ BROKEN = {
     Growing: r"round 0, client 0: the structure of what it keeps changed at 'memory/extra'",
     Retyping: r"round 0, client 0: the structure of what it keeps changed at 'memory/n'",
     Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
-    PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+', which is not finite",
+    PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     Misnaming: r"the pattern 'modle' names nothing; nets: model",
     Forgetful: r"the downlink lacks params/\S+ and 1 more tensors that travel",
     Doubled: r"round 0: a cohort must be distinct clients from 0 to 3, not \[1, 1\]",

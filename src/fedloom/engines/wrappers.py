@@ -118,8 +118,10 @@ class Debug(Wrapper):
         for reply in replies:
             self._check_uplink(number, reply)
             if reply.diverged:
+                form = tree.structure(before[reply.client]).get(reply.diverged)
+                shape = f" (shape {form[0]})" if form else ""
                 raise MethodError(
-                    f"round {number}, client {reply.client} keeps '{reply.diverged}', which is not finite"
+                    f"round {number}, client {reply.client} keeps '{reply.diverged}'{shape}, which is not finite"
                 )
         return replies
 
