@@ -18,11 +18,25 @@ from fedloom.config import make_settings
 from fedloom.deploy import running
 from fedloom.deploy.folder import Deployment, create
 from fedloom.deploy.worker import Worker
-from fedloom.engines.envelope import Failed, Hello, Present, Trained, Turned, open_envelope, seal
+from fedloom.engines.envelope import (
+    Call,
+    Counted,
+    Failed,
+    Hello,
+    Member,
+    Present,
+    Scored,
+    ScoreRequest,
+    Trained,
+    Turned,
+    open_envelope,
+    seal,
+)
 from fedloom.engines.flower import Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
 from fedloom.experiment import Experiment
 from fedloom.methods.fedavg import FedAvg
+from fedloom.nets import write_weights
 from fedloom.registry import METHODS
 from fedloom.rounds import slowdowns
 from small import SMALL, changed, losing
@@ -133,9 +147,20 @@ def scores(experiment: Experiment) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in experiment.rows]
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].pooled])
-def test_devices_give_the_numbers_of_the_sequential_engine(deployed, simulated, method):
-    there, here = deployed(method=method), simulated(method=method)
+CODED = {"uplink": "topk:0.1,int8", "downlink": "fp16"}
+CASES: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in METHODS if not METHODS[name].pooled),
+    ("fedbn", {"model": "resnet8"}),
+    ("fedrir", {"model": "fedrir_cnn", "width": 16}),
+    ("fedrir", CODED),
+    ("fedmr", CODED),
+    ("fedper", {"eval": {"fitted": True, "valid": 0.2, "general_every": 2}}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings"), CASES)
+def test_devices_give_the_numbers_of_the_sequential_engine(deployed, simulated, method, settings):
+    there, here = deployed(method=method, **settings), simulated(method=method, **settings)
     assert tree.equal(there.experiment.server, here.server)
     assert scores(there.experiment) == scores(here)
     assert there.said == []
@@ -302,8 +327,81 @@ def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, 
 
 def test_clients_that_are_not_there_count_no_rows(deployed):
     ran = deployed(lambda node, n, answer: Lost("gone") if node == "node-1" and n else answer)
-    assert [row["cohort"] for row in ran.experiment.rows] == [2, 2, 2]
-    assert all(0 < row["personal_accuracy"] <= 1 for row in ran.experiment.rows)
+    experiment = ran.experiment
+    assert [row["cohort"] for row in experiment.rows] == [2, 2, 2]
+    x, y = experiment.data.common()
+    modules = experiment.problem.modules(0)
+    write_weights(modules, experiment.server["weights"])
+    right = modules["model"].eval()(x).argmax(1) == y
+    n = sum(experiment.data.n_test(i) for i in (0, 1))
+    assert n
+    assert 0 < n < len(y)
+    rows = np.concatenate([experiment.data.partition.test[i] for i in (0, 1)])
+    ours = torch.from_numpy(np.isin(experiment.data.partition.common, rows))
+    assert experiment.rows[-1]["personal_accuracy"] == pytest.approx(float(right[ours].double().mean()))
+
+
+def rescored(answer: bytes, change: Callable[[Counted], Counted]) -> bytes:
+    """A node's answer with other counts."""
+    header = open_envelope(answer).header
+    scores = {i: {name: change(count) for name, count in mine.items()} for i, mine in header.scores.items()}
+    return seal(header.model_copy(update={"scores": scores}), {})
+
+
+SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
+    "another kind": (lambda _: seal(Trained(turns=[]), {}), "another kind"),
+    "failed": (lambda _: seal(Failed(reason="out\nof\x1b[31m memory" + 5000 * "!"), {}), r"out of \[31m memory!{982}$"),
+    "nobody": (lambda _: seal(Scored(scores={}), {}), "its scores are missing"),
+    "more right than rows": (
+        lambda answer: rescored(answer, lambda count: count.model_copy(update={"right": [n + 1 for n in count.rows]})),
+        "scores that cannot be",
+    ),
+    "too few classes": (
+        lambda answer: rescored(answer, lambda count: Counted(right=count.right[1:], rows=count.rows[1:])),
+        "scores that cannot be",
+    ),
+    "more rows than there are": (
+        lambda answer: rescored(answer, lambda count: Counted(right=[10**9] * 10, rows=[10**9] * 10)),
+        "scores that cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT_SCORES)
+def test_spoilt_scores_count_no_rows(deployed, simulated, how):
+    """Those of node 1 in round 2; the others' rows alone make the accuracy then."""
+    spoil, reason = SPOILT_SCORES[how]
+    ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 4) else answer, method="fedper")
+    gone = deployed(lambda node, n, answer: Lost("gone") if (node, n) == ("node-1", 4) else answer, method="fedper")
+    here = simulated(method="fedper")
+    assert scores(ran.experiment) == scores(gone.experiment)
+    assert [row == other for row, other in zip(scores(ran.experiment), scores(here), strict=True)] == [True, False, True]
+    assert any(re.search(reason, line) for line in ran.said), ran.said
+    assert all("node-1" in line for line in ran.said)
+
+
+def test_what_a_node_does_not_do_leaves_nothing_on_it(federation):
+    place = federation()
+    worker = Worker(place.path / "node-0")
+    call = Call(
+        run="0" * 16,
+        config=running.to_toml(make_settings(values())),
+        classes=list("0123456789"),
+        input_shape=[1, 8, 8],
+        deadline_s=5.0,
+    )
+    stranger = [Member(client=3, slot=0, base=0, keep=0)]
+    refused = {
+        r"not understood: .*call\.run": Hello(call=call.model_copy(update={"run": "../../elsewhere"})),
+        "client 3 is not on node-0": ScoreRequest(call=call, number=0, members=stranger, questions=[]),
+        "'present', which is no request": Present(clients=[], own_rows=False, counts={}),
+    }
+    for reason, request in refused.items():
+        answer = open_envelope(worker.answer(seal(request, {"common": {}}))).header
+        assert isinstance(answer, Failed)
+        assert re.search(reason, answer.reason), answer.reason
+    assert not list(place.path.rglob("*.safetensors"))
 
 
 def test_too_few_clients_skip_a_round(federation, tmp_path):
@@ -413,11 +511,13 @@ class StopError(Exception):
     """An interruption."""
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedrir", "fedvtc"])
+@pytest.mark.parametrize(
+    ("method", "settings"), [("fedavg", {}), ("fedrir", {"uplink": "topk:0.1,int8"}), ("fedvtc", {})]
+)
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path, method, every):
-    place = federation(method=method)
-    chosen = values(method=method, rounds=5, checkpoint_every=every) | {"out": str(tmp_path / "run")}
+def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path, method, settings, every):
+    place = federation(method=method, **settings)
+    chosen = values(method=method, rounds=5, checkpoint_every=every, **settings) | {"out": str(tmp_path / "run")}
     said: list[str] = []
 
     def interrupt(done, rounds, row):
@@ -435,7 +535,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path,
         running.resume(place, tmp_path / "run", Wire(place), said.append).run(interrupt_again)
     again = running.resume(place, tmp_path / "run", Wire(place), said.append)
     again.run()
-    here = simulated(method=method, rounds=5, checkpoint_every=every)
+    here = simulated(method=method, rounds=5, checkpoint_every=every, **settings)
     assert tree.equal(again.server, here.server)
     assert scores(again) == scores(here)
     assert [row["round"] for row in again.folder.rows()] == [1, 2, 3, 4, 5]

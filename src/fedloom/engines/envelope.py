@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+import numpy.typing as npt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Score
@@ -29,6 +30,16 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # `phase.log`; the run's own numbers have no point in their names
 LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
 Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
+MAX_WORDS = 1000  # characters of a line that a person reads
+
+
+def _readable(words: str) -> str:
+    """The words as one line of bounded length that does nothing to a terminal."""
+    return "".join(c if c.isprintable() else " " for c in words[:MAX_WORDS])
+
+
+Words = Annotated[str, AfterValidator(_readable)]
+Notes = Annotated[list[Words], Field(max_length=10_000)]
 
 
 class _Strict(BaseModel):
@@ -122,8 +133,8 @@ class Turned(_Strict):
     logs: dict[LogName, float] = {}
     phase_seconds: dict[str, Seconds] = {}
     seconds: Seconds = 0.0
-    diverged: Annotated[str, Field(max_length=1000)] = ""
-    failure: str = ""
+    diverged: Words = ""
+    failure: Words = ""
 
 
 class Trained(_Strict):
@@ -131,7 +142,7 @@ class Trained(_Strict):
 
     kind: Literal["trained"] = "trained"
     turns: list[Turned]
-    notes: list[str] = []
+    notes: Notes = []
 
 
 class Counted(_Strict):
@@ -140,10 +151,10 @@ class Counted(_Strict):
     right: Counts
     rows: Counts
 
-    def score(self, n_classes: int) -> Score:
-        """The score; raises WireError where the counts cannot be."""
+    def score(self, most: npt.NDArray[np.int64]) -> Score:
+        """The score; raises WireError where the counts cannot be: more than `most` rows of a class, or more right than there are."""
         right, rows = np.array(self.right, np.int64), np.array(self.rows, np.int64)
-        if right.shape != (n_classes,) or rows.shape != (n_classes,) or (right > rows).any():
+        if not right.shape == rows.shape == most.shape or (right > rows).any() or (rows > most).any():
             raise WireError("scores that cannot be")
         return Score(right, rows)
 
@@ -153,14 +164,14 @@ class Scored(_Strict):
 
     kind: Literal["scored"] = "scored"
     scores: dict[str, dict[str, Counted]]
-    notes: list[str] = []
+    notes: Notes = []
 
 
 class Failed(_Strict):
     """A node could do nothing of what was asked."""
 
     kind: Literal["failed"] = "failed"
-    reason: str
+    reason: Words
 
 
 Header = Annotated[

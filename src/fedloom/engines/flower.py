@@ -15,6 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
+import numpy as np
+import numpy.typing as npt
+
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.engines.envelope import (
     Call,
@@ -254,11 +257,26 @@ class Flower(Engine):
             for i in asked[node]:
                 try:
                     mine = letter.header.scores[str(i)]
-                    found[i] = {ask.name: mine[ask.name].score(n_classes) for ask in asks}
+                    found[i] = {ask.name: mine[ask.name].score(self._most_rows(ask, i)) for ask in asks}
                 except (KeyError, WireError) as error:
                     reason = error if isinstance(error, WireError) else "its scores are missing"
                     self._tell(f"{node}: scores of client {i}: {reason}")
         return [found[i] for i in clients]
+
+    def _most_rows(self, ask: Ask, i: int) -> npt.NDArray[np.int64]:
+        """How many rows of each class client `i` can have been asked about; of a node that was away at the start nothing is known."""
+        data = self.problem.data
+        if not data.n_train(i):
+            return np.full(data.n_classes, np.iinfo(np.int64).max)
+        return self._rows[ask.rows][0 if ask.rows == "common" else i]
+
+    @cached_property
+    def _rows(self) -> dict[str, npt.NDArray[np.int64]]:
+        """Rows per class, by split; one line per client."""
+        data = self.problem.data
+        labels, n_classes = data.dataset.labels, data.n_classes
+        own = {split: data.partition.counts(labels, n_classes, split) for split in ("valid", "test")}
+        return own | {"common": np.bincount(labels[data.partition.common], minlength=n_classes)[None]}
 
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`: here, on the rows that the server holds."""
