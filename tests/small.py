@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fedloom.config import assign
 from fedloom.experiment import Experiment
+from fedloom.values import assign
 
 SMALL: dict[str, Any] = {
     "data": {"name": "digits", "rows": 240},

@@ -10,13 +10,15 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from fedloom.config import Values, assign, make_settings
+from fedloom.config import Values, make_settings
 from fedloom.data import Dataset
+from fedloom.errors import ConfigError
 from fedloom.experiment import Experiment, OnRound, Parts
 from fedloom.method import Method
 from fedloom.personal import PersonalModel
 from fedloom.progress import live
 from fedloom.registry import method_name
+from fedloom.values import assign
 
 Model = nn.Module | Callable[..., nn.Module]
 
@@ -74,6 +76,7 @@ def run(
     Raises:
         UsageError: settings that are unknown or contradict each other, data that are missing.
     """
+    _check_given(method, data, settings)
     values: Values = {}
     chosen = {**settings, "method": _method_table(method), "data": data.name if isinstance(data, Dataset) else data}
     chosen |= (
@@ -105,6 +108,15 @@ def resume(
     Objects that came from Python must be given again; what came by name is found in the folder's config.
     """
     return _run(Experiment.resume(folder, Parts(method, data, model)), progress)
+
+
+def _check_given(method: Method | str, data: Dataset | str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of what was given as an object: it is as it is."""
+    for key in settings:
+        if isinstance(method, Method) and key.startswith("method."):
+            raise ConfigError(f"{key}: the method was given as an object; set it there, {type(method).__name__}(...)")
+        if isinstance(data, Dataset) and key in ("data.rows", "data.path", "data.image_size"):
+            raise ConfigError(f"{key}: the data were given as an object; give those rows that are meant")
 
 
 def _run(experiment: Experiment, progress: bool) -> Run:

@@ -60,6 +60,11 @@ def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> 
 
 def make_archs(settings: Settings, federation: data.Federation, model: Any = None) -> tuple[Arch, ...]:
     """The clients' architectures, in the order in which they are dealt out."""
+    if settings.models and settings.model.options:
+        key = min(settings.model.options)
+        raise ConfigError(
+            f"model.{key}: an option of `model`, which `models` takes the place of; leave one of them out"
+        )
     names = [Named(name=name) for name in settings.models] or [settings.model]
     found = []
     for choice in names:
@@ -90,6 +95,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     check_rules(settings, method, size)
     _check_sharing(problem)
     _check_phases(method)
+    _check_trains(problem)
     _check_messages(problem)
     return problem
 
@@ -117,6 +123,21 @@ def _check_phases(method: Method) -> None:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
+
+
+def _check_trains(problem: Problem) -> None:
+    """What a phase trains must be there, in every architecture."""
+    method = problem.method
+    for place, choice in enumerate(problem.archs):
+        weights = read_weights(problem.modules(place))
+        for train in trains_of((*method.phases(), *method.adapt())):
+            try:
+                select(weights, train.trains)
+            except MethodError as error:
+                name = type(method).__name__
+                raise ConfigError(
+                    f"model={choice.name}: {name} trains {', '.join(train.trains)}, but {error}"
+                ) from None
 
 
 def _check_messages(problem: Problem) -> None:

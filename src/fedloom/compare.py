@@ -17,11 +17,12 @@ import tomli_w
 
 from fedloom import accelerator
 from fedloom.assembly import arithmetic, engine_for, make_dataset, make_federation, make_problem
-from fedloom.config import Named, Settings, Values, make_method, make_settings, read_toml
+from fedloom.config import Named, Settings, Values, make_method, make_settings
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment import Experiment, OnRound, Parts
 from fedloom.registry import METHODS, method_class
 from fedloom.runfolder import RunFolder
+from fedloom.values import read_toml
 
 FILE = "compare.toml"
 VARIED = ("uplink", "downlink")  # settings of the run that rows may differ in and still have everything else in common
@@ -93,9 +94,11 @@ class Comparison:
         settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
         variants = {row.label: {"method": row.method["name"], **row.method, **row.run} for row in self.rows}
-        for table in variants.values():
-            del table["name"]
-        return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
+        spelt = {  # what is None is the default, and TOML has no word for it
+            label: {key: value for key, value in table.items() if key != "name" and value is not None}
+            for label, table in variants.items()
+        }
+        return tomli_w.dumps({"method": list(spelt), "seed": list(self.seeds), **base, "variant": spelt})
 
     def _settings(self, row: Row, seed: int, out: Path | None = None) -> Settings:
         own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
@@ -133,9 +136,10 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 def create(comparison: Comparison, out: str | Path | None = None) -> Path:
     """A new folder for a comparison; default: one under `runs/` named for the time and the data."""
     comparison.check()
+    text = comparison.toml()
     data = comparison.jobs(Path())[0].settings.data.name
     folder = RunFolder.create(None if out is None else Path(out), f"compare-{data}")
-    folder.write(FILE, comparison.toml())
+    folder.write(FILE, text)
     return folder.path
 
 

@@ -39,7 +39,7 @@ def composed(server: type[Method], client: type[Method]) -> type[Method]:
     _refuse(server, CLIENT_HALF, f"method={a}+{b}: {a} cannot be the server's half, since it has clients of its own")
     _refuse(client, SERVER_HALF, f"method={a}+{b}: {b} cannot be the clients' half, since it has a server of its own")
     twice = (_own_names(server) & _own_names(client)) - _own_names(Method)
-    if server.pooled or client.pooled or twice:
+    if server.pooled or client.pooled or not client.shared or twice:
         what = f"both have '{min(twice)}'" if twice else "one of them is no federated method"
         raise ConfigError(f"method={a}+{b}: {what}")
     name = f"{a}{b}"

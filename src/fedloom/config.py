@@ -1,13 +1,11 @@
-"""Settings of an experiment: typed, validated, from TOML files, `key=value` words and Python, under the same names."""
+"""Settings of an experiment: typed, validated, under the same names in TOML files, `key=value` words and Python."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tomli_w
@@ -115,7 +113,7 @@ class DeviceSettings(Section):
     """The chance that a member of a round's cohort is lost: it is sent the downlink, and does no work."""
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The part of the clients that are slow, the same ones in all rounds."""
-    slowdown: Annotated[float, Field(ge=1)] = 4.0
+    slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
     """How many times longer a slow client takes for a step."""
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
     """What becomes of slow turns: `wait` for them, `drop` them, let them in `late`, or do a `partial` one (1/slowdown of the steps)."""
@@ -281,15 +279,6 @@ def _check_device(settings: Settings) -> None:
         raise ValueError("precision=tf32: only a GPU has it (engine.device=cuda)")
 
 
-SECTIONS = tuple(
-    name
-    for name, field in Settings.model_fields.items()
-    if isinstance(field.default, Section) and "name" in type(field.default).model_fields
-)
-LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType({"data": ("path",), "partition": ("path", "column")})
-"""Tables whose keys mean the same for every name, but for these."""
-
-
 def check_cohort(settings: Settings, n_clients: int) -> None:
     """Refuse more clients in a round than there are, and a federation of newcomers alone.
 
@@ -313,62 +302,6 @@ def participation_range(value: float | str) -> tuple[float, float]:
         return float(low), float(high or low)
     except ValueError:
         raise ValueError("must be a number, or a range like 0.1-1.0") from None
-
-
-def parse_value(text: str) -> Any:
-    """A value on the command line: TOML where it is that (numbers, booleans, lists, quoted text), else plain text."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def assign(values: Values, key: str, value: Any) -> None:
-    """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
-
-    Choosing another name takes away the keys that belonged to the old choice: for most tables all of them, for those of `LASTING` a few.
-    """
-    *tables, last = key.split(".")
-    node = values
-    for table in tables:
-        child = node.get(table, {})
-        node[table] = child if isinstance(child, dict) else {"name": child}
-        node = node[table]
-    if not tables and last in SECTIONS and not isinstance(value, Mapping):
-        old = node.get(last)
-        old = old if isinstance(old, dict) else {}
-        other = old.get("name", value) != value
-        node[last] = {k: v for k, v in old.items() if not other or k not in LASTING.get(last, old)} | {"name": value}
-    else:
-        node[last] = value
-
-
-def read_toml(path: str | Path) -> Values:
-    """The tables of a TOML file, with `data = "digits"` spelt out."""
-    file = Path(path)
-    try:
-        loaded = tomllib.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"there is no config file {file}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        hint = "; beside a table of that name, write its `name = ...` in it" if "twice" in str(error) else ""
-        raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
-    values: Values = {}
-    for key, value in loaded.items():
-        assign(values, key, value)
-    return values
-
-
-def from_words(words: Iterable[str], values: Values | None = None) -> Values:
-    """`key=value` words over the tables of `values`."""
-    values = {} if values is None else values
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"'{word}': expected key=value, such as rounds=20")
-        assign(values, key, parse_value(text))
-    return values
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
@@ -401,5 +334,5 @@ def make_method(choice: Named) -> Method:
 
 
 def to_toml(settings: Settings) -> str:
-    """The settings as a TOML file that `read_toml` reads back; what is None is left out."""
+    """The settings as a TOML file that `values.read_toml` reads back; what is None is left out."""
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from fedloom import tree
 from fedloom.assembly import arithmetic, make_federation, make_problem
-from fedloom.config import Settings, make_method, make_settings, read_toml, to_toml
+from fedloom.config import Settings, make_method, make_settings, to_toml
 from fedloom.costs import Costs, pieces, shortened
 from fedloom.engines import Problem
 from fedloom.engines.memory import peak_process_bytes
@@ -30,6 +30,7 @@ from fedloom.registry import load_object
 from fedloom.rng import Stream
 from fedloom.training import Plan, Rows, Site, fresh_modules, laid_out, run_phases
 from fedloom.tree import Tree
+from fedloom.values import read_toml
 
 TIMED_STEPS = 10  # at most so many steps of a phase are timed, after one to warm up; the others take as long
 

@@ -28,9 +28,9 @@ class Scoring:
         """What is asked of every client. Where none has test rows of its own, personal predictors are scored on the common rows."""
         own = "test" if self._own_tests else "common"
         asks = [Ask("personal_accuracy", own)]
-        if self._settings.eval.fitted:
+        if self._settings.eval.fitted and not self._problem.method.pooled:  # nobody has a turn of its own there
             asks.append(Ask("fitted", own, fitted=True))
-        if self._settings.eval.valid:
+        if any(map(len, self._problem.data.partition.valid)):
             asks.append(Ask("valid", "valid"))
         if general and self._own_tests:
             asks.append(Ask("general_accuracy", "common"))
@@ -46,7 +46,7 @@ class Scoring:
 
     def row(self, found: Scores, down: Downlink, trained: Collection[int]) -> dict[str, Any]:
         """The accuracies and recalls of the metrics; `trained`: clients that ever trained."""
-        known = [i in trained for i in self.clients]
+        known = [self._problem.method.pooled or i in trained for i in self.clients]
         row = metrics.spread(found["personal_accuracy"], "personal_accuracy", known)
         if "fitted" in found:
             row |= metrics.spread(found["fitted"], "personal_accuracy_fitted", known)

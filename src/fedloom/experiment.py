@@ -14,7 +14,7 @@ from torch import nn
 
 from fedloom import accelerator, data, metrics, tree
 from fedloom.assembly import arithmetic, engine_for, initial_weights, make_federation, make_problem
-from fedloom.config import Settings, make_method, make_settings, participation_range, read_toml, to_toml
+from fedloom.config import Settings, make_method, make_settings, participation_range, to_toml
 from fedloom.engines import Engine, Joining, Problem, Reply, Score
 from fedloom.errors import MethodError, RunFolderError
 from fedloom.evaluation import Scores, Scoring
@@ -25,7 +25,8 @@ from fedloom.rng import Stream
 from fedloom.rounds import Asked, Intake, require_finite
 from fedloom.runfolder import DEPLOYED, RunFolder, environment
 from fedloom.trackers import Tracker, check_trackers, make_trackers
-from fedloom.tree import Tree
+from fedloom.tree import Tree, Weights
+from fedloom.values import read_toml
 
 Row = dict[str, Any]
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
@@ -325,7 +326,7 @@ class Experiment:
             "seconds_by_phase": self.ledger.phase_seconds,
             "flops_per_round": self.ledger.flops / max(self.done, 1) or None,
             "peak_client_bytes": self.ledger.peak_client_bytes(),
-            "buffers": self.method.buffers,
+            "buffers": _policy(self.method, initial_weights(self.problem)),
             "partition": self.partition.hash(),
             "finished": True,
         }
@@ -338,6 +339,13 @@ class Experiment:
         down = self.method.deploy(self.server, self.problem.task)
         with arithmetic(self.settings):
             return PersonalModel(self.method, *self.engine.personal(self.done, self.problem.codec.through(down), i))
+
+
+def _policy(method: Method, weights: Weights) -> str | None:
+    """Whether running statistics travel ("shared") or stay ("private"); None where there are none."""
+    if not weights["buffers"]:
+        return None
+    return "shared" if method.travelling(weights)["buffers"] else "private"
 
 
 def _refuse_deployed(folder: RunFolder) -> None:

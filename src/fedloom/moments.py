@@ -2,7 +2,8 @@
 
 A variance is always one within classes, in one of three forms: `pooled`, one number per feature (p,); `class`, one per class
 and feature (Y, p); `full`, a covariance matrix (p, p) for all classes. A spread is its square root: standard deviations, or
-for `full` the lower triangular factor of the matrix. All functions are safe under `torch.func.vmap`.
+for `full` the lower triangular factor of the matrix. All functions are safe under `torch.func.vmap`, but for `spread_of` of a `full`
+variance.
 """
 
 from __future__ import annotations
@@ -75,12 +76,27 @@ def total(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor, form: F
 
 
 def spread_of(variance: Tensor, floor: float, form: Form) -> Tensor:
-    """The square root, with standard deviations of at least `floor` (of at least about that for `full`: its square is added)."""
+    """The square root, with standard deviations of at least `floor` (of at least about that for `full`: its square is added).
+
+    A covariance that was rounded on its way may have negative eigenvalues; they count as 0.
+    """
+    if form != "full":
+        return variance.sqrt().clamp(min=floor)
+    matrix = variance.double()
+    least = floor**2 * torch.eye(len(variance), dtype=torch.float64, device=variance.device)
+    factor: Tensor
+    factor, failed = torch.linalg.cholesky_ex(matrix + least)
+    if failed:
+        values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+        factor = torch.linalg.cholesky(vectors * values.clamp(min=0) @ vectors.T + least)
+    return factor.to(variance.dtype)
+
+
+def own_deviations(variance: Tensor, floor: float, labels: Tensor, form: Form) -> Tensor:
+    """The standard deviations of `spread_of` for rows of these classes, (p,) or (B, p), without the factor of a whole matrix."""
     if form == "full":
-        identity = torch.eye(len(variance), dtype=torch.float64, device=variance.device)
-        factor: Tensor = torch.linalg.cholesky(variance.double() + floor**2 * identity)
-        return factor.to(variance.dtype)
-    return variance.sqrt().clamp(min=floor)
+        return (variance.diagonal() + floor**2).sqrt()
+    return deviations(spread_of(variance, floor, form), labels, form)
 
 
 def deviations(spread: Tensor, labels: Tensor, form: Form) -> Tensor:

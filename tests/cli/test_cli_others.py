@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fedloom.compare import plan
-from fedloom.config import make_method, make_settings, read_toml
+from fedloom.config import make_method, make_settings
 from fedloom.models import ZOO
 from fedloom.registry import METHODS
+from fedloom.values import read_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = ("run", "compare", "report", "analyse", "list", "partition", "check")

@@ -19,8 +19,9 @@ from typing import Any
 import pytest
 
 from fedloom import tree
-from fedloom.config import from_words, make_settings
+from fedloom.config import make_settings
 from fedloom.experiment import Experiment
+from fedloom.values import from_words
 from small import losing
 
 OWN = """\

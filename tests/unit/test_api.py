@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import fedloom
+from fedloom.errors import UsageError
 from fedloom.experiment import Experiment
 from fedloom.losses import cross_entropy
 from fedloom.rng import Stream
@@ -213,17 +214,31 @@ def test_one_can_score_without_rows_of_ones_own(run):
     assert done.summary["personal_accuracy"]["final"] == done.summary["server_accuracy"]["final"]
 
 
-def test_what_cannot_be_scored_is_null(run, tmp_path):
-    """A partition file without test or validation rows, of data without official test rows."""
+def test_rows_to_test_on_and_to_validate_with_must_be_in_a_partition_file(run, tmp_path):
     x, y = arrays(40)
-    (tmp_path / "p.json").write_text(json.dumps({"train": [list(range(20)), list(range(20, 40))]}))
-    partition = {"name": "file", "path": str(tmp_path / "p.json")}
     data = fedloom.from_arrays(x, y)
-    done = run(data=data, model="logistic", clients=2, partition=partition, eval={"valid": 0.2})
-    assert done.summary["server_accuracy"] is None
-    assert done.summary["general_accuracy"] is None
-    assert "NaN" not in (done.folder / "summary.json").read_text()
-    assert done.metrics["valid_accuracy"].isna().all()
+    halves = [list(range(10)), list(range(20, 30))]
+
+    def go(**settings):
+        partition = {"name": "file", "path": str(tmp_path / "p.json")}
+        return run(data=data, model="logistic", clients=2, partition=partition, **settings)
+
+    (tmp_path / "p.json").write_text(json.dumps({"train": halves}))
+    with pytest.raises(UsageError, match="there are no rows to test on; it needs 'test' or 'common'"):
+        go()
+    (tmp_path / "p.json").write_text(json.dumps({"train": halves, "common": [10, 11]}))
+    with pytest.raises(UsageError, match=r"eval.valid=0.2: the partition file .* has no validation rows"):
+        go(eval={"valid": 0.2})
+    assert "valid_accuracy" not in go().metrics
+    (tmp_path / "p.json").write_text(json.dumps({"train": halves, "common": [10, 11], "valid": [[12, 13], [30]]}))
+    assert go().metrics["valid_accuracy"].isin([0, 1 / 3, 2 / 3, 1]).all()
+
+
+@pytest.mark.parametrize("setting", ["method.lr", "data.rows", "data.image_size", "data.path"])
+def test_settings_of_what_was_given_as_an_object_are_refused(run, setting):
+    x, y = arrays(40)
+    with pytest.raises(UsageError, match=f"^{setting}: the .* given as an object"):
+        run(fedloom.FedAvg(lr=0.1), data=fedloom.from_arrays(x, y), model="logistic", clients=2, **{setting: 1})
 
 
 @pytest.mark.parametrize("partition", [{"name": "iid"}, {"name": "dirichlet", "alpha": 1.0}])

@@ -9,8 +9,8 @@ import pytest
 
 from fedloom import DataError
 from fedloom.compare import create, execute, plan, reopen
-from fedloom.config import from_words, read_toml
 from fedloom.errors import ConfigError, RunFolderError
+from fedloom.values import from_words, read_toml
 
 TINY = (
     "rounds=2",

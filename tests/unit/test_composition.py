@@ -7,8 +7,9 @@ import pytest
 
 from fedloom import ConfigError, FedASAM, FedAvg, FedMR, FedProx, FedRIR, Local, Scaffold, compose, tree
 from fedloom.compare import plan
-from fedloom.config import from_words, make_method, make_settings
+from fedloom.config import make_method, make_settings
 from fedloom.registry import method_class
+from fedloom.values import from_words
 
 
 def test_local_training_is_the_clients_and_the_rest_is_each_ones_own():

@@ -7,9 +7,10 @@ import pytest
 from pydantic import BaseModel
 
 from fedloom import config
-from fedloom.config import Named, Settings, from_words, make_method, make_settings, read_toml, to_toml
+from fedloom.config import Named, Settings, make_method, make_settings, to_toml
 from fedloom.errors import ConfigError
 from fedloom.registry import METHODS
+from fedloom.values import from_words, read_toml
 
 UNUSUAL = {
     "method": {"name": "fedprox", "mu": 0.5},

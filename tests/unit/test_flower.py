@@ -362,7 +362,7 @@ SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "scores that cannot be",
     ),
     "more rows than there are": (
-        lambda answer: rescored(answer, lambda count: Counted(right=[10**9] * 10, rows=[10**9] * 10)),
+        lambda answer: rescored(answer, lambda _: Counted(right=[10**9] * 10, rows=[10**9] * 10)),
         "scores that cannot be",
     ),
 }
@@ -376,7 +376,11 @@ def test_spoilt_scores_count_no_rows(deployed, simulated, how):
     gone = deployed(lambda node, n, answer: Lost("gone") if (node, n) == ("node-1", 4) else answer, method="fedper")
     here = simulated(method="fedper")
     assert scores(ran.experiment) == scores(gone.experiment)
-    assert [row == other for row, other in zip(scores(ran.experiment), scores(here), strict=True)] == [True, False, True]
+    assert [row == other for row, other in zip(scores(ran.experiment), scores(here), strict=True)] == [
+        True,
+        False,
+        True,
+    ]
     assert any(re.search(reason, line) for line in ran.said), ran.said
     assert all("node-1" in line for line in ran.said)
 

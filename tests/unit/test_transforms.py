@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fedloom import ConfigError, Downlink, Stream, WireError, tree
-from fedloom.config import from_words, make_settings
+from fedloom.config import make_settings
 from fedloom.engines.wire import Meter, decode, encode
 from fedloom.transforms import TRANSFORMS, Codec, parse
+from fedloom.values import from_words
 
 
 def part(seed=0, scale=1.0):

@@ -14,12 +14,13 @@ from rich.table import Table
 from fedloom.accelerator import find
 from fedloom.bench import WORKLOADS, MakeRival, machine_roof, measure, workload
 from fedloom.cli.words import Parser, output
-from fedloom.config import make_settings, parse_value
+from fedloom.config import make_settings
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
 from fedloom.registry import load_object
 from fedloom.runfolder import environment
+from fedloom.values import parse_value
 
 EXAMPLES = """\
   fedloom bench                                        all workloads, small, on the engines that suit this machine

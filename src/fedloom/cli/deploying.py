@@ -221,7 +221,7 @@ def _one_experiment(values: Values) -> Values:
 
 def _over(values: Values, words: Sequence[str]) -> Values:
     """The federation's config, or the config file that is named, and `key=value` words over it."""
-    from fedloom.config import from_words
+    from fedloom.values import from_words
 
     if any("=" not in word for word in words):
         return read_values(words)

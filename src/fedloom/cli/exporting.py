@@ -42,7 +42,7 @@ def export(words: Sequence[str]) -> int:
         raise ConfigError(f"--client {given.client}: --all exports every client already")
     needs()
     experiment = Experiment.reopen(given.run)
-    n = experiment.problem.task.n_clients
+    n = experiment.data.n_clients  # those that joined after training, too
     clients = list(range(n)) if given.all else _clients("0" if given.client is None else given.client, n)
     files = targets(Path(given.out or Path(given.run) / "export"), clients)
     found: list[Exported] = []

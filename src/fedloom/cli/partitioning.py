@@ -14,6 +14,7 @@ from fedloom.cli.words import Parser, output, read_values, save_picture, setting
 from fedloom.config import make_settings
 from fedloom.data import Federation
 from fedloom.errors import ConfigError, DataError
+from fedloom.registry import METHODS
 
 EXAMPLES = """\
   fedloom partition clients=20 partition.alpha=0.1
@@ -35,7 +36,9 @@ def partition(words: Sequence[str]) -> int:
     settings_words(parser)
     values = read_values(parser.read(words).words)
     out, plot = (_file(values.pop(key, None), key) for key in ("out", "plot"))
-    values = {key: value for key, value in values.items() if key not in ("method", "variant")}
+    values = {key: value for key, value in values.items() if key not in ("method", "variant", *METHODS)}
+    if isinstance(values.get("seed"), list):  # of a comparison: the rows of its first seed
+        values["seed"] = values["seed"][0]
     federation = make_federation(make_settings(values))
     console = output()
     console.print(_table(federation))

@@ -44,7 +44,7 @@ def report(words: Sequence[str]) -> int:
             console.print("", waiting_table(records, waiting), sep="\n")
         console.print()
     target = Path(options.get("out") or (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html")
-    write_page(records, target, waiting)
+    write_page(records, target, waiting, options.get("baseline"))
     print(f"report  {target}")
     return 0
 

@@ -95,6 +95,8 @@ class Partition(NamedTuple):
         scheme = content.get("scheme")
         made = cls(**splits, common=common, scheme=scheme if isinstance(scheme, dict) else {"name": "file"})
         _check_disjoint(made, n_rows, f"partition file {path}")
+        if not len(common):
+            raise DataError(f"partition file {path}: there are no rows to test on; it needs 'test' or 'common'")
         if "hash" in content and content["hash"] != made.hash():
             raise DataError(f"partition file {path}: its hash does not fit its rows; the file was changed or damaged")
         return made
@@ -132,7 +134,7 @@ def partition(
     """
     _check_settings(clients, scheme, alpha, classes_per_client, min_examples, valid)
     if scheme == "file":
-        return _from_file(dataset, clients, path)
+        return _from_file(dataset, clients, path, valid)
     if scheme == "own":
         return _own(dataset, clients, column or "client", valid, seed)
     has_official = dataset.n_train < dataset.n_rows
@@ -150,7 +152,7 @@ def partition(
         settings = {name: choices[name] for name in names}
         labels = _present(dataset.labels[:n_dealt].numpy(), clients, min_examples, settings)
         dealt = dealer(labels, clients, min_examples, stream, **settings)
-    made = {"name": scheme, "clients": len(dealt), "min_examples": min_examples, **settings}
+    made = {"name": scheme, **_pool(dataset), "clients": len(dealt), "min_examples": min_examples, **settings}
     made |= {"merge": merge, "test_fraction": fraction, "valid": valid, "seed": seed}
     official = np.arange(dataset.n_train, dataset.n_rows) if has_official and not merge else None
     return _split(dealt, fraction, valid, official, made, stream)
@@ -225,6 +227,10 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
     for value, (rows, _) in zip(values, mine, strict=True):
         if len(rows) == 0:
             raise DataError(f"partition=own: client '{value}' of column '{column}' has no training rows")
+    if is_train.all():
+        raise DataError(
+            f"partition=own: data={dataset.name} brings no test rows; deal it otherwise, such as partition=natural"
+        )
     stream = Stream(seed, "partition", "own")
     parts = [apart(rows, valid, stream.child("valid", i)) for i, (rows, _) in enumerate(mine)]
     return Partition(
@@ -232,17 +238,36 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
         valid=tuple(rows for _, rows in parts),
         test=tuple(rows for _, rows in mine),
         common=np.arange(dataset.n_train, dataset.n_rows),
-        scheme={"name": "own", "clients": len(values), "column": column, "valid": valid, "seed": seed},
+        scheme={
+            "name": "own",
+            **_pool(dataset),
+            "clients": len(values),
+            "column": column,
+            "valid": valid,
+            "seed": seed,
+        },
     )
 
 
-def _from_file(dataset: Dataset, clients: int | None, path: str | Path | None) -> Partition:
+def _from_file(dataset: Dataset, clients: int | None, path: str | Path | None, valid: float) -> Partition:
     if path is None:
         raise DataError("partition=file needs partition.path=FILE")
     made = Partition.load(path, dataset.n_rows, dataset.n_train)
     if clients not in (None, made.n_clients):
         raise DataError(f"clients={clients}: the partition file {path} is for {made.n_clients} clients")
+    if valid and not any(map(len, made.valid)):
+        raise DataError(f"eval.valid={valid}: the partition file {path} has no validation rows; give it some (`valid`)")
+    for key, value in _pool(dataset).items():
+        if (dealt := made.scheme.get(key, value)) != value:
+            raise DataError(
+                f"partition file {path}: it deals the rows of a pool with {key}={dealt}, here it is {value}"
+            )
     return made
+
+
+def _pool(dataset: Dataset) -> dict[str, Any]:
+    """What row numbers are numbers of: without it they fit any data set that is large enough."""
+    return {"data": dataset.name, "n_train": dataset.n_train, "n_rows": dataset.n_rows}
 
 
 def _natural_column(dataset: Dataset) -> str | None:

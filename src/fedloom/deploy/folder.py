@@ -24,7 +24,7 @@ from typing import Annotated, Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedloom.config import Settings, make_method, make_settings, read_toml, to_toml
+from fedloom.config import Settings, make_method, make_settings, to_toml
 from fedloom.deploy import texts
 from fedloom.deploy.certificates import (
     certificate_bytes,
@@ -38,6 +38,7 @@ from fedloom.deploy.certificates import (
 from fedloom.errors import ConfigError, suggest
 from fedloom.ranges import NonNegative, Positive, Whole
 from fedloom.rounds import check_stragglers
+from fedloom.values import read_toml
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,250}[A-Za-z0-9])?|::1?")

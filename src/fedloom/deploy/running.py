@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.assembly import arithmetic, make_dataset, make_federation
-from fedloom.config import Settings, make_settings, read_toml, to_toml
+from fedloom.config import Settings, make_settings, to_toml
 from fedloom.data import Federation
 from fedloom.deploy.folder import Deployment, deployable
 from fedloom.deploy.rows import Remote
@@ -20,6 +20,7 @@ from fedloom.engines.flower import Flower, Link, Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment import Experiment, Parts
 from fedloom.runfolder import DEPLOYED, RunFolder
+from fedloom.values import read_toml
 
 TURNS = "turns.json"  # in a run's folder: which turns were accepted
 MAX_ROWS = 10_000_000  # of one node; the server keeps a label for each

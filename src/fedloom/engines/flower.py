@@ -268,7 +268,8 @@ class Flower(Engine):
         data = self.problem.data
         if not data.n_train(i):
             return np.full(data.n_classes, np.iinfo(np.int64).max)
-        return self._rows[ask.rows][0 if ask.rows == "common" else i]
+        rows: npt.NDArray[np.int64] = self._rows[ask.rows][0 if ask.rows == "common" else i]
+        return rows
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[np.int64]]:

@@ -236,7 +236,7 @@ class Sequential(Engine):
             return client
 
         def work(channels_last: bool) -> Client:
-            site = self._site(number, i, "adapt", channels_last)
+            site = self._site(number, i, "adapt", channels_last, p.data.augmented)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
             scale = p.method.lr_scale(max(number - 1, 0))  # that of the last round
             return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn, scale)[0]

@@ -24,7 +24,8 @@ class FedASAM(Method):
     Every local step first climbs to the worst weights nearby, w + e with e = rho T^2 g / ||T g|| and T = |w| + eta, then takes the
     gradient there and steps with it from w. Travels: the whole model, both ways. Stays: nothing. With rho = 0 it is FedAvg.
 
-    As in the released code T is 1 for tensors that are not called `weight`, and running statistics are those of the second pass alone.
+    As in the released code T is 1 for tensors that are not called `weight`; unlike there, running statistics are those of the second pass
+    alone.
     The paper's averaging of models over rounds (SWA) is not part of this.
     """
 
@@ -33,6 +34,7 @@ class FedASAM(Method):
     eta: NonNegative = 0.2
     """What is added to |w| in T, so that small weights move too."""
 
+    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "Improving generalization in federated learning by seeking flat minima",
         "Caldarola, Caputo, Ciccone",

@@ -85,13 +85,10 @@ class FedMR(Method):
         models = tree.stack([uplink["weights"] for uplink in uplinks])
         n, pieces = len(uplinks), self.units(models)
         if n < 2 or len(pieces) < 2:
-            raise ConfigError(
-                f"method.secure=true needs two clients and two units in every round; here {n} and {len(pieces)}"
-            )
-        whole = True
-        while whole:
+            raise ConfigError(f"method.secure=true needs two clients and two units a round; here {n} and {len(pieces)}")
+        orders = [torch.arange(n)] * len(pieces)
+        while (torch.stack(orders) == orders[0]).all(0).any():
             orders = [rng.permutation(n) for _ in pieces]
-            whole = bool((torch.stack(orders) == orders[0]).all(0).any())
         return [{"weights": model} for model in tree.unstack(_shuffled(models, pieces, orders))]
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
@@ -150,8 +147,5 @@ class FedMR(Method):
 
 def _shuffled(models: Weights, pieces: Sequence[Unit], orders: Sequence[Tensor]) -> Weights:
     """Stacked models, each piece in an order of its own."""
-    mixed: Weights = {"params": {}, "buffers": {}}
-    for piece, order in zip(pieces, orders, strict=True):
-        for kind, name in piece:
-            mixed[kind][name] = models[kind][name][order]
-    return mixed
+    order = {tensor: order for piece, order in zip(pieces, orders, strict=True) for tensor in piece}
+    return {kind: {name: leaf[order[kind, name]] for name, leaf in part.items()} for kind, part in models.items()}

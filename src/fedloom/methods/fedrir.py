@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -10,20 +11,7 @@ from torch import Tensor, nn
 
 from fedloom import losses
 from fedloom.errors import ConfigError
-from fedloom.method import (
-    Architecture,
-    Batch,
-    DrawFn,
-    Interleave,
-    Logs,
-    LossFn,
-    Method,
-    Paper,
-    Phase,
-    Predictor,
-    Task,
-    Train,
-)
+from fedloom.method import Architecture, Batch, Interleave, Logs, Method, Paper, Phase, Predictor, Task, Train
 from fedloom.models.fedrir import ImageGenerator, InformationDistillation
 from fedloom.nets import Nets
 from fedloom.ranges import Fraction, NonNegative, Positive, Whole
@@ -48,7 +36,7 @@ class FedRIR(Method):
 
     Differences from the released code, and `docs/methods/fedrir.md` for what each is worth: the released information loss
     makes f_g *predict* f_cs; ours (`idm_mode=vclub`) fits q first and then lowers the bound with q fixed, as the paper states
-    its aim. csfe is in evaluation mode in stage 2. Clients start from equal weights.
+    its aim. csfe is in evaluation mode in stage 2 (`csfe_mode`). Clients start from equal weights.
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
@@ -57,7 +45,11 @@ class FedRIR(Method):
     keep_optimizer: bool = True
     """Whether the optimisers' moments last over rounds."""
     mcsl: Literal["masked", "unmasked", "supervised", "off"] = "masked"
-    """How csfe learns: a masked VAE (the paper), a VAE without masks, by the cross-entropy, or not at all (head on f_g alone)."""
+    """How csfe learns: a masked VAE (the paper), a VAE without masks, by the cross-entropy, or not at all (head on f_g alone). The last
+    two have no stage 1, and no use for its hyper-parameters."""
+    csfe_mode: Literal["evaluation", "training"] = "evaluation"
+    """csfe's mode in stage 2. In evaluation BatchNorm goes by running statistics of masked images; in training (the released code) it
+    goes by the batch's, and the running ones become those of whole images."""
     mask_ratio: Fraction = 0.6
     """The part of the patches that is masked."""
     patch_size: Whole = 0
@@ -109,16 +101,17 @@ class FedRIR(Method):
 
     def phases(self) -> tuple[Phase, ...]:
         """Stage 1 and stage 2."""
-        first = self._train("mcsl", self.mcsl_loss, ("csfe", "generator"), self.draw_mask)
-        classifier = ("gfe", "csfe", "head") if self.mcsl == "supervised" else ("gfe", "head")
-        if not self.informs:
-            second: Phase = self._train("classify", self.loss, classifier)
-        elif self.idm_mode == "released":
-            second = self._train("classify", self.loss, (*classifier, "idm"))
-        else:
-            fit_q = self._train("idm", self.q_loss, ("idm",))
-            classify = self._train("classify", self.loss, classifier, self.draw_pairs)
-            second = Interleave("distil", (fit_q, classify), epochs=self.local_epochs, once=self.both)
+        optimizer, epochs = self.local_optimizer(), self.local_epochs
+        train = partial(Train, optimizer=optimizer, epochs=epochs, keep_state=self.keep_optimizer)
+        first = train("mcsl", self.mcsl_loss, ("csfe", "generator"), draw=self.draw_mask)
+        classifier: tuple[str, ...] = ("gfe", "csfe", "head") if self.mcsl == "supervised" else ("gfe", "head")
+        if self.informs and self.idm_mode == "released":
+            classifier = (*classifier, "idm")
+        modes = (*classifier, "csfe") if self.generates and self.csfe_mode == "training" else classifier
+        classify = train("classify", self.loss, classifier, draw=self.draw_pairs, training=modes)
+        second: Phase = classify
+        if self.informs and self.idm_mode != "released":
+            second = Interleave("distil", (train("idm", self.q_loss, ("idm",)), classify), epochs, once=self.both)
         return (first, second) if self.generates else (second,)
 
     # stage 1: masked client-specific learning
@@ -145,7 +138,8 @@ class FedRIR(Method):
         image = nets.generator(mean + (log_variance / 2).exp() * batch.draws["noise"])
         error = (image - batch.x).square()
         if self.loss_region == "masked":
-            error = error * (1 - stays) * (stays.numel() / (1 - stays).sum())
+            share = (1 - stays).mean() if self.rec_reduction == "mean" else 1.0
+            error = error * (1 - stays) / share
         reconstruction = error.mean() if self.rec_reduction == "mean" else error.sum((1, 2, 3)).mean()
         kl = losses.gaussian_kl(mean, log_variance)
         return reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
@@ -185,8 +179,8 @@ class FedRIR(Method):
         """The information term in nats per feature; the bound is clamped at 0, as there is nothing below independence to reward."""
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
-            features: int = mean.shape[1]  # summed over them, and without the likelihood's 1/2
-            return 2 * features * losses.gaussian_nll(mean, log_variance, specific)
+            # summed over features, and without the likelihood's 1/2
+            return 2 * common.shape[1] * losses.gaussian_nll(mean, log_variance, specific)
         mean, log_variance = nets.frozen.idm(common)
         return losses.vclub(mean, log_variance, specific, batch.draws.get("other")).clamp(min=0)
 
@@ -208,20 +202,3 @@ class FedRIR(Method):
     def informs(self) -> bool:
         """Whether there is an information term."""
         return self.mcsl != "off" and self.idm_mode != "none"
-
-    def _train(
-        self,
-        name: str,
-        loss: LossFn,
-        trains: tuple[str, ...],
-        draw: DrawFn | None = None,
-    ) -> Train:
-        return Train(
-            name,
-            loss,
-            trains,
-            self.local_optimizer(),
-            self.local_epochs,
-            draw=draw,
-            keep_state=self.keep_optimizer,
-        )

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedloom import losses, moments, optim, tree
-from fedloom.method import (
-    Architecture,
-    Batch,
-    Client,
-    Downlink,
-    Logs,
-    Paper,
-    Phase,
-    Round,
-    Sweep,
-    Task,
-    Train,
-    Turn,
-)
+from fedloom.method import Architecture, Batch, Client, Downlink, Logs, Paper, Phase, Round, Sweep, Task, Train, Turn
 from fedloom.methods.fedproto import FedProto
-from fedloom.models.vtc import VtcDecoder
+from fedloom.models.vtc import Spread, VtcDecoder
 from fedloom.nets import Nets, select
 from fedloom.ranges import Count, NonNegative, Positive
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
-
-
-class Spread(nn.Module):
-    """The logarithm of the factor (p,) on a client's empirical standard deviations; 0 at first."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.log_factor = nn.Parameter(torch.zeros(width))
-
-    def forward(self) -> Tensor:
-        return self.log_factor.exp()
 
 
 @dataclass(frozen=True)
@@ -56,7 +32,7 @@ class FedVTC(FedProto):
     1. fit: body and head by cross-entropy, pulled to the global prototypes.
     2. statistics: a sweep over the client's rows.
     3. generator: psi_k rebuilds images from noisy features, and its images of *global* latents must give features like c; f_k is frozen.
-    4. finetune: body and head on images psi_k(v), v ~ N(c_y, sigma^2), y uniform; in every Nth turn, or on a copy before predicting.
+    4. finetune: body and head on images psi_k(v), v ~ N(c_y, sigma^2), y uniform; in every Nth round, or on a copy before predicting.
     """
 
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
@@ -86,13 +62,13 @@ class FedVTC(FedProto):
     n_synthetic: Count = 32
     """Synthetic images in a step."""
     finetune: Literal["every", "end", "never"] = "every"
-    """Fine-tune in every `finetune_every`-th turn, or a copy before predicting (which is thrown away), or not."""
+    """Fine-tune in every `finetune_every`-th round, or a copy before predicting (which is thrown away), or not."""
     finetune_every: Count = 1
     """Rounds from one fine-tuning to the next."""
     finetune_steps: Count = 50
     """Steps of a fine-tuning."""
-    finetune_lr: Positive = 0.05
-    """Learning rate of the fine-tuning."""
+    finetune_lr: NonNegative = 0.0
+    """Learning rate of the fine-tuning; 0 means `lr`."""
     finetune_part: Literal["model", "head"] = "model"
     """What fine-tuning updates."""
     finetune_mix: bool = True
@@ -141,14 +117,10 @@ class FedVTC(FedProto):
     def phases(self) -> tuple[Phase, ...]:
         """Fit, statistics, generator, and fine-tuning where it is a part of turns."""
         fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
+        nets = ("generator", "spread") if self.learn_spread else ("generator",)
+        adam = optim.adam(self.generator_lr)
         generator = Train(
-            "generator",
-            self.generator_loss,
-            ("generator", "spread") if self.learn_spread else ("generator",),
-            optim.adam(self.generator_lr),
-            epochs=self.generator_epochs,
-            draw=self.draw_latents,
-            keep_state=True,
+            "generator", self.generator_loss, nets, adam, self.generator_epochs, draw=self.draw_latents, keep_state=True
         )
         first = (fit, Sweep("statistics", self.statistics), generator)
         return (*first, self.finetuning()) if self.finetune == "every" else first
@@ -159,16 +131,13 @@ class FedVTC(FedProto):
 
     def finetuning(self) -> Train:
         """In evaluation mode: running statistics stay those of real images."""
-        return Train(
-            "finetune",
-            self.finetune_loss,
-            ("body", "head") if self.finetune_part == "model" else ("head",),
-            self.local_optimizer(self.finetune_lr),
-            steps=self.finetune_steps,
-            draw=self.draw_latents,
-            training=(),
-            when=self.finetunes if self.finetune == "every" else None,
+        nets = ("body", "head") if self.finetune_part == "model" else ("head",)
+        optimizer, when = (
+            self.local_optimizer(self.finetune_lr or self.lr),
+            self.finetunes if self.finetune == "every" else None,
         )
+        tune = Train("finetune", self.finetune_loss, nets, optimizer, steps=self.finetune_steps, training=(), when=when)
+        return replace(tune, draw=self.draw_latents)
 
     def finetunes(self, turn: Turn) -> bool:
         """Whether this turn has a fine-tuning."""
@@ -180,8 +149,12 @@ class FedVTC(FedProto):
         """Mean squared distance per feature to the classes' prototypes (B,), or half of that in units of sigma."""
         away: Tensor = features - down["prototypes"][labels]
         if self.pull == "scaled":
-            away = away / (moments.deviations(down["spread"], labels, self.covariance) * 2**0.5)
+            away = away / (self.sigma(down, labels) * 2**0.5)
         return away.square().mean(1)
+
+    def sigma(self, down: Tree, labels: Tensor) -> Tensor:
+        """The global standard deviations for rows of these classes, (p,) or (B, p); a coarse downlink may have rounded them to 0."""
+        return moments.deviations(down["spread"], labels, self.covariance).clamp(min=self.spread_floor)
 
     # phase 2: statistics
 
@@ -212,13 +185,9 @@ class FedVTC(FedProto):
 
     def draw_latents(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
         """Noise for the batch's own features (B, p) and for synthetic rows (S, p), and numbers in [0, 1) that choose their classes (S,)."""
-        n = self.n_synthetic
-        strata = (torch.arange(n) + rng.uniform((n,))) / n  # evenly over the classes
-        return {
-            "noise": rng.normal((len(batch.y), task.width)),
-            "latent_noise": rng.normal((n, task.width)),
-            "class_choice": strata,
-        }
+        n, p = self.n_synthetic, task.width
+        choice = (torch.arange(n) + rng.uniform((n,))) / n  # evenly over the classes
+        return {"noise": rng.normal((len(batch.y), p)), "latent_noise": rng.normal((n, p)), "class_choice": choice}
 
     def generator_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Reconstruction of x from z + sigma_k eps, the KL term and the distribution matching; the frozen body gives z."""
@@ -237,13 +206,12 @@ class FedVTC(FedProto):
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
         """sigma_k for each row: (B, p)."""
         variance = moments.within(memory["statistics"], self.covariance)
-        spread = moments.spread_of(variance, self.spread_floor, self.covariance)
-        per_row = moments.deviations(spread, labels, self.covariance).expand(len(labels), -1)
+        per_row = moments.own_deviations(variance, self.spread_floor, labels, self.covariance).expand(len(labels), -1)
         return per_row * nets.spread() if self.learn_spread else per_row
 
     def kl(self, z: Tensor, spread: Tensor, labels: Tensor, down: Tree) -> Tensor:
         """KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature: mean over rows, 0 for classes without a prototype."""
-        sigma = moments.deviations(down["spread"], labels, self.covariance)
+        sigma = self.sigma(down, labels)
         known = (down["counts"][labels] > 0)[:, None]
         mean = (z - down["prototypes"][labels]) / sigma
         log_variance = 2 * (spread / sigma).log()
@@ -257,22 +225,19 @@ class FedVTC(FedProto):
 
     def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
         """The distance of features `made` of synthetic images (S, p) from what they should be, per feature; 0 without prototypes."""
-        made, z = losses.wide(made), losses.wide(z)
+        made = losses.wide(made)
+        known: Tensor = down["counts"] > 0
+        target: Tensor = down["prototypes"]
         if self.matching == "cycle":
-            error = (made - latents).square().mean()
-        elif self.matching == "mahalanobis":
-            sigma = moments.deviations(down["spread"], labels, self.covariance)
-            error = ((made - down["prototypes"][labels]) / sigma).square().mean()
-        else:
-            n_classes = len(down["counts"])
-            means, present = moments.class_means(made, labels, n_classes)
-            target = down["prototypes"]
-            if self.matching == "real":
-                target, held = moments.class_means(z, y, n_classes)
-                present = present * held
-            error = ((means - target).square().mean(1) * present).sum() / present.sum().clamp(min=1)
-        exists: Tensor = (down["counts"] > 0).any()
-        return error * exists
+            return (made - latents).square().mean() * known.any()
+        if self.matching == "mahalanobis":
+            return ((made - target[labels]) / self.sigma(down, labels)).square().mean() * known.any()
+        means, counted = moments.class_means(made, labels, len(known))
+        if self.matching == "real":
+            target, held = moments.class_means(losses.wide(z), y, len(known))
+            counted = counted * held
+        counted = counted * known  # without prototypes all labels are 0
+        return ((means - target).square().mean(1) * counted).sum() / counted.sum().clamp(min=1)
 
     # phase 4: fine-tuning
 

@@ -20,7 +20,8 @@ class Scaffold(Method):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II).
 
     Travels: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Stays: the client's control
-    variate c_i, an estimate of its own *gradient* (same sign); c is the mean of all c_i.
+    variate c_i, an estimate of its own *gradient* (same sign); c is the mean of all c_i
+    (as long as no uplink is rejected and no round skipped: clients are not told, and keep their new c_i).
     The means run over the cohort with equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
     """
 

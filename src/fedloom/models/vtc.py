@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from fedloom.errors import ConfigError
@@ -48,6 +49,17 @@ class VtcDecoder(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         images: Tensor = self.layers(features)
         return images
+
+
+class Spread(nn.Module):
+    """The logarithm of the factor (p,) on a client's empirical standard deviations; 0 at first."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.zeros(width))
+
+    def forward(self) -> Tensor:
+        return self.log_factor.exp()
 
 
 def _halvings(size: Size, n: int | None = None) -> list[Size]:

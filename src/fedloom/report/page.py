@@ -15,7 +15,7 @@ from fedloom.report import units
 from fedloom.report.groups import flatten, group, headline, total
 from fedloom.report.looked_at import analysis_grids, pictures
 from fedloom.report.read import RunRecord, printable
-from fedloom.report.tables import Cell, Grid, paired_grid, recall_grid, summary_grid
+from fedloom.report.tables import Cell, Grid, not_counted, paired_grid, recall_grid, summary_grid
 from fedloom.report.waiting import Waiting, waiting_grid
 
 if TYPE_CHECKING:
@@ -59,19 +59,22 @@ class Detail(NamedTuple):
     tables: Mapping[str, Mapping[str, str]]
 
 
-def write_page(records: Sequence[RunRecord], path: str | Path, waiting: Waiting | None = None) -> None:
+def write_page(
+    records: Sequence[RunRecord], path: str | Path, waiting: Waiting | None = None, baseline: str | None = None
+) -> None:
     """Writes a report of `records` to `path`, one HTML file that needs nothing else, atomically.
 
-    With `waiting` it also tells how long devices on networks would have taken.
+    With `waiting` it also tells how long devices on networks would have taken; `baseline` as for `paired_table`.
 
-    Raises UsageError when there are no records, when matplotlib or Jinja is missing, or when `path` cannot be written.
+    Raises UsageError when there are no records, when `baseline` is not among them,
+    when matplotlib or Jinja is missing, or when `path` cannot be written.
     """
     if not records:
         raise UsageError("a report needs at least one run")
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"cannot write the report to '{target}': it is a folder")
-    page = _render(records, waiting)
+    page = _render(records, waiting, baseline)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,7 @@ def write_page(records: Sequence[RunRecord], path: str | Path, waiting: Waiting 
             draft.unlink()
 
 
-def _render(records: Sequence[RunRecord], waiting: Waiting | None) -> str:
+def _render(records: Sequence[RunRecord], waiting: Waiting | None, baseline: str | None) -> str:
     try:
         import jinja2
         import markupsafe
@@ -103,7 +106,7 @@ def _render(records: Sequence[RunRecord], waiting: Waiting | None) -> str:
         unfinished=[record for record in records if not record.finished],
         grids=[
             summary_grid(records, digits=2),
-            paired_grid(records, digits=2),
+            paired_grid(records, baseline, digits=2),
             waiting_grid(records, waiting) if waiting else None,
             recall_grid(records),
             *analysis_grids(records),
@@ -140,7 +143,7 @@ def _scheme(record: RunRecord) -> str:
     scheme = record.partition.get("scheme")
     if not isinstance(scheme, Mapping):
         return ""
-    known = ("name", "seed", "clients")  # shown elsewhere
+    known = ("name", "seed", "clients", "data", "n_train", "n_rows")  # shown elsewhere
     rest = {key: value for key, value in flatten(scheme).items() if key not in known}
     parts = [_shown(scheme.get("name", "")), *(f"{key}={_shown(value)}" for key, value in rest.items())]
     return " ".join(parts).strip()
@@ -251,6 +254,7 @@ def _result(record: RunRecord) -> dict[str, str]:
         "downlink": f"{units.size(down)} ({down:,.0f} bytes)" if down is not None else "",
         "time": units.duration(seconds) if seconds is not None else "",
         "local training": f"{flops / 1e9:.3g} GFLOP a round" if flops else "",
+        "not counted": not_counted([record]),
         "largest client": f"{units.size(peak)} of tensors at once" if peak else "",
         "partition": _scheme(record),
         "partition hash": _shown(record.partition.get("hash", "")),

@@ -46,7 +46,7 @@ def choose_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
 
 
 def difference(group: Group, baseline: Group, measure: str, statistic: str = "final") -> Difference | None:
-    """The paired difference in one measure, over finished runs of equal seed and partition; None without a pair."""
+    """The paired difference in one measure, over finished runs of equal data, seed and partition; None without a pair."""
     ours, theirs = (_by_seed(g, measure, statistic) for g in (group, baseline))
     points = 100 * np.array([np.mean(ours[key]) - np.mean(theirs[key]) for key in ours if key in theirs])
     if not len(points):
@@ -63,8 +63,8 @@ def _interval(mean: float, points: np.ndarray) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def _by_seed(group: Group, measure: str, statistic: str) -> dict[tuple[int | None, str | None], list[float]]:
-    values: dict[tuple[int | None, str | None], list[float]] = {}
+def _by_seed(group: Group, measure: str, statistic: str) -> dict[tuple[object, ...], list[float]]:
+    values: dict[tuple[object, ...], list[float]] = {}
     for record in group.records:
         value = headline(record, measure, statistic) if record.finished else None
         if value is not None:
@@ -72,5 +72,6 @@ def _by_seed(group: Group, measure: str, statistic: str) -> dict[tuple[int | Non
     return values
 
 
-def _pair_key(record: RunRecord) -> tuple[int | None, str | None]:
-    return record.seed, record.partition.get("hash")
+def _pair_key(record: RunRecord) -> tuple[object, ...]:
+    """The hash knows row numbers alone, which are the same for data sets of one size."""
+    return record.fact("data"), record.seed, record.partition.get("hash")

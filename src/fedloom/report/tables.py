@@ -27,6 +27,7 @@ class Cell(NamedTuple):
 
 
 EMPTY = Cell("–")
+NOT_COUNTED = {"rejected": "rejected", "lost": "lost", "late": "late", "skipped": "rounds skipped"}
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,10 @@ def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
     }
     found = {label: runs for label, runs in found.items() if runs}
     sizes = {len(run) for runs in found.values() for run in runs}
-    if len(sizes) != 1 or max(sizes) > most:
+    named = {tuple(classes) for r in records if (classes := r.partition.get("classes"))}
+    if len(sizes) != 1 or max(sizes) > most or len(named) > 1:
         return None
-    names = next((r.partition.get("classes") for r in records if r.partition.get("classes")), None) or range(*sizes)
+    names = next(iter(named), None) or range(*sizes)
     rows = tuple((Cell(label), *map(_recall_cell, zip(*runs, strict=True))) for label, runs in found.items())
     caption = "Personal models on the common rows: the part of a class's rows that they predict rightly; mean over clients and seeds."
     return Grid("Recall by class, in percent", ("Method", *map(str, names)), rows, caption, heat=True)
@@ -190,11 +192,20 @@ def _summary_caption(groups: Sequence[Group]) -> str:
         distinct = set(counts.values())
         listed = str(*distinct) if len(distinct) == 1 else ", ".join(f"{label} {n}" for label, n in counts.items())
         notes.append(f"Mean ± standard deviation over seeds ({listed}).")
+    without = [f"{g.label} {told}" for g in groups if (told := not_counted(g.counted))]
+    if without:
+        notes.append(f"Turns that did not count: {'; '.join(without)}.")
     unfinished = [record for g in groups for record in g.records if not record.finished]
     if unfinished:
         listed = ", ".join(f"{record.name} ({record.progress})" for record in unfinished)
         notes.append(f"Unfinished: {listed}; counted only where a method has no finished run.")
     return " ".join(notes)
+
+
+def not_counted(records: Sequence[RunRecord]) -> str:
+    """Turns that were lost, late or rejected, and rounds that were skipped, of all these runs."""
+    counts = {what: sum(int((r.summary or {}).get(what) or 0) for r in records) for what in NOT_COUNTED}
+    return ", ".join(f"{n:,} {NOT_COUNTED[what]}" for what, n in counts.items() if n)
 
 
 def paired_grid(records: Sequence[RunRecord], baseline: str | None = None, digits: int = 1) -> Grid | None:
@@ -231,7 +242,7 @@ def _difference_cell(found: Difference | None, digits: int) -> Cell:
 
 
 def _paired_caption(columns: Sequence[Sequence[Difference | None]]) -> str:
-    caption = "Pairs share seed and partition; finished runs only."
+    caption = "Pairs share data, seed and partition; finished runs only."
     if any(found and found.interval for column in columns for found in column):
         return f"{caption} In brackets the 95 % t-interval of the mean; bold where it leaves out zero."
     return f"{caption} An interval needs {MIN_SEEDS_FOR_INTERVAL} seeds."

@@ -111,7 +111,8 @@ def _cells(pairs: Sequence[tuple[RunRecord, int]], waiting: Waiting) -> list[Cel
 
 
 def _at(times: pd.Series[float], number: int) -> float:
-    return float(times[times.index <= number].iloc[-1])
+    before = times[times.index <= number]
+    return float(before.iloc[-1]) if len(before) else 0.0  # nobody had worked yet
 
 
 def _bytes_per_turn(record: RunRecord) -> float:

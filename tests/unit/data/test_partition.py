@@ -52,7 +52,8 @@ def test_every_row_goes_to_exactly_one_split_of_one_client(scheme, clients, seed
 def test_seeds_and_schemes_are_recorded_and_hashes_are_pinned():
     made = partition(load("digits"), 10)
     assert made.scheme == {
-        "name": "dirichlet", "clients": 10, "min_examples": 10, "alpha": 0.1,
+        "name": "dirichlet", "data": "digits", "n_train": 1797, "n_rows": 1797,
+        "clients": 10, "min_examples": 10, "alpha": 0.1,
         "merge": True, "test_fraction": 0.25, "valid": 0.0, "seed": 0,
     }  # fmt: skip
     assert made.hash() == "3353a9190e9fea16ca192e40b47fa64b"
