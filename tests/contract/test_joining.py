@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from contract import assert_close, assert_same, left_by, untimed
+from contract import assert_close, assert_same, left_by
 from fedloom import FedPer, FedRIR, Stream, Task, Train, tree
 from fedloom.errors import ConfigError
 from fedloom.experiment import Experiment
@@ -24,6 +24,7 @@ SETTINGS = {
     "checkpoint_every": 1,
     "data.rows": 300,
 }
+BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
 JOINABLE = [name for name in METHODS if name != "centralised"]
 # with fedbn, because the MLP has no normalisation layers
 ALL_TRAVELS = ["fedasam", "fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]
@@ -36,7 +37,8 @@ def _wide(float64):
 
 @pytest.mark.parametrize("name", JOINABLE)
 def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_path, name):
-    run = experiment(name, **SETTINGS)
+    settings = {**SETTINGS, **(BRIEF if name == "fedvtc" else {})}
+    run = experiment(name, **settings)
     with_newcomers = left_by(run)
     assert {row["client"] for row in with_newcomers.turns} <= {0, 1, 2, 3}
     assert with_newcomers.summary["clients"] == 4
@@ -44,7 +46,7 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
     splits = {split: dealt[split][:4] for split in ("train", "valid", "test")}
     (tmp_path / "four.json").write_text(json.dumps(splits))
     four = {"name": "file", "path": str(tmp_path / "four.json")}
-    without_them = left_by(experiment(name, **{**SETTINGS, "join.clients": 0, "clients": 4, "partition": four}))
+    without_them = left_by(experiment(name, **{**settings, "join.clients": 0, "clients": 4, "partition": four}))
     assert tree.equal(with_newcomers.server, without_them.server)
     assert all(tree.equal(a, b) for a, b in zip(with_newcomers.clients, without_them.clients, strict=True))
     assert with_newcomers.summary["uplink_bytes"] == without_them.summary["uplink_bytes"]
@@ -89,11 +91,52 @@ def test_running_statistics_move_where_they_stay_and_only_there(experiment, name
         assert all(torch.equal(b, down.common["weights"]["buffers"][n]) for n, b in stays.items())
 
 
+def test_fedbn_fits_normalisation_layers(experiment):
+    run = experiment(
+        "fedbn", **{**SETTINGS, "model": "resnet8", "rounds": 1, "data.rows": 160, "partition": {"name": "iid"}}
+    )
+    run.run()
+    received, own = run.server["weights"]["params"], run.engine.client(5).weights["params"]
+    norms = {name for name in run.problem.modules(0)["model"].state_dict() if ".norm" in f".{name}"}
+    assert own
+    assert received.keys().isdisjoint(own)
+    initial = run.problem.initial(5, read_weights(run.problem.modules(0))).weights["params"]
+    assert all(not torch.equal(p, initial[name]) for name, p in own.items())
+    assert {name.removeprefix("model.") for name in own} <= norms
+
+
+def test_turns_of_a_newcomer_count_from_0(experiment):
+    """With a rate that is gone after its first turn, one turn is as good as three; were it gone before, there would be none."""
+    settings = {**SETTINGS, "method.lr": 0.1, "method.lr_decay": 1e-9}
+    one, three, constant = (
+        experiment("fedper", **{**settings, **choice})
+        for choice in ({"join.turns": 1}, {"join.turns": 3}, {"join.turns": 1, "rounds": 1, "method.lr_decay": 1.0})
+    )
+    for run in (one, three, constant):
+        run.run()
+    initial = one.problem.initial(5, read_weights(one.problem.modules(0))).weights["params"]
+    for name, p in one.engine.client(5).weights["params"].items():
+        assert (p - initial[name]).abs().max() > 1e-3
+        torch.testing.assert_close(three.engine.client(5).weights["params"][name], p, rtol=0, atol=1e-6)
+
+
+def test_newcomers_receive_what_arrives(experiment):
+    run = experiment("fedper", **SETTINGS, downlink="int8")
+    run.run()
+    exact = run.method.deploy(run.server, run.problem.task)
+    arrived = run.problem.codec.through(exact).common["weights"]["params"]
+    _, client, _ = run.engine.personal(3, run.problem.codec.through(exact), 5)
+    for name, p in arrived.items():
+        assert torch.equal(client.weights["params"][name], p)
+        assert name.endswith("bias") or not torch.equal(p, run.server["weights"]["params"][name])
+
+
 @pytest.mark.parametrize("engine", ["processes", "debug+bytes+sequential", "vectorised"])
 @pytest.mark.parametrize("name", ["fedrir", "fedper", "fedvtc"])
 def test_every_engine_lets_the_same_clients_join(experiment, name, engine):
-    one = left_by(experiment(name, **SETTINGS))
-    other = left_by(experiment(name, **{**SETTINGS, "engine": engine, "engine.workers": 2}))
+    settings = {**SETTINGS, **(BRIEF if name == "fedvtc" else {})}
+    one = left_by(experiment(name, **settings))
+    other = left_by(experiment(name, **{**settings, "engine": engine, "engine.workers": 2}))
     (assert_close if engine == "vectorised" else assert_same)(one, other)
     assert other.summary["new_clients"]["joined"] == one.summary["new_clients"]["joined"]
 
@@ -194,4 +237,3 @@ def test_phases_without_parameters_to_train_go_and_sweeps_stay():
     assert without((*method.phases(), sweep), weights, weights) == (sweep,)
     everything = without(method.phases(), weights, {"params": {}, "buffers": {}})
     assert set(everything[0].trains) == weights["params"].keys()
-    assert untimed({"join_seconds": 1.0}) == {}

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from contract import TOYS, assert_close, assert_same, left_by
+from contract import assert_close, assert_same, left_by
 from fedloom import FedAvg, FedPer, tree
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, DivergedError
 from fedloom.experiment import Experiment, Parts
-from fedloom.registry import METHODS
 
 SETTINGS = {"clients": 4, "rounds": 1, "data.rows": 160, "engine": "sequential", "engine.workers": 2}
 SLOW = {"devices.slow": 0.5, "devices.slowdown": 3}
@@ -33,13 +32,13 @@ class Faulty(Wrapper):
         return [reply for reply in replies if reply]
 
 
-def with_tensor(change):
+def with_tensor(change, weight=WEIGHT):
     """Tampering that puts `change(tensor)` in place of one tensor; None takes it away."""
 
     def tamper(reply):
         params = dict(reply.uplink["weights"]["params"])
-        new = change(params.pop(WEIGHT))
-        params |= {} if new is None else {WEIGHT: new}
+        new = change(params.pop(weight))
+        params |= {} if new is None else {weight: new}
         return reply._replace(uplink={"weights": {**reply.uplink["weights"], "params": params}})
 
     return tamper
@@ -105,17 +104,17 @@ def test_a_bad_uplink_is_rejected_and_the_others_are_averaged(experiment, fault,
     assert run.rows[-1]["cohort"] == 3
 
 
-@pytest.mark.parametrize("model", ["mlp", "resnet8"])
-@pytest.mark.parametrize("method", METHODS)
-def test_what_methods_send_is_never_rejected(experiment, method, model):
-    run = experiment(method, **{**SETTINGS, "rounds": 2, "model": model, "cohort": 2})
-    assert run.run()["rejected"] == 0
-    assert events(run) == []
-
-
-@pytest.mark.parametrize("toy", TOYS)
-def test_what_other_methods_send_is_never_rejected(experiment, toy):
-    assert experiment(TOYS[toy](), **{**SETTINGS, "rounds": 2}).run()["rejected"] == 0
+@pytest.mark.parametrize("fate", ["rejected", "thrown away"])
+def test_a_client_whose_uplink_does_not_count_keeps_what_it_learnt(experiment, fate):
+    settings = {**SETTINGS, "min_clients": 4 if fate == "thrown away" else 1}
+    whole, run = (experiment("fedper", **settings) for _ in range(2))
+    whole.run()
+    faults = with_tensor(lambda w: w[:-1], "model.body.linear.weight") if fate == "rejected" else lambda _: None
+    run.engine = Faulty(run.engine, faults)
+    summary = run.run()
+    assert (summary["rejected"], summary["skipped"]) == ((1, 0) if fate == "rejected" else (0, 1))
+    for i in range(4):
+        assert tree.equal(run.engine.client(i)._asdict(), whole.engine.client(i)._asdict())
 
 
 @pytest.mark.parametrize("method", ["fedproto", "fedvtc"])
@@ -235,9 +234,15 @@ def test_a_server_that_is_not_finite_is_never_written(experiment):
 
 # devices
 
+CODED = {"uplink": "topk:0.2,int8", "downlink": "fp16"}
 RULES = [
-    ("fedavg", "late"), ("fedrir", "late"), ("scaffold", "partial"), ("fedvtc", "partial"), ("fedmr", "drop"), ("scaffold", "wait"),
-]  # fmt: skip
+    ("fedavg", "late", {}),
+    ("fedrir", "late", CODED),
+    ("scaffold", "partial", {}),
+    ("fedvtc", "partial", {"method.finetune_steps": 6, "method.n_synthetic": 8}),
+    ("fedmr", "drop", CODED),
+    ("scaffold", "wait", {}),
+]
 
 
 def devices(experiment, method, rule, engine="sequential", **settings):
@@ -245,25 +250,26 @@ def devices(experiment, method, rule, engine="sequential", **settings):
     return experiment(method, **{**chosen, "devices.stragglers": rule, "engine": engine, **settings})
 
 
-@pytest.mark.parametrize(("method", "rule"), RULES)
-def test_devices_are_the_same_on_every_engine(experiment, method, rule):
-    expected = left_by(devices(experiment, method, rule))
+@pytest.mark.parametrize(("method", "rule", "settings"), RULES)
+def test_devices_are_the_same_on_every_engine(experiment, method, rule, settings):
+    expected = left_by(devices(experiment, method, rule, **settings))
     assert expected.summary["lost"] > 0
     for engine in ("processes", "debug+bytes+sequential"):
-        assert_same(left_by(devices(experiment, method, rule, engine)), expected)
-    assert_close(left_by(devices(experiment, method, rule, "vectorised")), expected)
+        assert_same(left_by(devices(experiment, method, rule, engine, **settings)), expected)
+    if settings != CODED:  # a last bit decides here and there which values top-k takes, or where int8 rounds to
+        assert_close(left_by(devices(experiment, method, rule, "vectorised", **settings)), expected)
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
-@pytest.mark.parametrize(("method", "rule"), RULES[:3])
-def test_a_run_is_taken_up_with_uplinks_under_way(experiment, method, rule, after):
+@pytest.mark.parametrize(("method", "rule", "settings"), RULES[:3])
+def test_a_run_is_taken_up_with_uplinks_under_way(experiment, method, rule, settings, after):
     def stop(done, rounds, row):
         if done == after:
             raise KeyboardInterrupt
 
-    whole = devices(experiment, method, rule, checkpoint_every=1)
+    whole = devices(experiment, method, rule, checkpoint_every=1, **settings)
     expected = left_by(whole)
-    run = devices(experiment, method, rule, checkpoint_every=1)
+    run = devices(experiment, method, rule, checkpoint_every=1, **settings)
     with pytest.raises(KeyboardInterrupt):
         run.run(stop)
     assert bool(run.intake.flights) == (rule == "late")

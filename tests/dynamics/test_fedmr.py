@@ -160,6 +160,39 @@ def test_a_secure_round_deploys_the_same_model(experiment):
     assert "server.update_cosine" not in secure.rows[0]
 
 
+@pytest.mark.parametrize("devices", [{}, {"devices.dropout": 0.3}])
+@pytest.mark.parametrize("sick", [None, 1])
+def test_in_a_secure_round_the_server_receives_what_clients_exchanged(experiment, monkeypatch, devices, sick):
+    """Units of those whose uplink counts, each in the model of another; nothing of those that were lost or rejected."""
+    settings = {"clients": 6, "rounds": 1, "method.lr": 0.1, **devices}
+    run = experiment("fedmr", **settings, **{"method.secure": True})
+    replies, received, train = [], [], run.engine.train
+
+    def watched(number, cohort, down):
+        for reply in train(number, cohort, down):
+            broken = tree.map_tree(lambda t: t * float("nan"), reply.uplink) if reply.client == sick else reply.uplink
+            replies.append(reply._replace(uplink=broken))
+        return replies
+
+    aggregate = type(run.method).aggregate
+
+    def seen(method, server, uplinks, round):
+        received.extend(uplink["weights"] for uplink in uplinks)
+        return aggregate(method, server, uplinks, round)
+
+    monkeypatch.setattr(run.engine, "train", watched)
+    monkeypatch.setattr(type(run.method), "aggregate", seen)
+    run.run()
+    sent = [reply.uplink["weights"] for reply in replies if reply.client != sick]
+    assert (len(sent) < 6) == bool(devices or sick)
+    assert len(received) == len(sent)
+    assert not any(tree.equal(whole, own) for whole in received for own in sent)
+    for (path, _), *_ in zip(tree.flatten(sent[0]), strict=False):
+        mine, theirs = ([dict(tree.flatten(model))[path] for model in models] for models in (sent, received))
+        assert all(any(torch.equal(t, m) for m in mine) for t in theirs)
+        assert sum(t.double().sum() for t in theirs) == pytest.approx(float(sum(m.double().sum() for m in mine)))
+
+
 def test_a_secure_exchange_and_differences_do_not_go_together(experiment):
     with pytest.raises(ConfigError, match="uplink: FedMR exchanges parts of uplinks"):
         experiment("fedmr", uplink="int8", **{"method.secure": True})
