@@ -27,6 +27,14 @@ def test_export_writes_once(tiny: Cli, cli: Cli) -> None:
     assert (facts["client"], facts["file"]) == (0, "elsewhere/client-0.onnx")
 
 
+def test_export_of_a_client_that_joined_later(tiny: Cli, cli: Cli) -> None:
+    pytest.importorskip("onnxruntime")
+    assert tiny("run", "method=fedper", "join.clients=1", "join.turns=1", "out=r").code == 0
+    done = cli("export", "r", "--client", "3", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)[0]["client"] == 3
+
+
 MISTAKES = {
     "export": "name the folder of a run",
     "export nowhere": "nowhere is not a run's folder",

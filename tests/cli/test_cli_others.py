@@ -6,11 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from fedloom import tree
+from fedloom.check import check_method
 from fedloom.compare import plan
-from fedloom.config import make_method, make_settings
+from fedloom.config import make_method
 from fedloom.models import ZOO
-from fedloom.registry import METHODS
+from fedloom.registry import METHODS, load_object
 from fedloom.values import read_toml
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,6 +79,12 @@ def test_partition_shows_saves_and_draws(cli):
     assert saved["hash"] in again.out
 
 
+def test_partition_of_a_comparison_is_that_of_its_first_seed(cli):
+    shown = cli("partition", str(CONFIGS / "digits.toml"))
+    assert shown.code == 0, shown.err
+    assert shown.out == cli("partition", str(CONFIGS / "digits.toml"), "seed=0").out
+
+
 def test_long_partitions_are_shortened(cli):
     lines = cli("partition", "clients=60", "partition=iid").out.splitlines()
     assert len(lines) < 45
@@ -98,9 +107,23 @@ def test_check_prints_a_list_and_tells_by_its_exit_code(cli):
     assert "put @dataclass(frozen=True) above Bad" in found["own.py:Bad"][0]["note"]
 
 
-@pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.toml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.toml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_the_configs_that_come_along_are_valid(file):
-    values = read_toml(file)
-    several = isinstance(values["method"], dict) and isinstance(values["method"]["name"], list)
-    settings = [job.settings for job in plan(values).jobs(Path())] if several else [make_settings(values)]
-    assert all(make_method(each.method) for each in settings)
+    jobs = plan(read_toml(file)).jobs(Path())
+    assert jobs
+    for job in jobs:
+        make_method(job.settings.method)
+
+
+def test_the_example_keeps_the_contract_and_is_fedavg_without_momentum(experiment):
+    file = CONFIGS.parent / "examples/my_method.py"
+    mine = load_object(f"{file}:HeavyBall", "method")
+    run, plain = experiment(mine(beta=0.0)), experiment("fedavg")
+    for each in (run, plain):
+        each.run()
+    pairs = (run.server["weights"], plain.server["weights"])
+    tree.map_tree(lambda p, q: torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-13) or p, *pairs)
+    shown = (CONFIGS.parent / "README.md").read_text().partition("class HeavyBall")[2].partition("```")[0].splitlines()
+    assert len(shown) > 10
+    assert set(shown) <= set(file.read_text().partition("class HeavyBall")[2].splitlines())
+    assert not any(rule.kept is False for rule in check_method(f"{file}:HeavyBall"))

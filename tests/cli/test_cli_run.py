@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,6 +10,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
 
 import fedloom
 
@@ -61,8 +66,22 @@ def test_divergence_is_told(tiny):
     assert "method.lr" in done.err
 
 
-def test_natural_clients_need_no_number(cli):
-    assert "'clients'" not in cli("run", "partition=natural", "partition.column=writer").err
+def test_natural_clients_need_no_number(cli, tmp_path):
+    writers = pa.array(["ann", "bob", "cy"] * 20)
+    pictures = [{"bytes": _png(shade), "path": None} for shade in range(60)]
+    (tmp_path / "written").mkdir()
+    table = pa.table({"image": pictures, "label": [n % 2 for n in range(60)], "writer": writers})
+    pq.write_table(table, tmp_path / "written/train.parquet")
+    words = ("partition=natural", "partition.column=writer", "model=mlp", "rounds=1", "engine=sequential", "--json")
+    done = cli("run", "data=written", "data.path=written", *words)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["clients"] == 3
+
+
+def _png(shade):
+    file = io.BytesIO()
+    Image.new("L", (8, 8), shade).save(file, "PNG")
+    return file.getvalue()
 
 
 def test_help_lists_every_key(cli):
@@ -79,7 +98,6 @@ def test_help_lists_every_key(cli):
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(tiny, cli):
-    whole = tiny("run", "rounds=6", "out=whole", "--json")
     words = (
         "rounds=600",
         "clients=4",
@@ -98,17 +116,20 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tiny, cli):
         time.sleep(0.05)
     stopped.send_signal(signal.SIGINT)
     _, err = stopped.communicate(timeout=60)
-    assert (stopped.returncode, err) == (130, "fedloom: interrupted; continue with: fedloom run --resume cut\n")
+    # Python ends by the signal itself where that came while it executed a string (as named tuples do); a shell says 130 to both
+    assert stopped.returncode in (130, -signal.SIGINT)
+    assert err == "fedloom: interrupted; continue with: fedloom run --resume cut\n"
     config = Path("cut/config.toml")
     done = json.loads(Path("cut/checkpoint/state.json").read_text())["round"]
     config.write_text(config.read_text().replace("rounds = 600", f"rounds = {done + 1}"))
     resumed = cli("run", "--resume", "cut", "--json")
     assert resumed.code == 0
-    shared = min(done + 1, 6)
-    rows = [Path(folder, "metrics.jsonl").read_text().splitlines() for folder in ("cut", "whole")]
-    assert whole.code == 0
-    accuracies = [[json.loads(row)["server_accuracy"] for row in each[:shared]] for each in rows]
-    assert accuracies[0] == accuracies[1]
+    assert tiny("run", f"rounds={done + 1}", "out=whole", "--quiet").code == 0
+    cut, whole = (
+        [json.loads(line)["train.loss"] for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+        for folder in ("cut", "whole")
+    )
+    assert cut == whole
 
 
 def test_what_cannot_be_resumed(tiny, cli):

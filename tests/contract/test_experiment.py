@@ -53,6 +53,25 @@ def test_bf16_is_for_products_alone(experiment, method):
     assert_same(left_by(make("bf16", "processes")), coarse)
 
 
+def test_what_is_pooled_is_one_model_that_everybody_has_trained(experiment):
+    run = experiment("centralised", **{**SETTINGS, "eval": {"fitted": True}})
+    run.run()
+    for row in run.rows:
+        assert row["personal_accuracy_trained"] == row["personal_accuracy"] == row["server_accuracy"]
+        assert "personal_accuracy_fitted" not in row
+
+
+@pytest.mark.parametrize("method", ["fedavg_ft", "fedbabu"])
+def test_fine_tuning_before_prediction_augments_as_turns_do(experiment, method, monkeypatch):
+    run = experiment(method, **SETTINGS, **{"data.augment": "crop-flip"})
+    run.run()
+    seen = []
+    augmented = run.data.augmented
+    monkeypatch.setattr(type(run.data), "augmented", lambda _, *given: seen.append(1) or augmented(*given))
+    run.personal_model(0)
+    assert seen
+
+
 class Recorder:
     """A tracker that keeps what it is told."""
 

@@ -20,6 +20,7 @@ from fedloom.experiment import Experiment, Parts
 from fedloom.registry import METHODS
 
 SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}
+BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
 
 
 class InterruptedRunError(Exception):
@@ -36,16 +37,34 @@ def interrupted_after(experiment, last):
     return experiment.folder.path
 
 
-@pytest.mark.parametrize("after", [1, 2])
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
-def test_a_run_is_taken_up_where_it_stopped(experiment, method, after):
+def test_a_run_is_taken_up_where_it_stopped(experiment, method):
     def make():
-        return experiment(TOYS[method]() if method in TOYS else method, **SETTINGS)
+        brief = BRIEF if method == "fedvtc" else {}
+        return experiment(TOYS[method]() if method in TOYS else method, **{**SETTINGS, **brief})
 
     whole = left_by(make())
-    path = interrupted_after(make(), after)
     parts = Parts(TOYS[method]()) if method in TOYS else Parts()
-    assert_same(left_by(Experiment.resume(path, parts)), whole)
+    for after in (1, 2):
+        assert_same(left_by(Experiment.resume(interrupted_after(make(), after), parts)), whole)
+
+
+VARIANTS = {
+    "fedvtc, architectures": ("fedvtc", {"models": ["mlp", "resnet8"], "width": 16, **BRIEF}),
+    "fedvtc, shared": ("fedvtc", {"method.share_generator": True, "method.learn_spread": True, **BRIEF}),
+    "fedvtc, at the end": ("fedvtc", {"method.finetune": "end", **BRIEF}),
+    "fedrir, sampled": ("fedrir", {"method.idm_mode": "vclub_sampled"}),
+    "fedrir, fresh moments": ("fedrir", {"method.keep_optimizer": False, "method.csfe_mode": "training"}),
+    "own starts": ("fedper", {"same_init": False}),
+    "secure": ("fedmr", {"method.secure": True}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_are_taken_up_too(experiment, variant):
+    method, settings = VARIANTS[variant]
+    whole = left_by(experiment(method, **{**SETTINGS, **settings}))
+    assert_same(left_by(Experiment.resume(interrupted_after(experiment(method, **{**SETTINGS, **settings}), 2))), whole)
 
 
 @pytest.mark.parametrize("method", ["fedavg", "scaffold", "fedprox", "fedmr", "fedrir"])

@@ -237,3 +237,76 @@ def test_the_phases_have_names_of_their_own():
         assert len(trains) == len(set(trains))
         assert names
     assert all(isinstance(t, Train) for t in trains_of(FedRIR().phases()))
+
+
+# losses with known answers
+
+
+@pytest.mark.parametrize("region", ["all", "masked"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_first_stage_rebuilds_the_whole_image_from_its_unmasked_part(reduction, region):
+    method = FedRIR(rec_reduction=reduction, loss_region=region, kl_weight=0.3)
+    modules, client = made(method)
+    nets = Nets(modules, **client.weights)
+    batch = Batch(rows().x, rows().y)
+    batch = batch._replace(draws=method.draw_mask(batch, TASK, Stream(3)))
+    stays, noise = batch.draws["stays"], batch.draws["noise"]
+    assert set(stays.unique().tolist()) == {0.0, 1.0}
+    mean, log_variance = nets.csfe(batch.x * stays).chunk(2, 1)
+    error = (nets.generator(mean + (log_variance / 2).exp() * noise) - batch.x) ** 2
+    counted = torch.ones_like(error) if region == "all" else (1 - stays).expand_as(error)
+    expected = (error * counted).sum() / (counted.sum() if reduction == "mean" else len(batch.x))
+    kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+    loss, logs = method.mcsl_loss(nets, batch, {}, {})
+    assert logs["reconstruction"].item() == pytest.approx(expected.item())
+    assert logs["kl"].item() == pytest.approx(kl.item())
+    assert loss.item() == pytest.approx((expected + 0.3 * kl).item())
+    hidden = batch._replace(x=batch.x + (1 - stays))  # what is masked is not seen, and is to be rebuilt
+    other = method.mcsl_loss(nets, hidden, {}, {})[1]
+    assert other["kl"].item() == logs["kl"].item()
+    assert other["reconstruction"].item() != pytest.approx(logs["reconstruction"].item())
+
+
+def test_without_masks_the_whole_image_is_seen():
+    after = {}
+    for name, method in {
+        "masked": FedRIR(),
+        "unmasked": FedRIR(mcsl="unmasked"),
+        "nothing": FedRIR(mask_ratio=0.0),
+    }.items():
+        modules, client = made(method)
+        site = Site(rows(), Plan(10), TASK, Stream(2))
+        after[name] = run_phases(method.phases()[:1], Gradients(modules), client, {}, site, Turn(0, 4, 20))[0].weights
+    assert tree.equal(after["unmasked"], after["nothing"])
+    assert not tree.equal(after["masked"], after["unmasked"])
+
+
+@pytest.mark.parametrize("mode", ["vclub", "released"])
+def test_the_information_term_counts_as_its_weight_says(mode):
+    method = FedRIR(idm_mode=mode, idm_weight=3.0)
+    modules, client = made(method)
+    nets = Nets(modules, **client.weights)
+    x, y = rows().x, rows().y
+    loss, logs = method.loss(nets, Batch(x, y), {}, {})
+    assert logs["information"] > 0 or mode == "vclub"
+    assert loss.item() == pytest.approx((logs["cross_entropy"] + 3 * logs["information"]).item())
+    if mode == "released":
+        mean, log_variance = nets.idm(nets.gfe(x))
+        specific = nets.csfe(x).chunk(2, 1)[0]
+        each = (specific - mean) ** 2 / log_variance.exp() + log_variance
+        assert logs["information"].item() == pytest.approx(each.sum(1).mean().item())
+
+
+def test_moments_last_only_if_they_are_to():
+    for keeps in (True, False):
+        method = FedRIR(keep_optimizer=keeps)
+        _, client = made(method)
+        assert bool(client.opts) == keeps
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "training"])
+def test_whole_images_move_csfes_running_statistics_in_training_mode_alone(mode):
+    method = FedRIR(csfe_mode=mode)
+    (params, buffers), _ = worked(method, method.phases()[1:])
+    assert params == {"gfe", "head", "idm"}
+    assert buffers == ({"gfe", "csfe"} if mode == "training" else {"gfe"})

@@ -349,3 +349,90 @@ def test_without_prototypes_and_fine_tuning_the_models_train_alone(experiment):
 def test_what_does_not_make_sense_is_refused(field, value, allowed):
     with pytest.raises(ValueError, match=f"{field}={value}: must be {allowed}"):
         FedVTC(**{field: value})
+
+
+# options with known answers
+
+
+@pytest.mark.parametrize("form", COVARIANCES)
+def test_the_scaled_distance_is_in_units_of_sigma(form):
+    s = setting(covariance=form, pull="scaled")
+    z, y = Stream(5).normal((6, P)), torch.tensor([0, 1, 3, 0, 1, 3])
+    variance = 0.5 + 0.01 * (form == "full")  # of `full`, the square of the floor is added
+    expected = ((z - s.down["prototypes"][y]) ** 2 / (2 * variance)).mean(1)
+    torch.testing.assert_close(s.method.distance(z, y, s.down), expected)
+
+
+def test_the_generators_loss_is_the_weighted_sum_of_its_terms():
+    s = setting(kl_weight=0.3, matching_weight=2.0).with_statistics()
+    batch = Batch(s.rows.x, s.rows.y)
+    batch = batch._replace(draws=s.method.draw_latents(batch, TASK, Stream(7)))
+    loss, logs = s.method.generator_loss(s.nets, batch, s.down, s.client.memory)
+    assert loss.item() == pytest.approx((logs["reconstruction"] + 0.3 * logs["kl"] + 2 * logs["matching"]).item())
+    assert min(logs["kl"], logs["matching"]) > 0
+
+
+def test_real_rows_count_as_much_as_synthetic_ones_or_not_at_all():
+    found = {}
+    for mix in (True, False):
+        s = setting(finetune_mix=mix).with_statistics()
+        batch = Batch(s.rows.x, s.rows.y, s.method.draw_latents(Batch(s.rows.x, s.rows.y), TASK, Stream(7)))
+        labels, latents = s.method.latents(batch.draws, s.down)
+        errors = [
+            torch.nn.functional.cross_entropy(s.nets.head(s.nets.body(x)), y).item()
+            for x, y in ((s.nets.generator(latents), labels), (s.rows.x, s.rows.y))
+        ]
+        loss = s.method.finetune_loss(s.nets, batch, s.down, s.client.memory).item()
+        assert loss == pytest.approx(sum(errors) / 2 if mix else errors[0])
+        found[mix] = loss
+    assert found[True] != pytest.approx(found[False])
+
+
+def test_phases_are_as_long_and_as_fast_as_they_are_told():
+    method = FedVTC(generator_epochs=3, generator_lr=0.02, finetune_steps=7, finetune_lr=0.3, lr=0.01)
+    _, _, generator, finetune = method.phases()
+    assert (generator.epochs, finetune.steps) == (3, 7)
+    assert first_step(generator) == pytest.approx(0.02, rel=1e-6)  # Adam's first step is its rate
+    assert first_step(finetune) == pytest.approx(0.3)
+    assert first_step(FedVTC(lr=0.01).phases()[3]) == pytest.approx(0.01)
+    names = [
+        set(dict(made.named_parameters()))
+        for made in (setting().modules["generator"], setting(generator_form="conv").modules["generator"])
+    ]
+    assert names[0] != names[1]
+
+
+def first_step(phase):
+    """How far the phase's optimiser goes at first, where the gradient is 1."""
+    params = {"p": torch.zeros(1)}
+    phase.optimizer.step({"p": torch.ones(1)}, phase.optimizer.init(params), params, 1.0)
+    return -params["p"].item()
+
+
+@pytest.mark.parametrize("n", [Y, 2 * Y - 1, 32])
+def test_every_known_class_is_among_the_synthetic_rows(n):
+    method = FedVTC(n_synthetic=n)
+    every = torch.ones(Y, dtype=torch.bool)
+    for seed in range(50):
+        draws = method.draw_latents(Batch(torch.zeros(2, 1, 8, 8), torch.zeros(2)), TASK, Stream(seed))
+        assert moments.among(every, draws["class_choice"]).unique().tolist() == list(range(Y))
+
+
+def test_a_covariance_that_was_rounded_still_has_a_factor():
+    features = Stream(1).normal((40, 2)) @ Stream(2).normal((2, 30)) * 9
+    exact = features.T @ features / 40
+    step = exact.abs().max() / 127
+    rounded = (exact / step).round() * step
+    assert torch.linalg.eigvalsh(rounded)[0] < -0.01
+    factor = moments.spread_of(rounded, 0.1, "full")
+    assert torch.equal(factor, factor.tril())
+    assert torch.isfinite(factor).all()
+    torch.testing.assert_close(factor @ factor.T, exact, rtol=0, atol=40 * float(step))
+
+
+def test_deviations_of_a_covariance_are_those_of_its_factor():
+    features = Stream(1).normal((40, P))
+    variance = features.T @ features / 40
+    labels = torch.tensor([0, 1])
+    through = moments.deviations(moments.spread_of(variance, 0.1, "full"), labels, "full")
+    torch.testing.assert_close(moments.own_deviations(variance, 0.1, labels, "full"), through)

@@ -98,6 +98,17 @@ def test_what_is_written_gives_the_same_comparison(tmp_path):
     assert here == there
 
 
+def test_a_hyper_parameter_without_a_value_is_left_out_of_the_file(tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "from dataclasses import dataclass\nfrom fedloom import FedAvg\n\n@dataclass(frozen=True)\nclass Mine(FedAvg):\n"
+        "    clip: float | None = None\n"
+    )
+    found = plan(from_words([f"method={mine}:Mine", *TINY]))
+    file = create(found, tmp_path / "out") / "compare.toml"
+    assert plan(read_toml(file)).rows == found.rows
+
+
 def test_rows_may_differ_in_what_becomes_of_their_messages(tmp_path):
     words = ["variant.a.method=fedavg", "variant.a.uplink=int8", "variant.b.method=fedavg", "downlink=fp16", *TINY]
     found = plan(from_words(words))

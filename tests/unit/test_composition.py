@@ -68,6 +68,7 @@ class Segmented(FedProx):
         (FedRIR, FedProx, "FedRIR cannot be the server's half, since it has clients of its own .nets, phases, loss"),
         (Scaffold, FedASAM, "Scaffold cannot be the server's half"),
         (Local, FedProx, "Local cannot be the server's half"),
+        (FedMR, Local, "method=FedMR.Local: one of them is no federated method"),
         (FedMR, Segmented, "method=FedMR.Segmented: both have 'segment'"),
     ],
 )  # fmt: skip

@@ -108,6 +108,9 @@ def test_every_key_is_documented():
         (["drop_last=true"], {"drop_last": True}),
         (["data.path=/tmp/a=b"], {"data": {"path": "/tmp/a=b"}}),
         (["label="], {"label": ""}),
+        (["label=7", "out=2026-01-31"], {"label": "7", "out": "2026-01-31"}),
+        (['label="a=b"', "partition.column=1e3"], {"label": "a=b", "partition": {"column": "1e3"}}),
+        (["model=mlp", "model.hidden=9", "models=mlp,logistic"], {"models": "mlp,logistic"}),
     ],
 )
 def test_words_of_the_command_line(words, expected):
@@ -146,6 +149,8 @@ MISTAKES = [
     (["cohort=11"], ["cohort=11", "10 clients"]),
     (["eval.valid=1.5"], ["eval.valid=1.5", "below 1"]),
     (["drop_last=perhaps"], ["drop_last=perhaps", "true or false"]),
+    (["devices.slowdown=inf"], ["devices.slowdown=inf", "finite"]),
+    (["rounds=2026-01-31"], ["rounds=2026-01-31", "whole number"]),
 ]
 
 

@@ -31,6 +31,7 @@ class Scene:
     seed: int = 0
     final: float = 0.8
     rounds: int = 30
+    data: str = "digits"
     clients: int = 20
     classes: int = 10
     logs: Sequence[str] = ("train.loss",)
@@ -108,7 +109,7 @@ class Scene:
         return {
             "method": self.method,
             "model": "fedavg_cnn",
-            "data": "digits",
+            "data": self.data,
             "clients": self.clients,
             "rounds": self.rounds,
             "seed": self.seed,
@@ -137,7 +138,7 @@ class Scene:
             "model": "fedavg_cnn",
             "out": f"runs/{self.method}-seed{self.seed}",
             "method": method,
-            "data": {"name": "digits"},
+            "data": {"name": self.data},
             "partition": {"name": "dirichlet", "alpha": 0.1},
         }
 

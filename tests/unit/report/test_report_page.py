@@ -87,6 +87,19 @@ def test_the_page_tells_what_was_run_and_what_came_of_it(comparison: Path, tmp_p
     assert "0123abc" in page.words
 
 
+def test_the_page_has_the_baseline_that_was_chosen(comparison: Path, tmp_path: Path) -> None:
+    write_page(read([comparison]), tmp_path / "report.html", baseline="fedper")
+    assert "Difference to fedper" in Page(tmp_path / "report.html").words
+    with pytest.raises(UsageError, match="baseline 'fedpr' is not among the runs"):
+        write_page(read([comparison]), tmp_path / "other.html", baseline="fedpr")
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_the_page_tells_of_turns_that_did_not_count(tmp_path: Path) -> None:
+    Scene(extra={"rejected": 12, "skipped": 3}).write(tmp_path / "a")
+    assert "not counted 12 rejected, 3 rounds skipped" in written(tmp_path / "a", tmp_path / "report.html").words
+
+
 def test_figures_follow_the_page_into_dark_mode(comparison: Path, tmp_path: Path) -> None:
     page = written(comparison, tmp_path / "report.html")
     figures = "".join(re.findall(r"<svg.*?</svg>", page.source, flags=re.DOTALL))

@@ -137,6 +137,7 @@ def test_other_partitions_or_seeds_are_no_pair(tmp_path: Path) -> None:
     Scene(method="fedavg", seed=0).write(tmp_path / "a")
     Scene(method="fedrir", seed=1).write(tmp_path / "b")
     Scene(method="fedper", seed=0, clients=19).write(tmp_path / "c")
+    Scene(method="local", seed=0, data="other").write(tmp_path / "d")  # of the same size
     assert paired_table(read([tmp_path])) is None
     assert paired_table(read([tmp_path / "a"])) is None
 
@@ -193,6 +194,26 @@ def test_no_table_of_recall_without_recall_or_with_too_many_classes(tmp_path: Pa
     assert recall_grid(read([tmp_path])) is None
     Scene(classes=21, extra={"general_recall": [0.5] * 21}).write(tmp_path / "many")
     assert recall_grid(read([tmp_path])) is None
+
+
+def test_no_table_of_recall_where_classes_differ(tmp_path: Path) -> None:
+    for name, classes in (("a", ["cat", "dog"]), ("b", ["0", "1"])):
+        folder = Scene(method=name, classes=2, extra={"general_recall": [0.5, 0.5]}).write(tmp_path / name)
+        partition = json.loads((folder / "partition.json").read_text())
+        (folder / "partition.json").write_text(json.dumps({**partition, "classes": classes}))
+        grid = recall_grid(read([folder]))
+        assert grid is not None
+        assert grid.headers[1:] == tuple(classes)
+    assert recall_grid(read([tmp_path])) is None
+
+
+def test_turns_that_did_not_count_are_told(tmp_path: Path) -> None:
+    Scene(extra={"rejected": 1200, "lost": 0, "late": 0, "skipped": 3}).write(tmp_path / "a")
+    Scene(method="fedper", extra={"rejected": 0, "lost": 0, "late": 0, "skipped": 0}).write(tmp_path / "b")
+    assert (
+        "Turns that did not count: fedavg 1,200 rejected, 3 rounds skipped." in summary_grid(read([tmp_path])).caption
+    )
+    assert "did not count" not in summary_grid(read([tmp_path / "b"])).caption
 
 
 def test_a_target_that_was_never_reached_is_worse_than_any_that_was(tmp_path: Path) -> None:

@@ -78,3 +78,11 @@ def test_the_page_has_the_table_and_a_plot_for_each_network(tmp_path):
     assert "Time to 90.0 % personal accuracy" in page
     assert "over time, slow" in page
     assert "over time, fast" in page
+
+
+def test_a_target_that_was_met_before_anybody_worked_took_no_time(tmp_path):
+    place = folder(tmp_path / "a", [0.5, 0.9], seconds=0.25)
+    turns = pd.read_parquet(place / "clients.parquet")
+    turns[turns["round"] == 2].to_parquet(place / "clients.parquet")
+    (row,) = waiting_grid(read([place]), Waiting([WAY], target=0.4)).rows
+    assert row[-1].value == 0.0
