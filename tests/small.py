@@ -1,9 +1,15 @@
-"""Settings of small runs, which tests change, and what such a run must come to where clients are lost."""
+"""Settings of small runs, which tests change; runs that are watched, interrupted, or lose clients."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import pytest
+
+from fedloom import Downlink
+from fedloom.engines import Reply
 from fedloom.experiment import Experiment
+from fedloom.tree import Tree
 from fedloom.values import assign
 
 SMALL: dict[str, Any] = {
@@ -23,6 +29,44 @@ def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:
     for key, value in settings.items():
         assign(found, key, value)
     return found
+
+
+class Turns(NamedTuple):
+    """What went between the server and clients in a round."""
+
+    down: Downlink
+    replies: list[Reply]
+
+    @property
+    def sent(self) -> list[Tree]:
+        """To each member of the cohort."""
+        return [self.down.to(reply.slot) for reply in self.replies]
+
+
+def spied(run: Experiment) -> list[Turns]:
+    """The run's rounds, noted as they come."""
+    rounds: list[Turns] = []
+    train = run.engine.train
+
+    def watched(number, cohort, down):
+        replies = train(number, cohort, down)
+        rounds.append(Turns(down, replies))
+        return replies
+
+    run.engine.train = watched  # type: ignore[method-assign]
+    return rounds
+
+
+def interrupted_after(run: Experiment, last: int) -> Path:
+    """The folder of the run, which is stopped after so many rounds."""
+
+    def stop(done, rounds, row):
+        if done == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.run(stop)
+    return run.folder.path
 
 
 def losing(

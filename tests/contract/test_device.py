@@ -15,6 +15,7 @@ from fedloom.accelerator import HOST, Place
 from fedloom.engines import vectorised
 from fedloom.experiment import Experiment
 from fedloom.registry import METHODS
+from small import interrupted_after
 
 SETTINGS = {"clients": 3, "cohort": 2, "rounds": 2, "batch_size": 32, "data.rows": 120}
 ROOMY, TIGHT = 1 << 40, 0
@@ -86,18 +87,13 @@ def test_rows_and_clients_stay_on_the_device_as_long_as_there_is_room(experiment
 
 @pytest.mark.parametrize("method", ["fedrir", "scaffold"])
 def test_a_run_is_taken_up_on_another_device(experiment, elsewhere, monkeypatch, method):
-    def stop_after_one(done, rounds, row):
-        if done == 1:
-            raise KeyboardInterrupt
-
     settings = {"rounds": 2, "checkpoint_every": 1}
     whole = left_by(make(experiment, method, "mlp", "sequential", **settings))
     with elsewhere(ROOMY):
         begun = make(experiment, method, "mlp", "sequential", **settings)
-        with pytest.raises(KeyboardInterrupt):
-            begun.run(stop_after_one)
+        path = interrupted_after(begun, 1)
     monkeypatch.undo()
-    resumed = Experiment.resume(begun.folder.path)
+    resumed = Experiment.resume(path)
     assert resumed.place.device == HOST
     assert_close(left_by(resumed), whole)
 

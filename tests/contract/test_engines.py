@@ -14,6 +14,7 @@ from fedloom.engines.wire import encode
 from fedloom.errors import DataError
 from fedloom.nets import write_weights
 from fedloom.registry import METHODS
+from small import spied
 
 REFERENCE = "sequential"
 WRAPPED = ("debug+sequential", "bytes+sequential", "debug+bytes+processes")
@@ -250,25 +251,12 @@ def test_the_order_in_which_a_cohort_works_changes_nothing(experiment, method, e
 def test_private_running_statistics_never_leave(experiment, method):
     """(That nothing leaves but what travels is what the engine `debug` checks.)"""
     run = make(experiment, method, "resnet8", "sequential", rounds=1)
-    sent = spied(run)
+    rounds = spied(run)
     run.run()
+    sent = [reply.uplink for turns in rounds for reply in turns.replies]
     assert any(path.endswith("running_mean") for path in tree.structure(run.engine._whole(0).weights))
-    assert sent["up"]
-    assert not any("running_mean" in path for up in sent["up"] for path in tree.structure(up))
-
-
-def spied(run):
-    """Notes the messages of a run."""
-    sent, train = {"up": [], "down": []}, run.engine.train
-
-    def watched(number, cohort, down):
-        replies = train(number, cohort, down)
-        sent["down"] += [down.to(slot) for slot in range(len(cohort))]
-        sent["up"] += [reply.uplink for reply in replies]
-        return replies
-
-    run.engine.train = watched
-    return sent
+    assert sent
+    assert not any("running_mean" in path for uplink in sent for path in tree.structure(uplink))
 
 
 @pytest.mark.parametrize(
@@ -277,8 +265,12 @@ def spied(run):
 )
 def test_the_bytes_reported_are_the_bytes_of_the_messages(experiment, method, model):
     run = make(experiment, method, model, "sequential")
-    sent = spied(run)
+    rounds = spied(run)
     summary = run.run()
+    sent = {
+        "up": [reply.uplink for turns in rounds for reply in turns.replies],
+        "down": [message for turns in rounds for message in turns.sent],
+    }
     lengths = {way: [len(encode(m, round=1, client=2, examples=3)) for m in sent[way]] for way in ("up", "down")}
     assert summary["uplink_bytes"] == sum(lengths["up"])
     assert summary["downlink_bytes"] == sum(lengths["down"])
@@ -415,16 +407,9 @@ def test_phases_for_the_last_round_and_of_some_steps(experiment):
 @pytest.mark.parametrize("engine", EVERY)
 def test_memory_holds_what_was_handed_on(experiment, engine):
     run = make(experiment, "Remembering", "mlp", engine, cohort=5)
-    seen = []
-    train = run.engine.train
-
-    def watched(number, cohort, down):
-        replies = train(number, cohort, down)
-        seen.append({r.client: r.uplink["weights"]["params"] for r in replies})
-        return replies
-
-    run.engine.train = watched
+    rounds = spied(run)
     left = left_by(run)
+    seen = [{reply.client: reply.uplink["weights"]["params"] for reply in turns.replies} for turns in rounds]
     for i in range(5):
         assert tree.equal(left.clients[i]["memory"]["newer"], seen[1][i])
         assert tree.equal(left.clients[i]["memory"]["older"], seen[0][i])

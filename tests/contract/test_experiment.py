@@ -6,6 +6,7 @@ import torch
 from contract import assert_same, left_by
 from fedloom import tree
 from fedloom.experiment import Experiment
+from small import interrupted_after
 
 METHODS = ("fedavg", "fedmr", "fedrir")
 SETTINGS = {"clients": 10, "rounds": 2, "data.rows": 300}
@@ -96,14 +97,7 @@ def test_trackers_are_told_of_every_evaluation_once(experiment, monkeypatch):
     monkeypatch.setattr("fedloom.experiment.check_trackers", lambda _: None)
     monkeypatch.setattr("fedloom.experiment.make_trackers", make)
     run = experiment("fedavg", **{**SETTINGS, "rounds": 5, "eval_every": 2, "checkpoint_every": 2, "log": "wandb"})
-
-    def stop(done, rounds, row):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.run(stop)
-    again = Experiment.resume(run.folder.path)
+    again = Experiment.resume(interrupted_after(run, 3))
     again.run()
     first, second = made
     assert [number for number, _ in first.told] == [2]

@@ -12,6 +12,7 @@ from fedloom import FedAvg, FedPer, tree
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, DivergedError
 from fedloom.experiment import Experiment, Parts
+from small import interrupted_after, spied
 
 SETTINGS = {"clients": 4, "rounds": 1, "data.rows": 160, "engine": "sequential", "engine.workers": 2}
 SLOW = {"devices.slow": 0.5, "devices.slowdown": 3}
@@ -72,27 +73,15 @@ def events(run):
     return run.folder.rows("events.jsonl")
 
 
-def spied(run, replies):
-    """Notes the engine's replies, round by round."""
-    train = run.engine.train
-
-    def watched(number, cohort, down):
-        replies.append(train(number, cohort, down))
-        return replies[-1]
-
-    run.engine.train = watched
-    return run
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("engine", ["sequential", "processes"])
 def test_a_bad_uplink_is_rejected_and_the_others_are_averaged(experiment, fault, engine):
     tamper, reason = FAULTS[fault]
     run = experiment("fedavg", **{**SETTINGS, "engine": engine})
-    replies = []
-    run.engine = Faulty(spied(run, replies).engine, tamper)
+    rounds = spied(run)
+    run.engine = Faulty(run.engine, tamper)
     summary = run.run()
-    good = [reply for reply in replies[0] if reply.client != 1]
+    good = [reply for reply in rounds[0].replies if reply.client != 1]
     examples = sum(reply.examples for reply in good)
     expected = tree.mean([r.uplink["weights"] for r in good], [r.examples / examples for r in good])
     assert tree.equal(run.server["weights"], expected)
@@ -135,8 +124,7 @@ def test_each_architecture_has_a_form_of_its_own(experiment):
 
 def test_a_client_without_a_reply_is_lost(experiment):
     run = experiment("fedavg", **SETTINGS)
-    replies = []
-    run.engine = Faulty(spied(run, replies).engine, lambda _: None)
+    run.engine = Faulty(run.engine, lambda _: None)
     summary = run.run()
     assert events(run) == [{"round": 1, "event": "lost", "clients": [1], "reason": "no reply"}]
     assert summary["lost"] == 1
@@ -263,30 +251,26 @@ def test_devices_are_the_same_on_every_engine(experiment, method, rule, settings
 @pytest.mark.parametrize("after", [1, 2, 4])
 @pytest.mark.parametrize(("method", "rule", "settings"), RULES[:3])
 def test_a_run_is_taken_up_with_uplinks_under_way(experiment, method, rule, settings, after):
-    def stop(done, rounds, row):
-        if done == after:
-            raise KeyboardInterrupt
-
     whole = devices(experiment, method, rule, checkpoint_every=1, **settings)
     expected = left_by(whole)
     run = devices(experiment, method, rule, checkpoint_every=1, **settings)
-    with pytest.raises(KeyboardInterrupt):
-        run.run(stop)
+    path = interrupted_after(run, after)
     assert bool(run.intake.flights) == (rule == "late")
-    again = Experiment.resume(run.folder.path)
+    again = Experiment.resume(path)
     assert again.intake.flights.keys() == run.intake.flights.keys()
     assert_same(left_by(again), expected)
     assert events(again) == events(whole)
 
 
 def test_a_late_uplink_is_folded_in_with_its_weight(experiment):
-    replies, servers = [], []
+    servers = []
     settings = {"clients": 3, "rounds": 3, "devices.slow": 0.3, "devices.slowdown": 2.5, "devices.stragglers": "late"}
-    run = spied(experiment("fedavg", **{**SETTINGS, **settings}), replies)
+    run = experiment("fedavg", **{**SETTINGS, **settings})
+    rounds = spied(run)
     servers.append(tree.clone(run.server["weights"]))
     run.run(lambda *_: servers.append(tree.clone(run.server["weights"])))
     (slow,) = (i for i, factor in enumerate(run.intake._slowdown) if factor > 1)
-    first, second, third = ({r.client: r for r in each} for each in replies)
+    first, second, third = ({reply.client: reply for reply in turns.replies} for turns in rounds)
     assert slow in first
     assert slow not in second  # at work until its uplink has landed, in round 3
     assert slow not in third
@@ -370,14 +354,8 @@ def test_more_clients_than_a_cohort_has_cannot_be_asked_for(experiment):
 
 
 def test_events_after_the_last_checkpoint_are_noted_once(experiment):
-    def stop(done, rounds, row):
-        if done == 3:
-            raise KeyboardInterrupt
-
     run = devices(experiment, "fedavg", "wait", checkpoint_every=2)
-    with pytest.raises(KeyboardInterrupt):
-        run.run(stop)
-    again = Experiment.resume(run.folder.path)
+    again = Experiment.resume(interrupted_after(run, 3))
     again.run()
     lines = (run.folder.path / "events.jsonl").read_text().splitlines()
     rounds = [json.loads(line)["round"] for line in lines]

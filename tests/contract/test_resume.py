@@ -18,23 +18,10 @@ from fedloom.data import load, partition
 from fedloom.errors import RunFolderError
 from fedloom.experiment import Experiment, Parts
 from fedloom.registry import METHODS
+from small import interrupted_after
 
 SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}
 BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
-
-
-class InterruptedRunError(Exception):
-    """Stands for a power cut."""
-
-
-def interrupted_after(experiment, last):
-    def stop(done, rounds, row):
-        if done == last:
-            raise InterruptedRunError
-
-    with pytest.raises(InterruptedRunError):
-        experiment.run(stop)
-    return experiment.folder.path
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])

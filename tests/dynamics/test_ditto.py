@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedloom import Ditto, FedAvg, Local, tree
+from small import spied
 
 
 @pytest.fixture(autouse=True)
@@ -41,17 +42,12 @@ def test_without_the_pull_the_personal_model_trains_alone(experiment):
 def test_the_pull_is_to_the_model_that_was_received(experiment):
     mu, lr = 0.7, 0.1
     run = experiment(Ditto(mu=mu, lr=lr, personal_epochs=2), rounds=3, **WHOLE)
-    received, train = [], run.engine.train
-
-    def watched(number, cohort, down):
-        received.append(tree.clone(down.common["weights"]["params"]))
-        return train(number, cohort, down)
-
-    run.engine.train = watched
+    rounds = spied(run)
     model = run.problem.modules(0)["personal"].requires_grad_(True)
     run.run()
     x, y = run.data.train(0)
-    for w in received:
+    for turns in rounds:
+        w = turns.down.common["weights"]["params"]
         for _ in range(2):
             grads = torch.autograd.grad(nn.functional.cross_entropy(model(x), y), list(model.parameters()))
             with torch.no_grad():

@@ -12,6 +12,7 @@ from fedloom.method import init_opts, trains_of
 from fedloom.models import arch
 from fedloom.nets import Nets, read_weights
 from fedloom.training import Plan, Rows, Site, fresh_modules, run_phases
+from small import spied
 
 
 @pytest.fixture(autouse=True)
@@ -144,16 +145,9 @@ def test_every_step_with_the_bound_is_preceded_by_a_step_of_q():
 @pytest.mark.parametrize("buffers", ["private", "shared"])
 def test_nothing_but_gfe_travels(experiment, buffers):
     run = experiment(FedRIR(buffers=buffers), model="fedrir_cnn", rounds=1, width=16, **{"data.rows": 120})
-    messages, train = [], run.engine.train
-
-    def watched(number, cohort, down):
-        replies = train(number, cohort, down)
-        messages.extend([down.to(0), *(reply.uplink for reply in replies)])
-        return replies
-
-    run.engine.train = watched
+    rounds = spied(run)
     run.run()
-    for message in messages:
+    for message in [*rounds[0].sent, *(reply.uplink for reply in rounds[0].replies)]:
         assert set(message) == {"weights"}
         names = [name for part in message["weights"].values() for name in part]
         assert names

@@ -9,6 +9,7 @@ from fedloom.method import Client
 from fedloom.models import arch
 from fedloom.nets import norm_layers, read_weights, select
 from fedloom.training import Plan, Rows, Site, fresh_modules, run_phases
+from small import spied
 
 
 @pytest.fixture(autouse=True)
@@ -21,17 +22,12 @@ TASK = Task(4, 4, 10, (1, 8, 8), 16, 5)
 
 def messages(run):
     """The downlinks and uplinks of a run, which is run to its end."""
-    found, train = {"down": [], "up": []}, run.engine.train
-
-    def watched(number, cohort, down):
-        replies = train(number, cohort, down)
-        found["down"] += [down.to(slot) for slot in range(len(cohort))]
-        found["up"] += [reply.uplink for reply in replies]
-        return replies
-
-    run.engine.train = watched
+    rounds = spied(run)
     run.run()
-    return found
+    return {
+        "down": [message for turns in rounds for message in turns.sent],
+        "up": [reply.uplink for turns in rounds for reply in turns.replies],
+    }
 
 
 def names(weights):

@@ -37,8 +37,9 @@ def partition(words: Sequence[str]) -> int:
     values = read_values(parser.read(words).words)
     out, plot = (_file(values.pop(key, None), key) for key in ("out", "plot"))
     values = {key: value for key, value in values.items() if key not in ("method", "variant", *METHODS)}
-    if isinstance(values.get("seed"), list):  # of a comparison: the rows of its first seed
-        values["seed"] = values["seed"][0]
+    match values.get("seed"):
+        case [first, *_]:  # of a comparison: the rows of its first seed
+            values["seed"] = first
     federation = make_federation(make_settings(values))
     console = output()
     console.print(_table(federation))

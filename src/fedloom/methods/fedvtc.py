@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -132,12 +133,10 @@ class FedVTC(FedProto):
     def finetuning(self) -> Train:
         """In evaluation mode: running statistics stay those of real images."""
         nets = ("body", "head") if self.finetune_part == "model" else ("head",)
-        optimizer, when = (
-            self.local_optimizer(self.finetune_lr or self.lr),
-            self.finetunes if self.finetune == "every" else None,
-        )
-        tune = Train("finetune", self.finetune_loss, nets, optimizer, steps=self.finetune_steps, training=(), when=when)
-        return replace(tune, draw=self.draw_latents)
+        optimizer = self.local_optimizer(self.finetune_lr or self.lr)
+        when = self.finetunes if self.finetune == "every" else None
+        tune = partial(Train, "finetune", self.finetune_loss, nets, optimizer, draw=self.draw_latents)
+        return tune(steps=self.finetune_steps, training=(), when=when)
 
     def finetunes(self, turn: Turn) -> bool:
         """Whether this turn has a fine-tuning."""
