@@ -23,6 +23,15 @@ SMALL: dict[str, Any] = {
 """A run that takes a few hundredths of a second."""
 
 
+BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
+"""Enough of FedVTC's fine-tuning to see whether two runs are the same."""
+
+
+def brief(method: str) -> dict[str, Any]:
+    """`BRIEF`, for the method that has it."""
+    return BRIEF if method == "fedvtc" else {}
+
+
 def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """The values with other settings (as `fedloom.run` names them) over them; the given ones stay as they are."""
     found = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -93,9 +93,8 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
     )
     check_rules(settings, method, size)
-    _check_sharing(problem)
+    _check_nets(problem)
     _check_phases(method)
-    _check_trains(problem)
     _check_messages(problem)
     return problem
 
@@ -125,21 +124,6 @@ def _check_phases(method: Method) -> None:
             raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
 
 
-def _check_trains(problem: Problem) -> None:
-    """What a phase trains must be there, in every architecture."""
-    method = problem.method
-    for place, choice in enumerate(problem.archs):
-        weights = read_weights(problem.modules(place))
-        for train in trains_of((*method.phases(), *method.adapt())):
-            try:
-                select(weights, train.trains)
-            except MethodError as error:
-                name = type(method).__name__
-                raise ConfigError(
-                    f"model={choice.name}: {name} trains {', '.join(train.trains)}, but {error}"
-                ) from None
-
-
 def _check_messages(problem: Problem) -> None:
     """A difference means nothing to a server that does not know whose it is."""
     if problem.codec.uplink and problem.method.exchanges:
@@ -149,23 +133,30 @@ def _check_messages(problem: Problem) -> None:
         )
 
 
-def _check_sharing(problem: Problem) -> None:
-    """What is shared must be there, and clients that average a net must have the same net."""
+def _check_nets(problem: Problem) -> None:
+    """What is shared, and what a phase trains, must be there; clients that average a net must have the same net."""
     method, forms = problem.method, []
-    for place, choice in enumerate(problem.archs if method.shared else ()):
+    name, trains = type(method).__name__, trains_of((*method.phases(), *method.adapt()))
+    for place, choice in enumerate(problem.archs):
         weights = read_weights(problem.modules(place))
-        try:
-            forms.append(tree.structure(select(weights, method.shared)))
-        except MethodError as error:
-            name = type(method).__name__
-            raise ConfigError(
-                f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here {error}"
-            ) from None
+        if method.shared:
+            told = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
+            forms.append(tree.structure(_part(weights, method.shared, told)))
+        for train in trains:
+            _part(weights, train.trains, f"model={choice.name}: {name} trains {', '.join(train.trains)}, but")
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
         raise ConfigError(
             f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
         )
+
+
+def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:
+    """The part that the patterns name; raises ConfigError where there is none, with what is `told` and the reason."""
+    try:
+        return select(weights, patterns)
+    except MethodError as error:
+        raise ConfigError(f"{told} {error}") from None
 
 
 def engine_for(settings: Settings, place: accelerator.Place, problem: Problem) -> Engine:

@@ -93,12 +93,8 @@ class Comparison:
         first = self.rows[0]._replace(run={})
         settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
-        variants = {row.label: {"method": row.method["name"], **row.method, **row.run} for row in self.rows}
-        spelt = {  # what is None is the default, and TOML has no word for it
-            label: {key: value for key, value in table.items() if key != "name" and value is not None}
-            for label, table in variants.items()
-        }
-        return tomli_w.dumps({"method": list(spelt), "seed": list(self.seeds), **base, "variant": spelt})
+        variants = {row.label: _table(row) for row in self.rows}
+        return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
 
     def _settings(self, row: Row, seed: int, out: Path | None = None) -> Settings:
         own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
@@ -181,6 +177,12 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
     _check_keys(_label(method), method, table)
     _check_keys(f"variant.{name}", method, variant)
     return Row(_label(name), {"name": method, **shared, **table, **variant}, run)
+
+
+def _table(row: Row) -> Values:
+    """A row as `[variant.NAME]` has it; what is None is the default, and TOML has no word for it."""
+    own = {key: value for key, value in {**row.method, **row.run}.items() if key != "name" and value is not None}
+    return {"method": row.method["name"], **own}
 
 
 def _check_variant(name: str, method: Any) -> None:

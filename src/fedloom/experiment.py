@@ -61,7 +61,9 @@ class Experiment:
             self.problem = make_problem(settings, self.method, self.data, parts.model)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
             self.scoring = Scoring(self.problem, settings, self.engine)
-            self.server = self.method.init_server(initial_weights(self.problem), self.problem.task)
+            weights = initial_weights(self.problem)
+            self.server = self.method.init_server(weights, self.problem.task)
+            self._buffers = _policy(self.method, weights)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
@@ -326,7 +328,7 @@ class Experiment:
             "seconds_by_phase": self.ledger.phase_seconds,
             "flops_per_round": self.ledger.flops / max(self.done, 1) or None,
             "peak_client_bytes": self.ledger.peak_client_bytes(),
-            "buffers": _policy(self.method, initial_weights(self.problem)),
+            "buffers": self._buffers,
             "partition": self.partition.hash(),
             "finished": True,
         }

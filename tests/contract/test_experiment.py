@@ -6,7 +6,7 @@ import torch
 from contract import assert_same, left_by
 from fedloom import tree
 from fedloom.experiment import Experiment
-from small import interrupted_after
+from small import brief, interrupted_after
 
 METHODS = ("fedavg", "fedmr", "fedrir")
 SETTINGS = {"clients": 10, "rounds": 2, "data.rows": 300}
@@ -34,14 +34,13 @@ def test_a_part_that_changes_stays_in_its_range(experiment):
 @pytest.mark.parametrize("method", ["fedavg", "fedrir", "fedvtc"])
 def test_bf16_is_for_products_alone(experiment, method):
     def make(precision, engine="sequential"):
-        brief = {"method.finetune_steps": 3} if method == "fedvtc" else {}
         return experiment(
             method,
             precision=precision,
             engine=engine,
             clients=3,
             rounds=1,
-            **{"data.rows": 120, "engine.workers": 2, **brief},
+            **{"data.rows": 120, "engine.workers": 2, **brief(method)},
         )
 
     coarse, exact = left_by(make("bf16")), left_by(make("fp32"))

@@ -14,6 +14,7 @@ from fedloom.models import arch
 from fedloom.nets import read_weights, select
 from fedloom.registry import METHODS
 from fedloom.training import fresh_modules
+from small import brief
 
 SETTINGS = {
     "clients": 6,
@@ -24,7 +25,6 @@ SETTINGS = {
     "checkpoint_every": 1,
     "data.rows": 300,
 }
-BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
 JOINABLE = [name for name in METHODS if name != "centralised"]
 # with fedbn, because the MLP has no normalisation layers
 ALL_TRAVELS = ["fedasam", "fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]
@@ -37,7 +37,7 @@ def _wide(float64):
 
 @pytest.mark.parametrize("name", JOINABLE)
 def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_path, name):
-    settings = {**SETTINGS, **(BRIEF if name == "fedvtc" else {})}
+    settings = {**SETTINGS, **brief(name)}
     run = experiment(name, **settings)
     with_newcomers = left_by(run)
     assert {row["client"] for row in with_newcomers.turns} <= {0, 1, 2, 3}
@@ -134,7 +134,7 @@ def test_newcomers_receive_what_arrives(experiment):
 @pytest.mark.parametrize("engine", ["processes", "debug+bytes+sequential", "vectorised"])
 @pytest.mark.parametrize("name", ["fedrir", "fedper", "fedvtc"])
 def test_every_engine_lets_the_same_clients_join(experiment, name, engine):
-    settings = {**SETTINGS, **(BRIEF if name == "fedvtc" else {})}
+    settings = {**SETTINGS, **brief(name)}
     one = left_by(experiment(name, **settings))
     other = left_by(experiment(name, **{**settings, "engine": engine, "engine.workers": 2}))
     (assert_close if engine == "vectorised" else assert_same)(one, other)

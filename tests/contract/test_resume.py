@@ -18,17 +18,15 @@ from fedloom.data import load, partition
 from fedloom.errors import RunFolderError
 from fedloom.experiment import Experiment, Parts
 from fedloom.registry import METHODS
-from small import interrupted_after
+from small import BRIEF, brief, interrupted_after
 
 SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}
-BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
 def test_a_run_is_taken_up_where_it_stopped(experiment, method):
     def make():
-        brief = BRIEF if method == "fedvtc" else {}
-        return experiment(TOYS[method]() if method in TOYS else method, **{**SETTINGS, **brief})
+        return experiment(TOYS[method]() if method in TOYS else method, **{**SETTINGS, **brief(method)})
 
     whole = left_by(make())
     parts = Parts(TOYS[method]()) if method in TOYS else Parts()

@@ -75,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse ends --help this way
         return leaving.code if isinstance(leaving.code, int) else MISUSED
     except KeyboardInterrupt as interrupt:
+        # where it came while a string was executed (as named tuples do), Python would end by the signal after all; this makes it forget
+        exec("")
         hint = f"; continue with: {interrupt}" if isinstance(interrupt, Interrupted) else ""
         return _tell(f"interrupted{hint}", INTERRUPTED)
     except UsageError as error:
