@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.accelerator import HOST, generators, staged, synchronise
+from fedloom.codec import PLAIN, Codec
 from fedloom.errors import DataError, MethodError
 from fedloom.gradients import Gradients, Once, autocast
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
-from fedloom.transforms import PLAIN, Codec
 from fedloom.tree import Tree, Weights
 
 Modules = Mapping[str, nn.Module]

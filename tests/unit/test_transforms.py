@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from fedloom import ConfigError, Downlink, Stream, WireError, tree
+from fedloom.codec import Codec
 from fedloom.config import make_settings
 from fedloom.engines.wire import Meter, decode, encode
-from fedloom.transforms import TRANSFORMS, Codec, parse
+from fedloom.transforms import TRANSFORMS, parse
 from fedloom.values import from_words
 
 
