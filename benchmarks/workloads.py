@@ -99,15 +99,17 @@ def memory(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
         child.start()
         found[engine] = {"peak_bytes": _peak(child)}
         if child.exitcode:
-            raise SystemExit(f"{engine} ended with exit code {child.exitcode}")
+            sys.exit(f"benchmarks: {engine} ended with exit code {child.exitcode}")
     return found
 
 
 def _rounds(title: str, engine: str, options: Mapping[str, str]) -> None:
     work = next(work for work in (*WORKLOADS.values(), *LARGE.values()) if work.title == title)
-    measure(
-        work, [engine], scale=float(options["scale"]), rounds=int(options["rounds"]), precision=options["precision"]
-    )
+    scale, rounds = float(options["scale"]), int(options["rounds"])
+    try:
+        measure(work, [engine], scale=scale, rounds=rounds, precision=options["precision"])
+    except UsageError as error:
+        sys.exit(f"benchmarks: error: {error}")
 
 
 def _peak(child: BaseProcess) -> int:

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Cli
 
-
-def test_export_writes_once(tiny: Cli, cli: Cli) -> None:
+def test_export_writes_once(tiny, cli):
     pytest.importorskip("onnxruntime")
     assert tiny("run", "out=r").code == 0
     done = cli("export", "r", "--client", "1,3")
@@ -27,7 +25,7 @@ def test_export_writes_once(tiny: Cli, cli: Cli) -> None:
     assert (facts["client"], facts["file"]) == (0, "elsewhere/client-0.onnx")
 
 
-def test_export_of_a_client_that_joined_later(tiny: Cli, cli: Cli) -> None:
+def test_export_of_a_client_that_joined_later(tiny, cli):
     pytest.importorskip("onnxruntime")
     assert tiny("run", "method=fedper", "join.clients=1", "join.turns=1", "out=r").code == 0
     done = cli("export", "r", "--client", "3", "--json")
@@ -58,7 +56,7 @@ MISTAKES = {
 }
 
 
-def test_mistakes_end_in_one_line(tiny: Cli, cli: Cli) -> None:
+def test_mistakes_end_in_one_line(tiny, cli):
     pytest.importorskip("onnxruntime")
     tiny("run", "out=r", "--quiet")
     tiny("run", "out=unkept", "checkpoint_every=0", "--quiet")
@@ -68,7 +66,7 @@ def test_mistakes_end_in_one_line(tiny: Cli, cli: Cli) -> None:
         assert message in result.err, words
 
 
-def test_cost_of_a_turn(tiny: Cli) -> None:
+def test_cost_of_a_turn(tiny):
     """Two hidden layers by hand; and it is measured in a process that holds torch, and little else."""
     words = ("method=fedavg", "partition=iid", "--network", "8/8/0", "--memory", "0.001", "--json")
     (facts,) = json.loads(tiny("cost", *words).out)
@@ -83,14 +81,14 @@ def test_cost_of_a_turn(tiny: Cli) -> None:
     assert facts["fits"] is False
 
 
-def test_cost_shows_every_architecture(tiny: Cli) -> None:
+def test_cost_shows_every_architecture(tiny):
     shown = tiny("cost", "method=fedvtc", "models=mlp,logistic", "model=mlp", "width=16")
     assert shown.code == 0, shown.err
     for words in ("fedvtc, mlp on digits", "fedvtc, logistic on digits", "generator", "finetune", "fits 1 GB"):
         assert words in shown.out
 
 
-def test_report_tells_the_time_on_networks(tiny: Cli, cli: Cli) -> None:
+def test_report_tells_the_time_on_networks(tiny, cli):
     tiny("run", "out=r", "--quiet")
     shown = cli("report", "r", "network=4g,2/10/80", "slowdown=20", "target=1")
     assert shown.code == 0, shown.err

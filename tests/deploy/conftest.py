@@ -8,21 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from federation import values
 
 from fedloom.config import make_settings
 from fedloom.deploy.grid import GridLink
 from fedloom.deploy.local import Federation, local_federation
 from fedloom.deploy.running import prepare, resume
 from fedloom.experiment import Experiment, OnRound
-from small import SMALL, changed
 
-VALUES = changed(SMALL, **{"data.rows": 400, "clients": 6, "checkpoint_every": 1})
 NODES = 3
-
-
-def values(**settings: Any) -> dict[str, Any]:
-    """Settings over those of `VALUES`."""
-    return changed(VALUES, **settings)
 
 
 class Ran(NamedTuple):

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+from federation import values
 
-from conftest import values
 from fedloom import tree
 from fedloom.config import make_settings
 from fedloom.deploy.grid import GridLink
