@@ -20,7 +20,7 @@ from fedloom.errors import MethodError
 from fedloom.method import Batch, Interleave, Train
 from fedloom.nets import Nets
 from fedloom.recording import Found, Params
-from fedloom.replays import replayed_on
+from fedloom.replays import fingerprint, replayed_on
 from fedloom.tree import Tree
 
 
@@ -118,8 +118,8 @@ class Gradients:
         def written(i: Tree) -> Found:
             return self._written(train, i["buffers"], i["wanted"], i["params"], _batch(i), i["down"], i["memory"])
 
-        key = self._kind_of(train, wanted, batch, down, memory)
-        return self._replayed(key, written, _inputs(wanted, params, buffers, batch, down, memory))
+        kind = self._kind_of(train, wanted, batch, down, memory)
+        return self._replayed(kind, written, _inputs(wanted, params, buffers, batch, down, memory))
 
     def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         """The gradients of several lanes at once, stacked.
@@ -140,14 +140,13 @@ class Gradients:
 
         A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
         """
-        loss = getattr(train.loss, "__func__", train.loss)  # a bound method is another object at every access
         known_down, known_memory, forms = self._around  # the same two trees serve all steps of a phase
         if known_down is not down or known_memory is not memory:
             forms = _form(down), _form(memory)
             self._around = down, memory, forms
         return (
             train.name,
-            getattr(loss, "__code__", loss),
+            fingerprint(train.loss),
             tuple(wanted),
             train.modes,
             batch.x.shape,

@@ -30,6 +30,7 @@ Step = Callable[[Tree], Found]
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
 TRIALS = 30  # steps of a kind before it is judged
 REPEATS = 5  # timings of each way
+MOST_KINDS = 256  # of steps; a loss that is made anew in every turn would make ever more of them
 MOST_RECORDINGS = 16  # each holds memory of the device; the commonest kinds of step get there first
 
 
@@ -42,8 +43,13 @@ class Replayed:
 
     def __call__(self, key: Any, written: Step, inputs: Tree, n_lanes: int = 1) -> Found:
         """A step as written, or its replay once that has proved itself; `key` tells kinds of step apart."""
-        kind = self._kinds.get(key)
+        try:
+            kind = self._kinds.get(key)
+        except TypeError:  # something in it cannot be told from its like: a loss with a list, say
+            return written(inputs)
         if kind is None:
+            if len(self._kinds) == MOST_KINDS:
+                return written(inputs)
             kind = self._kinds[key] = _Kind(self._replays.longest_s)
         if kind.replay is not None:
             return kind.replay(inputs)
@@ -57,6 +63,22 @@ class Replayed:
     @property
     def _n_replays(self) -> int:
         return sum(kind.replay is not None for kind in self._kinds.values())
+
+
+def fingerprint(value: Any) -> Any:
+    """What stands for a function in a key: its code and all that a trace bakes in with it, which is what it is bound to, or encloses.
+
+    Bound methods, lambdas and partial functions are other objects each time they are made. Anything else stands for itself.
+    """
+    if isinstance(value, functools.partial):
+        return fingerprint(value.func), value.args, tuple(value.keywords.items())
+    function = getattr(value, "__func__", value)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return value
+    enclosed = tuple(fingerprint(cell.cell_contents) for cell in function.__closure__ or ())
+    defaults = function.__defaults__, tuple((function.__kwdefaults__ or {}).items())
+    return code, getattr(value, "__self__", None), enclosed, defaults
 
 
 class _Kind:
@@ -127,10 +149,17 @@ def _say(device: torch.device, why: str) -> None:
 def _varied(leaf: Tensor) -> Tensor:
     """A copy with slightly other numbers.
 
-    A tensor that stands in two places (the received weights are both parameters and part of the downlink) would be traced as one.
+    Whole numbers (labels) are drawn anew from those that are there. A tensor that stands in two places (the received weights are both
+    parameters and part of the downlink) would be traced as one.
     """
     other = twin(leaf)
-    return other.mul_(1 + 0.01 * torch.rand_like(leaf)) if leaf.is_floating_point() else other
+    if leaf.is_floating_point():
+        return other.mul_(1 + 0.01 * torch.rand_like(leaf))
+    return (
+        other.copy_(leaf.flatten()[torch.randint(leaf.numel(), leaf.shape, device=leaf.device)])
+        if leaf.numel()
+        else other
+    )
 
 
 def _trace(step: Step, inputs: Tree) -> Step:
@@ -154,6 +183,9 @@ def _trace(step: Step, inputs: Tree) -> Step:
         else:
             traced.graph.erase_node(node)
     _shorten(traced.graph)
+    for node in traced.graph.nodes:
+        if _is_of_unknown_size(node):
+            raise ValueError(f"how many numbers {node.target} gives depends on numbers")
     traced.recompile()
     run = traced.forward  # without the hooks of a module's call
 
@@ -179,6 +211,16 @@ def _shorten(graph: torch.fx.Graph) -> None:
         if node.args[1] == 1 and isinstance(node.args[1], int):
             node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
+
+
+def _is_of_unknown_size(node: torch.fx.Node) -> bool:
+    """Whether the shape of what an operation gives depends on numbers; the trace holds the one that it saw."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    if node.target is not torch.ops.aten.index.Tensor:
+        return True
+    kinds = {getattr(given.meta.get("val"), "dtype", torch.bool) for given in node.all_input_nodes}
+    return not kinds.isdisjoint({torch.bool, torch.uint8})  # a mask
 
 
 def _indices(device: torch.device) -> list[int]:

@@ -1,14 +1,18 @@
 """Every method on every engine: the same numbers as the reference, bit for bit."""
 
 import importlib.util
+import itertools
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from contract import TOYS, Left, assert_close, assert_same, left_by
-from fedloom import Downlink, Stream, replays, tree
+from fedloom import Downlink, FedAvg, FedProx, Stream, Train, replays, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
 from fedloom.errors import DataError
@@ -345,15 +349,55 @@ def test_workers_and_models_that_refuse_channels_last(experiment):
     assert_same(go("sequential"), go("processes"))
 
 
-@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+@dataclass(frozen=True)
+class Retuned(FedProx):
+    """Training and adaptation have one code, one name and two hyper-parameters; other losses are made anew in every turn."""
+
+    mu: float = 5.0
+
+    def adapt(self):
+        own, optimizer = replace(self, mu=0.0), self.local_optimizer()
+        enclosing = Train("enclosing", lambda *given: self.mu * own.loss(*given), ("model",), optimizer)
+        bound = Train("bound", partial(own.scaled, 2.0), ("model",), optimizer)
+        return (*own.phases(), enclosing, bound)
+
+    def scaled(self, factor, *given):
+        return factor * self.loss(*given)
+
+
+@dataclass(frozen=True)
+class Uneven(FedAvg):
+    """A loss whose tensors have as many numbers as the batch has classes, or rows of some of them."""
+
+    def loss(self, nets, batch, down, memory):
+        logits, few = nets.model(batch.x), batch.y < 5
+        chosen = cross_entropy(logits[few], batch.y[few], reduction="sum")
+        return chosen + cross_entropy(logits, batch.y) / len(batch.y.unique())
+
+
+CODES = {"Retuned": Retuned, "Uneven": Uneven}
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOYS, *CODES])
 def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
     settings = {"rounds": 4, "batch_size": 4, "cohort": 5, "data.rows": 120, "model.hidden": 8}
-    runs = []
-    for longest in (0.0, 1e9):  # never, and wherever it is faster
+    seconds, runs = itertools.cycle([1.0, 0.0]), []
+    monkeypatch.setattr(replays, "_shortest", lambda *_: next(seconds))  # every replay counts as faster
+    monkeypatch.setattr(replays, "TRIALS", 5)
+    for longest in (0.0, 1e9):  # never, and wherever it gives the same bits
         monkeypatch.setattr(replays, "SHORT_S", longest)
-        monkeypatch.setattr(replays, "TRIALS", 5)
-        runs.append(left_by(make(experiment, method, "mlp", "sequential", **settings)))
+        made = CODES[method]() if method in CODES else method
+        runs.append(left_by(make(experiment, made, "mlp", "sequential", **settings)))
     assert_same(*runs)
+
+
+def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):
+    traced, trace = [], replays._trace
+    monkeypatch.setattr(replays, "_trace", lambda *given: traced.append(given) or trace(*given))
+    monkeypatch.setattr(replays, "SHORT_S", 1e9)
+    monkeypatch.setattr(replays, "TRIALS", 3)
+    make(experiment, Retuned(), "mlp", "sequential", rounds=12, batch_size=1000, clients=1, cohort=1).run()
+    assert len(traced) == 4  # of training, and of the three phases of adaptation
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
