@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
 from fedloom import metrics
 from fedloom.config import Settings
 from fedloom.engines import Ask, Engine, Problem, Score, total
@@ -22,6 +24,8 @@ class Scoring:
         self._problem, self._settings, self._engine = problem, settings, engine
         data = problem.data
         self._own_tests = any(data.n_test(i) for i in range(data.n_clients))
+        tests, common = data.partition.test, data.partition.common
+        self._tests_are_common = np.array_equal(np.sort(np.concatenate(tests)), np.sort(common))
         self.clients: Sequence[int] = _sample(problem.task.n_clients, settings)
 
     def asks(self, general: bool) -> list[Ask]:
@@ -66,13 +70,12 @@ class Scoring:
         """The server's score; where every client predicts with the server's model, it follows from theirs, if none was lost."""
         data = self._problem.data
         if self._problem.one_model:
-            partition, scored = data.partition, found["personal_accuracy"]
-            known = scored[0]
+            scored, n_common, known = found["personal_accuracy"], len(data.partition.common), None
             if "general_accuracy" in found or not self._own_tests:
                 known = found.get("general_accuracy", scored)[0]
-            elif len(scored) == data.n_clients and sum(map(len, partition.test)) == len(partition.common):
+            elif len(scored) == data.n_clients and self._tests_are_common:
                 known = total(scored)
-            if known.rows.sum() == len(partition.common):
+            if known and known.rows.sum() == n_common:
                 return known
         return self._engine.score_server(down)
 

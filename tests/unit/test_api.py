@@ -252,6 +252,16 @@ def test_scores_that_follow_from_others_are_those_one_would_measure(run, partiti
     assert measured.rows.sum() == len(experiment.data.partition.common)
 
 
+def test_as_many_test_rows_of_clients_as_common_ones_need_not_be_the_same(run):
+    x, y = arrays(150)
+    rows = fedloom.from_arrays(x[:120], y[:120], x[120:], (y[120:] + 1) % 3)  # the official rows have wrong labels
+    for fraction in (0.25, 0.5):  # 30 rows of the clients' own, as many as official ones; and 60
+        dealt = {"name": "iid", "merge": False, "test_fraction": fraction}
+        done = run("fedavg", data=rows, model="logistic", partition=dealt, rounds=4, **{"method.lr": 0.5})
+        assert (done.metrics["server_accuracy"] < 0.2).all()
+        assert done.metrics["personal_accuracy"].iloc[-1] > 0.8
+
+
 @pytest.mark.parametrize("method", ["fedper", "fedavg_ft", "fedrir", "fedbn"])
 def test_clients_with_something_of_their_own_do_not_predict_as_the_server(run, method):
     done = run(method, model="resnet8")
