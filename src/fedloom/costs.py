@@ -45,10 +45,11 @@ class Costs:
 
     @cached_property
     def downlink(self) -> Downlink:
-        """What the server sends in the first round, to as many clients as a round can have."""
+        """What the server sends to one client in the first round."""
         method, task = self.problem.method, self.problem.task
         server = method.init_server(read_weights(self._gradients[0].modules), task)
-        return method.downlink(server, list(range(task.max_cohort)))
+        # a copy, since a server may hold a model for every member of a cohort
+        return Downlink(tree.clone(method.downlink(server, list(range(task.max_cohort))).to(0)))
 
     def received(self, i: int) -> Client:
         """Client `i` with its initial state, after the first downlink."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +50,8 @@ class Experiment:
 
     def __init__(self, settings: Settings, parts: Parts = NOTHING, folder: RunFolder | None = None) -> None:
         check_trackers(settings.log)
+        if folder is None and settings.out:
+            RunFolder.check_free(settings.out)
         with arithmetic(settings):
             self.settings = settings
             self.place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
@@ -59,23 +61,34 @@ class Experiment:
             if self.method.pooled:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
-            self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
-            self.scoring = Scoring(self.problem, settings, self.engine)
             weights = initial_weights(self.problem)
             self.server = self.method.init_server(weights, self.problem.task)
             self._buffers = _policy(self.method, weights)
+            self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Ledger(self.problem)
         self.intake = Intake(self.problem, settings)
-        if folder is None:
-            folder = RunFolder.create(settings.out, f"{settings.method.name.rpartition(':')[2]}-{settings.data.name}")
-            self._describe(folder)
-        else:
+        self._has_run = False
+        try:
+            self.scoring = Scoring(self.problem, settings, self.engine)
+            self.folder = self._open(folder)
+            config = settings.model_dump(mode="json")
+            self.trackers: list[Tracker] = make_trackers(settings.log, self.folder.path, config)
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def _open(self, folder: RunFolder | None) -> RunFolder:
+        """A new folder, or the given one, with the state that lies in it."""
+        if folder is not None:
             self._restore(folder)
-        self.folder = folder
-        self.trackers: list[Tracker] = make_trackers(settings.log, folder.path, settings.model_dump(mode="json"))
+            return folder
+        s = self.settings
+        folder = RunFolder.create(s.out, f"{s.method.name.rpartition(':')[2]}-{s.data.name}")
+        self._describe(folder)
+        return folder
 
     @classmethod
     def resume(cls, path: str | Path, parts: Parts = NOTHING) -> Experiment:
@@ -106,8 +119,15 @@ class Experiment:
         self.folder.keep_rows(self.done)
 
     def run(self, on_round: OnRound | None = None) -> Row:
-        """Run what is left of the rounds; returns the summary."""
+        """Run what is left of the rounds, once; returns the summary.
+
+        Raises:
+            RunFolderError: it was called before. What a broken round left behind is not what the last checkpoint holds.
+        """
         rounds = self.settings.rounds
+        if self._has_run:
+            raise RunFolderError(f"{self.folder.path}: this experiment has run already; resume the folder in a new one")
+        self._has_run = True
         try:
             with arithmetic(self.settings):
                 for number in range(self.done, rounds):
@@ -130,21 +150,25 @@ class Experiment:
         sent = self.problem.codec.send(down)
         roster = self.intake.roster(number, cohort, self.engine.busy())
         replies = self._train(number, cohort, sent, roster.working)
-        uplinks, arrivals = self.intake.take(Asked(number, cohort, sent, roster.working), replies, self.engine.busy())
+        taken = self.intake.take(Asked(number, cohort, sent, roster.working), replies, self.engine.busy())
         rng = Stream(self.settings.seed, "server", number)
-        uplinks = list(self.method.exchange(uplinks, rng.child("exchange"))) if uplinks else []
-        before, round = self.server, Round(number, self.problem.task.n_clients, arrivals, rng)
+        uplinks = list(self.method.exchange(taken.uplinks, rng.child("exchange"))) if taken.uplinks else []
+        before, round = self.server, Round(number, self.problem.task.n_clients, taken.arrivals, rng)
         if uplinks:
             server = self.method.aggregate(before, uplinks, round)
             require_finite(server, number, self.saved)
             self.server = server
-        self._record_round(number, cohort, sent, roster.sent, replies)
+        working = [cohort[slot] for slot in roster.working]
+        away = set(working).difference(self.engine.asked(working))
+        reached = {cohort[slot]: sent.to(slot) for slot in roster.sent if cohort[slot] not in away}
+        self._record_round(number, reached, replies, taken.refused)
         self.done = number + 1
         self.ledger.train_seconds += time.perf_counter() - started
         last = self.done == self.settings.rounds
         if last or self.done % self.settings.eval_every == 0:
             logs = self.method.server_logs(before, uplinks, round) if uplinks else {}
-            self._evaluate(replies, len(uplinks), logs)
+            good = [reply for reply in replies if reply.client not in taken.refused]
+            self._evaluate(good, len(uplinks), logs)
         every = self.settings.checkpoint_every
         if every and (last or self.done % every == 0):
             self._checkpoint()
@@ -169,19 +193,19 @@ class Experiment:
         return self.engine.train(number, [cohort[slot] for slot in working], theirs)
 
     def _record_round(
-        self, number: int, cohort: Sequence[int], down: Downlink, slots: Sequence[int], replies: Sequence[Reply]
+        self, number: int, messages: Mapping[int, Tree], replies: Sequence[Reply], refused: Collection[int]
     ) -> None:
-        """Note the events, bytes and turns of a round; `slots`: who was sent the downlink."""
+        """Note the events, bytes and turns of a round; `messages`: what clients were sent; `refused`: whose reply was not taken in."""
         for event in self.intake.events:
             self.folder.append(event, "events.jsonl")
         self.intake.events.clear()
-        sent = {cohort[slot]: self.ledger.count("downlink", down.to(slot)) for slot in slots}
+        sent = {i: self.ledger.count("downlink", message) for i, message in messages.items()}
         replied = {reply.client for reply in replies}
         for i, n_bytes in sent.items():
             if i not in replied:
                 self.client_rows.append({"round": number + 1, "client": i, "downlink_bytes": n_bytes})
         for reply in replies:
-            flops = self.ledger.turn(reply, number)
+            flops = self.ledger.turn(reply, number, reply.client not in refused)
             relayed = 0  # what clients exchange goes through a relay: up once, and down to others
             if self.method.exchanges:
                 relayed = self.ledger.count("uplink", reply.uplink, "exchange")

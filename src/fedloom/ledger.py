@@ -39,10 +39,11 @@ class Ledger:
             self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
         return sum(sizes.values())
 
-    def turn(self, reply: Reply, number: int) -> float | None:
-        """Add what one turn in round `number` took; its floating-point operations, if they can be counted."""
+    def turn(self, reply: Reply, number: int, taken: bool) -> float | None:
+        """Add what one turn in round `number` took, `taken` in or not; its floating-point operations, if they can be counted."""
         flops = self._counted(lambda costs: sum(costs.flops(reply.client, number).values()))
-        self.trained.add(reply.client)
+        if taken:
+            self.trained.add(reply.client)
         self.flops += flops or 0.0
         for phase, seconds in reply.phase_seconds.items():
             self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds

@@ -86,6 +86,7 @@ class Taken(NamedTuple):
 
     uplinks: list[Tree]
     arrivals: tuple[Arrival, ...]
+    refused: frozenset[int]  # clients whose reply is not taken in, now or later
 
 
 class Intake:
@@ -127,7 +128,7 @@ class Intake:
         self._note(number, "late", sorted(overdue.keys() - self._overdue.keys()), reason="still at work")
         self._overdue = overdue
         self._pass_time([reply for reply in replies if asked[reply.client] is now])
-        fresh, landed, late = list[Reply](), self._due(number), list[int]()
+        fresh, landed, late, refused = list[Reply](), self._due(number), list[int](), set[int]()
         for reply in replies:
             then = asked[reply.client]
             reply = reply._replace(slot=then.working[reply.slot])
@@ -135,6 +136,7 @@ class Intake:
                 reply = reply._replace(uplink=self._screen.opened(then.number, reply, then.down))
             except WireError as error:
                 self._note(number, "rejected", [reply.client], reason=str(error))
+                refused.add(reply.client)
                 continue
             if then is not now:
                 landed.append(_flight(then.number, reply, then.down))
@@ -149,12 +151,12 @@ class Intake:
         if len(fresh) + len(landed) < self._min_clients:
             reason = f"{len(fresh) + len(landed)} arrived, min_clients={self._min_clients}"
             self._note(number, "skipped", reason=reason)
-            return Taken([], ())
+            return Taken([], (), frozenset(refused))
         uplinks = [reply.uplink for reply in fresh]
         uplinks += [self._screen.rebased(number, flight, down) for flight in landed]
         members = [(r.client, r.slot, r.examples, 0) for r in fresh]
         members += [(f.client, f.slot, f.examples, number - f.sent) for f in landed]
-        return Taken(uplinks, _arrivals(members))
+        return Taken(uplinks, _arrivals(members), frozenset(refused))
 
     @property
     def _age(self) -> int:

@@ -213,7 +213,12 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
     "no turns": (lambda _: seal(Trained(turns=[]), {}), "its turn is missing"),
     "someone else's": (lambda _: seal(Trained(turns=[Turned(client=0, slot=0, examples=9)]), {}), "nobody asked"),
     "more rows": (lambda answer: retold(answer, examples=10**6), "it says that it trained on 1000000 rows, and has"),
-    "too many rows": (lambda answer: retold(answer, examples=10**30), "not understood"),
+    "too many rows": (lambda answer: retold(answer, examples=10**7 + 1), "not understood"),
+    "no rows": (lambda answer: retold(answer, examples=0, logs={"train.own": 1.0}), "it trained on 0 rows, and has"),
+    "a phase of its own": (lambda answer: retold(answer, phase_seconds={"more": 1.0}), "'more', which is none of the"),
+    "steps of its own": (lambda answer: retold(answer, steps={"more": 1}), "'more', which is none of the"),
+    "a log of its own": (lambda answer: retold(answer, logs={"more.loss": 1.0}), "'more', which is none of the"),
+    "too many logs": (lambda answer: retold(answer, logs={f"train.{k}": 1.0 for k in range(101)}), "not understood"),
     "too many steps": (lambda answer: retold(answer, steps={"train": 10**30}), "not understood"),
     "endless time": (lambda answer: retold(answer, seconds=float("inf")), "not understood"),
     "the run's own numbers": (
@@ -221,10 +226,7 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
         "not understood",
     ),
     "too deep": (lambda answer: deepened(answer), "a tensor below 1500 branches"),
-    "no weights": (
-        lambda _: seal(Trained(turns=[Turned(client=2, slot=2, examples=9), Turned(client=3, slot=3, examples=9)]), {}),
-        "has no part",
-    ),
+    "no weights": (lambda answer: seal(open_envelope(answer).header, {}), "has no part"),
 }
 
 
@@ -424,8 +426,13 @@ def test_too_few_clients_skip_a_round(federation, tmp_path):
     experiment.run(leave)
     assert [row["cohort"] for row in experiment.rows] == [4, 0, 0, 4]
     assert experiment.rows[-1]["skipped"] == 2
-    assert "round 2: node-1 is not there" in said
-    assert {"round 3: node-0 is not there", "round 3: node-1 is not there"} <= set(said)
+    gone = [line for line in said if line.endswith("is not there")]  # by training and by scoring
+    assert sorted(gone) == sorted(
+        [f"round {n}: {node} is not there" for n, node in ((2, "node-1"), (3, "node-0"), (3, "node-1"))] * 2
+    )
+    assert np.diff([0, *(row["downlink_bytes"] for row in experiment.rows)]).tolist() == (
+        [experiment.rows[0]["downlink_bytes"] // 4 * n for n in (4, 2, 0, 4)]
+    )
 
 
 @pytest.mark.parametrize("rule", ["wait", "drop", "partial", "late"])
@@ -642,6 +649,26 @@ def test_a_node_with_rows_of_its_own_may_come_later(federation, rows, tmp_path):
     experiment = running.prepare(place, chosen, link, said.append)
     experiment.run(lambda *_: link.workers.update({"node-1": late}))
     assert [row["cohort"] for row in experiment.rows] == [1, 2, 2]
+
+
+def test_a_node_that_came_later_cannot_end_the_run(federation, rows, tmp_path):
+    """How many rows it holds nobody knows, but none they are not; and logs of a turn that is refused count for nothing."""
+    place = federation(nodes=2, clients=2)
+    for node, chosen in (("node-0", slice(0, 120)), ("node-1", slice(120, 240))):
+        name_data(place.path / node, rows(node, chosen))
+
+    def spoil(node, n, answer):
+        is_training = isinstance(open_envelope(answer).header, Trained)
+        return retold(answer, examples=0, logs={"train.own": 1.0}) if node == "node-1" and is_training else answer
+
+    link, said = Wire(place, spoil), list[str]()
+    late = link.workers.pop("node-1")
+    place.file = place.file.model_copy(update={"join_s": 0.0})
+    experiment = running.prepare(place, values(clients=2, rounds=3) | {"out": str(tmp_path / "run")}, link, said.append)
+    experiment.run(lambda *_: link.workers.update({"node-1": late}))
+    assert [row["cohort"] for row in experiment.rows] == [1, 1, 1]
+    assert any("it trained on 0 rows, and has some" in line for line in said)
+    assert "train.own" not in experiment.rows[-1]
 
 
 def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_path):

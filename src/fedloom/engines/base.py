@@ -156,6 +156,10 @@ class Engine(ABC):
         """Clients that are still at work for an earlier round: their reply may come with a later `train`."""
         return frozenset()
 
+    def asked(self, cohort: Sequence[int]) -> Sequence[int]:
+        """Those of the cohort of the last `train` who were sent the downlink: not clients of devices that were not there."""
+        return cohort
+
     @abstractmethod
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """Score the clients' personal predictors: one dictionary per client, by the names of the asks."""

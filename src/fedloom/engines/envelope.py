@@ -25,6 +25,8 @@ MAGIC = b"fedloom1"
 MAX_HEADER = 64 * 2**20  # bytes
 EMPTY = "/"  # ends the path of a branch without tensors
 
+MAX_ROWS = 10_000_000  # of one node; the server keeps a label for each
+MAX_LOGS = 100  # of one turn; each becomes a column, and a plot
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # no number that a table or a sum cannot hold
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # `phase.log`; the run's own numbers have no point in their names
@@ -128,9 +130,9 @@ class Turned(_Strict):
 
     client: Whole
     slot: Whole
-    examples: Whole = 0
+    examples: Annotated[Whole, Field(le=MAX_ROWS)] = 0
     steps: dict[str, Whole] = {}
-    logs: dict[LogName, float] = {}
+    logs: Annotated[dict[LogName, float], Field(max_length=MAX_LOGS)] = {}
     phase_seconds: dict[str, Seconds] = {}
     seconds: Seconds = 0.0
     diverged: Words = ""

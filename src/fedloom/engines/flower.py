@@ -36,7 +36,7 @@ from fedloom.engines.envelope import (
 from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink
+from fedloom.method import Client, Downlink, trains_of
 from fedloom.training import Modules
 from fedloom.tree import Tree
 
@@ -130,6 +130,7 @@ class Flower(Engine):
         self.turns = Turns()  # in memory, until the run has a folder
         self._roster, self._node_of = roster, {i: node for node, clients in roster.items() for i in clients}
         self._overdue: dict[str, Errand] = {}  # nodes that are late, and what they are at work on
+        self._asked: set[int] = set()  # clients in the last round
         self._safe = self._pending = 0  # states before these rounds are no longer needed; after the next train
         self._done = 0
         missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
@@ -149,8 +150,9 @@ class Flower(Engine):
         self._safe = self._pending  # the checkpoint of that round is whole by now
         asked = {
             node: Errand(number, {slot: cohort[slot] for slot in slots})
-            for node, slots in self._by_node(cohort, number).items()
+            for node, slots in self._by_node(cohort, number + 1).items()
         }
+        self._asked = {i for errand in asked.values() for i in errand.clients.values()}
         call = self._call.model_copy(update={"deadline_s": self._call.deadline_s + self._late_s})
         requests = {}
         for node, (_, slots) in asked.items():
@@ -178,17 +180,21 @@ class Flower(Engine):
         """See `Engine.busy`: all clients of a node that is late."""
         return frozenset(i for node in self._overdue for i in self._roster[node])
 
+    def asked(self, cohort: Sequence[int]) -> Sequence[int]:
+        """See `Engine.asked`."""
+        return [i for i in cohort if i in self._asked]
+
     def _member(self, i: int, slot: int, number: int) -> Member:
         return Member(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
 
-    def _by_node(self, cohort: Sequence[int], number: int) -> dict[str, list[int]]:
-        """Places in the cohort by node, for the nodes that are there; waits while there are none."""
+    def _by_node(self, cohort: Sequence[int], rounds: int) -> dict[str, list[int]]:
+        """Places in the cohort by node, for the nodes that are there; waits while there are none. `rounds`, this one included."""
         until = time.monotonic() + self._call.deadline_s
         wanted = {self._node_of[i] for i in cohort}
         while not (here := wanted & set(self._link.nodes())) and wanted and time.monotonic() < until:
             time.sleep(WAIT_S)
         for node in sorted(wanted - here):
-            self._tell(f"round {number + 1}: {node} is not there")
+            self._tell(f"round {rounds}: {node} is not there")
         return {node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node] for node in sorted(here)}
 
     def _answers(self, requests: Mapping[str, bytes], late_s: float = 0.0) -> dict[str, bytes | Lost]:
@@ -236,11 +242,25 @@ class Flower(Engine):
             try:
                 if left.pop(turn.slot, None) != turn.client:
                     raise WireError("nobody asked for this turn")
-                yield _reply(letter, turn, self.problem.data.n_train(turn.client))
+                self._check(turn)
+                yield _reply(letter, turn)
             except WireError as error:
                 self._tell(f"{where}, client {turn.client}: {error}")
         for i in left.values():
             self._tell(f"{where}, client {i}: its turn is missing")
+
+    def _check(self, turn: Turned) -> None:
+        """Raise WireError for what cannot have come of a turn."""
+        if turn.failure:
+            raise WireError(turn.failure)
+        n_rows, phases = self.problem.data.n_train(turn.client), self.problem.method.phases()
+        # its share of the mean; of a node with rows of its own that was away at the start none are known
+        if turn.examples < 1 or (n_rows and turn.examples != n_rows):
+            raise WireError(f"it says that it trained on {turn.examples} rows, and has {n_rows or 'some'}")
+        known = {phase.name for phase in phases} | {train.name for train in trains_of(phases)}
+        of_logs = {name.partition(".")[0] for name in turn.logs}
+        if strange := {*turn.steps, *turn.phase_seconds, *of_logs} - known:
+            raise WireError(f"it tells of '{min(strange)}', which is none of the method's phases")
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`. Clients that cannot be asked count no rows."""
@@ -305,17 +325,11 @@ class Flower(Engine):
         self._link.close()
 
 
-def _reply(letter: Letter, turn: Turned, n_rows: int) -> Reply:
-    if turn.failure:
-        raise WireError(turn.failure)
-    uplink = letter.tree(str(turn.slot))
-    # its share of the mean; of a node with rows of its own that was away at the start none are known
-    if n_rows and turn.examples != n_rows:
-        raise WireError(f"it says that it trained on {turn.examples} rows, and has {n_rows}")
+def _reply(letter: Letter, turn: Turned) -> Reply:
     return Reply(
         turn.client,
         turn.slot,
-        uplink,
+        letter.tree(str(turn.slot)),
         turn.examples,
         turn.steps,
         turn.logs,

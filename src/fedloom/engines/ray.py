@@ -62,7 +62,7 @@ class Lost(NamedTuple):
 
 
 class Cluster:
-    """Workers on a Ray cluster, for one engine or several."""
+    """Workers on a Ray cluster."""
 
     def __init__(self, address: str | None, workers: int | None, most: int) -> None:
         """Start Ray on this machine, or join the cluster at `address`; one worker per core, or `workers`, but at most `most`.
@@ -172,12 +172,12 @@ class Ray(Backed):
         Raises:
             ConfigError: no worker starts, or one has other versions.
         """
-        super().__init__(problem)
         self._cluster, self._deadline_s, self._packer = cluster, deadline_s, Packer()
         self._versions: dict[int, int] = {}
         self._ticket = self._empty_rounds = 0
         self._seats: list[Seat] = []
         try:
+            super().__init__(problem)
             self._start()
         except BaseException:
             self.close()

@@ -30,6 +30,10 @@ class Wrapper(Engine):
         """See `Engine.busy`."""
         return self.inner.busy()
 
+    def asked(self, cohort: Sequence[int]) -> Sequence[int]:
+        """See `Engine.asked`."""
+        return self.inner.asked(cohort)
+
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`."""
         return self.inner.score(number, down, clients, asks)
