@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 class Convolutions:
     """How the convolutions of lanes are computed; remembers what was faster."""
 
-    def __init__(self, form: Form = "tuned", device: torch.device = HOST, bf16: bool = False) -> None:
+    def __init__(self, form: Form, device: torch.device = HOST, bf16: bool = False) -> None:
         self._form, self._device, self._bf16 = form, device, bf16
         self.columns_faster: dict[Layer, bool] = {}  # with `tuned`
 

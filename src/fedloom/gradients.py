@@ -45,9 +45,14 @@ class Once(NamedTuple):
         ends = [value for value in self.values.values() if value.requires_grad]
         if not ends:
             return grads
-        found = torch.autograd.grad(
-            ends, list(self.live.values()), [grads[name] for name in self.through], allow_unused=True
-        )
+        try:
+            found = torch.autograd.grad(
+                ends, list(self.live.values()), [grads[name] for name in self.through], allow_unused=True
+            )
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise MethodError("only the last member may train what its phase's `once` passes through") from None
         return {
             name: grads[name] if more is None else grads[name] + more
             for name, more in zip(self.live, found, strict=True)

@@ -30,7 +30,6 @@ from fedloom.training import (
     is_channels_last,
     laid_out,
     report,
-    run_turn,
     sweep,
 )
 from fedloom.tree import Tree
@@ -57,13 +56,11 @@ def run_turns(
     sites: Sequence[Site],
     number: int,
 ) -> list[Outcome]:
-    """The turns of several clients of one architecture in round `number`; see `training.run_turn`.
+    """The turns of several clients in round `number`, of one architecture and with the same work; see `training.run_turn`.
 
     Raises:
         CannotMapError: a phase, a loss or a module cannot be mapped over lanes. Nothing has changed then.
     """
-    if len(clients) == 1:
-        return [run_turn(method, gradients, clients[0], sent[0], sites[0], number)]
     downs = [site.codec.received(message) for site, message in zip(sites, sent, strict=True)]
     received = [method.receive(c.weights, down, c.memory) for c, down in zip(clients, downs, strict=True)]
     lanes = []
@@ -96,10 +93,8 @@ def _run_phase(
             for lane in lanes
         ]
     trains = (phase,) if isinstance(phase, Train) else phase.members
-    active = [[t for t in trains if t.when is None or t.when(lane.turn)] for lane in lanes]
-    if any(mine != active[0] for mine in active):
-        raise CannotMapError(f"phase '{phase.name}' runs for some clients only")
-    return _Stack(phase, active[0], gradients, lanes).run(lr_scale, logs) if active[0] else lanes
+    active = [train for train in trains if train.when is None or train.when(lanes[0].turn)]
+    return _Stack(phase, active, gradients, lanes).run(lr_scale, logs) if active else lanes
 
 
 class _Stack:

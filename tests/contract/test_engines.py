@@ -16,9 +16,10 @@ from fedloom import Downlink, FedAvg, FedProx, Stream, Train, replays, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
 from fedloom.errors import DataError
+from fedloom.experiment import Experiment, Parts
 from fedloom.nets import write_weights
 from fedloom.registry import METHODS
-from small import BRIEF, brief, spied
+from small import BRIEF, brief, interrupted_after, spied
 
 REFERENCE = "sequential"
 WRAPPED = ("debug+sequential", "bytes+sequential", "debug+bytes+processes")
@@ -373,6 +374,27 @@ class Uneven(FedAvg):
         logits, few = nets.model(batch.x), batch.y < 5
         chosen = cross_entropy(logits[few], batch.y[few], reduction="sum")
         return chosen + cross_entropy(logits, batch.y) / len(batch.y.unique())
+
+
+@dataclass(frozen=True)
+class Selective(FedAvg):
+    """Clients with many rows work more."""
+
+    def phases(self):
+        more = Train("more", self.loss, ("model:head",), self.local_optimizer(), when=lambda turn: turn.examples > 24)
+        return (*super().phases(), more)
+
+
+def test_lanes_are_of_clients_with_the_same_work(experiment, mapped):
+    settings = {**SETTINGS, "clients": 12, "cohort": 12, "rounds": 4, "data.rows": 400, "checkpoint_every": 1}
+    expected = left_by(experiment(Selective(), **{**settings, "engine": "sequential"}))
+    assert {"more.loss" in row for row in expected.turns} == {True, False}
+    lanes = {**settings, "engine": "vectorised", "engine.lanes": 4}
+    whole = left_by(experiment(Selective(), **lanes))
+    assert_close(whole, expected)
+    assert mapped()
+    resumed = Experiment.resume(interrupted_after(experiment(Selective(), **lanes), 2), Parts(Selective()))
+    assert_same(left_by(resumed), whole)
 
 
 CODES = {"Retuned": Retuned, "Uneven": Uneven}

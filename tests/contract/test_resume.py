@@ -1,6 +1,7 @@
 """Interrupted and resumed equals uninterrupted, bit for bit."""
 
 import json
+import multiprocessing
 import random
 import signal
 import subprocess
@@ -108,6 +109,23 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
     with pytest.raises(RunFolderError, match="the checkpoint does not fit this method and model"):
         Experiment.resume(path)
+
+
+def test_what_cannot_be_taken_up_leaves_no_workers(experiment):
+    path = interrupted_after(experiment("fedavg", **{**SETTINGS, "engine": "processes", "engine.workers": 2}), 1)
+    config = path / "config.toml"
+    config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
+    with pytest.raises(RunFolderError):
+        Experiment.resume(path)
+    assert not multiprocessing.active_children()
+
+
+def test_a_broken_experiment_is_not_run_again(experiment):
+    """Clients have taken turns that the server knows nothing of."""
+    run = experiment("scaffold", **SETTINGS)
+    interrupted_after(run, 1)
+    with pytest.raises(RunFolderError, match="this experiment has run already; resume the folder in a new one"):
+        run.run()
 
 
 def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):

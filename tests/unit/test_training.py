@@ -186,6 +186,24 @@ def test_only_the_last_member_may_train_what_is_computed_once():
     work(replace(both, members=tuple(replace(m, when=lambda _: False) for m in both.members)))
 
 
+def test_only_the_last_member_may_train_what_is_passed_through():
+    modules = net(nn.Linear(1, 1, bias=False))
+    modules["other"] = nn.Linear(1, 1, bias=False).requires_grad_(False)
+
+    def once(nets, batch, down, memory):
+        return {"s": nets.other(nets.model(torch.ones(1, 1)))}
+
+    def use(nets, batch, down, memory):
+        return batch.once["s"].square().sum()
+
+    def fit(nets, batch, down, memory):
+        return nets.other(torch.ones(1, 1)).square().sum()
+
+    members = (Train("fit", fit, ("other",), SGD), Train("use", use, ("model",), SGD))
+    with pytest.raises(MethodError, match="only the last member may train what its phase's `once` passes through"):
+        work(Interleave("both", members, steps=2, once=once), modules=modules)
+
+
 def noise(batch, task, rng):
     return {"noise": rng.normal(())}
 

@@ -19,6 +19,7 @@ from fedloom.engines.base import Problem, Reply
 from fedloom.engines.moving import moved
 from fedloom.engines.sequential import Member, Sequential
 from fedloom.lanes import CannotMapError, run_turns
+from fedloom.method import Turn, trains_of
 from fedloom.training import Outcome
 
 LANES_BYTES = 1 << 28  # stacked weights of a group; activations and optimiser states come on top
@@ -53,18 +54,20 @@ class Vectorised(Sequential):
 
     def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
         """See `Sequential.turns`."""
-        done = {reply.slot: reply for group in self._groups(members) for reply in self._group_turns(number, group)}
+        groups = self._groups(number, members)
+        done = {reply.slot: reply for group in groups for reply in self._group_turns(number, group)}
         return [done[member.slot] for member in members]
 
-    def _groups(self, members: Sequence[Member]) -> list[list[Member]]:
-        """Clients of one architecture with similar numbers of rows together, as many as there are lanes."""
-        groups: list[list[Member]] = []
-        arch_of, n_train = self.problem.arch_of, self.problem.data.n_train
-        for arch, lanes in enumerate(self._lanes):
-            mine = [member for member in members if arch_of[member.client] == arch]
-            mine.sort(key=lambda member: (-n_train(member.client), member.slot))
-            groups += [mine[start : start + lanes] for start in range(0, len(mine), lanes)]
-        return groups
+    def _groups(self, number: int, members: Sequence[Member]) -> list[list[Member]]:
+        """Clients of one architecture with the same work and similar numbers of rows together, as many as there are lanes."""
+        alike: dict[tuple[int, tuple[str, ...]], list[Member]] = {}
+        p, trains = self.problem, trains_of(self.problem.method.phases())
+        for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
+            turn = Turn(number, p.task.rounds - 1, p.data.n_train(member.client))
+            work = tuple(train.name for train in trains if train.when is None or train.when(turn))
+            alike.setdefault((p.arch_of[member.client], work), []).append(member)
+        sizes = [(mine, self._lanes[arch]) for (arch, _), mine in alike.items()]
+        return [mine[start : start + lanes] for mine, lanes in sizes for start in range(0, len(mine), lanes)]
 
     def _group_turns(self, number: int, group: list[Member]) -> list[Reply]:
         arch = self.problem.arch_of[group[0].client]
