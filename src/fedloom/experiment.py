@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -251,7 +252,8 @@ class Experiment:
             tracker.log(self.done, row)
 
     def _record_scores(self, found: Scores) -> None:
-        now = {row["client"]: row for row in self.client_rows if row["round"] == self.done}
+        latest = takewhile(lambda row: row["round"] == self.done, reversed(self.client_rows))
+        now = {row["client"]: row for row in latest}
         for place, i in enumerate(self.scoring.clients):
             if i not in now:
                 now[i] = {"round": self.done, "client": i}
