@@ -31,7 +31,10 @@ def test_a_folder_is_made_and_its_steps_are_shown(cli):
         (["node", "nowhere"], "nowhere is not a node's folder: it holds no node.toml"),
         (["init"], "name a folder"),
         (["init", "clients=3"], "name a folder"),
+        (["init", ""], "name a folder"),
         (["init", "w", "--nodes", "99"], "--nodes 99"),
+        (["init", "w", "--address", "fl.example.org:9092"], "--address fl.example.org:9092: must be a host name"),
+        (["init", "w", "clients=3", "model=nonet.py:Net"], "model=nonet.py:Net: there is no file nonet.py"),
     ],
 )
 def test_mistakes_end_in_one_line(cli, words, message):
@@ -63,6 +66,12 @@ def test_a_run_without_a_server_says_how_to_start_it(cli):
     assert done.code == 2
     assert "no SuperLink answers" in done.err
     assert "fedloom deploy server ward" in done.err
+
+
+def test_an_empty_resume_is_no_new_run(cli):
+    assert cli("deploy", "init", "ward", "clients=2", "--nodes", "1").code == 0
+    done = cli("deploy", "run", "ward", "--resume", "")
+    assert (done.code, done.err) == (2, "fedloom: error: fedloom deploy run: --resume must not be empty\n")
 
 
 def test_the_flower_engine_is_not_for_simulations(cli):

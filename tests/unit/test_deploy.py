@@ -36,11 +36,12 @@ from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config import make_settings, to_toml
-from fedloom.deploy import certificates, proxy, supernode
+from fedloom.deploy import certificates, proxy, server, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
-from fedloom.deploy.proxy import allowed, make_app
-from fedloom.deploy.server import superlink_command
+from fedloom.deploy.local import Federation
+from fedloom.deploy.proxy import allowed, make_app, make_server
+from fedloom.deploy.server import is_open, proxy_command, run_server, superlink_command
 from fedloom.deploy.services import Service, end_group, free_ports, leashed, require_free
 from fedloom.deploy.store import NodeStore
 from fedloom.engines.envelope import Hello, Member, open_envelope, seal
@@ -128,6 +129,47 @@ def test_the_superlink_listens_on_the_loopback_alone_and_asks_for_keys(folder):
     assert "--insecure" not in command
 
 
+@pytest.mark.parametrize(
+    ("host", "listens", "address"),
+    [
+        ("fl.example.org", "0.0.0.0", "fl.example.org:9092"),
+        ("192.0.2.7", "0.0.0.0", "192.0.2.7:9092"),
+        ("2001:db8::7", "::", "[2001:db8::7]:9092"),
+        ("localhost", "127.0.0.1", "localhost:9092"),
+        ("127.0.0.2", "127.0.0.2", "127.0.0.2:9092"),
+        ("::1", "::1", "[::1]:9092"),
+    ],
+)
+def test_the_proxy_listens_where_nodes_look_for_it(tmp_path, host, listens, address):
+    made = create(tmp_path / "ward", {"clients": 1}, 1, [host])
+    assert proxy_command(made)[3] == listens
+    assert read_file(tmp_path / "ward/node-0/node.toml", NodeFile, "a node's folder").server == address
+    assert f"at `{address}`" in (tmp_path / "ward/README.md").read_text()
+
+
+def test_flower_is_told_the_ports_and_the_place_of_today(folder, monkeypatch):
+    moved = folder.rename(folder.with_name('the "new" ward'))
+    file = moved / "federation.toml"
+    file.write_text(file.read_text().replace("superlink_port = 9091", "superlink_port = 9191"))
+    monkeypatch.setattr(server, "require_free", lambda *_: None)
+    monkeypatch.setattr(server, "Service", None)  # it goes no further
+    with pytest.raises(TypeError, match="not callable"):
+        run_server(Deployment(moved))
+    told = tomllib.loads((moved / "server/flwr/config.toml").read_text())["superlink"]["fedloom"]
+    assert told == {"address": "127.0.0.1:9191", "root-certificates": str((moved / "server/ca.crt").resolve())}
+
+
+def test_paths_with_spaces_are_one_word_of_units_and_commands(tmp_path):
+    create(tmp_path / "100% my $ward", {"clients": 1}, 1)
+    unit = (tmp_path / "100% my $ward/server/fedloom-server.service").read_text().splitlines()
+    assert f'ExecStart="{sys.executable}" -m fedloom.cli deploy server "{tmp_path}/100%% my $$ward"' in unit
+    assert f'ReadWritePaths="{tmp_path}/100%% my $ward"' in unit
+    readme = (tmp_path / "100% my $ward/README.md").read_text()
+    assert "fedloom deploy run '100% my $ward' rounds=20" in readme
+    assert "scp -r '100% my $ward'/node-0 " in readme
+    assert "Both units run as root" in readme
+
+
 def test_nothing_is_overwritten(folder):
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(ConfigError, match="nothing is overwritten"):
@@ -143,14 +185,46 @@ def test_nothing_is_overwritten(folder):
         ({"clients": 2}, 3, ["h"], "--nodes 3: must be from 1 to the number of clients"),
         ({"clients": 2}, 0, ["h"], "--nodes 0"),
         ({"clients": 2}, 1, ["no host"], "--address no host"),
+        ({"clients": 2}, 1, ["fl.example.org:9092"], "--address fl.example.org:9092: must be .*, without a port"),
+        ({"clients": 2}, 1, ["h", "192.0.2.7:9092"], "--address 192.0.2.7:9092"),
+        ({"clients": 2}, 1, ["[::1]"], "--address"),
+        ({"clients": 2}, 1, ["fe80::1%eth0"], "--address fe80::1%eth0"),
         ({"clients": 2, "checkpoint_every": 0}, 1, ["h"], "checkpoint_every=0"),
         ({"clients": 2, "engine": {"name": "processes"}}, 1, ["h"], "engine=processes"),
         ({"clients": 2, "method": {"name": "nobody.py:Mine"}}, 1, ["h"], "method=nobody.py:Mine: there is no file"),
+        ({"clients": 2, "model": {"name": "nonet.py:Net"}}, 1, ["h"], "model=nonet.py:Net: there is no file nonet.py"),
+        ({"clients": 2, "models": ["mlp", "nonet.py:Net"]}, 1, ["h"], "models=nonet.py:Net: there is no file nonet.py"),
     ],
 )
 def test_what_cannot_be_deployed_is_refused(tmp_path, values, nodes, hosts, message):
     with pytest.raises(ConfigError, match=message):
         create(tmp_path / "new", values, nodes, hosts)
+    assert not (tmp_path / "new").exists()
+
+
+def test_files_of_code_have_different_names_on_a_node(tmp_path):
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "net.py").write_text(f"# {place}\n")
+    one, other = (f"{tmp_path / place / 'net.py'}:Net" for place in ("a", "b"))
+    with pytest.raises(ConfigError, match=r"a/net.py and .*b/net.py: must have different names"):
+        create(tmp_path / "new", {"clients": 2, "models": [one, other]}, 1)
+    assert not (tmp_path / "new").exists()
+    create(tmp_path / "new", {"clients": 2, "models": [one, f"{tmp_path}/b/../a/net.py:Other"]}, 1)
+    assert (tmp_path / "new/node-0/code/net.py").read_text() == "# a\n"
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
+    (tmp_path / "mine.json").touch()
+    with pytest.raises(ConfigError, match=r"mine.json/ward: Not a directory; choose another folder"):
+        create(tmp_path / "mine.json/ward", {"clients": 2}, 1)
+
+
+@pytest.mark.parametrize("name", ["runtime.secret", "ca.crt", "keys/node-1.pub"])
+def test_a_server_without_its_keys_is_refused_in_one_line(folder, name):
+    (folder / "server" / name).unlink()
+    with pytest.raises(ConfigError, match=f"server/{name}: it is missing, or not readable"):
+        Deployment(folder)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +332,104 @@ def test_the_proxy_says_when_the_superlink_is_gone():
     assert Proxied(httpx.MockTransport(refuse)).ask("POST", "/v1/fleet/pull-messages").status_code == 503
 
 
+@contextlib.contextmanager
+def serving(folder, host="127.0.0.1"):
+    """The proxy itself, in a thread; its port."""
+    served = make_server(host, 0, 1, folder)
+    thread = threading.Thread(target=served.run)
+    thread.start()
+    try:
+        assert wait_for(lambda: served.started)
+        yield served.servers[0].sockets[0].getsockname()[1]
+    finally:
+        served.should_exit = True
+        thread.join(20)
+
+
+def connect(folder, port, *, tls=True):
+    raw = socket.create_connection(("127.0.0.1", port), 20)
+    context = ssl.create_default_context(cafile=str(folder / "ca.crt"))
+    return context.wrap_socket(raw, server_hostname="127.0.0.1") if tls else raw
+
+
+def is_cut_off(connection, within_s=20.0):
+    """Whether the other end closes before the time is over."""
+    connection.settimeout(within_s)
+    try:
+        while connection.recv(1024):
+            pass
+    except TimeoutError:
+        return False
+    except OSError:  # without a farewell
+        pass
+    return True
+
+
+REFUSED = b"POST /no HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("tls", "words"),
+    [(False, b""), (True, b""), (True, b"POST /v1/fleet/x HTTP/1.1\r\nhost: h"), (True, REFUSED)],
+    ids=["no handshake", "nothing", "half a header", "an answer and a part of a body"],
+)
+def test_the_proxy_cuts_off_whoever_sends_no_whole_header(folder, monkeypatch, tls, words):
+    monkeypatch.setattr(proxy, "HEADER_S", 0.5)
+    with serving(folder / "server") as port, connect(folder / "server", port, tls=tls) as silent:
+        silent.sendall(words)
+        if words == REFUSED:  # a part of its body comes after the answer
+            assert silent.recv(1024).startswith(b"HTTP/1.1 403 ")
+            silent.sendall(b"x")
+        assert is_cut_off(silent)
+
+
+def test_the_proxy_refuses_a_header_without_an_end(folder):
+    with serving(folder / "server") as port, connect(folder / "server", port) as endless:
+        endless.sendall(b"POST /v1/fleet/x HTTP/1.1\r\nhost: " + bytes(100_000).replace(b"\0", b"h"))
+        endless.settimeout(5)
+        assert endless.recv(1024).startswith(b"HTTP/1.1 400 ")
+
+
+def test_the_proxy_cuts_off_nobody_who_is_being_answered(folder, monkeypatch):
+    monkeypatch.setattr(proxy, "HEADER_S", 0.5)
+    whole = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\n\r\n"
+    with serving(folder / "server") as port, connect(folder / "server", port) as node:
+        for part in (whole[:9], whole[9:]):
+            node.sendall(part)
+            time.sleep(0.3)
+        assert not is_cut_off(node, 1)
+        node.sendall(b"x")
+        assert node.recv(1024).startswith(b"HTTP/1.1 503 ")  # the SuperLink is not there
+
+
+def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_CONNECTIONS", 2)
+    ask = b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+    with serving(folder / "server") as port, contextlib.ExitStack() as stack:
+        first, second = (stack.enter_context(connect(folder / "server", port)) for _ in range(2))
+        for each in (first, second):
+            each.sendall(ask)
+            assert each.recv(1024).startswith(b"HTTP/1.1 403 ")
+        third = stack.enter_context(connect(folder / "server", port))
+        assert is_cut_off(third, 4)
+        first.close()
+        with connect(folder / "server", port) as fourth:
+            fourth.sendall(ask)
+            assert fourth.recv(1024).startswith(b"HTTP/1.1 403 ")
+
+
+def test_a_server_is_open_where_its_proxy_listens(folder):
+    made = Deployment(folder)
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with serving(made.server) as inner, serving(made.server, "::1") as outer:
+        made.file = made.file.model_copy(update={"host": "::1", "port": outer, "superlink_port": inner})
+        assert is_open(made)
+    assert not is_open(made)
+
+
 # a node's store
 
 
@@ -360,6 +532,14 @@ def test_a_leashed_process_ends_with_its_parent(tmp_path):
     parent.stdin.close()
     parent.stdout.close()
     assert wait_for(lambda: not running(number=child))
+
+
+def test_programs_do_not_import_from_the_current_folder(folder, monkeypatch):
+    (folder / "random.py").write_text("raise SystemExit('not the one of Python')")
+    monkeypatch.chdir(folder)
+    federation = Federation(Deployment(folder))
+    federation._start("help", ["--help"])
+    assert federation.processes["help"].wait(60) == 0, federation.log("help")
 
 
 def test_a_group_that_will_not_end_is_killed():

@@ -115,7 +115,7 @@ def run(words: Sequence[str]) -> int:
     given = parser.read(words)
     given.step = "run"
     deployment = Deployment(_folder(given.folder, "run"))
-    if given.resume and given.words:
+    if given.resume is not None and given.words:
         raise ConfigError(f"'{given.words[0]}': --resume takes its settings from the run's folder alone")
     values = _one_experiment(_over(read_config(deployment.path), given.words))
     _execute(deployment, values, given)
@@ -170,9 +170,9 @@ def _execute(deployment: Any, values: Values, given: Any) -> None:
     link = GridLink(deployment, tell)
     try:
         experiment = (
-            resume(deployment, Path(given.resume), link, tell)
-            if given.resume
-            else prepare(deployment, values, link, tell)
+            prepare(deployment, values, link, tell)
+            if given.resume is None
+            else resume(deployment, Path(given.resume), link, tell)
         )
     except BaseException:
         link.close()
@@ -209,7 +209,7 @@ def _one_folder(step: str, purpose: str, words: Sequence[str]) -> Path:
 
 
 def _folder(word: str | None, step: str) -> Path:
-    if word is None or "=" in word:
+    if not word or "=" in word:
         raise ConfigError(f"fedloom deploy {step}: name a folder; see fedloom deploy {step} --help")
     return Path(word)
 

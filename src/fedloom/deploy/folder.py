@@ -12,9 +12,10 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 import re
 import secrets
-import shutil
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,7 @@ from fedloom.rounds import check_stragglers
 from fedloom.values import read_toml
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.:-]{0,250}[A-Za-z0-9])?|::1?")
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
 M = TypeVar("M", bound=BaseModel)
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -61,6 +62,11 @@ class FederationFile(_File):
     join_s: NonNegative = 120.0
     nodes: dict[str, list[Whole]]
 
+    @property
+    def address(self) -> str:
+        """What nodes connect to."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
 
 class NodeFile(_File):
     """`node.toml`."""
@@ -76,11 +82,15 @@ class Deployment:
     """A federation's folder, as the server sees it."""
 
     def __init__(self, path: Path) -> None:
-        """Open the folder. Raises ConfigError where it is none."""
+        """Open the folder. Raises ConfigError where it is none, or not whole."""
         self.path = path
         self.server = path / "server"
         self.file = read_file(path / "federation.toml", FederationFile, "a federation's folder")
         _check_roster(path, self.file.nodes)
+        own = (self.server / "ca.crt", self.server / "runtime.secret")
+        for file in (*own, *map(self.public_key, self.file.nodes)):
+            if not os.access(file, os.R_OK):
+                raise ConfigError(f"{file}: it is missing, or not readable for this user; the server needs it")
 
     @property
     def superlink(self) -> str:
@@ -95,6 +105,12 @@ class Deployment:
     def public_key(self, node: str) -> Path:
         """The file with a node's public key."""
         return self.server / "keys" / f"{node}.pub"
+
+    def write_flwr_config(self) -> None:
+        """Tell Flower's own commands where the SuperLink is: on this port, with the certificate where this folder is now."""
+        file = self.server / "flwr/config.toml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(texts.flwr_config(self.superlink, self.server / "ca.crt"), encoding="utf-8")
 
 
 def read_file(path: Path, model: type[M], what: str) -> M:
@@ -134,18 +150,20 @@ def create(
     """
     settings = deployable(make_settings(values))
     check_plan(settings, n_nodes, hosts)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if not taken:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; choose another folder") from None
+    if taken:
         raise ConfigError(f"{path}: there is something already; nothing is overwritten, choose another folder")
     ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
     nodes = _dealt(settings.clients or n_nodes, n_nodes)
+    federation = FederationFile(host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], nodes=nodes)
     authority = new_authority()
     server = new_server(authority, list(dict.fromkeys([*hosts, *LOOPBACK])))
-    address = f"[{hosts[0]}]:{ports['proxy']}" if ":" in hosts[0] else f"{hosts[0]}:{ports['proxy']}"
-    federation = {
-        "host": hosts[0], "port": ports["proxy"], "superlink_port": ports["superlink"], "deadline_s": 600.0,
-        "late_s": 3600.0, "join_s": 120.0, "nodes": nodes,
-    }  # fmt: skip
-    write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation))
+    write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation.model_dump()))
     write_new(path / "config.toml", to_toml(settings))
     write_new(path / "authority/ca.key", key_bytes(authority.key), secret=True)
     write_new(path / "authority/ca.crt", certificate_bytes(authority))
@@ -153,7 +171,6 @@ def create(
     write_new(path / "server/server.crt", certificate_bytes(server))
     write_new(path / "server/server.key", key_bytes(server.key), secret=True)
     write_new(path / "server/runtime.secret", secrets.token_hex(32), secret=True)
-    write_new(path / "server/flwr/config.toml", texts.flwr_config(ports["superlink"], path / "server/ca.crt"))
     write_new(path / "server/app/pyproject.toml", texts.APP_PROJECT)
     write_new(path / "server/app/fedloom_app.py", texts.APP_CODE)
     write_new(path / "server/fedloom-server.service", texts.server_unit(path.resolve(), sys.executable))
@@ -161,16 +178,18 @@ def create(
         folder = path / name
         private, public = node_key_bytes(new_node_key())
         port = runtime[place] if runtime else 9094
-        node = {"name": name, "server": address, "runtime_port": port, "clients": clients, "data": "config"}
+        node = {"name": name, "server": federation.address, "runtime_port": port, "clients": clients, "data": "config"}
         write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node))
         write_new(folder / "node.key", private, secret=True)
         write_new(path / f"server/keys/{name}.pub", public)
         write_new(folder / "ca.crt", certificate_bytes(authority))
         write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
         write_new(folder / "fedloom-node.service", texts.node_unit(name))
-        _copy_code(settings, folder / "code")
+        for file in code_files(settings):
+            write_new(folder / "code" / file.name, file.read_bytes())
     made = Deployment(path)
-    write_new(path / "README.md", texts.readme(made.file, path.name))
+    made.write_flwr_config()
+    write_new(path / "README.md", texts.readme(made.file, path.resolve().name))
     return made
 
 
@@ -202,17 +221,25 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def code_files(settings: Settings) -> list[Path]:
-    """The Python files that the settings name (`my.py:Mine`)."""
-    names = [settings.method.name, settings.model.name, *settings.models]
-    return [Path(name.rpartition(":")[0]) for name in dict.fromkeys(names) if ":" in name]
+    """The Python files that the settings name (`my.py:Mine`), which lie side by side in a node's `code` folder.
 
-
-def _copy_code(settings: Settings, folder: Path) -> None:
-    for file in code_files(settings):
+    Raises:
+        ConfigError: a file is missing, or two have the same name.
+    """
+    names = [("method", settings.method.name), ("model", settings.model.name)]
+    names += [("models", name) for name in settings.models]
+    found: dict[str, Path] = {}
+    for key, name in names:
+        if ":" not in name:
+            continue
+        file = Path(name.rpartition(":")[0])
         if not file.is_file():
-            raise ConfigError(f"there is no file {file}")
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / file.name)
+            raise ConfigError(f"{key}={name}: there is no file {file}")
+        if found.setdefault(file.name, file).resolve() != file.resolve():
+            raise ConfigError(
+                f"{found[file.name]} and {file}: must have different names; nodes keep them in one folder"
+            )
+    return list(found.values())
 
 
 def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:
@@ -224,8 +251,17 @@ def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK
     if not 1 <= n_nodes <= settings.clients:
         raise ConfigError(f"--nodes {n_nodes}: must be from 1 to the number of clients ({settings.clients})")
     for host in hosts:
-        if not HOST.fullmatch(host):
-            raise ConfigError(f"--address {host}: must be a host name or an IP address")
+        if not HOST.fullmatch(host) and not is_ipv6(host):
+            raise ConfigError(f"--address {host}: must be a host name or an IP address, without a port")
+    code_files(settings)
+
+
+def is_ipv6(host: str) -> bool:
+    """Whether this is an IPv6 address, for all machines alike (`fe80::1%eth0` is not)."""
+    try:
+        return ipaddress.ip_address(host).version == 6 and "%" not in host
+    except ValueError:
+        return False
 
 
 def _check_roster(path: Path, nodes: Mapping[str, Sequence[int]]) -> None:

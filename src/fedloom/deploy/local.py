@@ -43,7 +43,7 @@ class Federation:
     def _start(self, name: str, words: Sequence[str]) -> None:
         with self._log(name).open("ab") as out:
             self.processes[name] = subprocess.Popen(
-                leashed([sys.executable, "-m", "fedloom.cli", "deploy", *words]),
+                leashed([sys.executable, "-P", "-m", "fedloom.cli", "deploy", *words]),
                 env=flower_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=out,

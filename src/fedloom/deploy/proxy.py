@@ -12,6 +12,7 @@ import asyncio
 import re
 import ssl
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 ALLOWED = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
 MAX_BODY = 64 * 2**20  # bytes; Flower cuts tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 TIMEOUT_S = 60.0
+HEADER_S = 10.0  # for a TLS handshake, and for the whole header of a request
+MAX_CONNECTIONS = 800  # with httpx's 100 to the SuperLink, below the 1024 files that a process may usually open
 MAX_HELD = 2**30  # bytes of all bodies together: nobody is known before a body has been read
 
 
@@ -86,14 +90,65 @@ class _Forward:
         return Response(answer.content, answer.status_code, kept)
 
 
-def serve(host: str, port: int, superlink_port: int, folder: Path) -> None:
-    """Run a federation's proxy until it is told to end; `folder` holds the certificate and its authority's."""
+class Door(H11Protocol):
+    """One connection: cut off when it is one too many, or when it has begun and no whole header of a request is there in time.
+
+    uvicorn has neither limit: its own for idle connections begins after an answer and ends with the next byte, and its `limit_concurrency`
+    answers 503 to requests, but keeps connections that send none.
+    """
+
+    _cut: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock, or refuse."""
+        super().connection_made(transport)
+        if len(self.connections) > MAX_CONNECTIONS:
+            transport.abort()
+        else:
+            self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock where this completes a header; start it where it is a part of one, or what is left of a refused body."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self._cut is None:
+            self._cut = self.loop.call_later(HEADER_S, self.transport.abort)
+
+    def _stop(self) -> None:
+        if self._cut is not None:
+            self._cut.cancel()
+            self._cut = None
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, with a limit for TLS handshakes, for which it has no setting."""
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Begin to listen."""
+        loop = asyncio.get_running_loop()
+        loop.create_server = partial(loop.create_server, ssl_handshake_timeout=HEADER_S)  # type: ignore[method-assign]
+        await super().startup(sockets)
+
+
+def make_server(host: str, port: int, superlink_port: int, folder: Path) -> Server:
+    """A federation's proxy, to be run; `folder` holds the certificate and its authority's."""
     trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
     client = httpx.AsyncClient(verify=trust, timeout=TIMEOUT_S, trust_env=False)
     config = uvicorn.Config(
         make_app(f"https://127.0.0.1:{superlink_port}", client),
         host=host,
         port=port,
+        http=Door,
+        ws="none",
         ssl_certfile=folder / "server.crt",
         ssl_keyfile=folder / "server.key",
         log_level="warning",
@@ -101,8 +156,8 @@ def serve(host: str, port: int, superlink_port: int, folder: Path) -> None:
         server_header=False,
         h11_max_incomplete_event_size=64 * 1024,
     )
-    uvicorn.Server(config).run()
+    return Server(config)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    make_server(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])).run()

@@ -15,7 +15,7 @@ from fedloom.data import Federation
 from fedloom.deploy.folder import Deployment, deployable
 from fedloom.deploy.rows import Remote
 from fedloom.engines.base import Problem
-from fedloom.engines.envelope import Call, Failed, Hello, Present, open_envelope, seal
+from fedloom.engines.envelope import MAX_ROWS, Call, Failed, Hello, Present, open_envelope, seal
 from fedloom.engines.flower import Flower, Link, Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment import Experiment, Parts
@@ -23,7 +23,6 @@ from fedloom.runfolder import DEPLOYED, RunFolder
 from fedloom.values import read_toml
 
 TURNS = "turns.json"  # in a run's folder: which turns were accepted
-MAX_ROWS = 10_000_000  # of one node; the server keeps a label for each
 Tell = Callable[[str], None]
 
 

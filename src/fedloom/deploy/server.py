@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import socket
 import ssl
 import threading
 import time
 
-from fedloom.deploy.folder import LOOPBACK, Deployment
+from fedloom.deploy.folder import Deployment
 from fedloom.deploy.grid import LinkError, register_nodes
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 
@@ -30,8 +31,21 @@ def superlink_command(deployment: Deployment) -> list[str]:
 def proxy_command(deployment: Deployment) -> list[str]:
     """The proxy's command line."""
     file = deployment.file
-    everywhere = "127.0.0.1" if file.host in LOOPBACK else "0.0.0.0"
-    return [*script("proxy"), everywhere, str(file.port), str(file.superlink_port), str(deployment.server)]
+    listens, _ = proxy_hosts(file.host)
+    return [*script("proxy"), listens, str(file.port), str(file.superlink_port), str(deployment.server)]
+
+
+def proxy_hosts(host: str) -> tuple[str, str]:
+    """Where the proxy of a federation at `host` listens, and where this machine itself meets it."""
+    if host == "localhost":
+        return "127.0.0.1", "127.0.0.1"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "0.0.0.0", "127.0.0.1"
+    if address.is_loopback:
+        return host, host
+    return ("0.0.0.0", "127.0.0.1") if address.version == 4 else ("::", "::1")
 
 
 def run_server(deployment: Deployment) -> None:
@@ -39,6 +53,7 @@ def run_server(deployment: Deployment) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for port in (deployment.file.superlink_port, deployment.file.port):
         require_free(port, "is the server running already? (ports are in federation.toml)")
+    deployment.write_flwr_config()  # ports may be new, and the folder in another place
     home = (deployment.server / "flwr").resolve()
     superlink = Service(
         "flower-superlink", superlink_command(deployment), flower_environment(home), deployment.server / "superlink.log"
@@ -51,7 +66,7 @@ def run_server(deployment: Deployment) -> None:
             _wait(deployment, superlink, over)
             if not over.is_set():
                 register_nodes(deployment)
-                log.info("the federation is open at %s:%d", deployment.file.host, deployment.file.port)
+                log.info("the federation is open at %s", deployment.file.address)
             while not over.wait(0.5):
                 for service in (superlink, proxy):
                     if line := service.tend():
@@ -64,10 +79,11 @@ def run_server(deployment: Deployment) -> None:
 def is_open(deployment: Deployment) -> bool:
     """Whether SuperLink and proxy both answer with their certificate."""
     context = ssl.create_default_context(cafile=str(deployment.server / "ca.crt"))
+    file = deployment.file
     try:
-        for port in (deployment.file.superlink_port, deployment.file.port):
+        for place in (("127.0.0.1", file.superlink_port), (proxy_hosts(file.host)[1], file.port)):
             with (
-                socket.create_connection(("127.0.0.1", port), 2) as raw,
+                socket.create_connection(place, 2) as raw,
                 context.wrap_socket(raw, server_hostname="127.0.0.1"),
             ):
                 pass
@@ -81,5 +97,5 @@ def _wait(deployment: Deployment, superlink: Service, over: threading.Event) -> 
     while not over.is_set() and not is_open(deployment):
         ended = superlink.process is None or superlink.process.poll() is not None
         if ended or time.monotonic() > until:
-            raise LinkError(f"the SuperLink did not come up; see {deployment.server / 'superlink.log'}")
+            raise LinkError(f"the server did not come up; see superlink.log and proxy.log in {deployment.server}")
         over.wait(0.3)

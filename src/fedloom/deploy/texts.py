@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 FEDERATION = """\
 # host, port: where nodes reach this federation (the proxy; open this port in the firewall, no other).
@@ -61,7 +64,8 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-{who}
+# it runs as root, unless a user is named here, who must own {folder}
+# User=fedloom
 ExecStart={command}
 Restart=always
 RestartSec=5
@@ -83,10 +87,11 @@ WantedBy=multi-user.target
 
 def server_unit(folder: Path, python: str) -> str:
     """The server's systemd unit."""
-    command = f"{python} -m fedloom.cli deploy server {folder}"
+    place = _unit_word(folder)
+    command = f"{_unit_word(python)} -m fedloom.cli deploy server {place.replace('$', '$$')}"
     return _UNIT.format(
         file="fedloom-server.service", name="fedloom-server", what="fedloom: SuperLink and proxy of a federation",
-        who="# User=fedloom", command=command, folder=folder,
+        command=command, folder=place,
     )  # fmt: skip
 
 
@@ -95,26 +100,31 @@ def node_unit(name: str) -> str:
     folder = f"/etc/fedloom/{name}"
     return _UNIT.format(
         file="fedloom-node.service", name="fedloom-node", what=f"fedloom: {name} of a federation",
-        who="# User=fedloom", command=f"/opt/fedloom/bin/fedloom deploy node {folder}", folder=folder,
+        command=f"/opt/fedloom/bin/fedloom deploy node {folder}", folder=folder,
     )  # fmt: skip
 
 
-def flwr_config(port: int, ca: Path) -> str:
+def _unit_word(path: Path | str) -> str:
+    """A path as one word of a unit's line."""
+    text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'
+
+
+def flwr_config(superlink: str, ca: Path) -> str:
     """Flower's own config, which says where the SuperLink is."""
-    return (
-        f'[superlink]\ndefault = "fedloom"\n\n[superlink.fedloom]\naddress = "127.0.0.1:{port}"\n'
-        f'root-certificates = "{ca.resolve()}"\n'
-    )
+    here = {"address": superlink, "root-certificates": str(ca.resolve())}
+    return tomli_w.dumps({"superlink": {"default": "fedloom", "fedloom": here}})
 
 
 def readme(federation: Any, name: str) -> str:
     """The steps, with this federation's names and ports."""
     nodes = "\n".join(f"| {node} | {_ranges(clients)} |" for node, clients in federation.nodes.items())
     first = next(iter(federation.nodes))
+    name = shlex.quote(name)
     return f"""\
 # A federation on devices
 
-Nodes reach the server at `{federation.host}:{federation.port}` (TLS; each node proves itself with its key).
+Nodes reach the server at `{federation.address}` (TLS; each node proves itself with its key).
 
 | node | clients |
 |---|---|
@@ -140,6 +150,8 @@ Nodes reach the server at `{federation.host}:{federation.port}` (TLS; each node 
    fedloom deploy node /etc/fedloom/{first}      # or the unit fedloom-node.service
    ```
 
+   Both units run as root, unless you set `User=` in them and give that user the folder.
+
 5. Run the experiment of `config.toml` (any key can be set on the command line):
 
    ```bash
@@ -154,7 +166,7 @@ flower-superlink --host 127.0.0.1 --port {federation.superlink_port} --enable-su
   --superexec-auth-secret-file {name}/server/runtime.secret --database {name}/server/superlink.db \\
   --ssl-ca-certfile {name}/server/ca.crt --ssl-certfile {name}/server/server.crt --ssl-keyfile {name}/server/server.key
 flwr supernode register {name}/server/keys/{first}.pub fedloom
-flower-supernode --superlink {federation.host}:{federation.port} --root-certificates {first}/ca.crt --isolation process \\
+flower-supernode --superlink {shlex.quote(federation.address)} --root-certificates {first}/ca.crt --isolation process \\
   --auth-supernode-private-key {first}/node.key --superexec-auth-secret-file {first}/runtime.secret --port 9094
 ```
 
