@@ -76,7 +76,7 @@ def run(
     Raises:
         UsageError: settings that are unknown or contradict each other, data that are missing.
     """
-    _check_given(method, data, settings)
+    _check_given(method, data, model, settings)
     values: Values = {}
     chosen = {**settings, "method": _method_table(method), "data": data.name if isinstance(data, Dataset) else data}
     chosen |= (
@@ -110,8 +110,15 @@ def resume(
     return _run(Experiment.resume(folder, Parts(method, data, model)), progress)
 
 
-def _check_given(method: Method | str, data: Dataset | str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings of what was given as an object: it is as it is."""
+def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:
+    """Refuse what is no method and no data, and settings of what was given as an object: it is as it is."""
+    if not isinstance(method, Method | str):
+        name = method.__name__ if isinstance(method, type) else type(method).__name__
+        raise ConfigError(f"method: must be a method's object, such as FedAvg(), or a name, not {name}")
+    if not isinstance(data, Dataset | str | Mapping):  # a table of settings is as good as a name
+        raise ConfigError(f"data: must be a name, or rows from fedloom.from_arrays(x, y), not {type(data).__name__}")
+    if settings.get("models") and not (model is None or isinstance(model, str)):
+        raise ConfigError("models: takes the place of `model`, which was given as an object; leave one of them out")
     for key in settings:
         if isinstance(method, Method) and key.startswith("method."):
             raise ConfigError(f"{key}: the method was given as an object; set it there, {type(method).__name__}(...)")

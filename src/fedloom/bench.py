@@ -230,8 +230,8 @@ def measure(
 
 def _engine(words: str, device: str) -> Values:
     """The engine's settings of `NAME` or `NAME:LANES`."""
-    name, _, lanes = words.partition(":")
-    return {"name": name, "device": device, "lanes": lanes or None}
+    name, colon, lanes = words.partition(":")
+    return {"name": name, "device": device, "lanes": lanes if colon else None}
 
 
 def _check(scale: float, rounds: int) -> None:

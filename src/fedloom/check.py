@@ -26,7 +26,7 @@ from fedloom.errors import ConfigError
 from fedloom.experiment import Experiment, Parts
 from fedloom.method import Batch, Client, Downlink, Free, Method, OnceFn, Train, trains_of
 from fedloom.nets import Nets, select
-from fedloom.registry import load_object, method_class
+from fedloom.registry import load_module, method_class
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
@@ -62,7 +62,7 @@ def methods_in(where: str) -> list[str]:
     """
     if not where.endswith(".py"):
         return [where]
-    names = load_object(f"{where}:__dict__", "check")
+    names = vars(load_module(Path(where), f"check={where}"))
     found = [
         name
         for name, value in names.items()

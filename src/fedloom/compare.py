@@ -96,7 +96,7 @@ class Comparison:
         variants = {row.label: _table(row) for row in self.rows}
         return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
 
-    def _settings(self, row: Row, seed: int, out: Path | None = None) -> Settings:
+    def _settings(self, row: Row, seed: int, out: str | Path | None = None) -> Settings:
         own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
         return make_settings({**self.base, **own})
 
@@ -131,10 +131,10 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 
 def create(comparison: Comparison, out: str | Path | None = None) -> Path:
     """A new folder for a comparison; default: one under `runs/` named for the time and the data."""
+    settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
     comparison.check()
     text = comparison.toml()
-    data = comparison.jobs(Path())[0].settings.data.name
-    folder = RunFolder.create(None if out is None else Path(out), f"compare-{data}")
+    folder = RunFolder.create(settings.out, f"compare-{settings.data.name}")
     folder.write(FILE, text)
     return folder.path
 
@@ -217,7 +217,11 @@ def _fields(method: str) -> set[str]:
 
 def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[str, Values]]:
     """The settings of the runs, and the tables of methods: of registered ones, and of `my.py:Mine` under `Mine`."""
-    rest = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out", "label")}
+    if "label" in values:
+        raise ConfigError(
+            f"label={values['label']}: rows are called by their method; give one another name with [variant.NAME]"
+        )
+    rest = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out")}
     base = {key: value for key, value in rest.items() if key in Settings.model_fields}
     own = {key: value for key, value in rest.items() if key not in base and key in methods}
     for key in rest.keys() - base.keys() - own.keys():

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from fedloom import transforms
+from fedloom.engines.rayaccess import ADDRESS
 from fedloom.errors import ConfigError, suggest
 from fedloom.explain import explain
 from fedloom.method import Method
@@ -164,7 +165,7 @@ class EngineSettings(Section):
     @field_validator("address")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"auto|(ray://)?[^\s:/]+:\d+", value):
+        if value not in (None, "auto") and not ADDRESS.fullmatch(str(value)):
             raise ValueError("must be auto, HOST:PORT or ray://HOST:PORT")
         return value
 
@@ -235,6 +236,13 @@ class Settings(Section):
             transforms.parse(words, str(info.field_name))
         return words
 
+    @field_validator("out", mode="before")
+    @classmethod
+    def _out(cls, value: Any) -> Any:
+        if value == "":  # a path would take it for the current folder
+            raise ValueError("must not be empty")
+        return value
+
     @field_validator("participation")
     @classmethod
     def _participation(cls, value: float | str) -> float | str:
@@ -256,12 +264,27 @@ class Settings(Section):
     def _combinations(self) -> Settings:
         if self.clients is not None:
             check_cohort(self, self.clients)
+        last = self.engine.name.rpartition("+")[2]
         for key in ("address", "deadline_s"):
-            value, engine = getattr(self.engine, key), self.engine.name
-            if value is not None and engine.rpartition("+")[2] != "ray":
-                raise ValueError(f"engine.{key}={value}: only engine=ray has it, not engine={engine}")
+            value = getattr(self.engine, key)
+            if value is not None and last != "ray":
+                raise ValueError(f"engine.{key}={value}: only engine=ray has it, not engine={self.engine.name}")
+        if self.engine.lanes is not None and last in ("sequential", "ray"):
+            raise ValueError(
+                f"engine.lanes={self.engine.lanes}: only processes and vectorised have it, not engine={last}"
+            )
+        _check_partition(self.partition)
         _check_device(self)
         return self
+
+
+def _check_partition(partition: PartitionSettings) -> None:
+    """Raise ValueError for a file or a column that the scheme does not look at."""
+    for key, owners in (("path", ("file",)), ("column", ("natural", "own"))):
+        value = getattr(partition, key)
+        if value is not None and partition.name not in owners:
+            known = " and ".join(f"partition={name}" for name in owners)
+            raise ValueError(f"partition.{key}={value}: is for {known}, not partition={partition.name}")
 
 
 def _check_device(settings: Settings) -> None:

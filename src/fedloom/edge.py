@@ -32,6 +32,7 @@ from fedloom.training import Plan, Rows, Site, fresh_modules, laid_out, run_phas
 from fedloom.tree import Tree
 from fedloom.values import read_toml
 
+FOUND = "found.json"
 TIMED_STEPS = 10  # at most so many steps of a phase are timed, after one to warm up; the others take as long
 
 
@@ -126,14 +127,14 @@ def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: 
         (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         sent = {"rows": {"x": x, "y": y}, "client": client._asdict(), "down": down}
         (folder / "turn.safetensors").write_bytes(encode(sent))
-        words = [sys.executable, "-m", "fedloom.edge", name]
+        words = [sys.executable, "-P", "-m", "fedloom.edge", name]  # -P: the current folder's files are no modules
         done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [
-            f"exit code {done.returncode}; -9 is a kill, for want of memory"
-        ]
-        raise MeasureError(f"the process of client {i} failed: {last[0]}")
-    found: dict[str, Any] = json.loads(done.stdout)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [
+                f"exit code {done.returncode}; -9 is a kill, for want of memory"
+            ]
+            raise MeasureError(f"the process of client {i} failed: {last[0]}")
+        found: dict[str, Any] = json.loads((folder / FOUND).read_text(encoding="utf-8"))
     return found
 
 
@@ -200,4 +201,5 @@ def _timed(
 
 
 if __name__ == "__main__":
-    print(json.dumps(take_turn(Path(sys.argv[1]))))
+    here = Path(sys.argv[1])  # and not standard output, where a user's file may print
+    (here / FOUND).write_text(json.dumps(take_turn(here)), encoding="utf-8")

@@ -60,7 +60,8 @@ class Exported(NamedTuple):
     file: str
     file_bytes: int
     parameters: int  # of the nets that predict
-    rows: int  # the client's own test rows, on which file and torch were compared
+    rows: int  # test rows on which file and torch were compared
+    own_rows: bool  # whether they are the client's own; else the common ones, since it has none
     difference: float  # the largest between logits
     same_class: int  # rows given the same class by both
     accuracy: float | None  # of the file
@@ -107,18 +108,22 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
     """Write client `i`'s personal model to `file` (ONNX, float32, any number of rows at once) and its weights beside it.
 
     Raises:
-        ExportError: the file differs from torch by more than rounding; it is removed again.
+        ExportError: the file differs from torch by more than rounding; both are removed again, as after any other error.
     """
+    try:
+        return _exported(experiment, i, file)
+    except BaseException:  # a file that is there was compared
+        for written in (file, file.with_suffix(".safetensors")):
+            written.unlink(missing_ok=True)
+        raise
+
+
+def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
     model, used = write(experiment, i, file)
     with arithmetic(experiment.settings):
         x, y = _own_rows(experiment, i)
     logits, own = _run_onnx(file, x), _torch_logits(model, x.float())
-    try:
-        difference = checked(model, x, logits, f"client {i}")
-    except ExportError:
-        file.unlink()
-        file.with_suffix(".safetensors").unlink()
-        raise
+    difference = checked(model, x, logits, f"client {i}")
     one, many = _torch_seconds(model, x)
     probe = _probe(file, x.shape[1:])
     return Exported(
@@ -127,6 +132,7 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
         file.stat().st_size,
         sum(p.numel() for name, p in model.named_parameters() if name in used),
         len(y),
+        experiment.data.n_test(i) > 0,
         difference,
         int((logits.argmax(1) == own.argmax(1)).sum()),
         float((logits.argmax(1) == y).double().mean()),

@@ -188,8 +188,3 @@ def _chosen(names: Names, norms: frozenset[str], patterns: tuple[str, ...], buff
         return (buffers or kind == "params") and any(matches(pattern, name) for pattern in patterns)
 
     return tuple((kind, tuple(name for name in part if taken(kind, name) != rest)) for kind, part in names)
-
-
-def net_names(weights: Weights) -> set[str]:
-    """The nets whose tensors `weights` holds."""
-    return {name.partition(".")[0] for part in weights.values() for name in part}

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import Any, get_type_hints
 
 from fedloom.composition import composed
@@ -65,22 +65,35 @@ def load_object(where: str, key: str) -> Any:
         ConfigError: no such file or name, or the file cannot be imported; `key` is the setting to blame.
     """
     path, _, name = where.rpartition(":")
-    file = Path(path)
+    module = load_module(Path(path), f"{key}={where}")
+    if not hasattr(module, name):
+        raise ConfigError(f"{key}={where}: {path} defines no '{name}'{suggest(name, vars(module))}")
+    return getattr(module, name)
+
+
+def load_module(file: Path, setting: str) -> ModuleType:
+    """A user's Python file; `setting` is what to blame.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be imported.
+    """
     if not file.is_file():
-        raise ConfigError(f"{key}={where}: there is no file {file}")
+        raise ConfigError(f"{setting}: there is no file {file}")
     module_name = f"fedloom_user_{file.stem}"
     spec = importlib.util.spec_from_file_location(module_name, file.resolve())
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{key}={where}: {file} is not a Python file")
+        raise ConfigError(f"{setting}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
+    except SystemExit as leaving:  # would pass for the end of the command
+        raise ConfigError(
+            f'{setting}: {file} ends Python when it is imported; put that under `if __name__ == "__main__":`'
+        ) from leaving
     except Exception as error:
-        raise ConfigError(f"{key}={where}: {file} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
-        raise ConfigError(f"{key}={where}: {file} defines no '{name}'{suggest(name, vars(module))}")
-    return getattr(module, name)
+        raise ConfigError(f"{setting}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
 
 
 def method_class(name: str) -> type[Method]:

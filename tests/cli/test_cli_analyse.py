@@ -87,6 +87,14 @@ def test_a_page_shows_only_pictures_of_the_analysis(cli):
     assert "data:image/png" not in Path("one/report.html").read_text()
 
 
+def test_a_folder_that_takes_no_analysis_is_named(cli):
+    cli("run", "method=fedavg", *SMALL, "out=one", "--quiet")
+    Path("one/analysis").touch()
+    done = cli("analyse", "one", "--only", "sharpness")
+    assert (done.code, done.err.count("\n")) == (2, 1)
+    assert "one/analysis cannot be written into: File exists" in done.err
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -33,6 +33,24 @@ def test_export_of_a_client_that_joined_later(tiny, cli):
     assert json.loads(done.out)[0]["client"] == 3
 
 
+def test_rows_that_are_not_the_clients_own_are_called_so(cli):
+    pytest.importorskip("onnxruntime")
+    dealt = {
+        "train": [list(range(30)), list(range(30, 60))],
+        "test": [list(range(60, 80)), []],
+        "common": list(range(80, 120)),
+    }
+    Path("dealt.json").write_text(json.dumps(dealt))
+    words = ("partition=file", "partition.path=dealt.json", "model=mlp", "rounds=1", "engine=sequential", "out=r")
+    assert cli("run", *words, "--quiet").code == 0
+    done = cli("export", "r", "--all")
+    assert "on the client's own test rows (client 1, which has none: the common rows);" in done.out, done.err
+    assert [one["own_rows"] for one in json.loads(cli("export", "r", "--all", "--out", "e", "--json").out)] == [
+        True,
+        False,
+    ]
+
+
 MISTAKES = {
     "export": "name the folder of a run",
     "export nowhere": "nowhere is not a run's folder",
@@ -79,6 +97,17 @@ def test_cost_of_a_turn(tiny):
     assert facts["network_seconds"]["8/8/0"] == pytest.approx(2 * facts["uplink_bytes"] / 1e6)
     assert 50e6 < facts["program_bytes"] < facts["process_bytes"] < 4e9
     assert facts["fits"] is False
+
+
+def test_cost_is_blind_to_files_that_are_called_as_modules_and_to_what_a_method_prints(tiny):
+    Path("random.py").write_text("raise ImportError('not yours')\n")
+    Path("own.py").write_text(
+        "from dataclasses import dataclass\nfrom fedloom import Method\nprint('hello')\n"
+        "@dataclass(frozen=True)\nclass Mine(Method):\n    pass\n"
+    )
+    done = tiny("cost", "method=own.py:Mine", "--network", "lan")
+    assert done.code == 0, done.err
+    assert "own.py:Mine, mlp on digits" in done.out
 
 
 def test_cost_shows_every_architecture(tiny):

@@ -84,6 +84,13 @@ MISTAKES = {
     "run typo.toml": "unknown key 'partition.alhpa' (did you mean 'alpha'?)",
     "run typo.toml other.toml": "only one config file can be given",
     "run --jsn": "fedloom run has no option --jsn (did you mean '--json'?)",
+    "run engine=sequential engine.lanes=4": "engine.lanes=4: only processes and vectorised have it, not engine=sequential",
+    "run engine=debug+ray engine.lanes=4": "engine.lanes=4: only processes and vectorised have it, not engine=ray",
+    "run partition.path=mine.json": "partition.path=mine.json: is for partition=file, not partition=dirichlet",
+    "run partition.column=who": "partition.column=who: is for partition=natural and partition=own, not partition=dirichlet",
+    "run out=": "out=: must not be empty",
+    "run --resume=": "fedloom run: --resume must not be empty",
+    "run method=ends.py:Mine": "method=ends.py:Mine: ends.py ends Python when it is imported",
     "run out=full": "out=full: there is something already; choose another folder",
     "compare": "method: name what to compare",
     "compare method=fedavg,fedavg": "'fedavg' is there twice",
@@ -93,6 +100,9 @@ MISTAKES = {
     "compare method=fedavg other.x=1": "unknown key 'other'",
     "compare variant.x.mu=1": "variant.x: it needs method",
     "compare variant.x.method=fedavg variant.x.rounds=3": "it is a setting of the run, the same for all rows",
+    "compare method=fedavg,fedprox label=foo": "label=foo: rows are called by their method",
+    "compare number.toml": "out=7: must be a path",
+    "compare --resume=": "fedloom compare: --resume must not be empty",
     "compare --resume full": "full is not the folder of a comparison",
     "compare method=fedavg,fedprox out=full": "out=full: there is something already",
     "compare method=fedavg engine=sequentail": "(did you mean 'sequential'?)",
@@ -102,10 +112,25 @@ MISTAKES = {
     "report": "name the folder of a run",
     "report full": "neither a run folder",
     "report full base=x": "unknown key 'base' (did you mean 'baseline'?)",
+    "report full out=": "out=: must not be empty",
+    "report full baseline=": "baseline=: must not be empty",
+    "report full out=full/notes.txt": "out=full/notes.txt: cannot be written, it is there already; choose another name",
+    "analyse full out=": "out=: must not be empty",
+    "analyse full out=full/notes.txt": "out=full/notes.txt: cannot be written, it is there already; choose another name",
+    "analyse full out=x.doc": "out=x.doc: must end in one of .",
+    "analyse full --only features out=x.png": "out=x.png: takes the curves of sharpness, which --only features leaves out",
+    "cost --network=": "fedloom cost: --network must not be empty",
+    "export full --out=": "fedloom export: --out must not be empty",
+    "bench engine=": "engine=: must not be empty",
+    "partition out=full": "out=full: cannot be written, it is a folder",
+    "partition out=full/notes.txt": "out=full/notes.txt: cannot be written, it is there already; choose another name",
+    "partition plot=full/notes.txt": "plot=full/notes.txt: cannot be written, it is there already; choose another name",
     "partition out=none/x.json": "out=none/x.json: cannot be written, there is no folder none",
-    "partition plot=x.doc": "plot=x.doc: Format 'doc' is not supported",
+    "partition plot=x.doc": "plot=x.doc: must end in one of .",
     "check": "name a method",
     "check own.py:Nine": "(did you mean 'Mine'?)",
+    "check none.py": "check=none.py: there is no file none.py",
+    "check ends.py": "check=ends.py: ends.py ends Python when it is imported",
     "check empty.py": "defines no class derived from fedloom.Method",
 }  # fmt: skip
 
@@ -114,6 +139,8 @@ MISTAKES = {
 def files(cli):
     Path("own.py").write_text(OWN)
     Path("empty.py").write_text("")
+    Path("ends.py").write_text(OWN + "raise SystemExit(0)\n")
+    Path("number.toml").write_text('method = ["fedavg", "fedprox"]\nout = 7\n')
     Path("typo.toml").write_text("[partition]\nalhpa = 1.0\n")
     Path("full").mkdir()
     Path("full/notes.txt").write_text("mine")

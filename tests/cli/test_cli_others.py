@@ -79,6 +79,14 @@ def test_partition_shows_saves_and_draws(cli):
     assert saved["hash"] in again.out
 
 
+def test_a_configs_out_is_that_of_its_run(cli):
+    Path("run.toml").write_text('clients = 4\nout = "mine"\n[data]\nname = "digits"\nrows = 200\n')
+    assert cli("partition", "run.toml").code == 0
+    assert not Path("mine").exists()
+    assert cli("partition", "run.toml", "out=p.json").code == 0
+    assert Path("p.json").is_file()
+
+
 def test_partition_of_a_comparison_is_that_of_its_first_seed(cli):
     shown = cli("partition", str(CONFIGS / "digits.toml"))
     assert shown.code == 0, shown.err

@@ -62,7 +62,10 @@ def test_a_label_names_the_run(tiny):
 def test_divergence_is_told(tiny):
     done = tiny("run", "method.lr=1e30", "out=mine", "--quiet")
     assert done.code == 0
-    assert "warning: mine: train.loss was not finite in round" in done.err
+    assert (
+        "warning: mine: an uplink was rejected ('weights/params/model.body.linear.weight' is not finite) in round 1"
+        in done.err
+    )
     assert "method.lr" in done.err
 
 

@@ -130,3 +130,5 @@ def test_the_methods_of_a_file(tmp_path):
     file.write_text("from fedloom import FedAvg\n")
     with pytest.raises(ConfigError, match="defines no class"):
         methods_in(str(file))
+    with pytest.raises(ConfigError, match=r"^check=none\.py: there is no file none\.py$"):
+        methods_in("none.py")

@@ -3,9 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
+from torch import nn
 
+import fedloom
 from fedloom import config
 from fedloom.config import Named, Settings, make_method, make_settings, to_toml
 from fedloom.errors import ConfigError
@@ -18,7 +21,7 @@ UNUSUAL = {
         "name": "mine", "path": "somewhere", "rows": 77, "image_size": 12, "normalise": "standard", "augment": "flip",
     },
     "partition": {
-        "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "path": "p.json",
+        "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer",
         "min_examples": 3, "merge": False, "test_fraction": 0.4,
     },
     "clients": 7, "participation": "0.2-0.9", "cohort": 3, "min_clients": 2, "rounds": 4, "batch_size": 5, "drop_last": True,
@@ -26,15 +29,16 @@ UNUSUAL = {
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "target": 0.9},
     "devices": {"dropout": 0.1, "slow": 0.2, "slowdown": 8.0, "stragglers": "drop"}, "join": {"clients": 2, "turns": 5},
     "engine": {
-        "name": "debug+ray", "threads": 2, "workers": 3, "lanes": 4, "address": "node-1:6379", "deadline_s": 9.5,
+        "name": "debug+ray", "threads": 2, "workers": 3, "address": "[::1]:6379", "deadline_s": 9.5,
     },
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
     "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"],
 }  # fmt: skip
 
 
-ON_A_GPU = UNUSUAL | {
-    "engine": {"name": "vectorised", "device": "cuda:1", "device_bytes": 10, "convolutions": "tuned"},
+OTHER = UNUSUAL | {
+    "partition": {"name": "file", "path": "p.json"},
+    "engine": {"name": "vectorised", "lanes": 4, "device": "cuda:1", "device_bytes": 10, "convolutions": "tuned"},
     "precision": "tf32",
 }
 """Settings that those of another engine leave no room for."""
@@ -49,12 +53,12 @@ def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:
 
 
 def test_the_unusual_settings_differ_from_the_defaults_in_every_key():
-    default, *unusual = (paths(settings) for settings in (Settings(), make_settings(UNUSUAL), make_settings(ON_A_GPU)))
+    default, *unusual = (paths(settings) for settings in (Settings(), make_settings(UNUSUAL), make_settings(OTHER)))
     same = [key for key in default if all(default[key] == other[key] for other in unusual)]
     assert same == [], "add new keys to UNUSUAL"
 
 
-@pytest.mark.parametrize("values", [UNUSUAL, ON_A_GPU])
+@pytest.mark.parametrize("values", [UNUSUAL, OTHER])
 def test_every_key_survives_a_file(tmp_path, values):
     settings = make_settings(values)
     (tmp_path / "config.toml").write_text(to_toml(settings))
@@ -226,3 +230,16 @@ def test_a_key_beside_its_table_is_explained(tmp_path):
         read_toml(file)
     file.write_text('[method]\nname = ["fedavg", "fedmr"]\nlr = 0.1\n')
     assert read_toml(file)["method"] == {"name": ["fedavg", "fedmr"], "lr": 0.1}
+
+
+def test_what_python_gives_is_checked_too():
+    with pytest.raises(
+        ConfigError, match=r"method: must be a method's object, such as FedAvg\(\), or a name, not FedAvg$"
+    ):
+        fedloom.run(fedloom.FedAvg)
+    with pytest.raises(
+        ConfigError, match=r"data: must be a name, or rows from fedloom\.from_arrays\(x, y\), not ndarray"
+    ):
+        fedloom.run(data=np.zeros((3, 2)))
+    with pytest.raises(ConfigError, match="models: takes the place of `model`"):
+        fedloom.run(model=nn.Linear(2, 2), models=["mlp", "logistic"])

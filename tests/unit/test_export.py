@@ -97,6 +97,19 @@ def test_a_run_in_double_precision_gives_a_file_in_single(tmp_path):
     assert checked(model, x, logits_of(tmp_path / "model.onnx", x), "client 0") < 1e-3
 
 
+@pytest.mark.parametrize("where", ["_run_onnx", "_probe"])
+def test_whatever_goes_wrong_leaves_no_files(tmp_path, monkeypatch, where):
+    run = finished(tmp_path, "fedavg", "mlp")
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"fedloom.export.{where}", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export_client(run, 0, tmp_path / "model.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_a_file_that_computes_something_else_is_refused(tmp_path):
     run = finished(tmp_path, "fedavg", "mlp")
     model, x = run.personal_model(0), run.data.test(0)[0]

@@ -55,6 +55,9 @@ def test_mistakes_around_a_file_are_named(file, tmp_path):
     file.write_text("import nothing_of_that_name")
     with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
         method_class(f"{file}:Mine")
+    file.write_text("import sys\nsys.exit(0)")
+    with pytest.raises(ConfigError, match="ends Python when it is imported"):
+        method_class(f"{file}:Mine")
 
 
 def test_an_unknown_name_is_named():

@@ -1,12 +1,14 @@
 """Run folders: nothing is overwritten, nothing is half written."""
 
 import json
+import shutil
+import subprocess
 
 import pandas as pd
 import pytest
 import torch
 
-from fedloom import tree
+from fedloom import runfolder, tree
 from fedloom.errors import RunFolderError
 from fedloom.runfolder import RunFolder
 
@@ -142,3 +144,65 @@ def test_a_damaged_checkpoint_is_named(folder, name):
     file.write_bytes(file.read_bytes()[:5])
     with pytest.raises(RunFolderError, match=r"the checkpoint in .* cannot be read"):
         folder.load_checkpoint()
+
+
+@pytest.mark.parametrize("text", ['{"round": "2"}', "[2]", "{}"])
+def test_a_state_of_another_type_is_named(folder, text):
+    save(folder, 1)
+    (folder.path / "checkpoint" / "state.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"checkpoint cannot be read: state\.json cannot be read: .*'round'"):
+        folder.load_checkpoint()
+
+
+def test_damaged_lines_and_tables_are_named(folder):
+    folder.append({"round": 1})
+    for line in ('{"rou', "3", '{"a": 1}'):
+        (folder.path / "metrics.jsonl").write_text(f'{{"round": 1}}\n{line}\n')
+        with pytest.raises(RunFolderError, match=r"line 2 of .*metrics\.jsonl cannot be read"):
+            folder.rows()
+    for damage in (b"", b"PAR1 no table"):
+        (folder.path / "clients.parquet").write_bytes(damage)
+        with pytest.raises(RunFolderError, match=r"clients\.parquet cannot be read"):
+            folder.read_clients(1)
+    folder.write_clients(pd.DataFrame({"client": [1]}))
+    with pytest.raises(RunFolderError, match=r"clients\.parquet cannot be read.*round"):
+        folder.read_clients(1)
+
+
+def test_a_checkpoint_is_on_the_disk_before_the_one_before_goes(folder, monkeypatch):
+    save(folder, 1)
+    folder.append({"round": 1})
+    done, remove = [], shutil.rmtree
+    monkeypatch.setattr(runfolder.os, "sync", lambda: done.append(sorted(p.name for p in folder.path.iterdir())))
+    monkeypatch.setattr(
+        runfolder.shutil, "rmtree", lambda path, **how: (done.append(f"no {path.name}"), remove(path, **how))
+    )
+    save(folder, 2)
+    assert done == [
+        "no .checkpoint.new",
+        [".checkpoint.new", "checkpoint", "metrics.jsonl"],
+        "no .checkpoint.old",
+        [".checkpoint.old", "checkpoint", "metrics.jsonl"],
+        "no .checkpoint.old",
+    ]
+
+
+def test_the_commit_is_that_of_this_package_alone(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", "-C", tmp_path, *who, *words], check=True, capture_output=True, text=True).stdout
+
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    (tmp_path / "runfolder.py").touch()
+    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
+    git("init")
+    git("commit", "--allow-empty", "-m", "theirs")
+    assert runfolder.environment()["commit"] is None
+    git("add", "runfolder.py")
+    assert runfolder.environment()["commit"] == git("rev-parse", "HEAD").strip()
+
+
+def test_the_command_can_be_typed_again(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/bin/fedloom", "run", "label=first try"])
+    assert runfolder.environment()["command"] == "fedloom run 'label=first try'"

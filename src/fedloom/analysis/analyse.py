@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +14,7 @@ from fedloom._version import __version__
 from fedloom.analysis import features, pictures, samples, sharpness
 from fedloom.analysis.subject import Subject
 from fedloom.assembly import arithmetic
+from fedloom.errors import RunFolderError
 from fedloom.experiment import Experiment
 from fedloom.report.style import Figure, drawing
 from fedloom.runfolder import RunFolder
@@ -29,11 +31,16 @@ def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any
     the method (no generator, no server model) is recorded with the reason.
 
     Raises:
-        RunFolderError: the run has no checkpoint.
+        RunFolderError: the run has no checkpoint, or its folder cannot be written into.
     """
     experiment = Experiment.reopen(path)
     folder = RunFolder(Path(path) / "analysis")
-    folder.path.mkdir(exist_ok=True)
+    try:
+        folder.path.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.path):  # now, and not when the work is done
+            pass
+    except OSError as error:
+        raise RunFolderError(f"{folder.path} cannot be written into: {error.strerror}") from None
     file = folder.path / FILE
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pictures": {}}
     record |= {"fedloom": __version__, "round": experiment.done}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedloom.data.schemes import Rows
@@ -70,10 +69,3 @@ class Subject:
     def training_rows(self, n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
         """At most `n` rows of all clients' training splits: inputs and labels."""
         return self.data.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))
-
-
-@torch.no_grad()
-def logits(subject: Subject, owner: Owner, x: Tensor) -> Tensor:
-    """What a client's personal predictor says: (B, Y)."""
-    predictor = subject.method.predictors()["personal"]
-    return predictor(owner.nets, x, owner.down, owner.memory)

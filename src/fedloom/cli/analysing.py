@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom.cli.words import Parser, output, save_picture
+from fedloom.cli.words import Parser, new_picture, output, save_picture
 from fedloom.errors import ConfigError, suggest
 from fedloom.progress import live
 from fedloom.report import RunRecord, analysis_grids, drawn, read
@@ -37,6 +37,8 @@ def analyse(words: Sequence[str]) -> int:
 
     folders, out = _folders(given.words)
     parts = _parts(given.only, PARTS)
+    if out is not None and "sharpness" not in parts:
+        raise ConfigError(f"out={out}: takes the curves of sharpness, which --only {given.only} leaves out")
     records = read(folders)
     done, total = 0, len(records) * len(parts)
     with live("analyse", unit="part") as show:
@@ -57,13 +59,13 @@ def analyse(words: Sequence[str]) -> int:
 
 def _folders(words: Sequence[str]) -> tuple[list[str], Path | None]:
     folders = [word for word in words if not word.startswith("out=")]
-    outs = [Path(word.removeprefix("out=")) for word in words if word.startswith("out=")]
+    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     if not folders:
         raise ConfigError("fedloom analyse: name the folder of a run, such as runs/digits")
     for word in folders:
         if "=" in word and not Path(word).exists():
             raise ConfigError(f"unknown key '{word.partition('=')[0]}'{suggest(word.partition('=')[0], ['out'])}")
-    return folders, outs[-1] if outs else None
+    return folders, new_picture(outs[-1], "out") if outs else None
 
 
 def _parts(only: str | None, known: Sequence[str]) -> list[str]:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fedloom.accelerator import find
 from fedloom.bench import WORKLOADS, MakeRival, machine_roof, measure, workload
-from fedloom.cli.words import Parser, output
+from fedloom.cli.words import Parser, output, refuse_empty
 from fedloom.config import make_settings
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
@@ -94,6 +94,7 @@ def _options(words: Sequence[str]) -> Options:
         key, _, text = word.partition("=")
         if key not in Options._fields:
             raise ConfigError(f"unknown key '{key}'{suggest(key, Options._fields)}")
+        refuse_empty({key: text})
         default = Options._field_defaults[key]
         values[key] = text if isinstance(default, str) else _number(key, text, type(default))
     return Options(**values)

@@ -40,7 +40,7 @@ def cost(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.read(words)
     gflops, memory = (_above_zero(f"--{key}", getattr(given, key)) for key in ("gflops", "memory"))
-    ways = networks(given.network) if given.network else list(NETWORKS.values())
+    ways = list(NETWORKS.values()) if given.network is None else networks(given.network)
     settings = make_settings(read_values(given.words))
     with Console(stderr=True).status("measuring a client's turn"):
         found = turn_costs(settings)

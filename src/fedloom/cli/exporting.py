@@ -36,7 +36,7 @@ def export(words: Sequence[str]) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="where to (default: RUN/export); nothing is overwritten")
     parser.add_argument("--json", action="store_true", help="as JSON")
     given = parser.read(words)
-    if given.run is None:
+    if not given.run:
         raise ConfigError("fedloom export: name the folder of a run, such as runs/mine")
     if given.all and given.client is not None:
         raise ConfigError(f"--client {given.client}: --all exports every client already")
@@ -44,7 +44,7 @@ def export(words: Sequence[str]) -> int:
     experiment = Experiment.reopen(given.run)
     n = experiment.data.n_clients  # those that joined after training, too
     clients = list(range(n)) if given.all else _clients("0" if given.client is None else given.client, n)
-    files = targets(Path(given.out or Path(given.run) / "export"), clients)
+    files = targets(Path(given.run) / "export" if given.out is None else Path(given.out), clients)
     found: list[Exported] = []
     with Console(stderr=True).status("") as status:
         for i, file in files.items():
@@ -87,8 +87,10 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
         )
     console.print(table)
     method, folder = experiment.settings.method.name, Path(found[0].file).parent
+    without = ", ".join(str(one.client) for one in found if not one.own_rows)
+    rows = "the client's own test rows" + (f" (client {without}, which has none: the common rows)" if without else "")
     console.print(
-        f"{method} after {experiment.done} rounds; accuracy and differences (of logits, to torch) on the client's own test rows; "
+        f"{method} after {experiment.done} rounds; accuracy and differences (of logits, to torch) on {rows}; "
         "one thread, medians; memory: peak of a fresh process with ONNX Runtime, for one image",
         soft_wrap=True,
     )

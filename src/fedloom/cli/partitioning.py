@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.table import Table
 
 from fedloom.assembly import make_federation
-from fedloom.cli.words import Parser, output, read_values, save_picture, settings_words
+from fedloom.cli.words import Parser, new_file, new_picture, output, read_values, save_picture, settings_words
 from fedloom.config import make_settings
 from fedloom.data import Federation
-from fedloom.errors import ConfigError, DataError
+from fedloom.errors import DataError
 from fedloom.registry import METHODS
 
 EXAMPLES = """\
@@ -23,7 +22,7 @@ EXAMPLES = """\
   fedloom run partition=file partition.path=mnist.json data=mnist
 
 keys: data.*, partition.*, clients, seed, eval.valid (see fedloom run --help); and
-  out=FILE.json   write the row numbers of every client
+  out=FILE.json   write the row numbers of every client (nothing is overwritten)
   plot=FILE.png   draw examples by client and class (.svg and .pdf too; needs fedloom[report])
 """
 SHOWN = 30  # clients in the table; of more, the first and the last
@@ -34,9 +33,12 @@ def partition(words: Sequence[str]) -> int:
     """`fedloom partition`."""
     parser = Parser("partition", "Deal a data set to clients and show what each one got; no training.", EXAMPLES)
     settings_words(parser)
-    values = read_values(parser.read(words).words)
-    out, plot = (_file(values.pop(key, None), key) for key in ("out", "plot"))
-    values = {key: value for key, value in values.items() if key not in ("method", "variant", *METHODS)}
+    given = parser.read(words).words
+    own = [word for word in given if word.partition("=")[0] in ("out", "plot")]
+    named = dict(word.split("=", 1) for word in own)
+    files = {key: (new_picture if key == "plot" else new_file)(text, key) for key, text in named.items()}
+    values = read_values([word for word in given if word not in own])
+    values = {key: value for key, value in values.items() if key not in ("out", "method", "variant", *METHODS)}
     match values.get("seed"):
         case [first, *_]:  # of a comparison: the rows of its first seed
             values["seed"] = first
@@ -44,25 +46,13 @@ def partition(words: Sequence[str]) -> int:
     console = output()
     console.print(_table(federation))
     console.print(f"\nhash    {federation.partition.hash()}", soft_wrap=True)
-    if out:
-        _save(federation, out)
-        console.print(f"rows    {out}", soft_wrap=True)
-    if plot:
-        _draw(federation, plot)
-        console.print(f"plot    {plot}", soft_wrap=True)
+    if "out" in files:
+        _save(federation, files["out"])
+        console.print(f"rows    {files['out']}", soft_wrap=True)
+    if "plot" in files:
+        _draw(federation, files["plot"])
+        console.print(f"plot    {files['plot']}", soft_wrap=True)
     return 0
-
-
-def _file(value: Any, key: str) -> Path | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{key}={value}: must be a file's name")
-    path = Path(value)
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise ConfigError(f"{key}={value}: cannot be written, {reason}")
-    return path
 
 
 def _table(federation: Federation) -> Table:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fedloom.cli.words import Parser, output
+from fedloom.cli.words import Parser, new_file, output, refuse_empty
 from fedloom.errors import ConfigError, suggest
 from fedloom.networks import networks
 from fedloom.report import Waiting, paired_table, read, summary_table, waiting_table, write_page
 
 EXAMPLES = """\
   fedloom report runs/digits                           one run, or a comparison's folder; writes report.html into it
-  fedloom report runs/a runs/b runs/c out=abc.html
+  fedloom report runs/a runs/b runs/c out=abc.html     a new file; only report.html is replaced
   fedloom report runs/digits baseline=local            differences to another method than FedAvg
   fedloom report runs/digits network=4g,lan target=90 slowdown=19
                                                        time to 90 % on networks, for devices that compute 19 times as long;
@@ -32,6 +32,9 @@ def report(words: Sequence[str]) -> int:
     options = dict(word.split("=", 1) for word in given.words if _is_option(word))
     if not folders:
         raise ConfigError("fedloom report: name the folder of a run, such as runs/digits")
+    refuse_empty(options)
+    beside = Path(folders[0]) if len(folders) == 1 else Path()
+    target = new_file(options["out"], "out", made=True) if "out" in options else beside / "report.html"
     waiting = _waiting(options)
     records = read(folders)
     if not given.quiet:
@@ -43,7 +46,6 @@ def report(words: Sequence[str]) -> int:
         if waiting is not None:
             console.print("", waiting_table(records, waiting), sep="\n")
         console.print()
-    target = Path(options.get("out") or (Path(folders[0]) if len(folders) == 1 else Path()) / "report.html")
     write_page(records, target, waiting, options.get("baseline"))
     print(f"report  {target}")
     return 0

@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
     parser = Parser("run", "Run one experiment and write its folder.", RUN_EXAMPLES + key_help())
     _options(parser, "an interrupted run's folder, to be continued")
     given = parser.read(words)
-    if given.resume:
+    if given.resume is not None:
         _nothing_else(given.words, "run")
         experiment = Experiment.resume(given.resume)
     else:
@@ -74,7 +74,7 @@ def compare(words: Sequence[str]) -> int:
     parser = Parser("compare", description, COMPARE_EXAMPLES + "keys: see fedloom run --help")
     _options(parser, "an interrupted comparison's folder, to be continued")
     given = parser.read(words)
-    if given.resume:
+    if given.resume is not None:
         _nothing_else(given.words, "compare")
         folder, wanted = Path(given.resume), reopen(given.resume)
     else:
@@ -187,9 +187,17 @@ def _print_json(runs: Sequence[Path], folder: Path) -> None:
 
 
 def _warn_of_divergence(folder: Path) -> None:
-    for row in RunFolder.open(folder).rows():
-        broken = [key for key, value in row.items() if "." in key and (value is None or not math.isfinite(value))]
-        if broken:
-            line = f"{folder}: {broken[0]} was not finite in round {row['round']}; the run diverged, try a smaller method.lr"
-            print(f"fedloom: warning: {line}", file=sys.stderr)
-            return
+    run = RunFolder.open(folder)
+    found = [
+        (row["round"], f"{key} was not finite")
+        for row in run.rows()
+        for key, value in row.items()
+        if "." in key and (value is None or not math.isfinite(value))
+    ]
+    for event in run.rows("events.jsonl"):  # the losses of those that were rejected are in no metric
+        if "not finite" in event.get("reason", ""):
+            found.append((event["round"], f"an uplink was rejected ({event['reason']})"))
+    if found:
+        number, what = min(found, key=lambda one: one[0])
+        line = f"{folder}: {what} in round {number}; where training diverges, a smaller method.lr helps"
+        print(f"fedloom: warning: {line}", file=sys.stderr)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,7 +42,11 @@ class Parser(argparse.ArgumentParser):
             option = word.partition("=")[0]
             if option.startswith("--") and option not in known:
                 raise ConfigError(f"{self.prog} has no option {option}{suggest(option, [*known, '--debug'])}")
-        return self.parse_intermixed_args(words)
+        given = self.parse_intermixed_args(words)
+        for action in self._actions:
+            if action.option_strings and getattr(given, action.dest, None) == "":  # a shell's variable that was not set
+                raise ConfigError(f"{self.prog}: {action.option_strings[0]} must not be empty")
+        return given
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
@@ -75,6 +79,41 @@ def output() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     return console
+
+
+def refuse_empty(options: Mapping[str, str]) -> None:
+    """Raise ConfigError for a word such as `out=`, which is no wish for the default: its variable in a shell may be unset."""
+    for key, text in options.items():
+        if not text:
+            raise ConfigError(f"{key}=: must not be empty")
+
+
+def new_file(value: str, key: str, made: bool = False) -> Path:
+    """The file that a word asks for, before there is any work: a new one, since nobody's file is overwritten.
+
+    `made`: whether a missing folder will be made.
+
+    Raises:
+        ConfigError: no name, something that is there already, or no folder to put it in.
+    """
+    refuse_empty({key: value})
+    path = Path(value)
+    if path.exists():
+        reason = "it is a folder" if path.is_dir() else "it is there already; choose another name"
+        raise ConfigError(f"{key}={value}: cannot be written, {reason}")
+    if not (made or path.parent.is_dir()):
+        raise ConfigError(f"{key}={value}: cannot be written, there is no folder {path.parent}")
+    return path
+
+
+def new_picture(value: str, key: str) -> Path:
+    """`new_file` for a picture, in a format that can be drawn."""
+    from fedloom.report.style import Figure  # matplotlib is an extra
+
+    path, known = new_file(value, key), Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in known:
+        raise ConfigError(f"{key}={value}: must end in one of {', '.join(f'.{kind}' for kind in known)}")
+    return path
 
 
 def save_picture(figure: Any, target: Path, key: str) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from fedloom.report.read import RunRecord, printable
 
-NOT_A_SETTING = ("out", "command", "label")
+NOT_A_SETTING = ("out", "label")
 
 
 @dataclass(frozen=True)

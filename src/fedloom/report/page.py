@@ -21,7 +21,8 @@ from fedloom.report.waiting import Waiting, waiting_grid
 if TYPE_CHECKING:
     from fedloom.report.style import Figure
 
-FACTS = ("data", "model", "models", "clients", "participation", "rounds", "seed", "buffers")
+FACTS = ("data", "model", "models", "clients", "participation", "cohort", "rounds", "seed", "buffers")
+IN_PLACE_OF = {"participation": "cohort", "model": "models"}
 MEASURES = {
     "personal_accuracy": "personal",
     "personal_accuracy_trained": "personal, trained clients only",
@@ -124,10 +125,15 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
     """What was run: values that all runs share, or all of the values."""
-    facts = {key: _listed(record.fact(key) for record in records) for key in FACTS}
+    facts = {key: _listed(_fact(record, key) for record in records) for key in FACTS}
     facts["partition"] = _listed(_scheme(record) for record in records)
     facts["runs"] = str(len(records))
     return {key: value for key, value in facts.items() if value}
+
+
+def _fact(record: RunRecord, key: str) -> Any:
+    """A setting that took effect."""
+    return None if record.fact(IN_PLACE_OF.get(key, "")) else record.fact(key)
 
 
 def _listed(values: Iterator[Any]) -> str:
@@ -226,14 +232,13 @@ def _detail(record: RunRecord) -> Detail:
         tuple(tuple(row[place] for place in filled) for row in rows),
         "",
     )
-    command = record.config.get("command") or record.environment.get("command") or ""
     tables = {
         "Result": _result(record),
         "Settings": _pairs(record.config),
         "Environment": _pairs(record.environment),
     }
-    words = command if isinstance(command, str) else " ".join(map(str, command))
-    return Detail(record.name, record.finished, record.progress, printable(words), accuracies, tables)
+    command = printable(str(record.environment.get("command", "")))
+    return Detail(record.name, record.finished, record.progress, command, accuracies, tables)
 
 
 def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:

@@ -23,8 +23,7 @@ class RunRecord:
 
     `metrics` has one row per evaluated round, in order of `round`, floats with NaN for null; `clients` one row per
     (round, client), or None when the folder has no `clients.parquet`; `summary` is None while the run is unfinished;
-    `environment` and `partition` are empty when their files are missing; `partition` also has the `classes` and `class_counts`
-    of `classes.json`; `analysis` is what `fedloom analyse` found.
+    `environment` and `partition` are empty when their files are missing; `analysis` is what `fedloom analyse` found.
     """
 
     path: Path
@@ -119,14 +118,9 @@ def _read_run(folder: Path) -> RunRecord:
         clients=_read_clients(folder / "clients.parquet"),
         summary=_read_json(summary) if summary.exists() else None,
         environment=_read_json(folder / "environment.json"),
-        partition=_read_json(folder / "partition.json") | _read_classes(folder / "classes.json"),
+        partition=_read_json(folder / "partition.json"),
         analysis=_read_json(folder / "analysis" / "analysis.json"),
     )
-
-
-def _read_classes(path: Path) -> dict[str, Any]:
-    found = _read_json(path)
-    return {"classes": found.get("names"), "class_counts": found.get("counts")} if found else {}
 
 
 def _read_text(path: Path) -> str:

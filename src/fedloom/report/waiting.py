@@ -73,11 +73,10 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
         ConfigError: there is no accuracy, or there are no clients' times, to tell it from.
     """
     counted = [record for g in group(records) for record in g.counted]
-    untold = [
-        r.name for r in counted if not len(series(r, MEASURE)) or not len(elapsed(r, waiting.networks[0], waiting))
-    ]
-    if untold:
-        raise ConfigError(f"network: {untold[0]} has no accuracy yet, or no clients.parquet to tell times from")
+    for record in counted:
+        lacking = _lacking(record, waiting)
+        if lacking:
+            raise ConfigError(f"network: {record.name} has {lacking} to tell times from")
     target = common_target(counted) if waiting.target is None else waiting.target
     rows = []
     for g in group(records):
@@ -96,6 +95,17 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
         *(f"\n{w.name}" for w in waiting.networks),
     )
     return Grid(f"Time to {units.points(target)} % personal accuracy", headers, tuple(rows), _caption(waiting))
+
+
+def _lacking(record: RunRecord, waiting: Waiting) -> str:
+    """What a run has not got and should."""
+    if not len(series(record, MEASURE)):
+        return "no accuracy yet"
+    if len(elapsed(record, waiting.networks[0], waiting)):
+        return ""
+    if waiting.gflops is not None and len(elapsed(record, waiting.networks[0], waiting._replace(gflops=None))):
+        return "no counted operations for gflops (slowdown takes its measured seconds)"
+    return "no clients.parquet with seconds and bytes"
 
 
 def _cells(pairs: Sequence[tuple[RunRecord, int]], waiting: Waiting) -> list[Cell]:

@@ -122,9 +122,20 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 def test_the_command_is_shown_where_it_is_known(tmp_path: Path) -> None:
     folder = Scene(rounds=2).write(tmp_path / "run")
-    config = (folder / "config.toml").read_text()
-    (folder / "config.toml").write_text(f'command = "fedloom run method=fedavg seed=0"\n{config}')
+    (folder / "environment.json").write_text('{"command": "fedloom run method=fedavg seed=0"}')
     assert "fedloom run method=fedavg seed=0" in written(folder, tmp_path / "report.html").words
+
+
+def test_settings_that_another_took_the_place_of_are_no_facts(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    settings = 'method = "fedavg"\nparticipation = 0.1\ncohort = 2\nmodel = "cnn"\nmodels = ["mlp", "vgg"]\n'
+    (tmp_path / "run" / "config.toml").write_text(settings)
+    facts = (
+        written(tmp_path / "run", tmp_path / "report.html").source.partition('class="facts"')[2].partition("</dl>")[0]
+    )
+    names = re.findall(r"<dt>(.*?)</dt>", facts)
+    assert {"cohort", "models"} <= set(names)
+    assert not {"participation", "model"} & set(names)
 
 
 def test_a_run_without_a_single_round_has_a_page(tmp_path: Path) -> None:
