@@ -123,14 +123,20 @@ def _peak(child: BaseProcess) -> int:
 
 
 def held(pid: int | None) -> int:
-    """Bytes held by a process and all below it (Linux)."""
+    """Bytes held by a process and all below it."""
+    own, below = pss_and_children(pid)
+    return own + sum(held(other) for other in below)
+
+
+def pss_and_children(pid: int | None) -> tuple[int, list[int]]:
+    """A process's own bytes (proportional set size) and those that it started; nothing where it has ended (Linux)."""
     root = Path(f"/proc/{pid}")
     try:
         pss = next(line for line in (root / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))
         below = [int(word) for task in (root / "task").iterdir() for word in (task / "children").read_text().split()]
-    except (OSError, StopIteration):  # it ended meanwhile
-        return 0
-    return int(pss.split()[1]) * 1024 + sum(held(other) for other in below)
+    except (OSError, StopIteration):
+        return 0, []
+    return int(pss.split()[1]) * 1024, below
 
 
 if __name__ == "__main__":

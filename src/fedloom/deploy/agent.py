@@ -94,8 +94,9 @@ def run_node(folder: Path) -> None:
     require_free(node.runtime_port, "is this node running already? (runtime_port is in node.toml)")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    home = (folder / "flwr").resolve()  # a unit may write into this folder alone
     supernode = Service(
-        "flower-supernode", supernode_command(folder, node), flower_environment(), folder / "supernode.log"
+        "flower-supernode", supernode_command(folder, node), flower_environment(home), folder / "supernode.log"
     )
     with ended_by_signals() as over:
         supernode.start()

@@ -1,0 +1,59 @@
+"""Memory of a federation's processes on this machine (Linux), before the first turn and after four rounds.
+
+    python benchmarks/node_memory.py
+
+Proportional set sizes: pages that processes share count once. One node with two clients, FedRIR with an MLP on digits.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fedloom.deploy.grid import GridLink
+from fedloom.deploy.local import local_federation
+from fedloom.deploy.running import prepare
+from workloads import pss_and_children
+
+VALUES: dict[str, Any] = {
+    "method": {"name": "fedrir"}, "model": {"name": "mlp"}, "data": {"name": "digits"}, "clients": 2, "rounds": 4, "checkpoint_every": 1,
+}  # fmt: skip
+PARTS = (
+    "superlink",
+    "proxy",
+    "supernode",
+)  # the others are fedloom's own: a node's agent and its worker, the server's guard
+
+
+def by_part(pid: int, role: str) -> Counter[str]:
+    """Megabytes of a process and all below it, by what they are."""
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
+    part = next((name for name in PARTS if f"{name}.py" in words or f"flower-{name}" in words), role)
+    size, children = pss_and_children(pid)
+    return sum((by_part(child, role) for child in children), Counter({part: size // 1_000_000}))
+
+
+def show(when: str, processes: dict[str, Any]) -> None:
+    """One line for the server, and one for the node."""
+    for role, process in processes.items():
+        print(f"{when:16} {role}: {dict(by_part(process.pid, f'fedloom ({role})'))} MB")
+
+
+def main() -> None:
+    """Measure, and print."""
+    with tempfile.TemporaryDirectory() as folder, local_federation(VALUES, 1, Path(folder) / "f") as federation:
+        link = GridLink(federation.deployment, print)
+        run = prepare(federation.deployment, VALUES | {"out": f"{folder}/run"}, link, print)
+        show("before turns", federation.processes)
+
+        def look(done: int, rounds: int, row: Any) -> None:
+            if done == rounds:
+                show(f"after {done} rounds", federation.processes)
+
+        run.run(look)
+
+
+if __name__ == "__main__":
+    main()
