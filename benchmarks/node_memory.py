@@ -20,11 +20,8 @@ from workloads import pss_and_children
 VALUES: dict[str, Any] = {
     "method": {"name": "fedrir"}, "model": {"name": "mlp"}, "data": {"name": "digits"}, "clients": 2, "rounds": 4, "checkpoint_every": 1,
 }  # fmt: skip
-PARTS = (
-    "superlink",
-    "proxy",
-    "supernode",
-)  # the others are fedloom's own: a node's agent and its worker, the server's guard
+# the others are fedloom's own: a node's agent and its worker, the server's guard
+PARTS = ("superlink", "proxy", "supernode")
 
 
 def by_part(pid: int, role: str) -> Counter[str]:

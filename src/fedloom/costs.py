@@ -63,7 +63,7 @@ class Costs:
         p, n = self.problem, self.problem.data.n_train(i)
         turn = Turn(number, p.task.rounds - 1, n)
         phases = p.method.phases()
-        active = tuple(train.when is None or train.when(turn) for train in trains_of(phases))
+        active = tuple(train.works_in(turn) for train in trains_of(phases))
         key = p.arch_of[i], n, p.plan_of(i), active
         if key not in self._turns:
             self._turns[key] = {
@@ -103,7 +103,7 @@ class Costs:
         p = self.problem
         trains, rounds = trains_of(p.method.phases()), p.task.rounds
         turns = (Turn(number, rounds - 1, p.data.n_train(i)) for number in range(rounds))
-        return max(turns, key=lambda turn: sum(train.when is None or train.when(turn) for train in trains))
+        return max(turns, key=lambda turn: sum(train.works_in(turn) for train in trains))
 
     def peak_bytes(self, i: int) -> dict[str, int]:
         """The most bytes that client `i`'s tensors take at once, by phase; the turn's peak is the largest of them.

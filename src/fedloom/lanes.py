@@ -93,7 +93,7 @@ def _run_phase(
             for lane in lanes
         ]
     trains = (phase,) if isinstance(phase, Train) else phase.members
-    active = [train for train in trains if train.when is None or train.when(lanes[0].turn)]
+    active = [train for train in trains if train.works_in(lanes[0].turn)]
     return _Stack(phase, active, gradients, lanes).run(lr_scale, logs) if active else lanes
 
 

@@ -156,6 +156,10 @@ class Train:
         """The nets in training mode."""
         return self.training if self.training is not None else tuple(p.partition(":")[0] for p in self.trains)
 
+    def works_in(self, turn: Turn) -> bool:
+        """Whether it runs in this turn."""
+        return self.when is None or self.when(turn)
+
 
 @dataclass(frozen=True)
 class Interleave:

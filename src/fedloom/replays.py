@@ -155,11 +155,9 @@ def _varied(leaf: Tensor) -> Tensor:
     other = twin(leaf)
     if leaf.is_floating_point():
         return other.mul_(1 + 0.01 * torch.rand_like(leaf))
-    return (
-        other.copy_(leaf.flatten()[torch.randint(leaf.numel(), leaf.shape, device=leaf.device)])
-        if leaf.numel()
-        else other
-    )
+    if not leaf.numel():
+        return other
+    return other.copy_(leaf.flatten()[torch.randint(leaf.numel(), leaf.shape, device=leaf.device)])
 
 
 def _trace(step: Step, inputs: Tree) -> Step:

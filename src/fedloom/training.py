@@ -263,7 +263,7 @@ class _Trainer:
     def __init__(self, phase: Train | Interleave, gradients: Gradients, client: Client, down: Tree, turn: Turn) -> None:
         self.phase, self.gradients, self.client, self.down = phase, gradients, client, down
         every = (phase,) if isinstance(phase, Train) else phase.members
-        self.members = [_Member(t, client.weights, client.opts) for t in every if t.when is None or t.when(turn)]
+        self.members = [_Member(t, client.weights, client.opts) for t in every if t.works_in(turn)]
         check_once(phase, [member.names for member in self.members])
 
     def run(self, site: Site, lr_scale: float) -> Client:

@@ -64,7 +64,7 @@ class Vectorised(Sequential):
         p, trains = self.problem, trains_of(self.problem.method.phases())
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
             turn = Turn(number, p.task.rounds - 1, p.data.n_train(member.client))
-            work = tuple(train.name for train in trains if train.when is None or train.when(turn))
+            work = tuple(train.name for train in trains if train.works_in(turn))
             alike.setdefault((p.arch_of[member.client], work), []).append(member)
         sizes = [(mine, self._lanes[arch]) for (arch, _), mine in alike.items()]
         return [mine[start : start + lanes] for mine, lanes in sizes for start in range(0, len(mine), lanes)]
