@@ -20,7 +20,11 @@ SMALLEST_UNPADDED = 28
 def _two_convolutions(
     input_shape: Sequence[int], n_channels: tuple[int, int], norm: str | None = None
 ) -> tuple[dict[str, nn.Module], int]:
-    """(Conv5x5 - norm - ReLU - MaxPool2) twice and a flatten; with the width of the flattened maps."""
+    """(Conv5x5 - norm - MaxPool2 - ReLU) twice and a flatten; with the width of the flattened maps.
+
+    The papers apply ReLU before pooling. Both orders give the same outputs and gradients, bit by bit; this one applies it to a quarter of
+    the numbers.
+    """
     first, height, width = input_shape
     padding = KERNEL // 2 if min(height, width) < SMALLEST_UNPADDED else 0
     loss = KERNEL - 1 - 2 * padding
@@ -29,8 +33,8 @@ def _two_convolutions(
         layers[f"conv{i}"] = nn.Conv2d(n_in, n_out, KERNEL, padding=padding)
         if norm is not None:
             layers[f"norm{i}"] = norm2d(norm, n_out)
-        layers[f"relu{i}"] = nn.ReLU()
         layers[f"pool{i}"] = nn.MaxPool2d(2)
+        layers[f"relu{i}"] = nn.ReLU()
         height, width = (height - loss) // 2, (width - loss) // 2
     layers["flatten"] = nn.Flatten()
     return layers, n_channels[-1] * height * width

@@ -47,6 +47,18 @@ def test_attention_is_torchs_own():
     torch.testing.assert_close(ours(tokens), theirs(tokens, tokens, tokens)[0])
 
 
+def test_pooling_before_relu_gives_the_bits_of_the_papers_order():
+    torch.manual_seed(0)
+    body = arch("fedavg_cnn", (3, 32, 32), 10).body()
+    layers = dict(body.named_children())
+    order = [*(f"{layer}{i}" for i in (1, 2) for layer in ("conv", "relu", "pool")), "flatten", "linear", "relu3"]
+    papers = nn.Sequential(*(layers[name] for name in order))
+    images = torch.randn(4, 3, 32, 32)
+    assert torch.equal(body(images), papers(images))
+    ours, theirs = (torch.autograd.grad(net(images).square().sum(), [*body.parameters()]) for net in (body, papers))
+    assert all(map(torch.equal, ours, theirs))
+
+
 @pytest.mark.parametrize(("n_channels", "n_groups"), [(3, 1), (16, 1), (24, 1), (50, 2), (64, 4), (512, 32)])
 def test_groups_hold_about_sixteen_channels(n_channels, n_groups):
     assert group_norm(n_channels).num_groups == n_groups
