@@ -25,9 +25,9 @@ from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, UsageError, suggest
 from fedloom.runfolder import RunFolder, environment
-from pfllib_style import make
 
 RESULTS = Path(__file__).parent / "results"
+RIVAL = Path(__file__).with_name("pfllib_style.py")
 LARGE: Mapping[str, Workload] = MappingProxyType(
     {
         "clients-10k": Workload(
@@ -86,7 +86,7 @@ def speed(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
         scale=float(options["scale"]),
         rounds=int(options["rounds"]),
         precision=options["precision"],
-        rivals={"pfllib_style": make} if options["rival"] == "yes" else {},
+        rivals={RIVAL.stem: f"{RIVAL}:make"} if options["rival"] == "yes" else {},
         roof=machine_roof(),
     )
 

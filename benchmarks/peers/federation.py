@@ -13,16 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedloom.assembly import make_federation, make_problem
-from fedloom.bench import WORKLOADS, dataset_for
-from fedloom.config import make_method, make_settings
+from fedloom import bench
 from fedloom.engines import Problem
 from fedloom.runfolder import environment
 
 
 def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namespace:
     """Command line of a peer's script: workload, --scale, --rounds, and `more` as --name with its meaning (required)."""
-    parser = argparse.ArgumentParser(description=f"Seconds per round of {peer} on a fedloom workload (FedAvg).")
+    parser = argparse.ArgumentParser(description=f"Seconds per round of {peer} on a fedloom workload.")
     parser.add_argument("workload", choices=workloads)
     parser.add_argument("--scale", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=5)
@@ -34,10 +32,7 @@ def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namesp
 @cache
 def problem_of(workload: str, scale: float) -> Problem:
     """The workload's clients, model and plan; made once in a process."""
-    work = WORKLOADS[workload]
-    settings = make_settings(work.values(scale))
-    data = make_federation(settings, dataset_for(work, scale))
-    return make_problem(settings, make_method(settings.method), data)
+    return bench.problem_of(bench.WORKLOADS[workload], scale)
 
 
 def need(module: str, install: str) -> ModuleType:

@@ -7,11 +7,14 @@ alike, and ratios are medians over such rounds. Data are made up (speed does not
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -21,13 +24,14 @@ import torch
 
 from fedloom import data
 from fedloom.accelerator import HOST, describe, exact, synchronise
-from fedloom.assembly import arithmetic
-from fedloom.config import Values, make_settings
+from fedloom.assembly import arithmetic, make_federation, make_problem
+from fedloom.config import Values, make_method, make_settings
 from fedloom.costs import Costs
 from fedloom.engines import Problem
 from fedloom.engines.processes import cores
-from fedloom.errors import ConfigError, suggest
+from fedloom.errors import ConfigError, WorkerError, suggest
 from fedloom.experiment import Experiment, Parts
+from fedloom.registry import load_object
 from fedloom.rng import Stream
 
 WARM_UP = 1  # rounds before the clock counts: memory, threads and traces settle
@@ -49,7 +53,7 @@ class Rival(Protocol):
 
 
 MakeRival = Callable[[Problem, int], Rival]
-"""(problem, threads) -> a rival that may use so many threads."""
+"""What a rival's file defines: (problem, threads) -> a rival that may use so many threads."""
 
 
 class Workload(NamedTuple):
@@ -140,6 +144,14 @@ def dataset_for(work: Workload, scale: float) -> data.Dataset:
     return data.from_arrays(x[keep], y[keep], x[held], y[held], name=work.data, classes=whole.classes)
 
 
+def problem_of(work: Workload, scale: float, **more: Any) -> Problem:
+    """The workload's clients, rows, models and plan, without an engine; `more` are settings of it that change."""
+    settings = make_settings({**work.values(scale), **more})
+    with arithmetic(settings):
+        federation = make_federation(settings, dataset_for(work, scale))
+        return make_problem(settings, make_method(settings.method), federation)
+
+
 class Stepped(Experiment):
     """An experiment that is run one round at a time; its times are those of the product, bookkeeping and all."""
 
@@ -168,6 +180,40 @@ class Stepped(Experiment):
         return time.perf_counter() - started
 
 
+class _Apart:
+    """A rival in a process of its own, where nothing is set (threads, the handling of memory) that the engines set in theirs."""
+
+    def __init__(self, where: str, work: Workload, scale: float, precision: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._where, (self._pipe, theirs) = where, context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, where, work, scale, precision), daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def round(self, cohort: Sequence[int]) -> Times:
+        """See `Rival.round`."""
+        try:
+            self._pipe.send(list(cohort))
+            times: Times = self._pipe.recv()
+        except (EOFError, ConnectionError):
+            raise WorkerError(f"rival={self._where}: its process ended; see what it wrote above") from None
+        return times
+
+    def close(self) -> None:
+        """End the process."""
+        self._pipe.close()
+        self._process.join()
+
+
+def _serve(pipe: Connection, where: str, work: Workload, scale: float, precision: str) -> None:
+    """What a rival's process does: a round for every cohort, until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends it
+    rival = load_object(where, "rival")(problem_of(work, scale, precision=precision), cores())
+    with suppress(EOFError):
+        while True:
+            pipe.send(rival.round(pipe.recv()))
+
+
 def measure(
     work: Workload,
     engines: Sequence[str],
@@ -176,7 +222,7 @@ def measure(
     rounds: int = 5,
     precision: str = "fp32",
     device: str = "cpu",
-    rivals: Mapping[str, MakeRival] | None = None,
+    rivals: Mapping[str, str] | None = None,
     roof: float | None = None,
 ) -> dict[str, Any]:
     """Time a workload on some engines, and on rivals if given, in turn.
@@ -186,6 +232,7 @@ def measure(
         scale: part of the rows (or of the clients), above 0 and at most 1.
         rounds: rounds that count, after one to warm up.
         device: where the engines compute (`engine.device`); rivals stay on the CPU.
+        rivals: by the name to give each, where its `MakeRival` is defined, as `FILE.py:NAME`; every one gets a process of its own.
         roof: FLOP/s that the machine reaches at its best (`machine_roof`); gives each contestant's share of it.
 
     Returns:
@@ -195,6 +242,7 @@ def measure(
 
     Raises:
         ConfigError: an impossible scale, number of rounds, precision, or engine.
+        WorkerError: a rival's process ended.
     """
     _check(scale, rounds)
     with ExitStack() as open_things:
@@ -208,7 +256,9 @@ def measure(
             ours[engine] = Stepped(make_settings(values), Parts(dataset=dataset))
             open_things.callback(ours[engine].engine.close)
         first = next(iter(ours.values()))
-        others = {name: make(first.problem, cores()) for name, make in (rivals or {}).items()}
+        others = {name: _Apart(where, work, scale, precision) for name, where in (rivals or {}).items()}
+        for rival in others.values():
+            open_things.callback(rival.close)
         flop = train_flop(first)
         times = _in_turn({**ours, **others}, first, rounds)
     facts = {

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from fedloom import tree
-from fedloom.bench import WORKLOADS, Stepped, Times, Workload, dataset_for, machine_roof, measure, train_flop, workload
+from fedloom.bench import WORKLOADS, Stepped, Workload, dataset_for, machine_roof, measure, train_flop, workload
 from fedloom.cli import main
 from fedloom.config import make_settings
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, WorkerError
 from fedloom.experiment import Parts
 from fedloom.registry import load_object
 
@@ -51,23 +52,47 @@ def test_every_workload_has_valid_settings_and_rows_in_proportion(name):
     assert data.input_shape == work.input_shape
 
 
-def test_measure_times_all_contestants_in_the_same_rounds():
-    cohorts = []
+SLOW = """
+import os
+from pathlib import Path
+from fedloom.bench import Times
 
-    class Slow:
-        def round(self, cohort):
-            cohorts.append(tuple(cohort))
-            return Times(100.0, 10.0, 1.0)
+class Slow:
+    def __init__(self, problem, threads):
+        self.place = Path(__file__).parent
+        (self.place / "process").write_text(f"{os.getpid()} {problem.task.n_clients}")
 
-    found = measure(small(), ["sequential", "vectorised:2"], scale=1.0, rounds=3, rivals={"slow": lambda *_: Slow()})
+    def round(self, cohort):
+        with (self.place / "cohorts").open("a") as file:
+            print(*cohort, file=file)
+        return Times(100.0, 10.0, 1.0)
+"""
+
+
+def test_measure_times_all_contestants_in_the_same_rounds(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    rivals = {"slow": f"{tmp_path / 'slow.py'}:Slow"}
+    found = measure(small(), ["sequential", "vectorised:2"], scale=1.0, rounds=3, rivals=rivals)
     assert list(found["contestants"]) == ["sequential", "vectorised:2", "slow"]
+    cohorts = (tmp_path / "cohorts").read_text().splitlines()
     assert len(cohorts) == 4  # one to warm up
     assert len(set(cohorts)) > 1
+    process, n_clients = map(int, (tmp_path / "process").read_text().split())
+    assert process != os.getpid()  # what engines set for their process must not reach it
+    assert n_clients == 4
     slow, first = found["contestants"]["slow"], found["contestants"]["sequential"]
     assert slow["train_s"] == {"median": 100.0, "low": 100.0, "high": 100.0}
     assert slow["times_as_long"]["train"]["median"] == pytest.approx(100 / first["train_s"]["median"], rel=0.5)
     assert first["times_as_long"]["as_it_does"]["median"] == 1.0
     json.dumps(found)
+
+
+def test_a_rival_whose_process_ends_is_named(tmp_path, capfd):
+    (tmp_path / "broken.py").write_text("def make(problem, threads):\n    raise SystemExit('no such data here')\n")
+    where = f"{tmp_path / 'broken.py'}:make"
+    with pytest.raises(WorkerError, match=f"rival={where}: its process ended"):
+        measure(small(), ["sequential"], scale=1.0, rounds=1, rivals={"broken": where})
+    assert "no such data here" in capfd.readouterr().err
 
 
 def test_flops_are_those_of_the_matrix_products(tmp_path):

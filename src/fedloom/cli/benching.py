@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 
 from fedloom.accelerator import find
-from fedloom.bench import WORKLOADS, MakeRival, machine_roof, measure, workload
+from fedloom.bench import WORKLOADS, machine_roof, measure, workload
 from fedloom.cli.words import Parser, output, refuse_empty
 from fedloom.config import make_settings
 from fedloom.engines import ENGINES
@@ -114,8 +114,11 @@ def _default_engines(device: str) -> list[str]:
     return ["sequential", "processes"] if cores() > 1 and "processes" in ENGINES else ["sequential"]
 
 
-def _rivals(where: str) -> Mapping[str, MakeRival]:
-    return {Path(where.rpartition(":")[0]).stem: load_object(where, "rival")} if where else {}
+def _rivals(where: str) -> Mapping[str, str]:
+    if not where:
+        return {}
+    load_object(where, "rival")  # mistakes come to light here, in one line
+    return {Path(where.rpartition(":")[0]).stem: where}
 
 
 def _show(name: str, facts: Mapping[str, Any]) -> None:
