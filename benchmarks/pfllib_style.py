@@ -3,12 +3,12 @@
 Follows the structure of PFLlib (Zhang et al., JMLR 2025) and of the papers' released code, in words of our own: every client
 holds a list of (x, y) pairs, its own copy of the model and a torch optimiser; each round copies the global parameters into
 every client, trains the cohort one after another, averages parameters in Python, and evaluates every client at the training
-batch size with the bookkeeping for AUC, then the loss on its whole training split. Inputs are NCHW. Data lie in memory
-(PFLlib reads a client's file whenever it builds a loader), so times here are, if anything, too kind to it.
+batch size with the bookkeeping for AUC, then the loss on its whole training split. Inputs are NCHW. A client's compressed
+file is read whenever it trains or is evaluated.
 
-FedRIR's and FedMR's evaluations are those of their released code: FedRIR's computes both stages' losses on all training rows, and
-no AUC; FedMR's goes over the test rows and all training rows every tenth round (here: the test rows in every round, as fedloom does,
-and a tenth of the time for the training rows).
+FedRIR and FedMR do what their released code does in these places: rows stay in memory; FedRIR evaluates both stages' losses on all
+training rows, and no AUC; FedMR evaluates the test rows and all training rows every tenth round (here: the test rows in every round, as
+fedloom does, and a tenth of the time for the training rows).
 
 Offered to `fedloom bench` as `rival=benchmarks/pfllib_style.py:make`.
 """
@@ -16,9 +16,13 @@ Offered to `fedloom bench` as `rival=benchmarks/pfllib_style.py:make`.
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,21 +49,30 @@ def make(problem: Problem, threads: int) -> Rival:
 class Client:
     """Data, nets and optimisers of one client."""
 
-    def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict) -> None:
-        self.train_pairs, self.test_pairs = _pairs(*problem.data.train(i)), _pairs(*problem.data.test(i))
+    def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict, folder: Path) -> None:
+        self.files = {split: folder / f"{split}-{i}.npz" for split in ("train", "test")}
+        self.n_train = problem.data.n_train(i)
+        for split, file in self.files.items():
+            x, y = getattr(problem.data, split)(i)
+            np.savez_compressed(file, x=x.numpy(), y=y.numpy())
         self.plan, self.epochs = problem.plan, problem.method.local_epochs
         self.n_classes = problem.task.n_classes
         self.nets = copy.deepcopy(nets)
         self.ce = nn.CrossEntropyLoss()
 
+    def pairs(self, split: str) -> Pairs:
+        """The rows of `train` or `test`."""
+        with np.load(self.files[split]) as rows:
+            return _pairs(torch.tensor(rows["x"]), torch.tensor(rows["y"]))
+
     def train_loader(self) -> DataLoader:
         """Shuffled batches; a client with fewer rows than a batch takes one of all its rows, as in fedloom."""
-        size = min(self.plan.batch_size, len(self.train_pairs))
-        return DataLoader(self.train_pairs, size, shuffle=True, drop_last=self.plan.drop_last)
+        size = min(self.plan.batch_size, self.n_train)
+        return DataLoader(self.pairs("train"), size, shuffle=True, drop_last=self.plan.drop_last)
 
     def test_loader(self) -> DataLoader:
         """The test split at the training batch size."""
-        return DataLoader(self.test_pairs, self.plan.batch_size, shuffle=True)
+        return DataLoader(self.pairs("test"), self.plan.batch_size, shuffle=True)
 
     def logits(self, x: Tensor) -> Tensor:
         """The personal prediction (B, Y)."""
@@ -69,8 +82,11 @@ class Client:
     def accuracy(self) -> tuple[int, int]:
         """Right and all test rows."""
         self.nets.eval()
-        right = sum(int((self.logits(x).argmax(1) == y).sum()) for x, y in self.test_loader())
-        return right, len(self.test_pairs)
+        right = rows = 0
+        for x, y in self.test_loader():
+            right += int((self.logits(x).argmax(1) == y).sum())
+            rows += len(y)
+        return right, rows
 
     @torch.no_grad()
     def test_metrics(self) -> tuple[int, int, float]:
@@ -83,7 +99,7 @@ class Client:
             scores.append(output.numpy())
             truth.append(label_binarize(y.numpy(), classes=np.arange(self.n_classes)))
         auc = roc_auc_score(np.concatenate(truth), np.concatenate(scores), average="micro")
-        return right, len(self.test_pairs), auc
+        return right, len(np.concatenate(truth)), auc
 
     @torch.no_grad()
     def train_loss(self) -> tuple[float, int]:
@@ -104,12 +120,14 @@ class FedAvgLoop:
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem, self.threads = problem, threads
         nets = nn.ModuleDict(problem.modules(0)).requires_grad_(True)
+        self.folder = Path(tempfile.mkdtemp(prefix="pfllib-style-"))
+        weakref.finalize(self, shutil.rmtree, self.folder)
         self.clients = [self.client(i, nets) for i in range(problem.task.n_clients)]
         self.server = copy.deepcopy(nets[self.shared])
 
     def client(self, i: int, nets: nn.ModuleDict) -> Client:
         """A client with its optimiser."""
-        client = Client(self.problem, i, nets)
+        client = Client(self.problem, i, nets, self.folder)
         client.optimizer = torch.optim.SGD(client.nets.parameters(), lr=self.problem.method.lr)
         return client
 
@@ -142,12 +160,12 @@ class FedAvgLoop:
 
     def aggregate(self, clients: Sequence[Client]) -> None:
         """Mean by examples, parameter by parameter."""
-        rows = sum(len(client.train_pairs) for client in clients)
+        rows = sum(client.n_train for client in clients)
         self.server = copy.deepcopy(clients[0].nets[self.shared])
         for parameter in self.server.parameters():
             parameter.data.zero_()
         for client in clients:
-            share = len(client.train_pairs) / rows
+            share = client.n_train / rows
             for mean, own in zip(self.server.parameters(), client.nets[self.shared].parameters(), strict=True):
                 mean.data += own.data.clone() * share
 
@@ -166,15 +184,20 @@ class FedAvgLoop:
 
 
 class FedRIRClient(Client):
-    """Nets gfe, csfe, generator, idm, head; two Adams whose moments last."""
+    """Nets gfe, csfe, generator, idm, head; two Adams whose moments last. Its rows stay in memory."""
 
-    def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict) -> None:
-        super().__init__(problem, i, nets)
+    def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict, folder: Path) -> None:
+        super().__init__(problem, i, nets, folder)
+        self.kept = {split: super(FedRIRClient, self).pairs(split) for split in self.files}
         self.method = problem.method
         n, lr = self.nets, problem.method.lr
         self.first = torch.optim.Adam([*n["csfe"].parameters(), *n["generator"].parameters()], lr=lr)
         second = [*n["gfe"].parameters(), *n["idm"].parameters(), *n["head"].parameters()]
         self.second = torch.optim.Adam(second, lr=lr)
+
+    def pairs(self, split: str) -> Pairs:
+        """See `Client.pairs`."""
+        return self.kept[split]
 
     def logits(self, x: Tensor) -> Tensor:
         """head([f_g, f_cs])."""
@@ -190,7 +213,8 @@ class FedRIRClient(Client):
             output = self.logits(x)
             right += int((output.argmax(1) == y).sum())
             loss += float(self.ce(output, y)) * len(y)
-        return right, len(self.test_pairs), loss / len(self.test_pairs)
+        rows = len(self.pairs("test"))
+        return right, rows, loss / rows
 
     @torch.no_grad()
     def train_loss(self) -> tuple[float, int]:
@@ -234,7 +258,7 @@ class FedRIRLoop(FedAvgLoop):
 
     def client(self, i: int, nets: nn.ModuleDict) -> Client:
         """See `FedAvgLoop.client`."""
-        return FedRIRClient(self.problem, i, nets)
+        return FedRIRClient(self.problem, i, nets, self.folder)
 
     def train(self, client: FedRIRClient) -> None:
         """Both stages."""

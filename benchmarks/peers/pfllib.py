@@ -56,7 +56,7 @@ def write_split(problem: Problem, folder: Path) -> None:
         (folder / split).mkdir(parents=True, exist_ok=True)
         for i in range(problem.task.n_clients):
             x, y = getattr(problem.data, split)(i)
-            np.savez(folder / split / f"{i}.npz", data={"x": x.numpy(), "y": y.numpy()})
+            np.savez_compressed(folder / split / f"{i}.npz", data={"x": x.numpy(), "y": y.numpy()})
 
 
 if __name__ == "__main__":
