@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,7 +188,9 @@ class _Apart:
         context = multiprocessing.get_context("spawn")
         self._where, (self._pipe, theirs) = where, context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, where, work, scale, precision), daemon=True)
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the command, which ends this
         self._process.start()
+        signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def round(self, cohort: Sequence[int]) -> Times:
@@ -200,16 +203,18 @@ class _Apart:
         return times
 
     def close(self) -> None:
-        """End the process."""
-        self._pipe.close()
+        """End the process, in the midst of a round too."""
+        self._process.terminate()
         self._process.join()
+        self._pipe.close()
 
 
 def _serve(pipe: Connection, where: str, work: Workload, scale: float, precision: str) -> None:
     """What a rival's process does: a round for every cohort, until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command ends it
-    rival = load_object(where, "rival")(problem_of(work, scale, precision=precision), cores())
-    with suppress(EOFError):
+    make = load_object(where, "rival")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the rival clears up
+    rival = make(problem_of(work, scale, precision=precision), cores())
+    with suppress(EOFError, ConnectionError):  # the command is gone
         while True:
             pipe.send(rival.round(pipe.recv()))
 
