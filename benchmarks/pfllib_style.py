@@ -98,8 +98,8 @@ class Client:
             right += int((output.argmax(1) == y).sum())
             scores.append(output.numpy())
             truth.append(label_binarize(y.numpy(), classes=np.arange(self.n_classes)))
-        auc = roc_auc_score(np.concatenate(truth), np.concatenate(scores), average="micro")
-        return right, len(np.concatenate(truth)), auc
+        labels = np.concatenate(truth)
+        return right, len(labels), roc_auc_score(labels, np.concatenate(scores), average="micro")
 
     @torch.no_grad()
     def train_loss(self) -> tuple[float, int]:

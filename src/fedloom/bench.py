@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -261,26 +261,30 @@ def measure(
             ours[engine] = Stepped(make_settings(values), Parts(dataset=dataset))
             open_things.callback(ours[engine].engine.close)
         first = next(iter(ours.values()))
-        others = {name: _Apart(where, work, scale, precision) for name, where in (rivals or {}).items()}
-        for rival in others.values():
-            open_things.callback(rival.close)
+        others = {
+            name: open_things.enter_context(closing(_Apart(where, work, scale, precision)))
+            for name, where in (rivals or {}).items()
+        }
         flop = train_flop(first)
         times = _in_turn({**ours, **others}, first, rounds)
-    facts = {
+    facts = _described(work, first, scale, rounds) | {"train_flop": flop, "roof_flop_per_s": roof}
+    return facts | {"contestants": {name: _facts(t, times[next(iter(ours))], flop, roof) for name, t in times.items()}}
+
+
+def _described(work: Workload, first: Stepped, scale: float, rounds: int) -> dict[str, Any]:
+    """What was timed, and on what."""
+    return {
         "title": work.title,
         "data": f"{work.data} ({'real' if os.environ.get('FEDLOOM_DATA') else 'synthetic'})",
         "scale": scale,
         "rounds": rounds,
         "clients": first.problem.task.n_clients,
         "cohort": first.problem.task.max_cohort,
-        "precision": precision,
+        "precision": first.settings.precision,
         "cores": cores(),
         "device": describe(first.place.device),
         "seed": first.settings.seed,
-        "train_flop": flop,
-        "roof_flop_per_s": roof,
     }
-    return facts | {"contestants": {name: _facts(t, times[next(iter(ours))], flop, roof) for name, t in times.items()}}
 
 
 def _engine(words: str, device: str) -> Values:

@@ -150,14 +150,7 @@ def create(
     """
     settings = deployable(make_settings(values))
     check_plan(settings, n_nodes, hosts)
-    try:
-        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
-        if not taken:
-            path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}; choose another folder") from None
-    if taken:
-        raise ConfigError(f"{path}: there is something already; nothing is overwritten, choose another folder")
+    _make_empty(path)
     ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
     nodes = _dealt(settings.clients or n_nodes, n_nodes)
     federation = FederationFile(host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], nodes=nodes)
@@ -191,6 +184,18 @@ def create(
     made.write_flwr_config()
     write_new(path / "README.md", texts.readme(made.file, path.resolve().name))
     return made
+
+
+def _make_empty(path: Path) -> None:
+    """Make a folder, or take an empty one; raises ConfigError where something is already."""
+    try:
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+        if not taken:
+            path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; choose another folder") from None
+    if taken:
+        raise ConfigError(f"{path}: there is something already; nothing is overwritten, choose another folder")
 
 
 def deployable(settings: Settings) -> Settings:
