@@ -23,6 +23,9 @@ from fedloom.recording import Found, Params
 from fedloom.replays import fingerprint, replayed_on
 from fedloom.tree import Tree
 
+Find = Callable[[Params, Params, Params, Batch], Found]
+"""(parameters wanted, all parameters, buffers, batch) -> gradients, logs."""
+
 
 class Once(NamedTuple):
     """What an `Interleave`'s `once` made of a batch (of several lanes, stacked), and the way back through it."""
@@ -76,7 +79,6 @@ class Gradients:
             convolutions: how those of several lanes are computed; default: as vmap does.
         """
         self.modules, self.bf16, self.device, self._convolutions = modules, bf16, device, convolutions
-        self._around: tuple[Tree, Tree, Any] = ({}, {}, ((), ()))  # a downlink, a memory, and their forms
         stateful = any(True for module in modules.values() for _ in module.buffers())
         self._replayed = replayed_on(device, stateful)
 
@@ -113,18 +115,21 @@ class Gradients:
         tree.map_tree(Tensor.copy_, inputs["buffers"], buffers)
         return Once(values, live)
 
-    def __call__(
-        self, train: Train, wanted: Params, params: Params, buffers: Params, batch: Batch, down: Tree, memory: Tree
-    ) -> Found:
-        """The gradients of the parameters `wanted`, and of the entries of `batch.once` among them, and the step's logs."""
-        if self._replayed is None:
-            return self._written(train, buffers, wanted, params, batch, down, memory)
+    def of(self, train: Train, down: Tree, memory: Tree) -> Find:
+        """What finds the gradients of the parameters `wanted`, and of the entries of `batch.once` among them, and the step's logs."""
 
         def written(i: Tree) -> Found:
             return self._written(train, i["buffers"], i["wanted"], i["params"], _batch(i), i["down"], i["memory"])
 
-        kind = self._kind_of(train, wanted, batch, down, memory)
-        return self._replayed(kind, written, _inputs(wanted, params, buffers, batch, down, memory))
+        def find(wanted: Params, params: Params, buffers: Params, batch: Batch) -> Found:
+            if runner is None or number is None:
+                return self._written(train, buffers, wanted, params, batch, down, memory)
+            key = number, tuple(wanted), _form_of(batch)
+            return runner(key, written, _inputs(wanted, params, buffers, batch, down, memory))
+
+        runner = self._replayed
+        number = runner.number(_kind(train, down, memory)) if runner else None
+        return find
 
     def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         """The gradients of several lanes at once, stacked.
@@ -133,33 +138,14 @@ class Gradients:
             inputs: wanted, others, fixed (parameters), buffers (written into), batch, down, memory.
             dims: for each leaf 0 if it is stacked over lanes, None if all lanes share it.
         """
-        if self._replayed is None:
+        runner = self._replayed
+        kind = _kind(train, inputs["down"], inputs["memory"]), tuple(tree.flatten(dims))
+        number = runner.number(kind) if runner else None
+        if runner is None or number is None:
             return self._mapped(train, inputs, dims)
         rows = _batch(inputs)
-        kind = self._kind_of(train, inputs["wanted"], rows, inputs["down"], inputs["memory"])
-        key = kind, tuple(tree.flatten(dims))
-        return self._replayed(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
-
-    def _kind_of(self, train: Train, wanted: Params, batch: Batch, down: Tree, memory: Tree) -> Any:
-        """What one trace can stand for: a loss, what it is derived by, and the structure of all that it may read.
-
-        A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
-        """
-        known_down, known_memory, forms = self._around  # the same two trees serve all steps of a phase
-        if known_down is not down or known_memory is not memory:
-            forms = _form(down), _form(memory)
-            self._around = down, memory, forms
-        return (
-            train.name,
-            fingerprint(train.loss),
-            tuple(wanted),
-            train.modes,
-            batch.x.shape,
-            batch.x.stride(),
-            _form(batch.draws),
-            _form(batch.once),
-            forms,
-        )
+        key = number, tuple(inputs["wanted"]), _form_of(rows)
+        return runner(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
 
     def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         def lane(i: Tree) -> Any:
@@ -222,6 +208,18 @@ def _placed(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
     # views, since torch's counter of operations fails on a module's input that is a leaf
     once = {name: v.view_as(v) for name, v in {**batch.once, **wanted}.items() if name in batch.once}
     return {name: p for name, p in wanted.items() if name not in once}, batch._replace(once=once)
+
+
+def _kind(train: Train, down: Tree, memory: Tree) -> Any:
+    """What one trace can stand for: a loss, and the structure of all that it may read beside batches.
+
+    A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
+    """
+    return train.name, fingerprint(train.loss), train.modes, _form(down), _form(memory)
+
+
+def _form_of(batch: Batch) -> Any:
+    return batch.x.shape, batch.x.stride(), _form(batch.draws), _form(batch.once)
 
 
 def _form(tensors: Mapping[str, Any]) -> Any:

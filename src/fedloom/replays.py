@@ -39,14 +39,22 @@ class Replayed:
 
     def __init__(self, device: torch.device, replays: Replays) -> None:
         self._device, self._replays = device, replays
+        self._numbers: dict[Any, int] = {}
         self._kinds: dict[Any, _Kind] = {}
+
+    def number(self, what: Any) -> int | None:
+        """A number that stands for a part of keys, which would be slow to compare in every step; None: such steps run as written."""
+        try:
+            known = self._numbers.get(what)
+        except TypeError:  # something in it cannot be told from its like: a loss with a list, say
+            return None
+        if known is None and len(self._numbers) < MOST_KINDS:
+            known = self._numbers[what] = len(self._numbers)
+        return known
 
     def __call__(self, key: Any, written: Step, inputs: Tree, n_lanes: int = 1) -> Found:
         """A step as written, or its replay once that has proved itself; `key` tells kinds of step apart."""
-        try:
-            kind = self._kinds.get(key)
-        except TypeError:  # something in it cannot be told from its like: a loss with a list, say
-            return written(inputs)
+        kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) == MOST_KINDS:
                 return written(inputs)
@@ -199,15 +207,19 @@ def _trace(step: Step, inputs: Tree) -> Step:
 def _shorten(graph: torch.fx.Graph) -> None:
     """Leave out operations that change nothing: they cost as much Python as others."""
     aten = torch.ops.aten
-    for node in graph.find_nodes(op="call_function", target=aten.detach.default):
-        node.replace_all_uses_with(node.args[0])
-    for node in graph.find_nodes(op="call_function", target=aten.t.default):
-        inner = node.args[0]
-        if inner.target == aten.t.default:
+    swaps = (aten.t.default, aten.transpose.int)
+    reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        inner, *how = node.args
+        once = node.target == aten.mul.Scalar and how[0] == 1 and isinstance(how[0], int)
+        back = node.target in swaps and inner.target == node.target and list(inner.args[1:]) == how
+        same = node.target in reshapes and list(inner.meta["val"].shape) == list(how[0])
+        if once or same or node.target == aten.detach.default:
+            node.replace_all_uses_with(inner)
+        elif back:
             node.replace_all_uses_with(inner.args[0])
-    for node in graph.find_nodes(op="call_function", target=aten.mul.Scalar):
-        if node.args[1] == 1 and isinstance(node.args[1], int):
-            node.replace_all_uses_with(node.args[0])
     graph.eliminate_dead_code()
 
 

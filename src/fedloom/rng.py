@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
 Key = str | int
@@ -23,6 +25,17 @@ def digest(*key: Key) -> int:
     """128 bits that depend on every part of `key` and on the boundaries between the parts."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+
+
+class _Key128(ISeedSequence):
+    """Hands a key to a generator. `Philox(key=...)` gives the same numbers, but asks the system for entropy that nobody uses."""
+
+    def __init__(self, key: int) -> None:
+        self._key = key
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        """The two words that a Philox generator asks for."""
+        return np.array([self._key & (2**64 - 1), self._key >> 64], dtype=np.uint64)
 
 
 class Stream:
@@ -37,7 +50,7 @@ class Stream:
     @functools.cached_property
     def numpy(self) -> np.random.Generator:
         """The generator, made at the first draw: most streams only have children."""
-        return np.random.Generator(np.random.Philox(key=digest(*self.key)))
+        return np.random.Generator(np.random.Philox(_Key128(digest(*self.key))))  # type: ignore[arg-type]
 
     def child(self, *key: Key) -> Stream:
         """An independent stream below this one; drawing from this one does not move it."""

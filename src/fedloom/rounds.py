@@ -223,15 +223,17 @@ class Screen:
             raise WireError(f"examples={reply.examples}: must be at least 1")
         received = down.to(reply.slot)
         got = tree.structure(reply.uplink)
-        form = self._forms.of(number, reply.client, received).travels
-        want = tree.structure(form)
+        form = self._forms.of(number, reply.client, received)
+        want = dict(form.structure)
         compare(dict.fromkeys(got), dict.fromkeys(want))
         for path, length in self._problem.method.ragged(reply.uplink).items():
             for place in want.keys() & {path, f"{path}/int8"}:
                 shape, dtype = want[place]
                 want[place] = (length, *shape[1:]), dtype
         compare(got, want)
-        whole = tree.merge(form, reply.uplink)  # with branches that hold no tensors, which a device may have left out
+        whole = tree.merge(
+            form.travels, reply.uplink
+        )  # with branches that hold no tensors, which a device may have left out
         uplink = self._problem.codec.opened(whole, received)
         broken = tree.not_finite(uplink) or reply.diverged
         if broken:

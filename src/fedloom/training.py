@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from fedloom.tree import Tree, Weights
 
 Modules = Mapping[str, nn.Module]
 EVAL_BATCH = 512
+GATHERED_BYTES = 1 << 18  # of inputs, gathered at once; they should stay in the cache until they are used
 
 
 class Rows(NamedTuple):
@@ -34,17 +35,36 @@ class Rows(NamedTuple):
 
     def batch(self, index: Tensor, rng: Stream) -> Batch:
         """The rows `index` as a batch for training, laid out in memory as `x` is."""
-        index = index.to(self.x.device)
-        if is_channels_last(self.x):
-            x = self.x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-        else:
-            x = self.x.index_select(0, index)
-        x, y = staged(x, self.device), staged(self.y[index], self.device)
-        return Batch(self.augment(x, rng) if self.augment else x, y)
+        return next(self.batches([index], rng))
+
+    def batches(self, order: Iterable[Tensor], rng: Stream) -> Iterator[Batch]:
+        """`batch` after `batch`. Small ones are gathered several at a time: they cost more to ask for than to copy."""
+        room = max(GATHERED_BYTES // max(self.x[:1].nbytes, 1), 1)
+        for some in _together(order, room):
+            index, sizes = torch.cat(some).to(self.x.device), [len(mine) for mine in some]
+            if is_channels_last(self.x):
+                x = self.x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+            else:
+                x = self.x.index_select(0, index)
+            x, y = staged(x, self.device), staged(self.y.index_select(0, index), self.device)
+            for mine, labels in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
+                yield Batch(self.augment(mine, rng) if self.augment else mine, labels)
 
     def part(self, start: int, stop: int | None = None) -> Batch:
         """Some neighbouring rows as they are."""
         return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
+
+
+def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
+    """Neighbours in groups of at most `room` rows, or of one."""
+    some: list[Tensor] = []
+    for index in order:
+        if some and sum(map(len, some)) + len(index) > room:
+            yield some
+            some = []
+        some.append(index)
+    if some:
+        yield some
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -215,36 +235,28 @@ def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
 class _Member:
     """One `Train` at work: its parameters, optimiser state and running means of its logs."""
 
-    def __init__(self, train: Train, weights: Weights, opts: Tree) -> None:
-        self.train = train
+    def __init__(self, train: Train, gradients: Gradients, client: Client, down: Tree) -> None:
+        self.train, weights = train, client.weights
+        self.find = gradients.of(train, down, client.memory)
         self.names = list(select(weights, train.trains)["params"])
         if not self.names:
             raise MethodError(f"phase '{train.name}' trains {train.trains}, which holds no parameters")
         params = {name: weights["params"][name] for name in self.names}
-        self.state = opts[train.name] if train.keep_state else train.optimizer.init(params)
+        self.state = client.opts[train.name] if train.keep_state else train.optimizer.init(params)
         self.steps, self.sums = 0, dict[str, Tensor]()
 
     def mine(self, weights: Weights) -> dict[str, Tensor]:
         """The parameters that it trains."""
         return {name: weights["params"][name] for name in self.names}
 
-    def step(
-        self,
-        gradients: Gradients,
-        weights: Weights,
-        batch: Batch,
-        down: Tree,
-        memory: Tree,
-        lr_scale: float,
-        once: Once | None = None,
-    ) -> None:
+    def step(self, weights: Weights, batch: Batch, lr_scale: float, once: Once | None = None) -> None:
         """One optimiser step: the first replaces entries of `weights["params"]`, which may be others' too; later ones change them.
 
         Gradients flow through `once`, if given.
         """
         params, mine = weights["params"], self.mine(weights)
         wanted = {**mine, **once.through} if once else mine
-        grads, logs = gradients(self.train, wanted, params, weights["buffers"], batch, down, memory)
+        grads, logs = self.find(wanted, params, weights["buffers"], batch)
         if once:
             grads = once.back(grads)
         if self.steps:
@@ -263,19 +275,18 @@ class _Trainer:
     def __init__(self, phase: Train | Interleave, gradients: Gradients, client: Client, down: Tree, turn: Turn) -> None:
         self.phase, self.gradients, self.client, self.down = phase, gradients, client, down
         every = (phase,) if isinstance(phase, Train) else phase.members
-        self.members = [_Member(t, client.weights, client.opts) for t in every if t.works_in(turn)]
+        self.members = [_Member(t, gradients, client, down) for t in every if t.works_in(turn)]
         check_once(phase, [member.names for member in self.members])
 
     def run(self, site: Site, lr_scale: float) -> Client:
         """Train; returns the client with its new weights and kept optimiser states."""
         rows, plan, task, rng, _ = site
-        weights, memory = self.client.weights, self.client.memory
+        weights = self.client.weights
         draws = [rng.child("draw", member.train.name) for member in self.members]
         augment = rng.child("augment")
         order = plan.batches(len(rows.y), self.phase.epochs, self.phase.steps, rng.child("batches"))
         trains = [member.train for member in self.members]
-        for index in order if self.members else ():
-            batch = rows.batch(index, augment)
+        for batch in rows.batches(order, augment) if self.members else ():
             check_batch(len(batch.y), trains, self.gradients.modules)
             once = self._once(weights, batch)
             numbers = once.numbers if once else {}
@@ -284,7 +295,7 @@ class _Trainer:
                 drawn = {name: staged(value, rows.device) for name, value in drawn.items()}
                 given = batch._replace(draws=drawn, once=numbers)
                 way = once if member is self.members[-1] else None
-                member.step(self.gradients, weights, given, self.down, memory, lr_scale, way)
+                member.step(weights, given, lr_scale, way)
         kept = {m.train.name: m.state for m in self.members if m.train.keep_state}
         return self.client._replace(opts={**self.client.opts, **kept})
 

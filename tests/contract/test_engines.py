@@ -203,6 +203,14 @@ def test_every_method_takes_transforms_of_what_it_sends(experiment, reference, m
     assert part != "variance" or (run.server["variance"] >= 0).all()
 
 
+@pytest.mark.parametrize("engine", ["sequential", "vectorised", "processes"])
+@pytest.mark.parametrize(("method", "kept"), [("fedavg", []), ("fedper", [0, 1, 2, 3, 4])])
+def test_only_clients_that_keep_something_are_kept(experiment, method, kept, engine):
+    run = make(experiment, method, "mlp", engine, cohort=5)
+    run.run()
+    assert list(run.engine.changed()) == kept
+
+
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
 def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, method):
     run = make(experiment, method, "resnet8" if method == "fedrir" else "mlp", "sequential")

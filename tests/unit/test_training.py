@@ -16,7 +16,7 @@ from fedloom.losses import cross_entropy
 from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train, Turn
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
-from fedloom.training import Plan, Rows, Site, predict, run_phases, run_turn
+from fedloom.training import GATHERED_BYTES, Plan, Rows, Site, laid_out, predict, run_phases, run_turn
 
 sizes = st.integers(1, 40)
 
@@ -362,3 +362,20 @@ def test_batches_are_augmented_with_a_stream_of_their_own():
     assert isinstance(first, Batch)
     assert not torch.equal(first.x, second.x)
     assert torch.equal(rows().batch(torch.arange(3), stream).x, rows().x[:3])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_that_are_gathered_together_are_those_gathered_one_by_one(channels_last):
+    x = laid_out({"x": torch.randn(60, 3, 8, 8)}, channels_last)["x"]
+    cut = Rows(x, torch.arange(60))
+    order = torch.randperm(60).split([7, 1, 30, 22])
+    room = GATHERED_BYTES // x[:1].nbytes
+    assert len(order[0]) < room  # some are gathered together
+    stream = Stream(5)
+    found = list(cut.batches(order, stream))
+    assert [len(batch.y) for batch in found] == [7, 1, 30, 22]
+    for batch, index in zip(found, order, strict=True):
+        alone = cut.batch(index, stream)
+        assert torch.equal(batch.x, alone.x)
+        assert batch.x.stride() == alone.x.stride()
+        assert batch.y.tolist() == index.tolist()

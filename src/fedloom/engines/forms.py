@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 from fedloom import tree
 from fedloom.engines.base import Problem
 from fedloom.method import Interleave, Turn, trains_of
@@ -17,6 +19,7 @@ class Form(NamedTuple):
 
     uplink: Tree  # as the method wrote it
     travels: Tree  # as it would be on the wire
+    structure: dict[str, tuple[tuple[int, ...], torch.dtype]]  # of what travels
 
 
 class Forms:
@@ -26,11 +29,14 @@ class Forms:
         self._problem = problem
         self._initial: dict[int, Weights] = {}  # by architecture
         self._known: dict[tuple[int, object], Form] = {}
+        self._last: tuple[Tree, object] = {}, ()  # a downlink that many clients had, and its structure
 
     def of(self, number: int, i: int, down: Tree) -> Form:
         """The form of client `i`'s uplink in round `number`; `down` is its message, as the method reads it."""
         p, arch = self._problem, self._problem.arch_of[i]
-        key = arch, tuple(tree.structure(down).items())
+        if self._last[0] is not down:
+            self._last = down, tuple(tree.structure(down).items())
+        key = arch, self._last[1]
         if key not in self._known:
             if arch not in self._initial:
                 self._initial[arch] = read_weights(p.modules(arch))
@@ -42,5 +48,5 @@ class Forms:
             turn = Turn(number, p.task.rounds - 1, 1, dict.fromkeys(names, 1))
             uplink, _ = p.method.uplink(client._replace(weights=received), received, down, turn)
             travels, _ = p.codec.reply(uplink, down, client.unsent, Stream())
-            self._known[key] = Form(uplink, travels)
+            self._known[key] = Form(uplink, travels, tree.structure(travels))
         return self._known[key]

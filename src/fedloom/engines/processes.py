@@ -50,22 +50,24 @@ class Slabs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, Slab] = {}
+        self._last: dict[str, tuple[Layout, Tree]] = {}  # the layout of the last message in each file, and its views
 
     def put(self, name: str, value: Tree) -> Message:
         """Write a tree into the file `name`."""
         message = Message(name, layout_of(value))
-        self._slab(message).write(message.layout, value)
+        tree.map_tree(torch.Tensor.copy_, self.get(message), value)
         return message
 
     def get(self, message: Message) -> Tree:
         """The tree of a message, as views."""
-        return self._slab(message).read(message.layout)
-
-    def _slab(self, message: Message) -> Slab:
-        slab = self._open.get(message.file)
-        if slab is None or slab.n_bytes < message.layout.n_bytes:
-            slab = self._open[message.file] = Slab(self._folder / message.file, message.layout.n_bytes)
-        return slab
+        file, layout = message
+        last = self._last.get(file)
+        if last is None or last[0] != layout:
+            slab = self._open.get(file)
+            if slab is None or slab.n_bytes < layout.n_bytes:
+                slab = self._open[file] = Slab(self._folder / file, layout.n_bytes)
+            last = self._last[file] = layout, slab.read(layout)
+        return last[1]
 
 
 class Processes(Backed):

@@ -119,9 +119,9 @@ class MappedStore:
 
     def get(self, i: int) -> Client:
         """See `Store.get`; the tensors are views of the slab."""
-        if not self._file(i).is_file():
-            return self._blank(i)
         layout = self._layout(i)
+        if not layout.n_bytes or not self._file(i).is_file():
+            return self._blank(i)
         return Client(**Slab(self._file(i), layout.n_bytes).read(layout))
 
     def put(self, i: int, client: Client) -> None:
