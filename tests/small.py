@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fedloom import Downlink
+from fedloom import Downlink, tree
 from fedloom.engines import Reply
 from fedloom.experiment import Experiment
 from fedloom.tree import Tree
@@ -59,7 +59,8 @@ def spied(run: Experiment) -> list[Turns]:
 
     def watched(number, cohort, down):
         replies = train(number, cohort, down)
-        rounds.append(Turns(down, replies))
+        kept = [reply._replace(uplink=tree.clone(reply.uplink)) for reply in replies]  # they last for a round
+        rounds.append(Turns(down, kept))
         return replies
 
     run.engine.train = watched  # type: ignore[method-assign]

@@ -158,7 +158,7 @@ class Experiment:
         if uplinks:
             server = self.method.aggregate(before, uplinks, round)
             require_finite(server, number, self.saved)
-            self.server = server
+            self.server = tree.apart(server, uplinks)  # FedMR's slots are the uplinks themselves
         working = [cohort[slot] for slot in roster.working]
         away = set(working).difference(self.engine.asked(working))
         reached = {cohort[slot]: sent.to(slot) for slot in roster.sent if cohort[slot] not in away}

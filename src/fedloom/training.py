@@ -291,9 +291,9 @@ class _Trainer:
             once = self._once(weights, batch)
             numbers = once.numbers if once else {}
             for member, stream in zip(self.members, draws, strict=True):
-                drawn = dict(member.train.draw(batch, task, stream)) if member.train.draw else {}
+                drawn = member.train.draw(batch, task, stream) if member.train.draw else {}
                 drawn = {name: staged(value, rows.device) for name, value in drawn.items()}
-                given = batch._replace(draws=drawn, once=numbers)
+                given = batch._replace(draws=drawn, once=numbers) if drawn or numbers else batch
                 way = once if member is self.members[-1] else None
                 member.step(weights, given, lr_scale, way)
         kept = {m.train.name: m.state for m in self.members if m.train.keep_state}

@@ -5,6 +5,7 @@ Everything that a client keeps, that travels, or that the server holds is such a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,12 @@ def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 def clone(tree: Tree) -> Tree:
     """A copy that shares no memory."""
     return map_tree(lambda leaf: leaf.detach().clone(), tree)
+
+
+def apart(tree: Tree, others: Sequence[Tree]) -> Tree:
+    """The tree, with copies of those leaves that lie in the memory of other trees, which may not last as long."""
+    taken = {leaf.untyped_storage().data_ptr() for other in others for leaf in leaves(other)}
+    return map_tree(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, tree)
 
 
 def zeros_like(tree: Tree) -> Tree:
@@ -150,10 +157,11 @@ def not_finite(tree: Tree) -> str:
     floats = [(path, leaf) for path, leaf in flatten(tree) if leaf.is_floating_point()]
     if not floats:
         return ""
-    device = floats[0][1].device
-    # sums are cheap, and one question is asked of a device; a sum may overflow by itself
-    sums = torch.stack([leaf.sum().to(device, torch.float32) for _, leaf in floats])
-    if torch.isfinite(sums).all():
+    sums = [leaf.sum() for _, leaf in floats]  # cheap, and one may overflow by itself
+    device = sums[0].device
+    if device.type != "cpu":  # of a device one question is asked
+        sums = [torch.stack([total.to(device, torch.float32) for total in sums]).sum()]
+    if all(math.isfinite(total.item()) for total in sums):
         return ""
     return next((path for path, leaf in floats if not torch.isfinite(leaf).all()), "")
 

@@ -144,3 +144,14 @@ def test_the_mean_cosine_of_vectors_with_known_angles():
     assert tree.mean_cosine([half, other]) == pytest.approx(0.5**0.5)
     assert tree.mean_cosine([half, other, against]) == pytest.approx(-1 / 3)
     assert tree.mean_cosine([half, tree.zeros_like(half)]) == 0
+
+
+def test_apart_copies_what_lies_in_the_memory_of_others():
+    uplink = {"w": torch.arange(6.0), "b": torch.ones(2)}
+    server = {"w": uplink["w"][2:4], "slots": {"0": uplink["b"]}, "own": torch.zeros(2)}
+    before, after = tree.clone(server), tree.apart(server, [uplink])
+    assert after["own"] is server["own"]
+    for leaf in uplink.values():
+        leaf.fill_(7)
+    assert tree.equal(after, before)
+    assert not tree.equal(server, before)

@@ -146,7 +146,7 @@ class Engine(ABC):
 
     @abstractmethod
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """Let the cohort take its turns; replies in cohort order, fewer where clients were lost.
+        """Let the cohort take its turns; replies in cohort order, fewer where clients were lost. Uplinks last until the next `train`.
 
         Messages are as they travel: `down` went through `Codec.send`, and uplinks must go through `Codec.opened`. Replies of clients that
         were `busy` are answers to an earlier round, and come last.

@@ -34,7 +34,10 @@ from fedloom.errors import WorkerError
 from fedloom.method import Downlink
 from fedloom.tree import Tree
 
-PIECES_PER_WORKER = 8  # work is handed out in pieces of about this part of a worker's share
+FIRST_PIECE, LEAST_PIECE = (
+    2,
+    16,
+)  # work is handed out in pieces: this part of a worker's share of what is left, of the whole
 
 
 class Message(NamedTuple):
@@ -89,10 +92,10 @@ class Processes(Backed):
         common = self._slabs.put("down", down.common)
         own = [self._slabs.put(f"down-{slot}", message) for slot, message in enumerate(down.each or ())]
         sizes = [self.problem.data.n_train(i) for i in cohort]
-        pieces = _pieces(sizes, len(self._workers), self._lanes)
+        pieces = _pieces(sizes, len(self._workers), self._lanes or 1)
         jobs = [("train", number, common, [(s, cohort[s], own[s] if own else None) for s in piece]) for piece in pieces]
         replies: list[Reply] = [reply for done in self._share_out(jobs) for reply in done]
-        replies = [reply._replace(uplink=tree.clone(self._slabs.get(reply.uplink))) for reply in replies]  # type: ignore[arg-type]
+        replies = [reply._replace(uplink=self._slabs.get(reply.uplink)) for reply in replies]  # type: ignore[arg-type]
         return sorted(replies, key=lambda reply: reply.slot)
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
@@ -217,7 +220,7 @@ def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     ]
     replies = [
         reply._replace(uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
-        for reply in engine.turns(number, members)
+        for reply in engine.turns(number, members)  # one at a time: many models would take much memory
     ]
     around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
     return [reply._replace(seconds=reply.seconds + around) for reply in replies]
@@ -246,20 +249,25 @@ def portable(error: BaseException, pickler: Pickler) -> BaseException:
     return error
 
 
-def _pieces(sizes: Sequence[int], n_workers: int, lanes: int | None = None) -> list[list[int]]:
-    """Places in the cohort, largest first, in pieces that are worth a message each (of as many clients as a worker has lanes)."""
+def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]:
+    """Places in the cohort, largest first, in pieces that are worth a message each: large ones first, small ones to end at the same time.
+
+    Clients that a worker trains side by side stay together.
+    """
     places = sorted(range(len(sizes)), key=lambda place: -sizes[place])
-    if lanes:
-        return [places[start : start + lanes] for start in range(0, len(places), lanes)]
-    worth = sum(sizes) / (n_workers * PIECES_PER_WORKER)
+    left = sum(sizes)
+    least = left / (n_workers * LEAST_PIECE)
     pieces: list[list[int]] = []
     room = 0.0
-    for place in places:
-        if room < sizes[place]:
+    for start in range(0, len(places), lanes):
+        block = places[start : start + lanes]
+        work = sum(sizes[place] for place in block)
+        if room < work:
             pieces.append([])
-            room = worth
-        pieces[-1].append(place)
-        room -= sizes[place]
+            room = max(left / (n_workers * FIRST_PIECE), least)
+        pieces[-1] += block
+        room -= work
+        left -= work
     return pieces
 
 

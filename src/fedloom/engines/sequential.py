@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -79,11 +79,13 @@ class Sequential(Engine):
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
         self._to_device = Mover(self._device)  # knows the tensors of one round
-        return self.turns(number, [Member(slot, i, down.to(slot)) for slot, i in enumerate(cohort)])
+        members = [Member(slot, i, down.to(slot)) for slot, i in enumerate(cohort)]
+        return sorted(self.turns(number, members), key=lambda reply: reply.slot)
 
-    def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
-        """The turns of some members of the cohort, in the order given."""
-        return [self.turn(number, i, slot, message) for slot, i, message in members]
+    def turns(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
+        """The turns of some members of the cohort, in any order."""
+        for slot, i, message in members:
+            yield self.turn(number, i, slot, message)
 
     def turn(self, number: int, i: int, slot: int, message: Tree) -> Reply:
         """One client's turn; it is member `slot` of the cohort."""
@@ -109,7 +111,7 @@ class Sequential(Engine):
         client = done.client._replace(weights=self.problem.kept(done.client.weights))
         kept = client._asdict()
         diverged = tree.not_finite({"uplink": done.uplink, **kept})
-        if not diverged and tree.leaves(kept):
+        if not diverged:
             self.store.put(i, client)
         return diverged
 

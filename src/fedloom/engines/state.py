@@ -83,10 +83,10 @@ class Store(Protocol):
         """What client `i` keeps."""
 
     def put(self, i: int, client: Client) -> None:
-        """Replace what client `i` keeps."""
+        """Replace what client `i` keeps; nothing need be stored of one that keeps nothing."""
 
     def changed(self) -> Iterable[int]:
-        """The clients that were ever replaced, in order."""
+        """The clients of which something was stored, in order."""
 
 
 class MemoryStore:
@@ -102,7 +102,8 @@ class MemoryStore:
 
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""
-        self._clients[i] = client
+        if tree.leaves(client._asdict()):
+            self._clients[i] = client
 
     def changed(self) -> Iterable[int]:
         """See `Store.changed`."""
@@ -127,6 +128,8 @@ class MappedStore:
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""
         layout = self._layout(i)
+        if not layout.n_bytes:
+            return
         kept = tree.clone(client._asdict())  # its tensors may be views of this very slab, under other names
         Slab(self._file(i), layout.n_bytes).write(layout, kept)
 

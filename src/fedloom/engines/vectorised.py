@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -52,11 +52,10 @@ class Vectorised(Sequential):
             size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self._device) // 2
         return max(1, min(most, room // max(size, 1)))
 
-    def turns(self, number: int, members: Sequence[Member]) -> list[Reply]:
+    def turns(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
         """See `Sequential.turns`."""
-        groups = self._groups(number, members)
-        done = {reply.slot: reply for group in groups for reply in self._group_turns(number, group)}
-        return [done[member.slot] for member in members]
+        for group in self._groups(number, members):
+            yield from self._group_turns(number, group)
 
     def _groups(self, number: int, members: Sequence[Member]) -> list[list[Member]]:
         """Clients of one architecture with the same work and similar numbers of rows together, as many as there are lanes."""
@@ -72,7 +71,7 @@ class Vectorised(Sequential):
     def _group_turns(self, number: int, group: list[Member]) -> list[Reply]:
         arch = self.problem.arch_of[group[0].client]
         if self._lanes[arch] == 1 or len(group) == 1:
-            return super().turns(number, group)
+            return list(super().turns(number, group))
         try:
             done, replies = self._mapped_turns(number, group)
         except torch.OutOfMemoryError:

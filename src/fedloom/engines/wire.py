@@ -94,9 +94,15 @@ class Meter:
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], dict[str, int]] = {}
+        self._last: tuple[Tree, dict[str, int]] = {}, {}  # a downlink goes to many
 
     def sizes(self, message: Tree) -> dict[str, int]:
         """Bytes by kind: one entry per branch at the top (`weights`, `prototypes`, ...), and `header` for all that is not tensors."""
+        if message is not self._last[0]:
+            self._last = message, self._sizes(message)
+        return dict(self._last[1])
+
+    def _sizes(self, message: Tree) -> dict[str, int]:
         form = tree.structure(message)
         key = tuple(form.items())
         if key not in self._known:
@@ -107,7 +113,7 @@ class Meter:
                 kind = path.partition("/")[0]
                 kinds[kind] = kinds.get(kind, 0) + leaf.numel() * leaf.element_size()
             self._known[key] = kinds | {"header": whole - sum(kinds.values())} if whole else {}
-        return dict(self._known[key])
+        return self._known[key]
 
 
 BLANK = {"round": 0, "client": 0, "examples": 0}  # the fields that every message carries
