@@ -28,7 +28,7 @@ from fedloom.engines.base import Ask, Problem, Reply, Score, total
 from fedloom.engines.folders import new_folder
 from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Backed, Member, Sequential
-from fedloom.engines.state import Layout, Slab, layout_of
+from fedloom.engines.state import Layout, Slab, layout_of, views
 from fedloom.engines.vectorised import Vectorised
 from fedloom.errors import WorkerError
 from fedloom.method import Downlink
@@ -69,7 +69,7 @@ class Slabs:
             slab = self._open.get(file)
             if slab is None or slab.n_bytes < layout.n_bytes:
                 slab = self._open[file] = Slab(self._folder / file, layout.n_bytes)
-            last = self._last[file] = layout, slab.read(layout)
+            last = self._last[file] = layout, views(slab.data, layout)
         return last[1]
 
 

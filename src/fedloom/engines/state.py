@@ -1,6 +1,6 @@
 """Where clients live between rounds, and trees in memory that processes share.
 
-A `Slab` is a file that is mapped into memory and holds one tree; every process that opens it sees the same bytes. A `Store` keeps what each
+A `Slab` is a file that is mapped into memory and holds trees; every process that opens it sees the same bytes. A `Store` keeps what each
 client keeps: in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
 """
 
@@ -60,20 +60,12 @@ def views(data: Tensor, layout: Layout) -> Tree:
 
 
 class Slab:
-    """One mapped file."""
+    """One mapped file; `data` are its bytes (n,) uint8."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
         """Open the file, making or enlarging it if needed."""
         self.n_bytes = max(n_bytes, 1)
-        self._bytes = torch.from_file(str(path), shared=True, size=self.n_bytes, dtype=torch.uint8)
-
-    def read(self, layout: Layout) -> Tree:
-        """The tree in the slab; its leaves are views and change with it."""
-        return views(self._bytes, layout)
-
-    def write(self, layout: Layout, value: Tree) -> None:
-        """Copy a tree into the slab."""
-        tree.map_tree(torch.Tensor.copy_, self.read(layout), value)
+        self.data = torch.from_file(str(path), shared=True, size=self.n_bytes, dtype=torch.uint8)
 
 
 class Store(Protocol):
@@ -111,37 +103,44 @@ class MemoryStore:
 
 
 class MappedStore:
-    """Clients in slabs, one file each in a folder that all workers share. One worker at a time may hold a client."""
+    """Clients in slabs that all workers share, one for all clients of a structure. One worker at a time may hold a client.
+
+    A slab has room for all clients, but the system gives it memory, or space on the disk, only for those that are stored.
+    """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
         """`kind_of[i]` is the same for clients of one structure."""
         self._blank, self._folder, self._kind_of = blank, folder, kind_of
-        self._layouts: dict[int, Layout] = {}
+        self._places: list[int] = []  # for each client, how many of its kind come before it
+        self._sizes: dict[int, int] = {}  # how many there are of a kind
+        for kind in kind_of:
+            self._places.append(self._sizes.get(kind, 0))
+            self._sizes[kind] = self._places[-1] + 1
+        self._slabs: dict[int, tuple[Layout, Slab]] = {}
+        self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for those that are
 
     def get(self, i: int) -> Client:
         """See `Store.get`; the tensors are views of the slab."""
-        layout = self._layout(i)
-        if not layout.n_bytes or not self._file(i).is_file():
-            return self._blank(i)
-        return Client(**Slab(self._file(i), layout.n_bytes).read(layout))
+        return Client(**self._views(i)) if self._stored[i] else self._blank(i)
 
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""
-        layout = self._layout(i)
-        if not layout.n_bytes:
-            return
         kept = tree.clone(client._asdict())  # its tensors may be views of this very slab, under other names
-        Slab(self._file(i), layout.n_bytes).write(layout, kept)
+        if tree.leaves(kept):
+            tree.map_tree(Tensor.copy_, self._views(i), kept)
+            self._stored[i] = 1
 
     def changed(self) -> Iterable[int]:
         """See `Store.changed`."""
-        return sorted(int(file.name.removeprefix("client-")) for file in self._folder.glob("client-*"))
+        stored: list[int] = self._stored.nonzero().flatten().tolist()
+        return stored
 
-    def _file(self, i: int) -> Path:
-        return self._folder / f"client-{i}"
-
-    def _layout(self, i: int) -> Layout:
+    def _views(self, i: int) -> Tree:
         kind = self._kind_of[i]
-        if kind not in self._layouts:
-            self._layouts[kind] = layout_of(self._blank(i)._asdict())
-        return self._layouts[kind]
+        if kind not in self._slabs:
+            layout = layout_of(self._blank(i)._asdict())
+            size = layout.n_bytes * self._sizes[kind]
+            self._slabs[kind] = layout, Slab(self._folder / f"clients-{kind}", size)
+        layout, slab = self._slabs[kind]
+        start = layout.n_bytes * self._places[i]
+        return views(slab.data[start : start + layout.n_bytes], layout)
