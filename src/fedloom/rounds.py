@@ -231,9 +231,8 @@ class Screen:
                 shape, dtype = want[place]
                 want[place] = (length, *shape[1:]), dtype
         compare(got, want)
-        whole = tree.merge(
-            form.travels, reply.uplink
-        )  # with branches that hold no tensors, which a device may have left out
+        # with branches that hold no tensors, which a device may have left out
+        whole = tree.merge(form.travels, reply.uplink)
         uplink = self._problem.codec.opened(whole, received)
         broken = tree.not_finite(uplink) or reply.diverged
         if broken:

@@ -34,10 +34,8 @@ from fedloom.errors import WorkerError
 from fedloom.method import Downlink
 from fedloom.tree import Tree
 
-FIRST_PIECE, LEAST_PIECE = (
-    2,
-    16,
-)  # work is handed out in pieces: this part of a worker's share of what is left, of the whole
+FIRST_PIECE = 2  # work is handed out in pieces: this part of a worker's share of what is left,
+LEAST_PIECE = 16  # but at least this part of its share of the whole
 
 
 class Message(NamedTuple):
@@ -220,7 +218,7 @@ def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     ]
     replies = [
         reply._replace(uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
-        for reply in engine.turns(number, members)  # one at a time: many models would take much memory
+        for reply in engine.turns(number, members)  # one by one: many models would take much memory
     ]
     around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
     return [reply._replace(seconds=reply.seconds + around) for reply in replies]

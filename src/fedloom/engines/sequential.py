@@ -109,8 +109,7 @@ class Sequential(Engine):
     def _keep(self, i: int, done: Outcome) -> str:
         """Keep a client after its turn, unless it diverged: it would never recover. Returns what is not finite."""
         client = done.client._replace(weights=self.problem.kept(done.client.weights))
-        kept = client._asdict()
-        diverged = tree.not_finite({"uplink": done.uplink, **kept})
+        diverged = tree.not_finite({"uplink": done.uplink, **client._asdict()})
         if not diverged:
             self.store.put(i, client)
         return diverged
