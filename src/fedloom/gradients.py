@@ -138,14 +138,14 @@ class Gradients:
             inputs: wanted, others, fixed (parameters), buffers (written into), batch, down, memory.
             dims: for each leaf 0 if it is stacked over lanes, None if all lanes share it.
         """
-        runner = self._replayed
-        kind = _kind(train, inputs["down"], inputs["memory"]), tuple(tree.flatten(dims))
-        number = runner.number(kind) if runner else None
-        if runner is None or number is None:
+        if self._replayed is None:
+            return self._mapped(train, inputs, dims)
+        number = self._replayed.number((_kind(train, inputs["down"], inputs["memory"]), tuple(tree.flatten(dims))))
+        if number is None:
             return self._mapped(train, inputs, dims)
         rows = _batch(inputs)
         key = number, tuple(inputs["wanted"]), _form_of(rows)
-        return runner(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
+        return self._replayed(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
 
     def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
         def lane(i: Tree) -> Any:

@@ -193,13 +193,17 @@ def _trace(step: Step, inputs: Tree) -> Step:
     for node in traced.graph.nodes:
         if _is_of_unknown_size(node):
             raise ValueError(f"how many numbers {node.target} gives depends on numbers")
+
+    def given(now: Tree) -> list[Any]:
+        return [functools.reduce(operator.getitem, path, now) for path in used]
+
     with torch.no_grad():
-        _bind(traced, [functools.reduce(operator.getitem, path, inputs) for path in used])  # type: ignore[misc]
+        _bind(traced, given(inputs))
     run = traced.forward  # without the hooks of a module's call
 
     def replay(now: Tree) -> Found:
         with torch.no_grad():
-            found = run(*[functools.reduce(operator.getitem, path, now) for path in used])
+            found = run(*given(now))
         grads, logs = names
         return dict(zip(grads, found, strict=False)), dict(zip(logs, found[len(grads) :], strict=True))
 

@@ -57,12 +57,13 @@ class Rows(NamedTuple):
 
 def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
     """Neighbours in groups of at most `room` rows, or of one."""
-    some: list[Tensor] = []
+    some, left = list[Tensor](), room
     for index in order:
-        if some and sum(map(len, some)) + len(index) > room:
+        if some and len(index) > left:
             yield some
-            some = []
+            some, left = [], room
         some.append(index)
+        left -= len(index)
     if some:
         yield some
 

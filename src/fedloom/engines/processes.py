@@ -34,8 +34,8 @@ from fedloom.errors import WorkerError
 from fedloom.method import Downlink
 from fedloom.tree import Tree
 
-FIRST_PIECE = 2  # work is handed out in pieces: this part of a worker's share of what is left,
-LEAST_PIECE = 16  # but at least this part of its share of the whole
+FIRST_PIECE = 2  # work is handed out in pieces: a worker's share of what is left, divided by this,
+LEAST_PIECE = 16  # but at least its share of the whole, divided by this
 
 
 class Message(NamedTuple):

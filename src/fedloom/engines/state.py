@@ -111,11 +111,6 @@ class MappedStore:
     def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
         """`kind_of[i]` is the same for clients of one structure."""
         self._blank, self._folder, self._kind_of = blank, folder, kind_of
-        self._places: list[int] = []  # for each client, how many of its kind come before it
-        self._sizes: dict[int, int] = {}  # how many there are of a kind
-        for kind in kind_of:
-            self._places.append(self._sizes.get(kind, 0))
-            self._sizes[kind] = self._places[-1] + 1
         self._slabs: dict[int, tuple[Layout, Slab]] = {}
         self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for those that are
 
@@ -139,8 +134,8 @@ class MappedStore:
         kind = self._kind_of[i]
         if kind not in self._slabs:
             layout = layout_of(self._blank(i)._asdict())
-            size = layout.n_bytes * self._sizes[kind]
+            size = layout.n_bytes * len(self._kind_of)
             self._slabs[kind] = layout, Slab(self._folder / f"clients-{kind}", size)
         layout, slab = self._slabs[kind]
-        start = layout.n_bytes * self._places[i]
+        start = layout.n_bytes * i
         return views(slab.data[start : start + layout.n_bytes], layout)
