@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from fedloom import tree
 from fedloom.engines.base import Problem
@@ -21,6 +20,7 @@ from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Free, Phase, Sweep, Turn, trains_of
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
+from fedloom.tracing import Mode
 from fedloom.training import EVAL_BATCH, Plan, Rows, Site, run_phases
 from fedloom.tree import Tree
 
@@ -84,9 +84,10 @@ class Costs:
         p, (x, y) = self.problem, self.problem.data.train(i)
         rows = Rows(x[torch.arange(n) % len(x)], y[torch.arange(n) % len(y)])
         site = Site(rows, Plan(n), p.task, Stream(p.seed, "costs"))
-        with FlopCounterMode(display=False) as counter:
+        with Operations() as counter:
             run_phases((shortened(phase, 1),), self._gradients[p.arch_of[i]], self.received(i), self._down, site, turn)
-        return int(counter.get_total_flops())
+        flops: int = counter.flops
+        return flops
 
     @property
     def _down(self) -> Tree:
@@ -129,7 +130,26 @@ class Costs:
         return max(max(self.peak_bytes(i).values()) for i in clients if i is not None)
 
 
-class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(Mode):  # type: ignore[no-untyped-call]
+    """Counts floating-point operations by torch's own formulas."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """One operation; one that consists of others (a linear layer, in inference mode) is taken apart."""
+        count = flop_registry.get(func._overloadpacket)
+        if count is None:
+            with self:
+                made = func.decompose(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {})) if made is NotImplemented else made
+        made = func(*args, **(kwargs or {}))
+        self.flops += count(*args, **(kwargs or {}), out_val=made)
+        return made
+
+
+class Live(Mode):  # type: ignore[no-untyped-call]
     """Follows the tensors that are made while it lasts: bytes alive now, and the most so far."""
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import operator
 import time
 from collections.abc import Callable
-from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,11 +20,10 @@ from torch import Tensor
 from fedloom import tree
 from fedloom.accelerator import HOST, synchronise
 from fedloom.recording import Found, Recording, record_graph, twin
+from fedloom.tracing import Step, trace
 from fedloom.tree import Tree
 
 log = logging.getLogger(__name__)
-
-Step = Callable[[Tree], Found]
 
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
 TRIALS = 30  # steps of a kind before it is judged
@@ -116,7 +113,7 @@ def replays_on(device: torch.device, stateful: bool) -> Replays | None:
     """How steps are replayed on a device, `stateful` ones where nets have buffers; None: not at all."""
     if device.type == "cuda":
         return Replays(lambda step, inputs: Recording(step, inputs, record_graph), float("inf"), MOST_RECORDINGS)
-    return Replays(_trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
+    return Replays(trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
 
 
 def replayed_on(device: torch.device, stateful: bool) -> Replayed | None:
@@ -167,100 +164,6 @@ def _varied(leaf: Tensor) -> Tensor:
     if not leaf.numel():
         return other
     return other.copy_(leaf.flatten()[torch.randint(leaf.numel(), leaf.shape, device=leaf.device)])
-
-
-def _trace(step: Step, inputs: Tree) -> Step:
-    from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
-
-    paths = [path for path, _ in tree.flatten(inputs)]
-    names: list[list[str]] = []
-
-    def flat_step(*tensors: Tensor) -> list[Tensor]:
-        in_order = iter(tensors)
-        grads, logs = step(tree.map_tree(lambda _: next(in_order), inputs))
-        names[:] = [list(grads), list(logs)]
-        return [*grads.values(), *logs.values()]
-
-    with torch.enable_grad():
-        traced = make_fx(flat_step)(*tree.leaves(inputs))
-    used = []
-    for node, path in zip(traced.graph.find_nodes(op="placeholder"), paths, strict=True):
-        if node.users:
-            used.append(path.split("/"))
-        else:
-            traced.graph.erase_node(node)
-    _shorten(traced.graph)
-    for node in traced.graph.nodes:
-        if _is_of_unknown_size(node):
-            raise ValueError(f"how many numbers {node.target} gives depends on numbers")
-
-    def given(now: Tree) -> list[Any]:
-        return [functools.reduce(operator.getitem, path, now) for path in used]
-
-    with torch.no_grad():
-        _bind(traced, given(inputs))
-    run = traced.forward  # without the hooks of a module's call
-
-    def replay(now: Tree) -> Found:
-        with torch.no_grad():
-            found = run(*given(now))
-        grads, logs = names
-        return dict(zip(grads, found, strict=False)), dict(zip(logs, found[len(grads) :], strict=True))
-
-    return replay
-
-
-def _shorten(graph: torch.fx.Graph) -> None:
-    """Leave out operations that change nothing: they cost as much Python as others."""
-    aten = torch.ops.aten
-    swaps = (aten.t.default, aten.transpose.int)
-    reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
-    for node in graph.nodes:
-        if node.op != "call_function":
-            continue
-        inner, *how = node.args
-        once = node.target == aten.mul.Scalar and how[0] == 1 and isinstance(how[0], int)
-        back = node.target in swaps and inner.target == node.target and list(inner.args[1:]) == how
-        same = node.target in reshapes and list(inner.meta["val"].shape) == list(how[0])
-        if once or same or node.target == aten.detach.default:
-            node.replace_all_uses_with(inner)
-        elif back:
-            node.replace_all_uses_with(inner.args[0])
-        elif node.target == aten.view.default and inner.target == aten.sum.dim_IntList and len(inner.args) == 3:
-            value, dims, _ = inner.args  # a sum that keeps its dimensions, which a view then drops
-            if list(value.meta["val"].sum(dims).shape) == list(how[0]):
-                node.target, node.args = aten.sum.dim_IntList, (value, dims)
-    graph.eliminate_dead_code()
-
-
-def _bind(traced: torch.fx.GraphModule, inputs: list[Tensor]) -> None:
-    """Call operations as `torch.relu` does, which takes half as long as `torch.ops.aten.relu`, unless some binding differs."""
-    before = {}
-    for node in traced.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
-        name, was = node.target.__name__.partition(".")[0], (node.op, node.target)
-        if isinstance(getattr(torch, name, None), BuiltinFunctionType):
-            node.target, before[node] = getattr(torch, name), was
-        elif isinstance(getattr(Tensor, name, None), MethodDescriptorType):
-            (node.op, node.target), before[node] = ("call_method", name), was
-    traced.recompile()
-    try:
-        traced.forward(*inputs)
-    except Exception:  # its arguments have other names, say
-        for node, (op, target) in before.items():
-            node.op, node.target = op, target
-        traced.recompile()
-
-
-def _is_of_unknown_size(node: torch.fx.Node) -> bool:
-    """Whether the shape of what an operation gives depends on numbers; the trace holds the one that it saw."""
-    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
-        return False
-    if node.target is not torch.ops.aten.index.Tensor:
-        return True
-    kinds = {getattr(given.meta.get("val"), "dtype", torch.bool) for given in node.all_input_nodes}
-    return not kinds.isdisjoint({torch.bool, torch.uint8})  # a mask
 
 
 def _indices(device: torch.device) -> list[int]:

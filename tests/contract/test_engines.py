@@ -422,8 +422,8 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
 
 
 def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):
-    traced, trace = [], replays._trace
-    monkeypatch.setattr(replays, "_trace", lambda *given: traced.append(given) or trace(*given))
+    traced, trace = [], replays.trace
+    monkeypatch.setattr(replays, "trace", lambda *given: traced.append(given) or trace(*given))
     monkeypatch.setattr(replays, "SHORT_S", 1e9)
     monkeypatch.setattr(replays, "TRIALS", 3)
     make(experiment, Retuned(), "mlp", "sequential", rounds=12, batch_size=1000, clients=1, cohort=1).run()
