@@ -41,7 +41,7 @@ class Costs:
 
     @cached_property
     def _gradients(self) -> list[Gradients]:
-        return [Gradients(self.problem.modules(arch)) for arch in range(len(self.problem.archs))]
+        return [Gradients(self.problem.modules(arch), as_written=True) for arch in range(len(self.problem.archs))]
 
     @cached_property
     def downlink(self) -> Downlink:

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.convolutions import Convolutions
+from fedloom.duals import Outputs, accepted, linear_layers
 from fedloom.errors import MethodError
 from fedloom.method import Batch, Interleave, Train
 from fedloom.nets import Nets
 from fedloom.recording import Found, Params
-from fedloom.replays import fingerprint, replayed_on
-from fedloom.tree import Tree
+from fedloom.replays import MOST_KINDS, fingerprint, replayed_on
+from fedloom.tree import Tree, Weights
 
 Find = Callable[[Params, Params, Params, Batch], Found]
 """(parameters wanted, all parameters, buffers, batch) -> gradients, logs."""
@@ -71,16 +72,20 @@ class Gradients:
         bf16: bool = False,
         device: torch.device = HOST,
         convolutions: Convolutions | None = None,
+        as_written: bool = False,
     ) -> None:
         """With `bf16`, matrix products and convolutions run in bfloat16 (autocast); weights and updates stay as they are.
 
         Args:
             device: where the modules and all tensors are.
             convolutions: how those of several lanes are computed; default: as vmap does.
+            as_written: whether steps must do what losses say, operation by operation, because these are counted.
         """
         self.modules, self.bf16, self.device, self._convolutions = modules, bf16, device, convolutions
         stateful = any(True for module in modules.values() for _ in module.buffers())
-        self._replayed = replayed_on(device, stateful)
+        self._replayed = None if as_written else replayed_on(device, stateful)
+        self._linear = {} if as_written or bf16 or device != HOST else linear_layers(modules)
+        self._duals: dict[Any, tuple[str, ...]] = {}
 
     def once(
         self,
@@ -115,43 +120,75 @@ class Gradients:
         tree.map_tree(Tensor.copy_, inputs["buffers"], buffers)
         return Once(values, live)
 
-    def of(self, train: Train, down: Tree, memory: Tree) -> Find:
-        """What finds the gradients of the parameters `wanted`, and of the entries of `batch.once` among them, and the step's logs."""
+    def duals(
+        self, train: Train, names: Iterable[str], weights: Weights, batch: Callable[[], Batch], down: Tree, memory: Tree
+    ) -> tuple[str, ...]:
+        """Those of the weights `names` that a loss uses as nothing but linear layers on the rows; it is tried on a batch, once."""
+        candidates = tuple(name for name in names if name in self._linear)
+        if not candidates:
+            return ()
+        key = _kind(train, down, memory), candidates
+        try:
+            if key in self._duals:
+                return self._duals[key]
+        except TypeError:  # something in it cannot be told from its like: a loss with a list, say
+            return ()
+        if len(self._duals) == MOST_KINDS:
+            self._duals.clear()
+        buffers, rows = tree.clone(weights["buffers"]), batch()
+
+        def run(name: str) -> Found:
+            weight = weights["params"][name]
+            wanted = {name: weight.new_zeros(len(rows.y), len(weight))}
+            return self._written(train, buffers, wanted, weights["params"], rows, down, memory, (name,))
+
+        with torch.random.fork_rng([]):  # the trial must not move the phase's generator
+            self._duals[key] = accepted(candidates, run)
+        return self._duals[key]
+
+    def of(self, train: Train, down: Tree, memory: Tree, duals: tuple[str, ...] = ()) -> Find:
+        """What finds the gradients of the parameters `wanted`, and of the entries of `batch.once` among them, and the step's logs.
+
+        Of layers in `duals`, wanted are gradients of their outputs for the batch, which stand in the place of their weights.
+        """
 
         def written(i: Tree) -> Found:
-            return self._written(train, i["buffers"], i["wanted"], i["params"], _batch(i), i["down"], i["memory"])
+            rows = _batch(i)
+            return self._written(train, i["buffers"], i["wanted"], i["params"], rows, i["down"], i["memory"], duals)
 
         def find(wanted: Params, params: Params, buffers: Params, batch: Batch) -> Found:
             if runner is None or number is None:
-                return self._written(train, buffers, wanted, params, batch, down, memory)
+                return self._written(train, buffers, wanted, params, batch, down, memory, duals)
             key = number, tuple(wanted), _form_of(batch)
             return runner(key, written, _inputs(wanted, params, buffers, batch, down, memory))
 
         runner = self._replayed
-        number = runner.number(_kind(train, down, memory)) if runner else None
+        number = runner.number((_kind(train, down, memory), duals)) if runner else None
         return find
 
-    def mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
-        """The gradients of several lanes at once, stacked.
+    def mapped(self, train: Train, inputs: Tree, dims: Tree, duals: tuple[str, ...] = ()) -> Found:
+        """The gradients of several lanes at once, stacked; `duals` as in `of`.
 
         Args:
             inputs: wanted, others, fixed (parameters), buffers (written into), batch, down, memory.
             dims: for each leaf 0 if it is stacked over lanes, None if all lanes share it.
         """
         if self._replayed is None:
-            return self._mapped(train, inputs, dims)
-        number = self._replayed.number((_kind(train, inputs["down"], inputs["memory"]), tuple(tree.flatten(dims))))
+            return self._mapped(train, inputs, dims, duals)
+        kind = _kind(train, inputs["down"], inputs["memory"]), tuple(tree.flatten(dims)), duals
+        number = self._replayed.number(kind)
         if number is None:
-            return self._mapped(train, inputs, dims)
+            return self._mapped(train, inputs, dims, duals)
         rows = _batch(inputs)
         key = number, tuple(inputs["wanted"]), _form_of(rows)
-        return self._replayed(key, lambda i: self._mapped(train, i, dims), inputs, len(rows.y))
+        return self._replayed(key, lambda i: self._mapped(train, i, dims, duals), inputs, len(rows.y))
 
-    def _mapped(self, train: Train, inputs: Tree, dims: Tree) -> Found:
+    def _mapped(self, train: Train, inputs: Tree, dims: Tree, duals: tuple[str, ...]) -> Found:
         def lane(i: Tree) -> Any:
             def loss(wanted: Params) -> tuple[Tensor, tuple[Params, Params]]:
                 buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
                 params, batch = _placed(wanted, _batch(i))
+                params = {**params, **{name: Outputs.of(wanted[name]) for name in duals}}
                 nets = Nets(self.modules, {**i["fixed"], **i["others"], **params}, buffers, train.modes)
                 with autocast(batch.x.device, self.bf16):
                     value, logs = with_logs(train.loss(nets, batch, i["down"], i["memory"]))
@@ -176,10 +213,19 @@ class Gradients:
             return torch.func.vmap(flat, in_dims=tuple(ordered))(*tree.leaves(inputs))
 
     def _written(
-        self, train: Train, buffers: Params, wanted: Params, params: Params, batch: Batch, down: Tree, memory: Tree
+        self,
+        train: Train,
+        buffers: Params,
+        wanted: Params,
+        params: Params,
+        batch: Batch,
+        down: Tree,
+        memory: Tree,
+        duals: tuple[str, ...] = (),
     ) -> Found:
         live = _live(wanted)
         own, batch = _placed(live, batch)
+        own = {**own, **{name: Outputs.of(live[name], batch.x) for name in duals}}
         nets = Nets(self.modules, {**params, **own}, buffers, train.modes)
         with autocast(batch.x.device, self.bf16):
             loss, logs = with_logs(train.loss(nets, batch, down, memory))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.accelerator import synchronise
+from fedloom.duals import Dual
 from fedloom.gradients import Gradients, Once
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
 from fedloom.nets import select
@@ -27,6 +28,7 @@ from fedloom.training import (
     Site,
     check_batch,
     check_once,
+    dual_layers,
     is_channels_last,
     laid_out,
     report,
@@ -107,8 +109,12 @@ class _Stack:
         weights = [lane.client.weights for lane in lanes]
         self.names = {train.name: list(select(weights[0], train.trains)["params"]) for train in trains}
         check_once(phase, list(self.names.values()))
+        self.sites = [lane.site._replace(rng=lane.site.rng.child(phase.name)) for lane in lanes]
+        self.plans = [_planned(phase, site) for site in self.sites]
+        self.duals = self._in_dual_form()
         trained = {name for names in self.names.values() for name in names}
-        fixed = [{name: p for name, p in w["params"].items() if name not in trained} for w in weights]
+        changing = trained | self.duals.keys()
+        fixed = [{name: p for name, p in w["params"].items() if name not in changing} for w in weights]
         self.params = tree.stack([{name: w["params"][name] for name in sorted(trained)} for w in weights])
         self.buffers = tree.stack([w["buffers"] for w in weights])
         self.around, self.dims = _stacked(
@@ -132,9 +138,7 @@ class _Stack:
 
     def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Lane]:
         """Train every lane on its own batches; returns the lanes after it and adds to their logs."""
-        phase, trains = self.phase, self.trains
-        sites = [lane.site._replace(rng=lane.site.rng.child(phase.name)) for lane in self.lanes]
-        plans = [list(s.plan.batches(len(s.rows.y), phase.epochs, phase.steps, s.rng.child("batches"))) for s in sites]
+        trains, sites, plans = self.trains, self.sites, self.plans
         augment = [site.rng.child("augment") for site in sites]
         draws = {t.name: [site.rng.child("draw", t.name) for site in sites] for t in trains}
         rows = _Together([site.rows for site in sites])
@@ -142,10 +146,37 @@ class _Stack:
             for group in _by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
                 batch = rows.batch({k: plans[k][step] for k in group}, [augment[k] for k in group])
                 streams = {t.name: [draws[t.name][k] for k in group] for t in trains}
-                self._advance(_Taken(group, len(self.lanes), self.device), batch, streams, lr_scale)
+                places = self._places(group, step)
+                self._advance(_Taken(group, len(self.lanes), self.device), batch, places, streams, lr_scale)
         return [self._lane(k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
 
-    def _advance(self, taken: _Taken, batch: Batch, streams: Mapping[str, Sequence[Stream]], lr_scale: float) -> None:
+    def _in_dual_form(self) -> dict[str, Dual]:
+        """The input layers whose weights are not stacked, since nobody needs them before the end."""
+        if isinstance(self.phase, Interleave):
+            return {}
+        (train,), first = self.trains, self.lanes[0]
+        sited, names = first.site._replace(rng=self.sites[0].rng), self.names[train.name]
+        duals = dual_layers(train, names, self.gradients, first.client, first.down, sited, self.plans[0])
+        self.names[train.name] = [name for name in names if name not in duals]
+        rows, lr = [lane.site.rows.x for lane in self.lanes], train.optimizer.plain_lr or 0.0
+        params = [lane.client.weights["params"] for lane in self.lanes]
+        return {name: Dual([mine[name] for mine in params], rows, lr) for name in duals}
+
+    def _places(self, group: Sequence[int], step: int) -> Tensor | None:
+        """Where a step's rows lie in the tables of layers in dual form, which all have the same."""
+        if not self.duals:
+            return None
+        index = torch.stack([self.plans[k][step] for k in group])
+        return next(iter(self.duals.values())).places(index, torch.tensor(group))
+
+    def _advance(
+        self,
+        taken: _Taken,
+        batch: Batch,
+        places: Tensor | None,
+        streams: Mapping[str, Sequence[Stream]],
+        lr_scale: float,
+    ) -> None:
         """A step of every member on the next batches of some lanes, stacked."""
         check_batch(batch.y.shape[1], self.trains, self.gradients.modules)
         rows: Tree = {"x": batch.x, "y": batch.y, "draws": {}, "once": {}}
@@ -154,7 +185,8 @@ class _Stack:
             rows["once"] = once.numbers
         for train in self.trains:
             drawn = self._here(_drawn(train, batch, self.lanes[0].site.task, streams[train.name]))
-            self._step(train, taken, {**rows, "draws": drawn}, lr_scale, once if train is self.trains[-1] else None)
+            way = once if train is self.trains[-1] else None
+            self._step(train, taken, {**rows, "draws": drawn}, places, lr_scale, way)
 
     def _inputs(self, names: Sequence[str], taken: _Taken, rows: Tree, through: Tree) -> tuple[Tree, Tree]:
         """All that a step of the lanes in `taken` depends on, and the dimension of each leaf's lanes."""
@@ -173,13 +205,20 @@ class _Stack:
         self.buffers = tree.map_tree(taken.back, self.buffers, inputs["buffers"])
         return once
 
-    def _step(self, train: Train, taken: _Taken, rows: Tree, lr_scale: float, once: Once | None) -> None:
+    def _step(
+        self, train: Train, taken: _Taken, rows: Tree, places: Tensor | None, lr_scale: float, once: Once | None
+    ) -> None:
         """One step of the lanes in `taken`; gradients flow through `once`, if given."""
-        names = self.names[train.name]
-        inputs, dims = self._inputs(names, taken, rows, once.through if once else {})
-        grads, logs = self.gradients.mapped(train, inputs, dims)
+        names, through = self.names[train.name], once.through if once else {}
+        if places is not None:
+            through |= {name: dual.outputs(places, taken.rows) for name, dual in self.duals.items()}
+        inputs, dims = self._inputs(names, taken, rows, through)
+        grads, logs = self.gradients.mapped(train, inputs, dims, tuple(self.duals))
         if once:
             grads = once.back(grads)
+        if places is not None:
+            for name, dual in self.duals.items():
+                dual.step(places, grads[name], lr_scale)
         wanted = {name: inputs["wanted"][name] for name in names}
         state = tree.map_tree(taken.out, self.states[train.name])
         train.optimizer.step(grads, state, wanted, lr_scale)  # stacked tensors are nobody else's
@@ -199,7 +238,9 @@ class _Stack:
         def mine(value: Tree) -> Tree:
             return tree.map_tree(lambda leaf: leaf[k].clone(), value)
 
-        weights = {"params": {**lane.client.weights["params"], **mine(self.params)}, "buffers": mine(self.buffers)}
+        params = {**lane.client.weights["params"], **mine(self.params)}
+        params |= {name: dual.weight(k) for name, dual in self.duals.items()}
+        weights = {"params": params, "buffers": mine(self.buffers)}
         kept = {train.name: mine(self.states[train.name]) for train in self.trains if train.keep_state}
         client = lane.client._replace(weights=weights, opts={**lane.client.opts, **kept})
         for train in self.trains:
@@ -237,6 +278,11 @@ class _Together:
         if self._augment:
             x = torch.stack([self._augment(own, stream) for own, stream in zip(x, streams, strict=True)])
         return Batch(x, y)
+
+
+def _planned(phase: Train | Interleave, site: Site) -> list[Tensor]:
+    """A lane's batches, as row numbers."""
+    return list(site.plan.batches(len(site.rows.y), phase.epochs, phase.steps, site.rng.child("batches")))
 
 
 def _drawn(train: Train, batch: Batch, task: Task, streams: Sequence[Stream]) -> Tree:

@@ -24,6 +24,7 @@ class Optimizer(NamedTuple):
 
     init: Callable[[Params], Tree]
     step: Callable[[Params, Tree, Params, float], None]
+    plain_lr: float | None = None  # the learning rate, if a step is p <- p - lr scale g and no more
 
     def update(self, grads: Params, state: Tree, params: Params, scale: float = 1.0) -> tuple[Params, Tree]:
         """New parameters and a new state; nothing is changed in place."""
@@ -40,6 +41,8 @@ def sgd(lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimize
 
     def step(grads: Params, state: Tree, params: Params, scale: float = 1.0) -> None:
         values, moves = list(params.values()), [grads[name] for name in params]
+        if not values:
+            return
         if weight_decay:
             moves = list(torch._foreach_add(moves, values, alpha=weight_decay))
         if momentum:
@@ -49,7 +52,7 @@ def sgd(lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimize
             moves = velocity
         torch._foreach_add_(values, moves, alpha=-lr * scale)
 
-    return Optimizer(init, step)
+    return Optimizer(init, step, None if momentum or weight_decay else lr)
 
 
 def adam(

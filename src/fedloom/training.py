@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fedloom import tree
 from fedloom.accelerator import HOST, generators, staged, synchronise
 from fedloom.codec import PLAIN, Codec
+from fedloom.duals import Dual, NotDualError, Work
 from fedloom.errors import DataError, MethodError
 from fedloom.gradients import Gradients, Once, autocast
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Predictor, Sweep, Task, Train, Turn
@@ -195,17 +196,13 @@ def run_phases(
     for phase in phases:
         here, started = site._replace(rng=site.rng.child(phase.name)), time.perf_counter()
         try:
-            with own_randomness(here.rng, here.rows.device):
-                if isinstance(phase, Sweep):
-                    client = sweep(phase, gradients.modules, client, down, here.rows)
-                elif isinstance(phase, Free):
-                    nets = Nets(gradients.modules, **client.weights)
-                    client = phase.run(client, nets, here.rows.part(0), down, here.rng)
-                else:
-                    trainer = _Trainer(phase, gradients, client, down, turn)
-                    client = trainer.run(here, lr_scale)
-                    steps |= trainer.steps()
-                    logs |= trainer.logs()
+            if isinstance(phase, Train | Interleave):
+                client, trainer = _trained(phase, gradients, client, down, here, turn, lr_scale)
+                steps |= trainer.steps()
+                logs |= trainer.logs()
+            else:
+                with own_randomness(here.rng, here.rows.device):
+                    client = _at_once(phase, gradients, client, down, here)
         except Exception as error:
             shape = tuple(here.rows.x.shape)
             error.add_note(f"in phase '{phase.name}', after {sum(steps.values())} steps in earlier ones; rows {shape}")
@@ -214,6 +211,39 @@ def run_phases(
             synchronise(here.rows.device)
             seconds[phase.name] = time.perf_counter() - started
     return client, steps, logs
+
+
+def _trained(
+    phase: Train | Interleave,
+    gradients: Gradients,
+    client: Client,
+    down: Tree,
+    site: Site,
+    turn: Turn,
+    lr_scale: float,
+) -> tuple[Client, _Trainer]:
+    """The client after a phase of steps, and who ran it. The client's buffers are written into."""
+    before = tree.clone(client.weights["buffers"])
+
+    def run(in_dual_form: bool) -> tuple[Client, _Trainer]:
+        weights = {**client.weights, "params": dict(client.weights["params"])}
+        trainer = _Trainer(phase, gradients, client._replace(weights=weights), down, turn)
+        with own_randomness(site.rng, site.rows.device):
+            return trainer.run(site, lr_scale, in_dual_form), trainer
+
+    try:
+        return run(in_dual_form=True)
+    except NotDualError:  # a loss that looks at a weight for some batches only: this turn's phase runs as written
+        tree.map_tree(Tensor.copy_, client.weights["buffers"], before)
+        return run(in_dual_form=False)
+
+
+def _at_once(phase: Sweep | Free, gradients: Gradients, client: Client, down: Tree, site: Site) -> Client:
+    """The client after a phase without steps."""
+    if isinstance(phase, Sweep):
+        return sweep(phase, gradients.modules, client, down, site.rows)
+    nets = Nets(gradients.modules, **client.weights)
+    return phase.run(client, nets, site.rows.part(0), down, site.rng)
 
 
 @contextmanager
@@ -239,6 +269,7 @@ class _Member:
     def __init__(self, train: Train, gradients: Gradients, client: Client, down: Tree) -> None:
         self.train, weights = train, client.weights
         self.find = gradients.of(train, down, client.memory)
+        self.duals: dict[str, Dual] = {}
         self.names = list(select(weights, train.trains)["params"])
         if not self.names:
             raise MethodError(f"phase '{train.name}' trains {train.trains}, which holds no parameters")
@@ -250,16 +281,32 @@ class _Member:
         """The parameters that it trains."""
         return {name: weights["params"][name] for name in self.names}
 
-    def step(self, weights: Weights, batch: Batch, lr_scale: float, once: Once | None = None) -> None:
+    def begin(self, gradients: Gradients, client: Client, down: Tree, site: Site, order: Sequence[Tensor]) -> None:
+        """Before the first step: take input layers in dual form where that is less work."""
+        train, params = self.train, client.weights["params"]
+        names = dual_layers(train, self.names, gradients, client, down, site, order)
+        if names and train.optimizer.plain_lr is not None:
+            self.duals = {name: Dual([params[name]], [site.rows.x], train.optimizer.plain_lr) for name in names}
+            self.names = [name for name in self.names if name not in names]
+            self.find = gradients.of(train, down, client.memory, names)
+
+    def end(self, weights: Weights) -> None:
+        """After the last step: give the input layers their weights."""
+        weights["params"].update({name: dual.weight() for name, dual in self.duals.items()})
+
+    def step(self, weights: Weights, index: Tensor, batch: Batch, lr_scale: float, once: Once | None = None) -> None:
         """One optimiser step: the first replaces entries of `weights["params"]`, which may be others' too; later ones change them.
 
-        Gradients flow through `once`, if given.
+        `batch` are the rows `index`. Gradients flow through `once`, if given.
         """
         params, mine = weights["params"], self.mine(weights)
-        wanted = {**mine, **once.through} if once else mine
+        outputs = {name: dual.outputs(index)[0] for name, dual in self.duals.items()}
+        wanted = {**mine, **outputs, **(once.through if once else {})}
         grads, logs = self.find(wanted, params, weights["buffers"], batch)
         if once:
             grads = once.back(grads)
+        for name, dual in self.duals.items():
+            dual.step(index, grads[name], lr_scale)
         if self.steps:
             self.train.optimizer.step(grads, self.state, mine, lr_scale)
         else:
@@ -279,15 +326,21 @@ class _Trainer:
         self.members = [_Member(t, gradients, client, down) for t in every if t.works_in(turn)]
         check_once(phase, [member.names for member in self.members])
 
-    def run(self, site: Site, lr_scale: float) -> Client:
-        """Train; returns the client with its new weights and kept optimiser states."""
+    def run(self, site: Site, lr_scale: float, in_dual_form: bool = True) -> Client:
+        """Train; returns the client with its new weights and kept optimiser states.
+
+        Args:
+            in_dual_form: whether input layers may be (`fedloom.duals`).
+        """
         rows, plan, task, rng, _ = site
         weights = self.client.weights
         draws = [rng.child("draw", member.train.name) for member in self.members]
         augment = rng.child("augment")
-        order = plan.batches(len(rows.y), self.phase.epochs, self.phase.steps, rng.child("batches"))
+        order = list(plan.batches(len(rows.y), self.phase.epochs, self.phase.steps, rng.child("batches")))
         trains = [member.train for member in self.members]
-        for batch in rows.batches(order, augment) if self.members else ():
+        if in_dual_form and isinstance(self.phase, Train) and self.members:
+            self.members[0].begin(self.gradients, self.client, self.down, site, order)
+        for index, batch in zip(order, rows.batches(order, augment), strict=True) if self.members else ():
             check_batch(len(batch.y), trains, self.gradients.modules)
             once = self._once(weights, batch)
             numbers = once.numbers if once else {}
@@ -296,7 +349,9 @@ class _Trainer:
                 drawn = {name: staged(value, rows.device) for name, value in drawn.items()}
                 given = batch._replace(draws=drawn, once=numbers) if drawn or numbers else batch
                 way = once if member is self.members[-1] else None
-                member.step(weights, given, lr_scale, way)
+                member.step(weights, index, given, lr_scale, way)
+        for member in self.members:
+            member.end(weights)
         kept = {m.train.name: m.state for m in self.members if m.train.keep_state}
         return self.client._replace(opts={**self.client.opts, **kept})
 
@@ -318,6 +373,30 @@ class _Trainer:
             return None
         wanted, memory = self.members[-1].mine(weights), self.client.memory
         return self.gradients.once(phase, trains, wanted, **weights, batch=batch, down=self.down, memory=memory)
+
+
+def dual_layers(
+    train: Train,
+    names: Sequence[str],
+    gradients: Gradients,
+    client: Client,
+    down: Tree,
+    site: Site,
+    order: Sequence[Tensor],
+) -> tuple[str, ...]:
+    """Those of the parameters `names` that are input layers with less work in dual form (`fedloom.duals`), over batches in some order."""
+    (x, y, augment, _), params = site.rows, client.weights["params"]
+    if train.optimizer.plain_lr is None or augment:
+        return ()
+    work, n_features = Work(len(y), sum(map(len, order)), len(order)), x[0].numel()
+    fitting = (name for name in names if params[name].ndim == 2 and params[name].shape[1] == n_features)
+    large = [name for name in fitting if work.is_less_in_dual_form(params[name])]
+
+    def batch() -> Batch:
+        few = Batch(x[: len(order[0])], y[: len(order[0])])
+        return few._replace(draws=train.draw(few, site.task, Stream("trial"))) if train.draw else few
+
+    return gradients.duals(train, large, client.weights, batch, down, client.memory) if large else ()
 
 
 def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from contract import TOYS, Left, assert_close, assert_same, left_by
 from fedloom import Downlink, FedAvg, FedProx, Stream, Train, replays, tree
+from fedloom.duals import Dual, Work
 from fedloom.engines import ENGINES, make_engine
 from fedloom.engines.wire import encode
 from fedloom.errors import DataError
@@ -419,6 +420,33 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
         made = CODES[method]() if method in CODES else method
         runs.append(left_by(make(experiment, made, "mlp", "sequential", **settings)))
     assert_same(*runs)
+
+
+@pytest.fixture
+def dual(monkeypatch):
+    """From when it is called on, input layers are in dual form wherever there is one; what it gives tells how often."""
+
+    def begin():
+        made, init = [], Dual.__init__
+        monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: True)
+        monkeypatch.setattr(Dual, "__init__", lambda self, *given: made.append(given) or init(self, *given))
+        return made
+
+    return begin
+
+
+WITHOUT_DUALS = {"fedasam", "fedmr", "fedprox", "fedrir", "scaffold", "Counting", "Sharing", "Perfed", "Secure"}
+"""Their losses look at weights, their optimisers are not plain SGD, or they take no steps."""
+
+
+@pytest.mark.parametrize("method", [*METHODS, *TOYS])
+def test_input_layers_in_dual_form_change_nothing_but_rounding(experiment, reference, dual, mapped, method):
+    plain, made = reference(method, "mlp"), dual()
+    one = left_by(make(experiment, method, "mlp", "sequential"))
+    assert_close(one, plain)
+    assert bool(made) == (method not in WITHOUT_DUALS)
+    assert_same(left_by(make(experiment, method, "mlp", "processes")), one)
+    assert_close(left_by(make(experiment, method, "mlp", "vectorised")), one)
 
 
 def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):

@@ -46,7 +46,7 @@ class Joining(Sequential):
         p = self.problem
 
         def work(channels_last: bool) -> Client:
-            site = self._site(turn.number, i, "join", channels_last, p.data.augmented)
+            site = self._site(turn.number, i, "join", channels_last)
             scale = p.method.lr_scale(turn.number)
             return run_phases(phases, self._gradients_of(i), client, message, site, turn, scale)[0]
 

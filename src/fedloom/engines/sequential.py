@@ -21,12 +21,10 @@ from fedloom.errors import DataError
 from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Predictor, Turn
 from fedloom.nets import read_weights
-from fedloom.rng import Stream
 from fedloom.training import Modules, Outcome, Rows, Site, laid_out, predict, run_phases, run_turn
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
-Augment = Callable[[Tensor, Stream], Tensor]
 
 
 class Member(NamedTuple):
@@ -56,7 +54,8 @@ class Sequential(Engine):
         self._gradients = [Gradients(mine, problem.bf16, device, convolutions) for mine in modules]
         pictures = len(problem.task.input_shape) == 3
         lasts = pictures and (device == HOST or problem.bf16)  # on a GPU it is the tensor cores that like channels last
-        self._channels_last = [lasts] * len(problem.archs)  # until an architecture refuses it
+        # until an architecture refuses it
+        self._channels_last = [lasts and any(p.ndim == 4 for p in own["params"].values()) for own in self._initial]
         self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never took part, where all are alike
         self._to_device = Mover(device)
         fits = device != HOST and problem.data.n_bytes <= place.budget
@@ -93,7 +92,7 @@ class Sequential(Engine):
         message = self._to_device(message)
 
         def work(channels_last: bool) -> Outcome:
-            site = self._site(number, i, "train", channels_last, p.data.augmented)
+            site = self._site(number, i, "train", channels_last)
             return run_turn(p.method, self._gradients_of(i), self._whole(i), message, site, number)
 
         try:
@@ -126,12 +125,13 @@ class Sequential(Engine):
                 self._channels_last[arch] = False
         return work(False)
 
-    def _site(self, number: int, i: int, purpose: str, channels_last: bool, augment: Augment | None = None) -> Site:
+    def _site(self, number: int, i: int, purpose: str, channels_last: bool) -> Site:
         p, (x, y) = self.problem, self.data.train(i)
         if not len(y):
             raise DataError(
                 f"client {i} has no training rows; raise partition.min_examples or choose another partition"
             )
+        augment = p.data.augmented if p.data.augments else None
         rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment, self._device)
         plan = p.plan_of(i) if purpose == "train" else p.plan
         return Site(rows, plan, p.task, p.stream(number, i, purpose), p.codec)
@@ -238,7 +238,7 @@ class Sequential(Engine):
             return client
 
         def work(channels_last: bool) -> Client:
-            site = self._site(number, i, "adapt", channels_last, p.data.augmented)
+            site = self._site(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
             scale = p.method.lr_scale(max(number - 1, 0))  # that of the last round
             return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn, scale)[0]

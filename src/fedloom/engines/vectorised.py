@@ -92,8 +92,7 @@ class Vectorised(Sequential):
         """What came of the turns; nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self._to_device(member.message) for member in group]
-        augment = p.data.augmented if p.data.augments else None
-        sites = [self._site(number, i, "train", False, augment) for i in clients]
+        sites = [self._site(number, i, "train", False) for i in clients]
         gradients = self._gradients_of(clients[0])
         done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
         uplinks = [moved(outcome.uplink, HOST) for outcome in done]

@@ -1,0 +1,190 @@
+"""Input layers in dual form: the numbers of plain SGD, and losses for which there is no such form."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fedloom import FedAvg, Stream, Task, Train, Turn, losses, optim
+from fedloom.duals import Dual, Work
+from fedloom.gradients import Gradients
+from fedloom.method import Client
+from fedloom.nets import read_weights
+from fedloom.training import Plan, Rows, Site, run_phases
+
+TASK = Task(1, 1, 3, (1, 2, 3), 5, 4)
+
+
+@pytest.fixture(autouse=True)
+def exact():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """The shapes of all weights that are taken in dual form, which is wherever there is one."""
+    shapes, init = [], Dual.__init__
+    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: True)
+
+    def spied(self, weights, rows, lr):
+        shapes.append(tuple(weights[0].shape))
+        init(self, weights, rows, lr)
+
+    monkeypatch.setattr(Dual, "__init__", spied)
+    return shapes
+
+
+def test_several_clients_with_different_numbers_of_rows_take_the_steps_of_sgd():
+    lanes = [(torch.randn(4, 6), torch.randn(n, 2, 3)) for n in (7, 3, 5)]
+    dual = Dual([weight for weight, _ in lanes], [x for _, x in lanes], 0.1)
+    weights = [weight.clone() for weight, _ in lanes]
+    for step, some in enumerate([(0, 1, 2), (0, 2), (2,)]):
+        lane, index = torch.tensor(some), torch.stack([torch.randperm(len(lanes[k][1]))[:2] for k in some])
+        places = dual.places(index, lane)
+        seen, slopes = dual.outputs(places, lane), torch.randn(len(some), 2, 4)
+        for k, mine, outputs, slope in zip(some, index, seen, slopes, strict=True):
+            x = lanes[k][1][mine].flatten(1)
+            torch.testing.assert_close(outputs, x @ weights[k].T)
+            weights[k] -= 0.1 * (step + 1) * slope.T @ x
+        dual.step(places, slopes, scale=step + 1)
+    for k, weight in enumerate(weights):
+        torch.testing.assert_close(dual.weight(k), weight)
+
+
+def modules(hidden=5):
+    body = nn.Sequential(nn.Flatten(), nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 6), nn.Tanh())
+    return {"model": nn.Sequential(body, nn.Linear(6, 3)).requires_grad_(False)}
+
+
+SGD = optim.sgd(0.1)
+
+
+def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
+    """A client's parameters after a phase on nine rows, and the phase's logs."""
+    stream = Stream("rows")
+    rows = Rows(stream.normal((9, 1, 2, 3)), torch.arange(9) % 3, augment)
+    phase = Train("train", loss, ("model",), optimizer, epochs, draw=draw)
+    client, site = Client(read_weights(nets), {}, {}), Site(rows, Plan(2), TASK, Stream(0))
+    after, _, logs = run_phases((phase,), Gradients(nets), client, {}, site, Turn(0, 3, 9), 0.9)
+    return after.weights["params"], logs
+
+
+def by_torch(nets, epochs=3):
+    """The same by torch's own SGD."""
+    model, stream = nets["model"].requires_grad_(), Stream("rows")
+    x, y = stream.normal((9, 1, 2, 3)), torch.arange(9) % 3
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.09)
+    for index in Plan(2).batches(9, epochs, None, Stream(0, "train", "batches")):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x[index]), y[index]).backward()
+        optimizer.step()
+    return {f"model.{name}": p.detach() for name, p in model.named_parameters()}
+
+
+def logistic(bias=True):
+    return {"model": nn.Sequential(nn.Flatten(), nn.Linear(6, 3, bias=bias)).requires_grad_(False)}
+
+
+@pytest.mark.parametrize("make", [modules, logistic, lambda: logistic(bias=False)], ids=["mlp", "logistic", "no bias"])
+def test_a_model_arrives_where_torch_takes_it(taken, make):
+    nets = make()
+    params, _ = trained(FedAvg().loss, nets)
+    assert len(taken) == 1
+    expected = by_torch(nets)
+    assert params.keys() == expected.keys()
+    for name, value in params.items():
+        torch.testing.assert_close(value, expected[name])
+
+
+def penalised(nets, batch, down, memory):
+    size = sum(p.square().sum() for p in nets.params.values())
+    return losses.cross_entropy(nets.model(batch.x), batch.y) + 0.01 * size
+
+
+def on_noise(nets, batch, down, memory):
+    return losses.cross_entropy(nets.model(batch.x + batch.draws["noise"]), batch.y)
+
+
+def on_both(nets, batch, down, memory):
+    """The rows and something else, through one layer."""
+    return losses.cross_entropy(nets.model(batch.x) + nets.model(-batch.x), batch.y)
+
+
+def sometimes(nets, batch, down, memory):
+    """Penalised for batches that hold the last class."""
+    return (penalised if batch.y.max() == 2 else FedAvg().loss)(nets, batch, down, memory)
+
+
+def noise(batch, task, rng):
+    return {"noise": rng.normal(batch.x.shape)}
+
+
+def mirrored(x, rng):
+    return x.flip(-1)
+
+
+REFUSED = {
+    "a penalty": {"loss": penalised},
+    "noisy rows": {"loss": on_noise, "draw": noise},
+    "two inputs": {"loss": on_both},
+    "momentum": {"optimizer": optim.sgd(0.1, 0.9)},
+    "weight decay": {"optimizer": optim.sgd(0.1, 0.0, 0.01)},
+    "adam": {"optimizer": optim.adam(0.1)},
+    "augmentation": {"augment": mirrored},
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_has_no_dual_form_runs_as_written(taken, monkeypatch, what):
+    nets, given = modules(), {"loss": FedAvg().loss, **REFUSED[what]}
+    params, logs = trained(nets=nets, **given)
+    assert not taken
+    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: False)
+    again, logs_again = trained(nets=nets, **given)
+    assert logs == logs_again
+    assert all(torch.equal(params[name], again[name]) for name in params)
+
+
+def test_a_loss_that_looks_at_a_weight_now_and_then_runs_as_written_from_the_start(taken, monkeypatch):
+    nets = modules()
+    params, logs = trained(sometimes, nets)
+    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: False)
+    again, logs_again = trained(sometimes, nets)
+    assert logs == logs_again
+    assert all(torch.equal(params[name], again[name]) for name in params)
+
+
+def test_draws_are_the_same_in_either_form(taken, monkeypatch):
+    """A loss that is tried first takes nothing of the phase's random numbers."""
+
+    def loss(nets, batch, down, memory):
+        return losses.cross_entropy(nets.model(batch.x), batch.y) * (1 + batch.draws["noise"].mean())
+
+    nets = modules()
+    params, logs = trained(loss, nets, draw=noise)
+    assert taken
+    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: False)
+    again, logs_again = trained(loss, nets, draw=noise)
+    assert logs == pytest.approx(logs_again)
+    for name in params:
+        torch.testing.assert_close(params[name], again[name])
+
+
+@pytest.mark.parametrize(
+    ("shape", "work", "less"),
+    [
+        ((200, 784), Work(60, 60, 6), True),  # few rows of MNIST, batches of 10
+        (
+            (200, 784),
+            Work(600, 600, 60),
+            False,
+        ),  # many rows: their inner products take longer than the weight's updates
+        ((200, 784), Work(600, 3000, 300), True),  # many passes over them
+        ((32, 64), Work(60, 300, 30), False),  # a small layer
+    ],
+)
+def test_the_dual_form_is_for_large_layers_and_few_rows(shape, work, less):
+    assert work.is_less_in_dual_form(torch.empty(shape)) is less
