@@ -40,40 +40,36 @@ class Work(NamedTuple):
 
 
 class Dual:
-    """An input layer in the turns of one or several clients (lanes), which may have different numbers of rows."""
+    """An input layer in the turns of one or several clients (lanes)."""
 
-    def __init__(self, weights: Sequence[Tensor], rows: Sequence[Tensor], lr: float) -> None:
-        """Every lane's weight (D, F) and rows, of F numbers each; the learning rate."""
-        self._weights, self._rows, self._lr = weights, [x.flatten(1) for x in rows], lr
-        lanes, self._most = len(rows), max(map(len, rows))
-        self._first = weights[0].new_zeros(lanes * self._most, len(weights[0]))
-        self._gram = weights[0].new_zeros(lanes * self._most, self._most)
-        self._moves = torch.zeros_like(self._first)
-        for lane, (weight, x) in enumerate(zip(weights, self._rows, strict=True)):
-            start = lane * self._most
-            torch.mm(x, weight.T, out=self._first[start : start + len(x)])
-            self._gram[start : start + len(x), : len(x)] = x @ x.T
-
-    def places(self, index: Tensor, lanes: Tensor | None = None) -> Tensor:
-        """Where rows lie here: numbers (lanes, B) within each of some lanes, or of the only one."""
-        return index if lanes is None else (index + self._most * lanes[:, None]).view(-1)
+    def __init__(self, weights: Sequence[Tensor], rows: Tensor, lr: float) -> None:
+        """Every lane's weight (D, F); all lanes' rows (lanes, n, ...) of F numbers, zeros where one has fewer; the learning rate."""
+        self._weights, self._rows, self._lr = weights, rows.flatten(2), lr
+        shared = all(weight is weights[0] for weight in weights)
+        whole = [(self._rows.flatten(0, 1), weights[0])] if shared else zip(self._rows, weights, strict=True)
+        firsts = [x @ weight.T for x, weight in whole]
+        self._first = torch.cat(firsts) if len(firsts) > 1 else firsts[0]
+        self._gram = torch.bmm(self._rows, self._rows.transpose(1, 2))
+        self._moves = self._first.new_zeros(*rows.shape[:2], len(weights[0]))
 
     def outputs(self, places: Tensor, lanes: Tensor | None = None) -> Tensor:
-        """What the layer gives now, but for its bias, for some rows of every lane, or of some: (lanes, B, D)."""
-        moves = self._moves.view(-1, self._most, self._moves.shape[1])
-        moves = moves if lanes is None else moves.index_select(0, lanes)
-        first, gram = (table.index_select(0, places) for table in (self._first, self._gram))
+        """What the layer gives now, but for its bias, for rows of every lane, or of some: (lanes, B, D).
+
+        `places` are the rows' numbers among all rows, lane after lane.
+        """
+        moves = self._moves if lanes is None else self._moves.index_select(0, lanes)
+        first, gram = (table.index_select(0, places) for table in (self._first, self._gram.flatten(0, 1)))
         shape = len(moves), len(places) // len(moves), -1
         return torch.baddbmm(first.view(shape), gram.view(shape), moves)
 
     def step(self, places: Tensor, slopes: Tensor, scale: float = 1.0) -> None:
         """A step of SGD from the loss's slopes (..., D) at the outputs for some rows; `scale` multiplies the learning rate."""
-        self._moves.index_add_(0, places, slopes.view(-1, slopes.shape[-1]), alpha=-self._lr * scale)
+        flat = slopes.reshape(-1, slopes.shape[-1])
+        self._moves.flatten(0, 1).index_add_(0, places, flat, alpha=-self._lr * scale)
 
     def weight(self, lane: int = 0) -> Tensor:
         """A lane's weight after all steps."""
-        x, start = self._rows[lane], lane * self._most
-        return torch.addmm(self._weights[lane], self._moves[start : start + len(x)].T, x)
+        return torch.addmm(self._weights[lane], self._moves[lane].T, self._rows[lane])
 
 
 class Outputs(Tensor):

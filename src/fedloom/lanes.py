@@ -8,12 +8,13 @@ clients need neither padding nor masks. Sort clients by their number of rows, an
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fedloom import tree
 from fedloom.accelerator import synchronise
@@ -34,7 +35,7 @@ from fedloom.training import (
     report,
     sweep,
 )
-from fedloom.tree import Tree
+from fedloom.tree import Tree, Weights
 
 
 class CannotMapError(Exception):
@@ -57,8 +58,11 @@ def run_turns(
     sent: Sequence[Tree],
     sites: Sequence[Site],
     number: int,
-) -> list[Outcome]:
+) -> list[Callable[[], Outcome]]:
     """The turns of several clients in round `number`, of one architecture and with the same work; see `training.run_turn`.
+
+    Returns:
+        What ends each turn: one after another, a client's tensors stay in the cache until they are looked at and sent.
 
     Raises:
         CannotMapError: a phase, a loss or a module cannot be mapped over lanes. Nothing has changed then.
@@ -73,30 +77,42 @@ def run_turns(
         lanes.append(Lane(client._replace(weights={"params": params, "buffers": buffers}), down, site, turn))
     logs: list[dict[str, float]] = [{} for _ in lanes]
     seconds: dict[str, float] = {}  # a lane's part of them
+    ends: Sequence[Callable[[], Lane]] = [partial(_same, lane) for lane in lanes]
     for phase in method.phases():
         started = time.perf_counter()
-        lanes = _run_phase(phase, gradients, lanes, method.lr_scale(number), logs)
+        lanes = [end() for end in ends]
+        ends = _run_phase(phase, gradients, lanes, method.lr_scale(number), logs)
         synchronise(sites[0].rows.device)
         seconds[phase.name] = (time.perf_counter() - started) / len(lanes)
-    return [
-        report(method, lane.client, weights, lane.down, lane.site, lane.turn, noted, seconds)
-        for lane, weights, noted in zip(lanes, received, logs, strict=True)
-    ]
+
+    def ended(end: Callable[[], Lane], weights: Weights, noted: dict[str, float]) -> Outcome:
+        started = time.perf_counter()
+        lane = end()
+        last, own = next(reversed(seconds), ""), time.perf_counter() - started
+        by_phase = {name: part + own * (name == last) for name, part in seconds.items()}
+        return report(method, lane.client, weights, lane.down, lane.site, lane.turn, noted, by_phase)
+
+    return [partial(ended, *one) for one in zip(ends, received, logs, strict=True)]
+
+
+def _same(lane: Lane) -> Lane:
+    return lane
 
 
 def _run_phase(
     phase: Phase, gradients: Gradients, lanes: list[Lane], lr_scale: float, logs: list[dict[str, float]]
-) -> list[Lane]:
+) -> list[Callable[[], Lane]]:
+    """What gives each lane after a phase."""
     if isinstance(phase, Free):
         raise CannotMapError(f"phase '{phase.name}' is Free")
     if isinstance(phase, Sweep):
-        return [
-            lane._replace(client=sweep(phase, gradients.modules, lane.client, lane.down, lane.site.rows))
-            for lane in lanes
-        ]
+        swept = [sweep(phase, gradients.modules, lane.client, lane.down, lane.site.rows) for lane in lanes]
+        return [partial(_same, lane._replace(client=client)) for lane, client in zip(lanes, swept, strict=True)]
     trains = (phase,) if isinstance(phase, Train) else phase.members
     active = [train for train in trains if train.works_in(lanes[0].turn)]
-    return _Stack(phase, active, gradients, lanes).run(lr_scale, logs) if active else lanes
+    if not active:
+        return [partial(_same, lane) for lane in lanes]
+    return _Stack(phase, active, gradients, lanes).run(lr_scale, logs)
 
 
 class _Stack:
@@ -110,6 +126,7 @@ class _Stack:
         self.names = {train.name: list(select(weights[0], train.trains)["params"]) for train in trains}
         check_once(phase, list(self.names.values()))
         self.sites = [lane.site._replace(rng=lane.site.rng.child(phase.name)) for lane in lanes]
+        self.rows = _Together([site.rows for site in self.sites])
         self.plans = [_planned(phase, site) for site in self.sites]
         self.duals = self._in_dual_form()
         trained = {name for names in self.names.values() for name in names}
@@ -136,19 +153,19 @@ class _Stack:
             return state
         return train.optimizer.init({name: lane.client.weights["params"][name] for name in self.names[train.name]})
 
-    def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Lane]:
-        """Train every lane on its own batches; returns the lanes after it and adds to their logs."""
-        trains, sites, plans = self.trains, self.sites, self.plans
+    def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], Lane]]:
+        """Train every lane on its own batches; returns what gives each lane after it, and adds to its logs."""
+        trains, sites = self.trains, self.sites
+        plans = [self.rows.places(k, plan) for k, plan in enumerate(self.plans)]
         augment = [site.rng.child("augment") for site in sites]
         draws = {t.name: [site.rng.child("draw", t.name) for site in sites] for t in trains}
-        rows = _Together([site.rows for site in sites])
         for step in range(max(map(len, plans))):
             for group in _by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
-                batch = rows.batch({k: plans[k][step] for k in group}, [augment[k] for k in group])
+                places = torch.cat([plans[k][step] for k in group])
+                batch = self.rows.batch(places, [augment[k] for k in group])
                 streams = {t.name: [draws[t.name][k] for k in group] for t in trains}
-                places = self._places(group, step)
                 self._advance(_Taken(group, len(self.lanes), self.device), batch, places, streams, lr_scale)
-        return [self._lane(k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
+        return [partial(self._lane, k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
 
     def _in_dual_form(self) -> dict[str, Dual]:
         """The input layers whose weights are not stacked, since nobody needs them before the end."""
@@ -158,22 +175,14 @@ class _Stack:
         sited, names = first.site._replace(rng=self.sites[0].rng), self.names[train.name]
         duals = dual_layers(train, names, self.gradients, first.client, first.down, sited, self.plans[0])
         self.names[train.name] = [name for name in names if name not in duals]
-        rows, lr = [lane.site.rows.x for lane in self.lanes], train.optimizer.plain_lr or 0.0
-        params = [lane.client.weights["params"] for lane in self.lanes]
-        return {name: Dual([mine[name] for mine in params], rows, lr) for name in duals}
-
-    def _places(self, group: Sequence[int], step: int) -> Tensor | None:
-        """Where a step's rows lie in the tables of layers in dual form, which all have the same."""
-        if not self.duals:
-            return None
-        index = torch.stack([self.plans[k][step] for k in group])
-        return next(iter(self.duals.values())).places(index, torch.tensor(group))
+        lr, params = train.optimizer.plain_lr or 0.0, [lane.client.weights["params"] for lane in self.lanes]
+        return {name: Dual([mine[name] for mine in params], self.rows.x, lr) for name in duals}
 
     def _advance(
         self,
         taken: _Taken,
         batch: Batch,
-        places: Tensor | None,
+        places: Tensor,
         streams: Mapping[str, Sequence[Stream]],
         lr_scale: float,
     ) -> None:
@@ -206,19 +215,17 @@ class _Stack:
         return once
 
     def _step(
-        self, train: Train, taken: _Taken, rows: Tree, places: Tensor | None, lr_scale: float, once: Once | None
+        self, train: Train, taken: _Taken, rows: Tree, places: Tensor, lr_scale: float, once: Once | None
     ) -> None:
         """One step of the lanes in `taken`; gradients flow through `once`, if given."""
         names, through = self.names[train.name], once.through if once else {}
-        if places is not None:
-            through |= {name: dual.outputs(places, taken.rows) for name, dual in self.duals.items()}
+        through |= {name: dual.outputs(places, taken.rows) for name, dual in self.duals.items()}
         inputs, dims = self._inputs(names, taken, rows, through)
         grads, logs = self.gradients.mapped(train, inputs, dims, tuple(self.duals))
         if once:
             grads = once.back(grads)
-        if places is not None:
-            for name, dual in self.duals.items():
-                dual.step(places, grads[name], lr_scale)
+        for name, dual in self.duals.items():
+            dual.step(places, grads[name], lr_scale)
         wanted = {name: inputs["wanted"][name] for name in names}
         state = tree.map_tree(taken.out, self.states[train.name])
         train.optimizer.step(grads, state, wanted, lr_scale)  # stacked tensors are nobody else's
@@ -267,14 +274,18 @@ class _Together:
 
     def __init__(self, lanes: Sequence[Rows]) -> None:
         _, _, self._augment, device = lanes[0]
-        self._rows = Rows(torch.cat([rows.x for rows in lanes]), torch.cat([rows.y for rows in lanes]), None, device)
-        self._starts = [0, *accumulate(len(rows.y) for rows in lanes)]
+        self.x = pad_sequence([rows.x for rows in lanes], batch_first=True)
+        y = pad_sequence([rows.y for rows in lanes], batch_first=True)
+        self._rows = Rows(self.x.flatten(0, 1), y.flatten(), None, device)
 
-    def batch(self, index: Mapping[int, Tensor], streams: Sequence[Stream]) -> Batch:
-        """The rows `index` of some lanes, all as many, stacked: x (lanes, B, ...), y (lanes, B)."""
-        whole = torch.cat([mine + self._starts[k] for k, mine in index.items()])
-        x, y, *_ = self._rows.batch(whole, streams[0])
-        x, y = x.view(len(index), -1, *x.shape[1:]), y.view(len(index), -1)
+    def places(self, lane: int, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """A lane's batches by where their rows lie among those of all lanes."""
+        return torch.split(torch.cat(list(batches)) + lane * self.x.shape[1], [len(batch) for batch in batches])
+
+    def batch(self, places: Tensor, streams: Sequence[Stream]) -> Batch:
+        """The same number of rows of as many lanes as there are streams, stacked: x (lanes, B, ...), y (lanes, B)."""
+        x, y, *_ = self._rows.batch(places, streams[0])
+        x, y = x.view(len(streams), -1, *x.shape[1:]), y.view(len(streams), -1)
         if self._augment:
             x = torch.stack([self._augment(own, stream) for own, stream in zip(x, streams, strict=True)])
         return Batch(x, y)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -103,25 +104,26 @@ class Plan(NamedTuple):
         A batch is at most the client's rows. With `drop_last` an incomplete last batch is left out; without it, a last batch of a single
         row joins the one before it, because BatchNorm cannot train on one row.
         """
-        every = self._batches(n, epochs, steps, rng)
-        if self.slowdown == 1:
+        sizes = self._sizes(n)
+        every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng)
+        if steps is None and self.slowdown == 1:
             return every
-        listed = list(every)
-        return iter(listed[: max(int(len(listed) // self.slowdown), 1)])
+        n_steps = len(sizes) * epochs if steps is None else steps
+        return islice(every, max(int(n_steps // self.slowdown), 1))
 
-    def _batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
+    def _sizes(self, n: int) -> list[int]:
+        """How many rows each batch of a pass over `n` rows has."""
         size = min(self.batch_size, n)
-        taken = 0
-        for _ in range(epochs) if steps is None else iter(int, 1):
-            order = rng.permutation(n)
-            for start in range(0, n, size):
-                stop = start + size
-                if (stop > n and self.drop_last) or (n - start == 1 and size > 1):
-                    break
-                yield order[start : n if n - stop == 1 and not self.drop_last and size > 1 else stop]
-                taken += 1
-                if taken == steps:
-                    return
+        sizes, rest = [size] * (n // size), n % size
+        if rest == 1 and not self.drop_last:
+            sizes[-1] += 1
+        elif rest and not self.drop_last:
+            sizes.append(rest)
+        return sizes
+
+    def _batches(self, n: int, sizes: list[int], epochs: int, rng: Stream) -> Iterator[Tensor]:
+        for _ in range(epochs):
+            yield from torch.split(rng.permutation(n)[: sum(sizes)], sizes)
 
 
 class Site(NamedTuple):
@@ -286,7 +288,7 @@ class _Member:
         train, params = self.train, client.weights["params"]
         names = dual_layers(train, self.names, gradients, client, down, site, order)
         if names and train.optimizer.plain_lr is not None:
-            self.duals = {name: Dual([params[name]], [site.rows.x], train.optimizer.plain_lr) for name in names}
+            self.duals = {name: Dual([params[name]], site.rows.x[None], train.optimizer.plain_lr) for name in names}
             self.names = [name for name in self.names if name not in names]
             self.find = gradients.of(train, down, client.memory, names)
 

@@ -171,7 +171,7 @@ def test_in_a_secure_round_the_server_receives_what_clients_exchanged(experiment
     def watched(number, cohort, down):
         for reply in train(number, cohort, down):
             broken = tree.map_tree(lambda t: t * float("nan"), reply.uplink) if reply.client == sick else reply.uplink
-            replies.append(reply._replace(uplink=broken))
+            replies.append(reply._replace(uplink=broken, is_finite=False))
         return replies
 
     aggregate = type(run.method).aggregate

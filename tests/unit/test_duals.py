@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 from fedloom import FedAvg, Stream, Task, Train, Turn, losses, optim
 from fedloom.duals import Dual, Work
@@ -39,11 +40,11 @@ def taken(monkeypatch):
 
 def test_several_clients_with_different_numbers_of_rows_take_the_steps_of_sgd():
     lanes = [(torch.randn(4, 6), torch.randn(n, 2, 3)) for n in (7, 3, 5)]
-    dual = Dual([weight for weight, _ in lanes], [x for _, x in lanes], 0.1)
+    dual = Dual([weight for weight, _ in lanes], pad_sequence([x for _, x in lanes], batch_first=True), 0.1)
     weights = [weight.clone() for weight, _ in lanes]
     for step, some in enumerate([(0, 1, 2), (0, 2), (2,)]):
         lane, index = torch.tensor(some), torch.stack([torch.randperm(len(lanes[k][1]))[:2] for k in some])
-        places = dual.places(index, lane)
+        places = (index + 7 * lane[:, None]).flatten()
         seen, slopes = dual.outputs(places, lane), torch.randn(len(some), 2, 4)
         for k, mine, outputs, slope in zip(some, index, seen, slopes, strict=True):
             x = lanes[k][1][mine].flatten(1)

@@ -37,6 +37,7 @@ class Reply(NamedTuple):
     seconds: float
     phase_seconds: Mapping[str, float] = {}
     diverged: str = ""  # the first tensor, sent or kept, with numbers that are not finite: then the turn is undone
+    is_finite: bool = False  # whether this program itself has looked at all numbers: what a device says does not count
 
 
 class Score(NamedTuple):

@@ -100,18 +100,17 @@ class Sequential(Engine):
         except Exception as error:
             error.add_note(f"client {i}, round {number}")
             raise
-        uplink = moved(done.uplink, HOST)
-        diverged = self._keep(i, done)
-        seconds = time.perf_counter() - started
-        return Reply(i, slot, uplink, done.turn.examples, done.turn.steps, done.logs, seconds, done.seconds, diverged)
+        return self._kept(i, slot, done, started)
 
-    def _keep(self, i: int, done: Outcome) -> str:
-        """Keep a client after its turn, unless it diverged: it would never recover. Returns what is not finite."""
+    def _kept(self, i: int, slot: int, done: Outcome, started: float) -> Reply:
+        """Client `i`'s reply, after a turn that began at `started`. The client is kept, unless it diverged: it would never recover."""
+        uplink = moved(done.uplink, HOST)
         client = done.client._replace(weights=self.problem.kept(done.client.weights))
         diverged = tree.not_finite({"uplink": done.uplink, **client._asdict()})
         if not diverged:
             self.store.put(i, client)
-        return diverged
+        (turn, logs, by_phase), seconds = done[2:], time.perf_counter() - started
+        return Reply(i, slot, uplink, turn.examples, turn.steps, logs, seconds, by_phase, diverged, not diverged)
 
     def _laid_out(self, i: int, work: Callable[[bool], T]) -> T:
         """Do a piece of work with channels last (1.2 to 1.7 times faster on a CPU), or without if the client's model cannot."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -16,7 +16,6 @@ from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, Place, free_bytes
 from fedloom.convolutions import Convolutions
 from fedloom.engines.base import Problem, Reply
-from fedloom.engines.moving import moved
 from fedloom.engines.sequential import Member, Sequential
 from fedloom.lanes import CannotMapError, run_turns
 from fedloom.method import Turn, trains_of
@@ -68,12 +67,13 @@ class Vectorised(Sequential):
         sizes = [(mine, self._lanes[arch]) for (arch, _), mine in alike.items()]
         return [mine[start : start + lanes] for mine, lanes in sizes for start in range(0, len(mine), lanes)]
 
-    def _group_turns(self, number: int, group: list[Member]) -> list[Reply]:
+    def _group_turns(self, number: int, group: list[Member]) -> Iterator[Reply]:
         arch = self.problem.arch_of[group[0].client]
         if self._lanes[arch] == 1 or len(group) == 1:
-            return list(super().turns(number, group))
+            yield from super().turns(number, group)
+            return
         try:
-            done, replies = self._mapped_turns(number, group)
+            done, share = self._mapped_turns(number, group)
         except torch.OutOfMemoryError:
             self._lanes[arch] = len(group) // 2
             log.warning("%d clients side by side are too many for the device's memory; halved from now on", len(group))
@@ -82,25 +82,19 @@ class Vectorised(Sequential):
             log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
             self._lanes[arch] = 1
         else:
-            turns = zip(replies, done, strict=True)
-            return [reply._replace(diverged=self._keep(reply.client, outcome)) for reply, outcome in turns]
+            for member, outcome_of in zip(group, done, strict=True):
+                started = time.perf_counter() - share
+                yield self._kept(member.client, member.slot, outcome_of(), started)
+            return
         lanes = self._lanes[arch]
-        parts = (group[start : start + lanes] for start in range(0, len(group), lanes))
-        return [reply for part in parts for reply in self._group_turns(number, part)]
+        for start in range(0, len(group), lanes):
+            yield from self._group_turns(number, group[start : start + lanes])
 
-    def _mapped_turns(self, number: int, group: list[Member]) -> tuple[list[Outcome], list[Reply]]:
-        """What came of the turns; nothing is kept yet."""
+    def _mapped_turns(self, number: int, group: list[Member]) -> tuple[list[Callable[[], Outcome]], float]:
+        """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self._to_device(member.message) for member in group]
         sites = [self._site(number, i, "train", False) for i in clients]
         gradients = self._gradients_of(clients[0])
         done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
-        uplinks = [moved(outcome.uplink, HOST) for outcome in done]
-        seconds = (time.perf_counter() - started) / len(clients)
-        replies = []
-        for member, outcome, uplink in zip(group, done, uplinks, strict=True):
-            turn, logs, by_phase = outcome.turn, outcome.logs, outcome.seconds
-            replies.append(
-                Reply(member.client, member.slot, uplink, turn.examples, turn.steps, logs, seconds, by_phase)
-            )
-        return done, replies
+        return done, (time.perf_counter() - started) / len(group)
