@@ -165,7 +165,11 @@ class _Stack:
                 batch = self.rows.batch(places, [augment[k] for k in group])
                 streams = {t.name: [draws[t.name][k] for k in group] for t in trains}
                 self._advance(_Taken(group, len(self.lanes), self.device), batch, places, streams, lr_scale)
-        return [partial(self._lane, k, len(plans[k]), logs[k]) for k in range(len(self.lanes))]
+        for train in trains:
+            for name, sums in self.sums[train.name].items():
+                for noted, plan, value in zip(logs, plans, sums.tolist(), strict=True):
+                    noted[f"{train.name}.{name}"] = value / len(plan)
+        return [partial(self._lane, k, len(plan)) for k, plan in enumerate(plans)]
 
     def _in_dual_form(self) -> dict[str, Dual]:
         """The input layers whose weights are not stacked, since nobody needs them before the end."""
@@ -238,7 +242,7 @@ class _Stack:
             so_far = sums.get(name, value.new_zeros(len(self.lanes)))
             sums[name] = taken.back(so_far, taken.out(so_far) + value)
 
-    def _lane(self, k: int, n_steps: int, logs: dict[str, float]) -> Lane:
+    def _lane(self, k: int, n_steps: int) -> Lane:
         """Lane `k` by itself again."""
         lane = self.lanes[k]
 
@@ -250,8 +254,6 @@ class _Stack:
         weights = {"params": params, "buffers": mine(self.buffers)}
         kept = {train.name: mine(self.states[train.name]) for train in self.trains if train.keep_state}
         client = lane.client._replace(weights=weights, opts={**lane.client.opts, **kept})
-        for train in self.trains:
-            logs |= {f"{train.name}.{name}": float(value[k]) / n_steps for name, value in self.sums[train.name].items()}
         steps = {**lane.turn.steps, **{train.name: n_steps for train in self.trains}}
         return lane._replace(client=client, turn=lane.turn._replace(steps=steps))
 

@@ -123,7 +123,7 @@ class Plan(NamedTuple):
 
     def _batches(self, n: int, sizes: list[int], epochs: int, rng: Stream) -> Iterator[Tensor]:
         for _ in range(epochs):
-            yield from torch.split(rng.permutation(n)[: sum(sizes)], sizes)
+            yield from rng.permutation(n)[: sum(sizes)].split_with_sizes(sizes)
 
 
 class Site(NamedTuple):
