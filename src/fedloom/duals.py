@@ -16,8 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TOUCHED = 30  # multiplications that take as long as a step's reading and writing of one number of a weight (measured, as is the next)
-AROUND = 1_000_000  # multiplications that take as long as what a step in dual form does beside them
+# In multiplications that take as long (docs/performance.md says how they were measured):
+TOUCHED, TOUCHED_IN_LANES = (
+    30,
+    60,
+)  # one number of a weight read and written in a step; several clients' weights outgrow the cache
+AROUND = 4_000_000  # what a step in dual form does beside its products, for all lanes together
+GAIN = 0.8  # the dual form must take at most this part of the time
 
 
 class NotDualError(RuntimeError):
@@ -25,18 +30,20 @@ class NotDualError(RuntimeError):
 
 
 class Work(NamedTuple):
-    """A phase's work: the client's rows, rows over all steps, steps."""
+    """A client's work in a phase: its rows, rows over all steps, steps, and how many clients do such work side by side."""
 
     n_rows: int
     visited: int
     steps: int
+    lanes: int = 1
 
     def is_less_in_dual_form(self, weight: Tensor) -> bool:
         """Whether the dual form saves time with this weight (D, F). No clock is asked: it rounds otherwise."""
         (outputs, _), size = weight.shape, weight.numel()
-        written = 2 * self.visited * size + self.steps * TOUCHED * size
+        touched = TOUCHED if self.lanes == 1 else TOUCHED_IN_LANES
+        written = 2 * self.visited * size + self.steps * touched * size
         products = 2 * self.n_rows * size + self.n_rows**2 * (size // outputs) + self.visited * self.n_rows * outputs
-        return products + self.steps * AROUND < written
+        return products + self.steps * AROUND / self.lanes < GAIN * written
 
 
 class Dual:

@@ -177,7 +177,8 @@ class _Stack:
             return {}
         (train,), first = self.trains, self.lanes[0]
         sited, names = first.site._replace(rng=self.sites[0].rng), self.names[train.name]
-        duals = dual_layers(train, names, self.gradients, first.client, first.down, sited, self.plans[0])
+        here = self.gradients, first.client, first.down, sited
+        duals = dual_layers(train, names, *here, self.plans[0], len(self.lanes))
         self.names[train.name] = [name for name in names if name not in duals]
         lr, params = train.optimizer.plain_lr or 0.0, [lane.client.weights["params"] for lane in self.lanes]
         return {name: Dual([mine[name] for mine in params], self.rows.x, lr) for name in duals}

@@ -385,12 +385,17 @@ def dual_layers(
     down: Tree,
     site: Site,
     order: Sequence[Tensor],
+    lanes: int = 1,
 ) -> tuple[str, ...]:
-    """Those of the parameters `names` that are input layers with less work in dual form (`fedloom.duals`), over batches in some order."""
+    """Those of the parameters `names` that are input layers with less work in dual form (`fedloom.duals`), over batches in some order.
+
+    Args:
+        lanes: clients with as much work that are trained side by side.
+    """
     (x, y, augment, _), params = site.rows, client.weights["params"]
     if train.optimizer.plain_lr is None or augment:
         return ()
-    work, n_features = Work(len(y), sum(map(len, order)), len(order)), x[0].numel()
+    work, n_features = Work(len(y), sum(map(len, order)), len(order), lanes), x[0].numel()
     fitting = (name for name in names if params[name].ndim == 2 and params[name].shape[1] == n_features)
     large = [name for name in fitting if work.is_less_in_dual_form(params[name])]
 

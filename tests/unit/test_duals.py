@@ -177,13 +177,15 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "work", "less"),
     [
-        ((200, 784), Work(60, 60, 6), True),  # few rows of MNIST, batches of 10
+        ((200, 784), Work(60, 300, 30), True),  # several passes over few rows of MNIST, batches of 10
+        ((200, 784), Work(60, 60, 6), False),  # one pass: too few steps
+        ((200, 784), Work(60, 60, 6, lanes=4), True),  # what a step costs beside its products is shared
+        ((1000, 784), Work(60, 60, 6), True),  # a larger weight
         (
             (200, 784),
             Work(600, 600, 60),
             False,
         ),  # many rows: their inner products take longer than the weight's updates
-        ((200, 784), Work(600, 3000, 300), True),  # many passes over them
         ((32, 64), Work(60, 300, 30), False),  # a small layer
     ],
 )
