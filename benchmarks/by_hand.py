@@ -1,11 +1,14 @@
 """A turn of w4-mlp with nothing around its operations: what no engine that calls torch's operations one by one can be faster than.
 
-taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds a turn, by clients side by side, update apart or in the product
+taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds a turn, by clients side by side; the first layer's update apart, in
+                                               the product, or once a turn (in dual form, see fedloom.duals)
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,13 +18,13 @@ from fedloom.engines.memory import keep_freed_memory
 LR, ROWS, STEPS, CLIENTS, REPEATS = 0.05, 10, 6, 100, 7
 SIZES = 784, 200, 10
 Params = list[Tensor]  # two layers' weights and biases, stacked over clients
+Turns = Callable[[Params, Tensor, Tensor], list[Params]]
 
 
-def slopes(params: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss's slopes at the logits and at the hidden units (lanes, rows, ...), and the hidden units."""
+def slopes(inner: Tensor, v: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss's slopes at the logits and at the first layer's outputs `inner` (lanes, rows, ...), and the hidden units."""
     aten = torch.ops.aten
-    w, b, v, c = params
-    hidden = torch.relu(torch.baddbmm(b.unsqueeze(1), x, w.transpose(1, 2)))
+    hidden = torch.relu(inner)
     logs = torch._log_softmax(torch.baddbmm(c.unsqueeze(1), hidden, v.transpose(1, 2)), 2, False)
     flat, labels = logs.flatten(0, 1), y.flatten()
     _, total = aten.nll_loss_forward(flat, labels, None, 1, -100)
@@ -37,7 +40,8 @@ def turns(received: Params, x: Tensor, y: Tensor, fused: bool) -> list[Params]:
     w, b, v, c = params
     for step in range(STEPS):
         rows = x[:, step]
-        outer, inner, hidden = slopes(params, rows, y[:, step].contiguous())
+        seen = torch.baddbmm(b.unsqueeze(1), rows, w.transpose(1, 2))
+        outer, inner, hidden = slopes(seen, v, c, y[:, step].contiguous())
         if fused:
             w.baddbmm_(inner.transpose(1, 2), rows, alpha=-LR)
             v.baddbmm_(outer.transpose(1, 2), hidden, alpha=-LR)
@@ -48,7 +52,25 @@ def turns(received: Params, x: Tensor, y: Tensor, fused: bool) -> list[Params]:
     return [[p[lane].clone() for p in params] for lane in range(len(x))]
 
 
-def timed(lanes: int, fused: bool) -> float:
+def dual_turns(received: Params, x: Tensor, y: Tensor) -> list[Params]:
+    """The same, with one product before the first step and one after the last in place of two in every step."""
+    w, *others = received
+    b, v, c = (p.expand(len(x), *p.shape).contiguous() for p in others)
+    x = x.flatten(1, 2)
+    first = (x.flatten(0, 1) @ w.T).view(*x.shape[:2], len(w))
+    gram, moves = torch.bmm(x, x.transpose(1, 2)), torch.zeros_like(first)
+    for step in range(STEPS):
+        here = slice(step * ROWS, (step + 1) * ROWS)
+        seen = torch.baddbmm(first[:, here], gram[:, here], moves) + b.unsqueeze(1)
+        outer, inner, hidden = slopes(seen, v, c, y[:, step].contiguous())
+        moves[:, here] = inner * -LR
+        products = [inner.sum(1), torch.bmm(outer.transpose(1, 2), hidden), outer.sum(1)]
+        torch._foreach_add_([b, v, c], products, alpha=-LR)
+    every = zip(moves, x, b, v, c, strict=True)
+    return [[torch.addmm(w, m.T, rows), *(p.clone() for p in mine)] for m, rows, *mine in every]
+
+
+def timed(lanes: int, turns_of: Turns) -> float:
     """Seconds a turn, the median of several rounds."""
     n = ROWS * STEPS
     pool, labels = torch.randn(CLIENTS * n, SIZES[0]), torch.randint(SIZES[2], (CLIENTS * n,))
@@ -60,7 +82,7 @@ def timed(lanes: int, fused: bool) -> float:
         for first in range(0, CLIENTS, lanes):
             index = torch.arange(first * n, min(first + lanes, CLIENTS) * n)
             x = pool.index_select(0, index).view(-1, STEPS, ROWS, SIZES[0])
-            uplinks += turns(received, x, labels[index].view(-1, STEPS, ROWS), fused)
+            uplinks += turns_of(received, x, labels[index].view(-1, STEPS, ROWS))
         seconds.append((time.perf_counter() - started) / CLIENTS)
     return sorted(seconds)[REPEATS // 2]
 
@@ -69,6 +91,8 @@ if __name__ == "__main__":
     keep_freed_memory()
     torch.set_num_threads(1)
     with torch.no_grad():
-        for lanes in (1, 2, 4, 8, 50):
-            apart, fused = (1000 * timed(lanes, fused) for fused in (False, True))
-            print(f"{lanes} side by side: {apart:.2f} ms a turn, with updates in the products {fused:.2f}", flush=True)
+        for lanes in (1, 4, 10, 25, 50):
+            ways = partial(turns, fused=False), partial(turns, fused=True), dual_turns
+            apart, fused, dual = (1000 * timed(lanes, way) for way in ways)
+            told = f"with updates in the products {fused:.2f}, in dual form {dual:.2f}"
+            print(f"{lanes} side by side: {apart:.2f} ms a turn, {told}", flush=True)

@@ -140,7 +140,8 @@ class EngineSettings(Section):
     """Worker processes (`processes`, `ray`); default: one per core."""
     lanes: Count | None = None
     """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most, 256 on a GPU) or in each worker of `processes`
-    (default: one after another; several pay for small models without convolutions, and change the last bits)."""
+    (default: one after another; for small models without convolutions a worker's whole part of the cohort, or half of it, is twice as fast,
+    and changes the last bits)."""
     device: str = "cpu"
     """Where clients are trained and scored, in `sequential` and `vectorised`: `cpu`, `cuda` (the first GPU) or `cuda:N`. With a GPU
     `auto` is `vectorised` (docs/gpu.md)."""

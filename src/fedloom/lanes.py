@@ -173,14 +173,15 @@ class _Stack:
 
     def _in_dual_form(self) -> dict[str, Dual]:
         """The input layers whose weights are not stacked, since nobody needs them before the end."""
-        if isinstance(self.phase, Interleave):
+        lr = self.trains[0].optimizer.plain_lr
+        if isinstance(self.phase, Interleave) or lr is None:
             return {}
         (train,), first = self.trains, self.lanes[0]
         sited, names = first.site._replace(rng=self.sites[0].rng), self.names[train.name]
         here = self.gradients, first.client, first.down, sited
         duals = dual_layers(train, names, *here, self.plans[0], len(self.lanes))
         self.names[train.name] = [name for name in names if name not in duals]
-        lr, params = train.optimizer.plain_lr or 0.0, [lane.client.weights["params"] for lane in self.lanes]
+        params = [lane.client.weights["params"] for lane in self.lanes]
         return {name: Dual([mine[name] for mine in params], self.rows.x, lr) for name in duals}
 
     def _advance(

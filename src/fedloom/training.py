@@ -285,10 +285,10 @@ class _Member:
 
     def begin(self, gradients: Gradients, client: Client, down: Tree, site: Site, order: Sequence[Tensor]) -> None:
         """Before the first step: take input layers in dual form where that is less work."""
-        train, params = self.train, client.weights["params"]
+        train, params, lr = self.train, client.weights["params"], self.train.optimizer.plain_lr
         names = dual_layers(train, self.names, gradients, client, down, site, order)
-        if names and train.optimizer.plain_lr is not None:
-            self.duals = {name: Dual([params[name]], site.rows.x[None], train.optimizer.plain_lr) for name in names}
+        if names and lr is not None:
+            self.duals = {name: Dual([params[name]], site.rows.x[None], lr) for name in names}
             self.names = [name for name in self.names if name not in names]
             self.find = gradients.of(train, down, client.memory, names)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -82,13 +83,21 @@ class Vectorised(Sequential):
             log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
             self._lanes[arch] = 1
         else:
-            for member, outcome_of in zip(group, done, strict=True):
-                started = time.perf_counter() - share
-                yield self._kept(member.client, member.slot, outcome_of(), started)
+            for member, end in zip(group, done, strict=True):
+                yield self._ended(number, member, end, time.perf_counter() - share)
             return
         lanes = self._lanes[arch]
         for start in range(0, len(group), lanes):
             yield from self._group_turns(number, group[start : start + lanes])
+
+    def _ended(self, number: int, member: Member, end: Callable[[], Outcome], started: float) -> Reply:
+        """The reply to a turn that began at `started`, as it were, after its end."""
+        try:
+            done = end()
+        except Exception as error:
+            error.add_note(f"client {member.client}, round {number}")
+            raise
+        return self._kept(member.client, member.slot, done, started)
 
     def _mapped_turns(self, number: int, group: list[Member]) -> tuple[list[Callable[[], Outcome]], float]:
         """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
@@ -97,4 +106,10 @@ class Vectorised(Sequential):
         sites = [self._site(number, i, "train", False) for i in clients]
         gradients = self._gradients_of(clients[0])
         done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
+        if self._device != HOST:  # all at once: what does not fit its memory must show before anything is kept
+            done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
+
+
+def _given(outcome: Outcome) -> Outcome:
+    return outcome
