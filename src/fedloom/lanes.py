@@ -278,8 +278,7 @@ class _Together:
 
     def __init__(self, lanes: Sequence[Rows]) -> None:
         _, _, self._augment, device = lanes[0]
-        self.x = pad_sequence([rows.x for rows in lanes], batch_first=True)
-        y = pad_sequence([rows.y for rows in lanes], batch_first=True)
+        self.x, y = (_side_by_side(parts) for parts in ([rows.x for rows in lanes], [rows.y for rows in lanes]))
         self._rows = Rows(self.x.flatten(0, 1), y.flatten(), None, device)
 
     def places(self, lane: int, batches: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -293,6 +292,21 @@ class _Together:
         if self._augment:
             x = torch.stack([self._augment(own, stream) for own, stream in zip(x, streams, strict=True)])
         return Batch(x, y)
+
+
+def _side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors (n, ...) with zeros after the shorter ones: (lanes, most, ...). Not copied where they lie so in memory already."""
+    first, storage = parts[0], parts[0].untyped_storage().data_ptr()
+    places = [first.storage_offset() + k * first.numel() for k in range(len(parts))]
+    if all(
+        part.shape == first.shape
+        and part.is_contiguous()
+        and part.untyped_storage().data_ptr() == storage
+        and part.storage_offset() == place
+        for part, place in zip(parts, places, strict=True)
+    ):
+        return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
+    return pad_sequence(list(parts), batch_first=True)
 
 
 def _planned(phase: Train | Interleave, site: Site) -> list[Tensor]:

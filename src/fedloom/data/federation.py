@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -114,6 +115,12 @@ class Federation:
     def train(self, i: int) -> Batch:
         """Client `i`'s training examples: inputs (n, ...) in the default dtype, normalised, and labels (n,) int64."""
         return self.rows(self.partition.train[i])
+
+    def train_of(self, clients: Sequence[int]) -> list[Batch]:
+        """`train` of several clients, next to each other in memory."""
+        x, y = self.rows(np.concatenate([self.partition.train[i] for i in clients]))
+        sizes = [self.n_train(i) for i in clients]
+        return list(zip(x.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True))
 
     def valid(self, i: int) -> Batch:
         """Client `i`'s validation examples, like `train`."""

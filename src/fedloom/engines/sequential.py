@@ -124,8 +124,11 @@ class Sequential(Engine):
                 self._channels_last[arch] = False
         return work(False)
 
-    def _site(self, number: int, i: int, purpose: str, channels_last: bool) -> Site:
-        p, (x, y) = self.problem, self.data.train(i)
+    def _site(
+        self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Tensor, Tensor] | None = None
+    ) -> Site:
+        """Where client `i` works; its `own` rows are looked up unless they are given."""
+        p, (x, y) = self.problem, own or self.data.train(i)
         if not len(y):
             raise DataError(
                 f"client {i} has no training rows; raise partition.min_examples or choose another partition"

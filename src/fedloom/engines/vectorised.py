@@ -103,7 +103,8 @@ class Vectorised(Sequential):
         """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self._to_device(member.message) for member in group]
-        sites = [self._site(number, i, "train", False) for i in clients]
+        rows = zip(clients, self.data.train_of(clients), strict=True)
+        sites = [self._site(number, i, "train", False, own) for i, own in rows]
         gradients = self._gradients_of(clients[0])
         done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
         if self._device != HOST:  # all at once: what does not fit its memory must show before anything is kept
