@@ -38,6 +38,7 @@ class Costs:
         self.problem = problem
         self._polynomials: dict[Any, tuple[int, int, int]] = {}
         self._turns: dict[Any, dict[str, float]] = {}
+        self._last: tuple[Any, dict[str, float]] = None, {}  # many clients in a row have the same work
 
     @cached_property
     def _gradients(self) -> list[Gradients]:
@@ -60,6 +61,13 @@ class Costs:
 
     def flops(self, i: int, number: int) -> dict[str, float]:
         """Floating-point operations of client `i`'s turn in round `number`, by phase."""
+        p, n = self.problem, self.problem.data.n_train(i)
+        asked = p.arch_of[i], n, p.plan_of(i), number
+        if self._last[0] != asked:
+            self._last = asked, self._flops(i, number)
+        return self._last[1]
+
+    def _flops(self, i: int, number: int) -> dict[str, float]:
         p, n = self.problem, self.problem.data.n_train(i)
         turn = Turn(number, p.task.rounds - 1, n)
         phases = p.method.phases()

@@ -22,6 +22,7 @@ TOUCHED, TOUCHED_IN_LANES = (
     60,
 )  # one number of a weight read and written in a step; several clients' weights outgrow the cache
 AROUND = 4_000_000  # what a step in dual form does beside its products, for all lanes together
+CHUNK = 5  # lanes whose rows are multiplied at once: they stay in the cache for both products
 GAIN = 0.8  # the dual form must take at most this part of the time
 
 
@@ -52,12 +53,14 @@ class Dual:
     def __init__(self, weights: Sequence[Tensor], rows: Tensor, lr: float) -> None:
         """Every lane's weight (D, F); all lanes' rows (lanes, n, ...) of F numbers, zeros where one has fewer; the learning rate."""
         self._weights, self._rows, self._lr = weights, rows.flatten(2), lr
-        shared = all(weight is weights[0] for weight in weights)
-        whole = [(self._rows.flatten(0, 1), weights[0])] if shared else zip(self._rows, weights, strict=True)
-        firsts = [x @ weight.T for x, weight in whole]
-        self._first = torch.cat(firsts) if len(firsts) > 1 else firsts[0]
-        self._gram = torch.bmm(self._rows, self._rows.transpose(1, 2))
-        self._moves = self._first.new_zeros(*rows.shape[:2], len(weights[0]))
+        lanes, most, outputs = *rows.shape[:2], len(weights[0])
+        self._first, self._gram = rows.new_empty(lanes * most, outputs), rows.new_empty(lanes, most, most)
+        self._moves = rows.new_zeros(lanes, most, outputs)
+        some = CHUNK if all(weight is weights[0] for weight in weights) else 1
+        for start in range(0, lanes, some):
+            x, end = self._rows[start : start + some], min(start + some, lanes)
+            torch.mm(x.flatten(0, 1), weights[start].T, out=self._first[start * most : end * most])
+            torch.bmm(x, x.transpose(1, 2), out=self._gram[start:end])
 
     def outputs(self, places: Tensor, lanes: Tensor | None = None) -> Tensor:
         """What the layer gives now, but for its bias, for rows of every lane, or of some: (lanes, B, D).

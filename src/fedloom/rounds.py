@@ -20,7 +20,7 @@ import torch
 from fedloom import tree
 from fedloom.config import Settings
 from fedloom.engines import Problem, Reply
-from fedloom.engines.forms import Forms
+from fedloom.engines.forms import Form, Forms
 from fedloom.engines.wire import compare
 from fedloom.errors import ConfigError, DivergedError, WireError
 from fedloom.method import Arrival, Downlink, Method
@@ -222,15 +222,8 @@ class Screen:
         if reply.examples < 1:
             raise WireError(f"examples={reply.examples}: must be at least 1")
         received = down.to(reply.slot)
-        got = tree.structure(reply.uplink)
         form = self._forms.of(number, reply.client, received)
-        want = dict(form.structure)
-        compare(dict.fromkeys(got), dict.fromkeys(want))
-        for path, length in self._problem.method.ragged(reply.uplink).items():
-            for place in want.keys() & {path, f"{path}/int8"}:
-                shape, dtype = want[place]
-                want[place] = (length, *shape[1:]), dtype
-        compare(got, want)
+        self._check_form(reply.uplink, form)
         # with branches that hold no tensors, which a device may have left out
         whole = tree.merge(form.travels, reply.uplink)
         uplink = self._problem.codec.opened(whole, received)
@@ -239,6 +232,16 @@ class Screen:
         if broken:
             raise WireError(f"'{broken}' is not finite")
         return uplink
+
+    def _check_form(self, uplink: Tree, form: Form) -> None:
+        got, want = tree.structure(uplink), dict(form.structure)
+        if got.keys() != want.keys():
+            compare(dict.fromkeys(got), dict.fromkeys(want))
+        for path, length in self._problem.method.ragged(uplink).items():
+            for place in want.keys() & {path, f"{path}/int8"}:
+                shape, dtype = want[place]
+                want[place] = (length, *shape[1:]), dtype
+        compare(got, want)
 
     def rebased(self, number: int, flight: Flight, down: Downlink) -> Tree:
         """A late uplink as if its client had started from the weights that the server holds now."""
