@@ -1,0 +1,97 @@
+"""Rounds with input layers in dual form (fedloom.duals) and as written, in turn: where is it worth it, and does the rule know?
+
+python benchmarks/dual_form.py [rounds=12]      two worker processes; an MLP on MNIST's shape, 100 clients' worth of 60 rows a round
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from fedloom.bench import WORKLOADS, Stepped, dataset_for
+from fedloom.config import make_settings
+from fedloom.duals import Work
+from fedloom.experiment import Parts
+
+
+class Case(NamedTuple):
+    """What a client does; `lanes` clients side by side."""
+
+    rows: int
+    passes: int = 1
+    hidden: int = 200
+    batch: int = 10
+    lanes: int = 1
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether the rule takes the dual form."""
+        work = Work(self.rows, self.rows * self.passes, self.passes * -(-self.rows // self.batch), self.lanes)
+        return work.is_less_in_dual_form(torch.empty(self.hidden, 784))
+
+
+CASES = (
+    *(Case(60, lanes=lanes) for lanes in (1, 4, 10, 25, 50)),
+    *(Case(60, passes=5, lanes=lanes) for lanes in (1, 10)),
+    *(Case(60, hidden=1000, lanes=lanes) for lanes in (1, 10)),
+    *(Case(300, lanes=lanes) for lanes in (1, 10)),
+    *(Case(600, passes=5, lanes=lanes) for lanes in (1, 5)),
+    *(Case(600, passes=5, batch=50, lanes=lanes) for lanes in (1, 5)),
+)
+WARM_UP = 2
+
+
+def main(words: Sequence[str]) -> None:
+    """One line a case."""
+    rounds = int(dict(word.split("=", 1) for word in words).get("rounds", 12))
+    for case in CASES:
+        low, median, high = np.quantile(gains(case, rounds), [0.25, 0.5, 0.75])
+        told = ", ".join(f"{name} {value}" for name, value in case._asdict().items())
+        taken = "taken" if case.is_taken else "not taken"
+        print(f"{told}: {median:.2f} ({low:.2f}-{high:.2f}) times as fast in dual form; {taken}", flush=True)
+
+
+def gains(case: Case, rounds: int) -> np.ndarray:
+    """(rounds,) seconds as written over seconds in dual form, in training."""
+    work = WORKLOADS["w4-mlp"]
+    n_clients = 60_000 // case.rows
+    values = {
+        **work.values(1.0),
+        "method": {"name": "fedavg", "lr": 0.05, "local_epochs": case.passes},
+        "model": {"name": "mlp", "hidden": case.hidden},
+        "clients": n_clients,
+        "cohort": n_clients // 10,
+        "batch_size": case.batch,
+        "rounds": 10_000,
+        "checkpoint_every": 0,
+        "eval_every": 10_000,
+        "engine": {"name": "processes", "workers": 2, "lanes": case.lanes if case.lanes > 1 else None},
+    }
+    dataset = dataset_for(work, 1.0)
+    with ExitStack() as open_things:
+        folder = Path(open_things.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-dual-")))
+        runs = []
+        for form in (False, True):
+            with patch.object(Work, "is_less_in_dual_form", lambda _, weight, form=form: form and weight.numel() > 1e5):
+                settings = make_settings({**values, "out": folder / str(form)})
+                runs.append(Stepped(settings, Parts(dataset=dataset)))  # its workers are forked here, rule and all
+            open_things.callback(runs[-1].engine.close)
+        times = [[_round(run) for run in runs[:: 1 if k % 2 else -1]][:: 1 if k % 2 else -1] for k in range(rounds)]
+    written, dual = np.array(times[WARM_UP:]).T
+    return written / dual
+
+
+def _round(run: Stepped) -> float:
+    return run.round(run.next_cohort()).train
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
