@@ -51,7 +51,10 @@ WARM_UP = 2
 
 def main(words: Sequence[str]) -> None:
     """One line a case."""
-    rounds = int(dict(word.split("=", 1) for word in words).get("rounds", 12))
+    key, _, value = (words or ["rounds=12"])[0].partition("=")
+    if len(words) > 1 or key != "rounds" or not value.isdigit() or int(value) <= WARM_UP:
+        sys.exit(f"benchmarks: error: {' '.join(words)}: give rounds=N with more than {WARM_UP} rounds, or nothing")
+    rounds = int(value)
     for case in CASES:
         low, median, high = np.quantile(gains(case, rounds), [0.25, 0.5, 0.75])
         told = ", ".join(f"{name} {value}" for name, value in case._asdict().items())

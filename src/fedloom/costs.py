@@ -94,8 +94,7 @@ class Costs:
         site = Site(rows, Plan(n), p.task, Stream(p.seed, "costs"))
         with Operations() as counter:
             run_phases((shortened(phase, 1),), self._gradients[p.arch_of[i]], self.received(i), self._down, site, turn)
-        flops: int = counter.flops
-        return flops
+        return counter.flops  # type: ignore[no-any-return]
 
     @property
     def _down(self) -> Tree:

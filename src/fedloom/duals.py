@@ -17,10 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # In multiplications that take as long (docs/performance.md says how they were measured):
-TOUCHED, TOUCHED_IN_LANES = (
-    30,
-    60,
-)  # one number of a weight read and written in a step; several clients' weights outgrow the cache
+TOUCHED = 30  # one number of a weight that a step reads and writes
+TOUCHED_IN_LANES = 60  # the same where several clients' weights outgrow the cache
 AROUND = 4_000_000  # what a step in dual form does beside its products, for all lanes together
 CHUNK = 5  # lanes whose rows are multiplied at once: they stay in the cache for both products
 GAIN = 0.8  # the dual form must take at most this part of the time
@@ -121,14 +119,14 @@ def _are_same(input: Tensor, rows: Tensor) -> bool:
     )
 
 
-def linear_layers(modules: Mapping[str, nn.Module]) -> dict[str, int]:
-    """The names of linear layers' weights, each with its layer's number of inputs."""
-    return {
-        ".".join(part for part in (net, name, "weight") if part): layer.in_features
+def linear_layers(modules: Mapping[str, nn.Module]) -> frozenset[str]:
+    """The names of linear layers' weights."""
+    return frozenset(
+        ".".join(part for part in (net, name, "weight") if part)
         for net, module in modules.items()
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
-    }
+    )
 
 
 def accepted(names: tuple[str, ...], run: Callable[[str], Any]) -> tuple[str, ...]:

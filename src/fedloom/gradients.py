@@ -84,7 +84,7 @@ class Gradients:
         self.modules, self.bf16, self.device, self._convolutions = modules, bf16, device, convolutions
         stateful = any(True for module in modules.values() for _ in module.buffers())
         self._replayed = None if as_written else replayed_on(device, stateful)
-        self._linear = {} if as_written or bf16 or device != HOST else linear_layers(modules)
+        self._linear = frozenset() if as_written or bf16 or device != HOST else linear_layers(modules)
         self._duals: dict[Any, tuple[str, ...]] = {}
 
     def once(
