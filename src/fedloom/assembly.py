@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fedloom import accelerator, data, tree
+from fedloom.batches import Plan
 from fedloom.codec import Codec
 from fedloom.config import Named, Settings, check_cohort, participation_range
 from fedloom.engines import Engine, Problem, make_engine
@@ -18,7 +19,6 @@ from fedloom.models import Arch, arch
 from fedloom.nets import read_weights, select
 from fedloom.registry import load_object
 from fedloom.rounds import check_rules, slowdowns
-from fedloom.training import Plan
 from fedloom.transforms import parse
 from fedloom.tree import Weights
 

@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from fedloom import tree
+from fedloom.batches import Plan, Rows
 from fedloom.engines.base import Problem
 from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Free, Phase, Sweep, Turn, trains_of
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
 from fedloom.tracing import Mode
-from fedloom.training import EVAL_BATCH, Plan, Rows, Site, run_phases
+from fedloom.training import EVAL_BATCH, Site, run_phases
 from fedloom.tree import Tree
 
 FEWEST = 2  # rows of the smallest batch that is counted: BatchNorm cannot train on one

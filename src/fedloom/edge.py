@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from fedloom import tree
 from fedloom.assembly import arithmetic, make_federation, make_problem
+from fedloom.batches import Plan, Rows, laid_out
 from fedloom.config import Settings, make_method, make_settings, to_toml
 from fedloom.costs import Costs, pieces, shortened
 from fedloom.engines import Problem
@@ -28,7 +29,7 @@ from fedloom.models import arch
 from fedloom.nets import read_weights
 from fedloom.registry import load_object
 from fedloom.rng import Stream
-from fedloom.training import Plan, Rows, Site, fresh_modules, laid_out, run_phases
+from fedloom.training import Site, fresh_modules, run_phases
 from fedloom.tree import Tree
 from fedloom.values import read_toml
 

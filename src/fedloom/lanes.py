@@ -18,23 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 from fedloom import tree
 from fedloom.accelerator import synchronise
+from fedloom.batches import Rows, is_channels_last, laid_out
 from fedloom.duals import Dual
 from fedloom.gradients import Gradients, Once
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Task, Train, Turn
 from fedloom.nets import select
 from fedloom.rng import Stream
-from fedloom.training import (
-    Outcome,
-    Rows,
-    Site,
-    check_batch,
-    check_once,
-    dual_layers,
-    is_channels_last,
-    laid_out,
-    report,
-    sweep,
-)
+from fedloom.training import Outcome, Site, check_batch, check_once, dual_layers, report, sweep
 from fedloom.tree import Tree, Weights
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from fedloom import Batch, FedVTC, Local, Nets, Stream, Task, Turn, from_arrays, moments, tree
+from fedloom.batches import Plan, Rows
 from fedloom.gradients import Gradients
 from fedloom.method import Client, init_opts
 from fedloom.models import arch
 from fedloom.nets import read_weights
-from fedloom.training import Plan, Rows, Site, fresh_modules, run_phases
+from fedloom.training import Site, fresh_modules, run_phases
 
 
 @pytest.fixture(autouse=True)

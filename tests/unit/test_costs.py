@@ -10,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom import tree
+from fedloom.batches import Plan, Rows
 from fedloom.config import make_settings
 from fedloom.costs import Costs, Live, pieces
 from fedloom.engines import Sequential
@@ -19,7 +20,7 @@ from fedloom.method import Sweep, Train
 from fedloom.optim import sgd
 from fedloom.registry import METHODS
 from fedloom.rng import Stream
-from fedloom.training import Plan, Rows, Site, run_turn
+from fedloom.training import Site, run_turn
 
 TINY = {"data": {"name": "digits", "rows": 120}, "clients": 2, "rounds": 2, "batch_size": 7}
 TINY |= {"engine": {"name": "sequential"}, "partition": {"name": "dirichlet", "alpha": 1.0}}

@@ -16,12 +16,13 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedloom import tree
+from fedloom.batches import Plan
 from fedloom.codec import PLAIN, Codec
 from fedloom.data import Federation
 from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
 from fedloom.nets import read_weights, select
 from fedloom.rng import Stream
-from fedloom.training import Modules, Plan, fresh_modules
+from fedloom.training import Modules, fresh_modules
 from fedloom.tree import Tree, Weights
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, Place
+from fedloom.batches import Rows, laid_out
 from fedloom.convolutions import Convolutions
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
 from fedloom.engines.moving import DeviceStore, Mover, moved
@@ -21,7 +22,7 @@ from fedloom.errors import DataError
 from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Predictor, Turn
 from fedloom.nets import read_weights
-from fedloom.training import Modules, Outcome, Rows, Site, laid_out, predict, run_phases, run_turn
+from fedloom.training import Modules, Outcome, Site, predict, run_phases, run_turn
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")

@@ -1,0 +1,115 @@
+"""A client's rows, how they lie in memory, and how they are cut into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom.accelerator import HOST, staged
+from fedloom.method import Batch
+from fedloom.rng import Stream
+
+GATHERED_BYTES = 1 << 18  # of inputs, gathered at once; they should stay in the cache until they are used
+
+
+class Rows(NamedTuple):
+    """A client's rows, how to augment a batch of them (or not), and on which device they are worked with."""
+
+    x: Tensor  # (n, ...)
+    y: Tensor  # (n,)
+    augment: Callable[[Tensor, Stream], Tensor] | None = None
+    device: torch.device = HOST
+
+    def batch(self, index: Tensor, rng: Stream) -> Batch:
+        """The rows `index` as a batch for training, laid out in memory as `x` is."""
+        return next(self.batches([index], rng))
+
+    def batches(self, order: Iterable[Tensor], rng: Stream) -> Iterator[Batch]:
+        """`batch` after `batch`. Small ones are gathered several at a time: they cost more to ask for than to copy."""
+        room = max(GATHERED_BYTES // max(self.x[:1].nbytes, 1), 1)
+        for some in _together(order, room):
+            index, sizes = torch.cat(some).to(self.x.device), [len(mine) for mine in some]
+            if is_channels_last(self.x):
+                x = self.x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+            else:
+                x = self.x.index_select(0, index)
+            x, y = staged(x, self.device), staged(self.y.index_select(0, index), self.device)
+            for mine, labels in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
+                yield Batch(self.augment(mine, rng) if self.augment else mine, labels)
+
+    def part(self, start: int, stop: int | None = None) -> Batch:
+        """Some neighbouring rows as they are."""
+        return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
+
+
+def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
+    """Neighbours in groups of at most `room` rows, or of one."""
+    some, left = list[Tensor](), room
+    for index in order:
+        if some and len(index) > left:
+            yield some
+            some, left = [], room
+        some.append(index)
+        left -= len(index)
+    if some:
+        yield some
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a picture's channels lie next to each other in memory."""
+    return x.ndim == 4 and x.stride() == _channels_last_stride(x)
+
+
+def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
+    """Tensors with the wanted order of channels in memory (four-dimensional ones); the numbers are the same."""
+    lay = _channels_last if channels_last else torch.Tensor.contiguous
+    return {name: lay(t) if t.ndim == 4 else t for name, t in tensors.items()}
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """With one channel or one pixel torch sees no difference in the two orders; the strides say which one is meant."""
+    return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, _channels_last_stride(x))
+
+
+def _channels_last_stride(x: Tensor) -> tuple[int, ...]:
+    _, channels, height, width = x.shape
+    return height * width * channels, 1, width * channels, channels
+
+
+class Plan(NamedTuple):
+    """How a client's rows are cut into batches."""
+
+    batch_size: int = 10
+    drop_last: bool = False
+    slowdown: float = 1.0  # a slow device does only one in so many of its steps (at least one)
+
+    def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
+        """Row numbers, batch by batch: a new permutation per epoch. A slow device leaves out the last ones.
+
+        A batch is at most the client's rows. With `drop_last` an incomplete last batch is left out; without it, a last batch of a single
+        row joins the one before it, because BatchNorm cannot train on one row.
+        """
+        sizes = self._sizes(n)
+        every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng)
+        if steps is None and self.slowdown == 1:
+            return every
+        n_steps = len(sizes) * epochs if steps is None else steps
+        return islice(every, max(int(n_steps // self.slowdown), 1))
+
+    def _sizes(self, n: int) -> list[int]:
+        """How many rows each batch of a pass over `n` rows has."""
+        size = min(self.batch_size, n)
+        sizes, rest = [size] * (n // size), n % size
+        if rest == 1 and not self.drop_last:
+            sizes[-1] += 1
+        elif rest and not self.drop_last:
+            sizes.append(rest)
+        return sizes
+
+    def _batches(self, n: int, sizes: list[int], epochs: int, rng: Stream) -> Iterator[Tensor]:
+        for _ in range(epochs):
+            yield from rng.permutation(n)[: sum(sizes)].split_with_sizes(sizes)
