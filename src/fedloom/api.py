@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import nn
 from fedloom.config import Values, make_settings
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
-from fedloom.experiment import Experiment, OnRound, Parts
+from fedloom.experiment import NOTHING_LEARNT, Experiment, OnRound, Parts, nothing_learnt
 from fedloom.method import Method
 from fedloom.personal import PersonalModel
 from fedloom.progress import live
 from fedloom.registry import method_name
 from fedloom.values import assign
+
+log = logging.getLogger(__name__)
 
 Model = nn.Module | Callable[..., nn.Module]
 
@@ -127,10 +130,14 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
 
 
 def _run(experiment: Experiment, progress: bool) -> Run:
-    if not progress:
-        return Run(experiment, experiment.run())
-    with live(experiment.settings.method.name) as on_round:
-        return Run(experiment, experiment.run(on_round))
+    if progress:
+        with live(experiment.settings.method.name) as on_round:
+            summary = experiment.run(on_round)
+    else:
+        summary = experiment.run()
+    if nothing_learnt(summary):
+        log.warning("%s: %s", experiment.folder.path, NOTHING_LEARNT)
+    return Run(experiment, summary)
 
 
 def _method_table(method: Method | str) -> str | Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +17,13 @@ from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
 from fedloom.method import Method, Task, Train, trains_of
 from fedloom.models import Arch, arch
-from fedloom.nets import read_weights, select
+from fedloom.nets import norm_layers, read_weights, select
 from fedloom.registry import load_object
 from fedloom.rounds import check_rules, slowdowns
 from fedloom.transforms import parse
 from fedloom.tree import Weights
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -143,13 +146,25 @@ def _check_nets(problem: Problem) -> None:
         if method.shared:
             told = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
             forms.append(tree.structure(_part(weights, method.shared, told)))
+            _tell_of_norms(method, weights, choice.name)
         for train in trains:
-            _part(weights, train.trains, f"model={choice.name}: {name} trains {', '.join(train.trains)}, but")
+            told = f"model={choice.name}: {name} trains {', '.join(train.trains)}, but"
+            if not _part(weights, train.trains, told)["params"]:
+                raise ConfigError(f"{told} all of it is frozen (requires_grad=False)")
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
         raise ConfigError(
             f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
         )
+
+
+def _tell_of_norms(method: Method, weights: Weights, model: str) -> None:
+    """One line where a method treats normalisation layers apart (FedBN), and the model has none."""
+    if any(pattern.endswith("norm") for pattern in method.shared) and not norm_layers(weights):
+        told = (
+            "model=%s has no normalisation layer, so %s does the same as FedAvg; try a model with one, such as resnet8"
+        )
+        log.warning(told, model, type(method).__name__)
 
 
 def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:

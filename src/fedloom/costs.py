@@ -19,7 +19,7 @@ from fedloom.batches import Plan, Rows
 from fedloom.engines.base import Problem
 from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Free, Phase, Sweep, Turn, trains_of
-from fedloom.nets import read_weights
+from fedloom.nets import frozen_parameters, read_weights
 from fedloom.rng import Stream
 from fedloom.tracing import Mode
 from fedloom.training import EVAL_BATCH, Site, run_phases
@@ -49,7 +49,7 @@ class Costs:
     def downlink(self) -> Downlink:
         """What the server sends to one client in the first round."""
         method, task = self.problem.method, self.problem.task
-        server = method.init_server(read_weights(self._gradients[0].modules), task)
+        server = self.problem.init_server(read_weights(self._gradients[0].modules))
         # a copy, since a server may hold a model for every member of a cohort
         return Downlink(tree.clone(method.downlink(server, list(range(task.max_cohort))).to(0)))
 
@@ -124,7 +124,8 @@ class Costs:
         site = Site(Rows(x, y), p.plan, p.task, Stream(p.seed, "costs"))
         turn, client = self.busiest(i), self.received(i)
         peaks: dict[str, int] = {}
-        with Live([x, y, *tree.leaves(client._asdict()), *tree.leaves(self._down)]) as live:
+        frozen = frozen_parameters(self._gradients[p.arch_of[i]].modules)
+        with Live([x, y, *frozen, *tree.leaves(client._asdict()), *tree.leaves(self._down)]) as live:
             for phase in p.method.phases():
                 live.peak = live.now
                 gradients = self._gradients[p.arch_of[i]]

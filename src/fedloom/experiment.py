@@ -17,7 +17,7 @@ from fedloom import accelerator, data, metrics, tree
 from fedloom.assembly import arithmetic, engine_for, initial_weights, make_federation, make_problem
 from fedloom.config import Settings, make_method, make_settings, participation_range, to_toml
 from fedloom.engines import Engine, Joining, Problem, Reply, Score
-from fedloom.errors import MethodError, RunFolderError
+from fedloom.errors import RunFolderError
 from fedloom.evaluation import Scores, Scoring
 from fedloom.ledger import Ledger
 from fedloom.method import Client, Downlink, Method, Round
@@ -25,6 +25,7 @@ from fedloom.personal import PersonalModel
 from fedloom.rng import Stream
 from fedloom.rounds import Asked, Intake, require_finite
 from fedloom.runfolder import DEPLOYED, RunFolder, environment
+from fedloom.server import ServerSide
 from fedloom.trackers import Tracker, check_trackers, make_trackers
 from fedloom.tree import Tree, Weights
 from fedloom.values import read_toml
@@ -63,7 +64,8 @@ class Experiment:
                 self.data = self.data.pooled()
             self.problem = make_problem(settings, self.method, self.data, parts.model)
             weights = initial_weights(self.problem)
-            self.server = self.method.init_server(weights, self.problem.task)
+            self.hooks = ServerSide(self.problem)
+            self.server = self.hooks.init(weights)
             self._buffers = _policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
@@ -146,17 +148,17 @@ class Experiment:
     def _round(self, number: int) -> None:
         started = time.perf_counter()
         cohort = self._cohort(number)
-        down = self.method.downlink(self.server, cohort)
+        down = self.hooks.downlink(self.server, number, cohort)
         self.problem.codec.check_downlink(down)
         sent = self.problem.codec.send(down)
         roster = self.intake.roster(number, cohort, self.engine.busy())
         replies = self._train(number, cohort, sent, roster.working)
         taken = self.intake.take(Asked(number, cohort, sent, roster.working), replies, self.engine.busy())
         rng = Stream(self.settings.seed, "server", number)
-        uplinks = list(self.method.exchange(taken.uplinks, rng.child("exchange"))) if taken.uplinks else []
+        uplinks = self.hooks.exchange(taken.uplinks, number, rng.child("exchange")) if taken.uplinks else []
         before, round = self.server, Round(number, self.problem.task.n_clients, taken.arrivals, rng)
         if uplinks:
-            server = self.method.aggregate(before, uplinks, round)
+            server = self.hooks.aggregate(before, uplinks, round)
             require_finite(server, number, self.saved)
             self.server = tree.apart(server, uplinks)  # FedMR's slots are the uplinks themselves
         working = [cohort[slot] for slot in roster.working]
@@ -167,7 +169,7 @@ class Experiment:
         self.ledger.train_seconds += time.perf_counter() - started
         last = self.done == self.settings.rounds
         if last or self.done % self.settings.eval_every == 0:
-            logs = self.method.server_logs(before, uplinks, round) if uplinks else {}
+            logs = self.hooks.logs(before, uplinks, round) if uplinks else {}
             good = [reply for reply in replies if reply.client not in taken.refused]
             self._evaluate(good, len(uplinks), logs)
         every = self.settings.checkpoint_every
@@ -175,16 +177,11 @@ class Experiment:
             self._checkpoint()
 
     def _cohort(self, number: int) -> Sequence[int]:
-        task, rng = self.problem.task, Stream(self.settings.seed, "cohort", number)
+        rng = Stream(self.settings.seed, "cohort", number)
         low, high = participation_range(self.settings.participation)
-        part = low + (high - low) * float(rng.child("size").numpy.random())
-        size = self.settings.cohort or max(int(part * task.n_clients + 1e-9), 1)
-        cohort = [int(i) for i in self.method.cohort(self.server, task, size, rng)]
-        if len(set(cohort)) != len(cohort) or not all(0 <= i < task.n_clients for i in cohort):
-            raise MethodError(
-                f"round {number}: a cohort must be distinct clients from 0 to {task.n_clients - 1}, not {cohort}"
-            )
-        return cohort
+        fraction = low + (high - low) * float(rng.child("size").numpy.random())
+        size = self.settings.cohort or max(int(fraction * self.problem.task.n_clients + 1e-9), 1)
+        return self.hooks.cohort(self.server, number, size)
 
     def _train(self, number: int, cohort: Sequence[int], down: Downlink, working: Sequence[int]) -> list[Reply]:
         """The turns of those members of the cohort who work."""
@@ -233,7 +230,7 @@ class Experiment:
         started = time.perf_counter()
         every = self.settings.eval.general_every
         general = self.done == self.settings.rounds or bool(every and self.done % every == 0)
-        down = self.method.deploy(self.server, self.problem.task)
+        down = self.hooks.deploy(self.server, self.done)
         found = self.scoring.score(self.done, down, general)
         row: Row = {"round": self.done, **self.scoring.row(found, down, self.ledger.trained)}
         self.ledger.eval_seconds += time.perf_counter() - started
@@ -269,7 +266,7 @@ class Experiment:
         if not self.settings.join.clients:
             return {}
         started, joining = time.perf_counter(), Joining(self.problem, self.place)
-        down = self.problem.codec.through(self.method.deploy(self.server, self.problem.task))
+        down = self.problem.codec.through(self.hooks.deploy(self.server, self.done))
         ask, turns = self.scoring.asks(general=False)[0], self.settings.join.turns
         before, after = list[Score](), list[Score]()
         newcomers = range(self.problem.task.n_clients, self.data.n_clients)
@@ -364,9 +361,17 @@ class Experiment:
 
     def personal_model(self, i: int) -> PersonalModel:
         """Client `i`'s personal predictor as it would be used now, as a plain module in evaluation mode."""
-        down = self.method.deploy(self.server, self.problem.task)
+        down = self.hooks.deploy(self.server, self.done)
         with arithmetic(self.settings):
             return PersonalModel(self.method, *self.engine.personal(self.done, self.problem.codec.through(down), i))
+
+
+NOTHING_LEARNT = "every round was skipped, so the model is the initial one; events.jsonl says why"
+
+
+def nothing_learnt(summary: Mapping[str, Any]) -> bool:
+    """Whether no round of a run gave the server anything to aggregate."""
+    return 0 < int(summary.get("rounds", 0)) <= int(summary.get("skipped", 0))
 
 
 def _policy(method: Method, weights: Weights) -> str | None:

@@ -274,6 +274,10 @@ class Method:
         """The weights with which the client starts its turn. Every travelling tensor must be replaced."""
         if not self.shared:
             return weights
+        if "weights" not in down:
+            raise MethodError(
+                "the downlink has no 'weights' to take: override `receive`, and let `predictors` name no server"
+            )
         sent, mine = down["weights"], self.travelling(weights)
         missing = [f"{kind}/{name}" for kind, part in mine.items() for name in part if name not in sent.get(kind, {})]
         if missing:

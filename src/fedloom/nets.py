@@ -23,13 +23,30 @@ Unit = Literal["layer", "tensor", "block"]
 class Net:
     """One module with the tensors it computes with. Calling it is calling the module."""
 
-    def __init__(self, module: nn.Module, tensors: dict[str, Tensor], training: bool) -> None:
-        self.module, self.tensors, self.training = module, tensors, training
+    def __init__(
+        self, module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], training: bool
+    ) -> None:
+        self.module, self.training, self._buffers = module, training, buffers
+        self._tensors = {**params, **buffers}
 
     def __call__(self, *inputs: Tensor) -> Any:
         if self.module.training != self.training:
             self.module.train(self.training)
-        return functional_call(self.module, self.tensors, inputs, tie_weights=False)
+        tensors = dict(self._tensors)
+        outputs = functional_call(self.module, tensors, inputs, tie_weights=False)
+        for name, buffer in self._buffers.items():
+            if tensors[name] is not buffer:  # `functional_call` hands back what the module assigned
+                self._assign(name, buffer, tensors[name])
+        return outputs
+
+    def _assign(self, name: str, buffer: Tensor, value: Tensor) -> None:
+        """Keep what the module assigned to a buffer (`self.centre = ...`) where its client keeps it."""
+        kind = type(self.module).__name__
+        if not self.training:
+            raise MethodError(f"{kind} changes its buffer '{name}' in evaluation mode: scoring would change the client")
+        if value.shape != buffer.shape:
+            raise MethodError(f"{kind} gives its buffer '{name}' shape {tuple(value.shape)}, not {tuple(buffer.shape)}")
+        buffer.copy_(value.detach())
 
 
 class Nets:
@@ -53,13 +70,11 @@ class Nets:
         if name not in modules:
             raise AttributeError(f"no net is called '{name}'{suggest(name, modules)}")
         start = len(name) + 1
-        tensors = {
-            key[start:]: value
+        params, buffers = (
+            {key[start:]: value for key, value in part.items() if key.startswith(name + ".")}
             for part in (self.params, self.buffers)
-            for key, value in part.items()
-            if key.startswith(name + ".")
-        }
-        net = Net(modules[name], tensors, name in self.training)
+        )
+        net = Net(modules[name], params, buffers, name in self.training)
         self.__dict__[name] = net
         return net
 
@@ -80,7 +95,10 @@ class Nets:
 
 
 def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
-    """The weights that the modules hold now, as copies. Raises ConfigError where one tensor has two names."""
+    """The weights that the modules hold now, as copies. Raises ConfigError where one tensor has two names.
+
+    Frozen parameters (`requires_grad=False`) are no weights: they stay in the modules, so nothing trains, sends or stores them.
+    """
     refuse_tied(modules)
     kept = {net: m.state_dict() for net, m in modules.items()}  # leaves out buffers that are not persistent
     return {
@@ -88,10 +106,15 @@ def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
             f"{net}.{name}": tensor.detach().clone()
             for net, module in modules.items()
             for name, tensor in (module.named_parameters() if kind == "params" else module.named_buffers())
-            if name in kept[net]
+            if name in kept[net] and (kind == "buffers" or tensor.requires_grad)
         }
         for kind in ("params", "buffers")
     }
+
+
+def frozen_parameters(modules: Mapping[str, nn.Module]) -> list[Tensor]:
+    """The parameters that never change (`requires_grad=False`)."""
+    return [p for module in modules.values() for p in module.parameters() if not p.requires_grad]
 
 
 def without_negative_variances(weights: Weights) -> Weights:
@@ -101,11 +124,13 @@ def without_negative_variances(weights: Weights) -> Weights:
 
 
 def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
-    """Copy `weights` into the modules (for handing a plain module to a user)."""
+    """Copy `weights` into the modules (for handing a plain module to a user); frozen parameters stay as they are."""
     tensors = {**weights["params"], **weights["buffers"]}
     for net, module in modules.items():
         start = len(net) + 1
-        module.load_state_dict({k[start:]: v for k, v in tensors.items() if k.startswith(net + ".")})
+        mine = {k[start:]: v for k, v in tensors.items() if k.startswith(net + ".")}
+        frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+        module.load_state_dict({**frozen, **mine})
 
 
 def layer_of(name: str) -> str:

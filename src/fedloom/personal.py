@@ -19,7 +19,7 @@ class PersonalModel(nn.Module):
     def __init__(self, method: Method, modules: Any, client: Client, down: Tree) -> None:
         super().__init__()
         write_weights(modules, client.weights)
-        self.nets = nn.ModuleDict(modules)
+        self.nets = nn.ModuleDict(modules).requires_grad_(False)  # to predict with
         self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
         self.eval()
 

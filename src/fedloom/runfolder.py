@@ -95,6 +95,12 @@ class RunFolder:
         except (OSError, ValueError, TypeError) as error:
             raise RunFolderError(f"{file} cannot be read: {error}") from None
 
+    def summary(self) -> dict[str, Any]:
+        """What a finished run's `summary.json` holds; nothing before."""
+        path = self.path / "summary.json"
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return found
+
     def write_clients(self, table: pd.DataFrame) -> None:
         """Replace `clients.parquet`."""
         beside = self.path / ".clients.parquet.tmp"

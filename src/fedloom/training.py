@@ -145,7 +145,18 @@ def _at_once(phase: Sweep | Free, gradients: Gradients, client: Client, down: Tr
     if isinstance(phase, Sweep):
         return sweep(phase, gradients.modules, client, down, site.rows)
     nets = Nets(gradients.modules, **client.weights)
-    return phase.run(client, nets, site.rows.part(0), down, site.rng)
+    with _read_only(phase, {"rows": {"x": site.rows.x, "y": site.rows.y}, "down": down, "memory": client.memory}):
+        return phase.run(client, nets, site.rows.part(0), down, site.rng)
+
+
+@contextmanager
+def _read_only(phase: Sweep | Free, inputs: Tree) -> Iterator[None]:
+    """Refuse a phase that writes into what later phases, or other clients, read. Raises MethodError."""
+    before = tree.versions(inputs)
+    yield
+    changed = tree.changed_since(before, inputs)
+    if changed:
+        raise MethodError(f"phase '{phase.name}' changes '{changed}' in place; rows, downlink and memory are read-only")
 
 
 @contextmanager
@@ -331,7 +342,8 @@ def sweep(phase: Sweep, modules: Modules, client: Client, down: Tree, rows: Rows
         raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}'], which init_memory does not create")
     nets = Nets(modules, **client.weights)
     total = tree.zeros_like(client.memory[phase.name])
-    with torch.inference_mode():
+    inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
+    with _read_only(phase, inputs), torch.inference_mode():
         for start in range(0, len(rows.y), EVAL_BATCH):
             batch = rows.part(start, start + EVAL_BATCH)
             total = phase.step(nets, batch, total, down, client.memory)
@@ -356,10 +368,10 @@ def predict(
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
-    """Modules whose initial weights depend on `rng` alone."""
+    """Modules whose initial weights depend on `rng` alone. Which of them are frozen (`requires_grad=False`) stays as built."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()
     for module in modules.values():
-        module.to(torch.get_default_dtype()).requires_grad_(False)  # a user's instance may be of another precision
+        module.to(torch.get_default_dtype())  # a user's instance may be of another precision
     return modules

@@ -67,6 +67,22 @@ def clone(tree: Tree) -> Tree:
     return map_tree(lambda leaf: leaf.detach().clone(), tree)
 
 
+def versions(tree: Mapping[str, Any]) -> list[int]:
+    """A number for each leaf that grows whenever somebody writes into its memory; see `changed_since`."""
+    return [0 if leaf.is_inference() else leaf._version for leaf in leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def changed_since(before: Sequence[int], tree: Mapping[str, Any]) -> str:
+    """The path of the first leaf that was written into since `versions(tree)` gave `before`; "" where none was.
+
+    Writes through NumPy, or into tensors made in inference mode, go unnoticed.
+    """
+    if versions(tree) == before:
+        return ""
+    paths = [path for path, leaf in flatten(tree) if isinstance(leaf, Tensor)]
+    return next(path for path, then, now in zip(paths, before, versions(tree), strict=True) if then != now)
+
+
 def apart(tree: Tree, others: Sequence[Tree]) -> Tree:
     """The tree, with copies of those leaves that lie in the memory of other trees, which may not last as long."""
     taken = {leaf.untyped_storage().data_ptr() for other in others for leaf in leaves(other)}
@@ -97,7 +113,7 @@ def mean_cosine(trees: Sequence[Tree]) -> float:
     """The mean cosine between pairs of two or more trees, each taken as one vector: from -1 to 1; a zero vector has cosine 0 with any."""
     gram = torch.zeros(len(trees), len(trees), dtype=torch.float64)
     for same in zip(*(leaves(tree) for tree in trees), strict=True):
-        rows = torch.stack(same).flatten(1).double()
+        rows = torch.stack(same).reshape(len(trees), -1).double()
         gram += (rows @ rows.T).cpu()
     norms = gram.diagonal().sqrt()
     cosines = gram / torch.outer(norms, norms).clamp(min=torch.finfo(torch.float64).tiny)

@@ -135,3 +135,11 @@ def test_the_example_keeps_the_contract_and_is_fedavg_without_momentum(experimen
     assert len(shown) > 10
     assert set(shown) <= set(file.read_text().partition("class HeavyBall")[2].splitlines())
     assert not any(rule.kept is False for rule in check_method(f"{file}:HeavyBall"))
+
+
+def test_a_report_is_an_html_page_and_no_other_file(cli, tiny):
+    assert tiny("run", "--quiet", "out=mine").code == 0
+    done = cli("report", "mine", "out=t.csv")
+    assert done.code == 2
+    assert "out=t.csv: the report is an HTML page; name it t.html" in done.err
+    assert not Path("t.csv").exists()

@@ -61,7 +61,7 @@ def test_a_label_names_the_run(tiny):
 
 def test_divergence_is_told(tiny):
     done = tiny("run", "method.lr=1e30", "out=mine", "--quiet")
-    assert done.code == 0
+    assert done.code == 1
     assert (
         "warning: mine: an uplink was rejected ('weights/params/model.body.linear.weight' is not finite) in round 1"
         in done.err
@@ -159,3 +159,13 @@ def test_the_entry_point():
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert done.stdout == f"fedloom {fedloom.__version__}\n"
+
+
+def test_a_run_that_learnt_nothing_does_not_end_with_0(tiny):
+    done = tiny("run", "method.lr=1e30", "out=mine")
+    assert done.code == 1
+    assert "error: mine: every round was skipped, so the model is the initial one; events.jsonl says why" in done.err
+    assert json.loads(Path("mine/summary.json").read_text())["skipped"] == 2
+    both = tiny("compare", "method=fedavg,local", "fedavg.lr=1e30", "out=both")
+    assert both.code == 1
+    assert both.err.count("every round was skipped") == 1

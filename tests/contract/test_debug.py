@@ -6,8 +6,9 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fedloom import ConfigError, FedAvg, FedRIR, Local, MethodError, Train
+from fedloom import ConfigError, Downlink, FedAvg, FedRIR, Free, Local, MethodError, Sweep, Train, tree
 from fedloom.losses import cross_entropy
+from fedloom.nets import write_weights
 
 
 @dataclass(frozen=True)
@@ -166,3 +167,134 @@ def test_an_error_says_where_it_happened(experiment):
         assert "in phase 'train', after 0 steps" in notes
         assert "round 0" in notes
         assert "client" in notes
+
+
+@dataclass(frozen=True)
+class WritesIntoServer(FedAvg):
+    """Changes the server's state in place."""
+
+    def aggregate(self, server, uplinks, round):
+        for name, p in server["weights"]["params"].items():
+            p.copy_(uplinks[0]["weights"]["params"][name])
+        return server
+
+
+@dataclass(frozen=True)
+class WritesIntoUplinks(FedAvg):
+    """Sums up in the first uplink."""
+
+    def aggregate(self, server, uplinks, round):
+        first = uplinks[0]["weights"]
+        for p in first["params"].values():
+            p.mul_(0.5)
+        return {"weights": first}
+
+
+@dataclass(frozen=True)
+class LogsInPlace(FedAvg):
+    """Changes uplinks when only asked for numbers."""
+
+    def server_logs(self, server, uplinks, round):
+        next(iter(uplinks[0]["weights"]["params"].values())).zero_()
+        return {}
+
+
+@dataclass(frozen=True)
+class SweepsInPlace(FedAvg):
+    """Halves its rows while it visits them."""
+
+    def init_memory(self, weights, task):
+        return {"seen": {"n": torch.zeros(())}}
+
+    def phases(self):
+        return Sweep("seen", self.visit), *super().phases()
+
+    def visit(self, nets, batch, total, down, memory):
+        batch.x.mul_(0.5)
+        return {"n": total["n"] + len(batch.y)}
+
+
+@dataclass(frozen=True)
+class WorksInPlace(FedAvg):
+    """Halves its rows in free work."""
+
+    def phases(self):
+        return Free("work", self.work), *super().phases()
+
+    def work(self, client, nets, rows, down, stream):
+        rows.x.mul_(0.5)
+        return client
+
+
+@dataclass(frozen=True)
+class DeploysEach(FedAvg):
+    """Would have every client predict with weights of its own."""
+
+    def deploy(self, server, task):
+        return Downlink({}, [self.downlink(server, ()).common] * task.n_clients)
+
+
+IN_PLACE = {
+    WritesIntoServer: "WritesIntoServer.aggregate changes 'server/weights/params/.*' in place",
+    WritesIntoUplinks: "WritesIntoUplinks.aggregate changes 'uplink 0/weights/params/.*' in place",
+    LogsInPlace: "LogsInPlace.server_logs changes 'uplink 0/weights/params/.*' in place",
+    SweepsInPlace: "phase 'seen' changes 'rows/x' in place",
+    WorksInPlace: "phase 'work' changes 'rows/x' in place",
+    DeploysEach: "DeploysEach.deploy gives `each`",
+}
+
+
+@pytest.mark.parametrize("method", IN_PLACE, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("engine", ["sequential", "processes", "vectorised"])
+def test_inputs_of_hooks_are_read_only_on_every_engine(experiment, method, engine):
+    with pytest.raises(MethodError, match=IN_PLACE[method]):
+        experiment(method(), engine=engine).run()
+
+
+@dataclass(frozen=True)
+class RandomStart(FedAvg):
+    """Draws a part of the server's state from torch's own generator."""
+
+    def init_server(self, weights, task):
+        return super().init_server(weights, task) | {"net": torch.randn(3)}
+
+    def aggregate(self, server, uplinks, round):
+        return super().aggregate(server, uplinks, round) | {"net": server["net"] + torch.randn(3)}
+
+
+def test_what_server_hooks_draw_from_torch_depends_on_the_seed_alone(experiment):
+    def net(seed):
+        before = torch.get_rng_state()
+        run = experiment(RandomStart(), seed=seed)
+        run.run()
+        assert torch.equal(before, torch.get_rng_state())
+        torch.rand(1)
+        return run.server["net"]
+
+    first = net(0)
+    assert torch.equal(first, net(0))
+    assert not torch.equal(first, net(1))
+
+
+@dataclass(frozen=True)
+class Sceptical(FedAvg):
+    """Clients predict with weights of zero, whatever they are sent."""
+
+    def receive(self, weights, down, memory):
+        return tree.zeros_like(super().receive(weights, down, memory))
+
+    def aggregate(self, server, uplinks, round):
+        return server  # as it was initially
+
+
+def test_the_servers_score_is_of_its_own_weights_whatever_clients_make_of_them(experiment):
+    """A model of zeros gives class 0 to every row; the server's initial weights are others."""
+    run = experiment(Sceptical(), **{"partition.name": "iid"})
+    run.run()
+    modules = {net: module.double().eval() for net, module in run.problem.modules(0).items()}
+    write_weights(modules, run.server["weights"])
+    x, y = run.data.common()
+    with torch.no_grad():
+        expected = float((modules["model"](x.double()).argmax(1) == y).double().mean())
+    assert run.rows[-1]["server_accuracy"] == pytest.approx(expected)
+    assert run.rows[-1]["general_accuracy"] == pytest.approx(float((y == 0).double().mean()))

@@ -58,7 +58,7 @@ def test_several_clients_with_different_numbers_of_rows_take_the_steps_of_sgd():
 
 def modules(hidden=5):
     body = nn.Sequential(nn.Flatten(), nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 6), nn.Tanh())
-    return {"model": nn.Sequential(body, nn.Linear(6, 3)).requires_grad_(False)}
+    return {"model": nn.Sequential(body, nn.Linear(6, 3))}
 
 
 SGD = optim.sgd(0.1)
@@ -87,7 +87,7 @@ def by_torch(nets, epochs=3):
 
 
 def logistic(bias=True):
-    return {"model": nn.Sequential(nn.Flatten(), nn.Linear(6, 3, bias=bias)).requires_grad_(False)}
+    return {"model": nn.Sequential(nn.Flatten(), nn.Linear(6, 3, bias=bias))}
 
 
 @pytest.mark.parametrize("make", [modules, logistic, lambda: logistic(bias=False)], ids=["mlp", "logistic", "no bias"])

@@ -65,10 +65,7 @@ N_ROWS, TASK = 11, Task(1, 1, 2, (3,), 3, 5)
 
 def net(*layers: nn.Module) -> dict[str, nn.Module]:
     torch.manual_seed(0)
-    made = {"model": nn.Sequential(*(layers or (nn.Linear(3, 2),))), "other": nn.Linear(3, 2)}
-    for module in made.values():
-        module.requires_grad_(False)
-    return made
+    return {"model": nn.Sequential(*(layers or (nn.Linear(3, 2),))), "other": nn.Linear(3, 2)}
 
 
 def rows(n: int = N_ROWS) -> Rows:
@@ -141,7 +138,7 @@ def test_members_of_an_interleave_see_the_same_batches_in_turn():
 def test_what_is_computed_once_has_a_known_gradient():
     """Two steps by hand: the first member fits b to the numbers s = w x, the second moves w by d/dw (s b)^2 with the new b."""
     modules = net(nn.Linear(1, 1, bias=False))
-    modules["other"] = nn.Linear(1, 1, bias=False).requires_grad_(False)
+    modules["other"] = nn.Linear(1, 1, bias=False)
     nn.init.constant_(modules["model"][0].weight, 2.0)
     nn.init.constant_(modules["other"].weight, 3.0)
     calls = []
@@ -189,7 +186,7 @@ def test_only_the_last_member_may_train_what_is_computed_once():
 
 def test_only_the_last_member_may_train_what_is_passed_through():
     modules = net(nn.Linear(1, 1, bias=False))
-    modules["other"] = nn.Linear(1, 1, bias=False).requires_grad_(False)
+    modules["other"] = nn.Linear(1, 1, bias=False)
 
     def once(nets, batch, down, memory):
         return {"s": nets.other(nets.model(torch.ones(1, 1)))}

@@ -32,7 +32,7 @@ class Subject:
         self.method, self.data, self.problem = experiment.method, experiment.data, experiment.problem
         self.task, self.round = experiment.problem.task, experiment.done
         self._engine, self._seed = experiment.engine, experiment.settings.seed
-        self.down: Downlink = self.method.deploy(experiment.server, self.task)
+        self.down: Downlink = experiment.hooks.deploy(experiment.server, experiment.done)
 
     @property
     def clients(self) -> list[int]:

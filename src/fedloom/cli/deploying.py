@@ -118,8 +118,7 @@ def run(words: Sequence[str]) -> int:
     if given.resume is not None and given.words:
         raise ConfigError(f"'{given.words[0]}': --resume takes its settings from the run's folder alone")
     values = _one_experiment(_over(read_config(deployment.path), given.words))
-    _execute(deployment, values, given)
-    return 0
+    return _execute(deployment, values, given)
 
 
 def up(words: Sequence[str]) -> int:
@@ -146,8 +145,7 @@ def up(words: Sequence[str]) -> int:
     with _ended_in_order():
         Console(stderr=True).print(f"starting a server and {given.local} nodes", highlight=False)
         with local_federation({k: v for k, v in values.items() if k != "out"}, given.local) as federation:
-            _execute(federation.deployment, values, given)
-    return 0
+            return _execute(federation.deployment, values, given)
 
 
 STEPS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
@@ -155,8 +153,8 @@ STEPS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
 )
 
 
-def _execute(deployment: Any, values: Values, given: Any) -> None:
-    """One experiment on nodes, with progress, tables and page as `fedloom run` has them."""
+def _execute(deployment: Any, values: Values, given: Any) -> int:
+    """One experiment on nodes, with progress, tables, page and exit code as `fedloom run` has them."""
     from fedloom.deploy.grid import GridLink
     from fedloom.deploy.running import prepare, resume
 
@@ -191,7 +189,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> None:
         work()
     else:
         until_interrupted(work, f"fedloom deploy run {deployment.path} --resume {folder}")
-    conclude([folder], folder, given.json, given.quiet)
+    return conclude([folder], folder, given.json, given.quiet)
 
 
 def _result_options(parser: Parser) -> None:

@@ -34,7 +34,7 @@ def report(words: Sequence[str]) -> int:
         raise ConfigError("fedloom report: name the folder of a run, such as runs/digits")
     refuse_empty(options)
     beside = Path(folders[0]) if len(folders) == 1 else Path()
-    target = new_file(options["out"], "out", made=True) if "out" in options else beside / "report.html"
+    target = _page(options["out"]) if "out" in options else beside / "report.html"
     waiting = _waiting(options)
     records = read(folders)
     if not given.quiet:
@@ -49,6 +49,13 @@ def report(words: Sequence[str]) -> int:
     write_page(records, target, waiting, options.get("baseline"))
     print(f"report  {target}")
     return 0
+
+
+def _page(name: str) -> Path:
+    """The file that `out=` names. Raises ConfigError if it is no HTML page."""
+    if Path(name).suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"out={name}: the report is an HTML page; name it {Path(name).stem or 'report'}.html")
+    return new_file(name, "out", made=True)
 
 
 def _waiting(options: Mapping[str, str]) -> Waiting | None:

@@ -15,7 +15,7 @@ from fedloom.cli.words import Interrupted, Parser, output, read_values, settings
 from fedloom.compare import Comparison, Job, create, execute, plan, reopen
 from fedloom.config import Values, make_settings
 from fedloom.errors import ConfigError, UsageError
-from fedloom.experiment import Experiment, OnRound
+from fedloom.experiment import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
 from fedloom.progress import live
 from fedloom.report import paired_table, read, summary_table, write_page
 from fedloom.runfolder import RunFolder
@@ -64,8 +64,7 @@ def run(words: Sequence[str]) -> int:
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
     until_interrupted(lambda: _run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
-    conclude([folder], folder, given.json, given.quiet)
-    return 0
+    return conclude([folder], folder, given.json, given.quiet)
 
 
 def compare(words: Sequence[str]) -> int:
@@ -84,8 +83,7 @@ def compare(words: Sequence[str]) -> int:
     done: list[Path] = []
     again = f"fedloom compare --resume {folder}"
     until_interrupted(lambda: done.extend(_run_all(wanted, folder, given.quiet)), again)
-    conclude(done, folder, given.json, given.quiet)
-    return 0
+    return conclude(done, folder, given.json, given.quiet)
 
 
 def _options(parser: Parser, resume: str) -> None:
@@ -149,8 +147,8 @@ def _run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
         return execute(wanted, folder, on_run)
 
 
-def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> None:
-    """Tables, page and warnings for finished runs."""
+def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> int:
+    """Tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
     records = read(runs)
     hint = _write_page(records, folder / "report.html")
     if as_json:
@@ -167,6 +165,10 @@ def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> 
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
         _warn_of_divergence(run_folder)
+    idle = [run_folder for run_folder in runs if nothing_learnt(RunFolder.open(run_folder).summary())]
+    for run_folder in idle:
+        print(f"fedloom: error: {run_folder}: {NOTHING_LEARNT}", file=sys.stderr)
+    return int(bool(idle))
 
 
 def _write_page(records: Sequence[Any], target: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import DataError
+
+log = logging.getLogger(__name__)
 
 Column = npt.NDArray[Any]
 Array = Tensor | npt.NDArray[Any]
@@ -60,9 +63,14 @@ def from_arrays(
 ) -> Dataset:
     """A pool from one's own NumPy arrays or torch tensors.
 
-    `x` is (N, C, H, W) uint8, or float of any shape (N, ...) without NaN or infinities; `y` is (N,) integers from 0.
-    `x_test`, `y_test` come together or not at all. `columns` hold one value per row, training rows first. Raises
-    DataError.
+    `x` is (N, C, H, W) uint8 pictures, or float of any shape (N, ...) without NaN or infinities; `y` is (N,) integers from 0.
+    `x_test`, `y_test` come together or not at all. `columns` hold one value per row, training rows first. The arrays are copied.
+
+    Pictures with channels last, (N, H, W, C), are turned, and float pictures of whole numbers from 0 to 255 become uint8.
+    A log line says so.
+
+    Raises:
+        DataError: arrays of the wrong shape or type, or labels 1..K without `classes`, which would add a class 0 that nobody has.
     """
     if (x_test is None) != (y_test is None):
         raise DataError("from_arrays: x_test and y_test come together; one of them is missing")
@@ -70,12 +78,14 @@ def from_arrays(
     n_train = len(labels)
     if x_test is not None and y_test is not None:
         more = _inputs(x_test, "x_test")
+        if images.is_floating_point() and more.dtype == torch.uint8:  # a few training pixels are no whole numbers
+            more = more.to(images.dtype)
         if more.shape[1:] != images.shape[1:] or more.dtype != images.dtype:
             raise DataError(f"from_arrays: x_test is {_describe(more)} and x is {_describe(images)}; they must agree")
         images, labels = torch.cat([images, more]), torch.cat([labels, _labels(y_test, "y_test")])
     if len(images) != len(labels):
         raise DataError(f"from_arrays: {len(images)} rows of inputs and {len(labels)} labels; they must agree")
-    names = tuple(classes) if classes is not None else tuple(str(c) for c in range(int(labels.max()) + 1))
+    names = tuple(classes) if classes is not None else _class_numbers(labels)
     pool = Dataset(name, images, labels, n_train, names, {key: np.asarray(v) for key, v in (columns or {}).items()})
     return checked(pool)
 
@@ -97,11 +107,26 @@ def checked(dataset: Dataset) -> Dataset:
     return dataset
 
 
+def _class_numbers(labels: Tensor) -> tuple[str, ...]:
+    """Names for classes 0 .. the largest label."""
+    found, most = np.unique(labels.numpy()).tolist(), int(labels.max())
+    if found[0] == 1:
+        raise DataError(
+            f"from_arrays: labels run from 1 to {most}; subtract 1, or name all classes from 0 with classes="
+        )
+    if len(found) <= most and found[0] >= 0:
+        absent = sorted(set(range(most)) - set(found))
+        shown = ", ".join(map(str, absent[:5])) + (" ..." if len(absent) > 5 else "")
+        log.warning("from_arrays: no example has label %s; classes run from 0 to %d", shown, most)
+    return tuple(str(c) for c in range(most + 1))
+
+
 def _tensor(values: Array, what: str) -> Tensor:
-    if isinstance(values, np.ndarray) and not values.flags.writeable:
-        values = values.copy()  # torch warns about memory that it must not write to
+    """A copy: nothing that happens to a data set happens to the caller's array, nor the other way round."""
     try:
-        return torch.as_tensor(values).detach().cpu()
+        return (
+            torch.tensor(values) if isinstance(values, np.ndarray) else torch.as_tensor(values).detach().cpu().clone()
+        )
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"from_arrays: {what} cannot become a tensor ({error})") from error
 
@@ -110,6 +135,12 @@ def _inputs(x: Array, what: str) -> Tensor:
     tensor = _tensor(x, what)
     if tensor.ndim < 2 or len(tensor) == 0:
         raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; rows come first and there must be some")
+    if tensor.ndim == 4 and tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3):
+        log.warning("from_arrays: %s is %s; channels are taken to be last, and moved first", what, _describe(tensor))
+        tensor = tensor.permute(0, 3, 1, 2).contiguous()
+    if tensor.is_floating_point() and tensor.ndim == 4 and _are_bytes(tensor):
+        log.warning("from_arrays: %s holds whole numbers from 0 to 255 as %s; taken as uint8", what, _describe(tensor))
+        tensor = tensor.to(torch.uint8)
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
             raise DataError(
@@ -120,6 +151,11 @@ def _inputs(x: Array, what: str) -> Tensor:
     elif not bool(torch.isfinite(tensor).all()):
         raise DataError(f"from_arrays: {what} holds NaN or infinite values")
     return tensor
+
+
+def _are_bytes(x: Tensor) -> bool:
+    """Whether pictures are pixels from 0 to 255 stored as floats."""
+    return x.shape[1] in (1, 3) and 1.5 < float(x.max()) <= 255 and float(x.min()) >= 0 and bool((x == x.round()).all())
 
 
 def _labels(y: Array, what: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from fedloom.data.partition import Partition
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
 from fedloom.rng import Stream
+
+log = logging.getLogger(__name__)
 
 NORMALISES: Final = ("half", "standard", "none")
 Batch = tuple[Tensor, Tensor]
@@ -45,6 +48,7 @@ class Federation:
         self, dataset: Dataset, partition: Partition, *, normalise: str | None = None, augment: str = "none"
     ) -> None:
         self.is_picture = dataset.images.dtype == torch.uint8
+        chosen = normalise is not None
         normalise = normalise or ("half" if self.is_picture else "none")
         for key, value, known in (("normalise", normalise, NORMALISES), ("augment", augment, AUGMENTS)):
             if value not in known:
@@ -58,6 +62,8 @@ class Federation:
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
         self._scale, self._shift = _scale_and_shift(dataset, normalise)
+        if not chosen and not self.is_picture:
+            _tell_of_scale(dataset)
         self._common: Batch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -216,6 +222,22 @@ def _check_fits(dataset: Dataset, partition: Partition) -> None:
         )
 
 
+LARGE = 20.0
+"""Inputs beyond it, left as they are by default, make ordinary learning rates diverge or stall."""
+
+
+def _tell_of_scale(dataset: Dataset) -> None:
+    """One line where large features will be used as they are, and nobody asked for that."""
+    low, high = float(dataset.images.min()), float(dataset.images.max())
+    if max(abs(low), abs(high)) > LARGE:
+        log.warning(
+            "data=%s: inputs run from %g to %g and are used as they are; data.normalise=standard scales them",
+            dataset.name,
+            low,
+            high,
+        )
+
+
 def _scale_and_shift(dataset: Dataset, normalise: str) -> Batch:
     """Float64 a, b such that an input becomes a * stored + b; scalars, or shaped to broadcast over (n, ...)."""
     unit = 1 / 255 if dataset.images.dtype == torch.uint8 else 1.0
@@ -236,6 +258,6 @@ def _moments(images: Tensor) -> Batch:
     for start in range(0, len(images), 256):  # float64 sums of bytes and of their squares are exact, in any order
         chunk = images[start : start + 256].double()
         total = total + chunk.sum(over)
-        squares = squares + chunk.square_().sum(over)
+        squares = squares + chunk.square().sum(over)
     mean = total / n
     return mean.reshape(shape), (squares / n - mean.square()).clamp(min=0).sqrt().reshape(shape)

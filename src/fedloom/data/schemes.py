@@ -6,6 +6,7 @@ how many examples of each class a client gets, (K, Y) counts; only an accepted d
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -14,6 +15,8 @@ import numpy.typing as npt
 
 from fedloom.errors import DataError
 from fedloom.rng import Stream
+
+log = logging.getLogger(__name__)
 
 Rows = npt.NDArray[np.int64]
 MAX_DRAWS: Final = 2000
@@ -130,6 +133,12 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
         )
     if len(large) == 0:
         raise DataError(f"partition.min_examples={min_examples}: no value of the column has that many rows")
+    small = np.setdiff1d(np.arange(len(values)), large)
+    if len(small):
+        log.warning(
+            "partition=natural: %d of %d owners, with %d examples, have fewer than partition.min_examples=%d and are left out",
+            *(len(small), len(values), sizes[small].sum(), min_examples),
+        )
     order = np.argsort(owners, kind="stable")
     groups = np.split(order, np.cumsum(sizes)[:-1])
     return [groups[v] for v in sorted(large[:n_clients])]

@@ -16,13 +16,14 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedloom import tree
+from fedloom.accelerator import HOST
 from fedloom.batches import Plan
 from fedloom.codec import PLAIN, Codec
 from fedloom.data import Federation
 from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
 from fedloom.nets import read_weights, select
 from fedloom.rng import Stream
-from fedloom.training import Modules, fresh_modules
+from fedloom.training import Modules, fresh_modules, own_randomness
 from fedloom.tree import Tree, Weights
 
 
@@ -94,6 +95,11 @@ class Problem:
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         unsent = self.codec.unsent(method.travelling(weights))
         return Client(weights, method.init_memory(weights, self.task), opts, unsent)
+
+    def init_server(self, weights: Weights) -> Tree:
+        """The server's state before the first round; torch's generator is seeded for methods that draw from it."""
+        with own_randomness(Stream(self.seed, "init_server"), HOST):
+            return self.method.init_server(weights, self.task)
 
     def stream(self, number: int, client: int, purpose: str) -> Stream:
         """A client's stream for one purpose in one round."""
@@ -185,6 +191,10 @@ class Engine(ABC):
     def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
         """Client `i`'s personal predictor after `receive` and `adapt`: modules, weights and memory, and the downlink it was given."""
         raise NotImplementedError
+
+    def modules(self) -> Sequence[Modules]:
+        """The modules that this process computes with, by architecture; none where the work is done elsewhere."""
+        return ()
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing to let go of)
         """Let go of workers and files."""

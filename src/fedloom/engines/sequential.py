@@ -20,7 +20,7 @@ from fedloom.engines.scoring import Scorer, common_part, none, score_of
 from fedloom.engines.state import MappedStore, MemoryStore, Store
 from fedloom.errors import DataError
 from fedloom.gradients import Gradients
-from fedloom.method import Client, Downlink, Predictor, Turn
+from fedloom.method import Client, Downlink, Method, Predictor, Turn
 from fedloom.nets import read_weights
 from fedloom.training import Modules, Outcome, Site, predict, run_phases, run_turn
 from fedloom.tree import Tree, Weights
@@ -183,7 +183,8 @@ class Sequential(Engine):
     def score_server_part(self, down: Downlink, part: tuple[int, int]) -> Score:
         """`score_server`, on the k-th of n pieces of the common rows.
 
-        The weights are those that a new client of the first architecture would receive.
+        The weights are the server's own: the downlink merged into a new client of the first architecture, past any `receive` of the method,
+        which says what a client makes of them.
         """
         p, message = self.problem, moved(down.common, self._device)
         x, y = common_part(self.data, part)
@@ -191,7 +192,7 @@ class Sequential(Engine):
             return none(p.task.n_classes)
         blank = p.initial(0, self._initial[p.arch_of[0]])
         blank = Client(**moved(blank._asdict(), self._device))
-        server = blank._replace(weights=p.method.receive(blank.weights, message, blank.memory))
+        server = blank._replace(weights=Method.receive(p.method, blank.weights, message, blank.memory))
         logits = self._predict(p.method.predictors()["server"], 0, server, x, message)
         return score_of(logits, y, p.task.n_classes)
 
@@ -199,6 +200,10 @@ class Sequential(Engine):
         """See `Engine.personal`."""
         client = self._adapted(number, moved(down.common, self._device), i)
         return self.problem.modules(self.problem.arch_of[i]), Client(**moved(client._asdict(), HOST)), down.common
+
+    def modules(self) -> Sequence[Modules]:
+        """See `Engine.modules`."""
+        return [gradients.modules for gradients in self._gradients]
 
     def client(self, i: int) -> Client:
         """See `Engine.client`."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Reply, Score
 from fedloom.engines.wire import Meter, decode, encode
 from fedloom.errors import MethodError
 from fedloom.method import Client, Downlink
+from fedloom.models.own_state import REMEDY, attributes, changed_attribute
 from fedloom.nets import read_weights
 from fedloom.training import Modules
 from fedloom.transforms import is_coded
@@ -58,6 +60,10 @@ class Wrapper(Engine):
         """See `Engine.restore`."""
         self.inner.restore(i, client)
 
+    def modules(self) -> Sequence[Modules]:
+        """See `Engine.modules`."""
+        return self.inner.modules()
+
     def close(self) -> None:
         """See `Engine.close`."""
         self.inner.close()
@@ -101,7 +107,8 @@ class Bytes(Wrapper):
 class Debug(Wrapper):
     """Watches the contract.
 
-    Inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite.
+    Inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite. Modules keep
+    nothing to themselves, and scoring changes no client.
     """
 
     def __init__(self, inner: Engine) -> None:
@@ -111,9 +118,10 @@ class Debug(Wrapper):
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`; each broken rule is a MethodError that names client, round and tensor."""
-        before = {i: _copy(self.inner.client(i)) for i in range(self.problem.task.n_clients)}
+        before = self._copies()
         sent = [tree.clone(down.to(slot)) for slot in range(len(cohort))]
-        replies = self.inner.train(number, cohort, down)
+        with self._watched_modules(f"round {number}"):
+            replies = self.inner.train(number, cohort, down)
         for slot, copy in enumerate(sent):
             if not tree.equal(copy, down.to(slot)):
                 raise MethodError(f"round {number}: the downlink of slot {slot} was changed in place")
@@ -128,6 +136,34 @@ class Debug(Wrapper):
                     f"round {number}, client {reply.client} keeps '{reply.diverged}'{shape}, which is not finite"
                 )
         return replies
+
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """See `Engine.score`; a client, or the downlink, that scoring changed is a MethodError."""
+        before, sent = self._copies(), tree.clone(down.common)
+        with self._watched_modules(f"scoring after {number} rounds"):
+            scores = self.inner.score(number, down, clients, asks)
+        if not tree.equal(sent, down.common):
+            raise MethodError(f"scoring after {number} rounds changes the downlink in place")
+        for i, copy in before.items():
+            if not tree.equal(copy, self.inner.client(i)._asdict()):
+                raise MethodError(f"scoring after {number} rounds changes what client {i} keeps")
+        return scores
+
+    def _copies(self) -> dict[int, Tree]:
+        return {i: tree.clone(self.inner.client(i)._asdict()) for i in range(self.problem.task.n_clients)}
+
+    @contextmanager
+    def _watched_modules(self, where: str) -> Iterator[None]:
+        """Refuse nets that keep state in Python attributes, which all clients would share. Raises MethodError."""
+        nets = [(net, module) for mine in self.inner.modules() for net, module in mine.items()]
+        before = [attributes(module) for _, module in nets]
+        yield
+        for (net, module), mine in zip(nets, before, strict=True):
+            changed = changed_attribute(mine, attributes(module))
+            if changed:
+                raise MethodError(
+                    f"{where}: net '{net}' keeps '{changed}' ({type(module).__name__}) from one call to the next; {REMEDY}"
+                )
 
     def _check_client(self, number: int, i: int, before: Tree, after: Client, worked: bool) -> None:
         now = after._asdict()
@@ -147,10 +183,6 @@ class Debug(Wrapper):
             name = min(leaked).partition("/")[2]
             raise MethodError(f"round {number}, client {reply.client}: the private tensor '{name}' is in the uplink")
         _check_finite(reply.uplink, f"round {number}, client {reply.client} sends")
-
-
-def _copy(client: Client) -> Tree:
-    return tree.clone(client._asdict())
 
 
 def _check_finite(values: Tree, where: str) -> None:

@@ -18,6 +18,7 @@ from fedloom.models.cnn import fedavg_cnn, fedmr_cnn, fedrir_cnn
 from fedloom.models.layers import refuse_tied, sequence
 from fedloom.models.mlp import logistic, mlp
 from fedloom.models.mobilenet import mobilenetv2
+from fedloom.models.own_state import refuse_old_norms, refuse_own_state
 from fedloom.models.patches import mixer, vit_tiny
 from fedloom.models.resnet import resnet8, resnet10, resnet18, resnet20, resnet34
 from fedloom.models.splitting import check_split, dry_run, split
@@ -103,8 +104,11 @@ class OutsideArch(Arch):
     def check(self) -> None:
         """Raise ConfigError unless the module can be built, split and run on two made-up inputs."""
         with torch.random.fork_rng(devices=[]):
-            module = self._module(self.width)
+            refuse_old_norms(self.build, self.name)  # which cannot be copied
+            module = self._module(self.width).to(torch.get_default_dtype())  # as clients will have it
+            refuse_old_norms(module, self.name)
             refuse_tied({self.name: module})  # before body and head are separate copies
+            refuse_own_state(module, self.input_shape, self.name)
             check_split(module, self.input_shape, self.n_classes, self.name)
 
     def _parts(self, width: int | None) -> tuple[nn.Module, nn.Linear]:

@@ -49,21 +49,30 @@ def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, n
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"model {name} fails on inputs of shape (2, *{tuple(input_shape)}): {reason}") from error
+    for what, given in ((name, logits), (f"{name}'s body", features)):
+        if not isinstance(given, Tensor):
+            raise ConfigError(f"model {what} gives a {type(given).__name__}; return one tensor, the logits alone")
     if logits.shape != (2, n_classes):
         raise ConfigError(
             f"model {name} gives {tuple(logits.shape)} for 2 examples; logits (2, {n_classes}) are needed"
         )
     if features.shape != (2, head.in_features) or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
-        raise ConfigError(f"model {name}: its output is not {head} applied to features; name its .body and .head")
+        softmax = torch.allclose(logits.exp().sum(1), torch.ones(2).to(logits), atol=1e-3)
+        remedy = "return logits, without (log_)softmax at the end" if softmax else "name its .body and .head"
+        raise ConfigError(f"model {name}: its output is not {head} applied to features; {remedy}")
 
 
 @torch.no_grad()
 def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """What `module` makes of two made-up inputs in eval mode, on its own device and in its own dtype."""
-    weight = next(module.parameters(), torch.empty(0))
-    n = 2 * math.prod(input_shape)
-    inputs = torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device).reshape(2, *input_shape)
+    """What `module` makes of two made-up inputs in eval mode."""
     was_training = module.training
-    outputs: Tensor = module.eval()(inputs)
+    outputs: Tensor = module.eval()(made_up(module, input_shape))
     module.train(was_training)
     return outputs
+
+
+def made_up(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
+    """Two made-up inputs (2, *input_shape), on the module's device and in its dtype."""
+    weight = next(module.parameters(), torch.empty(0))
+    n = 2 * math.prod(input_shape)
+    return torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device).reshape(2, *input_shape)

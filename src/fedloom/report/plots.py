@@ -97,6 +97,7 @@ def _accuracy_over(
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
         if _spans([curve.x[-1] for curve in curves.values()], 20):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: shown(x) if x >= 0 else ""))
     return figure
 
@@ -133,6 +134,8 @@ def log_over_rounds(records: Sequence[RunRecord], key: str) -> Figure:
     figure = _curves_figure(records, curves, shorten(printable(key), 40), ("round", ""), (4.0, 2.7))
     if _spans([value for curve in curves.values() for value in curve.low], 200):
         figure.axes[0].set_yscale("log")
+        for axis_format in (figure.axes[0].yaxis.set_major_formatter, figure.axes[0].yaxis.set_minor_formatter):
+            axis_format(ticker.LogFormatter(minor_thresholds=(2, 0.5)))  # its usual one writes in TeX
     return figure
 
 

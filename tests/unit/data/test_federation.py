@@ -177,3 +177,33 @@ def test_digits_end_to_end():
     assert x.shape[1:] == (1, 8, 8)
     assert (x.min().item(), x.max().item()) == pytest.approx((-1, 1))
     assert y.dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
+@pytest.mark.parametrize("normalise", ["half", "standard", "none"])
+def test_nothing_that_a_federation_does_writes_into_its_pool(dtype, normalise):
+    """Normalising must not happen in the pool itself, whose rows may be views of somebody's array."""
+    x = (torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 200).to(dtype)
+    pool = from_arrays(x, torch.arange(40) % 4)
+    before = pool.images.clone()
+    augment = "crop-flip" if dtype == torch.uint8 else "none"
+    federation = Federation(pool, partition(pool, 2, scheme="iid"), normalise=normalise, augment=augment)
+    rows, _ = federation.train(0)
+    federation.augmented(rows, Stream(0))
+    federation.common()
+    federation.pictures(rows)
+    assert torch.equal(pool.images, before)
+    if normalise == "standard":
+        every = torch.cat([federation.train(i)[0] for i in range(2)] + [federation.test(i)[0] for i in range(2)])
+        torch.testing.assert_close(
+            every.double().std((0, 2, 3), correction=0), torch.ones(3).double(), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_large_features_left_as_they_are_by_default_are_told(caplog):
+    pool = from_arrays(np.full((8, 2), 300.0) * np.arange(8)[:, None], np.arange(8) % 2)
+    dealt = partition(pool, 2, scheme="iid", min_examples=2)
+    Federation(pool, dealt, normalise="none")
+    assert not caplog.text
+    Federation(pool, dealt)
+    assert "inputs run from 0 to 2100 and are used as they are; data.normalise=standard scales them" in caplog.text

@@ -242,3 +242,10 @@ def test_counts_are_per_client_and_class(pool):
     assert counts[2, 4] == (pool.labels.numpy()[made.train[2]] == 4).sum()
     with pytest.raises(DataError, match="split='tset'"):
         made.counts(pool.labels, 10, "tset")
+
+
+def test_owners_that_are_left_out_are_counted(caplog):
+    owners = ["a"] * 20 + ["b"] * 20 + ["c"] * 3 + ["d"] * 4
+    pool = from_arrays(np.zeros((47, 2), np.float32), np.arange(47) % 2, columns={"owner": owners})
+    assert partition(pool, scheme="natural", column="owner").n_clients == 2
+    assert "2 of 4 owners, with 7 examples, have fewer than partition.min_examples=10" in caplog.text

@@ -142,3 +142,22 @@ def test_colours_are_distinct_and_pyplot_stays_out() -> None:
     assert len(set(SERIES)) == len(SERIES)
     code = "import sys, fedloom.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("most", [400.0, 3e6])
+def test_numbers_on_a_logarithmic_axis_are_plain_text(tmp_path: Path, most: float) -> None:
+    """Text is taken literally in figures, so TeX would be printed as it is."""
+    (record,) = read([Scene(rounds=6).write(tmp_path / "run")])
+    assert record.metrics is not None
+    rising = np.geomspace(1, most, len(record.metrics))
+    steep = dataclasses.replace(record, metrics=record.metrics.assign(**{"train.loss": rising}))
+    figure = plots.log_over_rounds([steep], "train.loss")
+    assert figure.axes[0].get_yscale() == "log"
+    assert "mathdefault" not in texts(figure)
+
+
+def test_traffic_of_another_size_is_drawn_logarithmically_in_plain_text(tmp_path: Path) -> None:
+    scenes = [Scene(uplink_per_round=2_000), Scene(method="local", uplink_per_round=2_000_000)]
+    figure = plots.accuracy_over_bytes(read([scene.write(tmp_path / scene.method) for scene in scenes]))
+    assert figure.axes[0].get_xscale() == "log"
+    assert "mathdefault" not in texts(figure)
