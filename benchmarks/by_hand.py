@@ -1,7 +1,7 @@
 """A turn of w4-mlp with nothing around its operations: what no engine that calls torch's operations one by one can be faster than.
 
 taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds a turn, by clients side by side; the first layer's update apart, in
-                                               the product, or once a turn (in dual form, see fedloom.duals)
+                                               the product, or once a turn (in dual form, see fedloom.training.fast.gram_layer)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedloom.engines.memory import keep_freed_memory
+from fedloom.engines.process_memory import keep_freed_memory
 
 LR, ROWS, STEPS, CLIENTS, REPEATS = 0.05, 10, 6, 100, 7
 SIZES = 784, 200, 10

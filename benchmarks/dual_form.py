@@ -1,4 +1,4 @@
-"""Rounds with input layers in dual form (fedloom.duals) and as written, in turn: where is it worth it, and does the rule know?
+"""Rounds with input layers in dual form (`training/fast/gram_layer.py`) and as written, in turn: where does it pay, and does the rule know?
 
 python benchmarks/dual_form.py [rounds=12]      two worker processes; an MLP on MNIST's shape, 100 clients' worth of 60 rows a round
 """
@@ -16,10 +16,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from fedloom.bench import WORKLOADS, Stepped, dataset_for
-from fedloom.config import make_settings
-from fedloom.duals import Work
-from fedloom.experiment import Parts
+from fedloom.config.settings import make_settings
+from fedloom.experiment.loop import Parts
+from fedloom.tools.bench import WORKLOADS, Stepped, dataset_for
+from fedloom.training.fast.gram_layer import Work
 
 
 class Case(NamedTuple):

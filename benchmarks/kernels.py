@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 import torch
 
-from fedloom.bench import WORKLOADS, Stepped, dataset_for
-from fedloom.config import make_settings
-from fedloom.experiment import Parts
+from fedloom.config.settings import make_settings
+from fedloom.experiment.loop import Parts
+from fedloom.tools.bench import WORKLOADS, Stepped, dataset_for
 
 SCALES: Mapping[str, float] = MappingProxyType(
     {"w1": 0.1, "w1-100": 0.1, "w2": 0.08, "w3": 0.05, "w4": 0.3, "w4-mlp": 1.0}

@@ -31,9 +31,9 @@ from sklearn.preprocessing import label_binarize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fedloom.bench import Rival, Times
 from fedloom.engines import Problem
 from fedloom.methods import FedMR, FedRIR
+from fedloom.tools.bench import Rival, Times
 
 Pairs = list[tuple[Tensor, Tensor]]
 FEDMR_EVAL_BATCH, FEDMR_EVAL_EVERY = 128, 10
@@ -132,7 +132,7 @@ class FedAvgLoop:
         return client
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `fedloom.bench.Rival`."""
+        """See `fedloom.tools.bench.Rival`."""
         with _threads(self.threads):
             started = time.perf_counter()
             for client in self.clients:
@@ -285,7 +285,7 @@ class FedMRLoop:
         self.ce = nn.CrossEntropyLoss()
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `fedloom.bench.Rival`."""
+        """See `fedloom.tools.bench.Rival`."""
         with _threads(self.threads):
             started = time.perf_counter()
             returned = [self.train(self.slots[slot], self.pairs[i]) for slot, i in enumerate(cohort)]

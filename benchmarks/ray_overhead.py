@@ -24,11 +24,11 @@ import numpy as np
 import torch
 
 from fedloom import Client, Downlink, FedAvg, Stream, from_arrays, tree
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.engines import Engine
 from fedloom.errors import ConfigError, UsageError, suggest
-from fedloom.experiment import Experiment, Parts
-from fedloom.runfolder import RunFolder, environment
+from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.run_folder import RunFolder, environment
 from workloads import RESULTS, held
 
 DEFAULTS: Mapping[str, str] = MappingProxyType(

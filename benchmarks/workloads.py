@@ -20,11 +20,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fedloom.bench import MNIST, W4, WORKLOADS, Workload, machine_roof, measure
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, UsageError, suggest
-from fedloom.runfolder import RunFolder, environment
+from fedloom.experiment.run_folder import RunFolder, environment
+from fedloom.tools.bench import MNIST, W4, WORKLOADS, Workload, machine_roof, measure
 
 RESULTS = Path(__file__).parent / "results"
 RIVAL = Path(__file__).with_name("pfllib_style.py")
@@ -79,7 +79,7 @@ def engines_of(options: Mapping[str, str]) -> list[str]:
 
 
 def speed(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
-    """See `fedloom.bench.measure`; the rival is left out with `rival=no`."""
+    """See `fedloom.tools.bench.measure`; the rival is left out with `rival=no`."""
     return measure(
         work,
         engines_of(options),

@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 import torch
 
-from fedloom.config import make_settings
-from fedloom.experiment import Experiment, Parts
+from fedloom.config.settings import make_settings
+from fedloom.experiment.loop import Experiment, Parts
 from small import SMALL, changed
 
 hypothesis.settings.register_profile("fedloom", deadline=None, derandomize=True, database=None, max_examples=40)

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 
 from fedloom import Downlink, tree
+from fedloom.config.parsing import assign
 from fedloom.engines import Reply
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from fedloom.tree import Tree
-from fedloom.values import assign
 
 SMALL: dict[str, Any] = {
     "data": {"name": "digits", "rows": 240},

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedloom import bench
 from fedloom.engines import Problem
-from fedloom.runfolder import environment
+from fedloom.experiment.run_folder import environment
+from fedloom.tools import bench
 
 
 def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from fedloom import losses, tree
 from fedloom._version import __version__
 from fedloom.api import Run, resume, run
-from fedloom.composition import compose
 from fedloom.data import Dataset, Partition, from_arrays
 from fedloom.errors import ConfigError, DataError, FedloomError, MethodError, RunFolderError, UsageError, WireError
 from fedloom.method import (
@@ -38,6 +37,7 @@ from fedloom.methods import (
     Local,
     Scaffold,
 )
+from fedloom.methods.composition import compose
 from fedloom.nets import Nets
 from fedloom.rng import Stream
 

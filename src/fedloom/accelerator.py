@@ -1,4 +1,4 @@
-"""Where arithmetic is done: on the CPU, or on a CUDA device. What only a GPU can do is here and in `fedloom.recording`, and nowhere else.
+"""Where arithmetic is done: on the CPU or a CUDA device. Code that needs a GPU is here and in `training/fast/cuda_graph.py` only.
 
 Everything random is drawn on the host, from the same streams as ever, and moved; so batches, masks, noise and latents are the numbers that
 a run on the CPU has. The exception are modules with randomness of their own (Dropout), which ask the device's generator; it is seeded.

@@ -11,15 +11,15 @@ from typing import Any
 import pandas as pd
 from torch import nn
 
-from fedloom.config import Values, make_settings
+from fedloom.config.parsing import assign
+from fedloom.config.settings import Values, make_settings
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
-from fedloom.experiment import NOTHING_LEARNT, Experiment, OnRound, Parts, nothing_learnt
+from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, Parts, nothing_learnt
+from fedloom.experiment.personal_model import PersonalModel
+from fedloom.experiment.progress import live
 from fedloom.method import Method
-from fedloom.personal import PersonalModel
-from fedloom.progress import live
-from fedloom.registry import method_name
-from fedloom.values import assign
+from fedloom.methods.registry import method_name
 
 log = logging.getLogger(__name__)
 

@@ -67,7 +67,7 @@ class Client(NamedTuple):
     weights: Weights
     memory: Tree
     opts: Tree  # optimiser states of the phases that keep theirs, by phase
-    unsent: Tree = {}  # what a transform of uplinks has held back so far, by part (`fedloom.codec`)
+    unsent: Tree = {}  # what a transform of uplinks has held back so far, by part (`fedloom.wire.codec`)
 
 
 class Batch(NamedTuple):

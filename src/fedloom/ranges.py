@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -19,6 +20,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
+
+RAY_ADDRESS: Final = re.compile(r"(ray://)?(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
+"""HOST:PORT or ray://HOST:PORT, with scheme, host and port as groups."""
 
 LIMITS: Final[Mapping[str, tuple[Callable[[Any, Any], bool], str, str]]] = MappingProxyType(
     {

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fedloom import tree
-from fedloom.check import check_method
-from fedloom.compare import plan
-from fedloom.config import make_method
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import make_method
+from fedloom.methods.registry import METHODS, load_object
 from fedloom.models import ZOO
-from fedloom.registry import METHODS, load_object
-from fedloom.values import read_toml
+from fedloom.tools.check import check_method
+from fedloom.tools.compare import plan
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COMMANDS = ("run", "compare", "report", "analyse", "list", "partition", "check")

@@ -19,9 +19,9 @@ from typing import Any
 import pytest
 
 from fedloom import tree
-from fedloom.config import make_settings
-from fedloom.experiment import Experiment
-from fedloom.values import from_words
+from fedloom.config.parsing import from_words
+from fedloom.config.settings import make_settings
+from fedloom.experiment.loop import Experiment
 from small import losing
 
 OWN = """\
@@ -111,7 +111,7 @@ def test_a_cluster_that_is_not_there_is_one_line(cli):
 
 
 def test_without_ray_one_line_says_what_to_install(cli, monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("fedloom.engines.ray")]:
+    for name in [name for name in sys.modules if name.startswith("fedloom.engines.ray.engine")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ray", None)
     done = cli("run", "engine=ray", *WORDS)

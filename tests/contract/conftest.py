@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 if importlib.util.find_spec("ray"):
-    from fedloom.engines.ray import Cluster
+    from fedloom.engines.ray.engine import Cluster
 
     class Lent(Cluster):
         """Workers that outlive the engines that use them."""
@@ -25,4 +25,4 @@ if importlib.util.find_spec("ray"):
     @pytest.fixture(autouse=True)
     def lent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         """`engine=ray` borrows the session's workers."""
-        monkeypatch.setattr("fedloom.engines.ray.Cluster", lambda *_: request.getfixturevalue("workers"))
+        monkeypatch.setattr("fedloom.engines.ray.engine.Cluster", lambda *_: request.getfixturevalue("workers"))

@@ -26,7 +26,7 @@ from fedloom import (
     Turn,
     tree,
 )
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from fedloom.losses import cross_entropy
 from fedloom.method import Phase, Predictor
 from fedloom.tree import Tree, Weights

@@ -10,11 +10,12 @@ import torch
 from elsewhere import ELSEWHERE, Elsewhere
 
 from contract import TOYS, Left, assert_close, assert_same, left_by
-from fedloom import accelerator, replays, tree
+from fedloom import accelerator, tree
 from fedloom.accelerator import HOST, Place
 from fedloom.engines import vectorised
-from fedloom.experiment import Experiment
-from fedloom.registry import METHODS
+from fedloom.experiment.loop import Experiment
+from fedloom.methods.registry import METHODS
+from fedloom.training.fast import step_cache
 from small import interrupted_after
 
 SETTINGS = {"clients": 3, "cohort": 2, "rounds": 2, "batch_size": 32, "data.rows": 120}
@@ -159,9 +160,9 @@ class TestGpu:
 
     def test_graphs_give_the_bits_of_written_steps(self, experiment, method, model, engine, monkeypatch):
         long = {"rounds": 3, "batch_size": 8, "cohort": 3}
-        monkeypatch.setattr(replays, "TRIALS", 1 << 30)
+        monkeypatch.setattr(step_cache, "TRIALS", 1 << 30)
         written = on_gpu(experiment, method, model, engine, **long)
-        monkeypatch.setattr(replays, "TRIALS", 3)
+        monkeypatch.setattr(step_cache, "TRIALS", 3)
         assert_same(on_gpu(experiment, method, model, engine, **long), written)
 
 
@@ -183,8 +184,8 @@ class TestGpuArithmetic:
 
     def test_short_steps_become_graphs(self, experiment, monkeypatch, caplog):
         made = []
-        judge = replays.faster_replay
-        monkeypatch.setattr(replays, "faster_replay", lambda *a: made.append(judge(*a)) or made[-1])
+        judge = step_cache.faster_replay
+        monkeypatch.setattr(step_cache, "faster_replay", lambda *a: made.append(judge(*a)) or made[-1])
         settings = {"rounds": 3, "batch_size": 4, "data.rows": 400, "precision": "fp32"}
         on_gpu(experiment, "fedavg", "fedavg_cnn", "sequential", **settings)
         assert any(made), caplog.text

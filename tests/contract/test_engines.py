@@ -12,14 +12,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from contract import TOYS, Left, assert_close, assert_same, left_by
-from fedloom import Downlink, FedAvg, FedProx, Stream, Train, replays, tree
-from fedloom.duals import Dual, Work
+from fedloom import Downlink, FedAvg, FedProx, Stream, Train, tree
 from fedloom.engines import ENGINES, make_engine
-from fedloom.engines.wire import encode
 from fedloom.errors import DataError
-from fedloom.experiment import Experiment, Parts
+from fedloom.experiment.loop import Experiment, Parts
+from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
-from fedloom.registry import METHODS
+from fedloom.training.fast import step_cache
+from fedloom.training.fast.gram_layer import Dual, Work
+from fedloom.wire.messages import encode
 from small import BRIEF, brief, interrupted_after, spied
 
 REFERENCE = "sequential"
@@ -413,10 +414,10 @@ CODES = {"Retuned": Retuned, "Uneven": Uneven}
 def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
     settings = {"rounds": 4, "batch_size": 4, "cohort": 5, "data.rows": 120, "model.hidden": 8}
     seconds, runs = itertools.cycle([1.0, 0.0]), []
-    monkeypatch.setattr(replays, "_shortest", lambda *_: next(seconds))  # every replay counts as faster
-    monkeypatch.setattr(replays, "TRIALS", 5)
+    monkeypatch.setattr(step_cache, "_shortest", lambda *_: next(seconds))  # every replay counts as faster
+    monkeypatch.setattr(step_cache, "TRIALS", 5)
     for longest in (0.0, 1e9):  # never, and wherever it gives the same bits
-        monkeypatch.setattr(replays, "SHORT_S", longest)
+        monkeypatch.setattr(step_cache, "SHORT_S", longest)
         made = CODES[method]() if method in CODES else method
         runs.append(left_by(make(experiment, made, "mlp", "sequential", **settings)))
     assert_same(*runs)
@@ -450,10 +451,10 @@ def test_input_layers_in_dual_form_change_nothing_but_rounding(experiment, refer
 
 
 def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):
-    traced, trace = [], replays.trace
-    monkeypatch.setattr(replays, "trace", lambda *given: traced.append(given) or trace(*given))
-    monkeypatch.setattr(replays, "SHORT_S", 1e9)
-    monkeypatch.setattr(replays, "TRIALS", 3)
+    traced, trace = [], step_cache.trace
+    monkeypatch.setattr(step_cache, "trace", lambda *given: traced.append(given) or trace(*given))
+    monkeypatch.setattr(step_cache, "SHORT_S", 1e9)
+    monkeypatch.setattr(step_cache, "TRIALS", 3)
     make(experiment, Retuned(), "mlp", "sequential", rounds=12, batch_size=1000, clients=1, cohort=1).run()
     assert len(traced) == 4  # of training, and of the three phases of adaptation
 

@@ -5,7 +5,7 @@ import torch
 
 from contract import assert_same, left_by
 from fedloom import tree
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from small import brief, interrupted_after
 
 METHODS = ("fedavg", "fedmr", "fedrir")
@@ -93,8 +93,8 @@ def test_trackers_are_told_of_every_evaluation_once(experiment, monkeypatch):
         made.append(Recorder())
         return [made[-1]]
 
-    monkeypatch.setattr("fedloom.experiment.check_trackers", lambda _: None)
-    monkeypatch.setattr("fedloom.experiment.make_trackers", make)
+    monkeypatch.setattr("fedloom.experiment.loop.check_trackers", lambda _: None)
+    monkeypatch.setattr("fedloom.experiment.loop.make_trackers", make)
     run = experiment("fedavg", **{**SETTINGS, "rounds": 5, "eval_every": 2, "checkpoint_every": 2, "log": "wandb"})
     again = Experiment.resume(interrupted_after(run, 3))
     again.run()

@@ -8,12 +8,12 @@ import torch
 from contract import assert_close, assert_same, left_by
 from fedloom import FedPer, FedRIR, Stream, Task, Train, tree
 from fedloom.errors import ConfigError
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from fedloom.method import Interleave, Sweep, without
+from fedloom.methods.registry import METHODS
 from fedloom.models import arch
 from fedloom.nets import read_weights, select
-from fedloom.registry import METHODS
-from fedloom.training import fresh_modules
+from fedloom.training.turn import fresh_modules
 from small import brief
 
 SETTINGS = {

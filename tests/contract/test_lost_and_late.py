@@ -11,7 +11,7 @@ from contract import assert_close, assert_same, left_by
 from fedloom import FedAvg, FedPer, tree
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, DivergedError
-from fedloom.experiment import Experiment, Parts
+from fedloom.experiment.loop import Experiment, Parts
 from small import interrupted_after, spied
 
 SETTINGS = {"clients": 4, "rounds": 1, "data.rows": 160, "engine": "sequential", "engine.workers": 2}

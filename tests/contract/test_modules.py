@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from fedloom import ConfigError, FedAvg, MethodError, from_arrays, tree
-from fedloom.engines.wire import Meter
 from fedloom.rng import Stream
+from fedloom.wire.messages import Meter
 
 N_CLASSES, WIDTH = 3, 8
 ENGINES = ("sequential", "vectorised", "processes", "debug", "bytes+sequential")

@@ -12,7 +12,7 @@ import torch
 
 from contract import Perfed, assert_same, left_by
 from fedloom import ConfigError, FedAvg, tree
-from fedloom.engines.packing import Packer, unpack
+from fedloom.engines.ray.packing import Packer, unpack
 from fedloom.errors import WorkerError
 from small import losing
 
@@ -179,7 +179,7 @@ def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, tmp_path, ca
 
 @pytest.mark.slow
 def test_a_run_that_only_loses_ends(experiment, caplog, monkeypatch):
-    monkeypatch.setattr("fedloom.engines.ray.ATTEMPTS", 2)
+    monkeypatch.setattr("fedloom.engines.ray.engine.ATTEMPTS", 2)
     run = experiment(Dying(), **{**ON_RAY, "cohort": 1, "rounds": 10, "eval_every": 10})
     with pytest.raises(WorkerError, match="no client's work arrived in 2 rounds in a row"):
         run.run()

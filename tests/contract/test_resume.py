@@ -17,8 +17,8 @@ from contract import TOYS, assert_same, left_by, untimed
 from fedloom import tree
 from fedloom.data import load, partition
 from fedloom.errors import RunFolderError
-from fedloom.experiment import Experiment, Parts
-from fedloom.registry import METHODS
+from fedloom.experiment.loop import Experiment, Parts
+from fedloom.methods.registry import METHODS
 from small import BRIEF, brief, interrupted_after
 
 SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}

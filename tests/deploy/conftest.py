@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import pytest
 from federation import values
 
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.deploy.grid import GridLink
 from fedloom.deploy.local import Federation, local_federation
 from fedloom.deploy.running import prepare, resume
-from fedloom.experiment import Experiment, OnRound
+from fedloom.experiment.loop import Experiment, OnRound
 
 NODES = 3
 

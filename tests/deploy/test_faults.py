@@ -14,12 +14,12 @@ import pytest
 from federation import values
 
 from fedloom import tree
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.deploy.grid import GridLink
 from fedloom.deploy.local import local_federation
 from fedloom.deploy.running import prepare, resume
 from fedloom.deploy.services import end_group
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from small import losing
 
 pytestmark = pytest.mark.deploy

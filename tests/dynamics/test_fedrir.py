@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fedloom import Batch, Client, ConfigError, FedAvg, FedRIR, Interleave, Stream, Task, Train, Turn, from_arrays, tree
-from fedloom.batches import Plan, Rows
-from fedloom.gradients import Gradients
 from fedloom.method import init_opts, trains_of
 from fedloom.models import arch
 from fedloom.nets import Nets, read_weights
-from fedloom.training import Site, fresh_modules, run_phases
+from fedloom.training.batches import Plan, Rows
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, fresh_modules, run_phases
 from small import spied
 
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom import Batch, FedVTC, Local, Nets, Stream, Task, Turn, from_arrays, moments, tree
-from fedloom.batches import Plan, Rows
-from fedloom.gradients import Gradients
+from fedloom import Batch, FedVTC, Local, Nets, Stream, Task, Turn, from_arrays, tree
 from fedloom.method import Client, init_opts
+from fedloom.methods import feature_statistics
 from fedloom.models import arch
 from fedloom.nets import read_weights
-from fedloom.training import Site, fresh_modules, run_phases
+from fedloom.training.batches import Plan, Rows
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, fresh_modules, run_phases
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +116,8 @@ def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experim
 
 def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
     inside, local = torch.tensor([[2.0], [4.0]]), torch.tensor([[[1.0]], [[5.0]]])
-    alike = moments.total(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
-    by_rows = moments.total(inside, local, torch.tensor([[2.0]]), torch.tensor([[3.0], [1.0]]), "pooled")
+    alike = feature_statistics.total(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
+    by_rows = feature_statistics.total(inside, local, torch.tensor([[2.0]]), torch.tensor([[3.0], [1.0]]), "pooled")
     assert alike.tolist() == [3.0 + 4.0]
     assert by_rows.tolist() == [2.5 + 3.0]
 
@@ -140,7 +141,7 @@ def test_the_kl_is_that_of_two_normal_distributions(form):
     s = setting(covariance=form)
     z, y = Stream(5).normal((7, P)), torch.tensor([0, 1, 3, 0, 1, 3, 2])
     spread = 0.2 + Stream(6).uniform((7, P))
-    sigma = moments.deviations(s.down["spread"], y, form).expand(7, P)
+    sigma = feature_statistics.deviations(s.down["spread"], y, form).expand(7, P)
     each = torch.distributions.kl_divergence(
         torch.distributions.Normal(z, spread), torch.distributions.Normal(s.down["prototypes"][y], sigma)
     ).mean(1)
@@ -416,7 +417,7 @@ def test_every_known_class_is_among_the_synthetic_rows(n):
     every = torch.ones(Y, dtype=torch.bool)
     for seed in range(50):
         draws = method.draw_latents(Batch(torch.zeros(2, 1, 8, 8), torch.zeros(2)), TASK, Stream(seed))
-        assert moments.among(every, draws["class_choice"]).unique().tolist() == list(range(Y))
+        assert feature_statistics.among(every, draws["class_choice"]).unique().tolist() == list(range(Y))
 
 
 def test_a_covariance_that_was_rounded_still_has_a_factor():
@@ -425,7 +426,7 @@ def test_a_covariance_that_was_rounded_still_has_a_factor():
     step = exact.abs().max() / 127
     rounded = (exact / step).round() * step
     assert torch.linalg.eigvalsh(rounded)[0] < -0.01
-    factor = moments.spread_of(rounded, 0.1, "full")
+    factor = feature_statistics.spread_of(rounded, 0.1, "full")
     assert torch.equal(factor, factor.tril())
     assert torch.isfinite(factor).all()
     torch.testing.assert_close(factor @ factor.T, exact, rtol=0, atol=40 * float(step))
@@ -435,5 +436,5 @@ def test_deviations_of_a_covariance_are_those_of_its_factor():
     features = Stream(1).normal((40, P))
     variance = features.T @ features / 40
     labels = torch.tensor([0, 1])
-    through = moments.deviations(moments.spread_of(variance, 0.1, "full"), labels, "full")
-    torch.testing.assert_close(moments.own_deviations(variance, 0.1, labels, "full"), through)
+    through = feature_statistics.deviations(feature_statistics.spread_of(variance, 0.1, "full"), labels, "full")
+    torch.testing.assert_close(feature_statistics.own_deviations(variance, 0.1, labels, "full"), through)

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fedloom import FedAvg, FedBABU, FedBN, FedPer, FedRep, Stream, Task, Train, Turn, tree
-from fedloom.batches import Plan, Rows
-from fedloom.gradients import Gradients
 from fedloom.method import Client
 from fedloom.models import arch
 from fedloom.nets import norm_layers, read_weights, select
-from fedloom.training import Site, fresh_modules, run_phases
+from fedloom.training.batches import Plan, Rows
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, fresh_modules, run_phases
 from small import spied
 
 

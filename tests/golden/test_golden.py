@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.registry import METHODS
+from fedloom.methods.registry import METHODS
 
 FOLDER = Path(__file__).parent
 SETTINGS = {

@@ -7,7 +7,7 @@ import torch
 
 from fedloom import accelerator
 from fedloom.cli import main
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.errors import ConfigError
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")

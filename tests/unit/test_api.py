@@ -11,7 +11,7 @@ from torch import nn
 
 import fedloom
 from fedloom.errors import UsageError
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from fedloom.losses import cross_entropy
 from fedloom.rng import Stream
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fedloom import tree
-from fedloom.bench import WORKLOADS, Stepped, Workload, dataset_for, machine_roof, measure, train_flop, workload
 from fedloom.cli import main
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.errors import ConfigError, WorkerError
-from fedloom.experiment import Parts
-from fedloom.registry import load_object
+from fedloom.experiment.loop import Parts
+from fedloom.methods.registry import load_object
+from fedloom.tools.bench import WORKLOADS, Stepped, Workload, dataset_for, machine_roof, measure, train_flop, workload
 
 RIVAL = Path(__file__).parents[2] / "benchmarks" / "pfllib_style.py"
 SMALL = {
@@ -55,7 +55,7 @@ def test_every_workload_has_valid_settings_and_rows_in_proportion(name):
 SLOW = """
 import os
 from pathlib import Path
-from fedloom.bench import Times
+from fedloom.tools.bench import Times
 
 class Slow:
     def __init__(self, problem, threads):

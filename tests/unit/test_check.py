@@ -1,4 +1,4 @@
-"""`fedloom.check`: what it finds in methods that break a rule, and in methods that break none."""
+"""`fedloom.tools.check`: what it finds in methods that break a rule, and in methods that break none."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.check import check_method, methods_in
 from fedloom.errors import ConfigError
+from fedloom.tools.check import check_method, methods_in
 
 HEADER = """
 from dataclasses import dataclass

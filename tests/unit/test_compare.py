@@ -1,4 +1,4 @@
-"""`fedloom.compare`: which runs a comparison is made of, and going on with one."""
+"""`fedloom.tools.compare`: which runs a comparison is made of, and going on with one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fedloom import DataError
-from fedloom.compare import create, execute, plan, reopen
+from fedloom.config.parsing import from_words, read_toml
 from fedloom.errors import ConfigError, RunFolderError
-from fedloom.values import from_words, read_toml
+from fedloom.tools.compare import create, execute, plan, reopen
 
 TINY = (
     "rounds=2",

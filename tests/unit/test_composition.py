@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from fedloom import ConfigError, FedASAM, FedAvg, FedMR, FedProx, FedRIR, Local, Scaffold, compose, tree
-from fedloom.compare import plan
-from fedloom.config import make_method, make_settings
-from fedloom.registry import method_class
-from fedloom.values import from_words
+from fedloom.config.parsing import from_words
+from fedloom.config.settings import make_method, make_settings
+from fedloom.methods.registry import method_class
+from fedloom.tools.compare import plan
 
 
 def test_local_training_is_the_clients_and_the_rest_is_each_ones_own():

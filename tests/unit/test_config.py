@@ -9,11 +9,11 @@ from pydantic import BaseModel
 from torch import nn
 
 import fedloom
-from fedloom import config
-from fedloom.config import Named, Settings, make_method, make_settings, to_toml
+from fedloom.config import settings
+from fedloom.config.parsing import from_words, read_toml
+from fedloom.config.settings import Named, Settings, make_method, make_settings, to_toml
 from fedloom.errors import ConfigError
-from fedloom.registry import METHODS
-from fedloom.values import from_words, read_toml
+from fedloom.methods.registry import METHODS
 
 UNUSUAL = {
     "method": {"name": "fedprox", "mu": 0.5},
@@ -61,32 +61,32 @@ def test_the_unusual_settings_differ_from_the_defaults_in_every_key():
 @pytest.mark.parametrize("values", [UNUSUAL, OTHER])
 def test_every_key_survives_a_file(tmp_path, values):
     settings = make_settings(values)
-    (tmp_path / "config.toml").write_text(to_toml(settings))
-    again = make_settings(read_toml(tmp_path / "config.toml"))
+    (tmp_path / "settings.toml").write_text(to_toml(settings))
+    again = make_settings(read_toml(tmp_path / "settings.toml"))
     assert again == settings
     assert again.method.options == {"mu": 0.5}
 
 
 def test_the_defaults_survive_a_file(tmp_path):
-    (tmp_path / "config.toml").write_text(to_toml(Settings()))
-    assert make_settings(read_toml(tmp_path / "config.toml")) == Settings()
+    (tmp_path / "settings.toml").write_text(to_toml(Settings()))
+    assert make_settings(read_toml(tmp_path / "settings.toml")) == Settings()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_hyper_parameter_survives_a_file(tmp_path, name):
     method = METHODS[name]()
     settings = make_settings({"method": {"name": name, **dataclasses.asdict(method)}})
-    (tmp_path / "config.toml").write_text(to_toml(settings))
-    assert make_method(make_settings(read_toml(tmp_path / "config.toml")).method) == method
+    (tmp_path / "settings.toml").write_text(to_toml(settings))
+    assert make_method(make_settings(read_toml(tmp_path / "settings.toml")).method) == method
 
 
 def test_every_key_is_documented():
     for section in (
         Settings,
-        config.DataSettings,
-        config.PartitionSettings,
-        config.EvalSettings,
-        config.EngineSettings,
+        settings.DataSettings,
+        settings.PartitionSettings,
+        settings.EvalSettings,
+        settings.EngineSettings,
     ):
         for name, field in section.model_fields.items():
             nested = isinstance(field.default, BaseModel) and not isinstance(field.default, Named)
@@ -218,8 +218,8 @@ def test_settings_are_read_only():
 
 
 def test_a_small_participation_is_no_range():
-    assert config.participation_range(make_settings({"participation": 1e-5}).participation) == (1e-5, 1e-5)
-    assert config.participation_range("0.1-0.5") == (0.1, 0.5)
+    assert settings.participation_range(make_settings({"participation": 1e-5}).participation) == (1e-5, 1e-5)
+    assert settings.participation_range("0.1-0.5") == (0.1, 0.5)
 
 
 def test_a_key_beside_its_table_is_explained(tmp_path):

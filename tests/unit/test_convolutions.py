@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
-from fedloom.convolutions import Convolutions
+from fedloom.training.fast.convolutions import Convolutions
 
 CASES = [
     {},

@@ -10,17 +10,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedloom import tree
-from fedloom.batches import Plan, Rows
-from fedloom.config import make_settings
-from fedloom.costs import Costs, Live, pieces
+from fedloom.config.settings import make_settings
 from fedloom.engines import Sequential
-from fedloom.experiment import Experiment, Parts
-from fedloom.gradients import Gradients
+from fedloom.experiment.costs import Costs, Live, pieces
+from fedloom.experiment.loop import Experiment, Parts
 from fedloom.method import Sweep, Train
+from fedloom.methods.registry import METHODS
 from fedloom.optim import sgd
-from fedloom.registry import METHODS
 from fedloom.rng import Stream
-from fedloom.training import Site, run_turn
+from fedloom.training.batches import Plan, Rows
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, run_turn
 
 TINY = {"data": {"name": "digits", "rows": 120}, "clients": 2, "rounds": 2, "batch_size": 7}
 TINY |= {"engine": {"name": "sequential"}, "partition": {"name": "dirichlet", "alpha": 1.0}}
@@ -46,7 +46,7 @@ def test_hidden_layers_take_six(tmp_path):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.replays.TRIALS", 10**9)  # trying a replay is extra work, once
+    monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)  # trying a replay is extra work, once
     run = experiment(tmp_path, {"name": name})
     costs = Costs(run.problem)
     with FlopCounterMode(display=False) as counter:
@@ -55,7 +55,7 @@ def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypa
 
 
 def test_terms_over_all_pairs_of_rows_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.replays.TRIALS", 10**9)
+    monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)
     run = experiment(tmp_path, {"name": "fedrir", "idm_mode": "vclub"}, batch_size=30)
     costs = Costs(run.problem)
     with FlopCounterMode(display=False) as counter:
@@ -91,7 +91,7 @@ def test_live_counts_what_is_there_at_once():
 
 
 def test_phases_of_fedvtc_share_the_memory_of_the_largest(tmp_path, monkeypatch):
-    monkeypatch.setattr("fedloom.replays.TRIALS", 10**9)
+    monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)
     run = experiment(tmp_path, {"name": "fedvtc"}, {"name": "fedavg_cnn"})
     costs, p = Costs(run.problem), run.problem
     by_phase, client, (x, y) = costs.peak_bytes(0), costs.received(0), p.data.train(0)

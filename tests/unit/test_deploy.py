@@ -35,16 +35,16 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from fedloom import tree
-from fedloom.config import make_settings, to_toml
+from fedloom.config.settings import make_settings, to_toml
 from fedloom.deploy import certificates, proxy, server, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
 from fedloom.deploy.local import Federation
+from fedloom.deploy.messages import Hello, Member, open_envelope, seal
 from fedloom.deploy.proxy import allowed, make_app, make_server
 from fedloom.deploy.server import is_open, proxy_command, run_server, superlink_command
 from fedloom.deploy.services import Service, end_group, free_ports, leashed, require_free
 from fedloom.deploy.store import NodeStore
-from fedloom.engines.envelope import Hello, Member, open_envelope, seal
 from fedloom.errors import ConfigError, WireError
 from fedloom.method import Client
 

@@ -7,12 +7,12 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedloom import FedAvg, Stream, Task, Train, Turn, losses, optim
-from fedloom.batches import Plan, Rows
-from fedloom.duals import Dual, Work
-from fedloom.gradients import Gradients
 from fedloom.method import Client
 from fedloom.nets import read_weights
-from fedloom.training import Site, run_phases
+from fedloom.training.batches import Plan, Rows
+from fedloom.training.fast.gram_layer import Dual, Work
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, run_phases
 
 TASK = Task(1, 1, 3, (1, 2, 3), 5, 4)
 

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
-from fedloom.config import make_settings
-from fedloom.experiment import Experiment
-from fedloom.export import ExportError, checked, described, export_client, write
-from fedloom.registry import METHODS
+from fedloom.config.settings import make_settings
+from fedloom.experiment.loop import Experiment
+from fedloom.methods.registry import METHODS
+from fedloom.tools.export import ExportError, checked, described, export_client, write
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -33,7 +33,7 @@ def finished(tmp_path, method, model="fedavg_cnn", **settings):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("fedloom.export.MOST_S", 0.0)
+    monkeypatch.setattr("fedloom.tools.export.MOST_S", 0.0)
 
 
 def logits_of(file, x):
@@ -104,7 +104,7 @@ def test_whatever_goes_wrong_leaves_no_files(tmp_path, monkeypatch, where):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fedloom.export.{where}", interrupted)
+    monkeypatch.setattr(f"fedloom.tools.export.{where}", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_client(run, 0, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

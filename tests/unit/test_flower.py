@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from fedloom import tree
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.deploy import running
+from fedloom.deploy.engine import Lost, Turns
 from fedloom.deploy.folder import Deployment, create
-from fedloom.deploy.worker import Worker
-from fedloom.engines.envelope import (
+from fedloom.deploy.messages import (
     Call,
     Counted,
     Failed,
@@ -32,13 +32,13 @@ from fedloom.engines.envelope import (
     open_envelope,
     seal,
 )
-from fedloom.engines.flower import Lost, Turns
+from fedloom.deploy.worker import Worker
 from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
-from fedloom.experiment import Experiment
+from fedloom.experiment.arrivals import slowdowns
+from fedloom.experiment.loop import Experiment
 from fedloom.methods.fedavg import FedAvg
+from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
-from fedloom.registry import METHODS
-from fedloom.rounds import slowdowns
 from small import SMALL, changed, losing
 
 VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}

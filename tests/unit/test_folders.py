@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.engines.folders import new_folder, remove_stale
+from fedloom.engines.shared_folders import new_folder, remove_stale
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the engine of worker processes needs Linux")
 
 OWNER = """
 import os, sys, time
 from pathlib import Path
-from fedloom.engines.folders import new_folder
+from fedloom.engines.shared_folders import new_folder
 class Owner: pass
 owner = Owner()
 print(new_folder(owner, Path(sys.argv[1])), flush=True)

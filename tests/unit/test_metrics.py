@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from fedloom import metrics
 from fedloom.engines import Reply, Score, total
+from fedloom.experiment import metrics
 
 
 def score(right: int, rows: int) -> Score:

@@ -3,7 +3,7 @@
 import pytest
 
 from fedloom.errors import ConfigError
-from fedloom.networks import NETWORKS, Network, networks
+from fedloom.report.link_speeds import NETWORKS, Network, networks
 
 
 def test_a_round_by_hand():

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from fedloom import Ditto, FedAvg, FedMR, FedRIR
-from fedloom.registry import describe
+from fedloom.methods.registry import describe
 
 
 @dataclass(frozen=True)

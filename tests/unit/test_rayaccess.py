@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fedloom.engines.rayaccess import check_address, quiet_environment
+from fedloom.engines.ray.address import check_address, quiet_environment
 from fedloom.errors import ConfigError
 
 grpc = pytest.importorskip("grpc", reason="comes with Ray")

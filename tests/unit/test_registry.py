@@ -7,7 +7,7 @@ import pytest
 
 import fedloom
 from fedloom.errors import ConfigError
-from fedloom.registry import METHODS, describe, load_object, method_class, method_name
+from fedloom.methods.registry import METHODS, describe, load_object, method_class, method_name
 
 MINE = """
 from dataclasses import dataclass

@@ -2,10 +2,10 @@
 
 import pytest
 
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
+from fedloom.experiment.arrivals import Flight, _arrivals, slowdowns
 from fedloom.method import Method
 from fedloom.methods.centralised import Centralised
-from fedloom.rounds import Flight, _arrivals, slowdowns
 
 
 def factors(n=10, method=None, **values):

@@ -8,9 +8,10 @@ import pandas as pd
 import pytest
 import torch
 
-from fedloom import runfolder, tree
+from fedloom import tree
 from fedloom.errors import RunFolderError
-from fedloom.runfolder import RunFolder
+from fedloom.experiment import run_folder
+from fedloom.experiment.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -173,9 +174,9 @@ def test_a_checkpoint_is_on_the_disk_before_the_one_before_goes(folder, monkeypa
     save(folder, 1)
     folder.append({"round": 1})
     done, remove = [], shutil.rmtree
-    monkeypatch.setattr(runfolder.os, "sync", lambda: done.append(sorted(p.name for p in folder.path.iterdir())))
+    monkeypatch.setattr(run_folder.os, "sync", lambda: done.append(sorted(p.name for p in folder.path.iterdir())))
     monkeypatch.setattr(
-        runfolder.shutil, "rmtree", lambda path, **how: (done.append(f"no {path.name}"), remove(path, **how))
+        run_folder.shutil, "rmtree", lambda path, **how: (done.append(f"no {path.name}"), remove(path, **how))
     )
     save(folder, 2)
     assert done == [
@@ -194,15 +195,15 @@ def test_the_commit_is_that_of_this_package_alone(tmp_path, monkeypatch):
 
     if shutil.which("git") is None:
         pytest.skip("needs git")
-    (tmp_path / "runfolder.py").touch()
-    monkeypatch.setattr(runfolder, "__file__", str(tmp_path / "runfolder.py"))
+    (tmp_path / "run_folder.py").touch()
+    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))
     git("init")
     git("commit", "--allow-empty", "-m", "theirs")
-    assert runfolder.environment()["commit"] is None
-    git("add", "runfolder.py")
-    assert runfolder.environment()["commit"] == git("rev-parse", "HEAD").strip()
+    assert run_folder.environment()["commit"] is None
+    git("add", "run_folder.py")
+    assert run_folder.environment()["commit"] == git("rev-parse", "HEAD").strip()
 
 
 def test_the_command_can_be_typed_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/fedloom", "run", "label=first try"])
-    assert runfolder.environment()["command"] == "fedloom run 'label=first try'"
+    assert run_folder.environment()["command"] == "fedloom run 'label=first try'"

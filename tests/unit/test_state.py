@@ -3,7 +3,7 @@
 import torch
 
 from fedloom import tree
-from fedloom.engines.state import MappedStore
+from fedloom.engines.stores import MappedStore
 from fedloom.method import Client
 
 KINDS = (0, 1, 0, 0, 1)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fedloom import tree
-from fedloom.tracing import trace
+from fedloom.training.fast.cpu_trace import trace
 
 LATER = torch.tensor([3.0, 2.0, 1.0])
 
@@ -80,10 +80,10 @@ def test_nothing_is_compiled_for_it(tmp_path):
     """Neither a list nor a count of operations imports torch's compiler, which takes seconds."""
     script = """
 import sys, torch, fedloom as fl
-from fedloom import replays
-replays.TRIALS, replays.SHORT_S, traced = 3, 1e9, []
-make = replays.trace
-replays.trace = lambda *given: traced.append(given) or make(*given)
+from fedloom.training.fast import step_cache
+step_cache.TRIALS, step_cache.SHORT_S, traced = 3, 1e9, []
+make = step_cache.trace
+step_cache.trace = lambda *given: traced.append(given) or make(*given)
 experiment = fl.run(fl.FedAvg(), data="digits", clients=3, rounds=2, engine="sequential", out=sys.argv[1])
 assert traced and experiment.summary["flops_per_round"] > 0
 assert "torch._dynamo" not in sys.modules

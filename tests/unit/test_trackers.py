@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from fedloom.errors import ConfigError
-from fedloom.trackers import make_trackers
+from fedloom.experiment.trackers import make_trackers
 
 ROWS = [(1, {"round": 1, "personal_accuracy": 0.25, "note": None}), (2, {"round": 2, "personal_accuracy": 0.5})]
 CONFIG = {"rounds": 2, "method": {"name": "fedavg", "lr": 0.05}}

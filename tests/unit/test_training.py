@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedloom import optim
-from fedloom.batches import GATHERED_BYTES, Plan, Rows, laid_out
 from fedloom.engines.scoring import score_of, scores_of
 from fedloom.errors import DataError, MethodError
-from fedloom.gradients import Gradients
 from fedloom.losses import cross_entropy
 from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train, Turn
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
-from fedloom.training import Site, predict, run_phases, run_turn
+from fedloom.training.batches import GATHERED_BYTES, Plan, Rows, laid_out
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, predict, run_phases, run_turn
 
 sizes = st.integers(1, 40)
 

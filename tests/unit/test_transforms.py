@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fedloom import ConfigError, Downlink, Stream, WireError, tree
-from fedloom.codec import Codec
-from fedloom.config import make_settings
-from fedloom.engines.wire import Meter, decode, encode
-from fedloom.transforms import TRANSFORMS, parse
-from fedloom.values import from_words
+from fedloom.config.parsing import from_words
+from fedloom.config.settings import make_settings
+from fedloom.wire.codec import Codec
+from fedloom.wire.messages import Meter, decode, encode
+from fedloom.wire.transforms import TRANSFORMS, parse
 
 
 def part(seed=0, scale=1.0):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom import tree
-from fedloom.engines.wire import Meter, decode, encode
 from fedloom.errors import WireError
+from fedloom.wire.messages import Meter, decode, encode
 
 TYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

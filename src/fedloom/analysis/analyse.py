@@ -13,11 +13,11 @@ from typing import Any
 from fedloom._version import __version__
 from fedloom.analysis import features, pictures, samples, sharpness
 from fedloom.analysis.subject import Subject
-from fedloom.assembly import arithmetic
 from fedloom.errors import RunFolderError
-from fedloom.experiment import Experiment
+from fedloom.experiment.build import arithmetic
+from fedloom.experiment.loop import Experiment
+from fedloom.experiment.run_folder import RunFolder
 from fedloom.report.style import Figure, drawing
-from fedloom.runfolder import RunFolder
 
 FILE = "analysis.json"
 Tell = Callable[[str], None]  # what is being worked at

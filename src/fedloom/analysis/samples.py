@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fedloom import losses, optim
 from fedloom.analysis.subject import Owner, Subject
-from fedloom.batches import Plan, Rows
 from fedloom.errors import UsageError
-from fedloom.gradients import Gradients
 from fedloom.method import Batch, Client, Task, Train, Turn
 from fedloom.methods import FedRIR, FedVTC
 from fedloom.models import arch
 from fedloom.nets import Nets, read_weights
 from fedloom.rng import Stream
-from fedloom.training import Site, fresh_modules, run_phases
+from fedloom.training.batches import Plan, Rows
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, fresh_modules, run_phases
 
 PER_CLASS = 10  # images of a class and client
 MOST_TRAINING_ROWS = 3000  # of a client, among which the nearest is looked for

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fedloom.data.schemes import Rows
-from fedloom.experiment import Experiment
+from fedloom.experiment.loop import Experiment
 from fedloom.method import Downlink
 from fedloom.nets import Nets, read_weights
 from fedloom.rng import Stream

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedloom.cli.words import Parser, new_picture, output, save_picture
 from fedloom.errors import ConfigError, suggest
-from fedloom.progress import live
+from fedloom.experiment.progress import live
 from fedloom.report import RunRecord, analysis_grids, drawn, read
 
 EXAMPLES = """\

@@ -12,15 +12,15 @@ from rich import box
 from rich.table import Table
 
 from fedloom.accelerator import find
-from fedloom.bench import WORKLOADS, machine_roof, measure, workload
 from fedloom.cli.words import Parser, output, refuse_empty
-from fedloom.config import make_settings
+from fedloom.config.parsing import parse_value
+from fedloom.config.settings import make_settings
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
-from fedloom.registry import load_object
-from fedloom.runfolder import environment
-from fedloom.values import parse_value
+from fedloom.experiment.run_folder import environment
+from fedloom.methods.registry import load_object
+from fedloom.tools.bench import WORKLOADS, machine_roof, measure, workload
 
 EXAMPLES = """\
   fedloom bench                                        all workloads, small, on the engines that suit this machine

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from fedloom.check import Finding, check_method, methods_in
 from fedloom.cli.words import Parser, output
 from fedloom.errors import ConfigError
+from fedloom.tools.check import Finding, check_method, methods_in
 
 EXAMPLES = """\
   fedloom check my.py:Mine              one method of your own

@@ -10,13 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.bench import machine_roof
 from fedloom.cli.words import Parser, output, read_values, settings_words
-from fedloom.config import make_settings
-from fedloom.edge import TIMED_STEPS, TurnCost, turn_costs
+from fedloom.config.settings import make_settings
 from fedloom.errors import ConfigError
-from fedloom.networks import NETWORKS, Network, networks
 from fedloom.report import units
+from fedloom.report.link_speeds import NETWORKS, Network, networks
+from fedloom.tools.bench import machine_roof
+from fedloom.tools.edge import TIMED_STEPS, TurnCost, turn_costs
 
 EXAMPLES = """\
   fedloom cost method=fedrir model=fedrir_cnn          scikit-learn's digits, 10 clients

@@ -15,10 +15,10 @@ from rich.console import Console
 
 from fedloom.cli.running import conclude, refuse_several, until_interrupted
 from fedloom.cli.words import Parser, output, read_values, settings_words
-from fedloom.config import Values, make_settings
+from fedloom.config.settings import Values, make_settings
 from fedloom.errors import ConfigError, suggest
-from fedloom.progress import live
-from fedloom.runfolder import RunFolder
+from fedloom.experiment.progress import live
+from fedloom.experiment.run_folder import RunFolder
 
 INIT_EXAMPLES = """\
   fedloom deploy init ward method=fedrir clients=3 --nodes 3 --address fl.example.org
@@ -219,7 +219,7 @@ def _one_experiment(values: Values) -> Values:
 
 def _over(values: Values, words: Sequence[str]) -> Values:
     """The federation's config, or the config file that is named, and `key=value` words over it."""
-    from fedloom.values import from_words
+    from fedloom.config.parsing import from_words
 
     if any("=" not in word for word in words):
         return read_values(words)

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from fedloom.cli.words import Parser, output
 from fedloom.errors import ConfigError
-from fedloom.experiment import Experiment
-from fedloom.export import BATCH, Exported, export_client, needs, targets
+from fedloom.experiment.loop import Experiment
 from fedloom.report import units
+from fedloom.tools.export import BATCH, Exported, export_client, needs, targets
 
 EXAMPLES = """\
   fedloom export runs/mine                             client 0's personal model, into runs/mine/export

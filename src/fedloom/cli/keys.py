@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning, for `--help`; all of it read off `fedloom.config`."""
+"""Every setting with its type, default and meaning, for `--help`; all of it read off `fedloom.config.settings`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fedloom.config import Named, Section, Settings
+from fedloom.config.settings import Named, Section, Settings
 from fedloom.ranges import type_words
 
 

@@ -17,9 +17,9 @@ from fedloom.data import SOURCES
 from fedloom.data.hub import cache_root, local_folder
 from fedloom.engines import ENGINES, WRAPPERS
 from fedloom.errors import ConfigError, DataError, suggest
+from fedloom.methods.registry import METHODS, describe, method_class
 from fedloom.models import ZOO, option_defaults
-from fedloom.registry import METHODS, describe, method_class
-from fedloom.transforms import TRANSFORMS
+from fedloom.wire.transforms import TRANSFORMS
 
 Facts = dict[str, Any]
 EXAMPLES = """\

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import fedloom
-from fedloom.blame import blame, notes
 from fedloom.cli.analysing import analyse
 from fedloom.cli.benching import bench
 from fedloom.cli.checking import check
@@ -23,6 +22,7 @@ from fedloom.cli.reporting import report
 from fedloom.cli.running import compare, run
 from fedloom.cli.words import Command, Interrupted
 from fedloom.errors import ConfigError, UsageError, suggest
+from fedloom.tools.error_report import blame, notes
 
 INTERRUPTED, MISUSED, FAILED = 130, 2, 1  # exit codes
 

@@ -8,12 +8,12 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from fedloom.assembly import make_federation
 from fedloom.cli.words import Parser, new_file, new_picture, output, read_values, save_picture, settings_words
-from fedloom.config import make_settings
+from fedloom.config.settings import make_settings
 from fedloom.data import Federation
 from fedloom.errors import DataError
-from fedloom.registry import METHODS
+from fedloom.experiment.build import make_federation
+from fedloom.methods.registry import METHODS
 
 EXAMPLES = """\
   fedloom partition clients=20 partition.alpha=0.1

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from fedloom.cli.words import Parser, new_file, output, refuse_empty
 from fedloom.errors import ConfigError, suggest
-from fedloom.networks import networks
 from fedloom.report import Waiting, paired_table, read, summary_table, waiting_table, write_page
+from fedloom.report.link_speeds import networks
 
 EXAMPLES = """\
   fedloom report runs/digits                           one run, or a comparison's folder; writes report.html into it

@@ -12,13 +12,13 @@ from rich.console import Console
 
 from fedloom.cli.keys import key_help
 from fedloom.cli.words import Interrupted, Parser, output, read_values, settings_words
-from fedloom.compare import Comparison, Job, create, execute, plan, reopen
-from fedloom.config import Values, make_settings
+from fedloom.config.settings import Values, make_settings
 from fedloom.errors import ConfigError, UsageError
-from fedloom.experiment import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
-from fedloom.progress import live
+from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
+from fedloom.experiment.progress import live
+from fedloom.experiment.run_folder import RunFolder
 from fedloom.report import paired_table, read, summary_table, write_page
-from fedloom.runfolder import RunFolder
+from fedloom.tools.compare import Comparison, Job, create, execute, plan, reopen
 
 RUN_EXAMPLES = """\
   fedloom run                                          FedAvg on scikit-learn's digits, 10 skewed clients

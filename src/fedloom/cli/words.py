@@ -10,10 +10,10 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from fedloom.config import Values
+from fedloom.config.parsing import from_words, read_toml
+from fedloom.config.settings import Values
 from fedloom.errors import ConfigError, suggest
-from fedloom.registry import METHODS
-from fedloom.values import from_words, read_toml
+from fedloom.methods.registry import METHODS
 
 Command = Callable[[Sequence[str]], int]
 WIDE = 140  # columns of a table that goes into a file or a pipe

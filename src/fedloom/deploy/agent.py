@@ -19,10 +19,10 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.messages import Failed, open_envelope, seal
 from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 from fedloom.deploy.worker import serve
-from fedloom.engines.envelope import Failed, open_envelope, seal
 from fedloom.errors import ConfigError, WireError
 
 log = logging.getLogger("fedloom.node")

@@ -25,7 +25,8 @@ from typing import Annotated, Any, TypeVar
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedloom.config import Settings, make_method, make_settings, to_toml
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import Settings, make_method, make_settings, to_toml
 from fedloom.deploy import texts
 from fedloom.deploy.certificates import (
     certificate_bytes,
@@ -37,9 +38,8 @@ from fedloom.deploy.certificates import (
     write_new,
 )
 from fedloom.errors import ConfigError, suggest
+from fedloom.experiment.arrivals import check_stragglers
 from fedloom.ranges import NonNegative, Positive, Whole
-from fedloom.rounds import check_stragglers
-from fedloom.values import read_toml
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")

@@ -21,10 +21,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedloom.deploy.agent import as_record, content_of
+from fedloom.deploy.engine import Lost
 from fedloom.deploy.folder import Deployment
 from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
 from fedloom.deploy.services import flower_environment
-from fedloom.engines.flower import Lost
 from fedloom.errors import UsageError, WireError
 
 REJOIN_S = 60.0  # how long to wait then for the nodes that were there before

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedloom import data
-from fedloom.config import Settings
+from fedloom.config.settings import Settings
 from fedloom.data import Dataset, Federation, Partition
 from fedloom.data.parquet import decode
 from fedloom.data.partition import apart

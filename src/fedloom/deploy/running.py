@@ -9,18 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.assembly import arithmetic, make_dataset, make_federation
-from fedloom.config import Settings, make_settings, to_toml
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import Settings, make_settings, to_toml
 from fedloom.data import Federation
+from fedloom.deploy.engine import Flower, Link, Lost, Turns
 from fedloom.deploy.folder import Deployment, deployable
+from fedloom.deploy.messages import MAX_ROWS, Call, Failed, Hello, Present, open_envelope, seal
 from fedloom.deploy.rows import Remote
 from fedloom.engines.base import Problem
-from fedloom.engines.envelope import MAX_ROWS, Call, Failed, Hello, Present, open_envelope, seal
-from fedloom.engines.flower import Flower, Link, Lost, Turns
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
-from fedloom.experiment import Experiment, Parts
-from fedloom.runfolder import DEPLOYED, RunFolder
-from fedloom.values import read_toml
+from fedloom.experiment.build import arithmetic, make_dataset, make_federation
+from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 
 TURNS = "turns.json"  # in a run's folder: which turns were accepted
 Tell = Callable[[str], None]

@@ -13,7 +13,7 @@ from fedloom.deploy.folder import Deployment
 from fedloom.deploy.grid import LinkError, register_nodes
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 
-log = logging.getLogger("fedloom.server")
+log = logging.getLogger("fedloom.experiment.server_hooks")
 START_S = 60.0  # how long the SuperLink may take to come up
 
 

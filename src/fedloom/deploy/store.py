@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fedloom import tree
-from fedloom.engines.envelope import Member
-from fedloom.engines.wire import decode, encode
+from fedloom.deploy.messages import Member
 from fedloom.method import Client
+from fedloom.wire.messages import decode, encode
 
 SUFFIX = ".safetensors"
 

@@ -17,15 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fedloom.assembly import make_federation, make_problem
-from fedloom.blame import blame
-from fedloom.config import Named, Settings, make_method, make_settings
+from fedloom.config.settings import Named, Settings, make_method, make_settings
 from fedloom.deploy.folder import NodeFile, read_file
 from fedloom.deploy.leash import hold
-from fedloom.deploy.rows import counts_of, read_own
-from fedloom.deploy.store import NodeStore
-from fedloom.engines.base import Problem, Reply, Score
-from fedloom.engines.envelope import (
+from fedloom.deploy.messages import (
     Call,
     Counted,
     Failed,
@@ -41,9 +36,14 @@ from fedloom.engines.envelope import (
     open_envelope,
     seal,
 )
+from fedloom.deploy.rows import counts_of, read_own
+from fedloom.deploy.store import NodeStore
+from fedloom.engines.base import Problem, Reply, Score
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WireError
+from fedloom.experiment.build import make_federation, make_problem
 from fedloom.method import Downlink
+from fedloom.tools.error_report import blame
 from fedloom.tree import merge
 
 log = logging.getLogger("fedloom.node")

@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable, Mapping
 
 from fedloom.accelerator import HOST, ON_HOST, Place
-from fedloom.convolutions import Convolutions, Form
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
-from fedloom.engines.joining import Joining
-from fedloom.engines.memory import keep_freed_memory
+from fedloom.engines.newcomers import Joining
+from fedloom.engines.process_memory import keep_freed_memory
 from fedloom.engines.processes import Processes, cores
-from fedloom.engines.rayaccess import quiet_environment
+from fedloom.engines.ray.address import quiet_environment
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.vectorised import Vectorised
 from fedloom.engines.wrappers import Bytes, Debug
 from fedloom.errors import ConfigError, suggest
+from fedloom.training.fast.convolutions import Convolutions, Form
 
 ENGINES: Mapping[str, str] = {
     "sequential": "one client after another, in this process: the reference",
@@ -91,7 +91,7 @@ def _convolutions(form: Form, problem: Problem, place: Place) -> Convolutions | 
 def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:
     quiet_environment(address)
     try:
-        from fedloom.engines.ray import Cluster, Ray
+        from fedloom.engines.ray.engine import Cluster, Ray
     except ModuleNotFoundError as missing:
         if missing.name != "ray":
             raise

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.accelerator import HOST
-from fedloom.batches import Plan
-from fedloom.codec import PLAIN, Codec
 from fedloom.data import Federation
 from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
 from fedloom.nets import read_weights, select
 from fedloom.rng import Stream
-from fedloom.training import Modules, fresh_modules, own_randomness
+from fedloom.training.batches import Plan
+from fedloom.training.turn import Modules, fresh_modules, own_randomness
 from fedloom.tree import Tree, Weights
+from fedloom.wire.codec import PLAIN, Codec
 
 
 class Reply(NamedTuple):

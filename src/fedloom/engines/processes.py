@@ -25,10 +25,10 @@ import torch
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Problem, Reply, Score, total
-from fedloom.engines.folders import new_folder
 from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Backed, Member, Sequential
-from fedloom.engines.state import Layout, Slab, layout_of, views
+from fedloom.engines.shared_folders import new_folder
+from fedloom.engines.stores import Layout, Slab, layout_of, views
 from fedloom.engines.vectorised import Vectorised
 from fedloom.errors import WorkerError
 from fedloom.method import Downlink

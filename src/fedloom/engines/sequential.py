@@ -12,17 +12,17 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, Place
-from fedloom.batches import Rows, laid_out
-from fedloom.convolutions import Convolutions
 from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
-from fedloom.engines.moving import DeviceStore, Mover, moved
 from fedloom.engines.scoring import Scorer, common_part, none, score_of
-from fedloom.engines.state import MappedStore, MemoryStore, Store
+from fedloom.engines.stores import MappedStore, MemoryStore, Store
+from fedloom.engines.transfer import DeviceStore, Mover, moved
 from fedloom.errors import DataError
-from fedloom.gradients import Gradients
 from fedloom.method import Client, Downlink, Method, Predictor, Turn
 from fedloom.nets import read_weights
-from fedloom.training import Modules, Outcome, Site, predict, run_phases, run_turn
+from fedloom.training.batches import Rows, laid_out
+from fedloom.training.fast.convolutions import Convolutions
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Modules, Outcome, Site, predict, run_phases, run_turn
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")

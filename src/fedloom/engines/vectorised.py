@@ -15,12 +15,12 @@ import torch
 
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, Place, free_bytes
-from fedloom.convolutions import Convolutions
 from fedloom.engines.base import Problem, Reply
 from fedloom.engines.sequential import Member, Sequential
-from fedloom.lanes import CannotMapError, run_turns
 from fedloom.method import Turn, trains_of
-from fedloom.training import Outcome
+from fedloom.training.fast.convolutions import Convolutions
+from fedloom.training.lanes import CannotMapError, run_turns
+from fedloom.training.turn import Outcome
 
 LANES_BYTES = 1 << 28  # stacked weights of a group; activations and optimiser states come on top
 MOST_LANES = 64

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Reply, Score
-from fedloom.engines.wire import Meter, decode, encode
 from fedloom.errors import MethodError
 from fedloom.method import Client, Downlink
 from fedloom.models.own_state import REMEDY, attributes, changed_attribute
 from fedloom.nets import read_weights
-from fedloom.training import Modules
-from fedloom.transforms import is_coded
+from fedloom.training.turn import Modules
 from fedloom.tree import Tree
+from fedloom.wire.messages import Meter, decode, encode
+from fedloom.wire.transforms import is_coded
 
 
 class Wrapper(Engine):

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from fedloom import losses, moments, optim, tree
+from fedloom import losses, optim, tree
 from fedloom.method import Architecture, Batch, Client, Downlink, Logs, Paper, Phase, Round, Sweep, Task, Train, Turn
+from fedloom.methods import feature_statistics
 from fedloom.methods.fedproto import FedProto
 from fedloom.models.vtc import Spread, VtcDecoder
 from fedloom.nets import Nets, select
@@ -42,7 +43,7 @@ class FedVTC(FedProto):
     """Weight lambda of the distance between a row's features and its class's global prototype."""
     pull: Literal["plain", "scaled"] = "plain"
     """The distance: a mean square, or one in units of sigma, halved (then a shrinking sigma pulls harder: mind `spread_floor`)."""
-    covariance: moments.Form = "pooled"
+    covariance: feature_statistics.Form = "pooled"
     """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
     spread_floor: Positive = 0.1
     """The least standard deviation of a feature."""
@@ -94,11 +95,11 @@ class FedVTC(FedProto):
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
         """Counts, sums and squares of the features."""
-        return {"statistics": moments.zeros(self.covariance, task.n_classes, task.width)}
+        return {"statistics": feature_statistics.zeros(self.covariance, task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
         """FedProto's prototypes and counts, the variance, and the generator if it is shared."""
-        variance = torch.zeros(moments.shape(self.covariance, task.n_classes, task.width))
+        variance = torch.zeros(feature_statistics.shape(self.covariance, task.n_classes, task.width))
         server = super().init_server(weights, task) | {"variance": variance}
         return server | {"weights": self.travelling(weights)} if self.share_generator else server
 
@@ -113,7 +114,9 @@ class FedVTC(FedProto):
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
         """c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
         sent = {key: value for key, value in server.items() if key != "variance"}
-        return Downlink(sent | {"spread": moments.spread_of(server["variance"], self.spread_floor, self.covariance)})
+        return Downlink(
+            sent | {"spread": feature_statistics.spread_of(server["variance"], self.spread_floor, self.covariance)}
+        )
 
     def phases(self) -> tuple[Phase, ...]:
         """Fit, statistics, generator, and fine-tuning where it is a part of turns."""
@@ -153,18 +156,18 @@ class FedVTC(FedProto):
 
     def sigma(self, down: Tree, labels: Tensor) -> Tensor:
         """The global standard deviations for rows of these classes, (p,) or (B, p); a coarse downlink may have rounded them to 0."""
-        return moments.deviations(down["spread"], labels, self.covariance).clamp(min=self.spread_floor)
+        return feature_statistics.deviations(down["spread"], labels, self.covariance).clamp(min=self.spread_floor)
 
     # phase 2: statistics
 
     def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
         """Add a batch."""
-        return moments.add(total, nets.body(batch.x), batch.y, self.covariance)
+        return feature_statistics.add(total, nets.body(batch.x), batch.y, self.covariance)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Prototypes of the classes held, counts, the variance, and the generator if it is shared."""
         sent, memory = super().uplink(client, received, down, turn)
-        sent["variance"] = moments.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
+        sent["variance"] = feature_statistics.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
         return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
@@ -172,7 +175,7 @@ class FedVTC(FedProto):
         after = super().aggregate(server, uplinks, round)
         weights, (_, local) = self.weights_of(uplinks), self.gathered(uplinks)
         inside = torch.stack([up["variance"] for up in uplinks])
-        variance = moments.total(inside, local, after["prototypes"], weights, self.covariance)
+        variance = feature_statistics.total(inside, local, after["prototypes"], weights, self.covariance)
         if self.covariance == "class":
             variance = torch.where(weights.sum(0)[:, None] > 0, variance, server["variance"])
         after["variance"] = variance
@@ -204,8 +207,10 @@ class FedVTC(FedProto):
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
         """sigma_k for each row: (B, p)."""
-        variance = moments.within(memory["statistics"], self.covariance)
-        per_row = moments.own_deviations(variance, self.spread_floor, labels, self.covariance).expand(len(labels), -1)
+        variance = feature_statistics.within(memory["statistics"], self.covariance)
+        per_row = feature_statistics.own_deviations(variance, self.spread_floor, labels, self.covariance).expand(
+            len(labels), -1
+        )
         return per_row * nets.spread() if self.learn_spread else per_row
 
     def kl(self, z: Tensor, spread: Tensor, labels: Tensor, down: Tree) -> Tensor:
@@ -218,8 +223,8 @@ class FedVTC(FedProto):
 
     def latents(self, draws: Mapping[str, Tensor], down: Tree) -> tuple[Tensor, Tensor]:
         """Classes (S,), uniform over those with a prototype (0 where none has), and v ~ N(c_y, sigma^2) (S, p)."""
-        labels = moments.among(down["counts"] > 0, draws["class_choice"])
-        away = moments.scaled(draws["latent_noise"], down["spread"], labels, self.covariance)
+        labels = feature_statistics.among(down["counts"] > 0, draws["class_choice"])
+        away = feature_statistics.scaled(draws["latent_noise"], down["spread"], labels, self.covariance)
         return labels, down["prototypes"][labels] + away
 
     def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
@@ -231,9 +236,9 @@ class FedVTC(FedProto):
             return (made - latents).square().mean() * known.any()
         if self.matching == "mahalanobis":
             return ((made - target[labels]) / self.sigma(down, labels)).square().mean() * known.any()
-        means, counted = moments.class_means(made, labels, len(known))
+        means, counted = feature_statistics.class_means(made, labels, len(known))
         if self.matching == "real":
-            target, held = moments.class_means(losses.wide(z), y, len(known))
+            target, held = feature_statistics.class_means(losses.wide(z), y, len(known))
             counted = counted * held
         counted = counted * known  # without prototypes all labels are 0
         return ((means - target).square().mean(1) * counted).sum() / counted.sum().clamp(min=1)

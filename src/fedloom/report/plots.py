@@ -15,8 +15,8 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from fedloom.errors import DataError
-from fedloom.networks import Network
 from fedloom.report.groups import Group, group, headline, series
+from fedloom.report.link_speeds import Network
 from fedloom.report.looked_at import part_of
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.style import (

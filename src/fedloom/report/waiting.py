@@ -11,9 +11,9 @@ import pandas as pd
 from rich.table import Table
 
 from fedloom.errors import ConfigError
-from fedloom.networks import Network
 from fedloom.report import units
 from fedloom.report.groups import group, series
+from fedloom.report.link_speeds import Network
 from fedloom.report.read import RunRecord
 from fedloom.report.tables import EMPTY, Cell, Grid, drawn
 

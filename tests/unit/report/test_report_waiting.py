@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from fedloom.errors import ConfigError
-from fedloom.networks import Network
 from fedloom.report import Waiting, read, write_page
+from fedloom.report.link_speeds import Network
 from fedloom.report.waiting import common_target, elapsed, reached, waiting_grid
 
 WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up is 1 s, 10 MB down is 1 s

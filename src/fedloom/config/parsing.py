@@ -1,0 +1,97 @@
+"""Nested tables of values, not yet validated: from TOML files and from `key=value` words."""
+
+from __future__ import annotations
+
+import datetime
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from fedloom.config.settings import Section, Settings, Values
+from fedloom.errors import ConfigError
+
+SECTIONS = tuple(
+    name
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.default, Section) and "name" in type(field.default).model_fields
+)
+LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType({"data": ("path",), "partition": ("path", "column")})
+"""Tables whose keys mean the same for every name, but for these."""
+
+
+def _texts(model: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from _texts(type(field.default), f"{prefix}{name}.")
+        elif field.annotation in (str | None, Path | None):
+            yield prefix + name
+
+
+TEXTS = tuple(_texts(Settings))
+"""Keys of names and paths, which may look like something else: `label=7`, `out=2026-01-31`."""
+
+
+def parse_value(text: str, key: str = "") -> Any:
+    """A value on the command line: TOML where it is that (numbers, booleans, lists, quoted text), else plain text.
+
+    `key`: what it is a value of; names and paths are text, whatever they look like.
+    """
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    is_text = key in TEXTS or isinstance(value, datetime.date | datetime.time)
+    return text if is_text and not isinstance(value, str) else value
+
+
+def assign(values: Values, key: str, value: Any) -> None:
+    """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
+
+    Choosing another name takes away the keys that belonged to the old choice: for most tables all of them, for those of `LASTING` a few.
+    `models` takes the place of `model`.
+    """
+    *tables, last = key.split(".")
+    node = values
+    for table in tables:
+        child = node.get(table, {})
+        node[table] = child if isinstance(child, dict) else {"name": child}
+        node = node[table]
+    if not tables and last in SECTIONS and not isinstance(value, Mapping):
+        old = node.get(last)
+        old = old if isinstance(old, dict) else {}
+        other = old.get("name", value) != value
+        node[last] = {k: v for k, v in old.items() if not other or k not in LASTING.get(last, old)} | {"name": value}
+    else:
+        node[last] = value
+    if key == "models" and value:
+        values.pop("model", None)
+
+
+def read_toml(path: str | Path) -> Values:
+    """The tables of a TOML file, with `data = "digits"` spelt out."""
+    file = Path(path)
+    try:
+        loaded = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {file}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        hint = "; beside a table of that name, write its `name = ...` in it" if "twice" in str(error) else ""
+        raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
+    values: Values = {}
+    for key, value in loaded.items():
+        assign(values, key, value)
+    return values
+
+
+def from_words(words: Iterable[str], values: Values | None = None) -> Values:
+    """`key=value` words over the tables of `values`."""
+    values = {} if values is None else values
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"'{word}': expected key=value, such as rounds=20")
+        assign(values, key, parse_value(text, key))
+    return values

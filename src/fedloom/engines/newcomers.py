@@ -1,0 +1,53 @@
+"""Clients that come when training is over."""
+
+from __future__ import annotations
+
+from fedloom import tree
+from fedloom.engines.base import Ask, Score
+from fedloom.engines.sequential import Sequential
+from fedloom.engines.transfer import moved
+from fedloom.method import Client, Downlink, Phase, Turn, init_opts, without
+from fedloom.training.turn import run_phases
+from fedloom.tree import Tree
+
+
+class Joining(Sequential):
+    """Newcomers, one after another, in this process.
+
+    A newcomer receives what the server would send it to predict with, and takes turns by itself: the method's own phases, with all that
+    travels left as it was received. It sends nothing. Its turns count from 0, so the learning rate starts where everybody's did.
+    """
+
+    def score_received(self, i: int, down: Downlink, ask: Ask) -> Score:
+        """How newcomer `i` does with what it receives, before any work of its own (`adapt` included)."""
+        message = moved(down.common, self._device)
+        scorer = self._scorer(ask, message)
+        scorer.add(i, self._received(i, message))
+        return scorer.scores()[i]
+
+    def join(self, i: int, down: Downlink, turns: int) -> Client:
+        """Newcomer `i` after its turns; what it keeps of them, as an engine keeps it. Kept optimiser states start afresh."""
+        method, blank = self.problem.method, self._whole(i)
+        phases = without(method.phases(), blank.weights, method.travelling(blank.weights))
+        client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self._device)
+        for number in range(turns if phases else 0):
+            client = client._replace(weights=method.receive(client.weights, message, client.memory))
+            turn = Turn(number, turns - 1, self.problem.data.n_train(i))
+            try:
+                trained = self._alone(i, client, message, phases, turn)
+            except Exception as error:
+                error.add_note(f"client {i}, joining, turn {number}")
+                raise
+            client = client if tree.not_finite(trained._asdict()) else trained  # a turn that diverged is undone
+        self.store.put(i, client._replace(weights=self.problem.kept(client.weights), opts=blank.opts))
+        return self.client(i)
+
+    def _alone(self, i: int, client: Client, message: Tree, phases: tuple[Phase, ...], turn: Turn) -> Client:
+        p = self.problem
+
+        def work(channels_last: bool) -> Client:
+            site = self._site(turn.number, i, "join", channels_last)
+            scale = p.method.lr_scale(turn.number)
+            return run_phases(phases, self._gradients_of(i), client, message, site, turn, scale)[0]
+
+        return self._laid_out(i, work)

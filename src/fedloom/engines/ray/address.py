@@ -1,0 +1,87 @@
+"""The way to a Ray cluster, looked at before Ray is: an address that is none, a machine that is not there, a token that is refused.
+
+Ray itself would try each of them for half a minute or more, and say why in many lines.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from fedloom.errors import ConfigError
+from fedloom.ranges import RAY_ADDRESS
+
+CONNECT_S = 10.0
+ASKED = {  # a call that changes nothing, of the service behind a kind of address
+    "ray://": "/ray.rpc.RayletDriver/ClusterInfo",
+    "": "/ray.rpc.NodeInfoGcsService/CheckAlive",
+}
+
+
+def quiet_environment(address: str | None) -> None:
+    """Settings that Ray reads as it is imported: nothing is sent to its makers, and a token that is there is used at `address`.
+
+    For a cluster of its own, and where it was imported before, Ray sees to its token itself.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # losses on standard output; the engine says who was lost
+    if address and "ray" not in sys.modules and _token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError where no cluster can be joined at `address`: `auto`, `HOST:PORT` or `ray://HOST:PORT`."""
+    found = RAY_ADDRESS.fullmatch(_started_here() if address == "auto" else address)
+    if address == "auto" and not found:
+        return  # Ray has other ways to find one
+    if not found or not 0 < int(found[3]) < 65536:
+        raise ConfigError(f"engine.address={address}: must be auto, HOST:PORT or ray://HOST:PORT")
+    host, port = found[2].strip("[]"), int(found[3])
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_S).close()
+    except OSError as error:
+        raise refused(address, error.strerror or str(error)) from None
+    if os.environ.get("RAY_USE_TLS", "0") == "0" and not _lets_in(f"{found[2]}:{port}", ASKED[found[1] or ""]):
+        raise refused(address, "its token is another; set RAY_AUTH_TOKEN to that of the cluster")
+
+
+def refused(address: str | None, reason: str) -> ConfigError:
+    """What to say of an address, or of this machine, and why."""
+    what = (
+        f"engine.address={address}: no Ray cluster can be joined there" if address else "engine=ray: Ray cannot start"
+    )
+    return ConfigError(f"{what}: {reason}")
+
+
+def _lets_in(target: str, call: str) -> bool:
+    """Whether a service takes our token, or asks for none."""
+    import grpc
+
+    sent = [("authorization", f"Bearer {_token()}")] if _token() else []
+    with grpc.insecure_channel(target) as channel:
+        try:
+            channel.unary_unary(call)(b"", timeout=CONNECT_S, metadata=sent)
+        except grpc.RpcError as error:
+            return error.code() is not grpc.StatusCode.UNAUTHENTICATED
+    return True
+
+
+def _started_here() -> str:
+    """The address of the cluster that was last started on this machine, where Ray has noted it."""
+    note = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    try:
+        return os.environ.get("RAY_ADDRESS") or note.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _token() -> str:
+    """The token that Ray would use, or nothing: from the environment, or from a file."""
+    given = os.environ.get("RAY_AUTH_TOKEN")
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    try:
+        return (given or file.read_text(encoding="utf-8")).strip()
+    except (OSError, UnicodeDecodeError):
+        return ""

@@ -1,0 +1,365 @@
+"""Workers on a Ray cluster, or on this machine; the same numbers as the sequential engine with one thread.
+
+A worker is an actor with one thread. Client i works at worker i modulo n, or at another while that one is away. The problem with
+all rows is put into the object store once: a machine holds one copy, which its workers read in place.
+
+What a client keeps is committed here, in the experiment, when its turn has arrived, so it outlives any worker and any other machine. A
+worker keeps a copy of its clients for the next round, each with the number of the turn that made it; a worker that lacks the
+wanted one (it is new, or did a turn that never arrived) says so and is sent it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import PicklingError
+from typing import Any, NamedTuple
+
+import ray
+import torch
+from ray import cloudpickle
+from ray.exceptions import RayError, RayTaskError
+
+from fedloom import tree
+from fedloom.engines.base import Ask, Problem, Reply, Score, total
+from fedloom.engines.ray.address import check_address, refused
+from fedloom.engines.ray.packing import Packed, Packer, unpack
+from fedloom.engines.ray.worker import (
+    Done,
+    Facts,
+    Failed,
+    Job,
+    Missing,
+    Scores,
+    ServerScore,
+    Shared,
+    Turns,
+    Worker,
+    versions,
+)
+from fedloom.engines.scoring import merged, shares
+from fedloom.engines.sequential import Backed
+from fedloom.errors import ConfigError, WorkerError, is_own_code
+from fedloom.method import Client, Downlink
+
+START_S = 180.0  # for a worker to start; a machine that imports torch for the first time is slow
+ATTEMPTS = 3  # at scoring, which may be repeated; and rounds in a row that may bring nothing
+POLL_S = 0.05  # while no worker is there
+NAMED = 8  # clients that a warning names
+
+log = logging.getLogger(__name__)
+
+
+class Lost(NamedTuple):
+    """In place of an answer: why there is none."""
+
+    reason: str
+
+
+class Cluster:
+    """Workers on a Ray cluster."""
+
+    def __init__(self, address: str | None, workers: int | None, most: int) -> None:
+        """Start Ray on this machine, or join the cluster at `address`; one worker per core, or `workers`, but at most `most`.
+
+        Where the program has joined a cluster already, that one is used and left as it is.
+        """
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            _connect(address, min(workers, most) if workers else None)
+        cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
+        n = min(workers or cores, most)
+        actor: Any = ray.remote(Worker)
+        self.actors = [actor.options(num_cpus=1, max_restarts=-1).remote() for _ in range(n)]
+
+    def close(self) -> None:
+        """End the workers, and Ray if it was started or joined here."""
+        if ray.is_initialized():
+            for actor in self.actors:
+                ray.kill(actor)
+            if self._ours:
+                ray.shutdown()
+        self.actors = []
+
+
+def _connect(address: str | None, n_cpus: int | None) -> None:
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    try:
+        if address is None:
+            ray.init(address="local", num_cpus=n_cpus, include_dashboard=False, **quiet)
+        else:
+            check_address(address)
+            ray.init(address=address, **quiet)
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        raise refused(address, _first_line(error)) from None
+
+
+class Seat:
+    """One worker, as one experiment sees it."""
+
+    def __init__(self, number: int, actor: Any, shared: Shared) -> None:
+        self._number, self._actor, self._shared = number, actor, shared
+        self.facts: Facts | None = None  # of its last start
+        self.is_gone = False
+        self._starting: Any = None
+        self._call()
+
+    def __str__(self) -> str:
+        """`worker 1 (process 4711 on HOST)`."""
+        return f"worker {self._number}" + (f" (process {self.facts.pid} on {self.facts.host})" if self.facts else "")
+
+    def _call(self) -> None:
+        """Ask it to say when it is ready, however often it starts anew until then."""
+        self._starting = self._actor.ready.options(max_task_retries=-1).remote(self._shared)
+
+    def is_ready(self, wait_s: float = 0) -> bool:
+        """Whether it can work now.
+
+        Raises:
+            ConfigError: it never will; said once.
+        """
+        if self._starting is None:
+            return not self.is_gone
+        if not ray.wait([self._starting], timeout=wait_s)[0]:
+            return False
+        starting, self._starting, self.is_gone = self._starting, None, True
+        try:
+            facts = self.facts = ray.get(starting)
+        except RayError as error:
+            raise ConfigError(f"engine=ray: {self} cannot start: {_first_line(error)}") from None
+        for name, here in versions().items():
+            if facts.versions[name] != here:
+                wrong = f"{self} has {name} {facts.versions[name]}, and this is {name} {here}"
+                raise ConfigError(f"engine=ray: {wrong}; every machine needs the same version")
+        self.is_gone = False
+        return True
+
+    def start(self, common: Any, job: Job, clients: Mapping[int, tuple[int, Packed]]) -> Any:
+        """Hand over a job; a reference to its answer."""
+        return self._actor.do.remote(self._shared, common, job, clients)
+
+    def answer(self, reference: Any) -> Any:
+        """What came of a job. A worker that was lost is called again."""
+        try:
+            return ray.get(reference)
+        except RayTaskError:  # not of the work itself, which comes as `Failed`
+            raise
+        except RayError as error:
+            self._call()
+            return Lost(f"its process or its machine is gone ({type(error).__name__})")
+
+    def restart(self) -> None:
+        """End its process, whatever it does; Ray starts it anew."""
+        ray.kill(self._actor, no_restart=False)
+        self._call()
+
+    def forget(self) -> None:
+        """The experiment is over."""
+        self._actor.forget.remote(self._shared.key)
+
+
+class Ray(Backed):
+    """Workers on a cluster. A worker that is lost costs the round its clients, which stay as they were; the run goes on."""
+
+    def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
+        """`deadline_s` is the time that a worker has for its share of a round, or of a scoring; default: no limit.
+
+        Raises:
+            ConfigError: no worker starts, or one has other versions.
+        """
+        self._cluster, self._deadline_s, self._packer = cluster, deadline_s, Packer()
+        self._versions: dict[int, int] = {}
+        self._ticket = self._empty_rounds = 0
+        self._seats: list[Seat] = []
+        try:
+            super().__init__(problem)
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        shared = Shared(uuid.uuid4().hex, _put(self.problem), torch.get_default_dtype())
+        self._seats = [Seat(k, actor, shared) for k, actor in enumerate(self._cluster.actors)]
+        until = time.monotonic() + START_S
+        started = sum(seat.is_ready(max(until - time.monotonic(), 0)) for seat in self._seats)
+        if not started:
+            raise ConfigError(f"engine=ray: no worker has started in {START_S:g} s; has the cluster a free core?")
+        if started < len(self._seats):
+            log.warning("engine=ray: %d of %d workers have started; others join later", started, len(self._seats))
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        """See `Engine.train`."""
+        self._ticket += 1
+        own = [self._packer.pack(message) for message in down.each] if down.each is not None else None
+        jobs: list[tuple[Seat, Turns]] = [
+            (seat, Turns(number, self._ticket, *_members(cohort, own, slots), self._wanted([cohort[s] for s in slots])))
+            for seat, slots in self._dealt(cohort)
+        ]
+        replies: list[Reply] = []
+        for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
+            if isinstance(answer, Lost):
+                clients = _listed([i for _, i in job.members])
+                log.warning("engine=ray: round %d goes on without %s: %s: %s", number + 1, clients, seat, answer.reason)
+            else:
+                replies += [self._commit(done) for done in answer]
+        self._empty_rounds = 0 if replies else self._empty_rounds + 1
+        if self._empty_rounds == ATTEMPTS:
+            raise WorkerError(
+                f"no client's work arrived in {ATTEMPTS} rounds in a row; all workers were lost each time"
+            )
+        return sorted(replies, key=lambda reply: reply.slot)
+
+    def _commit(self, done: Done) -> Reply:
+        reply, kept = done
+        self._local.restore(reply.client, Client(**unpack(kept)))
+        self._versions[reply.client] = self._ticket
+        return reply._replace(uplink=unpack(reply.uplink))  # type: ignore[arg-type]
+
+    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+        """See `Engine.score`. Where clients keep nothing, they all hold one model, and common rows are shared out by pieces."""
+        same = not self.problem.method.adapt() and not any(tree.leaves(self.client(i)._asdict()) for i in clients)
+        dealt = self._dealt(clients)
+        work = shares(asks, [[clients[place] for place in places] for _, places in dealt], by_rows=same)
+        jobs = [Scores(number, share, {} if same else self._wanted(share.clients)) for share in work]
+        return merged(work, self._insist(down, jobs, [seat for seat, _ in dealt]), clients, asks)
+
+    def score_server(self, down: Downlink) -> Score:
+        """See `Engine.score_server`."""
+        seats = self._ready()
+        return total(self._insist(down, [ServerScore((k, len(seats)), {}) for k in range(len(seats))], seats))
+
+    def restore(self, i: int, client: Client) -> None:
+        """See `Engine.restore`."""
+        self._ticket += 1
+        super().restore(i, client)
+        self._versions[i] = self._ticket
+
+    def close(self) -> None:
+        """End or leave the workers. The clients can still be asked for."""
+        for seat in self._seats if ray.is_initialized() else ():
+            seat.forget()
+        self._seats = []
+        self._cluster.close()
+
+    def _ready(self) -> list[Seat]:
+        """The workers that can work now; waits for one if there is none."""
+        until = time.monotonic() + START_S
+        while time.monotonic() < until and not all(seat.is_gone for seat in self._seats):
+            found = []
+            for seat in self._seats:
+                try:
+                    found += [seat] if seat.is_ready() else []
+                except ConfigError as error:
+                    log.warning("%s; others do its work", error)
+            if found:
+                return found
+            time.sleep(POLL_S)
+        raise WorkerError("engine=ray: all workers are lost, and none has come back")
+
+    def _dealt(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
+        """Who works on which places in `clients`: each client always at the same worker, as long as that is there."""
+        ready, groups = self._ready(), dict[Seat, list[int]]()
+        for place, i in enumerate(clients):
+            seat = self._seats[i % len(self._seats)]
+            groups.setdefault(seat if seat in ready else ready[i % len(ready)], []).append(place)
+        return list(groups.items())
+
+    def _wanted(self, clients: Iterable[int]) -> dict[int, int]:
+        return {i: self._versions.get(i, 0) for i in clients}
+
+    def _sent(self, clients: Iterable[int]) -> dict[int, tuple[int, Packed]]:
+        """Clients as they were committed."""
+        return {i: (self._versions.get(i, 0), self._packer.pack(self.client(i)._asdict())) for i in clients}
+
+    def _insist(self, down: Downlink, jobs: Sequence[Job], seats: Sequence[Seat]) -> list[Any]:
+        """Results of jobs that change nothing, dealt to `seats` in turn; those of a lost worker are given to others."""
+        found: dict[int, Any] = {}
+        for _ in range(ATTEMPTS):
+            left = [place for place in range(len(jobs)) if place not in found]
+            given = [(seats[place % len(seats)], jobs[place]) for place in left]
+            for place, (seat, _), answer in zip(left, given, self._run(down, given), strict=True):
+                if isinstance(answer, Lost):
+                    log.warning(
+                        "engine=ray: %s was lost while it scored clients; another does it: %s", seat, answer.reason
+                    )
+                else:
+                    found[place] = answer
+            if len(found) == len(jobs):
+                return [found[place] for place in range(len(jobs))]
+            seats = self._ready()
+        raise WorkerError(f"engine=ray: scoring was tried {ATTEMPTS} times, and each time a worker was lost")
+
+    def _run(self, down: Downlink, jobs: Sequence[tuple[Seat, Job]]) -> list[Any]:
+        """What came of jobs, in their order: a result, or `Lost`. Raises the first error of the work itself."""
+        common, found = ray.put(self._packer.pack(down.common)), list[Any]([None] * len(jobs))
+        waiting = {seat.start(common, job, {}): place for place, (seat, job) in enumerate(jobs)}
+        until = time.monotonic() + self._deadline_s if self._deadline_s else None
+        while waiting:
+            done, _ = ray.wait(list(waiting), timeout=until and max(until - time.monotonic(), 0))
+            if not done:
+                break
+            place = waiting.pop(done[0])
+            seat, job = jobs[place]
+            answer = seat.answer(done[0])
+            if isinstance(answer, Failed):
+                raise answer.error
+            if isinstance(answer, Missing):
+                waiting[seat.start(common, job, self._sent(answer.clients))] = place
+            else:
+                found[place] = answer
+        for place in waiting.values():
+            jobs[place][0].restart()
+            found[place] = Lost(f"no answer in {self._deadline_s:g} s (engine.deadline_s)")
+        return found
+
+
+def _members(
+    cohort: Sequence[int], own: Sequence[Packed] | None, slots: Sequence[int]
+) -> tuple[list[tuple[int, int]], list[Packed] | None]:
+    return [(slot, cohort[slot]) for slot in slots], [own[slot] for slot in slots] if own is not None else None
+
+
+def _listed(clients: Sequence[int]) -> str:
+    more = f" and {len(clients) - NAMED} more" if len(clients) > NAMED else ""
+    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients[:NAMED]))}{more}"
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error of Ray says, without the tracebacks and identifiers that follow or precede it."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[0].partition('. ')[0] if lines else 'no reason given'}"
+
+
+def _put(problem: Problem) -> Any:
+    """A reference to the problem in the object store."""
+    try:
+        with _own_code_by_value():
+            return ray.put(problem)
+    except (TypeError, AttributeError, PicklingError) as error:
+        raise ConfigError(
+            f"engine=ray: this method or model cannot be sent to workers: {_first_line(error.__cause__ or error)}"
+        ) from None
+
+
+@contextmanager
+def _own_code_by_value() -> Iterator[None]:
+    """Classes from files of one's own travel with their code, since other machines (and Ray's workers) do not have the files."""
+    own = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name != "__main__" and file and is_own_code(str(Path(file))):
+            own.append(module)
+    for module in own:
+        cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for module in own:
+            cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]

@@ -1,0 +1,184 @@
+"""The worker's side of the Ray engine: an actor that holds experiments, and the jobs that it is given."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import ray
+import torch
+from ray import cloudpickle
+
+from fedloom import tree
+from fedloom._version import __version__
+from fedloom.engines.base import Reply, Score
+from fedloom.engines.processes import portable
+from fedloom.engines.ray.packing import Packed, Packer, unpack
+from fedloom.engines.scoring import Share
+from fedloom.engines.sequential import Sequential
+from fedloom.method import Client, Downlink
+from fedloom.tree import Tree
+
+
+class Shared(NamedTuple):
+    """What an experiment has put into the object store for all workers."""
+
+    key: str
+    problem: Any  # a reference to a `Problem`
+    dtype: torch.dtype
+
+
+class Facts(NamedTuple):
+    """Where a worker runs, and with what."""
+
+    host: str
+    pid: int
+    versions: Mapping[str, str]
+
+
+class Missing(NamedTuple):
+    """A worker's answer: it does not hold these clients as they were committed."""
+
+    clients: Sequence[int]
+
+
+class Failed(NamedTuple):
+    """A worker's answer: the work raised this error."""
+
+    error: BaseException
+
+
+class Done(NamedTuple):
+    """A turn: the reply with its uplink packed, and what the client keeps."""
+
+    reply: Reply
+    kept: Packed
+
+
+Versions = Mapping[int, int]  # for each client, the number of the turn that made what it keeps; 0: never changed
+
+
+class Job(Protocol):
+    """Work for one worker."""
+
+    @property
+    def versions(self) -> Versions:
+        """The versions of the clients that it needs."""
+
+    def do(self, post: Post, common: Tree) -> Any:
+        """The work, at the worker."""
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Turns of some members of the cohort. `ticket` numbers the versions of the clients that come of it."""
+
+    number: int
+    ticket: int
+    members: Sequence[tuple[int, int]]  # (slot, client)
+    own: Sequence[Packed] | None  # for each member what it alone is sent
+    versions: Versions
+
+    def do(self, post: Post, common: Tree) -> list[Done]:
+        """See `Job.do`."""
+        found = []
+        for place, (slot, i) in enumerate(self.members):
+            started = time.perf_counter()
+            message = tree.merge(common, unpack(self.own[place])) if self.own else common
+            post.versions[i] = self.ticket
+            reply = post.engine.turn(self.number, i, slot, message)
+            sent: Any = post.packer.pack(reply.uplink)
+            kept = post.packer.pack(post.engine.client(i)._asdict())
+            found.append(Done(reply._replace(uplink=sent, seconds=time.perf_counter() - started), kept))
+        return found
+
+
+@dataclass(frozen=True)
+class Scores:
+    """A share of the scoring."""
+
+    number: int
+    share: Share
+    versions: Versions
+
+    def do(self, post: Post, common: Tree) -> list[dict[str, Score]]:
+        """See `Job.do`."""
+        return post.engine.score_part(self.number, Downlink(common), *self.share)
+
+
+@dataclass(frozen=True)
+class ServerScore:
+    """The server's score on the k-th of n pieces of the common rows."""
+
+    part: tuple[int, int]
+    versions: Versions
+
+    def do(self, post: Post, common: Tree) -> Score:
+        """See `Job.do`."""
+        return post.engine.score_server_part(Downlink(common), self.part)
+
+
+class Post:
+    """What a worker holds for one experiment."""
+
+    def __init__(self, shared: Shared) -> None:
+        self.engine = Sequential(ray.get(shared.problem))
+        self.packer = Packer()
+        self.versions: dict[int, int] = {}
+
+    def take(self, clients: Mapping[int, tuple[int, Packed]]) -> None:
+        """Hold these clients in these versions."""
+        for i, (version, kept) in clients.items():
+            self.engine.restore(i, Client(**unpack(kept)))
+            self.versions[i] = version
+
+    def missing(self, wanted: Versions) -> list[int]:
+        """The clients that it holds in another version."""
+        return [i for i, version in wanted.items() if self.versions.get(i, 0) != version]
+
+
+class Worker:
+    """The actor. It may work for several experiments."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self._posts: dict[str, Post] = {}
+
+    def ready(self, shared: Shared) -> Facts:
+        """Load the problem, if that is not done yet."""
+        self._post(shared)
+        return Facts(socket.gethostname(), os.getpid(), versions())
+
+    def do(self, shared: Shared, common: Packed, job: Job, clients: Mapping[int, tuple[int, Packed]]) -> Any:
+        """Take over some clients, then do a job: its result, `Missing` or `Failed`."""
+        post = self._post(shared)
+        post.take(clients)
+        missing = post.missing(job.versions)
+        if missing:
+            return Missing(missing)
+        try:
+            return job.do(post, unpack(common))
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # an exit, too, is for the experiment: Ray would end this worker for good
+            return Failed(portable(error, cloudpickle))
+
+    def forget(self, key: str) -> None:
+        """An experiment is over."""
+        self._posts.pop(key, None)
+
+    def _post(self, shared: Shared) -> Post:
+        torch.set_default_dtype(shared.dtype)
+        if shared.key not in self._posts:
+            self._posts[shared.key] = Post(shared)
+        return self._posts[shared.key]
+
+
+def versions() -> dict[str, str]:
+    """What must be the same everywhere for the same numbers."""
+    return {"fedloom": __version__, "torch": torch.__version__}

@@ -1,0 +1,80 @@
+"""What a run has cost so far: bytes as they are on the wire, seconds, and operations."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from fedloom.engines import Problem, Reply
+from fedloom.experiment.costs import Costs
+from fedloom.tree import Tree
+from fedloom.wire.messages import Meter
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Ledger:
+    """What a run has cost so far."""
+
+    def __init__(self, problem: Problem, state: Mapping[str, Any] | None = None) -> None:
+        """`state`: as `state()` gave it."""
+        state = state or {}
+        self._costs: Costs | None = Costs(problem)
+        self.meter = Meter()
+        self.kinds: dict[str, dict[str, int]] = state.get("bytes_by_kind", {"uplink": {}, "downlink": {}})
+        self.train_seconds: float = state.get("train_seconds", 0.0)
+        self.eval_seconds: float = state.get("eval_seconds", 0.0)
+        self.phase_seconds: dict[str, float] = state.get("phase_seconds", {})
+        self.flops: float = state.get("flops", 0.0)
+        self.trained: set[int] = set(state.get("trained", ()))
+
+    def count(self, way: str, message: Tree, kind: str | None = None) -> int:
+        """Add one message; its size in bytes. They are counted as the message's kinds, or all as one."""
+        sizes = self.meter.sizes(message)
+        sizes = {kind: sum(sizes.values())} if kind else sizes
+        for kind, n in sizes.items():
+            self.kinds[way][kind] = self.kinds[way].get(kind, 0) + n
+        return sum(sizes.values())
+
+    def turn(self, reply: Reply, number: int, taken: bool) -> float | None:
+        """Add what one turn in round `number` took, `taken` in or not; its floating-point operations, if they can be counted."""
+        flops = self._counted(lambda costs: sum(costs.flops(reply.client, number).values()))
+        if taken:
+            self.trained.add(reply.client)
+        self.flops += flops or 0.0
+        for phase, seconds in reply.phase_seconds.items():
+            self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + seconds
+        return flops
+
+    def peak_client_bytes(self) -> int | None:
+        """See `Costs.peak_client_bytes`; None if it cannot be counted."""
+        return self._counted(Costs.peak_client_bytes)
+
+    def total(self, way: str) -> int:
+        """All bytes that went `uplink` or `downlink`."""
+        return sum(self.kinds[way].values())
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint."""
+        return {
+            "bytes_by_kind": self.kinds,
+            "train_seconds": self.train_seconds,
+            "eval_seconds": self.eval_seconds,
+            "phase_seconds": self.phase_seconds,
+            "flops": self.flops,
+            "trained": sorted(self.trained),
+        }
+
+    def _counted(self, count: Callable[[Costs], T]) -> T | None:
+        """A count, or None: work that cannot be counted on a few rows is no reason to end a run."""
+        if self._costs is None:
+            return None
+        try:
+            return count(self._costs)
+        except Exception as error:
+            log.warning("what turns cost is not counted: %s: %s", type(error).__name__, error)
+            self._costs = None
+            return None

@@ -1,0 +1,186 @@
+"""From settings to objects: the data set, the clients' rows, the architectures, and the problem that an engine solves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from fedloom import accelerator, data, tree
+from fedloom.config.settings import Named, Settings, check_cohort, participation_range
+from fedloom.engines import Engine, Problem, make_engine
+from fedloom.errors import ConfigError, MethodError
+from fedloom.experiment.arrivals import check_rules, slowdowns
+from fedloom.method import Method, Task, Train, trains_of
+from fedloom.methods.registry import load_object
+from fedloom.models import Arch, arch
+from fedloom.nets import norm_layers, read_weights, select
+from fedloom.training.batches import Plan
+from fedloom.tree import Weights
+from fedloom.wire.codec import Codec
+from fedloom.wire.transforms import parse
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def arithmetic(settings: Settings) -> Iterator[None]:
+    """The precision and threads that the settings ask for, while it lasts. Raises ConfigError where their device is not there."""
+    device = accelerator.find(settings.engine.device)
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
+    torch.set_num_threads(settings.engine.threads)
+    try:
+        with accelerator.exact(device, settings.precision == "tf32"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_num_threads(threads)
+
+
+def make_dataset(settings: Settings) -> data.Dataset:
+    """The data set that the settings name."""
+    d = settings.data
+    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows)
+
+
+def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> data.Federation:
+    """The clients' rows."""
+    dataset = make_dataset(settings) if dataset is None else dataset
+    p = settings.partition
+    partition = data.partition(
+        dataset,
+        settings.clients,
+        scheme=p.name,
+        valid=settings.eval.valid,
+        seed=settings.seed,
+        **p.model_dump(exclude={"name"}),
+    )
+    return data.Federation(dataset, partition, normalise=settings.data.normalise, augment=settings.data.augment)
+
+
+def make_archs(settings: Settings, federation: data.Federation, model: Any = None) -> tuple[Arch, ...]:
+    """The clients' architectures, in the order in which they are dealt out."""
+    if settings.models and settings.model.options:
+        key = min(settings.model.options)
+        raise ConfigError(
+            f"model.{key}: an option of `model`, which `models` takes the place of; leave one of them out"
+        )
+    names = [Named(name=name) for name in settings.models] or [settings.model]
+    found = []
+    for choice in names:
+        what = model if model is not None else load_object(choice.name, "model") if ":" in choice.name else choice.name
+        found.append(arch(what, federation.input_shape, federation.n_classes, settings.width, choice.options))
+    return tuple(found)
+
+
+def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
+    """All that an engine needs to know; checks that the method fits the architectures."""
+    n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
+    size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
+    task = Task(n, size, federation.n_classes, federation.input_shape, archs[0].features, settings.rounds)
+    problem = Problem(
+        method,
+        task,
+        archs,
+        tuple(i % len(archs) for i in range(federation.n_clients)),
+        federation,
+        Plan(settings.batch_size, settings.drop_last),
+        settings.seed,
+        settings.same_init,
+        settings.precision == "bf16",
+        Codec(parse(settings.uplink, "uplink"), parse(settings.downlink, "downlink")),
+        settings.eval.fitted,
+        slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
+    )
+    check_rules(settings, method, size)
+    _check_nets(problem)
+    _check_phases(method)
+    _check_messages(problem)
+    return problem
+
+
+def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
+    """How many clients train: all but those that join afterwards."""
+    joining = settings.join.clients
+    if joining and method.pooled:
+        name = settings.method.name
+        raise ConfigError(
+            f"join.clients={joining}: {name} holds all rows in one place; there is nothing that a client could join"
+        )
+    try:
+        check_cohort(settings, federation.n_clients)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return federation.n_clients - joining
+
+
+def _check_phases(method: Method) -> None:
+    """Names of phases key their optimiser states, random streams and logs."""
+    for phases in (method.phases(), method.adapt()):
+        names = [train.name for train in trains_of(phases)]
+        names += [phase.name for phase in phases if not isinstance(phase, Train)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
+
+
+def _check_messages(problem: Problem) -> None:
+    """A difference means nothing to a server that does not know whose it is."""
+    if problem.codec.uplink and problem.method.exchanges:
+        raise ConfigError(
+            f"uplink: {type(problem.method).__name__} exchanges parts of uplinks among clients before the upload, so the server could"
+            " not tell what a difference refers to; leave uplink empty"
+        )
+
+
+def _check_nets(problem: Problem) -> None:
+    """What is shared, and what a phase trains, must be there; clients that average a net must have the same net."""
+    method, forms = problem.method, []
+    name, trains = type(method).__name__, trains_of((*method.phases(), *method.adapt()))
+    for place, choice in enumerate(problem.archs):
+        weights = read_weights(problem.modules(place))
+        if method.shared:
+            told = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
+            forms.append(tree.structure(_part(weights, method.shared, told)))
+            _tell_of_norms(method, weights, choice.name)
+        for train in trains:
+            told = f"model={choice.name}: {name} trains {', '.join(train.trains)}, but"
+            if not _part(weights, train.trains, told)["params"]:
+                raise ConfigError(f"{told} all of it is frozen (requires_grad=False)")
+    if any(form != forms[0] for form in forms):
+        names = ", ".join(choice.name for choice in problem.archs)
+        raise ConfigError(
+            f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
+        )
+
+
+def _tell_of_norms(method: Method, weights: Weights, model: str) -> None:
+    """One line where a method treats normalisation layers apart (FedBN), and the model has none."""
+    if any(pattern.endswith("norm") for pattern in method.shared) and not norm_layers(weights):
+        told = (
+            "model=%s has no normalisation layer, so %s does the same as FedAvg; try a model with one, such as resnet8"
+        )
+        log.warning(told, model, type(method).__name__)
+
+
+def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:
+    """The part that the patterns name; raises ConfigError where there is none, with what is `told` and the reason."""
+    try:
+        return select(weights, patterns)
+    except MethodError as error:
+        raise ConfigError(f"{told} {error}") from None
+
+
+def engine_for(settings: Settings, place: accelerator.Place, problem: Problem) -> Engine:
+    """The engine that the settings name."""
+    e = settings.engine
+    return make_engine(e.name, problem, e.workers, e.lanes, e.address, e.deadline_s, place, e.convolutions)
+
+
+def initial_weights(problem: Problem) -> Weights:
+    """A client's initial weights, for the server's first state."""
+    return read_weights(problem.modules(0))

@@ -1,0 +1,157 @@
+"""Methods by name, objects from a user's file, and what a method's class says of itself."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import inspect
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any, get_type_hints
+
+from fedloom.errors import ConfigError, suggest
+from fedloom.method import Method
+from fedloom.methods import (
+    Centralised,
+    Ditto,
+    FedASAM,
+    FedAvg,
+    FedAvgFT,
+    FedBABU,
+    FedBN,
+    FedMR,
+    FedPer,
+    FedProto,
+    FedProx,
+    FedRep,
+    FedRIR,
+    FedVTC,
+    Local,
+    Scaffold,
+)
+from fedloom.methods.composition import composed
+from fedloom.ranges import type_words
+
+METHODS: Mapping[str, type[Method]] = MappingProxyType(
+    {
+        "centralised": Centralised,
+        "ditto": Ditto,
+        "fedasam": FedASAM,
+        "fedavg": FedAvg,
+        "fedavg_ft": FedAvgFT,
+        "fedbabu": FedBABU,
+        "fedbn": FedBN,
+        "fedmr": FedMR,
+        "fedper": FedPer,
+        "fedproto": FedProto,
+        "fedprox": FedProx,
+        "fedrep": FedRep,
+        "fedrir": FedRIR,
+        "fedvtc": FedVTC,
+        "local": Local,
+        "scaffold": Scaffold,
+    }
+)
+
+
+def load_object(where: str, key: str) -> Any:
+    """The object `NAME` in a user's Python file, from `path/to/file.py:NAME`.
+
+    Raises:
+        ConfigError: no such file or name, or the file cannot be imported; `key` is the setting to blame.
+    """
+    path, _, name = where.rpartition(":")
+    module = load_module(Path(path), f"{key}={where}")
+    if not hasattr(module, name):
+        raise ConfigError(f"{key}={where}: {path} defines no '{name}'{suggest(name, vars(module))}")
+    return getattr(module, name)
+
+
+def load_module(file: Path, setting: str) -> ModuleType:
+    """A user's Python file; `setting` is what to blame.
+
+    Raises:
+        ConfigError: there is no such file, or it cannot be imported.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{setting}: there is no file {file}")
+    module_name = f"fedloom_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, file.resolve())
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{setting}: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit as leaving:  # would pass for the end of the command
+        raise ConfigError(
+            f'{setting}: {file} ends Python when it is imported; put that under `if __name__ == "__main__":`'
+        ) from leaving
+    except Exception as error:
+        raise ConfigError(f"{setting}: {file} cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def method_class(name: str) -> type[Method]:
+    """A method's class, from its name, from `file.py:Class`, or from `server+client`, two names whose halves are joined."""
+    if ":" in name:
+        found = load_object(name, "method")
+        if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
+            raise ConfigError(f"method={name}: not a dataclass derived from fedloom.Method")
+        return found
+    if "+" in name:
+        server, _, client = name.partition("+")
+        return composed(method_class(server), method_class(client))
+    if name not in METHODS:
+        raise ConfigError(
+            f"method={name}: no method has that name{suggest(name, METHODS)}; an own one is given as my.py:Mine"
+        )
+    return METHODS[name]
+
+
+def method_name(method: type[Method]) -> str:
+    """The registered name of a method's class, or the class's own name."""
+    return next((name for name, known in METHODS.items() if known is method), method.__name__)
+
+
+def describe(name: str, method: type[Method]) -> dict[str, Any]:
+    """What there is to know of a method: paper, what travels, hyper-parameters with their defaults and meanings."""
+    docs, types = _field_docs(method), get_type_hints(method, include_extras=True)
+    paper = getattr(method, "paper", None)
+    return {
+        "name": name,
+        "summary": (inspect.getdoc(method) or "").splitlines()[0] if method.__doc__ else "",
+        "paper": paper.title if paper else "",
+        "authors": paper.authors if paper else "",
+        "venue": paper.venue if paper else "",
+        "url": paper.url if paper else "",
+        "travels": [*method.shared, *method.also_travels],
+        "hyper_parameters": {
+            field.name: {
+                "default": field.default,
+                "type": type_words(types[field.name]),
+                "doc": docs.get(field.name, ""),
+            }
+            for field in dataclasses.fields(method)
+        },
+    }
+
+
+def _field_docs(method: type) -> dict[str, str]:
+    """The string below each field, in the class's source and in those it derives from."""
+    docs: dict[str, str] = {}
+    for cls in reversed(method.__mro__[:-1]):
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+        except (OSError, TypeError):  # a class without source (made in an interactive session)
+            continue
+        body = tree.body[0].body  # type: ignore[attr-defined]
+        for field, text in zip(body, body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                    docs[field.target.id] = text.value.value
+    return docs

@@ -1,0 +1,306 @@
+"""Whether a method keeps the contract: runs it on a tiny federation in several ways that must agree, and says in words what does not.
+
+Everything happens in float64 on a few of scikit-learn's digits, in temporary folders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedloom import data, tree
+from fedloom.config.settings import make_settings
+from fedloom.engines import Reply
+from fedloom.engines.wrappers import Wrapper
+from fedloom.errors import ConfigError
+from fedloom.experiment.build import arithmetic
+from fedloom.experiment.loop import Experiment, Parts
+from fedloom.method import Batch, Client, Downlink, Free, Method, OnceFn, Train, trains_of
+from fedloom.methods.registry import load_module, method_class
+from fedloom.nets import Nets, select
+from fedloom.rng import Stream
+from fedloom.tools.error_report import blame, own_place
+from fedloom.tree import Tree
+
+ROWS = 120
+PLAIN, NORMALISED = {"name": "mlp", "hidden": 16}, {"name": "fedrir_cnn"}
+Model = Mapping[str, Any]
+
+
+class Finding(NamedTuple):
+    """One rule: kept, broken, or (None) not tested or not binding; and why."""
+
+    rule: str
+    kept: bool | None
+    note: str = ""
+
+
+class _Backwards(Wrapper):
+    """Lets the last member of a cohort work first, each alone."""
+
+    def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
+        replies = []
+        for slot in reversed(range(len(cohort))):
+            (reply,) = self.inner.train(number, [cohort[slot]], Downlink(each=[down.to(slot)]))
+            replies.append(reply._replace(slot=slot))
+        return replies[::-1]
+
+
+def methods_in(where: str) -> list[str]:
+    """The methods that `FILE.py` defines, as `FILE.py:Class`; anything else is a method already.
+
+    Raises:
+        ConfigError: the file defines none, or cannot be imported.
+    """
+    if not where.endswith(".py"):
+        return [where]
+    names = vars(load_module(Path(where), f"check={where}"))
+    found = [
+        name
+        for name, value in names.items()
+        if inspect.isclass(value) and issubclass(value, Method) and value.__module__ == names["__name__"]
+    ]
+    if not found:
+        raise ConfigError(f"check={where}: the file defines no class derived from fedloom.Method")
+    return [f"{where}:{name}" for name in found]
+
+
+def check_method(name: str) -> list[Finding]:
+    """Check a method, registered or `FILE.py:Class`.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    cls = method_class(name)
+    first = _check_class(cls)
+    if not first.kept:
+        return [first]
+    method, dataset = cls(), data.load("digits", rows=ROWS)
+    with tempfile.TemporaryDirectory(prefix="fedloom-check-") as folder:
+        return [first, *_Trial(name, method, dataset, Path(folder)).findings()]
+
+
+def _check_class(cls: type[Method]) -> Finding:
+    rule = "it is a frozen dataclass, and every hyper-parameter has a default"
+    fields = {field.name for field in dataclasses.fields(cls)}
+    for key, kind in vars(cls).get("__annotations__", {}).items():
+        if key not in fields and "ClassVar" not in str(kind):
+            return Finding(
+                rule, False, f"'{key}' is not a hyper-parameter: put @dataclass(frozen=True) above {cls.__name__}"
+            )
+    try:
+        cls()
+    except Exception as error:
+        return Finding(rule, False, f"{cls.__name__}() fails: {blame(error)}")
+    return Finding(rule, True)
+
+
+class _Trial:
+    """The runs of one method."""
+
+    def __init__(self, name: str, method: Method, dataset: data.Dataset, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        self.parts = Parts(method, dataset)
+
+    def findings(self) -> list[Finding]:
+        """All rules that take a run."""
+        contract = "two rounds keep the contract: inputs unchanged, private nets stay, structures last, numbers finite"
+        try:
+            reference = self._run("plain", "sequential")
+            self._run("debug", "debug+sequential")
+        except Exception as error:
+            return [Finding(contract, False, blame(error))]
+        return [
+            Finding(contract, True),
+            self._normalised(),
+            self._same(
+                "messages as bytes give the same numbers", reference, lambda: self._run("bytes", "bytes+sequential")
+            ),
+            self._same("stopped after a round and resumed, it gives the same numbers", reference, self._resumed),
+            self._same("the order in which clients work does not matter", reference, self._backwards),
+            self._mapped(reference),
+        ]
+
+    def _experiment(self, folder: str, engine: str, model: Model = PLAIN) -> Experiment:
+        values = {
+            "method": {"name": self.name},
+            "model": dict(model),
+            "engine": {"name": engine, "threads": 1},
+            "partition": {"name": "dirichlet", "alpha": 1.0},
+            "out": self.folder / folder,
+            "precision": "fp64",
+        }
+        sizes = {"clients": 4, "cohort": 3, "rounds": 2, "batch_size": 8, "checkpoint_every": 1}
+        return Experiment(make_settings({**values, **sizes}), self.parts)
+
+    def _run(self, folder: str, engine: str, model: Model = PLAIN) -> Experiment:
+        experiment = self._experiment(folder, engine, model)
+        experiment.run()
+        return experiment
+
+    def _normalised(self) -> Finding:
+        rule = "so it does with BatchNorm in the model"
+        try:
+            self._run("batchnorm", "debug+sequential", NORMALISED)
+        except Exception as error:
+            return Finding(rule, False, blame(error))
+        return Finding(rule, True)
+
+    def _resumed(self) -> Experiment:
+        def stop(done: int, rounds: int, row: Mapping[str, Any]) -> None:
+            raise StopIteration  # as good as a Ctrl-C
+
+        first = self._experiment("resumed", "sequential")
+        with contextlib.suppress(StopIteration):
+            first.run(stop)
+        second = Experiment.resume(first.folder.path, self.parts)
+        second.run()
+        return second
+
+    def _backwards(self) -> Experiment:
+        experiment = self._experiment("backwards", "sequential")
+        experiment.engine = _Backwards(experiment.engine)
+        experiment.run()
+        return experiment
+
+    def _same(self, rule: str, reference: Experiment, other: Callable[[], Experiment]) -> Finding:
+        try:
+            difference = _difference(_state(reference), _state(other()))
+        except Exception as error:
+            return Finding(rule, False, blame(error))
+        return Finding(rule, not difference, difference)
+
+    def _mapped(self, experiment: Experiment) -> Finding:
+        rule = "its losses can be mapped over clients (the vectorised engine)"
+        method = experiment.problem.method
+        if method.pooled:
+            return Finding(rule, None, "nothing to map: one client holds all rows")
+        phases = method.phases()
+        free = [phase.name for phase in phases if isinstance(phase, Free)]
+        if free:
+            return Finding(rule, None, f"runs, but never vectorised: phase '{free[0]}' is Free work")
+        with arithmetic(experiment.settings):
+            for train, once in [
+                (train, getattr(phase, "once", None)) for phase in phases for train in trains_of([phase])
+            ]:
+                try:
+                    wrong = _map_differs(experiment, train, once)
+                except Exception as error:
+                    return Finding(rule, None, f"runs, but never vectorised: phase '{train.name}' {_why(error)}")
+                if wrong:
+                    note = f"phase '{train.name}': the gradient of {wrong} is another one when two clients are mapped"
+                    return Finding(rule, False, note)
+        return Finding(rule, True)
+
+
+def _state(experiment: Experiment) -> Tree:
+    """All that must not depend on how a run was made."""
+    n = experiment.problem.task.n_clients
+    clients = {f"client {i}": experiment.engine.client(i)._asdict() for i in range(n)}
+    scores = [
+        {key: value for key, value in row.items() if isinstance(value, float) and "seconds" not in key}
+        for row in experiment.rows
+    ]
+    rounds = {f"round {i}": {k: torch.tensor(v) for k, v in row.items()} for i, row in enumerate(scores)}
+    return {"server": experiment.server, **clients, "metrics": rounds}
+
+
+def _difference(a: Tree, b: Tree) -> str:
+    """Where two states differ first, in words; "" where they are equal bit for bit."""
+    if tree.structure(a) != tree.structure(b):
+        path, _ = min(set(tree.structure(a).items()) ^ set(tree.structure(b).items()), key=lambda item: item[0])
+        return f"the structure differs at {path}"
+    other = dict(tree.flatten(b))
+    for path, leaf in tree.flatten(a):
+        if not tree.equal({"x": leaf}, {"x": other[path]}):
+            gap = (leaf.double() - other[path].double()).abs().max()
+            return f"{path} differs by up to {gap:.2g}; is anything remembered outside of memory and server?"
+    return ""
+
+
+class _Lane(NamedTuple):
+    """What the loss of one client sees."""
+
+    trained: dict[str, Tensor]
+    fixed: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    batch: Tree
+    down: Tree
+    memory: Tree
+
+
+def _map_differs(experiment: Experiment, train: Train, once: OnceFn | None) -> str:
+    """The first tensor whose gradient differs between two clients in turn and two clients mapped; "" where none does."""
+    modules, lanes = _lanes(experiment, train)
+
+    def gradient(lane: Tree) -> Any:
+        def loss(trained: dict[str, Tensor]) -> Tensor:
+            buffers = {name: value.clone() for name, value in lane["buffers"].items()}  # BatchNorm writes into them
+            nets = Nets(modules, {**lane["fixed"], **trained}, buffers, train.modes)
+            batch = Batch(**lane["batch"])
+            if once:
+                batch = batch._replace(once=once(nets, batch, lane["down"], lane["memory"]))
+            result = train.loss(nets, batch, lane["down"], lane["memory"])
+            return result[0] if isinstance(result, tuple) else result
+
+        return torch.func.grad(loss)(lane["trained"])
+
+    one_by_one = tree.stack([gradient(lane._asdict()) for lane in lanes])
+    mapped = torch.func.vmap(gradient)(tree.stack([lane._asdict() for lane in lanes]))
+    for name, value in one_by_one.items():
+        if not torch.allclose(value, mapped[name], rtol=1e-8, atol=1e-10, equal_nan=True):
+            return name
+    return ""
+
+
+def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[_Lane]]:
+    problem, members = experiment.problem, _largest(experiment.data)
+    sent = problem.method.downlink(experiment.server, members)
+    lanes = []
+    for slot, i in enumerate(members):
+        modules, client, _ = experiment.engine.personal(0, Downlink(sent.to(slot)), i)
+        rng = Stream("check", i)
+        x, y = experiment.data.train(i)
+        batch = Batch(x[:4], y[:4])
+        draws = dict(train.draw(batch, problem.task, rng)) if train.draw else {}
+        lanes.append(_lane(client, train, {"x": batch.x, "y": batch.y, "draws": draws}, sent.to(slot), rng))
+    return modules, lanes
+
+
+def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) -> _Lane:
+    """With weights moved a little, so that no two clients are alike."""
+    params = {k: v.detach().contiguous() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
+    names = select(client.weights, train.trains)["params"].keys()
+    trained = {name: params.pop(name) for name in names}
+    return _Lane(trained, params, client.weights["buffers"], batch, down, client.memory)
+
+
+def _largest(federation: data.Federation) -> list[int]:
+    return sorted(range(federation.n_clients), key=lambda i: -federation.n_train(i))[:2]
+
+
+_REASONS = {
+    "one_hot": "uses F.one_hot: compare with torch.arange(n_classes) instead",
+    ".item()": "takes a number out of a tensor (.item(), float(), int(), or `if` on a tensor)",
+    "data-dependent control flow": "decides by a tensor's value (`if`, `while`, bool()): use torch.where",
+    "dynamic shape": "makes tensors whose shape depends on numbers (boolean indexing, nonzero, unique): weigh rows by 0 and 1 instead",
+    "randomness": "draws random numbers (randn, or a module with Dropout): a phase's `draw` should make them",
+    "inplace": "writes into a tensor that all clients share: make a new one instead",
+}
+
+
+def _why(error: Exception) -> str:
+    place = own_place(error)
+    line = f"; {place}: {place.code}" if place else ""
+    text = f"{error} {place.code if place else ''}"
+    reason = next((words for sign, words in _REASONS.items() if sign in text), None)
+    first = f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{reason or first}{line}"

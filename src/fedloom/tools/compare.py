@@ -1,0 +1,280 @@
+"""Several methods on the same clients: which runs a comparison is made of, and running them into one folder.
+
+For one seed all runs share the partition, the initial weights and the cohorts, because each follows from the seed and from settings
+that a comparison holds fixed; only the method and its hyper-parameters differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from fedloom import accelerator
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import Named, Settings, Values, make_method, make_settings
+from fedloom.errors import ConfigError, RunFolderError, suggest
+from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
+from fedloom.experiment.loop import Experiment, OnRound, Parts
+from fedloom.experiment.run_folder import RunFolder
+from fedloom.methods.registry import METHODS, method_class
+
+FILE = "compare.toml"
+VARIED = ("uplink", "downlink")  # settings of the run that rows may differ in and still have everything else in common
+OnRun = Callable[["Job"], OnRound | None]  # called before a run starts
+
+
+class Row(NamedTuple):
+    """A line of the comparison's table."""
+
+    label: str
+    method: Values  # its `name` and all of its hyper-parameters
+    run: Values = {}  # settings of the run that are the row's own, of those in VARIED
+
+
+class Job(NamedTuple):
+    """One run of a comparison."""
+
+    label: str
+    seed: int
+    settings: Settings
+
+    @property
+    def folder(self) -> Path:
+        """Where it is written."""
+        assert self.settings.out is not None
+        return self.settings.out
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end."""
+        return (self.folder / "summary.json").is_file()
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: `rows` times `seeds`, with everything else as in `base`."""
+
+    base: Values
+    rows: tuple[Row, ...]
+    seeds: tuple[int, ...]
+
+    def jobs(self, folder: Path) -> list[Job]:
+        """All runs, seed by seed, so that a comparison that is cut short still compares."""
+        return [
+            Job(row.label, seed, self._settings(row, seed, folder / f"{row.label}-seed{seed}"))
+            for seed in self.seeds
+            for row in self.rows
+        ]
+
+    def check(self) -> None:
+        """Refuse now what would fail in the middle: data, partition, model and engine of every row.
+
+        Raises:
+            UsageError: one line, as the run itself would raise it.
+        """
+        dataset = make_dataset(self._settings(self.rows[0], self.seeds[0]))
+        for seed in self.seeds:
+            federation = make_federation(self._settings(self.rows[0], seed), dataset)
+            for row in self.rows if seed == self.seeds[0] else ():
+                settings = self._settings(row, seed)
+                with arithmetic(settings):
+                    problem = make_problem(settings, make_method(settings.method), federation)
+                    place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
+                    engine_for(settings, place, problem).close()
+
+    def toml(self) -> str:
+        """A config file that gives this comparison again, with every setting spelt out."""
+        first = self.rows[0]._replace(run={})
+        settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
+        base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
+        variants = {row.label: _table(row) for row in self.rows}
+        return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
+
+    def _settings(self, row: Row, seed: int, out: str | Path | None = None) -> Settings:
+        own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
+        return make_settings({**self.base, **own})
+
+
+def plan(values: Mapping[str, Any]) -> Comparison:
+    """A comparison from the tables of a config file and `key=value` words.
+
+    Beside the keys of a run: `method` is a list of methods or variants (default: all variants), `method.KEY` a hyper-parameter of all
+    methods that have it, a table named like a method its own hyper-parameters, `variant.NAME` a row of its own (`method` and
+    hyper-parameters, and perhaps `uplink` and `downlink`), `seed` a list.
+
+    Raises:
+        ConfigError: one line that names the key, the value and what is allowed.
+    """
+    table = values.get("method", {})
+    table = table if isinstance(table, Mapping) else {"name": table}
+    variants = _tables(values.get("variant", {}), "variant")
+    names = _listed(table.get("name", list(variants)), "method")
+    if not names:
+        raise ConfigError("method: name what to compare, such as method=fedavg,fedrir, or give [variant.NAME] tables")
+    base, own = _split(
+        values, {*METHODS, *map(_label, names), *(_label(str(v.get("method"))) for v in variants.values())}
+    )
+    common = {key: value for key, value in table.items() if key != "name"}
+    rows = tuple(_spelt_out(_row(name, common, own, variants)) for name in names)
+    _check_common(common, rows)
+    _check_labels([row.label for row in rows])
+    comparison = Comparison(base, rows, _seeds(values.get("seed", 0)))
+    comparison.jobs(Path())  # refuses settings that no run can have
+    return comparison
+
+
+def create(comparison: Comparison, out: str | Path | None = None) -> Path:
+    """A new folder for a comparison; default: one under `runs/` named for the time and the data."""
+    settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
+    comparison.check()
+    text = comparison.toml()
+    folder = RunFolder.create(settings.out, f"compare-{settings.data.name}")
+    folder.write(FILE, text)
+    return folder.path
+
+
+def reopen(folder: str | Path) -> Comparison:
+    """The comparison that a folder holds, to be continued with `execute`."""
+    path = Path(folder)
+    if not (path / FILE).is_file():
+        if (path / "config.toml").is_file():
+            raise RunFolderError(f"{path} is the folder of a single run; continue it with fedloom run --resume {path}")
+        raise RunFolderError(f"{path} is not the folder of a comparison: it holds no {FILE}")
+    return plan(read_toml(path / FILE))
+
+
+def execute(comparison: Comparison, folder: Path, on_run: OnRun | None = None) -> list[Path]:
+    """Run what is left: finished runs are kept, an unfinished one goes on from its checkpoint. Returns the runs' folders."""
+    jobs = comparison.jobs(folder)
+    left = [job for job in jobs if not job.finished]
+    dataset = make_dataset(left[0].settings) if left else None
+    for job in left:
+        on_round = on_run(job) if on_run else None
+        parts = Parts(dataset=dataset)
+        started = (job.folder / "config.toml").is_file()
+        experiment = Experiment.resume(job.folder, parts) if started else Experiment(job.settings, parts)
+        experiment.run(on_round)
+    return [job.folder for job in jobs]
+
+
+def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping[str, Values]) -> Row:
+    variant = dict(variants.get(name, {}))
+    method = variant.pop("method", name)
+    run = {key: variant.pop(key) for key in VARIED if key in variant}
+    if name in variants:
+        _check_variant(name, method)
+    elif ":" not in name and "+" not in name and name not in METHODS:
+        known = [*METHODS, *variants]
+        raise ConfigError(f"method={name}: neither a method nor a variant has that name{suggest(name, known)}")
+    shared = {key: value for key, value in common.items() if key in _fields(method)}
+    table = own.get(_label(method), {})
+    _check_keys(_label(method), method, table)
+    _check_keys(f"variant.{name}", method, variant)
+    return Row(_label(name), {"name": method, **shared, **table, **variant}, run)
+
+
+def _table(row: Row) -> Values:
+    """A row as `[variant.NAME]` has it; what is None is the default, and TOML has no word for it."""
+    own = {key: value for key, value in {**row.method, **row.run}.items() if key != "name" and value is not None}
+    return {"method": row.method["name"], **own}
+
+
+def _check_variant(name: str, method: Any) -> None:
+    if not isinstance(method, str):
+        raise ConfigError(f"variant.{name}.method={method}: must be the name of a method")
+    if method == name and name not in METHODS:
+        raise ConfigError(f'variant.{name}: it needs method = "...", the method that it varies')
+    try:
+        method_class(method)
+    except ConfigError as error:
+        raise ConfigError(f"variant.{name}.{error}") from None
+
+
+def _check_keys(where: str, method: str, table: Values) -> None:
+    fields = _fields(method)
+    for key in table.keys() - fields:
+        hint = (
+            "; it is a setting of the run, the same for all rows"
+            if key in Settings.model_fields
+            else suggest(key, fields)
+        )
+        raise ConfigError(f"{where}.{key}: {method} has no such hyper-parameter{hint}")
+
+
+def _label(name: str) -> str:
+    return name.rpartition(":")[2]
+
+
+def _fields(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(method_class(method))}
+
+
+def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[str, Values]]:
+    """The settings of the runs, and the tables of methods: of registered ones, and of `my.py:Mine` under `Mine`."""
+    if "label" in values:
+        raise ConfigError(
+            f"label={values['label']}: rows are called by their method; give one another name with [variant.NAME]"
+        )
+    rest = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out")}
+    base = {key: value for key, value in rest.items() if key in Settings.model_fields}
+    own = {key: value for key, value in rest.items() if key not in base and key in methods}
+    for key in rest.keys() - base.keys() - own.keys():
+        raise ConfigError(f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', *methods])}")
+    return base, _tables(own, "")
+
+
+def _tables(tables: Any, where: str) -> dict[str, Values]:
+    prefix = f"{where}." if where else ""
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"{where}={tables}: is a table of tables, [{prefix}NAME]")
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{prefix}{name}={table}: is a table; set {prefix}{name}.KEY=VALUE")
+    return {name: dict(table) for name, table in tables.items()}
+
+
+def _listed(value: Any, key: str) -> list[Any]:
+    """`a,b` or `[a, b]` or `a` as a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    found = list(value) if isinstance(value, Sequence) else [value]
+    if key == "method" and not all(isinstance(name, str) for name in found):
+        raise ConfigError(f"method={value}: must be names of methods")
+    return found
+
+
+def _seeds(value: Any) -> tuple[int, ...]:
+    listed = _listed(value, "seed")
+    seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in listed]
+    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
+        shown = ",".join(map(str, listed))
+        raise ConfigError(f"seed={shown}: must be different whole numbers from 0 up, such as seed=0,1,2")
+    return tuple(seeds)
+
+
+def _check_common(common: Values, rows: Sequence[Row]) -> None:
+    for key in common:
+        if not any(key in row.method for row in rows):
+            fields = sorted(set[str]().union(*(_fields(row.method["name"]) for row in rows)))
+            names = ", ".join(dict.fromkeys(row.method["name"] for row in rows))
+            raise ConfigError(f"method.{key}: none of {names} has this hyper-parameter{suggest(key, fields)}")
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    for label in labels:
+        if labels.count(label) > 1:
+            raise ConfigError(f"method: '{label}' is there twice; give the second one a name with [variant.NAME]")
+        if not re.fullmatch(r"\w[\w.+-]*", label):
+            raise ConfigError(f"variant.{label}: a name is made of letters, digits and _ . + -")
+
+
+def _spelt_out(row: Row) -> Row:
+    """With every hyper-parameter, so that a comparison taken up again is the same whatever defaults may become."""
+    method = make_method(Named(**row.method))
+    return row._replace(method={"name": row.method["name"], **dataclasses.asdict(method)})

@@ -1,0 +1,212 @@
+"""What one client's turn needs of a device: sizes, operations, seconds and memory, before any run.
+
+Seconds and memory are measured in a fresh process that knows one client's rows and nothing of the others, as on a device.
+`python -m fedloom.tools.edge FOLDER` is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedloom import tree
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import Settings, make_method, make_settings, to_toml
+from fedloom.engines import Problem
+from fedloom.engines.process_memory import peak_process_bytes
+from fedloom.errors import FedloomError
+from fedloom.experiment.build import arithmetic, make_federation, make_problem
+from fedloom.experiment.costs import Costs, pieces, shortened
+from fedloom.method import Client, Free, Method, Sweep, Task, Turn, init_opts
+from fedloom.methods.registry import load_object
+from fedloom.models import arch
+from fedloom.nets import read_weights
+from fedloom.rng import Stream
+from fedloom.training.batches import Plan, Rows, laid_out
+from fedloom.training.gradients import Gradients
+from fedloom.training.turn import Site, fresh_modules, run_phases
+from fedloom.tree import Tree
+from fedloom.wire.messages import Meter, decode, encode
+
+FOUND = "found.json"
+TIMED_STEPS = 10  # at most so many steps of a phase are timed, after one to warm up; the others take as long
+
+
+class PhaseCost(NamedTuple):
+    """One phase of a turn."""
+
+    name: str
+    steps: int  # on batches, or pieces of a sweep
+    flops: float
+    seconds: float  # of the processor here, on one thread
+    tensor_bytes: int  # the most that tensors took at once
+
+
+class TurnCost(NamedTuple):
+    """One client's turn: the client of one architecture with the most rows."""
+
+    method: str
+    model: str
+    data: str
+    client: int
+    rows: int
+    parameters: int
+    parameters_sent: int
+    kept_bytes: int  # between rounds: weights that do not travel, memory, optimiser states
+    uplink_bytes: int
+    downlink_bytes: int
+    phases: tuple[PhaseCost, ...]
+    process_bytes: int  # the peak of a client's process
+    program_bytes: int  # of it, Python, torch and fedloom before there is a model
+
+
+class MeasureError(FedloomError):
+    """The client's process failed."""
+
+
+def turn_costs(settings: Settings) -> list[TurnCost]:
+    """The cost of a turn for each architecture of an experiment that these settings describe.
+
+    Raises:
+        UsageError: settings that contradict each other, data that are missing.
+        MeasureError: the client's process failed, perhaps for want of memory.
+    """
+    with arithmetic(settings):
+        method, federation = make_method(settings.method), make_federation(settings)
+        federation = federation.pooled() if method.pooled else federation
+        problem = make_problem(settings, method, federation)
+        costs = Costs(problem)
+        clients = (costs.largest(place) for place in range(len(problem.archs)))
+        return [_turn_cost(settings, costs, i) for i in clients if i is not None]
+
+
+def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
+    problem, method = costs.problem, costs.problem.method
+    turn, client, down = costs.busiest(i), costs.received(i), costs.downlink.to(0)
+    measured = _measured(settings, problem, i, turn, client, down)
+    flops, tensor_bytes = costs.flops(i, turn.number), costs.peak_bytes(i)
+    travelling = method.travelling(client.weights)["params"]
+    phases = tuple(
+        PhaseCost(
+            phase.name,
+            sum(pieces(phase, problem.plan, turn.examples).values()),
+            flops[phase.name],
+            measured["seconds"][phase.name],
+            tensor_bytes[phase.name],
+        )
+        for phase in method.phases()
+    )
+    return TurnCost(
+        method=settings.method.name,
+        model=problem.archs[problem.arch_of[i]].name,
+        data=problem.data.name,
+        client=i,
+        rows=turn.examples,
+        parameters=sum(p.numel() for p in client.weights["params"].values()),
+        parameters_sent=sum(p.numel() for p in travelling.values()),
+        kept_bytes=tree.n_bytes(client._replace(weights=problem.kept(client.weights))._asdict()),
+        uplink_bytes=measured["uplink_bytes"],
+        downlink_bytes=sum(Meter().sizes(down).values()),
+        phases=phases,
+        process_bytes=measured["process_bytes"],
+        program_bytes=measured["program_bytes"],
+    )
+
+
+def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: Client, down: Tree) -> dict[str, Any]:
+    """Let a process of its own take the turn."""
+    x, y = problem.data.train(i)
+    facts = {"task": problem.task._asdict(), "turn": turn._asdict(), "arch": problem.arch_of[i]}
+    with tempfile.TemporaryDirectory(prefix="fedloom-edge-") as name:
+        folder = Path(name)
+        (folder / "config.toml").write_text(to_toml(settings), encoding="utf-8")
+        (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        sent = {"rows": {"x": x, "y": y}, "client": client._asdict(), "down": down}
+        (folder / "turn.safetensors").write_bytes(encode(sent))
+        words = [
+            sys.executable,
+            "-P",
+            "-m",
+            "fedloom.tools.edge",
+            name,
+        ]  # -P: the current folder's files are no modules
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = done.stderr.strip().splitlines()[-1:] or [
+                f"exit code {done.returncode}; -9 is a kill, for want of memory"
+            ]
+            raise MeasureError(f"the process of client {i} failed: {last[0]}")
+        found: dict[str, Any] = json.loads((folder / FOUND).read_text(encoding="utf-8"))
+    return found
+
+
+def take_turn(folder: Path) -> dict[str, Any]:
+    """The client's process: take a turn, shortened, and say what it took."""
+    program = peak_process_bytes()
+    settings = make_settings(read_toml(folder / "config.toml"))
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    with arithmetic(settings.model_copy(update={"engine": settings.engine.model_copy(update={"threads": 1})})):
+        method = make_method(settings.method)
+        task = Task(**facts["task"] | {"input_shape": tuple(facts["task"]["input_shape"])})
+        turn = Turn(**facts["turn"])
+        sent = decode((folder / "turn.safetensors").read_bytes())
+        gradients = Gradients(_modules(settings, method, task, facts["arch"]), settings.precision == "bf16")
+        weights = read_weights(gradients.modules)
+        opts = init_opts((*method.phases(), *method.adapt()), weights)
+        blank = Client(weights, method.init_memory(weights, task), opts)
+        client = Client(**tree.merge(blank._asdict(), sent["client"]))  # branches without tensors do not travel
+        down = sent.get("down", {})
+        try:
+            worked, seconds = _timed(method, gradients, client, down, _site(settings, task, sent["rows"], True), turn)
+        except RuntimeError as error:  # as the engines do: a model that calls .view() on a convolution's output
+            if "view size is not compatible" not in str(error):
+                raise
+            worked, seconds = _timed(method, gradients, client, down, _site(settings, task, sent["rows"], False), turn)
+        uplink, _ = method.uplink(worked, client.weights, down, turn)
+    return {
+        "seconds": seconds,
+        "uplink_bytes": sum(Meter().sizes(uplink).values()),
+        "program_bytes": program,
+        "process_bytes": peak_process_bytes(),
+    }
+
+
+def _modules(settings: Settings, method: Method, task: Task, place: int) -> Any:
+    name = settings.models[place] if settings.models else settings.model.name
+    what = load_object(name, "model") if ":" in name else name
+    options = {} if settings.models else settings.model.options
+    recipe = arch(what, task.input_shape, task.n_classes, settings.width, options)
+    return fresh_modules(lambda: method.nets(recipe, task), Stream(settings.seed, "init"))
+
+
+def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> Site:
+    x = laid_out({"x": rows["x"]}, channels_last and rows["x"].ndim == 4)["x"]
+    plan = Plan(settings.batch_size, settings.drop_last)
+    return Site(Rows(x, rows["y"]), plan, task, Stream(settings.seed, "edge"))
+
+
+def _timed(
+    method: Method, gradients: Gradients, client: Client, down: Tree, site: Site, turn: Turn
+) -> tuple[Client, dict[str, float]]:
+    """The client after its phases, and what all their steps take."""
+    seconds = {}
+    for phase in method.phases():
+        steps = sum(pieces(phase, site.plan, turn.examples).values())
+        timed = min(steps, TIMED_STEPS)
+        if not isinstance(phase, Sweep | Free):
+            run_phases((shortened(phase, 1),), gradients, client, down, site, turn)
+        started = time.process_time()
+        client = run_phases((shortened(phase, timed),), gradients, client, down, site, turn)[0]
+        whole = isinstance(phase, Sweep | Free)
+        seconds[phase.name] = (time.process_time() - started) * (1 if whole else steps / timed)
+    return client, seconds
+
+
+if __name__ == "__main__":
+    here = Path(sys.argv[1])  # and not standard output, where a user's file may print
+    (here / FOUND).write_text(json.dumps(take_turn(here)), encoding="utf-8")

@@ -1,0 +1,286 @@
+"""A client's personal model as a file for a device: ONNX and safetensors, checked against torch on the client's own rows."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedloom._version import __version__
+from fedloom.engines import process_memory
+from fedloom.errors import FedloomError, RunFolderError, UsageError
+from fedloom.experiment.build import arithmetic
+from fedloom.experiment.loop import Experiment
+from fedloom.experiment.personal_model import PersonalModel
+
+BATCH = 32  # images in the batch that is timed
+LEAST, MOST_S = 10, 0.5  # a latency is the median of so many runs at least, and of what half a second allows
+ROUNDING, TIMES_ROUNDING = 1e-5, 10  # of the largest logit; of float32's own distance from float64
+LOWEST = torch.finfo(torch.float32).max / 2  # beyond it lies FedProto's logit of a class without prototype
+
+PROBE = """
+import json, sys, time
+import numpy, onnxruntime
+before = peak_process_bytes()
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = options.inter_op_num_threads = 1
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+name, shape = session.get_inputs()[0].name, json.loads(sys.argv[2])
+def seconds(n):
+    x, found, end = numpy.zeros([n, *shape], numpy.float32), [], time.perf_counter() + float(sys.argv[4])
+    while len(found) < int(sys.argv[3]) or time.perf_counter() < end:
+        started = time.perf_counter()
+        session.run(None, {name: x})
+        found.append(time.perf_counter() - started)
+    return sorted(found)[len(found) // 2]
+one = seconds(1)
+after = peak_process_bytes()
+print(json.dumps({"one": one, "batch": seconds(int(sys.argv[5])), "before": before, "peak": after}))
+"""
+
+
+class Exported(NamedTuple):
+    """What is known of one exported model; seconds are medians on one thread, memory is that of a fresh process for one image."""
+
+    client: int
+    file: str
+    file_bytes: int
+    parameters: int  # of the nets that predict
+    rows: int  # test rows on which file and torch were compared
+    own_rows: bool  # whether they are the client's own; else the common ones, since it has none
+    difference: float  # the largest between logits
+    same_class: int  # rows given the same class by both
+    accuracy: float | None  # of the file
+    torch_seconds: float  # for one image
+    onnx_seconds: float
+    torch_batch_seconds: float  # for BATCH images
+    onnx_batch_seconds: float
+    peak_bytes: int  # of the process
+    model_bytes: int  # of it, what came with the model: weights, buffers, and ONNX Runtime's working memory
+
+
+class ExportError(FedloomError):
+    """The file does not compute what torch computes."""
+
+
+def needs() -> None:
+    """Raises UsageError where ONNX is not installed."""
+    try:
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as missing:
+        raise UsageError(f"export needs {missing.name}: pip install 'fedloom[export]'") from None
+
+
+def targets(folder: Path, clients: Sequence[int]) -> dict[int, Path]:
+    """The files to write, by client.
+
+    Raises:
+        RunFolderError: one of them is there already, or the folder cannot be made.
+    """
+    files = {i: folder / f"client-{i}.onnx" for i in clients}
+    for file in files.values():
+        for there in (file, file.with_suffix(".safetensors")):
+            if there.exists():
+                raise RunFolderError(f"--out {folder}: {there.name} is there already; choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out {folder}: {error.strerror}") from None
+    return files
+
+
+def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
+    """Write client `i`'s personal model to `file` (ONNX, float32, any number of rows at once) and its weights beside it.
+
+    Raises:
+        ExportError: the file differs from torch by more than rounding; both are removed again, as after any other error.
+    """
+    try:
+        return _exported(experiment, i, file)
+    except BaseException:  # a file that is there was compared
+        for written in (file, file.with_suffix(".safetensors")):
+            written.unlink(missing_ok=True)
+        raise
+
+
+def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
+    model, used = write(experiment, i, file)
+    with arithmetic(experiment.settings):
+        x, y = _own_rows(experiment, i)
+    logits, own = _run_onnx(file, x), _torch_logits(model, x.float())
+    difference = checked(model, x, logits, f"client {i}")
+    one, many = _torch_seconds(model, x)
+    probe = _probe(file, x.shape[1:])
+    return Exported(
+        i,
+        str(file),
+        file.stat().st_size,
+        sum(p.numel() for name, p in model.named_parameters() if name in used),
+        len(y),
+        experiment.data.n_test(i) > 0,
+        difference,
+        int((logits.argmax(1) == own.argmax(1)).sum()),
+        float((logits.argmax(1) == y).double().mean()),
+        one,
+        probe["one"],
+        many,
+        probe["batch"],
+        int(probe["peak"]),
+        int(probe["peak"] - probe["before"]),
+    )
+
+
+def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, set[str]]:
+    """Write both files, unchecked. Returns the model and the names of its parameters and buffers that predict."""
+    model, facts = experiment.personal_model(i).float(), described(experiment, i)
+    used = _write_onnx(model, torch.zeros(2, *experiment.data.input_shape), file, facts)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
+    safetensors.torch.save_file(weights, file.with_suffix(".safetensors"), facts)
+    return model, used
+
+
+def described(experiment: Experiment, i: int) -> dict[str, str]:
+    """The file's metadata: what made the model, and how to turn a picture into its input. All values are text, lists are JSON."""
+    data, problem = experiment.data, experiment.problem
+    mean, std = data.normalisation
+    stored = "pixel / 255" if data.is_picture else "value"
+    return {
+        "fedloom": __version__,
+        "run": experiment.folder.path.resolve().name,
+        "method": experiment.settings.method.name,
+        "model": problem.archs[problem.arch_of[i]].name,
+        "data": data.name,
+        "client": str(i),
+        "rounds": str(experiment.done),
+        "classes": json.dumps([str(name) for name in data.dataset.classes]),
+        "input": f"float32 (batch, {', '.join(map(str, data.input_shape))}), each channel ({stored} - mean) / std",
+        "input_shape": json.dumps(list(data.input_shape)),
+        "mean": json.dumps(mean),
+        "std": json.dumps(std),
+        "output": f"float32 (batch, {data.n_classes}) logits, in the order of classes",
+    }
+
+
+def checked(model: PersonalModel, x: Tensor, logits: Tensor, who: str) -> float:
+    """The largest difference between `logits` and torch's on rows `x`.
+
+    It may be what rounding explains: 1e-5 of the largest logit, or ten times what torch in float32 is away from torch in
+    float64 (a network can be that ill-conditioned).
+
+    Raises:
+        ExportError: it is more.
+    """
+    own, exact = _torch_logits(model, x.float()), _torch_logits(copy.deepcopy(model).double(), x.double())
+    known = exact.abs() < LOWEST
+    if not known.any() or not torch.equal(known, logits.abs() < LOWEST):
+        raise ExportError(f"{who}: logits that are no numbers, or not the same ones in the file as in torch")
+    allowed = max(ROUNDING * exact[known].abs().max(), TIMES_ROUNDING * (own - exact)[known].abs().max())
+    difference = float((logits - own)[known].abs().max())
+    if difference > allowed:
+        raise ExportError(
+            f"{who}: the file's logits differ from torch's by {difference:.2g}; rounding explains {allowed:.2g}"
+        )
+    return difference
+
+
+def _own_rows(experiment: Experiment, i: int) -> tuple[Tensor, Tensor]:
+    """The client's test rows; the common ones where it has none."""
+    data = experiment.data
+    return data.test(i) if data.n_test(i) else data.common()
+
+
+def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str, str]) -> set[str]:
+    """Returns the names of the parameters and buffers that prediction reads."""
+    with _quiet():
+        program = torch.onnx.export(
+            model,
+            (x,),
+            dynamo=True,
+            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+            input_names=["input"],
+            output_names=["logits"],
+            verbose=False,
+        )
+        if program is None or program.exported_program is None:
+            raise ExportError("torch.onnx.export gave nothing")
+        program.model.metadata_props.update(facts)
+        program.save(str(file), external_data=False)
+    graph, signature = program.exported_program.graph, program.exported_program.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {names[node.name] for node in graph.find_nodes(op="placeholder") if node.name in names and node.users}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's warnings, which are about itself (and about torchvision, which nobody needs here)."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _run_onnx(file: Path, x: Tensor) -> Tensor:
+    """Logits by ONNX Runtime, in pieces as large as the latency's batch (their number shows that any batch will do)."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    parts = [session.run(None, {"input": part.float().numpy()})[0] for part in torch.split(x, BATCH)]
+    return torch.cat([torch.from_numpy(part) for part in parts])
+
+
+@torch.inference_mode()
+def _torch_logits(model: PersonalModel, x: Tensor) -> Tensor:
+    return torch.cat([model(part) for part in torch.split(x, BATCH)])
+
+
+@torch.inference_mode()
+def _torch_seconds(model: PersonalModel, x: Tensor) -> tuple[float, float]:
+    """Seconds for one image, and for a batch, on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        batch = x[torch.arange(BATCH) % len(x)].float()
+        return _median(lambda: model(batch[:1])), _median(lambda: model(batch))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _median(work: Callable[[], Any]) -> float:
+    found: list[float] = []
+    end = time.perf_counter() + MOST_S
+    while len(found) < LEAST or time.perf_counter() < end:
+        started = time.perf_counter()
+        work()
+        found.append(time.perf_counter() - started)
+    return statistics.median(found)
+
+
+def _probe(file: Path, shape: Sequence[int]) -> dict[str, float]:
+    """Time and memory of ONNX Runtime in a process of its own."""
+    source = f"{inspect.getsource(process_memory)}\n{PROBE}"
+    words = [str(file), json.dumps(list(shape)), str(LEAST), str(MOST_S), str(BATCH)]
+    done = subprocess.run([sys.executable, "-P", "-c", source, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ExportError(f"{file} cannot be run: {done.stderr.strip().splitlines()[-1]}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found

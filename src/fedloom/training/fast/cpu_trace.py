@@ -1,0 +1,166 @@
+"""A step of tensor operations, written down once as a flat list and run again without Python's detours or autograd.
+
+`torch.fx.experimental.proxy_tensor.make_fx` does the same, but first imports torch's compiler, which takes seconds in every worker process.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from types import BuiltinFunctionType, MethodDescriptorType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from fedloom import tree
+from fedloom.training.fast.cuda_graph import Found
+from fedloom.tree import Tree
+
+Step = Callable[[Tree], Found]
+
+aten = torch.ops.aten
+
+
+def trace(step: Step, inputs: Tree) -> Step:
+    """What gives the results of `step` for other inputs of the same shapes.
+
+    Raises:
+        ValueError: the step reads numbers out of tensors, or shapes depend on them.
+    """
+    with Recorder(tree.leaves(inputs)) as recorder, torch.enable_grad():
+        grads, logs = step(inputs)
+    graph = recorder.finish([*grads.values(), *logs.values()])
+    paths = [path.split("/") for path, _ in tree.flatten(inputs)]
+    used = []
+    for node, path in zip(graph.find_nodes(op="placeholder"), paths, strict=True):
+        if node.users:
+            used.append(path)
+        else:
+            graph.erase_node(node)
+    _shorten(graph)
+    traced = GraphModule(recorder.constants, graph)
+
+    def given(now: Tree) -> list[Any]:
+        return [functools.reduce(operator.getitem, path, now) for path in used]
+
+    with torch.no_grad():
+        _bind(traced, given(inputs))
+    run, of_grads, of_logs = traced.forward, list(grads), list(logs)  # without the hooks of a module's call
+
+    def replay(now: Tree) -> Found:
+        with torch.no_grad():
+            found = run(*given(now))
+        return dict(zip(of_grads, found, strict=False)), dict(zip(of_logs, found[len(of_grads) :], strict=True))
+
+    return replay
+
+
+class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation of tensors while it lasts."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """By default torch imports its compiler at a mode's first operation, which takes seconds, to keep it away from the mode's code."""
+        return False
+
+
+class Recorder(Mode):  # type: ignore[no-untyped-call]
+    """Writes every operation that runs while it lasts into a graph, autograd's too."""
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.constants: dict[str, Tensor] = {}
+        self._graph = Graph()
+        self._nodes: dict[int, Node] = {}
+        self._seen: list[Tensor] = []  # kept, so that no other tensor gets the identity of one of them
+        for k, leaf in enumerate(inputs):
+            self._know(leaf, self._graph.placeholder(f"input_{k}"))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """One operation."""
+        if torch.Tag.data_dependent_output in func.tags or _has_unknown_size(func, args):
+            raise ValueError(f"what {func} gives depends on numbers")
+        found = func(*args, **(kwargs or {}))
+        node = self._graph.call_function(func, *tree_map_only(Tensor, self._node, (args, dict(kwargs or {}))))
+        if isinstance(found, Tensor):
+            self._know(found, node)
+        elif isinstance(found, tuple | list):
+            for k, value in enumerate(found):
+                if isinstance(value, Tensor):
+                    self._know(value, self._graph.call_function(operator.getitem, (node, k)))
+        return found
+
+    def finish(self, results: Sequence[Tensor]) -> Graph:
+        """The graph, which gives these tensors."""
+        self._graph.output([self._node(value) for value in results])
+        return self._graph
+
+    def _know(self, value: Tensor, node: Node) -> None:
+        node.meta["shape"] = value.shape
+        self._nodes[id(value)] = node
+        self._seen.append(value)
+
+    def _node(self, value: Tensor) -> Node:
+        """What made a tensor; one that is neither an input nor made on the way is the same in every step."""
+        if id(value) not in self._nodes:
+            name = f"constant_{len(self.constants)}"
+            self.constants[name] = value.detach()
+            self._know(value, self._graph.create_node("get_attr", name))
+        return self._nodes[id(value)]
+
+
+def _has_unknown_size(func: Any, args: Any) -> bool:
+    """Whether the shape of what an operation gives depends on numbers; a list of operations holds the one that it saw."""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func is not aten.index.Tensor:
+        return True
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])  # a mask
+
+
+def _shorten(graph: Graph) -> None:
+    """Leave out operations that change nothing: they cost as much Python as others."""
+    swaps = (aten.t.default, aten.transpose.int)
+    reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        inner, *how = node.args
+        once = node.target == aten.mul.Scalar and how[0] == 1 and isinstance(how[0], int)
+        back = node.target in swaps and inner.target == node.target and list(inner.args[1:]) == how
+        same = node.target in reshapes and list(inner.meta["shape"]) == list(how[0])
+        if once or same or node.target == aten.detach.default:
+            node.replace_all_uses_with(inner)
+        elif back:
+            node.replace_all_uses_with(inner.args[0])
+        elif node.target == aten.view.default and inner.target == aten.sum.dim_IntList and len(inner.args) == 3:
+            value, dims, _ = inner.args  # a sum that keeps its dimensions, which a view then drops
+            gone = {dim % len(value.meta["shape"]) for dim in dims}
+            if [n for dim, n in enumerate(value.meta["shape"]) if dim not in gone] == list(how[0]):
+                node.target, node.args = aten.sum.dim_IntList, (value, dims)
+    graph.eliminate_dead_code()
+
+
+def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
+    """Call operations as `torch.relu` does, which takes half as long as `torch.ops.aten.relu`, unless some binding differs."""
+    before = {}
+    for node in traced.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name, was = node.target.__name__.partition(".")[0], (node.op, node.target)
+        if isinstance(getattr(torch, name, None), BuiltinFunctionType):
+            node.target, before[node] = getattr(torch, name), was
+        elif isinstance(getattr(Tensor, name, None), MethodDescriptorType):
+            (node.op, node.target), before[node] = ("call_method", name), was
+    traced.recompile()
+    try:
+        traced.forward(*inputs)
+    except Exception:  # its arguments have other names, say
+        for node, (op, target) in before.items():
+            node.op, node.target = op, target
+        traced.recompile()
