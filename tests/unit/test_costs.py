@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedloom import tree
 from fedloom.config.settings import make_settings
 from fedloom.engines import Sequential
+from fedloom.engines.local import Member
 from fedloom.experiment.costs import Costs, Live, pieces
 from fedloom.experiment.loop import Experiment, Parts
 from fedloom.method import Sweep, Train
@@ -50,7 +51,7 @@ def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypa
     run = experiment(tmp_path, {"name": name})
     costs = Costs(run.problem)
     with FlopCounterMode(display=False) as counter:
-        Sequential(run.problem).turn(0, 0, 0, costs.downlink.to(0))
+        Sequential(run.problem).update(0, Member(0, 0, costs.downlink.to(0)))
     assert sum(costs.flops(0, 0).values()) == counter.get_total_flops() > 0
 
 
@@ -59,7 +60,7 @@ def test_terms_over_all_pairs_of_rows_are_counted(tmp_path, monkeypatch):
     run = experiment(tmp_path, {"name": "fedrir", "idm_mode": "vclub"}, batch_size=30)
     costs = Costs(run.problem)
     with FlopCounterMode(display=False) as counter:
-        Sequential(run.problem).turn(0, 1, 0, costs.downlink.to(0))
+        Sequential(run.problem).update(0, Member(0, 1, costs.downlink.to(0)))
     assert sum(costs.flops(1, 0).values()) == counter.get_total_flops()
 
 

@@ -39,6 +39,7 @@ from fedloom.deploy.messages import (
 from fedloom.deploy.rows import counts_of, read_own
 from fedloom.deploy.store import NodeStore
 from fedloom.engines.base import Problem, Reply, Score
+from fedloom.engines.local import Member as CohortMember
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WireError
 from fedloom.experiment.build import make_federation, make_problem
@@ -98,7 +99,7 @@ class Worker:
             try:
                 own = f"each-{member.slot}"
                 message = merge(common, letter.tree(own)) if own in letter.trees else common
-                reply = site.engine.turn(request.number, member.client, member.slot, message)
+                reply = site.engine.update(request.number, CohortMember(member.slot, member.client, message))
                 turns.append(_turned(reply))
                 uplinks[str(member.slot)] = reply.uplink
             except Exception as error:

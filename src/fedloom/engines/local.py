@@ -23,16 +23,16 @@ from fedloom.nets import read_weights
 from fedloom.training.batches import Rows, laid_out
 from fedloom.training.fast.convolutions import Convolutions
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Modules, Outcome, Site, predict, run_phases, run_turn
+from fedloom.training.turn import Modules, Outcome, Site, predict, run_phases
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
 
 
 class Member(NamedTuple):
-    """One member of a cohort, and what it is sent."""
+    """One member of a cohort, and its downlink."""
 
-    slot: int  # its place in the cohort
+    slot: int  # position in the cohort
     client: int
     message: Tree
 
@@ -66,11 +66,11 @@ class LocalEngine(Engine):
         self.store: Store = MemoryStore(self._blank) if device == HOST else DeviceStore(self._blank, device, room)
 
     def share(self, folder: Path) -> None:
-        """Keep clients in mapped files in `folder` from now on, where several processes can work on them."""
+        """Store clients in memory-mapped files in `folder` from now on, so that several processes can share them."""
         self.keep_in(lambda blank: MappedStore(blank, folder, self.problem.arch_of))
 
     def keep_in(self, make: Callable[[Callable[[int], Client]], Store]) -> None:
-        """Keep clients in another store from now on; `make` gets what makes a client that has never taken part."""
+        """Store clients elsewhere from now on. `make` is given a function that makes a client that has never taken part."""
         self.store = make(self._blank)
 
     def initial(self, arch: int) -> Weights:
@@ -87,18 +87,32 @@ class LocalEngine(Engine):
     def updates(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
         """The local updates of some members of the cohort of round `number`, in any order."""
 
-    def finish(self, i: int, slot: int, done: Outcome, started: float) -> Reply:
-        """Client `i`'s reply, after a turn that began at `started`. The client is kept, unless it diverged: it would never recover."""
+    def finish(self, member: Member, done: Outcome, started: float) -> Reply:
+        """Store a client after its local update, which began at `started`, and return its reply.
+
+        A client that diverged is not stored: it would never recover.
+        """
+        i = member.client
         uplink = moved(done.uplink, HOST)
         client = done.client._replace(weights=self.problem.kept(done.client.weights))
         diverged = tree.not_finite({"uplink": done.uplink, **client._asdict()})
         if not diverged:
             self.store.put(i, client)
-        (turn, logs, by_phase), seconds = done[2:], time.perf_counter() - started
-        return Reply(i, slot, uplink, turn.examples, turn.steps, logs, seconds, by_phase, diverged, not diverged)
+        return Reply(
+            client=i,
+            slot=member.slot,
+            uplink=uplink,
+            examples=done.turn.examples,
+            steps=done.turn.steps,
+            logs=done.logs,
+            seconds=time.perf_counter() - started,
+            phase_seconds=done.seconds,
+            diverged=diverged,
+            is_finite=not diverged,
+        )
 
     def with_layout(self, i: int, work: Callable[[bool], T]) -> T:
-        """Do a piece of work with channels last (1.2 to 1.7 times faster on a CPU), or without if the client's model cannot."""
+        """Run `work(channels_last)`: with channels last (1.2 to 1.7 times faster on a CPU), or without where the client's model cannot."""
         arch = self.problem.arch_of[i]
         if self._channels_last[arch]:
             try:
@@ -112,7 +126,7 @@ class LocalEngine(Engine):
     def context(
         self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Tensor, Tensor] | None = None
     ) -> Site:
-        """Where client `i` works; its `own` rows are looked up unless they are given."""
+        """What client `i`'s local work needs: its examples (or `own`, where they are at hand), batches, random stream and codec."""
         p, (x, y) = self.problem, own or self.data.train(i)
         if not len(y):
             raise DataError(
@@ -143,7 +157,7 @@ class LocalEngine(Engine):
         return [{name: scores[i] for name, scores in found.items()} for i in clients]
 
     def scorer(self, ask: Ask, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
-        """Scores clients' personal predictors."""
+        """A scorer of clients' personal predictors."""
         predictor = self.problem.method.predictors()["personal"]
 
         def logits(i: int, client: Client, x: Tensor) -> Tensor:
@@ -202,6 +216,7 @@ class LocalEngine(Engine):
         self.store.put(i, client)
 
     def gradients_of(self, i: int) -> Gradients:
+        """What computes gradients with client `i`'s architecture."""
         return self._gradients[self.problem.arch_of[i]]
 
     def _blank(self, i: int) -> Client:
@@ -216,15 +231,17 @@ class LocalEngine(Engine):
         return client
 
     def load(self, i: int) -> Client:
-        """Client `i` with all its tensors: what it does not keep is as it was initially, until `receive` replaces it."""
+        """Client `i` with all its tensors; those that it does not store have their initial values until `receive` replaces them."""
         client = Client(**moved(self.store.get(i)._asdict(), self.device))
         return client._replace(weights=tree.merge(self._initial_here[self.problem.arch_of[i]], client.weights))
 
     def received(self, i: int, message: Tree) -> Client:
+        """Client `i` after the downlink, before any local work."""
         client = self.load(i)
         return client._replace(weights=self.problem.method.receive(client.weights, message, client.memory))
 
     def adapted(self, number: int, message: Tree, i: int) -> Client:
+        """Client `i` as it would predict after `number` rounds: after the downlink and the method's `adapt` phases."""
         p, client = self.problem, self.received(i, message)
         if not p.method.adapt():
             return client

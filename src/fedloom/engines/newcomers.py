@@ -20,16 +20,16 @@ class Joining(Sequential):
 
     def score_received(self, i: int, down: Downlink, ask: Ask) -> Score:
         """How newcomer `i` does with what it receives, before any work of its own (`adapt` included)."""
-        message = moved(down.common, self._device)
-        scorer = self._scorer(ask, message)
-        scorer.add(i, self._received(i, message))
+        message = moved(down.common, self.device)
+        scorer = self.scorer(ask, message)
+        scorer.add(i, self.received(i, message))
         return scorer.scores()[i]
 
     def join(self, i: int, down: Downlink, turns: int) -> Client:
         """Newcomer `i` after its turns; what it keeps of them, as an engine keeps it. Kept optimiser states start afresh."""
-        method, blank = self.problem.method, self._whole(i)
+        method, blank = self.problem.method, self.load(i)
         phases = without(method.phases(), blank.weights, method.travelling(blank.weights))
-        client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self._device)
+        client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self.device)
         for number in range(turns if phases else 0):
             client = client._replace(weights=method.receive(client.weights, message, client.memory))
             turn = Turn(number, turns - 1, self.problem.data.n_train(i))
@@ -46,8 +46,8 @@ class Joining(Sequential):
         p = self.problem
 
         def work(channels_last: bool) -> Client:
-            site = self._site(turn.number, i, "join", channels_last)
+            site = self.context(turn.number, i, "join", channels_last)
             scale = p.method.lr_scale(turn.number)
-            return run_phases(phases, self._gradients_of(i), client, message, site, turn, scale)[0]
+            return run_phases(phases, self.gradients_of(i), client, message, site, turn, scale)[0]
 
-        return self._laid_out(i, work)
+        return self.with_layout(i, work)

@@ -25,8 +25,10 @@ import torch
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Problem, Reply, Score, total
+from fedloom.engines.forwarding import ForwardingEngine
+from fedloom.engines.local import LocalEngine, Member
 from fedloom.engines.scoring import merged, shares
-from fedloom.engines.sequential import Backed, Member, Sequential
+from fedloom.engines.sequential import Sequential
 from fedloom.engines.shared_folders import new_folder
 from fedloom.engines.stores import Layout, Slab, layout_of, views
 from fedloom.engines.vectorised import Vectorised
@@ -71,15 +73,16 @@ class Slabs:
         return last[1]
 
 
-class Processes(Backed):
+class Processes(ForwardingEngine):
     """One-thread workers, one per core by default."""
 
     def __init__(self, problem: Problem, workers: int | None = None, lanes: int | None = None) -> None:
         """With `lanes`, every worker trains so many clients side by side (`Vectorised`)."""
-        super().__init__(problem)
+        local = Sequential(problem)
+        super().__init__(problem, local)
         self._lanes = lanes
-        self._folder = new_folder(self, _parent_folder(problem, self._local))
-        self._local.share(self._folder)
+        self._folder = new_folder(self, _parent_folder(problem, local))
+        local.share(self._folder)
         self._slabs = Slabs(self._folder)
         self._workers: list[_Worker] = []
         for _ in range(min(workers or cores(), problem.task.max_cohort)):
@@ -188,7 +191,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the experiment, which then ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
-    engine = Vectorised(problem, lanes) if lanes else Sequential(problem)
+    engine: LocalEngine = Vectorised(problem, lanes) if lanes else Sequential(problem)
     slabs = Slabs(folder)
     engine.share(folder)
     try:
@@ -203,7 +206,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
+def _do(engine: LocalEngine, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     kind, number, common, *what = job
     down = Downlink(slabs.get(common))
     if kind == "score":
@@ -218,7 +221,7 @@ def _do(engine: Sequential, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     ]
     replies = [
         reply._replace(uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
-        for reply in engine.turns(number, members)  # one by one: many models would take much memory
+        for reply in engine.updates(number, members)  # one by one: many models would take much memory
     ]
     around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
     return [reply._replace(seconds=reply.seconds + around) for reply in replies]
@@ -274,7 +277,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _parent_folder(problem: Problem, local: Sequential) -> Path:
+def _parent_folder(problem: Problem, local: LocalEngine) -> Path:
     """Where clients and messages lie: on the memory disk if all would fit twice, else on disk (mapped, so memory is a cache)."""
     arch_of, archs = problem.arch_of, sorted(set(problem.arch_of))
     needed = sum(tree.n_bytes(local.client(arch_of.index(a))._asdict()) * arch_of.count(a) for a in archs)

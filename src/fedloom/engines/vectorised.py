@@ -16,7 +16,8 @@ import torch
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, Place, free_bytes
 from fedloom.engines.base import Problem, Reply
-from fedloom.engines.sequential import Member, Sequential
+from fedloom.engines.local import Member
+from fedloom.engines.sequential import Sequential
 from fedloom.method import Turn, trains_of
 from fedloom.training.fast.convolutions import Convolutions
 from fedloom.training.lanes import CannotMapError, run_turns
@@ -47,13 +48,13 @@ class Vectorised(Sequential):
 
     def _lanes_for(self, arch: int) -> int:
         """By memory; nobody knows what activations take before a step was made, so on a device too many are halved (`_group_turns`)."""
-        size, most, room = tree.n_bytes(self._initial[arch]), MOST_LANES, LANES_BYTES
-        if self._device != HOST:
-            size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self._device) // 2
+        size, most, room = tree.n_bytes(self.initial(arch)), MOST_LANES, LANES_BYTES
+        if self.device != HOST:
+            size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self.device) // 2
         return max(1, min(most, room // max(size, 1)))
 
-    def turns(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
-        """See `Sequential.turns`."""
+    def updates(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
+        """See `LocalEngine.updates`."""
         for group in self._groups(number, members):
             yield from self._group_turns(number, group)
 
@@ -71,7 +72,7 @@ class Vectorised(Sequential):
     def _group_turns(self, number: int, group: list[Member]) -> Iterator[Reply]:
         arch = self.problem.arch_of[group[0].client]
         if self._lanes[arch] == 1 or len(group) == 1:
-            yield from super().turns(number, group)
+            yield from super().updates(number, group)
             return
         try:
             done, share = self._mapped_turns(number, group)
@@ -97,17 +98,17 @@ class Vectorised(Sequential):
         except Exception as error:
             error.add_note(f"client {member.client}, round {number}")
             raise
-        return self._kept(member.client, member.slot, done, started)
+        return self.finish(member, done, started)
 
     def _mapped_turns(self, number: int, group: list[Member]) -> tuple[list[Callable[[], Outcome]], float]:
         """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
-        clients, downs = [member.client for member in group], [self._to_device(member.message) for member in group]
+        clients, downs = [member.client for member in group], [self.to_device(member.message) for member in group]
         rows = zip(clients, self.data.train_of(clients), strict=True)
-        sites = [self._site(number, i, "train", False, own) for i, own in rows]
-        gradients = self._gradients_of(clients[0])
-        done = run_turns(p.method, gradients, [self._whole(i) for i in clients], downs, sites, number)
-        if self._device != HOST:  # all at once: what does not fit its memory must show before anything is kept
+        sites = [self.context(number, i, "train", False, own) for i, own in rows]
+        gradients = self.gradients_of(clients[0])
+        done = run_turns(p.method, gradients, [self.load(i) for i in clients], downs, sites, number)
+        if self.device != HOST:  # all at once: what does not fit its memory must show before anything is kept
             done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
 

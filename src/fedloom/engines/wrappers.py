@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Engine, Reply, Score
+from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.errors import MethodError
 from fedloom.method import Client, Downlink
 from fedloom.models.own_state import REMEDY, attributes, changed_attribute
@@ -17,12 +18,11 @@ from fedloom.wire.messages import Meter, decode, encode
 from fedloom.wire.transforms import is_coded
 
 
-class Wrapper(Engine):
-    """An engine that hands everything on to another."""
+class Wrapper(ForwardingEngine):
+    """An engine that passes everything on to another."""
 
     def __init__(self, inner: Engine) -> None:
-        super().__init__(inner.problem)
-        self.inner = inner
+        super().__init__(inner.problem, inner)
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
@@ -43,22 +43,6 @@ class Wrapper(Engine):
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`."""
         return self.inner.score_server(down)
-
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
-        """See `Engine.personal`."""
-        return self.inner.personal(number, down, i)
-
-    def client(self, i: int) -> Client:
-        """See `Engine.client`."""
-        return self.inner.client(i)
-
-    def changed(self) -> Iterable[int]:
-        """See `Engine.changed`."""
-        return self.inner.changed()
-
-    def restore(self, i: int, client: Client) -> None:
-        """See `Engine.restore`."""
-        self.inner.restore(i, client)
 
     def modules(self) -> Sequence[Modules]:
         """See `Engine.modules`."""

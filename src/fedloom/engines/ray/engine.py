@@ -27,6 +27,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from fedloom import tree
 from fedloom.engines.base import Ask, Problem, Reply, Score, total
+from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.engines.ray.address import check_address, refused
 from fedloom.engines.ray.packing import Packed, Packer, unpack
 from fedloom.engines.ray.worker import (
@@ -43,7 +44,7 @@ from fedloom.engines.ray.worker import (
     versions,
 )
 from fedloom.engines.scoring import merged, shares
-from fedloom.engines.sequential import Backed
+from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WorkerError, is_own_code
 from fedloom.method import Client, Downlink
 
@@ -163,7 +164,7 @@ class Seat:
         self._actor.forget.remote(self._shared.key)
 
 
-class Ray(Backed):
+class Ray(ForwardingEngine):
     """Workers on a cluster. A worker that is lost costs the round its clients, which stay as they were; the run goes on."""
 
     def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
@@ -177,7 +178,7 @@ class Ray(Backed):
         self._ticket = self._empty_rounds = 0
         self._seats: list[Seat] = []
         try:
-            super().__init__(problem)
+            super().__init__(problem, Sequential(problem))
             self._start()
         except BaseException:
             self.close()
@@ -217,7 +218,7 @@ class Ray(Backed):
 
     def _commit(self, done: Done) -> Reply:
         reply, kept = done
-        self._local.restore(reply.client, Client(**unpack(kept)))
+        self.inner.restore(reply.client, Client(**unpack(kept)))
         self._versions[reply.client] = self._ticket
         return reply._replace(uplink=unpack(reply.uplink))  # type: ignore[arg-type]
 

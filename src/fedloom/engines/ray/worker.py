@@ -16,6 +16,7 @@ from ray import cloudpickle
 from fedloom import tree
 from fedloom._version import __version__
 from fedloom.engines.base import Reply, Score
+from fedloom.engines.local import Member
 from fedloom.engines.processes import portable
 from fedloom.engines.ray.packing import Packed, Packer, unpack
 from fedloom.engines.scoring import Share
@@ -90,7 +91,7 @@ class Turns:
             started = time.perf_counter()
             message = tree.merge(common, unpack(self.own[place])) if self.own else common
             post.versions[i] = self.ticket
-            reply = post.engine.turn(self.number, i, slot, message)
+            reply = post.engine.update(self.number, Member(slot, i, message))
             sent: Any = post.packer.pack(reply.uplink)
             kept = post.packer.pack(post.engine.client(i)._asdict())
             found.append(Done(reply._replace(uplink=sent, seconds=time.perf_counter() - started), kept))

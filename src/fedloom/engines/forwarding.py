@@ -1,0 +1,34 @@
+"""Engines that ask another engine about single clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedloom.engines.base import Engine, Problem
+from fedloom.method import Client, Downlink
+from fedloom.training.turn import Modules
+from fedloom.tree import Tree
+
+
+class ForwardingEngine(Engine):
+    """Passes questions about single clients on to `inner`, which stores them."""
+
+    def __init__(self, problem: Problem, inner: Engine) -> None:
+        super().__init__(problem)
+        self.inner = inner
+
+    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+        """See `Engine.personal`."""
+        return self.inner.personal(number, down, i)
+
+    def client(self, i: int) -> Client:
+        """See `Engine.client`."""
+        return self.inner.client(i)
+
+    def changed(self) -> Iterable[int]:
+        """See `Engine.changed`."""
+        return self.inner.changed()
+
+    def restore(self, i: int, client: Client) -> None:
+        """See `Engine.restore`."""
+        self.inner.restore(i, client)
