@@ -53,9 +53,10 @@ def report(words: Sequence[str]) -> int:
 
 def _page(name: str) -> Path:
     """The file that `out=` names. Raises ConfigError if it is no HTML page."""
-    if Path(name).suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"out={name}: the report is an HTML page; name it {Path(name).stem or 'report'}.html")
-    return new_file(name, "out", made=True)
+    page = new_file(name, "out", made=True)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"out={name}: the report is an HTML page; name it {page.stem}.html")
+    return page
 
 
 def _waiting(options: Mapping[str, str]) -> Waiting | None:
