@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 from torch import nn
 
 from fedloom.config.parsing import assign
@@ -17,9 +17,11 @@ from fedloom.data import Dataset
 from fedloom.errors import ConfigError
 from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, Parts, nothing_learnt
 from fedloom.experiment.personal_model import PersonalModel
-from fedloom.experiment.progress import live
 from fedloom.method import Method
 from fedloom.methods.registry import method_name
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +37,20 @@ class Run:
         """What `summary.json` holds."""
         self.folder: Path = experiment.folder.path
         """Where everything was written."""
-        self.metrics = pd.DataFrame(experiment.rows)
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
         """One row per evaluated round."""
-        self.clients = pd.DataFrame(experiment.client_rows)
+        import pandas as pd
+
+        return pd.DataFrame(self._experiment.rows)
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
         """One row per client and round in which it trained or was scored."""
+        import pandas as pd
+
+        return pd.DataFrame(self._experiment.client_rows)
 
     def model(self, i: int) -> PersonalModel:
         """Client `i`'s personal model in evaluation mode, adapted as the method asks: `model(x)` gives logits (B, Y).
@@ -131,7 +143,9 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
 
 def _run(experiment: Experiment, progress: bool) -> Run:
     if progress:
-        with live(experiment.settings.method.name) as on_round:
+        from fedloom.experiment.progress import live
+
+        with live(experiment.settings.method.name, done=experiment.done) as on_round:
             summary = experiment.run(on_round)
     else:
         summary = experiment.run()

@@ -9,17 +9,19 @@ import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import Field
-from pydantic.fields import FieldInfo
+from annotated_types import Ge, Gt, Le, Lt
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-Share = Annotated[float, Field(gt=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Fraction = Annotated[float, Ge(0), Lt(1)]
+Share = Annotated[float, Gt(0), Le(1)]
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
 
 RAY_ADDRESS: Final = re.compile(r"(ray://)?(\[[0-9A-Fa-f:.]+\]|[^\s:/\[\]]+):(\d{1,5})")
 """HOST:PORT or ray://HOST:PORT, with scheme, host and port as groups."""
@@ -76,7 +78,7 @@ def _limits(annotation: Any) -> Iterator[tuple[str, Any]]:
     """The limits of an annotated type, by name."""
     if get_origin(annotation) is Annotated:
         for note in get_args(annotation)[1:]:
-            yield from _named(note.metadata if isinstance(note, FieldInfo) else [note])
+            yield from _named(getattr(note, "metadata", [note]))  # pydantic's Field holds several
 
 
 def _named(notes: list[Any]) -> Iterator[tuple[str, Any]]:

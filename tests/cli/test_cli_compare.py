@@ -32,7 +32,12 @@ def test_all_combinations_in_one_folder(tiny):
         "compare.toml", "report.html", "local-seed0", "local-seed1", "fedavg-seed0", "fedavg-seed1"
     }  # fmt: skip
     assert "Difference to fedavg" in done.out
-    assert "[4/4] fedavg, seed 1: round 8/8" in done.err
+    assert done.err.startswith("methods  local, fedavg\nseeds    0, 1\nruns     4 of 2 rounds each\n")
+    assert "folder   both\n" in done.err
+    assert (
+        "[1/4] local, seed 0: data digits, 149 training examples; clients 4, all in a round; steps about 16" in done.err
+    )
+    assert "[4/4] fedavg, seed 1: round 2/2" in done.err  # the rounds of this run
     HTMLParser().feed(Path("both/report.html").read_text())
 
 

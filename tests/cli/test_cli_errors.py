@@ -162,7 +162,7 @@ def test_one_line_and_exit_code_2(files, line, message):
 def test_an_error_in_a_method_names_file_line_client_round_and_phase(files, engine):
     if engine == "processes" and sys.platform != "linux":
         pytest.skip("worker processes need Linux")
-    words = ("model=mlp", f"engine={engine}", "out=mine")
+    words = ("model=mlp", f"engine={engine}", "out=mine", "--quiet")
     done = files("run", "method=own.py:Mine", *words)
     assert done.code == 1
     assert done.err.startswith(
@@ -174,7 +174,7 @@ def test_an_error_in_a_method_names_file_line_client_round_and_phase(files, engi
 
 
 def test_a_server_that_is_not_finite_ends_the_run_in_one_line(files):
-    done = files("run", "method=own.py:Broken", "model=mlp", "rounds=1", "engine=sequential", "out=mine")
+    done = files("run", "method=own.py:Broken", "model=mlp", "rounds=1", "engine=sequential", "out=mine", "--quiet")
     assert done.code == 2
     message = "error: round 1: the server's 'weights/params/model.body.linear.weight' is not finite after aggregation; there is no"
     assert message in done.err
@@ -189,14 +189,14 @@ def test_debug_shows_the_traceback(files):
 
 
 def test_a_broken_rule_is_one_line_too(files):
-    done = files("run", "method=own.py:Vector", "model=mlp", "engine=sequential", "out=mine")
+    done = files("run", "method=own.py:Vector", "model=mlp", "engine=sequential", "out=mine", "--quiet")
     assert done.code == 1
     assert "a loss must be a 0-d tensor" in done.err
     assert done.err.count("\n") == 1
 
 
 def test_batch_norm_on_single_rows_says_what_to_change(files):
-    done = files("run", "model=resnet8", "batch_size=1", "engine=sequential", "out=mine")
+    done = files("run", "model=resnet8", "batch_size=1", "engine=sequential", "out=mine", "--quiet")
     assert done.code == 2
     assert "BatchNorm" in done.err
     assert "(client 0, round 0)" in done.err

@@ -15,6 +15,7 @@ from PIL import Image
 
 from fedloom import tree
 from fedloom.config.settings import make_settings
+from fedloom.data import load
 from fedloom.deploy import running
 from fedloom.deploy.engine import Lost, Turns
 from fedloom.deploy.folder import Deployment, create
@@ -595,16 +596,16 @@ def test_turns_are_recorded_and_undone(tmp_path):
 @pytest.fixture
 def rows(tmp_path) -> Callable[..., Path]:
     """Digits as pictures in folders named by class."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    digits = load("digits")
 
     def write(folder: str, chosen: slice, *split: str) -> Path:
         place = tmp_path / folder
-        for n, (picture, label) in enumerate(zip(digits.images[chosen], digits.target[chosen], strict=True)):
+        for n, (picture, label) in enumerate(
+            zip(digits.images[chosen, 0], digits.labels[chosen].tolist(), strict=True)
+        ):
             target = place.joinpath(*split, str(label))
             target.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.rint(picture * 255 / 16).astype(np.uint8)).save(target / f"{n}.png")
+            Image.fromarray(picture.numpy()).save(target / f"{n}.png")
         return place
 
     return write

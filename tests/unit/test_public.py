@@ -10,9 +10,11 @@ import fedloom
 
 def test_the_public_names_are_sorted_and_complete():
     assert fedloom.__all__ == sorted(fedloom.__all__)
-    shown = {n for n, v in vars(fedloom).items() if not n.startswith("_") and not isinstance(v, ModuleType)}
+    public = {n for n in dir(fedloom) if not n.startswith("_") and n != "TYPE_CHECKING"}
+    shown = {n for n in public if not isinstance(getattr(fedloom, n), ModuleType)}
     named = {n for n in fedloom.__all__ if not isinstance(getattr(fedloom, n), ModuleType)}
     assert shown == named - {"__version__"}
+    assert not hasattr(fedloom, "nothing_of_that_name")
 
 
 def test_every_public_object_is_documented():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedloom.analysis.subject import Owner, Subject
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, UsageError
 from fedloom.method import Method
 from fedloom.methods import FedRIR
 from fedloom.rng import Stream
@@ -105,6 +105,7 @@ def measured(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
     `client_from_class` what the label alone says of the client: where clients hold different classes, features that tell classes
     apart tell clients apart too. Silhouettes lie in [-1, 1].
     """
+    require_sklearn()
     first = _half(table.rows, rng)
     class_alone = np.eye(int(table.classes.max()) + 1)[table.classes]
     common = {
@@ -122,6 +123,14 @@ def measured(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
         }
         for name, x in table.features.items()
     }
+
+
+def require_sklearn() -> None:
+    """Refuse in one line what cannot be done without scikit-learn."""
+    try:
+        import sklearn  # noqa: F401
+    except ImportError as missing:
+        raise UsageError("analyse features needs scikit-learn: pip install 'fedloom[analyse]'") from missing
 
 
 def probe(x: Floats, answers: Numbers, first: npt.NDArray[np.bool_]) -> float:

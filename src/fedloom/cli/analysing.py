@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
+from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, new_picture, output, save_picture
 from fedloom.errors import ConfigError, suggest
-from fedloom.experiment.progress import live
+from fedloom.experiment.progress import Overall, live
 from fedloom.report import RunRecord, analysis_grids, drawn, read
 
 EXAMPLES = """\
@@ -41,13 +43,13 @@ def analyse(words: Sequence[str]) -> int:
         raise ConfigError(f"out={out}: takes the curves of sharpness, which --only {given.only} leaves out")
     records = read(folders)
     done, total = 0, len(records) * len(parts)
-    with live("analyse", unit="part") as show:
+    with nullcontext() if given.quiet else live("analyse", unit="part") as progress:
         for record in records:
 
             def tell(part: str, name: str = record.name) -> None:
                 nonlocal done
-                if not given.quiet:
-                    show(done + 1, total, {}, f"{name}: {part}")
+                if progress:  # the part that begins now is the next one, and none of it is done
+                    progress(done + 1, total, {}, f"{name}: {part}", Overall(done, total))
                 done += 1
 
             look_at(record.path, parts, tell)
@@ -98,7 +100,8 @@ def _conclude(records: Sequence[RunRecord], parts: Sequence[str], curves: Path |
         return
     console = output()
     for grid in analysis_grids(records):
-        console.print(drawn(grid), "")
+        show(console, drawn(grid))
+        console.print()
     for record in records:
         for part in parts:
             reason = record.analysis.get(part, {}).get("left_out")

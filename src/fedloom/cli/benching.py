@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 
 from fedloom.accelerator import find
+from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, output, refuse_empty
 from fedloom.config.parsing import parse_value
 from fedloom.config.settings import make_settings
@@ -133,7 +134,7 @@ def _show(name: str, facts: Mapping[str, Any]) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for contestant, found in facts["contestants"].items():
         table.add_row(contestant, *_row(found))
-    console.print(table)
+    show(console, table)
     console.print(
         "the last three columns: time over that of the first row, median of interleaved rounds\n", soft_wrap=True
     )

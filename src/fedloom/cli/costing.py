@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, output, read_values, settings_words
 from fedloom.config.settings import make_settings
 from fedloom.errors import ConfigError
@@ -104,7 +105,7 @@ def _show(one: TurnCost, slowdown: float, memory: float, ways: Sequence[Network]
     total, flops = sum(phase.seconds for phase in one.phases), sum(phase.flops for phase in one.phases)
     peak = units.size(max(phase.tensor_bytes for phase in one.phases))
     table.add_row("turn", "", f"{flops / 1e9:.3g}", _s(total), _s(total * slowdown), f"{peak} (the largest)")
-    console.print(table)
+    show(console, table)
     console.print()
 
 

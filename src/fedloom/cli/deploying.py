@@ -13,11 +13,12 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from fedloom.cli.running import conclude, refuse_several, until_interrupted
+from fedloom.cli.executing import announce, conclude
+from fedloom.cli.running import refuse_several, until_interrupted
 from fedloom.cli.words import Parser, output, read_values, settings_words
 from fedloom.config.settings import Values, make_settings
 from fedloom.errors import ConfigError, suggest
-from fedloom.experiment.progress import live
+from fedloom.experiment.progress import facts, live
 from fedloom.experiment.run_folder import RunFolder
 
 INIT_EXAMPLES = """\
@@ -182,7 +183,8 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         if given.quiet:
             experiment.run()
             return
-        with live(label, console) as show:
+        announce({"method": label, **facts(experiment)})
+        with live(label, console, done=experiment.done) as show:
             experiment.run(show)
 
     if given.step == "up":  # its federation ends with it, so nothing can go on

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, output
 from fedloom.errors import ConfigError
 from fedloom.experiment.loop import Experiment
@@ -85,7 +86,7 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
             units.size(one.peak_bytes),
             units.size(one.model_bytes),
         )
-    console.print(table)
+    show(console, table)
     method, folder = experiment.settings.method.name, Path(found[0].file).parent
     without = ", ".join(str(one.client) for one in found if not one.own_rows)
     rows = "the client's own test rows" + (f" (client {without}, which has none: the common rows)" if without else "")

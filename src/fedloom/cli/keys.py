@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fedloom.cli.words import default_words
 from fedloom.config.settings import Named, Section, Settings
 from fedloom.ranges import type_words
 
@@ -29,13 +30,6 @@ def keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[Key]:
         else:
             key = (prefix + name).removesuffix(".name")
             yield Key(key, type_words(field.annotation, field), default_words(field.default), field.description or "")
-
-
-def default_words(value: Any) -> str:
-    """A default as one would type it; "" where there is none."""
-    if value is None or value == ():
-        return ""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def key_help(skip: tuple[str, ...] = ()) -> str:

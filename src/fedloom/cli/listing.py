@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -11,14 +10,14 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from fedloom.cli.keys import default_words
-from fedloom.cli.words import Parser, output
-from fedloom.data import SOURCES
+from fedloom.cli.tables import show
+from fedloom.cli.words import Parser, default_words, output
+from fedloom.data.catalogue import SOURCES
 from fedloom.data.hub import cache_root, local_folder
 from fedloom.engines import ENGINES, WRAPPERS
 from fedloom.errors import ConfigError, DataError, suggest
-from fedloom.methods.registry import METHODS, describe, method_class
-from fedloom.models import ZOO, option_defaults
+from fedloom.methods import registry, source_facts
+from fedloom.models.zoo import ZOO
 from fedloom.wire.transforms import TRANSFORMS
 
 Facts = dict[str, Any]
@@ -44,6 +43,9 @@ def listing(words: Sequence[str]) -> int:
     facts = KINDS[given.what]()
     if given.name is not None:
         facts = [_one(given.what, given.name, facts)]
+    else:
+        for fact in facts:
+            fact.pop("description", None)
     if given.json:
         print(json.dumps(facts[0] if given.name else facts, indent=2, default=str))
     elif given.name:
@@ -55,7 +57,7 @@ def listing(words: Sequence[str]) -> int:
 
 def methods() -> list[Facts]:
     """Every registered method."""
-    return [describe(name, method) for name, method in METHODS.items()]
+    return [registry.describe_registered(name) for name in registry.METHODS]
 
 
 def datasets() -> list[Facts]:
@@ -74,17 +76,21 @@ def datasets() -> list[Facts]:
 
 def models() -> list[Facts]:
     """Every architecture of the zoo."""
-    return [
-        {"name": name, "summary": _first_line(builder), "options": option_defaults(name)}
-        for name, builder in ZOO.items()
-    ]
+    found = []
+    for name, origin in ZOO.origins.items():
+        text, options = source_facts.function_facts(origin)
+        found.append({"name": name, "summary": _first_line(text), "options": options, "description": text})
+    return found
 
 
 def engines() -> list[Facts]:
     """Every engine and wrapper."""
     auto = {"name": "auto", "kind": "engine", "summary": "chooses between these (the default)"}
     plain = [{"name": name, "kind": "engine", "summary": text} for name, text in ENGINES.items()]
-    wrappers = [{"name": name, "kind": "wrapper", "summary": _first_line(made)} for name, made in WRAPPERS.items()]
+    wrappers = [
+        {"name": name, "kind": "wrapper", "summary": _first_line(source_facts.docstring(origin))}
+        for name, origin in WRAPPERS.origins.items()
+    ]
     return [auto, *plain, *wrappers]
 
 
@@ -103,13 +109,11 @@ KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(
 
 def _one(what: str, name: str, facts: Sequence[Facts]) -> Facts:
     if what == "methods" and (":" in name or "+" in name):
-        cls = method_class(name)
-        return describe(name, cls) | {"description": inspect.getdoc(cls) or ""}
+        return registry.describe(name, registry.method_class(name))
     found = next((fact for fact in facts if fact["name"] == name), None)
     if found is None:
         raise ConfigError(f"there is no {what[:-1]} '{name}'{suggest(name, [fact['name'] for fact in facts])}")
-    documented: Mapping[str, Any] = METHODS if what == "methods" else ZOO if what == "models" else {}
-    return found | ({"description": inspect.getdoc(documented[name]) or ""} if name in documented else {})
+    return found
 
 
 def _found(name: str) -> str | None:
@@ -122,8 +126,8 @@ def _found(name: str) -> str | None:
     return str(folder) if folder else None
 
 
-def _first_line(made: Callable[..., Any]) -> str:
-    return (inspect.getdoc(made) or "").split("\n\n")[0].replace("\n", " ")
+def _first_line(text: str) -> str:
+    return text.split("\n\n")[0].replace("\n", " ")
 
 
 def _show_all(facts: Sequence[Facts]) -> None:
@@ -134,7 +138,7 @@ def _show_all(facts: Sequence[Facts]) -> None:
         table.add_column(column, no_wrap=column == "name", overflow="fold")
     for fact in facts:
         table.add_row(*(_cell(column, fact[column]) for column in columns))
-    output().print(table)
+    show(output(), table)
 
 
 def _cell(column: str, value: Any) -> str:
@@ -152,7 +156,7 @@ def _show_one(fact: Facts) -> None:
     for key, value in plain.items():
         console.print(f"{key:<{width}}  {_cell(key, value)}", soft_wrap=True)
     if text := fact.get("description") or fact.get("summary"):
-        console.print(f"\n{text}", soft_wrap=True)
+        console.print(f"\n{text}")
     if "hyper_parameters" not in fact:
         return
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -160,4 +164,5 @@ def _show_one(fact: Facts) -> None:
         table.add_column(header, no_wrap=header == "hyper-parameter", overflow="fold")
     for name, each in fact["hyper_parameters"].items():
         table.add_row(f"method.{name}", default_words(each["default"]), each["type"], each["doc"])
-    console.print("", table, sep="\n")
+    console.print()
+    show(console, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -9,44 +10,39 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-import fedloom
-from fedloom.cli.analysing import analyse
-from fedloom.cli.benching import bench
-from fedloom.cli.checking import check
-from fedloom.cli.costing import cost
-from fedloom.cli.deploying import deploy
-from fedloom.cli.exporting import export
-from fedloom.cli.listing import listing
-from fedloom.cli.partitioning import partition
-from fedloom.cli.reporting import report
-from fedloom.cli.running import compare, run
+from fedloom._version import __version__
 from fedloom.cli.words import Command, Interrupted
 from fedloom.errors import ConfigError, UsageError, suggest
+from fedloom.lazy import resolve
 from fedloom.tools.error_report import blame, notes
 
 INTERRUPTED, MISUSED, FAILED = 130, 2, 1  # exit codes
 
 
 class Entry(NamedTuple):
-    """A command, and the one line that says what it is for."""
+    """Where a command's function is (it is imported when the command is called), and one line on what it is for."""
 
-    call: Command
+    origin: str
     purpose: str
 
 
 COMMANDS: Mapping[str, Entry] = MappingProxyType(
     {
-        "run": Entry(run, "one experiment: train, score, write a folder"),
-        "compare": Entry(compare, "several methods on the same clients, with paired differences"),
-        "report": Entry(report, "tables and one HTML page from the folders of runs"),
-        "analyse": Entry(analyse, "what generators make, what features hold, how sharp the minimum is"),
-        "list": Entry(listing, "methods, datasets, models or engines, and what can be set"),
-        "cost": Entry(cost, "what a client's turn takes, and whether a small device can"),
-        "export": Entry(export, "a client's model as an ONNX file for a device"),
-        "partition": Entry(partition, "deal a data set to clients, look at it, keep it in a file"),
-        "deploy": Entry(deploy, "the same on real devices, through Flower"),
-        "check": Entry(check, "whether a method of your own keeps the rules"),
-        "bench": Entry(bench, "how fast the engines are on this machine"),
+        "run": Entry("fedloom.cli.running:run", "one experiment: train, score, write a folder"),
+        "compare": Entry("fedloom.cli.running:compare", "several methods on the same clients, with paired differences"),
+        "report": Entry("fedloom.cli.reporting:report", "tables and one HTML page from the folders of runs"),
+        "analyse": Entry(
+            "fedloom.cli.analysing:analyse", "what generators make, what features hold, how sharp the minimum is"
+        ),
+        "list": Entry("fedloom.cli.listing:listing", "methods, datasets, models or engines, and what can be set"),
+        "cost": Entry("fedloom.cli.costing:cost", "what a client's turn takes, and whether a small device can"),
+        "export": Entry("fedloom.cli.exporting:export", "a client's model as an ONNX file for a device"),
+        "partition": Entry(
+            "fedloom.cli.partitioning:partition", "deal a data set to clients, look at it, keep it in a file"
+        ),
+        "deploy": Entry("fedloom.cli.deploying:deploy", "the same on real devices, through Flower"),
+        "check": Entry("fedloom.cli.checking:check", "whether a method of your own keeps the rules"),
+        "bench": Entry("fedloom.cli.benching:bench", "how fast the engines are on this machine"),
     }
 )
 
@@ -67,6 +63,13 @@ fedloom COMMAND --help shows examples and every key; --debug shows tracebacks; -
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # a character that a stream cannot show must not end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if "_ARGCOMPLETE" in os.environ:
+        from fedloom.cli.completing import complete
+
+        complete({name: entry.origin for name, entry in COMMANDS.items()})
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -97,14 +100,15 @@ def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         width = max(map(len, COMMANDS))
         commands = "\n".join(f"  {name:<{width}}  {entry.purpose}" for name, entry in COMMANDS.items())
-        print(OVERVIEW.format(version=fedloom.__version__, commands=commands))
+        print(OVERVIEW.format(version=__version__, commands=commands))
         return 0
     if words[0] == "--version":
-        print(f"fedloom {fedloom.__version__}")
+        print(f"fedloom {__version__}")
         return 0
     if words[0] not in COMMANDS:
         raise ConfigError(f"'{words[0]}' is not a command{suggest(words[0], COMMANDS)}")
-    return COMMANDS[words[0]].call(words[1:])
+    call: Command = resolve(COMMANDS[words[0]].origin)
+    return call(words[1:])
 
 
 def _tell(line: str, code: int) -> int:

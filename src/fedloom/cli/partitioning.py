@@ -8,6 +8,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, new_file, new_picture, output, read_values, save_picture, settings_words
 from fedloom.config.settings import make_settings
 from fedloom.data import Federation
@@ -44,7 +45,7 @@ def partition(words: Sequence[str]) -> int:
             values["seed"] = first
     federation = make_federation(make_settings(values))
     console = output()
-    console.print(_table(federation))
+    show(console, _table(federation))
     console.print(f"\nhash    {federation.partition.hash()}", soft_wrap=True)
     if "out" in files:
         _save(federation, files["out"])

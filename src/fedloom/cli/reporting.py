@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, new_file, output, refuse_empty
 from fedloom.errors import ConfigError, suggest
 from fedloom.report import Waiting, paired_table, read, summary_table, waiting_table, write_page
@@ -39,12 +40,14 @@ def report(words: Sequence[str]) -> int:
     records = read(folders)
     if not given.quiet:
         console = output()
-        console.print(summary_table(records))
+        show(console, summary_table(records))
         paired = paired_table(records, options.get("baseline")) if len(records) > 1 else None
         if paired is not None:
-            console.print("", paired, sep="\n")
+            console.print()
+            show(console, paired)
         if waiting is not None:
-            console.print("", waiting_table(records, waiting), sep="\n")
+            console.print()
+            show(console, waiting_table(records, waiting))
         console.print()
     write_page(records, target, waiting, options.get("baseline"))
     print(f"report  {target}")

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from fedloom.cli.words import Interrupted, Parser, read_values, settings_words
+from fedloom.errors import ConfigError
 
-from fedloom.cli.keys import key_help
-from fedloom.cli.words import Interrupted, Parser, output, read_values, settings_words
-from fedloom.config.settings import Values, make_settings
-from fedloom.errors import ConfigError, UsageError
-from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
-from fedloom.experiment.progress import live
-from fedloom.experiment.run_folder import RunFolder
-from fedloom.report import paired_table, read, summary_table, write_page
-from fedloom.tools.compare import Comparison, Job, create, execute, plan, reopen
+if TYPE_CHECKING:
+    from fedloom.config.settings import Values
 
 RUN_EXAMPLES = """\
   fedloom run                                          FedAvg on scikit-learn's digits, 10 skewed clients
@@ -51,9 +43,15 @@ of fedloom run, and are the same for all.
 
 def run(words: Sequence[str]) -> int:
     """`fedloom run`."""
+    from fedloom.cli.keys import key_help
+
     parser = Parser("run", "Run one experiment and write its folder.", RUN_EXAMPLES + key_help())
     _options(parser, "an interrupted run's folder, to be continued")
     given = parser.read(words)
+    from fedloom.cli.executing import conclude, run_one
+    from fedloom.config.settings import make_settings
+    from fedloom.experiment.loop import Experiment
+
     if given.resume is not None:
         _nothing_else(given.words, "run")
         experiment = Experiment.resume(given.resume)
@@ -63,7 +61,7 @@ def run(words: Sequence[str]) -> int:
         experiment = Experiment(make_settings(values))
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
-    until_interrupted(lambda: _run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
+    until_interrupted(lambda: run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
     return conclude([folder], folder, given.json, given.quiet)
 
 
@@ -73,6 +71,9 @@ def compare(words: Sequence[str]) -> int:
     parser = Parser("compare", description, COMPARE_EXAMPLES + "keys: see fedloom run --help")
     _options(parser, "an interrupted comparison's folder, to be continued")
     given = parser.read(words)
+    from fedloom.cli.executing import conclude, run_all
+    from fedloom.tools.compare import create, plan, reopen
+
     if given.resume is not None:
         _nothing_else(given.words, "compare")
         folder, wanted = Path(given.resume), reopen(given.resume)
@@ -82,7 +83,7 @@ def compare(words: Sequence[str]) -> int:
         folder = create(wanted, values.get("out"))
     done: list[Path] = []
     again = f"fedloom compare --resume {folder}"
-    until_interrupted(lambda: done.extend(_run_all(wanted, folder, given.quiet)), again)
+    until_interrupted(lambda: done.extend(run_all(wanted, folder, given.quiet)), again)
     return conclude(done, folder, given.json, given.quiet)
 
 
@@ -118,88 +119,3 @@ def until_interrupted(work: Callable[[], Any], again: str) -> None:
         work()
     except KeyboardInterrupt:
         raise Interrupted(again) from None
-
-
-def _run_one(experiment: Experiment, label: str, quiet: bool) -> None:
-    if quiet:
-        experiment.run()
-        return
-    with live(label) as show:
-        experiment.run(show)
-
-
-def _run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
-    if quiet:
-        return execute(wanted, folder)
-    jobs = wanted.jobs(folder)
-    rounds = [job.settings.rounds for job in jobs]
-    with live("compare", Console(stderr=True)) as show:
-
-        def on_run(job: Job) -> OnRound:
-            place = jobs.index(job)
-            before, name = sum(rounds[:place]), f"[{place + 1}/{len(jobs)}] {job.label}, seed {job.seed}"
-
-            def on_round(done: int, n_rounds: int, row: Mapping[str, Any]) -> None:
-                show(before + done, sum(rounds), row, name)
-
-            return on_round
-
-        return execute(wanted, folder, on_run)
-
-
-def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> int:
-    """Tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
-    records = read(runs)
-    hint = _write_page(records, folder / "report.html")
-    if as_json:
-        _print_json(runs, folder)
-    elif quiet:
-        print(folder)
-    else:
-        console = output()
-        console.print(summary_table(records))
-        paired = paired_table(records) if len(records) > 1 else None
-        if paired is not None:
-            console.print("", paired, sep="\n")
-        console.print(f"\nfolder  {folder}", soft_wrap=True)
-        console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
-    for run_folder in runs:
-        _warn_of_divergence(run_folder)
-    idle = [run_folder for run_folder in runs if nothing_learnt(RunFolder.open(run_folder).summary())]
-    for run_folder in idle:
-        print(f"fedloom: error: {run_folder}: {NOTHING_LEARNT}", file=sys.stderr)
-    return int(bool(idle))
-
-
-def _write_page(records: Sequence[Any], target: Path) -> str:
-    """Write the page; where that takes packages that are missing, the line that says so."""
-    try:
-        write_page(records, target)
-    except UsageError as error:
-        return f"hint    {error}"
-    return ""
-
-
-def _print_json(runs: Sequence[Path], folder: Path) -> None:
-    texts = [(run_folder / "summary.json").read_text(encoding="utf-8").strip() for run_folder in runs]
-    if runs == [folder]:
-        print(texts[0])
-    else:
-        print("[" + ",\n".join(texts) + "]")
-
-
-def _warn_of_divergence(folder: Path) -> None:
-    run = RunFolder.open(folder)
-    found = [
-        (row["round"], f"{key} was not finite")
-        for row in run.rows()
-        for key, value in row.items()
-        if "." in key and (value is None or not math.isfinite(value))
-    ]
-    for event in run.rows("events.jsonl"):  # the losses of those that were rejected are in no metric
-        if "not finite" in event.get("reason", ""):
-            found.append((event["round"], f"an uplink was rejected ({event['reason']})"))
-    if found:
-        number, what = min(found, key=lambda one: one[0])
-        line = f"{folder}: {what} in round {number}; where training diverges, a smaller method.lr helps"
-        print(f"fedloom: warning: {line}", file=sys.stderr)

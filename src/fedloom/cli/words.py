@@ -6,14 +6,15 @@ import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from rich.console import Console
-
-from fedloom.config.parsing import from_words, read_toml
-from fedloom.config.settings import Values
 from fedloom.errors import ConfigError, suggest
-from fedloom.methods.registry import METHODS
+from fedloom.methods import CLASSES
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedloom.config.settings import Values
 
 Command = Callable[[Sequence[str]], int]
 WIDE = 140  # columns of a table that goes into a file or a pipe
@@ -62,12 +63,14 @@ def settings_words(parser: Parser) -> None:
 
 def read_values(words: Sequence[str]) -> Values:
     """The tables that a config file and `key=value` words describe."""
+    from fedloom.config.parsing import from_words, read_toml
+
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise ConfigError(f"'{files[1]}': only one config file can be given, and '{files[0]}' is there already")
     for file in files:
         if Path(file).suffix != ".toml" and not Path(file).is_file():
-            hint = f"; did you mean method={file}?" if file in METHODS else ""
+            hint = f"; did you mean method={file}?" if file in CLASSES else ""
             raise ConfigError(f"'{file}': expected key=value, such as rounds=20, or a config file{hint}")
     values = read_toml(files[0]) if files else {}
     return from_words([word for word in words if "=" in word], values)
@@ -75,10 +78,19 @@ def read_values(words: Sequence[str]) -> Values:
 
 def output() -> Console:
     """Where results go: standard output, with room for wide tables when it is no terminal."""
+    from rich.console import Console
+
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDE
     return console
+
+
+def default_words(value: Any) -> str:
+    """A default as one would type it; "" where there is none."""
+    if value is None or value == ():
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def refuse_empty(options: Mapping[str, str]) -> None:

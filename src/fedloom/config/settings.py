@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
@@ -22,10 +22,12 @@ from pydantic import (
 
 from fedloom.config.errors import explain
 from fedloom.errors import ConfigError, suggest
-from fedloom.method import Method
 from fedloom.methods.registry import METHODS, method_class
 from fedloom.ranges import RAY_ADDRESS, Count, Fraction, Positive, Share, Whole
 from fedloom.wire import transforms
+
+if TYPE_CHECKING:
+    from fedloom.method import Method
 
 Values = dict[str, Any]
 DEFAULT_CLIENTS = 10

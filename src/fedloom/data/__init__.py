@@ -1,9 +1,24 @@
 """Data sets, their partition over clients, and the examples each client sees. Knows neither methods nor engines."""
 
+from typing import TYPE_CHECKING
+
+from fedloom import lazy
 from fedloom.data.catalogue import SOURCES, Source
-from fedloom.data.dataset import Dataset, from_arrays
-from fedloom.data.federation import Federation
-from fedloom.data.partition import Partition, partition
-from fedloom.data.sources import load
+
+if TYPE_CHECKING:
+    from fedloom.data.dataset import Dataset, from_arrays
+    from fedloom.data.federation import Federation
+    from fedloom.data.partition import Partition, partition
+    from fedloom.data.sources import load
 
 __all__ = ["SOURCES", "Dataset", "Federation", "Partition", "Source", "from_arrays", "load", "partition"]
+
+lazy.export(
+    __name__,
+    {
+        **dict.fromkeys(("Dataset", "from_arrays"), "fedloom.data.dataset"),
+        "Federation": "fedloom.data.federation",
+        **dict.fromkeys(("Partition", "partition"), "fedloom.data.partition"),
+        "load": "fedloom.data.sources",
+    },
+)

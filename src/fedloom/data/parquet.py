@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,15 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 
 from fedloom.data import cache
 from fedloom.data.catalogue import Source
 from fedloom.data.dataset import Column, Dataset, checked
+from fedloom.data.pictures import decode
+from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError, suggest
-from fedloom.rng import Stream
 
-Pixels = npt.NDArray[np.uint8]
 _LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
 _FORMAT = 2  # part of the cache key: count it up when decoding changes
 
@@ -84,84 +78,6 @@ def _decode_pool(
         classes=classes,
         columns={c: _column(table[c], layout.names.get(c))[keep] for c in layout.extra},
     )
-
-
-def choose_rows(
-    name: str, known: npt.NDArray[np.bool_], n_train: int, rows: int | None
-) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which rows stay, and how many of them are training rows: all test rows, and `rows` training rows (None: all).
-
-    The training rows are the first `rows` of one fixed permutation of them, from `Stream("rows", name)`, without
-    regard to class; so a smaller choice lies within every larger one. They keep their order in the files.
-    """
-    candidates = np.flatnonzero(known[:n_train])
-    if rows is None:
-        return known, len(candidates)
-    if not 0 < rows <= len(candidates):
-        raise DataError(f"data.rows={rows}: '{name}' has {len(candidates)} training rows; allowed is 1 to that number")
-    keep = known.copy()
-    keep[:n_train] = False
-    keep[candidates[Stream("rows", name).numpy.permutation(len(candidates))[:rows]]] = True
-    return keep, rows
-
-
-def decode(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
-    """`n` encoded pictures, each with words for where it is, as (N, C, H, W) uint8; grey C = 1 unless one has colour.
-
-    Without `image_size` all must have one size; with it they are resized (bilinear) to that edge. Raises DataError.
-    """
-    out: Pixels = np.empty((0, 0, 0, 0), np.uint8)
-    for i, (where, pixels) in enumerate(_decoded(pictures, image_size)):
-        if i == 0:
-            out = np.empty((n, *pixels.shape), np.uint8)
-        if pixels.shape[1:] != out.shape[2:]:
-            sizes = f"{_edges(out.shape)} and, in {where}, {_edges(pixels.shape)}"
-            raise DataError(f"pictures differ in size ({sizes}): choose one with data.image_size=N")
-        if len(pixels) > out.shape[1]:
-            out = np.repeat(out, 3, axis=1)
-        out[i] = pixels
-    if len(out) == 0:
-        raise DataError("there are no pictures to read")
-    return out
-
-
-def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | None) -> Iterator[tuple[str, Pixels]]:
-    decode_one, rest = partial(_pixels, image_size), iter(pictures)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(rest, 1024)):
-            # Threads gain from large pictures only: for small ones handing them over costs more than decoding.
-            is_large = sum(len(encoded or b"") for _, encoded in chunk) > 16_384 * len(chunk)
-            yield from zip(
-                (where for where, _ in chunk), (pool.map if is_large else map)(decode_one, chunk), strict=True
-            )
-
-
-def resized(image: Image.Image, image_size: int | None) -> Pixels:
-    """One picture as (C, H, W) uint8, resized to a square when `image_size` is given. Raises DataError."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow gives PNG as I
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut it off at 255
-    if image.mode in ("I", "F"):
-        raise DataError("its pixels are numbers of 32 bits; save pictures with 8 or 16 bits")
-    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-    if image_size is not None and image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-
-
-def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels:
-    where, encoded = picture
-    try:
-        with Image.open(io.BytesIO(encoded or b"")) as image:
-            return resized(image, image_size)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not a picture that Pillow can read ({type(error).__name__})") from error
-
-
-def _edges(shape: Sequence[int]) -> str:
-    return f"{shape[-2]}x{shape[-1]}"
 
 
 def _open(file: Path) -> pq.ParquetFile:

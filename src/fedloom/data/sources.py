@@ -9,10 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fedloom.data import hub, parquet, pfllib
+from fedloom.data import hub, pfllib
 from fedloom.data.catalogue import SOURCES
 from fedloom.data.dataset import Dataset
+from fedloom.data.pictures import resized
+from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError
+
+DIGITS = Path(__file__).with_name("digits.npz")  # source and licence: digits.txt beside it
 
 
 def load(
@@ -44,18 +48,18 @@ def load(
         return pfllib.load(path)
     if name == "digits" and path is None:
         return _digits(image_size, rows)
+    from fedloom.data import parquet  # pyarrow takes long to load
+
     root = hub.cache_root(cache)
     files = hub.find_files(name, path, root)
     return parquet.read(name, files, SOURCES.get(name), image_size=image_size, rows=rows, cache_root=root)
 
 
 def _digits(image_size: int | None, rows: int | None) -> Dataset:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    labels = bunch.target.astype(np.int64)
-    keep, n_train = parquet.choose_rows("digits", np.ones(len(labels), dtype=bool), len(labels), rows)
-    images = np.stack([parquet.resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
+    with np.load(DIGITS) as stored:
+        pixels = np.rint(stored["pixels"] * (255 / 16)).astype(np.uint8)
+        labels = stored["labels"].astype(np.int64)
+    keep, n_train = choose_rows("digits", np.ones(len(labels), dtype=bool), len(labels), rows)
+    images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
     classes = tuple("0123456789")
     return Dataset("digits", torch.from_numpy(images), torch.from_numpy(labels[keep]), n_train, classes, {})

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedloom import data
 from fedloom.config.settings import Settings
 from fedloom.data import Dataset, Federation, Partition
-from fedloom.data.parquet import decode
 from fedloom.data.partition import apart
+from fedloom.data.pictures import decode
 from fedloom.errors import ConfigError, DataError
 from fedloom.rng import Stream
 

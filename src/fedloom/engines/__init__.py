@@ -5,18 +5,20 @@ from __future__ import annotations
 import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
-from fedloom.accelerator import HOST, ON_HOST, Place
-from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
-from fedloom.engines.newcomers import Joining
-from fedloom.engines.process_memory import keep_freed_memory
-from fedloom.engines.processes import Processes, cores
-from fedloom.engines.ray.address import quiet_environment
-from fedloom.engines.sequential import Sequential
-from fedloom.engines.vectorised import Vectorised
-from fedloom.engines.wrappers import Bytes, Debug
+from fedloom import lazy
 from fedloom.errors import ConfigError, suggest
-from fedloom.training.fast.convolutions import Convolutions, Form
+
+if TYPE_CHECKING:
+    from fedloom.accelerator import Place
+    from fedloom.engines.base import Ask, Engine, Problem, Reply, Score, total
+    from fedloom.engines.newcomers import Joining
+    from fedloom.engines.processes import Processes
+    from fedloom.engines.sequential import Sequential
+    from fedloom.engines.vectorised import Vectorised
+    from fedloom.engines.wrappers import Bytes, Debug
+    from fedloom.training.fast.convolutions import Convolutions, Form
 
 ENGINES: Mapping[str, str] = {
     "sequential": "one client after another, in this process: the reference",
@@ -24,7 +26,9 @@ ENGINES: Mapping[str, str] = {
     "processes": "a one-thread worker process per core; the default on Linux with more than one core",
     "ray": "one-thread workers on the machines of a Ray cluster, or on this one (pip install 'fedloom[ray]')",
 }
-WRAPPERS: Mapping[str, Callable[[Engine], Engine]] = {"debug": Debug, "bytes": Bytes}
+WRAPPERS: lazy.Registry[Callable[[Engine], Engine]] = lazy.Registry(
+    {"debug": "fedloom.engines.wrappers:Debug", "bytes": "fedloom.engines.wrappers:Bytes"}
+)
 
 
 def make_engine(
@@ -34,7 +38,7 @@ def make_engine(
     lanes: int | None = None,
     address: str | None = None,
     deadline_s: float | None = None,
-    place: Place = ON_HOST,
+    place: Place | None = None,
     convolutions: Form = "grouped",
 ) -> Engine:
     """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
@@ -45,12 +49,19 @@ def make_engine(
             (default: one after another).
         address: the Ray cluster to join; default: Ray is started on this machine.
         deadline_s: seconds that a worker of Ray has for its share of a round; default: no limit.
-        place: where `sequential` and `vectorised` compute; on a device `auto` is `vectorised`.
+        place: where `sequential` and `vectorised` compute (default: the CPU); on a device `auto` is `vectorised`.
         convolutions: how `vectorised` computes them.
 
     Raises:
         ConfigError: an unknown name, or an engine that this system cannot run.
     """
+    from fedloom.accelerator import HOST, ON_HOST
+    from fedloom.engines.process_memory import keep_freed_memory
+    from fedloom.engines.processes import Processes, cores
+    from fedloom.engines.sequential import Sequential
+    from fedloom.engines.vectorised import Vectorised
+
+    place = place or ON_HOST
     *wrappers, last = name.split("+")
     if last in WRAPPERS:
         wrappers, last = [*wrappers, last], "auto"
@@ -85,10 +96,14 @@ def make_engine(
 
 def _convolutions(form: Form, problem: Problem, place: Place) -> Convolutions | None:
     """None leaves them to vmap, which groups them."""
+    from fedloom.training.fast.convolutions import Convolutions
+
     return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)
 
 
 def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:
+    from fedloom.engines.ray.address import quiet_environment
+
     quiet_environment(address)
     try:
         from fedloom.engines.ray.engine import Cluster, Ray
@@ -116,3 +131,15 @@ __all__ = [
     "make_engine",
     "total",
 ]
+
+lazy.export(
+    __name__,
+    {
+        **dict.fromkeys(("Ask", "Engine", "Problem", "Reply", "Score", "total"), "fedloom.engines.base"),
+        "Joining": "fedloom.engines.newcomers",
+        "Processes": "fedloom.engines.processes",
+        "Sequential": "fedloom.engines.sequential",
+        "Vectorised": "fedloom.engines.vectorised",
+        **dict.fromkeys(("Bytes", "Debug"), "fedloom.engines.wrappers"),
+    },
+)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import pandas as pd
 from torch import nn
 
 from fedloom import accelerator, data, tree
@@ -30,6 +29,9 @@ from fedloom.experiment.trackers import Tracker, check_trackers, make_trackers
 from fedloom.method import Client, Downlink, Method, Round
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Row = dict[str, Any]
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
@@ -301,7 +303,7 @@ class Experiment:
 
     def _checkpoint(self) -> None:
         clients = {i: self.engine.client(i)._asdict() for i in self.engine.changed()}
-        self.folder.write_clients(pd.DataFrame(self.client_rows))
+        self.folder.write_clients(_table(self.client_rows))
         late = {i: flight.message for i, flight in self.intake.flights.items()}
         state = {"round": self.done, **self.ledger.state(), **self.intake.state()}
         self.folder.save_checkpoint(state, self.server, clients, late)
@@ -356,7 +358,7 @@ class Experiment:
             "partition": self.partition.hash(),
             "finished": True,
         }
-        self.folder.write_clients(pd.DataFrame(self.client_rows))
+        self.folder.write_clients(_table(self.client_rows))
         self.folder.write_json("summary.json", summary)
         return summary
 
@@ -397,5 +399,13 @@ def _restored(template: Tree, saved: Tree, what: str) -> Tree:
     return tree.merge(template, saved)  # in the template's order; branches without tensors come from it
 
 
+def _table(rows: list[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows)
+
+
 def _without_nan(table: pd.DataFrame) -> list[Row]:
+    import pandas as pd
+
     return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in table.to_dict("records")]

@@ -1,67 +1,203 @@
-"""A live line while an experiment runs: rounds, time left, the newest numbers. Plain lines where the output is no terminal."""
+"""What a run will do, and how far it is: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-QUIET_S = 10.0  # at least so many seconds between two plain lines
+from fedloom.experiment.costs import pieces
+from fedloom.method import trains_of
+
+if TYPE_CHECKING:
+    from fedloom.experiment.loop import Experiment
+
+LEAST_S = 10.0  # at least this long between two plain lines of finished rounds
+MOST_S = 30.0  # at most this long between any two plain lines
+LOOK_S = 5.0  # how often we look whether a line is due
+
+
+class Overall(NamedTuple):
+    """Rounds done and rounds planned, over all runs of a command."""
+
+    done: int
+    planned: int
 
 
 class Show(Protocol):
-    """Shows how far the work has come; a callback for `Experiment.run`."""
+    """Shows how far the work is; a callback for `Experiment.run`."""
 
-    def __call__(self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
-        """`done` of `rounds`, the newest numbers, and another name from now on."""
+    def __call__(
+        self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
+    ) -> None:
+        """`done` of `rounds`, and the newest numbers.
+
+        Args:
+            name: another name from now on.
+            overall: how far all runs together are, which tells the time left; default: `done` of `rounds`.
+        """
 
 
 @contextmanager
-def live(name: str, console: Console | None = None, unit: str = "round") -> Iterator[Show]:
-    """Progress on standard error, or on `console`; `unit` is what is counted."""
+def live(name: str, console: Console | None = None, unit: str = "round", done: int = 0) -> Iterator[Show]:
+    """Show progress on standard error, or on `console`.
+
+    Args:
+        name: what is at work.
+        unit: what is counted.
+        done: how many of them earlier work has done (a run that is resumed).
+    """
     console = console or Console(stderr=True)
-    if not console.is_terminal:
-        yield _plain(name, console, unit)
+    if console.is_terminal:
+        with _bar(name, console, unit) as show:
+            yield show
         return
+    lines = PlainLines(name, lambda line: _print(console, line), unit, done)
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(lines, over), name="fedloom-progress", daemon=True)
+    watch.start()
+    try:
+        yield lines
+    finally:
+        over.set()
+        watch.join()
+
+
+@contextmanager
+def _bar(name: str, console: Console, unit: str) -> Iterator[Show]:
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[place]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[numbers]}"),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        job = bar.add_task(name, total=None, numbers="")
+        job = bar.add_task(name, total=None, place="", numbers="")
 
-        def show(done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
-            bar.update(job, completed=done, total=rounds, numbers=numbers(row), description=name)
+        def show(
+            done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
+        ) -> None:
+            all_done, planned = overall or (done, rounds)
+            place = f"{unit} {done}/{rounds}"
+            bar.update(job, completed=all_done, total=planned, description=name, place=place, numbers=numbers(row))
 
         yield show
 
 
-def _plain(title: str, console: Console, unit: str) -> Show:
-    last = time.monotonic()
+def _watch(lines: PlainLines, over: threading.Event) -> None:
+    while not over.wait(LOOK_S):
+        lines.tick()
 
-    def show(done: int, rounds: int, row: Mapping[str, Any], name: str | None = None) -> None:
-        nonlocal last
-        if (done == rounds and "joined" not in row) or time.monotonic() - last >= QUIET_S:
-            last = time.monotonic()
-            line = f"{name or title}: {unit} {done}/{rounds}  {numbers(row)}"
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    return show
+def _print(console: Console, line: str) -> None:
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+class PlainLines:
+    """Progress as lines of text: at most one every 10 s for finished rounds, and at least one every 30 s."""
+
+    def __init__(
+        self,
+        name: str,
+        write: Callable[[str], None],
+        unit: str = "round",
+        done: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._name, self._write, self._unit, self._clock = name, write, unit, clock
+        self._begun = self._last = self._reached = clock()
+        self._before = done  # what was done when the clock started
+        self._overall = Overall(done, 0)
+        self._place, self._numbers = "", ""
+        self._lock = threading.Lock()
+
+    def __call__(
+        self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
+    ) -> None:
+        """See `Show`."""
+        with self._lock:
+            self._name, self._reached = name or self._name, self._clock()
+            self._overall = overall or Overall(done, rounds)
+            self._place, self._numbers = f"{self._unit} {done}/{rounds}", numbers(row)
+            is_last = done == rounds and "joined" not in row
+            if is_last or self._clock() - self._last >= LEAST_S:
+                self._line()
+
+    def tick(self) -> None:
+        """Write a line if there was none for so long that one must come before the next look."""
+        with self._lock:
+            if self._clock() - self._last > MOST_S - LOOK_S - 1:
+                self._line()
+
+    def _line(self) -> None:
+        self._last = self._clock()
+        parts = [self._place or f"no {self._unit} is finished yet", self._time(), self._numbers]
+        self._write(f"{self._name}: " + "  ".join(part for part in parts if part))
+
+    def _time(self) -> str:
+        """The time left, by the pace so far; a round that takes longer than those before it slows the pace."""
+        passed, made = self._last - self._begun, self._overall.done - self._before
+        left = self._overall.planned - self._overall.done
+        if made <= 0:
+            return f"{_duration(passed)} so far"
+        reached = self._reached - self._begun
+        pace = max(reached / made, passed / (made + 1))
+        return f"about {_duration(pace * left - (passed - reached))} left" if left else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """The newest accuracies in a few words, and what went amiss so far."""
+    """The newest accuracies in a few words, and how many updates did not arrive or count so far."""
     shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
     words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
     words += [f"newcomers {row['joined']}"] if "joined" in row else []
     return "  ".join(words + [f"{name} {value}" for name, value in amiss.items() if value])
+
+
+def facts(experiment: Experiment) -> dict[str, str]:
+    """What a run is about to do, in words, by topic."""
+    settings, task = experiment.settings, experiment.problem.task
+    sizes = [experiment.data.n_train(i) for i in range(task.n_clients)]
+    done = f", of which {experiment.done} are done" if experiment.done else ""
+    return {
+        "data": f"{settings.data.name}, {sum(sizes):,} training examples",
+        "clients": f"{task.n_clients}, {_cohort(experiment)} in a round",
+        "steps": f"about {_steps(experiment, sizes):,} in a round",
+        "rounds": f"{settings.rounds}{done}",
+        "engine": type(experiment.engine).__name__.lower(),
+        "folder": str(experiment.folder.path),
+    }
+
+
+def _cohort(experiment: Experiment) -> str:
+    task, settings = experiment.problem.task, experiment.settings
+    if settings.cohort is None and "-" in str(settings.participation):
+        return f"at most {task.max_cohort}"
+    return "all" if task.max_cohort == task.n_clients else str(task.max_cohort)
+
+
+def _steps(experiment: Experiment, sizes: Sequence[int]) -> int:
+    """The optimiser steps of a full cohort in a round, for clients of average size."""
+    problem = experiment.problem
+    steps = 0
+    for n, n_clients in Counter(sizes).items():
+        for phase in experiment.method.phases():
+            trains = len(trains_of([phase]))
+            if n and trains:
+                steps += n_clients * trains * sum(pieces(phase, problem.plan, n).values())
+    return round(steps * problem.task.max_cohort / problem.task.n_clients)

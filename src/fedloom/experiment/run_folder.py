@@ -19,16 +19,18 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy
-import pandas as pd
 import torch
 
 from fedloom._version import __version__
 from fedloom.errors import RunFolderError, WireError
 from fedloom.tree import Tree
 from fedloom.wire.messages import decode, encode
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LINES = ("metrics.jsonl", "events.jsonl")
 
@@ -109,6 +111,8 @@ class RunFolder:
 
     def read_clients(self, upto: int) -> pd.DataFrame:
         """The rows of `clients.parquet` up to a round."""
+        import pandas as pd
+
         file = self.path / "clients.parquet"
         try:
             table = pd.read_parquet(file) if file.is_file() else pd.DataFrame({"round": []})

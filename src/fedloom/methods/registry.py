@@ -8,54 +8,20 @@ import importlib.util
 import inspect
 import sys
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType, ModuleType
-from typing import Any, get_type_hints
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from fedloom.errors import ConfigError, suggest
-from fedloom.method import Method
-from fedloom.methods import (
-    Centralised,
-    Ditto,
-    FedASAM,
-    FedAvg,
-    FedAvgFT,
-    FedBABU,
-    FedBN,
-    FedMR,
-    FedPer,
-    FedProto,
-    FedProx,
-    FedRep,
-    FedRIR,
-    FedVTC,
-    Local,
-    Scaffold,
-)
-from fedloom.methods.composition import composed
+from fedloom.lazy import Registry
+from fedloom.methods import CLASSES, source_facts
 from fedloom.ranges import type_words
 
-METHODS: Mapping[str, type[Method]] = MappingProxyType(
-    {
-        "centralised": Centralised,
-        "ditto": Ditto,
-        "fedasam": FedASAM,
-        "fedavg": FedAvg,
-        "fedavg_ft": FedAvgFT,
-        "fedbabu": FedBABU,
-        "fedbn": FedBN,
-        "fedmr": FedMR,
-        "fedper": FedPer,
-        "fedproto": FedProto,
-        "fedprox": FedProx,
-        "fedrep": FedRep,
-        "fedrir": FedRIR,
-        "fedvtc": FedVTC,
-        "local": Local,
-        "scaffold": Scaffold,
-    }
-)
+if TYPE_CHECKING:
+    from fedloom.method import Method
+
+METHODS: Registry[type[Method]] = Registry({name: f"fedloom.methods.{name}:{cls}" for name, cls in CLASSES.items()})
+"""The registered methods; one is imported when it is looked up."""
 
 
 def load_object(where: str, key: str) -> Any:
@@ -98,12 +64,16 @@ def load_module(file: Path, setting: str) -> ModuleType:
 
 def method_class(name: str) -> type[Method]:
     """A method's class, from its name, from `file.py:Class`, or from `server+client`, two names whose halves are joined."""
+    from fedloom.method import Method
+
     if ":" in name:
         found = load_object(name, "method")
         if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
             raise ConfigError(f"method={name}: not a dataclass derived from fedloom.Method")
         return found
     if "+" in name:
+        from fedloom.methods.composition import composed
+
         server, _, client = name.partition("+")
         return composed(method_class(server), method_class(client))
     if name not in METHODS:
@@ -138,6 +108,27 @@ def describe(name: str, method: type[Method]) -> dict[str, Any]:
             }
             for field in dataclasses.fields(method)
         },
+        "description": inspect.getdoc(method) or "",
+    }
+
+
+def describe_registered(name: str) -> dict[str, Any]:
+    """What `describe` says of a registered method, without importing it."""
+    facts = source_facts.class_facts(METHODS.origins[name])
+    title, authors, venue, *url = facts.constants["paper"]
+    return {
+        "name": name,
+        "summary": facts.doc.splitlines()[0],
+        "paper": title,
+        "authors": authors,
+        "venue": venue,
+        "url": url[0] if url else "",
+        "travels": [*facts.constants["shared"], *facts.constants["also_travels"]],
+        "hyper_parameters": {
+            key: {"default": default, "type": type_words(facts.types[key]), "doc": facts.docs.get(key, "")}
+            for key, default in facts.values.items()
+        },
+        "description": facts.doc,
     }
 
 
@@ -149,9 +140,5 @@ def _field_docs(method: type) -> dict[str, str]:
             tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
         except (OSError, TypeError):  # a class without source (made in an interactive session)
             continue
-        body = tree.body[0].body  # type: ignore[attr-defined]
-        for field, text in zip(body, body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-                if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
-                    docs[field.target.id] = text.value.value
+        docs |= source_facts.field_docs(tree.body[0])  # type: ignore[arg-type]
     return docs

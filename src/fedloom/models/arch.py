@@ -7,35 +7,21 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from fedloom.errors import ConfigError, suggest
-from fedloom.models.cnn import fedavg_cnn, fedmr_cnn, fedrir_cnn
 from fedloom.models.layers import refuse_tied, sequence
-from fedloom.models.mlp import logistic, mlp
-from fedloom.models.mobilenet import mobilenetv2
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
-from fedloom.models.patches import mixer, vit_tiny
-from fedloom.models.resnet import resnet8, resnet10, resnet18, resnet20, resnet34
 from fedloom.models.splitting import check_split, dry_run, split
-from fedloom.models.vgg import vgg16
+from fedloom.models.zoo import FLAT, ZOO
 
 Option = str | int | float | bool
 Builder = Callable[..., nn.Module]
 
-FLAT = (mlp, logistic)
-CNNS = (fedavg_cnn, fedmr_cnn, fedrir_cnn, vgg16, mobilenetv2)
-RESNETS = (resnet8, resnet10, resnet18, resnet20, resnet34)
 SMALLEST_SIDE = 8
-
-ZOO: Mapping[str, Builder] = MappingProxyType(
-    {builder.__name__: builder for builder in (*FLAT, *CNNS, *RESNETS, vit_tiny, mixer)}
-)
-"""Architectures by name: `builder(input_shape, width=None, *, <options>) -> body`, described by its docstring."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +147,7 @@ def arch(
     if source not in ZOO:
         raise ConfigError(f"unknown model '{source}'{suggest(source, ZOO)}")
     builder = ZOO[source]
-    if builder not in FLAT and (len(shape) != 3 or min(shape[1:]) < SMALLEST_SIDE):
+    if source not in FLAT and (len(shape) != 3 or min(shape[1:]) < SMALLEST_SIDE):
         raise ConfigError(
             f"model {source} takes images (C, H, W) of at least 8x8 pixels; the inputs have shape {shape}"
         )

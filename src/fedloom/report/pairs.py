@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import special  # type: ignore[import-untyped]
 
 from fedloom.errors import UsageError, suggest
 from fedloom.report.groups import Group, headline
 from fedloom.report.read import RunRecord
+from fedloom.report.student import t_quantile
 
 MIN_SEEDS_FOR_INTERVAL = 3
 
@@ -59,7 +59,7 @@ def _interval(mean: float, points: np.ndarray) -> tuple[float, float] | None:
     n = len(points)
     if n < MIN_SEEDS_FOR_INTERVAL:
         return None
-    half = float(special.stdtrit(n - 1, 0.975) * points.std(ddof=1) / math.sqrt(n))
+    half = float(t_quantile(0.975, n - 1) * points.std(ddof=1) / math.sqrt(n))
     return mean - half, mean + half
 
 

@@ -26,7 +26,8 @@ from fedloom.methods.registry import METHODS, method_class
 
 FILE = "compare.toml"
 VARIED = ("uplink", "downlink")  # settings of the run that rows may differ in and still have everything else in common
-OnRun = Callable[["Job"], OnRound | None]  # called before a run starts
+OnRun = Callable[["Job"], OnRound | None]  # called before a run is prepared
+OnStart = Callable[["Job", Experiment], None]  # called when a run is ready, before its first round
 
 
 class Row(NamedTuple):
@@ -149,7 +150,9 @@ def reopen(folder: str | Path) -> Comparison:
     return plan(read_toml(path / FILE))
 
 
-def execute(comparison: Comparison, folder: Path, on_run: OnRun | None = None) -> list[Path]:
+def execute(
+    comparison: Comparison, folder: Path, on_run: OnRun | None = None, on_start: OnStart | None = None
+) -> list[Path]:
     """Run what is left: finished runs are kept, an unfinished one goes on from its checkpoint. Returns the runs' folders."""
     jobs = comparison.jobs(folder)
     left = [job for job in jobs if not job.finished]
@@ -159,6 +162,8 @@ def execute(comparison: Comparison, folder: Path, on_run: OnRun | None = None) -
         parts = Parts(dataset=dataset)
         started = (job.folder / "config.toml").is_file()
         experiment = Experiment.resume(job.folder, parts) if started else Experiment(job.settings, parts)
+        if on_start:
+            on_start(job, experiment)
         experiment.run(on_round)
     return [job.folder for job in jobs]
 

@@ -10,15 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fedloom.errors import ConfigError, WireError, suggest
-from fedloom.rng import Stream
 
-Flat = dict[str, Tensor]  # the tensors of a part by path, with a / in front; a part that is one tensor has the path ""
+if TYPE_CHECKING:  # functions import torch themselves: settings and listings need the names of transforms alone
+    import torch
+    from torch import Tensor
+
+    from fedloom.rng import Stream
+
+Flat = dict[
+    str, "Tensor"
+]  # the tensors of a part by path, with a / in front; a part that is one tensor has the path ""
 WEIGHTS, COUNTS, TOPK = "weights", "counts", "topk"
 
 
@@ -46,6 +50,8 @@ class Gaussian:
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
         """`values` is taken as one vector: min(1, clip / ||v||) v + noise clip N(0, 1)."""
+        import torch
+
         norm = torch.stack([leaf.square().sum() for leaf in values.values()]).sum().sqrt()
         factor = (self.clip / norm).clamp(max=1.0)
         deviation = self.noise * self.clip
@@ -69,12 +75,16 @@ class TopK:
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
         """`values` is taken as one vector of n numbers; its `n_sent(n)` largest in magnitude, and their places, ascending."""
+        import torch
+
         vector = torch.cat([leaf.flatten() for leaf in values.values()])
         kept = vector.abs().topk(self.n_sent(len(vector))).indices.sort().values
         return {f"/{TOPK}/values": vector[kept], f"/{TOPK}/indices": kept.int()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
         """Zeros where nothing was sent."""
+        import torch
+
         if not like:
             return sent
         if not {f"/{TOPK}/values", f"/{TOPK}/indices"} <= sent.keys():
@@ -102,6 +112,8 @@ class Half:
         Raises:
             ConfigError: a finite number is too large for fp16.
         """
+        import torch
+
         sent = {path: leaf.to(self.dtype) if leaf.is_floating_point() else leaf for path, leaf in values.items()}
         for path, leaf in sent.items():
             if leaf.dtype is torch.float16 and bool((leaf.isinf() & values[path].isfinite()).any()):
@@ -112,6 +124,8 @@ class Half:
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
         """In the default precision."""
+        import torch
+
         wide = torch.get_default_dtype()
         return {path: leaf.to(wide) if leaf.dtype is self.dtype else leaf for path, leaf in sent.items()}
 
@@ -124,6 +138,8 @@ class Int8:
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
         """q (int8) and scale (fp32) in place of every floating tensor."""
+        import torch
+
         sent: Flat = {}
         for path, leaf in values.items():
             if not leaf.is_floating_point():
@@ -136,7 +152,9 @@ class Int8:
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
         """scale q, in the default precision."""
-        wide, values = torch.get_default_dtype(), dict[str, Tensor]()
+        import torch
+
+        wide, values = torch.get_default_dtype(), dict[str, "Tensor"]()
         for path, leaf in sent.items():
             owner, _, last = path.rpartition("/")
             if last == "int8" and leaf.dtype is torch.int8 and f"{owner}/scale" in sent:
@@ -156,9 +174,15 @@ class Kind(NamedTuple):
     ways: tuple[str, ...] = ("uplink", "downlink")
 
 
+def _half(name: str) -> Half:
+    import torch
+
+    return Half(getattr(torch, name))
+
+
 TRANSFORMS: Mapping[str, Kind] = {
-    "fp16": Kind(lambda: Half(torch.float16), "half precision: 11 significant bits, up to 65504", "fp16"),
-    "bf16": Kind(lambda: Half(torch.bfloat16), "bfloat16: 8 significant bits, the range of fp32", "bf16"),
+    "fp16": Kind(lambda: _half("float16"), "half precision: 11 significant bits, up to 65504", "fp16"),
+    "bf16": Kind(lambda: _half("bfloat16"), "bfloat16: 8 significant bits, the range of fp32", "bf16"),
     "int8": Kind(Int8, "8-bit whole numbers and one scale per tensor, rounded to the nearest", "int8"),
     "topk": Kind(
         TopK,

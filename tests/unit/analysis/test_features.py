@@ -1,5 +1,7 @@
 """Probes on made-up features, and the features of real nets."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from fedloom import FedAvg, FedRIR, Stream
 from fedloom.analysis import features
 from fedloom.analysis.features import Table
 from fedloom.analysis.subject import Subject
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, UsageError
 
 RNG = np.random.default_rng(0)
 N = 400
@@ -109,3 +111,9 @@ def test_a_method_without_a_body_is_told_so(experiment):
     subject = Subject(experiment(Bare(), precision="fp32"))
     with pytest.raises(ConfigError, match="Bare's predictor uses no net or part called 'body'"):
         features.features_of(subject.method, subject.owner(0), subject.data.test(0)[0])
+
+
+def test_a_missing_scikit_learn_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(UsageError, match=r"needs scikit-learn: pip install 'fedloom\[analyse\]'"):
+        measured(one_hot(CLASSES))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedloom.data import SOURCES, load
+from fedloom.data.sources import DIGITS
 from fedloom.errors import DataError
 
 
@@ -19,6 +20,20 @@ def test_digits_are_embedded():
     assert digits.images.max() == 255
     assert digits.n_train == digits.n_rows
     assert digits.classes == tuple("0123456789")
+
+
+def test_the_embedded_digits_are_those_of_scikit_learn():
+    theirs = pytest.importorskip("sklearn.datasets").load_digits()
+    ours = load("digits")
+    pixels = np.rint(theirs.images * (255 / 16)).astype(np.uint8)
+    assert torch.equal(ours.images, torch.from_numpy(pixels)[:, None])
+    assert torch.equal(ours.labels, torch.from_numpy(theirs.target.astype(np.int64)))
+
+
+def test_the_embedded_digits_name_their_source_and_licence():
+    text = DIGITS.with_suffix(".txt").read_text(encoding="utf-8")
+    assert "UCI Machine Learning Repository" in text
+    assert "CC BY 4.0" in text
 
 
 def test_rows_choose_a_fixed_nested_subset_of_training_rows():

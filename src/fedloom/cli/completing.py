@@ -1,0 +1,101 @@
+"""Completion in the shell by argcomplete: commands, options, settings and names, without importing what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import argcomplete
+
+from fedloom.data.catalogue import SOURCES
+from fedloom.engines import ENGINES, WRAPPERS
+from fedloom.methods import source_facts
+from fedloom.methods.registry import METHODS
+from fedloom.models.zoo import ZOO
+from fedloom.wire.transforms import TRANSFORMS
+
+Words = Callable[..., Iterable[str]]
+NAMES: Mapping[str, Iterable[str]] = {
+    "method": METHODS,
+    "model": ZOO,
+    "models": ZOO,
+    "data": SOURCES,
+    "engine": [*ENGINES, *WRAPPERS, "auto"],
+    "uplink": TRANSFORMS,
+    "downlink": TRANSFORMS,
+}
+"""What can follow `KEY=`, where that is a name."""
+STEPS = ("init", "server", "node", "run", "up")  # of `fedloom deploy`
+
+
+def complete(commands: Mapping[str, str]) -> None:
+    """Print what can follow the words that the shell gives, and leave. `commands`: where the function of each command is."""
+    given = os.environ.get("COMP_LINE", "").split()[1:3]
+    argcomplete.autocomplete(parser(commands, *given), always_complete_options=False)
+
+
+def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> argparse.ArgumentParser:
+    """Return a parser that knows all commands, and the arguments that the function of the `chosen` one (or its `step`) adds."""
+    whole = argparse.ArgumentParser(prog="fedloom", add_help=False)
+    parts = whole.add_subparsers(dest="command")
+    for command, origin in commands.items():
+        part = parts.add_parser(command)
+        if command != chosen:
+            continue
+        if command == "deploy" and step in STEPS:
+            origin = f"{origin.partition(':')[0]}:{step}"
+        added = list(source_facts.calls(origin, "add_argument"))
+        for words, about in added:
+            if words and words[0].startswith("--"):
+                part.add_argument(words[0], **{key: about[key] for key in ("action", "help") if key in about})
+        given: Any = part.add_argument("given", nargs="*")
+        if command == "list":
+            given.completer = _listed
+        elif command == "deploy" and step not in STEPS:
+            given.completer = lambda **_: STEPS
+        elif any(about.get("metavar") == "[CONFIG.toml] key=value" for _, about in added):
+            given.completer = settings
+    return whole
+
+
+def _listed(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[str]:
+    from fedloom.cli.listing import KINDS
+
+    match parsed_args.given or []:
+        case []:
+            return KINDS
+        case [kind] if kind in KINDS:
+            return [fact["name"] for fact in KINDS[kind]()]
+        case _:
+            return ()
+
+
+def settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Return the settings that begin with `prefix`: `KEY=`, and after the sign what the key can be."""
+    key, equals, text = prefix.partition("=")
+    given = dict(word.split("=", 1) for word in parsed_args.given or [] if "=" in word)
+    if not equals:
+        return [f"{name}=" for name in [*_keys(), *_hyper_parameters(given.get("method", "fedavg"))]]
+    before = text[: text.rfind(",") + 1]  # of a list such as method=local,fedavg
+    return [f"{key}={before}{value}" for value in _values(key)]
+
+
+def _keys() -> dict[str, str]:
+    """Every setting, and its type in words."""
+    from fedloom.cli.keys import keys  # reads them off pydantic's classes
+
+    return {key.name: key.type for key in keys()}
+
+
+def _hyper_parameters(methods: str) -> list[str]:
+    facts = [source_facts.class_facts(METHODS.origins[name]) for name in methods.split(",") if name in METHODS]
+    return [f"method.{name}" for name in dict.fromkeys(name for fact in facts for name in fact.types)]
+
+
+def _values(key: str) -> Iterable[str]:
+    if key in NAMES:
+        return NAMES[key]
+    words = _keys().get(key, "").removeprefix("list of ")
+    return words.split("|") if "|" in words else ()

@@ -1,0 +1,137 @@
+"""Doing the work of `fedloom run` and `fedloom compare`, and showing its results."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedloom.cli.tables import show
+from fedloom.cli.words import output
+from fedloom.errors import UsageError
+from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
+from fedloom.experiment.progress import Overall, facts, live
+from fedloom.experiment.run_folder import RunFolder
+from fedloom.report import paired_table, read, summary_table, write_page
+from fedloom.tools.compare import Comparison, Job, execute
+
+
+def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
+    """Run an experiment; unless `quiet`, say what will be done, then how far it is."""
+    if quiet:
+        experiment.run()
+        return
+    announce({"method": label, **facts(experiment)})
+    with live(label, done=experiment.done) as progress:
+        experiment.run(progress)
+
+
+def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
+    """Do the runs of a comparison that are not finished; unless `quiet`, say what will be done, then how far they are."""
+    if quiet:
+        return execute(wanted, folder)
+    jobs = wanted.jobs(folder)
+    rounds = [job.settings.rounds for job in jobs]
+    names = [f"[{place}/{len(jobs)}] {job.label}, seed {job.seed}" for place, job in enumerate(jobs, start=1)]
+    announce(_plan(wanted, jobs, folder))
+    console = Console(stderr=True)
+    finished = sum(job.settings.rounds for job in jobs if job.finished)
+    with live("compare", console, done=finished) as progress:
+
+        def on_run(job: Job) -> OnRound:
+            place = jobs.index(job)
+            before = sum(rounds[:place])
+
+            def on_round(done: int, n_rounds: int, row: Mapping[str, Any]) -> None:
+                progress(done, n_rounds, row, names[place], Overall(before + done, sum(rounds)))
+
+            return on_round
+
+        def on_start(job: Job, experiment: Experiment) -> None:
+            about = facts(experiment)
+            shown = "; ".join(f"{topic} {about[topic]}" for topic in ("data", "clients", "steps"))
+            console.print(f"{names[jobs.index(job)]}: {shown}", highlight=False, markup=False, soft_wrap=True)
+
+        return execute(wanted, folder, on_run, on_start)
+
+
+def _plan(wanted: Comparison, jobs: Sequence[Job], folder: Path) -> dict[str, str]:
+    n_finished = sum(job.finished for job in jobs)
+    done = f", of which {n_finished} are done" if n_finished else ""
+    return {
+        "methods": ", ".join(row.label for row in wanted.rows),
+        "seeds": ", ".join(map(str, wanted.seeds)),
+        "runs": f"{len(jobs)} of {jobs[0].settings.rounds} rounds each{done}",
+        "data": jobs[0].settings.data.name,
+        "folder": str(folder),
+    }
+
+
+def announce(about: Mapping[str, str]) -> None:
+    """Say on standard error what will be done: a line per topic."""
+    width = max(map(len, about))
+    for topic, words in about.items():
+        print(f"{topic:<{width}}  {words}", file=sys.stderr, flush=True)
+
+
+def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> int:
+    """Show tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
+    records = read(runs)
+    hint = _write_page(records, folder / "report.html")
+    if as_json:
+        _print_json(runs, folder)
+    elif quiet:
+        print(folder)
+    else:
+        console = output()
+        show(console, summary_table(records))
+        paired = paired_table(records) if len(records) > 1 else None
+        if paired is not None:
+            console.print()
+            show(console, paired)
+        console.print(f"\nfolder  {folder}", soft_wrap=True)
+        console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
+    for run_folder in runs:
+        _warn_of_divergence(run_folder)
+    idle = [run_folder for run_folder in runs if nothing_learnt(RunFolder.open(run_folder).summary())]
+    for run_folder in idle:
+        print(f"fedloom: error: {run_folder}: {NOTHING_LEARNT}", file=sys.stderr)
+    return int(bool(idle))
+
+
+def _write_page(records: Sequence[Any], target: Path) -> str:
+    """Write the page; where that takes packages that are missing, the line that says so."""
+    try:
+        write_page(records, target)
+    except UsageError as error:
+        return f"hint    {error}"
+    return ""
+
+
+def _print_json(runs: Sequence[Path], folder: Path) -> None:
+    texts = [(run_folder / "summary.json").read_text(encoding="utf-8").strip() for run_folder in runs]
+    if runs == [folder]:
+        print(texts[0])
+    else:
+        print("[" + ",\n".join(texts) + "]")
+
+
+def _warn_of_divergence(folder: Path) -> None:
+    run = RunFolder.open(folder)
+    found = [
+        (row["round"], f"{key} was not finite")
+        for row in run.rows()
+        for key, value in row.items()
+        if "." in key and (value is None or not math.isfinite(value))
+    ]
+    for event in run.rows("events.jsonl"):  # the losses of those that were rejected are in no metric
+        if "not finite" in event.get("reason", ""):
+            found.append((event["round"], f"an uplink was rejected ({event['reason']})"))
+    if found:
+        number, what = min(found, key=lambda one: one[0])
+        line = f"{folder}: {what} in round {number}; where training diverges, a smaller method.lr helps"
+        print(f"fedloom: warning: {line}", file=sys.stderr)

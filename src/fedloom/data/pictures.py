@@ -1,0 +1,77 @@
+"""Encoded pictures, decoded to uint8 and resized."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from fedloom.errors import DataError
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def decode(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
+    """`n` encoded pictures, each with words for where it is, as (N, C, H, W) uint8; grey C = 1 unless one has colour.
+
+    Without `image_size` all must have one size; with it they are resized (bilinear) to that edge. Raises DataError.
+    """
+    out: Pixels = np.empty((0, 0, 0, 0), np.uint8)
+    for i, (where, pixels) in enumerate(_decoded(pictures, image_size)):
+        if i == 0:
+            out = np.empty((n, *pixels.shape), np.uint8)
+        if pixels.shape[1:] != out.shape[2:]:
+            sizes = f"{_edges(out.shape)} and, in {where}, {_edges(pixels.shape)}"
+            raise DataError(f"pictures differ in size ({sizes}): choose one with data.image_size=N")
+        if len(pixels) > out.shape[1]:
+            out = np.repeat(out, 3, axis=1)
+        out[i] = pixels
+    if len(out) == 0:
+        raise DataError("there are no pictures to read")
+    return out
+
+
+def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | None) -> Iterator[tuple[str, Pixels]]:
+    decode_one, rest = partial(_pixels, image_size), iter(pictures)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        while chunk := list(islice(rest, 1024)):
+            # Threads gain from large pictures only: for small ones handing them over costs more than decoding.
+            is_large = sum(len(encoded or b"") for _, encoded in chunk) > 16_384 * len(chunk)
+            yield from zip(
+                (where for where, _ in chunk), (pool.map if is_large else map)(decode_one, chunk), strict=True
+            )
+
+
+def resized(image: Image.Image, image_size: int | None) -> Pixels:
+    """One picture as (C, H, W) uint8, resized to a square when `image_size` is given. Raises DataError."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow gives PNG as I
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut it off at 255
+    if image.mode in ("I", "F"):
+        raise DataError("its pixels are numbers of 32 bits; save pictures with 8 or 16 bits")
+    image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+    if image_size is not None and image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels:
+    where, encoded = picture
+    try:
+        with Image.open(io.BytesIO(encoded or b"")) as image:
+            return resized(image, image_size)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{where}: not a picture that Pillow can read ({type(error).__name__})") from error
+
+
+def _edges(shape: Sequence[int]) -> str:
+    return f"{shape[-2]}x{shape[-1]}"

@@ -1,0 +1,140 @@
+"""What commands and imports load: nothing that they do not use."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import fedloom
+from fedloom import lazy, static
+from fedloom.cli import completing, deploying
+from fedloom.methods import registry
+from fedloom.models import ZOO, option_defaults
+
+HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "matplotlib", "scipy", "sklearn", "PIL")
+LIGHT_COMMANDS = (
+    "", "--help", "--version", "list methods", "list methods fedrir", "list datasets", "list models", "list models mlp",
+    "list engines", "list transforms", "list methods --json",
+)  # fmt: skip
+
+
+def loaded(code: str, *modules: str) -> set[str]:
+    """Those of the modules that a fresh Python has imported after `code`."""
+    told = f"{code}\nimport sys; print(*[m for m in {modules!r} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    return set(done.stderr.splitlines()[-1].split())
+
+
+def test_importing_the_package_loads_nothing():
+    assert loaded("import fedloom; dir(fedloom); fedloom.__version__", *HEAVY, "rich") == set()
+
+
+@pytest.mark.parametrize("words", LIGHT_COMMANDS)
+def test_light_commands_load_nothing_heavy(words):
+    assert loaded(f"from fedloom.cli import main; assert main({words.split()!r}) == 0", *HEAVY) == set()
+
+
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_help_of_settings_needs_pydantic_alone(command):
+    found = loaded(f"from fedloom.cli import main; assert main(['{command}', '--help']) == 0", *HEAVY)
+    assert found <= {"pydantic"}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("fedloom li", "list "),
+        ("fedloom list tr", "transforms "),
+        ("fedloom list methods fedri", "fedrir "),
+        ("fedloom run method=fedri", "method=fedrir "),
+        ("fedloom run method=fedrir method.mask", "method.mask_ratio="),
+        ("fedloom compare method=local,fedpro", "method=local,fedproto\vmethod=local,fedprox"),
+        ("fedloom run partition=dir", "partition=dirichlet "),
+        ("fedloom report --q", "--quiet "),
+        ("fedloom deploy se", "server "),
+        ("fedloom deploy init --no", "--nodes "),
+        ("fedloom deploy run ward method=fedri", "method=fedrir "),
+    ],
+)
+def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, expected, monkeypatch):
+    for key, value in {
+        "_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\v", "COMP_LINE": line, "COMP_POINT": str(len(line)), "COMP_TYPE": "9",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    code = (
+        "import argcomplete, sys\n"
+        "from fedloom.cli import completing, main\n"
+        "def leave(code): raise SystemExit(code)\n"
+        "plain = argcomplete.autocomplete\n"
+        "argcomplete.autocomplete = lambda *a, **k: plain(*a, exit_method=leave, output_stream=sys.stdout, **k)\n"
+        "try: main([])\n"
+        "except SystemExit: pass\n"
+    )
+    told = f"{code}\nprint(*[m for m in {HEAVY!r} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert done.stdout == expected
+    assert set(done.stderr.split()) <= {"pydantic"}
+
+
+def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
+    """They are forked when the experiment is made, and hold what is loaded by then."""
+    engine = "processes" if sys.platform == "linux" else "sequential"
+    settings = {
+        "model": {"name": "mlp"},
+        "clients": 2,
+        "engine": {"name": engine, "workers": 2},
+        "out": str(tmp_path / "run"),
+    }
+    code = (
+        "from fedloom.config.settings import make_settings\n"
+        "from fedloom.experiment.loop import Experiment\n"
+        f"Experiment(make_settings({settings!r})).engine.close()"
+    )
+    assert loaded(code, *HEAVY) == {"torch", "numpy", "pydantic", "PIL"}
+
+
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_what_is_read_from_the_source_is_what_the_class_says(name):
+    assert registry.describe_registered(name) == registry.describe(name, registry.METHODS[name])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_what_is_read_of_a_model_is_what_its_function_says(name):
+    assert static.function_facts(ZOO.origins[name]) == (inspect.getdoc(ZOO[name]), option_defaults(name))
+
+
+def test_completion_knows_the_steps_of_a_deployment():
+    assert tuple(deploying.STEPS) == completing.STEPS
+
+
+def test_a_method_is_named_like_its_file():
+    for name, cls in registry.METHODS.items():
+        assert cls.__module__ == f"fedloom.methods.{name}"
+
+
+def test_an_exported_object_is_not_hidden_by_a_module_of_its_name():
+    code = "import fedloom.data.partition, fedloom.data as data; assert callable(data.partition), data.partition"
+    assert loaded(f"{code}; from fedloom.models import arch; assert callable(arch)") == set()
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'fedloom' has no attribute 'FedNone'"):
+        fedloom.FedNone  # noqa: B018
+    with pytest.raises(ImportError):
+        exec("from fedloom import FedNone")
+
+
+def test_lazy_modules_travel_to_other_processes():
+    assert pickle.loads(pickle.dumps(fedloom)) is fedloom
+
+
+def test_a_registry_imports_what_is_looked_up():
+    table = lazy.Registry[type]({"path": "pathlib:Path"})
+    assert (list(table), len(table), "path" in table, "x" in table) == (["path"], 1, True, False)
+    assert table["path"].__name__ == "Path"
+    with pytest.raises(KeyError):
+        table["x"]
