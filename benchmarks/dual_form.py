@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from fedloom.config.settings import make_settings
-from fedloom.experiment.loop import Parts
+from fedloom.experiment.loop import GivenObjects
 from fedloom.tools.bench import WORKLOADS, Stepped, dataset_for
 from fedloom.training.fast.gram_layer import Work
 
@@ -85,7 +85,9 @@ def gains(case: Case, rounds: int) -> np.ndarray:
         for form in (False, True):
             with patch.object(Work, "is_less_in_dual_form", lambda _, weight, form=form: form and weight.numel() > 1e5):
                 settings = make_settings({**values, "out": folder / str(form)})
-                runs.append(Stepped(settings, Parts(dataset=dataset)))  # its workers are forked here, rule and all
+                runs.append(
+                    Stepped(settings, GivenObjects(dataset=dataset))
+                )  # its workers are forked here, rule and all
             open_things.callback(runs[-1].engine.close)
         times = [[_round(run) for run in runs[:: 1 if k % 2 else -1]][:: 1 if k % 2 else -1] for k in range(rounds)]
     written, dual = np.array(times[WARM_UP:]).T

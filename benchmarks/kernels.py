@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 
 from fedloom.config.settings import make_settings
-from fedloom.experiment.loop import Parts
+from fedloom.experiment.loop import GivenObjects
 from fedloom.tools.bench import WORKLOADS, Stepped, dataset_for
 
 SCALES: Mapping[str, float] = MappingProxyType(
@@ -29,7 +29,7 @@ def shares(name: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         scale = SCALES[name]
         values = WORKLOADS[name].values(scale) | {"engine": {"name": "sequential"}, "out": Path(folder) / "run"}
-        run = Stepped(make_settings(values), Parts(dataset=dataset_for(WORKLOADS[name], scale)))
+        run = Stepped(make_settings(values), GivenObjects(dataset=dataset_for(WORKLOADS[name], scale)))
         cohort = run.next_cohort()[:TURNS]
         down = run.method.downlink(run.server, cohort)
         for number in range(2):

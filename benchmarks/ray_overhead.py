@@ -27,7 +27,7 @@ from fedloom import Client, Downlink, FedAvg, Stream, from_arrays, tree
 from fedloom.config.settings import make_settings
 from fedloom.engines import Engine
 from fedloom.errors import ConfigError, UsageError, suggest
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.experiment.run_folder import RunFolder, environment
 from workloads import RESULTS, held
 
@@ -81,7 +81,7 @@ def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mappi
     """Seconds of rounds of 100 clients on each engine, of its start, and the bytes held by all processes after it."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (n_clients * ROWS, *SHAPE), np.uint8)
-    parts = Parts(method, from_arrays(x, rng.integers(0, CLASSES, len(x))))
+    parts = GivenObjects(method, from_arrays(x, rng.integers(0, CLASSES, len(x))))
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = {"before": {"held_bytes": held(os.getpid())}}
         runs: dict[str, Experiment] = {}
@@ -101,7 +101,7 @@ def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mappi
     return found
 
 
-def make(parts: Parts, n_clients: int, name: str, folder: Path, options: Mapping[str, str]) -> Experiment:
+def make(parts: GivenObjects, n_clients: int, name: str, folder: Path, options: Mapping[str, str]) -> Experiment:
     """An experiment on one engine."""
     engine: dict[str, Any] = {"name": name, "workers": int(options["workers"])}
     if name == "ray" and options["address"]:

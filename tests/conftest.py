@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fedloom.config.settings import make_settings
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from small import SMALL, changed
 
 hypothesis.settings.register_profile("fedloom", deadline=None, derandomize=True, database=None, max_examples=40)
@@ -62,7 +62,7 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
         named = isinstance(method, str)
         chosen = {"method": method if named else type(method).__name__, "out": str(tmp_path / f"run{made}"), **settings}
         values = changed(ALONE, **{"engine.name" if key == "engine" else key: v for key, v in chosen.items()})
-        return Experiment(make_settings(values), Parts(None if named else method, dataset, module))
+        return Experiment(make_settings(values), GivenObjects(None if named else method, dataset, module))
 
     return make
 

@@ -20,14 +20,14 @@ HOST = torch.device("cpu")
 SHARE_OF_FREE = 0.5  # of the free memory, for data and clients' states; the rest is for steps
 
 
-class Place(NamedTuple):
+class DeviceBudget(NamedTuple):
     """Where an engine computes."""
 
     device: torch.device = HOST
     budget: int = 0  # bytes of the device's memory that data and clients' states may take between turns
 
 
-ON_HOST = Place()
+ON_HOST = DeviceBudget()
 
 
 def find(name: str) -> torch.device:
@@ -48,10 +48,10 @@ def find(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def place(name: str, budget: int | None = None) -> Place:
+def place(name: str, budget: int | None = None) -> DeviceBudget:
     """The device called `name`, with a budget of bytes (default: half of what is free on it). Raises ConfigError."""
     device = find(name)
-    return Place(device, int(SHARE_OF_FREE * free_bytes(device)) if budget is None else budget)
+    return DeviceBudget(device, int(SHARE_OF_FREE * free_bytes(device)) if budget is None else budget)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -62,7 +62,7 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + held
 
 
-def describe(device: torch.device) -> str:
+def describe_device(device: torch.device) -> str:
     """For the record: the device's name, memory and software."""
     if device.type != "cuda":
         return str(device)

@@ -15,7 +15,7 @@ from fedloom.config.parsing import assign
 from fedloom.config.settings import Values, make_settings
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
-from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, Parts, nothing_learnt
+from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, GivenObjects, OnRound, nothing_learnt
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.method import Method
 from fedloom.methods.registry import method_name
@@ -101,7 +101,7 @@ def run(
     )
     for key, value in chosen.items():
         assign(values, key, value)
-    parts = Parts(
+    parts = GivenObjects(
         method if isinstance(method, Method) else None,
         data if isinstance(data, Dataset) else None,
         None if model is None or isinstance(model, str) else model,
@@ -122,7 +122,7 @@ def resume(
 
     Objects that came from Python must be given again; what came by name is found in the folder's config.
     """
-    return _run(Experiment.resume(folder, Parts(method, data, model)), progress)
+    return _run(Experiment.resume(folder, GivenObjects(method, data, model)), progress)
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:

@@ -242,7 +242,7 @@ class Method:
 
     def __post_init__(self) -> None:
         """Refuse values that no method can mean."""
-        ranges.check(self)
+        ranges.check_limits(self)
 
     # what exists
 

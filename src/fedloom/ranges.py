@@ -40,7 +40,7 @@ _PLAIN: Final = MappingProxyType(
 )
 
 
-def check(settings: Any) -> None:
+def check_limits(settings: Any) -> None:
     """Refuse a dataclass with a number outside its field's limits, or one that is not finite. Raises ValueError.
 
     A subclass that gives a field another default keeps the limits, also where it says plain `float`.

@@ -83,7 +83,7 @@ def changed_since(before: Sequence[int], tree: Mapping[str, Any]) -> str:
     return next(path for path, then, now in zip(paths, before, versions(tree), strict=True) if then != now)
 
 
-def apart(tree: Tree, others: Sequence[Tree]) -> Tree:
+def copy_shared(tree: Tree, others: Sequence[Tree]) -> Tree:
     """The tree, with copies of those leaves that lie in the memory of other trees, which may not last as long."""
     taken = {leaf.untyped_storage().data_ptr() for other in others for leaf in leaves(other)}
     return map_tree(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, tree)

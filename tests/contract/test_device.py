@@ -11,7 +11,7 @@ from elsewhere import ELSEWHERE, Elsewhere
 
 from contract import TOYS, Left, assert_close, assert_same, left_by
 from fedloom import accelerator, tree
-from fedloom.accelerator import HOST, Place
+from fedloom.accelerator import HOST, DeviceBudget
 from fedloom.engines import vectorised
 from fedloom.experiment.loop import Experiment
 from fedloom.methods.registry import METHODS
@@ -29,7 +29,7 @@ def elsewhere(monkeypatch):
     """A device with so much room for data and clients."""
 
     def arrive(budget):
-        monkeypatch.setattr(accelerator, "place", lambda *_: Place(ELSEWHERE, budget))
+        monkeypatch.setattr(accelerator, "place", lambda *_: DeviceBudget(ELSEWHERE, budget))
         return Elsewhere()
 
     return arrive

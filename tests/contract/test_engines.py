@@ -15,7 +15,7 @@ from contract import TOYS, Left, assert_close, assert_same, left_by
 from fedloom import Downlink, FedAvg, FedProx, Stream, Train, tree
 from fedloom.engines import ENGINES, make_engine
 from fedloom.errors import DataError
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
 from fedloom.training.fast import step_cache
@@ -404,7 +404,7 @@ def test_lanes_are_of_clients_with_the_same_work(experiment, mapped):
     whole = left_by(experiment(Selective(), **lanes))
     assert_close(whole, expected)
     assert mapped()
-    resumed = Experiment.resume(interrupted_after(experiment(Selective(), **lanes), 2), Parts(Selective()))
+    resumed = Experiment.resume(interrupted_after(experiment(Selective(), **lanes), 2), GivenObjects(Selective()))
     assert_same(left_by(resumed), whole)
 
 

@@ -11,7 +11,7 @@ from contract import assert_close, assert_same, left_by
 from fedloom import FedAvg, FedPer, tree
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, DivergedError
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from small import interrupted_after, spied
 
 SETTINGS = {"clients": 4, "rounds": 1, "data.rows": 160, "engine": "sequential", "engine.workers": 2}
@@ -217,7 +217,7 @@ def test_a_server_that_is_not_finite_is_never_written(experiment):
     assert state["round"] == 2
     assert tree.not_finite(server) == ""
     with pytest.raises(DivergedError, match="round 3"):
-        Experiment.resume(run.folder.path, Parts(Breaking())).run()
+        Experiment.resume(run.folder.path, GivenObjects(Breaking())).run()
 
 
 # devices

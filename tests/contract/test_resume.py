@@ -17,7 +17,7 @@ from contract import TOYS, assert_same, left_by, untimed
 from fedloom import tree
 from fedloom.data import load, partition
 from fedloom.errors import RunFolderError
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import METHODS
 from small import BRIEF, brief, interrupted_after
 
@@ -30,7 +30,7 @@ def test_a_run_is_taken_up_where_it_stopped(experiment, method):
         return experiment(TOYS[method]() if method in TOYS else method, **{**SETTINGS, **brief(method)})
 
     whole = left_by(make())
-    parts = Parts(TOYS[method]()) if method in TOYS else Parts()
+    parts = GivenObjects(TOYS[method]()) if method in TOYS else GivenObjects()
     for after in (1, 2):
         assert_same(left_by(Experiment.resume(interrupted_after(make(), after), parts)), whole)
 

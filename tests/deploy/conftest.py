@@ -12,8 +12,8 @@ from federation import values
 
 from fedloom.config.settings import make_settings
 from fedloom.deploy.grid import GridLink
-from fedloom.deploy.local import Federation, local_federation
-from fedloom.deploy.running import prepare, resume
+from fedloom.deploy.local import LocalFederation, local_federation
+from fedloom.deploy.running import prepare, resume_deployed
 from fedloom.experiment.loop import Experiment, OnRound
 
 NODES = 3
@@ -30,7 +30,7 @@ class Ran(NamedTuple):
 class Running:
     """A federation that is up, and experiments on it."""
 
-    def __init__(self, federation: Federation, folder: Path) -> None:
+    def __init__(self, federation: LocalFederation, folder: Path) -> None:
         self.federation, self.folder = federation, folder
         self.n = 0
 
@@ -43,7 +43,9 @@ class Running:
         try:
             deployment = self.federation.deployment
             experiment = (
-                resume(deployment, path, link, said.append) if path else prepare(deployment, chosen, link, said.append)
+                resume_deployed(deployment, path, link, said.append)
+                if path
+                else prepare(deployment, chosen, link, said.append)
             )
         except BaseException:
             link.close()

@@ -17,7 +17,7 @@ from fedloom import tree
 from fedloom.config.settings import make_settings
 from fedloom.deploy.grid import GridLink
 from fedloom.deploy.local import local_federation
-from fedloom.deploy.running import prepare, resume
+from fedloom.deploy.running import prepare, resume_deployed
 from fedloom.deploy.services import end_group
 from fedloom.experiment.loop import Experiment
 from small import losing
@@ -43,7 +43,7 @@ def run(federation, folder, rounds, on_round=None, path=None, **settings):
     link = GridLink(federation.deployment, said.append)
     try:
         experiment = (
-            resume(federation.deployment, path, link, said.append)
+            resume_deployed(federation.deployment, path, link, said.append)
             if path
             else prepare(
                 federation.deployment,

@@ -116,8 +116,10 @@ def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experim
 
 def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
     inside, local = torch.tensor([[2.0], [4.0]]), torch.tensor([[[1.0]], [[5.0]]])
-    alike = feature_statistics.total(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
-    by_rows = feature_statistics.total(inside, local, torch.tensor([[2.0]]), torch.tensor([[3.0], [1.0]]), "pooled")
+    alike = feature_statistics.total_variance(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
+    by_rows = feature_statistics.total_variance(
+        inside, local, torch.tensor([[2.0]]), torch.tensor([[3.0], [1.0]]), "pooled"
+    )
     assert alike.tolist() == [3.0 + 4.0]
     assert by_rows.tolist() == [2.5 + 3.0]
 
@@ -426,7 +428,7 @@ def test_a_covariance_that_was_rounded_still_has_a_factor():
     step = exact.abs().max() / 127
     rounded = (exact / step).round() * step
     assert torch.linalg.eigvalsh(rounded)[0] < -0.01
-    factor = feature_statistics.spread_of(rounded, 0.1, "full")
+    factor = feature_statistics.standard_deviations(rounded, 0.1, "full")
     assert torch.equal(factor, factor.tril())
     assert torch.isfinite(factor).all()
     torch.testing.assert_close(factor @ factor.T, exact, rtol=0, atol=40 * float(step))
@@ -436,5 +438,7 @@ def test_deviations_of_a_covariance_are_those_of_its_factor():
     features = Stream(1).normal((40, P))
     variance = features.T @ features / 40
     labels = torch.tensor([0, 1])
-    through = feature_statistics.deviations(feature_statistics.spread_of(variance, 0.1, "full"), labels, "full")
+    through = feature_statistics.deviations(
+        feature_statistics.standard_deviations(variance, 0.1, "full"), labels, "full"
+    )
     torch.testing.assert_close(feature_statistics.own_deviations(variance, 0.1, labels, "full"), through)

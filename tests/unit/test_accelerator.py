@@ -15,7 +15,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has 
 
 def test_the_cpu_is_always_there():
     assert accelerator.place("cpu") == accelerator.ON_HOST
-    assert accelerator.describe(accelerator.find("cpu")) == "cpu"
+    assert accelerator.describe_device(accelerator.find("cpu")) == "cpu"
     x = torch.ones(3)
     assert accelerator.staged(x, accelerator.HOST) is x
     with accelerator.exact(accelerator.HOST, tf32=True):

@@ -13,7 +13,7 @@ from fedloom import tree
 from fedloom.cli import main
 from fedloom.config.settings import make_settings
 from fedloom.errors import ConfigError, WorkerError
-from fedloom.experiment.loop import Parts
+from fedloom.experiment.loop import GivenObjects
 from fedloom.methods.registry import load_object
 from fedloom.tools.bench import WORKLOADS, Stepped, Workload, dataset_for, machine_roof, measure, train_flop, workload
 
@@ -39,7 +39,7 @@ def synthetic(monkeypatch):
 
 def stepped(work: Workload, folder: Path) -> Stepped:
     values = work.values(1.0) | {"engine": {"name": "sequential"}, "out": folder, "rounds": 9, "checkpoint_every": 0}
-    return Stepped(make_settings(values), Parts(dataset=dataset_for(work, 1.0)))
+    return Stepped(make_settings(values), GivenObjects(dataset=dataset_for(work, 1.0)))
 
 
 @pytest.mark.parametrize("name", WORKLOADS)

@@ -10,7 +10,7 @@ import pytest
 from fedloom import DataError
 from fedloom.config.parsing import from_words, read_toml
 from fedloom.errors import ConfigError, RunFolderError
-from fedloom.tools.compare import create, execute, plan, reopen
+from fedloom.tools.compare import create_folder, execute, plan, reopen
 
 TINY = (
     "rounds=2",
@@ -105,7 +105,7 @@ def test_a_hyper_parameter_without_a_value_is_left_out_of_the_file(tmp_path):
         "    clip: float | None = None\n"
     )
     found = plan(from_words([f"method={mine}:Mine", *TINY]))
-    file = create(found, tmp_path / "out") / "compare.toml"
+    file = create_folder(found, tmp_path / "out") / "compare.toml"
     assert plan(read_toml(file)).rows == found.rows
 
 
@@ -125,14 +125,14 @@ def test_rows_may_differ_in_what_becomes_of_their_messages(tmp_path):
 def test_trouble_shows_before_anything_is_written(tmp_path):
     found = plan(from_words(["method=fedavg,local", "clients=500", "data.rows=100"]))
     with pytest.raises(DataError, match="clients=500"):
-        create(found, tmp_path / "out")
+        create_folder(found, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(tmp_path):
     words = ["method=local,fedavg", "checkpoint_every=1", "rounds=3", *TINY[1:]]
     found = plan(from_words(words))
-    whole, cut = (create(found, tmp_path / name) for name in ("whole", "cut"))
+    whole, cut = (create_folder(found, tmp_path / name) for name in ("whole", "cut"))
     execute(found, whole)
 
     def interrupt(job):

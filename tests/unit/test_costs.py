@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedloom import tree
 from fedloom.config.settings import make_settings
 from fedloom.engines import Sequential
-from fedloom.engines.local import Member
+from fedloom.engines.local import CohortMember
 from fedloom.experiment.costs import Costs, Live, pieces
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.method import Sweep, Train
 from fedloom.methods.registry import METHODS
 from fedloom.optim import sgd
@@ -51,7 +51,7 @@ def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypa
     run = experiment(tmp_path, {"name": name})
     costs = Costs(run.problem)
     with FlopCounterMode(display=False) as counter:
-        Sequential(run.problem).update(0, Member(0, 0, costs.downlink.to(0)))
+        Sequential(run.problem).update(0, CohortMember(0, 0, costs.downlink.to(0)))
     assert sum(costs.flops(0, 0).values()) == counter.get_total_flops() > 0
 
 
@@ -60,7 +60,7 @@ def test_terms_over_all_pairs_of_rows_are_counted(tmp_path, monkeypatch):
     run = experiment(tmp_path, {"name": "fedrir", "idm_mode": "vclub"}, batch_size=30)
     costs = Costs(run.problem)
     with FlopCounterMode(display=False) as counter:
-        Sequential(run.problem).update(0, Member(0, 1, costs.downlink.to(0)))
+        Sequential(run.problem).update(0, CohortMember(0, 1, costs.downlink.to(0)))
     assert sum(costs.flops(1, 0).values()) == counter.get_total_flops()
 
 
@@ -146,7 +146,7 @@ def test_work_that_cannot_be_counted_does_not_end_a_run(tmp_path, caplog):
             return client
 
     values = TINY | {"model": {"name": "mlp", "hidden": 8}, "out": tmp_path / "run"}
-    summary = Experiment(make_settings(values), Parts(Whole())).run()
+    summary = Experiment(make_settings(values), GivenObjects(Whole())).run()
     assert summary["flops_per_round"] is summary["peak_client_bytes"] is None
     assert "too few rows" in caplog.text
 

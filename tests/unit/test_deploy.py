@@ -38,9 +38,9 @@ from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
 from fedloom.deploy import certificates, proxy, server, supernode
 from fedloom.deploy.agent import WorkerProcess
-from fedloom.deploy.folder import Deployment, NodeFile, create, read_file
-from fedloom.deploy.local import Federation
-from fedloom.deploy.messages import Hello, Member, open_envelope, seal
+from fedloom.deploy.folder import Deployment, NodeFile, create_deployment, read_file
+from fedloom.deploy.local import LocalFederation
+from fedloom.deploy.messages import Assignment, Hello, open_envelope, seal
 from fedloom.deploy.proxy import allowed, make_app, make_server
 from fedloom.deploy.server import is_open, proxy_command, run_server, superlink_command
 from fedloom.deploy.services import Service, end_group, free_ports, leashed, require_free
@@ -81,7 +81,9 @@ def test_node_keys_are_p384_in_openssh_format():
 
 @pytest.fixture
 def folder(tmp_path):
-    create(tmp_path / "ward", {"clients": 7, "method": {"name": "fedrir"}}, 3, ["fl.example.org", "10.0.0.1"])
+    create_deployment(
+        tmp_path / "ward", {"clients": 7, "method": {"name": "fedrir"}}, 3, ["fl.example.org", "10.0.0.1"]
+    )
     return tmp_path / "ward"
 
 
@@ -141,7 +143,7 @@ def test_the_superlink_listens_on_the_loopback_alone_and_asks_for_keys(folder):
     ],
 )
 def test_the_proxy_listens_where_nodes_look_for_it(tmp_path, host, listens, address):
-    made = create(tmp_path / "ward", {"clients": 1}, 1, [host])
+    made = create_deployment(tmp_path / "ward", {"clients": 1}, 1, [host])
     assert proxy_command(made)[3] == listens
     assert read_file(tmp_path / "ward/node-0/node.toml", NodeFile, "a node's folder").server == address
     assert f"at `{address}`" in (tmp_path / "ward/README.md").read_text()
@@ -160,7 +162,7 @@ def test_flower_is_told_the_ports_and_the_place_of_today(folder, monkeypatch):
 
 
 def test_paths_with_spaces_are_one_word_of_units_and_commands(tmp_path):
-    create(tmp_path / "100% my $ward", {"clients": 1}, 1)
+    create_deployment(tmp_path / "100% my $ward", {"clients": 1}, 1)
     unit = (tmp_path / "100% my $ward/server/fedloom-server.service").read_text().splitlines()
     assert f'ExecStart="{sys.executable}" -m fedloom.cli deploy server "{tmp_path}/100%% my $$ward"' in unit
     assert f'ReadWritePaths="{tmp_path}/100%% my $ward"' in unit
@@ -173,7 +175,7 @@ def test_paths_with_spaces_are_one_word_of_units_and_commands(tmp_path):
 def test_nothing_is_overwritten(folder):
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     with pytest.raises(ConfigError, match="nothing is overwritten"):
-        create(folder, {"clients": 7}, 3)
+        create_deployment(folder, {"clients": 7}, 3)
     with pytest.raises(FileExistsError):
         certificates.write_new(folder / "README.md", "x")
     assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
@@ -198,7 +200,7 @@ def test_nothing_is_overwritten(folder):
 )
 def test_what_cannot_be_deployed_is_refused(tmp_path, values, nodes, hosts, message):
     with pytest.raises(ConfigError, match=message):
-        create(tmp_path / "new", values, nodes, hosts)
+        create_deployment(tmp_path / "new", values, nodes, hosts)
     assert not (tmp_path / "new").exists()
 
 
@@ -208,16 +210,16 @@ def test_files_of_code_have_different_names_on_a_node(tmp_path):
         (tmp_path / place / "net.py").write_text(f"# {place}\n")
     one, other = (f"{tmp_path / place / 'net.py'}:Net" for place in ("a", "b"))
     with pytest.raises(ConfigError, match=r"a/net.py and .*b/net.py: must have different names"):
-        create(tmp_path / "new", {"clients": 2, "models": [one, other]}, 1)
+        create_deployment(tmp_path / "new", {"clients": 2, "models": [one, other]}, 1)
     assert not (tmp_path / "new").exists()
-    create(tmp_path / "new", {"clients": 2, "models": [one, f"{tmp_path}/b/../a/net.py:Other"]}, 1)
+    create_deployment(tmp_path / "new", {"clients": 2, "models": [one, f"{tmp_path}/b/../a/net.py:Other"]}, 1)
     assert (tmp_path / "new/node-0/code/net.py").read_text() == "# a\n"
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
     (tmp_path / "mine.json").touch()
     with pytest.raises(ConfigError, match=r"mine.json/ward: Not a directory; choose another folder"):
-        create(tmp_path / "mine.json/ward", {"clients": 2}, 1)
+        create_deployment(tmp_path / "mine.json/ward", {"clients": 2}, 1)
 
 
 @pytest.mark.parametrize("name", ["runtime.secret", "ca.crt", "keys/node-1.pub"])
@@ -442,7 +444,7 @@ def state(value):
 
 
 def asked(base, keep=0):
-    return [Member(client=0, slot=0, base=base, keep=keep)]
+    return [Assignment(client=0, slot=0, base=base, keep=keep)]
 
 
 def test_states_are_found_by_round_and_undone_by_asking_for_an_earlier_one(tmp_path):
@@ -537,7 +539,7 @@ def test_a_leashed_process_ends_with_its_parent(tmp_path):
 def test_programs_do_not_import_from_the_current_folder(folder, monkeypatch):
     (folder / "random.py").write_text("raise SystemExit('not the one of Python')")
     monkeypatch.chdir(folder)
-    federation = Federation(Deployment(folder))
+    federation = LocalFederation(Deployment(folder))
     federation._start("help", ["--help"])
     assert federation.processes["help"].wait(60) == 0, federation.log("help")
 
@@ -566,7 +568,7 @@ def test_flower_is_on_the_machine():
 def worker(tmp_path):
     """A node's worker process, and its number; `hang` and `die` are methods that do so."""
     values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
-    place = create(tmp_path / "federation", values, 1)
+    place = create_deployment(tmp_path / "federation", values, 1)
     started = WorkerProcess(place.path / "node-0", threading.Event())
     started.tend()
     yield started

@@ -10,7 +10,7 @@ import torch
 from fedloom.config.settings import make_settings
 from fedloom.experiment.loop import Experiment
 from fedloom.methods.registry import METHODS
-from fedloom.tools.export import ExportError, checked, described, export_client, write
+from fedloom.tools.export import ExportError, described, export_client, largest_difference, write
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
@@ -50,7 +50,7 @@ def test_the_file_computes_what_torch_computes(method, tmp_path):
     file, x, model = tmp_path / "model.onnx", run.data.test(1)[0], run.personal_model(1)
     write(run, 1, file)
     assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of rows
-    assert checked(model, x, logits_of(file, x), method) < 1e-3
+    assert largest_difference(model, x, logits_of(file, x), method) < 1e-3
     assert torch.equal(logits_of(file, x).argmax(1), model(x).argmax(1))
 
 
@@ -94,7 +94,7 @@ def test_a_run_in_double_precision_gives_a_file_in_single(tmp_path):
     run = finished(tmp_path, "fedproto", "mlp", precision="fp64")
     model, _ = write(run, 0, tmp_path / "model.onnx")
     x = run.data.test(0)[0].float()
-    assert checked(model, x, logits_of(tmp_path / "model.onnx", x), "client 0") < 1e-3
+    assert largest_difference(model, x, logits_of(tmp_path / "model.onnx", x), "client 0") < 1e-3
 
 
 @pytest.mark.parametrize("where", ["_run_onnx", "_probe"])
@@ -115,11 +115,11 @@ def test_a_file_that_computes_something_else_is_refused(tmp_path):
     model, x = run.personal_model(0), run.data.test(0)[0]
     with torch.no_grad():
         logits = model(x)
-    assert checked(model, x, logits, "client 0") == 0
+    assert largest_difference(model, x, logits, "client 0") == 0
     wrong = logits.clone()
     wrong[3, 2] += 1e-3
     with pytest.raises(ExportError, match="client 0: the file's logits differ"):
-        checked(model, x, wrong, "client 0")
+        largest_difference(model, x, wrong, "client 0")
     wrong[3, 2] = float("nan")
     with pytest.raises(ExportError, match="no numbers"):
-        checked(model, x, wrong, "client 0")
+        largest_difference(model, x, wrong, "client 0")

@@ -17,23 +17,23 @@ from fedloom import tree
 from fedloom.config.settings import make_settings
 from fedloom.data import load
 from fedloom.deploy import running
-from fedloom.deploy.engine import Lost, Turns
-from fedloom.deploy.folder import Deployment, create
+from fedloom.deploy.engine import AcceptedUpdates, LostNode
+from fedloom.deploy.folder import Deployment, create_deployment
 from fedloom.deploy.messages import (
+    Assignment,
     Call,
     Counted,
-    Failed,
     Hello,
-    Member,
+    NodeFailure,
     Present,
     Scored,
-    ScoreRequest,
+    ScoreMessage,
     Trained,
     Turned,
     open_envelope,
     seal,
 )
-from fedloom.deploy.worker import Worker
+from fedloom.deploy.worker import NodeWorker
 from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
 from fedloom.experiment.arrivals import slowdowns
 from fedloom.experiment.loop import Experiment
@@ -43,7 +43,7 @@ from fedloom.nets import write_weights
 from small import SMALL, changed, losing
 
 VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}
-Change = Callable[[str, int, bytes], bytes | Lost]
+Change = Callable[[str, int, bytes], bytes | LostNode]
 
 
 class Wire:
@@ -55,8 +55,8 @@ class Wire:
     def __init__(
         self, deployment: Deployment, change: Change | None = None, slow: Mapping[str, int] | None = None
     ) -> None:
-        self.slow, self.under_way = slow or {}, dict[str, tuple[int, bytes | Lost]]()
-        self.workers = {node: Worker(deployment.path / node) for node in deployment.file.nodes}
+        self.slow, self.under_way = slow or {}, dict[str, tuple[int, bytes | LostNode]]()
+        self.workers = {node: NodeWorker(deployment.path / node) for node in deployment.file.nodes}
         self.change = change or (lambda _node, _n, answer: answer)
         self.asked = dict.fromkeys(self.workers, 0)
         self.requests: list[bytes] = []
@@ -66,8 +66,8 @@ class Wire:
 
     def exchange(
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
-    ) -> dict[str, bytes | Lost]:
-        answers: dict[str, bytes | Lost] = {}
+    ) -> dict[str, bytes | LostNode]:
+        answers: dict[str, bytes | LostNode] = {}
         for node in reversed(requests):  # in another order than they were asked
             self.requests.append(requests[node])
             if node in self.workers:
@@ -78,7 +78,7 @@ class Wire:
                     self.under_way[node] = (self.slow[node], answers.pop(node))
         return answers
 
-    def late(self) -> dict[str, bytes | Lost]:
+    def late(self) -> dict[str, bytes | LostNode]:
         there = {node: answer for node, (looks, answer) in self.under_way.items() if not looks}
         self.under_way = {n: (looks - 1, answer) for n, (looks, answer) in self.under_way.items() if n not in there}
         return there
@@ -110,7 +110,7 @@ def federation(tmp_path) -> Callable[..., Deployment]:
     """A federation's folder with two nodes."""
 
     def make(name: str = "federation", nodes: int = 2, **settings: Any) -> Deployment:
-        return create(tmp_path / name, values(**settings), nodes)
+        return create_deployment(tmp_path / name, values(**settings), nodes)
 
     return make
 
@@ -204,13 +204,13 @@ def deepened(answer: bytes) -> bytes:
     return b"".join([b"fedloom1", len(text).to_bytes(8, "little"), text, flat * len(parts)])
 
 
-SPOILT: dict[str, tuple[Callable[[bytes], bytes | Lost], str]] = {
-    "lost": (lambda _: Lost("no answer within 5 s"), "no answer within 5 s"),
+SPOILT: dict[str, tuple[Callable[[bytes], bytes | LostNode], str]] = {
+    "lost": (lambda _: LostNode("no answer within 5 s"), "no answer within 5 s"),
     "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
     "foreign": (lambda _: b"\x80\x04K\x01." * 9, "no fedloom message"),
     "empty": (lambda _: b"", "no fedloom message"),
     "another kind": (lambda _: seal(Present(clients=[], own_rows=False, counts={}), {}), "another kind"),
-    "failed": (lambda _: seal(Failed(reason="out of memory"), {}), "out of memory"),
+    "failed": (lambda _: seal(NodeFailure(reason="out of memory"), {}), "out of memory"),
     "no turns": (lambda _: seal(Trained(turns=[]), {}), "its turn is missing"),
     "someone else's": (lambda _: seal(Trained(turns=[Turned(client=0, slot=0, examples=9)]), {}), "nobody asked"),
     "more rows": (lambda answer: retold(answer, examples=10**6), "it says that it trained on 1000000 rows, and has"),
@@ -323,13 +323,13 @@ def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, 
     text = running.to_toml(link_settings).replace('name = "fedavg"', f'name = "{file}:Mine"')
     call = {"run": "0" * 16, "config": text, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 5.0}
     answer = open_envelope(link.workers["node-0"].answer(seal(Hello(call=call), {}))).header
-    assert isinstance(answer, Failed)
+    assert isinstance(answer, NodeFailure)
     assert "never runs code that it was sent" in answer.reason
     assert said == []
 
 
 def test_clients_that_are_not_there_count_no_rows(deployed):
-    ran = deployed(lambda node, n, answer: Lost("gone") if node == "node-1" and n else answer)
+    ran = deployed(lambda node, n, answer: LostNode("gone") if node == "node-1" and n else answer)
     experiment = ran.experiment
     assert [row["cohort"] for row in experiment.rows] == [2, 2, 2]
     x, y = experiment.data.common()
@@ -354,7 +354,10 @@ def rescored(answer: bytes, change: Callable[[Counted], Counted]) -> bytes:
 SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
     "another kind": (lambda _: seal(Trained(turns=[]), {}), "another kind"),
-    "failed": (lambda _: seal(Failed(reason="out\nof\x1b[31m memory" + 5000 * "!"), {}), r"out of \[31m memory!{982}$"),
+    "failed": (
+        lambda _: seal(NodeFailure(reason="out\nof\x1b[31m memory" + 5000 * "!"), {}),
+        r"out of \[31m memory!{982}$",
+    ),
     "nobody": (lambda _: seal(Scored(scores={}), {}), "its scores are missing"),
     "more right than rows": (
         lambda answer: rescored(answer, lambda count: count.model_copy(update={"right": [n + 1 for n in count.rows]})),
@@ -376,7 +379,7 @@ def test_spoilt_scores_count_no_rows(deployed, simulated, how):
     """Those of node 1 in round 2; the others' rows alone make the accuracy then."""
     spoil, reason = SPOILT_SCORES[how]
     ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 4) else answer, method="fedper")
-    gone = deployed(lambda node, n, answer: Lost("gone") if (node, n) == ("node-1", 4) else answer, method="fedper")
+    gone = deployed(lambda node, n, answer: LostNode("gone") if (node, n) == ("node-1", 4) else answer, method="fedper")
     here = simulated(method="fedper")
     assert scores(ran.experiment) == scores(gone.experiment)
     assert [row == other for row, other in zip(scores(ran.experiment), scores(here), strict=True)] == [
@@ -390,7 +393,7 @@ def test_spoilt_scores_count_no_rows(deployed, simulated, how):
 
 def test_what_a_node_does_not_do_leaves_nothing_on_it(federation):
     place = federation()
-    worker = Worker(place.path / "node-0")
+    worker = NodeWorker(place.path / "node-0")
     call = Call(
         run="0" * 16,
         config=running.to_toml(make_settings(values())),
@@ -398,15 +401,15 @@ def test_what_a_node_does_not_do_leaves_nothing_on_it(federation):
         input_shape=[1, 8, 8],
         deadline_s=5.0,
     )
-    stranger = [Member(client=3, slot=0, base=0, keep=0)]
+    stranger = [Assignment(client=3, slot=0, base=0, keep=0)]
     refused = {
         r"not understood: .*call\.run": Hello(call=call.model_copy(update={"run": "../../elsewhere"})),
-        "client 3 is not on node-0": ScoreRequest(call=call, number=0, members=stranger, questions=[]),
+        "client 3 is not on node-0": ScoreMessage(call=call, number=0, members=stranger, questions=[]),
         "'present', which is no request": Present(clients=[], own_rows=False, counts={}),
     }
     for reason, request in refused.items():
         answer = open_envelope(worker.answer(seal(request, {"common": {}}))).header
-        assert isinstance(answer, Failed)
+        assert isinstance(answer, NodeFailure)
         assert re.search(reason, answer.reason), answer.reason
     assert not list(place.path.rglob("*.safetensors"))
 
@@ -511,7 +514,7 @@ def test_what_was_under_way_when_a_run_ended_is_undone_by_resuming(federation, t
 
     with pytest.raises(StopError):
         running.prepare(place, chosen, Wire(place, slow={"node-1": 5}), said.append).run(interrupt)
-    again = running.resume(place, tmp_path / "run", Wire(place), said.append)
+    again = running.resume_deployed(place, tmp_path / "run", Wire(place), said.append)
     again.run()
     plain = {**chosen, "engine": {"name": "sequential"}, "out": str(tmp_path / "expected")}
     expected = losing(Experiment(make_settings(plain)), {0: (2, 3), 1: (2, 3)})
@@ -544,8 +547,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path,
             raise StopError
 
     with pytest.raises(StopError):
-        running.resume(place, tmp_path / "run", Wire(place), said.append).run(interrupt_again)
-    again = running.resume(place, tmp_path / "run", Wire(place), said.append)
+        running.resume_deployed(place, tmp_path / "run", Wire(place), said.append).run(interrupt_again)
+    again = running.resume_deployed(place, tmp_path / "run", Wire(place), said.append)
     again.run()
     here = simulated(method=method, rounds=5, checkpoint_every=every, **settings)
     assert tree.equal(again.server, here.server)
@@ -576,18 +579,18 @@ def test_only_states_that_a_checkpoint_needs_are_kept(deployed):
 
 
 def test_turns_are_recorded_and_undone(tmp_path):
-    turns = Turns(tmp_path / "turns.json")
+    turns = AcceptedUpdates(tmp_path / "turns.json")
     for number in range(5):
         turns.accept(number, dict.fromkeys([0, 1] if number != 3 else [1], number), keep=0)
     assert (turns.base(0, 5), turns.base(0, 3), turns.base(1, 4), turns.base(2, 4)) == (5, 3, 4, 0)
-    again = Turns(tmp_path / "turns.json")
+    again = AcceptedUpdates(tmp_path / "turns.json")
     again.accept(2, {0: 2}, keep=2)
     assert (again.base(0, 9), again.base(1, 9)) == (3, 2)
     again.accept(5, {1: 3}, keep=2)  # the turn of round 3 came late
     assert (again.base(1, 5), again.base(1, 6)) == (2, 4)
     (tmp_path / "turns.json").write_text("[1]")
     with pytest.raises(RunFolderError, match=r"turns\.json"):
-        Turns(tmp_path / "turns.json")
+        AcceptedUpdates(tmp_path / "turns.json")
 
 
 # rows on devices

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fedloom.engines import Reply, Score, total
+from fedloom.engines import Reply, Score, sum_scores
 from fedloom.experiment import metrics
 
 
@@ -19,7 +19,7 @@ THREE = [score(9, 10), score(1, 2), score(0, 4)]
 def test_an_accuracy_is_right_over_rows():
     assert Score(np.array([1, 2]), np.array([4, 2])).accuracy == 0.5
     assert math.isnan(score(0, 0).accuracy)
-    assert total(THREE).accuracy == 10 / 16
+    assert sum_scores(THREE).accuracy == 10 / 16
 
 
 def test_the_spread_over_clients():
@@ -116,7 +116,7 @@ def test_the_recalls_of_a_summary_are_those_of_the_last_row():
 def test_the_first_round_that_reaches_the_target_counts():
     bytes_so_far = [{"uplink_bytes": 10 * n, "downlink_bytes": n} for n in range(1, 5)]
     rows = [row | more for row, more in zip(series([0.1, 0.5, 0.4, 0.6]), bytes_so_far, strict=True)]
-    found = metrics.reached(rows, 0.5)
+    found = metrics.cost_to_target(rows, 0.5)
     assert found == {"target": 0.5, "rounds_to_target": rows[1]["round"], "bytes_to_target": 22}
-    assert metrics.reached(rows, 0.9) == {"target": 0.9, "rounds_to_target": None, "bytes_to_target": None}
-    assert metrics.reached(rows, None) == {}
+    assert metrics.cost_to_target(rows, 0.9) == {"target": 0.9, "rounds_to_target": None, "bytes_to_target": None}
+    assert metrics.cost_to_target(rows, None) == {}

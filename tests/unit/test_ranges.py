@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from fedloom import Ditto, FedAvg, FedMR, FedRIR
-from fedloom.methods.registry import describe
+from fedloom.methods.registry import describe_method
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def test_numbers_outside_their_limits_are_refused(cls, value, message):
 
 
 def test_listings_say_what_a_number_may_be():
-    types = {name: each["type"] for name, each in describe("fedmr", FedMR)["hyper_parameters"].items()}
+    types = {name: each["type"] for name, each in describe_method("fedmr", FedMR)["hyper_parameters"].items()}
     assert types["segment"] == "number > 0, ≤ 1"
     assert types["unit"] == "layer|tensor|block|segment"
     assert types["secure"] == "true|false"

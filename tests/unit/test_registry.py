@@ -7,7 +7,7 @@ import pytest
 
 import fedloom
 from fedloom.errors import ConfigError
-from fedloom.methods.registry import METHODS, describe, load_object, method_class, method_name
+from fedloom.methods.registry import METHODS, describe_method, load_object, method_class, method_name
 
 MINE = """
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def test_an_unknown_name_is_named():
 def test_every_method_describes_itself(name):
     cls = METHODS[name]
     assert method_name(cls) == name
-    found = describe(name, cls)
+    found = describe_method(name, cls)
     assert found["summary"]
     assert found["paper"]
     assert set(found["hyper_parameters"]) == {field.name for field in dataclasses.fields(cls)}

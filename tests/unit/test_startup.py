@@ -99,7 +99,7 @@ def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
 
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_what_is_read_from_the_source_is_what_the_class_says(name):
-    assert registry.describe_registered(name) == registry.describe(name, registry.METHODS[name])
+    assert registry.describe_registered(name) == registry.describe_method(name, registry.METHODS[name])
 
 
 @pytest.mark.parametrize("name", ZOO)

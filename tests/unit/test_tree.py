@@ -149,7 +149,7 @@ def test_the_mean_cosine_of_vectors_with_known_angles():
 def test_apart_copies_what_lies_in_the_memory_of_others():
     uplink = {"w": torch.arange(6.0), "b": torch.ones(2)}
     server = {"w": uplink["w"][2:4], "slots": {"0": uplink["b"]}, "own": torch.zeros(2)}
-    before, after = tree.clone(server), tree.apart(server, [uplink])
+    before, after = tree.clone(server), tree.copy_shared(server, [uplink])
     assert after["own"] is server["own"]
     for leaf in uplink.values():
         leaf.fill_(7)

@@ -68,7 +68,7 @@ def _features(subject: Subject) -> Found:
         table = rows(subject)
         if table is None:
             continue
-        numbers[kind] = features.measured(table, subject.rng("probe", kind))
+        numbers[kind] = features.measure_features(table, subject.rng("probe", kind))
         planes = {name: features.plane(x) for name, x in table.features.items()}
         figure = pictures.feature_planes(table, planes, subject.data.dataset.classes, title)
         drawn[f"features-{kind}.png"] = (
@@ -80,7 +80,7 @@ def _features(subject: Subject) -> Found:
 
 
 def _samples(subject: Subject) -> Found:
-    found = samples.measured(subject, subject.clients)
+    found = samples.measure_generators(subject, subject.clients)
     if found is None:
         return {"left_out": "the method has no generator of images, or nothing to generate from"}, {}
     grid = pictures.sample_grid(found.sheets, subject.data.dataset.classes)
@@ -94,7 +94,7 @@ def _samples(subject: Subject) -> Found:
 
 
 def _sharpness(subject: Subject) -> Found:
-    found = sharpness.measured(subject)
+    found = sharpness.measure_sharpness(subject)
     return ({"left_out": "the method has no server model"} if found is None else found), {}
 
 

@@ -97,7 +97,7 @@ def _table(subject: Subject, parts: list[tuple[int, Any]]) -> Table:
     return Table(named, torch.cat(labels).numpy(), clients, np.concatenate([rows for _, rows in parts]))
 
 
-def measured(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
+def measure_features(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
     """For each kind of features: how well a linear probe finds class and client, beside what guessing finds.
 
     A probe is ridge regression onto the classes, on standardised features, fitted on half of the rows and scored on the

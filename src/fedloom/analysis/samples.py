@@ -116,7 +116,7 @@ def likeness(a: Tensor, b: Tensor) -> Likeness:
     return Likeness(ssim.reshape(len(a)), psnr.reshape(len(a)).clamp(max=HIGHEST_DB))
 
 
-def spread_of(values: Tensor) -> dict[str, Any]:
+def deciles_of(values: Tensor) -> dict[str, Any]:
     """Mean, the deciles from the least to the greatest, and the greatest."""
     deciles = torch.quantile(values.double(), torch.linspace(0, 1, 11, dtype=torch.float64))
     return {"mean": float(values.mean()), "max": float(values.max()), "deciles": deciles.tolist(), "n": len(values)}
@@ -178,7 +178,7 @@ class Findings(NamedTuple):
     held_out: Likeness | None  # and of held-out real images, where there are any
 
 
-def measured(subject: Subject, clients: Sequence[int]) -> Findings | None:
+def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | None:
     """Likeness, nearness and recognition of what the clients' generators make; None where there are no generators."""
     found = [(i, made) for i in clients if (made := made_by(subject, i)) is not None]
     if not found:
@@ -224,7 +224,7 @@ def _joined(groups: Sequence[Pairs | Likeness]) -> Likeness:
 
 
 def _nearness(found: Likeness) -> dict[str, Any]:
-    return {"ssim": spread_of(found.ssim), "psnr_db": spread_of(found.psnr)}
+    return {"ssim": deciles_of(found.ssim), "psnr_db": deciles_of(found.psnr)}
 
 
 def _recognised(subject: Subject, found: Sequence[tuple[int, Made]]) -> dict[str, Any]:

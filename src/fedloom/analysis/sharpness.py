@@ -24,7 +24,7 @@ PERTURBATIONS = 10
 MOST_STEPS, TOLERANCE = 100, 1e-3  # of the power iteration
 
 
-def measured(subject: Subject) -> dict[str, object] | None:
+def measure_sharpness(subject: Subject) -> dict[str, object] | None:
     """Curves, eigenvalue and perturbation of the server's loss on training rows of all clients; None where there is no server model."""
     server = subject.server()
     if server is None:

@@ -27,7 +27,7 @@ curves of all runs go; default: analysis-sharpness.png in the one folder that wa
 """
 
 
-def analyse(words: Sequence[str]) -> int:
+def analyse_command(words: Sequence[str]) -> int:
     """`fedloom analyse`."""
     parser = Parser("analyse", "Look at what finished runs have learnt (needs fedloom[analyse]).", EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="RUN", help="a run's folder, or a folder of such folders")

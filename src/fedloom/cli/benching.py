@@ -57,7 +57,7 @@ class Options(NamedTuple):
     rival: str = ""
 
 
-def bench(words: Sequence[str]) -> int:
+def bench_command(words: Sequence[str]) -> int:
     """`fedloom bench`."""
     known = "\n".join(f"  {name:<8}  {work.title}" for name, work in WORKLOADS.items())
     parser = Parser("bench", "Time the engines on this machine, and choose between them.", EXAMPLES + known)

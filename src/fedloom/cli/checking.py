@@ -17,7 +17,7 @@ EXAMPLES = """\
 MARKS = {True: "✓", False: "✗", None: "–"}
 
 
-def check(words: Sequence[str]) -> int:
+def check_command(words: Sequence[str]) -> int:
     """`fedloom check`: exit code 1 where a rule is broken."""
     parser = Parser("check", "Check that a method keeps the contract, on a tiny federation (seconds).", EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="METHOD", help="FILE.py, FILE.py:Class, or a registered name")

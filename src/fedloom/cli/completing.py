@@ -56,7 +56,7 @@ def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> arg
         elif command == "deploy" and step not in STEPS:
             given.completer = lambda **_: STEPS
         elif any(about.get("metavar") == "[CONFIG.toml] key=value" for _, about in added):
-            given.completer = settings
+            given.completer = complete_settings
     return whole
 
 
@@ -72,7 +72,7 @@ def _listed(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[
             return ()
 
 
-def settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+def complete_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
     """Return the settings that begin with `prefix`: `KEY=`, and after the sign what the key can be."""
     key, equals, text = prefix.partition("=")
     given = dict(word.split("=", 1) for word in parsed_args.given or [] if "=" in word)

@@ -31,7 +31,7 @@ PI_GFLOPS, PI_GB = 4.0, 1.0
 ROOF_S = 3.0  # long enough to catch some undisturbed milliseconds on a busy machine
 
 
-def cost(words: Sequence[str]) -> int:
+def cost_command(words: Sequence[str]) -> int:
     """`fedloom cost`."""
     parser = Parser("cost", "What a client's turn takes, phase by phase, and whether a small device can.", EXAMPLES)
     settings_words(parser)

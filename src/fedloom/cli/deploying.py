@@ -47,7 +47,7 @@ fedloom deploy: the same method on real devices, through Flower (extra fedloom[f
 each with --help; the steps from nothing to three machines are in docs/deployment.md"""
 
 
-def deploy(words: Sequence[str]) -> int:
+def deploy_command(words: Sequence[str]) -> int:
     """`fedloom deploy`."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
@@ -60,9 +60,9 @@ def deploy(words: Sequence[str]) -> int:
     return STEPS[words[0]](words[1:])
 
 
-def init(words: Sequence[str]) -> int:
+def init_step(words: Sequence[str]) -> int:
     """`fedloom deploy init`."""
-    from fedloom.deploy.folder import create
+    from fedloom.deploy.folder import create_deployment
 
     parser = Parser("deploy init", "Write a federation's folder: nothing is overwritten.", INIT_EXAMPLES)
     parser.add_argument("folder", nargs="?", help="the new folder")
@@ -76,7 +76,7 @@ def init(words: Sequence[str]) -> int:
     )
     given = parser.read(words)
     folder = _folder(given.folder, "init")
-    made = create(
+    made = create_deployment(
         folder, _one_experiment(read_values(given.words)), given.nodes, [h.strip() for h in given.address.split(",")]
     )
     console = output()
@@ -87,7 +87,7 @@ def init(words: Sequence[str]) -> int:
     return 0
 
 
-def server(words: Sequence[str]) -> int:
+def server_step(words: Sequence[str]) -> int:
     """`fedloom deploy server`."""
     from fedloom.deploy.folder import Deployment
     from fedloom.deploy.server import run_server
@@ -97,7 +97,7 @@ def server(words: Sequence[str]) -> int:
     return 0
 
 
-def node(words: Sequence[str]) -> int:
+def node_step(words: Sequence[str]) -> int:
     """`fedloom deploy node`."""
     from fedloom.deploy.agent import run_node
 
@@ -105,7 +105,7 @@ def node(words: Sequence[str]) -> int:
     return 0
 
 
-def run(words: Sequence[str]) -> int:
+def run_step(words: Sequence[str]) -> int:
     """`fedloom deploy run`."""
     from fedloom.deploy.folder import Deployment, read_config
 
@@ -122,7 +122,7 @@ def run(words: Sequence[str]) -> int:
     return _execute(deployment, values, given)
 
 
-def up(words: Sequence[str]) -> int:
+def up_step(words: Sequence[str]) -> int:
     """`fedloom deploy up`."""
     from fedloom.deploy.folder import check_plan, deployable
     from fedloom.deploy.local import local_federation
@@ -150,14 +150,14 @@ def up(words: Sequence[str]) -> int:
 
 
 STEPS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
-    {"init": init, "server": server, "node": node, "run": run, "up": up}
+    {"init": init_step, "server": server_step, "node": node_step, "run": run_step, "up": up_step}
 )
 
 
 def _execute(deployment: Any, values: Values, given: Any) -> int:
     """One experiment on nodes, with progress, tables, page and exit code as `fedloom run` has them."""
     from fedloom.deploy.grid import GridLink
-    from fedloom.deploy.running import prepare, resume
+    from fedloom.deploy.running import prepare, resume_deployed
 
     console = Console(stderr=True)
     lines: list[str] = []
@@ -171,7 +171,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         experiment = (
             prepare(deployment, values, link, tell)
             if given.resume is None
-            else resume(deployment, Path(given.resume), link, tell)
+            else resume_deployed(deployment, Path(given.resume), link, tell)
         )
     except BaseException:
         link.close()

@@ -17,7 +17,7 @@ from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing
 from fedloom.experiment.progress import Overall, facts, live
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.report import paired_table, read, summary_table, write_page
-from fedloom.tools.compare import Comparison, Job, execute
+from fedloom.tools.compare import Comparison, PlannedRun, execute
 
 
 def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
@@ -42,7 +42,7 @@ def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
     finished = sum(job.settings.rounds for job in jobs if job.finished)
     with live("compare", console, done=finished) as progress:
 
-        def on_run(job: Job) -> OnRound:
+        def on_run(job: PlannedRun) -> OnRound:
             place = jobs.index(job)
             before = sum(rounds[:place])
 
@@ -51,7 +51,7 @@ def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
 
             return on_round
 
-        def on_start(job: Job, experiment: Experiment) -> None:
+        def on_start(job: PlannedRun, experiment: Experiment) -> None:
             about = facts(experiment)
             shown = "; ".join(f"{topic} {about[topic]}" for topic in ("data", "clients", "steps"))
             console.print(f"{names[jobs.index(job)]}: {shown}", highlight=False, markup=False, soft_wrap=True)
@@ -59,7 +59,7 @@ def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
         return execute(wanted, folder, on_run, on_start)
 
 
-def _plan(wanted: Comparison, jobs: Sequence[Job], folder: Path) -> dict[str, str]:
+def _plan(wanted: Comparison, jobs: Sequence[PlannedRun], folder: Path) -> dict[str, str]:
     n_finished = sum(job.finished for job in jobs)
     done = f", of which {n_finished} are done" if n_finished else ""
     return {

@@ -28,7 +28,7 @@ COLUMNS = ("file", "parameters", "accuracy", "same class", "difference")
 TIMES = ("torch\n1 image", "onnx\n1 image", f"torch\n{BATCH} images", f"onnx\n{BATCH} images", "memory", "of it model")
 
 
-def export(words: Sequence[str]) -> int:
+def export_command(words: Sequence[str]) -> int:
     """`fedloom export`."""
     parser = Parser("export", "Write personal models of a run as ONNX files, checked against torch.", EXAMPLES)
     parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, with a checkpoint")

@@ -30,7 +30,7 @@ EXAMPLES = """\
 """
 
 
-def listing(words: Sequence[str]) -> int:
+def list_command(words: Sequence[str]) -> int:
     """`fedloom list`."""
     parser = Parser("list", "What can be chosen, and what can be set.", EXAMPLES)
     parser.add_argument("what", nargs="?", metavar="|".join(KINDS), help="what to list")
@@ -109,7 +109,7 @@ KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(
 
 def _one(what: str, name: str, facts: Sequence[Facts]) -> Facts:
     if what == "methods" and (":" in name or "+" in name):
-        return registry.describe(name, registry.method_class(name))
+        return registry.describe_method(name, registry.method_class(name))
     found = next((fact for fact in facts if fact["name"] == name), None)
     if found is None:
         raise ConfigError(f"there is no {what[:-1]} '{name}'{suggest(name, [fact['name'] for fact in facts])}")

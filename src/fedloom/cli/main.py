@@ -14,7 +14,7 @@ from fedloom._version import __version__
 from fedloom.cli.words import Command, Interrupted
 from fedloom.errors import ConfigError, UsageError, suggest
 from fedloom.lazy import resolve
-from fedloom.tools.error_report import blame, notes
+from fedloom.tools.error_report import notes, one_line
 
 INTERRUPTED, MISUSED, FAILED = 130, 2, 1  # exit codes
 
@@ -28,21 +28,24 @@ class Entry(NamedTuple):
 
 COMMANDS: Mapping[str, Entry] = MappingProxyType(
     {
-        "run": Entry("fedloom.cli.running:run", "one experiment: train, score, write a folder"),
-        "compare": Entry("fedloom.cli.running:compare", "several methods on the same clients, with paired differences"),
-        "report": Entry("fedloom.cli.reporting:report", "tables and one HTML page from the folders of runs"),
+        "run": Entry("fedloom.cli.running:run_command", "one experiment: train, score, write a folder"),
+        "compare": Entry(
+            "fedloom.cli.running:compare_command", "several methods on the same clients, with paired differences"
+        ),
+        "report": Entry("fedloom.cli.reporting:report_command", "tables and one HTML page from the folders of runs"),
         "analyse": Entry(
-            "fedloom.cli.analysing:analyse", "what generators make, what features hold, how sharp the minimum is"
+            "fedloom.cli.analysing:analyse_command",
+            "what generators make, what features hold, how sharp the minimum is",
         ),
-        "list": Entry("fedloom.cli.listing:listing", "methods, datasets, models or engines, and what can be set"),
-        "cost": Entry("fedloom.cli.costing:cost", "what a client's turn takes, and whether a small device can"),
-        "export": Entry("fedloom.cli.exporting:export", "a client's model as an ONNX file for a device"),
+        "list": Entry("fedloom.cli.listing:list_command", "methods, datasets, models or engines, and what can be set"),
+        "cost": Entry("fedloom.cli.costing:cost_command", "what a client's turn takes, and whether a small device can"),
+        "export": Entry("fedloom.cli.exporting:export_command", "a client's model as an ONNX file for a device"),
         "partition": Entry(
-            "fedloom.cli.partitioning:partition", "deal a data set to clients, look at it, keep it in a file"
+            "fedloom.cli.partitioning:partition_command", "deal a data set to clients, look at it, keep it in a file"
         ),
-        "deploy": Entry("fedloom.cli.deploying:deploy", "the same on real devices, through Flower"),
-        "check": Entry("fedloom.cli.checking:check", "whether a method of your own keeps the rules"),
-        "bench": Entry("fedloom.cli.benching:bench", "how fast the engines are on this machine"),
+        "deploy": Entry("fedloom.cli.deploying:deploy_command", "the same on real devices, through Flower"),
+        "check": Entry("fedloom.cli.checking:check_command", "whether a method of your own keeps the rules"),
+        "bench": Entry("fedloom.cli.benching:bench_command", "how fast the engines are on this machine"),
     }
 )
 
@@ -93,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         hint = "" if debug else " [--debug shows the traceback]"
-        return _tell(f"error: {blame(error)}{hint}", FAILED)
+        return _tell(f"error: {one_line(error)}{hint}", FAILED)
 
 
 def _dispatch(words: list[str]) -> int:

@@ -30,7 +30,7 @@ SHOWN = 30  # clients in the table; of more, the first and the last
 LAST = 5
 
 
-def partition(words: Sequence[str]) -> int:
+def partition_command(words: Sequence[str]) -> int:
     """`fedloom partition`."""
     parser = Parser("partition", "Deal a data set to clients and show what each one got; no training.", EXAMPLES)
     settings_words(parser)

@@ -23,7 +23,7 @@ EXAMPLES = """\
 OPTIONS = ("out", "baseline", "network", "target", "slowdown", "gflops")
 
 
-def report(words: Sequence[str]) -> int:
+def report_command(words: Sequence[str]) -> int:
     """`fedloom report`."""
     parser = Parser("report", "Tables and one HTML page from the folders of runs, finished or not.", EXAMPLES)
     parser.add_argument("words", nargs="*", metavar="RUN", help="a run's folder, or a folder of such folders")

@@ -41,7 +41,7 @@ of fedloom run, and are the same for all.
 """
 
 
-def run(words: Sequence[str]) -> int:
+def run_command(words: Sequence[str]) -> int:
     """`fedloom run`."""
     from fedloom.cli.keys import key_help
 
@@ -65,14 +65,14 @@ def run(words: Sequence[str]) -> int:
     return conclude([folder], folder, given.json, given.quiet)
 
 
-def compare(words: Sequence[str]) -> int:
+def compare_command(words: Sequence[str]) -> int:
     """`fedloom compare`."""
     description = "Run several methods on the same partition, initial weights and cohorts, and compare them."
     parser = Parser("compare", description, COMPARE_EXAMPLES + "keys: see fedloom run --help")
     _options(parser, "an interrupted comparison's folder, to be continued")
     given = parser.read(words)
     from fedloom.cli.executing import conclude, run_all
-    from fedloom.tools.compare import create, plan, reopen
+    from fedloom.tools.compare import create_folder, plan, reopen
 
     if given.resume is not None:
         _nothing_else(given.words, "compare")
@@ -80,7 +80,7 @@ def compare(words: Sequence[str]) -> int:
     else:
         values = read_values(given.words)
         wanted = plan(values)
-        folder = create(wanted, values.get("out"))
+        folder = create_folder(wanted, values.get("out"))
     done: list[Path] = []
     again = f"fedloom compare --resume {folder}"
     until_interrupted(lambda: done.extend(run_all(wanted, folder, given.quiet)), again)

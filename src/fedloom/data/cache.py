@@ -15,11 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedloom.data.dataset import Dataset, checked
+from fedloom.data.dataset import Dataset, validated
 from fedloom.errors import DataError
 
 
-def load(root: Path, name: str, key: str) -> Dataset | None:
+def load_cached(root: Path, name: str, key: str) -> Dataset | None:
     """The pool stored under `key`, or None when there is none or it cannot be read."""
     try:
         with safe_open(_file(root, name, key), framework="pt") as stored:
@@ -28,7 +28,7 @@ def load(root: Path, name: str, key: str) -> Dataset | None:
         columns = {c: tensors["column." + c].numpy() for c in facts["columns"]}
         for column, values in facts["strings"].items():
             columns[column] = np.asarray(values)[columns[column]]
-        return checked(
+        return validated(
             Dataset(name, tensors["images"], tensors["labels"], facts["n_train"], tuple(facts["classes"]), columns)
         )
     except (OSError, SafetensorError, DataError, KeyError, TypeError, ValueError, IndexError, RuntimeError):

@@ -87,10 +87,10 @@ def from_arrays(
         raise DataError(f"from_arrays: {len(images)} rows of inputs and {len(labels)} labels; they must agree")
     names = tuple(classes) if classes is not None else _class_numbers(labels)
     pool = Dataset(name, images, labels, n_train, names, {key: np.asarray(v) for key, v in (columns or {}).items()})
-    return checked(pool)
+    return validated(pool)
 
 
-def checked(dataset: Dataset) -> Dataset:
+def validated(dataset: Dataset) -> Dataset:
     """The same data set, once its rows, labels and columns are known to agree. Raises DataError."""
     n, low, high = len(dataset.images), int(dataset.labels.min()), int(dataset.labels.max())
     if len(dataset.labels) != n or not 0 < dataset.n_train <= n:

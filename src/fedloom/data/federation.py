@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedloom.data import augment as augmentation
 from fedloom.data.augment import AUGMENTS
-from fedloom.data.dataset import Dataset, checked
+from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
@@ -55,7 +55,7 @@ class Federation:
                 raise DataError(f"data.{key}={value}: unknown{suggest(value, known)}")
         if augment != "none" and dataset.images.ndim != 4:
             raise DataError(f"data.augment={augment}: inputs of shape {dataset.input_shape} are not pictures")
-        _check_fits(checked(dataset), partition)
+        _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
             images = augmentation.once(dataset.images, Stream("augment once", dataset.name))
             dataset = dataset._replace(images=images)

@@ -17,8 +17,8 @@ import torch
 
 from fedloom.data import cache
 from fedloom.data.catalogue import Source
-from fedloom.data.dataset import Column, Dataset, checked
-from fedloom.data.pictures import decode
+from fedloom.data.dataset import Column, Dataset, validated
+from fedloom.data.pictures import decode_picture
 from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError, suggest
 
@@ -26,7 +26,7 @@ _LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class"
 _FORMAT = 2  # part of the cache key: count it up when decoding changes
 
 
-class Layout(NamedTuple):
+class ColumnRoles(NamedTuple):
     """Which columns of the files mean what. `names` are class names from the hub's metadata, by column."""
 
     image: str
@@ -35,7 +35,7 @@ class Layout(NamedTuple):
     names: dict[str, list[str]]
 
 
-def read(
+def read_parquet(
     name: str,
     files: tuple[list[Path], list[Path]],
     source: Source | None,
@@ -47,11 +47,11 @@ def read(
     """The pool that training and test files hold; the second time it comes decoded from the cache. Raises DataError."""
     train, test = files
     key = _key(name, train + test, image_size, rows, source)
-    stored = cache.load(cache_root, name, key)
+    stored = cache.load_cached(cache_root, name, key)
     if stored is not None:
         return stored
     pool = _decode_pool(name, train, test, source, image_size, rows)
-    cache.save(cache_root, key, checked(pool))
+    cache.save(cache_root, key, validated(pool))
     return pool
 
 
@@ -72,7 +72,7 @@ def _decode_pool(
     encoded = _encoded(train + test, layout.image, keep)
     return Dataset(
         name=name,
-        images=torch.from_numpy(decode(encoded, int(keep.sum()), image_size)),
+        images=torch.from_numpy(decode_picture(encoded, int(keep.sum()), image_size)),
         labels=torch.from_numpy(labels[keep]),
         n_train=n_train,
         classes=classes,
@@ -104,7 +104,7 @@ def _key(name: str, files: list[Path], image_size: int | None, rows: int | None,
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _layout(file: Path, source: Source | None) -> Layout:
+def _layout(file: Path, source: Source | None) -> ColumnRoles:
     schema = _open(file).schema_arrow
     pictures = [field.name for field in schema if _is_picture(field.type)]
     if not pictures:
@@ -115,7 +115,7 @@ def _layout(file: Path, source: Source | None) -> Layout:
     if label is None:
         raise DataError(f"{file}: no label column; allowed names are {', '.join(_LABELS)}; it has {schema.names}")
     extra = tuple(f.name for f in schema if f.name not in (image, label) and _is_plain(f.type))
-    return Layout(image, label, extra, _hub_names(schema))
+    return ColumnRoles(image, label, extra, _hub_names(schema))
 
 
 def _is_picture(kind: Any) -> bool:
@@ -145,7 +145,7 @@ def _hub_names(schema: Any) -> dict[str, list[str]]:
         return {}
 
 
-def _facts(file: Path, layout: Layout) -> Any:
+def _facts(file: Path, layout: ColumnRoles) -> Any:
     missing = {layout.image, layout.label, *layout.extra} - set((parquet := _open(file)).schema_arrow.names)
     if missing:
         raise DataError(f"{file}: column '{min(missing)}' is missing, though the first training file has it")

@@ -197,8 +197,8 @@ def _split(
 ) -> Partition:
     train, held_out, test = [], [], []
     for i, rows in enumerate(dealt):
-        kept, tested = apart(rows, fraction, stream.child("test", i))
-        kept, validated = apart(kept, valid, stream.child("valid", i))
+        kept, tested = hold_out(rows, fraction, stream.child("test", i))
+        kept, validated = hold_out(kept, valid, stream.child("valid", i))
         train.append(kept)
         held_out.append(validated)
         test.append(tested)
@@ -206,7 +206,7 @@ def _split(
     return Partition(tuple(train), tuple(held_out), tuple(test), common, settings)
 
 
-def apart(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
+def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
     """Sorted rows, and the sorted share of them that is set apart at random, rounded up; one row at least stays."""
     if fraction == 0:
         return np.sort(rows), np.empty(0, np.int64)
@@ -232,7 +232,7 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
             f"partition=own: data={dataset.name} brings no test rows; deal it otherwise, such as partition=natural"
         )
     stream = Stream(seed, "partition", "own")
-    parts = [apart(rows, valid, stream.child("valid", i)) for i, (rows, _) in enumerate(mine)]
+    parts = [hold_out(rows, valid, stream.child("valid", i)) for i, (rows, _) in enumerate(mine)]
     return Partition(
         train=tuple(rows for rows, _ in parts),
         valid=tuple(rows for _, rows in parts),

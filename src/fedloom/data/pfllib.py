@@ -21,13 +21,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedloom.data.dataset import Dataset, checked, from_arrays
+from fedloom.data.dataset import Dataset, from_arrays, validated
 from fedloom.errors import DataError
 
 _NUMERIC = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
 
 
-def load(path: str | Path) -> Dataset:
+def load_pfllib(path: str | Path) -> Dataset:
     """The pool of a PFLlib folder: all clients' training rows, then all their test rows; column `client` says whose.
 
     Inputs come as they were stored (PFLlib stores them normalised). `partition(dataset, scheme="own")` gives PFLlib's
@@ -43,7 +43,7 @@ def load(path: str | Path) -> Dataset:
     n_classes = _declared_classes(folder)
     if n_classes is None:
         return pool
-    return checked(pool._replace(classes=tuple(str(c) for c in range(n_classes))))
+    return validated(pool._replace(classes=tuple(str(c) for c in range(n_classes))))
 
 
 Client = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]

@@ -18,7 +18,7 @@ from fedloom.errors import DataError
 Pixels = npt.NDArray[np.uint8]
 
 
-def decode(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
+def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
     """`n` encoded pictures, each with words for where it is, as (N, C, H, W) uint8; grey C = 1 unless one has colour.
 
     Without `image_size` all must have one size; with it they are resized (bilinear) to that edge. Raises DataError.

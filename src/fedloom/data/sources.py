@@ -45,14 +45,14 @@ def load(
     if name == "pfllib":
         if path is None or image_size is not None or rows is not None:
             raise DataError("data=pfllib needs data.path=FOLDER, and takes neither data.image_size nor data.rows")
-        return pfllib.load(path)
+        return pfllib.load_pfllib(path)
     if name == "digits" and path is None:
         return _digits(image_size, rows)
     from fedloom.data import parquet  # pyarrow takes long to load
 
     root = hub.cache_root(cache)
     files = hub.find_files(name, path, root)
-    return parquet.read(name, files, SOURCES.get(name), image_size=image_size, rows=rows, cache_root=root)
+    return parquet.read_parquet(name, files, SOURCES.get(name), image_size=image_size, rows=rows, cache_root=root)
 
 
 def _digits(image_size: int | None, rows: int | None) -> Dataset:

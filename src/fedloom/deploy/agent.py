@@ -19,7 +19,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedloom.deploy.folder import NodeFile, read_file
-from fedloom.deploy.messages import Failed, open_envelope, seal
+from fedloom.deploy.messages import NodeFailure, open_envelope, seal
 from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 from fedloom.deploy.worker import serve
@@ -70,7 +70,7 @@ class WorkerProcess:
             reason = f"the worker ended in the middle of its work (exit code {self._process.exitcode}) and was replaced"
         log.error(reason)
         self.end()
-        return seal(Failed(reason=reason), {})
+        return seal(NodeFailure(reason=reason), {})
 
     def end(self) -> None:
         """End the process."""
@@ -150,7 +150,7 @@ def _work(client: RuntimeHttpClient, worker: WorkerProcess) -> None:
         data = content_of(message)
         answer = worker.answer(data, _deadline(data))
     except WireError as error:
-        answer = seal(Failed(reason=str(error)), {})
+        answer = seal(NodeFailure(reason=str(error)), {})
     push_message(client, Message(as_record(answer), reply_to=message), context)
     finish_task(client)
 

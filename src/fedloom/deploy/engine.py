@@ -19,20 +19,20 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.deploy.messages import (
+    Assignment,
     Call,
-    Failed,
     Letter,
-    Member,
+    NodeFailure,
     Question,
     Scored,
-    ScoreRequest,
+    ScoreMessage,
     Trained,
-    TrainRequest,
+    TrainMessage,
     Turned,
     open_envelope,
     seal,
 )
-from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
@@ -44,7 +44,7 @@ H = TypeVar("H")
 WAIT_S = 1.0  # between two looks for nodes
 
 
-class Lost(NamedTuple):
+class LostNode(NamedTuple):
     """No answer, and why."""
 
     reason: str
@@ -65,20 +65,20 @@ class Link(Protocol):
 
     def exchange(
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
-    ) -> Mapping[str, bytes | Lost]:
+    ) -> Mapping[str, bytes | LostNode]:
         """Ask several nodes at once, and wait for their answers until the deadline.
 
         With `late_s` a node may answer for so long after it; `late` has its answer then.
         """
 
-    def late(self) -> Mapping[str, bytes | Lost]:
+    def late(self) -> Mapping[str, bytes | LostNode]:
         """Answers that came after their exchange was over, and word of those that will never come, since the last look."""
 
     def close(self) -> None:
         """Hang up."""
 
 
-class Turns:
+class AcceptedUpdates:
     """Which turns were accepted in which round, by client, in a file; so that devices and server agree on every client's state."""
 
     def __init__(self, file: Path | None = None) -> None:
@@ -109,7 +109,7 @@ class Turns:
             beside.replace(self._file)
 
 
-class Flower(Engine):
+class FlowerEngine(Engine):
     """Asks nodes; `fedloom.deploy` makes it, for it needs a federation that is up."""
 
     def __init__(
@@ -127,7 +127,7 @@ class Flower(Engine):
         """
         super().__init__(problem)
         self._link, self._call, self._tell, self._late_s = link, call, tell, late_s
-        self.turns = Turns()  # in memory, until the run has a folder
+        self.turns = AcceptedUpdates()  # in memory, until the run has a folder
         self._roster, self._node_of = roster, {i: node for node, clients in roster.items() for i in clients}
         self._overdue: dict[str, Errand] = {}  # nodes that are late, and what they are at work on
         self._asked: set[int] = set()  # clients in the last round
@@ -160,7 +160,7 @@ class Flower(Engine):
             trees = {"common": down.common}
             if down.each is not None:
                 trees |= {f"each-{slot}": down.each[slot] for slot in slots}
-            requests[node] = seal(TrainRequest(call=call, number=number, members=members), trees)
+            requests[node] = seal(TrainMessage(call=call, number=number, members=members), trees)
         fresh = self._answers(requests, self._late_s)
         errands = self._overdue | asked
         self._overdue = {node: errand for node, errand in errands.items() if node not in fresh}
@@ -184,8 +184,8 @@ class Flower(Engine):
         """See `Engine.asked`."""
         return [i for i in cohort if i in self._asked]
 
-    def _member(self, i: int, slot: int, number: int) -> Member:
-        return Member(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
+    def _member(self, i: int, slot: int, number: int) -> Assignment:
+        return Assignment(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
 
     def _by_node(self, cohort: Sequence[int], rounds: int) -> dict[str, list[int]]:
         """Places in the cohort by node, for the nodes that are there; waits while there are none. `rounds`, this one included."""
@@ -197,7 +197,7 @@ class Flower(Engine):
             self._tell(f"round {rounds}: {node} is not there")
         return {node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node] for node in sorted(here)}
 
-    def _answers(self, requests: Mapping[str, bytes], late_s: float = 0.0) -> dict[str, bytes | Lost]:
+    def _answers(self, requests: Mapping[str, bytes], late_s: float = 0.0) -> dict[str, bytes | LostNode]:
         """What the nodes answered, in the order of the requests; without those who may still do so."""
         if not requests:
             return {}
@@ -206,9 +206,9 @@ class Flower(Engine):
             for node in requests.keys() - found.keys():
                 self._tell(f"{node}: still at work after {self._call.deadline_s:g} s")
             return {node: found[node] for node in requests if node in found}
-        return {node: found.get(node, Lost("no answer")) for node in requests}
+        return {node: found.get(node, LostNode("no answer")) for node in requests}
 
-    def _late_answers(self, wait: bool) -> Mapping[str, bytes | Lost]:
+    def _late_answers(self, wait: bool) -> Mapping[str, bytes | LostNode]:
         """What came of nodes that are late; `wait`: for one of them, as there is nobody else to wait for."""
         until = time.monotonic() + self._call.deadline_s
         while self._overdue:
@@ -217,14 +217,14 @@ class Flower(Engine):
             time.sleep(WAIT_S)
         return {}
 
-    def _letters(self, answers: Mapping[str, bytes | Lost], kind: type[H]) -> Iterable[tuple[str, Letter]]:
+    def _letters(self, answers: Mapping[str, bytes | LostNode], kind: type[H]) -> Iterable[tuple[str, Letter]]:
         """The answers of the right kind; the others are reported."""
         for node, answer in answers.items():
             try:
-                if isinstance(answer, Lost):
+                if isinstance(answer, LostNode):
                     raise WireError(answer.reason)
                 letter = open_envelope(answer)
-                if isinstance(letter.header, Failed):
+                if isinstance(letter.header, NodeFailure):
                     raise WireError(letter.header.reason)
                 if not isinstance(letter.header, kind):
                     raise WireError(f"an answer of another kind ({letter.header.kind})")
@@ -262,7 +262,9 @@ class Flower(Engine):
         if strange := {*turn.steps, *turn.phase_seconds, *of_logs} - known:
             raise WireError(f"it tells of '{min(strange)}', which is none of the method's phases")
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`. Clients that cannot be asked count no rows."""
         n_classes = self.problem.task.n_classes
         found = {i: {ask.name: none(n_classes) for ask in asks} for i in clients}
@@ -271,7 +273,7 @@ class Flower(Engine):
         for node, places in self._by_node(clients, number).items():
             asked[node] = [clients[place] for place in places]
             members = [self._member(i, place, number) for i, place in zip(asked[node], places, strict=True)]
-            header = ScoreRequest(call=self._call, number=number, members=members, questions=questions)
+            header = ScoreMessage(call=self._call, number=number, members=members, questions=questions)
             requests[node] = seal(header, {"common": down.common})
         for node, letter in self._letters(self._answers(requests), Scored):
             for i in asked[node]:
@@ -283,7 +285,7 @@ class Flower(Engine):
                     self._tell(f"{node}: scores of client {i}: {reason}")
         return [found[i] for i in clients]
 
-    def _most_rows(self, ask: Ask, i: int) -> npt.NDArray[np.int64]:
+    def _most_rows(self, ask: ScoreRequest, i: int) -> npt.NDArray[np.int64]:
         """How many rows of each class client `i` can have been asked about; of a node that was away at the start nothing is known."""
         data = self.problem.data
         if not data.n_train(i):
@@ -339,4 +341,4 @@ def _reply(letter: Letter, turn: Turned) -> Reply:
     )
 
 
-__all__ = ["Flower", "Link", "Lost", "Turns"]
+__all__ = ["AcceptedUpdates", "FlowerEngine", "Link", "LostNode"]

@@ -129,7 +129,7 @@ def read_file(path: Path, model: type[M], what: str) -> M:
         raise ConfigError(f"{path} cannot be read: {error}") from None
 
 
-def create(
+def create_deployment(
     path: Path,
     values: Mapping[str, Any],
     n_nodes: int,

@@ -21,7 +21,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
 
 from fedloom.deploy.agent import as_record, content_of
-from fedloom.deploy.engine import Lost
+from fedloom.deploy.engine import LostNode
 from fedloom.deploy.folder import Deployment
 from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
 from fedloom.deploy.services import flower_environment
@@ -52,7 +52,7 @@ class GridLink:
         self._ids: dict[str, int] = {}
         # late nodes by the message that they may answer, and until when
         self._overdue: dict[str, tuple[str, float]] = {}
-        self._gone: dict[str, Lost] = {}  # late nodes whose answer will never come
+        self._gone: dict[str, LostNode] = {}  # late nodes whose answer will never come
         self._grid: HttpGrid
         self._heart: HeartbeatSender
         self._open()
@@ -72,35 +72,37 @@ class GridLink:
 
     def exchange(
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
-    ) -> Mapping[str, bytes | Lost]:
+    ) -> Mapping[str, bytes | LostNode]:
         """See `Link.exchange`."""
         return self._steadily(lambda: self._exchange(requests, deadline_s, late_s))
 
-    def late(self) -> Mapping[str, bytes | Lost]:
+    def late(self) -> Mapping[str, bytes | LostNode]:
         """See `Link.late`."""
         found = self._steadily(self._late)
         lost, self._gone = self._gone, {}
         return {**found, **lost}
 
-    def _late(self) -> Mapping[str, bytes | Lost]:
-        found: dict[str, bytes | Lost] = {}
+    def _late(self) -> Mapping[str, bytes | LostNode]:
+        found: dict[str, bytes | LostNode] = {}
         for reply in self._grid.pull_messages(list(self._overdue)) if self._overdue else ():
             node, _ = self._overdue.pop(reply.metadata.reply_to_message_id)
             found[node] = _answer(reply)
         for message, (node, until) in list(self._overdue.items()):
             if time.monotonic() > until:
                 del self._overdue[message]
-                found[node] = Lost("no answer, though it was waited for")
+                found[node] = LostNode("no answer, though it was waited for")
         return found
 
-    def _exchange(self, requests: Mapping[str, bytes], deadline_s: float, late_s: float) -> Mapping[str, bytes | Lost]:
+    def _exchange(
+        self, requests: Mapping[str, bytes], deadline_s: float, late_s: float
+    ) -> Mapping[str, bytes | LostNode]:
         here = self._online() if requests.keys() - self._ids.keys() else self._ids
-        answers: dict[str, bytes | Lost] = {node: Lost("is not there") for node in requests if node not in here}
+        answers: dict[str, bytes | LostNode] = {node: LostNode("is not there") for node in requests if node not in here}
         asked = [node for node in requests if node in here]
         ttl = deadline_s + late_s
         messages = [Message(as_record(requests[node]), self._ids[node], "train", ttl=ttl) for node in asked]
         waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))  # nodes by the message they answer
-        none, until = Lost(f"no answer within {deadline_s:g} s"), time.monotonic() + deadline_s
+        none, until = LostNode(f"no answer within {deadline_s:g} s"), time.monotonic() + deadline_s
         while waiting and time.monotonic() < until:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
@@ -166,7 +168,7 @@ class GridLink:
 
     def _drop(self) -> None:
         """Forget the run, whatever state it is in, and with it the messages under way."""
-        self._gone |= {node: Lost("its late answer went with the SuperLink") for node, _ in self._overdue.values()}
+        self._gone |= {node: LostNode("its late answer went with the SuperLink") for node, _ in self._overdue.values()}
         self._overdue = {}
         if self._heart.is_running:
             self._heart.stop()
@@ -204,13 +206,15 @@ def register_nodes(deployment: Deployment) -> None:
             raise LinkError(f"{node}'s key could not be registered: {' '.join(text.split())[-300:]}")
 
 
-def _answer(reply: Message) -> bytes | Lost:
+def _answer(reply: Message) -> bytes | LostNode:
     if reply.has_error():
-        return Lost(f"no answer (Flower's code {reply.error.code}: {' '.join(str(reply.error.reason).split())[:200]})")
+        return LostNode(
+            f"no answer (Flower's code {reply.error.code}: {' '.join(str(reply.error.reason).split())[:200]})"
+        )
     try:
         return content_of(reply)
     except WireError as error:
-        return Lost(str(error))
+        return LostNode(str(error))
 
 
 def _pem(openssh: bytes) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedloom.deploy.folder import Deployment, create
+from fedloom.deploy.folder import Deployment, create_deployment
 from fedloom.deploy.grid import LinkError
 from fedloom.deploy.server import is_open
 from fedloom.deploy.services import end_group, flower_environment, free_ports, leashed
@@ -20,7 +20,7 @@ from fedloom.deploy.services import end_group, flower_environment, free_ports, l
 START_S = 90.0  # how long a busy machine may take to bring the server up
 
 
-class Federation:
+class LocalFederation:
     """The processes of a federation on this machine."""
 
     def __init__(self, deployment: Deployment) -> None:
@@ -69,7 +69,7 @@ class Federation:
 
 
 @contextmanager
-def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | None = None) -> Iterator[Federation]:
+def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | None = None) -> Iterator[LocalFederation]:
     """A federation that is up; whatever happens in the block, no process outlives it.
 
     Args:
@@ -77,10 +77,12 @@ def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | Non
     """
     place = folder or Path(tempfile.mkdtemp(prefix="fedloom-federation-")) / "federation"
     proxy, superlink, *runtime = free_ports(2 + n_nodes)
-    federation: Federation | None = None
+    federation: LocalFederation | None = None
     try:
-        deployment = create(place, values, n_nodes, ports={"proxy": proxy, "superlink": superlink}, runtime=runtime)
-        federation = Federation(deployment)
+        deployment = create_deployment(
+            place, values, n_nodes, ports={"proxy": proxy, "superlink": superlink}, runtime=runtime
+        )
+        federation = LocalFederation(deployment)
         federation.start_server()
         for node in deployment.file.nodes:
             federation.start_node(node)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Score
+from fedloom.engines.base import Score, ScoreRequest
 from fedloom.errors import WireError
 from fedloom.ranges import Positive
 from fedloom.tree import Tree
@@ -56,7 +56,7 @@ class Part(_Strict):
     paths: list[str]
 
 
-class Member(_Strict):
+class Assignment(_Strict):
     """A client that is asked: its place in the cohort, the round in which its state must have been committed last, and what to keep.
 
     `base` and `keep` are round numbers plus one; 0 is the initial state.
@@ -69,15 +69,15 @@ class Member(_Strict):
 
 
 class Question(_Strict):
-    """An `Ask` on its way."""
+    """A `ScoreRequest` as part of a message."""
 
     name: str
     rows: Literal["test", "valid", "common"]
     fitted: bool
 
-    def ask(self) -> Ask:
-        """The ask."""
-        return Ask(self.name, self.rows, self.fitted)
+    def request(self) -> ScoreRequest:
+        """The request."""
+        return ScoreRequest(self.name, self.rows, self.fitted)
 
 
 class Call(_Strict):
@@ -97,22 +97,22 @@ class Hello(_Strict):
     call: Call
 
 
-class TrainRequest(_Strict):
+class TrainMessage(_Strict):
     """Asks clients to take their turns. Parts: `common`, and `each-<slot>` where members are sent trees of their own."""
 
     kind: Literal["train"] = "train"
     call: Call
     number: Whole
-    members: list[Member]
+    members: list[Assignment]
 
 
-class ScoreRequest(_Strict):
+class ScoreMessage(_Strict):
     """Asks for scores of clients. Part: `common`."""
 
     kind: Literal["score"] = "score"
     call: Call
     number: Whole
-    members: list[Member]
+    members: list[Assignment]
     questions: list[Question]
 
 
@@ -162,14 +162,14 @@ class Counted(_Strict):
 
 
 class Scored(_Strict):
-    """What came of a `ScoreRequest`: scores by client (as text) and name."""
+    """The answer to a `ScoreMessage`: scores by client (as text) and name."""
 
     kind: Literal["scored"] = "scored"
     scores: dict[str, dict[str, Counted]]
     notes: Notes = []
 
 
-class Failed(_Strict):
+class NodeFailure(_Strict):
     """A node could do nothing of what was asked."""
 
     kind: Literal["failed"] = "failed"
@@ -177,7 +177,7 @@ class Failed(_Strict):
 
 
 Header = Annotated[
-    Hello | TrainRequest | ScoreRequest | Present | Trained | Scored | Failed, Field(discriminator="kind")
+    Hello | TrainMessage | ScoreMessage | Present | Trained | Scored | NodeFailure, Field(discriminator="kind")
 ]
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedloom import data
 from fedloom.config.settings import Settings
 from fedloom.data import Dataset, Federation, Partition
-from fedloom.data.partition import apart
-from fedloom.data.pictures import decode
+from fedloom.data.partition import hold_out
+from fedloom.data.pictures import decode_picture
 from fedloom.errors import ConfigError, DataError
 from fedloom.rng import Stream
 
@@ -138,7 +138,7 @@ def _read(folder: Path, settings: Settings) -> Dataset:
     files = [file for part in parts for file in part]
     classes = tuple(sorted({file.parent.name for file in files}))
     encoded = ((str(file), file.read_bytes()) for file in files)
-    images = torch.from_numpy(decode(encoded, len(files), d.image_size))
+    images = torch.from_numpy(decode_picture(encoded, len(files), d.image_size))
     labels = torch.tensor([classes.index(file.parent.name) for file in files])
     return Dataset(d.name, images, labels, len(parts[0]), classes, {})
 
@@ -160,6 +160,6 @@ def _split(pool: Dataset, i: int, settings: Settings) -> Mapping[str, Any]:
     train, test = np.arange(pool.n_train), np.arange(pool.n_train, pool.n_rows)
     if not len(test):
         fraction = settings.partition.test_fraction
-        train, test = apart(train, 0.25 if fraction is None else fraction, rng.child("test"))
-    train, valid = apart(train, settings.eval.valid, rng.child("valid"))
+        train, test = hold_out(train, 0.25 if fraction is None else fraction, rng.child("test"))
+    train, valid = hold_out(train, settings.eval.valid, rng.child("valid"))
     return {"train": train, "valid": valid, "test": test}

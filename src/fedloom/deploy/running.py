@@ -12,14 +12,14 @@ from typing import Any
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_settings, to_toml
 from fedloom.data import Federation
-from fedloom.deploy.engine import Flower, Link, Lost, Turns
+from fedloom.deploy.engine import AcceptedUpdates, FlowerEngine, Link, LostNode
 from fedloom.deploy.folder import Deployment, deployable
-from fedloom.deploy.messages import MAX_ROWS, Call, Failed, Hello, Present, open_envelope, seal
+from fedloom.deploy.messages import MAX_ROWS, Call, Hello, NodeFailure, Present, open_envelope, seal
 from fedloom.deploy.rows import Remote
 from fedloom.engines.base import Problem
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment.build import arithmetic, make_dataset, make_federation
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 
 TURNS = "turns.json"  # in a run's folder: which turns were accepted
@@ -33,7 +33,7 @@ def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell:
     return _experiment(deployment, settings, run, link, tell, None)
 
 
-def resume(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
+def resume_deployed(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
     """An interrupted run, from its last checkpoint; the nodes take up the states that belong to it."""
     folder = RunFolder.open(path)
     if (path / "summary.json").exists():
@@ -62,15 +62,15 @@ def _experiment(
     with arithmetic(settings):
         federation, call = _meet(deployment, settings, run, link, tell)
 
-    def make(problem: Problem) -> Flower:
+    def make(problem: Problem) -> FlowerEngine:
         late_s = deployment.file.late_s if settings.devices.stragglers == "late" else 0.0
-        return Flower(problem, link, deployment.file.nodes, call, tell, late_s)
+        return FlowerEngine(problem, link, deployment.file.nodes, call, tell, late_s)
 
-    experiment = Experiment(settings, Parts(federation=federation, engine=make), folder)
+    experiment = Experiment(settings, GivenObjects(federation=federation, engine=make), folder)
     if folder is None:
         experiment.folder.write_json(DEPLOYED, {"run": run, "nodes": deployment.file.nodes})
-    assert isinstance(experiment.engine, Flower)
-    experiment.engine.turns = Turns(experiment.folder.path / TURNS)
+    assert isinstance(experiment.engine, FlowerEngine)
+    experiment.engine.turns = AcceptedUpdates(experiment.folder.path / TURNS)
     return experiment
 
 
@@ -130,11 +130,11 @@ def _introductions(
     return found
 
 
-def _introduction(deployment: Deployment, node: str, answer: bytes | Lost, call: Call) -> Present:
-    if isinstance(answer, Lost):
+def _introduction(deployment: Deployment, node: str, answer: bytes | LostNode, call: Call) -> Present:
+    if isinstance(answer, LostNode):
         raise WireError(answer.reason)
     header = open_envelope(answer).header
-    if isinstance(header, Failed):
+    if isinstance(header, NodeFailure):
         raise WireError(header.reason)
     if not isinstance(header, Present):
         raise WireError(f"an answer of another kind ({header.kind})")

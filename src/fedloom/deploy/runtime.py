@@ -28,7 +28,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 RETRY_S = 20.0  # how long a call is repeated while nobody answers
 
 
-class Place(NamedTuple):
+class Endpoint(NamedTuple):
     """A Runtime API: its address, its certificate's authority (None: on the loopback, without TLS), the secret for taking tasks."""
 
     address: str
@@ -80,10 +80,10 @@ def take_task(client: RuntimeHttpClient, kind: TaskType) -> TaskToken | None:
     return TaskToken(found.task.run_id, found.token) if found.token else None
 
 
-def read_place(folder: Path, address: str, component: str, *, tls: bool) -> Place:
+def read_place(folder: Path, address: str, component: str, *, tls: bool) -> Endpoint:
     """The Runtime API that `runtime.secret` and `ca.crt` in a folder belong to."""
     ca = (folder / "ca.crt").read_bytes() if tls else None
-    return Place(address, ca, (folder / "runtime.secret").read_bytes(), component)
+    return Endpoint(address, ca, (folder / "runtime.secret").read_bytes(), component)
 
 
 @contextmanager

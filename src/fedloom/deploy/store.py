@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from fedloom import tree
-from fedloom.deploy.messages import Member
+from fedloom.deploy.messages import Assignment
 from fedloom.method import Client
 from fedloom.wire.messages import decode, encode
 
@@ -23,12 +23,12 @@ class NodeStore:
 
     def __init__(self, blank: Callable[[int], Client], folder: Path) -> None:
         self._blank, self._folder = blank, folder
-        self._members: Mapping[int, Member] = {}
+        self._members: Mapping[int, Assignment] = {}
         self._number = 0
         self.notes: list[str] = []
         """What the server should know of."""
 
-    def turn_to(self, number: int, members: Iterable[Member]) -> None:
+    def turn_to(self, number: int, members: Iterable[Assignment]) -> None:
         """Serve a request: these clients, as they were before round `number`."""
         self._number, self._members, self.notes = number, {member.client: member for member in members}, []
 

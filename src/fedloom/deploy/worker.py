@@ -21,17 +21,17 @@ from fedloom.config.settings import Named, Settings, make_method, make_settings
 from fedloom.deploy.folder import NodeFile, read_file
 from fedloom.deploy.leash import hold
 from fedloom.deploy.messages import (
+    Assignment,
     Call,
     Counted,
-    Failed,
     Hello,
     Letter,
-    Member,
+    NodeFailure,
     Present,
     Scored,
-    ScoreRequest,
+    ScoreMessage,
     Trained,
-    TrainRequest,
+    TrainMessage,
     Turned,
     open_envelope,
     seal,
@@ -39,19 +39,19 @@ from fedloom.deploy.messages import (
 from fedloom.deploy.rows import counts_of, read_own
 from fedloom.deploy.store import NodeStore
 from fedloom.engines.base import Problem, Reply, Score
-from fedloom.engines.local import Member as CohortMember
+from fedloom.engines.local import CohortMember as CohortMember
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WireError
 from fedloom.experiment.build import make_federation, make_problem
 from fedloom.method import Downlink
-from fedloom.tools.error_report import blame
+from fedloom.tools.error_report import one_line
 from fedloom.tree import merge
 
 log = logging.getLogger("fedloom.node")
 LONGEST = 300  # letters of a reason that leaves the node
 
 
-class Site(NamedTuple):
+class NodeRun(NamedTuple):
     """One run on this node: the problem, the engine that works on it, and its clients' states."""
 
     problem: Problem
@@ -59,7 +59,7 @@ class Site(NamedTuple):
     store: NodeStore
 
 
-class Worker:
+class NodeWorker:
     """Answers requests, one after another."""
 
     def __init__(self, folder: Path) -> None:
@@ -67,7 +67,7 @@ class Worker:
         self._folder = folder
         self._node = read_file(folder / "node.toml", NodeFile, "a node's folder")
         self._key = ""
-        self._site: Site | None = None
+        self._site: NodeRun | None = None
 
     def answer(self, data: bytes) -> bytes:
         """The answer to a request; whatever goes wrong becomes an answer that says so."""
@@ -76,14 +76,14 @@ class Worker:
             match letter.header:
                 case Hello():
                     return self._present(letter.header)
-                case TrainRequest():
+                case TrainMessage():
                     return self._train(letter, letter.header)
-                case ScoreRequest():
+                case ScoreMessage():
                     return self._score(letter, letter.header)
             raise WireError(f"a message of kind '{letter.header.kind}', which is no request")
         except Exception as error:
             log.exception("the request failed")
-            return seal(Failed(reason=_reason(error)), {})
+            return seal(NodeFailure(reason=_reason(error)), {})
 
     def _present(self, header: Hello) -> bytes:
         site, mine = self._open(header.call), self._node.clients
@@ -91,7 +91,7 @@ class Worker:
         counts = {str(i): c for i, c in counts_of(site.problem.data, mine).items()} if own else {}
         return seal(Present(clients=mine, own_rows=own, counts=counts), {})
 
-    def _train(self, letter: Letter, request: TrainRequest) -> bytes:
+    def _train(self, letter: Letter, request: TrainMessage) -> bytes:
         site = self._serve(request.call, request.number, request.members)
         common = letter.tree("common")
         turns, uplinks = [], {}
@@ -108,10 +108,10 @@ class Worker:
             log.info("round %d: client %d is done", request.number + 1, member.client)
         return seal(Trained(turns=turns, notes=site.store.notes), uplinks)
 
-    def _score(self, letter: Letter, request: ScoreRequest) -> bytes:
+    def _score(self, letter: Letter, request: ScoreMessage) -> bytes:
         site = self._serve(request.call, request.number, request.members)
         clients = [member.client for member in request.members]
-        asks = [question.ask() for question in request.questions]
+        asks = [question.request() for question in request.questions]
         found = site.engine.score(request.number, Downlink(letter.tree("common")), clients, asks)
         scores = {
             str(i): {name: _counted(score) for name, score in mine.items()}
@@ -119,7 +119,7 @@ class Worker:
         }
         return seal(Scored(scores=scores, notes=site.store.notes), {})
 
-    def _serve(self, call: Call, number: int, members: Sequence[Member]) -> Site:
+    def _serve(self, call: Call, number: int, members: Sequence[Assignment]) -> NodeRun:
         site = self._open(call)
         strangers = [member.client for member in members if member.client not in self._node.clients]
         if strangers:
@@ -127,7 +127,7 @@ class Worker:
         site.store.turn_to(number, members)
         return site
 
-    def _open(self, call: Call) -> Site:
+    def _open(self, call: Call) -> NodeRun:
         """The run's site, made once."""
         key = hashlib.blake2b(f"{call.run}\0{call.config}\0{call.classes}\0{call.input_shape}".encode()).hexdigest()
         if self._site is None or key != self._key:
@@ -135,7 +135,7 @@ class Worker:
             self._site, self._key = self._make(call), key
         return self._site
 
-    def _make(self, call: Call) -> Site:
+    def _make(self, call: Call) -> NodeRun:
         settings = self._settings(call.config)
         torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
         torch.set_num_threads(settings.engine.threads)
@@ -157,7 +157,7 @@ class Worker:
             return stores[0]
 
         engine.keep_in(keep)
-        return Site(problem, engine, stores[0])
+        return NodeRun(problem, engine, stores[0])
 
     def _settings(self, text: str) -> Settings:
         """The run's settings, with Python files taken from this node's own `code` folder and from nowhere else."""
@@ -186,7 +186,7 @@ def serve(folder: Path, pipe: Connection) -> None:
         signal.signal(number, signal.SIG_DFL)
     hold()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    worker = Worker(folder)
+    worker = NodeWorker(folder)
     while True:
         try:
             data = pipe.recv_bytes()
@@ -217,4 +217,4 @@ def _counted(score: Score) -> Counted:
 
 def _reason(error: BaseException) -> str:
     """One line for the server; the whole of it stays in the node's log."""
-    return " ".join(blame(error).split())[:LONGEST]
+    return " ".join(one_line(error).split())[:LONGEST]

@@ -54,7 +54,7 @@ class Score(NamedTuple):
         return float(self.right.sum() / self.rows.sum()) if self.rows.sum() else float("nan")
 
 
-class Ask(NamedTuple):
+class ScoreRequest(NamedTuple):
     """Which model of a client to score on which rows."""
 
     name: str  # the key in the reply
@@ -169,7 +169,9 @@ class Engine(ABC):
         return cohort
 
     @abstractmethod
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """Score the clients' personal predictors: one dictionary per client, by the names of the asks."""
 
     @abstractmethod
@@ -200,10 +202,10 @@ class Engine(ABC):
         """Let go of workers and files."""
 
 
-def total(scores: Iterable[Score]) -> Score:
+def sum_scores(scores: Iterable[Score]) -> Score:
     """Several scores as one."""
     every = list(scores)
     return Score(np.sum([s.right for s in every], axis=0), np.sum([s.rows for s in every], axis=0))
 
 
-__all__ = ["Ask", "Engine", "Problem", "Reply", "Score", "Tensor", "total"]
+__all__ = ["Engine", "Problem", "Reply", "Score", "ScoreRequest", "Tensor", "sum_scores"]

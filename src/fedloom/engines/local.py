@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from fedloom import tree
-from fedloom.accelerator import HOST, ON_HOST, Place
-from fedloom.engines.base import Ask, Engine, Problem, Reply, Score
+from fedloom.accelerator import HOST, ON_HOST, DeviceBudget
+from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.scoring import Scorer, common_part, none, score_of
 from fedloom.engines.stores import MappedStore, MemoryStore, Store
 from fedloom.engines.transfer import DeviceStore, Mover, moved
@@ -29,7 +29,7 @@ from fedloom.tree import Tree, Weights
 T = TypeVar("T")
 
 
-class Member(NamedTuple):
+class CohortMember(NamedTuple):
     """One member of a cohort, and its downlink."""
 
     slot: int  # position in the cohort
@@ -44,7 +44,9 @@ class LocalEngine(Engine):
     that leave the engine are on the host.
     """
 
-    def __init__(self, problem: Problem, place: Place = ON_HOST, convolutions: Convolutions | None = None) -> None:
+    def __init__(
+        self, problem: Problem, place: DeviceBudget = ON_HOST, convolutions: Convolutions | None = None
+    ) -> None:
         """`convolutions`: how those of several lanes are computed."""
         super().__init__(problem)
         self.device = device = place.device
@@ -80,14 +82,14 @@ class LocalEngine(Engine):
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
         self.to_device = Mover(self.device)  # knows the tensors of one round
-        members = [Member(slot, i, down.to(slot)) for slot, i in enumerate(cohort)]
+        members = [CohortMember(slot, i, down.to(slot)) for slot, i in enumerate(cohort)]
         return sorted(self.updates(number, members), key=lambda reply: reply.slot)
 
     @abstractmethod
-    def updates(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
+    def updates(self, number: int, members: Sequence[CohortMember]) -> Iterator[Reply]:
         """The local updates of some members of the cohort of round `number`, in any order."""
 
-    def finish(self, member: Member, done: Outcome, started: float) -> Reply:
+    def finish(self, member: CohortMember, done: Outcome, started: float) -> Reply:
         """Store a client after its local update, which began at `started`, and return its reply.
 
         A client that diverged is not stored: it would never recover.
@@ -137,12 +139,14 @@ class LocalEngine(Engine):
         plan = p.plan_of(i) if purpose == "train" else p.plan
         return Site(rows, plan, p.task, p.stream(number, i, purpose), p.codec)
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`."""
         return self.score_part(number, down, clients, asks, (0, 1))
 
     def score_part(
-        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask], part: tuple[int, int]
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
         """`score`, on the k-th of n pieces of the common rows, `part=(k, n)`."""
         message = moved(down.common, self.device)
@@ -156,7 +160,7 @@ class LocalEngine(Engine):
         found = {ask.name: scorer.scores() for ask, scorer in zip(asks, scorers, strict=True)}
         return [{name: scores[i] for name, scores in found.items()} for i in clients]
 
-    def scorer(self, ask: Ask, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
+    def scorer(self, ask: ScoreRequest, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
         """A scorer of clients' personal predictors."""
         predictor = self.problem.method.predictors()["personal"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Score
+from fedloom.engines.base import Score, ScoreRequest
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.transfer import moved
 from fedloom.method import Client, Downlink, Phase, Turn, init_opts, without
@@ -11,14 +11,14 @@ from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
 
-class Joining(Sequential):
+class Newcomers(Sequential):
     """Newcomers, one after another, in this process.
 
     A newcomer receives what the server would send it to predict with, and takes turns by itself: the method's own phases, with all that
     travels left as it was received. It sends nothing. Its turns count from 0, so the learning rate starts where everybody's did.
     """
 
-    def score_received(self, i: int, down: Downlink, ask: Ask) -> Score:
+    def score_received(self, i: int, down: Downlink, ask: ScoreRequest) -> Score:
         """How newcomer `i` does with what it receives, before any work of its own (`adapt` included)."""
         message = moved(down.common, self.device)
         scorer = self.scorer(ask, message)

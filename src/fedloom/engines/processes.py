@@ -24,13 +24,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Problem, Reply, Score, total
+from fedloom.engines.base import Problem, Reply, Score, ScoreRequest, sum_scores
 from fedloom.engines.forwarding import ForwardingEngine
-from fedloom.engines.local import LocalEngine, Member
+from fedloom.engines.local import CohortMember, LocalEngine
 from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.shared_folders import new_folder
-from fedloom.engines.stores import Layout, Slab, layout_of, views
+from fedloom.engines.stores import Slab, TreeLayout, layout_of, views
 from fedloom.engines.vectorised import Vectorised
 from fedloom.errors import WorkerError
 from fedloom.method import Downlink
@@ -44,7 +44,7 @@ class Message(NamedTuple):
     """Where a tree lies: a slab's file and its layout."""
 
     file: str
-    layout: Layout
+    layout: TreeLayout
 
 
 class Slabs:
@@ -53,7 +53,9 @@ class Slabs:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, Slab] = {}
-        self._last: dict[str, tuple[Layout, Tree]] = {}  # the layout of the last message in each file, and its views
+        self._last: dict[
+            str, tuple[TreeLayout, Tree]
+        ] = {}  # the layout of the last message in each file, and its views
 
     def put(self, name: str, value: Tree) -> Message:
         """Write a tree into the file `name`."""
@@ -99,7 +101,9 @@ class Processes(ForwardingEngine):
         replies = [reply._replace(uplink=self._slabs.get(reply.uplink)) for reply in replies]  # type: ignore[arg-type]
         return sorted(replies, key=lambda reply: reply.slot)
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`: own rows are shared out by clients, common rows by pieces (unless clients train before they are scored)."""
         common = self._slabs.put("down", down.common)
         n = len(self._workers)
@@ -111,7 +115,7 @@ class Processes(ForwardingEngine):
         """See `Engine.score_server`."""
         common = self._slabs.put("down", down.common)
         n = len(self._workers)
-        return total(self._share_out([("server", 0, common, (k, n)) for k in range(n)]))
+        return sum_scores(self._share_out([("server", 0, common, (k, n)) for k in range(n)]))
 
     def close(self) -> None:
         """End the workers. The clients can still be asked for; their files go with this object."""
@@ -217,7 +221,8 @@ def _do(engine: LocalEngine, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     (places,) = what
     started = time.perf_counter()
     members = [
-        Member(slot, i, tree.merge(down.common, slabs.get(own)) if own else down.common) for slot, i, own in places
+        CohortMember(slot, i, tree.merge(down.common, slabs.get(own)) if own else down.common)
+        for slot, i, own in places
     ]
     replies = [
         reply._replace(uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]

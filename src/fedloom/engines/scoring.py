@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.data import Federation
-from fedloom.engines.base import Ask, Score, total
+from fedloom.engines.base import Score, ScoreRequest, sum_scores
 from fedloom.method import Client
 
 ROWS_AT_ONCE = 8192  # own rows of neighbours are gathered up to about this many
@@ -22,7 +22,7 @@ Predict = Callable[[int, Client, Tensor], Tensor]  # (client number, client, inp
 class Scorer:
     """Answers one `Ask` for clients that come one after another."""
 
-    def __init__(self, ask: Ask, data: Federation, predict: Predict, part: tuple[int, int]) -> None:
+    def __init__(self, ask: ScoreRequest, data: Federation, predict: Predict, part: tuple[int, int]) -> None:
         """`part=(k, n)`: of the common rows only the k-th of n pieces."""
         self._ask, self._data, self._predict, self._part = ask, data, predict, part
         self._last: Client | None = None
@@ -73,11 +73,11 @@ class Share(NamedTuple):
     """A part of the scoring: some clients, some asks, and the k-th of n pieces of the common rows."""
 
     clients: Sequence[int]
-    asks: Sequence[Ask]
+    asks: Sequence[ScoreRequest]
     part: tuple[int, int]
 
 
-def shares(asks: Sequence[Ask], groups: Sequence[Sequence[int]], by_rows: bool) -> list[Share]:
+def shares(asks: Sequence[ScoreRequest], groups: Sequence[Sequence[int]], by_rows: bool) -> list[Share]:
     """The scoring in about as many parts as there are groups of clients.
 
     Own rows go by groups. Common rows go by pieces if `by_rows`: then a model that many clients hold is scored once, not once a group.
@@ -93,14 +93,14 @@ def merged(
     work: Sequence[Share],
     done: Iterable[Sequence[Mapping[str, Score]]],
     clients: Sequence[int],
-    asks: Sequence[Ask],
+    asks: Sequence[ScoreRequest],
 ) -> list[dict[str, Score]]:
     """What the shares brought, one dictionary per client, in the order of `clients` and `asks`."""
     found: dict[int, dict[str, Score]] = {i: {} for i in clients}
     for share, scores in zip(work, done, strict=True):
         for i, mine in zip(share.clients, scores, strict=True):
             for name, score in mine.items():
-                found[i][name] = total([found[i][name], score]) if name in found[i] else score
+                found[i][name] = sum_scores([found[i][name], score]) if name in found[i] else score
     return [{ask.name: found[i][ask.name] for ask in asks} for i in clients]
 
 

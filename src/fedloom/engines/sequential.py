@@ -6,19 +6,19 @@ import time
 from collections.abc import Iterator, Sequence
 
 from fedloom.engines.base import Reply
-from fedloom.engines.local import LocalEngine, Member
+from fedloom.engines.local import CohortMember, LocalEngine
 from fedloom.training.turn import Outcome, run_turn
 
 
 class Sequential(LocalEngine):
     """Runs the clients of a cohort one by one, in this process."""
 
-    def updates(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
+    def updates(self, number: int, members: Sequence[CohortMember]) -> Iterator[Reply]:
         """See `LocalEngine.updates`."""
         for member in members:
             yield self.update(number, member)
 
-    def update(self, number: int, member: Member) -> Reply:
+    def update(self, number: int, member: CohortMember) -> Reply:
         """The local update of one member of the cohort: load the client, let it work, store it, reply."""
         started, i = time.perf_counter(), member.client
         message, client = self.to_device(member.message), self.load(i)

@@ -29,14 +29,14 @@ class Leaf(NamedTuple):
     n_bytes: int
 
 
-class Layout(NamedTuple):
+class TreeLayout(NamedTuple):
     """Where the leaves of a tree lie in a slab: a tree of `Leaf`s, and the slab's size in bytes."""
 
     leaves: Tree
     n_bytes: int
 
 
-def layout_of(example: Tree) -> Layout:
+def layout_of(example: Tree) -> TreeLayout:
     """The layout for all trees of the structure of `example`."""
     end = 0
 
@@ -47,10 +47,10 @@ def layout_of(example: Tree) -> Layout:
         return Leaf(leaf.dtype, tuple(leaf.shape), start, n_bytes)
 
     leaves = tree.map_tree(place, example)  # type: ignore[arg-type]
-    return Layout(leaves, end)
+    return TreeLayout(leaves, end)
 
 
-def views(data: Tensor, layout: Layout) -> Tree:
+def views(data: Tensor, layout: TreeLayout) -> Tree:
     """The tree that lies in some bytes (n,) uint8; its leaves are views and change with them."""
 
     def view(leaf: Leaf) -> Tensor:
@@ -111,7 +111,7 @@ class MappedStore:
     def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
         """`kind_of[i]` is the same for clients of one structure."""
         self._blank, self._folder, self._kind_of = blank, folder, kind_of
-        self._slabs: dict[int, tuple[Layout, Slab]] = {}
+        self._slabs: dict[int, tuple[TreeLayout, Slab]] = {}
         self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for those that are
 
     def get(self, i: int) -> Client:

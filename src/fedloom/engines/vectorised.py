@@ -14,9 +14,9 @@ from functools import partial
 import torch
 
 from fedloom import tree
-from fedloom.accelerator import HOST, ON_HOST, Place, free_bytes
+from fedloom.accelerator import HOST, ON_HOST, DeviceBudget, free_bytes
 from fedloom.engines.base import Problem, Reply
-from fedloom.engines.local import Member
+from fedloom.engines.local import CohortMember
 from fedloom.engines.sequential import Sequential
 from fedloom.method import Turn, trains_of
 from fedloom.training.fast.convolutions import Convolutions
@@ -40,7 +40,7 @@ class Vectorised(Sequential):
         self,
         problem: Problem,
         lanes: int | None = None,
-        place: Place = ON_HOST,
+        place: DeviceBudget = ON_HOST,
         convolutions: Convolutions | None = None,
     ) -> None:
         super().__init__(problem, place, convolutions)
@@ -53,14 +53,14 @@ class Vectorised(Sequential):
             size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self.device) // 2
         return max(1, min(most, room // max(size, 1)))
 
-    def updates(self, number: int, members: Sequence[Member]) -> Iterator[Reply]:
+    def updates(self, number: int, members: Sequence[CohortMember]) -> Iterator[Reply]:
         """See `LocalEngine.updates`."""
         for group in self._groups(number, members):
             yield from self._group_turns(number, group)
 
-    def _groups(self, number: int, members: Sequence[Member]) -> list[list[Member]]:
+    def _groups(self, number: int, members: Sequence[CohortMember]) -> list[list[CohortMember]]:
         """Clients of one architecture with the same work and similar numbers of rows together, as many as there are lanes."""
-        alike: dict[tuple[int, tuple[str, ...]], list[Member]] = {}
+        alike: dict[tuple[int, tuple[str, ...]], list[CohortMember]] = {}
         p, trains = self.problem, trains_of(self.problem.method.phases())
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
             turn = Turn(number, p.task.rounds - 1, p.data.n_train(member.client))
@@ -69,7 +69,7 @@ class Vectorised(Sequential):
         sizes = [(mine, self._lanes[arch]) for (arch, _), mine in alike.items()]
         return [mine[start : start + lanes] for mine, lanes in sizes for start in range(0, len(mine), lanes)]
 
-    def _group_turns(self, number: int, group: list[Member]) -> Iterator[Reply]:
+    def _group_turns(self, number: int, group: list[CohortMember]) -> Iterator[Reply]:
         arch = self.problem.arch_of[group[0].client]
         if self._lanes[arch] == 1 or len(group) == 1:
             yield from super().updates(number, group)
@@ -91,7 +91,7 @@ class Vectorised(Sequential):
         for start in range(0, len(group), lanes):
             yield from self._group_turns(number, group[start : start + lanes])
 
-    def _ended(self, number: int, member: Member, end: Callable[[], Outcome], started: float) -> Reply:
+    def _ended(self, number: int, member: CohortMember, end: Callable[[], Outcome], started: float) -> Reply:
         """The reply to a turn that began at `started`, as it were, after its end."""
         try:
             done = end()
@@ -100,7 +100,7 @@ class Vectorised(Sequential):
             raise
         return self.finish(member, done, started)
 
-    def _mapped_turns(self, number: int, group: list[Member]) -> tuple[list[Callable[[], Outcome]], float]:
+    def _mapped_turns(self, number: int, group: list[CohortMember]) -> tuple[list[Callable[[], Outcome]], float]:
         """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self.to_device(member.message) for member in group]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Engine, Reply, Score
+from fedloom.engines.base import Engine, Reply, Score, ScoreRequest
 from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.errors import MethodError
 from fedloom.method import Client, Downlink
@@ -36,7 +36,9 @@ class Wrapper(ForwardingEngine):
         """See `Engine.asked`."""
         return self.inner.asked(cohort)
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`."""
         return self.inner.score(number, down, clients, asks)
 
@@ -81,7 +83,9 @@ class Bytes(Wrapper):
             for r in replies
         ]
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`."""
         return self.inner.score(
             number, Downlink(self._through(down.common, round=number, client=0, examples=0)), clients, asks
@@ -121,7 +125,9 @@ class Debug(Wrapper):
                 )
         return replies
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`; a client, or the downlink, that scoring changed is a MethodError."""
         before, sent = self._copies(), tree.clone(down.common)
         with self._watched_modules(f"scoring after {number} rounds"):

@@ -16,7 +16,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class Ledger:
+class Accounting:
     """What a run has cost so far."""
 
     def __init__(self, problem: Problem, state: Mapping[str, Any] | None = None) -> None:

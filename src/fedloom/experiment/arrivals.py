@@ -21,12 +21,12 @@ from fedloom import tree
 from fedloom.config.settings import Settings
 from fedloom.engines import Problem, Reply
 from fedloom.errors import ConfigError, DivergedError, WireError
-from fedloom.experiment.uplink_forms import Form, Forms
+from fedloom.experiment.uplink_forms import UplinkForm, UplinkForms
 from fedloom.method import Arrival, Downlink, Method
 from fedloom.nets import without_negative_variances
 from fedloom.rng import Stream
 from fedloom.tree import Tree
-from fedloom.wire.messages import compare
+from fedloom.wire.messages import check_structure
 
 Row = dict[str, Any]
 
@@ -55,14 +55,14 @@ def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
         raise ConfigError(f"min_clients={least}: a cohort has {max_cohort} members at most")
 
 
-class Roster(NamedTuple):
+class Participants(NamedTuple):
     """Places in the cohort."""
 
     sent: list[int]  # those who are sent the downlink
     working: list[int]  # those whose turn is run
 
 
-class Flight(NamedTuple):
+class LateUplink(NamedTuple):
     """An uplink under way."""
 
     client: int
@@ -72,7 +72,7 @@ class Flight(NamedTuple):
     message: Tree  # the uplink; in place of its weights, what they gained over those of the downlink
 
 
-class Asked(NamedTuple):
+class RoundRequest(NamedTuple):
     """What clients were asked in a round. A reply's slot is its place among those who work."""
 
     number: int
@@ -81,7 +81,7 @@ class Asked(NamedTuple):
     working: Sequence[int]  # places in the cohort
 
 
-class Taken(NamedTuple):
+class AcceptedUplinks(NamedTuple):
     """What the server aggregates, in the order in which it does."""
 
     uplinks: list[Tree]
@@ -89,20 +89,20 @@ class Taken(NamedTuple):
     refused: frozenset[int]  # clients whose reply is not taken in, now or later
 
 
-class Intake:
+class Arrivals:
     """The rules of one experiment, the uplinks under way, and counts of what did not go as it should."""
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
         self._min_clients = settings.min_clients
-        self._screen = Screen(problem)
+        self._screen = UplinkCheck(problem)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
-        self.flights: dict[int, Flight] = {}  # by client: a device does one turn at a time
-        self._overdue: dict[int, Asked] = {}  # clients whose devices really are late, which nobody simulates
+        self.flights: dict[int, LateUplink] = {}  # by client: a device does one turn at a time
+        self._overdue: dict[int, RoundRequest] = {}  # clients whose devices really are late, which nobody simulates
         self.counts = {"lost": 0, "late": 0, "rejected": 0, "skipped": 0, "virtual_steps": 0.0}
         self.events: list[Row] = []  # since they were last taken away
 
-    def roster(self, number: int, cohort: Sequence[int], at_work: Collection[int] = ()) -> Roster:
+    def roster(self, number: int, cohort: Sequence[int], at_work: Collection[int] = ()) -> Participants:
         """Who takes part: clients `at_work`, or whose uplink is still under way, are left alone; lost ones and stragglers do no work."""
         busy = [slot for slot, i in enumerate(cohort) if i in self.flights or i in at_work]
         sent = [slot for slot in range(len(cohort)) if slot not in busy]
@@ -111,9 +111,9 @@ class Intake:
         self._note(number, "busy", [cohort[slot] for slot in busy])
         self._note(number, "lost", [cohort[slot] for slot in lost], reason="devices.dropout")
         self._note(number, "late", [cohort[slot] for slot in dropped], reason="dropped")
-        return Roster(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
+        return Participants(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
 
-    def take(self, now: Asked, replies: Sequence[Reply], at_work: Collection[int] = ()) -> Taken:
+    def take(self, now: RoundRequest, replies: Sequence[Reply], at_work: Collection[int] = ()) -> AcceptedUplinks:
         """What there is to aggregate, given what was asked in this round and the replies; nothing where too few arrived.
 
         `at_work`: clients whose reply may still come with a later round. Replies are as they travelled; what is taken is as the method
@@ -151,12 +151,12 @@ class Intake:
         if len(fresh) + len(landed) < self._min_clients:
             reason = f"{len(fresh) + len(landed)} arrived, min_clients={self._min_clients}"
             self._note(number, "skipped", reason=reason)
-            return Taken([], (), frozenset(refused))
+            return AcceptedUplinks([], (), frozenset(refused))
         uplinks = [reply.uplink for reply in fresh]
         uplinks += [self._screen.rebased(number, flight, down) for flight in landed]
         members = [(r.client, r.slot, r.examples, 0) for r in fresh]
         members += [(f.client, f.slot, f.examples, number - f.sent) for f in landed]
-        return Taken(uplinks, _arrivals(members), frozenset(refused))
+        return AcceptedUplinks(uplinks, _arrivals(members), frozenset(refused))
 
     @property
     def _age(self) -> int:
@@ -177,7 +177,7 @@ class Intake:
         turns = [sum(r.steps.values()) * (self._slowdown[r.client] if waits else 1.0) for r in replies]
         self.counts["virtual_steps"] += max(turns, default=0.0)
 
-    def _due(self, number: int) -> list[Flight]:
+    def _due(self, number: int) -> list[LateUplink]:
         """Take the uplinks that are due off their way."""
         due = [flight for flight in self.flights.values() if flight.sent + self._age <= number]
         for flight in due:
@@ -203,15 +203,15 @@ class Intake:
     def restore(self, state: Mapping[str, Any], messages: Mapping[int, Tree]) -> None:
         """Put back what `state` gave, and the messages under way by client."""
         self.counts |= state.get("counts", {})
-        flights = [Flight(**flight) for flight in state.get("flights", ())]
+        flights = [LateUplink(**flight) for flight in state.get("flights", ())]
         self.flights = {f.client: f._replace(message=messages.get(f.client, {})) for f in flights}
 
 
-class Screen:
+class UplinkCheck:
     """Tells uplinks that can be aggregated from those that cannot."""
 
     def __init__(self, problem: Problem) -> None:
-        self._problem, self._forms = problem, Forms(problem)
+        self._problem, self._forms = problem, UplinkForms(problem)
 
     def opened(self, number: int, reply: Reply, down: Downlink) -> Tree:
         """The uplink as the method wrote it.
@@ -233,17 +233,17 @@ class Screen:
             raise WireError(f"'{broken}' is not finite")
         return uplink
 
-    def _check_form(self, uplink: Tree, form: Form) -> None:
+    def _check_form(self, uplink: Tree, form: UplinkForm) -> None:
         got, want = tree.structure(uplink), dict(form.structure)
         if got.keys() != want.keys():
-            compare(dict.fromkeys(got), dict.fromkeys(want))
+            check_structure(dict.fromkeys(got), dict.fromkeys(want))
         for path, length in self._problem.method.ragged(uplink).items():
             for place in want.keys() & {path, f"{path}/int8"}:
                 shape, dtype = want[place]
                 want[place] = (length, *shape[1:]), dtype
-        compare(got, want)
+        check_structure(got, want)
 
-    def rebased(self, number: int, flight: Flight, down: Downlink) -> Tree:
+    def rebased(self, number: int, flight: LateUplink, down: Downlink) -> Tree:
         """A late uplink as if its client had started from the weights that the server holds now."""
         template = self._forms.of(number, flight.client, down.common).uplink
         message = tree.merge(template, flight.message)  # branches without tensors are lost in a checkpoint
@@ -261,12 +261,12 @@ def require_finite(server: Tree, number: int, last: int) -> None:
         )
 
 
-def _flight(number: int, reply: Reply, down: Downlink) -> Flight:
+def _flight(number: int, reply: Reply, down: Downlink) -> LateUplink:
     """An uplink on its way."""
     received = down.to(reply.slot)["weights"]
     gained = tree.map_tree(torch.sub, reply.uplink["weights"], received)
     rest = tree.clone({name: part for name, part in reply.uplink.items() if name != "weights"})
-    return Flight(reply.client, reply.slot, reply.examples, number, {**rest, "weights": gained})
+    return LateUplink(reply.client, reply.slot, reply.examples, number, {**rest, "weights": gained})
 
 
 def _arrivals(members: Sequence[tuple[int, int, int, int]]) -> tuple[Arrival, ...]:

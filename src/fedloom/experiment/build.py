@@ -175,7 +175,7 @@ def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:
         raise ConfigError(f"{told} {error}") from None
 
 
-def engine_for(settings: Settings, place: accelerator.Place, problem: Problem) -> Engine:
+def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Problem) -> Engine:
     """The engine that the settings name."""
     e = settings.engine
     return make_engine(e.name, problem, e.workers, e.lanes, e.address, e.deadline_s, place, e.convolutions)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.config.settings import Settings
-from fedloom.engines import Ask, Engine, Problem, Score, total
+from fedloom.engines import Engine, Problem, Score, ScoreRequest, sum_scores
 from fedloom.experiment import metrics
 from fedloom.method import Downlink
 from fedloom.rng import Stream
@@ -28,16 +28,16 @@ class Scoring:
         self._tests_are_common = np.array_equal(np.sort(np.concatenate(tests)), np.sort(common))
         self.clients: Sequence[int] = _sample(problem.task.n_clients, settings)
 
-    def asks(self, general: bool) -> list[Ask]:
+    def asks(self, general: bool) -> list[ScoreRequest]:
         """What is asked of every client. Where none has test rows of its own, personal predictors are scored on the common rows."""
         own = "test" if self._own_tests else "common"
-        asks = [Ask("personal_accuracy", own)]
+        asks = [ScoreRequest("personal_accuracy", own)]
         if self._settings.eval.fitted and not self._problem.method.pooled:  # nobody has a turn of its own there
-            asks.append(Ask("fitted", own, fitted=True))
+            asks.append(ScoreRequest("fitted", own, fitted=True))
         if any(map(len, self._problem.data.partition.valid)):
-            asks.append(Ask("valid", "valid"))
+            asks.append(ScoreRequest("valid", "valid"))
         if general and self._own_tests:
-            asks.append(Ask("general_accuracy", "common"))
+            asks.append(ScoreRequest("general_accuracy", "common"))
         return asks
 
     def score(self, number: int, down: Downlink, general: bool) -> Scores:
@@ -55,7 +55,7 @@ class Scoring:
         if "fitted" in found:
             row |= metrics.spread(found["fitted"], "personal_accuracy_fitted", known)
         if "valid" in found:
-            row["valid_accuracy"] = metrics.number(total(found["valid"]).accuracy)
+            row["valid_accuracy"] = metrics.number(sum_scores(found["valid"]).accuracy)
         row |= {"general_accuracy": None, "server_accuracy": None}
         row["personal_recall"] = metrics.recall(found["personal_accuracy"])
         if "general_accuracy" in found:
@@ -74,7 +74,7 @@ class Scoring:
             if "general_accuracy" in found or not self._own_tests:
                 known = found.get("general_accuracy", scored)[0]
             elif len(scored) == data.n_clients and self._tests_are_common:
-                known = total(scored)
+                known = sum_scores(scored)
             if known and known.rows.sum() == n_common:
                 return known
         return self._engine.score_server(down)

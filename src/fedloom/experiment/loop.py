@@ -15,11 +15,11 @@ from torch import nn
 from fedloom import accelerator, data, tree
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, participation_range, to_toml
-from fedloom.engines import Engine, Joining, Problem, Reply, Score
+from fedloom.engines import Engine, Newcomers, Problem, Reply, Score
 from fedloom.errors import RunFolderError
 from fedloom.experiment import metrics
-from fedloom.experiment.accounting import Ledger
-from fedloom.experiment.arrivals import Asked, Intake, require_finite
+from fedloom.experiment.accounting import Accounting
+from fedloom.experiment.arrivals import Arrivals, RoundRequest, require_finite
 from fedloom.experiment.build import arithmetic, engine_for, initial_weights, make_federation, make_problem
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.personal_model import PersonalModel
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
 
 
-class Parts(NamedTuple):
+class GivenObjects(NamedTuple):
     """Objects from Python in place of what the settings name."""
 
     method: Method | None = None
@@ -47,13 +47,13 @@ class Parts(NamedTuple):
     engine: Callable[[Problem], Engine] | None = None
 
 
-NOTHING = Parts()
+NOTHING = GivenObjects()
 
 
 class Experiment:
     """A federation, a method and an engine, ready to run; everything it writes goes into its folder."""
 
-    def __init__(self, settings: Settings, parts: Parts = NOTHING, folder: RunFolder | None = None) -> None:
+    def __init__(self, settings: Settings, parts: GivenObjects = NOTHING, folder: RunFolder | None = None) -> None:
         check_trackers(settings.log)
         if folder is None and settings.out:
             RunFolder.check_free(settings.out)
@@ -74,8 +74,8 @@ class Experiment:
         self.done = self.saved = 0  # rounds, and rounds at the last checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
-        self.ledger = Ledger(self.problem)
-        self.intake = Intake(self.problem, settings)
+        self.ledger = Accounting(self.problem)
+        self.intake = Arrivals(self.problem, settings)
         self._has_run = False
         try:
             self.scoring = Scoring(self.problem, settings, self.engine)
@@ -97,7 +97,7 @@ class Experiment:
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path, parts: Parts = NOTHING) -> Experiment:
+    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
         """Take up a run from its last checkpoint (or from the start, where there is none yet)."""
         folder = RunFolder.open(Path(path))
         if (folder.path / "summary.json").exists():
@@ -108,7 +108,7 @@ class Experiment:
         return experiment
 
     @classmethod
-    def reopen(cls, path: str | Path, parts: Parts = NOTHING) -> Experiment:
+    def reopen(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
         """A run as its last checkpoint left it, finished or not, to look at: sequential, on the CPU; its folder stays as it is."""
         folder = RunFolder.open(Path(path))
         if not folder.has_checkpoint():
@@ -156,14 +156,14 @@ class Experiment:
         sent = self.problem.codec.send(down)
         roster = self.intake.roster(number, cohort, self.engine.busy())
         replies = self._train(number, cohort, sent, roster.working)
-        taken = self.intake.take(Asked(number, cohort, sent, roster.working), replies, self.engine.busy())
+        taken = self.intake.take(RoundRequest(number, cohort, sent, roster.working), replies, self.engine.busy())
         rng = Stream(self.settings.seed, "server", number)
         uplinks = self.hooks.exchange(taken.uplinks, number, rng.child("exchange")) if taken.uplinks else []
         before, round = self.server, Round(number, self.problem.task.n_clients, taken.arrivals, rng)
         if uplinks:
             server = self.hooks.aggregate(before, uplinks, round)
             require_finite(server, number, self.saved)
-            self.server = tree.apart(server, uplinks)  # FedMR's slots are the uplinks themselves
+            self.server = tree.copy_shared(server, uplinks)  # FedMR's slots are the uplinks themselves
         working = [cohort[slot] for slot in roster.working]
         away = set(working).difference(self.engine.asked(working))
         reached = {cohort[slot]: sent.to(slot) for slot in roster.sent if cohort[slot] not in away}
@@ -268,7 +268,7 @@ class Experiment:
         """Let those join who took no part in training: nothing of theirs reaches the server. What the summary says of them."""
         if not self.settings.join.clients:
             return {}
-        started, joining = time.perf_counter(), Joining(self.problem, self.place)
+        started, joining = time.perf_counter(), Newcomers(self.problem, self.place)
         down = self.problem.codec.through(self.hooks.deploy(self.server, self.done))
         ask, turns = self.scoring.asks(general=False)[0], self.settings.join.turns
         before, after = list[Score](), list[Score]()
@@ -292,7 +292,9 @@ class Experiment:
 
     def _describe(self, folder: RunFolder) -> None:
         folder.write("config.toml", to_toml(self.settings))
-        folder.write_json("environment.json", environment() | {"device": accelerator.describe(self.place.device)})
+        folder.write_json(
+            "environment.json", environment() | {"device": accelerator.describe_device(self.place.device)}
+        )
         folder.write("partition.json", json.dumps(self._dealt()))
 
     def _dealt(self) -> Row:
@@ -314,7 +316,7 @@ class Experiment:
         saved = folder.load_checkpoint()
         state, server, clients = saved if saved else ({"round": 0}, {}, {})
         self.done = self.saved = state["round"]
-        self.ledger = Ledger(self.problem, state)
+        self.ledger = Accounting(self.problem, state)
         self.intake.restore(state, folder.load_late())
         self.rows = [row for row in folder.rows() if row["round"] <= self.done]
         self.client_rows = _without_nan(folder.read_clients(self.done))
@@ -348,7 +350,7 @@ class Experiment:
             "downlink_bytes": self.ledger.total("downlink"),
             "bytes_by_kind": self.ledger.kinds,
             **self.intake.counts,
-            **metrics.reached(self.rows, s.eval.target),
+            **metrics.cost_to_target(self.rows, s.eval.target),
             "seconds": self.ledger.train_seconds + self.ledger.eval_seconds,
             "train_seconds": self.ledger.train_seconds,
             "seconds_by_phase": self.ledger.phase_seconds,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.engines import Reply, Score, total
+from fedloom.engines import Reply, Score, sum_scores
 
 Row = dict[str, Any]
 
@@ -25,13 +25,13 @@ def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = 
         return {}
     worst = np.sort(each)[: max(1, math.ceil(each.size / 10))]
     row: Row = {
-        name: total(scores).accuracy,
+        name: sum_scores(scores).accuracy,
         f"{name}_uniform": float(each.mean()),
         f"{name}_std": float(each.std()),
         f"{name}_worst10": float(worst.mean()),
     }
     if trained is not None and any(trained):
-        row[f"{name}_trained"] = number(total([s for s, t in zip(scores, trained, strict=True) if t]).accuracy)
+        row[f"{name}_trained"] = number(sum_scores([s for s, t in zip(scores, trained, strict=True) if t]).accuracy)
     return row
 
 
@@ -43,7 +43,7 @@ def over_clients(scores: Sequence[Score], name: str) -> Row:
 
 def recall(scores: Sequence[Score]) -> list[float | None]:
     """Each class's part that was predicted rightly, of all rows of all scores, to four digits; None for a class without rows."""
-    right, rows = total(scores)
+    right, rows = sum_scores(scores)
     return [round(float(r / n), 4) if n else None for r, n in zip(right, rows, strict=True)]
 
 
@@ -91,7 +91,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
     return found | {name: last[name] for name in RECALLS if name in last}
 
 
-def reached(rows: Sequence[Mapping[str, Any]], target: float | None, name: str = "personal_accuracy") -> Row:
+def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, name: str = "personal_accuracy") -> Row:
     """The first evaluated round in which `name` was at least `target`, and the bytes sent both ways until then; None if it never was."""
     if target is None:
         return {}

@@ -14,7 +14,7 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
 
-class Form(NamedTuple):
+class UplinkForm(NamedTuple):
     """The uplink of a client that has done nothing."""
 
     uplink: Tree  # as the method wrote it
@@ -22,16 +22,16 @@ class Form(NamedTuple):
     structure: dict[str, tuple[tuple[int, ...], torch.dtype]]  # of what travels
 
 
-class Forms:
+class UplinkForms:
     """The forms of one problem's uplinks, each derived once."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._initial: dict[int, Weights] = {}  # by architecture
-        self._known: dict[tuple[int, object], Form] = {}
+        self._known: dict[tuple[int, object], UplinkForm] = {}
         self._last: tuple[Tree, object] = {}, ()  # a downlink that many clients had, and its structure
 
-    def of(self, number: int, i: int, down: Tree) -> Form:
+    def of(self, number: int, i: int, down: Tree) -> UplinkForm:
         """The form of client `i`'s uplink in round `number`; `down` is its message, as the method reads it."""
         p, arch = self._problem, self._problem.arch_of[i]
         if self._last[0] is not down:
@@ -48,5 +48,5 @@ class Forms:
             turn = Turn(number, p.task.rounds - 1, 1, dict.fromkeys(names, 1))
             uplink, _ = p.method.uplink(client._replace(weights=received), received, down, turn)
             travels, _ = p.codec.reply(uplink, down, client.unsent, Stream())
-            self._known[key] = Form(uplink, travels, tree.structure(travels))
+            self._known[key] = UplinkForm(uplink, travels, tree.structure(travels))
         return self._known[key]

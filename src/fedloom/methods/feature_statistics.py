@@ -31,7 +31,7 @@ def zeros(form: Form, n_classes: int, width: int) -> Tree:
     return {"counts": counts, "sums": counts.new_zeros(n_classes, width), "squares": squares}
 
 
-def add(found: Tree, features: Tensor, labels: Tensor, form: Form) -> Tree:
+def add_features(found: Tree, features: Tensor, labels: Tensor, form: Form) -> Tree:
     """What was found, and these rows (B, p) with their classes (B,)."""
     z, member = features.double(), losses.one_hot(labels, len(found["counts"])).double()
     squares = z.T @ z if form == "full" else member.T @ z.square() if form == "class" else z.square().sum(0)
@@ -56,7 +56,7 @@ def within(found: Tree, form: Form) -> Tensor:
     return ((squares - (sums * means).sum(0)) / n).clamp(min=0)
 
 
-def total(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
+def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
     """The law of total variance over clients: the mean of their variances plus the variance of their class means.
 
     Args:
@@ -75,7 +75,7 @@ def total(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor, form: F
     return torch.einsum("ky,kp->p", shares, inside) + torch.einsum("ky,kyp->p", shares, away.square())
 
 
-def spread_of(variance: Tensor, floor: float, form: Form) -> Tensor:
+def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
     """The square root, with standard deviations of at least `floor` (of at least about that for `full`: its square is added).
 
     A covariance that was rounded on its way may have negative eigenvalues; they count as 0.
@@ -96,7 +96,7 @@ def own_deviations(variance: Tensor, floor: float, labels: Tensor, form: Form) -
     """The standard deviations of `spread_of` for rows of these classes, (p,) or (B, p), without the factor of a whole matrix."""
     if form == "full":
         return (variance.diagonal() + floor**2).sqrt()
-    return deviations(spread_of(variance, floor, form), labels, form)
+    return deviations(standard_deviations(variance, floor, form), labels, form)
 
 
 def deviations(spread: Tensor, labels: Tensor, form: Form) -> Tensor:

@@ -115,7 +115,8 @@ class FedVTC(FedProto):
         """c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
         sent = {key: value for key, value in server.items() if key != "variance"}
         return Downlink(
-            sent | {"spread": feature_statistics.spread_of(server["variance"], self.spread_floor, self.covariance)}
+            sent
+            | {"spread": feature_statistics.standard_deviations(server["variance"], self.spread_floor, self.covariance)}
         )
 
     def phases(self) -> tuple[Phase, ...]:
@@ -162,7 +163,7 @@ class FedVTC(FedProto):
 
     def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
         """Add a batch."""
-        return feature_statistics.add(total, nets.body(batch.x), batch.y, self.covariance)
+        return feature_statistics.add_features(total, nets.body(batch.x), batch.y, self.covariance)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Prototypes of the classes held, counts, the variance, and the generator if it is shared."""
@@ -175,7 +176,7 @@ class FedVTC(FedProto):
         after = super().aggregate(server, uplinks, round)
         weights, (_, local) = self.weights_of(uplinks), self.gathered(uplinks)
         inside = torch.stack([up["variance"] for up in uplinks])
-        variance = feature_statistics.total(inside, local, after["prototypes"], weights, self.covariance)
+        variance = feature_statistics.total_variance(inside, local, after["prototypes"], weights, self.covariance)
         if self.covariance == "class":
             variance = torch.where(weights.sum(0)[:, None] > 0, variance, server["variance"])
         after["variance"] = variance

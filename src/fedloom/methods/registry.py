@@ -88,7 +88,7 @@ def method_name(method: type[Method]) -> str:
     return next((name for name, known in METHODS.items() if known is method), method.__name__)
 
 
-def describe(name: str, method: type[Method]) -> dict[str, Any]:
+def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
     """What there is to know of a method: paper, what travels, hyper-parameters with their defaults and meanings."""
     docs, types = _field_docs(method), get_type_hints(method, include_extras=True)
     paper = getattr(method, "paper", None)

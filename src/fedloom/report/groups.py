@@ -51,16 +51,16 @@ def group(records: Sequence[RunRecord]) -> list[Group]:
 
 def settings(record: RunRecord) -> dict[str, Any]:
     """The flat settings of a run (`"method.lr": 0.1`) without those that only name or seed it."""
-    flat = flatten(record.config)
+    flat = flat_settings(record.config)
     return {key: value for key, value in flat.items() if key not in NOT_A_SETTING and key.split(".")[-1] != "seed"}
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested tables as one table with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
+            flat |= flat_settings(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -111,7 +111,7 @@ def _from_rounds(record: RunRecord, measure: str, statistic: str) -> float | Non
     return float(values.max() if statistic == "best_on_test" else values.iloc[-1])
 
 
-def total(record: RunRecord, key: str) -> float | None:
+def run_total(record: RunRecord, key: str) -> float | None:
     """A total of the run: `uplink_bytes`, `downlink_bytes`, or `seconds`; for an unfinished run, the total so far."""
     value = (record.summary or {}).get(key)
     if isinstance(value, int | float):

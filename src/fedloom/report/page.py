@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.errors import UsageError
 from fedloom.report import units
-from fedloom.report.groups import flatten, group, headline, total
+from fedloom.report.groups import flat_settings, group, headline, run_total
 from fedloom.report.looked_at import analysis_grids, pictures
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.tables import Cell, Grid, not_counted, paired_grid, recall_grid, summary_grid
@@ -150,7 +150,7 @@ def _scheme(record: RunRecord) -> str:
     if not isinstance(scheme, Mapping):
         return ""
     known = ("name", "seed", "clients", "data", "n_train", "n_rows")  # shown elsewhere
-    rest = {key: value for key, value in flatten(scheme).items() if key not in known}
+    rest = {key: value for key, value in flat_settings(scheme).items() if key not in known}
     parts = [_shown(scheme.get("name", "")), *(f"{key}={_shown(value)}" for key, value in rest.items())]
     return " ".join(parts).strip()
 
@@ -160,7 +160,7 @@ def _sections(records: Sequence[RunRecord]) -> dict[str, list[Plot]]:
 
     band = any(len(g.counted) > 1 for g in group(records))
     range_note = "Line: mean over seeds; band: from the lowest seed to the highest." if band else ""
-    measures = [measure for measure in plots.MEASURES if plots.measured(records, measure)]
+    measures = [measure for measure in plots.MEASURES if plots.has_values(records, measure)]
     accuracy = [(plots.accuracy_over_rounds(records, measure), range_note) for measure in measures]
     if measures:
         note = "All clients together, cumulative."
@@ -242,7 +242,7 @@ def _detail(record: RunRecord) -> Detail:
 
 
 def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
-    return {printable(key): _shown(value) for key, value in flatten(tree).items() if key != "command"}
+    return {printable(key): _shown(value) for key, value in flat_settings(tree).items() if key != "command"}
 
 
 def _accuracy_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
@@ -251,8 +251,8 @@ def _accuracy_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
 
 
 def _result(record: RunRecord) -> dict[str, str]:
-    up, down, seconds = (total(record, key) for key in ("uplink_bytes", "downlink_bytes", "seconds"))
-    flops, peak = (total(record, key) for key in ("flops_per_round", "peak_client_bytes"))
+    up, down, seconds = (run_total(record, key) for key in ("uplink_bytes", "downlink_bytes", "seconds"))
+    flops, peak = (run_total(record, key) for key in ("flops_per_round", "peak_client_bytes"))
     found = {
         "state": "finished" if record.finished else f"unfinished, {record.progress}",
         "uplink": f"{units.size(up)} ({up:,.0f} bytes)" if up is not None else "",

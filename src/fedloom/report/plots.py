@@ -144,10 +144,10 @@ def log_names(records: Sequence[RunRecord]) -> list[str]:
     columns = dict.fromkeys(key for record in records for key in record.metrics.columns)
     measures = tuple(f"{measure}_" for measure in MEASURES)
     own = [key for key in columns if key not in NOT_A_LOG and not key.startswith(measures)]
-    return [key for key in own if not key.endswith("_seconds") and measured(records, key)]
+    return [key for key in own if not key.endswith("_seconds") and has_values(records, key)]
 
 
-def measured(records: Iterable[RunRecord], key: str) -> bool:
+def has_values(records: Iterable[RunRecord], key: str) -> bool:
     """Whether any run has a finite value of this metric."""
     return any(len(series(record, key)) for record in records)
 

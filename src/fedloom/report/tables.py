@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.report import units
-from fedloom.report.groups import Group, group, headline, total
+from fedloom.report.groups import Group, group, headline, run_total
 from fedloom.report.pairs import MIN_SEEDS_FOR_INTERVAL, Difference, choose_baseline, difference
 from fedloom.report.read import RunRecord
 
@@ -83,7 +83,7 @@ def _columns(digits: int) -> list[Column]:
         )
 
     def cost(header: str, key: str, text: Callable[[float], str]) -> Column:
-        return Column(header, lambda record: total(record, key), text, False, False)
+        return Column(header, lambda record: run_total(record, key), text, False, False)
 
     return [
         accuracy("personal\nfinal", "personal_accuracy"),

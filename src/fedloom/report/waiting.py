@@ -54,7 +54,7 @@ def common_target(records: Sequence[RunRecord]) -> float:
     return math.floor(100 * min(best) + 1e-9) / 100
 
 
-def reached(record: RunRecord, target: float) -> int | None:
+def round_of_target(record: RunRecord, target: float) -> int | None:
     """The first evaluated round with the target accuracy; None where there is none."""
     values = series(record, MEASURE)
     there = values[values >= target]
@@ -80,7 +80,7 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
     target = common_target(counted) if waiting.target is None else waiting.target
     rows = []
     for g in group(records):
-        rounds = [reached(record, target) for record in g.counted]
+        rounds = [round_of_target(record, target) for record in g.counted]
         known = [number for number in rounds if number is not None]
         if len(known) < len(rounds):
             rows.append((Cell(g.label), *[EMPTY] * (3 + len(waiting.networks))))

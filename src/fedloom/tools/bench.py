@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from fedloom import data
-from fedloom.accelerator import HOST, describe, exact, synchronise
+from fedloom.accelerator import HOST, describe_device, exact, synchronise
 from fedloom.config.settings import Values, make_method, make_settings
 from fedloom.engines import Problem
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, WorkerError, suggest
 from fedloom.experiment.build import arithmetic, make_federation, make_problem
 from fedloom.experiment.costs import Costs
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import load_object
 from fedloom.rng import Stream
 
@@ -258,7 +258,7 @@ def measure(
         ours: dict[str, Stepped] = {}
         for engine in dict.fromkeys(engines):
             values = {**common, "engine": _engine(engine, device), "out": folder / engine}
-            ours[engine] = Stepped(make_settings(values), Parts(dataset=dataset))
+            ours[engine] = Stepped(make_settings(values), GivenObjects(dataset=dataset))
             open_things.callback(ours[engine].engine.close)
         first = next(iter(ours.values()))
         others = {
@@ -282,7 +282,7 @@ def _described(work: Workload, first: Stepped, scale: float, rounds: int) -> dic
         "cohort": first.problem.task.max_cohort,
         "precision": first.settings.precision,
         "cores": cores(),
-        "device": describe(first.place.device),
+        "device": describe_device(first.place.device),
         "seed": first.settings.seed,
     }
 

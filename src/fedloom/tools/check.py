@@ -22,12 +22,12 @@ from fedloom.engines import Reply
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError
 from fedloom.experiment.build import arithmetic
-from fedloom.experiment.loop import Experiment, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.method import Batch, Client, Downlink, Free, Method, OnceFn, Train, trains_of
 from fedloom.methods.registry import load_module, method_class
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
-from fedloom.tools.error_report import blame, own_place
+from fedloom.tools.error_report import one_line, own_place
 from fedloom.tree import Tree
 
 ROWS = 120
@@ -99,7 +99,7 @@ def _check_class(cls: type[Method]) -> Finding:
     try:
         cls()
     except Exception as error:
-        return Finding(rule, False, f"{cls.__name__}() fails: {blame(error)}")
+        return Finding(rule, False, f"{cls.__name__}() fails: {one_line(error)}")
     return Finding(rule, True)
 
 
@@ -108,7 +108,7 @@ class _Trial:
 
     def __init__(self, name: str, method: Method, dataset: data.Dataset, folder: Path) -> None:
         self.name, self.folder = name, folder
-        self.parts = Parts(method, dataset)
+        self.parts = GivenObjects(method, dataset)
 
     def findings(self) -> list[Finding]:
         """All rules that take a run."""
@@ -117,7 +117,7 @@ class _Trial:
             reference = self._run("plain", "sequential")
             self._run("debug", "debug+sequential")
         except Exception as error:
-            return [Finding(contract, False, blame(error))]
+            return [Finding(contract, False, one_line(error))]
         return [
             Finding(contract, True),
             self._normalised(),
@@ -151,7 +151,7 @@ class _Trial:
         try:
             self._run("batchnorm", "debug+sequential", NORMALISED)
         except Exception as error:
-            return Finding(rule, False, blame(error))
+            return Finding(rule, False, one_line(error))
         return Finding(rule, True)
 
     def _resumed(self) -> Experiment:
@@ -175,7 +175,7 @@ class _Trial:
         try:
             difference = _difference(_state(reference), _state(other()))
         except Exception as error:
-            return Finding(rule, False, blame(error))
+            return Finding(rule, False, one_line(error))
         return Finding(rule, not difference, difference)
 
     def _mapped(self, experiment: Experiment) -> Finding:

@@ -20,14 +20,14 @@ from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Named, Settings, Values, make_method, make_settings
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
-from fedloom.experiment.loop import Experiment, OnRound, Parts
+from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.methods.registry import METHODS, method_class
 
 FILE = "compare.toml"
 VARIED = ("uplink", "downlink")  # settings of the run that rows may differ in and still have everything else in common
-OnRun = Callable[["Job"], OnRound | None]  # called before a run is prepared
-OnStart = Callable[["Job", Experiment], None]  # called when a run is ready, before its first round
+OnRun = Callable[["PlannedRun"], OnRound | None]  # called before a run is prepared
+OnStart = Callable[["PlannedRun", Experiment], None]  # called when a run is ready, before its first round
 
 
 class Row(NamedTuple):
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     run: Values = {}  # settings of the run that are the row's own, of those in VARIED
 
 
-class Job(NamedTuple):
+class PlannedRun(NamedTuple):
     """One run of a comparison."""
 
     label: str
@@ -65,10 +65,10 @@ class Comparison:
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
 
-    def jobs(self, folder: Path) -> list[Job]:
+    def jobs(self, folder: Path) -> list[PlannedRun]:
         """All runs, seed by seed, so that a comparison that is cut short still compares."""
         return [
-            Job(row.label, seed, self._settings(row, seed, folder / f"{row.label}-seed{seed}"))
+            PlannedRun(row.label, seed, self._settings(row, seed, folder / f"{row.label}-seed{seed}"))
             for seed in self.seeds
             for row in self.rows
         ]
@@ -130,7 +130,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     return comparison
 
 
-def create(comparison: Comparison, out: str | Path | None = None) -> Path:
+def create_folder(comparison: Comparison, out: str | Path | None = None) -> Path:
     """A new folder for a comparison; default: one under `runs/` named for the time and the data."""
     settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
     comparison.check()
@@ -159,7 +159,7 @@ def execute(
     dataset = make_dataset(left[0].settings) if left else None
     for job in left:
         on_round = on_run(job) if on_run else None
-        parts = Parts(dataset=dataset)
+        parts = GivenObjects(dataset=dataset)
         started = (job.folder / "config.toml").is_file()
         experiment = Experiment.resume(job.folder, parts) if started else Experiment(job.settings, parts)
         if on_start:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from fedloom.errors import FedloomError, is_own_code
 
 
-class Place(NamedTuple):
+class CodeLocation(NamedTuple):
     """A line of code."""
 
     file: str
@@ -25,7 +25,7 @@ class Place(NamedTuple):
         return f"{file.relative_to(Path.cwd()) if inside else file}:{self.line}"
 
 
-def blame(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """`ZeroDivisionError: division by zero (my.py:12, in loss; in phase 'train' ...; client 0, round 1)`."""
     known = isinstance(error, FedloomError)
     what = str(error) if known else f"{type(error).__name__}: {error}"
@@ -40,16 +40,16 @@ def notes(error: BaseException) -> list[str]:
     return [note for note in getattr(error, "__notes__", []) if "\n" not in note]
 
 
-def own_place(error: BaseException) -> Place | None:
+def own_place(error: BaseException) -> CodeLocation | None:
     """The innermost line of code that belongs neither to fedloom nor to an installed package."""
     own = [place for place in _places(error) if is_own_code(place.file)]
     return own[-1] if own else None
 
 
-def _places(error: BaseException) -> list[Place]:
+def _places(error: BaseException) -> list[CodeLocation]:
     """Here, and in the worker process that the error came from: its traceback travels as a note of several lines."""
     frames = traceback.extract_tb(error.__traceback__)
-    here = [Place(frame.filename, frame.lineno or 0, frame.name, frame.line or "") for frame in frames]
+    here = [CodeLocation(frame.filename, frame.lineno or 0, frame.name, frame.line or "") for frame in frames]
     texts = "\n".join(note for note in getattr(error, "__notes__", []) if "\n" in note)
     found = re.findall(r'^ *File "(.+)", line (\d+), in (\S+)\n *(.*)$', texts, re.MULTILINE)
-    return here + [Place(file, int(line), function, code) for file, line, function, code in found]
+    return here + [CodeLocation(file, int(line), function, code) for file, line, function, code in found]

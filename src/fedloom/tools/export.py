@@ -123,7 +123,7 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
     with arithmetic(experiment.settings):
         x, y = _own_rows(experiment, i)
     logits, own = _run_onnx(file, x), _torch_logits(model, x.float())
-    difference = checked(model, x, logits, f"client {i}")
+    difference = largest_difference(model, x, logits, f"client {i}")
     one, many = _torch_seconds(model, x)
     probe = _probe(file, x.shape[1:])
     return Exported(
@@ -176,7 +176,7 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
     }
 
 
-def checked(model: PersonalModel, x: Tensor, logits: Tensor, who: str) -> float:
+def largest_difference(model: PersonalModel, x: Tensor, logits: Tensor, who: str) -> float:
     """The largest difference between `logits` and torch's on rows `x`.
 
     It may be what rounding explains: 1e-5 of the largest logit, or ten times what torch in float32 is away from torch in

@@ -48,7 +48,7 @@ def decode(data: bytes, expect: Tree | None = None) -> Tree:
     """
     flat = _load(data) if data else {}
     if expect is not None:
-        compare(tree.structure(flat), tree.structure(expect))
+        check_structure(tree.structure(flat), tree.structure(expect))
     return tree.unflatten(flat)
 
 
@@ -76,7 +76,7 @@ def check_depth(paths: Iterable[str]) -> None:
         raise WireError(f"a tensor below {deepest} branches; at most {MAX_DEPTH} are allowed")
 
 
-def compare(got: Mapping[str, object], want: Mapping[str, object]) -> None:
+def check_structure(got: Mapping[str, object], want: Mapping[str, object]) -> None:
     """Raise WireError where a message's structure (see `tree.structure`) is not the wanted one; names the first such tensor."""
     if got == want:
         return

@@ -19,7 +19,7 @@ CLASSES, CLIENTS = RNG.integers(0, 4, N), RNG.integers(0, 5, N)
 
 
 def measured(x, clients=CLIENTS):
-    return features.measured(Table({"x": x}, CLASSES, clients, np.arange(N)), Stream(0))["x"]
+    return features.measure_features(Table({"x": x}, CLASSES, clients, np.arange(N)), Stream(0))["x"]
 
 
 def one_hot(numbers):
@@ -56,7 +56,7 @@ def test_copies_of_a_row_are_never_split():
     noise = np.random.default_rng(2).normal(size=(40, 60))[
         rows
     ]  # the same for all copies: a split would find the class by heart
-    found = features.measured(Table({"x": noise}, classes, np.tile(np.arange(10), 40), rows), Stream(0))["x"]
+    found = features.measure_features(Table({"x": noise}, classes, np.tile(np.arange(10), 40), rows), Stream(0))["x"]
     assert found["class_probe"] < 0.5
 
 
@@ -93,7 +93,7 @@ def test_same_rows_through_one_model_tell_nothing_of_the_client(experiment):
     run.run()
     table = features.same_rows(Subject(run))
     assert set(np.bincount(table.rows)[table.rows]) == {4}  # every row, once for each client
-    found = features.measured(table, Stream(0))["body"]
+    found = features.measure_features(table, Stream(0))["body"]
     assert found["client_probe"] <= found["client_chance"] == 0.25
 
 

@@ -24,11 +24,11 @@ def test_a_copied_training_image_is_found():
     assert torch.equal(found.nearest[0], REAL[7])
     assert found.psnr[0] == 100
     assert found.psnr[1:].max() < 20
-    assert samples.spread_of(found.ssim)["max"] == pytest.approx(1.0)
+    assert samples.deciles_of(found.ssim)["max"] == pytest.approx(1.0)
 
 
 def test_spread_counts_from_the_least_to_the_greatest():
-    found = samples.spread_of(torch.arange(101.0))
+    found = samples.deciles_of(torch.arange(101.0))
     assert (found["mean"], found["max"], found["n"]) == (50.0, 100.0, 101)
     assert found["deciles"] == pytest.approx([10.0 * k for k in range(11)])
 
@@ -80,7 +80,7 @@ def test_the_classifier_knows_real_images(vtc):
 
 
 def test_findings_compare_as_many_held_out_images(vtc):
-    found = samples.measured(vtc, [0, 1])
+    found = samples.measure_generators(vtc, [0, 1])
     made, held_out = found.numbers["made"], found.numbers["held_out"]
     assert made["ssim"]["n"] == held_out["ssim"]["n"] == vtc.data.n_test(0) + vtc.data.n_test(1)
     assert held_out["psnr_db"]["mean"] > made["psnr_db"]["mean"]  # two rounds do not make good images

@@ -75,7 +75,7 @@ def test_measured_leaves_out_what_does_not_predict(experiment):
 
     run = experiment("ditto", rounds=1)  # its personal model does not touch the server's loss
     run.run()
-    found = sharpness.measured(Subject(run))
+    found = sharpness.measure_sharpness(Subject(run))
     assert found["eigenvalue"] != 0
     assert found["loss"] == pytest.approx(found["curves"][0][sharpness.DISTANCES.index(0.0)])
-    assert sharpness.measured(Subject(experiment("local", rounds=1))) is None
+    assert sharpness.measure_sharpness(Subject(experiment("local", rounds=1))) is None

@@ -10,7 +10,7 @@ import pytest
 from fedloom.errors import ConfigError
 from fedloom.report import Waiting, read, write_page
 from fedloom.report.link_speeds import Network
-from fedloom.report.waiting import common_target, elapsed, reached, waiting_grid
+from fedloom.report.waiting import common_target, elapsed, round_of_target, waiting_grid
 
 WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up is 1 s, 10 MB down is 1 s
 
@@ -50,8 +50,8 @@ def test_a_round_waits_for_its_slowest_client(tmp_path):
 def test_the_target_is_what_all_reach(tmp_path):
     records = read([folder(tmp_path / "a", [0.5, 0.93, 0.91], 1), folder(tmp_path / "b", [0.96], 1, "fedmr")])
     assert common_target(records) == 0.93
-    assert [reached(record, 0.93) for record in records] == [2, 1]
-    assert reached(records[0], 0.94) is None
+    assert [round_of_target(record, 0.93) for record in records] == [2, 1]
+    assert round_of_target(records[0], 0.94) is None
 
 
 def test_the_table_says_when(tmp_path):

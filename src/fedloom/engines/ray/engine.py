@@ -26,22 +26,22 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from fedloom import tree
-from fedloom.engines.base import Ask, Problem, Reply, Score, total
+from fedloom.engines.base import Problem, Reply, Score, ScoreRequest, sum_scores
 from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.engines.ray.address import check_address, refused
 from fedloom.engines.ray.packing import Packed, Packer, unpack
 from fedloom.engines.ray.worker import (
     Done,
     Facts,
-    Failed,
-    Job,
+    JobFailure,
     Missing,
+    RayJob,
+    RayWorker,
     Scores,
     ServerScore,
     Shared,
-    Turns,
-    Worker,
-    versions,
+    UpdateJob,
+    package_versions,
 )
 from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Sequential
@@ -56,7 +56,7 @@ NAMED = 8  # clients that a warning names
 log = logging.getLogger(__name__)
 
 
-class Lost(NamedTuple):
+class LostWorker(NamedTuple):
     """In place of an answer: why there is none."""
 
     reason: str
@@ -75,7 +75,7 @@ class Cluster:
             _connect(address, min(workers, most) if workers else None)
         cores = int(ray.cluster_resources().get("CPU", 1))  # type: ignore[no-untyped-call]
         n = min(workers or cores, most)
-        actor: Any = ray.remote(Worker)
+        actor: Any = ray.remote(RayWorker)
         self.actors = [actor.options(num_cpus=1, max_restarts=-1).remote() for _ in range(n)]
 
     def close(self) -> None:
@@ -133,14 +133,14 @@ class Seat:
             facts = self.facts = ray.get(starting)
         except RayError as error:
             raise ConfigError(f"engine=ray: {self} cannot start: {_first_line(error)}") from None
-        for name, here in versions().items():
+        for name, here in package_versions().items():
             if facts.versions[name] != here:
                 wrong = f"{self} has {name} {facts.versions[name]}, and this is {name} {here}"
                 raise ConfigError(f"engine=ray: {wrong}; every machine needs the same version")
         self.is_gone = False
         return True
 
-    def start(self, common: Any, job: Job, clients: Mapping[int, tuple[int, Packed]]) -> Any:
+    def start(self, common: Any, job: RayJob, clients: Mapping[int, tuple[int, Packed]]) -> Any:
         """Hand over a job; a reference to its answer."""
         return self._actor.do.remote(self._shared, common, job, clients)
 
@@ -152,7 +152,7 @@ class Seat:
             raise
         except RayError as error:
             self._call()
-            return Lost(f"its process or its machine is gone ({type(error).__name__})")
+            return LostWorker(f"its process or its machine is gone ({type(error).__name__})")
 
     def restart(self) -> None:
         """End its process, whatever it does; Ray starts it anew."""
@@ -164,7 +164,7 @@ class Seat:
         self._actor.forget.remote(self._shared.key)
 
 
-class Ray(ForwardingEngine):
+class RayEngine(ForwardingEngine):
     """Workers on a cluster. A worker that is lost costs the round its clients, which stay as they were; the run goes on."""
 
     def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
@@ -198,13 +198,18 @@ class Ray(ForwardingEngine):
         """See `Engine.train`."""
         self._ticket += 1
         own = [self._packer.pack(message) for message in down.each] if down.each is not None else None
-        jobs: list[tuple[Seat, Turns]] = [
-            (seat, Turns(number, self._ticket, *_members(cohort, own, slots), self._wanted([cohort[s] for s in slots])))
+        jobs: list[tuple[Seat, UpdateJob]] = [
+            (
+                seat,
+                UpdateJob(
+                    number, self._ticket, *_members(cohort, own, slots), self._wanted([cohort[s] for s in slots])
+                ),
+            )
             for seat, slots in self._dealt(cohort)
         ]
         replies: list[Reply] = []
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
-            if isinstance(answer, Lost):
+            if isinstance(answer, LostWorker):
                 clients = _listed([i for _, i in job.members])
                 log.warning("engine=ray: round %d goes on without %s: %s: %s", number + 1, clients, seat, answer.reason)
             else:
@@ -222,7 +227,9 @@ class Ray(ForwardingEngine):
         self._versions[reply.client] = self._ticket
         return reply._replace(uplink=unpack(reply.uplink))  # type: ignore[arg-type]
 
-    def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
+    def score(
+        self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+    ) -> list[dict[str, Score]]:
         """See `Engine.score`. Where clients keep nothing, they all hold one model, and common rows are shared out by pieces."""
         same = not self.problem.method.adapt() and not any(tree.leaves(self.client(i)._asdict()) for i in clients)
         dealt = self._dealt(clients)
@@ -233,7 +240,7 @@ class Ray(ForwardingEngine):
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`."""
         seats = self._ready()
-        return total(self._insist(down, [ServerScore((k, len(seats)), {}) for k in range(len(seats))], seats))
+        return sum_scores(self._insist(down, [ServerScore((k, len(seats)), {}) for k in range(len(seats))], seats))
 
     def restore(self, i: int, client: Client) -> None:
         """See `Engine.restore`."""
@@ -278,14 +285,14 @@ class Ray(ForwardingEngine):
         """Clients as they were committed."""
         return {i: (self._versions.get(i, 0), self._packer.pack(self.client(i)._asdict())) for i in clients}
 
-    def _insist(self, down: Downlink, jobs: Sequence[Job], seats: Sequence[Seat]) -> list[Any]:
+    def _insist(self, down: Downlink, jobs: Sequence[RayJob], seats: Sequence[Seat]) -> list[Any]:
         """Results of jobs that change nothing, dealt to `seats` in turn; those of a lost worker are given to others."""
         found: dict[int, Any] = {}
         for _ in range(ATTEMPTS):
             left = [place for place in range(len(jobs)) if place not in found]
             given = [(seats[place % len(seats)], jobs[place]) for place in left]
             for place, (seat, _), answer in zip(left, given, self._run(down, given), strict=True):
-                if isinstance(answer, Lost):
+                if isinstance(answer, LostWorker):
                     log.warning(
                         "engine=ray: %s was lost while it scored clients; another does it: %s", seat, answer.reason
                     )
@@ -296,7 +303,7 @@ class Ray(ForwardingEngine):
             seats = self._ready()
         raise WorkerError(f"engine=ray: scoring was tried {ATTEMPTS} times, and each time a worker was lost")
 
-    def _run(self, down: Downlink, jobs: Sequence[tuple[Seat, Job]]) -> list[Any]:
+    def _run(self, down: Downlink, jobs: Sequence[tuple[Seat, RayJob]]) -> list[Any]:
         """What came of jobs, in their order: a result, or `Lost`. Raises the first error of the work itself."""
         common, found = ray.put(self._packer.pack(down.common)), list[Any]([None] * len(jobs))
         waiting = {seat.start(common, job, {}): place for place, (seat, job) in enumerate(jobs)}
@@ -308,7 +315,7 @@ class Ray(ForwardingEngine):
             place = waiting.pop(done[0])
             seat, job = jobs[place]
             answer = seat.answer(done[0])
-            if isinstance(answer, Failed):
+            if isinstance(answer, JobFailure):
                 raise answer.error
             if isinstance(answer, Missing):
                 waiting[seat.start(common, job, self._sent(answer.clients))] = place
@@ -316,7 +323,7 @@ class Ray(ForwardingEngine):
                 found[place] = answer
         for place in waiting.values():
             jobs[place][0].restart()
-            found[place] = Lost(f"no answer in {self._deadline_s:g} s (engine.deadline_s)")
+            found[place] = LostWorker(f"no answer in {self._deadline_s:g} s (engine.deadline_s)")
         return found
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 
 from fedloom import tree
-from fedloom.engines.stores import Layout, layout_of, views
+from fedloom.engines.stores import TreeLayout, layout_of, views
 from fedloom.tree import Tree
 
 
 class Packed(NamedTuple):
     """A tree as bytes, (n,) uint8, of any types (bfloat16 too, which NumPy does not have)."""
 
-    layout: Layout
+    layout: TreeLayout
     data: np.ndarray[Any, Any]
 
 
@@ -23,7 +23,7 @@ class Packer:
     """Packs trees; those of one form share one layout, which a message then holds once."""
 
     def __init__(self) -> None:
-        self._layouts: dict[Any, Layout] = {}
+        self._layouts: dict[Any, TreeLayout] = {}
 
     def pack(self, value: Tree) -> Packed:
         """A copy of the tree."""

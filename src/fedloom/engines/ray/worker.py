@@ -16,7 +16,7 @@ from ray import cloudpickle
 from fedloom import tree
 from fedloom._version import __version__
 from fedloom.engines.base import Reply, Score
-from fedloom.engines.local import Member
+from fedloom.engines.local import CohortMember
 from fedloom.engines.processes import portable
 from fedloom.engines.ray.packing import Packed, Packer, unpack
 from fedloom.engines.scoring import Share
@@ -47,7 +47,7 @@ class Missing(NamedTuple):
     clients: Sequence[int]
 
 
-class Failed(NamedTuple):
+class JobFailure(NamedTuple):
     """A worker's answer: the work raised this error."""
 
     error: BaseException
@@ -63,7 +63,7 @@ class Done(NamedTuple):
 Versions = Mapping[int, int]  # for each client, the number of the turn that made what it keeps; 0: never changed
 
 
-class Job(Protocol):
+class RayJob(Protocol):
     """Work for one worker."""
 
     @property
@@ -75,7 +75,7 @@ class Job(Protocol):
 
 
 @dataclass(frozen=True)
-class Turns:
+class UpdateJob:
     """Turns of some members of the cohort. `ticket` numbers the versions of the clients that come of it."""
 
     number: int
@@ -91,7 +91,7 @@ class Turns:
             started = time.perf_counter()
             message = tree.merge(common, unpack(self.own[place])) if self.own else common
             post.versions[i] = self.ticket
-            reply = post.engine.update(self.number, Member(slot, i, message))
+            reply = post.engine.update(self.number, CohortMember(slot, i, message))
             sent: Any = post.packer.pack(reply.uplink)
             kept = post.packer.pack(post.engine.client(i)._asdict())
             found.append(Done(reply._replace(uplink=sent, seconds=time.perf_counter() - started), kept))
@@ -142,7 +142,7 @@ class Post:
         return [i for i, version in wanted.items() if self.versions.get(i, 0) != version]
 
 
-class Worker:
+class RayWorker:
     """The actor. It may work for several experiments."""
 
     def __init__(self) -> None:
@@ -152,9 +152,9 @@ class Worker:
     def ready(self, shared: Shared) -> Facts:
         """Load the problem, if that is not done yet."""
         self._post(shared)
-        return Facts(socket.gethostname(), os.getpid(), versions())
+        return Facts(socket.gethostname(), os.getpid(), package_versions())
 
-    def do(self, shared: Shared, common: Packed, job: Job, clients: Mapping[int, tuple[int, Packed]]) -> Any:
+    def do(self, shared: Shared, common: Packed, job: RayJob, clients: Mapping[int, tuple[int, Packed]]) -> Any:
         """Take over some clients, then do a job: its result, `Missing` or `Failed`."""
         post = self._post(shared)
         post.take(clients)
@@ -167,7 +167,7 @@ class Worker:
             Exception,
             SystemExit,
         ) as error:  # an exit, too, is for the experiment: Ray would end this worker for good
-            return Failed(portable(error, cloudpickle))
+            return JobFailure(portable(error, cloudpickle))
 
     def forget(self, key: str) -> None:
         """An experiment is over."""
@@ -180,6 +180,6 @@ class Worker:
         return self._posts[shared.key]
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """What must be the same everywhere for the same numbers."""
     return {"fedloom": __version__, "torch": torch.__version__}

@@ -1,0 +1,109 @@
+"""Make an engine by its name."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from fedloom import lazy
+from fedloom.errors import ConfigError, suggest
+
+if TYPE_CHECKING:
+    from fedloom.accelerator import DeviceBudget
+    from fedloom.engines.base import Engine, Problem
+    from fedloom.training.fast.convolutions import Convolutions, Form
+
+ENGINES: Mapping[str, str] = {
+    "sequential": "one client after another, in this process: the reference",
+    "vectorised": "clients of one architecture side by side, in batched operations",
+    "processes": "a one-thread worker process per core; the default on Linux with more than one core",
+    "ray": "one-thread workers on the machines of a Ray cluster, or on this one (pip install 'fedloom[ray]')",
+}
+WRAPPERS: lazy.Registry[Callable[[Engine], Engine]] = lazy.Registry(
+    {"debug": "fedloom.engines.wrappers:Debug", "bytes": "fedloom.engines.wrappers:Bytes"}
+)
+
+
+def make_engine(
+    name: str,
+    problem: Problem,
+    workers: int | None = None,
+    lanes: int | None = None,
+    address: str | None = None,
+    deadline_s: float | None = None,
+    place: DeviceBudget | None = None,
+    convolutions: Form = "grouped",
+) -> Engine:
+    """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
+
+    Args:
+        workers: worker processes; default: one per core.
+        lanes: clients side by side in the vectorised engine (default: as many as memory allows, 64 at most), or in each worker process
+            (default: one after another).
+        address: the Ray cluster to join; default: Ray is started on this machine.
+        deadline_s: seconds that a worker of Ray has for its share of a round; default: no limit.
+        place: where `sequential` and `vectorised` compute (default: the CPU); on a device `auto` is `vectorised`.
+        convolutions: how `vectorised` computes them.
+
+    Raises:
+        ConfigError: an unknown name, or an engine that this system cannot run.
+    """
+    from fedloom.accelerator import HOST, ON_HOST
+    from fedloom.engines.process_memory import keep_freed_memory
+    from fedloom.engines.processes import Processes, cores
+    from fedloom.engines.sequential import Sequential
+    from fedloom.engines.vectorised import Vectorised
+
+    place = place or ON_HOST
+    *wrappers, last = name.split("+")
+    if last in WRAPPERS:
+        wrappers, last = [*wrappers, last], "auto"
+    if last == "flower":
+        raise ConfigError("engine=flower: runs on a deployed federation; see fedloom deploy --help")
+    for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
+        if word not in known:
+            raise ConfigError(
+                f"engine={name}: no engine is called '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
+            )
+    keep_freed_memory()
+    can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
+    if last == "auto":
+        many = place.device == HOST and can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1
+        alone = "sequential" if place.device == HOST else "vectorised"
+        last = "processes" if many and "debug" not in wrappers else alone  # debug must see what turns change
+    if last == "processes" and not can_fork:
+        raise ConfigError("engine=processes: only on Linux; use engine=sequential")
+    engine: Engine = (
+        Processes(problem, workers, lanes)
+        if last == "processes"
+        else Vectorised(problem, lanes, place, _convolutions(convolutions, problem, place))
+        if last == "vectorised"
+        else _on_ray(problem, workers, address, deadline_s)
+        if last == "ray"
+        else Sequential(problem, place)
+    )
+    for wrapper in reversed(wrappers):
+        engine = WRAPPERS[wrapper](engine)
+    return engine
+
+
+def _convolutions(form: Form, problem: Problem, place: DeviceBudget) -> Convolutions | None:
+    """None leaves them to vmap, which groups them."""
+    from fedloom.training.fast.convolutions import Convolutions
+
+    return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)
+
+
+def _on_ray(problem: Problem, workers: int | None, address: str | None, deadline_s: float | None) -> Engine:
+    from fedloom.engines.ray.address import quiet_environment
+
+    quiet_environment(address)
+    try:
+        from fedloom.engines.ray.engine import Cluster, RayEngine
+    except ModuleNotFoundError as missing:
+        if missing.name != "ray":
+            raise
+        raise ConfigError("engine=ray: Ray is not installed; pip install 'fedloom[ray]'") from None
+    return RayEngine(problem, Cluster(address, workers, problem.task.max_cohort), deadline_s)
