@@ -81,7 +81,7 @@ def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mappi
     """Seconds of rounds of 100 clients on each engine, of its start, and the bytes held by all processes after it."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (n_clients * ROWS, *SHAPE), np.uint8)
-    parts = GivenObjects(method, from_arrays(x, rng.integers(0, CLASSES, len(x))))
+    parts = GivenObjects(method=method, dataset=from_arrays(x, rng.integers(0, CLASSES, len(x))))
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, Any] = {"before": {"held_bytes": held(os.getpid())}}
         runs: dict[str, Experiment] = {}

@@ -82,7 +82,16 @@ def spread(values: list[float | None]) -> str:
 def record_of(label: str, seed: str, run: dict[str, Any]) -> RunRecord:
     """A kept run's curves, for plots."""
     curves = pd.DataFrame({name: run[name] for name in ("round", *CURVES) if name in run})
-    return RunRecord(Path(label), label, {"label": label, "seed": int(seed)}, curves, None, None, {}, {})
+    return RunRecord(
+        path=Path(label),
+        name=label,
+        config={"label": label, "seed": int(seed)},
+        metrics=curves,
+        clients=None,
+        summary=None,
+        environment={},
+        partition={},
+    )
 
 
 def main(name: str, command: str, *folders: str) -> None:

@@ -31,11 +31,11 @@ RIVAL = Path(__file__).with_name("pfllib_style.py")
 LARGE: Mapping[str, Workload] = MappingProxyType(
     {
         "clients-10k": Workload(
-            "FedPer, MLP, 100 of 10,000 clients, 60 rows each, heads kept",
-            MNIST[0],
-            MNIST[1],
-            (10 * MNIST[2][0], 10 * MNIST[2][1]),  # more rows than the real data set has: synthetic alone
-            W4 | {"method": {"name": "fedper"}, "model": {"name": "mlp"}, "clients": 10_000},
+            title="FedPer, MLP, 100 of 10,000 clients, 60 rows each, heads kept",
+            data=MNIST[0],
+            input_shape=MNIST[1],
+            rows=(10 * MNIST[2][0], 10 * MNIST[2][1]),  # more rows than the real data set has: synthetic alone
+            settings=W4 | {"method": {"name": "fedper"}, "model": {"name": "mlp"}, "clients": 10_000},
             by_clients=True,
         )
     }

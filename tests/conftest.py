@@ -62,7 +62,9 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
         named = isinstance(method, str)
         chosen = {"method": method if named else type(method).__name__, "out": str(tmp_path / f"run{made}"), **settings}
         values = changed(ALONE, **{"engine.name" if key == "engine" else key: v for key, v in chosen.items()})
-        return Experiment(make_settings(values), GivenObjects(None if named else method, dataset, module))
+        return Experiment(
+            make_settings(values), GivenObjects(method=None if named else method, dataset=dataset, model=module)
+        )
 
     return make
 

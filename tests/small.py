@@ -1,6 +1,7 @@
 """Settings of small runs, which tests change; runs that are watched, interrupted, or lose clients."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def spied(run: Experiment) -> list[Turns]:
 
     def watched(number, cohort, down):
         replies = train(number, cohort, down)
-        kept = [reply._replace(uplink=tree.clone(reply.uplink)) for reply in replies]  # they last for a round
+        kept = [replace(reply, uplink=tree.clone(reply.uplink)) for reply in replies]  # they last for a round
         rounds.append(Turns(down, kept))
         return replies
 

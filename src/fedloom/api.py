@@ -102,9 +102,9 @@ def run(
     for key, value in chosen.items():
         assign(values, key, value)
     parts = GivenObjects(
-        method if isinstance(method, Method) else None,
-        data if isinstance(data, Dataset) else None,
-        None if model is None or isinstance(model, str) else model,
+        method=method if isinstance(method, Method) else None,
+        dataset=data if isinstance(data, Dataset) else None,
+        model=None if model is None or isinstance(model, str) else model,
     )
     experiment = Experiment(make_settings(values), parts)
     return _run(experiment, progress)
@@ -122,7 +122,7 @@ def resume(
 
     Objects that came from Python must be given again; what came by name is found in the folder's config.
     """
-    return _run(Experiment.resume(folder, GivenObjects(method, data, model)), progress)
+    return _run(Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model)), progress)
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:

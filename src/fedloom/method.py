@@ -50,7 +50,8 @@ class Architecture(Protocol):
         """What to call it."""
 
 
-class Task(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Task:
     """Facts of the problem, read-only."""
 
     n_clients: int

@@ -404,7 +404,9 @@ def test_lanes_are_of_clients_with_the_same_work(experiment, mapped):
     whole = left_by(experiment(Selective(), **lanes))
     assert_close(whole, expected)
     assert mapped()
-    resumed = Experiment.resume(interrupted_after(experiment(Selective(), **lanes), 2), GivenObjects(Selective()))
+    resumed = Experiment.resume(
+        interrupted_after(experiment(Selective(), **lanes), 2), GivenObjects(method=Selective())
+    )
     assert_same(left_by(resumed), whole)
 
 

@@ -199,7 +199,13 @@ def test_what_cannot_be_is_refused(experiment, settings, words):
 def weights_of(method, model="mlp"):
     choice = arch(model, (1, 8, 8), 10)
     return read_weights(
-        fresh_modules(lambda: method.nets(choice, Task(4, 4, 10, (1, 8, 8), choice.features, 5)), Stream(0))
+        fresh_modules(
+            lambda: method.nets(
+                choice,
+                Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=choice.features, rounds=5),
+            ),
+            Stream(0),
+        )
     )
 
 

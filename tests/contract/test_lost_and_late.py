@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ class Faulty(Wrapper):
         replies = self.inner.train(number, cohort, down)
         if number in self.rounds:
             replies = [self.tamper(reply) if reply.client == 1 else reply for reply in replies]
-        return [reply._replace(is_finite=False) for reply in replies if reply]  # nobody knows any more
+        return [replace(reply, is_finite=False) for reply in replies if reply]  # nobody knows any more
 
 
 def with_tensor(change, weight=WEIGHT):
@@ -40,13 +40,13 @@ def with_tensor(change, weight=WEIGHT):
         params = dict(reply.uplink["weights"]["params"])
         new = change(params.pop(weight))
         params |= {} if new is None else {weight: new}
-        return reply._replace(uplink={"weights": {**reply.uplink["weights"], "params": params}})
+        return replace(reply, uplink={"weights": {**reply.uplink["weights"], "params": params}})
 
     return tamper
 
 
 def foreign(reply):
-    return reply._replace(uplink={**reply.uplink, "secret": {"rows": torch.zeros(3)}})
+    return replace(reply, uplink={**reply.uplink, "secret": {"rows": torch.zeros(3)}})
 
 
 def filled(value):
@@ -65,7 +65,7 @@ FAULTS = {
     "type": (with_tensor(torch.Tensor.half), f"'weights/params/{WEIGHT}' is ((10, 12), torch.float16)"),
     "missing": (with_tensor(lambda _: None), f"the message lacks 'weights/params/{WEIGHT}'"),
     "foreign": (foreign, "the message holds 'secret/rows', which nobody asked for"),
-    "no rows": (lambda reply: reply._replace(examples=0), "examples=0: must be at least 1"),
+    "no rows": (lambda reply: replace(reply, examples=0), "examples=0: must be at least 1"),
 }
 
 
@@ -109,7 +109,7 @@ def test_a_client_whose_uplink_does_not_count_keeps_what_it_learnt(experiment, f
 @pytest.mark.parametrize("method", ["fedproto", "fedvtc"])
 def test_prototypes_must_be_as_many_as_the_classes_that_are_held(experiment, method):
     def tamper(reply):
-        return reply._replace(uplink={**reply.uplink, "prototypes": reply.uplink["prototypes"][:-1]})
+        return replace(reply, uplink={**reply.uplink, "prototypes": reply.uplink["prototypes"][:-1]})
 
     run = experiment(method, **SETTINGS)
     run.engine = Faulty(run.engine, tamper)
@@ -217,7 +217,7 @@ def test_a_server_that_is_not_finite_is_never_written(experiment):
     assert state["round"] == 2
     assert tree.not_finite(server) == ""
     with pytest.raises(DivergedError, match="round 3"):
-        Experiment.resume(run.folder.path, GivenObjects(Breaking())).run()
+        Experiment.resume(run.folder.path, GivenObjects(method=Breaking())).run()
 
 
 # devices

@@ -30,7 +30,7 @@ def test_a_run_is_taken_up_where_it_stopped(experiment, method):
         return experiment(TOYS[method]() if method in TOYS else method, **{**SETTINGS, **brief(method)})
 
     whole = left_by(make())
-    parts = GivenObjects(TOYS[method]()) if method in TOYS else GivenObjects()
+    parts = GivenObjects(method=TOYS[method]()) if method in TOYS else GivenObjects()
     for after in (1, 2):
         assert_same(left_by(Experiment.resume(interrupted_after(make(), after), parts)), whole)
 

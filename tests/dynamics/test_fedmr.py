@@ -1,5 +1,7 @@
 """FedMR's recombination: what it keeps, and what stays together."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -171,7 +173,7 @@ def test_in_a_secure_round_the_server_receives_what_clients_exchanged(experiment
     def watched(number, cohort, down):
         for reply in train(number, cohort, down):
             broken = tree.map_tree(lambda t: t * float("nan"), reply.uplink) if reply.client == sick else reply.uplink
-            replies.append(reply._replace(uplink=broken, is_finite=False))
+            replies.append(replace(reply, uplink=broken, is_finite=False))
         return replies
 
     aggregate = type(run.method).aggregate

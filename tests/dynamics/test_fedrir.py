@@ -21,7 +21,7 @@ def _wide(float64):
     """All of this runs in float64."""
 
 
-TASK = Task(4, 4, 10, (1, 8, 8), 16, 5)
+TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
 
 
 def made(method, model="fedrir_cnn"):
@@ -188,7 +188,7 @@ def test_without_its_parts_it_is_fedper(experiment, model):
 def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
     method, n = FedRIR(patch_size=patch, mask_ratio=ratio), 12
     batch = Batch(torch.ones(n, 3, side, side), torch.zeros(n, dtype=torch.int64))
-    draws = method.draw_mask(batch, TASK._replace(input_shape=(3, side, side)), Stream(0))
+    draws = method.draw_mask(batch, replace(TASK, input_shape=(3, side, side)), Stream(0))
     stays, edge = draws["stays"], patch or (4 if side >= 28 else 2)
     assert stays.shape == (n, 1, side, side)
     assert draws["noise"].shape == (n, TASK.width)

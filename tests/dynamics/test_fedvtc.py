@@ -24,7 +24,7 @@ def _wide(float64):
 
 
 P, Y = 6, 4
-TASK = Task(3, 3, Y, (1, 8, 8), P, 5)
+TASK = Task(n_clients=3, max_cohort=3, n_classes=Y, input_shape=(1, 8, 8), width=P, rounds=5)
 COVARIANCES = ("pooled", "class", "full")
 QUICK = {"finetune_steps": 3, "n_synthetic": 8}
 

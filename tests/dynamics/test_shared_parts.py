@@ -18,7 +18,7 @@ def _wide(float64):
     """All of this runs in float64."""
 
 
-TASK = Task(4, 4, 10, (1, 8, 8), 16, 5)
+TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
 
 
 def messages(run):

@@ -29,7 +29,7 @@ SMALL = {
 
 
 def small(**settings) -> Workload:
-    return Workload("tiny", "mnist", (1, 28, 28), (140, 20), SMALL | settings)
+    return Workload(title="tiny", data="mnist", input_shape=(1, 28, 28), rows=(140, 20), settings=SMALL | settings)
 
 
 @pytest.fixture(autouse=True)

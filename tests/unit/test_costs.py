@@ -146,7 +146,7 @@ def test_work_that_cannot_be_counted_does_not_end_a_run(tmp_path, caplog):
             return client
 
     values = TINY | {"model": {"name": "mlp", "hidden": 8}, "out": tmp_path / "run"}
-    summary = Experiment(make_settings(values), GivenObjects(Whole())).run()
+    summary = Experiment(make_settings(values), GivenObjects(method=Whole())).run()
     assert summary["flops_per_round"] is summary["peak_client_bytes"] is None
     assert "too few rows" in caplog.text
 

@@ -14,7 +14,7 @@ from fedloom.training.fast.gram_layer import Dual, Work
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import Site, run_phases
 
-TASK = Task(1, 1, 3, (1, 2, 3), 5, 4)
+TASK = Task(n_clients=1, max_cohort=1, n_classes=3, input_shape=(1, 2, 3), width=5, rounds=4)
 
 
 @pytest.fixture(autouse=True)

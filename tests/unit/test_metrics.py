@@ -58,7 +58,7 @@ def test_without_common_rows_there_is_no_general_accuracy():
 
 def test_logs_are_weighted_by_the_examples_of_those_who_wrote_them():
     def reply(examples, logs):
-        return Reply(0, 0, {}, examples, {}, logs, 0.0)
+        return Reply(client=0, slot=0, uplink={}, examples=examples, steps={}, logs=logs, seconds=0.0)
 
     row = metrics.mean_logs([reply(10, {"a": 1.0}), reply(30, {"a": 2.0, "b": 5.0})])
     assert row == {"a": 1.75, "b": 5.0}

@@ -46,7 +46,7 @@ def test_lost_clients_are_as_many_as_the_chance_says(experiment):
 
 def test_a_client_at_work_is_left_alone(experiment):
     run = experiment("fedavg", **{"devices.stragglers": "late", "devices.slow": 0.5})
-    run.intake.flights[2] = LateUplink(2, 0, 10, 0, {})
+    run.intake.flights[2] = LateUplink(client=2, slot=0, examples=10, sent=0, message={})
     roster = run.intake.roster(1, [0, 2, 3])
     assert (roster.sent, roster.working) == ([0, 2], [0, 2])
     assert run.intake.events == [{"round": 2, "event": "busy", "clients": [2]}]

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 import fedloom
-from fedloom import lazy, static
+from fedloom import lazy
 from fedloom.cli import completing, deploying
-from fedloom.methods import registry
+from fedloom.methods import registry, source_facts
 from fedloom.models import ZOO, option_defaults
 
 HEAVY = ("torch", "numpy", "pandas", "pyarrow", "pydantic", "matplotlib", "scipy", "sklearn", "PIL")
@@ -104,7 +104,7 @@ def test_what_is_read_from_the_source_is_what_the_class_says(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_what_is_read_of_a_model_is_what_its_function_says(name):
-    assert static.function_facts(ZOO.origins[name]) == (inspect.getdoc(ZOO[name]), option_defaults(name))
+    assert source_facts.function_facts(ZOO.origins[name]) == (inspect.getdoc(ZOO[name]), option_defaults(name))
 
 
 def test_completion_knows_the_steps_of_a_deployment():

@@ -60,7 +60,7 @@ def test_epochs_are_shuffled_anew():
 
 # turns
 
-N_ROWS, TASK = 11, Task(1, 1, 2, (3,), 3, 5)
+N_ROWS, TASK = 11, Task(n_clients=1, max_cohort=1, n_classes=2, input_shape=(3,), width=3, rounds=5)
 
 
 def net(*layers: nn.Module) -> dict[str, nn.Module]:

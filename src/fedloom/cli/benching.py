@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich import box
 from rich.table import Table
@@ -46,7 +47,8 @@ COLUMNS = (
 )
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """`key=value` words of the command, with their defaults."""
 
     engine: str = ""
@@ -57,11 +59,14 @@ class Options(NamedTuple):
     rival: str = ""
 
 
+KEYS: Mapping[str, str | int | float] = asdict(Options())
+
+
 def bench_command(words: Sequence[str]) -> int:
     """`fedloom bench`."""
     known = "\n".join(f"  {name:<8}  {work.title}" for name, work in WORKLOADS.items())
     parser = Parser("bench", "Time the engines on this machine, and choose between them.", EXAMPLES + known)
-    parser.add_argument("words", nargs="*", metavar="WORKLOAD|key=value", help=f"keys: {', '.join(Options._fields)}")
+    parser.add_argument("words", nargs="*", metavar="WORKLOAD|key=value", help=f"keys: {', '.join(KEYS)}")
     parser.add_argument("--json", action="store_true", help="as JSON, with versions and hardware")
     given = parser.read(words)
     options = _options([word for word in given.words if "=" in word])
@@ -93,10 +98,10 @@ def _options(words: Sequence[str]) -> Options:
     values: dict[str, Any] = {}
     for word in words:
         key, _, text = word.partition("=")
-        if key not in Options._fields:
-            raise ConfigError(f"unknown key '{key}'{suggest(key, Options._fields)}")
+        if key not in KEYS:
+            raise ConfigError(f"unknown key '{key}'{suggest(key, KEYS)}")
         refuse_empty({key: text})
-        default = Options._field_defaults[key]
+        default = KEYS[key]
         values[key] = text if isinstance(default, str) else _number(key, text, type(default))
     return Options(**values)
 

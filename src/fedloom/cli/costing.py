@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich import box
@@ -72,8 +73,8 @@ def _above_zero(key: str, text: str) -> float:
 
 def _facts(one: TurnCost, slowdown: float, memory: float, ways: Sequence[Network]) -> Mapping[str, Any]:
     return {
-        **one._asdict(),
-        "phases": [phase._asdict() for phase in one.phases],
+        **asdict(one),
+        "phases": [asdict(phase) for phase in one.phases],
         "slowdown": slowdown,
         "fits": one.process_bytes <= memory * 1e9,
         "network_seconds": {way.name: way.seconds(one.uplink_bytes, one.downlink_bytes) for way in ways},

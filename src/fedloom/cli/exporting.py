@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rich import box
@@ -52,7 +53,7 @@ def export_command(words: Sequence[str]) -> int:
             status.update(f"client {i}: {len(found) + 1} of {len(files)}")
             found.append(export_client(experiment, i, file))
     if given.json:
-        print(json.dumps([one._asdict() for one in found], indent=2))
+        print(json.dumps([asdict(one) for one in found], indent=2))
     else:
         _show(found, experiment)
     return 0

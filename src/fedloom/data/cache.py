@@ -29,7 +29,14 @@ def load_cached(root: Path, name: str, key: str) -> Dataset | None:
         for column, values in facts["strings"].items():
             columns[column] = np.asarray(values)[columns[column]]
         return validated(
-            Dataset(name, tensors["images"], tensors["labels"], facts["n_train"], tuple(facts["classes"]), columns)
+            Dataset(
+                name=name,
+                images=tensors["images"],
+                labels=tensors["labels"],
+                n_train=facts["n_train"],
+                classes=tuple(facts["classes"]),
+                columns=columns,
+            )
         )
     except (OSError, SafetensorError, DataError, KeyError, TypeError, ValueError, IndexError, RuntimeError):
         return None

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Final
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Source:
     """What is known of a data set before its files are read.
 
@@ -46,30 +46,111 @@ _DOMAINNET10 = (
 
 SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
     {
-        "digits": Source("scikit-learn's 1,797 handwritten digits (embedded)", 10, 8, 1, classes=_DIGITS),
-        "mnist": Source("MNIST", 10, 28, 1, "ylecun/mnist", "mnist", classes=_DIGITS),
+        "digits": Source(
+            title="scikit-learn's 1,797 handwritten digits (embedded)",
+            n_classes=10,
+            image_size=8,
+            channels=1,
+            classes=_DIGITS,
+        ),
+        "mnist": Source(
+            title="MNIST",
+            n_classes=10,
+            image_size=28,
+            channels=1,
+            hub="ylecun/mnist",
+            hub_folder="mnist",
+            classes=_DIGITS,
+        ),
         "fashion-mnist": Source(
-            "Fashion-MNIST", 10, 28, 1, "zalando-datasets/fashion_mnist", "fashion_mnist", classes=_FASHION
+            title="Fashion-MNIST",
+            n_classes=10,
+            image_size=28,
+            channels=1,
+            hub="zalando-datasets/fashion_mnist",
+            hub_folder="fashion_mnist",
+            classes=_FASHION,
         ),
-        "emnist": Source("EMNIST, balanced split", 47, 28, 1),
+        "emnist": Source(title="EMNIST, balanced split", n_classes=47, image_size=28, channels=1),
         "femnist": Source(
-            "FEMNIST (LEAF), by writer", 62, 28, 1, "flwrlabs/femnist", label="character",
-            classes=_DIGITS + _UPPER + _LOWER, natural="writer_id",
+            title="FEMNIST (LEAF), by writer",
+            n_classes=62,
+            image_size=28,
+            channels=1,
+            hub="flwrlabs/femnist",
+            label="character",
+            classes=_DIGITS + _UPPER + _LOWER,
+            natural="writer_id",
         ),
-        "cifar10": Source("CIFAR-10", 10, 32, 3, "uoft-cs/cifar10", "plain_text", classes=_CIFAR10),
-        "cifar100": Source("CIFAR-100, fine classes", 100, 32, 3, "uoft-cs/cifar100", "cifar100", "fine_label"),
+        "cifar10": Source(
+            title="CIFAR-10",
+            n_classes=10,
+            image_size=32,
+            channels=3,
+            hub="uoft-cs/cifar10",
+            hub_folder="plain_text",
+            classes=_CIFAR10,
+        ),
+        "cifar100": Source(
+            title="CIFAR-100, fine classes",
+            n_classes=100,
+            image_size=32,
+            channels=3,
+            hub="uoft-cs/cifar100",
+            hub_folder="cifar100",
+            label="fine_label",
+        ),
         "cifar100-coarse": Source(
-            "CIFAR-100, coarse classes", 20, 32, 3, "uoft-cs/cifar100", "cifar100", "coarse_label", folder="cifar100"
+            title="CIFAR-100, coarse classes",
+            n_classes=20,
+            image_size=32,
+            channels=3,
+            hub="uoft-cs/cifar100",
+            hub_folder="cifar100",
+            label="coarse_label",
+            folder="cifar100",
         ),
-        "svhn": Source("SVHN, cropped digits", 10, 32, 3, "ufldl-stanford/svhn", "cropped_digits", classes=_DIGITS),
-        "tiny-imagenet": Source("Tiny-ImageNet (test = its validation set)", 200, 64, 3, "zh-plus/tiny-imagenet"),
+        "svhn": Source(
+            title="SVHN, cropped digits",
+            n_classes=10,
+            image_size=32,
+            channels=3,
+            hub="ufldl-stanford/svhn",
+            hub_folder="cropped_digits",
+            classes=_DIGITS,
+        ),
+        "tiny-imagenet": Source(
+            title="Tiny-ImageNet (test = its validation set)",
+            n_classes=200,
+            image_size=64,
+            channels=3,
+            hub="zh-plus/tiny-imagenet",
+        ),
         "office-caltech10": Source(
-            "Office-Caltech10, four domains", 10, None, 3, classes=_OFFICE, natural="domain"
+            title="Office-Caltech10, four domains",
+            n_classes=10,
+            image_size=None,
+            channels=3,
+            classes=_OFFICE,
+            natural="domain",
         ),
-        "domainnet": Source("DomainNet, six domains", 345, None, 3, "wltjr1007/DomainNet", natural="domain"),
+        "domainnet": Source(
+            title="DomainNet, six domains",
+            n_classes=345,
+            image_size=None,
+            channels=3,
+            hub="wltjr1007/DomainNet",
+            natural="domain",
+        ),
         "domainnet10": Source(
-            "DomainNet, six domains, ten classes", 10, None, 3, "wltjr1007/DomainNet", natural="domain",
-            only=_DOMAINNET10, folder="domainnet",
+            title="DomainNet, six domains, ten classes",
+            n_classes=10,
+            image_size=None,
+            channels=3,
+            hub="wltjr1007/DomainNet",
+            natural="domain",
+            only=_DOMAINNET10,
+            folder="domainnet",
         ),
     }
-)  # fmt: skip
+)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,8 @@ Column = npt.NDArray[Any]
 Array = Tensor | npt.NDArray[Any]
 
 
-class Dataset(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
     """A pool of N examples, training rows first.
 
     Rows 0 .. n_train-1 are the official training rows, the rest the official test rows (maybe none). `images` is (N,
@@ -86,7 +88,14 @@ def from_arrays(
     if len(images) != len(labels):
         raise DataError(f"from_arrays: {len(images)} rows of inputs and {len(labels)} labels; they must agree")
     names = tuple(classes) if classes is not None else _class_numbers(labels)
-    pool = Dataset(name, images, labels, n_train, names, {key: np.asarray(v) for key, v in (columns or {}).items()})
+    pool = Dataset(
+        name=name,
+        images=images,
+        labels=labels,
+        n_train=n_train,
+        classes=names,
+        columns={key: np.asarray(v) for key, v in (columns or {}).items()},
+    )
     return validated(pool)
 
 

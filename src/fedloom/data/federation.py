@@ -7,6 +7,7 @@ import logging
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -58,7 +59,7 @@ class Federation:
         _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
             images = augmentation.once(dataset.images, Stream("augment once", dataset.name))
-            dataset = dataset._replace(images=images)
+            dataset = replace(dataset, images=images)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
         self._scale, self._shift = _scale_and_shift(dataset, normalise)
@@ -71,7 +72,7 @@ class Federation:
         images, labels = self.dataset.images, self.dataset.labels
         rows = [t if t.dtype is torch.bfloat16 else t.numpy() for t in (images, labels)]  # NumPy has no bfloat16
         none = torch.empty(0)
-        dataset = self.dataset._replace(images=none, labels=none)
+        dataset = replace(self.dataset, images=none, labels=none)
         return {**self.__dict__, "dataset": dataset, "rows": rows, "_common": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -156,7 +157,7 @@ class Federation:
         """The same rows kept on a device, where `rows` then gathers and normalises them."""
         other = copy.copy(self)
         pool = self.dataset
-        other.dataset = pool._replace(images=pool.images.to(device), labels=pool.labels.to(device))
+        other.dataset = replace(pool, images=pool.images.to(device), labels=pool.labels.to(device))
         other._scale, other._shift, other._common = self._scale.to(device), self._shift.to(device), None
         return other
 
@@ -194,7 +195,7 @@ class Federation:
         together = np.sort(np.concatenate(self.partition.train))
         train = (together, *(none for _ in self.partition.train[1:]))
         other = copy.copy(self)
-        other.partition = self.partition._replace(train=train)
+        other.partition = replace(self.partition, train=train)
         return other
 
     def _black(self) -> Tensor:

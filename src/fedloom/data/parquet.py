@@ -50,7 +50,7 @@ def read_parquet(
     stored = cache.load_cached(cache_root, name, key)
     if stored is not None:
         return stored
-    pool = _decode_pool(name, train, test, source, image_size, rows)
+    pool = _decode_pool(name, train, test=test, source=source, image_size=image_size, rows=rows)
     cache.save(cache_root, key, validated(pool))
     return pool
 

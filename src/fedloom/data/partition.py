@@ -7,8 +7,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ SCHEMES: Final = ("iid", "dirichlet", "pathological", "extended", "quantity", "n
 _SPLITS = ("train", "valid", "test")
 
 
-class Partition(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Partition:
     """Row numbers of a `Dataset`, one sorted int64 array per client and split; `common` is the common test set.
 
     No row is in two clients' training or validation splits, and none of those is tested on. `scheme` says how it was
@@ -132,7 +134,9 @@ def partition(
     each client's training rows kept for validation. Every client gets at least `min_examples` rows, before these
     splits. The same settings and `seed` give the same rows anywhere. Raises DataError.
     """
-    _check_settings(clients, scheme, alpha, classes_per_client, min_examples, valid)
+    _check_settings(
+        clients, scheme, alpha=alpha, classes_per_client=classes_per_client, min_examples=min_examples, valid=valid
+    )
     if scheme == "file":
         return _from_file(dataset, clients, path, valid)
     if scheme == "own":
@@ -155,7 +159,7 @@ def partition(
     made = {"name": scheme, **_pool(dataset), "clients": len(dealt), "min_examples": min_examples, **settings}
     made |= {"merge": merge, "test_fraction": fraction, "valid": valid, "seed": seed}
     official = np.arange(dataset.n_train, dataset.n_rows) if has_official and not merge else None
-    return _split(dealt, fraction, valid, official, made, stream)
+    return _split(dealt, fraction, valid=valid, official=official, settings=made, stream=stream)
 
 
 _DEALERS: Final[dict[str, tuple[Callable[..., list[Rows]], tuple[str, ...]]]] = {
@@ -203,7 +207,7 @@ def _split(
         held_out.append(validated)
         test.append(tested)
     common = _union(test) if official is None else official
-    return Partition(tuple(train), tuple(held_out), tuple(test), common, settings)
+    return Partition(train=tuple(train), valid=tuple(held_out), test=tuple(test), common=common, scheme=settings)
 
 
 def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:

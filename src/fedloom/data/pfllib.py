@@ -13,6 +13,7 @@ import io
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def load_pfllib(path: str | Path) -> Dataset:
     n_classes = _declared_classes(folder)
     if n_classes is None:
         return pool
-    return validated(pool._replace(classes=tuple(str(c) for c in range(n_classes))))
+    return validated(replace(pool, classes=tuple(str(c) for c in range(n_classes))))
 
 
 Client = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]

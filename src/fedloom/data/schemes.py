@@ -75,7 +75,11 @@ def pathological(
 
     draws = 1 if balance else MAX_DRAWS
     advice = "another partition.classes_per_client"
-    return _deal(labels, _accepted(draw, "pathological", n_clients, min_examples, advice, draws), stream)
+    return _deal(
+        labels,
+        _accepted(draw, "pathological", n_clients=n_clients, min_examples=min_examples, advice=advice, n_draws=draws),
+        stream,
+    )
 
 
 def extended(

@@ -62,4 +62,11 @@ def _digits(image_size: int | None, rows: int | None) -> Dataset:
     keep, n_train = choose_rows("digits", np.ones(len(labels), dtype=bool), len(labels), rows)
     images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
     classes = tuple("0123456789")
-    return Dataset("digits", torch.from_numpy(images), torch.from_numpy(labels[keep]), n_train, classes, {})
+    return Dataset(
+        name="digits",
+        images=torch.from_numpy(images),
+        labels=torch.from_numpy(labels[keep]),
+        n_train=n_train,
+        classes=classes,
+        columns={},
+    )

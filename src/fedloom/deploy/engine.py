@@ -329,15 +329,15 @@ class FlowerEngine(Engine):
 
 def _reply(letter: Letter, turn: Turned) -> Reply:
     return Reply(
-        turn.client,
-        turn.slot,
-        letter.tree(str(turn.slot)),
-        turn.examples,
-        turn.steps,
-        turn.logs,
-        turn.seconds,
-        turn.phase_seconds,
-        turn.diverged,
+        client=turn.client,
+        slot=turn.slot,
+        uplink=letter.tree(str(turn.slot)),
+        examples=turn.examples,
+        steps=turn.steps,
+        logs=turn.logs,
+        seconds=turn.seconds,
+        phase_seconds=turn.phase_seconds,
+        diverged=turn.diverged,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def read_own(
             raise DataError(f"{place}: inputs of shape {pool.input_shape}, the server's are {tuple(input_shape)}")
     labels = torch.cat([_renamed(pool, classes) for pool in pools])
     images = torch.cat([pool.images for pool in pools])
-    whole = Dataset(settings.data.name, images, labels, len(labels), tuple(classes), {})
+    whole = Dataset(
+        name=settings.data.name, images=images, labels=labels, n_train=len(labels), classes=tuple(classes), columns={}
+    )
     parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
     start = 0
     for i, pool in zip(clients, pools, strict=True):
@@ -77,11 +80,11 @@ class Remote(Federation):
                 labels.append(torch.from_numpy(mine))
                 end += len(mine)
         partition = _partition(parts, common)
-        shown = held._replace(images=held.images[:1].expand(end, *held.input_shape), labels=torch.cat(labels))
+        shown = replace(held, images=held.images[:1].expand(end, *held.input_shape), labels=torch.cat(labels))
         super().__init__(shown, partition, normalise=settings.data.normalise)
         self._held = Federation(
             held,
-            Partition((NONE,), (NONE,), (NONE,), common, {}),
+            Partition(train=(NONE,), valid=(NONE,), test=(NONE,), common=common, scheme={}),
             normalise=settings.data.normalise,
         )  # fmt: skip
 
@@ -107,7 +110,7 @@ def refuse_pooled_statistics(settings: Settings) -> None:
 
 def _partition(parts: Mapping[str, Sequence[Any]], common: Any) -> Partition:
     train, valid, test = (tuple(parts[split]) for split in SPLITS)
-    return Partition(train, valid, test, common, {"name": "devices"})
+    return Partition(train=train, valid=valid, test=test, common=common, scheme={"name": "devices"})
 
 
 def _n_clients(settings: Settings) -> int:
@@ -140,7 +143,7 @@ def _read(folder: Path, settings: Settings) -> Dataset:
     encoded = ((str(file), file.read_bytes()) for file in files)
     images = torch.from_numpy(decode_picture(encoded, len(files), d.image_size))
     labels = torch.tensor([classes.index(file.parent.name) for file in files])
-    return Dataset(d.name, images, labels, len(parts[0]), classes, {})
+    return Dataset(name=d.name, images=images, labels=labels, n_train=len(parts[0]), classes=classes, columns={})
 
 
 def _pictures(folder: Path) -> list[Path]:

@@ -30,7 +30,7 @@ def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell:
     """A new run: asks the nodes who they are, and writes the run's folder."""
     settings = deployable(make_settings(values))
     run = secrets.token_hex(8)
-    return _experiment(deployment, settings, run, link, tell, None)
+    return _experiment(deployment, settings, run=run, link=link, tell=tell, folder=None)
 
 
 def resume_deployed(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
@@ -45,7 +45,7 @@ def resume_deployed(deployment: Deployment, path: Path, link: Link, tell: Tell) 
             f"{path}: this run was not made on devices; continue it with: fedloom run --resume {path}"
         ) from None
     settings = make_settings(read_toml(path / "config.toml"))
-    experiment = _experiment(deployment, settings, run, link, tell, folder)
+    experiment = _experiment(deployment, settings, run=run, link=link, tell=tell, folder=folder)
     experiment.forget_unsaved()
     return experiment
 
@@ -64,7 +64,7 @@ def _experiment(
 
     def make(problem: Problem) -> FlowerEngine:
         late_s = deployment.file.late_s if settings.devices.stragglers == "late" else 0.0
-        return FlowerEngine(problem, link, deployment.file.nodes, call, tell, late_s)
+        return FlowerEngine(problem, link, roster=deployment.file.nodes, call=call, tell=tell, late_s=late_s)
 
     experiment = Experiment(settings, GivenObjects(federation=federation, engine=make), folder)
     if folder is None:

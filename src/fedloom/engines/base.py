@@ -27,7 +27,8 @@ from fedloom.tree import Tree, Weights
 from fedloom.wire.codec import PLAIN, Codec
 
 
-class Reply(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Reply:
     """What came back from one client's turn."""
 
     client: int
@@ -62,7 +63,7 @@ class ScoreRequest(NamedTuple):
     fitted: bool = False  # the model as the client's last turn left it, not as the downlink makes it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Problem:
     """All that an engine needs to know. Read-only, and the same in every worker."""
 

@@ -17,6 +17,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -98,7 +99,7 @@ class Processes(ForwardingEngine):
         pieces = _pieces(sizes, len(self._workers), self._lanes or 1)
         jobs = [("train", number, common, [(s, cohort[s], own[s] if own else None) for s in piece]) for piece in pieces]
         replies: list[Reply] = [reply for done in self._share_out(jobs) for reply in done]
-        replies = [reply._replace(uplink=self._slabs.get(reply.uplink)) for reply in replies]  # type: ignore[arg-type]
+        replies = [replace(reply, uplink=self._slabs.get(reply.uplink)) for reply in replies]  # type: ignore[arg-type]
         return sorted(replies, key=lambda reply: reply.slot)
 
     def score(
@@ -225,11 +226,11 @@ def _do(engine: LocalEngine, slabs: Slabs, job: tuple[Any, ...]) -> Any:
         for slot, i, own in places
     ]
     replies = [
-        reply._replace(uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
+        replace(reply, uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
         for reply in engine.updates(number, members)  # one by one: many models would take much memory
     ]
     around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
-    return [reply._replace(seconds=reply.seconds + around) for reply in replies]
+    return [replace(reply, seconds=reply.seconds + around) for reply in replies]
 
 
 class Pickler(Protocol):

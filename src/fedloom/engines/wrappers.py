@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 from fedloom import tree
 from fedloom.engines.base import Engine, Reply, Score, ScoreRequest
@@ -79,7 +80,7 @@ class Bytes(Wrapper):
         """See `Engine.train`."""
         replies = self.inner.train(number, cohort, self._down(number, cohort, down))
         return [
-            r._replace(uplink=self._through(r.uplink, round=number, client=r.client, examples=r.examples))
+            replace(r, uplink=self._through(r.uplink, round=number, client=r.client, examples=r.examples))
             for r in replies
         ]
 

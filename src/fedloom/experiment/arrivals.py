@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,8 @@ class Participants(NamedTuple):
     working: list[int]  # those whose turn is run
 
 
-class LateUplink(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class LateUplink:
     """An uplink under way."""
 
     client: int
@@ -131,9 +133,9 @@ class Arrivals:
         fresh, landed, late, refused = list[Reply](), self._due(number), list[int](), set[int]()
         for reply in replies:
             then = asked[reply.client]
-            reply = reply._replace(slot=then.working[reply.slot])
+            reply = replace(reply, slot=then.working[reply.slot])
             try:
-                reply = reply._replace(uplink=self._screen.opened(then.number, reply, then.down))
+                reply = replace(reply, uplink=self._screen.opened(then.number, reply, then.down))
             except WireError as error:
                 self._note(number, "rejected", [reply.client], reason=str(error))
                 refused.add(reply.client)
@@ -197,14 +199,14 @@ class Arrivals:
 
     def state(self) -> Row:
         """For the checkpoint, without the messages under way."""
-        flights = [flight._replace(message={})._asdict() for flight in self.flights.values()]
+        flights = [asdict(replace(flight, message={})) for flight in self.flights.values()]
         return {"counts": self.counts, "flights": flights}
 
     def restore(self, state: Mapping[str, Any], messages: Mapping[int, Tree]) -> None:
         """Put back what `state` gave, and the messages under way by client."""
         self.counts |= state.get("counts", {})
         flights = [LateUplink(**flight) for flight in state.get("flights", ())]
-        self.flights = {f.client: f._replace(message=messages.get(f.client, {})) for f in flights}
+        self.flights = {f.client: replace(f, message=messages.get(f.client, {})) for f in flights}
 
 
 class UplinkCheck:
@@ -266,7 +268,9 @@ def _flight(number: int, reply: Reply, down: Downlink) -> LateUplink:
     received = down.to(reply.slot)["weights"]
     gained = tree.map_tree(torch.sub, reply.uplink["weights"], received)
     rest = tree.clone({name: part for name, part in reply.uplink.items() if name != "weights"})
-    return LateUplink(reply.client, reply.slot, reply.examples, number, {**rest, "weights": gained})
+    return LateUplink(
+        client=reply.client, slot=reply.slot, examples=reply.examples, sent=number, message={**rest, "weights": gained}
+    )
 
 
 def _arrivals(members: Sequence[tuple[int, int, int, int]]) -> tuple[Arrival, ...]:

@@ -81,20 +81,27 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     """All that an engine needs to know; checks that the method fits the architectures."""
     n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
     size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
-    task = Task(n, size, federation.n_classes, federation.input_shape, archs[0].features, settings.rounds)
+    task = Task(
+        n_clients=n,
+        max_cohort=size,
+        n_classes=federation.n_classes,
+        input_shape=federation.input_shape,
+        width=archs[0].features,
+        rounds=settings.rounds,
+    )
     problem = Problem(
-        method,
-        task,
-        archs,
-        tuple(i % len(archs) for i in range(federation.n_clients)),
-        federation,
-        Plan(settings.batch_size, settings.drop_last),
-        settings.seed,
-        settings.same_init,
-        settings.precision == "bf16",
-        Codec(parse(settings.uplink, "uplink"), parse(settings.downlink, "downlink")),
-        settings.eval.fitted,
-        slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
+        method=method,
+        task=task,
+        archs=archs,
+        arch_of=tuple(i % len(archs) for i in range(federation.n_clients)),
+        data=federation,
+        plan=Plan(settings.batch_size, settings.drop_last),
+        seed=settings.seed,
+        same_init=settings.same_init,
+        bf16=settings.precision == "bf16",
+        codec=Codec(parse(settings.uplink, "uplink"), parse(settings.downlink, "downlink")),
+        keep_fitted=settings.eval.fitted,
+        slowdowns=slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
     )
     check_rules(settings, method, size)
     _check_nets(problem)
@@ -178,7 +185,16 @@ def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:
 def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Problem) -> Engine:
     """The engine that the settings name."""
     e = settings.engine
-    return make_engine(e.name, problem, e.workers, e.lanes, e.address, e.deadline_s, place, e.convolutions)
+    return make_engine(
+        e.name,
+        problem,
+        workers=e.workers,
+        lanes=e.lanes,
+        address=e.address,
+        deadline_s=e.deadline_s,
+        place=place,
+        convolutions=e.convolutions,
+    )
 
 
 def initial_weights(problem: Problem) -> Weights:

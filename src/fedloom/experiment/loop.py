@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -37,7 +38,8 @@ Row = dict[str, Any]
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in all, the newest metrics)
 
 
-class GivenObjects(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class GivenObjects:
     """Objects from Python in place of what the settings name."""
 
     method: Method | None = None

@@ -203,7 +203,7 @@ class FedVTC(FedProto):
         if not self.matching_weight:  # else half of the step's work would be for nothing
             return loss, logs
         labels, latents = self.latents(batch.draws, down)
-        matching = self.match(nets.body(nets.generator(latents)), latents, labels, z, batch.y, down)
+        matching = self.match(nets.body(nets.generator(latents)), latents, labels=labels, z=z, y=batch.y, down=down)
         return loss + self.matching_weight * matching, logs | {"matching": matching}
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:

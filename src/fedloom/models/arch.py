@@ -24,7 +24,7 @@ Builder = Callable[..., nn.Module]
 SMALLEST_SIDE = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Arch:
     """A recipe for models of one architecture on one problem; `arch(...)` makes and checks one.
 
@@ -152,7 +152,14 @@ def arch(
             f"model {source} takes images (C, H, W) of at least 8x8 pixels; the inputs have shape {shape}"
         )
     _check_options(source, options)
-    made = Arch(source, builder, shape, n_classes, width, tuple(sorted(options.items())))
+    made = Arch(
+        name=source,
+        build=builder,
+        input_shape=shape,
+        n_classes=n_classes,
+        width=width,
+        options=tuple(sorted(options.items())),
+    )
     _ = made.features  # impossible combinations of options show now, not in the middle of a run
     return made
 
@@ -173,7 +180,14 @@ def _outside(
     for key in options:
         if key not in known:
             raise ConfigError(f"model {name} has no option '{key}': its signature does not name it")
-    made = OutsideArch(name, source, shape, n_classes, width, tuple(sorted(options.items())))
+    made = OutsideArch(
+        name=name,
+        build=source,
+        input_shape=shape,
+        n_classes=n_classes,
+        width=width,
+        options=tuple(sorted(options.items())),
+    )
     made.check()
     return made
 

@@ -76,7 +76,7 @@ def _features(records: Sequence[RunRecord]) -> Grid:
                 ]
                 rows.append((label, *cells))
     caption = "Linear probes, percent right. Own rows: each client's test rows through its own nets; same rows: common rows through all."
-    return Grid("What features hold", ("Features", *FEATURES.values()), tuple(rows), caption)
+    return Grid(title="What features hold", headers=("Features", *FEATURES.values()), rows=tuple(rows), caption=caption)
 
 
 def _samples(records: Sequence[RunRecord]) -> Grid:
@@ -100,7 +100,7 @@ def _samples(records: Sequence[RunRecord]) -> Grid:
     ]
     headers = ("Images", *sides, "recognised\nall", "classes\nheld", "classes\nnot held", "real\ntest rows")
     caption = "Against the client's nearest training image; held out: real test images, as many. Recognised: by a CNN trained centrally."
-    return Grid("What generators make", headers, tuple(rows), caption)
+    return Grid(title="What generators make", headers=headers, rows=tuple(rows), caption=caption)
 
 
 def _sharpness(records: Sequence[RunRecord]) -> Grid:
@@ -120,7 +120,7 @@ def _sharpness(records: Sequence[RunRecord]) -> Grid:
             )
     headers = ("Server's model", "training\nloss", "Hessian's largest\neigenvalue", "loss added by\n10 % noise")
     caption = "On training rows of all clients. 10 % noise: every parameter times 1 + 0.1 N(0, 1)."
-    return Grid("Sharpness", headers, tuple(rows), caption)
+    return Grid(title="Sharpness", headers=headers, rows=tuple(rows), caption=caption)
 
 
 def _one(x: float) -> str:

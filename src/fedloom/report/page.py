@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,7 +50,8 @@ class Plot(NamedTuple):
     wide: bool
 
 
-class Detail(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Detail:
     """What the page tells of one run."""
 
     title: str
@@ -227,10 +229,10 @@ def _detail(record: RunRecord) -> Detail:
     filled = [0, *(place for place in range(1, len(STATISTICS) + 1) if any(row[place].text for row in rows))]
     headers = ("accuracy (%)", *STATISTICS.values())
     accuracies = Grid(
-        "",
-        tuple(headers[place] for place in filled),
-        tuple(tuple(row[place] for place in filled) for row in rows),
-        "",
+        title="",
+        headers=tuple(headers[place] for place in filled),
+        rows=tuple(tuple(row[place] for place in filled) for row in rows),
+        caption="",
     )
     tables = {
         "Result": _result(record),
@@ -238,7 +240,14 @@ def _detail(record: RunRecord) -> Detail:
         "Environment": _pairs(record.environment),
     }
     command = printable(str(record.environment.get("command", "")))
-    return Detail(record.name, record.finished, record.progress, command, accuracies, tables)
+    return Detail(
+        title=record.name,
+        finished=record.finished,
+        progress=record.progress,
+        command=command,
+        accuracies=accuracies,
+        tables=tables,
+    )
 
 
 def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:

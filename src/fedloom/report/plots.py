@@ -68,14 +68,23 @@ def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_a
         return series(record, "uplink_bytes") + series(record, "downlink_bytes")
 
     title = f"{measure_name(measure)} over traffic"
-    return _accuracy_over(traffic, size, records, measure, title, "bytes sent, up and down")
+    return _accuracy_over(
+        traffic, size, records=records, measure=measure, title=title, axis_name="bytes sent, up and down"
+    )
 
 
 def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
     """Personal accuracy in percent over the time that devices on a network would have needed (see `report.waiting`)."""
     measure = "personal_accuracy"
     title = f"{measure_name(measure)} over time, {network.name}"
-    return _accuracy_over(lambda r: elapsed(r, network, waiting), duration, records, measure, title, "time")
+    return _accuracy_over(
+        lambda r: elapsed(r, network, waiting),
+        duration,
+        records=records,
+        measure=measure,
+        title=title,
+        axis_name="time",
+    )
 
 
 def _accuracy_over(

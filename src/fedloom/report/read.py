@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from fedloom.errors import RunFolderError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class RunRecord:
     """What one run folder holds.
 

@@ -30,7 +30,7 @@ EMPTY = Cell("–")
 NOT_COUNTED = {"rejected": "rejected", "lost": "lost", "late": "late", "skipped": "rounds skipped"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Grid:
     """A table before it is drawn; the first column names the rows, "\\n" in a header is a place to break it."""
 
@@ -41,7 +41,8 @@ class Grid:
     heat: bool = False  # whether cells are shaded by their values, from 0 to 1
 
 
-class Column(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Column:
     """One number per run: how to find it, how to write it, and which end of it is good."""
 
     header: str
@@ -73,33 +74,71 @@ def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
     names = [Cell(g.label if g.finished else f"{g.label} (unfinished)") for g in groups]
     rows = tuple(zip(names, *body, strict=True))
     headers = ("Method", *(column.header for column in columns))
-    return Grid("Results, accuracy in percent", headers, rows, _summary_caption(groups))
+    return Grid(title="Results, accuracy in percent", headers=headers, rows=rows, caption=_summary_caption(groups))
 
 
 def _columns(digits: int) -> list[Column]:
     def accuracy(header: str, measure: str, statistic: str = "final") -> Column:
         return Column(
-            header, lambda record: headline(record, measure, statistic), lambda x: units.points(x, digits), True, True
+            header=header,
+            value=lambda record: headline(record, measure, statistic),
+            text=lambda x: units.points(x, digits),
+            larger_is_better=True,
+            with_spread=True,
         )
 
     def cost(header: str, key: str, text: Callable[[float], str]) -> Column:
-        return Column(header, lambda record: run_total(record, key), text, False, False)
+        return Column(
+            header=header,
+            value=lambda record: run_total(record, key),
+            text=text,
+            larger_is_better=False,
+            with_spread=False,
+        )
 
     return [
         accuracy("personal\nfinal", "personal_accuracy"),
         accuracy("personal\nlast 10", "personal_accuracy", "last10"),
         accuracy("personal\nchosen", "personal_accuracy", "chosen_on_validation"),
         accuracy("personal\nworst 10%", "personal_accuracy", "worst10"),
-        Column("personal\ntrained", _trained, lambda x: units.points(x, digits), True, True),
+        Column(
+            header="personal\ntrained",
+            value=_trained,
+            text=lambda x: units.points(x, digits),
+            larger_is_better=True,
+            with_spread=True,
+        ),
         accuracy("personal\nfitted", "personal_accuracy_fitted"),
         accuracy("general\nfinal", "general_accuracy"),
         accuracy("server\nfinal", "server_accuracy"),
-        Column("rounds\nto target", lambda record: _to_target(record, "rounds"), _rounds, False, False),
-        Column("bytes\nto target", lambda record: _to_target(record, "bytes"), _bytes, False, False),
         Column(
-            "newcomers\nreceived", lambda r: _newcomers(r, "received"), lambda x: units.points(x, digits), True, True
+            header="rounds\nto target",
+            value=lambda record: _to_target(record, "rounds"),
+            text=_rounds,
+            larger_is_better=False,
+            with_spread=False,
         ),
-        Column("newcomers\njoined", lambda r: _newcomers(r, "joined"), lambda x: units.points(x, digits), True, True),
+        Column(
+            header="bytes\nto target",
+            value=lambda record: _to_target(record, "bytes"),
+            text=_bytes,
+            larger_is_better=False,
+            with_spread=False,
+        ),
+        Column(
+            header="newcomers\nreceived",
+            value=lambda r: _newcomers(r, "received"),
+            text=lambda x: units.points(x, digits),
+            larger_is_better=True,
+            with_spread=True,
+        ),
+        Column(
+            header="newcomers\njoined",
+            value=lambda r: _newcomers(r, "joined"),
+            text=lambda x: units.points(x, digits),
+            larger_is_better=True,
+            with_spread=True,
+        ),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
@@ -137,7 +176,9 @@ def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
     names = next(iter(named), None) or range(*sizes)
     rows = tuple((Cell(label), *map(_recall_cell, zip(*runs, strict=True))) for label, runs in found.items())
     caption = "Personal models on the common rows: the part of a class's rows that they predict rightly; mean over clients and seeds."
-    return Grid("Recall by class, in percent", ("Method", *map(str, names)), rows, caption, heat=True)
+    return Grid(
+        title="Recall by class, in percent", headers=("Method", *map(str, names)), rows=rows, caption=caption, heat=True
+    )
 
 
 def _recall_cell(values: Sequence[float | None]) -> Cell:
@@ -221,7 +262,12 @@ def paired_grid(records: Sequence[RunRecord], baseline: str | None = None, digit
         return None
     headers = ("Method", "\nseeds", *(f"{measure.split('_')[0]}\nfinal" for measure in found))
     title = f"Difference to {base.label} in percentage points"
-    return Grid(title, headers, tuple(row for row in rows if row), _paired_caption(list(found.values())))
+    return Grid(
+        title=title,
+        headers=headers,
+        rows=tuple(row for row in rows if row),
+        caption=_paired_caption(list(found.values())),
+    )
 
 
 def _paired_row(label: str, differences: Sequence[Difference | None], digits: int) -> tuple[Cell, ...]:

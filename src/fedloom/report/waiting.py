@@ -94,7 +94,12 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
         "\ncomputing",
         *(f"\n{w.name}" for w in waiting.networks),
     )
-    return Grid(f"Time to {units.points(target)} % personal accuracy", headers, tuple(rows), _caption(waiting))
+    return Grid(
+        title=f"Time to {units.points(target)} % personal accuracy",
+        headers=headers,
+        rows=tuple(rows),
+        caption=_caption(waiting),
+    )
 
 
 def _lacking(record: RunRecord, waiting: Waiting) -> str:

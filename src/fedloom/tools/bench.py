@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import MappingProxyType
@@ -57,7 +58,8 @@ MakeRival = Callable[[Problem, int], Rival]
 """What a rival's file defines: (problem, threads) -> a rival that may use so many threads."""
 
 
-class Workload(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Workload:
     """A federation of a fixed size; `scale` shrinks it."""
 
     title: str
@@ -75,8 +77,8 @@ class Workload(NamedTuple):
         return values
 
 
-CIFAR = ("cifar10", (3, 32, 32), (50_000, 10_000))
-MNIST = ("mnist", (1, 28, 28), (60_000, 10_000))
+CIFAR: Values = {"data": "cifar10", "input_shape": (3, 32, 32), "rows": (50_000, 10_000)}
+MNIST: Values = {"data": "mnist", "input_shape": (1, 28, 28), "rows": (60_000, 10_000)}
 W1: Values = {"method": {"name": "fedavg", "lr": 0.005}, "clients": 20, "drop_last": True}
 W4: Values = {
     "method": {"name": "fedavg", "lr": 0.05},
@@ -87,12 +89,14 @@ W4: Values = {
 
 WORKLOADS: Mapping[str, Workload] = MappingProxyType(
     {
-        "w1": Workload("FedAvg, CNN, 20 skewed clients, batch 10", *CIFAR, W1),
-        "w1-100": Workload("FedAvg, CNN, 20 skewed clients, batch 100", *CIFAR, W1 | {"batch_size": 100}),
+        "w1": Workload(title="FedAvg, CNN, 20 skewed clients, batch 10", **CIFAR, settings=W1),
+        "w1-100": Workload(
+            title="FedAvg, CNN, 20 skewed clients, batch 100", **CIFAR, settings=W1 | {"batch_size": 100}
+        ),
         "w2": Workload(
-            "FedRIR as released, 20 skewed clients, batch 100",
-            *CIFAR,
-            {
+            title="FedRIR as released, 20 skewed clients, batch 100",
+            **CIFAR,
+            settings={
                 "method": {"name": "fedrir", "idm_mode": "released"},
                 "model": {"name": "fedrir_cnn"},
                 "clients": 20,
@@ -101,9 +105,9 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
             },
         ),
         "w3": Workload(
-            "FedMR, ResNet-20, 10 of 100 equal clients, batch 50, 5 epochs",
-            *CIFAR,
-            {
+            title="FedMR, ResNet-20, 10 of 100 equal clients, batch 50, 5 epochs",
+            **CIFAR,
+            settings={
                 "method": {"name": "fedmr", "unit": "tensor"},
                 "model": {"name": "resnet20"},
                 "clients": 100,
@@ -112,9 +116,12 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
                 "partition": {"name": "iid", "merge": False},
             },
         ),
-        "w4": Workload("FedAvg, CNN, 100 of 1000 clients, 60 rows each", *MNIST, W4, by_clients=True),
+        "w4": Workload(title="FedAvg, CNN, 100 of 1000 clients, 60 rows each", **MNIST, settings=W4, by_clients=True),
         "w4-mlp": Workload(
-            "FedAvg, MLP, 100 of 1000 clients, 60 rows each", *MNIST, W4 | {"model": {"name": "mlp"}}, by_clients=True
+            title="FedAvg, MLP, 100 of 1000 clients, 60 rows each",
+            **MNIST,
+            settings=W4 | {"model": {"name": "mlp"}},
+            by_clients=True,
         ),
     }
 )

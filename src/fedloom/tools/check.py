@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class _Backwards(Wrapper):
         replies = []
         for slot in reversed(range(len(cohort))):
             (reply,) = self.inner.train(number, [cohort[slot]], Downlink(each=[down.to(slot)]))
-            replies.append(reply._replace(slot=slot))
+            replies.append(replace(reply, slot=slot))
         return replies[::-1]
 
 
@@ -108,7 +109,7 @@ class _Trial:
 
     def __init__(self, name: str, method: Method, dataset: data.Dataset, folder: Path) -> None:
         self.name, self.folder = name, folder
-        self.parts = GivenObjects(method, dataset)
+        self.parts = GivenObjects(method=method, dataset=dataset)
 
     def findings(self) -> list[Finding]:
         """All rules that take a run."""
@@ -280,7 +281,7 @@ def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) ->
     params = {k: v.detach().contiguous() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
     names = select(client.weights, train.trains)["params"].keys()
     trained = {name: params.pop(name) for name in names}
-    return _Lane(trained, params, client.weights["buffers"], batch, down, client.memory)
+    return _Lane(trained, params, buffers=client.weights["buffers"], batch=batch, down=down, memory=client.memory)
 
 
 def _largest(federation: data.Federation) -> list[int]:

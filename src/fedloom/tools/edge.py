@@ -11,8 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedloom import tree
 from fedloom.config.parsing import read_toml
@@ -37,7 +38,8 @@ FOUND = "found.json"
 TIMED_STEPS = 10  # at most so many steps of a phase are timed, after one to warm up; the others take as long
 
 
-class PhaseCost(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class PhaseCost:
     """One phase of a turn."""
 
     name: str
@@ -47,7 +49,8 @@ class PhaseCost(NamedTuple):
     tensor_bytes: int  # the most that tensors took at once
 
 
-class TurnCost(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class TurnCost:
     """One client's turn: the client of one architecture with the most rows."""
 
     method: str
@@ -88,16 +91,16 @@ def turn_costs(settings: Settings) -> list[TurnCost]:
 def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
     problem, method = costs.problem, costs.problem.method
     turn, client, down = costs.busiest(i), costs.received(i), costs.downlink.to(0)
-    measured = _measured(settings, problem, i, turn, client, down)
+    measured = _measured(settings, problem, i=i, turn=turn, client=client, down=down)
     flops, tensor_bytes = costs.flops(i, turn.number), costs.peak_bytes(i)
     travelling = method.travelling(client.weights)["params"]
     phases = tuple(
         PhaseCost(
-            phase.name,
-            sum(pieces(phase, problem.plan, turn.examples).values()),
-            flops[phase.name],
-            measured["seconds"][phase.name],
-            tensor_bytes[phase.name],
+            name=phase.name,
+            steps=sum(pieces(phase, problem.plan, turn.examples).values()),
+            flops=flops[phase.name],
+            seconds=measured["seconds"][phase.name],
+            tensor_bytes=tensor_bytes[phase.name],
         )
         for phase in method.phases()
     )
@@ -121,7 +124,7 @@ def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
 def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: Client, down: Tree) -> dict[str, Any]:
     """Let a process of its own take the turn."""
     x, y = problem.data.train(i)
-    facts = {"task": problem.task._asdict(), "turn": turn._asdict(), "arch": problem.arch_of[i]}
+    facts = {"task": asdict(problem.task), "turn": turn._asdict(), "arch": problem.arch_of[i]}
     with tempfile.TemporaryDirectory(prefix="fedloom-edge-") as name:
         folder = Path(name)
         (folder / "config.toml").write_text(to_toml(settings), encoding="utf-8")
@@ -162,11 +165,15 @@ def take_turn(folder: Path) -> dict[str, Any]:
         client = Client(**tree.merge(blank._asdict(), sent["client"]))  # branches without tensors do not travel
         down = sent.get("down", {})
         try:
-            worked, seconds = _timed(method, gradients, client, down, _site(settings, task, sent["rows"], True), turn)
+            worked, seconds = _timed(
+                method, gradients, client=client, down=down, site=_site(settings, task, sent["rows"], True), turn=turn
+            )
         except RuntimeError as error:  # as the engines do: a model that calls .view() on a convolution's output
             if "view size is not compatible" not in str(error):
                 raise
-            worked, seconds = _timed(method, gradients, client, down, _site(settings, task, sent["rows"], False), turn)
+            worked, seconds = _timed(
+                method, gradients, client=client, down=down, site=_site(settings, task, sent["rows"], False), turn=turn
+            )
         uplink, _ = method.uplink(worked, client.weights, down, turn)
     return {
         "seconds": seconds,

@@ -13,8 +13,9 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -53,7 +54,8 @@ print(json.dumps({"one": one, "batch": seconds(int(sys.argv[5])), "before": befo
 """
 
 
-class Exported(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Exported:
     """What is known of one exported model; seconds are medians on one thread, memory is that of a fresh process for one image."""
 
     client: int
@@ -127,21 +129,21 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
     one, many = _torch_seconds(model, x)
     probe = _probe(file, x.shape[1:])
     return Exported(
-        i,
-        str(file),
-        file.stat().st_size,
-        sum(p.numel() for name, p in model.named_parameters() if name in used),
-        len(y),
-        experiment.data.n_test(i) > 0,
-        difference,
-        int((logits.argmax(1) == own.argmax(1)).sum()),
-        float((logits.argmax(1) == y).double().mean()),
-        one,
-        probe["one"],
-        many,
-        probe["batch"],
-        int(probe["peak"]),
-        int(probe["peak"] - probe["before"]),
+        client=i,
+        file=str(file),
+        file_bytes=file.stat().st_size,
+        parameters=sum(p.numel() for name, p in model.named_parameters() if name in used),
+        rows=len(y),
+        own_rows=experiment.data.n_test(i) > 0,
+        difference=difference,
+        same_class=int((logits.argmax(1) == own.argmax(1)).sum()),
+        accuracy=float((logits.argmax(1) == y).double().mean()),
+        torch_seconds=one,
+        onnx_seconds=probe["one"],
+        torch_batch_seconds=many,
+        onnx_batch_seconds=probe["batch"],
+        peak_bytes=int(probe["peak"]),
+        model_bytes=int(probe["peak"] - probe["before"]),
     )
 
 

@@ -164,7 +164,8 @@ class Int8:
         return values
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Kind:
     """A transform that can be named in the settings."""
 
     make: Callable[..., Transform]
@@ -181,22 +182,28 @@ def _half(name: str) -> Half:
 
 
 TRANSFORMS: Mapping[str, Kind] = {
-    "fp16": Kind(lambda: _half("float16"), "half precision: 11 significant bits, up to 65504", "fp16"),
-    "bf16": Kind(lambda: _half("bfloat16"), "bfloat16: 8 significant bits, the range of fp32", "bf16"),
-    "int8": Kind(Int8, "8-bit whole numbers and one scale per tensor, rounded to the nearest", "int8"),
+    "fp16": Kind(
+        make=lambda: _half("float16"), summary="half precision: 11 significant bits, up to 65504", example="fp16"
+    ),
+    "bf16": Kind(
+        make=lambda: _half("bfloat16"), summary="bfloat16: 8 significant bits, the range of fp32", example="bf16"
+    ),
+    "int8": Kind(
+        make=Int8, summary="8-bit whole numbers and one scale per tensor, rounded to the nearest", example="int8"
+    ),
     "topk": Kind(
-        TopK,
-        "only the part FRACTION of the differences, the largest; the rest is added to the next uplink",
-        "topk:0.1",
-        ("FRACTION",),
-        ("uplink",),
+        make=TopK,
+        summary="only the part FRACTION of the differences, the largest; the rest is added to the next uplink",
+        example="topk:0.1",
+        numbers=("FRACTION",),
+        ways=("uplink",),
     ),
     "gaussian": Kind(
-        Gaussian,
-        "differences clipped to the length CLIP, plus normal noise of deviation NOISE x CLIP",
-        "gaussian:1.0:0.01",
-        ("CLIP", "NOISE"),
-        ("uplink",),
+        make=Gaussian,
+        summary="differences clipped to the length CLIP, plus normal noise of deviation NOISE x CLIP",
+        example="gaussian:1.0:0.01",
+        numbers=("CLIP", "NOISE"),
+        ways=("uplink",),
     ),
 }
 

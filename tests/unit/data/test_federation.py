@@ -1,5 +1,7 @@
 """Rows become inputs: normalisation, augmentation, references."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -95,13 +97,13 @@ def test_partitions_and_settings_that_do_not_fit_are_refused(pool, made):
     with pytest.raises(DataError, match="rows 0 to 800, and data=pool has rows 0 to 799"):
         Federation(pool, beyond)
     with pytest.raises(DataError, match="every client needs"):
-        Federation(pool, Partition(made.train, (), made.test, made.common, {}))
+        Federation(pool, Partition(train=made.train, valid=(), test=made.test, common=made.common, scheme={}))
     with pytest.raises(DataError, match=r"data\.normalise=halff.*'half'"):
         Federation(pool, made, normalise="halff")
     with pytest.raises(DataError, match=r"data\.augment=flop.*'flip'"):
         Federation(pool, made, augment="flop")
     with pytest.raises(DataError, match="labels run from"):
-        Federation(pool._replace(classes=("one",)), made)
+        Federation(replace(pool, classes=("one",)), made)
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)

@@ -1,6 +1,7 @@
 """Who gets which rows: properties of the schemes, splits, files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,15 +184,15 @@ def test_a_partition_survives_its_file(pool, tmp_path):
 
 def test_a_partition_is_one_of_its_own_rows(pool, tmp_path):
     partition(pool, 5).save(tmp_path / "p.json")
-    other = pool._replace(name="other")
-    cut = pool._replace(n_train=pool.n_train - 1)  # as `data.rows` does
+    other = replace(pool, name="other")
+    cut = replace(pool, n_train=pool.n_train - 1)  # as `data.rows` does
     for dataset, told in ((other, "with data="), (cut, "with n_train=")):
         with pytest.raises(DataError, match=f"it deals the rows of a pool {told}"):
             partition(dataset, 5, scheme="file", path=tmp_path / "p.json")
 
 
 def test_an_own_split_needs_test_rows(pool):
-    train = pool._replace(n_train=pool.n_rows, columns={"client": np.arange(pool.n_rows) % 3})
+    train = replace(pool, n_train=pool.n_rows, columns={"client": np.arange(pool.n_rows) % 3})
     with pytest.raises(DataError, match=r"partition=own: data=.* brings no test rows"):
         partition(train, scheme="own")
 

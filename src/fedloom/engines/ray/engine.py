@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -198,15 +199,7 @@ class RayEngine(ForwardingEngine):
         """See `Engine.train`."""
         self._ticket += 1
         own = [self._packer.pack(message) for message in down.each] if down.each is not None else None
-        jobs: list[tuple[Seat, UpdateJob]] = [
-            (
-                seat,
-                UpdateJob(
-                    number, self._ticket, *_members(cohort, own, slots), self._wanted([cohort[s] for s in slots])
-                ),
-            )
-            for seat, slots in self._dealt(cohort)
-        ]
+        jobs = [(seat, self._update_job(number, cohort, own, slots)) for seat, slots in self._dealt(cohort)]
         replies: list[Reply] = []
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
             if isinstance(answer, LostWorker):
@@ -221,11 +214,23 @@ class RayEngine(ForwardingEngine):
             )
         return sorted(replies, key=lambda reply: reply.slot)
 
+    def _update_job(
+        self, number: int, cohort: Sequence[int], own: Sequence[Packed] | None, slots: Sequence[int]
+    ) -> UpdateJob:
+        """The local updates of the members of the cohort at `slots`, as work for one worker."""
+        return UpdateJob(
+            number=number,
+            ticket=self._ticket,
+            members=[(slot, cohort[slot]) for slot in slots],
+            own=[own[slot] for slot in slots] if own is not None else None,
+            versions=self._wanted([cohort[slot] for slot in slots]),
+        )
+
     def _commit(self, done: Done) -> Reply:
         reply, kept = done
         self.inner.restore(reply.client, Client(**unpack(kept)))
         self._versions[reply.client] = self._ticket
-        return reply._replace(uplink=unpack(reply.uplink))  # type: ignore[arg-type]
+        return replace(reply, uplink=unpack(reply.uplink))  # type: ignore[arg-type]
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
@@ -325,12 +330,6 @@ class RayEngine(ForwardingEngine):
             jobs[place][0].restart()
             found[place] = LostWorker(f"no answer in {self._deadline_s:g} s (engine.deadline_s)")
         return found
-
-
-def _members(
-    cohort: Sequence[int], own: Sequence[Packed] | None, slots: Sequence[int]
-) -> tuple[list[tuple[int, int]], list[Packed] | None]:
-    return [(slot, cohort[slot]) for slot in slots], [own[slot] for slot in slots] if own is not None else None
 
 
 def _listed(clients: Sequence[int]) -> str:

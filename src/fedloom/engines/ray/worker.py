@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import ray
@@ -74,7 +74,7 @@ class RayJob(Protocol):
         """The work, at the worker."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class UpdateJob:
     """Turns of some members of the cohort. `ticket` numbers the versions of the clients that come of it."""
 
@@ -94,7 +94,7 @@ class UpdateJob:
             reply = post.engine.update(self.number, CohortMember(slot, i, message))
             sent: Any = post.packer.pack(reply.uplink)
             kept = post.packer.pack(post.engine.client(i)._asdict())
-            found.append(Done(reply._replace(uplink=sent, seconds=time.perf_counter() - started), kept))
+            found.append(Done(replace(reply, uplink=sent, seconds=time.perf_counter() - started), kept))
         return found
 
 
