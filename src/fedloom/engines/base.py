@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Reply:
     steps: Mapping[str, int]
     logs: Mapping[str, float]
     seconds: float
-    phase_seconds: Mapping[str, float] = {}
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
     diverged: str = ""  # the first tensor, sent or kept, with numbers that are not finite: then the turn is undone
     is_finite: bool = False  # whether this program itself has looked at all numbers: what a device says does not count
 
