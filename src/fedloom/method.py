@@ -15,7 +15,7 @@ One round, and who calls what (`server` is any tree, `weights` as in `fedloom.ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -139,6 +139,7 @@ class Train:
     trains: tuple[str, ...]  # patterns of parameters to update (`fedloom.nets.select`)
     optimizer: Optimizer
     epochs: int = 1
+    _: KW_ONLY
     steps: int | None = None  # a number of steps in place of epochs
     draw: DrawFn | None = None  # (batch, task, stream) -> the step's random tensors, drawn outside any mapped code
     keep_state: bool = False  # whether the optimiser's state lasts over rounds
@@ -174,6 +175,7 @@ class Interleave:
     name: str
     members: tuple[Train, ...]
     epochs: int = 1
+    _: KW_ONLY
     steps: int | None = None
     once: OnceFn | None = None  # (nets, batch without draws, down, memory) -> {name: tensor}
 
@@ -211,7 +213,7 @@ class Paper(NamedTuple):
     url: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """FedAvg, and the base of every method."""
 

@@ -12,6 +12,7 @@ SOURCE = Path(fedloom.__file__).parent
 FILES = {str(path.relative_to(SOURCE)): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCE.rglob("*.py")}
 MOST_POSITIONAL = 5
 MOST_FIELDS = 4
+PHASES = {"Train": 5}  # of the contract: Train(name, loss, nets, optimizer, epochs) reads as a sentence
 TOP_LEVEL = {
     "__init__", "_version", "accelerator", "api", "errors", "lazy", "losses", "method", "nets", "optim", "ranges", "rng", "tree",
 }  # fmt: skip
@@ -65,7 +66,8 @@ def test_records_with_more_than_four_fields_are_keyword_only(file):
         if isinstance(node, ast.ClassDef)
         and (is_dataclass(node) or any(ast.unparse(base) == "NamedTuple" for base in node.bases))
     ]
-    assert [node.name for node in records if len(positional_fields(node)) > MOST_FIELDS] == []
+    long = [node for node in records if len(positional_fields(node)) > PHASES.get(node.name, MOST_FIELDS)]
+    assert [node.name for node in long] == []
 
 
 def test_the_top_level_is_the_toolbox_of_method_authors():

@@ -77,7 +77,7 @@ class Federation:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         images, labels = (_readable(rows) for rows in state.pop("rows"))
-        self.__dict__ |= {**state, "dataset": state["dataset"]._replace(images=images, labels=labels)}
+        self.__dict__ |= {**state, "dataset": replace(state["dataset"], images=images, labels=labels)}
 
     @property
     def name(self) -> str:

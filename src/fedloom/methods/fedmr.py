@@ -20,7 +20,7 @@ from fedloom.tree import Tree, Weights
 Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 

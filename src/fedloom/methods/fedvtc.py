@@ -21,7 +21,7 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedVTC(FedProto):
     """FedVTC (Niu et al., ICLR 2026); the released facts leave gaps, see `docs/methods/fedvtc.md` for what is reconstructed.
 

@@ -25,7 +25,7 @@ WORDS: Mapping[str, Any] = {
 """Names that mean the same in every file; all others are looked up in the files."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClassFacts:
     """What the source of a class and of those it derives from says."""
 

@@ -227,17 +227,6 @@ def _difference(a: Tree, b: Tree) -> str:
     return ""
 
 
-class _Lane(NamedTuple):
-    """What the loss of one client sees."""
-
-    trained: dict[str, Tensor]
-    fixed: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    batch: Tree
-    down: Tree
-    memory: Tree
-
-
 def _map_differs(experiment: Experiment, train: Train, once: OnceFn | None) -> str:
     """The first tensor whose gradient differs between two clients in turn and two clients mapped; "" where none does."""
     modules, lanes = _lanes(experiment, train)
@@ -254,15 +243,15 @@ def _map_differs(experiment: Experiment, train: Train, once: OnceFn | None) -> s
 
         return torch.func.grad(loss)(lane["trained"])
 
-    one_by_one = tree.stack([gradient(lane._asdict()) for lane in lanes])
-    mapped = torch.func.vmap(gradient)(tree.stack([lane._asdict() for lane in lanes]))
+    one_by_one = tree.stack([gradient(lane) for lane in lanes])
+    mapped = torch.func.vmap(gradient)(tree.stack(lanes))
     for name, value in one_by_one.items():
         if not torch.allclose(value, mapped[name], rtol=1e-8, atol=1e-10, equal_nan=True):
             return name
     return ""
 
 
-def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[_Lane]]:
+def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[Tree]]:
     problem, members = experiment.problem, _largest(experiment.data)
     sent = problem.method.downlink(experiment.server, members)
     lanes = []
@@ -276,12 +265,19 @@ def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[_Lane]]:
     return modules, lanes
 
 
-def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) -> _Lane:
-    """With weights moved a little, so that no two clients are alike."""
+def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) -> Tree:
+    """What the loss of one client reads, with weights moved a little, so that no two clients are alike."""
     params = {k: v.detach().contiguous() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
     names = select(client.weights, train.trains)["params"].keys()
     trained = {name: params.pop(name) for name in names}
-    return _Lane(trained, params, buffers=client.weights["buffers"], batch=batch, down=down, memory=client.memory)
+    return {
+        "trained": trained,
+        "fixed": params,
+        "buffers": client.weights["buffers"],
+        "batch": batch,
+        "down": down,
+        "memory": client.memory,
+    }
 
 
 def _largest(federation: data.Federation) -> list[int]:
