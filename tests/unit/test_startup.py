@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pickle
 import subprocess
@@ -80,21 +81,27 @@ def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, e
     assert set(done.stderr.split()) <= {"pydantic"}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
-    """They are forked when the experiment is made, and hold what is loaded by then."""
-    engine = "processes" if sys.platform == "linux" else "sequential"
-    settings = {
-        "model": {"name": "mlp"},
-        "clients": 2,
-        "engine": {"name": engine, "workers": 2},
-        "out": str(tmp_path / "run"),
-    }
+    """They are forked, and hold what is loaded by then."""
+    words = [
+        "run", "model=mlp", "clients=2", "rounds=1", "data.rows=200", "engine=processes", "engine.workers=2",
+        f"out={tmp_path / 'run'}",
+    ]  # fmt: skip
     code = (
-        "from fedloom.config.settings import make_settings\n"
-        "from fedloom.experiment.loop import Experiment\n"
-        f"Experiment(make_settings({settings!r})).engine.close()"
+        "import sys\n"
+        "from multiprocessing.process import BaseProcess\n"
+        "from fedloom.cli import main\n"
+        "start = BaseProcess.start\n"
+        "def told(self):\n"
+        f"    print('worker', *[m for m in {HEAVY!r} if m in sys.modules])\n"
+        "    start(self)\n"
+        "BaseProcess.start = told\n"
+        f"assert main({words!r}) == 0"
     )
-    assert loaded(code, *HEAVY) == {"torch", "numpy", "pydantic", "PIL"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    workers = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("worker ")]
+    assert workers == [["torch", "numpy", "pydantic", "PIL"]] * 2
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
@@ -121,6 +128,14 @@ def test_an_exported_object_is_not_hidden_by_a_module_of_its_name():
     assert loaded(f"{code}; from fedloom.models import arch; assert callable(arch)") == set()
 
 
+@pytest.mark.parametrize("package", ["fedloom", "fedloom.data", "fedloom.engines", "fedloom.methods", "fedloom.models"])
+def test_every_exported_name_is_found(package):
+    module = importlib.import_module(package)
+    for name in module.__all__:
+        assert getattr(module, name) is not None, name
+    assert set(module.__all__) <= set(dir(module))
+
+
 def test_a_name_that_is_not_there_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'fedloom' has no attribute 'FedNone'"):
         fedloom.FedNone  # noqa: B018
@@ -138,3 +153,16 @@ def test_a_registry_imports_what_is_looked_up():
     assert table["path"].__name__ == "Path"
     with pytest.raises(KeyError):
         table["x"]
+
+
+def test_runs_and_intervals_need_no_extra(tmp_path):
+    words = [
+        "compare", "method=local,fedavg", "seed=0,1,2", "rounds=1", "clients=3", "model=mlp", "model.hidden=4",
+        "data.rows=200", "engine=sequential", f"out={tmp_path / 'both'}",
+    ]  # fmt: skip
+    blocked = ("scipy", "sklearn", "matplotlib", "jinja2", "torchmetrics")
+    code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\nfrom fedloom.cli import main; sys.exit(main({words!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "In brackets the 95 % t-interval of the mean" in " ".join(done.stdout.split())
+    assert "pip install 'fedloom[report]'" in done.stdout

@@ -16,7 +16,6 @@ from fedloom.errors import UsageError
 from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
 from fedloom.experiment.progress import Overall, facts, live
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.report import paired_table, read, summary_table, write_page
 from fedloom.tools.compare import Comparison, PlannedRun, execute
 
 
@@ -80,6 +79,8 @@ def announce(about: Mapping[str, str]) -> None:
 
 def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> int:
     """Show tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
+    from fedloom.report import paired_table, read, summary_table  # imports pandas: not before worker processes are forked
+
     records = read(runs)
     hint = _write_page(records, folder / "report.html")
     if as_json:
@@ -105,6 +106,8 @@ def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> 
 
 def _write_page(records: Sequence[Any], target: Path) -> str:
     """Write the page; where that takes packages that are missing, the line that says so."""
+    from fedloom.report import write_page
+
     try:
         write_page(records, target)
     except UsageError as error:
