@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
@@ -18,16 +20,22 @@ def resolve(origin: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def export(package: str, origins: Mapping[str, str]) -> None:
-    """Let `package` import the names of `origins` (name: module) when they are used, and its submodules likewise.
+def export(package: str) -> dict[str, str]:
+    """Let `package` import the names in its `if TYPE_CHECKING:` block when they are first used, and its submodules likewise.
 
-    A submodule with the name of an exported object would hide it once it is imported; here the object wins.
+    That block is the only list of exports: type checkers and editors read it too. `from package.other import *` exports the names of
+    that package's block. If a submodule and an exported object have the same name, the object wins.
+
+    Returns:
+        The module of each name.
     """
+    module = sys.modules[package]
+    origins = _origins(Path(module.__file__ or ""))
 
     class Lazy(ModuleType):
         def __getattr__(self, name: str) -> Any:
             if name in origins:
-                value = getattr(importlib.import_module(origins[name]), name)
+                value = _object(origins[name], name)
             elif not name.startswith("_") and importlib.util.find_spec(f"{package}.{name}"):
                 value = importlib.import_module(f"{package}.{name}")
             else:
@@ -45,7 +53,34 @@ def export(package: str, origins: Mapping[str, str]) -> None:
         def __reduce__(self) -> tuple[Any, ...]:  # functions that go to other processes may refer to the module
             return importlib.import_module, (package,)
 
-    sys.modules[package].__class__ = Lazy
+    module.__class__ = Lazy
+    return origins
+
+
+def _object(module: str, name: str) -> Any:
+    """The object `name` of a module, or the module itself where it is called so (`from fedloom import tree`)."""
+    submodule = f"{module}.{name}"
+    if module == __package__ and importlib.util.find_spec(submodule):
+        return importlib.import_module(submodule)
+    return getattr(importlib.import_module(module), name)
+
+
+def _origins(file: Path) -> dict[str, str]:
+    """The names that a package's `if TYPE_CHECKING:` block imports, each with its module."""
+    found: dict[str, str] = {}
+    for block in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not (isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"):
+            continue
+        for statement in block.body:
+            assert isinstance(statement, ast.ImportFrom)
+            assert statement.module
+            for alias in statement.names:
+                if alias.name == "*":
+                    inside = statement.module.split(".")[1:]
+                    found |= _origins(Path(__file__).parent.joinpath(*inside, "__init__.py"))
+                else:
+                    found[alias.name] = statement.module
+    return found
 
 
 class Registry(Mapping[str, T_co], Generic[T_co]):

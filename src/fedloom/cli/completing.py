@@ -45,7 +45,7 @@ def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> arg
         if command != chosen:
             continue
         if command == "deploy" and step in STEPS:
-            origin = f"{origin.partition(':')[0]}:{step}"
+            origin = f"{origin.partition(':')[0]}:{step}_step"
         added = list(source_facts.calls(origin, "add_argument"))
         for words, about in added:
             if words and words[0].startswith("--"):

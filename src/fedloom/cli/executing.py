@@ -79,7 +79,11 @@ def announce(about: Mapping[str, str]) -> None:
 
 def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> int:
     """Show tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
-    from fedloom.report import paired_table, read, summary_table  # imports pandas: not before worker processes are forked
+    from fedloom.report import (  # imports pandas: not before worker processes are forked
+        paired_table,
+        read,
+        summary_table,
+    )
 
     records = read(runs)
     hint = _write_page(records, folder / "report.html")

@@ -3,22 +3,15 @@
 from typing import TYPE_CHECKING
 
 from fedloom import lazy
-from fedloom.data.catalogue import SOURCES, Source
+from fedloom.data.catalogue import SOURCES as SOURCES
+from fedloom.data.catalogue import Source as Source
 
 if TYPE_CHECKING:
-    from fedloom.data.dataset import Dataset, from_arrays
-    from fedloom.data.federation import Federation
-    from fedloom.data.partition import Partition, partition
-    from fedloom.data.sources import load
+    from fedloom.data.dataset import Dataset as Dataset
+    from fedloom.data.dataset import from_arrays as from_arrays
+    from fedloom.data.federation import Federation as Federation
+    from fedloom.data.partition import Partition as Partition
+    from fedloom.data.partition import partition as partition
+    from fedloom.data.sources import load as load
 
-__all__ = ["SOURCES", "Dataset", "Federation", "Partition", "Source", "from_arrays", "load", "partition"]
-
-lazy.export(
-    __name__,
-    {
-        **dict.fromkeys(("Dataset", "from_arrays"), "fedloom.data.dataset"),
-        "Federation": "fedloom.data.federation",
-        **dict.fromkeys(("Partition", "partition"), "fedloom.data.partition"),
-        "load": "fedloom.data.sources",
-    },
-)
+__all__ = sorted(lazy.export(__name__))

@@ -9,41 +9,20 @@ from typing import TYPE_CHECKING
 from fedloom import lazy
 
 if TYPE_CHECKING:
-    from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest, sum_scores
-    from fedloom.engines.make import ENGINES, WRAPPERS, make_engine
-    from fedloom.engines.newcomers import Newcomers
-    from fedloom.engines.processes import Processes
-    from fedloom.engines.sequential import Sequential
-    from fedloom.engines.vectorised import Vectorised
-    from fedloom.engines.wrappers import Bytes, Debug
+    from fedloom.engines.base import Engine as Engine
+    from fedloom.engines.base import Problem as Problem
+    from fedloom.engines.base import Reply as Reply
+    from fedloom.engines.base import Score as Score
+    from fedloom.engines.base import ScoreRequest as ScoreRequest
+    from fedloom.engines.base import sum_scores as sum_scores
+    from fedloom.engines.make import ENGINES as ENGINES
+    from fedloom.engines.make import WRAPPERS as WRAPPERS
+    from fedloom.engines.make import make_engine as make_engine
+    from fedloom.engines.newcomers import Newcomers as Newcomers
+    from fedloom.engines.processes import Processes as Processes
+    from fedloom.engines.sequential import Sequential as Sequential
+    from fedloom.engines.vectorised import Vectorised as Vectorised
+    from fedloom.engines.wrappers import Bytes as Bytes
+    from fedloom.engines.wrappers import Debug as Debug
 
-__all__ = [
-    "ENGINES",
-    "WRAPPERS",
-    "Bytes",
-    "Debug",
-    "Engine",
-    "Newcomers",
-    "Problem",
-    "Processes",
-    "Reply",
-    "Score",
-    "ScoreRequest",
-    "Sequential",
-    "Vectorised",
-    "make_engine",
-    "sum_scores",
-]
-
-lazy.export(
-    __name__,
-    {
-        **dict.fromkeys(("Engine", "Problem", "Reply", "Score", "ScoreRequest", "sum_scores"), "fedloom.engines.base"),
-        **dict.fromkeys(("ENGINES", "WRAPPERS", "make_engine"), "fedloom.engines.make"),
-        "Newcomers": "fedloom.engines.newcomers",
-        "Processes": "fedloom.engines.processes",
-        "Sequential": "fedloom.engines.sequential",
-        "Vectorised": "fedloom.engines.vectorised",
-        **dict.fromkeys(("Bytes", "Debug"), "fedloom.engines.wrappers"),
-    },
-)
+__all__ = sorted(lazy.export(__name__))

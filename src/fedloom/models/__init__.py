@@ -3,29 +3,15 @@
 from typing import TYPE_CHECKING
 
 from fedloom import lazy
-from fedloom.models.zoo import ZOO
+from fedloom.models.zoo import ZOO as ZOO
 
 if TYPE_CHECKING:
-    from fedloom.models.arch import Arch, OutsideArch, arch, option_defaults
-    from fedloom.models.fedrir import ImageGenerator, InformationDistillation
-    from fedloom.models.vtc import VtcDecoder
+    from fedloom.models.arch import Arch as Arch
+    from fedloom.models.arch import OutsideArch as OutsideArch
+    from fedloom.models.arch import arch as arch
+    from fedloom.models.arch import option_defaults as option_defaults
+    from fedloom.models.fedrir import ImageGenerator as ImageGenerator
+    from fedloom.models.fedrir import InformationDistillation as InformationDistillation
+    from fedloom.models.vtc import VtcDecoder as VtcDecoder
 
-__all__ = [
-    "ZOO",
-    "Arch",
-    "ImageGenerator",
-    "InformationDistillation",
-    "OutsideArch",
-    "VtcDecoder",
-    "arch",
-    "option_defaults",
-]
-
-lazy.export(
-    __name__,
-    {
-        **dict.fromkeys(("Arch", "OutsideArch", "arch", "option_defaults"), "fedloom.models.arch"),
-        **dict.fromkeys(("ImageGenerator", "InformationDistillation"), "fedloom.models.fedrir"),
-        "VtcDecoder": "fedloom.models.vtc",
-    },
-)
+__all__ = sorted(lazy.export(__name__))
