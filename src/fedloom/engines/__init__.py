@@ -16,7 +16,7 @@ from fedloom.engines.sequential import Sequential
 from fedloom.engines.vectorised import Vectorised
 from fedloom.engines.wrappers import Bytes, Debug
 from fedloom.errors import ConfigError, suggest
-from fedloom.training.fast.convolutions import Convolutions, Form
+from fedloom.training.choose import ConvolutionForm, Convolutions
 
 ENGINES: Mapping[str, str] = {
     "sequential": "one client after another, in this process: the reference",
@@ -35,7 +35,7 @@ def make_engine(
     address: str | None = None,
     deadline_s: float | None = None,
     place: Place = ON_HOST,
-    convolutions: Form = "grouped",
+    convolutions: ConvolutionForm = "grouped",
 ) -> Engine:
     """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
 
@@ -83,7 +83,7 @@ def make_engine(
     return engine
 
 
-def _convolutions(form: Form, problem: Problem, place: Place) -> Convolutions | None:
+def _convolutions(form: ConvolutionForm, problem: Problem, place: Place) -> Convolutions | None:
     """None leaves them to vmap, which groups them."""
     return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)
 

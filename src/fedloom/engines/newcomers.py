@@ -48,6 +48,6 @@ class Joining(Sequential):
         def work(channels_last: bool) -> Client:
             site = self._site(turn.number, i, "join", channels_last)
             scale = p.method.lr_scale(turn.number)
-            return run_phases(phases, self._gradients_of(i), client, message, site, turn, scale)[0]
+            return run_phases(phases, self._gradients_of(i), client, message, site, turn=turn, lr_scale=scale)[0]
 
         return self._laid_out(i, work)

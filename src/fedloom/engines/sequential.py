@@ -20,9 +20,11 @@ from fedloom.errors import DataError
 from fedloom.method import Client, Downlink, Method, Predictor, Turn
 from fedloom.nets import read_weights
 from fedloom.training.batches import Rows, laid_out
-from fedloom.training.fast.convolutions import Convolutions
+from fedloom.training.choose import Convolutions
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Modules, Outcome, Site, predict, run_phases, run_turn
+from fedloom.training.sweeps import predict
+from fedloom.training.turn import Modules, UpdateResult, client_update, run_phases
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
@@ -52,7 +54,9 @@ class Sequential(Engine):
         self._initial_here: list[Weights] = [moved(weights, device) for weights in self._initial]
         for module in (module for mine in modules for module in mine.values()):
             module.to(device)
-        self._gradients = [Gradients(mine, problem.bf16, device, convolutions) for mine in modules]
+        self._gradients = [
+            Gradients(mine, bf16=problem.bf16, device=device, convolutions=convolutions) for mine in modules
+        ]
         pictures = len(problem.task.input_shape) == 3
         lasts = pictures and (device == HOST or problem.bf16)  # on a GPU it is the tensor cores that like channels last
         # until an architecture refuses it
@@ -92,9 +96,9 @@ class Sequential(Engine):
         p, started = self.problem, time.perf_counter()
         message = self._to_device(message)
 
-        def work(channels_last: bool) -> Outcome:
+        def work(channels_last: bool) -> UpdateResult:
             site = self._site(number, i, "train", channels_last)
-            return run_turn(p.method, self._gradients_of(i), self._whole(i), message, site, number)
+            return client_update(p.method, self._gradients_of(i), self._whole(i), message, site, number=number)
 
         try:
             done = self._laid_out(i, work)
@@ -103,14 +107,14 @@ class Sequential(Engine):
             raise
         return self._kept(i, slot, done, started)
 
-    def _kept(self, i: int, slot: int, done: Outcome, started: float) -> Reply:
+    def _kept(self, i: int, slot: int, done: UpdateResult, started: float) -> Reply:
         """Client `i`'s reply, after a turn that began at `started`. The client is kept, unless it diverged: it would never recover."""
         uplink = moved(done.uplink, HOST)
         client = done.client._replace(weights=self.problem.kept(done.client.weights))
         diverged = tree.not_finite({"uplink": done.uplink, **client._asdict()})
         if not diverged:
             self.store.put(i, client)
-        (turn, logs, by_phase), seconds = done[2:], time.perf_counter() - started
+        turn, logs, by_phase, seconds = done.turn, done.logs, done.seconds, time.perf_counter() - started
         return Reply(i, slot, uplink, turn.examples, turn.steps, logs, seconds, by_phase, diverged, not diverged)
 
     def _laid_out(self, i: int, work: Callable[[bool], T]) -> T:
@@ -127,7 +131,7 @@ class Sequential(Engine):
 
     def _site(
         self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Tensor, Tensor] | None = None
-    ) -> Site:
+    ) -> ClientContext:
         """Where client `i` works; its `own` rows are looked up unless they are given."""
         p, (x, y) = self.problem, own or self.data.train(i)
         if not len(y):
@@ -137,7 +141,7 @@ class Sequential(Engine):
         augment = p.data.augmented if p.data.augments else None
         rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment, self._device)
         plan = p.plan_of(i) if purpose == "train" else p.plan
-        return Site(rows, plan, p.task, p.stream(number, i, purpose), p.codec)
+        return ClientContext(rows=rows, plan=plan, task=p.task, rng=p.stream(number, i, purpose), codec=p.codec)
 
     def score(self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[Ask]) -> list[dict[str, Score]]:
         """See `Engine.score`."""
@@ -172,7 +176,7 @@ class Sequential(Engine):
 
         def work(channels_last: bool) -> Tensor:
             inputs = laid_out({"x": x}, channels_last)["x"]
-            return predict(predictor, gradients, client.weights, inputs, message, client.memory)
+            return predict(predictor, gradients, client, inputs, message)
 
         return self._laid_out(i, work)
 
@@ -249,7 +253,9 @@ class Sequential(Engine):
             site = self._site(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
             scale = p.method.lr_scale(max(number - 1, 0))  # that of the last round
-            return run_phases(p.method.adapt(), self._gradients_of(i), client, message, site, turn, scale)[0]
+            return run_phases(
+                p.method.adapt(), self._gradients_of(i), client, message, site, turn=turn, lr_scale=scale
+            )[0]
 
         return self._laid_out(i, work)
 
