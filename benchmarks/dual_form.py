@@ -35,7 +35,7 @@ class Case(NamedTuple):
     def is_taken(self) -> bool:
         """Whether the rule takes the dual form."""
         work = Work(self.rows, self.rows * self.passes, self.passes * -(-self.rows // self.batch), self.lanes)
-        return work.is_less_in_dual_form(torch.empty(self.hidden, 784))
+        return work.is_less_by_gram_matrix(torch.empty(self.hidden, 784))
 
 
 CASES = (
@@ -83,7 +83,9 @@ def gains(case: Case, rounds: int) -> np.ndarray:
         folder = Path(open_things.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-dual-")))
         runs = []
         for form in (False, True):
-            with patch.object(Work, "is_less_in_dual_form", lambda _, weight, form=form: form and weight.numel() > 1e5):
+            with patch.object(
+                Work, "is_less_by_gram_matrix", lambda _, weight, form=form: form and weight.numel() > 1e5
+            ):
                 settings = make_settings({**values, "out": folder / str(form)})
                 runs.append(
                     Stepped(settings, GivenObjects(dataset=dataset))

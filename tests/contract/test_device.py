@@ -109,16 +109,16 @@ def test_newcomers_join_on_the_device(experiment, elsewhere):
 
 @pytest.mark.parametrize("fits", [4, 2, 1])
 def test_lanes_that_do_not_fit_are_halved(experiment, monkeypatch, caplog, fits):
-    def run_turns(method, gradients, clients, *rest):
+    def client_updates(method, gradients, clients, *rest, number):
         if len(clients) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         tried.append(len(clients))
-        return mapped(method, gradients, clients, *rest)
+        return mapped(method, gradients, clients, *rest, number=number)
 
     settings = {"clients": 5, "cohort": 5}
     plain = left_by(make(experiment, "fedper", "mlp", "vectorised", **settings))
-    mapped, tried = vectorised.run_turns, []
-    monkeypatch.setattr(vectorised, "run_turns", run_turns)
+    mapped, tried = vectorised.client_updates, []
+    monkeypatch.setattr(vectorised, "client_updates", client_updates)
     with caplog.at_level(logging.WARNING):
         assert_close(left_by(make(experiment, "fedper", "mlp", "vectorised", **settings)), plain)
     assert set(tried) == ({2} if fits > 1 else set())

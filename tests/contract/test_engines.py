@@ -19,7 +19,7 @@ from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
 from fedloom.training.fast import step_cache
-from fedloom.training.fast.gram_layer import Dual, Work
+from fedloom.training.fast.gram_layer import GramLayer, Work
 from fedloom.wire.messages import encode
 from small import BRIEF, brief, interrupted_after, spied
 
@@ -427,28 +427,28 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
 
 
 @pytest.fixture
-def dual(monkeypatch):
-    """From when it is called on, input layers are in dual form wherever there is one; what it gives tells how often."""
+def by_gram_matrix(monkeypatch):
+    """Once called, input layers are taken by their Gram matrix wherever they can be; lists what they were made of."""
 
     def begin():
-        made, init = [], Dual.__init__
-        monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: True)
-        monkeypatch.setattr(Dual, "__init__", lambda self, *given: made.append(given) or init(self, *given))
+        made, init = [], GramLayer.__init__
+        monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: True)
+        monkeypatch.setattr(GramLayer, "__init__", lambda self, *given: made.append(given) or init(self, *given))
         return made
 
     return begin
 
 
-WITHOUT_DUALS = {"fedasam", "fedmr", "fedprox", "fedrir", "scaffold", "Counting", "Sharing", "Perfed", "Secure"}
+WITHOUT_GRAM_LAYERS = {"fedasam", "fedmr", "fedprox", "fedrir", "scaffold", "Counting", "Sharing", "Perfed", "Secure"}
 """Their losses look at weights, their optimisers are not plain SGD, or they take no steps."""
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
-def test_input_layers_in_dual_form_change_nothing_but_rounding(experiment, reference, dual, mapped, method):
-    plain, made = reference(method, "mlp"), dual()
+def test_input_layers_by_gram_matrix_change_nothing_but_rounding(experiment, reference, by_gram_matrix, mapped, method):
+    plain, made = reference(method, "mlp"), by_gram_matrix()
     one = left_by(make(experiment, method, "mlp", "sequential"))
     assert_close(one, plain)
-    assert bool(made) == (method not in WITHOUT_DUALS)
+    assert bool(made) == (method not in WITHOUT_GRAM_LAYERS)
     assert_same(left_by(make(experiment, method, "mlp", "processes")), one)
     assert_close(left_by(make(experiment, method, "mlp", "vectorised")), one)
 

@@ -11,8 +11,9 @@ from fedloom.method import init_opts, trains_of
 from fedloom.models import arch
 from fedloom.nets import Nets, read_weights
 from fedloom.training.batches import Plan, Rows
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, fresh_modules, run_phases
+from fedloom.training.turn import fresh_modules, run_phases
 from small import spied
 
 
@@ -39,8 +40,8 @@ def rows():
 def worked(method, phases):
     """What some phases change: the names of the nets with other parameters, and with other buffers."""
     modules, client = made(method)
-    site = Site(rows(), Plan(10), TASK, Stream(2))
-    after, _, logs = run_phases(phases, Gradients(modules), client, {}, site, Turn(0, 4, 20))
+    context = ClientContext(rows=rows(), plan=Plan(10), task=TASK, rng=Stream(2))
+    after, _, logs = run_phases(phases, Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))
     changed = [
         {name.partition(".")[0] for name, t in part.items() if not torch.equal(t, client.weights[kind][name])}
         for kind, part in after.weights.items()
@@ -124,9 +125,8 @@ def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
     found = []
     for phase in (both, replace(both, members=apart, once=None)):
         modules, client = made(method, "fedrir_cnn")
-        after, steps, logs = run_phases(
-            (phase,), Gradients(modules), client, {}, Site(rows(), Plan(5), TASK, Stream(2)), Turn(0, 4, 20)
-        )
+        context = ClientContext(rows=rows(), plan=Plan(5), task=TASK, rng=Stream(2))
+        after, steps, logs = run_phases((phase,), Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))
         assert steps == {"idm": 4, "classify": 4}
         found.append((after, logs))
     (once, logs), (again, expected) = found
@@ -270,8 +270,10 @@ def test_without_masks_the_whole_image_is_seen():
         "nothing": FedRIR(mask_ratio=0.0),
     }.items():
         modules, client = made(method)
-        site = Site(rows(), Plan(10), TASK, Stream(2))
-        after[name] = run_phases(method.phases()[:1], Gradients(modules), client, {}, site, Turn(0, 4, 20))[0].weights
+        context = ClientContext(rows=rows(), plan=Plan(10), task=TASK, rng=Stream(2))
+        after[name] = run_phases(method.phases()[:1], Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))[
+            0
+        ].weights
     assert tree.equal(after["unmasked"], after["nothing"])
     assert not tree.equal(after["masked"], after["unmasked"])
 

@@ -14,8 +14,9 @@ from fedloom.methods import feature_statistics
 from fedloom.models import arch
 from fedloom.nets import read_weights
 from fedloom.training.batches import Plan, Rows
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, fresh_modules, run_phases
+from fedloom.training.turn import fresh_modules, run_phases
 
 
 @pytest.fixture(autouse=True)
@@ -43,8 +44,10 @@ class Setting(NamedTuple):
         return Nets(self.modules, **self.client.weights)
 
     def worked(self, phases, down=None):
-        site = Site(self.rows, Plan(10), TASK, Stream(2))
-        found = run_phases(phases, Gradients(self.modules), self.client, down or self.down, site, Turn(1, 4, 24))
+        context = ClientContext(rows=self.rows, plan=Plan(10), task=TASK, rng=Stream(2))
+        found = run_phases(
+            phases, Gradients(self.modules), self.client, down or self.down, context, turn=Turn(1, 4, 24)
+        )
         return found[0], found[2]
 
     def with_statistics(self):

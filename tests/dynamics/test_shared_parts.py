@@ -8,8 +8,9 @@ from fedloom.method import Client
 from fedloom.models import arch
 from fedloom.nets import norm_layers, read_weights, select
 from fedloom.training.batches import Plan, Rows
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, fresh_modules, run_phases
+from fedloom.training.turn import fresh_modules, run_phases
 from small import spied
 
 
@@ -41,9 +42,8 @@ def changed_by(phases):
     modules = fresh_modules(lambda: {"model": choice.model()}, Stream(0))
     client = Client(read_weights(modules), {}, {})
     rows = Rows(Stream(0).normal((20, 1, 8, 8)), Stream(1).integers(10, (20,)))
-    after, _, _ = run_phases(
-        phases, Gradients(modules), client, {}, Site(rows, Plan(10), TASK, Stream(2)), Turn(0, 4, 20)
-    )
+    context = ClientContext(rows=rows, plan=Plan(10), task=TASK, rng=Stream(2))
+    after, _, _ = run_phases(phases, Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))
     return [
         {name.split(".")[1] for name, t in part.items() if not torch.equal(t, client.weights[kind][name])}
         for kind, part in after.weights.items()

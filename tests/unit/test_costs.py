@@ -20,8 +20,9 @@ from fedloom.methods.registry import METHODS
 from fedloom.optim import sgd
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan, Rows
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, run_turn
+from fedloom.training.turn import client_update
 
 TINY = {"data": {"name": "digits", "rows": 120}, "clients": 2, "rounds": 2, "batch_size": 7}
 TINY |= {"engine": {"name": "sequential"}, "partition": {"name": "dirichlet", "alpha": 1.0}}
@@ -99,7 +100,8 @@ def test_phases_of_fedvtc_share_the_memory_of_the_largest(tmp_path, monkeypatch)
     gradients, down = Gradients(p.modules(0)), costs.downlink.to(0)
     with Live([x, y, *tree.leaves(client._asdict()), *tree.leaves(down)]) as live:
         start = live.now
-        run_turn(p.method, gradients, client, down, Site(Rows(x, y), p.plan, p.task, Stream(0)), 0)
+        context = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(0))
+        client_update(p.method, gradients, client, down, context, number=0)
     assert all(peak > start for peak in by_phase.values())
     # a whole turn also holds on to the weights and the optimisers' moments that it began with
     assert 0 <= live.peak - max(by_phase.values()) <= tree.n_bytes(client._asdict())

@@ -16,8 +16,10 @@ from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
 from fedloom.training.batches import GATHERED_BYTES, Plan, Rows, laid_out
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, predict, run_phases, run_turn
+from fedloom.training.sweeps import predict
+from fedloom.training.turn import client_update, run_phases
 
 sizes = st.integers(1, 40)
 
@@ -72,11 +74,14 @@ def rows(n: int = N_ROWS) -> Rows:
     return Rows(Stream(0).normal((n, 3)), Stream(1).integers(2, (n,)))
 
 
+CONTEXT = ClientContext(rows=rows(), plan=Plan(4), task=TASK, rng=Stream(0))
+
+
 def work(*phases, modules=None, memory=None, opts=None, n=N_ROWS, turn=None, plan=None, down=None):
     modules = modules or net()
     client = Client(read_weights(modules), memory or {}, opts or {})
-    site = Site(rows(n), plan or Plan(4), TASK, Stream(3))
-    return client, run_phases(phases, Gradients(modules), client, down or {}, site, turn or Turn(0, 4, n))
+    context = ClientContext(rows=rows(n), plan=plan or Plan(4), task=TASK, rng=Stream(3))
+    return client, run_phases(phases, Gradients(modules), client, down or {}, context, turn=turn or Turn(0, 4, n))
 
 
 def loss(nets, batch, down, memory):
@@ -305,7 +310,7 @@ def test_a_turn_reports_steps_and_leaves_its_inputs_alone():
     modules = net()
     client = Client(read_weights(modules), {}, {})
     down = {"weights": {"params": {n: p + 1 for n, p in client.weights["params"].items()}, "buffers": {}}}
-    done = run_turn(Method(), Gradients(modules), client, down, Site(rows(), Plan(4), TASK, Stream(0)), 2)
+    done = client_update(Method(), Gradients(modules), client, down, CONTEXT, number=2)
     assert done.turn == Turn(2, 4, N_ROWS, {"train": 3})
     assert client.weights["params"]["model.0.bias"].equal(read_weights(net())["params"]["model.0.bias"])
     assert set(done.uplink["weights"]["params"]) == {"model.0.weight", "model.0.bias"}
@@ -314,26 +319,26 @@ def test_a_turn_reports_steps_and_leaves_its_inputs_alone():
 def test_a_downlink_that_lacks_a_tensor_is_an_error():
     modules = net()
     with pytest.raises(MethodError, match=r"the downlink lacks params/model\.0\.weight"):
-        run_turn(
+        client_update(
             Method(),
             Gradients(modules),
             Client(read_weights(modules), {}, {}),
             {"weights": {"params": {"model.0.bias": torch.zeros(2)}, "buffers": {}}},
-            Site(rows(), Plan(4), TASK, Stream(0)),
-            0,
+            CONTEXT,
+            number=0,
         )
 
 
 def test_prediction_does_not_depend_on_the_batch():
     modules = net(*BATCH_NORM)
-    weights, x = read_weights(modules), rows().x
+    client, x = Client(read_weights(modules), {}, {}), rows().x
 
     def logits(nets, part, down, memory):
         return nets.model(part)
 
-    whole = predict(logits, Gradients(modules), weights, x, {}, {})
+    whole = predict(logits, Gradients(modules), client, x, {})
     assert whole.shape == (N_ROWS, 2)
-    torch.testing.assert_close(predict(logits, Gradients(modules), weights, x, {}, {}, batch=3), whole)
+    torch.testing.assert_close(predict(logits, Gradients(modules), client, x, {}, batch=3), whole)
 
 
 def test_recalls_count_rows_by_class():

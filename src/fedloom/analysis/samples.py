@@ -18,8 +18,9 @@ from fedloom.models import arch
 from fedloom.nets import Nets, read_weights
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan, Rows
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, fresh_modules, run_phases
+from fedloom.training.turn import fresh_modules, run_phases
 
 PER_CLASS = 10  # images of a class and client
 MOST_TRAINING_ROWS = 3000  # of a client, among which the nearest is looked for
@@ -148,9 +149,11 @@ def classifier(subject: Subject) -> Classifier:
         return losses.cross_entropy(nets.model(batch.x), batch.y)
 
     fit = Train("classifier", loss, ("model",), optim.adam(1e-3), steps=CLASSIFIER_STEPS)
-    site = Site(Rows(x, y), Plan(CLASSIFIER_BATCH), subject.task, subject.rng("classifier", "rows"))
+    site = ClientContext(
+        rows=Rows(x, y), plan=Plan(CLASSIFIER_BATCH), task=subject.task, rng=subject.rng("classifier", "rows")
+    )
     blank = Client(read_weights(modules), {}, {})
-    client, _, _ = run_phases((fit,), Gradients(modules), blank, {}, site, Turn(0, 0, len(y)))
+    client, _, _ = run_phases((fit,), Gradients(modules), blank, {}, site, turn=Turn(0, 0, len(y)))
     trained = Classifier(Nets(modules, client.weights["params"], client.weights["buffers"]), float("nan"))
     test, labels = subject.data.rows(subject.some(subject.data.partition.common, 2000, "classifier"))
     return trained._replace(

@@ -21,9 +21,11 @@ from fedloom.errors import DataError
 from fedloom.method import Client, Downlink, Method, Predictor, Turn
 from fedloom.nets import read_weights
 from fedloom.training.batches import Rows, laid_out
-from fedloom.training.fast.convolutions import Convolutions
+from fedloom.training.choose import Convolutions
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Modules, Outcome, Site, predict, run_phases
+from fedloom.training.sweeps import predict
+from fedloom.training.turn import Modules, UpdateResult, run_phases
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
@@ -55,7 +57,9 @@ class LocalEngine(Engine):
         self._initial_here: list[Weights] = [moved(weights, device) for weights in self._initial]
         for module in (module for mine in modules for module in mine.values()):
             module.to(device)
-        self._gradients = [Gradients(mine, problem.bf16, device, convolutions) for mine in modules]
+        self._gradients = [
+            Gradients(mine, bf16=problem.bf16, device=device, convolutions=convolutions) for mine in modules
+        ]
         pictures = len(problem.task.input_shape) == 3
         lasts = pictures and (device == HOST or problem.bf16)  # on a GPU it is the tensor cores that like channels last
         # until an architecture refuses it
@@ -89,7 +93,7 @@ class LocalEngine(Engine):
     def updates(self, number: int, members: Sequence[CohortMember]) -> Iterator[Reply]:
         """The local updates of some members of the cohort of round `number`, in any order."""
 
-    def finish(self, member: CohortMember, done: Outcome, started: float) -> Reply:
+    def finish(self, member: CohortMember, done: UpdateResult, started: float) -> Reply:
         """Store a client after its local update, which began at `started`, and return its reply.
 
         A client that diverged is not stored: it would never recover.
@@ -127,7 +131,7 @@ class LocalEngine(Engine):
 
     def context(
         self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Tensor, Tensor] | None = None
-    ) -> Site:
+    ) -> ClientContext:
         """What client `i`'s local work needs: its examples (or `own`, where they are at hand), batches, random stream and codec."""
         p, (x, y) = self.problem, own or self.data.train(i)
         if not len(y):
@@ -137,7 +141,7 @@ class LocalEngine(Engine):
         augment = p.data.augmented if p.data.augments else None
         rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment, self.device)
         plan = p.plan_of(i) if purpose == "train" else p.plan
-        return Site(rows, plan, p.task, p.stream(number, i, purpose), p.codec)
+        return ClientContext(rows=rows, plan=plan, task=p.task, rng=p.stream(number, i, purpose), codec=p.codec)
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
@@ -174,7 +178,7 @@ class LocalEngine(Engine):
 
         def work(channels_last: bool) -> Tensor:
             inputs = laid_out({"x": x}, channels_last)["x"]
-            return predict(predictor, gradients, client.weights, inputs, message, client.memory)
+            return predict(predictor, gradients, client, inputs, message)
 
         return self.with_layout(i, work)
 
@@ -254,6 +258,8 @@ class LocalEngine(Engine):
             site = self.context(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
             scale = p.method.lr_scale(max(number - 1, 0))  # that of the last round
-            return run_phases(p.method.adapt(), self.gradients_of(i), client, message, site, turn, scale)[0]
+            return run_phases(p.method.adapt(), self.gradients_of(i), client, message, site, turn=turn, lr_scale=scale)[
+                0
+            ]
 
         return self.with_layout(i, work)

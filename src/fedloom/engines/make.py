@@ -13,7 +13,7 @@ from fedloom.errors import ConfigError, suggest
 if TYPE_CHECKING:
     from fedloom.accelerator import DeviceBudget
     from fedloom.engines.base import Engine, Problem
-    from fedloom.training.fast.convolutions import Convolutions, Form
+    from fedloom.training.choose import ConvolutionForm, Convolutions
 
 ENGINES: Mapping[str, str] = {
     "sequential": "one client after another, in this process: the reference",
@@ -34,7 +34,7 @@ def make_engine(
     address: str | None = None,
     deadline_s: float | None = None,
     place: DeviceBudget | None = None,
-    convolutions: Form = "grouped",
+    convolutions: ConvolutionForm = "grouped",
 ) -> Engine:
     """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
 
@@ -89,9 +89,9 @@ def make_engine(
     return engine
 
 
-def _convolutions(form: Form, problem: Problem, place: DeviceBudget) -> Convolutions | None:
+def _convolutions(form: ConvolutionForm, problem: Problem, place: DeviceBudget) -> Convolutions | None:
     """None leaves them to vmap, which groups them."""
-    from fedloom.training.fast.convolutions import Convolutions
+    from fedloom.training.choose import Convolutions
 
     return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)
 

@@ -48,6 +48,6 @@ class Newcomers(Sequential):
         def work(channels_last: bool) -> Client:
             site = self.context(turn.number, i, "join", channels_last)
             scale = p.method.lr_scale(turn.number)
-            return run_phases(phases, self.gradients_of(i), client, message, site, turn, scale)[0]
+            return run_phases(phases, self.gradients_of(i), client, message, site, turn=turn, lr_scale=scale)[0]
 
         return self.with_layout(i, work)

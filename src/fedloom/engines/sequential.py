@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from fedloom.engines.base import Reply
 from fedloom.engines.local import CohortMember, LocalEngine
-from fedloom.training.turn import Outcome, run_turn
+from fedloom.training.turn import UpdateResult, client_update
 
 
 class Sequential(LocalEngine):
@@ -23,9 +23,9 @@ class Sequential(LocalEngine):
         started, i = time.perf_counter(), member.client
         message, client = self.to_device(member.message), self.load(i)
 
-        def work(channels_last: bool) -> Outcome:
+        def work(channels_last: bool) -> UpdateResult:
             context = self.context(number, i, "train", channels_last)
-            return run_turn(self.problem.method, self.gradients_of(i), client, message, context, number)
+            return client_update(self.problem.method, self.gradients_of(i), client, message, context, number=number)
 
         try:
             result = self.with_layout(i, work)

@@ -19,9 +19,9 @@ from fedloom.engines.base import Problem, Reply
 from fedloom.engines.local import CohortMember
 from fedloom.engines.sequential import Sequential
 from fedloom.method import Turn, trains_of
-from fedloom.training.fast.convolutions import Convolutions
-from fedloom.training.lanes import CannotMapError, run_turns
-from fedloom.training.turn import Outcome
+from fedloom.training.choose import Convolutions
+from fedloom.training.lanes import CannotMapError, client_updates
+from fedloom.training.turn import UpdateResult
 
 LANES_BYTES = 1 << 28  # stacked weights of a group; activations and optimiser states come on top
 MOST_LANES = 64
@@ -91,7 +91,7 @@ class Vectorised(Sequential):
         for start in range(0, len(group), lanes):
             yield from self._group_turns(number, group[start : start + lanes])
 
-    def _ended(self, number: int, member: CohortMember, end: Callable[[], Outcome], started: float) -> Reply:
+    def _ended(self, number: int, member: CohortMember, end: Callable[[], UpdateResult], started: float) -> Reply:
         """The reply to a turn that began at `started`, as it were, after its end."""
         try:
             done = end()
@@ -100,18 +100,18 @@ class Vectorised(Sequential):
             raise
         return self.finish(member, done, started)
 
-    def _mapped_turns(self, number: int, group: list[CohortMember]) -> tuple[list[Callable[[], Outcome]], float]:
+    def _mapped_turns(self, number: int, group: list[CohortMember]) -> tuple[list[Callable[[], UpdateResult]], float]:
         """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self.to_device(member.message) for member in group]
         rows = zip(clients, self.data.train_of(clients), strict=True)
         sites = [self.context(number, i, "train", False, own) for i, own in rows]
         gradients = self.gradients_of(clients[0])
-        done = run_turns(p.method, gradients, [self.load(i) for i in clients], downs, sites, number)
+        done = client_updates(p.method, gradients, [self.load(i) for i in clients], downs, sites, number=number)
         if self.device != HOST:  # all at once: what does not fit its memory must show before anything is kept
             done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
 
 
-def _given(outcome: Outcome) -> Outcome:
+def _given(outcome: UpdateResult) -> UpdateResult:
     return outcome

@@ -20,9 +20,11 @@ from fedloom.method import Client, Downlink, Free, Phase, Sweep, Turn, trains_of
 from fedloom.nets import frozen_parameters, read_weights
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan, Rows
-from fedloom.training.fast.cpu_trace import Mode
+from fedloom.training.context import ClientContext
+from fedloom.training.dispatch import DispatchMode
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import EVAL_BATCH, Site, run_phases
+from fedloom.training.sweeps import EVAL_BATCH
+from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
 FEWEST = 2  # rows of the smallest batch that is counted: BatchNorm cannot train on one
@@ -92,9 +94,10 @@ class Costs:
         """The operations of one step, or one sweep, on `n` rows of client `i`, repeated where it has fewer."""
         p, (x, y) = self.problem, self.problem.data.train(i)
         rows = Rows(x[torch.arange(n) % len(x)], y[torch.arange(n) % len(y)])
-        site = Site(rows, Plan(n), p.task, Stream(p.seed, "costs"))
+        site = ClientContext(rows=rows, plan=Plan(n), task=p.task, rng=Stream(p.seed, "costs"))
         with Operations() as counter:
-            run_phases((shortened(phase, 1),), self._gradients[p.arch_of[i]], self.received(i), self._down, site, turn)
+            gradients = self._gradients[p.arch_of[i]]
+            run_phases((shortened(phase, 1),), gradients, self.received(i), self._down, site, turn=turn)
         return counter.flops  # type: ignore[no-any-return]
 
     @property
@@ -121,7 +124,7 @@ class Costs:
         inside, nor Python itself. A phase is followed for two steps, whose memory is that of all others.
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
-        site = Site(Rows(x, y), p.plan, p.task, Stream(p.seed, "costs"))
+        site = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(p.seed, "costs"))
         turn, client = self.busiest(i), self.received(i)
         peaks: dict[str, int] = {}
         frozen = frozen_parameters(self._gradients[p.arch_of[i]].modules)
@@ -129,7 +132,7 @@ class Costs:
             for phase in p.method.phases():
                 live.peak = live.now
                 gradients = self._gradients[p.arch_of[i]]
-                client = run_phases((shortened(phase, 2),), gradients, client, self._down, site, turn)[0]
+                client = run_phases((shortened(phase, 2),), gradients, client, self._down, site, turn=turn)[0]
                 peaks[phase.name] = live.peak
         return peaks
 
@@ -139,7 +142,7 @@ class Costs:
         return max(max(self.peak_bytes(i).values()) for i in clients if i is not None)
 
 
-class Operations(Mode):  # type: ignore[no-untyped-call]
+class Operations(DispatchMode):  # type: ignore[no-untyped-call]
     """Counts floating-point operations by torch's own formulas."""
 
     def __init__(self) -> None:
@@ -158,7 +161,7 @@ class Operations(Mode):  # type: ignore[no-untyped-call]
         return made
 
 
-class Live(Mode):  # type: ignore[no-untyped-call]
+class Live(DispatchMode):  # type: ignore[no-untyped-call]
     """Follows the tensors that are made while it lasts: bytes alive now, and the most so far."""
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:

@@ -29,8 +29,9 @@ from fedloom.models import arch
 from fedloom.nets import read_weights
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan, Rows, laid_out
+from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, fresh_modules, run_phases
+from fedloom.training.turn import fresh_modules, run_phases
 from fedloom.tree import Tree
 from fedloom.wire.messages import Meter, decode, encode
 
@@ -158,7 +159,7 @@ def take_turn(folder: Path) -> dict[str, Any]:
         task = Task(**facts["task"] | {"input_shape": tuple(facts["task"]["input_shape"])})
         turn = Turn(**facts["turn"])
         sent = decode((folder / "turn.safetensors").read_bytes())
-        gradients = Gradients(_modules(settings, method, task, facts["arch"]), settings.precision == "bf16")
+        gradients = Gradients(_modules(settings, method, task, facts["arch"]), bf16=settings.precision == "bf16")
         weights = read_weights(gradients.modules)
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         blank = Client(weights, method.init_memory(weights, task), opts)
@@ -191,14 +192,14 @@ def _modules(settings: Settings, method: Method, task: Task, place: int) -> Any:
     return fresh_modules(lambda: method.nets(recipe, task), Stream(settings.seed, "init"))
 
 
-def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> Site:
+def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> ClientContext:
     x = laid_out({"x": rows["x"]}, channels_last and rows["x"].ndim == 4)["x"]
     plan = Plan(settings.batch_size, settings.drop_last)
-    return Site(Rows(x, rows["y"]), plan, task, Stream(settings.seed, "edge"))
+    return ClientContext(rows=Rows(x, rows["y"]), plan=plan, task=task, rng=Stream(settings.seed, "edge"))
 
 
 def _timed(
-    method: Method, gradients: Gradients, client: Client, down: Tree, site: Site, turn: Turn
+    method: Method, gradients: Gradients, client: Client, down: Tree, site: ClientContext, turn: Turn
 ) -> tuple[Client, dict[str, float]]:
     """The client after its phases, and what all their steps take."""
     seconds = {}
@@ -206,9 +207,9 @@ def _timed(
         steps = sum(pieces(phase, site.plan, turn.examples).values())
         timed = min(steps, TIMED_STEPS)
         if not isinstance(phase, Sweep | Free):
-            run_phases((shortened(phase, 1),), gradients, client, down, site, turn)
+            run_phases((shortened(phase, 1),), gradients, client, down, site, turn=turn)
         started = time.process_time()
-        client = run_phases((shortened(phase, timed),), gradients, client, down, site, turn)[0]
+        client = run_phases((shortened(phase, timed),), gradients, client, down, site, turn=turn)[0]
         whole = isinstance(phase, Sweep | Free)
         seconds[phase.name] = (time.process_time() - started) * (1 if whole else steps / timed)
     return client, seconds

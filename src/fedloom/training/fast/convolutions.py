@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 
 from fedloom.accelerator import HOST, synchronise
 
-Form = Literal["grouped", "columns", "tuned"]
+ConvolutionForm = Literal["grouped", "columns", "tuned"]
 REPEATS = 5  # timings of each form
 
 log = logging.getLogger(__name__)
 
 
-class Layer(NamedTuple):
+class ConvolutionShape(NamedTuple):
     """A convolution of one lane, whatever its number of rows."""
 
     image: tuple[int, ...]  # (C, H, W) of its input
@@ -39,26 +39,26 @@ class Layer(NamedTuple):
 class Convolutions:
     """How the convolutions of lanes are computed; remembers what was faster."""
 
-    def __init__(self, form: Form, device: torch.device = HOST, bf16: bool = False) -> None:
+    def __init__(self, form: ConvolutionForm, device: torch.device = HOST, bf16: bool = False) -> None:
         self._form, self._device, self._bf16 = form, device, bf16
-        self.columns_faster: dict[Layer, bool] = {}  # with `tuned`
+        self.columns_faster: dict[ConvolutionShape, bool] = {}  # with `tuned`
 
     def of(self, n_lanes: int) -> TorchFunctionMode:
         """While it lasts, two-dimensional convolutions inside of vmap are in the chosen form; those with groups stay as they are."""
         return _Chosen(self, n_lanes)
 
-    def by_columns(self, layer: Layer) -> bool | None:
+    def by_columns(self, layer: ConvolutionShape) -> bool | None:
         """Whether to compute a layer by columns; None while nobody knows."""
         return self.columns_faster.get(layer) if self._form == "tuned" else self._form == "columns"
 
-    def time(self, layer: Layer, n_rows: int, n_lanes: int) -> None:
+    def time(self, layer: ConvolutionShape, n_rows: int, n_lanes: int) -> None:
         """Find out which form is faster, forward and backward, for so many lanes of so many rows."""
         x = torch.ones((n_lanes, n_rows, *layer.image), dtype=layer.dtype, device=self._device)
         weight = torch.ones((n_lanes, *layer.weight), dtype=layer.dtype, device=self._device)
         geometry = layer.stride, layer.padding, layer.dilation
         forms = {
             "grouped": lambda w, x: torch.conv2d(x, w, None, *geometry).sum(),
-            "columns": lambda w, x: columns(x, w, None, *geometry).sum(),
+            "columns": lambda w, x: columns(x, w, None, layer).sum(),
         }
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             seconds = {name: self._shortest(loss, weight, x) for name, loss in forms.items()}
@@ -85,7 +85,7 @@ class _Chosen(TorchFunctionMode):
     def __init__(self, book: Convolutions, n_lanes: int) -> None:
         super().__init__()
         self._book, self._n_lanes = book, n_lanes
-        self._new: dict[Layer, int] = {}  # number of rows
+        self._new: dict[ConvolutionShape, int] = {}  # number of rows
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -98,11 +98,11 @@ class _Chosen(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         x, weight = given["input"], given["weight"]
         geometry = [_pair(given.get(key, value)) for key, value in (("stride", 1), ("padding", 0), ("dilation", 1))]
-        layer = Layer(tuple(x.shape[1:]), tuple(weight.shape), x.dtype, *geometry)
+        layer = ConvolutionShape(tuple(x.shape[1:]), tuple(weight.shape), x.dtype, *geometry)
         by_columns = self._book.by_columns(layer)
         if by_columns is None:
             self._new.setdefault(layer, len(x))
-        return columns(x, weight, given.get("bias"), *geometry) if by_columns else func(*args, **(kwargs or {}))
+        return columns(x, weight, given.get("bias"), layer) if by_columns else func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
         """Time what was new."""
@@ -111,19 +111,12 @@ class _Chosen(TorchFunctionMode):
             self._book.time(layer, n_rows, self._n_lanes)
 
 
-def columns(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor:
-    """`torch.conv2d` without groups, as one product of matrices: x (B, C, H, W), weight (O, C, h, w), bias (O,) -> (B, O, H', W')."""
+def columns(x: Tensor, weight: Tensor, bias: Tensor | None, layer: ConvolutionShape) -> Tensor:
+    """Compute `torch.conv2d` without groups as one matrix product: x (B, C, H, W), weight (O, C, h, w), bias (O,) -> (B, O, H', W')."""
     kernel = weight.shape[2:]
-    axes = zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    axes = zip(x.shape[2:], kernel, layer.stride, layer.padding, layer.dilation, strict=True)
     sides = [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in axes]
-    pixels = F.unfold(x, tuple(kernel), tuple(dilation), tuple(padding), tuple(stride))  # (B, C h w, H' W')
+    pixels = F.unfold(x, tuple(kernel), layer.dilation, layer.padding, layer.stride)  # (B, C h w, H' W')
     out = weight.flatten(1) @ pixels.transpose(0, 1).flatten(1)  # weights times all rows at once, not row by row
     if bias is not None:
         out = out + bias[:, None]

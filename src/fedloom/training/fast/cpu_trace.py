@@ -7,32 +7,30 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import BuiltinFunctionType, MethodDescriptorType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from fedloom import tree
-from fedloom.training.fast.cuda_graph import Found
+from fedloom.training.dispatch import DispatchMode
+from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
-
-Step = Callable[[Tree], Found]
 
 aten = torch.ops.aten
 
 
 def trace(step: Step, inputs: Tree) -> Step:
-    """What gives the results of `step` for other inputs of the same shapes.
+    """Return a function that gives the results of `step` for other inputs of the same shapes.
 
     Raises:
         ValueError: the step reads numbers out of tensors, or shapes depend on them.
     """
-    with Recorder(tree.leaves(inputs)) as recorder, torch.enable_grad():
+    with TraceMode(tree.leaves(inputs)) as recorder, torch.enable_grad():
         grads, logs = step(inputs)
     graph = recorder.finish([*grads.values(), *logs.values()])
     paths = [path.split("/") for path, _ in tree.flatten(inputs)]
@@ -52,24 +50,16 @@ def trace(step: Step, inputs: Tree) -> Step:
         _bind(traced, given(inputs))
     run, of_grads, of_logs = traced.forward, list(grads), list(logs)  # without the hooks of a module's call
 
-    def replay(now: Tree) -> Found:
+    def replay(now: Tree) -> StepResult:
         with torch.no_grad():
             found = run(*given(now))
-        return dict(zip(of_grads, found, strict=False)), dict(zip(of_logs, found[len(of_grads) :], strict=True))
+        logged = zip(of_logs, found[len(of_grads) :], strict=True)
+        return StepResult(dict(zip(of_grads, found, strict=False)), dict(logged))
 
     return replay
 
 
-class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operation of tensors while it lasts."""
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """By default torch imports its compiler at a mode's first operation, which takes seconds, to keep it away from the mode's code."""
-        return False
-
-
-class Recorder(Mode):  # type: ignore[no-untyped-call]
+class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
     """Writes every operation that runs while it lasts into a graph, autograd's too."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -96,7 +86,7 @@ class Recorder(Mode):  # type: ignore[no-untyped-call]
         return found
 
     def finish(self, results: Sequence[Tensor]) -> Graph:
-        """The graph, which gives these tensors."""
+        """Return the graph, which computes these tensors."""
         self._graph.output([self._node(value) for value in results])
         return self._graph
 

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from fedloom import tree
+from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
-Params = dict[str, Tensor]
-Found = tuple[Params, Params]  # gradients; logs
-Record = Callable[[Callable[[], Found]], tuple[Callable[[], Any], Found]]
+Record = Callable[[Callable[[], StepResult]], tuple[Callable[[], Any], StepResult]]
 """(work) -> what does the work again, and its results, which lie in the same memory every time."""
 
 WARM_UPS = 3  # runs before the recording: libraries choose their algorithms and take their memory
@@ -26,13 +25,13 @@ WARM_UPS = 3  # runs before the recording: libraries choose their algorithms and
 class Recording:
     """A step with memory of its own for all its inputs. Gradients that it gives are good until it is called again."""
 
-    def __init__(self, step: Callable[[Tree], Found], inputs: Tree, record: Record) -> None:
+    def __init__(self, step: Step, inputs: Tree, record: Record) -> None:
         self._inputs = tree.map_tree(twin, inputs)
         self._seen: list[tuple[Tensor, int] | None] = [None] * len(tree.leaves(inputs))
         with torch.enable_grad():
             self._play, self._found = record(lambda: step(self._inputs))
 
-    def __call__(self, now: Tree) -> Found:
+    def __call__(self, now: Tree) -> StepResult:
         """The step on other inputs of the same shapes; `now["buffers"]` are changed in place, as the step would."""
         with torch.no_grad():
             self._take(tree.leaves(now))
@@ -40,7 +39,7 @@ class Recording:
             grads, logs = self._found
             for theirs, mine in zip(tree.leaves(now["buffers"]), tree.leaves(self._inputs["buffers"]), strict=True):
                 theirs.copy_(mine)
-            return dict(grads), {name: value.clone() for name, value in logs.items()}
+            return StepResult(dict(grads), {name: value.clone() for name, value in logs.items()})
 
     def _take(self, leaves: list[Tensor]) -> None:
         """Copy what is not there yet: the received weights, say, are the same in all steps of a turn."""
@@ -64,7 +63,7 @@ def _is_known(before: tuple[Tensor, int] | None, now: tuple[Tensor, int]) -> boo
     return before is not None and before[0] is now[0] and before[1] == now[1] >= 0
 
 
-def record_graph(work: Callable[[], Found]) -> tuple[Callable[[], Any], Found]:
+def record_graph(work: Callable[[], StepResult]) -> tuple[Callable[[], Any], StepResult]:
     """A `Record` on the current CUDA device."""
     beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream())

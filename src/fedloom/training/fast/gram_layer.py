@@ -1,55 +1,168 @@
-"""Input layers in dual form: what SGD does to a linear layer on a client's rows, without touching its weight until the end.
+"""Input layers by the Gram matrix of a client's examples: plain SGD on a linear layer, without touching its weight until the end.
 
-A linear layer on the rows X (n, F) themselves, with a weight W (D, F), gets gradients that are sums of outer products, S^T X: each row
-times the loss's slopes S at the layer's outputs for it. After any number of steps of plain SGD it is therefore W = W_0 + C^T X, where row
-i of C (n, D) is the sum of -lr times row i's slopes, and its outputs are X W_0^T + (X X^T) C. So a turn needs one product with
-W_0 before its first step and one for W after the last; what a step reads and writes is of the size of the outputs, not of the weight.
-Nothing is approximated: the numbers are those of the steps as written, up to rounding.
+A linear layer on the examples X (n, F) themselves, with a weight W (D, F), gets gradients that are sums of outer products, S^T X: each
+example times the loss's slopes S at the layer's outputs for it. After any number of steps of plain SGD it is therefore W = W_0 + C^T X,
+where row i of C (n, D) is the sum of -lr times example i's slopes, and its outputs are X W_0^T + (X X^T) C. So a client update needs one
+product with W_0 before its first step and one for W after the last; what a step reads and writes is of the size of the outputs, not of
+the weight. Nothing is approximated: the numbers are those of the steps as written, up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedloom import tree
+from fedloom.method import Batch
+from fedloom.optim import Params
+from fedloom.rng import Stream
+from fedloom.training.fast.step_cache import MOST_KINDS, kind_of
+from fedloom.training.steps import FormError, Step, StepRunner, TrainJob
+
 # In multiplications that take as long (docs/performance.md says how they were measured):
-TOUCHED = 30  # one number of a weight that a step reads and writes
-TOUCHED_IN_LANES = 60  # the same where several clients' weights outgrow the cache
-AROUND = 4_000_000  # what a step in dual form does beside its products, for all lanes together
-CHUNK = 5  # lanes whose rows are multiplied at once: they stay in the cache for both products
-GAIN = 0.8  # the dual form must take at most this part of the time
+TOUCHED = 30  # to read and write one number of a weight in a step
+TOUCHED_IN_LANES = 60  # the same where several clients' weights do not fit into the cache
+FIXED = 4_000_000  # the fixed cost of a step by Gram matrix, for all stacked clients together
+CHUNK = 5  # clients whose examples are multiplied at once: they stay in the cache for both products
+GAIN = 0.8  # the Gram matrix must take at most this fraction of the time
 
 
-class NotDualError(RuntimeError):
-    """A loss does more with an input layer's weight than to multiply rows by it."""
+class GramStepRunner(StepRunner):
+    """Runs steps in which some input layers are updated by their Gram matrix, not by the optimiser."""
+
+    def __init__(self, job: TrainJob, replace: GramOutputs, step: Step) -> None:
+        super().__init__([name for name in job.names if name not in replace.names], step)
+        lr = job.train.optimizer.plain_lr
+        assert lr is not None
+        self._stacked = job.stacked_step is not None
+        self._layers = {
+            name: GramLayer([client.weights["params"][name] for client in job.clients], job.inputs, lr)
+            for name in replace.names
+        }
+
+    def extra(self, index: Tensor, lanes: Tensor | None = None) -> Params:
+        """Return the layers' outputs: gradients are taken of them in place of the weights."""
+        outputs = {name: layer.outputs(index, lanes) for name, layer in self._layers.items()}
+        return outputs if self._stacked else {name: value[0] for name, value in outputs.items()}
+
+    def after_step(self, index: Tensor, grads: Params, lr_scale: float) -> None:
+        """Update the layers."""
+        for name, layer in self._layers.items():
+            layer.step(index, grads[name], lr_scale)
+
+    def finished(self, client: int = 0) -> Params:
+        """Return the layers' weights."""
+        return {name: layer.weight(client) for name, layer in self._layers.items()}
+
+
+class GramChoice:
+    """Decides which input layers of one architecture's modules are updated by their Gram matrix."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self._linear = linear_layers(modules)
+        self._accepted: dict[Any, tuple[str, ...]] = {}
+
+    def replacement(self, job: TrainJob) -> GramOutputs | None:
+        """Return what stands in the place of those layers' weights; None where there is no such layer."""
+        names = self._layers(job)
+        return GramOutputs(names, checked=job.stacked_step is None) if names else None
+
+    def _layers(self, job: TrainJob) -> tuple[str, ...]:
+        """The input layers for which the Gram matrix is less work, and that the loss uses as nothing but linear layers on the batch."""
+        (x, y, augment, _), client = job.work.context.rows, job.work.client
+        if not job.alone or job.train.optimizer.plain_lr is None or augment:
+            return ()
+        params, n_features = client.weights["params"], x[0].numel()
+        work = Work(len(y), sum(map(len, job.order)), len(job.order), len(job.clients))
+        fitting = (n for n in job.names if params[n].ndim == 2 and params[n].shape[1] == n_features)
+        names = tuple(n for n in fitting if work.is_less_by_gram_matrix(params[n]) and n in self._linear)
+        if not names:
+            return ()
+        key = kind_of(job.train, job.work), names
+        try:
+            known = self._accepted.get(key)
+        except TypeError:  # unhashable, e.g. a loss that closes over a list
+            return ()
+        if known is not None:
+            return known
+        if len(self._accepted) == MOST_KINDS:
+            self._accepted.clear()
+        with torch.random.fork_rng([]):  # the trial must not move the phase's generator
+            self._accepted[key] = accepted(job, names)
+        return self._accepted[key]
+
+
+def accepted(job: TrainJob, names: Sequence[str]) -> tuple[str, ...]:
+    """Return those layers whose outputs the loss accepts in the place of their weights, tried on the first batch.
+
+    A loss that fails for any other reason fails again when it runs as written.
+    """
+    (client, down, context, _), size = job.work, len(job.order[0])
+    batch = Batch(context.rows.x[:size], context.rows.y[:size])
+    if job.train.draw:
+        batch = batch._replace(draws=job.train.draw(batch, context.task, Stream("trial")))
+    params, buffers = client.weights["params"], tree.clone(client.weights["buffers"])
+    around = {"batch": batch._asdict(), "down": down, "memory": client.memory}
+    inputs = {"params": params, "buffers": buffers, **around}
+    found = []
+    for name in names:
+        outputs = params[name].new_zeros(size, len(params[name]))
+        try:
+            job.step(GramOutputs((name,), checked=True))({"wanted": {name: outputs}, **inputs})
+        except Exception:
+            continue
+        found.append(name)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class GramOutputs:
+    """Puts layers' outputs in the place of their weights; a `Replace`."""
+
+    names: tuple[str, ...]
+    checked: (
+        bool  # whether a layer's input is compared with the batch; where a loss is mapped over clients it cannot be
+    )
+
+    def __call__(self, wanted: Params, batch: Batch) -> Params:
+        """See `Replace`."""
+        rows = batch.x if self.checked else None
+        return {**wanted, **{name: Outputs.of(wanted[name], rows) for name in self.names}}
 
 
 class Work(NamedTuple):
-    """A client's work in a phase: its rows, rows over all steps, steps, and how many clients do such work side by side."""
+    """A client's work in a phase, for estimating what a form costs."""
 
-    n_rows: int
-    visited: int
+    n_rows: int  # the client's examples
+    visited: int  # examples over all steps
     steps: int
-    lanes: int = 1
+    lanes: int = 1  # clients with as much work that are trained side by side
 
-    def is_less_in_dual_form(self, weight: Tensor) -> bool:
-        """Whether the dual form saves time with this weight (D, F). No clock is asked: it rounds otherwise."""
+    def is_less_by_gram_matrix(self, weight: Tensor) -> bool:
+        """Estimate whether the Gram matrix saves time with this weight (D, F). No clock decides, since the two forms round differently."""
         (outputs, _), size = weight.shape, weight.numel()
         touched = TOUCHED if self.lanes == 1 else TOUCHED_IN_LANES
         written = 2 * self.visited * size + self.steps * touched * size
         products = 2 * self.n_rows * size + self.n_rows**2 * (size // outputs) + self.visited * self.n_rows * outputs
-        return products + self.steps * AROUND / self.lanes < GAIN * written
+        return products + self.steps * FIXED / self.lanes < GAIN * written
 
 
-class Dual:
-    """An input layer in the turns of one or several clients (lanes)."""
+class GramLayer:
+    """An input layer in the updates of one or several clients (lanes)."""
 
     def __init__(self, weights: Sequence[Tensor], rows: Tensor, lr: float) -> None:
-        """Every lane's weight (D, F); all lanes' rows (lanes, n, ...) of F numbers, zeros where one has fewer; the learning rate."""
+        """Prepare the outputs for all examples.
+
+        Args:
+            weights: every lane's weight (D, F).
+            rows: all lanes' examples (lanes, n, ...) of F numbers, padded with zeros.
+            lr: the learning rate.
+        """
         self._weights, self._rows, self._lr = weights, rows.flatten(2), lr
         lanes, most, outputs = *rows.shape[:2], len(weights[0])
         self._first, self._gram = rows.new_empty(lanes * most, outputs), rows.new_empty(lanes, most, most)
@@ -61,9 +174,11 @@ class Dual:
             torch.bmm(x, x.transpose(1, 2), out=self._gram[start:end])
 
     def outputs(self, places: Tensor, lanes: Tensor | None = None) -> Tensor:
-        """What the layer gives now, but for its bias, for rows of every lane, or of some: (lanes, B, D).
+        """Return the layer's present outputs, without its bias, for examples of every lane, or of some: (lanes, B, D).
 
-        `places` are the rows' numbers among all rows, lane after lane.
+        Args:
+            places: the examples' indices among all lanes' examples, lane after lane.
+            lanes: which lanes they belong to; default: all.
         """
         moves = self._moves if lanes is None else self._moves.index_select(0, lanes)
         first, gram = (table.index_select(0, places) for table in (self._first, self._gram.flatten(0, 1)))
@@ -71,24 +186,24 @@ class Dual:
         return torch.baddbmm(first.view(shape), gram.view(shape), moves)
 
     def step(self, places: Tensor, slopes: Tensor, scale: float = 1.0) -> None:
-        """A step of SGD from the loss's slopes (..., D) at the outputs for some rows; `scale` multiplies the learning rate."""
+        """Take a step of SGD: `slopes` (..., D) are the gradients of the outputs, `scale` multiplies the learning rate."""
         flat = slopes.reshape(-1, slopes.shape[-1])
         self._moves.flatten(0, 1).index_add_(0, places, flat, alpha=-self._lr * scale)
 
     def weight(self, lane: int = 0) -> Tensor:
-        """A lane's weight after all steps."""
+        """Return a lane's weight after all steps so far."""
         return torch.addmm(self._weights[lane], self._moves[lane].T, self._rows[lane])
 
 
 class Outputs(Tensor):
-    """A layer's outputs for a batch, in its weight's place: a linear function of the batch's rows gives them, all else fails."""
+    """A layer's outputs for a batch, in its weight's place: `linear` on the batch returns them, any other use raises FormError."""
 
     plain: Tensor
     rows: Tensor | None
 
     @staticmethod
     def of(plain: Tensor, rows: Tensor | None = None) -> Outputs:
-        """The outputs (B, D) for `rows`; without them, nobody looks what a layer is given (where losses are mapped, nobody can)."""
+        """Wrap the outputs (B, D) for the batch `rows`; without `rows`, the layer's input is not checked."""
         outputs = plain.as_subclass(Outputs)
         outputs.plain, outputs.rows = plain, rows
         return outputs
@@ -97,20 +212,20 @@ class Outputs(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """One function of tensors."""
+        """Call a function of tensors."""
         if func is not F.linear:
-            raise NotDualError
+            raise FormError
         return cls._linear(*args, **(kwargs or {}))
 
     @staticmethod
     def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, Outputs) or not (weight.rows is None or _are_same(input, weight.rows)):
-            raise NotDualError
+            raise FormError
         return weight.plain if bias is None else weight.plain + bias
 
 
 def _are_same(input: Tensor, rows: Tensor) -> bool:
-    """Whether a layer's input (B, F) is the very memory of the batch's rows."""
+    """Whether a layer's input (B, F) is the batch itself, in the same memory."""
     return (
         input.shape == (len(rows), rows[0].numel())
         and input.data_ptr() == rows.data_ptr()
@@ -120,25 +235,10 @@ def _are_same(input: Tensor, rows: Tensor) -> bool:
 
 
 def linear_layers(modules: Mapping[str, nn.Module]) -> frozenset[str]:
-    """The names of linear layers' weights."""
+    """Return the names of linear layers' weights."""
     return frozenset(
         ".".join(part for part in (net, name, "weight") if part)
         for net, module in modules.items()
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
     )
-
-
-def accepted(names: tuple[str, ...], run: Callable[[str], Any]) -> tuple[str, ...]:
-    """Those layers whose outputs a loss takes for their weight; `run` runs it so with one layer.
-
-    A loss that is wrong otherwise fails again when it runs as written.
-    """
-    found = []
-    for name in names:
-        try:
-            run(name)
-        except Exception:
-            continue
-        found.append(name)
-    return tuple(found)

@@ -1,9 +1,9 @@
-"""Steps that are replayed where that is faster and gives the same bits.
+"""A cache of steps, which are replayed where that is faster and gives the same bits.
 
-A step of a small model costs more in Python and autograd than in arithmetic. So when a kind of step turns out to be short, it
-is traced into a flat list of tensor operations; if replaying the list is faster and gives the same bits, it is replayed from
-then on. Whatever cannot be traced, and nets with buffers (BatchNorm changes them on the way), is computed as written. On a CUDA
-device a step of any length, with buffers or without, is recorded as a CUDA graph (`cuda_graph.py`) and judged in the same way.
+A step of a small model costs more in Python and autograd than in arithmetic. So when a kind of step turns out to be short, it is traced
+into a flat list of tensor operations (`cpu_trace.py`); if replaying the list is faster and gives the same bits, it is replayed from then
+on. Whatever cannot be traced, and nets with buffers (BatchNorm changes them on the way), runs as written. On a CUDA device a step of any
+length, with buffers or without, is recorded as a CUDA graph (`cuda_graph.py`) and judged in the same way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,11 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.accelerator import HOST, synchronise
-from fedloom.training.fast.cpu_trace import Step, trace
-from fedloom.training.fast.cuda_graph import Found, Recording, record_graph, twin
+from fedloom.method import Train
+from fedloom.training.context import LocalWork
+from fedloom.training.fast.cpu_trace import trace
+from fedloom.training.fast.cuda_graph import Recording, record_graph, twin
+from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -32,47 +35,82 @@ MOST_KINDS = 256  # of steps; a loss that is made anew in every turn would make 
 MOST_RECORDINGS = 16  # each holds memory of the device; the commonest kinds of step get there first
 
 
-class Replayed:
-    """Runs steps; remembers which kinds of them to replay."""
+class StepCache:
+    """Remembers which kinds of step to replay."""
 
-    def __init__(self, device: torch.device, replays: Replays) -> None:
-        self._device, self._replays = device, replays
+    def __init__(self, device: torch.device, rules: ReplayRules) -> None:
+        self._device, self._rules = device, rules
         self._numbers: dict[Any, int] = {}
         self._kinds: dict[Any, _Kind] = {}
 
-    def number(self, what: Any) -> int | None:
-        """A number that stands for a part of keys, which would be slow to compare in every step; None: such steps run as written."""
+    def cached(self, step: Step, kind: Any, *, stacked: bool) -> Step:
+        """Return the step, which is replayed once a replay has proved itself.
+
+        Args:
+            kind: tells steps apart, beside the shapes of batches; a step of an unhashable kind runs as written.
+            stacked: whether it is a step of several clients at once.
+        """
+        number = self._number(kind)
+        if number is None:
+            return step
+
+        def run(inputs: Tree) -> StepResult:
+            batch = inputs["batch"]
+            key = number, tuple(inputs["wanted"]), form_of_batch(batch)
+            return self._run(key, step, inputs, len(batch["y"]) if stacked else 1)
+
+        return run
+
+    def _number(self, kind: Any) -> int | None:
+        """A number that stands for a kind, which would be slow to compare in every step."""
         try:
-            known = self._numbers.get(what)
-        except TypeError:  # something in it cannot be told from its like: a loss with a list, say
+            known = self._numbers.get(kind)
+        except TypeError:  # unhashable, e.g. a loss that closes over a list
             return None
         if known is None and len(self._numbers) < MOST_KINDS:
-            known = self._numbers[what] = len(self._numbers)
+            known = self._numbers[kind] = len(self._numbers)
         return known
 
-    def __call__(self, key: Any, written: Step, inputs: Tree, n_lanes: int = 1) -> Found:
-        """A step as written, or its replay once that has proved itself; `key` tells kinds of step apart."""
+    def _run(self, key: Any, step: Step, inputs: Tree, n_clients: int) -> StepResult:
         kind = self._kinds.get(key)
         if kind is None:
             if len(self._kinds) == MOST_KINDS:
-                return written(inputs)
-            kind = self._kinds[key] = _Kind(self._replays.longest_s)
+                return step(inputs)
+            kind = self._kinds[key] = _Kind(self._rules.longest_s)
         if kind.replay is not None:
             return kind.replay(inputs)
         started = time.perf_counter()
-        found = written(inputs)
-        if kind.is_worth_a_trial((time.perf_counter() - started) / n_lanes) and self._n_replays < self._replays.most:
+        result = step(inputs)
+        if kind.is_worth_a_trial((time.perf_counter() - started) / n_clients) and self._n_replays < self._rules.most:
             with torch.random.fork_rng(_indices(self._device)):  # the trial must not move the phase's generator
-                kind.replay = faster_replay(written, inputs, self._replays.make, self._device)
-        return found
+                kind.replay = faster_replay(step, inputs, self._rules.make, self._device)
+        return result
 
     @property
     def _n_replays(self) -> int:
         return sum(kind.replay is not None for kind in self._kinds.values())
 
 
+def kind_of(train: Train, work: LocalWork) -> Any:
+    """Return what one trace can stand for: a loss, and the structure of all that it may read beside batches.
+
+    A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
+    """
+    return train.name, fingerprint(train.loss), train.modes, _form(work.down), _form(work.client.memory)
+
+
+def form_of_batch(batch: Tree) -> Any:
+    """Return the shapes of a batch, which is given as a tree."""
+    x = batch["x"]
+    return x.shape, x.stride(), _form(batch["draws"]), _form(batch["once"])
+
+
+def _form(tensors: Mapping[str, Any]) -> Any:
+    return tuple(tree.structure(dict(tensors)).items()) if tensors else ()
+
+
 def fingerprint(value: Any) -> Any:
-    """What stands for a function in a key: its code and all that a trace bakes in with it, which is what it is bound to, or encloses.
+    """Return what identifies a function in a key: its code, and what a trace bakes in with it (what it is bound to or closes over).
 
     Bound methods, lambdas and partial functions are other objects each time they are made. Anything else stands for itself.
     """
@@ -101,25 +139,25 @@ class _Kind:
         return self._left == 0 and self._best < self._longest
 
 
-class Replays(NamedTuple):
+class ReplayRules(NamedTuple):
     """How steps are replayed on some device."""
 
     make: Callable[[Step, Tree], Step]  # (a step, inputs of its kind) -> its replay
     longest_s: float  # steps that take longer are not tried
-    most: float  # replays of one `Gradients`
+    most: float  # replays of one cache
 
 
-def replays_on(device: torch.device, stateful: bool) -> Replays | None:
-    """How steps are replayed on a device, `stateful` ones where nets have buffers; None: not at all."""
+def replay_rules(device: torch.device, stateful: bool) -> ReplayRules | None:
+    """Return how steps are replayed on a device, `stateful` ones where nets have buffers; None: not at all."""
     if device.type == "cuda":
-        return Replays(lambda step, inputs: Recording(step, inputs, record_graph), float("inf"), MOST_RECORDINGS)
-    return Replays(trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
+        return ReplayRules(lambda step, inputs: Recording(step, inputs, record_graph), float("inf"), MOST_RECORDINGS)
+    return ReplayRules(trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
 
 
-def replayed_on(device: torch.device, stateful: bool) -> Replayed | None:
-    """What runs steps on a device; see `replays_on`."""
-    replays = replays_on(device, stateful)
-    return None if replays is None else Replayed(device, replays)
+def step_cache_for(device: torch.device, stateful: bool) -> StepCache | None:
+    """Return a cache for steps on a device; see `replay_rules`."""
+    rules = replay_rules(device, stateful)
+    return None if rules is None else StepCache(device, rules)
 
 
 def faster_replay(
@@ -128,7 +166,7 @@ def faster_replay(
     make: Callable[[Step, Tree], Step],
     device: torch.device,
 ) -> Step | None:
-    """A replay of `step` that gives the same bits in less time, or None; judged on inputs of its own, different in every leaf."""
+    """Return a replay of `step` that gives the same bits in less time, or None; judged on inputs of its own, different in every leaf."""
     inputs = tree.map_tree(_varied, inputs)
     try:
         replay = make(step, inputs)
@@ -147,7 +185,7 @@ def faster_replay(
 
 
 def _say(device: torch.device, why: str) -> None:
-    """One line; on the host, where little is lost by it, it would be noise."""
+    """Log one line, but none on the host, where little is lost."""
     if device != HOST:
         log.warning("steps of a kind run as written, without a CUDA graph: %s", why.splitlines()[0])
 
@@ -171,7 +209,7 @@ def _indices(device: torch.device) -> list[int]:
     return [device.index] if device.type == "cuda" else []
 
 
-def _with_grad(step: Step, inputs: Tree) -> Found:
+def _with_grad(step: Step, inputs: Tree) -> StepResult:
     with torch.enable_grad():
         return step(inputs)
 

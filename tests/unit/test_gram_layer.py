@@ -1,4 +1,4 @@
-"""Input layers in dual form: the numbers of plain SGD, and losses for which there is no such form."""
+"""Input layers by their Gram matrix: the numbers of plain SGD, and losses for which there is no such form."""
 
 import pytest
 import torch
@@ -10,9 +10,10 @@ from fedloom import FedAvg, Stream, Task, Train, Turn, losses, optim
 from fedloom.method import Client
 from fedloom.nets import read_weights
 from fedloom.training.batches import Plan, Rows
-from fedloom.training.fast.gram_layer import Dual, Work
+from fedloom.training.context import ClientContext
+from fedloom.training.fast.gram_layer import GramLayer, Work
 from fedloom.training.gradients import Gradients
-from fedloom.training.turn import Site, run_phases
+from fedloom.training.turn import run_phases
 
 TASK = Task(n_clients=1, max_cohort=1, n_classes=3, input_shape=(1, 2, 3), width=5, rounds=4)
 
@@ -27,33 +28,33 @@ def exact():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes of all weights that are taken in dual form, which is wherever there is one."""
-    shapes, init = [], Dual.__init__
-    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: True)
+    """Take every input layer that can be by its Gram matrix; lists the shapes of their weights."""
+    shapes, init = [], GramLayer.__init__
+    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: True)
 
     def spied(self, weights, rows, lr):
         shapes.append(tuple(weights[0].shape))
         init(self, weights, rows, lr)
 
-    monkeypatch.setattr(Dual, "__init__", spied)
+    monkeypatch.setattr(GramLayer, "__init__", spied)
     return shapes
 
 
 def test_several_clients_with_different_numbers_of_rows_take_the_steps_of_sgd():
     lanes = [(torch.randn(4, 6), torch.randn(n, 2, 3)) for n in (7, 3, 5)]
-    dual = Dual([weight for weight, _ in lanes], pad_sequence([x for _, x in lanes], batch_first=True), 0.1)
+    layer = GramLayer([weight for weight, _ in lanes], pad_sequence([x for _, x in lanes], batch_first=True), 0.1)
     weights = [weight.clone() for weight, _ in lanes]
     for step, some in enumerate([(0, 1, 2), (0, 2), (2,)]):
         lane, index = torch.tensor(some), torch.stack([torch.randperm(len(lanes[k][1]))[:2] for k in some])
         places = (index + 7 * lane[:, None]).flatten()
-        seen, slopes = dual.outputs(places, lane), torch.randn(len(some), 2, 4)
+        seen, slopes = layer.outputs(places, lane), torch.randn(len(some), 2, 4)
         for k, mine, outputs, slope in zip(some, index, seen, slopes, strict=True):
             x = lanes[k][1][mine].flatten(1)
             torch.testing.assert_close(outputs, x @ weights[k].T)
             weights[k] -= 0.1 * (step + 1) * slope.T @ x
-        dual.step(places, slopes, scale=step + 1)
+        layer.step(places, slopes, scale=step + 1)
     for k, weight in enumerate(weights):
-        torch.testing.assert_close(dual.weight(k), weight)
+        torch.testing.assert_close(layer.weight(k), weight)
 
 
 def modules(hidden=5):
@@ -69,8 +70,9 @@ def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
     stream = Stream("rows")
     rows = Rows(stream.normal((9, 1, 2, 3)), torch.arange(9) % 3, augment)
     phase = Train("train", loss, ("model",), optimizer, epochs, draw=draw)
-    client, site = Client(read_weights(nets), {}, {}), Site(rows, Plan(2), TASK, Stream(0))
-    after, _, logs = run_phases((phase,), Gradients(nets), client, {}, site, Turn(0, 3, 9), 0.9)
+    client = Client(read_weights(nets), {}, {})
+    context = ClientContext(rows=rows, plan=Plan(2), task=TASK, rng=Stream(0))
+    after, _, logs = run_phases((phase,), Gradients(nets), client, {}, context, turn=Turn(0, 3, 9), lr_scale=0.9)
     return after.weights["params"], logs
 
 
@@ -140,11 +142,11 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_has_no_dual_form_runs_as_written(taken, monkeypatch, what):
+def test_what_has_no_gram_matrix_form_runs_as_written(taken, monkeypatch, what):
     nets, given = modules(), {"loss": FedAvg().loss, **REFUSED[what]}
     params, logs = trained(nets=nets, **given)
     assert not taken
-    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: False)
+    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: False)
     again, logs_again = trained(nets=nets, **given)
     assert logs == logs_again
     assert all(torch.equal(params[name], again[name]) for name in params)
@@ -153,7 +155,7 @@ def test_what_has_no_dual_form_runs_as_written(taken, monkeypatch, what):
 def test_a_loss_that_looks_at_a_weight_now_and_then_runs_as_written_from_the_start(taken, monkeypatch):
     nets = modules()
     params, logs = trained(sometimes, nets)
-    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: False)
+    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: False)
     again, logs_again = trained(sometimes, nets)
     assert logs == logs_again
     assert all(torch.equal(params[name], again[name]) for name in params)
@@ -168,7 +170,7 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
     nets = modules()
     params, logs = trained(loss, nets, draw=noise)
     assert taken
-    monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: False)
+    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: False)
     again, logs_again = trained(loss, nets, draw=noise)
     assert logs == pytest.approx(logs_again)
     for name in params:
@@ -190,5 +192,5 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
         ((32, 64), Work(60, 300, 30), False),  # a small layer
     ],
 )
-def test_the_dual_form_is_for_large_layers_and_few_rows(shape, work, less):
-    assert work.is_less_in_dual_form(torch.empty(shape)) is less
+def test_the_gram_matrix_is_for_large_layers_and_few_rows(shape, work, less):
+    assert work.is_less_by_gram_matrix(torch.empty(shape)) is less

@@ -9,7 +9,7 @@ import torch
 from fedloom import tree
 from fedloom.training.fast import step_cache
 from fedloom.training.fast.cuda_graph import Recording
-from fedloom.training.fast.step_cache import Replays
+from fedloom.training.fast.step_cache import ReplayRules
 
 SETTINGS = {"clients": 3, "cohort": 3, "rounds": 3, "batch_size": 16, "data.rows": 150, "model.hidden": 8}
 
@@ -39,8 +39,8 @@ class Recorder:
 def recorder(monkeypatch):
     """From the second step of a kind on, steps are recorded, and every replay counts as faster."""
     recorder, seconds = Recorder(), itertools.cycle([1.0, 0.0])
-    make = Replays(lambda step, inputs: Recording(step, inputs, recorder), float("inf"), 16)
-    monkeypatch.setattr(step_cache, "replays_on", lambda *_: make)
+    make = ReplayRules(lambda step, inputs: Recording(step, inputs, recorder), float("inf"), 16)
+    monkeypatch.setattr(step_cache, "replay_rules", lambda *_: make)
     monkeypatch.setattr(step_cache, "TRIALS", 2)
     monkeypatch.setattr(step_cache, "_shortest", lambda *_: next(seconds))
     return recorder
@@ -96,8 +96,8 @@ def test_a_recording_that_fails_is_one_line_and_changes_nothing(
             raise RuntimeError("not while recording\nand more")
         return lambda: None, work()  # never played again
 
-    make = Replays(lambda step, inputs: Recording(step, inputs, flawed), float("inf"), 16)
-    monkeypatch.setattr(step_cache, "replays_on", lambda *_: make)
+    make = ReplayRules(lambda step, inputs: Recording(step, inputs, flawed), float("inf"), 16)
+    monkeypatch.setattr(step_cache, "replay_rules", lambda *_: make)
     monkeypatch.setattr(step_cache, "HOST", torch.device("meta"))  # on the host nothing is said
     run = experiment("fedavg", **SETTINGS)
     with caplog.at_level(logging.WARNING):

@@ -1,0 +1,87 @@
+"""Stacked tensors of several clients: their examples, some of the lanes, and what all lanes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from fedloom import tree
+from fedloom.method import Batch
+from fedloom.rng import Stream
+from fedloom.training.batches import Rows
+from fedloom.tree import Tree
+
+
+class LaneSubset:
+    """Some of the lanes: takes them out of stacked tensors and puts them back."""
+
+    def __init__(self, lanes: list[int], n_lanes: int, device: torch.device) -> None:
+        self.lanes = lanes
+        self.index = None if len(lanes) == n_lanes else torch.tensor(lanes, device=device)
+
+    def take(self, value: Tensor) -> Tensor:
+        """Return these lanes of a stacked tensor."""
+        return value if self.index is None else value.index_select(0, self.index)
+
+    def put(self, value: Tensor, new: Tensor) -> Tensor:
+        """Return the stacked tensor with `new` in the place of these lanes."""
+        return new if self.index is None else value.index_copy(0, self.index, new)
+
+
+class LaneRows:
+    """The examples of all lanes in one tensor, so that one operation gathers the batches of a step."""
+
+    def __init__(self, lanes: Sequence[Rows]) -> None:
+        _, _, self._augment, device = lanes[0]
+        self.x, y = (side_by_side(parts) for parts in ([rows.x for rows in lanes], [rows.y for rows in lanes]))
+        self._rows = Rows(self.x.flatten(0, 1), y.flatten(), None, device)
+
+    def places(self, lane: int, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return a lane's batches as indices among the examples of all lanes."""
+        return torch.split(torch.cat(list(batches)) + lane * self.x.shape[1], [len(batch) for batch in batches])
+
+    def batch(self, places: Tensor, streams: Sequence[Stream]) -> Batch:
+        """Return batches of equal size, one for each lane that a stream is given for, stacked: x (lanes, B, ...), y (lanes, B)."""
+        x, y, *_ = self._rows.batch(places, streams[0])
+        x, y = x.view(len(streams), -1, *x.shape[1:]), y.view(len(streams), -1)
+        if self._augment:
+            x = torch.stack([self._augment(own, stream) for own, stream in zip(x, streams, strict=True)])
+        return Batch(x, y)
+
+
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Stack tensors (n, ...), padded with zeros: (lanes, most, ...). Nothing is copied where they already lie side by side in memory."""
+    first, storage = parts[0], parts[0].untyped_storage().data_ptr()
+    places = [first.storage_offset() + k * first.numel() for k in range(len(parts))]
+    if all(
+        part.shape == first.shape
+        and part.is_contiguous()
+        and part.untyped_storage().data_ptr() == storage
+        and part.storage_offset() == place
+        for part, place in zip(parts, places, strict=True)
+    ):
+        return first.as_strided((len(parts), *first.shape), (first.numel(), *first.stride()))
+    return pad_sequence(list(parts), batch_first=True)
+
+
+def by_size(sizes: Sequence[int]) -> list[list[int]]:
+    """Group the indices of equal sizes; those of size 0 are left out."""
+    groups: dict[int, list[int]] = {}
+    for k, size in enumerate(sizes):
+        if size:
+            groups.setdefault(size, []).append(k)
+    return list(groups.values())
+
+
+def stack_differing(trees: Sequence[Tree]) -> tuple[Tree, Tree]:
+    """Return one tree for all lanes, and for each leaf 0 if it is stacked, or None if all lanes hold the same tensor object."""
+
+    def is_shared(*leaves: Tensor) -> bool:
+        return all(leaf is leaves[0] for leaf in leaves)
+
+    value = tree.map_tree(lambda *leaves: leaves[0] if is_shared(*leaves) else torch.stack(leaves), *trees)
+    dims = tree.map_tree(lambda *leaves: None if is_shared(*leaves) else 0, *trees)  # type: ignore[arg-type]
+    return value, dims

@@ -1,0 +1,86 @@
+"""What an `Interleave` computes once for a batch and shares among its members."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fedloom.errors import MethodError
+from fedloom.method import Batch, Interleave, Train
+from fedloom.nets import Nets
+from fedloom.optim import Params
+from fedloom.training.gradients import Gradients, with_grad
+from fedloom.tree import Tree
+
+
+class Precomputed(NamedTuple):
+    """Values computed once for a batch (of several clients, stacked), with their graph."""
+
+    values: Params
+    leaves: Params  # the parameters that gradients flow into
+
+    def detached(self) -> Precomputed:
+        """Return the same without a graph, for members through which no gradients flow."""
+        return Precomputed(self.numbers, self.leaves)
+
+    @property
+    def numbers(self) -> Params:
+        """The values without their graph."""
+        return {name: value.detach() for name, value in self.values.items()}
+
+    @property
+    def differentiable(self) -> Params:
+        """The values that depend on a leaf, without their graph."""
+        return {name: value.detach() for name, value in self.values.items() if value.requires_grad}
+
+    def backward(self, grads: Params) -> Params:
+        """Turn gradients by leaves and by `differentiable` values into gradients by leaves alone."""
+        ends = [value for value in self.values.values() if value.requires_grad]
+        if not ends:
+            return grads
+        given = [grads[name] for name in self.differentiable]
+        try:
+            found = torch.autograd.grad(ends, list(self.leaves.values()), given, allow_unused=True)
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise MethodError("only the last member may train what its phase's `once` passes through") from None
+        return {
+            name: grads[name] if more is None else grads[name] + more
+            for name, more in zip(self.leaves, found, strict=True)
+        }
+
+
+def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients, inputs: Tree) -> Precomputed:
+    """Compute what the members that run share on one client's batch.
+
+    Args:
+        inputs: as those of a step; gradients will flow into `wanted`.
+    """
+    assert phase.once is not None
+    leaves = with_grad(inputs["wanted"])
+    nets = Nets(gradients.modules, {**inputs["params"], **leaves}, inputs["buffers"], nets_in_train_mode(trains))
+    with gradients.autocast():
+        values = phase.once(nets, Batch(**inputs["batch"]), inputs["down"], inputs["memory"])
+    return Precomputed(dict(values), leaves)
+
+
+def nets_in_train_mode(trains: Iterable[Train]) -> set[str]:
+    """Return the nets that any of the members has in training mode."""
+    return {net for train in trains for net in train.modes}
+
+
+def check_precompute(phase: Train | Interleave, names: Sequence[Sequence[str]]) -> None:
+    """Refuse members that change parameters through which gradients of shared values will flow.
+
+    Args:
+        names: the parameters that each member trains.
+
+    Raises:
+        MethodError: another member than the last trains some of the last one's parameters.
+    """
+    both = {name for mine in names[:-1] for name in mine}.intersection(*names[-1:])
+    if isinstance(phase, Interleave) and phase.once and both:
+        raise MethodError(f"phase '{phase.name}': with `once`, only its last member may train '{min(both)}'")

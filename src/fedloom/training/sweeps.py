@@ -1,0 +1,73 @@
+"""Passes over a client's examples without optimiser steps: the phases `Sweep` and `Free`, and prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.accelerator import staged
+from fedloom.errors import MethodError
+from fedloom.method import Client, Free, Predictor, Sweep
+from fedloom.nets import Nets
+from fedloom.training.batches import is_channels_last, laid_out
+from fedloom.training.context import LocalWork
+from fedloom.training.gradients import Gradients
+from fedloom.tree import Tree, Weights
+
+EVAL_BATCH = 512
+
+
+def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
+    """Accumulate the phase's statistics over all examples, into the client's memory."""
+    client, down, rows = work.client, work.down, work.context.rows
+    if phase.name not in client.memory:
+        raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}'], which init_memory does not create")
+    nets = Nets(gradients.modules, **client.weights)
+    total = tree.zeros_like(client.memory[phase.name])
+    inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
+    with _read_only(phase, inputs), torch.inference_mode():
+        for start in range(0, len(rows.y), EVAL_BATCH):
+            batch = rows.part(start, start + EVAL_BATCH)
+            total = phase.step(nets, batch, total, down, client.memory)
+    return client._replace(memory={**client.memory, phase.name: tree.clone(total)})
+
+
+def run_free(phase: Free, gradients: Gradients, work: LocalWork) -> Client:
+    """Run the phase's own code on all examples."""
+    client, down, context, _ = work
+    rows = context.rows
+    nets = Nets(gradients.modules, **client.weights)
+    with _read_only(phase, {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory}):
+        return phase.run(client, nets, rows.part(0), down, context.rng)
+
+
+@contextmanager
+def _read_only(phase: Sweep | Free, inputs: Tree) -> Iterator[None]:
+    """Refuse a phase that writes into what later phases, or other clients, read. Raises MethodError."""
+    before = tree.versions(inputs)
+    yield
+    changed = tree.changed_since(before, inputs)
+    if changed:
+        raise MethodError(f"phase '{phase.name}' changes '{changed}' in place; rows, downlink and memory are read-only")
+
+
+@torch.inference_mode()
+def predict(
+    predictor: Predictor,
+    gradients: Gradients,
+    client: Client,
+    x: Tensor,
+    down: Tree,
+    *,
+    batch: int = EVAL_BATCH,
+) -> Tensor:
+    """Return the logits (n, Y) of all examples, computed in evaluation mode and large batches."""
+    weights: Weights = client.weights
+    nets = Nets(gradients.modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
+    with gradients.autocast():
+        parts = (staged(part, gradients.device) for part in torch.split(x, batch))
+        return torch.cat([predictor(nets, part, down, client.memory) for part in parts])
