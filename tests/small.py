@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from fedloom import Downlink, tree
-from fedloom.config.parsing import assign
+from fedloom.config.parsing import set_dotted
 from fedloom.engines import Reply
 from fedloom.experiment.loop import Experiment
 from fedloom.tree import Tree
@@ -37,7 +37,7 @@ def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:
     """The values with other settings (as `fedloom.run` names them) over them; the given ones stay as they are."""
     found = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
     for key, value in settings.items():
-        assign(found, key, value)
+        set_dotted(found, key, value)
     return found
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from fedloom.config.parsing import assign
+from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values, make_settings
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
@@ -100,7 +100,7 @@ def run(
         else {"model": model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)}
     )
     for key, value in chosen.items():
-        assign(values, key, value)
+        set_dotted(values, key, value)
     parts = GivenObjects(
         method=method if isinstance(method, Method) else None,
         dataset=data if isinstance(data, Dataset) else None,

@@ -46,7 +46,7 @@ def parse_value(text: str, key: str = "") -> Any:
     return text if is_text and not isinstance(value, str) else value
 
 
-def assign(values: Values, key: str, value: Any) -> None:
+def set_dotted(values: Values, key: str, value: Any) -> None:
     """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
 
     Choosing another name takes away the keys that belonged to the old choice: for most tables all of them, for those of `LASTING` a few.
@@ -82,7 +82,7 @@ def read_toml(path: str | Path) -> Values:
         raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
     values: Values = {}
     for key, value in loaded.items():
-        assign(values, key, value)
+        set_dotted(values, key, value)
     return values
 
 
@@ -93,5 +93,5 @@ def from_words(words: Iterable[str], values: Values | None = None) -> Values:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"'{word}': expected key=value, such as rounds=20")
-        assign(values, key, parse_value(text, key))
+        set_dotted(values, key, parse_value(text, key))
     return values
