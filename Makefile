@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: run test test-deploy check clean
+.PHONY: run test types tests test-deploy check clean
 
 run: $(VENV)/installed  ## four methods on scikit-learn's digits, side by side
 	$(BIN)/fedloom compare configs/digits.toml
@@ -12,8 +12,13 @@ run: $(VENV)/installed  ## four methods on scikit-learn's digits, side by side
 test: $(VENV)/installed  ## style, types, layers, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(MAKE) --no-print-directory --jobs 2 types tests
+
+types: $(VENV)/installed
+	$(BIN)/mypy
+
+tests: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup -m "not slow and not deploy"
 
 test-deploy: $(VENV)/installed  ## whole federations on this machine: TLS, node keys, faults (minutes)
@@ -21,8 +26,8 @@ test-deploy: $(VENV)/installed  ## whole federations on this machine: TLS, node 
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --constraint constraints.txt torch==2.13.0
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(PIP) install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 clean:

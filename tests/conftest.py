@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden/*.json")
 
 
-RAY_OFTEN = re.compile(r"\[(?!fed(avg|rir|mr|vtc)-)[\w+]+-resnet8-ray|cohort_works_changes_nothing\[ray-(?!fedavg\b)")
+def pytest_configure() -> None:
+    """A script's background jobs ignore Ctrl-C, and so does all that they start; tests of interruptions need it as it is elsewhere."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of Ray go to one worker, as starting it takes long; most of its repetitions are for the slow suite."""
+    """Tests that share something go to one worker: those of Ray, which takes long to start, and those with one reference run."""
     for item in items:
         if re.search(r"test_ray\.py|[-\[]ray[-\]]", item.nodeid):
             item.add_marker(pytest.mark.xdist_group("ray"))
-        if RAY_OFTEN.search(item.nodeid):
-            item.add_marker(pytest.mark.slow)
+        elif "reference" in getattr(item, "fixturenames", ()):
+            given = item.callspec.params  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group(given.get("method") or given["variant"]))
 
 
 @pytest.fixture

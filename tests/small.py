@@ -10,8 +10,10 @@ import pytest
 from fedloom import Downlink, tree
 from fedloom.config.parsing import set_dotted
 from fedloom.engines import Reply
+from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment
-from fedloom.tree import Tree
+from fedloom.nets import read_weights
+from fedloom.tree import Tree, Weights
 
 SMALL: dict[str, Any] = {
     "data": {"name": "digits", "rows": 240},
@@ -66,6 +68,13 @@ def spied(run: Experiment) -> list[Turns]:
 
     run.engine.train = watched  # type: ignore[method-assign]
     return rounds
+
+
+def initial_weights(run: Experiment, i: int = 0) -> Weights:
+    """All weights of client `i` before its first turn."""
+    problem = run.problem
+    with arithmetic(run.settings):
+        return problem.initial(i, read_weights(problem.modules(problem.arch_of[i]))).weights
 
 
 def interrupted_after(run: Experiment, last: int) -> Path:

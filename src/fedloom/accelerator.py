@@ -7,7 +7,8 @@ a run on the CPU has. The exception are modules with randomness of their own (Dr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -75,6 +76,19 @@ def synchronise(device: torch.device) -> None:
     """Wait until the device has done all that it was asked to, before a clock is read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def shortest_s(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
+    """Seconds that a piece of work takes at its best, of some repetitions after a first one, in which libraries choose their algorithms."""
+    work()
+    times = []
+    for _ in range(repeats):
+        synchronise(device)
+        started = time.perf_counter()
+        work()
+        synchronise(device)
+        times.append(time.perf_counter() - started)
+    return min(times)
 
 
 def staged(x: Tensor, device: torch.device) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from matplotlib.figure import Figure
 
 from fedloom.cli import main
 
@@ -30,6 +32,20 @@ class Result(NamedTuple):
 
 
 Cli = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of pages are made and stay blank: drawing takes most of a short run's time. The tests of the report look at them."""
+    save = Figure.savefig
+
+    def blank(figure: Figure, file: Any, **how: Any) -> None:
+        if isinstance(file, io.StringIO):
+            file.write("<svg></svg>")
+        else:
+            save(figure, file, **how)
+
+    monkeypatch.setattr(Figure, "savefig", blank)
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def test_help_has_examples(cli, command):
 
 
 def test_list_methods(cli):
-    assert all(name in cli("list", "methods").out for name in METHODS)
+    shown = cli("list", "methods").out
+    assert all(name in shown for name in METHODS)
     fedrir = next(m for m in json.loads(cli("list", "methods", "--json").out) if m["name"] == "fedrir")
     assert fedrir["travels"] == ["gfe"]
     assert fedrir["venue"] == "WWW 2025"

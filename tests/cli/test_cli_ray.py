@@ -69,7 +69,6 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
         text=True,
         env={**os.environ, "FEDLOOM_TEST": mark},
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     patience = time.monotonic() + 120
     while not Path("cut/checkpoint").exists() and stopped.poll() is None and time.monotonic() < patience:

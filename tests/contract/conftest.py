@@ -1,10 +1,36 @@
-"""One start of Ray for all tests of a session: its workers are lent to one engine after another."""
+"""What runs of a session share: one start of Ray, whose workers are lent to one engine after another, and counts of operations."""
 
 import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+
+from fedloom.engines import Problem
+from fedloom.experiment.costs import Costs
+
+counted: dict[Any, Costs] = {}
+
+
+class CountedOnce(Costs):
+    """What a problem costs, which takes half of a short run to count: once for all engines, for it is the problem's and not theirs."""
+
+    def __init__(self, problem: Problem) -> None:
+        p, data = problem, problem.data
+        rows = data.name, data.partition.hash(), p.arch_of, p.plan, p.slowdowns
+        key = p.method, p.task, p.archs, rows, p.seed, p.same_init, torch.get_default_dtype()
+        known = counted.setdefault(key, self)
+        if known is self:
+            super().__init__(problem)
+        self.__dict__ = known.__dict__
+
+
+@pytest.fixture(autouse=True)
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs of these tests count so."""
+    monkeypatch.setattr("fedloom.experiment.accounting.Costs", CountedOnce)
+
 
 if importlib.util.find_spec("ray"):
     from fedloom.engines.ray.engine import Cluster

@@ -40,11 +40,15 @@ def make(experiment, method, model, engine, **settings):
     return experiment(what, **{**SETTINGS, "engine": engine, "model": model, **settings})
 
 
-@pytest.mark.parametrize(("engine", "budget"), [("sequential", TIGHT), ("vectorised", ROOMY)])
 @pytest.mark.parametrize(
-    ("method", "model"),
-    [pytest.param(*case, marks=LONG) if case[0] == "fedvtc" else case for case in CASES]
-    + [pytest.param("fedrir", "resnet8", marks=LONG)],
+    ("method", "model", "engine", "budget"),
+    [
+        *(pytest.param(*case, "vectorised", ROOMY, marks=LONG if case[0] == "fedvtc" else ()) for case in CASES),
+        *((method, "mlp", "sequential", TIGHT) for method in ("fedavg", "scaffold", "fedmr", "fedproto", *TOYS)),
+        pytest.param("fedvtc", "mlp", "sequential", TIGHT, marks=LONG),
+        pytest.param("fedrir", "resnet8", "sequential", TIGHT, marks=LONG),
+        pytest.param("fedrir", "resnet8", "vectorised", ROOMY, marks=LONG),
+    ],
 )
 def test_a_device_changes_no_number(experiment, elsewhere, method, model, engine, budget):
     here = left_by(make(experiment, method, model, engine))

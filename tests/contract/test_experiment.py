@@ -1,10 +1,13 @@
 """What the round loop does for every method: who takes part, in which arithmetic, and who is told."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import pytest
 import torch
 
 from contract import assert_same, left_by
-from fedloom import tree
+from fedloom import FedAvg, Train, tree
 from fedloom.experiment.loop import Experiment
 from small import brief, interrupted_after
 
@@ -22,9 +25,19 @@ def test_a_part_of_the_clients_takes_part(experiment):
 
 
 def test_a_part_that_changes_stays_in_its_range(experiment):
-    runs = {name: experiment(name, participation="0.2-0.8", **SETTINGS) for name in METHODS}
-    cohorts = {name: [run._cohort(number) for number in range(20)] for name, run in runs.items()}
-    assert cohorts["fedavg"] == cohorts["fedmr"] == cohorts["fedrir"]
+    settings = {**SETTINGS, "rounds": 12, "eval_every": 12, "model.hidden": 4, "method.local_epochs": 1}
+    runs = {name: experiment(name, participation="0.2-0.8", **settings) for name in ("fedavg", "fedmr")}
+    for run in runs.values():
+        run.run()
+    cohorts = {
+        name: [
+            [row["client"] for row in run.client_rows if row["round"] == number and "steps" in row]
+            for number in range(1, 13)
+        ]
+        for name, run in runs.items()
+    }
+    assert cohorts["fedavg"] == cohorts["fedmr"]
+    assert len({tuple(cohort) for cohort in cohorts["fedavg"]}) == 12
     sizes = {len(cohort) for cohort in cohorts["fedavg"]}
     assert len(sizes) > 3
     assert 2 <= min(sizes) <= max(sizes) <= 8
@@ -70,6 +83,61 @@ def test_fine_tuning_before_prediction_augments_as_turns_do(experiment, method, 
     monkeypatch.setattr(type(run.data), "augmented", lambda _, *given: seen.append(1) or augmented(*given))
     run.personal_model(0)
     assert seen
+
+
+@dataclass(frozen=True)
+class Noting(FedAvg):
+    """Two phases that note what is drawn for them: their own numbers, the order of rows, and which of these are mirrored."""
+
+    noted: ClassVar[list[tuple[float, list[list[float]]]]] = []
+
+    def phases(self):
+        return tuple(Train(name, self.loss, ("model",), self.local_optimizer(), draw=self.note) for name in "ab")
+
+    def note(self, batch, task, rng):
+        if len(batch.y) > 4:  # operations are counted with fewer
+            Noting.noted.append((float(rng.uniform((1,))), batch.x.flatten(1).tolist()))
+        return {}
+
+
+def test_every_round_client_and_phase_has_draws_of_its_own(experiment, float64):
+    Noting.noted.clear()
+    settings = {"clients": 2, "rounds": 2, "batch_size": 1000, "partition": {"name": "iid"}, "data.augment": "flip"}
+    run = experiment(Noting(), **settings)
+    run.run()
+    noted = Noting.noted[:8]  # the others are of the end, when memory is counted
+    turns = [noted[start : start + 2] for start in range(0, 8, 2)]
+    orders, mirrored = set(), set()
+    for turn, (x, _) in zip(turns, [run.data.train(i) for i in (0, 1)] * 2, strict=True):
+        rows = [sorted(row) for row in x.flatten(1).tolist()]  # flips do not change these
+        for _, seen in turn:
+            order = [rows.index(sorted(row)) for row in seen]
+            assert sorted(order) == list(range(len(x)))
+            orders.add(tuple(order))
+            mirrored.add(tuple(x.flatten(1)[i].tolist() != row for i, row in zip(order, seen, strict=True)))
+    assert len(orders) == len(mirrored) == len({own for own, _ in noted}) == 8
+
+
+def test_the_server_draws_anew_in_every_round(experiment):
+    drawn = []
+
+    @dataclass(frozen=True)
+    class Drawing(FedAvg):
+        def aggregate(self, server, uplinks, round):
+            drawn.append(float(round.rng.uniform((1,))))
+            return super().aggregate(server, uplinks, round)
+
+    experiment(Drawing(), **{**SETTINGS, "rounds": 3}).run()
+    assert len(set(drawn)) == 3
+
+
+def test_general_accuracy_is_every_clients_model_on_the_common_rows(experiment, float64):
+    run = experiment("fedper", **{**SETTINGS, "clients": 4, "method.lr": 0.2, "eval.general_every": 1})
+    run.run()
+    x, y = run.data.common()
+    each = [float((run.personal_model(i)(x).argmax(1) == y).double().mean()) for i in range(4)]
+    assert run.rows[-1]["general_accuracy"] == pytest.approx(sum(each) / 4)
+    assert run.rows[-1]["general_accuracy"] != pytest.approx(run.rows[-1]["personal_accuracy"], abs=0.02)
 
 
 class Recorder:

@@ -9,10 +9,11 @@ from contract import assert_close, assert_same, left_by
 from fedloom import FedPer, FedRIR, Stream, Task, Train, tree
 from fedloom.errors import ConfigError
 from fedloom.experiment.loop import Experiment
+from fedloom.losses import cross_entropy
 from fedloom.method import Interleave, Sweep, without
 from fedloom.methods.registry import METHODS
 from fedloom.models import arch
-from fedloom.nets import read_weights, select
+from fedloom.nets import read_weights, select, write_weights
 from fedloom.training.turn import fresh_modules
 from small import brief
 
@@ -57,7 +58,7 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
 def test_what_travels_is_frozen_and_what_stays_is_learnt(experiment, name):
     run = experiment(
         name,
-        **{**SETTINGS, "join.turns": 8, "rounds": 2, "data.rows": None, "method.lr": 2e-3 if name == "fedrir" else 0.1},
+        **{**SETTINGS, "join.turns": 8, "rounds": 2, "data.rows": 900, "method.lr": 4e-3 if name == "fedrir" else 0.1},
     )
     found = run.run()["new_clients"]
     down = run.method.deploy(run.server, run.problem.task)
@@ -73,6 +74,23 @@ def test_what_travels_is_frozen_and_what_stays_is_learnt(experiment, name):
         assert found["joined"] == found["received"]
     else:
         assert found["joined"] > found["received"] + 0.1
+
+
+def test_a_newcomers_head_learns_on_the_body_that_it_received(experiment):
+    settings = {**SETTINGS, "join.turns": 1, "batch_size": 1000, "method.local_epochs": 3, "method.lr": 0.1}
+    run = experiment("fedper", **settings)
+    run.run()
+    modules = run.problem.modules(0)
+    down = run.method.deploy(run.server, run.problem.task).common["weights"]
+    write_weights(modules, tree.merge(run.problem.initial(5, read_weights(modules)).weights, down))
+    model, (x, y) = modules["model"], run.data.train(5)
+    head = list(model.head.requires_grad_().parameters())
+    for _ in range(3):
+        slopes = torch.autograd.grad(cross_entropy(model(x), y), head)
+        for p, slope in zip(head, slopes, strict=True):
+            p.data -= 0.1 * slope
+    kept = run.engine.client(5).weights["params"]
+    torch.testing.assert_close(kept, {f"model.head.{name}": p.data for name, p in model.head.named_parameters()})
 
 
 @pytest.mark.parametrize("name", ["fedrir", "fedper"])
@@ -131,8 +149,16 @@ def test_newcomers_receive_what_arrives(experiment):
         assert name.endswith("bias") or not torch.equal(p, run.server["weights"]["params"][name])
 
 
-@pytest.mark.parametrize("engine", ["processes", "debug+bytes+sequential", "vectorised"])
-@pytest.mark.parametrize("name", ["fedrir", "fedper", "fedvtc"])
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("fedrir", "processes"),
+        ("fedper", "debug+bytes+sequential"),
+        ("fedper", "vectorised"),
+        ("fedvtc", "processes"),
+        ("fedvtc", "vectorised"),
+    ],
+)
 def test_every_engine_lets_the_same_clients_join(experiment, name, engine):
     settings = {**SETTINGS, **brief(name)}
     one = left_by(experiment(name, **settings))

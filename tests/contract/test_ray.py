@@ -85,6 +85,11 @@ def wait_for(actor):
     ray.get(actor.forget.options(max_task_retries=-1).remote("nobody"), timeout=120)
 
 
+def pid_of(actor):
+    """The worker's process."""
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=120)
+
+
 def lost_by(caplog):
     """The clients that warnings say were lost, by round."""
     found = {}
@@ -111,12 +116,12 @@ def test_a_lost_worker_costs_the_round_its_clients_and_nothing_else(experiment, 
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_between_rounds_costs_one_round_at_most(experiment, caplog):
+def test_a_worker_that_dies_between_rounds_costs_one_round_at_most(experiment, workers, caplog):
     run = experiment("fedmr", **ON_RAY)
 
     def kill(done, rounds, row):
         if done == 1:
-            os.kill(run.engine._seats[0].facts.pid, 9)
+            os.kill(pid_of(workers.actors[0]), 9)
 
     run.run(kill)
     lost = lost_by(caplog)
@@ -134,7 +139,7 @@ def test_a_worker_that_starts_anew_unnoticed_is_sent_its_clients(experiment, wor
 
     def kill(done, rounds, row):
         if done == 2:
-            os.kill(run.engine._seats[1].facts.pid, 9)
+            os.kill(pid_of(workers.actors[1]), 9)
             time.sleep(1)
             wait_for(workers.actors[1])
 
@@ -167,13 +172,13 @@ def test_an_error_of_the_method_is_an_error_of_the_run(experiment, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, tmp_path, caplog):
+def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, workers, tmp_path, caplog):
     run = experiment(Stumbling(flag=str(tmp_path / "flag"), event="exit"), **ON_RAY)
-    pids = [seat.facts.pid for seat in run.engine._seats]
+    pids = [pid_of(actor) for actor in workers.actors]
     with pytest.raises(SystemExit, match="3"):
         run.run()
-    again = experiment(Stumbling(), **ON_RAY)
-    assert [seat.facts.pid for seat in again.engine._seats] == pids
+    assert left_by(experiment(Stumbling(), **ON_RAY)).rows[-1]["cohort"] == 5
+    assert [pid_of(actor) for actor in workers.actors] == pids
     assert not caplog.records
 
 

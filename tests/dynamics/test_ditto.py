@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fedloom import Ditto, FedAvg, Local, tree
-from small import spied
+from small import initial_weights, spied
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_the_pull_is_to_the_model_that_was_received(experiment):
 
 def test_both_models_start_alike_and_only_the_common_one_travels(experiment):
     run = experiment(Ditto(), model="resnet8", rounds=1, **{"data.rows": 120})
-    whole = run.engine._whole(0).weights
+    whole = initial_weights(run)
     for part in whole.values():
         for name, t in part.items():
             if name.startswith("model."):

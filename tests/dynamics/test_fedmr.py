@@ -90,6 +90,15 @@ def test_a_lost_clients_slot_goes_into_the_recombination_as_it_is(weights):
     assert {tuple(sorted(o)) for o in found.values()} == {(-1, 0, 1, 3, 4)}
 
 
+def test_a_model_takes_its_own_place_and_not_that_of_a_lost_client(weights):
+    every = models(weights)
+    server = {"slots": tree.stack([tree.map_tree(lambda leaf: leaf + 10, model) for model in every])}
+    members = (0, 1, 3, 4)
+    arrivals = tuple(Arrival(10 + slot, slot, 0.25) for slot in members)
+    after = FedMR().aggregate(server, [{"weights": every[i]} for i in members], Round(0, 20, arrivals, Stream(0)))
+    assert {tuple(sorted(o)) for o in origins(after["slots"]).values()} == {(0, 1, 3, 4, 12)}
+
+
 def test_each_member_gets_the_slot_of_its_place(weights):
     method = FedMR()
     server = {"slots": tree.stack(models(weights))}

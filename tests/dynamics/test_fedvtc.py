@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import fresh_modules, run_phases
+from small import spied
 
 
 @pytest.fixture(autouse=True)
@@ -129,16 +131,17 @@ def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
 
 def test_a_class_that_nobody_holds_keeps_what_it_had(experiment):
     run = experiment(FedVTC(covariance="class", **QUICK), cohort=1, rounds=3, width=P)
+    rounds, servers = spied(run), [run.server]
+    run.run(lambda *_: servers.append(run.server))
     known = torch.zeros(10, dtype=torch.bool)
-    for number in range(3):
-        (client,) = run._cohort(number)
-        held, before = run.data.train(client)[1].bincount(minlength=10) > 0, run.server
+    for turns, (before, after) in zip(rounds, pairwise(servers), strict=True):
+        (reply,) = turns.replies
+        held = run.data.train(reply.client)[1].bincount(minlength=10) > 0
         assert not held.all()
-        run._round(number)
         for key in ("prototypes", "counts", "variance"):
-            assert torch.equal(before[key][~held], run.server[key][~held])
+            assert torch.equal(before[key][~held], after[key][~held])
         known |= held
-        assert torch.equal(run.server["counts"] > 0, known)
+        assert torch.equal(after["counts"] > 0, known)
 
 
 @pytest.mark.parametrize("form", COVARIANCES)
@@ -284,19 +287,16 @@ def test_a_shared_generator_travels_and_is_averaged(experiment):
         torch.testing.assert_close(run.server["weights"]["params"][name], p, rtol=1e-12, atol=1e-14)
 
 
-MIXED = {"models": ["resnet8", "fedavg_cnn", "mobilenetv2", "vit_tiny"], "width": 16, "precision": "fp32"}
+MIXED = {"models": ["fedrir_cnn", "fedavg_cnn", "vit_tiny"], "width": 16, "precision": "fp32"}
 
 
-def test_several_architectures_learn_together_and_the_same_every_time(experiment):
+def test_several_architectures_learn_together(experiment):
     settings = {**MIXED, "rounds": 3, "engine": "debug+bytes+sequential", "data.rows": 240}
-    runs = [experiment(FedVTC(finetune="every", **QUICK), **settings) for _ in range(2)]
-    for run in runs:
-        run.run()
-    assert tree.equal(runs[0].server, runs[1].server)
-    first, last = runs[0].rows[0], runs[0].rows[-1]
+    run = experiment(FedVTC(finetune="every", **QUICK), **settings)
+    run.run()
+    first, last = run.rows[0], run.rows[-1]
     assert last["fit.cross_entropy"] < first["fit.cross_entropy"]
     assert last["generator.reconstruction"] < first["generator.reconstruction"]
-    assert [row["general_accuracy"] for row in runs[0].rows] == [row["general_accuracy"] for row in runs[1].rows]
 
 
 @pytest.mark.parametrize("form", COVARIANCES)

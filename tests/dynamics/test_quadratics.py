@@ -163,7 +163,7 @@ def test_the_learning_rate_decays_by_round(settle):
 
 
 def test_scaffold_settles_at_the_optimum(settle):
-    w, run = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=300)
+    w, run = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=200)
     assert near(w, OPTIMUM, 1e-6)
     controls = [run.engine.client(i).memory["control"]["model.w"].numpy() for i in range(2)]
     first = [int(run.data.train(i)[0][0, 0] != A[0, 0]) for i in range(2)]
@@ -176,13 +176,26 @@ def test_scaffold_settles_at_the_optimum(settle):
 
 @pytest.mark.parametrize("wrong", [WrongSign, WrongMemory])
 def test_a_scaffold_with_a_wrong_sign_does_not(settle, wrong):
-    w, _ = settle(wrong(lr=ETA, local_epochs=E), rounds=300)
+    w, _ = settle(wrong(lr=ETA, local_epochs=E), rounds=100)
     assert not near(w, OPTIMUM, 0.1)
 
 
 def test_scaffold_with_partial_participation_settles_too(settle):
-    w, _ = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=600, cohort=1)
+    w, _ = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=400, cohort=1)
     assert near(w, OPTIMUM, 1e-3)
+
+
+def test_scaffolds_control_variate_is_the_mean_over_all_clients_whoever_takes_part(settle):
+    _, run = settle(QuadraticScaffold(lr=ETA, local_epochs=E), rounds=5, cohort=1)
+    controls = [run.engine.client(i).memory["control"]["model.w"].numpy() for i in range(2)]
+    np.testing.assert_allclose(run.server["control"]["model.w"].numpy(), np.mean(controls, 0), atol=1e-12)
+
+
+def test_after_one_step_scaffolds_control_variate_is_the_gradient_whatever_the_learning_rate(settle):
+    method = QuadraticScaffold(lr=ETA, lr_decay=0.5)
+    (before, _), (_, run) = settle(method, rounds=1), settle(method, rounds=2)
+    found = sorted(tuple(run.engine.client(i).memory["control"]["model.w"].tolist()) for i in range(2))
+    np.testing.assert_allclose(found, sorted(map(tuple, A * (before.numpy() - B))), atol=1e-12)
 
 
 def test_fedprox_without_its_term_is_fedavg_bit_for_bit(settle):

@@ -11,7 +11,7 @@ from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import fresh_modules, run_phases
-from small import spied
+from small import initial_weights, spied
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +105,7 @@ def test_what_does_not_make_sense_is_refused():
 @pytest.mark.parametrize("model", ["resnet8", "vit_tiny"])
 def test_fedbn_sends_no_normalisation_layer(experiment, model):
     run = experiment(FedBN(), model=model, rounds=2, **{"data.rows": 120})
-    whole = run.engine._whole(0).weights
+    whole = initial_weights(run)
     norms = norm_layers(whole)
     assert norms
     for way in messages(run).values():
@@ -126,7 +126,7 @@ def test_fedbn_without_normalisation_layers_is_fedavg(experiment):
 
 def test_fedbabu_never_trains_the_head_of_the_federation(experiment):
     run = experiment(FedBABU(), rounds=3)
-    head = select(run.engine._whole(0).weights, ("model:head",))
+    head = select(initial_weights(run), ("model:head",))
     run.run()
     for i in range(4):
         assert tree.equal(run.engine.client(i).weights, head)
@@ -146,7 +146,7 @@ def test_fedbabus_server_predicts_with_the_common_head(experiment):
     for run in runs:
         run.run()
     assert tree.equal(runs[0].server, runs[1].server)
-    whole = tree.merge(runs[0].engine._whole(0).weights, runs[0].server["weights"])
+    whole = tree.merge(initial_weights(runs[0]), runs[0].server["weights"])
     x, y = runs[0].data.common()
     model = runs[0].problem.modules(0)["model"].eval()
     state = {name.removeprefix("model."): t for part in whole.values() for name, t in part.items()}

@@ -68,8 +68,10 @@ def test_settings_that_cannot_be_meant_are_refused(values, message):
 
 def test_settings_that_can_be_meant_are_taken():
     for name in ("auto", "sequential", "vectorised", "debug", "bytes+vectorised"):
-        make_settings({"engine": {"name": name, "device": "cuda:3"}, "precision": "tf32"})
-    make_settings({"engine": {"name": "bytes+vectorised", "convolutions": "columns"}})
+        made = make_settings({"engine": {"name": name, "device": "cuda:3"}, "precision": "tf32"})
+        assert (made.engine.name, made.engine.device, made.precision) == (name, "cuda:3", "tf32")
+    made = make_settings({"engine": {"name": "bytes+vectorised", "convolutions": "columns"}})
+    assert made.engine.convolutions == "columns"
 
 
 @pytest.mark.parametrize("tf32", [True, False])

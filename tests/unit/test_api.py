@@ -264,7 +264,7 @@ def test_as_many_test_rows_of_clients_as_common_ones_need_not_be_the_same(run):
 
 @pytest.mark.parametrize("method", ["fedper", "fedavg_ft", "fedrir", "fedbn"])
 def test_clients_with_something_of_their_own_do_not_predict_as_the_server(run, method):
-    done = run(method, model="resnet8")
+    done = run(method, model="fedrir_cnn", width=16, rounds=1)
     assert not Experiment.reopen(done.folder).problem.one_model
 
 

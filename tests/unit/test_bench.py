@@ -35,6 +35,7 @@ def small(**settings) -> Workload:
 @pytest.fixture(autouse=True)
 def synthetic(monkeypatch):
     monkeypatch.delenv("FEDLOOM_DATA", raising=False)
+    monkeypatch.setattr("fedloom.cli.benching.machine_roof", lambda **how: machine_roof(seconds=0.05, **how))
 
 
 def stepped(work: Workload, folder: Path) -> Stepped:
@@ -179,7 +180,7 @@ def test_scale_out_of_range_is_refused_from_python_too():
 
 
 def test_command_prints_tables_or_json(capsys):
-    words = ["bench", "w4-mlp", "scale=0.01", "rounds=1", "engine=sequential"]
+    words = ["bench", "w4-mlp", "scale=0.005", "rounds=1", "engine=sequential"]
     assert main([*words, f"rival={RIVAL}:make"]) == 0
     out = capsys.readouterr().out
     assert "sequential" in out

@@ -51,7 +51,7 @@ def test_the_faster_form_is_taken_from_then_on(monkeypatch, caplog, faster):
     loss, inputs = lanes()
     book, calls = Convolutions("tuned"), []
     seconds = iter([1.0, 0.5] if faster else [0.5, 1.0])
-    monkeypatch.setattr(Convolutions, "_shortest", lambda *_: next(seconds))
+    monkeypatch.setattr("fedloom.training.fast.convolutions.shortest_s", lambda *_: next(seconds))
     unfold = F.unfold
     monkeypatch.setattr(F, "unfold", lambda *a: (calls.append(1), unfold(*a))[1])
     with caplog.at_level(logging.INFO), book.of(4):

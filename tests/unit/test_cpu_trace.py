@@ -88,4 +88,5 @@ experiment = fl.run(fl.FedAvg(), data="digits", clients=3, rounds=2, engine="seq
 assert traced and experiment.summary["flops_per_round"] > 0
 assert "torch._dynamo" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", script, tmp_path / "run"], check=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, tmp_path / "run"], check=False, timeout=120)
+    assert done.returncode == 0

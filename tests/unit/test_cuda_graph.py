@@ -42,19 +42,20 @@ def recorder(monkeypatch):
     make = ReplayRules(lambda step, inputs: Recording(step, inputs, recorder), float("inf"), 16)
     monkeypatch.setattr(step_cache, "replay_rules", lambda *_: make)
     monkeypatch.setattr(step_cache, "TRIALS", 2)
-    monkeypatch.setattr(step_cache, "_shortest", lambda *_: next(seconds))
+    monkeypatch.setattr(step_cache, "shortest_s", lambda *_: next(seconds))
     return recorder
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
 @pytest.mark.parametrize(
     ("method", "model"),
-    [("fedavg", "mlp"), ("scaffold", "mlp"), ("fedrir", "mlp"), ("fedbn", "resnet8")],
+    [("fedavg", "mlp"), ("scaffold", "mlp"), ("fedrir", "mlp"), ("fedbn", "fedrir_cnn")],
 )
 def test_a_recorded_step_is_the_step(experiment, request, method, model, engine):
     settings = {**SETTINGS, "method": method, "model": model, "engine": engine}
     if model != "mlp":
         del settings["model.hidden"]
+        settings["width"] = 16
     plain = experiment(**settings)
     plain.run()
     recorder = request.getfixturevalue("recorder")

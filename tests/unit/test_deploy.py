@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import ipaddress
+import multiprocessing
 import os
 import shutil
 import signal
@@ -540,8 +541,10 @@ def test_programs_do_not_import_from_the_current_folder(folder, monkeypatch):
     (folder / "random.py").write_text("raise SystemExit('not the one of Python')")
     monkeypatch.chdir(folder)
     federation = LocalFederation(Deployment(folder))
-    federation._start("help", ["--help"])
-    assert federation.processes["help"].wait(60) == 0, federation.log("help")
+    federation.start_node("nobody")
+    assert federation.processes["nobody"].wait(60) == 2
+    assert "nobody" in federation.log("nobody").splitlines()[-1]
+    assert "not the one of Python" not in federation.log("nobody")
 
 
 def test_a_group_that_will_not_end_is_killed():
@@ -575,35 +578,42 @@ def worker(tmp_path):
     started.end()
 
 
+@pytest.fixture
+def process(worker):
+    """The worker's process as it is now: the one that was started last."""
+    return lambda: max(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
+
+
 def hello(**settings):
     config = to_toml(make_settings({"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp"}}))
     call = {"config": config, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 30.0}
     return seal(Hello(call=call | {"run": "0" * 16} | settings), {})
 
 
-def test_a_worker_that_is_killed_while_idle_is_replaced(worker):
+def test_a_worker_that_is_killed_while_idle_is_replaced(worker, process):
     assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
-    os.kill(worker._process.pid, signal.SIGKILL)
-    worker._process.join(5)
+    killed = process()
+    killed.kill()
+    killed.join(5)
     worker.tend()
     assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
 
 
-def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker):
-    before = worker._process.pid
+def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker, process):
+    before = process().pid
     os.kill(before, signal.SIGSTOP)
     assert "nothing after 0.5 s" in open_envelope(worker.answer(hello(), 0.5)).header.reason
     worker.tend()
-    assert worker._process.pid != before
-    os.kill(worker._process.pid, signal.SIGKILL)
+    assert process().pid != before
+    os.kill(process().pid, signal.SIGKILL)
     assert "in the middle of its work (exit code -9)" in open_envelope(worker.answer(hello(), 60)).header.reason
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start from nothing")
-def test_agent_and_worker_share_most_of_their_memory(worker):
+def test_agent_and_worker_share_most_of_their_memory(worker, process):
     """A device of 1 GB has no room for torch twice."""
     open_envelope(worker.answer(hello(), 60))
-    lines = Path(f"/proc/{worker._process.pid}/smaps_rollup").read_text().splitlines()
+    lines = Path(f"/proc/{process().pid}/smaps_rollup").read_text().splitlines()
     kb = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
     assert kb["Private_Dirty"] + kb["Private_Clean"] < 0.5 * kb["Rss"]
 

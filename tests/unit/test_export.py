@@ -9,6 +9,7 @@ import torch
 
 from fedloom.config.settings import make_settings
 from fedloom.experiment.loop import Experiment
+from fedloom.method import predict_model
 from fedloom.methods.registry import METHODS
 from fedloom.tools.export import ExportError, described, export_client, largest_difference, write
 
@@ -42,11 +43,14 @@ def logits_of(file, x):
     return torch.from_numpy(onnxruntime.InferenceSession(str(file)).run(None, {"input": x.numpy()})[0])
 
 
-@pytest.mark.parametrize("method", METHODS)
+OWN = [name for name, method in METHODS.items() if method().predictors()["personal"] is not predict_model]
+"""Methods that predict otherwise than with `model` alone."""
+MODELS = {"fedbn": "fedrir_cnn", "fedrir": "fedrir_cnn", "fedvtc": "fedavg_cnn"}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedbn", *OWN])
 def test_the_file_computes_what_torch_computes(method, tmp_path):
-    run = finished(
-        tmp_path, method, {"fedbn": "resnet8", "fedrir": "fedrir_cnn", "fedvtc": "fedavg_cnn"}.get(method, "mlp")
-    )
+    run = finished(tmp_path, method, MODELS.get(method, "mlp"), width=16)
     file, x, model = tmp_path / "model.onnx", run.data.test(1)[0], run.personal_model(1)
     write(run, 1, file)
     assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of rows
@@ -97,14 +101,14 @@ def test_a_run_in_double_precision_gives_a_file_in_single(tmp_path):
     assert largest_difference(model, x, logits_of(tmp_path / "model.onnx", x), "client 0") < 1e-3
 
 
-@pytest.mark.parametrize("where", ["_run_onnx", "_probe"])
+@pytest.mark.parametrize("where", ["onnxruntime.InferenceSession", "subprocess.run"])
 def test_whatever_goes_wrong_leaves_no_files(tmp_path, monkeypatch, where):
     run = finished(tmp_path, "fedavg", "mlp")
 
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(f"fedloom.tools.export.{where}", interrupted)
+    monkeypatch.setattr(where, interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_client(run, 0, tmp_path / "model.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -3,7 +3,8 @@
 import pytest
 
 from fedloom.config.settings import make_settings
-from fedloom.experiment.arrivals import LateUplink, _arrivals, slowdowns
+from fedloom.engines import Reply
+from fedloom.experiment.arrivals import LateUplink, RoundRequest, slowdowns
 from fedloom.method import Method
 from fedloom.methods.centralised import Centralised
 
@@ -27,11 +28,29 @@ def test_the_number_of_slow_clients_is_rounded(slow, n, expected):
     assert sum(factor > 1 for factor in factors(n, devices={"slow": slow})) == expected
 
 
-def test_shares_are_by_examples_and_age():
-    arrivals = _arrivals([(4, 0, 30, 0), (2, 1, 10, 0), (7, 3, 40, 3)])
+def arrivals_of(run, *found):
+    """What a round makes of replies of `(slot, examples)`, and of uplinks under way of `(client, slot, examples, sent)`."""
+    sent = run.problem.codec.send(run.method.downlink(run.server, ()))
+    uplink = {"weights": sent.common["weights"]}
+    replies, flights = (sorted(facts for facts in found if len(facts) == n) for n in (2, 4))
+    run.intake.flights |= {
+        client: LateUplink(client=client, slot=slot, examples=examples, sent=sent_in, message=uplink)
+        for client, slot, examples, sent_in in flights
+    }
+    number, cohort = 3, [4, 2, 5, 7]
+    given = [
+        Reply(client=cohort[slot], slot=slot, uplink=uplink, examples=examples, steps={}, logs={}, seconds=0.0)
+        for slot, examples in replies
+    ]
+    return run.intake.take(RoundRequest(number, cohort, sent, [slot for slot, _ in replies]), given).arrivals
+
+
+def test_shares_are_by_examples_and_age(experiment):
+    settings = {"clients": 8, "devices.stragglers": "late", "devices.slowdown": 2.0, "devices.slow": 0.0}
+    arrivals = arrivals_of(experiment("fedavg", **settings), (0, 30), (1, 10), (7, 3, 40, 0))
     assert [a.share for a in arrivals] == pytest.approx([0.5, 1 / 6, 1 / 3])  # 30, 10 and 40 / 2 of 60
     assert [(a.client, a.slot, a.age) for a in arrivals] == [(4, 0, 0), (2, 1, 0), (7, 3, 3)]
-    fresh = _arrivals([(0, 0, 3, 0), (1, 1, 7, 0)])
+    fresh = arrivals_of(experiment("fedavg", clients=8), (0, 3), (1, 7))
     assert [a.share for a in fresh] == [3 / 10, 7 / 10]  # to the bit
 
 

@@ -8,10 +8,10 @@ import pytest
 from synthetic_runs import Scene
 
 
-@pytest.fixture
-def comparison(tmp_path: Path) -> Path:
+@pytest.fixture(scope="session")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A comparison folder: four methods with two seeds each, one run unfinished."""
-    folder = tmp_path / "comparison"
+    folder = tmp_path_factory.mktemp("runs") / "comparison"
     plans = {"fedavg": 0.70, "fedprox": 0.73, "fedrir": 0.86, "fedper": 0.82}
     for method, final in plans.items():
         for seed in (0, 1):

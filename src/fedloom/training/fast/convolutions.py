@@ -8,7 +8,6 @@ differently, so with `tuned` the last bits may differ from run to run; with `gro
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fedloom.accelerator import HOST, synchronise
+from fedloom.accelerator import HOST, shortest_s
 
 ConvolutionForm = Literal["grouped", "columns", "tuned"]
 REPEATS = 5  # timings of each form
@@ -61,22 +60,14 @@ class Convolutions:
             "columns": lambda w, x: columns(x, w, None, layer).sum(),
         }
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            seconds = {name: self._shortest(loss, weight, x) for name, loss in forms.items()}
+            seconds = {name: self._seconds(loss, weight, x) for name, loss in forms.items()}
         self.columns_faster[layer] = seconds["columns"] < seconds["grouped"]
         found = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in seconds.items())
         log.info("%d lanes of %d rows %s, kernels %s: %s", n_lanes, n_rows, layer.image, layer.weight, found)
 
-    def _shortest(self, loss: Callable[..., Tensor], weight: Tensor, x: Tensor) -> float:
+    def _seconds(self, loss: Callable[..., Tensor], weight: Tensor, x: Tensor) -> float:
         work = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))
-        work(weight, x)  # libraries choose their algorithms
-        best = float("inf")
-        for _ in range(REPEATS):
-            synchronise(self._device)
-            started = time.perf_counter()
-            work(weight, x)
-            synchronise(self._device)
-            best = min(best, time.perf_counter() - started)
-        return best
+        return shortest_s(lambda: work(weight, x), self._device, REPEATS)
 
 
 class _Chosen(TorchFunctionMode):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedloom import tree
-from fedloom.accelerator import HOST, synchronise
+from fedloom.accelerator import HOST, shortest_s
 from fedloom.method import Train
 from fedloom.training.context import LocalWork
 from fedloom.training.fast.cpu_trace import trace
@@ -174,8 +174,8 @@ def faster_replay(
         mine, theirs = tree.map_tree(twin, other), tree.map_tree(twin, other)  # buffers change on the way
         found = zip((*replay(mine), mine["buffers"]), (*_with_grad(step, theirs), theirs["buffers"]), strict=True)
         same = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in found)
-        slow = _shortest(lambda: _with_grad(step, other), device)
-        fast = _shortest(lambda: replay(other), device)
+        slow = shortest_s(lambda: _with_grad(step, other), device, REPEATS)
+        fast = shortest_s(lambda: replay(other), device, REPEATS)
     except Exception as error:  # whatever a replay cannot do (a value read out of a tensor, ...) runs as written
         _say(device, f"{type(error).__name__}: {error}")
         return None
@@ -212,14 +212,3 @@ def _indices(device: torch.device) -> list[int]:
 def _with_grad(step: Step, inputs: Tree) -> StepResult:
     with torch.enable_grad():
         return step(inputs)
-
-
-def _shortest(work: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(REPEATS):
-        synchronise(device)
-        started = time.perf_counter()
-        work()
-        synchronise(device)
-        times.append(time.perf_counter() - started)
-    return min(times)

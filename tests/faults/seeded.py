@@ -1,0 +1,490 @@
+"""Faults that the tests must catch: small changes that leave the code running and its numbers wrong.
+
+Each replaces one piece of text, which must occur exactly once in `src/`; no module is named, so modules may move. `catch.py` applies them
+one at a time to a copy and runs the tests.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+
+
+class Fault(NamedTuple):
+    """One change; `only` narrows the nearest tests down to those that a pytest -k expression selects."""
+
+    name: str
+    old: str
+    new: str
+    only: str = ""
+
+
+class Area(NamedTuple):
+    """Faults with the same nearest tests."""
+
+    tests: tuple[str, ...]
+    faults: tuple[Fault, ...]
+
+
+AREAS = (
+    Area(
+        ("tests/dynamics/test_quadratics.py", "tests/dynamics/test_plain.py"),
+        (
+            Fault(
+                "SCAFFOLD's correction has the wrong sign",
+                'tree.sub(down["control"], memory["control"])',
+                'tree.sub(memory["control"], down["control"])',
+                "scaffold",
+            ),
+            Fault(
+                "SCAFFOLD's control variates ignore the decay of the learning rate",
+                "* self.lr * self.lr_scale(turn.number)",
+                "* self.lr",
+                "scaffold",
+            ),
+            Fault(
+                "SCAFFOLD's server moves c as if every client had taken part",
+                "len(uplinks) / round.n_clients)",
+                "1.0)",
+                "scaffold",
+            ),
+            Fault(
+                "FedProx's term has mu in place of mu / 2",
+                'self.mu / 2 * losses.squared_distance(nets.params, down["weights"]',
+                'self.mu * losses.squared_distance(nets.params, down["weights"]',
+            ),
+            Fault(
+                "FedAvg takes the mean over clients, not over examples",
+                'return {"weights": tree.mean([up["weights"] for up in uplinks], round.shares)}',
+                'return {"weights": tree.mean([up["weights"] for up in uplinks])}',
+            ),
+            Fault("every client of a mean has the first one's weight", "alpha=weight)", "alpha=weights[0])"),
+            Fault("the learning rate does not decay", "return self.lr_decay**number", "return 1.0"),
+        ),
+    ),
+    Area(
+        ("tests/dynamics/test_fedmr.py",),
+        (
+            Fault(
+                "FedMR shuffles whole models",
+                "return _shuffled(slots, pieces, [rng.permutation(n) for _ in pieces])",
+                "return _shuffled(slots, pieces, [rng.permutation(n)] * len(pieces))",
+            ),
+            Fault(
+                "FedMR shuffles its first unit only",
+                "return _shuffled(slots, pieces, [rng.permutation(n) for _ in pieces])",
+                "return _shuffled(slots, pieces, [rng.permutation(n), *[torch.arange(n)] * (len(pieces) - 1)])",
+            ),
+            Fault(
+                "FedMR puts models into the first slots when a client is lost",
+                "slots[arrival.slot] = model",
+                "slots[round.arrivals.index(arrival)] = model",
+                "place",
+            ),
+        ),
+    ),
+    Area(
+        ("tests/dynamics/test_fedproto.py", "tests/dynamics/test_fedvtc.py"),
+        (
+            Fault(
+                "FedProto's prototypes count clients, not rows",
+                'return counts if self.prototype_mean == "weighted" else (counts > 0)',
+                "return (counts > 0)",
+            ),
+            Fault(
+                "FedProto predicts classes that have no prototype",
+                'torch.where(down["counts"] > 0, -distance, torch.finfo(features.dtype).min)',
+                "-distance",
+            ),
+            Fault(
+                "FedProto pulls rows whose class has no prototype",
+                "(known * self.distance(features, batch.y, down)).mean()",
+                "self.distance(features, batch.y, down).mean()",
+            ),
+            Fault(
+                "FedVTC's variance lacks the variance between clients",
+                '"ky,kp->p", shares, inside) + torch.einsum("ky,kyp->p", shares, away.square())',
+                '"ky,kp->p", shares, inside)',
+            ),
+            Fault(
+                "FedVTC fine-tunes one round early",
+                "(turn.number + 1) % self.finetune_every == 0",
+                "turn.number % self.finetune_every == 0",
+            ),
+            Fault(
+                "FedVTC's latents ignore their classes' prototypes",
+                'return labels, down["prototypes"][labels] + away',
+                "return labels, away",
+            ),
+        ),
+    ),
+    Area(
+        ("tests/dynamics/test_fedrir.py", "tests/unit/test_losses.py"),
+        (
+            Fault(
+                "FedRIR's KL term has the wrong sign",
+                "return reconstruction + self.kl_weight * kl",
+                "return reconstruction - self.kl_weight * kl",
+            ),
+            Fault(
+                "FedRIR masks the patches that should stay",
+                "rank >= int(self.mask_ratio * rows * columns)",
+                "rank < int(self.mask_ratio * rows * columns)",
+            ),
+            Fault(
+                "FedRIR's head, a private net, is in the uplink",
+                'ClassVar[tuple[str, ...]] = ("gfe",)',
+                'ClassVar[tuple[str, ...]] = ("gfe", "head")',
+            ),
+            Fault("vCLUB has the wrong sign", "(rest - own) / (2 *", "(own - rest) / (2 *"),
+        ),
+    ),
+    Area(
+        (
+            "tests/dynamics/test_shared_parts.py",
+            "tests/dynamics/test_ditto.py",
+            "tests/dynamics/test_fedasam.py",
+            "tests/unit/test_nets.py",
+        ),
+        (
+            Fault("FedRep trains the body before the head", "return head, body", "return body, head"),
+            Fault(
+                "FedBABU trains the common head",
+                '(Train("train", self.loss, ("model:body",)',
+                '(Train("train", self.loss, ("model",)',
+            ),
+            Fault(
+                "FedBN keeps nothing but the weights of its normalisation layers",
+                "layer_of(name) in norms if",
+                'name.endswith(".weight") and layer_of(name) in norms if',
+            ),
+            Fault(
+                "Ditto pushes the personal model away",
+                "error + self.mu / 2 * losses.squared_distance(nets.params, received)",
+                "error - self.mu / 2 * losses.squared_distance(nets.params, received)",
+            ),
+            Fault("FedASAM climbs down", "nets.params[name] + e[name]", "nets.params[name] - e[name]"),
+        ),
+    ),
+    Area(
+        ("tests/unit/test_training.py", "tests/unit/test_optim.py", "tests/dynamics/test_plain.py"),
+        (
+            Fault("momentum is lost", "torch._foreach_mul_(velocity, momentum)", "torch._foreach_mul_(velocity, 0.0)"),
+            Fault(
+                "weight decay lets weights grow",
+                "add(moves, values, alpha=weight_decay)",
+                "add(moves, values, alpha=-weight_decay)",
+            ),
+            Fault("Adam's mean is not corrected for its start", "-lr * scale / (1 - beta1**n)", "-lr * scale"),
+            Fault("a turn has one epoch too many", "for _ in range(epochs):", "for _ in range(epochs + 1):"),
+            Fault("an incomplete last batch is dropped", "elif rest and not self.drop_last:", "elif False:"),
+            Fault(
+                "a sweep begins with the statistics of the round before",
+                "tree.zeros_like(client.memory[phase.name])",
+                "client.memory[phase.name]",
+            ),
+            Fault(
+                "kept optimiser states start afresh",
+                "{member.train.name: member.state for member in members if member.train.keep_state}",
+                "{}",
+            ),
+            Fault(
+                "nets that should be in evaluation mode are in training mode",
+                "return self.training if self.training is not None else",
+                "return self.training or",
+            ),
+        ),
+    ),
+    Area(
+        (
+            "tests/contract/test_experiment.py",
+            "tests/contract/test_engines.py",
+        ),
+        (
+            Fault(
+                "all batches of all clients are augmented alike",
+                'rows.batches(order, rng.child("augment"))',
+                'rows.batches(order, Stream("augment"))',
+                "draws_of_its_own",
+            ),
+            Fault(
+                "clients share their streams",
+                "return Stream(self.seed, purpose, number, client)",
+                "return Stream(self.seed, purpose, number)",
+                "draws_of_its_own",
+            ),
+            Fault(
+                "rounds share their streams",
+                "return Stream(self.seed, purpose, number, client)",
+                "return Stream(self.seed, purpose, client)",
+                "draws_of_its_own",
+            ),
+            Fault(
+                "phases share their streams",
+                "replace(context, rng=context.rng.child(phase.name))",
+                "context",
+                "draws_of_its_own",
+            ),
+            Fault(
+                "the cohort is the same in every round",
+                'Stream(self.settings.seed, "cohort", number)',
+                'Stream(self.settings.seed, "cohort")',
+                "stays_in_its_range",
+            ),
+            Fault(
+                "the server draws the same in every round",
+                'Stream(self.settings.seed, "server", number)',
+                'Stream(self.settings.seed, "server")',
+                "server_draws",
+            ),
+            Fault(
+                "dropout is the same for all clients and rounds",
+                "generator.manual_seed(rng.torch_seed())",
+                "generator.manual_seed(0)",
+                "dropout",
+            ),
+        ),
+    ),
+    Area(
+        ("tests/contract/test_engines.py",),
+        (
+            Fault(
+                "lanes walk through the padding of shorter clients",
+                "[_order(phase, lane) for lane in self.here]",
+                "[_order(phase, max(self.here, key=lambda lane: len(lane.context.rows.y))) for lane in self.here]",
+                "fedavg and mlp and vectorised",
+            ),
+            Fault(
+                "all lanes draw from the first one's stream",
+                "[self._streams[k] for k in subset.lanes]",
+                "[self._streams[0] for _ in subset.lanes]",
+                "Meta and mlp and vectorised",
+            ),
+            Fault(
+                "a lane's optimiser state is that of the first lane",
+                "{member.train.name: mine(member.state) for member in self.members if member.train.keep_state}",
+                "{m.train.name: tree.map_tree(lambda x: x[0].clone(), m.state) for m in self.members if m.train.keep_state}",
+                "Perfed and vectorised",
+            ),
+            Fault(
+                "the first shard of the common rows is scored by every worker",
+                "return x.tensor_split(n)[k], y.tensor_split(n)[k]",
+                "return x.tensor_split(n)[0], y.tensor_split(n)[0]",
+                "fedavg and mlp and processes",
+            ),
+            Fault(
+                "the scores of a client's shards are not added up",
+                "sum_scores([found[i][name], score]) if name in found[i] else score",
+                "score",
+                "fedper and mlp and processes",
+            ),
+            Fault("a client's state is not stored", "if not diverged:", "if diverged:", "fedper or memory"),
+            Fault(
+                "workers' replies come in the order in which they end",
+                "# type: ignore[arg-type]\n        return sorted(replies, key=lambda reply: reply.slot)",
+                "\n        return replies",
+                "fedavg and processes",
+            ),
+            Fault(
+                "all uplinks lie in one file",
+                'slabs.put(f"up-{reply.slot}"',
+                'slabs.put("up"',
+                "fedavg and mlp and processes",
+            ),
+            Fault(
+                "the server's state is a view of the last uplinks",
+                "self.server = tree.copy_shared(server, uplinks)",
+                "self.server = server",
+                "keeps",
+            ),
+            Fault(
+                "clients with different models share a score",
+                "all(p == q and x is y for",
+                "all(p == q for",
+                "local and mlp",
+            ),
+            Fault(
+                "running statistics are averaged although they are private",
+                'select(weights, self.shared, buffers=self.buffers == "shared")',
+                "select(weights, self.shared)",
+                "private",
+            ),
+        ),
+    ),
+    Area(
+        ("tests/contract/test_joining.py", "tests/contract/test_lost_and_late.py"),
+        (
+            Fault(
+                "a newcomer trains what travels",
+                "without(method.phases(), blank.weights, method.travelling(blank.weights))",
+                "method.phases()",
+                "newcomer",
+            ),
+            Fault(
+                "late uplinks count in full",
+                "examples if age == 0 else examples / math.sqrt(1 + age)",
+                "examples",
+                "late",
+            ),
+            Fault(
+                "uplinks with numbers that are not finite are taken in",
+                'broken = "" if known else',
+                'broken = "" if True else',
+                "bad_uplink or diverge",
+            ),
+            Fault("a slow device does all of its steps", "int(n_steps // self.slowdown)", "n_steps", "partial or half"),
+        ),
+    ),
+    Area(
+        ("tests/unit/test_wire.py", "tests/unit/test_transforms.py", "tests/contract/test_engines.py"),
+        (
+            Fault(
+                "headers are not counted", '{"header": whole - sum(kinds.values())}', "{}", "meter or bytes_reported"
+            ),
+            Fault(
+                "a tensor of another type is accepted",
+                "if form != want[path]:",
+                "if form[0] != want[path][0]:",
+                "unexpected or type",
+            ),
+            Fault(
+                "a tensor that has the right name and the wrong form is accepted",
+                "if got == want:",
+                "if got.keys() == want.keys():",
+                "unexpected or type",
+            ),
+            Fault(
+                "what topk leaves out is lost",
+                "{path: leaf - arrived[path] for path, leaf in due.items()}",
+                "{path: torch.zeros_like(leaf) for path, leaf in due.items()}",
+                "rounds or topk",
+            ),
+            Fault("int8 rounds down", "steps.round()", "steps.floor()", "int8"),
+            Fault(
+                "noise does not grow with the clip",
+                "deviation = self.noise * self.clip",
+                "deviation = self.noise",
+                "noise",
+            ),
+            Fault(
+                "short differences are stretched to the clip",
+                "(self.clip / norm).clamp(max=1.0)",
+                "(self.clip / norm)",
+                "noise",
+            ),
+        ),
+    ),
+    Area(
+        ("tests/contract/test_resume.py", "tests/contract/test_lost_and_late.py"),
+        (
+            Fault(
+                "a checkpoint brings back no optimiser states",
+                'self.engine.client(i)._asdict(), client, f"client',
+                'self.engine.client(i)._asdict(), {**client, "opts": self.engine.client(i).opts}, f"client',
+                "taken_up",
+            ),
+            Fault(
+                "a checkpoint does not hold the costs so far",
+                '{"round": self.done, **self.ledger.state(), **self.intake.state()}',
+                '{"round": self.done, **self.intake.state()}',
+                "taken_up",
+            ),
+            Fault(
+                "a resumed run repeats a round",
+                'self.done = self.saved = state["round"]',
+                'self.done = self.saved = max(state["round"] - 1, 0)',
+                "taken_up",
+            ),
+            Fault(
+                "uplinks under way are not in the checkpoint",
+                "{i: flight.message for i, flight in self.intake.flights.items()}",
+                "{}",
+                "taken_up",
+            ),
+            Fault(
+                "lines of rounds that are done again stay",
+                "self.folder.keep_rows(self.done)",
+                "self.folder.keep_rows(self.settings.rounds)",
+                "again or once",
+            ),
+        ),
+    ),
+    Area(
+        (
+            "tests/unit/data/test_partition.py",
+            "tests/unit/data/test_federation.py",
+            "tests/contract/test_experiment.py",
+        ),
+        (
+            Fault("test rows are trained on", "train.append(kept)", "train.append(np.sort(rows))"),
+            Fault("inputs are divided by the root mean square", "(squares / n - mean.square())", "(squares / n)"),
+            Fault(
+                "the partition does not depend on the seed",
+                'Stream(seed, "partition", scheme)',
+                'Stream(0, "partition", scheme)',
+            ),
+            Fault(
+                "half as many test rows as asked for",
+                "math.ceil(len(rows) * fraction - 1e-9)",
+                "math.ceil(len(rows) * fraction / 2 - 1e-9)",
+            ),
+            Fault(
+                "validation rows are tested on",
+                "return self.rows(self.partition.valid[i])",
+                "return self.rows(self.partition.test[i])",
+            ),
+        ),
+    ),
+    Area(
+        (
+            "tests/unit/test_metrics.py",
+            "tests/unit/test_training.py",
+            "tests/unit/report",
+            "tests/contract/test_experiment.py",
+        ),
+        (
+            Fault(
+                "accuracy is the mean over clients, not over examples",
+                "name: sum_scores(scores).accuracy,",
+                "name: float(each.mean()),",
+            ),
+            Fault("clients without rows count as 0", "each = each[~np.isnan(each)]", "each = np.nan_to_num(each)"),
+            Fault("the mean of the last ten is that of the first ten", "np.mean(series[-10:])", "np.mean(series[:10])"),
+            Fault("the best round on test is shown as the final one", '"final": series[-1],', '"final": max(series),'),
+            Fault(
+                "the report shows the best round of an unfinished run",
+                'values.max() if statistic == "best_on_test" else values.iloc[-1]',
+                "values.max()",
+            ),
+            Fault("intervals use the deviation of the population", "points.std(ddof=1)", "points.std()"),
+            Fault(
+                "rows without a finite logit count as right",
+                "(logits.argmax(1) == labels) & logits.isfinite().all(1)",
+                "(logits.argmax(1) == labels)",
+            ),
+            Fault(
+                "logs are not weighted by examples",
+                "weights=[r.examples for r in having]",
+                "weights=[1 for r in having]",
+            ),
+            Fault(
+                "general accuracy is that of a client's own rows",
+                'ScoreRequest("general_accuracy", "common")',
+                'ScoreRequest("general_accuracy", "test")',
+                "general",
+            ),
+        ),
+    ),
+)
+
+
+def sources(root: Path = ROOT) -> dict[Path, str]:
+    """Every module's text."""
+    return {path: path.read_text(encoding="utf-8") for path in sorted((root / "src").rglob("*.py"))}
+
+
+def found(fault: Fault, texts: dict[Path, str]) -> list[Path]:
+    """The modules that hold the text that the fault replaces, once for each time."""
+    return [path for path, text in texts.items() for _ in range(text.count(fault.old))]
