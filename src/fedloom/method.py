@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     x: Tensor  # (B, ...) inputs, normalised
     y: Tensor  # (B,) labels
     draws: Mapping[str, Tensor] = {}  # what the phase's `draw` made for this batch
-    once: Mapping[str, Tensor] = {}  # what the `Interleave`'s `once` made of this batch
+    precomputed: Mapping[str, Tensor] = {}  # what the `Interleave`'s `precompute` made of this batch
 
 
 class Turn(NamedTuple):
@@ -126,7 +126,7 @@ class Downlink(NamedTuple):
 Logs = dict[str, Tensor]
 LossFn = Callable[[Nets, Batch, Tree, Tree], "Tensor | tuple[Tensor, Logs]"]
 DrawFn = Callable[[Batch, Task, Stream], Mapping[str, Tensor]]
-OnceFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
+PrecomputeFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
 Predictor = Callable[[Nets, Tensor, Tree, Tree], Tensor]
 
 
@@ -136,14 +136,14 @@ class Train:
 
     name: str
     loss: LossFn  # (nets, batch, down, memory) -> 0-d loss, or (loss, {name: 0-d tensor to log})
-    trains: tuple[str, ...]  # patterns of parameters to update (`fedloom.nets.select`)
+    params: tuple[str, ...]  # patterns of parameters to update (`fedloom.nets.select`)
     optimizer: Optimizer
     epochs: int = 1
     _: KW_ONLY
     steps: int | None = None  # a number of steps in place of epochs
     draw: DrawFn | None = None  # (batch, task, stream) -> the step's random tensors, drawn outside any mapped code
     keep_state: bool = False  # whether the optimiser's state lasts over rounds
-    training: tuple[str, ...] | None = (
+    train_mode: tuple[str, ...] | None = (
         None  # nets in training mode (default: those it trains); the others are in evaluation mode
     )
     when: Callable[[Turn], bool] | None = None  # whether to run in this turn (default: always)
@@ -156,7 +156,7 @@ class Train:
     @property
     def modes(self) -> tuple[str, ...]:
         """The nets in training mode."""
-        return self.training if self.training is not None else tuple(p.partition(":")[0] for p in self.trains)
+        return self.train_mode if self.train_mode is not None else tuple(p.partition(":")[0] for p in self.params)
 
     def works_in(self, turn: Turn) -> bool:
         """Whether it runs in this turn."""
@@ -167,8 +167,8 @@ class Train:
 class Interleave:
     """Several `Train`s that take turns on every batch, in order; the members' own epochs and steps do not count.
 
-    What several members need of a batch, `once` computes before the first of them steps, with the nets that any of them has in
-    training mode in training mode; they find it in `batch.once`. Gradients flow through it in the last member alone, so only
+    What several members need of a batch, `precompute` computes before the first of them steps, with the nets that any of them has in
+    training mode in training mode; they find it in `batch.precomputed`. Gradients flow through it in the last member alone, so only
     that one may train what it depends on; for the others it is numbers.
     """
 
@@ -177,7 +177,7 @@ class Interleave:
     epochs: int = 1
     _: KW_ONLY
     steps: int | None = None
-    once: OnceFn | None = None  # (nets, batch without draws, down, memory) -> {name: tensor}
+    precompute: PrecomputeFn | None = None  # (nets, batch without draws, down, memory) -> {name: tensor}
 
     def __post_init__(self) -> None:
         """Refuse work that would never begin or never end."""
@@ -372,7 +372,7 @@ def trains_of(phases: Iterable[Phase]) -> list[Train]:
 def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
     """The optimiser states that a client keeps over rounds, by phase."""
     return {
-        train.name: train.optimizer.init(select(weights, train.trains)["params"])
+        train.name: train.optimizer.init(select(weights, train.params)["params"])
         for train in trains_of(phases)
         if train.keep_state
     }
@@ -387,9 +387,9 @@ def without(phases: Iterable[Phase], weights: Weights, frozen: Weights) -> tuple
     nets = {name.partition(".")[0] for names in free.values() for name in names}
 
     def reduced(train: Train) -> Train:
-        names = select(weights, train.trains)["params"].keys() & set(free["params"])
+        names = select(weights, train.params)["params"].keys() & set(free["params"])
         in_order = tuple(name for name in weights["params"] if name in names)
-        return replace(train, trains=in_order, training=tuple(net for net in train.modes if net in nets))
+        return replace(train, params=in_order, train_mode=tuple(net for net in train.modes if net in nets))
 
     found: list[Phase] = []
     for phase in phases:
@@ -397,7 +397,7 @@ def without(phases: Iterable[Phase], weights: Weights, frozen: Weights) -> tuple
             found.append(phase)
             continue
         members = [reduced(train) for train in trains_of([phase])]
-        members = [train for train in members if train.trains]
+        members = [train for train in members if train.params]
         if members:
             found.append(replace(phase, members=tuple(members)) if isinstance(phase, Interleave) else members[0])
     return tuple(found)

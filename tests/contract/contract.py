@@ -171,19 +171,19 @@ class Sharing(FedAvg):
         return {"body": arch.body(), "head": arch.head(), "probe": arch.head()}
 
     def phases(self) -> tuple[Phase, ...]:
-        probe = Train("probe", self.probe_loss, ("probe",), self.local_optimizer(), training=("body", "probe"))
+        probe = Train("probe", self.probe_loss, ("probe",), self.local_optimizer(), train_mode=("body", "probe"))
         fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), keep_state=True)
-        return (Interleave("both", (probe, fit), self.local_epochs, once=self.look if self.shares else None),)
+        return (Interleave("both", (probe, fit), self.local_epochs, precompute=self.look if self.shares else None),)
 
     def look(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tree:
         return {"features": nets.body(batch.x), "labels": batch.y}
 
     def probe_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        seen = batch.once or self.look(nets, batch, down, memory)
+        seen = batch.precomputed or self.look(nets, batch, down, memory)
         return cross_entropy(nets.probe(seen["features"].detach()), seen["labels"])
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        seen = batch.once or self.look(nets, batch, down, memory)
+        seen = batch.precomputed or self.look(nets, batch, down, memory)
         probed = cross_entropy(nets.frozen.probe(seen["features"]), seen["labels"])
         size = sum(p.square().sum() for name, p in nets.params.items() if name.startswith("body."))
         return cross_entropy(nets.head(seen["features"]), seen["labels"]) - 0.1 * probed + 0.01 * size

@@ -239,7 +239,7 @@ def test_fedper_trains_its_head_alone():
     weights = weights_of(FedPer())
     (phase,) = without(FedPer().phases(), weights, FedPer().travelling(weights))
     assert isinstance(phase, Train)
-    assert phase.trains == ("model.head.weight", "model.head.bias")
+    assert phase.params == ("model.head.weight", "model.head.bias")
     assert phase.modes == ("model",)
 
 
@@ -249,12 +249,12 @@ def test_fedrir_keeps_its_stages_without_gfe(buffers, modes):
     weights = weights_of(method, "fedrir_cnn")
     first, second = without(method.phases(), weights, method.travelling(weights))
     assert first.name == "mcsl"
-    assert {name.partition(".")[0] for name in first.trains} == {"csfe", "generator"}
+    assert {name.partition(".")[0] for name in first.params} == {"csfe", "generator"}
     assert isinstance(second, Interleave)
     assert second.epochs == method.local_epochs
     fit_q, classify = second.members
-    assert {name.partition(".")[0] for name in fit_q.trains} == {"idm"}
-    assert set(classify.trains) == {"head.weight", "head.bias"}
+    assert {name.partition(".")[0] for name in fit_q.params} == {"idm"}
+    assert set(classify.params) == {"head.weight", "head.bias"}
     assert classify.modes == modes
 
 
@@ -268,4 +268,4 @@ def test_phases_without_parameters_to_train_go_and_sweeps_stay():
     sweep = Sweep("count", keep)
     assert without((*method.phases(), sweep), weights, weights) == (sweep,)
     everything = without(method.phases(), weights, {"params": {}, "buffers": {}})
-    assert set(everything[0].trains) == weights["params"].keys()
+    assert set(everything[0].params) == weights["params"].keys()

@@ -75,7 +75,7 @@ def test_the_information_term_reaches_gfe_but_not_q_and_is_clamped(mode):
     method = FedRIR(idm_mode=mode, idm_weight=1.0)
     modules, client = made(method)
     params = {name: p.clone().requires_grad_() for name, p in client.weights["params"].items()}
-    classify = next(t for t in trains_of(method.phases()) if "head" in t.trains)
+    classify = next(t for t in trains_of(method.phases()) if "head" in t.params)
     seen = []
     for seed in range(6):
         batch = Batch(Stream(seed).normal((8, 1, 8, 8)), Stream(seed, "y").integers(10, (8,)))
@@ -113,7 +113,7 @@ def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
         def inner(nets, batch, down, memory):
             seen = method.features(nets, batch.x)
             seen = {name: value.detach() for name, value in seen.items()} if detached else seen
-            return loss(nets, batch._replace(once=seen), down, memory)
+            return loss(nets, batch._replace(precomputed=seen), down, memory)
 
         return inner
 
@@ -123,7 +123,7 @@ def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
         replace(classify, loss=twice(classify.loss, False)),
     )
     found = []
-    for phase in (both, replace(both, members=apart, once=None)):
+    for phase in (both, replace(both, members=apart, precompute=None)):
         modules, client = made(method, "fedrir_cnn")
         context = ClientContext(rows=rows(), plan=Plan(5), task=TASK, rng=Stream(2))
         after, steps, logs = run_phases((phase,), Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))
@@ -140,7 +140,7 @@ def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
 def test_every_step_with_the_bound_is_preceded_by_a_step_of_q():
     method = FedRIR(idm_mode="vclub")
     (both,) = [phase for phase in method.phases() if isinstance(phase, Interleave)]
-    assert [member.trains for member in both.members] == [("idm",), ("gfe", "head")]
+    assert [member.params for member in both.members] == [("idm",), ("gfe", "head")]
 
 
 @pytest.mark.parametrize("buffers", ["private", "shared"])

@@ -153,16 +153,16 @@ def test_what_is_computed_once_has_a_known_gradient():
         return {"s": nets.model(torch.ones(1, 1)), "half": torch.tensor(0.5)}
 
     def fit(nets, batch, down, memory):
-        assert not batch.once["s"].requires_grad
-        return batch.once["half"] * (nets.other(torch.ones(1, 1)) - batch.once["s"]).square().sum()
+        assert not batch.precomputed["s"].requires_grad
+        return batch.precomputed["half"] * (nets.other(torch.ones(1, 1)) - batch.precomputed["s"]).square().sum()
 
     def use(nets, batch, down, memory):
-        assert batch.once["s"].requires_grad
-        assert not batch.once["half"].requires_grad
-        return nets.frozen.other(batch.once["s"]).square().sum()
+        assert batch.precomputed["s"].requires_grad
+        assert not batch.precomputed["half"].requires_grad
+        return nets.frozen.other(batch.precomputed["s"]).square().sum()
 
     members = (Train("fit", fit, ("other",), SGD), Train("use", use, ("model",), SGD))
-    _, (after, steps, _) = work(Interleave("both", members, steps=2, once=once), modules=modules)
+    _, (after, steps, _) = work(Interleave("both", members, steps=2, precompute=once), modules=modules)
     w, b, rate = 2.0, 3.0, 0.1
     for _ in range(2):
         s = w
@@ -179,9 +179,9 @@ def test_only_the_last_member_may_train_what_is_computed_once():
         return {"s": nets.model(batch.x)}
 
     head = Train("head", loss, ("model.0.bias",), SGD)
-    both = Interleave("both", (head, Train("fit", loss, ("model",), SGD)), once=once)
+    both = Interleave("both", (head, Train("fit", loss, ("model",), SGD)), precompute=once)
     with pytest.raises(
-        MethodError, match=r"phase 'both': with `once`, only its last member may train 'model\.0\.bias'"
+        MethodError, match=r"phase 'both': with `precompute`, only its last member may train 'model\.0\.bias'"
     ):
         work(both)
     off = replace(both, members=(replace(head, when=lambda _: False), both.members[1]))
@@ -197,14 +197,14 @@ def test_only_the_last_member_may_train_what_is_passed_through():
         return {"s": nets.other(nets.model(torch.ones(1, 1)))}
 
     def use(nets, batch, down, memory):
-        return batch.once["s"].square().sum()
+        return batch.precomputed["s"].square().sum()
 
     def fit(nets, batch, down, memory):
         return nets.other(torch.ones(1, 1)).square().sum()
 
     members = (Train("fit", fit, ("other",), SGD), Train("use", use, ("model",), SGD))
-    with pytest.raises(MethodError, match="only the last member may train what its phase's `once` passes through"):
-        work(Interleave("both", members, steps=2, once=once), modules=modules)
+    with pytest.raises(MethodError, match="only the last member may train what its phase's `precompute` passes through"):
+        work(Interleave("both", members, steps=2, precompute=once), modules=modules)
 
 
 def noise(batch, task, rng):
@@ -270,7 +270,7 @@ def test_running_statistics_move_in_training_and_stay_the_clients_own():
     assert after.weights["buffers"]["model.1.num_batches_tracked"].item() == 3
     assert before.weights["buffers"]["model.1.num_batches_tracked"].item() == 0
     assert modules["model"][1].num_batches_tracked.item() == 0
-    _, (frozen, _, _) = work(Train("fit", loss, ("model",), SGD, training=()), modules=net(*BATCH_NORM))
+    _, (frozen, _, _) = work(Train("fit", loss, ("model",), SGD, train_mode=()), modules=net(*BATCH_NORM))
     assert frozen.weights["buffers"]["model.1.num_batches_tracked"].item() == 0
 
 

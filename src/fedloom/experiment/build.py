@@ -155,8 +155,8 @@ def _check_nets(problem: Problem) -> None:
             forms.append(tree.structure(_part(weights, method.shared, told)))
             _tell_of_norms(method, weights, choice.name)
         for train in trains:
-            told = f"model={choice.name}: {name} trains {', '.join(train.trains)}, but"
-            if not _part(weights, train.trains, told)["params"]:
+            told = f"model={choice.name}: {name} trains {', '.join(train.params)}, but"
+            if not _part(weights, train.params, told)["params"]:
                 raise ConfigError(f"{told} all of it is frozen (requires_grad=False)")
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)

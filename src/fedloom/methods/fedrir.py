@@ -108,10 +108,10 @@ class FedRIR(Method):
         if self.informs and self.idm_mode == "released":
             classifier = (*classifier, "idm")
         modes = (*classifier, "csfe") if self.generates and self.csfe_mode == "training" else classifier
-        classify = train("classify", self.loss, classifier, draw=self.draw_pairs, training=modes)
+        classify = train("classify", self.loss, classifier, draw=self.draw_pairs, train_mode=modes)
         second: Phase = classify
         if self.informs and self.idm_mode != "released":
-            second = Interleave("distil", (train("idm", self.q_loss, ("idm",)), classify), epochs, once=self.both)
+            second = Interleave("distil", (train("idm", self.q_loss, ("idm",)), classify), epochs, precompute=self.both)
         return (first, second) if self.generates else (second,)
 
     # stage 1: masked client-specific learning
@@ -159,8 +159,8 @@ class FedRIR(Method):
 
     def q_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """-log q(f_cs | f_g): fits q before each use; no gradient flows into f_g or f_cs."""
-        mean, log_variance = nets.idm(batch.once["f_g"])
-        return losses.gaussian_nll(mean, log_variance, batch.once["f_cs"])
+        mean, log_variance = nets.idm(batch.precomputed["f_g"])
+        return losses.gaussian_nll(mean, log_variance, batch.precomputed["f_cs"])
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
         """For the sampled bound: another row for every row."""
@@ -168,7 +168,7 @@ class FedRIR(Method):
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Cross-entropy of head([f_g, f_cs]) plus idm_weight times the information term."""
-        features = batch.once or self.features(nets, batch.x)
+        features = batch.precomputed or self.features(nets, batch.x)
         error = losses.cross_entropy(nets.head(torch.cat(list(features.values()), 1)), batch.y)
         if not self.informs:
             return error, {}

@@ -140,7 +140,7 @@ class FedVTC(FedProto):
         optimizer = self.local_optimizer(self.finetune_lr or self.lr)
         when = self.finetunes if self.finetune == "every" else None
         tune = partial(Train, "finetune", self.finetune_loss, nets, optimizer, draw=self.draw_latents)
-        return tune(steps=self.finetune_steps, training=(), when=when)
+        return tune(steps=self.finetune_steps, train_mode=(), when=when)
 
     def finetunes(self, turn: Turn) -> bool:
         """Whether this turn has a fine-tuning."""

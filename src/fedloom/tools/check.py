@@ -24,7 +24,7 @@ from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment, GivenObjects
-from fedloom.method import Batch, Client, Downlink, Free, Method, OnceFn, Train, trains_of
+from fedloom.method import Batch, Client, Downlink, Free, Method, PrecomputeFn, Train, trains_of
 from fedloom.methods.registry import load_module, method_class
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
@@ -190,7 +190,7 @@ class _Trial:
             return Finding(rule, None, f"runs, but never vectorised: phase '{free[0]}' is Free work")
         with arithmetic(experiment.settings):
             for train, once in [
-                (train, getattr(phase, "once", None)) for phase in phases for train in trains_of([phase])
+                (train, getattr(phase, "precompute", None)) for phase in phases for train in trains_of([phase])
             ]:
                 try:
                     wrong = _map_differs(experiment, train, once)
@@ -227,7 +227,7 @@ def _difference(a: Tree, b: Tree) -> str:
     return ""
 
 
-def _map_differs(experiment: Experiment, train: Train, once: OnceFn | None) -> str:
+def _map_differs(experiment: Experiment, train: Train, once: PrecomputeFn | None) -> str:
     """The first tensor whose gradient differs between two clients in turn and two clients mapped; "" where none does."""
     modules, lanes = _lanes(experiment, train)
 
@@ -237,7 +237,7 @@ def _map_differs(experiment: Experiment, train: Train, once: OnceFn | None) -> s
             nets = Nets(modules, {**lane["fixed"], **trained}, buffers, train.modes)
             batch = Batch(**lane["batch"])
             if once:
-                batch = batch._replace(once=once(nets, batch, lane["down"], lane["memory"]))
+                batch = batch._replace(precomputed=once(nets, batch, lane["down"], lane["memory"]))
             result = train.loss(nets, batch, lane["down"], lane["memory"])
             return result[0] if isinstance(result, tuple) else result
 
@@ -268,7 +268,7 @@ def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[Tree]]:
 def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) -> Tree:
     """What the loss of one client reads, with weights moved a little, so that no two clients are alike."""
     params = {k: v.detach().contiguous() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
-    names = select(client.weights, train.trains)["params"].keys()
+    names = select(client.weights, train.params)["params"].keys()
     trained = {name: params.pop(name) for name in names}
     return {
         "trained": trained,

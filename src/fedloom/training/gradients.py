@@ -70,11 +70,11 @@ def with_grad(tensors: Params) -> Params:
 
 def assign(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
     """Put precomputed values among the tensors `wanted` into the batch; return the parameters among them, and that batch."""
-    if not batch.once:
+    if not batch.precomputed:
         return wanted, batch
     # views, since torch's counter of operations fails on a module's input that is a leaf
-    values = {name: v.view_as(v) for name, v in {**batch.once, **wanted}.items() if name in batch.once}
-    return {name: p for name, p in wanted.items() if name not in values}, batch._replace(once=values)
+    values = {name: v.view_as(v) for name, v in {**batch.precomputed, **wanted}.items() if name in batch.precomputed}
+    return {name: p for name, p in wanted.items() if name not in values}, batch._replace(precomputed=values)
 
 
 def with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:

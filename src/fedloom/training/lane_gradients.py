@@ -58,11 +58,11 @@ class LaneGradients:
         leaves, modes = with_grad(inputs["wanted"]), nets_in_train_mode(trains)
 
         def lane(i: Tree) -> tuple[Params, Params]:
-            assert phase.once is not None
+            assert phase.precompute is not None
             buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
             nets = Nets(self._gradients.modules, {**i["fixed"], **i["others"], **i["wanted"]}, buffers, modes)
             with self._gradients.autocast():
-                return dict(phase.once(nets, Batch(**i["batch"]), i["down"], i["memory"])), buffers
+                return dict(phase.precompute(nets, Batch(**i["batch"]), i["down"], i["memory"])), buffers
 
         values, buffers = self._map(lane, {**inputs, "wanted": leaves})
         tree.map_tree(Tensor.copy_, inputs["buffers"], buffers)

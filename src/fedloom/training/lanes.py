@@ -235,7 +235,7 @@ class LaneStack:
         """Take one step of one member on some lanes; see `LocalTrain.step`."""
         params = {name: subset.take(self.params[name]) for name in member.runner.names}
         wanted = params | member.runner.extra(places, subset.index) | (shared.differentiable if shared else {})
-        batch = batch._replace(once=shared.numbers if shared else {})
+        batch = batch._replace(precomputed=shared.numbers if shared else {})
         inputs = self._inputs(wanted, subset, batch)
         grads, logs = member.runner.run(inputs)
         if shared:
@@ -248,7 +248,7 @@ class LaneStack:
         member.log(logs, subset)
 
     def _precompute(self, subset: LaneSubset, batch: Batch) -> Precomputed | None:
-        if isinstance(self.phase, Train) or not self.phase.once:
+        if isinstance(self.phase, Train) or not self.phase.precompute:
             return None
         wanted = {name: subset.take(self.params[name]) for name in self.members[-1].runner.names}
         inputs = self._inputs(wanted, subset, batch)

@@ -46,7 +46,7 @@ class Precomputed(NamedTuple):
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            raise MethodError("only the last member may train what its phase's `once` passes through") from None
+            raise MethodError("only the last member may train what its phase's `precompute` passes through") from None
         return {
             name: grads[name] if more is None else grads[name] + more
             for name, more in zip(self.leaves, found, strict=True)
@@ -59,11 +59,11 @@ def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients,
     Args:
         inputs: as those of a step; gradients will flow into `wanted`.
     """
-    assert phase.once is not None
+    assert phase.precompute is not None
     leaves = with_grad(inputs["wanted"])
     nets = Nets(gradients.modules, {**inputs["params"], **leaves}, inputs["buffers"], nets_in_train_mode(trains))
     with gradients.autocast():
-        values = phase.once(nets, Batch(**inputs["batch"]), inputs["down"], inputs["memory"])
+        values = phase.precompute(nets, Batch(**inputs["batch"]), inputs["down"], inputs["memory"])
     return Precomputed(dict(values), leaves)
 
 
@@ -82,5 +82,5 @@ def check_precompute(phase: Train | Interleave, names: Sequence[Sequence[str]]) 
         MethodError: another member than the last trains some of the last one's parameters.
     """
     both = {name for mine in names[:-1] for name in mine}.intersection(*names[-1:])
-    if isinstance(phase, Interleave) and phase.once and both:
-        raise MethodError(f"phase '{phase.name}': with `once`, only its last member may train '{min(both)}'")
+    if isinstance(phase, Interleave) and phase.precompute and both:
+        raise MethodError(f"phase '{phase.name}': with `precompute`, only its last member may train '{min(both)}'")

@@ -87,7 +87,7 @@ class StepRunner:
 
 def trained_names(train: Train, weights: Weights) -> list[str]:
     """Return the names of the parameters that a `Train` updates. Raises MethodError where there are none."""
-    names = list(select(weights, train.trains)["params"])
+    names = list(select(weights, train.params)["params"])
     if not names:
-        raise MethodError(f"phase '{train.name}' trains {train.trains}, which holds no parameters")
+        raise MethodError(f"phase '{train.name}' trains {train.params}, which holds no parameters")
     return names

@@ -149,7 +149,7 @@ def _walk_batches(
         for index, batch in zip(order, rows.batches(order, rng.child("augment")), strict=True) if members else ():
             check_batch(len(batch.y), trains, gradients.modules)
             shared = None
-            if isinstance(phase, Interleave) and phase.once:
+            if isinstance(phase, Interleave) and phase.precompute:
                 shared = precompute(phase, trains, gradients, members[-1].inputs(batch))
             for member in members:
                 last = member is members[-1]
@@ -202,7 +202,7 @@ class LocalTrain:
         """
         params = {name: self.weights["params"][name] for name in self.runner.names}
         wanted = params | self.runner.extra(index) | (shared.differentiable if shared else {})
-        batch = batch._replace(draws=self._draw(batch), once=shared.numbers if shared else {})
+        batch = batch._replace(draws=self._draw(batch), precomputed=shared.numbers if shared else {})
         grads, logs = self.runner.run(self.inputs(batch, wanted))
         if shared:
             grads = shared.backward(grads)

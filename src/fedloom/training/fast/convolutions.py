@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,8 @@ REPEATS = 5  # timings of each form
 log = logging.getLogger(__name__)
 
 
-class ConvolutionShape(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class ConvolutionShape:
     """A convolution of one lane, whatever its number of rows."""
 
     image: tuple[int, ...]  # (C, H, W) of its input
@@ -88,8 +90,10 @@ class _Chosen(TorchFunctionMode):
         if func is not torch.conv2d or not plain or given["input"].ndim != 4:
             return func(*args, **(kwargs or {}))
         x, weight = given["input"], given["weight"]
-        geometry = [_pair(given.get(key, value)) for key, value in (("stride", 1), ("padding", 0), ("dilation", 1))]
-        layer = ConvolutionShape(tuple(x.shape[1:]), tuple(weight.shape), x.dtype, *geometry)
+        geometry = {
+            key: _pair(given.get(key, value)) for key, value in (("stride", 1), ("padding", 0), ("dilation", 1))
+        }
+        layer = ConvolutionShape(image=tuple(x.shape[1:]), weight=tuple(weight.shape), dtype=x.dtype, **geometry)
         by_columns = self._book.by_columns(layer)
         if by_columns is None:
             self._new.setdefault(layer, len(x))

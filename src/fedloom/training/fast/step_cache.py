@@ -102,7 +102,7 @@ def kind_of(train: Train, work: LocalWork) -> Any:
 def form_of_batch(batch: Tree) -> Any:
     """Return the shapes of a batch, which is given as a tree."""
     x = batch["x"]
-    return x.shape, x.stride(), _form(batch["draws"]), _form(batch["once"])
+    return x.shape, x.stride(), _form(batch["draws"]), _form(batch["precomputed"])
 
 
 def _form(tensors: Mapping[str, Any]) -> Any:
