@@ -1,7 +1,8 @@
-"""A turn of w4-mlp with nothing around its operations: what no engine that calls torch's operations one by one can be faster than.
+"""Time the bare operations of a local update of w4-mlp: a lower bound for any engine that calls torch's operations one by one.
 
-taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds a turn, by clients side by side; the first layer's update apart, in
-                                               the product, or once a turn (in dual form, see fedloom.training.fast.gram_layer)
+taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds per local update, by clients side by side
+
+The first layer is updated separately, in the product, or once per local update (dual form, see fedloom.training.fast.gram_layer).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Turns = Callable[[Params, Tensor, Tensor], list[Params]]
 
 
 def slopes(inner: Tensor, v: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss's slopes at the logits and at the first layer's outputs `inner` (lanes, rows, ...), and the hidden units."""
+    """Return the loss's gradients at the logits and at the first layer's outputs `inner` (lanes, examples, ...), and the hidden units."""
     aten = torch.ops.aten
     hidden = torch.relu(inner)
     logs = torch._log_softmax(torch.baddbmm(c.unsqueeze(1), hidden, v.transpose(1, 2)), 2, False)
@@ -35,7 +36,7 @@ def slopes(inner: Tensor, v: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 
 def turns(received: Params, x: Tensor, y: Tensor, fused: bool) -> list[Params]:
-    """What some clients send; x (lanes, steps, rows, 784)."""
+    """Return the weights that the clients send; x is (lanes, steps, examples, 784)."""
     params = [p.expand(len(x), *p.shape).contiguous() for p in received]
     w, b, v, c = params
     for step in range(STEPS):
@@ -53,7 +54,7 @@ def turns(received: Params, x: Tensor, y: Tensor, fused: bool) -> list[Params]:
 
 
 def dual_turns(received: Params, x: Tensor, y: Tensor) -> list[Params]:
-    """The same, with one product before the first step and one after the last in place of two in every step."""
+    """Do the same in dual form: one product before the first step and one after the last, instead of two in every step."""
     w, *others = received
     b, v, c = (p.expand(len(x), *p.shape).contiguous() for p in others)
     x = x.flatten(1, 2)
@@ -71,7 +72,7 @@ def dual_turns(received: Params, x: Tensor, y: Tensor) -> list[Params]:
 
 
 def timed(lanes: int, turns_of: Turns) -> float:
-    """Seconds a turn, the median of several rounds."""
+    """Return the seconds per local update, the median of several rounds."""
     n = ROWS * STEPS
     pool, labels = torch.randn(CLIENTS * n, SIZES[0]), torch.randint(SIZES[2], (CLIENTS * n,))
     shapes = ((SIZES[1], SIZES[0]), (SIZES[1],), (SIZES[2], SIZES[1]), (SIZES[2],))

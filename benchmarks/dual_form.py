@@ -1,6 +1,8 @@
-"""Rounds with input layers in dual form (`training/fast/gram_layer.py`) and as written, in turn: where does it pay, and does the rule know?
+"""Compare rounds with input layers in dual form (`training/fast/gram_layer.py`) and in the original form, and check the rule that chooses.
 
-python benchmarks/dual_form.py [rounds=12]      two worker processes; an MLP on MNIST's shape, 100 clients' worth of 60 rows a round
+Both forms alternate round by round.
+
+python benchmarks/dual_form.py [rounds=12]      two worker processes; an MLP on MNIST's shape, 6,000 examples a round
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from fedloom.training.fast.gram_layer import Work
 
 
 class Case(NamedTuple):
-    """What a client does; `lanes` clients side by side."""
+    """One client's local update, with `lanes` clients side by side."""
 
     rows: int
     passes: int = 1
@@ -33,7 +35,7 @@ class Case(NamedTuple):
 
     @property
     def is_taken(self) -> bool:
-        """Whether the rule takes the dual form."""
+        """Return whether the rule chooses the dual form."""
         work = Work(self.rows, self.rows * self.passes, self.passes * -(-self.rows // self.batch), self.lanes)
         return work.is_less_by_gram_matrix(torch.empty(self.hidden, 784))
 
@@ -50,7 +52,7 @@ WARM_UP = 2
 
 
 def main(words: Sequence[str]) -> None:
-    """One line a case."""
+    """Print one line per case."""
     key, _, value = (words or ["rounds=12"])[0].partition("=")
     if len(words) > 1 or key != "rounds" or not value.isdigit() or int(value) <= WARM_UP:
         sys.exit(f"benchmarks: error: {' '.join(words)}: give rounds=N with more than {WARM_UP} rounds, or nothing")
@@ -63,7 +65,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def gains(case: Case, rounds: int) -> np.ndarray:
-    """(rounds,) seconds as written over seconds in dual form, in training."""
+    """Return (rounds,): training seconds in the original form divided by those in dual form."""
     work = WORKLOADS["w4-mlp"]
     n_clients = 60_000 // case.rows
     values = {
@@ -89,7 +91,7 @@ def gains(case: Case, rounds: int) -> np.ndarray:
                 settings = make_settings({**values, "out": folder / str(form)})
                 runs.append(
                     Stepped(settings, GivenObjects(dataset=dataset))
-                )  # its workers are forked here, rule and all
+                )  # its workers are forked here and inherit the patched rule
             open_things.callback(runs[-1].engine.close)
         times = [[_round(run) for run in runs[:: 1 if k % 2 else -1]][:: 1 if k % 2 else -1] for k in range(rounds)]
     written, dual = np.array(times[WARM_UP:]).T

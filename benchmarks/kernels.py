@@ -1,6 +1,6 @@
-"""How much of a turn's time convolutions and matrix products take: all else together is what a faster engine could save.
+"""Measure the share of a local update that convolutions and matrix products take; a faster engine can only save the rest.
 
-python benchmarks/kernels.py [WORKLOAD ...]      one thread, four clients' turns, under torch's profiler
+python benchmarks/kernels.py [WORKLOAD ...]      one thread, four local updates, with torch's profiler
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TURNS = 4
 
 
 def shares(name: str) -> dict[str, float]:
-    """The share of every operator in the time of a few turns."""
+    """Return every operator's share of the time of a few local updates."""
     with tempfile.TemporaryDirectory() as folder:
         scale = SCALES[name]
         values = WORKLOADS[name].values(scale) | {"engine": {"name": "sequential"}, "out": Path(folder) / "run"}

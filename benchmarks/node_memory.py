@@ -1,4 +1,4 @@
-"""Memory of a federation's processes on this machine (Linux), before the first turn and after four rounds.
+"""Measure the memory of a federation's processes on this machine (Linux), before the first local update and after four rounds.
 
     python benchmarks/node_memory.py
 
@@ -20,12 +20,12 @@ from workloads import pss_and_children
 VALUES: dict[str, Any] = {
     "method": {"name": "fedrir"}, "model": {"name": "mlp"}, "data": {"name": "digits"}, "clients": 2, "rounds": 4, "checkpoint_every": 1,
 }  # fmt: skip
-# the others are fedloom's own: a node's agent and its worker, the server's guard
+# the others are fedloom's: a node's agent and its worker, the server's guard
 PARTS = ("superlink", "proxy", "supernode")
 
 
 def by_part(pid: int, role: str) -> Counter[str]:
-    """Megabytes of a process and all below it, by what they are."""
+    """Return the megabytes of a process and its descendants, by program."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
     part = next((name for name in PARTS if f"{name}.py" in words or f"flower-{name}" in words), role)
     size, children = pss_and_children(pid)
@@ -33,13 +33,13 @@ def by_part(pid: int, role: str) -> Counter[str]:
 
 
 def show(when: str, processes: dict[str, Any]) -> None:
-    """One line for the server, and one for the node."""
+    """Print one line for the server, and one for the node."""
     for role, process in processes.items():
         print(f"{when:16} {role}: {dict(by_part(process.pid, f'fedloom ({role})'))} MB")
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure and print."""
     with tempfile.TemporaryDirectory() as folder, local_federation(VALUES, 1, Path(folder) / "f") as federation:
         link = GridLink(federation.deployment, print)
         run = prepare(federation.deployment, VALUES | {"out": f"{folder}/run"}, link, print)

@@ -1,14 +1,14 @@
-"""The same federations the way most research code runs them, for comparison: modules, DataLoaders, loops over clients.
+"""The same federations, run the way most research code does, for comparison: modules, DataLoaders, loops over clients.
 
-Follows the structure of PFLlib (Zhang et al., JMLR 2025) and of the papers' released code, in words of our own: every client
+Follows the structure of PFLlib (Zhang et al., JMLR 2025) and of the papers' released code, rewritten by us: every client
 holds a list of (x, y) pairs, its own copy of the model and a torch optimiser; each round copies the global parameters into
 every client, trains the cohort one after another, averages parameters in Python, and evaluates every client at the training
 batch size with the bookkeeping for AUC, then the loss on its whole training split. Inputs are NCHW. A client's compressed
 file is read whenever it trains or is evaluated.
 
-FedRIR and FedMR do what their released code does in these places: rows stay in memory; FedRIR evaluates both stages' losses on all
-training rows, and no AUC; FedMR evaluates the test rows and all training rows every tenth round (here: the test rows in every round, as
-fedloom does, and a tenth of the time for the training rows).
+FedRIR and FedMR follow their released code where it differs: examples stay in memory; FedRIR evaluates both stages' losses on all
+training examples, and no AUC; FedMR evaluates the test examples and all training examples every tenth round (here: the test examples in
+every round, as fedloom does, and a tenth of the time for the training examples).
 
 Offered to `fedloom bench` as `rival=benchmarks/pfllib_style.py:make`.
 """
@@ -40,7 +40,7 @@ FEDMR_EVAL_BATCH, FEDMR_EVAL_EVERY = 128, 10
 
 
 def make(problem: Problem, threads: int) -> Rival:
-    """The loop that fits the problem's method: FedRIR, FedMR, and FedAvg for every other method that shares all of `model`."""
+    """Return the loop for the problem's method: FedRIR, FedMR, or FedAvg for every other method that shares all of `model`."""
     if isinstance(problem.method, FedRIR):
         return FedRIRLoop(problem, threads)
     return FedMRLoop(problem, threads) if isinstance(problem.method, FedMR) else FedAvgLoop(problem, threads)
@@ -61,26 +61,26 @@ class Client:
         self.ce = nn.CrossEntropyLoss()
 
     def pairs(self, split: str) -> Pairs:
-        """The rows of `train` or `test`."""
+        """Return the examples of `train` or `test`."""
         with np.load(self.files[split]) as rows:
             return _pairs(torch.tensor(rows["x"]), torch.tensor(rows["y"]))
 
     def train_loader(self) -> DataLoader:
-        """Shuffled batches; a client with fewer rows than a batch takes one of all its rows, as in fedloom."""
+        """Return shuffled batches; a client with fewer examples than a batch uses one batch of all of them, as in fedloom."""
         size = min(self.plan.batch_size, self.n_train)
         return DataLoader(self.pairs("train"), size, shuffle=True, drop_last=self.plan.drop_last)
 
     def test_loader(self) -> DataLoader:
-        """The test split at the training batch size."""
+        """Return the test split in batches of the training batch size."""
         return DataLoader(self.pairs("test"), self.plan.batch_size, shuffle=True)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The personal prediction (B, Y)."""
+        """Return the personal prediction (B, Y)."""
         return self.nets["model"](x)
 
     @torch.no_grad()
     def accuracy(self) -> tuple[int, int]:
-        """Right and all test rows."""
+        """Return the numbers of correct predictions and of test examples."""
         self.nets.eval()
         right = rows = 0
         for x, y in self.test_loader():
@@ -90,7 +90,7 @@ class Client:
 
     @torch.no_grad()
     def test_metrics(self) -> tuple[int, int, float]:
-        """Right and all test rows, and the micro-averaged AUC."""
+        """Return the numbers of correct predictions and of test examples, and the micro-averaged AUC."""
         self.nets.eval()
         right, scores, truth = 0, [], []
         for x, y in self.test_loader():
@@ -103,7 +103,7 @@ class Client:
 
     @torch.no_grad()
     def train_loss(self) -> tuple[float, int]:
-        """Summed cross-entropy over the training split, and its rows."""
+        """Return the summed cross-entropy over the training split, and its number of examples."""
         self.nets.eval()
         total, rows = 0.0, 0
         for x, y in self.train_loader():
@@ -126,7 +126,7 @@ class FedAvgLoop:
         self.server = copy.deepcopy(nets[self.shared])
 
     def client(self, i: int, nets: nn.ModuleDict) -> Client:
-        """A client with its optimiser."""
+        """Return a client with its optimiser."""
         client = Client(self.problem, i, nets, self.folder)
         client.optimizer = torch.optim.SGD(client.nets.parameters(), lr=self.problem.method.lr)
         return client
@@ -145,11 +145,11 @@ class FedAvgLoop:
             scored = time.perf_counter()
             self.evaluate()
             evaluated = time.perf_counter()
-        # scoring alone is timed for the comparison of equal work; the tool itself does it as a part of evaluating
+        # scoring alone is timed for the comparison of equal work; the tool itself scores as part of its evaluation
         return Times(trained - started, scored - trained, max(evaluated - scored - (scored - trained), 0.0))
 
     def train(self, client: Client) -> None:
-        """Local work."""
+        """Train the cohort."""
         client.nets.train()
         for _ in range(client.epochs):
             for x, y in client.train_loader():
@@ -159,7 +159,7 @@ class FedAvgLoop:
                 client.optimizer.step()
 
     def aggregate(self, clients: Sequence[Client]) -> None:
-        """Mean by examples, parameter by parameter."""
+        """Average by examples, parameter by parameter."""
         rows = sum(client.n_train for client in clients)
         self.server = copy.deepcopy(clients[0].nets[self.shared])
         for parameter in self.server.parameters():
@@ -170,12 +170,12 @@ class FedAvgLoop:
                 mean.data += own.data.clone() * share
 
     def score(self) -> float:
-        """Test accuracy alone."""
+        """Return the test accuracy only."""
         found = [client.accuracy() for client in self.clients]
         return sum(right for right, _ in found) / sum(rows for _, rows in found)
 
     def evaluate(self) -> tuple[float, float, float]:
-        """Over all clients: test accuracy, AUC (FedRIR: the test rows' cross-entropy), and training loss."""
+        """Evaluate all clients: test accuracy, AUC (FedRIR: cross-entropy on the test examples), and training loss."""
         test = [client.test_metrics() for client in self.clients]
         loss = [client.train_loss() for client in self.clients]
         rows = sum(n for _, n, _ in test)
@@ -184,7 +184,7 @@ class FedAvgLoop:
 
 
 class FedRIRClient(Client):
-    """Nets gfe, csfe, generator, idm, head; two Adams whose moments last. Its rows stay in memory."""
+    """Nets gfe, csfe, generator, idm, head; two Adam optimisers that persist. Examples stay in memory."""
 
     def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict, folder: Path) -> None:
         super().__init__(problem, i, nets, folder)
@@ -200,13 +200,13 @@ class FedRIRClient(Client):
         return self.kept[split]
 
     def logits(self, x: Tensor) -> Tensor:
-        """head([f_g, f_cs])."""
+        """Return head([f_g, f_cs])."""
         specific = self.nets["csfe"](x).chunk(2, 1)[0]
         return self.nets["head"](torch.cat([self.nets["gfe"](x), specific], 1))
 
     @torch.no_grad()
     def test_metrics(self) -> tuple[int, int, float]:
-        """Right and all test rows, and the mean cross-entropy."""
+        """Return the numbers of correct predictions and of test examples, and the mean cross-entropy."""
         self.nets.eval()
         right, loss = 0, 0.0
         for x, y in self.test_loader():
@@ -218,7 +218,7 @@ class FedRIRClient(Client):
 
     @torch.no_grad()
     def train_loss(self) -> tuple[float, int]:
-        """Both stages' losses, summed over the training split, and its rows."""
+        """Return both stages' losses, summed over the training split, and its number of examples."""
         self.nets.eval()
         total, rows = 0.0, 0
         for x, y in self.train_loader():
@@ -227,7 +227,7 @@ class FedRIRClient(Client):
         return total, rows
 
     def reconstruction(self, x: Tensor, y: Tensor) -> Tensor:
-        """The squared error of the whole picture, seen through a mask, and the KL divergence."""
+        """Return the squared error of the whole image, reconstructed from a masked one, and the KL divergence."""
         n, _, height, width = x.shape
         side = 4 if min(height, width) >= 28 else 2
         rows, columns = height // side, width // side
@@ -241,7 +241,7 @@ class FedRIRClient(Client):
         return nn.functional.mse_loss(image, x) + self.method.kl_weight * kl
 
     def classification(self, x: Tensor, y: Tensor) -> Tensor:
-        """Cross-entropy and the information loss as released."""
+        """Return the cross-entropy and the information loss as released."""
         with torch.no_grad():
             specific = self.nets["csfe"](x).chunk(2, 1)[0]
         common = self.nets["gfe"](x)
@@ -261,7 +261,7 @@ class FedRIRLoop(FedAvgLoop):
         return FedRIRClient(self.problem, i, nets, self.folder)
 
     def train(self, client: FedRIRClient) -> None:
-        """Both stages."""
+        """Train both stages."""
         client.nets.train()
         for stage, optimizer in ((client.reconstruction, client.first), (client.classification, client.second)):
             for _ in range(client.epochs):
@@ -273,7 +273,7 @@ class FedRIRLoop(FedAvgLoop):
 
 
 class FedMRLoop:
-    """FedMR's round as released: K models in slots, fresh SGD, every entry of the state dict permuted on its own."""
+    """FedMR's round as released: K models in slots, fresh SGD, every entry of the state dict permuted separately."""
 
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem, self.threads = problem, threads
@@ -300,7 +300,7 @@ class FedMRLoop:
         return Times(trained - started, scored - trained, (evaluated - scored) / FEDMR_EVAL_EVERY)
 
     def train(self, state: dict[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
-        """One client's epochs on a copy of its slot."""
+        """Run one client's epochs on a copy of its slot."""
         plan, method = self.problem.plan, self.problem.method
         model = copy.deepcopy(self.server)
         model.load_state_dict(state)
@@ -316,7 +316,7 @@ class FedMRLoop:
         return copy.deepcopy(model.state_dict())
 
     def recombine(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """A permutation of the models for every key."""
+        """Permute the models, separately for every key."""
         mixed = [copy.deepcopy(state) for state in states]
         for key in states[0]:
             for slot, other in enumerate(torch.randperm(len(states)).tolist()):
@@ -325,7 +325,7 @@ class FedMRLoop:
 
     @torch.no_grad()
     def evaluate(self, pairs: Pairs) -> tuple[float, float]:
-        """Accuracy and mean loss of the server's model."""
+        """Return the accuracy and mean loss of the server's model."""
         self.server.eval()
         right, loss = 0, 0.0
         for x, y in DataLoader(pairs, FEDMR_EVAL_BATCH):

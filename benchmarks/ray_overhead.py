@@ -1,10 +1,12 @@
-"""What the Ray engine costs beside the others: messages, rounds of small models, its start and its memory; kept in benchmarks/results/.
+"""Measure the cost of the Ray engine against the others: messages, rounds of small models, start-up and memory.
+
+Results are written to benchmarks/results/.
 
     python benchmarks/ray_overhead.py rounds=20 out=ray-overhead                       the path of the result is printed
-    python benchmarks/ray_overhead.py clients=100,1000 address=127.0.0.1:6379          on a cluster that runs
+    python benchmarks/ray_overhead.py clients=100,1000 address=127.0.0.1:6379          on a running cluster
 
-Contestants take turns, round by round, on the same cohort and the same downlink; only `Engine.train` is timed. On a busy machine
-look at the least time, at ratios, and at processor time, which is summed over this process and all below it (Ray's too).
+Engines alternate round by round, on the same cohort and the same downlink; only `Engine.train` is timed. On a busy machine
+use the minimum time, ratios, and processor time, which is summed over this process and its descendants (including Ray's).
 """
 
 from __future__ import annotations
@@ -35,30 +37,30 @@ DEFAULTS: Mapping[str, str] = MappingProxyType(
     {"rounds": "20", "clients": "100,1000,10000", "workers": "2", "address": "", "out": "ray-overhead"}
 )
 COHORT, FLOATS = 100, 62_500  # 250 kB a message
-ROWS, SHAPE, CLASSES = 70, (1, 28, 28), 10  # a client's rows, 60 of them for training
+ROWS, SHAPE, CLASSES = 70, (1, 28, 28), 10  # a client's examples, 60 of them for training
 WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Echo(FedAvg):
-    """No work at all: every client is sent a message of its own, and sends another of the same size."""
+    """A method without training: every client receives a separate message and sends one of the same size."""
 
     def phases(self) -> tuple[()]:
-        """Nothing."""
+        """Return no phases."""
         return ()
 
     def downlink(self, server: tree.Tree, cohort: Sequence[int]) -> Downlink:
-        """A tensor for each member."""
+        """Return a tensor for each member."""
         each = [{"own": torch.full((FLOATS,), float(i))} for i in cohort]
         return Downlink({"weights": server["weights"]}, each)
 
     def uplink(self, client: Client, received: Any, down: tree.Tree, turn: Any) -> tuple[tree.Tree, tree.Tree]:
-        """The tensor and one."""
+        """Return the tensor plus one."""
         return {"own": down["own"] + 1}, client.memory
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure, and write one result file."""
+    """Measure and write one result file."""
     options = {**DEFAULTS, **dict(word.split("=", 1) for word in words)}
     for key in options.keys() - DEFAULTS.keys():
         raise ConfigError(f"unknown key '{key}'{suggest(key, DEFAULTS)}")
@@ -78,7 +80,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mapping[str, str]) -> dict[str, Any]:
-    """Seconds of rounds of 100 clients on each engine, of its start, and the bytes held by all processes after it."""
+    """Return each engine's seconds per round of 100 clients and for its start, and the bytes held by all processes afterwards."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (n_clients * ROWS, *SHAPE), np.uint8)
     parts = GivenObjects(method=method, dataset=from_arrays(x, rng.integers(0, CLASSES, len(x))))
@@ -102,7 +104,7 @@ def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mappi
 
 
 def make(parts: GivenObjects, n_clients: int, name: str, folder: Path, options: Mapping[str, str]) -> Experiment:
-    """An experiment on one engine."""
+    """Return an experiment on one engine."""
     engine: dict[str, Any] = {"name": name, "workers": int(options["workers"])}
     if name == "ray" and options["address"]:
         engine["address"] = options["address"]
@@ -114,7 +116,7 @@ def make(parts: GivenObjects, n_clients: int, name: str, folder: Path, options: 
 def in_turn(
     engines: Mapping[str, Engine], run: Experiment, options: Mapping[str, str]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and processor seconds of each engine's rounds; who starts changes from round to round."""
+    """Return seconds and processor seconds of each engine's rounds; the order changes from round to round."""
     torch.set_num_threads(1)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for number in range(WARM_UP + int(options["rounds"])):
@@ -132,18 +134,18 @@ def in_turn(
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What some work gives, and how long it takes."""
+    """Return the result of a call, and its duration."""
     started = time.perf_counter()
     return work(), time.perf_counter() - started
 
 
 def processor_s(pid: int) -> float:
-    """Seconds that a process and all below it have computed (Linux)."""
+    """Return the processor seconds of a process and its descendants (Linux)."""
     root = Path(f"/proc/{pid}")
     try:
         ticks = sum(map(int, (root / "stat").read_text().rpartition(")")[2].split()[11:13]))
         below = [int(word) for task in (root / "task").iterdir() for word in (task / "children").read_text().split()]
-    except OSError:  # it ended meanwhile
+    except OSError:  # the process has ended
         return 0.0
     return ticks / os.sysconf("SC_CLK_TCK") + sum(map(processor_s, below))
 

@@ -1,6 +1,6 @@
-"""How long Python, torch, fedloom and its light commands take to start, in CPU seconds and as ratios to `import torch`.
+"""Measure the start-up of Python, torch, fedloom and its light commands, in CPU seconds and as ratios to `import torch`.
 
-python benchmarks/startup.py [REPETITIONS]      default 7; the least of each is shown, and they take turns
+python benchmarks/startup.py [REPETITIONS]      default 7, alternating; the minimum of each is shown
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 CLI = (sys.executable, "-c", "import sys; from fedloom.cli import main; sys.exit(main())")
-LINES = ("fedloom li", "fedloom run method=fedr", "fedloom run part")  # that the shell completes
+LINES = ("fedloom li", "fedloom run method=fedr", "fedloom run part")  # lines that the shell completes
 BASE = "import torch"
 STARTS: Mapping[str, Sequence[str]] = {
     "python": (sys.executable, "-c", "pass"),
@@ -32,7 +32,7 @@ STARTS: Mapping[str, Sequence[str]] = {
 
 
 def environment(name: str) -> dict[str, str]:
-    """What the shell sets for a completion."""
+    """Return the environment that the shell sets for a completion."""
     if not name.startswith("completion"):
         return dict(os.environ)
     line = name.split("'")[1]
@@ -43,7 +43,7 @@ def environment(name: str) -> dict[str, str]:
 
 
 def cpu_seconds(name: str) -> float:
-    """The user and system time of one start."""
+    """Return the user and system time of one start."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run(
         STARTS[name], check=True, env=environment(name), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -53,14 +53,14 @@ def cpu_seconds(name: str) -> float:
 
 
 def loads_torch(name: str) -> bool:
-    """Whether torch is among what Python says that it imports."""
+    """Return whether Python reports an import of torch."""
     command = [STARTS[name][0], "-X", "importtime", *STARTS[name][1:]]
     done = subprocess.run(command, check=True, env=environment(name), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     return any(line.rpartition(b"|")[2].strip() == b"torch" for line in done.stderr.splitlines())
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the table, and the same as JSON after it."""
+    """Print the table, then the same numbers as JSON."""
     repetitions = int(words[0]) if words else 7
     times: dict[str, list[float]] = {name: [] for name in STARTS}
     for _ in range(repetitions):

@@ -1,9 +1,9 @@
-"""Keep what a study found: its runs' ends and curves, by method and seed, in benchmarks/results/NAME.json; NAME.png draws them.
+"""Save a study's final numbers and curves, by method and seed, in benchmarks/results/NAME.json, and plot them in NAME.png.
 
     python benchmarks/study.py NAME "the command that made all the runs" RUN [RUN ...]
 
-A RUN is a run's folder, or a folder of such folders (of a comparison). Runs that the file holds already stay, unless they come again.
-Prints a Markdown table: means over seeds, and the spread (half the distance from least to most) where there are several.
+A RUN is a run folder, or the folder of a comparison. Runs that are already in the file stay, unless they are given again.
+Prints a Markdown table: means over seeds, and the spread (half the distance from minimum to maximum) if there are several.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENVIRONMENT = ("fedloom", "python", "torch", "numpy", "cpu", "cores", "threads")
 
 
 def found(run: RunRecord) -> dict[str, Any]:
-    """One run: the accuracies of its last rounds, its bytes, its last logs and its curves (by evaluated round)."""
+    """Return one run: the accuracies of its last rounds, its bytes, its last logs and its curves (by evaluated round)."""
     rows, last = run.metrics, run.metrics.iloc[-1]
     ends = {
         "personal": last.personal_accuracy,
@@ -56,12 +56,12 @@ def found(run: RunRecord) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> float | None:
-    """Five digits; None for what is missing."""
+    """Round to five digits; None stands for a missing number."""
     return None if value is None or pd.isna(value) else float(f"{value:.5g}")
 
 
 def table(runs: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Markdown: accuracies in percent, one method a row."""
+    """Return a Markdown table: accuracies in percent, one row per method."""
     columns = ("personal", "personal_last10", "personal_worst10", "general", "server", "valid")
     lines = ["| | " + " | ".join(columns) + " | MB up |", "|---" * (len(columns) + 2) + "|"]
     for method, seeds in runs.items():
@@ -71,7 +71,7 @@ def table(runs: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def spread(values: list[float | None]) -> str:
-    """Such as `71.3 ± 0.8`."""
+    """Return a text such as `71.3 ± 0.8`."""
     known = [100 * value for value in values if value is not None]
     if not known:
         return ""
@@ -80,7 +80,7 @@ def spread(values: list[float | None]) -> str:
 
 
 def record_of(label: str, seed: str, run: dict[str, Any]) -> RunRecord:
-    """A kept run's curves, for plots."""
+    """Return a saved run's curves, for plots."""
     curves = pd.DataFrame({name: run[name] for name in ("round", *CURVES) if name in run})
     return RunRecord(
         path=Path(label),
@@ -95,7 +95,7 @@ def record_of(label: str, seed: str, run: dict[str, Any]) -> RunRecord:
 
 
 def main(name: str, command: str, *folders: str) -> None:
-    """Write the file, print the table."""
+    """Write the file and print the table."""
     file = RESULTS / f"{name}.json"
     runs: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())["runs"] if file.exists() else {}
     records = read(folders)

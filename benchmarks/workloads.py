@@ -1,10 +1,10 @@
-"""Time fedloom against the PFLlib-style loop, measure its memory, and keep the numbers in benchmarks/results/.
+"""Time fedloom against the PFLlib-style loop, measure its memory, and save the numbers in benchmarks/results/.
 
     python benchmarks/workloads.py w1 w4-mlp scale=0.1 rounds=5 out=NAME     speed; pin it: taskset -c 0 python ...
-    python benchmarks/workloads.py memory w4 clients-10k scale=1 out=NAME    most memory in a few rounds, by engine
+    python benchmarks/workloads.py memory w4 clients-10k scale=1 out=NAME    peak memory in a few rounds, by engine
 
-A result holds the command, versions, hardware and seed (`environment`), the core count that the contestants were given, and
-the load of the machine before and after: ratios of a busy machine are worth little, absolute times nothing.
+A result holds the command, versions, hardware and seed (`environment`), the number of cores used, and
+the load of the machine before and after: on a busy machine ratios are unreliable, and absolute times are meaningless.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LARGE: Mapping[str, Workload] = MappingProxyType(
             title="FedPer, MLP, 100 of 10,000 clients, 60 rows each, heads kept",
             data=MNIST[0],
             input_shape=MNIST[1],
-            rows=(10 * MNIST[2][0], 10 * MNIST[2][1]),  # more rows than the real data set has: synthetic alone
+            rows=(10 * MNIST[2][0], 10 * MNIST[2][1]),  # more examples than the real data set has: synthetic only
             settings=W4 | {"method": {"name": "fedper"}, "model": {"name": "mlp"}, "clients": 10_000},
             by_clients=True,
         )
@@ -47,7 +47,7 @@ POLL_S = 0.05
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure what the words ask for and write one result file; its path is printed."""
+    """Run the requested measurement, write one result file and print its path."""
     options = {**DEFAULTS, **dict(word.split("=", 1) for word in words if "=" in word)}
     for key in options.keys() - DEFAULTS.keys():
         raise ConfigError(f"unknown key '{key}'{suggest(key, DEFAULTS)}")
@@ -73,13 +73,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def engines_of(options: Mapping[str, str]) -> list[str]:
-    """The engines asked for, or one that leads and the one of several cores."""
+    """Return the requested engines; default: `processes` (with several cores) and `sequential`."""
     many = ["processes"] if cores() > 1 and "processes" in ENGINES else []
     return options["engine"].split(",") if options["engine"] else [*many, "sequential"]
 
 
 def speed(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
-    """See `fedloom.tools.bench.measure`; the rival is left out with `rival=no`."""
+    """See `fedloom.tools.bench.measure`; `rival=no` leaves out the rival."""
     return measure(
         work,
         engines_of(options),
@@ -92,7 +92,7 @@ def speed(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def memory(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
-    """The most bytes that an engine's processes hold together (proportional set size: shared pages count once)."""
+    """Return the peak bytes of an engine's processes together (proportional set size: shared pages count once)."""
     found: dict[str, Any] = {"title": work.title, "scale": float(options["scale"])}
     for engine in engines_of(options):
         child = get_context("spawn").Process(target=_rounds, args=(work.title, engine, dict(options)))
@@ -113,7 +113,7 @@ def _rounds(title: str, engine: str, options: Mapping[str, str]) -> None:
 
 
 def _peak(child: BaseProcess) -> int:
-    """Poll a process and those below it until it ends."""
+    """Poll a process and its descendants until it ends."""
     peak = 0
     while child.is_alive():
         peak = max(peak, held(child.pid))
@@ -123,13 +123,13 @@ def _peak(child: BaseProcess) -> int:
 
 
 def held(pid: int | None) -> int:
-    """Bytes held by a process and all below it."""
+    """Return the bytes held by a process and its descendants."""
     own, below = pss_and_children(pid)
     return own + sum(held(other) for other in below)
 
 
 def pss_and_children(pid: int | None) -> tuple[int, list[int]]:
-    """A process's own bytes (proportional set size) and those that it started; nothing where it has ended (Linux)."""
+    """Return a process's bytes (proportional set size) and its children; zero if it has ended (Linux)."""
     root = Path(f"/proc/{pid}")
     try:
         pss = next(line for line in (root / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))

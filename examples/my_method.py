@@ -1,4 +1,4 @@
-"""A method of one's own: `fedloom run method=examples/my_method.py:HeavyBall` (`fedloom check examples/my_method.py` checks it)."""
+"""A custom method: `fedloom run method=examples/my_method.py:HeavyBall` runs it, `fedloom check examples/my_method.py` checks it."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ from fedloom import Method, tree
 
 @dataclass(frozen=True)
 class HeavyBall(Method):
-    """FedAvg whose server keeps moving in the direction of earlier rounds."""
+    """FedAvg with heavy-ball momentum on the server."""
 
     beta: float = 0.7
-    """How much of the last movement is kept."""
+    """Momentum: fraction of the last movement that is added to the new one."""
 
     def init_server(self, weights, task):
         server = super().init_server(weights, task)

@@ -1,4 +1,4 @@
-"""What every peer's script needs: the workload's federation as fedloom deals it, and one way to report."""
+"""Shared code of the peer scripts: the workload's federation as partitioned by fedloom, and the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedloom.tools import bench
 
 
 def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namespace:
-    """Command line of a peer's script: workload, --scale, --rounds, and `more` as --name with its meaning (required)."""
+    """Return the command line of a peer script: workload, --scale, --rounds, and `more` as --name with its meaning (required)."""
     parser = argparse.ArgumentParser(description=f"Seconds per round of {peer} on a fedloom workload.")
     parser.add_argument("workload", choices=workloads)
     parser.add_argument("--scale", type=float, default=0.1)
@@ -31,12 +31,12 @@ def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namesp
 
 @cache
 def problem_of(workload: str, scale: float) -> Problem:
-    """The workload's clients, model and plan; made once in a process."""
+    """Return the workload's clients, model and plan; made once per process."""
     return bench.problem_of(bench.WORKLOADS[workload], scale)
 
 
 def need(module: str, install: str) -> ModuleType:
-    """A peer's module; where it is missing, one line says what to install."""
+    """Import a peer's module; if it is missing, one line says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -44,7 +44,7 @@ def need(module: str, install: str) -> ModuleType:
 
 
 def tell(peer: str, given: argparse.Namespace, seconds: Sequence[float], covers: str) -> None:
-    """Print the result as JSON; the first round warms up and does not count."""
+    """Print the result as JSON; the first round is a warm-up and does not count."""
     low, median, high = np.quantile(seconds[1:] or seconds, [0.25, 0.5, 0.75])
     result: dict[str, Any] = {"peer": peer, **vars(given), "round_s": {"median": median, "low": low, "high": high}}
     result |= {"covers": covers, "threads": torch.get_num_threads(), "environment": environment()}

@@ -1,9 +1,9 @@
-"""FedMR as its authors released it, from a clone: their training loop on the workload's very split.
+"""FedMR as its authors released it, from a clone: their training loop on the workload's exact split.
 
     git clone https://github.com/HMHelloWorld/FedMR && pip install torchvision matplotlib
     python benchmarks/peers/fedmr.py w3 --scale 0.05 --clone FedMR
 
-Rows are given as tensors, so that torchvision's decoding is not timed. Every tenth round also evaluates; it does not count here.
+Examples are passed as tensors, so that torchvision's decoding is not timed. Every tenth round also evaluates; these rounds are not counted.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from federation import need, options, problem_of, tell
 from torch.utils.data import TensorDataset
 
 HINT = "clone https://github.com/HMHelloWorld/FedMR, pip install torchvision matplotlib, and give --clone"
-EVALUATED = 10  # each so many-th round
+EVALUATED = 10  # every 10th round evaluates
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
     }  # fmt: skip
     sys.argv[1:] = [str(word) for pair in flags.items() for word in pair]
     its_args = parser.args_parser()
-    its_args.device, its_args.ensemble_alpha = torch.device("cpu"), 0.0  # read by its code, set by no option of it
+    its_args.device, its_args.ensemble_alpha = torch.device("cpu"), 0.0  # its code reads them, but no option sets them
     ends, recombine = [time.perf_counter()], algorithm.recombination
 
     def timed(*parts: Any) -> Any:
@@ -55,7 +55,7 @@ def main() -> None:
 
     algorithm.recombination = timed
     with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)  # it writes files where it stands
+        os.chdir(folder)  # it writes files to the working directory
         algorithm.FedMR(its_args, nets.ResNet20_cifar(its_args), train, TensorDataset(*problem.data.common()), clients)
     seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
     tell("the released FedMR", given, [s for k, s in enumerate(seconds, start=1) if k % EVALUATED], "training alone")

@@ -1,10 +1,10 @@
-"""FedRIR as its authors released it, from a clone: their server and clients on the workload's very split.
+"""FedRIR as its authors released it, from a clone: their server and clients on the workload's exact split.
 
     git clone https://github.com/tsmotlp/FedRIR && pip install ujson
     python benchmarks/peers/fedrir.py w2 --scale 0.08 --clone FedRIR
 
-Every round evaluates (test rows; all training rows through both stages' losses), then trains. Its loader leaves a client with fewer
-rows than a batch out of training.
+Every round evaluates (test examples; all training examples through both stages' losses), then trains. Its loader drops a client with
+fewer examples than a batch from training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from federation import need, options, problem_of, tell
 from pfllib import write_split
 
-DATA, SPLIT = "Cifar10", "fedloom"  # it picks the nets' sizes by the first name
+DATA, SPLIT = "Cifar10", "fedloom"  # the first name determines the nets' sizes
 
 
 def main() -> None:

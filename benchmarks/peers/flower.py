@@ -3,7 +3,7 @@
 pip install 'flwr[simulation]>=1.15'
 python benchmarks/peers/flower.py w4-mlp --scale 0.1
 
-It waits for ever where /tmp/ray/ray_current_cluster names a cluster that is gone.
+It hangs if /tmp/ray/ray_current_cluster names a cluster that no longer exists.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def client_maker(base: type, workload: str, scale: float) -> Callable[[Any], Any]:
-    """A client_fn; a worker process makes its own federation from the names."""
+    """Return a client_fn; a worker process makes its own federation from the names."""
 
     class Client(base):  # type: ignore[misc, valid-type]
         def __init__(self, i: int) -> None:
@@ -72,7 +72,7 @@ def client_maker(base: type, workload: str, scale: float) -> Callable[[Any], Any
 
 
 def train(problem: Problem, i: int, model: nn.Module) -> int:
-    """One epoch of a plain loop over tensors, as Flower's examples have it; returns the client's rows."""
+    """Train one epoch in a plain loop over tensors, as in Flower's examples, and return the client's number of examples."""
     x, y = problem.data.train(i)
     size = min(problem.plan.batch_size, len(y))
     optimizer = torch.optim.SGD(model.parameters(), lr=problem.method.lr)

@@ -1,4 +1,4 @@
-"""fluke: FedAVG on the workload's rows, dealt by its own splitter (equal clients).
+"""fluke: FedAVG on the workload's examples, partitioned by its own splitter (equal clients).
 
 pip install fluke-fl
 python benchmarks/peers/fluke.py w4-mlp --scale 0.1

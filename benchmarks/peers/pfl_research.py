@@ -1,4 +1,4 @@
-"""pfl-research (Apple): FederatedAveraging with its SimulatedBackend, in one process, the workload's very split.
+"""pfl-research (Apple): FederatedAveraging with its SimulatedBackend, in one process, on the workload's exact split.
 
 pip install 'pfl[pytorch]>=0.6'
 python benchmarks/peers/pfl_research.py w4-mlp --scale 0.1
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def users(problem: Any) -> Any:
-    """Every client's rows as a federated data set."""
+    """Return every client's examples as a federated data set."""
     federated, sampling = need("pfl.data.federated_dataset", HINT), need("pfl.data.sampling", HINT)
     rows = {i: list(problem.data.train(i)) for i in range(problem.task.n_clients)}
     sampler = sampling.get_user_sampler("minimize_reuse", list(rows))
@@ -73,7 +73,7 @@ def users(problem: Any) -> Any:
 
 
 def with_loss(net: nn.Module) -> nn.Module:
-    """pfl asks the module itself for its loss and metrics."""
+    """Return the net with the loss and metrics methods that pfl expects."""
 
     def loss(self: nn.Module, x: Tensor, y: Tensor, eval: bool = False) -> Tensor:
         return nn.functional.cross_entropy(self(x), y)

@@ -1,9 +1,9 @@
-"""PFLlib itself, from a clone: its own main.py on the workload's very split.
+"""PFLlib itself, from a clone: its own main.py on the workload's exact split.
 
     git clone https://github.com/TsingZ0/PFLlib && pip install h5py calmsize torchvision ...   (its env_cuda_latest.yaml)
     python benchmarks/peers/pfllib.py w1 --scale 0.1 --clone PFLlib
 
-Writes a data set `fedloom-...` into the clone's dataset folder. CNN workloads alone: its MLP has another width.
+Writes a data set `fedloom-...` into the clone's dataset folder. CNN workloads only: its MLP has a different width.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DATA_NAMES = {
     "w1": "fedloom-Cifar10",
     "w1-100": "fedloom-Cifar10",
     "w4": "fedloom-MNIST",
-}  # it picks a model by the name
+}  # the name determines the model
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def write_split(problem: Problem, folder: Path) -> None:
-    """PFLlib's layout: train/<client>.npz and test/<client>.npz, each holding one dictionary of x and y."""
+    """Write PFLlib's layout: train/<client>.npz and test/<client>.npz, each holding one dictionary of x and y."""
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for i in range(problem.task.n_clients):

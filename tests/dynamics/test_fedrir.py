@@ -119,7 +119,7 @@ def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
 
     fit_q, classify = both.members
     apart = (
-        replace(fit_q, loss=twice(fit_q.loss, True), training=(*classify.modes, "idm")),
+        replace(fit_q, loss=twice(fit_q.loss, True), train_mode=(*classify.modes, "idm")),
         replace(classify, loss=twice(classify.loss, False)),
     )
     found = []

@@ -192,8 +192,8 @@ AREAS = (
             ),
             Fault(
                 "nets that should be in evaluation mode are in training mode",
-                "return self.training if self.training is not None else",
-                "return self.training or",
+                "return self.train_mode if self.train_mode is not None else",
+                "return self.train_mode or",
             ),
         ),
     ),
