@@ -62,3 +62,22 @@ def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | No
     every = (mean - target.mean(0)).square() + target.var(0, correction=0)
     rest = every if other is None else (mean - target[other]).square()
     return ((rest - own) / (2 * log_variance.exp())).mean()
+
+
+def class_decorrelation(a: Tensor, b: Tensor, labels: Tensor, n_classes: int) -> Tensor:
+    """How far `a` and `b` vary together within classes: ||Cov(a - mean_y a, b - mean_y b)||^2 / (D mean(a'^2) mean(b'^2)).
+
+    a' and b' are the centred a - mean_y a and b - mean_y b, mean_y the mean of a row's class in the batch; the norm is Frobenius'.
+    The scale of `a` or `b` does not matter. 0 where they are uncorrelated within every class, 1 where white features are equal, D
+    where one factor alone moves all features. What the class explains is no correlation: it costs nothing.
+
+    Args:
+        a, b: (B, D).
+        labels: (B,) whole numbers below `n_classes`. A class with one row adds nothing.
+        n_classes: Y.
+    """
+    member = one_hot(labels, n_classes).to(wide(a).dtype)
+    counts = member.sum(0).clamp(min=1)[:, None]
+    a, b = (value - member @ (member.T @ value / counts) for value in (wide(a), wide(b)))
+    scale = a.shape[1] * a.square().mean() * b.square().mean()
+    return (a.T @ b / len(a)).square().sum() / scale.clamp(min=1e-12)

@@ -203,7 +203,9 @@ def test_only_the_last_member_may_train_what_is_passed_through():
         return nets.other(torch.ones(1, 1)).square().sum()
 
     members = (Train("fit", fit, ("other",), SGD), Train("use", use, ("model",), SGD))
-    with pytest.raises(MethodError, match="only the last member may train what its phase's `precompute` passes through"):
+    with pytest.raises(
+        MethodError, match="only the last member may train what its phase's `precompute` passes through"
+    ):
         work(Interleave("both", members, steps=2, precompute=once), modules=modules)
 
 

@@ -117,7 +117,7 @@ def _one(what: str, name: str, facts: Sequence[Facts]) -> Facts:
 
 
 def _found(name: str) -> str | None:
-    if name == "digits":
+    if SOURCES[name].embedded:
         return "embedded"
     try:
         folder = local_folder(name, cache_root())

@@ -16,7 +16,7 @@ class Source:
     means that none with the wanted split is known, so the files must be brought. `folder` is its local folder
     (default: the name). `image_size` is the native edge in pixels (None: sizes differ, so a size must be chosen).
     `natural` is the column that makes natural clients. `only` keeps some classes, in that order. `normalise` is the
-    default of `Federation`.
+    default of `Federation`. `embedded` data come with the package.
     """
 
     title: str
@@ -31,6 +31,7 @@ class Source:
     only: tuple[str, ...] | None = None
     folder: str | None = None
     normalise: str = "half"
+    embedded: bool = False
 
 
 _DIGITS = tuple("0123456789")
@@ -52,6 +53,16 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
             image_size=8,
             channels=1,
             classes=_DIGITS,
+            embedded=True,
+        ),
+        "coloured-digits": Source(
+            title="the same digits on coloured ground, each client with its own class colours (embedded)",
+            n_classes=10,
+            image_size=8,
+            channels=3,
+            classes=_DIGITS,
+            natural="client",
+            embedded=True,
         ),
         "mnist": Source(
             title="MNIST",

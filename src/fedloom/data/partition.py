@@ -124,7 +124,8 @@ def partition(
 
     `scheme` is one of `SCHEMES`: "iid", "dirichlet" (alpha), "pathological" (classes_per_client, balance), "extended"
     (classes_per_client, alpha), "quantity" (alpha), "natural" (column, by default a known data
-    set's own, like Office-Caltech10's domain; `clients` keeps the largest), "own" (the data set brings its split:
+    set's own, like Office-Caltech10's domain; `clients` keeps the largest; rows with "" there are nobody's, and only
+    `merge=False` can leave such test rows out), "own" (the data set brings its split:
     training rows and test rows go to the client that `column`, default "client", names), "file" (path).
 
     With `merge` (the protocol of PFLlib and FedRIR) official training and test rows are pooled and dealt out
@@ -149,7 +150,7 @@ def partition(
     if scheme == "natural":
         column = column or _natural_column(dataset)
         settings = {"column": column}
-        dealt = schemes.natural(_column(dataset, column)[:n_dealt], clients, min_examples)
+        dealt = schemes.natural(_owners(dataset, column, n_dealt), clients, min_examples)
     else:
         dealer, names = _DEALERS[scheme]
         choices = {"alpha": alpha, "classes_per_client": classes_per_client, "balance": balance}
@@ -287,6 +288,16 @@ def _column(dataset: Dataset, column: str | None) -> npt.NDArray[Any]:
         told = "partition.column: must be given" if column is None else f"partition.column={column}: there is none such"
         raise DataError(f"{told}; data={dataset.name} has the columns: {known}")
     return dataset.columns[column]
+
+
+def _owners(dataset: Dataset, column: str | None, n_dealt: int) -> npt.NDArray[Any]:
+    """Whose the first rows are; those with "" in the column are nobody's, and cannot be dealt."""
+    owners = _column(dataset, column)[:n_dealt]
+    if (owners == "").any():
+        nobody = int((owners == "").sum())
+        hint = "set partition.merge=false, and partition.test_fraction=0.25 for test rows of the clients' own"
+        raise DataError(f"partition.column={column}: {nobody} rows of data={dataset.name} belong to nobody; {hint}")
+    return owners
 
 
 def _check_settings(

@@ -5,18 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
 from fedloom.data import hub, pfllib
 from fedloom.data.catalogue import SOURCES
 from fedloom.data.dataset import Dataset
-from fedloom.data.pictures import resized
-from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError
-
-DIGITS = Path(__file__).with_name("digits.npz")  # source and licence: digits.txt beside it
 
 
 def load(
@@ -46,27 +38,13 @@ def load(
         if path is None or image_size is not None or rows is not None:
             raise DataError("data=pfllib needs data.path=FOLDER, and takes neither data.image_size nor data.rows")
         return pfllib.load_pfllib(path)
-    if name == "digits" and path is None:
-        return _digits(image_size, rows)
+    source = SOURCES.get(name)
+    if source and source.embedded and path is None:
+        from fedloom.data import embedded
+
+        return embedded.load_embedded(name, image_size, rows)
     from fedloom.data import parquet  # pyarrow takes long to load
 
     root = hub.cache_root(cache)
     files = hub.find_files(name, path, root)
-    return parquet.read_parquet(name, files, SOURCES.get(name), image_size=image_size, rows=rows, cache_root=root)
-
-
-def _digits(image_size: int | None, rows: int | None) -> Dataset:
-    with np.load(DIGITS) as stored:
-        pixels = np.rint(stored["pixels"] * (255 / 16)).astype(np.uint8)
-        labels = stored["labels"].astype(np.int64)
-    keep, n_train = choose_rows("digits", np.ones(len(labels), dtype=bool), len(labels), rows)
-    images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
-    classes = tuple("0123456789")
-    return Dataset(
-        name="digits",
-        images=torch.from_numpy(images),
-        labels=torch.from_numpy(labels[keep]),
-        n_train=n_train,
-        classes=classes,
-        columns={},
-    )
+    return parquet.read_parquet(name, files, source, image_size=image_size, rows=rows, cache_root=root)

@@ -19,7 +19,7 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedRIR(Method):
     """FedRIR (Huang et al., WWW 2025).
 
@@ -32,7 +32,8 @@ class FedRIR(Method):
 
     1. MCSL: csfe sees images with masked patches, draws a latent, and generator rebuilds the whole image; reconstruction + KL.
     2. Classification: head on [f_g, f_cs], f_cs the mean of the unmasked image without gradient, while the IDM keeps
-       client-specific information out of f_g by an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020).
+       client-specific information out of f_g by an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020), or by
+       their correlation within classes (`idm_mode=decorrelated`, which has no q and no `idm` net).
 
     Differences from the released code, and `docs/methods/fedrir.md` for what each is worth: the released information loss
     makes f_g *predict* f_cs; ours (`idm_mode=vclub`) fits q first and then lowers the bound with q fixed, as the paper states
@@ -60,8 +61,9 @@ class FedRIR(Method):
     """Whether the squared error is a mean over the pixels of an image (released code) or a sum, as the KL is over features."""
     loss_region: Literal["all", "masked"] = "all"
     """The pixels that the squared error counts."""
-    idm_mode: Literal["vclub", "vclub_sampled", "released", "none"] = "vclub"
-    """The information term: the bound over all pairs, over one drawn pair a row, the released code's loss, or none."""
+    idm_mode: Literal["vclub", "vclub_sampled", "decorrelated", "released", "none"] = "vclub"
+    """The information term: the bound over all pairs, over one drawn pair a row, the covariance of f_g and f_cs within classes, the
+    released code's loss, or none."""
     idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
 
@@ -95,7 +97,7 @@ class FedRIR(Method):
         nets: dict[str, nn.Module] = {"gfe": gfe, "csfe": arch.body(2 * d), "head": arch.head(2 * d)}
         if self.generates:
             nets["generator"] = ImageGenerator(d, task.input_shape)
-        if self.informs:
+        if self.predicts:
             nets["idm"] = InformationDistillation(d)
         return nets
 
@@ -105,12 +107,12 @@ class FedRIR(Method):
         train = partial(Train, optimizer=optimizer, epochs=epochs, keep_state=self.keep_optimizer)
         first = train("mcsl", self.mcsl_loss, ("csfe", "generator"), draw=self.draw_mask)
         classifier: tuple[str, ...] = ("gfe", "csfe", "head") if self.mcsl == "supervised" else ("gfe", "head")
-        if self.informs and self.idm_mode == "released":
+        if self.predicts and self.idm_mode == "released":
             classifier = (*classifier, "idm")
         modes = (*classifier, "csfe") if self.generates and self.csfe_mode == "training" else classifier
         classify = train("classify", self.loss, classifier, draw=self.draw_pairs, train_mode=modes)
         second: Phase = classify
-        if self.informs and self.idm_mode != "released":
+        if self.predicts and self.idm_mode != "released":
             second = Interleave("distil", (train("idm", self.q_loss, ("idm",)), classify), epochs, precompute=self.both)
         return (first, second) if self.generates else (second,)
 
@@ -169,14 +171,19 @@ class FedRIR(Method):
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Cross-entropy of head([f_g, f_cs]) plus idm_weight times the information term."""
         features = batch.precomputed or self.features(nets, batch.x)
-        error = losses.cross_entropy(nets.head(torch.cat(list(features.values()), 1)), batch.y)
+        logits = nets.head(torch.cat(list(features.values()), 1))
+        error = losses.cross_entropy(logits, batch.y)
         if not self.informs:
             return error, {}
-        information = self.information(nets, features["f_g"], features["f_cs"].detach(), batch)
+        common, specific = features["f_g"], features["f_cs"].detach()
+        if self.idm_mode == "decorrelated":
+            information = losses.class_decorrelation(common, specific, batch.y, logits.shape[1])
+        else:
+            information = self.information(nets, common, specific, batch)
         return error + self.idm_weight * information, {"cross_entropy": error, "information": information}
 
     def information(self, nets: Nets, common: Tensor, specific: Tensor, batch: Batch) -> Tensor:
-        """The information term in nats per feature; the bound is clamped at 0, as there is nothing below independence to reward."""
+        """The term that q gives, in nats per feature; the bound is clamped at 0, as there is nothing below independence to reward."""
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
             # summed over features, and without the likelihood's 1/2
@@ -202,3 +209,8 @@ class FedRIR(Method):
     def informs(self) -> bool:
         """Whether there is an information term."""
         return self.mcsl != "off" and self.idm_mode != "none"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether there is a q(f_cs | f_g): every form of the information term but `decorrelated` has one."""
+        return self.informs and self.idm_mode != "decorrelated"

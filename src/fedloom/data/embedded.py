@@ -1,0 +1,87 @@
+"""Embedded data sets: scikit-learn's digits, and the same digits on coloured backgrounds."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from fedloom.data.dataset import Column, Dataset
+from fedloom.data.pictures import resized
+from fedloom.data.subset import choose_rows
+from fedloom.rng import Stream
+
+DIGITS: Final = Path(__file__).with_name("digits.npz")
+"""Source and licence are in digits.txt beside it."""
+CLASSES: Final = tuple("0123456789")
+N_CLIENTS: Final = 4
+N_TRAIN: Final = 1400  # of the 1,797 rows, 350 a client; the rest is the test set with random colours
+HOLDS: Final = 0.9  # the chance that a training row has its class's colour
+HUES: Final = np.array([colorsys.hsv_to_rgb(i / 10, 1, 200 / 255) for i in range(10)])  # (10, 3) in [0, 1]
+
+Pixels = npt.NDArray[np.uint8]
+Rows = npt.NDArray[np.int64]
+
+
+def load_embedded(name: str, image_size: int | None, rows: int | None) -> Dataset:
+    """Return `digits` or `coloured-digits`; `image_size` and `rows` as for `fedloom.data.load`."""
+    pixels, labels, n_train, columns = _coloured() if name == "coloured-digits" else _digits()
+    keep, n_train = choose_rows(name, np.ones(len(labels), dtype=bool), n_train, rows)
+    images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
+    kept = {key: column[keep] for key, column in columns.items()}
+    return Dataset(
+        name=name,
+        images=torch.from_numpy(images),
+        labels=torch.from_numpy(labels[keep]),
+        n_train=n_train,
+        classes=CLASSES,
+        columns=kept,
+    )
+
+
+def _digits() -> tuple[Pixels, Rows, int, dict[str, Column]]:
+    ink, labels = _ink()
+    return np.rint(ink * (255 / 16)).astype(np.uint8), labels, len(labels), {}
+
+
+def _coloured() -> tuple[Pixels, Rows, int, dict[str, Column]]:
+    """White digits on a coloured background; the colour indicates the class, with a different code for each client.
+
+    All draws come from `Stream("coloured-digits")`, so the pixels are the same in every run. A run's seed changes what it changes for
+    other data sets: splits, weights and batches.
+
+    1. The 1,797 examples are permuted. The first 1,400 are training examples; example i belongs to client i mod 4. The other 397 are the
+       official test set.
+    2. Each client draws a permutation of the ten hues: its code from classes to colours.
+    3. A training example has its class's colour with probability 0.9, otherwise one of the other nine, uniformly. A test example has
+       any of the ten, uniformly.
+    4. A pixel with ink v in [0, 1] becomes v white + (1 - v) colour; colours are hsv(c / 10, 1, 200 / 255).
+
+    The column `client` is "0" to "3", and "" for test examples, which have no owner; `colour` is c.
+    """
+    ink, labels = _ink()
+    stream = Stream("coloured-digits")
+    order = stream.child("order").numpy.permutation(len(labels))
+    ink, labels = ink[order] / 16, labels[order]
+    owner = np.arange(N_TRAIN) % N_CLIENTS
+    maps = np.stack([stream.child("map", i).numpy.permutation(10) for i in range(N_CLIENTS)])
+    draws = stream.child("colour").numpy
+    colour = draws.integers(0, 10, len(labels))
+    wanted = maps[owner, labels[:N_TRAIN]]
+    another = (wanted + draws.integers(1, 10, N_TRAIN)) % 10
+    colour[:N_TRAIN] = np.where(draws.random(N_TRAIN) < HOLDS, wanted, another)
+    ground = HUES[colour][:, None, None, :]
+    pictures = ink[..., None] + (1 - ink[..., None]) * ground
+    clients = np.concatenate([owner.astype(str), np.full(len(labels) - N_TRAIN, "")])
+    return np.rint(pictures * 255).astype(np.uint8), labels, N_TRAIN, {"client": clients, "colour": colour}
+
+
+def _ink() -> tuple[npt.NDArray[np.float64], Rows]:
+    """Return the ink of each pixel, (N, 8, 8) from 0 to 16, and the digits."""
+    with np.load(DIGITS) as stored:
+        return stored["pixels"].astype(np.float64), stored["labels"].astype(np.int64)
