@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from fedloom.cli.executing import announce, conclude
+from fedloom.cli.executing import Finished, announce, conclude
 from fedloom.cli.running import refuse_several, until_interrupted
 from fedloom.cli.words import Parser, output, read_values, settings_words
 from fedloom.config.settings import Values, make_settings
@@ -191,7 +191,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         work()
     else:
         until_interrupted(work, f"fedloom deploy run {deployment.path} --resume {folder}")
-    return conclude([folder], folder, given.json, given.quiet)
+    return conclude([Finished([folder])], folder, given.json, given.quiet)
 
 
 def _result_options(parser: Parser) -> None:

@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -17,6 +17,9 @@ from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing
 from fedloom.experiment.progress import Overall, facts, live
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.tools.compare import Comparison, PlannedRun, execute
+
+if TYPE_CHECKING:
+    from fedloom.report import Chapter
 
 
 def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
@@ -77,28 +80,30 @@ def announce(about: Mapping[str, str]) -> None:
         print(f"{topic:<{width}}  {words}", file=sys.stderr, flush=True)
 
 
-def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> int:
-    """Show tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
-    from fedloom.report import (  # imports pandas: not before worker processes are forked
-        paired_table,
-        read,
-        summary_table,
-    )
+class Finished(NamedTuple):
+    """The folders of runs that are compared, with the comparison's title and reading."""
 
-    records = read(runs)
-    hint = _write_page(records, folder / "report.html")
+    runs: Sequence[Path]
+    title: str = ""
+    reading: str = ""
+
+
+def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool) -> int:
+    """Show tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
+    from fedloom.report import Chapter, read  # imports pandas: not before worker processes are forked
+
+    chapters = [Chapter(read(part.runs), part.title, part.reading) for part in parts]
+    hint = _write_page(chapters, folder / "report.html")
+    runs = [run for part in parts for run in part.runs]
     if as_json:
         _print_json(runs, folder)
     elif quiet:
         print(folder)
     else:
         console = output()
-        show(console, summary_table(records))
-        paired = paired_table(records) if len(records) > 1 else None
-        if paired is not None:
-            console.print()
-            show(console, paired)
-        console.print(f"\nfolder  {folder}", soft_wrap=True)
+        for chapter in chapters:
+            _show_chapter(console, chapter)
+        console.print(f"folder  {folder}", soft_wrap=True)
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
         _warn_of_divergence(run_folder)
@@ -108,12 +113,28 @@ def conclude(runs: Sequence[Path], folder: Path, as_json: bool, quiet: bool) -> 
     return int(bool(idle))
 
 
-def _write_page(records: Sequence[Any], target: Path) -> str:
-    """Write the page; where that takes packages that are missing, the line that says so."""
-    from fedloom.report import write_page
+def _show_chapter(console: Console, chapter: Chapter) -> None:
+    """Print a comparison: its title, its tables and how to read them."""
+    from fedloom.report import paired_table, summary_table
+
+    if chapter.title:
+        console.print(chapter.title, style="bold")
+    show(console, summary_table(chapter.records))
+    paired = paired_table(chapter.records) if len(chapter.records) > 1 else None
+    if paired is not None:
+        console.print()
+        show(console, paired)
+    if chapter.reading:
+        console.print(f"\n{chapter.reading}")
+    console.print()
+
+
+def _write_page(chapters: Sequence[Chapter], target: Path) -> str:
+    """Write the page. Return a hint instead where packages for it are missing."""
+    from fedloom.report import write_chapters
 
     try:
-        write_page(records, target)
+        write_chapters(chapters, target)
     except UsageError as error:
         return f"hint    {error}"
     return ""

@@ -11,6 +11,7 @@ from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedloom.config.settings import Values
+    from fedloom.tools.compare import Comparison
 
 RUN_EXAMPLES = """\
   fedloom run                                          FedAvg on scikit-learn's digits, 10 skewed clients
@@ -24,6 +25,7 @@ COMPARE_EXAMPLES = """\
   fedloom compare method=local,fedavg,fedrir seed=0,1,2 rounds=20
   fedloom compare method=fedavg,fedprox method.lr=0.02 fedprox.mu=0.1
   fedloom compare configs/digits.toml out=runs/digits
+  fedloom compare a.toml b.toml rounds=5               several comparisons, one report; each file may have title and reading
   fedloom compare --resume runs/digits                 finished runs are kept
 
 an ablation study (study.toml), each variant a row of the table:
@@ -48,7 +50,7 @@ def run_command(words: Sequence[str]) -> int:
     parser = Parser("run", "Run one experiment and write its folder.", RUN_EXAMPLES + key_help())
     _options(parser, "an interrupted run's folder, to be continued")
     given = parser.read(words)
-    from fedloom.cli.executing import conclude, run_one
+    from fedloom.cli.executing import Finished, conclude, run_one
     from fedloom.config.settings import make_settings
     from fedloom.experiment.loop import Experiment
 
@@ -62,7 +64,7 @@ def run_command(words: Sequence[str]) -> int:
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
     until_interrupted(lambda: run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
-    return conclude([folder], folder, given.json, given.quiet)
+    return conclude([Finished([folder])], folder, given.json, given.quiet)
 
 
 def compare_command(words: Sequence[str]) -> int:
@@ -71,20 +73,44 @@ def compare_command(words: Sequence[str]) -> int:
     parser = Parser("compare", description, COMPARE_EXAMPLES + "keys: see fedloom run --help")
     _options(parser, "an interrupted comparison's folder, to be continued")
     given = parser.read(words)
-    from fedloom.cli.executing import conclude, run_all
-    from fedloom.tools.compare import create_folder, plan, reopen
+    from fedloom.cli.executing import Finished, conclude, run_all
+    from fedloom.tools.compare import create_folder, create_folders, plan, reopen
 
+    files = [word for word in given.words if "=" not in word]
     if given.resume is not None:
         _nothing_else(given.words, "compare")
         folder, wanted = Path(given.resume), reopen(given.resume)
+    elif len(files) > 1:
+        wanted = create_folders(*_several(files, given.words))
+        folder = next(iter(wanted)).parent
     else:
         values = read_values(given.words)
-        wanted = plan(values)
-        folder = create_folder(wanted, values.get("out"))
-    done: list[Path] = []
-    again = f"fedloom compare --resume {folder}"
-    until_interrupted(lambda: done.extend(run_all(wanted, folder, given.quiet)), again)
+        comparison = plan(values)
+        folder = create_folder(comparison, values.get("out"))
+        wanted = {folder: comparison}
+    done: list[Finished] = []
+
+    def run_parts() -> None:
+        for part, comparison in wanted.items():
+            done.append(Finished(run_all(comparison, part, given.quiet), comparison.title, comparison.reading))
+
+    until_interrupted(run_parts, f"fedloom compare --resume {folder}")
     return conclude(done, folder, given.json, given.quiet)
+
+
+def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comparison], str | None]:
+    """The comparisons of several config files, by the files' names, with the same `key=value` words over each; and `out`."""
+    from fedloom.tools.compare import plan
+
+    rest = [word for word in words if "=" in word]
+    names = [Path(file).stem for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"'{name}': two config files have this name, and each comparison needs a folder of its own"
+            )
+    values = [read_values([file, *rest]) for file in files]
+    return {name: plan(value) for name, value in zip(names, values, strict=True)}, read_values(rest).get("out")
 
 
 def _options(parser: Parser, resume: str) -> None:

@@ -4,12 +4,13 @@ Tables need nothing more than fedloom itself; `plots` and `page` need `pip insta
 """
 
 from fedloom.report.looked_at import analysis_grids
-from fedloom.report.page import write_page
+from fedloom.report.page import Chapter, write_chapters, write_page
 from fedloom.report.read import RunRecord, read
 from fedloom.report.tables import drawn, paired_table, summary_table
 from fedloom.report.waiting import Waiting, waiting_table
 
 __all__ = [
+    "Chapter",
     "RunRecord",
     "Waiting",
     "analysis_grids",
@@ -18,5 +19,6 @@ __all__ = [
     "read",
     "summary_table",
     "waiting_table",
+    "write_chapters",
     "write_page",
 ]

@@ -42,6 +42,14 @@ STATISTICS = {
 }
 
 
+class Chapter(NamedTuple):
+    """Runs that are compared with each other, with a title and a few sentences on how to read the numbers."""
+
+    records: Sequence[RunRecord]
+    title: str = ""
+    reading: str = ""
+
+
 class Plot(NamedTuple):
     """A figure in the page: SVG, a note under it, and whether it takes the full width."""
 
@@ -72,12 +80,23 @@ def write_page(
     Raises UsageError when there are no records, when `baseline` is not among them,
     when matplotlib or Jinja is missing, or when `path` cannot be written.
     """
-    if not records:
+    _write([Chapter(records)], path, waiting, baseline)
+
+
+def write_chapters(chapters: Sequence[Chapter], path: str | Path) -> None:
+    """Write one page for several comparisons; see `write_page`."""
+    _write(chapters, path)
+
+
+def _write(
+    chapters: Sequence[Chapter], path: str | Path, waiting: Waiting | None = None, baseline: str | None = None
+) -> None:
+    if not all(chapter.records for chapter in chapters):
         raise UsageError("a report needs at least one run")
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"cannot write the report to '{target}': it is a folder")
-    page = _render(records, waiting, baseline)
+    page = _render(chapters, waiting, baseline)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -90,34 +109,51 @@ def write_page(
             draft.unlink()
 
 
-def _render(records: Sequence[RunRecord], waiting: Waiting | None, baseline: str | None) -> str:
+def _render(chapters: Sequence[Chapter], waiting: Waiting | None, baseline: str | None) -> str:
     try:
         import jinja2
-        import markupsafe
     except ImportError as missing:
         raise UsageError("the report page needs Jinja: pip install 'fedloom[report]'") from missing
     source = resources.files("fedloom.report").joinpath("page.html").read_text(encoding="utf-8")
     jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    plots = {
-        title: [{"svg": markupsafe.Markup(plot.svg), "note": plot.note, "wide": plot.wide} for plot in section]
-        for title, section in {**_sections(records), **_times(records, waiting)}.items()
-        if section
-    }
+    every = [record for chapter in chapters for record in chapter.records]
+    several = len(chapters) > 1
     return jinja.from_string(source).render(
-        title=_title(records),
-        facts=_facts(records),
-        unfinished=[record for record in records if not record.finished],
-        grids=[
+        title=f"{len(chapters)} comparisons" if several else chapters[0].title or _title(every),
+        chapters=[
+            _content(chapter, waiting, baseline, f"part{place}-" if several else "")
+            for place, chapter in enumerate(chapters, start=1)
+        ],
+        several=several,
+    )
+
+
+def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, prefix: str) -> dict[str, Any]:
+    """What the page's template reads of a chapter; `prefix` keeps the ids in its figures apart from other chapters'."""
+    import markupsafe
+
+    records = chapter.records
+    sections = {**_sections(records, prefix), **_times(records, waiting, prefix)}
+    return {
+        "title": chapter.title or _title(records),
+        "reading": chapter.reading,
+        "facts": _facts(records),
+        "unfinished": [record for record in records if not record.finished],
+        "grids": [
             summary_grid(records, digits=2),
             paired_grid(records, baseline, digits=2),
             waiting_grid(records, waiting) if waiting else None,
             recall_grid(records),
             *analysis_grids(records),
         ],
-        sections=plots,
-        looked_at=[(record.name, list(pictures(record))) for record in records if record.analysis],
-        details=[_detail(record) for record in records],
-    )
+        "sections": {
+            title: [{"svg": markupsafe.Markup(plot.svg), "note": plot.note, "wide": plot.wide} for plot in section]
+            for title, section in sections.items()
+            if section
+        },
+        "looked_at": [(record.name, list(pictures(record))) for record in records if record.analysis],
+        "details": [_detail(record) for record in records],
+    }
 
 
 def _title(records: Sequence[RunRecord]) -> str:
@@ -157,7 +193,7 @@ def _scheme(record: RunRecord) -> str:
     return " ".join(parts).strip()
 
 
-def _sections(records: Sequence[RunRecord]) -> dict[str, list[Plot]]:
+def _sections(records: Sequence[RunRecord], prefix: str) -> dict[str, list[Plot]]:
     from fedloom.report import plots
 
     band = any(len(g.counted) > 1 for g in group(records))
@@ -173,22 +209,24 @@ def _sections(records: Sequence[RunRecord]) -> dict[str, list[Plot]]:
     sharp = [(plots.sharpness(records), plots.SHARPNESS_NOTE)] if plots.has_sharpness(records) else []
     logs = [(plots.log_over_rounds(records, key), "") for key in plots.log_names(records)]
     return {
-        "Accuracy": _drawn("accuracy", accuracy),
-        "Clients and traffic": _drawn("clients", clients + (traffic if any(r.summary for r in records) else [])),
-        "Partition": _drawn("partition", _partitions(records)),
-        "Sharpness": _drawn("sharpness", sharp),
-        "Logs": _drawn("log", logs),
+        "Accuracy": _drawn(f"{prefix}accuracy", accuracy),
+        "Clients and traffic": _drawn(
+            f"{prefix}clients", clients + (traffic if any(r.summary for r in records) else [])
+        ),
+        "Partition": _drawn(f"{prefix}partition", _partitions(records)),
+        "Sharpness": _drawn(f"{prefix}sharpness", sharp),
+        "Logs": _drawn(f"{prefix}log", logs),
     }
 
 
-def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> dict[str, list[Plot]]:
+def _times(records: Sequence[RunRecord], waiting: Waiting | None, prefix: str) -> dict[str, list[Plot]]:
     from fedloom.report import plots
 
     if waiting is None:
         return {}
     note = "Every round waits for its slowest client; the server's own work takes no time."
     figures = [(plots.accuracy_over_time(records, network, waiting), note) for network in waiting.networks]
-    return {"Devices and networks": _drawn("time", figures)}
+    return {"Devices and networks": _drawn(f"{prefix}time", figures)}
 
 
 def _drawn(name: str, figures: Sequence[tuple[Figure, str]]) -> list[Plot]:

@@ -57,13 +57,15 @@ class PlannedRun(NamedTuple):
         return (self.folder / "summary.json").is_file()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared: `rows` times `seeds`, with everything else as in `base`."""
 
     base: Values
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
+    title: str = ""  # shown above its table
+    reading: str = ""  # shown below it: how to read the numbers
 
     def jobs(self, folder: Path) -> list[PlannedRun]:
         """All runs, seed by seed, so that a comparison that is cut short still compares."""
@@ -95,7 +97,8 @@ class Comparison:
         settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
         variants = {row.label: _table(row) for row in self.rows}
-        return tomli_w.dumps({"method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
+        told = {key: text for key, text in (("title", self.title), ("reading", self.reading)) if text}
+        return tomli_w.dumps({**told, "method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
 
     def _settings(self, row: Row, seed: int, out: str | Path | None = None) -> Settings:
         own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
@@ -107,7 +110,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 
     Beside the keys of a run: `method` is a list of methods or variants (default: all variants), `method.KEY` a hyper-parameter of all
     methods that have it, a table named like a method its own hyper-parameters, `variant.NAME` a row of its own (`method` and
-    hyper-parameters, and perhaps `uplink` and `downlink`), `seed` a list.
+    hyper-parameters, and perhaps `uplink` and `downlink`), `seed` a list, `title` and `reading` texts above and below the table.
 
     Raises:
         ConfigError: one line that names the key, the value and what is allowed.
@@ -125,7 +128,13 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     rows = tuple(_spelt_out(_row(name, common, own, variants)) for name in names)
     _check_common(common, rows)
     _check_labels([row.label for row in rows])
-    comparison = Comparison(base, rows, _seeds(values.get("seed", 0)))
+    comparison = Comparison(
+        base=base,
+        rows=rows,
+        seeds=_seeds(values.get("seed", 0)),
+        title=_text(values, "title"),
+        reading=_text(values, "reading"),
+    )
     comparison.jobs(Path())  # refuses settings that no run can have
     return comparison
 
@@ -140,14 +149,30 @@ def create_folder(comparison: Comparison, out: str | Path | None = None) -> Path
     return folder.path
 
 
-def reopen(folder: str | Path) -> Comparison:
-    """The comparison that a folder holds, to be continued with `execute`."""
+def create_folders(comparisons: Mapping[str, Comparison], out: str | Path | None = None) -> dict[Path, Comparison]:
+    """Make a folder that holds one folder for each comparison, by name. Nothing is made if one of them cannot run."""
+    for comparison in comparisons.values():
+        comparison.check()
+    whole = RunFolder.create(None if out is None else Path(out), "compare").path
+    made = {}
+    for name, comparison in comparisons.items():
+        folder = RunFolder.create(whole / name, name)
+        folder.write(FILE, comparison.toml())
+        made[folder.path] = comparison
+    return made
+
+
+def reopen(folder: str | Path) -> dict[Path, Comparison]:
+    """Return the comparisons that a folder holds, itself or in folders of its own, to be continued with `execute`."""
     path = Path(folder)
+    inside = sorted(file.parent for file in path.glob(f"*/{FILE}")) if path.is_dir() else []
+    if inside and not (path / FILE).is_file():
+        return {part: plan(read_toml(part / FILE)) for part in inside}
     if not (path / FILE).is_file():
         if (path / "config.toml").is_file():
             raise RunFolderError(f"{path} is the folder of a single run; continue it with fedloom run --resume {path}")
         raise RunFolderError(f"{path} is not the folder of a comparison: it holds no {FILE}")
-    return plan(read_toml(path / FILE))
+    return {path: plan(read_toml(path / FILE))}
 
 
 def execute(
@@ -226,7 +251,11 @@ def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[s
         raise ConfigError(
             f"label={values['label']}: rows are called by their method; give one another name with [variant.NAME]"
         )
-    rest = {key: value for key, value in values.items() if key not in ("method", "seed", "variant", "out")}
+    rest = {
+        key: value
+        for key, value in values.items()
+        if key not in ("method", "seed", "variant", "out", "title", "reading")
+    }
     base = {key: value for key, value in rest.items() if key in Settings.model_fields}
     own = {key: value for key, value in rest.items() if key not in base and key in methods}
     for key in rest.keys() - base.keys() - own.keys():
@@ -252,6 +281,13 @@ def _listed(value: Any, key: str) -> list[Any]:
     if key == "method" and not all(isinstance(name, str) for name in found):
         raise ConfigError(f"method={value}: must be names of methods")
     return found
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    text = values.get(key, "")
+    if not isinstance(text, str):
+        raise ConfigError(f"{key}={text}: must be text")
+    return " ".join(text.split())
 
 
 def _seeds(value: Any) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedloom.data import SOURCES, load
-from fedloom.data.sources import DIGITS
+from fedloom.data.embedded import DIGITS
 from fedloom.errors import DataError
 
 
