@@ -264,7 +264,7 @@ def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
-    """Modules whose initial weights depend on `rng` alone. Which of them are frozen (`requires_grad=False`) stays as built."""
+    """Build modules whose initial weights depend on `rng` alone. Frozen parameters (`requires_grad=False`) stay as built."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()
