@@ -21,7 +21,7 @@ import torch
 from fedloom.config.settings import make_settings
 from fedloom.experiment.loop import GivenObjects
 from fedloom.tools.bench import WORKLOADS, Stepped, dataset_for
-from fedloom.training.fast.gram_layer import Work
+from fedloom.training.fast.gram_layer import PhaseWork
 
 
 class Case(NamedTuple):
@@ -36,7 +36,7 @@ class Case(NamedTuple):
     @property
     def is_taken(self) -> bool:
         """Return whether the rule chooses the dual form."""
-        work = Work(self.rows, self.rows * self.passes, self.passes * -(-self.rows // self.batch), self.lanes)
+        work = PhaseWork(self.rows, self.rows * self.passes, self.passes * -(-self.rows // self.batch), self.lanes)
         return work.is_less_by_gram_matrix(torch.empty(self.hidden, 784))
 
 
@@ -86,7 +86,7 @@ def gains(case: Case, rounds: int) -> np.ndarray:
         runs = []
         for form in (False, True):
             with patch.object(
-                Work, "is_less_by_gram_matrix", lambda _, weight, form=form: form and weight.numel() > 1e5
+                PhaseWork, "is_less_by_gram_matrix", lambda _, weight, form=form: form and weight.numel() > 1e5
             ):
                 settings = make_settings({**values, "out": folder / str(form)})
                 runs.append(

@@ -19,7 +19,7 @@ from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
 from fedloom.training.fast import step_cache
-from fedloom.training.fast.gram_layer import GramLayer, Work
+from fedloom.training.fast.gram_layer import GramLayer, PhaseWork
 from fedloom.wire.messages import encode
 from small import BRIEF, brief, initial_weights, interrupted_after, spied
 
@@ -482,7 +482,7 @@ def by_gram_matrix(monkeypatch):
 
     def begin():
         made, init = [], GramLayer.__init__
-        monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: True)
+        monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: True)
         monkeypatch.setattr(GramLayer, "__init__", lambda self, *given: made.append(given) or init(self, *given))
         return made
 

@@ -145,7 +145,10 @@ def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         execute(found, cut, interrupt)
     ran = []
-    assert execute(reopen(cut)[cut], cut, lambda job: ran.append(job.label)) == [cut / "local-seed0", cut / "fedavg-seed0"]
+    assert execute(reopen(cut)[cut], cut, lambda job: ran.append(job.label)) == [
+        cut / "local-seed0",
+        cut / "fedavg-seed0",
+    ]
     assert ran == ["fedavg"]
     for label in ("local", "fedavg"):
         one, other = (json.loads((f / f"{label}-seed0/summary.json").read_text()) for f in (whole, cut))

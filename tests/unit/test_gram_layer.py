@@ -11,7 +11,7 @@ from fedloom.method import Client
 from fedloom.nets import read_weights
 from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
-from fedloom.training.fast.gram_layer import GramLayer, Work
+from fedloom.training.fast.gram_layer import GramLayer, PhaseWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import run_phases
 
@@ -30,7 +30,7 @@ def exact():
 def taken(monkeypatch):
     """Take every input layer that can be by its Gram matrix; lists the shapes of their weights."""
     shapes, init = [], GramLayer.__init__
-    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: True)
+    monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: True)
 
     def spied(self, weights, rows, lr):
         shapes.append(tuple(weights[0].shape))
@@ -146,7 +146,7 @@ def test_what_has_no_gram_matrix_form_runs_as_written(taken, monkeypatch, what):
     nets, given = modules(), {"loss": FedAvg().loss, **REFUSED[what]}
     params, logs = trained(nets=nets, **given)
     assert not taken
-    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: False)
+    monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: False)
     again, logs_again = trained(nets=nets, **given)
     assert logs == logs_again
     assert all(torch.equal(params[name], again[name]) for name in params)
@@ -155,7 +155,7 @@ def test_what_has_no_gram_matrix_form_runs_as_written(taken, monkeypatch, what):
 def test_a_loss_that_looks_at_a_weight_now_and_then_runs_as_written_from_the_start(taken, monkeypatch):
     nets = modules()
     params, logs = trained(sometimes, nets)
-    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: False)
+    monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: False)
     again, logs_again = trained(sometimes, nets)
     assert logs == logs_again
     assert all(torch.equal(params[name], again[name]) for name in params)
@@ -170,7 +170,7 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
     nets = modules()
     params, logs = trained(loss, nets, draw=noise)
     assert taken
-    monkeypatch.setattr(Work, "is_less_by_gram_matrix", lambda *_: False)
+    monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: False)
     again, logs_again = trained(loss, nets, draw=noise)
     assert logs == pytest.approx(logs_again)
     for name in params:
@@ -180,16 +180,16 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "work", "less"),
     [
-        ((200, 784), Work(60, 300, 30), True),  # several passes over few rows of MNIST, batches of 10
-        ((200, 784), Work(60, 60, 6), False),  # one pass: too few steps
-        ((200, 784), Work(60, 60, 6, lanes=4), True),  # what a step costs beside its products is shared
-        ((1000, 784), Work(60, 60, 6), True),  # a larger weight
+        ((200, 784), PhaseWork(60, 300, 30), True),  # several passes over few rows of MNIST, batches of 10
+        ((200, 784), PhaseWork(60, 60, 6), False),  # one pass: too few steps
+        ((200, 784), PhaseWork(60, 60, 6, lanes=4), True),  # what a step costs beside its products is shared
+        ((1000, 784), PhaseWork(60, 60, 6), True),  # a larger weight
         (
             (200, 784),
-            Work(600, 600, 60),
+            PhaseWork(600, 600, 60),
             False,
         ),  # many rows: their inner products take longer than the weight's updates
-        ((32, 64), Work(60, 300, 30), False),  # a small layer
+        ((32, 64), PhaseWork(60, 300, 30), False),  # a small layer
     ],
 )
 def test_the_gram_matrix_is_for_large_layers_and_few_rows(shape, work, less):

@@ -1,4 +1,5 @@
-"""One client's local update: batches, gradients, optimiser steps; and the same for several clients side by side (`lanes.py`).
+"""One client's local update (`turn.py`), and the same for several clients at once (`lanes.py`).
 
-`turn.py` is the place to start: plain SGD as the contract describes it. Knows no engine, transport or file.
+Start with `turn.py`: plain SGD as the contract describes it. Faster forms of a step lie in `fast/` and are chosen in `choose.py`.
+This package knows no engine, transport or file; change anything, as long as the golden numbers stay.
 """

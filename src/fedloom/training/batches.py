@@ -1,4 +1,4 @@
-"""A client's rows, how they lie in memory, and how they are cut into batches."""
+"""A client's examples, their memory layout, and how they are split into batches."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from fedloom.accelerator import HOST, staged
 from fedloom.method import Batch
 from fedloom.rng import Stream
 
-GATHERED_BYTES = 1 << 18  # of inputs, gathered at once; they should stay in the cache until they are used
+GATHERED_BYTES = 1 << 18  # of inputs, gathered at once; they should stay in the processor's cache until they are used
 
 
 class Rows(NamedTuple):
-    """A client's rows, how to augment a batch of them (or not), and on which device they are worked with."""
+    """A client's examples, how to augment a batch of them (if at all), and the device on which they are used."""
 
     x: Tensor  # (n, ...)
     y: Tensor  # (n,)
@@ -25,11 +25,11 @@ class Rows(NamedTuple):
     device: torch.device = HOST
 
     def batch(self, index: Tensor, rng: Stream) -> Batch:
-        """The rows `index` as a batch for training, laid out in memory as `x` is."""
+        """Return the examples `index` as a batch for training, with the memory layout of `x`."""
         return next(self.batches([index], rng))
 
     def batches(self, order: Iterable[Tensor], rng: Stream) -> Iterator[Batch]:
-        """`batch` after `batch`. Small ones are gathered several at a time: they cost more to ask for than to copy."""
+        """Yield batch after batch. Small ones are gathered several at a time: a call costs more than the copy."""
         room = max(GATHERED_BYTES // max(self.x[:1].nbytes, 1), 1)
         for some in _together(order, room):
             index, sizes = torch.cat(some).to(self.x.device), [len(mine) for mine in some]
@@ -42,12 +42,12 @@ class Rows(NamedTuple):
                 yield Batch(self.augment(mine, rng) if self.augment else mine, labels)
 
     def part(self, start: int, stop: int | None = None) -> Batch:
-        """Some neighbouring rows as they are."""
+        """Return a range of examples, not augmented."""
         return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
 
 
 def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
-    """Neighbours in groups of at most `room` rows, or of one."""
+    """Group consecutive batches of at most `room` examples together; a larger batch is a group of its own."""
     some, left = list[Tensor](), room
     for index in order:
         if some and len(index) > left:
@@ -60,18 +60,18 @@ def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a picture's channels lie next to each other in memory."""
+    """Whether images are stored with their channels last."""
     return x.ndim == 4 and x.stride() == _channels_last_stride(x)
 
 
 def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
-    """Tensors with the wanted order of channels in memory (four-dimensional ones); the numbers are the same."""
+    """Return tensors with the four-dimensional ones in the wanted memory format; the numbers stay the same."""
     lay = _channels_last if channels_last else torch.Tensor.contiguous
     return {name: lay(t) if t.ndim == 4 else t for name, t in tensors.items()}
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """With one channel or one pixel torch sees no difference in the two orders; the strides say which one is meant."""
+    """Convert to channels last; with one channel or one pixel torch sees no difference, so the strides are set explicitly."""
     return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, _channels_last_stride(x))
 
 
@@ -81,17 +81,17 @@ def _channels_last_stride(x: Tensor) -> tuple[int, ...]:
 
 
 class Plan(NamedTuple):
-    """How a client's rows are cut into batches."""
+    """How a client's examples are split into batches."""
 
     batch_size: int = 10
     drop_last: bool = False
-    slowdown: float = 1.0  # a slow device does only one in so many of its steps (at least one)
+    slowdown: float = 1.0  # a slow device takes 1/slowdown of its steps (at least one)
 
     def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
-        """Row numbers, batch by batch: a new permutation per epoch. A slow device leaves out the last ones.
+        """Yield the indices of each batch's examples: a new permutation per epoch. A slow device leaves out the last batches.
 
-        A batch is at most the client's rows. With `drop_last` an incomplete last batch is left out; without it, a last batch of a single
-        row joins the one before it, because BatchNorm cannot train on one row.
+        A batch holds at most all of the client's examples. With `drop_last` an incomplete last batch is left out; without it, a last batch
+        of one example joins the one before it, because BatchNorm cannot train on one example.
         """
         sizes = self._sizes(n)
         every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng)
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
         return islice(every, max(int(n_steps // self.slowdown), 1))
 
     def _sizes(self, n: int) -> list[int]:
-        """How many rows each batch of a pass over `n` rows has."""
+        """The size of each batch in a pass over `n` examples."""
         size = min(self.batch_size, n)
         sizes, rest = [size] * (n // size), n % size
         if rest == 1 and not self.drop_last:

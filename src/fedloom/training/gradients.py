@@ -46,7 +46,7 @@ class Gradients:
 
         def plain(inputs: Tree) -> StepResult:
             wanted = with_grad(inputs["wanted"])
-            params, batch = assign(wanted, Batch(**inputs["batch"]))
+            params, batch = place_values(wanted, Batch(**inputs["batch"]))
             if replace:
                 params = replace(params, batch)
             nets = Nets(self.modules, {**inputs["params"], **params}, inputs["buffers"], train.modes)
@@ -68,7 +68,7 @@ def with_grad(tensors: Params) -> Params:
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
-def assign(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
+def place_values(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
     """Put precomputed values among the tensors `wanted` into the batch; return the parameters among them, and that batch."""
     if not batch.precomputed:
         return wanted, batch

@@ -12,7 +12,7 @@ from fedloom import tree
 from fedloom.method import Batch, Interleave, Train
 from fedloom.nets import Nets
 from fedloom.optim import Params
-from fedloom.training.gradients import Gradients, assign, with_grad, with_logs
+from fedloom.training.gradients import Gradients, place_values, with_grad, with_logs
 from fedloom.training.precompute import Precomputed, nets_in_train_mode
 from fedloom.training.steps import Replace, Step, StepResult
 from fedloom.tree import Tree
@@ -34,7 +34,7 @@ class LaneGradients:
 
         def lane(i: Tree) -> tuple[Params, Params, Params]:
             def loss(wanted: Params) -> tuple[Tensor, tuple[Params, Params]]:
-                params, batch = assign(wanted, Batch(**i["batch"]))
+                params, batch = place_values(wanted, Batch(**i["batch"]))
                 if replace:
                     params = replace(params, batch)
                 buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class LaneSubset:
     def put(self, value: Tensor, new: Tensor) -> Tensor:
         """Return the stacked tensor with `new` in the place of these lanes."""
         return new if self.index is None else value.index_copy(0, self.index, new)
+
+
+class LaneBatch(NamedTuple):
+    """The next batches, of equal size, of some lanes."""
+
+    subset: LaneSubset
+    batch: Batch  # stacked
+    places: Tensor  # of its examples, among the examples of all lanes
 
 
 class LaneRows:

@@ -23,7 +23,7 @@ from fedloom.training.batches import is_channels_last, laid_out
 from fedloom.training.context import ClientContext, LocalWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.lane_gradients import LaneGradients
-from fedloom.training.lane_tensors import LaneRows, LaneSubset, by_size, stack_differing
+from fedloom.training.lane_tensors import LaneBatch, LaneRows, LaneSubset, by_size, stack_differing
 from fedloom.training.precompute import Precomputed, check_precompute
 from fedloom.training.steps import StepRunner, TrainJob, trained_names
 from fedloom.training.sweeps import run_sweep
@@ -126,11 +126,11 @@ class LaneTrain:
             return state
         return self.train.optimizer.init({name: client.weights["params"][name] for name in self.runner.names})
 
-    def draw(self, batch: Batch, subset: LaneSubset) -> Tree:
+    def draw(self, at: LaneBatch) -> Tree:
         """Return the step's random tensors, stacked."""
         if not self.train.draw:
             return {}
-        lanes = zip(batch.x, batch.y, [self._streams[k] for k in subset.lanes], strict=True)
+        lanes = zip(at.batch.x, at.batch.y, [self._streams[k] for k in at.subset.lanes], strict=True)
         task = self._lanes[0].context.task
         return self._here(tree.stack([dict(self.train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes]))
 
@@ -197,64 +197,49 @@ class LaneStack:
         device = self.lanes[0].context.rows.device
         for step in range(max(map(len, plans))):
             for group in by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
-                places = torch.cat([plans[k][step] for k in group])
+                subset, places = LaneSubset(group, len(plans), device), torch.cat([plans[k][step] for k in group])
                 batch = self.rows.batch(places, [augment[k] for k in group])
-                self._advance(LaneSubset(group, len(self.lanes), device), batch, places, lr_scale)
+                self._advance(LaneBatch(subset, batch, places), lr_scale)
         for member in self.members:
             for name, sums in member.sums.items():
                 for noted, plan, value in zip(logs, plans, sums.tolist(), strict=True):
                     noted[f"{member.train.name}.{name}"] = value / len(plan)
         return [partial(self._lane, k, len(plan)) for k, plan in enumerate(plans)]
 
-    def _advance(self, subset: LaneSubset, batch: Batch, places: Tensor, lr_scale: float) -> None:
-        """Take a step of every member on the next batches of some lanes, which hold the examples `places`."""
-        check_batch(batch.y.shape[1], [member.train for member in self.members], self.modules)
-        shared = self._precompute(subset, batch)
+    def _advance(self, at: LaneBatch, lr_scale: float) -> None:
+        """Take a step of every member on the next batches of some lanes."""
+        check_batch(at.batch.y.shape[1], [member.train for member in self.members], self.modules)
+        shared = self._precompute(at)
         for member in self.members:
             last = member is self.members[-1]
-            mine = batch._replace(draws=member.draw(batch, subset))
-            self._step(
-                member,
-                subset,
-                mine,
-                places,
-                lr_scale=lr_scale,
-                shared=shared if last or shared is None else shared.detached(),
-            )
+            self._step(member, at, lr_scale, shared if last or shared is None else shared.detached())
 
-    def _step(
-        self,
-        member: LaneTrain,
-        subset: LaneSubset,
-        batch: Batch,
-        places: Tensor,
-        *,
-        lr_scale: float,
-        shared: Precomputed | None,
-    ) -> None:
+    def _step(self, member: LaneTrain, at: LaneBatch, lr_scale: float, shared: Precomputed | None) -> None:
         """Take one step of one member on some lanes; see `LocalTrain.step`."""
-        params = {name: subset.take(self.params[name]) for name in member.runner.names}
-        wanted = params | member.runner.extra(places, subset.index) | (shared.differentiable if shared else {})
-        batch = batch._replace(precomputed=shared.numbers if shared else {})
-        inputs = self._inputs(wanted, subset, batch)
-        grads, logs = member.runner.run(inputs)
-        if shared:
-            grads = shared.backward(grads)
-        member.runner.after_step(places, grads, lr_scale)
+        subset, runner = at.subset, member.runner
+        run = shared.around(runner.run) if shared else runner.run
+        params = self._params(member, subset)
+        batch = at.batch._replace(draws=member.draw(at))
+        inputs = self._inputs(params | runner.extra(at.places, subset.index), subset, batch)
+        grads, logs = run(inputs)
+        runner.after_step(at.places, grads, lr_scale)
         member.update(grads, params, subset, lr_scale)
         for name, value in params.items():
             self.params[name] = subset.put(self.params[name], value)
         self.buffers = tree.map_tree(subset.put, self.buffers, inputs["buffers"])
         member.log(logs, subset)
 
-    def _precompute(self, subset: LaneSubset, batch: Batch) -> Precomputed | None:
+    def _precompute(self, at: LaneBatch) -> Precomputed | None:
         if isinstance(self.phase, Train) or not self.phase.precompute:
             return None
-        wanted = {name: subset.take(self.params[name]) for name in self.members[-1].runner.names}
-        inputs = self._inputs(wanted, subset, batch)
+        inputs = self._inputs(self._params(self.members[-1], at.subset), at.subset, at.batch)
         shared = self.gradients.precompute(self.phase, [member.train for member in self.members], inputs)
-        self.buffers = tree.map_tree(subset.put, self.buffers, inputs["buffers"])
+        self.buffers = tree.map_tree(at.subset.put, self.buffers, inputs["buffers"])
         return shared
+
+    def _params(self, member: LaneTrain, subset: LaneSubset) -> Params:
+        """The parameters that a member's optimiser updates, of some lanes."""
+        return {name: subset.take(self.params[name]) for name in member.runner.names}
 
     def _inputs(self, wanted: Params, subset: LaneSubset, batch: Batch) -> Tree:
         """The inputs of a step of some lanes; see `LaneGradients`."""

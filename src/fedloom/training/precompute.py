@@ -12,6 +12,7 @@ from fedloom.method import Batch, Interleave, Train
 from fedloom.nets import Nets
 from fedloom.optim import Params
 from fedloom.training.gradients import Gradients, with_grad
+from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
 
@@ -34,6 +35,16 @@ class Precomputed(NamedTuple):
     def differentiable(self) -> Params:
         """The values that depend on a leaf, without their graph."""
         return {name: value.detach() for name, value in self.values.items() if value.requires_grad}
+
+    def around(self, step: Step) -> Step:
+        """Return the step on a batch that holds these values; its gradients have flowed back through them."""
+
+        def run(inputs: Tree) -> StepResult:
+            wanted, batch = inputs["wanted"] | self.differentiable, inputs["batch"] | {"once": self.numbers}
+            grads, logs = step({**inputs, "wanted": wanted, "batch": batch})
+            return StepResult(self.backward(grads), logs)
+
+        return run
 
     def backward(self, grads: Params) -> Params:
         """Turn gradients by leaves and by `differentiable` values into gradients by leaves alone."""

@@ -20,6 +20,7 @@ from fedloom import tree
 from fedloom.accelerator import generators, staged, synchronise
 from fedloom.errors import DataError
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Train, Turn
+from fedloom.optim import Params
 from fedloom.rng import Stream
 from fedloom.training.batches import is_channels_last, laid_out
 from fedloom.training.context import ClientContext, LocalWork
@@ -150,7 +151,7 @@ def _walk_batches(
             check_batch(len(batch.y), trains, gradients.modules)
             shared = None
             if isinstance(phase, Interleave) and phase.precompute:
-                shared = precompute(phase, trains, gradients, members[-1].inputs(batch))
+                shared = precompute(phase, trains, gradients, members[-1].inputs(members[-1].params(), batch))
             for member in members:
                 last = member is members[-1]
                 member.step(index, batch, lr_scale, shared if last or shared is None else shared.detached())
@@ -200,12 +201,9 @@ class LocalTrain:
         Args:
             shared: precomputed values of the batch.
         """
-        params = {name: self.weights["params"][name] for name in self.runner.names}
-        wanted = params | self.runner.extra(index) | (shared.differentiable if shared else {})
-        batch = batch._replace(draws=self._draw(batch), precomputed=shared.numbers if shared else {})
-        grads, logs = self.runner.run(self.inputs(batch, wanted))
-        if shared:
-            grads = shared.backward(grads)
+        run = shared.around(self.runner.run) if shared else self.runner.run
+        params = self.params()
+        grads, logs = run(self.inputs(params | self.runner.extra(index), self._with_draws(batch)))
         self.runner.after_step(index, grads, lr_scale)
         if self.steps:
             self.train.optimizer.step(grads, self.state, params, lr_scale)  # in place
@@ -216,17 +214,22 @@ class LocalTrain:
         for name, value in logs.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
-    def inputs(self, batch: Batch, wanted: dict[str, Tensor] | None = None) -> Tree:
-        """Return the inputs of a step: gradients are taken of `wanted`; default: of the parameters that it trains."""
-        if wanted is None:
-            wanted = {name: self.weights["params"][name] for name in self.runner.names}
+    def params(self) -> Params:
+        """Return the parameters that the optimiser updates."""
+        return {name: self.weights["params"][name] for name in self.runner.names}
+
+    def inputs(self, wanted: Params, batch: Batch) -> Tree:
+        """Return the inputs of a step; gradients are taken of `wanted`."""
         memory = self.work.client.memory
         return {"wanted": wanted, **self.weights, "batch": batch._asdict(), "down": self.work.down, "memory": memory}
 
-    def _draw(self, batch: Batch) -> dict[str, Tensor]:
-        """The step's random tensors."""
-        drawn = self.train.draw(batch, self.work.context.task, self._draws) if self.train.draw else {}
-        return {name: staged(value, self.work.context.rows.device) for name, value in drawn.items()}
+    def _with_draws(self, batch: Batch) -> Batch:
+        """The batch with the step's random tensors."""
+        if not self.train.draw:
+            return batch
+        drawn = self.train.draw(batch, self.work.context.task, self._draws)
+        device = self.work.context.rows.device
+        return batch._replace(draws={name: staged(value, device) for name, value in drawn.items()})
 
     def mean_logs(self) -> dict[str, float]:
         """Return the means over the steps, named `train.loss`, `train.<log>`."""
@@ -261,7 +264,7 @@ def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
-    """Modules whose initial weights depend on `rng` alone. Which of them are frozen (`requires_grad=False`) stays as built."""
+    """Build modules whose initial weights depend on `rng` alone. Frozen parameters (`requires_grad=False`) stay as built."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()

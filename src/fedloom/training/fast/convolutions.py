@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConvolutionShape:
-    """A convolution of one lane, whatever its number of rows."""
+    """The shapes of one lane's convolution, but for the number of examples."""
 
     image: tuple[int, ...]  # (C, H, W) of its input
     weight: tuple[int, ...]
@@ -45,15 +45,15 @@ class Convolutions:
         self.columns_faster: dict[ConvolutionShape, bool] = {}  # with `tuned`
 
     def of(self, n_lanes: int) -> TorchFunctionMode:
-        """While it lasts, two-dimensional convolutions inside of vmap are in the chosen form; those with groups stay as they are."""
+        """Return a context in which two-dimensional convolutions inside vmap take the chosen form; those with groups stay as they are."""
         return _Chosen(self, n_lanes)
 
     def by_columns(self, layer: ConvolutionShape) -> bool | None:
-        """Whether to compute a layer by columns; None while nobody knows."""
+        """Return whether to compute a layer by columns; None if it has not been timed yet."""
         return self.columns_faster.get(layer) if self._form == "tuned" else self._form == "columns"
 
     def time(self, layer: ConvolutionShape, n_rows: int, n_lanes: int) -> None:
-        """Find out which form is faster, forward and backward, for so many lanes of so many rows."""
+        """Time both forms, forward and backward, for `n_lanes` lanes of `n_rows` examples, and remember the faster one."""
         x = torch.ones((n_lanes, n_rows, *layer.image), dtype=layer.dtype, device=self._device)
         weight = torch.ones((n_lanes, *layer.weight), dtype=layer.dtype, device=self._device)
         geometry = layer.stride, layer.padding, layer.dilation
@@ -65,7 +65,8 @@ class Convolutions:
             seconds = {name: self._seconds(loss, weight, x) for name, loss in forms.items()}
         self.columns_faster[layer] = seconds["columns"] < seconds["grouped"]
         found = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in seconds.items())
-        log.info("%d lanes of %d rows %s, kernels %s: %s", n_lanes, n_rows, layer.image, layer.weight, found)
+        shapes = f"{n_lanes} lanes of {n_rows} rows {layer.image}, kernels {layer.weight}"
+        log.info("%s: %s", shapes, found)
 
     def _seconds(self, loss: Callable[..., Tensor], weight: Tensor, x: Tensor) -> float:
         work = torch.func.vmap(torch.func.grad(loss, argnums=(0, 1)))
@@ -90,10 +91,14 @@ class _Chosen(TorchFunctionMode):
         if func is not torch.conv2d or not plain or given["input"].ndim != 4:
             return func(*args, **(kwargs or {}))
         x, weight = given["input"], given["weight"]
-        geometry = {
-            key: _pair(given.get(key, value)) for key, value in (("stride", 1), ("padding", 0), ("dilation", 1))
-        }
-        layer = ConvolutionShape(image=tuple(x.shape[1:]), weight=tuple(weight.shape), dtype=x.dtype, **geometry)
+        layer = ConvolutionShape(
+            image=tuple(x.shape[1:]),
+            weight=tuple(weight.shape),
+            dtype=x.dtype,
+            stride=_pair(given.get("stride", 1)),
+            padding=_pair(given.get("padding", 0)),
+            dilation=_pair(given.get("dilation", 1)),
+        )
         by_columns = self._book.by_columns(layer)
         if by_columns is None:
             self._new.setdefault(layer, len(x))

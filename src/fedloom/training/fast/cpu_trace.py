@@ -1,4 +1,4 @@
-"""A step of tensor operations, written down once as a flat list and run again without Python's detours or autograd.
+"""A step traced once into a flat list of tensor operations, which runs again without Python's overhead or autograd.
 
 `torch.fx.experimental.proxy_tensor.make_fx` does the same, but first imports torch's compiler, which takes seconds in every worker process.
 """
@@ -96,7 +96,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
         self._seen.append(value)
 
     def _node(self, value: Tensor) -> Node:
-        """What made a tensor; one that is neither an input nor made on the way is the same in every step."""
+        """The node that made a tensor; a tensor that is neither an input nor made on the way is a constant."""
         if id(value) not in self._nodes:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = value.detach()
@@ -105,7 +105,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _has_unknown_size(func: Any, args: Any) -> bool:
-    """Whether the shape of what an operation gives depends on numbers; a list of operations holds the one that it saw."""
+    """Whether the shape of an operation's result depends on numbers; a trace would keep the shape that it saw."""
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
     if func is not aten.index.Tensor:
@@ -114,7 +114,7 @@ def _has_unknown_size(func: Any, args: Any) -> bool:
 
 
 def _shorten(graph: Graph) -> None:
-    """Leave out operations that change nothing: they cost as much Python as others."""
+    """Remove operations that change nothing: they cost as much Python as others."""
     swaps = (aten.t.default, aten.transpose.int)
     reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
     for node in graph.nodes:
@@ -137,7 +137,7 @@ def _shorten(graph: Graph) -> None:
 
 
 def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
-    """Call operations as `torch.relu` does, which takes half as long as `torch.ops.aten.relu`, unless some binding differs."""
+    """Call operations by functions such as `torch.relu`, which take half as long as `torch.ops.aten.relu`, unless a signature differs."""
     before = {}
     for node in traced.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):

@@ -1,7 +1,7 @@
-"""Steps that are recorded once and then played again: CUDA graphs.
+"""Steps recorded once and then replayed as CUDA graphs.
 
-A small model's step is some fifty kernels that the device runs faster than the host can ask for them. A graph asks for all of them at once.
-It reads and writes the same memory every time, so a `Recording` copies a step's inputs there first.
+A small model's step is some fifty kernels, which the device runs faster than the host can launch them. A graph launches all of them at
+once. It reads and writes the same memory every time, so a `Recording` first copies a step's inputs there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
 Record = Callable[[Callable[[], StepResult]], tuple[Callable[[], Any], StepResult]]
-"""(work) -> what does the work again, and its results, which lie in the same memory every time."""
+"""(work) -> a function that repeats the work, and its results, which lie in the same memory every time."""
 
 WARM_UPS = 3  # runs before the recording: libraries choose their algorithms and take their memory
 
 
 class Recording:
-    """A step with memory of its own for all its inputs. Gradients that it gives are good until it is called again."""
+    """A step with memory of its own for all its inputs. The gradients it returns are valid until its next call."""
 
     def __init__(self, step: Step, inputs: Tree, record: Record) -> None:
         self._inputs = tree.map_tree(twin, inputs)
@@ -32,7 +32,7 @@ class Recording:
             self._play, self._found = record(lambda: step(self._inputs))
 
     def __call__(self, now: Tree) -> StepResult:
-        """The step on other inputs of the same shapes; `now["buffers"]` are changed in place, as the step would."""
+        """Run the step on other inputs of the same shapes; `now["buffers"]` are updated in place, as the step would."""
         with torch.no_grad():
             self._take(tree.leaves(now))
             self._play()
@@ -42,7 +42,7 @@ class Recording:
             return StepResult(dict(grads), {name: value.clone() for name, value in logs.items()})
 
     def _take(self, leaves: list[Tensor]) -> None:
-        """Copy what is not there yet: the received weights, say, are the same in all steps of a turn."""
+        """Copy the inputs that have changed: the received weights, for example, are the same in all steps of an update."""
         own = tree.leaves(self._inputs)
         states = [(leaf, -1 if leaf.is_inference() else leaf._version) for leaf in leaves]
         new = [k for k, state in enumerate(states) if not _is_known(self._seen[k], state)]
@@ -52,19 +52,19 @@ class Recording:
 
 
 def twin(leaf: Tensor) -> Tensor:
-    """A copy with the very strides, also where torch sees no difference (one channel): kernels, and so last bits, depend on them."""
+    """Return a copy with the same strides, even where torch sees no difference (one channel): kernels, and so last bits, depend on them."""
     if 0 in leaf.stride():  # several numbers in one place
         return leaf.clone()
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
 def _is_known(before: tuple[Tensor, int] | None, now: tuple[Tensor, int]) -> bool:
-    """Whether this is the tensor that was copied last, unchanged; of an inference tensor nobody can tell."""
+    """Whether this is the tensor that was copied last, unchanged; inference tensors have no version to tell by."""
     return before is not None and before[0] is now[0] and before[1] == now[1] >= 0
 
 
 def record_graph(work: Callable[[], StepResult]) -> tuple[Callable[[], Any], StepResult]:
-    """A `Record` on the current CUDA device."""
+    """Record a step on the current CUDA device; a `Record`."""
     beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):

@@ -78,7 +78,7 @@ class GramChoice:
         if not job.alone or job.train.optimizer.plain_lr is None or augment:
             return ()
         params, n_features = client.weights["params"], x[0].numel()
-        work = Work(len(y), sum(map(len, job.order)), len(job.order), len(job.clients))
+        work = PhaseWork(len(y), sum(map(len, job.order)), len(job.order), len(job.clients))
         fitting = (n for n in job.names if params[n].ndim == 2 and params[n].shape[1] == n_features)
         names = tuple(n for n in fitting if work.is_less_by_gram_matrix(params[n]) and n in self._linear)
         if not names:
@@ -125,9 +125,7 @@ class GramOutputs:
     """Puts layers' outputs in the place of their weights; a `Replace`."""
 
     names: tuple[str, ...]
-    checked: (
-        bool  # whether a layer's input is compared with the batch; where a loss is mapped over clients it cannot be
-    )
+    checked: bool  # whether a layer's input is compared with the batch, which a mapped loss does not allow
 
     def __call__(self, wanted: Params, batch: Batch) -> Params:
         """See `Replace`."""
@@ -135,7 +133,7 @@ class GramOutputs:
         return {**wanted, **{name: Outputs.of(wanted[name], rows) for name in self.names}}
 
 
-class Work(NamedTuple):
+class PhaseWork(NamedTuple):
     """A client's work in a phase, for estimating what a form costs."""
 
     n_rows: int  # the client's examples
