@@ -258,8 +258,8 @@ AREAS = (
             ),
             Fault(
                 "all lanes draw from the first one's stream",
-                "[self._streams[k] for k in subset.lanes]",
-                "[self._streams[0] for _ in subset.lanes]",
+                "[self._streams[k] for k in at.subset.lanes]",
+                "[self._streams[0] for _ in at.subset.lanes]",
                 "Meta and mlp and vectorised",
             ),
             Fault(

@@ -40,7 +40,7 @@ class Precomputed(NamedTuple):
         """Return the step on a batch that holds these values; its gradients have flowed back through them."""
 
         def run(inputs: Tree) -> StepResult:
-            wanted, batch = inputs["wanted"] | self.differentiable, inputs["batch"] | {"once": self.numbers}
+            wanted, batch = inputs["wanted"] | self.differentiable, inputs["batch"] | {"precomputed": self.numbers}
             grads, logs = step({**inputs, "wanted": wanted, "batch": batch})
             return StepResult(self.backward(grads), logs)
 
