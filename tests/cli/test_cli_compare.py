@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+
+import pytest
 
 STUDY = """
 seed = [0, 1]
@@ -86,3 +89,67 @@ def test_report_of_a_comparison(tiny, cli):
     )
     assert "local" in Path("page.html").read_text()
     assert cli("report", "both", "baseline=fedmr").code == 2
+
+
+def two_files():
+    Path("one.toml").write_text(
+        'method = ["local", "fedavg"]\ntitle = "Alone or together"\nreading = "Together is better."\n'
+    )
+    Path("two.toml").write_text('method = ["fedavg", "fedprox"]\nseed = [0, 1]\nreading = """Both\nare alike."""\n')
+
+
+def test_several_files_are_several_comparisons_in_one_report(tiny, cli):
+    two_files()
+    done = tiny("compare", "one.toml", "two.toml", "out=all")
+    assert done.code == 0, done.err
+    order = [
+        done.out.index(text)
+        for text in ("Alone or together", "local", "Together is better.", "fedprox", "Both are alike.")
+    ]
+    assert order == sorted(order)
+    assert done.out.endswith("folder  all\nreport  all/report.html\n")
+    assert {path.name for path in Path("all").iterdir()} == {"one", "two", "report.html"}
+    assert {path.name for path in Path("all/two").glob("*seed*")} == {
+        f"{method}-seed{seed}" for method in ("fedavg", "fedprox") for seed in (0, 1)
+    }
+    page = Path("all/report.html").read_text()
+    assert page.index("Alone or together") < page.index("Together is better.") < page.index("Both are alike.")
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_several_comparisons_are_resumed_together(tiny, cli):
+    two_files()
+    tiny("compare", "one.toml", "two.toml", "out=all", "--quiet")
+    kept = Path("all/one/local-seed0/summary.json").stat().st_mtime_ns
+    shutil.rmtree("all/two/fedprox-seed1")
+    done = cli("compare", "--resume", "all")
+    assert done.code == 0
+    assert "Together is better." in done.out
+    assert Path("all/two/fedprox-seed1/summary.json").exists()
+    assert Path("all/one/local-seed0/summary.json").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("one.toml", "bad.toml"), "unknown key 'tilte' (did you mean 'title'?)"),
+        (("one.toml", "number.toml"), "reading=7: must be text"),
+        (("one.toml", "more/one.toml"), "'one': two config files have this name"),
+        (("one.toml", "none.toml"), "none.toml"),
+        (("one.toml", "two.toml", "out=there"), "out=there: there is something already"),
+    ],
+)
+def test_mistakes_in_one_of_several_files_leave_nothing_behind(tiny, words, message):
+    two_files()
+    Path("bad.toml").write_text('method = ["local", "fedavg"]\ntilte = "x"\n')
+    Path("number.toml").write_text('method = ["local", "fedavg"]\nreading = 7\n')
+    Path("more").mkdir()
+    Path("more/one.toml").write_text('method = "local"\n')
+    Path("there").mkdir()
+    Path("there/mine.txt").touch()
+    done = tiny("compare", *words)
+    assert done.code == 2
+    assert message in done.err
+    assert not Path("runs").exists()
+    assert [path.name for path in Path("there").iterdir()] == ["mine.txt"]

@@ -132,6 +132,7 @@ VARIANTS = {
     "fedvtc, at the end": ("fedvtc", {"method.finetune": "end", **BRIEF}),
     "fedvtc, scaled": ("fedvtc", {"method.pull": "scaled", "method.covariance": "full", **BRIEF}),
     "fedrir, sampled": ("fedrir", {"method.idm_mode": "vclub_sampled"}),
+    "fedrir, decorrelated": ("fedrir", {"method.idm_mode": "decorrelated"}),
     "fedrir, released": ("fedrir", {"method.idm_mode": "released", "method.csfe_mode": "training"}),
     "fedrir, supervised": ("fedrir", {"method.mcsl": "supervised"}),
     "fedrir, unmasked": ("fedrir", {"method.mcsl": "unmasked", "method.keep_optimizer": False}),

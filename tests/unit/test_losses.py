@@ -137,3 +137,27 @@ def test_losses_map_over_clients():
         torch.func.vmap(torch.func.grad(losses.gaussian_kl))(mean, log_variance),
         torch.stack([torch.func.grad(losses.gaussian_kl)(mean[i], log_variance[i]) for i in range(3)]),
     )
+
+
+def test_decorrelation_within_classes_has_known_values():
+    labels = torch.arange(400) % 4
+    noise = Stream(0).normal((400, 3)).double()
+    mean = 5.0 * torch.arange(4).double()[labels, None]
+    assert float(losses.class_decorrelation(mean + noise, mean.expand(-1, 3), labels, 4)) == 0, (
+        "the class alone is no correlation"
+    )
+    white = torch.linalg.qr(noise - within(noise, labels))[0]
+    white = white - within(white, labels)
+    white = torch.linalg.qr(white)[0]
+    torch.testing.assert_close(
+        losses.class_decorrelation(white, white, labels, 4), torch.tensor(1.0).double(), rtol=0.05, atol=0
+    )
+    one = noise[:, :1] - within(noise[:, :1], labels)
+    same = one.expand(-1, 3)
+    torch.testing.assert_close(losses.class_decorrelation(same, 7 * same, labels, 4), torch.tensor(3.0).double())
+    apart = Stream(1).normal((400, 3)).double()
+    assert float(losses.class_decorrelation(noise, apart, labels, 4)) < 0.03
+
+
+def within(values, labels):
+    return torch.stack([values[labels == y].mean(0) for y in range(4)])[labels]

@@ -273,3 +273,34 @@ def test_a_download_that_fails_or_breaks_off_ends_in_one_line(monkeypatch, own_c
     with pytest.raises(DataError, match=r"download of ylecun/mnist failed \(no route\); put train\.parquet"):
         load("mnist")
     assert not (own_cache / "mnist").exists()
+
+
+def test_coloured_digits_tell_the_class_by_a_code_of_each_client():
+    pool = load("coloured-digits")
+    assert (pool.n_rows, pool.n_train, pool.input_shape) == (1797, 1400, (3, 8, 8))
+    owners, colours = pool.columns["client"], pool.columns["colour"]
+    assert sorted(set(owners[: pool.n_train])) == ["0", "1", "2", "3"]
+    assert set(owners[pool.n_train :]) == {""}
+    labels = pool.labels.numpy()
+    codes = []
+    for client in "0123":
+        mine = owners == client
+        assert mine.sum() == 350
+        usual = [np.bincount(colours[mine & (labels == y)], minlength=10).argmax() for y in range(10)]
+        assert sorted(usual) == list(range(10)), "a code is a permutation"
+        assert 0.85 < (colours[mine] == np.array(usual)[labels[mine]]).mean() < 0.95
+        codes.append(tuple(usual))
+    assert len(set(codes)) == 4
+    tested = colours[pool.n_train :]
+    assert np.bincount(tested, minlength=10).min() > 20, "the colours of test examples are random"
+
+
+def test_coloured_digits_are_white_ink_on_their_colour_and_always_the_same():
+    pool = load("coloured-digits")
+    corner = pool.images[:, :, 0, 0].double()  # hardly ever inked
+    hue = corner[pool.columns["colour"] == 0]
+    assert torch.equal(hue.median(0).values, torch.tensor([200.0, 0.0, 0.0]).double())
+    assert torch.equal(load("coloured-digits").images, pool.images)
+    ink = load("digits").images.double().amax((1, 2, 3)) / 255
+    brightest = pool.images.double().amax((1, 2, 3))
+    torch.testing.assert_close(brightest.sort().values, (200 + 55 * ink).sort().values, rtol=0, atol=1)
