@@ -19,7 +19,7 @@ class CountedOnce(Costs):
     def __init__(self, problem: Problem) -> None:
         p, data = problem, problem.data
         rows = data.name, data.partition.hash(), p.arch_of, p.plan, p.slowdowns
-        key = p.method, p.task, p.archs, rows, p.seed, p.same_init, torch.get_default_dtype()
+        key = p.method, p.task, p.archs, rows, p.seed, p.same_init, repr(p.codec), torch.get_default_dtype()
         known = counted.setdefault(key, self)
         if known is self:
             super().__init__(problem)

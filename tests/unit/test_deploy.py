@@ -494,7 +494,7 @@ def running(group=None, number=None):
     return False
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=60.0):
     until = time.monotonic() + seconds
     while not condition() and time.monotonic() < until:
         time.sleep(0.02)
