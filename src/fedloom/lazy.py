@@ -1,4 +1,4 @@
-"""Names that are imported when they are first used, so that a command loads only what it needs."""
+"""Lazy imports: names are imported at their first use, so a command loads only what it needs."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def resolve(origin: str) -> Any:
 
 
 def export(package: str, origins: Mapping[str, str]) -> None:
-    """Let `package` import the names of `origins` (name: module) when they are used, and its submodules likewise.
+    """Make `package` import the names in `origins` (name: module), and its submodules, at their first use.
 
-    A submodule with the name of an exported object would hide it once it is imported; here the object wins.
+    If a submodule has the same name as an exported object, the name refers to the object.
     """
 
     class Lazy(ModuleType):
@@ -42,14 +42,14 @@ def export(package: str, origins: Mapping[str, str]) -> None:
         def __dir__(self) -> list[str]:
             return sorted({*super().__dir__(), *origins})
 
-        def __reduce__(self) -> tuple[Any, ...]:  # functions that go to other processes may refer to the module
+        def __reduce__(self) -> tuple[Any, ...]:  # pickled functions may refer to the module
             return importlib.import_module, (package,)
 
     sys.modules[package].__class__ = Lazy
 
 
 class Registry(Mapping[str, T_co], Generic[T_co]):
-    """A read-only table of objects by name; each is imported from its origin, `module:name`, when it is looked up."""
+    """A read-only table of objects by name. Each is imported from its origin, `module:name`, at lookup."""
 
     def __init__(self, origins: Mapping[str, str]) -> None:
         self.origins = origins

@@ -49,7 +49,7 @@ def test_a_folder_that_is_taken_is_noticed_before_anything_starts(cli):
     assert cli("run", "rounds=1", "out=there", "--quiet").code == 0
     done = cli("deploy", "up", "--local", "2", "out=there")
     assert done.code == 2
-    assert done.err == "fedloom: error: out=there: there is something already; choose another folder\n"
+    assert done.err == "fedloom: error: out=there: already exists and is not an empty folder; choose another folder\n"
 
 
 def test_help_names_every_step(cli):

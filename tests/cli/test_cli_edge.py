@@ -53,7 +53,7 @@ def test_rows_that_are_not_the_clients_own_are_called_so(cli):
 
 MISTAKES = {
     "export": "name the folder of a run",
-    "export nowhere": "nowhere is not a run's folder",
+    "export nowhere": "nowhere is not a run folder",
     "export r --client 4": "--client 4: '4' is no client of this run, which has 0 to 3",
     "export r --client x": "'x' is no client",
     "export r --client -1": "is no client",

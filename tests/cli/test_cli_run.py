@@ -156,7 +156,7 @@ def test_what_cannot_be_resumed(tiny, cli):
     tiny("run", "out=mine", "--quiet")
     Path("foreign").mkdir()
     assert "finished" in cli("run", "--resume", "mine").err
-    assert "not a run's folder" in cli("run", "--resume", "foreign").err
+    assert "not a run folder" in cli("run", "--resume", "foreign").err
     assert "from the folder alone" in cli("run", "--resume", "mine", "rounds=3").err
 
 

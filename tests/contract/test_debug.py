@@ -121,7 +121,7 @@ BROKEN = {
     Retyping: r"round 0, client 0: the structure of what it keeps changed at 'memory/n'",
     Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
-    Forgetful: r"the downlink lacks params/\S+ and 1 more tensors that travel",
+    Forgetful: r"the downlink lacks params/\S+ and 1 more travelling tensors",
     Doubled: r"round 0: a cohort must be distinct clients from 0 to 3, not \[1, 1\]",
 }
 
@@ -134,9 +134,11 @@ def test_a_broken_rule_is_named(experiment, broken):
 
 
 def test_a_net_that_does_not_exist_is_named_before_the_first_round(experiment):
-    with pytest.raises(ConfigError, match="Misnaming trains modle, but the pattern 'modle' names nothing; nets: model"):
+    with pytest.raises(
+        ConfigError, match="Misnaming trains modle, but the pattern 'modle' matches nothing; nets: model"
+    ):
         experiment(Misnaming())
-    with pytest.raises(ConfigError, match=r"model=logistic: FedProto trains body, head, but .* names nothing"):
+    with pytest.raises(ConfigError, match=r"model=logistic: FedProto trains body, head, but .* matches nothing"):
         experiment("fedproto", model="logistic")
 
 
@@ -240,7 +242,7 @@ IN_PLACE = {
     LogsInPlace: "LogsInPlace.server_logs changes 'uplink 0/weights/params/.*' in place",
     SweepsInPlace: "phase 'seen' changes 'rows/x' in place",
     WorksInPlace: "phase 'work' changes 'rows/x' in place",
-    DeploysEach: "DeploysEach.deploy gives `each`",
+    DeploysEach: "DeploysEach.deploy returns `each`",
 }
 
 

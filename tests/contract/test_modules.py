@@ -149,9 +149,9 @@ def test_frozen_parameters_are_in_no_state_that_is_kept(run):
 
 
 def test_a_model_that_is_wholly_frozen_is_refused_in_one_line(run):
-    with pytest.raises(ConfigError, match=r"FedAvg shares model, but here the pattern 'model' names nothing"):
+    with pytest.raises(ConfigError, match=r"FedAvg shares model, but here the pattern 'model' matches nothing"):
         run(module=Adapted().requires_grad_(False))
-    with pytest.raises(ConfigError, match=r"FedPer shares model:body, but here .* names nothing"):
+    with pytest.raises(ConfigError, match=r"FedPer shares model:body, but here .* matches nothing"):
         run("fedper")
 
 

@@ -234,12 +234,12 @@ def test_a_key_beside_its_table_is_explained(tmp_path):
 
 def test_what_python_gives_is_checked_too():
     with pytest.raises(
-        ConfigError, match=r"method: must be a method's object, such as FedAvg\(\), or a name, not FedAvg$"
+        ConfigError, match=r"method: must be a method object, such as FedAvg\(\), or a name, not FedAvg$"
     ):
         fedloom.run(fedloom.FedAvg)
     with pytest.raises(
-        ConfigError, match=r"data: must be a name, or rows from fedloom\.from_arrays\(x, y\), not ndarray"
+        ConfigError, match=r"data: must be a name, or a data set from fedloom\.from_arrays\(x, y\), not ndarray"
     ):
         fedloom.run(data=np.zeros((3, 2)))
-    with pytest.raises(ConfigError, match="models: takes the place of `model`"):
+    with pytest.raises(ConfigError, match="models: replaces `model`"):
         fedloom.run(model=nn.Linear(2, 2), models=["mlp", "logistic"])

@@ -108,7 +108,7 @@ def test_a_bad_q_makes_vclub_negative():
 def test_squared_distance_counts_what_is_common():
     a = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(5.0)}
     assert losses.squared_distance(a, {"x": torch.tensor([0.0, 0.0]), "z": torch.tensor(1.0)}).item() == 5.0
-    with pytest.raises(ValueError, match="nothing in common"):
+    with pytest.raises(ValueError, match="at least one name that both inputs share"):
         losses.squared_distance(a, {"z": torch.tensor(1.0)})
 
 

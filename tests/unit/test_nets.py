@@ -60,7 +60,7 @@ def test_select_shares_the_tensors(weights):
 
 @pytest.mark.parametrize("pattern", ["modle", "model:tail", "other:norm", "mod", "model:hea"])
 def test_a_pattern_that_names_nothing_is_an_error(weights, pattern):
-    with pytest.raises(MethodError, match=f"the pattern '{pattern}' names nothing; nets: model, other"):
+    with pytest.raises(MethodError, match=f"the pattern '{pattern}' matches nothing; nets: model, other"):
         select(weights, (pattern,))
 
 
@@ -201,5 +201,5 @@ def test_tied_weights_are_refused():
 
 
 def test_an_unknown_net_is_named(modules):
-    with pytest.raises(AttributeError, match=r"no net is called 'modle' \(did you mean 'model'\?\)"):
+    with pytest.raises(AttributeError, match=r"there is no net 'modle' \(did you mean 'model'\?\)"):
         _ = Nets(modules, **read_weights(modules)).modle

@@ -22,14 +22,14 @@ def folder(tmp_path):
 def test_nothing_is_overwritten(folder):
     assert RunFolder.create(folder.path, "x").path == folder.path  # empty: nothing to lose
     folder.write("config.toml", "a = 1")
-    with pytest.raises(RunFolderError, match=r"out=.*run: there is something already.*--resume"):
+    with pytest.raises(RunFolderError, match=r"out=.*run: already exists and is not an empty folder.*--resume"):
         RunFolder.create(folder.path, "x")
     assert (folder.path / "config.toml").read_text() == "a = 1"
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="something already"):
+    with pytest.raises(RunFolderError, match="already exists"):
         RunFolder.create(tmp_path / "file", "x")
     with pytest.raises(RunFolderError, match="out="):
         RunFolder.create(tmp_path / "file" / "below", "x")

@@ -81,7 +81,7 @@ def test_the_mean_rounds_counters():
 
 
 def test_the_mean_refuses_what_has_no_mean():
-    with pytest.raises(ValueError, match="no trees"):
+    with pytest.raises(ValueError, match="at least one tree"):
         tree.mean([])
     with pytest.raises(ValueError, match="1 trees but 2 shares"):
         tree.mean([sample()], [0.5, 0.5])
