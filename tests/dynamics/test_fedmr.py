@@ -144,7 +144,7 @@ def test_two_clients_with_two_units_can_still_hide(weights):
         for model in exchanged(FedMR(secure=True), small, 2, seed):
             assert float(model["params"]["a.w"]) != float(model["params"]["b.w"])
     for uplinks, unit in ((models(small)[:1], "layer"), (models(small), "segment")):
-        with pytest.raises(ConfigError, match="needs two clients and two units"):
+        with pytest.raises(ConfigError, match="needs at least two clients and two units"):
             FedMR(unit=unit, segment=1.0, secure=True).exchange([{"weights": m} for m in uplinks], Stream(0))
 
 

@@ -63,13 +63,13 @@ class Segmented(FedProx):
 @pytest.mark.parametrize(
     ("server", "client", "message"),
     [
-        (FedMR, Scaffold, "Scaffold cannot be the clients' half, since it has a server of its own .init_server, downlink, aggregate"),
+        (FedMR, Scaffold, "Scaffold cannot be the clients' half, since it overrides server hooks .init_server, downlink, aggregate"),
         (FedMR, FedMR, "FedMR cannot be the clients' half"),
-        (FedRIR, FedProx, "FedRIR cannot be the server's half, since it has clients of its own .nets, phases, loss"),
+        (FedRIR, FedProx, "FedRIR cannot be the server's half, since it overrides client hooks .nets, phases, loss"),
         (Scaffold, FedASAM, "Scaffold cannot be the server's half"),
         (Local, FedProx, "Local cannot be the server's half"),
-        (FedMR, Local, "method=FedMR.Local: one of them is no federated method"),
-        (FedMR, Segmented, "method=FedMR.Segmented: both have 'segment'"),
+        (FedMR, Local, "method=FedMR.Local: one of them is not a federated method"),
+        (FedMR, Segmented, "method=FedMR.Segmented: both define 'segment'"),
     ],
 )  # fmt: skip
 def test_what_clashes_is_refused(server, client, message):

@@ -1,4 +1,4 @@
-"""Methods, one file each. A method imports nets, losses, models and other methods, never engines, data or experiments."""
+"""Methods, one file each. A method imports nets, losses, models and other methods, but never engines, data or experiments."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -44,7 +44,7 @@ CLASSES: Mapping[str, str] = MappingProxyType(
         "scaffold": "Scaffold",
     }
 )
-"""The methods by name; a method's file has its name."""
+"""The class of each method by name; a method's file has the method's name."""
 
 __all__ = [
     "CLASSES",
