@@ -117,8 +117,8 @@ BROKEN = {
     Scribbler: r"round 0: the downlink of slot 0 was changed in place",
     LeakyNet: r"round 0, client 0: the private tensor 'csfe\.\S+' is in the uplink",
     LeakyPart: r"round 0, client 0: the private tensor 'model\.head\.bias' is in the uplink",
-    Growing: r"round 0, client 0: the structure of what it keeps changed at 'memory/extra'",
-    Retyping: r"round 0, client 0: the structure of what it keeps changed at 'memory/n'",
+    Growing: r"round 0, client 0: the structure of its state changed at 'memory/extra'",
+    Retyping: r"round 0, client 0: the structure of its state changed at 'memory/n'",
     Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     Forgetful: r"the downlink lacks params/\S+ and 1 more travelling tensors",
@@ -145,7 +145,7 @@ def test_a_net_that_does_not_exist_is_named_before_the_first_round(experiment):
 def test_a_client_that_changes_without_working_is_named(experiment):
     COMMON.zero_()
     run = experiment(Entangled(), engine="debug+sequential", cohort=1)
-    with pytest.raises(MethodError, match=r"round 0: client \d was not in the cohort, yet it changed"):
+    with pytest.raises(MethodError, match=r"round 0: client \d was not in the cohort, but it changed"):
         run.run()
 
 

@@ -171,9 +171,9 @@ def test_a_buffer_that_a_module_assigns_is_kept_as_in_plain_torch(run, engine):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Remembering, "keeps 'last' from one call to the next"),
-        (Initialising, "keeps 'last' from one call to the next"),
-        (Logging, "keeps 'sizes' from one call to the next"),
+        (Remembering, "keeps 'last' between calls"),
+        (Initialising, "keeps 'last' between calls"),
+        (Logging, "keeps 'sizes' between calls"),
         (CountingInEval, "changes buffer 'calls' in evaluation mode"),
         (Fleeting, "changes buffer 'fleeting', which is not persistent"),
     ],
@@ -207,7 +207,7 @@ class WithState(FedAvg):
 
 
 def test_debug_names_a_methods_net_that_keeps_state(run):
-    with pytest.raises(MethodError, match="round 0: net 'extra' keeps 'last' \\(Remembering\\) from one call"):
+    with pytest.raises(MethodError, match="round 0: net 'extra' keeps 'last' \\(Remembering\\) between calls"):
         run(WithState(), engine="debug").run()
 
 

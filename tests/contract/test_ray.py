@@ -181,7 +181,7 @@ def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, tmp_path, ca
 def test_a_run_that_only_loses_ends(experiment, caplog, monkeypatch):
     monkeypatch.setattr("fedloom.engines.ray.engine.ATTEMPTS", 2)
     run = experiment(Dying(), **{**ON_RAY, "cohort": 1, "rounds": 10, "eval_every": 10})
-    with pytest.raises(WorkerError, match="no client's work arrived in 2 rounds in a row"):
+    with pytest.raises(WorkerError, match="no local update arrived in 2 consecutive rounds"):
         run.run()
     assert len(lost_by(caplog)) == 2
 

@@ -186,7 +186,7 @@ def test_a_finished_run_cannot_be_resumed(run):
         ({"model": "mlpp"}, "mlpp"),
         ({"method": "fedavgg"}, "fedavgg"),
         ({"data": "digitz"}, "digitz"),
-        ({"engine": {"name": "fast"}}, "no engine is called 'fast'"),
+        ({"engine": {"name": "fast"}}, "there is no engine 'fast'"),
         ({"clients": 2000}, "clients=2000"),
         ({"models": "mlp,logistic", "method": "fedavg"}, "must be the same for all clients"),
     ],
