@@ -344,12 +344,12 @@ def test_a_reference_that_is_no_federation_has_no_devices(experiment):
 
 @pytest.mark.parametrize("method", ["scaffold", "fedmr", "fedproto", "fedvtc", "local"])
 def test_a_method_that_cannot_take_late_uplinks_says_so(experiment, method):
-    with pytest.raises(ConfigError, match=rf"devices.stragglers=late: {method} cannot take in late uplinks"):
+    with pytest.raises(ConfigError, match=rf"devices.stragglers=late: {method} cannot aggregate late uplinks"):
         experiment(method, **SETTINGS, **{"devices.stragglers": "late"})
 
 
 def test_more_clients_than_a_cohort_has_cannot_be_asked_for(experiment):
-    with pytest.raises(ConfigError, match=r"min_clients=3: a cohort has 2 members at most"):
+    with pytest.raises(ConfigError, match=r"min_clients=3: must be at most 2, the largest cohort"):
         experiment("fedavg", **SETTINGS, **{"cohort": 2, "min_clients": 3})
 
 

@@ -233,7 +233,7 @@ class LogSoftmax(Reporting):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "message"), [(Pair, "gives a tuple; return one tensor"), (LogSoftmax, "return logits, without")]
+    ("wrapper", "message"), [(Pair, "returns a tuple; return one tensor"), (LogSoftmax, "return logits, without")]
 )
 def test_outputs_that_are_no_logits_are_refused_with_a_remedy(run, wrapper, message):
     with pytest.raises(ConfigError, match=message):

@@ -753,7 +753,7 @@ def test_headers_are_checked():
         ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
         (
             {"method": "fedmr", "devices.stragglers": "late"},
-            "devices.stragglers=late: fedmr cannot take in late uplinks",
+            "devices.stragglers=late: fedmr cannot aggregate late uplinks",
         ),
         ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
     ],

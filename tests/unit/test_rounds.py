@@ -3,7 +3,8 @@
 import pytest
 
 from fedloom.config.settings import make_settings
-from fedloom.experiment.arrivals import LateUplink, _arrivals, slowdowns
+from fedloom.experiment.arrivals import _arrivals, slowdowns
+from fedloom.experiment.uplink_check import LateUplink
 from fedloom.method import Method
 from fedloom.methods.centralised import Centralised
 

@@ -20,13 +20,14 @@ from fedloom.engines import Engine, Newcomers, Problem, Reply, Score
 from fedloom.errors import RunFolderError
 from fedloom.experiment import metrics
 from fedloom.experiment.accounting import Accounting
-from fedloom.experiment.arrivals import Arrivals, RoundRequest, require_finite
+from fedloom.experiment.arrivals import Arrivals, RoundRequest
 from fedloom.experiment.build import arithmetic, engine_for, initial_weights, make_federation, make_problem
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder, environment
 from fedloom.experiment.server_hooks import ServerSide
 from fedloom.experiment.trackers import Tracker, check_trackers, make_trackers
+from fedloom.experiment.uplink_check import require_finite
 from fedloom.method import Client, Downlink, Method, Round
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights

@@ -108,7 +108,7 @@ class OutsideArch(Arch):
             return deepcopy(self.build)
         module: object = self.build(**self._arguments(inspect.signature(self.build), width))
         if not isinstance(module, nn.Module):
-            raise ConfigError(f"model {self.name}: returned a {type(module).__name__}; return an nn.Module")
+            raise ConfigError(f"model {self.name}: must return an nn.Module, not {type(module).__name__}")
         if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
             dry_run(module, self.input_shape)
         return module

@@ -56,7 +56,7 @@ def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, n
             raise ConfigError(f"model {what} returns a {type(given).__name__}; return one tensor, the logits alone")
     if logits.shape != (2, n_classes):
         raise ConfigError(
-            f"model {name} returns shape {tuple(logits.shape)} for 2 examples; return logits of shape (2, {n_classes})"
+            f"model {name} returns shape {tuple(logits.shape)} for 2 examples; return logits (2, {n_classes})"
         )
     if features.shape != (2, head.in_features) or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
         softmax = torch.allclose(logits.exp().sum(1), torch.ones(2).to(logits), atol=1e-3)

@@ -164,7 +164,7 @@ def test_functions_and_bare_linear_layers_are_taken():
         (Net((3, 8, 8), 10), ["Net", "fails on inputs"]),
         (Net(SHAPE, 11), ["Net", "no nn.Linear with 10 outputs"]),
         (lambda depth: nn.Linear(1, depth), ["depth", "input_shape, n_classes, width"]),
-        (lambda n_classes: n_classes, ["gave a int", "nn.Module"]),
+        (lambda n_classes: n_classes, ["not int", "nn.Module"]),
         (lambda n_classes: nn.Linear(8, n_classes), ["logits (2, 10)"]),
     ],
 )
