@@ -183,7 +183,7 @@ def test_progress_counts_newcomers(experiment):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "centralised"}, "join.clients=2: centralised holds all rows in one place"),
+        ({"method": "centralised"}, "join.clients=2: centralised pools all examples in one place"),
         ({"join.clients": 6}, "join.clients=6: there are only 6 clients, and somebody must train"),
         ({"cohort": 5}, "cohort=5: there are only 6 clients, of whom 2 join after training"),
     ],

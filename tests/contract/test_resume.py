@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
     path = interrupted_after(experiment("fedavg", **SETTINGS), 1)
     config = path / "config.toml"
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
-    with pytest.raises(RunFolderError, match="the checkpoint does not fit this method and model"):
+    with pytest.raises(RunFolderError, match="the checkpoint does not match this method and model"):
         Experiment.resume(path)
 
 
@@ -136,7 +136,7 @@ def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):
     path = interrupted_after(experiment("fedavg", **settings), 2)
     partition(load("digits", rows=160), 4, seed=1).save(dealt)
     for again in (Experiment.resume, Experiment.reopen):
-        with pytest.raises(RunFolderError, match="its rows are not those that it began with"):
+        with pytest.raises(RunFolderError, match="its data or partition differ from those at its start"):
             again(path)
 
 
