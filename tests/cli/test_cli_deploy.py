@@ -1,4 +1,4 @@
-"""`fedloom deploy` as a newcomer types it."""
+"""`fedloom deploy` with the inputs of a new user."""
 
 import pytest
 

@@ -85,7 +85,7 @@ def test_mistakes_end_in_one_line(tiny, cli):
 
 
 def test_cost_of_a_turn(tiny):
-    """Two hidden layers by hand; and it is measured in a process that holds torch, and little else."""
+    """Two hidden layers are counted by hand. The cost is measured in a process that loads little besides torch."""
     words = ("method=fedavg", "partition=iid", "--network", "8/8/0", "--memory", "0.001", "--json")
     (facts,) = json.loads(tiny("cost", *words).out)
     rows = facts["rows"]

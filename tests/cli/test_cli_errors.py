@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong ends in one clear line."""
+"""Every mistake of a user ends in one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overview, list, partition and check."""
+"""`fedloom` without arguments, `list`, `partition` and `check`."""
 
 from __future__ import annotations
 

@@ -171,7 +171,10 @@ def test_the_entry_point():
 def test_a_run_that_learnt_nothing_does_not_end_with_0(tiny):
     done = tiny("run", "method.lr=1e30", "out=mine")
     assert done.code == 1
-    assert "error: mine: every round was skipped, so the model was never trained; see events.jsonl for the reasons" in done.err
+    assert (
+        "error: mine: every round was skipped, so the model was never trained; see events.jsonl for the reasons"
+        in done.err
+    )
     assert json.loads(Path("mine/summary.json").read_text())["skipped"] == 2
     both = tiny("compare", "method=fedavg,local", "fedavg.lr=1e30", "out=both")
     assert both.code == 1

@@ -1,4 +1,4 @@
-"""Tables in narrow terminals, and streams that cannot show every character."""
+"""Tables in narrow terminals, and streams that cannot encode every character."""
 
 from __future__ import annotations
 

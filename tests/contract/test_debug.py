@@ -1,4 +1,4 @@
-"""The debug engine catches every broken rule and names it."""
+"""The debug engine detects every broken rule and names it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,7 +40,7 @@ class LeakyPart(FedAvg):
 
 @dataclass(frozen=True)
 class Growing(Local):
-    """Remembers more after a turn than before."""
+    """Its memory grows in a local update."""
 
     def uplink(self, client, received, down, turn):
         return {}, {"extra": torch.zeros(2)}
@@ -48,7 +48,7 @@ class Growing(Local):
 
 @dataclass(frozen=True)
 class Retyping(Local):
-    """Remembers the same in another type."""
+    """Its memory changes its dtype."""
 
     def init_memory(self, weights, task):
         return {"n": torch.zeros(2, dtype=torch.float32)}
@@ -59,7 +59,7 @@ class Retyping(Local):
 
 @dataclass(frozen=True)
 class Exploding(FedAvg):
-    """Has a loss that is not a number."""
+    """Its loss is NaN."""
 
     def loss(self, nets, batch, down, memory):
         return cross_entropy(nets.model(batch.x), batch.y) * float("nan")
@@ -67,7 +67,7 @@ class Exploding(FedAvg):
 
 @dataclass(frozen=True)
 class PrivatelyExploding(Local):
-    """The same, of a model that stays."""
+    """Its loss is NaN too, for a model that stays with the client."""
 
     loss = Exploding.loss
 
@@ -77,7 +77,7 @@ COMMON = torch.zeros(1, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Entangled(FedAvg):
-    """All clients remember one and the same tensor, and write into it."""
+    """All clients remember the same tensor, and write to it."""
 
     def init_memory(self, weights, task):
         return {"common": COMMON}
@@ -183,7 +183,7 @@ class WritesIntoServer(FedAvg):
 
 @dataclass(frozen=True)
 class WritesIntoUplinks(FedAvg):
-    """Sums up in the first uplink."""
+    """Accumulates in the first uplink."""
 
     def aggregate(self, server, uplinks, round):
         first = uplinks[0]["weights"]
@@ -194,7 +194,7 @@ class WritesIntoUplinks(FedAvg):
 
 @dataclass(frozen=True)
 class LogsInPlace(FedAvg):
-    """Changes uplinks when only asked for numbers."""
+    """Changes uplinks in `server_logs`."""
 
     def server_logs(self, server, uplinks, round):
         next(iter(uplinks[0]["weights"]["params"].values())).zero_()
@@ -203,7 +203,7 @@ class LogsInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class SweepsInPlace(FedAvg):
-    """Halves its rows while it visits them."""
+    """Halves the examples that it visits."""
 
     def init_memory(self, weights, task):
         return {"seen": {"n": torch.zeros(())}}
@@ -218,7 +218,7 @@ class SweepsInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class WorksInPlace(FedAvg):
-    """Halves its rows in free work."""
+    """Halves its examples in free work."""
 
     def phases(self):
         return Free("work", self.work), *super().phases()
@@ -230,7 +230,7 @@ class WorksInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class DeploysEach(FedAvg):
-    """Would have every client predict with weights of its own."""
+    """Has every client predict with its own weights."""
 
     def deploy(self, server, task):
         return Downlink({}, [self.downlink(server, ()).common] * task.n_clients)
@@ -255,7 +255,7 @@ def test_inputs_of_hooks_are_read_only_on_every_engine(experiment, method, engin
 
 @dataclass(frozen=True)
 class RandomStart(FedAvg):
-    """Draws a part of the server's state from torch's own generator."""
+    """Draws part of the server's state from torch's own generator."""
 
     def init_server(self, weights, task):
         return super().init_server(weights, task) | {"net": torch.randn(3)}
@@ -280,17 +280,17 @@ def test_what_server_hooks_draw_from_torch_depends_on_the_seed_alone(experiment)
 
 @dataclass(frozen=True)
 class Sceptical(FedAvg):
-    """Clients predict with weights of zero, whatever they are sent."""
+    """Clients predict with zero weights, whatever they receive."""
 
     def receive(self, weights, down, memory):
         return tree.zeros_like(super().receive(weights, down, memory))
 
     def aggregate(self, server, uplinks, round):
-        return server  # as it was initially
+        return server  # the initial state
 
 
 def test_the_servers_score_is_of_its_own_weights_whatever_clients_make_of_them(experiment):
-    """A model of zeros gives class 0 to every row; the server's initial weights are others."""
+    """A model of zeros predicts class 0 for every example; the server's initial weights do not."""
     run = experiment(Sceptical(), **{"partition.name": "iid"})
     run.run()
     modules = {net: module.double().eval() for net, module in run.problem.modules(0).items()}

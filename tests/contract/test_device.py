@@ -1,6 +1,6 @@
-"""Clients on a device, messages and server on the host: the same numbers as without it, whatever fits on the device.
+"""Clients on a device, messages and server on the host: the same numbers as without a device, whatever fits in its memory.
 
-`elsewhere` stands for a device that this machine does not have. Tests marked `gpu` are for machines that have one: `pytest -m gpu`.
+`elsewhere` simulates a device. Tests marked `gpu` need a GPU: `pytest -m gpu`.
 """
 
 import logging
@@ -21,12 +21,12 @@ from small import interrupted_after
 SETTINGS = {"clients": 3, "cohort": 2, "rounds": 2, "batch_size": 32, "data.rows": 120}
 ROOMY, TIGHT = 1 << 40, 0
 CASES = [(method, "mlp") for method in [*METHODS, *TOYS]]
-LONG = pytest.mark.slow  # every operation goes through Python: a generator's convolutions take half a minute
+LONG = pytest.mark.slow  # every operation is run in Python: a generator's convolutions take half a minute
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A device with so much room for data and clients."""
+    """Provide a simulated device with a memory budget for data and clients."""
 
     def arrive(budget):
         monkeypatch.setattr(accelerator, "place", lambda *_: DeviceBudget(ELSEWHERE, budget))
@@ -51,7 +51,7 @@ def test_a_device_changes_no_number(experiment, elsewhere, method, model, engine
     with elsewhere(budget) as device:
         there = left_by(make(experiment, method, model, engine))
     assert device.copies > 0
-    # torch takes other steps where lanes of such tensors are mapped, and where channels do not come last
+    # torch steps differ if lanes of such tensors are vectorised, and without channels last
     exactly = engine == "sequential" and method not in ("fedrir", "fedvtc")
     (assert_same if exactly else assert_close)(there, here)
 
@@ -167,7 +167,7 @@ class TestGpu:
 
 
 class TestGpuArithmetic:
-    """What only a GPU can tell of itself."""
+    """Properties that only a GPU can show."""
 
     pytestmark = GPU
 

@@ -32,7 +32,7 @@ MODELS = ("mlp", "resnet8")
 SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
 
 ROUNDING = ("vectorised",)
-"""Engines that give the same numbers up to rounding, not the same bits."""
+"""Engines that give the same numbers up to rounding, but not the same bits."""
 
 references: dict[tuple[Any, ...], Left] = {}
 
@@ -49,7 +49,7 @@ def assert_agrees(engine, run, with_):
 
 @pytest.fixture
 def reference(experiment):
-    """What the reference engine leaves; each is run once."""
+    """Return the reference engine's results; each run is done once."""
 
     def find(method, model, **settings):
         key = method, model, tuple(settings.items())
@@ -81,12 +81,12 @@ def test_what_travels_is_declared(reference, method):
 
 
 UNMAPPED = ("Counting", "Noisy")
-"""Free work is done by one client after another on every engine."""
+"""Free work runs one client after another on every engine."""
 
 
 @pytest.fixture
 def mapped(caplog):
-    """Whether all that lanes were meant for really was mapped: a fallback to one after another would agree with the reference, too."""
+    """Return whether lanes were really used: a fallback to one client after another would agree with the reference, too."""
     return lambda: "cannot be vectorised" not in caplog.text
 
 
@@ -261,7 +261,7 @@ def test_the_order_in_which_a_cohort_works_changes_nothing(experiment, method, e
 
 @pytest.mark.parametrize("method", ["fedrir", "fedbn", "Perfed"])
 def test_private_running_statistics_never_leave(experiment, method):
-    """(That nothing leaves but what travels is what the engine `debug` checks.)"""
+    """The engine `debug` checks that nothing leaves except what travels."""
     run = make(experiment, method, "resnet8", "sequential", rounds=1)
     rounds = spied(run)
     run.run()
@@ -322,7 +322,7 @@ def test_dropout_follows_from_the_seed(experiment, engine):
 
 
 class Watching(nn.Module):
-    """Notes which of its features are dropped."""
+    """Records which of its features are dropped."""
 
     seen: ClassVar[list[tuple[bool, ...]]] = []
 
@@ -339,7 +339,7 @@ class Watching(nn.Module):
 
 def test_dropout_differs_from_client_to_client_and_step_to_step(experiment):
     run = experiment("fedavg", module=Watching, **{**SETTINGS, "rounds": 2, "model": "Watching", "batch_size": 2})
-    Watching.seen.clear()  # of the dry runs
+    Watching.seen.clear()  # calls in dry runs
     run.run()
     assert len(Watching.seen) > 20
     assert len(set(Watching.seen)) == len(Watching.seen)
@@ -363,7 +363,7 @@ def test_workers_and_models_that_refuse_channels_last(experiment):
 
 @dataclass(frozen=True)
 class Retuned(FedProx):
-    """Training and adaptation have one code, one name and two hyper-parameters; other losses are made anew in every turn."""
+    """Training and adaptation share code and name, but not hyper-parameters; other losses are created in every local update."""
 
     mu: float = 5.0
 
@@ -379,7 +379,7 @@ class Retuned(FedProx):
 
 @dataclass(frozen=True)
 class Uneven(FedAvg):
-    """A loss whose tensors have as many numbers as the batch has classes, or rows of some of them."""
+    """A loss whose tensors depend on the batch's number of classes, or of examples of some class."""
 
     def loss(self, nets, batch, down, memory):
         logits, few = nets.model(batch.x), batch.y < 5
@@ -389,7 +389,7 @@ class Uneven(FedAvg):
 
 @dataclass(frozen=True)
 class Selective(FedAvg):
-    """Clients with many rows work more."""
+    """Clients with many examples do more work."""
 
     def phases(self):
         more = Train("more", self.loss, ("model:head",), self.local_optimizer(), when=lambda turn: turn.examples > 24)
@@ -419,7 +419,7 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
     seconds, runs = itertools.cycle([1.0, 0.0]), []
     monkeypatch.setattr(step_cache, "_shortest", lambda *_: next(seconds))  # every replay counts as faster
     monkeypatch.setattr(step_cache, "TRIALS", 5)
-    for longest in (0.0, 1e9):  # never, and wherever it gives the same bits
+    for longest in (0.0, 1e9):  # never, and whenever it gives the same bits
         monkeypatch.setattr(step_cache, "SHORT_S", longest)
         made = CODES[method]() if method in CODES else method
         runs.append(left_by(make(experiment, made, "mlp", "sequential", **settings)))
@@ -428,7 +428,7 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
 
 @pytest.fixture
 def dual(monkeypatch):
-    """From when it is called on, input layers are in dual form wherever there is one; what it gives tells how often."""
+    """Return a function that switches the dual form on for every eligible input layer; its result counts the uses."""
 
     def begin():
         made, init = [], Dual.__init__
@@ -440,7 +440,7 @@ def dual(monkeypatch):
 
 
 WITHOUT_DUALS = {"fedasam", "fedmr", "fedprox", "fedrir", "scaffold", "Counting", "Sharing", "Perfed", "Secure"}
-"""Their losses look at weights, their optimisers are not plain SGD, or they take no steps."""
+"""Their losses depend on weights, their optimisers are not plain SGD, or they take no steps."""
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
@@ -459,7 +459,7 @@ def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):
     monkeypatch.setattr(step_cache, "SHORT_S", 1e9)
     monkeypatch.setattr(step_cache, "TRIALS", 3)
     make(experiment, Retuned(), "mlp", "sequential", rounds=12, batch_size=1000, clients=1, cohort=1).run()
-    assert len(traced) == 4  # of training, and of the three phases of adaptation
+    assert len(traced) == 4  # for training, and for the three phases of adaptation
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
@@ -533,7 +533,7 @@ def test_without_running_statistics_the_server_has_no_model_to_score(experiment,
 
 
 def test_what_follows_training_learns_as_slowly_as_its_last_round(experiment):
-    """With a learning rate that is all but 0 by then, fine-tuned models are the server's."""
+    """With a learning rate near 0 in the last round, fine-tuned models equal the server's."""
     run = experiment("fedavg_ft", rounds=3, **{"method.lr_decay": 1e-9, "data.rows": 120})
     run.run()
     tuned = dict(run.personal_model(0).nets["model"].named_parameters())

@@ -1,4 +1,4 @@
-"""What the round loop does for every method: who takes part, in which arithmetic, and who is told."""
+"""The round loop for every method: participation, arithmetic and trackers."""
 
 import pytest
 import torch

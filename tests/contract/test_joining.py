@@ -1,4 +1,4 @@
-"""Clients that join after training: nothing of theirs reaches the server, and what travels stays as it was received."""
+"""Clients that join after training send nothing to the server, and keep the travelling weights as received."""
 
 import json
 
@@ -32,7 +32,7 @@ ALL_TRAVELS = ["fedasam", "fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 @pytest.mark.parametrize("name", JOINABLE)
@@ -85,7 +85,9 @@ def test_running_statistics_move_where_they_stay_and_only_there(experiment, name
     initial = run.problem.initial(4, read_weights(run.problem.modules(0))).weights
     net = "gfe" if name == "fedrir" else "model"
     stays = select(client.weights, (net,))["buffers"]
-    if name == "fedrir":  # private running statistics: gfe is in training mode, although none of its parameters moves
+    if (
+        name == "fedrir"
+    ):  # private running statistics: gfe is in training mode, although none of its parameters is trained
         assert all(not torch.equal(b, initial["buffers"][n]) for n, b in stays.items() if n.endswith("running_mean"))
     else:
         assert all(torch.equal(b, down.common["weights"]["buffers"][n]) for n, b in stays.items())
@@ -106,7 +108,7 @@ def test_fedbn_fits_normalisation_layers(experiment):
 
 
 def test_turns_of_a_newcomer_count_from_0(experiment):
-    """With a rate that is gone after its first turn, one turn is as good as three; were it gone before, there would be none."""
+    """The learning rate is 0 after a newcomer's first local update: three updates equal one. If it were 0 earlier, none would count."""
     settings = {**SETTINGS, "method.lr": 0.1, "method.lr_decay": 1e-9}
     one, three, constant = (
         experiment("fedper", **{**settings, **choice})
@@ -142,7 +144,7 @@ def test_every_engine_lets_the_same_clients_join(experiment, name, engine):
 
 
 class StopError(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.mark.parametrize("when", ["in training", "after the first newcomer"])

@@ -1,4 +1,4 @@
-"""What a round does when clients are lost, slow, late or wrong, with real methods and engines."""
+"""Rounds in which clients are lost, slow, late or invalid, with real methods and engines."""
 
 import json
 import math
@@ -20,7 +20,7 @@ WEIGHT = "model.head.weight"
 
 
 class Faulty(Wrapper):
-    """An engine whose replies of client 1 are tampered with, or lost where `tamper` gives None."""
+    """An engine whose replies of client 1 are tampered with, or lost if `tamper` returns None."""
 
     def __init__(self, inner, tamper, rounds=(0,)):
         super().__init__(inner)
@@ -30,11 +30,11 @@ class Faulty(Wrapper):
         replies = self.inner.train(number, cohort, down)
         if number in self.rounds:
             replies = [self.tamper(reply) if reply.client == 1 else reply for reply in replies]
-        return [replace(reply, is_finite=False) for reply in replies if reply]  # nobody knows any more
+        return [replace(reply, is_finite=False) for reply in replies if reply]  # tampered uplinks are unchecked
 
 
 def with_tensor(change, weight=WEIGHT):
-    """Tampering that puts `change(tensor)` in place of one tensor; None takes it away."""
+    """Return tampering that replaces one tensor by `change(tensor)`; None removes it."""
 
     def tamper(reply):
         params = dict(reply.uplink["weights"]["params"])
@@ -159,7 +159,7 @@ def test_a_cohort_that_is_lost_as_a_whole_changes_nothing(experiment, method):
 
 @dataclass(frozen=True)
 class Exploding(FedPer):
-    """Diverges in every turn."""
+    """Diverges in every local update."""
 
     def loss(self, nets, batch, down, memory):
         return super().loss(nets, batch, down, memory) * float("nan")
@@ -174,7 +174,7 @@ def test_clients_that_diverge_go_back_to_what_they_had(experiment, engine):
 
 @dataclass(frozen=True)
 class Sick(FedAvg):
-    """Sends what is sound, and remembers what is not."""
+    """Sends finite tensors, and remembers non-finite ones."""
 
     def init_memory(self, weights, task):
         return {"turns": torch.zeros(1)}
@@ -200,7 +200,7 @@ def test_a_turn_that_leaves_something_broken_is_undone(experiment, engine):
 
 @dataclass(frozen=True)
 class Breaking(FedAvg):
-    """Its server's head is infinite after round 3."""
+    """The server's head is infinite after round 3."""
 
     def aggregate(self, server, uplinks, round):
         after = super().aggregate(server, uplinks, round)
@@ -244,7 +244,7 @@ def test_devices_are_the_same_on_every_engine(experiment, method, rule, settings
     assert expected.summary["lost"] > 0
     for engine in ("processes", "debug+bytes+sequential"):
         assert_same(left_by(devices(experiment, method, rule, engine, **settings)), expected)
-    if settings != CODED:  # a last bit decides here and there which values top-k takes, or where int8 rounds to
+    if settings != CODED:  # rounding decides which values top-k takes, or how int8 rounds
         assert_close(left_by(devices(experiment, method, rule, "vectorised", **settings)), expected)
 
 
@@ -272,7 +272,7 @@ def test_a_late_uplink_is_folded_in_with_its_weight(experiment):
     (slow,) = (i for i, factor in enumerate(run.intake._slowdown) if factor > 1)
     first, second, third = ({reply.client: reply for reply in turns.replies} for turns in rounds)
     assert slow in first
-    assert slow not in second  # at work until its uplink has landed, in round 3
+    assert slow not in second  # busy until its uplink has landed, in round 3
     assert slow not in third
     for number, fresh in ((0, first), (1, second)):
         on_time = [r for r in fresh.values() if r.client != slow]

@@ -1,4 +1,4 @@
-"""What a user's module carries besides weights: frozen parameters, buffers that it assigns, and state in attributes."""
+"""State in a user's module besides weights: frozen parameters, assigned buffers, and Python attributes."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ def clouds(n=60):
 
 
 class Adapted(nn.Module):
-    """A frozen layer, and a trained head on it."""
+    """A frozen layer with a trained head."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Centring(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Adds something of the last batch to the next."""
+    """Adds part of the last batch to the next one."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class Remembering(nn.Module):
 
 
 class Initialising(Remembering):
-    """Takes its scale from the first batch that it sees."""
+    """Takes its scale from the first batch."""
 
     def forward(self, x):
         self.last = x.detach().std() if self.last is None else self.last
@@ -84,7 +84,7 @@ class Logging(Remembering):
 
 
 class CountingInEval(Centring):
-    """Changes a buffer in evaluation mode, in place."""
+    """Changes a buffer in place in evaluation mode."""
 
     def forward(self, x):
         self.calls += 1
@@ -92,7 +92,7 @@ class CountingInEval(Centring):
 
 
 class Fleeting(Centring):
-    """Changes a buffer that no state dictionary holds."""
+    """Changes a buffer that is not in the state dictionary."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class Fleeting(Centring):
 
 
 class Caching(Remembering):
-    """Makes a constant at the first call, which is harmless."""
+    """Creates a constant at the first call, which is harmless."""
 
     def forward(self, x):
         self.last = torch.ones(WIDTH, dtype=x.dtype) if self.last is None else self.last
@@ -157,7 +157,7 @@ def test_a_model_that_is_wholly_frozen_is_refused_in_one_line(run):
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_buffer_that_a_module_assigns_is_kept_as_in_plain_torch(run, engine):
-    """One client, one batch per epoch: the same steps by hand."""
+    """With one client and one batch per epoch, the same steps are taken by hand."""
     done = run(module=Centring, engine=engine, clients=1, batch_size=100, rounds=2)
     done.run()
     x, _ = done.data.train(0)
@@ -197,7 +197,7 @@ def test_old_weight_norm_is_refused_with_its_successor(run):
 
 @dataclass(frozen=True)
 class WithState(FedAvg):
-    """A method whose own net remembers."""
+    """A method whose own net keeps state."""
 
     def nets(self, arch, task):
         return {**super().nets(arch, task), "extra": Remembering()}
@@ -212,7 +212,7 @@ def test_debug_names_a_methods_net_that_keeps_state(run):
 
 
 class Reporting(nn.Module):
-    """Gives more than its logits."""
+    """Returns more than its logits."""
 
     def __init__(self, module):
         super().__init__()

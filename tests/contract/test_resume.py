@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, bit for bit."""
+"""An interrupted and resumed run equals an uninterrupted one, bit for bit."""
 
 import json
 import multiprocessing
@@ -92,7 +92,7 @@ def test_a_run_without_a_checkpoint_starts_again(experiment):
     settings = {**SETTINGS, "checkpoint_every": 0}
     whole = left_by(experiment("fedavg", **settings))
     path = interrupted_after(experiment("fedavg", **settings), 2)
-    (path / "partition.json").unlink()  # killed while it wrote its description
+    (path / "partition.json").unlink()  # killed while writing its description
     assert_same(left_by(Experiment.resume(path)), whole)
     assert (path / "partition.json").is_file()
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_taken_up_leaves_no_workers(experiment):
 
 
 def test_a_broken_experiment_is_not_run_again(experiment):
-    """Clients have taken turns that the server knows nothing of."""
+    """Clients have done local updates that the server has not received."""
     run = experiment("scaffold", **SETTINGS)
     interrupted_after(run, 1)
     with pytest.raises(RunFolderError, match="this experiment has run already; resume the folder in a new one"):
@@ -129,7 +129,7 @@ def test_a_broken_experiment_is_not_run_again(experiment):
 
 
 def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):
-    """What the run has trained on could be tested on."""
+    """The run could test on examples that it trained on."""
     dealt, settings = tmp_path / "p.json", {**SETTINGS, "data.name": "digits", "data.rows": 160}
     partition(load("digits", rows=160), 4, seed=0).save(dealt)
     settings |= {"partition": {"name": "file", "path": str(dealt)}}
@@ -140,7 +140,7 @@ def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):
             again(path)
 
 
-# killed, really
+# killed processes
 
 LONG: dict[str, Any] = {
     "method": "fedrir", "clients": 4, "cohort": 3, "rounds": 12, "batch_size": 16, "precision": "fp64", "checkpoint_every": 1,
@@ -169,7 +169,7 @@ def start(folder, engine):
 
 
 def kill_after(folder, engine, rounds, more_s):
-    """Start or resume, let it do so many rounds and a little more, and kill it."""
+    """Start or resume a run, let it do `rounds` rounds and a little more, and kill it."""
     child, goal, patience = start(folder, engine), n_lines(folder) + rounds, time.monotonic() + 60
     while n_lines(folder) < goal and child.poll() is None and time.monotonic() < patience:
         time.sleep(0.001)

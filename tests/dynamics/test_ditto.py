@@ -1,4 +1,4 @@
-"""Ditto: the common model is FedAvg's, and the personal one is pulled to it."""
+"""Ditto: the common model is FedAvg's, and the personal model is pulled to it."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from small import spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
-WHOLE = {"batch_size": 1000, "eval_every": 1}  # one batch of all rows: no order to differ in
+WHOLE = {"batch_size": 1000, "eval_every": 1}  # one batch of all examples, so order does not matter
 
 
 def test_the_common_model_is_fedavgs_bit_for_bit(experiment):

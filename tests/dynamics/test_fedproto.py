@@ -12,11 +12,11 @@ from fedloom.nets import read_weights
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 def features(run, i):
-    """A client's features of its training rows, by its own body as its last turn left it, and labels."""
+    """Return the features of a client's training examples, by its own body after its last local update, and their labels."""
     nets = Nets(run.problem.modules(run.problem.arch_of[i]), **run.engine.client(i).weights)
     x, y = run.data.train(i)
     return nets.body(x).numpy(), y.numpy()
@@ -48,7 +48,9 @@ def test_a_uniform_mean_counts_clients_not_rows():
     uniform = FedProto(prototype_mean="uniform").aggregate(old, uplinks, round_of(0, 1))
     assert weighted["prototypes"].tolist() == [[2.5, 5.0], [5.0, 5.0], [9.0, 9.0]]
     assert uniform["prototypes"].tolist() == [[2.0, 4.0], [5.0, 5.0], [9.0, 9.0]]
-    assert weighted["counts"].tolist() == uniform["counts"].tolist() == [4.0, 2.0, 7.0]  # nobody holds the last: kept
+    assert (
+        weighted["counts"].tolist() == uniform["counts"].tolist() == [4.0, 2.0, 7.0]
+    )  # no client holds the last class: its prototype is kept
 
 
 def test_the_pull_is_the_squared_distance_of_rows_whose_class_has_a_prototype():
@@ -118,5 +120,5 @@ def test_the_log_is_the_mean_cosine_class_by_class():
         {"prototypes": torch.tensor([[0.0, 2.0], [3.0, 0.0], [7.0, 1.0]]), "counts": torch.tensor([1.0, 2.0, 1.0])},
     ]
     logs = FedProto().server_logs({}, uplinks, round_of(0, 1))
-    assert logs == pytest.approx({"prototype_cosine": 0.5})  # at right angles, alike, and one alone
+    assert logs == pytest.approx({"prototype_cosine": 0.5})  # orthogonal, equal, and held by one client only
     assert FedProto().server_logs({}, uplinks[:1], round_of(0)) == {}

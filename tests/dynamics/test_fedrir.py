@@ -1,4 +1,4 @@
-"""FedRIR: who learns what in which stage, what travels, and what is masked."""
+"""FedRIR: what each stage trains, what travels, and what is masked."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -18,14 +18,14 @@ from small import spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
 
 
 def made(method, model="fedrir_cnn"):
-    """Modules, and a client after a first look at its rows."""
+    """Return modules, and a client after its first sweep."""
     choice = arch(model, TASK.input_shape, TASK.n_classes, 16)
     modules = fresh_modules(lambda: method.nets(choice, TASK), Stream(0))
     weights = read_weights(modules)
@@ -37,7 +37,7 @@ def rows():
 
 
 def worked(method, phases):
-    """What some phases change: the names of the nets with other parameters, and with other buffers."""
+    """Return the names of the nets whose parameters, and whose buffers, some phases change."""
     modules, client = made(method)
     site = Site(rows(), Plan(10), TASK, Stream(2))
     after, _, logs = run_phases(phases, Gradients(modules), client, {}, site, Turn(0, 4, 20))
@@ -104,7 +104,7 @@ def test_fitting_q_reaches_nothing_but_q():
 @pytest.mark.parametrize("mode", ["vclub", "vclub_sampled"])
 @pytest.mark.parametrize("mcsl", ["masked", "supervised"])
 def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
-    """The weights are those of two forward passes, and running statistics move once for a batch."""
+    """Weights equal those of two forward passes, and running statistics are updated once per batch."""
     method = FedRIR(mcsl=mcsl, idm_mode=mode)
     (both,) = [phase for phase in method.phases() if isinstance(phase, Interleave)]
 
@@ -200,7 +200,7 @@ def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
         n_masked.append(sum(int(p[0, 0] == 0) for p in patches))
     assert n_masked == [int(ratio * n_patches)] * n
     if ratio:
-        assert len({tuple(image.flatten().tolist()) for image in stays}) > 1  # another mask for every image
+        assert len({tuple(image.flatten().tolist()) for image in stays}) > 1  # a different mask for every image
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_the_first_stage_rebuilds_the_whole_image_from_its_unmasked_part(reducti
     assert logs["reconstruction"].item() == pytest.approx(expected.item())
     assert logs["kl"].item() == pytest.approx(kl.item())
     assert loss.item() == pytest.approx((expected + 0.3 * kl).item())
-    hidden = batch._replace(x=batch.x + (1 - stays))  # what is masked is not seen, and is to be rebuilt
+    hidden = batch._replace(x=batch.x + (1 - stays))  # masked pixels are hidden, but must be reconstructed
     other = method.mcsl_loss(nets, hidden, {}, {})[1]
     assert other["kl"].item() == logs["kl"].item()
     assert other["reconstruction"].item() != pytest.approx(logs["reconstruction"].item())

@@ -20,7 +20,7 @@ from fedloom.training.turn import Site, fresh_modules, run_phases
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 P, Y = 6, 4
@@ -30,7 +30,7 @@ QUICK = {"finetune_steps": 3, "n_synthetic": 8}
 
 
 class Setting(NamedTuple):
-    """One client with rows of the classes 0 and 1, and a downlink that knows the classes 0, 1 and 3."""
+    """One client with examples of classes 0 and 1, and a downlink with prototypes of classes 0, 1 and 3."""
 
     method: FedVTC
     modules: dict
@@ -65,7 +65,7 @@ def setting(model="resnet8", **options):
 
 
 def covariance_of(z, y, form):
-    """Within classes, by NumPy."""
+    """Compute the covariance within classes with NumPy."""
     away = np.concatenate([z[y == c] - z[y == c].mean(0) for c in range(Y) if (y == c).any()])
     if form == "class":
         return np.stack([z[y == c].var(0) if (y == c).any() else np.zeros(z.shape[1]) for c in range(Y)])
@@ -147,13 +147,15 @@ def test_the_kl_is_that_of_two_normal_distributions(form):
     each = torch.distributions.kl_divergence(
         torch.distributions.Normal(z, spread), torch.distributions.Normal(s.down["prototypes"][y], sigma)
     ).mean(1)
-    assert s.method.kl(z, spread, y, s.down).item() == pytest.approx(each[:6].sum().item() / 7)  # class 2 is unknown
+    assert s.method.kl(z, spread, y, s.down).item() == pytest.approx(
+        each[:6].sum().item() / 7
+    )  # class 2 has no prototype
     equal = s.method.kl(s.down["prototypes"][y], sigma, y, s.down)
     assert equal.item() == pytest.approx(0, abs=1e-14)
 
 
 def test_without_matching_the_generator_is_the_limit_of_a_small_weight():
-    """Nothing is made to be matched then; what is drawn and learnt is the same."""
+    """Matching is skipped, and all other draws and gradients are the same."""
     without, hardly = (setting(matching_weight=weight) for weight in (0.0, 1e-12))
     (none, logs), (limit, seen) = (s.worked(s.method.phases()[2:3]) for s in (without, hardly))
     for mine, its in zip(tree.leaves(none.weights), tree.leaves(limit.weights), strict=True):
@@ -203,7 +205,7 @@ def test_latents_have_the_means_and_covariances_of_known_classes_alone(form):
 
 
 def parts_of(before, after):
-    """Nets with other parameters, and with other buffers."""
+    """Return the names of nets whose parameters, and whose buffers, differ."""
     return [
         {name.partition(".")[0] for name, t in part.items() if not torch.equal(t, before["weights"][kind][name])}
         for kind, part in after["weights"].items()
@@ -222,7 +224,7 @@ def test_every_phase_touches_its_own_nets(options):
     assert touched(s, fit) == [{"body", "head"}, {"body"}]
     s = s.with_statistics()
     assert touched(s, generator) == [{"generator", "spread"} if "learn_spread" in options else {"generator"}, set()]
-    assert touched(s, finetune) == [{"body", "head"}, set()]  # the running statistics stay those of real images
+    assert touched(s, finetune) == [{"body", "head"}, set()]  # running statistics stay those of real images
     (head,) = FedVTC(finetune="end", finetune_part="head", **QUICK, **options).adapt()
     assert touched(s, head) == [{"head"}, set()]
 
@@ -362,7 +364,7 @@ def test_what_does_not_make_sense_is_refused(field, value, allowed):
 def test_the_scaled_distance_is_in_units_of_sigma(form):
     s = setting(covariance=form, pull="scaled")
     z, y = Stream(5).normal((6, P)), torch.tensor([0, 1, 3, 0, 1, 3])
-    variance = 0.5 + 0.01 * (form == "full")  # of `full`, the square of the floor is added
+    variance = 0.5 + 0.01 * (form == "full")  # for `full`, the square of the floor is added
     expected = ((z - s.down["prototypes"][y]) ** 2 / (2 * variance)).mean(1)
     torch.testing.assert_close(s.method.distance(z, y, s.down), expected)
 
@@ -396,7 +398,7 @@ def test_phases_are_as_long_and_as_fast_as_they_are_told():
     method = FedVTC(generator_epochs=3, generator_lr=0.02, finetune_steps=7, finetune_lr=0.3, lr=0.01)
     _, _, generator, finetune = method.phases()
     assert (generator.epochs, finetune.steps) == (3, 7)
-    assert first_step(generator) == pytest.approx(0.02, rel=1e-6)  # Adam's first step is its rate
+    assert first_step(generator) == pytest.approx(0.02, rel=1e-6)  # Adam's first step equals its learning rate
     assert first_step(finetune) == pytest.approx(0.3)
     assert first_step(FedVTC(lr=0.01).phases()[3]) == pytest.approx(0.01)
     names = [
@@ -407,7 +409,7 @@ def test_phases_are_as_long_and_as_fast_as_they_are_told():
 
 
 def first_step(phase):
-    """How far the phase's optimiser goes at first, where the gradient is 1."""
+    """Return the size of the phase optimiser's first step for gradient 1."""
     params = {"p": torch.zeros(1)}
     phase.optimizer.step({"p": torch.ones(1)}, phase.optimizer.init(params), params, 1.0)
     return -params["p"].item()

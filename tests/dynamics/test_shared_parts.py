@@ -1,4 +1,4 @@
-"""FedPer, FedRep, FedBN and FedBABU: which part travels, which stays, and which is trained when."""
+"""FedPer, FedRep, FedBN and FedBABU: which weights travel, which stay, and which are trained when."""
 
 import pytest
 import torch
@@ -15,14 +15,14 @@ from small import spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
 
 
 def messages(run):
-    """The downlinks and uplinks of a run, which is run to its end."""
+    """Run to the end and return the downlinks and uplinks."""
     rounds = spied(run)
     run.run()
     return {
@@ -36,7 +36,7 @@ def names(weights):
 
 
 def changed_by(phases):
-    """The parts of the model that some phases change."""
+    """Return the parts of the model that some phases change."""
     choice = arch("resnet8", TASK.input_shape, TASK.n_classes)
     modules = fresh_modules(lambda: {"model": choice.model()}, Stream(0))
     client = Client(read_weights(modules), {}, {})
@@ -93,7 +93,7 @@ def test_fedrep_trains_the_head_first_and_then_the_body():
     assert changed_by([head]) == [
         {"head"},
         {"body"},
-    ]  # the running statistics of the body move, as in the released code
+    ]  # the body's running statistics change, as in the released code
     assert changed_by([body]) == [{"body"}, {"body"}]
 
 

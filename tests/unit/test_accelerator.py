@@ -1,4 +1,4 @@
-"""Devices by name, and what is refused where there is none."""
+"""Devices by name, and errors for devices that do not exist."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The Python face: own modules, own arrays, own methods, and models to keep."""
+"""The Python interface: a user's modules, arrays and methods, and models to keep."""
 
 import json
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from fedloom.rng import Stream
 
 
 def arrays(n=120, dim=5, n_classes=3):
-    """Three clouds that a linear model tells apart."""
+    """Return three clusters that a linear model can separate."""
     y = np.arange(n) % n_classes
     x = Stream(0).normal((n, dim)).double().numpy() + 3 * np.eye(n_classes, dim)[y]
     return x, y
 
 
 class Net(nn.Module):
-    """A module of one's own, with a BatchNorm."""
+    """A user's module with a BatchNorm."""
 
     def __init__(self, input_shape, n_classes):
         super().__init__()
@@ -63,7 +63,7 @@ def run(tmp_path):
 
 
 def scores(run):
-    """The personal accuracy, worked out from the models that the run hands over."""
+    """Compute the personal accuracy from the models that the run returns."""
     right = rows = 0
     for i in range(run.federation.n_clients):
         x, y = run.federation.test(i)
@@ -119,7 +119,7 @@ def test_an_instance_brings_its_initial_weights(run):
     torch.testing.assert_close(kept["head.weight"], before["last.weight"])
     assert all(
         torch.equal(p, before[name]) for name, p in net.state_dict().items()
-    )  # the caller's module is left alone
+    )  # the caller's module is not changed
 
 
 def test_an_own_method_runs_like_any_other(run):
@@ -254,8 +254,8 @@ def test_scores_that_follow_from_others_are_those_one_would_measure(run, partiti
 
 def test_as_many_test_rows_of_clients_as_common_ones_need_not_be_the_same(run):
     x, y = arrays(150)
-    rows = fedloom.from_arrays(x[:120], y[:120], x[120:], (y[120:] + 1) % 3)  # the official rows have wrong labels
-    for fraction in (0.25, 0.5):  # 30 rows of the clients' own, as many as official ones; and 60
+    rows = fedloom.from_arrays(x[:120], y[:120], x[120:], (y[120:] + 1) % 3)  # the official test set has wrong labels
+    for fraction in (0.25, 0.5):  # 30 test examples of the clients' own, as many as official ones; and 60
         dealt = {"name": "iid", "merge": False, "test_fraction": fraction}
         done = run("fedavg", data=rows, model="logistic", partition=dealt, rounds=4, **{"method.lr": 0.5})
         assert (done.metrics["server_accuracy"] < 0.2).all()

@@ -1,4 +1,4 @@
-"""`fedloom.tools.check`: what it finds in methods that break a rule, and in methods that break none."""
+"""`fedloom.tools.check`: its findings for methods that break a rule, and for methods that break none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedloom.tools.compare`: which runs a comparison is made of, and going on with one."""
+"""`fedloom.tools.compare`: the runs of a comparison, and resuming one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Joining one method's server with another's clients."""
+"""Composition of one method's server with another's clients."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ def test_rows_of_a_comparison_may_be_joined():
 
 @dataclass(frozen=True)
 class Segmented(FedProx):
-    """Has a hyper-parameter that FedMR also has."""
+    """Has a hyper-parameter that FedMR has too."""
 
     segment: Any = 3
 

@@ -41,7 +41,7 @@ OTHER = UNUSUAL | {
     "engine": {"name": "vectorised", "lanes": 4, "device": "cuda:1", "device_bytes": 10, "convolutions": "tuned"},
     "precision": "tf32",
 }
-"""Settings that those of another engine leave no room for."""
+"""Settings that conflict with those of another engine."""
 
 
 def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:
@@ -223,7 +223,7 @@ def test_a_small_participation_is_no_range():
 
 
 def test_a_key_beside_its_table_is_explained(tmp_path):
-    """TOML has no such thing, and its message does not say what to do."""
+    """TOML does not allow it, and its own message gives no remedy."""
     file = tmp_path / "study.toml"
     file.write_text('method = ["fedavg", "fedmr"]\n[method]\nlr = 0.1\n')
     with pytest.raises(ConfigError, match=r"twice.*write its `name = ...` in it"):

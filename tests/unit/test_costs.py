@@ -1,4 +1,4 @@
-"""What turns cost: operations against closed forms and a whole turn, memory against what a turn holds, seconds by phase."""
+"""Costs of local updates: operations against closed forms and a whole update, memory against its actual use, seconds by phase."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def experiment(tmp_path, method, model=None, **settings):
 def test_a_linear_model_takes_four_operations_a_row_and_weight(tmp_path):
     run = experiment(tmp_path, {"name": "fedavg"}, {"name": "logistic"})
     costs, n = Costs(run.problem), run.data.n_train(0)
-    # forward 2 B in out, the weights' gradient as much; no gradient flows into the inputs
+    # forward 2 B in out, the same for the weights' gradient; no gradient flows into the inputs
     assert costs.flops(0, 0) == {"train": 4 * n * 64 * 10}
 
 
@@ -81,7 +81,7 @@ def test_pieces_cover_all_rows():
 def test_live_counts_what_is_there_at_once():
     given = torch.zeros(1000)
     with Live([given, given[:10]]) as live:
-        assert live.now == 4000  # a view is no memory of its own
+        assert live.now == 4000  # a view has no memory of its own
         first = given + 1
         del first
         second = given.view(10, 100) * 2
@@ -101,7 +101,7 @@ def test_phases_of_fedvtc_share_the_memory_of_the_largest(tmp_path, monkeypatch)
         start = live.now
         run_turn(p.method, gradients, client, down, Site(Rows(x, y), p.plan, p.task, Stream(0)), 0)
     assert all(peak > start for peak in by_phase.values())
-    # a whole turn also holds on to the weights and the optimisers' moments that it began with
+    # a whole local update also holds its initial weights and optimiser moments
     assert 0 <= live.peak - max(by_phase.values()) <= tree.n_bytes(client._asdict())
     assert live.peak - start < 0.7 * sum(peak - start for peak in by_phase.values())
 

@@ -1,4 +1,4 @@
-"""The parts of a deployment, each on its own."""
+"""The components of a deployment, each alone."""
 
 import asyncio
 import contextlib
@@ -154,7 +154,7 @@ def test_flower_is_told_the_ports_and_the_place_of_today(folder, monkeypatch):
     file = moved / "federation.toml"
     file.write_text(file.read_text().replace("superlink_port = 9091", "superlink_port = 9191"))
     monkeypatch.setattr(server, "require_free", lambda *_: None)
-    monkeypatch.setattr(server, "Service", None)  # it goes no further
+    monkeypatch.setattr(server, "Service", None)  # the SuperLink is not started
     with pytest.raises(TypeError, match="not callable"):
         run_server(Deployment(moved))
     told = tomllib.loads((moved / "server/flwr/config.toml").read_text())["superlink"]["fedloom"]
@@ -264,7 +264,7 @@ def test_nothing_else_may_pass(path):
 
 
 class Proxied:
-    """The proxy before a server that remembers what reached it."""
+    """The proxy in front of a server that records its requests."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.reached: list[tuple[str, bytes, str | None]] = []
@@ -323,7 +323,9 @@ def test_the_proxy_holds_no_more_bodies_than_it_may(monkeypatch):
     monkeypatch.setattr(proxy, "MAX_HELD", 10)
     proxied = Proxied()
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(11)).status_code == 503
-    assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201  # the first one is let go
+    assert (
+        proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
+    )  # the first one is released
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
 
 
@@ -336,7 +338,7 @@ def test_the_proxy_says_when_the_superlink_is_gone():
 
 @contextlib.contextmanager
 def serving(folder, host="127.0.0.1"):
-    """The proxy itself, in a thread; its port."""
+    """Run the proxy itself in a thread; return its port."""
     served = make_server(host, 0, 1, folder)
     thread = threading.Thread(target=served.run)
     thread.start()
@@ -355,14 +357,14 @@ def connect(folder, port, *, tls=True):
 
 
 def is_cut_off(connection, within_s=20.0):
-    """Whether the other end closes before the time is over."""
+    """Return whether the other end closes the connection in time."""
     connection.settimeout(within_s)
     try:
         while connection.recv(1024):
             pass
     except TimeoutError:
         return False
-    except OSError:  # without a farewell
+    except OSError:  # closed without TLS goodbye
         pass
     return True
 
@@ -379,7 +381,7 @@ def test_the_proxy_cuts_off_whoever_sends_no_whole_header(folder, monkeypatch, t
     monkeypatch.setattr(proxy, "HEADER_S", 0.5)
     with serving(folder / "server") as port, connect(folder / "server", port, tls=tls) as silent:
         silent.sendall(words)
-        if words == REFUSED:  # a part of its body comes after the answer
+        if words == REFUSED:  # part of its body comes after the answer
             assert silent.recv(1024).startswith(b"HTTP/1.1 403 ")
             silent.sendall(b"x")
         assert is_cut_off(silent)
@@ -401,7 +403,7 @@ def test_the_proxy_cuts_off_nobody_who_is_being_answered(folder, monkeypatch):
             time.sleep(0.3)
         assert not is_cut_off(node, 1)
         node.sendall(b"x")
-        assert node.recv(1024).startswith(b"HTTP/1.1 503 ")  # the SuperLink is not there
+        assert node.recv(1024).startswith(b"HTTP/1.1 503 ")  # there is no SuperLink
 
 
 def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch):
@@ -461,8 +463,8 @@ def test_states_are_found_by_round_and_undone_by_asking_for_an_earlier_one(tmp_p
     assert again.labels(0) == [2, 3, 4]
     again.turn_to(1, asked(base=1))
     again.put(0, state(5))
-    assert again.labels(0) == [2]  # what came after belongs to a run that is undone
-    assert tree.equal(again.get(0)._asdict(), blank(0)._asdict())  # label 1 is gone
+    assert again.labels(0) == [2]  # later states belong to a run that is undone
+    assert tree.equal(again.get(0)._asdict(), blank(0)._asdict())  # label 1 is undone
     assert list(again.changed()) == [0]
     assert "client 0 begins anew" in again.notes[0]
     assert not list(tmp_path.rglob("*.tmp"))
@@ -484,7 +486,7 @@ def test_a_broken_state_is_refused(tmp_path, content):
 
 
 def running(group=None, number=None):
-    """Whether a process, or one of a group, is there and no zombie."""
+    """Return whether a process, or a process of a group, is running and not a zombie."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             state, _, of = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
@@ -566,7 +568,7 @@ def test_flower_is_on_the_machine():
 
 @pytest.fixture
 def worker(tmp_path):
-    """A node's worker process, and its number; `hang` and `die` are methods that do so."""
+    """Start a node's worker process; return it and its number. `hang` and `die` are methods that hang and exit."""
     values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
     place = create_deployment(tmp_path / "federation", values, 1)
     started = WorkerProcess(place.path / "node-0", threading.Event())
@@ -601,7 +603,7 @@ def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start from nothing")
 def test_agent_and_worker_share_most_of_their_memory(worker):
-    """A device of 1 GB has no room for torch twice."""
+    """A device of 1 GB cannot hold torch twice."""
     open_envelope(worker.answer(hello(), 60))
     lines = Path(f"/proc/{worker._process.pid}/smaps_rollup").read_text().splitlines()
     kb = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
@@ -623,7 +625,7 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("when", ["pull_object", "confirm_message_received"])
 def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when):
-    """Such a task has no message, and would keep the node until it is given up."""
+    """Such a task has no message, and would block the node until it expires."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 3
     message = Message(RecordDict({"a": ConfigRecord({"b": b"c"})}), 7, "train")
     message.metadata.__dict__["_message_id"] = message.object_id

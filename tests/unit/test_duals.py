@@ -1,4 +1,4 @@
-"""Input layers in dual form: the numbers of plain SGD, and losses for which there is no such form."""
+"""Input layers in dual form: the numbers of plain SGD, and losses without a dual form."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def exact():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The shapes of all weights that are taken in dual form, which is wherever there is one."""
+    """Use the dual form for every eligible layer; return the shapes of the weights that use it."""
     shapes, init = [], Dual.__init__
     monkeypatch.setattr(Work, "is_less_in_dual_form", lambda *_: True)
 
@@ -65,7 +65,7 @@ SGD = optim.sgd(0.1)
 
 
 def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
-    """A client's parameters after a phase on nine rows, and the phase's logs."""
+    """Return a client's parameters after a phase on nine examples, and the phase's logs."""
     stream = Stream("rows")
     rows = Rows(stream.normal((9, 1, 2, 3)), torch.arange(9) % 3, augment)
     phase = Train("train", loss, ("model",), optimizer, epochs, draw=draw)
@@ -75,7 +75,7 @@ def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
 
 
 def by_torch(nets, epochs=3):
-    """The same by torch's own SGD."""
+    """Compute the same with torch's own SGD."""
     model, stream = nets["model"].requires_grad_(), Stream("rows")
     x, y = stream.normal((9, 1, 2, 3)), torch.arange(9) % 3
     optimizer = torch.optim.SGD(model.parameters(), lr=0.09)
@@ -111,12 +111,12 @@ def on_noise(nets, batch, down, memory):
 
 
 def on_both(nets, batch, down, memory):
-    """The rows and something else, through one layer."""
+    """One layer applied to the examples and to something else."""
     return losses.cross_entropy(nets.model(batch.x) + nets.model(-batch.x), batch.y)
 
 
 def sometimes(nets, batch, down, memory):
-    """Penalised for batches that hold the last class."""
+    """Penalised for batches that contain the last class."""
     return (penalised if batch.y.max() == 2 else FedAvg().loss)(nets, batch, down, memory)
 
 
@@ -160,7 +160,7 @@ def test_a_loss_that_looks_at_a_weight_now_and_then_runs_as_written_from_the_sta
 
 
 def test_draws_are_the_same_in_either_form(taken, monkeypatch):
-    """A loss that is tried first takes nothing of the phase's random numbers."""
+    """Trying a loss first uses none of the phase's random numbers."""
 
     def loss(nets, batch, down, memory):
         return losses.cross_entropy(nets.model(batch.x), batch.y) * (1 + batch.draws["noise"].mean())
@@ -178,15 +178,15 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "work", "less"),
     [
-        ((200, 784), Work(60, 300, 30), True),  # several passes over few rows of MNIST, batches of 10
+        ((200, 784), Work(60, 300, 30), True),  # several passes over a few MNIST examples, batches of 10
         ((200, 784), Work(60, 60, 6), False),  # one pass: too few steps
-        ((200, 784), Work(60, 60, 6, lanes=4), True),  # what a step costs beside its products is shared
+        ((200, 784), Work(60, 60, 6, lanes=4), True),  # lanes share the fixed cost per step
         ((1000, 784), Work(60, 60, 6), True),  # a larger weight
         (
             (200, 784),
             Work(600, 600, 60),
             False,
-        ),  # many rows: their inner products take longer than the weight's updates
+        ),  # many examples: their inner products cost more than the weight's updates
         ((32, 64), Work(60, 300, 30), False),  # a small layer
     ],
 )

@@ -1,4 +1,4 @@
-"""Models as files for devices: the same numbers as torch, for every method."""
+"""Models exported to files for devices: the same numbers as torch, for every method."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_file_computes_what_torch_computes(method, tmp_path):
     )
     file, x, model = tmp_path / "model.onnx", run.data.test(1)[0], run.personal_model(1)
     write(run, 1, file)
-    assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of rows
+    assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of examples
     assert largest_difference(model, x, logits_of(file, x), method) < 1e-3
     assert torch.equal(logits_of(file, x).argmax(1), model(x).argmax(1))
 

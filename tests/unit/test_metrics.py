@@ -1,4 +1,4 @@
-"""Metrics: their definitions, by numbers worked out by hand."""
+"""Metrics: their definitions, checked by hand."""
 
 import math
 
@@ -92,7 +92,7 @@ def test_what_was_never_scored_is_none_and_facets_are_of_the_last_row():
     rows[-1] |= {"personal_accuracy_std": 0.05, "personal_accuracy_worst10": 0.01}
     found = metrics.summarise(rows)
     assert found["server_accuracy"] is None
-    assert found["general_accuracy"]["final"] == 0.7  # the last round in which it was scored
+    assert found["general_accuracy"]["final"] == 0.7  # the latest round in which it was scored
     assert found["personal_accuracy"]["std"] == 0.05
     assert found["personal_accuracy"]["worst10"] == 0.01
 

@@ -1,4 +1,4 @@
-"""Methods by name, objects from a user's file, and what a class says of itself."""
+"""Methods by name, objects from a user's file, and descriptions of classes."""
 
 import dataclasses
 import inspect

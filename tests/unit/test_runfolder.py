@@ -1,4 +1,4 @@
-"""Run folders: nothing is overwritten, nothing is half written."""
+"""Run folders: nothing is overwritten, and nothing is left half written."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What commands and imports load: nothing that they do not use."""
+"""Commands and imports load only what they use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LIGHT_COMMANDS = (
 
 
 def loaded(code: str, *modules: str) -> set[str]:
-    """Those of the modules that a fresh Python has imported after `code`."""
+    """Return those of the modules that a fresh Python process has imported after `code`."""
     told = f"{code}\nimport sys; print(*[m for m in {modules!r} if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     return set(done.stderr.splitlines()[-1].split())
@@ -81,7 +81,7 @@ def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, e
 
 
 def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
-    """They are forked when the experiment is made, and hold what is loaded by then."""
+    """They are forked when the experiment is created, and keep the modules loaded by then."""
     engine = "processes" if sys.platform == "linux" else "sequential"
     settings = {
         "model": {"name": "mlp"},

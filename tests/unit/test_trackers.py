@@ -1,4 +1,4 @@
-"""Trackers: the real ones where they are installed, and a clear error where they are not."""
+"""Trackers: the real ones if installed, and a clear error if not."""
 
 import importlib.util
 

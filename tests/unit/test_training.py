@@ -1,4 +1,4 @@
-"""Batches and phases: what one client does in its turn."""
+"""Batches and phases: a client's local update."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def test_every_row_comes_once_per_epoch(n, batch_size, epochs):
     assert sorted(rows[:n]) == list(range(n))
     assert max(map(len, batches)) <= batch_size + 1
     if min(n, batch_size) > 1:
-        assert min(map(len, batches)) > 1  # BatchNorm cannot train on one row
+        assert min(map(len, batches)) > 1  # BatchNorm cannot train on one example
 
 
 @given(sizes, st.integers(1, 12))
@@ -58,7 +58,7 @@ def test_epochs_are_shuffled_anew():
     assert first.tolist() == next(iter(Plan(20).batches(20, 2, None, Stream(0)))).tolist()
 
 
-# turns
+# local updates
 
 N_ROWS, TASK = 11, Task(n_clients=1, max_cohort=1, n_classes=2, input_shape=(3,), width=3, rounds=5)
 
@@ -136,7 +136,7 @@ def test_members_of_an_interleave_see_the_same_batches_in_turn():
 
 
 def test_what_is_computed_once_has_a_known_gradient():
-    """Two steps by hand: the first member fits b to the numbers s = w x, the second moves w by d/dw (s b)^2 with the new b."""
+    """Two steps by hand: the first member fits b to the values s = w x; the second updates w by d/dw (s b)^2 with the new b."""
     modules = net(nn.Linear(1, 1, bias=False))
     modules["other"] = nn.Linear(1, 1, bias=False)
     nn.init.constant_(modules["model"][0].weight, 2.0)

@@ -1,4 +1,4 @@
-"""What generators make, against images whose likeness is known."""
+"""Samples from generators, compared with images of known similarity."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_spread_counts_from_the_least_to_the_greatest():
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """A judge that is trained for a shorter while."""
+    """Train the judge for a shorter time."""
     monkeypatch.setattr(samples, "CLASSIFIER_STEPS", 150)
 
 
@@ -83,9 +83,9 @@ def test_findings_compare_as_many_held_out_images(vtc):
     found = samples.measure_generators(vtc, [0, 1])
     made, held_out = found.numbers["made"], found.numbers["held_out"]
     assert made["ssim"]["n"] == held_out["ssim"]["n"] == vtc.data.n_test(0) + vtc.data.n_test(1)
-    assert held_out["psnr_db"]["mean"] > made["psnr_db"]["mean"]  # two rounds do not make good images
+    assert held_out["psnr_db"]["mean"] > made["psnr_db"]["mean"]  # two rounds do not give good images
     judged = found.numbers["classifier"]
-    assert judged["accuracy_not_held"] is None  # everybody holds every class
+    assert judged["accuracy_not_held"] is None  # every client holds every class
     assert judged["accuracy"] == pytest.approx(sum(judged["by_class"]) / 10)
     assert [sheet.client for sheet in found.sheets] == [0, 1]
 

@@ -1,4 +1,4 @@
-"""Pools from one's own arrays."""
+"""Pools from a user's arrays."""
 
 import numpy as np
 import pytest

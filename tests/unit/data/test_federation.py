@@ -1,4 +1,4 @@
-"""Rows become inputs: normalisation, augmentation, references."""
+"""From stored examples to inputs: normalisation, augmentation, pooling."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ def made(pool):
 
 @pytest.fixture
 def ramp():
-    """Three clients of pictures (3, 16, 16) whose pixels name their own row and column."""
+    """Return three clients with images (3, 16, 16) whose pixels encode their row and column."""
     column = torch.arange(16).expand(16, 16)
     picture = torch.stack([10 * column, 10 * column.T, torch.full((16, 16), 255)]).to(torch.uint8)
     return from_arrays(picture.repeat(12, 1, 1, 1), torch.arange(12) % 2, name="ramp")
@@ -138,7 +138,7 @@ def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
     assert (inside | (out[:, 2] == black)).all()
     for rows in (inside.any(2).sum(1), inside.any(1).sum(1)):
         assert (rows.min(), rows.max()) == (12, 16)
-    # what is inside is the picture itself, moved as a whole: neighbours still differ by one step, up or down
+    # inside, it is the shifted image: neighbours still differ by one step
     step = (x[0, 0, 0, 1] - x[0, 0, 0, 0]).abs()
     moved = (out[:, 0, :, 1:] - out[:, 0, :, :-1]).abs()[inside[:, :, 1:] & inside[:, :, :-1]]
     torch.testing.assert_close(moved, step.expand_as(moved))
@@ -147,7 +147,7 @@ def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
 def test_resized_crops_are_windows_of_at_least_three_quarters(ramp):
     federation = Federation(ramp, partition(ramp, 1, scheme="iid"), normalise="none", augment="resized-crop-flip")
     x = federation.rows(np.zeros(400, np.int64))[0]
-    out = federation.augmented(x, Stream(0)) * 25.5  # channel 0 holds the column, channel 1 the row, of what is seen
+    out = federation.augmented(x, Stream(0)) * 25.5  # channel 0 holds the column, channel 1 the row of each pixel
     inner = out[:, :, 2:-2, 2:-2]
     width = (inner[:, 0, :, -1] - inner[:, 0, :, 0]).mean(1).abs() / 11
     height = (inner[:, 1, -1, :] - inner[:, 1, 0, :]).mean(1) / 11
@@ -184,7 +184,7 @@ def test_digits_end_to_end():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
 @pytest.mark.parametrize("normalise", ["half", "standard", "none"])
 def test_nothing_that_a_federation_does_writes_into_its_pool(dtype, normalise):
-    """Normalising must not happen in the pool itself, whose rows may be views of somebody's array."""
+    """Normalisation must not write to the pool itself, which may share memory with a user's array."""
     x = (torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 200).to(dtype)
     pool = from_arrays(x, torch.arange(40) % 4)
     before = pool.images.clone()

@@ -1,4 +1,4 @@
-"""Recipes: what is checked, how an outsider's module is taken in and split."""
+"""Recipes: their checks, and how a user's module is split."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""A comparison folder that the tests of the report share."""
+"""A comparison folder for the report tests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from synthetic_runs import Scene
 
 @pytest.fixture
 def comparison(tmp_path: Path) -> Path:
-    """A comparison folder: four methods with two seeds each, one run unfinished."""
+    """Create a comparison folder: four methods with two seeds each, one run unfinished."""
     folder = tmp_path / "comparison"
     plans = {"fedavg": 0.70, "fedprox": 0.73, "fedrir": 0.86, "fedper": 0.82}
     for method, final in plans.items():

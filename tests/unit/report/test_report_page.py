@@ -1,4 +1,4 @@
-"""The HTML page: whole, self-contained, escaped, and written at once."""
+"""The HTML page: complete, self-contained, escaped, and written atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOID = {"meta", "br", "link", "input", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """Elements, ids and text of a page; complains of tags that do not match."""
+    """Collects elements, ids and text of a page; fails on tags that do not match."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Figures: what they show, and that the edge cases have one."""
+"""Figures: their contents and edge cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedloom.report.style import SERIES, strokes
 
 
 def texts(figure: Figure) -> str:
-    """Draws the figure and returns its text elements."""
+    """Draw the figure and return its text elements."""
     buffer = io.StringIO()
     with plots.drawing():
         figure.savefig(buffer, format="svg")
@@ -146,7 +146,7 @@ def test_colours_are_distinct_and_pyplot_stays_out() -> None:
 
 @pytest.mark.parametrize("most", [400.0, 3e6])
 def test_numbers_on_a_logarithmic_axis_are_plain_text(tmp_path: Path, most: float) -> None:
-    """Text is taken literally in figures, so TeX would be printed as it is."""
+    """Figures show text literally, so TeX would be printed as it is."""
     (record,) = read([Scene(rounds=6).write(tmp_path / "run")])
     assert record.metrics is not None
     rising = np.geomspace(1, most, len(record.metrics))

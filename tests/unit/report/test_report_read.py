@@ -1,4 +1,4 @@
-"""Reading run folders: good, unfinished, and broken ones."""
+"""Reading run folders: complete, unfinished, and damaged ones."""
 
 from __future__ import annotations
 

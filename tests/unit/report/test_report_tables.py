@@ -1,4 +1,4 @@
-"""What the tables say: values, units, spread over seeds, paired differences."""
+"""Tables: values, units, spread over seeds, paired differences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_best_of_each_column_is_bold_and_a_tie_of_all_is_not(comparison: Pat
     grid = summary_grid(read([comparison]))
     bold = {row[0].text: [cell.text for cell in row if cell.bold] for row in grid.rows}
     assert bold["fedavg"] == []
-    assert bold["fedper"] == ["57 MB"]  # the lower is the better
+    assert bold["fedper"] == ["57 MB"]  # lower is better
     assert bold["fedprox"] == ["51.8 ±1.0"]
     assert bold["fedrir"] == ["87.0 ±1.4", "86.5 ±1.4", "73.0 ±1.4", "52.2 ±0.8", "57 MB"]
 

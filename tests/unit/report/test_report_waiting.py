@@ -1,4 +1,4 @@
-"""Time to accuracy on networks, against a run by hand."""
+"""Time to accuracy on networks, checked by hand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedloom.report import Waiting, read, write_page
 from fedloom.report.link_speeds import Network
 from fedloom.report.waiting import common_target, elapsed, round_of_target, waiting_grid
 
-WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up is 1 s, 10 MB down is 1 s
+WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up takes 1 s, 10 MB down takes 1 s
 
 
 def folder(path, accuracies, seconds, method="fedavg"):
-    """Two clients a round; the second computes twice as long and sends nothing."""
+    """Write a run with two clients per round; the second computes twice as long and sends nothing."""
     path.mkdir()
     (path / "config.toml").write_text(f'method = "{method}"\n')
     rows = [{"round": r, "personal_accuracy": a} for r, a in enumerate(accuracies, start=1)]
