@@ -68,7 +68,7 @@ def test_a_run_without_a_server_says_how_to_start_it(cli):
     assert "fedloom deploy server ward" in done.err
 
 
-def test_an_empty_resume_is_no_new_run(cli):
+def test_an_empty_resume_does_not_start_a_new_run(cli):
     assert cli("deploy", "init", "ward", "clients=2", "--nodes", "1").code == 0
     done = cli("deploy", "run", "ward", "--resume", "")
     assert (done.code, done.err) == (2, "fedloom: error: fedloom deploy run: --resume must not be empty\n")

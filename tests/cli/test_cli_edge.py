@@ -33,7 +33,7 @@ def test_export_of_a_client_that_joined_later(tiny, cli):
     assert json.loads(done.out)[0]["client"] == 3
 
 
-def test_rows_that_are_not_the_clients_own_are_called_so(cli):
+def test_examples_that_are_not_the_clients_own_are_labelled(cli):
     pytest.importorskip("onnxruntime")
     dealt = {
         "train": [list(range(30)), list(range(30, 60))],
@@ -84,7 +84,7 @@ def test_mistakes_end_in_one_line(tiny, cli):
         assert message in result.err, words
 
 
-def test_cost_of_a_turn(tiny):
+def test_cost_of_a_local_update(tiny):
     """Two hidden layers are counted by hand. The cost is measured in a process that loads little besides torch."""
     words = ("method=fedavg", "partition=iid", "--network", "8/8/0", "--memory", "0.001", "--json")
     (facts,) = json.loads(tiny("cost", *words).out)
@@ -99,7 +99,7 @@ def test_cost_of_a_turn(tiny):
     assert facts["fits"] is False
 
 
-def test_cost_is_blind_to_files_that_are_called_as_modules_and_to_what_a_method_prints(tiny):
+def test_cost_ignores_files_named_like_modules_and_a_methods_output(tiny):
     Path("random.py").write_text("raise ImportError('not yours')\n")
     Path("own.py").write_text(
         "from dataclasses import dataclass\nfrom fedloom import Method\nprint('hello')\n"
@@ -117,7 +117,7 @@ def test_cost_shows_every_architecture(tiny):
         assert words in shown.out
 
 
-def test_report_tells_the_time_on_networks(tiny, cli):
+def test_report_shows_the_time_on_networks(tiny, cli):
     tiny("run", "out=r", "--quiet")
     shown = cli("report", "r", "network=4g,2/10/80", "slowdown=20", "target=1")
     assert shown.code == 0, shown.err

@@ -58,7 +58,7 @@ def carriers(mark: str) -> dict[int, str]:
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
+def test_an_interrupted_run_leaves_nothing_running_and_resumes(cli):
     Path("own.py").write_text(OWN)
     mark = uuid.uuid4().hex
     words = ("method=own.py:Mine", *WORDS, "rounds=5000", "engine=ray", "engine.workers=2", "out=cut")
@@ -98,7 +98,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
 
 
 @needs_ray
-def test_a_cluster_that_is_not_there_is_one_line(cli):
+def test_a_missing_cluster_is_a_one_line_error(cli):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -149,7 +149,7 @@ def test_a_client_that_changes_without_working_is_named(experiment):
         run.run()
 
 
-def test_a_broken_rule_is_named_whatever_runs_beneath(experiment):
+def test_a_broken_rule_is_named_on_any_inner_engine(experiment):
     run = experiment(Scribbler(), engine="debug")
     with pytest.raises(MethodError, match="changed in place"):
         run.run()
@@ -264,7 +264,7 @@ class RandomStart(FedAvg):
         return super().aggregate(server, uplinks, round) | {"net": server["net"] + torch.randn(3)}
 
 
-def test_what_server_hooks_draw_from_torch_depends_on_the_seed_alone(experiment):
+def test_torch_draws_of_server_hooks_depend_on_the_seed_alone(experiment):
     def net(seed):
         before = torch.get_rng_state()
         run = experiment(RandomStart(), seed=seed)

@@ -65,7 +65,7 @@ def test_augmented_batches_are_the_same_too(experiment, elsewhere, augment):
             assert_close(left_by(make(experiment, "fedavg", "mlp", engine, **settings)), here)
 
 
-def test_rows_and_clients_stay_on_the_device_as_long_as_there_is_room(experiment, elsewhere, float64):
+def test_examples_and_clients_stay_on_the_device_within_its_budget(experiment, elsewhere, float64):
     def run_with(budget):
         with elsewhere(budget) as device:
             run = make(experiment, "fedper", "mlp", "sequential", cohort=3, rounds=3)
@@ -87,7 +87,7 @@ def test_rows_and_clients_stay_on_the_device_as_long_as_there_is_room(experiment
 
 
 @pytest.mark.parametrize("method", ["fedrir", "scaffold"])
-def test_a_run_is_taken_up_on_another_device(experiment, elsewhere, monkeypatch, method):
+def test_a_run_is_resumed_on_another_device(experiment, elsewhere, monkeypatch, method):
     settings = {"rounds": 2, "checkpoint_every": 1}
     whole = left_by(make(experiment, method, "mlp", "sequential", **settings))
     with elsewhere(ROOMY):

@@ -73,7 +73,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_travels_is_declared(reference, method):
+def test_travelling_parts_are_declared(reference, method):
     ways = reference(method, "mlp").summary["bytes_by_kind"].values()
     sent = {kind for way in ways for kind in way} - {"header"}
     cls = METHODS[method]
@@ -168,7 +168,7 @@ def test_engines_agree_on_messages_that_are_transformed(experiment, reference, m
     assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
 
 
-def test_clients_are_scored_with_what_arrives_and_the_server_with_its_own_model(experiment):
+def test_clients_are_scored_with_the_decoded_downlink_and_the_server_with_its_own_model(experiment):
     run = make(experiment, "fedavg", "mlp", "sequential", downlink="int8", clients=3, cohort=3)
     run.run()
     exact, own = run.server["weights"]["params"], dict(run.personal_model(1).named_parameters())
@@ -192,7 +192,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("method", "part"), PARTS)
-def test_every_method_takes_transforms_of_what_it_sends(experiment, reference, method, part):
+def test_every_method_accepts_transforms_of_its_messages(experiment, reference, method, part):
     word = "int8" if part == "weights" else f"{part}/int8"
     ways = {"uplink": word} if part == "variance" else {"uplink": word, "downlink": word}
     run = make(experiment, method, "mlp", "debug+bytes+sequential", **ways)
@@ -214,7 +214,7 @@ def test_only_clients_that_keep_something_are_kept(experiment, method, kept, eng
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
-def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, method):
+def test_a_round_changes_no_client_outside_the_cohort_and_no_message(experiment, method):
     run = make(experiment, method, "resnet8" if method == "fedrir" else "mlp", "sequential")
     before = [tree.clone(run.engine.client(i)._asdict()) for i in range(5)]
     server = tree.clone(run.server)
@@ -236,7 +236,7 @@ def test_a_round_changes_nobody_outside_the_cohort_and_no_message(experiment, me
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
 @pytest.mark.parametrize("engine", [engine for engine in EVERY if engine not in ROUNDING])
-def test_the_order_in_which_a_cohort_works_changes_nothing(experiment, method, engine):
+def test_the_order_of_local_updates_changes_nothing(experiment, method, engine):
     run = make(experiment, method, "fedmr_cnn", REFERENCE)
     cohort = [0] if run.method.pooled else [0, 2, 4]
     torch.set_default_dtype(torch.float64)
@@ -453,7 +453,7 @@ def test_input_layers_in_dual_form_change_nothing_but_rounding(experiment, refer
     assert_close(left_by(make(experiment, method, "mlp", "vectorised")), one)
 
 
-def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):
+def test_a_loss_recreated_in_every_local_update_is_traced_once(experiment, monkeypatch):
     traced, trace = [], step_cache.trace
     monkeypatch.setattr(step_cache, "trace", lambda *given: traced.append(given) or trace(*given))
     monkeypatch.setattr(step_cache, "SHORT_S", 1e9)
@@ -508,7 +508,7 @@ def test_phases_for_the_last_round_and_of_some_steps(experiment):
 
 
 @pytest.mark.parametrize("engine", EVERY)
-def test_memory_holds_what_was_handed_on(experiment, engine):
+def test_memory_holds_what_uplink_returned(experiment, engine):
     run = make(experiment, "Remembering", "mlp", engine, cohort=5)
     rounds = spied(run)
     left = left_by(run)
@@ -519,7 +519,7 @@ def test_memory_holds_what_was_handed_on(experiment, engine):
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
-def test_a_single_row_cannot_train_a_batch_norm_on_any_engine(experiment, engine):
+def test_a_single_example_cannot_train_a_batch_norm_on_any_engine(experiment, engine):
     run = experiment("fedavg", engine=engine, model="resnet8", batch_size=1, rounds=1, **{"data.rows": 40})
     with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one row"):
         run.run()
@@ -532,7 +532,7 @@ def test_without_running_statistics_the_server_has_no_model_to_score(experiment,
     assert (run.rows[-1]["server_accuracy"] is None) == (buffers == "private")
 
 
-def test_what_follows_training_learns_as_slowly_as_its_last_round(experiment):
+def test_adaptation_uses_the_learning_rate_of_the_last_round(experiment):
     """With a learning rate near 0 in the last round, fine-tuned models equal the server's."""
     run = experiment("fedavg_ft", rounds=3, **{"method.lr_decay": 1e-9, "data.rows": 120})
     run.run()

@@ -12,7 +12,7 @@ METHODS = ("fedavg", "fedmr", "fedrir")
 SETTINGS = {"clients": 10, "rounds": 2, "data.rows": 300}
 
 
-def test_a_part_of_the_clients_takes_part(experiment):
+def test_the_cohort_is_a_fraction_of_the_clients(experiment):
     run = experiment("fedavg", participation=0.3, **SETTINGS)
     run.run()
     assert [row["cohort"] for row in run.rows] == [3, 3]
@@ -21,7 +21,7 @@ def test_a_part_of_the_clients_takes_part(experiment):
     } == {1: 3, 2: 3}
 
 
-def test_a_part_that_changes_stays_in_its_range(experiment):
+def test_a_varying_fraction_stays_in_its_range(experiment):
     runs = {name: experiment(name, participation="0.2-0.8", **SETTINGS) for name in METHODS}
     cohorts = {name: [run._cohort(number) for number in range(20)] for name, run in runs.items()}
     assert cohorts["fedavg"] == cohorts["fedmr"] == cohorts["fedrir"]
@@ -53,7 +53,7 @@ def test_bf16_is_for_products_alone(experiment, method):
     assert_same(left_by(make("bf16", "processes")), coarse)
 
 
-def test_what_is_pooled_is_one_model_that_everybody_has_trained(experiment):
+def test_a_pooled_method_has_one_model_trained_by_all(experiment):
     run = experiment("centralised", **{**SETTINGS, "eval": {"fitted": True}})
     run.run()
     for row in run.rows:
@@ -62,7 +62,7 @@ def test_what_is_pooled_is_one_model_that_everybody_has_trained(experiment):
 
 
 @pytest.mark.parametrize("method", ["fedavg_ft", "fedbabu"])
-def test_fine_tuning_before_prediction_augments_as_turns_do(experiment, method, monkeypatch):
+def test_fine_tuning_before_prediction_augments_like_training(experiment, method, monkeypatch):
     run = experiment(method, **SETTINGS, **{"data.augment": "crop-flip"})
     run.run()
     seen = []
@@ -85,7 +85,7 @@ class Recorder:
         self.closed += 1
 
 
-def test_trackers_are_told_of_every_evaluation_once(experiment, monkeypatch):
+def test_trackers_receive_every_evaluation_once(experiment, monkeypatch):
     made = []
 
     def make(names, folder, config):

@@ -54,7 +54,7 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
 
 
 @pytest.mark.parametrize("name", JOINABLE)
-def test_what_travels_is_frozen_and_what_stays_is_learnt(experiment, name):
+def test_travelling_weights_are_frozen_and_private_ones_are_trained(experiment, name):
     run = experiment(
         name,
         **{**SETTINGS, "join.turns": 8, "rounds": 2, "data.rows": None, "method.lr": 2e-3 if name == "fedrir" else 0.1},
@@ -107,7 +107,7 @@ def test_fedbn_fits_normalisation_layers(experiment):
     assert {name.removeprefix("model.") for name in own} <= norms
 
 
-def test_turns_of_a_newcomer_count_from_0(experiment):
+def test_local_updates_of_a_newcomer_count_from_0(experiment):
     """The learning rate is 0 after a newcomer's first local update: three updates equal one. If it were 0 earlier, none would count."""
     settings = {**SETTINGS, "method.lr": 0.1, "method.lr_decay": 1e-9}
     one, three, constant = (
@@ -122,7 +122,7 @@ def test_turns_of_a_newcomer_count_from_0(experiment):
         torch.testing.assert_close(three.engine.client(5).weights["params"][name], p, rtol=0, atol=1e-6)
 
 
-def test_newcomers_receive_what_arrives(experiment):
+def test_newcomers_receive_the_decoded_downlink(experiment):
     run = experiment("fedper", **SETTINGS, downlink="int8")
     run.run()
     exact = run.method.deploy(run.server, run.problem.task)
@@ -190,7 +190,7 @@ def test_progress_counts_newcomers(experiment):
         ({"cohort": 5}, "cohort=5: there are only 6 clients, of whom 2 join after training"),
     ],
 )
-def test_what_cannot_be_is_refused(experiment, settings, words):
+def test_invalid_join_settings_are_refused(experiment, settings, words):
     with pytest.raises(ConfigError, match=words):
         experiment(settings.pop("method", "fedavg"), **{**SETTINGS, **settings})
 

@@ -94,7 +94,7 @@ def test_a_bad_uplink_is_rejected_and_the_others_are_averaged(experiment, fault,
 
 
 @pytest.mark.parametrize("fate", ["rejected", "thrown away"])
-def test_a_client_whose_uplink_does_not_count_keeps_what_it_learnt(experiment, fate):
+def test_a_client_with_a_rejected_or_skipped_uplink_keeps_its_training(experiment, fate):
     settings = {**SETTINGS, "min_clients": 4 if fate == "thrown away" else 1}
     whole, run = (experiment("fedper", **settings) for _ in range(2))
     whole.run()
@@ -166,7 +166,7 @@ class Exploding(FedPer):
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
-def test_clients_that_diverge_go_back_to_what_they_had(experiment, engine):
+def test_clients_that_diverge_return_to_their_earlier_state(experiment, engine):
     run = experiment(Exploding(), **{**SETTINGS, "engine": engine})
     assert run.run()["rejected"] == 4
     assert list(run.engine.changed()) == []
@@ -185,7 +185,7 @@ class Sick(FedAvg):
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised", "bytes+sequential"])
-def test_a_turn_that_leaves_something_broken_is_undone(experiment, engine):
+def test_a_local_update_that_leaves_nonfinite_state_is_undone(experiment, engine):
     run = experiment(Sick(), **{**SETTINGS, "engine": engine, "rounds": 2})
     assert run.run()["rejected"] == 4
     assert all(run.engine.client(i).memory["turns"] == 1 for i in range(4))
@@ -250,7 +250,7 @@ def test_devices_are_the_same_on_every_engine(experiment, method, rule, settings
 
 @pytest.mark.parametrize("after", [1, 2, 4])
 @pytest.mark.parametrize(("method", "rule", "settings"), RULES[:3])
-def test_a_run_is_taken_up_with_uplinks_under_way(experiment, method, rule, settings, after):
+def test_a_run_resumes_with_uplinks_in_flight(experiment, method, rule, settings, after):
     whole = devices(experiment, method, rule, checkpoint_every=1, **settings)
     expected = left_by(whole)
     run = devices(experiment, method, rule, checkpoint_every=1, **settings)
@@ -262,7 +262,7 @@ def test_a_run_is_taken_up_with_uplinks_under_way(experiment, method, rule, sett
     assert events(again) == events(whole)
 
 
-def test_a_late_uplink_is_folded_in_with_its_weight(experiment):
+def test_a_late_uplink_is_aggregated_with_its_weight(experiment):
     servers = []
     settings = {"clients": 3, "rounds": 3, "devices.slow": 0.3, "devices.slowdown": 2.5, "devices.stragglers": "late"}
     run = experiment("fedavg", **{**SETTINGS, **settings})
@@ -301,7 +301,7 @@ def test_half_of_two_epochs_is_one(experiment):
         assert part.summary["virtual_steps"] == 2 * whole.summary["virtual_steps"]
 
 
-def test_partial_turns_have_the_steps_that_are_recorded(experiment):
+def test_partial_local_updates_have_the_recorded_steps(experiment):
     whole = experiment("fedavg", **SETTINGS)
     whole.run()
     run = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": "partial"})
@@ -326,7 +326,7 @@ def test_dropped_stragglers_never_train(experiment):
     assert {row["client"] for row in run.client_rows if "steps" in row} == {0, 1, 2, 3} - slow
 
 
-def test_the_server_waits_for_the_longest_turn(experiment):
+def test_the_server_waits_for_the_longest_local_update(experiment):
     times = {}
     for rule in ("wait", "drop", "late", "partial"):
         run = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": rule})
@@ -337,18 +337,18 @@ def test_the_server_waits_for_the_longest_turn(experiment):
     assert times["drop"] <= times["late"] < times["wait"]
 
 
-def test_a_reference_that_is_no_federation_has_no_devices(experiment):
+def test_a_pooled_reference_has_no_devices(experiment):
     run = experiment("centralised", **{**SETTINGS, **SLOW, "devices.slow": 1.0, "devices.dropout": 0.99})
     assert run.run()["lost"] == 0
 
 
 @pytest.mark.parametrize("method", ["scaffold", "fedmr", "fedproto", "fedvtc", "local"])
-def test_a_method_that_cannot_take_late_uplinks_says_so(experiment, method):
+def test_a_method_without_late_uplinks_refuses_them(experiment, method):
     with pytest.raises(ConfigError, match=rf"devices.stragglers=late: {method} cannot aggregate late uplinks"):
         experiment(method, **SETTINGS, **{"devices.stragglers": "late"})
 
 
-def test_more_clients_than_a_cohort_has_cannot_be_asked_for(experiment):
+def test_min_clients_above_the_cohort_is_refused(experiment):
     with pytest.raises(ConfigError, match=r"min_clients=3: must be at most 2, the largest cohort"):
         experiment("fedavg", **SETTINGS, **{"cohort": 2, "min_clients": 3})
 

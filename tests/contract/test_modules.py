@@ -183,7 +183,7 @@ def test_state_that_clients_would_share_is_refused_by_name(run, module, message)
         run(module=module)
 
 
-def test_a_cache_that_depends_on_no_input_is_no_state(run):
+def test_a_cache_that_does_not_depend_on_inputs_is_accepted(run):
     done = run(module=Caching)
     assert done.run()["rounds"] == 2
 
@@ -235,7 +235,7 @@ class LogSoftmax(Reporting):
 @pytest.mark.parametrize(
     ("wrapper", "message"), [(Pair, "returns a tuple; return one tensor"), (LogSoftmax, "return logits, without")]
 )
-def test_outputs_that_are_no_logits_are_refused_with_a_remedy(run, wrapper, message):
+def test_outputs_that_are_not_logits_are_refused_with_a_remedy(run, wrapper, message):
     with pytest.raises(ConfigError, match=message):
         run(module=wrapper(Adapted()))
 

@@ -186,7 +186,7 @@ def test_a_run_that_only_loses_ends(experiment, caplog, monkeypatch):
     assert len(lost_by(caplog)) == 2
 
 
-def test_what_cannot_be_sent_is_said_in_one_line(experiment):
+def test_a_method_that_cannot_be_sent_is_a_one_line_error(experiment):
     import threading
 
     @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def test_clients_that_raise_die_hang_or_answer_wrongly_lose_their_round_alone(fe
     assert tree.equal(experiment.server, same.server)
 
 
-def test_a_node_that_is_late_is_folded_into_a_later_round(federation, tmp_path):
+def test_a_late_node_is_aggregated_in_a_later_round(federation, tmp_path):
     """Node 2 takes a minute for its local updates in round 2; 45 s rounds go on without it, and do not ask it again before it answers."""
     code = federation.deployment.path / "node-2/code/faulty.py"
     code.write_text(code.read_text().replace("FAULTS: dict[int, str] = {}", "FAULTS: dict[int, str] = {1: 'dawdles'}"))

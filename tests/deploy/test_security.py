@@ -105,7 +105,7 @@ def test_the_node_api_itself_asks_for_a_key(running):
         assert answer.code == 401, answer.read()
 
 
-def test_tasks_are_not_given_to_whoever_has_no_secret(running):
+def test_tasks_need_the_secret(running):
     """Other users of the server's machine have no secret."""
     from flwr.supercore.constant import TaskType
 

@@ -58,7 +58,7 @@ def test_the_pull_is_to_the_model_that_was_received(experiment):
         torch.testing.assert_close(kept[f"personal.{name}"], v.detach(), rtol=1e-9, atol=1e-12)
 
 
-def test_both_models_start_alike_and_only_the_common_one_travels(experiment):
+def test_both_models_start_equal_and_only_the_common_one_travels(experiment):
     run = experiment(Ditto(), model="resnet8", rounds=1, **{"data.rows": 120})
     whole = run.engine._whole(0).weights
     for part in whole.values():
@@ -71,6 +71,6 @@ def test_both_models_start_alike_and_only_the_common_one_travels(experiment):
 
 
 @pytest.mark.parametrize(("field", "value"), [("mu", -1.0), ("personal_epochs", 0)])
-def test_what_does_not_make_sense_is_refused(field, value):
+def test_invalid_hyper_parameters_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}: must be at least"):
         Ditto(**{field: value})

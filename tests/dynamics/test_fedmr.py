@@ -53,7 +53,7 @@ def test_the_multiset_of_tensors_and_the_mean_stay(weights, unit):
 
 
 @pytest.mark.parametrize(("unit", "owner"), [("layer", layer_of), ("block", block_of), ("tensor", lambda name: name)])
-def test_what_belongs_together_stays_together_and_the_rest_is_shuffled_on_its_own(weights, unit, owner):
+def test_tensors_of_a_unit_stay_together_and_units_are_shuffled_separately(weights, unit, owner):
     found = origins(recombined(FedMR(unit=unit), weights))
     by_unit = {}
     for name, came in found.items():
@@ -98,7 +98,7 @@ def test_each_member_gets_the_slot_of_its_place(weights):
         assert tree.equal(down.to(slot)["weights"], models(weights)[slot])
 
 
-def test_the_log_tells_how_alike_the_returned_models_and_their_movements_are():
+def test_the_logs_are_the_similarity_of_returned_models_and_updates():
     slots = tree.stack([{"params": {"m.w": torch.tensor([float(k), 1.0])}, "buffers": {}} for k in range(3)])
     sent = tree.unstack(slots)
     arrivals = tuple(Arrival(10 + slot, slot, 0.5) for slot in (0, 2))
@@ -200,7 +200,7 @@ def test_a_secure_exchange_and_differences_do_not_go_together(experiment):
         experiment("fedmr", uplink="int8", **{"method.secure": True})
 
 
-def test_patience_ends_the_first_stage_when_models_no_longer_become_more_alike():
+def test_patience_ends_the_first_stage_when_similarity_stops_rising():
     method = FedMR(first_stage_rounds=10, first_stage_patience=2)
     flat = {"params": {"a.w": torch.zeros(2), "b.w": torch.zeros(2)}, "buffers": {}}
     server = {

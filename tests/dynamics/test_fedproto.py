@@ -27,7 +27,7 @@ def round_of(*clients):
     return Round(0, 9, arrivals, Stream(0))
 
 
-def test_the_prototypes_are_the_means_over_all_rows_of_a_class(experiment):
+def test_the_prototypes_are_the_means_over_all_examples_of_a_class(experiment):
     run = experiment(FedProto(), rounds=2)
     run.run()
     z, y = (np.concatenate(part) for part in zip(*(features(run, i) for i in range(4)), strict=True))
@@ -37,7 +37,7 @@ def test_the_prototypes_are_the_means_over_all_rows_of_a_class(experiment):
             np.testing.assert_allclose(run.server["prototypes"][label], z[y == label].mean(0), rtol=1e-9, atol=1e-12)
 
 
-def test_a_uniform_mean_counts_clients_not_rows():
+def test_a_uniform_mean_counts_clients_not_examples():
     a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 6.0], [5.0, 5.0]])
     uplinks = [
         {"prototypes": a, "counts": torch.tensor([1.0, 0.0, 0.0])},
@@ -53,7 +53,7 @@ def test_a_uniform_mean_counts_clients_not_rows():
     )  # no client holds the last class: its prototype is kept
 
 
-def test_the_pull_is_the_squared_distance_of_rows_whose_class_has_a_prototype():
+def test_the_pull_is_the_squared_distance_of_examples_with_a_prototype():
     method, choice = FedProto(prototype_weight=2.0), arch("mlp", (1, 8, 8), 4)
     modules = {"body": choice.body(), "head": choice.head()}
     nets = Nets(modules, **read_weights(modules))

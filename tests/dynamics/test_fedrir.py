@@ -185,7 +185,7 @@ def test_without_its_parts_it_is_fedper(experiment, model):
 
 @pytest.mark.parametrize(("side", "patch", "n_patches"), [(8, 0, 16), (28, 0, 49), (32, 0, 64), (10, 4, 9), (8, 4, 4)])
 @pytest.mark.parametrize("ratio", [0.6, 0.0, 0.5])
-def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
+def test_the_number_of_masked_patches_is_exact(side, patch, n_patches, ratio):
     method, n = FedRIR(patch_size=patch, mask_ratio=ratio), 12
     batch = Batch(torch.ones(n, 3, side, side), torch.zeros(n, dtype=torch.int64))
     draws = method.draw_mask(batch, replace(TASK, input_shape=(3, side, side)), Stream(0))
@@ -219,7 +219,7 @@ def test_a_method_that_masks_nothing_sees_everything(experiment):
     assert tree.equal(runs[0].server, runs[1].server)
 
 
-def test_an_input_that_is_no_image_is_named(experiment):
+def test_an_input_that_is_not_an_image_is_named(experiment):
     data = from_arrays(torch.randn(80, 5).numpy(), (torch.arange(80) % 4).numpy())
     with pytest.raises(ConfigError, match=r"fedrir rebuilds images \(C, H, W\); these inputs have the shape \(5,\)"):
         experiment("fedrir", dataset=data)

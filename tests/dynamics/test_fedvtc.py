@@ -96,7 +96,7 @@ def test_a_small_spread_far_from_zero_is_not_lost_in_float32():
 
 
 @pytest.mark.parametrize("form", COVARIANCES)
-def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experiment, form):
+def test_the_servers_variance_is_that_of_all_examples_around_the_global_means(experiment, form):
     run = experiment(FedVTC(covariance=form, **QUICK), rounds=1, width=P)
     run.run()
     z, y = [], []
@@ -114,7 +114,7 @@ def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experim
     np.testing.assert_allclose(run.server["variance"], expected[form], rtol=1e-9, atol=1e-12)
 
 
-def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
+def test_a_uniform_mean_has_the_variance_of_equally_weighted_clients():
     inside, local = torch.tensor([[2.0], [4.0]]), torch.tensor([[[1.0]], [[5.0]]])
     alike = feature_statistics.total_variance(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
     by_rows = feature_statistics.total_variance(
@@ -124,7 +124,7 @@ def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
     assert by_rows.tolist() == [2.5 + 3.0]
 
 
-def test_a_class_that_nobody_holds_keeps_what_it_had(experiment):
+def test_a_class_that_no_client_holds_keeps_its_statistics(experiment):
     run = experiment(FedVTC(covariance="class", **QUICK), cohort=1, rounds=3, width=P)
     known = torch.zeros(10, dtype=torch.bool)
     for number in range(3):
@@ -250,7 +250,7 @@ def test_without_statistics_fine_tuning_changes_nothing(ready):
     assert tree.equal(after.weights, s.client.weights)
 
 
-def test_fine_tuning_comes_in_every_nth_turn_or_at_the_end(experiment):
+def test_fine_tuning_runs_in_every_nth_round_or_at_the_end(experiment):
     names = [[phase.name for phase in FedVTC(finetune=when).phases()] for when in ("every", "end", "never")]
     assert names == [["fit", "statistics", "generator", "finetune"], *[["fit", "statistics", "generator"]] * 2]
     assert [len(FedVTC(finetune=when).adapt()) for when in ("every", "end", "never")] == [0, 1, 0]
@@ -352,7 +352,7 @@ def test_without_prototypes_and_fine_tuning_the_models_train_alone(experiment):
     ("field", "value", "allowed"),
     [("spread_floor", 0.0, "above 0"), ("kl_weight", -1.0, "at least 0"), ("finetune_steps", 0, "at least 1")],
 )
-def test_what_does_not_make_sense_is_refused(field, value, allowed):
+def test_invalid_hyper_parameters_are_refused(field, value, allowed):
     with pytest.raises(ValueError, match=f"{field}={value}: must be {allowed}"):
         FedVTC(**{field: value})
 
@@ -378,7 +378,7 @@ def test_the_generators_loss_is_the_weighted_sum_of_its_terms():
     assert min(logs["kl"], logs["matching"]) > 0
 
 
-def test_real_rows_count_as_much_as_synthetic_ones_or_not_at_all():
+def test_real_examples_have_the_same_weight_as_synthetic_ones_or_none():
     found = {}
     for mix in (True, False):
         s = setting(finetune_mix=mix).with_statistics()
@@ -394,7 +394,7 @@ def test_real_rows_count_as_much_as_synthetic_ones_or_not_at_all():
     assert found[True] != pytest.approx(found[False])
 
 
-def test_phases_are_as_long_and_as_fast_as_they_are_told():
+def test_phases_follow_their_steps_and_learning_rates():
     method = FedVTC(generator_epochs=3, generator_lr=0.02, finetune_steps=7, finetune_lr=0.3, lr=0.01)
     _, _, generator, finetune = method.phases()
     assert (generator.epochs, finetune.steps) == (3, 7)
@@ -416,7 +416,7 @@ def first_step(phase):
 
 
 @pytest.mark.parametrize("n", [Y, 2 * Y - 1, 32])
-def test_every_known_class_is_among_the_synthetic_rows(n):
+def test_every_known_class_is_among_the_synthetic_examples(n):
     method = FedVTC(n_synthetic=n)
     every = torch.ones(Y, dtype=torch.bool)
     for seed in range(50):

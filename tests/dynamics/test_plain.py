@@ -84,7 +84,7 @@ def test_one_client_that_shares_everything_trains_plainly(experiment, batches, m
     assert run.rows[-1]["server_accuracy"] == pytest.approx(accuracy, abs=1e-12)
 
 
-def test_an_epoch_shows_every_row_once(experiment, batches):
+def test_an_epoch_visits_every_example_once(experiment, batches):
     run = experiment(noting(FedAvg)(local_epochs=2), clients=2, rounds=1)
     run.run()
     for i in range(2):
@@ -118,7 +118,7 @@ def test_centralised_trains_on_the_union(experiment, batches):
     assert {turn["client"] for turn in run.client_rows if "examples" in turn} == {0}
 
 
-def test_centralised_is_scored_on_the_rows_of_every_other_method(experiment):
+def test_centralised_is_scored_on_the_same_examples_as_other_methods(experiment):
     pooled, shared = experiment("centralised", rounds=1), experiment("fedavg", rounds=1)
     for i in range(4):
         assert torch.equal(pooled.data.test(i)[0], shared.data.test(i)[0])

@@ -191,7 +191,7 @@ def test_fedprox_without_its_term_is_fedavg_bit_for_bit(settle):
     assert torch.equal(w, plain)
 
 
-def test_a_large_mu_holds_clients_near_what_they_received(settle):
+def test_a_large_mu_keeps_clients_near_the_received_model(settle):
     mu = 50.0
     w, _ = settle(QuadraticFedProx(lr=0.01, local_epochs=2000, mu=mu), rounds=1)
     assert near(w, (A * B / (A + mu)).mean(0), 1e-10)

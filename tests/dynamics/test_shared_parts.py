@@ -97,7 +97,7 @@ def test_fedrep_trains_the_head_first_and_then_the_body():
     assert changed_by([body]) == [{"body"}, {"body"}]
 
 
-def test_what_does_not_make_sense_is_refused():
+def test_invalid_hyper_parameters_are_refused():
     with pytest.raises(ValueError, match="head_epochs=0: must be at least 1"):
         FedRep(head_epochs=0)
 
@@ -134,7 +134,7 @@ def test_fedbabu_never_trains_the_head_of_the_federation(experiment):
 
 
 @pytest.mark.parametrize(("tuned", "parts"), [("model", {"body", "head"}), ("head", {"head"}), ("body", {"body"})])
-def test_fedbabu_fine_tunes_what_was_asked_for(tuned, parts):
+def test_fedbabu_fine_tunes_the_chosen_part(tuned, parts):
     (phase,) = FedBABU(tuned=tuned, tuning_epochs=2, tuning_lr=0.1).adapt()
     assert isinstance(phase, Train)
     assert phase.epochs == 2

@@ -25,7 +25,7 @@ def test_the_cpu_is_always_there():
 @NO_GPU
 @pytest.mark.parametrize("words", [["run"], ["compare", "method=fedavg,local"], ["bench", "w4-mlp", "scale=0.01"]])
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
-def test_a_device_that_is_not_there_is_one_line(tmp_path, monkeypatch, capsys, words, device):
+def test_a_missing_device_is_a_one_line_error(tmp_path, monkeypatch, capsys, words, device):
     monkeypatch.chdir(tmp_path)
     key = "device" if words[0] == "bench" else "engine.device"
     assert main([*words, f"{key}={device}"]) == 2
@@ -71,7 +71,7 @@ def test_settings_that_can_be_meant_are_taken():
 
 
 @pytest.mark.parametrize("tf32", [True, False])
-def test_strict_arithmetic_is_put_back(tf32):
+def test_strict_arithmetic_restores_earlier_settings(tf32):
     def state():
         cudnn = torch.backends.cudnn
         return (

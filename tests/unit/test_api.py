@@ -78,7 +78,7 @@ def test_the_models_predict_with_the_accuracy_that_was_reported(run, method):
     assert done.summary["personal_accuracy"]["final"] == scores(done)
 
 
-def test_models_in_float64_take_the_rows_of_the_federation(run):
+def test_models_in_float64_accept_the_federations_examples(run):
     done = run(precision="fp64")
     assert done.summary["personal_accuracy"]["final"] == scores(done)
 
@@ -103,7 +103,7 @@ def test_own_arrays_and_an_own_module(run, precision):
     assert done.summary["personal_accuracy"]["final"] > 0.8
 
 
-def test_features_of_ones_own_are_taken_as_they_are(run):
+def test_user_features_are_used_unchanged(run):
     x, y = arrays()
     federation = run(data=fedloom.from_arrays(x, y), model=Net, rounds=1).federation
     train, _ = federation.train(0)
@@ -122,7 +122,7 @@ def test_an_instance_brings_its_initial_weights(run):
     )  # the caller's module is not changed
 
 
-def test_an_own_method_runs_like_any_other(run):
+def test_a_users_method_runs_like_a_registered_one(run):
     plain, pulled = run(fedloom.FedAvg()), run(Shrunken(pull=0.5))
     assert pulled.summary["method"] == "Shrunken"
     size = {k: sum(float(p.norm()) for p in done.model(0).parameters()) for k, done in (("a", plain), ("b", pulled))}
@@ -205,7 +205,7 @@ def test_clients_with_models_of_their_own(run):
     assert done.summary["personal_accuracy"]["final"] == scores(done)
 
 
-def test_one_can_score_without_rows_of_ones_own(run):
+def test_scoring_works_without_clients_test_examples(run):
     x, y = arrays()
     x_test, y_test = arrays(30)
     data = fedloom.from_arrays(x, y, x_test, y_test)
@@ -214,7 +214,7 @@ def test_one_can_score_without_rows_of_ones_own(run):
     assert done.summary["personal_accuracy"]["final"] == done.summary["server_accuracy"]["final"]
 
 
-def test_rows_to_test_on_and_to_validate_with_must_be_in_a_partition_file(run, tmp_path):
+def test_a_partition_file_must_contain_test_and_validation_examples(run, tmp_path):
     x, y = arrays(40)
     data = fedloom.from_arrays(x, y)
     halves = [list(range(10)), list(range(20, 30))]
@@ -252,7 +252,7 @@ def test_scores_that_follow_from_others_are_those_one_would_measure(run, partiti
     assert measured.rows.sum() == len(experiment.data.partition.common)
 
 
-def test_as_many_test_rows_of_clients_as_common_ones_need_not_be_the_same(run):
+def test_equally_many_client_and_common_test_examples_may_differ(run):
     x, y = arrays(150)
     rows = fedloom.from_arrays(x[:120], y[:120], x[120:], (y[120:] + 1) % 3)  # the official test set has wrong labels
     for fraction in (0.25, 0.5):  # 30 test examples of the clients' own, as many as official ones; and 60

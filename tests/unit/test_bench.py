@@ -102,7 +102,7 @@ def test_flops_are_those_of_the_matrix_products(tmp_path):
     assert train_flop(stepped(small(), tmp_path / "run")) == 2 * rows * (forward + for_weights + for_hidden)
 
 
-def test_flops_leave_out_rows_that_drop_last_drops(tmp_path):
+def test_flops_leave_out_examples_that_drop_last_drops(tmp_path):
     whole, dropped = (
         train_flop(stepped(small(batch_size=20, drop_last=drop), tmp_path / str(drop))) for drop in (False, True)
     )

@@ -169,7 +169,7 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(words, p
 
 
 @pytest.mark.parametrize("word", ["rounds", "=3", ""])
-def test_a_word_that_is_no_setting_is_named(word):
+def test_a_word_that_is_not_a_setting_is_named(word):
     with pytest.raises(ConfigError, match=f"'{word}': expected key=value"):
         from_words([word])
 
@@ -217,7 +217,7 @@ def test_settings_are_read_only():
     assert isinstance(make_settings({"out": "x"}).out, Path)
 
 
-def test_a_small_participation_is_no_range():
+def test_a_small_participation_is_not_a_range():
     assert settings.participation_range(make_settings({"participation": 1e-5}).participation) == (1e-5, 1e-5)
     assert settings.participation_range("0.1-0.5") == (0.1, 0.5)
 
@@ -232,7 +232,7 @@ def test_a_key_beside_its_table_is_explained(tmp_path):
     assert read_toml(file)["method"] == {"name": ["fedavg", "fedmr"], "lr": 0.1}
 
 
-def test_what_python_gives_is_checked_too():
+def test_objects_from_python_are_checked_too():
     with pytest.raises(
         ConfigError, match=r"method: must be a method object, such as FedAvg\(\), or a name, not FedAvg$"
     ):

@@ -46,7 +46,7 @@ def test_hidden_layers_take_six(tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypatch):
+def test_three_small_steps_determine_the_cost_of_a_local_update(name, tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)  # trying a replay is extra work, once
     run = experiment(tmp_path, {"name": name})
     costs = Costs(run.problem)
@@ -55,7 +55,7 @@ def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypa
     assert sum(costs.flops(0, 0).values()) == counter.get_total_flops() > 0
 
 
-def test_terms_over_all_pairs_of_rows_are_counted(tmp_path, monkeypatch):
+def test_terms_over_all_pairs_of_examples_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)
     run = experiment(tmp_path, {"name": "fedrir", "idm_mode": "vclub"}, batch_size=30)
     costs = Costs(run.problem)
@@ -71,7 +71,7 @@ def test_a_phase_that_is_switched_off_takes_nothing(tmp_path):
     assert costs.busiest(0).number == 1
 
 
-def test_pieces_cover_all_rows():
+def test_pieces_cover_all_examples():
     train = Train("fit", lambda *_: torch.zeros(()), ("model",), sgd(0.1), epochs=2)
     assert pieces(train, Plan(4), 11) == {4: 4, 3: 2}
     assert pieces(train, Plan(4, drop_last=True), 11) == {4: 4}
@@ -151,7 +151,7 @@ def test_work_that_cannot_be_counted_does_not_end_a_run(tmp_path, caplog):
     assert "too few rows" in caplog.text
 
 
-def test_a_run_in_double_precision_is_counted_like_any_other(experiment, caplog):
+def test_a_run_in_double_precision_is_counted(experiment, caplog):
     summary = experiment("fedavg", model="fedmr_cnn", precision="fp64").run()
     assert summary["flops_per_round"] > 0
     assert summary["peak_client_bytes"] > 0

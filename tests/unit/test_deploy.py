@@ -149,7 +149,7 @@ def test_the_proxy_listens_where_nodes_look_for_it(tmp_path, host, listens, addr
     assert f"at `{address}`" in (tmp_path / "ward/README.md").read_text()
 
 
-def test_flower_is_told_the_ports_and_the_place_of_today(folder, monkeypatch):
+def test_flower_receives_the_current_ports_and_folder(folder, monkeypatch):
     moved = folder.rename(folder.with_name('the "new" ward'))
     file = moved / "federation.toml"
     file.write_text(file.read_text().replace("superlink_port = 9091", "superlink_port = 9191"))
@@ -198,7 +198,7 @@ def test_nothing_is_overwritten(folder):
         ({"clients": 2, "models": ["mlp", "nonet.py:Net"]}, 1, ["h"], "models=nonet.py:Net: there is no file nonet.py"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused(tmp_path, values, nodes, hosts, message):
+def test_undeployable_settings_are_refused(tmp_path, values, nodes, hosts, message):
     with pytest.raises(ConfigError, match=message):
         create_deployment(tmp_path / "new", values, nodes, hosts)
     assert not (tmp_path / "new").exists()
@@ -377,7 +377,7 @@ REFUSED = b"POST /no HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\n"
     [(False, b""), (True, b""), (True, b"POST /v1/fleet/x HTTP/1.1\r\nhost: h"), (True, REFUSED)],
     ids=["no handshake", "nothing", "half a header", "an answer and a part of a body"],
 )
-def test_the_proxy_cuts_off_whoever_sends_no_whole_header(folder, monkeypatch, tls, words):
+def test_the_proxy_cuts_off_connections_without_a_complete_header(folder, monkeypatch, tls, words):
     monkeypatch.setattr(proxy, "HEADER_S", 0.5)
     with serving(folder / "server") as port, connect(folder / "server", port, tls=tls) as silent:
         silent.sendall(words)
@@ -394,7 +394,7 @@ def test_the_proxy_refuses_a_header_without_an_end(folder):
         assert endless.recv(1024).startswith(b"HTTP/1.1 400 ")
 
 
-def test_the_proxy_cuts_off_nobody_who_is_being_answered(folder, monkeypatch):
+def test_the_proxy_keeps_connections_that_are_being_answered(folder, monkeypatch):
     monkeypatch.setattr(proxy, "HEADER_S", 0.5)
     whole = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\n\r\n"
     with serving(folder / "server") as port, connect(folder / "server", port) as node:
@@ -591,7 +591,7 @@ def test_a_worker_that_is_killed_while_idle_is_replaced(worker):
     assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
 
 
-def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker):
+def test_a_worker_that_hangs_or_dies_is_ended_and_reported(worker):
     before = worker._process.pid
     os.kill(before, signal.SIGSTOP)
     assert "nothing after 0.5 s" in open_envelope(worker.answer(hello(), 0.5)).header.reason
@@ -610,7 +610,7 @@ def test_agent_and_worker_share_most_of_their_memory(worker):
     assert kb["Private_Dirty"] + kb["Private_Clean"] < 0.5 * kb["Rss"]
 
 
-def test_a_port_in_use_is_said_in_one_line(tmp_path):
+def test_a_port_in_use_is_a_one_line_error(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

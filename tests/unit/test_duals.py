@@ -39,7 +39,7 @@ def taken(monkeypatch):
     return shapes
 
 
-def test_several_clients_with_different_numbers_of_rows_take_the_steps_of_sgd():
+def test_several_clients_with_different_numbers_of_examples_take_the_steps_of_sgd():
     lanes = [(torch.randn(4, 6), torch.randn(n, 2, 3)) for n in (7, 3, 5)]
     dual = Dual([weight for weight, _ in lanes], pad_sequence([x for _, x in lanes], batch_first=True), 0.1)
     weights = [weight.clone() for weight, _ in lanes]
@@ -140,7 +140,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_has_no_dual_form_runs_as_written(taken, monkeypatch, what):
+def test_losses_without_a_dual_form_run_as_written(taken, monkeypatch, what):
     nets, given = modules(), {"loss": FedAvg().loss, **REFUSED[what]}
     params, logs = trained(nets=nets, **given)
     assert not taken
@@ -190,5 +190,5 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
         ((32, 64), Work(60, 300, 30), False),  # a small layer
     ],
 )
-def test_the_dual_form_is_for_large_layers_and_few_rows(shape, work, less):
+def test_the_dual_form_is_for_large_layers_and_few_examples(shape, work, less):
     assert work.is_less_in_dual_form(torch.empty(shape)) is less

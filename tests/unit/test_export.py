@@ -54,7 +54,7 @@ def test_the_file_computes_what_torch_computes(method, tmp_path):
     assert torch.equal(logits_of(file, x).argmax(1), model(x).argmax(1))
 
 
-def test_an_export_says_what_came_of_it(tmp_path):
+def test_an_export_reports_its_results(tmp_path):
     run = finished(tmp_path, "fedproto", "mlp")
     file = tmp_path / "client-1.onnx"
     told = export_client(run, 1, file)

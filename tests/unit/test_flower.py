@@ -293,7 +293,7 @@ def test_a_device_may_leave_out_branches_without_tensors(deployed, simulated):
     assert tree.equal(deployed(cut).experiment.server, simulated().server)
 
 
-def test_a_client_that_fails_is_reported_and_the_others_go_on(deployed, federation, tmp_path, monkeypatch):
+def test_a_client_that_fails_is_reported_and_the_others_continue(deployed, federation, tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(
         "from dataclasses import dataclass\nfrom fedloom import Method\n\n@dataclass(frozen=True)\nclass Mine(Method):\n"
@@ -328,7 +328,7 @@ def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, 
     assert said == []
 
 
-def test_clients_that_are_not_there_count_no_rows(deployed):
+def test_absent_clients_count_no_examples(deployed):
     ran = deployed(lambda node, n, answer: LostNode("gone") if node == "node-1" and n else answer)
     experiment = ran.experiment
     assert [row["cohort"] for row in experiment.rows] == [2, 2, 2]
@@ -375,7 +375,7 @@ SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("how", SPOILT_SCORES)
-def test_spoilt_scores_count_no_rows(deployed, simulated, how):
+def test_invalid_scores_count_no_examples(deployed, simulated, how):
     """Node 1's scores are invalid in round 2; accuracy then uses only the other nodes' examples."""
     spoil, reason = SPOILT_SCORES[how]
     ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 4) else answer, method="fedper")
@@ -391,7 +391,7 @@ def test_spoilt_scores_count_no_rows(deployed, simulated, how):
     assert all("node-1" in line for line in ran.said)
 
 
-def test_what_a_node_does_not_do_leaves_nothing_on_it(federation):
+def test_refused_requests_leave_nothing_on_a_node(federation):
     place = federation()
     worker = NodeWorker(place.path / "node-0")
     call = Call(
@@ -472,21 +472,21 @@ def test_a_node_that_really_is_late_counts_as_the_simulated_one(deployed, simula
     assert set(there.said) == {"node-1: still at work after 600 s"}
 
 
-def test_a_round_with_nobody_to_ask_waits_for_those_who_are_late(deployed):
+def test_a_round_without_free_clients_waits_for_late_ones(deployed):
     ran = deployed(slow={"node-0": 2, "node-1": 3}, **{**LATE, "rounds": 4})
     assert [row["cohort"] for row in ran.experiment.rows] == [0, 2, 2, 0]
     landed = [(event["round"], event["clients"], event["sent"]) for event in events(ran.experiment, "landed")]
     assert landed == [(2, [0, 1], [1, 1]), (3, [2, 3], [1, 1])]
 
 
-def test_an_answer_that_comes_at_the_last_moment_is_not_late(deployed, simulated):
+def test_an_answer_at_the_last_moment_is_not_late(deployed, simulated):
     there, here = deployed(slow={"node-1": 0}, **LATE), simulated(**LATE)
     assert tree.equal(there.experiment.server, here.server)
     assert there.experiment.rows[-1]["late"] == 0
 
 
 @pytest.mark.parametrize("how", ["lost", "cut off", "failed"])
-def test_a_late_answer_that_never_comes_is_undone(deployed, tmp_path, how):
+def test_a_late_answer_that_never_arrives_is_undone(deployed, tmp_path, how):
     spoil, reason = SPOILT[how]
     ran = deployed(
         lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 1) else answer,
@@ -504,7 +504,7 @@ def test_a_late_answer_that_never_comes_is_undone(deployed, tmp_path, how):
     assert ran.experiment.engine.busy() == frozenset()
 
 
-def test_what_was_under_way_when_a_run_ended_is_undone_by_resuming(federation, tmp_path):
+def test_local_updates_in_progress_are_undone_by_resuming(federation, tmp_path):
     place, said = federation(method="fedper"), list[str]()
     chosen = values(method="fedper", **{**LATE, "rounds": 4}) | {"out": str(tmp_path / "run")}
 
@@ -557,7 +557,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path,
     assert said == []
 
 
-def test_a_node_that_lost_its_states_begins_anew_and_says_so(deployed, federation, tmp_path):
+def test_a_node_that_lost_its_states_starts_afresh_and_reports_it(deployed, federation, tmp_path):
     place = federation(method="fedper")
     link, said = Wire(place), list[str]()
     experiment = running.prepare(place, values(method="fedper") | {"out": str(tmp_path / "run")}, link, said.append)
@@ -578,7 +578,7 @@ def test_only_states_that_a_checkpoint_needs_are_kept(deployed):
     assert kept == [4, 5, 6]  # the checkpoint of round 4 was the last complete one before round 6 began
 
 
-def test_turns_are_recorded_and_undone(tmp_path):
+def test_local_updates_are_recorded_and_undone(tmp_path):
     turns = AcceptedUpdates(tmp_path / "turns.json")
     for number in range(5):
         turns.accept(number, dict.fromkeys([0, 1] if number != 3 else [1], number), keep=0)
@@ -619,7 +619,7 @@ def name_data(node: Path, data: Path) -> None:
     file.write_text(file.read_text().replace('data = "config"', f'data = "{data}"'))
 
 
-def test_rows_of_devices_stay_there(federation, rows, tmp_path):
+def test_examples_on_devices_stay_there(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     name_data(place.path / "node-0", rows("a", slice(0, 200)))
     name_data(place.path / "node-1", rows("b", slice(200, 330), "train"))
@@ -642,7 +642,7 @@ def test_rows_of_devices_stay_there(federation, rows, tmp_path):
     assert [sum(row) for row in counts["test"]] == [50, 60]
 
 
-def test_a_node_with_rows_of_its_own_may_come_later(federation, rows, tmp_path):
+def test_a_node_with_its_own_examples_may_join_later(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     for node, chosen in (("node-0", slice(0, 120)), ("node-1", slice(120, 240))):
         name_data(place.path / node, rows(node, chosen))
@@ -675,7 +675,7 @@ def test_a_node_that_came_later_cannot_end_the_run(federation, rows, tmp_path):
     assert "train.own" not in experiment.rows[-1]
 
 
-def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_path):
+def test_invalid_examples_are_refused_by_their_node(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     name_data(place.path / "node-0", tmp_path / "nowhere")
     strange = rows("strange", slice(0, 50))
@@ -688,7 +688,7 @@ def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_pa
     assert any("'zero', which the server does not know" in line for line in said)
 
 
-def test_statistics_of_all_rows_are_not_for_devices(federation, rows, tmp_path):
+def test_statistics_of_all_examples_are_refused_on_devices(federation, rows, tmp_path):
     place = federation(nodes=1, clients=1)
     name_data(place.path / "node-0", rows("a", slice(0, 50)))
     with pytest.raises(UsageError, match="normalise=standard"):
@@ -722,7 +722,7 @@ def test_every_cut_is_noticed(keep):
         open_envelope(whole + b"x")
 
 
-def test_numbers_of_rows_that_no_node_can_have_are_refused(federation, rows, tmp_path):
+def test_impossible_example_counts_of_a_node_are_refused(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     for node in place.file.nodes:
         name_data(place.path / node, rows(node, slice(0, 100)))
@@ -758,7 +758,7 @@ def test_headers_are_checked():
         ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused_at_every_step(federation, tmp_path, settings, reason):
+def test_undeployable_settings_are_refused_at_every_step(federation, tmp_path, settings, reason):
     with pytest.raises(ConfigError, match=f"^{reason}"):
         federation("other", **settings)
     assert not (tmp_path / "other").exists()

@@ -54,7 +54,7 @@ def test_a_folder_goes_with_its_owner(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path):
+def test_folders_of_killed_processes_are_removed_at_the_next_start(tmp_path):
     child, left = start(tmp_path)
     (left / "client-0").write_bytes(b"rows")
     remove_stale(tmp_path)

@@ -11,7 +11,7 @@ def test_a_round_by_hand():
     assert NETWORKS["4g"].seconds(10_000_000, 10_000_000) == pytest.approx(16 + 4 + 0.12)
 
 
-def test_what_is_not_sent_takes_no_time():
+def test_a_missing_message_takes_no_time():
     way = Network("", up=8, down=8, latency=100)
     assert way.seconds(0, 0) == 0
     assert way.seconds(1_000_000, 0) == pytest.approx(1.1)

@@ -87,7 +87,7 @@ def test_durations(seconds, words):
     assert progress._duration(seconds) == words
 
 
-def test_off_a_terminal_somebody_looks_whether_a_line_is_due(monkeypatch):
+def test_off_a_terminal_a_thread_checks_whether_a_line_is_due(monkeypatch):
     came = threading.Event()
     monkeypatch.setattr(progress, "LOOK_S", 0.001)
     monkeypatch.setattr(progress.PlainLines, "tick", lambda _: came.set())

@@ -63,12 +63,12 @@ def test_auto_looks_where_ray_noted_its_cluster(cluster, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "address", ["foo", "host", "ray://host", "host:port", "host:0", "host:70000", "a b:1", "::1:5"]
 )
-def test_what_is_no_address_is_said(address):
+def test_malformed_addresses_are_refused(address):
     with pytest.raises(ConfigError, match=r"must be auto, HOST:PORT or ray://HOST:PORT$"):
         check_address(address)
 
 
-def test_nobody_there_is_said_in_one_line():
+def test_an_address_without_a_service_is_a_one_line_error():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -42,7 +42,7 @@ def test_a_class_from_a_file(file):
 
 
 @pytest.mark.parametrize("where", ["number", "dataclass"])
-def test_an_object_that_is_no_method_is_named(file, where):
+def test_an_object_that_is_not_a_method_is_named(file, where):
     with pytest.raises(ConfigError, match=f"method=.*{where}: not a dataclass derived from fedloom.Method"):
         method_class(f"{file}:{where}")
 

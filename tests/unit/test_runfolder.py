@@ -63,7 +63,7 @@ def test_a_reader_with_the_old_file_open_keeps_it_whole(folder):
         assert reader.read() == "old" * 1000
 
 
-def test_metrics_are_read_back_and_what_is_not_finite_is_null(folder):
+def test_metrics_are_read_back_and_nonfinite_numbers_are_null(folder):
     folder.append({"round": 1, "a": 0.1 + 0.2, "b": float("nan"), "c": float("inf"), "d": None})
     assert folder.rows() == [{"round": 1, "a": 0.1 + 0.2, "b": None, "c": None, "d": None}]
 

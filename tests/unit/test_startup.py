@@ -98,12 +98,12 @@ def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
-def test_what_is_read_from_the_source_is_what_the_class_says(name):
+def test_facts_from_the_source_equal_those_of_the_class(name):
     assert registry.describe_registered(name) == registry.describe_method(name, registry.METHODS[name])
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_what_is_read_of_a_model_is_what_its_function_says(name):
+def test_facts_about_a_model_equal_those_of_its_function(name):
     assert source_facts.function_facts(ZOO.origins[name]) == (inspect.getdoc(ZOO[name]), option_defaults(name))
 
 
@@ -121,7 +121,7 @@ def test_an_exported_object_is_not_hidden_by_a_module_of_its_name():
     assert loaded(f"{code}; from fedloom.models import arch; assert callable(arch)") == set()
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'fedloom' has no attribute 'FedNone'"):
         fedloom.FedNone  # noqa: B018
     with pytest.raises(ImportError):

@@ -71,7 +71,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_depends_on_numbers_cannot_be_listed(name):
+def test_steps_that_depend_on_values_cannot_be_traced(name):
     with pytest.raises(ValueError, match="depends on numbers"):
         trace(gradient(REFUSED[name]), made(0))
 

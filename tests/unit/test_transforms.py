@@ -101,7 +101,7 @@ def test_topk_sends_exactly_k_and_they_are_the_largest(fraction, k):
 
 
 @pytest.mark.parametrize("words", [["topk:0.1"], ["topk:0.05", "int8"], ["topk:0.2", "fp16"]])
-def test_over_many_rounds_what_was_sent_and_what_is_left_is_all_there_was(float64, words):
+def test_over_many_rounds_sent_plus_residual_is_the_total(float64, words):
     total, arrived_total, unsent = tree.zeros_like(part()["params"]), tree.zeros_like(part()["params"]), None
     for number in range(30):
         old, new = part(number), part(number + 100)
@@ -204,7 +204,7 @@ def test_places_that_do_not_exist_are_refused(places):
         ("uplink=[3]", "must be text"),
     ],
 )  # fmt: skip
-def test_what_is_refused(word, message):
+def test_invalid_input_is_refused(word, message):
     with pytest.raises(ConfigError, match=message):
         make_settings(from_words([word]))
 

@@ -88,7 +88,7 @@ def test_fedrirs_two_kinds(experiment):
     assert list(features.features_of(subject.method, subject.owner(0), x)) == ["f_g"]
 
 
-def test_same_rows_through_one_model_tell_nothing_of_the_client(experiment):
+def test_equal_examples_through_one_model_reveal_nothing_about_the_client(experiment):
     run = experiment("fedavg", precision="fp32", rounds=1)
     run.run()
     table = features.same_rows(Subject(run))
@@ -107,7 +107,7 @@ class Bare(FedAvg):
         return x.flatten(1)[:, :10]
 
 
-def test_a_method_without_a_body_is_told_so(experiment):
+def test_a_method_without_a_body_is_refused(experiment):
     subject = Subject(experiment(Bare(), precision="fp32"))
     with pytest.raises(ConfigError, match="Bare's predictor uses no net or part called 'body'"):
         features.features_of(subject.method, subject.owner(0), subject.data.test(0)[0])

@@ -46,7 +46,7 @@ def vtc(experiment):
     return Subject(run)
 
 
-def test_fedvtc_makes_every_class_alike_often(vtc):
+def test_fedvtc_generates_every_class_equally_often(vtc):
     made = samples.made_by(vtc, 1)
     assert torch.bincount(made.labels).tolist() == [samples.PER_CLASS] * 10
     assert made.images.shape == (100, 1, 8, 8)
@@ -60,7 +60,7 @@ def test_fedvtc_before_any_prototype_makes_nothing(experiment):
     assert samples.made_by(Subject(experiment("fedvtc", precision="fp32")), 0) is None
 
 
-def test_fedrir_rebuilds_its_own_test_rows(experiment):
+def test_fedrir_reconstructs_its_own_test_images(experiment):
     subject = Subject(experiment("fedrir", precision="fp32"))
     made = samples.made_by(subject, 2)
     x, y = subject.data.test(2)

@@ -68,7 +68,7 @@ def test_the_perturbation_of_a_quadratic_adds_its_trace():
     assert found == pytest.approx(float(0.2**2 * params["weight"].square().sum() / 2), rel=0.05)
 
 
-def test_measured_leaves_out_what_does_not_predict(experiment):
+def test_sharpness_ignores_nets_that_do_not_predict(experiment):
     from fedloom.analysis.subject import Subject
 
     run = experiment("ditto", rounds=1)  # its personal model does not affect the server's loss

@@ -25,7 +25,7 @@ def ramp():
     return from_arrays(picture.repeat(12, 1, 1, 1), torch.arange(12) % 2, name="ramp")
 
 
-def test_splits_are_the_partitions_rows(pool, made):
+def test_splits_are_those_of_the_partition(pool, made):
     federation = Federation(pool, made)
     assert (federation.name, federation.n_clients, federation.n_classes) == ("pool", 5, 10)
     assert federation.input_shape == (1, 2, 2)
@@ -56,7 +56,7 @@ def test_inputs_follow_the_default_dtype(pool, made):
         torch.set_default_dtype(torch.float32)
 
 
-def test_standard_uses_the_training_rows_of_the_pool(made):
+def test_standard_normalisation_uses_the_pools_training_examples(made):
     rng = np.random.default_rng(0)
     x = (rng.integers(0, 100, (800, 3, 4, 4)) + np.array([0, 50, 150])[:, None, None]).astype(np.uint8)
     x[600:] = 255
@@ -66,7 +66,7 @@ def test_standard_uses_the_training_rows_of_the_pool(made):
     torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
 
 
-def test_features_of_ones_own_are_left_alone_unless_asked():
+def test_user_features_are_not_normalised_unless_asked():
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9.0, 0.0]) + 5
     pool = from_arrays(x, torch.arange(40) % 2)
     made = partition(pool, 2, scheme="iid")
@@ -82,7 +82,7 @@ def test_none_leaves_pictures_between_0_and_1(pool, made):
     assert (x.min().item(), x.max().item()) == pytest.approx((0, 1))
 
 
-def test_pooled_moves_all_training_rows_to_client_0(pool, made):
+def test_pooled_moves_all_training_examples_to_client_0(pool, made):
     federation = Federation(pool, made)
     pooled = federation.pooled()
     assert pooled.n_train(0) == sum(federation.n_train(i) for i in range(5))
@@ -202,7 +202,7 @@ def test_nothing_that_a_federation_does_writes_into_its_pool(dtype, normalise):
         )
 
 
-def test_large_features_left_as_they_are_by_default_are_told(caplog):
+def test_large_unnormalised_features_are_logged(caplog):
     pool = from_arrays(np.full((8, 2), 300.0) * np.arange(8)[:, None], np.arange(8) % 2)
     dealt = partition(pool, 2, scheme="iid", min_examples=2)
     Federation(pool, dealt, normalise="none")

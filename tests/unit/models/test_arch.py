@@ -88,7 +88,7 @@ def test_options_reach_the_architecture():
         ({"source": "vgg16", "options": {"dropout": 1.0}}, ["dropout=1.0"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(settings, words):
+def test_invalid_recipes_are_refused_in_one_line(settings, words):
     with pytest.raises(ConfigError) as caught:
         arch(**{"source": "mlp", "input_shape": SHAPE, "n_classes": 10, **settings})
     message = str(caught.value)

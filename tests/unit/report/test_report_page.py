@@ -69,7 +69,7 @@ def test_the_page_is_whole_and_needs_nothing_else(comparison: Path, tmp_path: Pa
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["report.html"], "no draft is left behind"
 
 
-def test_the_page_tells_what_was_run_and_what_came_of_it(comparison: Path, tmp_path: Path) -> None:
+def test_the_page_shows_settings_and_results(comparison: Path, tmp_path: Path) -> None:
     page = written(comparison, tmp_path / "report.html")
     for expected in (
         "fedavg · fedper · fedprox · fedrir",
@@ -95,7 +95,7 @@ def test_the_page_has_the_baseline_that_was_chosen(comparison: Path, tmp_path: P
     assert not (tmp_path / "other.html").exists()
 
 
-def test_the_page_tells_of_turns_that_did_not_count(tmp_path: Path) -> None:
+def test_the_page_reports_local_updates_that_did_not_count(tmp_path: Path) -> None:
     Scene(extra={"rejected": 12, "skipped": 3}).write(tmp_path / "a")
     assert "not counted 12 rejected, 3 rounds skipped" in written(tmp_path / "a", tmp_path / "report.html").words
 
@@ -126,7 +126,7 @@ def test_the_command_is_shown_where_it_is_known(tmp_path: Path) -> None:
     assert "fedloom run method=fedavg seed=0" in written(folder, tmp_path / "report.html").words
 
 
-def test_settings_that_another_took_the_place_of_are_no_facts(tmp_path: Path) -> None:
+def test_replaced_settings_are_not_listed_as_facts(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     settings = 'method = "fedavg"\nparticipation = 0.1\ncohort = 2\nmodel = "cnn"\nmodels = ["mlp", "vgg"]\n'
     (tmp_path / "run" / "config.toml").write_text(settings)

@@ -61,7 +61,7 @@ def test_a_method_keeps_its_colour(comparison: Path) -> None:
     assert [line.get_color() for line in logged] == [colour]
 
 
-def test_twelve_methods_are_all_told_apart_and_named(tmp_path: Path) -> None:
+def test_twelve_methods_are_distinguishable_and_named(tmp_path: Path) -> None:
     for number in range(12):
         Scene(method=f"method{number}", rounds=4, clients=4).write(tmp_path / f"m{number}")
     records = read([tmp_path])
@@ -87,7 +87,7 @@ def test_small_and_large_runs_have_figures(tmp_path: Path, scene: Scene) -> None
         assert ">not measured<" not in texts(figure)
 
 
-def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
+def test_missing_measurements_are_stated(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     lines = ['{"round": 1, "personal_accuracy": null, "train.loss": NaN}', '{"round": 2, "train.loss": Infinity}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")

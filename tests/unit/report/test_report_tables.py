@@ -133,7 +133,7 @@ def test_the_baseline_can_be_chosen(tmp_path: Path) -> None:
         paired_table(records, "fedavgg")
 
 
-def test_other_partitions_or_seeds_are_no_pair(tmp_path: Path) -> None:
+def test_runs_of_other_partitions_or_seeds_are_not_paired(tmp_path: Path) -> None:
     Scene(method="fedavg", seed=0).write(tmp_path / "a")
     Scene(method="fedrir", seed=1).write(tmp_path / "b")
     Scene(method="fedper", seed=0, clients=19).write(tmp_path / "c")
@@ -152,7 +152,7 @@ def test_tables_fit_the_terminal_whole(comparison: Path, width: int) -> None:
     assert "+16.0" in printed(paired_table(records), width)
 
 
-def test_names_are_no_markup_and_steer_no_terminal(tmp_path: Path) -> None:
+def test_names_are_not_markup_or_terminal_codes(tmp_path: Path) -> None:
     Scene(method="[red]a\x1b[31mb").write(tmp_path / "run")
     text = printed(summary_table(read([tmp_path])))
     assert "[red]a\N{REPLACEMENT CHARACTER}[31mb" in text
@@ -207,7 +207,7 @@ def test_no_table_of_recall_where_classes_differ(tmp_path: Path) -> None:
     assert recall_grid(read([tmp_path])) is None
 
 
-def test_turns_that_did_not_count_are_told(tmp_path: Path) -> None:
+def test_local_updates_that_did_not_count_are_reported(tmp_path: Path) -> None:
     Scene(extra={"rejected": 1200, "lost": 0, "late": 0, "skipped": 3}).write(tmp_path / "a")
     Scene(method="fedper", extra={"rejected": 0, "lost": 0, "late": 0, "skipped": 0}).write(tmp_path / "b")
     assert (

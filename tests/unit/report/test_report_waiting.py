@@ -47,14 +47,14 @@ def test_a_round_waits_for_its_slowest_client(tmp_path):
     assert elapsed(record, WAY, Waiting([WAY], gflops=1)).tolist() == pytest.approx([9.5, 19.0])
 
 
-def test_the_target_is_what_all_reach(tmp_path):
+def test_the_target_is_reached_by_all_methods(tmp_path):
     records = read([folder(tmp_path / "a", [0.5, 0.93, 0.91], 1), folder(tmp_path / "b", [0.96], 1, "fedmr")])
     assert common_target(records) == 0.93
     assert [round_of_target(record, 0.93) for record in records] == [2, 1]
     assert round_of_target(records[0], 0.94) is None
 
 
-def test_the_table_says_when(tmp_path):
+def test_the_table_shows_the_time(tmp_path):
     records = read([folder(tmp_path / "a", [0.5, 0.9], 0.25), folder(tmp_path / "b", [0.6, 0.7], 0.25, "fedmr")])
     grid = waiting_grid(records, Waiting([WAY], slowdown=2, target=0.9))
     (name, *cells), (other, *dashes) = [[cell.text for cell in row] for row in grid.rows]
