@@ -25,7 +25,7 @@ SMALL: dict[str, Any] = {
 
 
 BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
-"""Enough of FedVTC's fine-tuning to compare two runs."""
+"""Short fine-tuning for FedVTC, long enough to compare two runs."""
 
 
 def brief(method: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Net:
             )
         if value.shape != buffer.shape:
             raise MethodError(
-                f"{kind} assigns shape {tuple(value.shape)} to its buffer '{name}' of {tuple(buffer.shape)}"
+                f"{kind} assigns shape {tuple(value.shape)} to buffer '{name}', not {tuple(buffer.shape)}"
             )
         buffer.copy_(value.detach())
 

@@ -73,7 +73,7 @@ def test_fine_tuning_before_prediction_augments_like_training(experiment, method
 
 
 class Recorder:
-    """A tracker that keeps what it is told."""
+    """A tracker that records its calls."""
 
     def __init__(self):
         self.told, self.closed = [], 0

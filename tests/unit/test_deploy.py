@@ -364,7 +364,7 @@ def is_cut_off(connection, within_s=20.0):
             pass
     except TimeoutError:
         return False
-    except OSError:  # closed without TLS goodbye
+    except OSError:  # closed without a TLS close message
         pass
     return True
 

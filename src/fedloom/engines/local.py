@@ -257,7 +257,7 @@ class LocalEngine(Engine):
         def work(channels_last: bool) -> Client:
             site = self.context(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
-            scale = p.method.lr_scale(max(number - 1, 0))  # the latest round's
+            scale = p.method.lr_scale(max(number - 1, 0))  # the learning rate of the latest round
             return run_phases(p.method.adapt(), self.gradients_of(i), client, message, site, turn, scale)[0]
 
         return self.with_layout(i, work)

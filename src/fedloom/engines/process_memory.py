@@ -13,7 +13,7 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> None:
     """Make glibc reuse freed blocks instead of returning them to the system; do nothing without glibc.
 
-    By default every large activation is mapped anew and the system zeroes its pages: up to two thirds of the time of a
+    By default every large activation is mapped again and the system zeroes its pages: up to two thirds of the time of a
     ResNet's evaluation. With this setting the process stays at its peak size instead.
     """
     if not sys.platform.startswith("linux"):

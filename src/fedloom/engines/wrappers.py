@@ -137,7 +137,7 @@ class Debug(Wrapper):
             raise MethodError(f"scoring after {number} rounds changes the downlink in place")
         for i, copy in before.items():
             if not tree.equal(copy, self.inner.client(i)._asdict()):
-                raise MethodError(f"scoring after {number} rounds changes what client {i} keeps")
+                raise MethodError(f"scoring after {number} rounds changes the state of client {i}")
         return scores
 
     def _copies(self) -> dict[int, Tree]:

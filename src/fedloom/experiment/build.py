@@ -134,7 +134,7 @@ def _check_phases(method: Method) -> None:
 
 
 def _check_messages(problem: Problem) -> None:
-    """Refuse encodings as differences if clients exchange parts: the server cannot tell which client a difference came from."""
+    """Raise ConfigError if uplinks are sent as differences and clients exchange parts of them: their base would be unknown."""
     if problem.codec.uplink and problem.method.exchanges:
         raise ConfigError(
             f"uplink: {type(problem.method).__name__} lets clients exchange parts of uplinks before the upload, so the server cannot"
@@ -149,13 +149,13 @@ def _check_nets(problem: Problem) -> None:
     for place, choice in enumerate(problem.archs):
         weights = read_weights(problem.modules(place))
         if method.shared:
-            told = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
-            forms.append(tree.structure(_part(weights, method.shared, told)))
-            _tell_of_norms(method, weights, choice.name)
+            prefix = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
+            forms.append(tree.structure(_part(weights, method.shared, prefix)))
+            _warn_without_norms(method, weights, choice.name)
         for train in trains:
-            told = f"model={choice.name}: {name} trains {', '.join(train.trains)}, but"
-            if not _part(weights, train.trains, told)["params"]:
-                raise ConfigError(f"{told} all of it is frozen (requires_grad=False)")
+            prefix = f"model={choice.name}: {name} trains {', '.join(train.trains)}, but"
+            if not _part(weights, train.trains, prefix)["params"]:
+                raise ConfigError(f"{prefix} all of it is frozen (requires_grad=False)")
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
         raise ConfigError(
@@ -163,21 +163,21 @@ def _check_nets(problem: Problem) -> None:
         )
 
 
-def _tell_of_norms(method: Method, weights: Weights, model: str) -> None:
+def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:
     """Log one line if a method treats normalisation layers separately (FedBN) and the model has none."""
     if any(pattern.endswith("norm") for pattern in method.shared) and not norm_layers(weights):
-        told = (
+        message = (
             "model=%s has no normalisation layer, so %s does the same as FedAvg; try a model with one, such as resnet8"
         )
-        log.warning(told, model, type(method).__name__)
+        log.warning(message, model, type(method).__name__)
 
 
-def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:
-    """Return the weights that the patterns match; raise ConfigError, starting with `told`, if one matches nothing."""
+def _part(weights: Weights, patterns: Sequence[str], prefix: str) -> Weights:
+    """Return the weights that the patterns match; raise ConfigError, starting with `prefix`, if one matches nothing."""
     try:
         return select(weights, patterns)
     except MethodError as error:
-        raise ConfigError(f"{told} {error}") from None
+        raise ConfigError(f"{prefix} {error}") from None
 
 
 def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Problem) -> Engine:

@@ -29,10 +29,10 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
     folder.write_json(
         "environment.json", environment() | {"device": accelerator.describe_device(experiment.place.device)}
     )
-    folder.write("partition.json", json.dumps(_dealt(experiment)))
+    folder.write("partition.json", json.dumps(_partition_record(experiment)))
 
 
-def _dealt(experiment: Experiment) -> Row:
+def _partition_record(experiment: Experiment) -> Row:
     """Return the assignment of examples to clients, for `partition.json`."""
     labels, n_classes = experiment.data.dataset.labels, experiment.data.n_classes
     counts = {split: experiment.partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
@@ -69,7 +69,7 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
 
 def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
     """Raise RunFolderError if the partition differs from the run's own: it could test on examples that it trained on."""
-    at_start, now = folder.partition(), _dealt(experiment)
+    at_start, now = folder.partition(), _partition_record(experiment)
     if experiment.partition.scheme.get("name") == "devices":
         return  # devices may hold other examples by now, or be absent
     if any(at_start[key] != now[key] for key in ("classes", "class_counts", "hash") if key in at_start):

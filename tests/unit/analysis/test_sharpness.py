@@ -58,7 +58,9 @@ def test_curves_of_a_quadratic_are_parabolas_through_the_loss():
     assert curves.shape == (sharpness.DIRECTIONS, len(sharpness.DISTANCES))
     middle = sharpness.DISTANCES.index(0.0)
     assert torch.allclose(curves[:, middle], loss(params).expand(sharpness.DIRECTIONS))
-    bend = curves[:, 0] + curves[:, -1] - 2 * curves[:, middle]  # half |p + t d|^2 at t = -1, 0, 1; here |d| = |p|
+    bend = (
+        curves[:, 0] + curves[:, -1] - 2 * curves[:, middle]
+    )  # the second difference of half |p + t d|^2 is |d|^2, and |d| = |p|
     assert torch.allclose(bend, params["weight"].square().sum().expand(sharpness.DIRECTIONS))
 
 

@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class LostWorker(NamedTuple):
-    """Returned instead of an answer: why there is none."""
+    """Replaces the answer of a lost worker."""
 
     reason: str
 
@@ -201,7 +201,7 @@ class RayEngine(ForwardingEngine):
         """See `Engine.train`."""
         self._ticket += 1
         own = [self._packer.pack(message) for message in down.each] if down.each is not None else None
-        jobs = [(seat, self._update_job(number, cohort, own, slots)) for seat, slots in self._dealt(cohort)]
+        jobs = [(seat, self._update_job(number, cohort, own, slots)) for seat, slots in self._by_worker(cohort)]
         replies: list[Reply] = []
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
             if isinstance(answer, LostWorker):
@@ -239,10 +239,10 @@ class RayEngine(ForwardingEngine):
     ) -> list[dict[str, Score]]:
         """See `Engine.score`. If clients keep nothing, all hold one model, and the common test examples are split into pieces."""
         same = not self.problem.method.adapt() and not any(tree.leaves(self.client(i)._asdict()) for i in clients)
-        dealt = self._dealt(clients)
-        work = shares(asks, [[clients[place] for place in places] for _, places in dealt], by_rows=same)
+        assigned = self._by_worker(clients)
+        work = shares(asks, [[clients[place] for place in places] for _, places in assigned], by_rows=same)
         jobs = [Scores(number, share, {} if same else self._wanted(share.clients)) for share in work]
-        return merged(work, self._run_with_retries(down, jobs, [seat for seat, _ in dealt]), clients, asks)
+        return merged(work, self._run_with_retries(down, jobs, [seat for seat, _ in assigned]), clients, asks)
 
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`."""
@@ -279,7 +279,7 @@ class RayEngine(ForwardingEngine):
             time.sleep(POLL_S)
         raise WorkerError("engine=ray: all workers are lost, and none has restarted")
 
-    def _dealt(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
+    def _by_worker(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
         """Return each worker's positions in `clients`: a client always goes to the same worker while that worker is there."""
         ready, groups = self._ready(), dict[Seat, list[int]]()
         for place, i in enumerate(clients):
@@ -295,7 +295,7 @@ class RayEngine(ForwardingEngine):
         return {i: (self._versions.get(i, 0), self._packer.pack(self.client(i)._asdict())) for i in clients}
 
     def _run_with_retries(self, down: Downlink, jobs: Sequence[RayJob], seats: Sequence[Seat]) -> list[Any]:
-        """Return results of jobs that change nothing, dealt to `seats` in turn; other workers repeat the jobs of a lost one."""
+        """Return results of jobs that change nothing, distributed over `seats`; other workers repeat the jobs of a lost one."""
         found: dict[int, Any] = {}
         for _ in range(ATTEMPTS):
             left = [place for place in range(len(jobs)) if place not in found]
