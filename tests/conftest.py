@@ -1,4 +1,4 @@
-"""What tests of every kind share."""
+"""Fixtures for all tests."""
 
 import os
 import re
@@ -22,7 +22,7 @@ ALONE: dict[str, Any] = {**SMALL, "precision": "fp64", "engine": {"name": "seque
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--regenerate-golden` rewrites the files of tests/golden/ instead of comparing with them."""
+    """Add `--regenerate-golden`, which rewrites the files of tests/golden/ instead of comparing with them."""
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden/*.json")
 
 
@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def float64() -> Any:
-    """float64 as the default dtype, for one test."""
+    """Make float64 the default dtype for one test."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -54,10 +54,10 @@ def float64() -> Any:
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
-    """Makes small experiments: `experiment("fedavg", rounds=3, engine="debug")`, `experiment(Mine(), **{"model": "resnet8"})`.
+    """Create small experiments: `experiment("fedavg", rounds=3, engine="debug")`, `experiment(Mine(), **{"model": "resnet8"})`.
 
-    The first word is a method's name or a method; then settings as for `fedloom.run`, over those of `ALONE`; `parts` are objects in
-    place of names.
+    The first argument is a method or its name. Settings are as for `fedloom.run` and override those of `ALONE`. `dataset` and `module`
+    are objects that replace names.
     """
     made = 0
 
@@ -76,7 +76,7 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """A folder with real data sets, one folder of parquet files each: `$FEDLOOM_DATA`, or `shared/data` beside the repository."""
+    """Return the folder of real data sets, one folder of parquet files each: `$FEDLOOM_DATA`, or `shared/data` next to the repository."""
     named = os.environ.get("FEDLOOM_DATA")
     folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():

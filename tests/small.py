@@ -1,4 +1,4 @@
-"""Settings of small runs, which tests change; runs that are watched, interrupted, or lose clients."""
+"""Settings of small runs, and runs that are recorded, interrupted, or lose clients."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -27,16 +27,16 @@ SMALL: dict[str, Any] = {
 
 
 BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
-"""Enough of FedVTC's fine-tuning to see whether two runs are the same."""
+"""Short fine-tuning for FedVTC, long enough to compare two runs."""
 
 
 def brief(method: str) -> dict[str, Any]:
-    """`BRIEF`, for the method that has it."""
+    """Return `BRIEF` if the method uses it."""
     return BRIEF if method == "fedvtc" else {}
 
 
 def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """The values with other settings (as `fedloom.run` names them) over them; the given ones stay as they are."""
+    """Return the values with settings (named as for `fedloom.run`) merged over them; the input stays unchanged."""
     found = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
     for key, value in settings.items():
         set_dotted(found, key, value)
@@ -44,25 +44,27 @@ def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:
 
 
 class Turns(NamedTuple):
-    """What went between the server and clients in a round."""
+    """The messages of one round."""
 
     down: Downlink
     replies: list[Reply]
 
     @property
     def sent(self) -> list[Tree]:
-        """To each member of the cohort."""
+        """The message to each member of the cohort."""
         return [self.down.to(reply.slot) for reply in self.replies]
 
 
 def spied(run: Experiment) -> list[Turns]:
-    """The run's rounds, noted as they come."""
+    """Record the run's rounds while it runs."""
     rounds: list[Turns] = []
     train = run.engine.train
 
     def watched(number, cohort, down):
         replies = train(number, cohort, down)
-        kept = [replace(reply, uplink=tree.clone(reply.uplink)) for reply in replies]  # they last for a round
+        kept = [
+            replace(reply, uplink=tree.clone(reply.uplink)) for reply in replies
+        ]  # engines reuse their memory in the next round
         rounds.append(Turns(down, kept))
         return replies
 
@@ -78,7 +80,7 @@ def initial_weights(run: Experiment, i: int = 0) -> Weights:
 
 
 def interrupted_after(run: Experiment, last: int) -> Path:
-    """The folder of the run, which is stopped after so many rounds."""
+    """Stop the run after round `last` and return its folder."""
 
     def stop(done, rounds, row):
         if done == last:
@@ -92,7 +94,7 @@ def interrupted_after(run: Experiment, last: int) -> Path:
 def losing(
     run: Experiment, lost: Mapping[int, Collection[int]], refused: Mapping[int, Collection[int]] | None = None
 ) -> Experiment:
-    """The run, with the turns of clients `lost[number]` in round `number` undone; those of refused ones are not, yet do not count."""
+    """Undo the local updates of clients `lost[number]` in round `number`. Updates of `refused` clients are kept, but do not count."""
     engine, train = run.engine, run.engine.train
 
     def fewer(number, cohort, down):

@@ -1,7 +1,8 @@
-"""Where arithmetic is done: on the CPU or a CUDA device. Code that needs a GPU is here and in `training/fast/cuda_graph.py` only.
+"""Device selection and exact arithmetic on a CPU or a CUDA device. Only this module and `training/fast/cuda_graph.py` need a GPU.
 
-Everything random is drawn on the host, from the same streams as ever, and moved; so batches, masks, noise and latents are the numbers that
-a run on the CPU has. The exception are modules with randomness of their own (Dropout), which ask the device's generator; it is seeded.
+All random numbers are drawn on the host, from the same streams as in a CPU run, and then moved to the device. So batches, masks, noise
+and latents are the same numbers on both. Modules with their own randomness (Dropout) are the exception: they use the device's generator,
+which is seeded.
 """
 
 from __future__ import annotations
@@ -18,21 +19,21 @@ from torch import Tensor
 from fedloom.errors import ConfigError
 
 HOST = torch.device("cpu")
-SHARE_OF_FREE = 0.5  # of the free memory, for data and clients' states; the rest is for steps
+SHARE_OF_FREE = 0.5  # of the free memory, for data and clients' states; steps use the rest
 
 
 class DeviceBudget(NamedTuple):
-    """Where an engine computes."""
+    """A device to compute on, and its memory budget."""
 
     device: torch.device = HOST
-    budget: int = 0  # bytes of the device's memory that data and clients' states may take between turns
+    budget: int = 0  # bytes of the device's memory that data and clients' states may use between local updates
 
 
 ON_HOST = DeviceBudget()
 
 
 def find(name: str) -> torch.device:
-    """The device called `cpu`, `cuda` or `cuda:N`.
+    """Return the device called `cpu`, `cuda` or `cuda:N`.
 
     Raises:
         ConfigError: there is no such device.
@@ -45,18 +46,18 @@ def find(name: str) -> torch.device:
         raise ConfigError(f"engine.device={name}: torch finds no CUDA device here{why}; use engine.device=cpu")
     n, index = torch.cuda.device_count(), device.index or 0
     if index >= n:
-        raise ConfigError(f"engine.device={name}: there are {n} CUDA devices, from cuda:0 to cuda:{n - 1}")
+        raise ConfigError(f"engine.device={name}: no such device; use cuda:0 to cuda:{n - 1}")
     return torch.device("cuda", index)
 
 
 def place(name: str, budget: int | None = None) -> DeviceBudget:
-    """The device called `name`, with a budget of bytes (default: half of what is free on it). Raises ConfigError."""
+    """Return the device called `name` with a budget in bytes (default: half of its free memory). Raises ConfigError."""
     device = find(name)
     return DeviceBudget(device, int(SHARE_OF_FREE * free_bytes(device)) if budget is None else budget)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes of a CUDA device's memory that are free or that torch holds in reserve; 0 for any other device."""
+    """Return the bytes of a CUDA device's memory that are free or reserved by torch but unused; 0 for any other device."""
     if device.type != "cuda":
         return 0
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -64,7 +65,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe_device(device: torch.device) -> str:
-    """For the record: the device's name, memory and software."""
+    """Describe the device for the run's records: name, memory and CUDA version."""
     if device.type != "cuda":
         return str(device)
     facts = torch.cuda.get_device_properties(device)
@@ -73,7 +74,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has done all that it was asked to, before a clock is read."""
+    """Wait until the device has finished all queued work, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -92,7 +93,7 @@ def shortest_s(work: Callable[[], Any], device: torch.device, repeats: int) -> f
 
 
 def staged(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on the device; from the host it goes through pinned memory, so that nobody waits for the copy."""
+    """Move `x` to the device. From the host, copy through pinned memory so that the copy is asynchronous."""
     if x.device == device:
         return x
     if device.type == "cuda":
@@ -101,27 +102,29 @@ def staged(x: Tensor, device: torch.device) -> Tensor:
 
 
 def generators(device: torch.device) -> list[torch.Generator]:
-    """The generators that modules with randomness of their own draw from."""
+    """Return the generators that modules with their own randomness (Dropout) draw from."""
     own = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
     return [torch.default_generator, *own]
 
 
 @contextmanager
 def exact(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """On a CUDA device: the device is the current one, and arithmetic is `strict`. On the CPU nothing changes."""
+    """On a CUDA device, make it the current device and arithmetic `strict`. Do nothing on the CPU."""
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; without it its sums may vary
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # read when cuBLAS starts; without it cuBLAS sums may vary
     with torch.cuda.device(device), strict(tf32):
         yield
 
 
 @contextmanager
 def strict(tf32: bool) -> Iterator[None]:
-    """float32 is float32 (or TF32 in products, if asked for), and the same inputs give the same bits every time.
+    """Compute in true float32 (or, with `tf32`, products in TF32), so the same inputs always give the same bits.
 
-    An operation that has no deterministic form on the device warns.
+    An operation without a deterministic form on the device causes a warning.
     """
     cudnn, filled = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     products, on = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()

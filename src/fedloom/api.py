@@ -1,4 +1,4 @@
-"""The Python face: `fedloom.run(...)`, with the command line's names."""
+"""The Python interface, `fedloom.run(...)`. Its arguments have the same names as on the command line."""
 
 from __future__ import annotations
 
@@ -34,34 +34,34 @@ class Run:
     def __init__(self, experiment: Experiment, summary: Values) -> None:
         self._experiment = experiment
         self.summary = summary
-        """What `summary.json` holds."""
+        """The contents of `summary.json`."""
         self.folder: Path = experiment.folder.path
-        """Where everything was written."""
+        """The folder with all files of the run."""
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """One row per evaluated round."""
+        """The metrics table: one row per evaluated round."""
         import pandas as pd
 
         return pd.DataFrame(self._experiment.rows)
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """One row per client and round in which it trained or was scored."""
+        """The clients table: one row per client and round in which the client trained or was scored."""
         import pandas as pd
 
         return pd.DataFrame(self._experiment.client_rows)
 
     def model(self, i: int) -> PersonalModel:
-        """Client `i`'s personal model in evaluation mode, adapted as the method asks: `model(x)` gives logits (B, Y).
+        """Return client `i`'s personal model in evaluation mode, adapted by the method: `model(x)` gives logits (B, Y).
 
-        Inputs are normalised as in training; `run.federation.test(i)` gives such rows.
+        Inputs must be normalised as in training; `run.federation.test(i)` returns such inputs.
         """
         return self._experiment.personal_model(i)
 
     @property
     def federation(self) -> Any:
-        """The clients' rows (`fedloom.data.Federation`)."""
+        """The clients' examples (`fedloom.data.Federation`)."""
         return self._experiment.data
 
     def __repr__(self) -> str:
@@ -78,18 +78,18 @@ def run(
     progress: bool = True,
     **settings: Any,
 ) -> Run:
-    """Run one experiment and return what came of it.
+    """Run one experiment and return the finished run.
 
     Args:
         method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
-        data: a name, or rows from `fedloom.from_arrays(x, y)`.
-        model: a name, an `nn.Module` (its weights are the initial ones), or a class or function that makes one; default fedavg_cnn.
-        progress: whether to show a live line.
+        data: a name, or a data set from `fedloom.from_arrays(x, y)`.
+        model: a name, an `nn.Module` (its weights are the initial ones), or a class or function that creates one; default fedavg_cnn.
+        progress: whether to show a live progress line.
         settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`); tables as dictionaries (`partition={"name": "iid"}`)
             or as dotted names (`**{"partition.alpha": 0.5}`).
 
     Raises:
-        UsageError: settings that are unknown or contradict each other, data that are missing.
+        UsageError: settings that are unknown or contradict each other, or data that are missing.
     """
     _check_given(method, data, model, settings)
     values: Values = {}
@@ -118,27 +118,31 @@ def resume(
     model: Model | None = None,
     progress: bool = True,
 ) -> Run:
-    """Continue an interrupted run from its folder, bit for bit as if it had not stopped.
+    """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
 
-    Objects that came from Python must be given again; what came by name is found in the folder's config.
+    Pass objects that came from Python again; everything that was given by name is read from the folder's config.
     """
     return _run(Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model)), progress)
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:
-    """Refuse what is no method and no data, and settings of what was given as an object: it is as it is."""
+    """Raise ConfigError for a method or data of the wrong type, and for settings of a method or data given as an object."""
     if not isinstance(method, Method | str):
         name = method.__name__ if isinstance(method, type) else type(method).__name__
-        raise ConfigError(f"method: must be a method's object, such as FedAvg(), or a name, not {name}")
-    if not isinstance(data, Dataset | str | Mapping):  # a table of settings is as good as a name
-        raise ConfigError(f"data: must be a name, or rows from fedloom.from_arrays(x, y), not {type(data).__name__}")
+        raise ConfigError(f"method: must be a method object, such as FedAvg(), or a name, not {name}")
+    if not isinstance(data, Dataset | str | Mapping):  # a table of settings names the data too
+        raise ConfigError(
+            f"data: must be a name, or a data set from fedloom.from_arrays(x, y), not {type(data).__name__}"
+        )
     if settings.get("models") and not (model is None or isinstance(model, str)):
-        raise ConfigError("models: takes the place of `model`, which was given as an object; leave one of them out")
+        raise ConfigError("models: replaces `model`, which was given as an object; leave one of them out")
     for key in settings:
         if isinstance(method, Method) and key.startswith("method."):
-            raise ConfigError(f"{key}: the method was given as an object; set it there, {type(method).__name__}(...)")
+            raise ConfigError(
+                f"{key}: the method was given as an object; set the value there, {type(method).__name__}(...)"
+            )
         if isinstance(data, Dataset) and key in ("data.rows", "data.path", "data.image_size"):
-            raise ConfigError(f"{key}: the data were given as an object; give those rows that are meant")
+            raise ConfigError(f"{key}: the data were given as an object; change the data there")
 
 
 def _run(experiment: Experiment, progress: bool) -> Run:

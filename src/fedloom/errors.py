@@ -1,13 +1,13 @@
-"""Every exception that fedloom raises on purpose.
+"""All exceptions that fedloom raises deliberately.
 
 ::
 
     FedloomError
-    ├── UsageError          the caller can mend it: one clear line, exit code 2
+    ├── UsageError          the caller can fix it: one clear line, exit code 2
     │   ├── ConfigError     an unknown key, a wrong type, an impossible combination
-    │   ├── DataError       data that are missing, malformed, or too few for the plan
-    │   ├── RunFolderError  a run folder that is missing, in the way, or not resumable
-    │   └── DivergedError   the server's numbers are not finite any more
+    │   ├── DataError       data that are missing, malformed, or too few
+    │   ├── RunFolderError  a run folder that is missing, would be overwritten, or cannot be resumed
+    │   └── DivergedError   the server's state is no longer finite
     ├── MethodError         a method broke the contract (says which rule, and where)
     ├── WireError           bytes that are not a valid message
     └── WorkerError         a worker process ended before its work was done
@@ -24,11 +24,11 @@ HOME = str(Path(__file__).parent)
 
 
 class FedloomError(Exception):
-    """Base of all errors raised by fedloom."""
+    """Base class of all errors that fedloom raises."""
 
 
 class UsageError(FedloomError):
-    """Something that the caller can mend. The command line prints it in one line and exits with code 2."""
+    """An error that the caller can fix. The command line prints it in one line and exits with code 2."""
 
 
 class ConfigError(UsageError):
@@ -36,7 +36,7 @@ class ConfigError(UsageError):
 
 
 class DataError(UsageError):
-    """Data that are missing, malformed, or too few for what was asked."""
+    """Data that are missing, malformed, or too few for the request."""
 
 
 class RunFolderError(UsageError):
@@ -44,28 +44,28 @@ class RunFolderError(UsageError):
 
 
 class DivergedError(UsageError):
-    """The server's state is not finite any more; nothing of it was written."""
+    """The server's state is no longer finite; none of it was written."""
 
 
 class MethodError(FedloomError):
-    """A method broke a rule of the contract."""
+    """A method that broke a rule of the contract."""
 
 
 class WireError(FedloomError):
-    """Bytes that cannot be read as a message, or a message that is not what was expected."""
+    """Bytes that cannot be read as a message, or a message that differs from the expected one."""
 
 
 class WorkerError(FedloomError):
-    """A worker process ended before its work was done, and nobody can take its place."""
+    """A worker process that ended before its work was done and could not be replaced."""
 
 
 def is_own_code(file: str) -> bool:
-    """Whether a source file is somebody's own: neither fedloom's nor an installed package's."""
+    """Return whether a source file is the user's own: part of neither fedloom nor an installed package."""
     return not (file.startswith((HOME, sys.prefix, sys.base_prefix, "<")) or "site-packages" in file)
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the nearest known word, or the list of known words when none is near."""
+    """Return `" (did you mean 'x'?)"` for the nearest known word, or the list of known words if none is near."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(names)}"

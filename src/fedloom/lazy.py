@@ -1,4 +1,4 @@
-"""Names that are imported when they are first used, so that a command loads only what it needs."""
+"""Lazy imports: names are imported at their first use, so a command loads only what it needs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def export(package: str) -> dict[str, str]:
         def __dir__(self) -> list[str]:
             return sorted({*super().__dir__(), *origins})
 
-        def __reduce__(self) -> tuple[Any, ...]:  # functions that go to other processes may refer to the module
+        def __reduce__(self) -> tuple[Any, ...]:  # pickled functions may refer to the module
             return importlib.import_module, (package,)
 
     module.__class__ = Lazy
@@ -84,7 +84,7 @@ def _origins(file: Path) -> dict[str, str]:
 
 
 class Registry(Mapping[str, T_co], Generic[T_co]):
-    """A read-only table of objects by name; each is imported from its origin, `module:name`, when it is looked up."""
+    """A read-only table of objects by name. Each is imported from its origin, `module:name`, at lookup."""
 
     def __init__(self, origins: Mapping[str, str]) -> None:
         self.origins = origins

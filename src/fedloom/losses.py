@@ -1,4 +1,4 @@
-"""Losses that every method may use. All are safe under `torch.func.vmap` and `torch.func.grad`, and all return 0-d tensors."""
+"""Losses for methods. All are safe under `torch.func.vmap` and `torch.func.grad`, and all return 0-d tensors."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean cross-entropy in nats; `logits` (B, Y), `labels` (B,) whole numbers below Y."""
+    """Return the mean cross-entropy in nats; `logits` (B, Y), `labels` (B,) integers below Y."""
     return F.cross_entropy(logits, labels)
 
 
 def wide(values: Tensor) -> Tensor:
-    """The values in single precision at least: with `precision=bf16` nets give 16 bits, too few to square, sum and subtract."""
+    """Return the values in at least single precision: 16-bit outputs (`precision=bf16`) are too coarse to square, sum and subtract."""
     return values if values.element_size() >= 4 else values.float()
 
 
 def one_hot(labels: Tensor, n_classes: int) -> Tensor:
-    """1 where a row is of a class and 0 elsewhere: (B, Y) for labels (B,), in the default dtype."""
+    """Return 1 where an example has the class and 0 elsewhere: (B, Y) for labels (B,), in the default dtype."""
     return (labels[:, None] == torch.arange(n_classes, device=labels.device)).to(torch.get_default_dtype())
 
 
 def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """The squared Euclidean distance between the tensors that `a` and `b` have in common (at least one)."""
+    """Return the squared Euclidean distance between the tensors whose names `a` and `b` share (at least one)."""
     common = [name for name in a if name in b]
     if not common:
-        raise ValueError("nothing in common to measure a distance between")
+        raise ValueError("squared_distance needs at least one name that both inputs share")
     return torch.stack([(a[name] - b[name]).square().sum() for name in common]).sum()
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over features, mean over the batch; both (B, D)."""
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over features, mean over the batch; both (B, D)."""
     mean, log_variance = wide(mean), wide(log_variance)
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
 
 
 def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
-    """-log N(target; mean, exp(log_variance)), without its constant, in nats: mean over batch and features; all (B, D)."""
+    """Return -log N(target; mean, exp(log_variance)) without its constant, in nats: mean over batch and features; all (B, D)."""
     mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
     return 0.5 * ((target - mean).square() / log_variance.exp() + log_variance).mean()
 
 
 def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | None = None) -> Tensor:
-    """The variational contrastive log-ratio upper bound on the mutual information (vCLUB; Cheng et al., ICML 2020).
+    """Return vCLUB, the variational contrastive log-ratio upper bound on the mutual information (Cheng et al., ICML 2020).
 
-    How much better q(target_i | input_i) explains its own target than those of other rows:
+    It measures how much better q(target_i | input_i) explains its own target than the targets of other examples:
     mean_i [log q(c_i | g_i) - mean_j log q(c_j | g_i)], in nats per feature (mean over the D features; multiply by D for the
-    whole bound). About 0 for independent variables, positive for dependent ones; a bad q makes it negative.
+    whole bound). It is about 0 for independent variables and positive for dependent ones; a poor q makes it negative.
 
     Args:
-        mean, log_variance: (B, D), what q predicts for each row.
+        mean, log_variance: (B, D), q's prediction for each example.
         target: (B, D), the true values c_i.
-        other: (B,) row numbers j, one drawn per row (the paper's sampled bound); None means all rows.
+        other: (B,) indices j, one drawn per example (the paper's sampled bound); None means all examples.
     """
     mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
     own = (mean - target).square()

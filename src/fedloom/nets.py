@@ -1,7 +1,7 @@
-"""Networks bound to one client's tensors, and the names of their parts.
+"""Nets bound to one client's tensors, and the naming of those tensors.
 
-Weights are two flat dictionaries, `{"params": {...}, "buffers": {...}}`; a tensor's name is its net's name followed by its name in
-the module: `model.body.0.weight`, `gfe.1.running_mean`.
+Weights are two flat dictionaries, `{"params": {...}, "buffers": {...}}`. A tensor's name is its net's name followed by its name in the
+module: `model.body.0.weight`, `gfe.1.running_mean`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Unit = Literal["layer", "tensor", "block"]
 
 
 class Net:
-    """One module with the tensors it computes with. Calling it is calling the module."""
+    """One module bound to the tensors it computes with. Calling the net calls the module."""
 
     def __init__(
         self, module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], training: bool
@@ -35,24 +35,29 @@ class Net:
         tensors = dict(self._tensors)
         outputs = functional_call(self.module, tensors, inputs, tie_weights=False)
         for name, buffer in self._buffers.items():
-            if tensors[name] is not buffer:  # `functional_call` hands back what the module assigned
+            if tensors[name] is not buffer:  # `functional_call` puts what the module assigned here
                 self._assign(name, buffer, tensors[name])
         return outputs
 
     def _assign(self, name: str, buffer: Tensor, value: Tensor) -> None:
-        """Keep what the module assigned to a buffer (`self.centre = ...`) where its client keeps it."""
+        """Copy what the module assigned to a buffer (`self.centre = ...`) into the client's tensor."""
         kind = type(self.module).__name__
         if not self.training:
-            raise MethodError(f"{kind} changes its buffer '{name}' in evaluation mode: scoring would change the client")
+            raise MethodError(
+                f"{kind} changes its buffer '{name}' in evaluation mode, so scoring would change the client"
+            )
         if value.shape != buffer.shape:
-            raise MethodError(f"{kind} gives its buffer '{name}' shape {tuple(value.shape)}, not {tuple(buffer.shape)}")
+            raise MethodError(
+                f"{kind} assigns shape {tuple(value.shape)} to buffer '{name}', not {tuple(buffer.shape)}"
+            )
         buffer.copy_(value.detach())
 
 
 class Nets:
-    """A client's nets: `nets.gfe(x)` calls module `gfe` on this client's tensors.
+    """A client's nets: `nets.gfe(x)` calls module `gfe` with this client's tensors.
 
-    In training mode BatchNorm updates the running statistics *in place* in `buffers`: whoever builds a `Nets` owns those tensors.
+    In training mode BatchNorm updates the running statistics in `buffers` *in place*, so the code that creates a `Nets` must own those
+    tensors.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Nets:
     def __getattr__(self, name: str) -> Net:
         modules: Mapping[str, nn.Module] = self.__dict__["modules"]
         if name not in modules:
-            raise AttributeError(f"no net is called '{name}'{suggest(name, modules)}")
+            raise AttributeError(f"there is no net '{name}'{suggest(name, modules)}")
         start = len(name) + 1
         params, buffers = (
             {key[start:]: value for key, value in part.items() if key.startswith(name + ".")}
@@ -79,28 +84,28 @@ class Nets:
         return net
 
     def at(self, weights: Weights) -> Nets:
-        """The same nets in evaluation mode with other weights in place of those that `weights` names (MOON's previous model)."""
+        """Return the same nets in evaluation mode, with the tensors in `weights` instead of their own (MOON's previous model)."""
         params = {**self.params, **weights["params"]}
         return Nets(self.modules, params, {**self.buffers, **weights["buffers"]})
 
     def with_params(self, params: Mapping[str, Tensor]) -> Nets:
-        """The same nets and mode, with other parameters in place of those that `params` names."""
+        """Return the same nets in the same mode, with the parameters in `params` instead of their own."""
         return Nets(self.modules, {**self.params, **params}, self.buffers, self.training)
 
     @functools.cached_property
     def frozen(self) -> Nets:
-        """The same nets; no gradient flows into their parameters (it does flow through them to their inputs)."""
+        """The same nets with detached parameters: gradients flow through the nets to their inputs, but not into the parameters."""
         params = {name: value.detach() for name, value in self.params.items()}
         return Nets(self.modules, params, self.buffers, self.training)
 
 
 def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
-    """The weights that the modules hold now, as copies. Raises ConfigError where one tensor has two names.
+    """Return copies of the modules' current weights. Raises ConfigError if one tensor has two names.
 
-    Frozen parameters (`requires_grad=False`) are no weights: they stay in the modules, so nothing trains, sends or stores them.
+    Frozen parameters (`requires_grad=False`) do not count as weights: they stay in the modules and are never trained, sent or stored.
     """
     refuse_tied(modules)
-    kept = {net: m.state_dict() for net, m in modules.items()}  # leaves out buffers that are not persistent
+    kept = {net: m.state_dict() for net, m in modules.items()}  # without non-persistent buffers
     return {
         kind: {
             f"{net}.{name}": tensor.detach().clone()
@@ -113,18 +118,21 @@ def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
 
 
 def frozen_parameters(modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    """The parameters that never change (`requires_grad=False`)."""
+    """Return the parameters that never change (`requires_grad=False`)."""
     return [p for module in modules.values() for p in module.parameters() if not p.requires_grad]
 
 
 def without_negative_variances(weights: Weights) -> Weights:
-    """The weights with 0 for running variances below it, where a difference took them: by its rounding, or from a newer base."""
+    """Return the weights with negative running variances set to 0.
+
+    Adding a difference to a base can make them negative: by rounding, or if the base is newer than the difference.
+    """
     buffers = {n: b.clamp(min=0) if n.endswith(".running_var") else b for n, b in weights["buffers"].items()}
     return {**weights, "buffers": buffers}
 
 
 def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
-    """Copy `weights` into the modules (for handing a plain module to a user); frozen parameters stay as they are."""
+    """Copy `weights` into the modules, to give a user a plain module. Frozen parameters stay as they are."""
     tensors = {**weights["params"], **weights["buffers"]}
     for net, module in modules.items():
         start = len(net) + 1
@@ -134,22 +142,19 @@ def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
 
 
 def layer_of(name: str) -> str:
-    """The layer (innermost module) that owns a tensor: `model.body.3.weight` belongs to `model.body.3`."""
+    """Return the layer (innermost module) that owns a tensor: `model.body.3.weight` belongs to `model.body.3`."""
     return name.rpartition(".")[0]
 
 
 def block_of(name: str) -> str:
-    """The block that a tensor belongs to: its layer's path up to the first number, or the layer itself where there is none.
-
-    `model.body.stage1.0.conv.weight` belongs to `model.body.stage1.0`, `model.head.bias` to `model.head`.
-    """
+    """Return the block that a tensor belongs to: its layer's path up to the first number, or the layer itself if the path has no number."""
     path = layer_of(name).split(".")
     numbers = [i for i, part in enumerate(path) if part.isdigit()]
     return ".".join(path[: numbers[0] + 1] if numbers else path)
 
 
 def units(weights: Weights, unit: Unit) -> list[list[tuple[str, str]]]:
-    """The tensors, as `(kind, name)` with kind params|buffers, grouped by the unit that they form, in order of first appearance."""
+    """Group the tensors, as `(kind, name)` with kind params|buffers, by layer, tensor or block, in order of first appearance."""
     owners: dict[Unit, Callable[[str], str]] = {"layer": layer_of, "block": block_of, "tensor": lambda name: name}
     groups: dict[str, list[tuple[str, str]]] = {}
     for kind in ("params", "buffers"):
@@ -159,7 +164,7 @@ def units(weights: Weights, unit: Unit) -> list[list[tuple[str, str]]]:
 
 
 def norm_layers(weights: Weights) -> set[str]:
-    """The normalisation layers: those with running statistics, or whose weight is one-dimensional."""
+    """Return the normalisation layers: those with running statistics or with a one-dimensional weight."""
     return {
         layer_of(name)
         for part in weights.values()
@@ -169,13 +174,13 @@ def norm_layers(weights: Weights) -> set[str]:
 
 
 def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, rest: bool = False) -> Weights:
-    """The part of `weights` that any of the patterns names; with `rest`, all that none of them names.
+    """Return the weights that any of the patterns matches; with `rest`, those that none of them matches.
 
-    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), a net without a part (`model:-head`), or one tensor by its
-    whole name (`model.head.bias`); the part `norm` stands for all normalisation layers (`model:-norm`, FedBN).
+    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), a net without a part (`model:-head`), or one tensor's full
+    name (`model.head.bias`). The part `norm` stands for all normalisation layers (`model:-norm`, FedBN).
 
     Args:
-        buffers: whether the patterns also take buffers (running statistics).
+        buffers: whether the patterns also match buffers (running statistics).
 
     Raises:
         MethodError: a pattern matches nothing.
@@ -189,9 +194,9 @@ def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, r
 Names = tuple[tuple[str, tuple[str, ...]], ...]  # by kind
 
 
-@functools.lru_cache(1024)  # the same few questions are asked for every client in every round
+@functools.lru_cache(1024)  # the same few selections are made for every client in every round
 def _chosen(names: Names, norms: frozenset[str], patterns: tuple[str, ...], buffers: bool, rest: bool) -> Names:
-    """The names that `select` takes."""
+    """Return the names that `select` selects."""
 
     def matches(pattern: str, name: str) -> bool:
         if pattern == name:
@@ -207,7 +212,7 @@ def _chosen(names: Names, norms: frozenset[str], patterns: tuple[str, ...], buff
     for pattern in patterns:
         if not any(matches(pattern, name) for name in every):
             nets = sorted({name.partition(".")[0] for name in every})
-            raise MethodError(f"the pattern '{pattern}' names nothing; nets: {', '.join(nets)}")
+            raise MethodError(f"the pattern '{pattern}' matches nothing; nets: {', '.join(nets)}")
 
     def taken(kind: str, name: str) -> bool:
         return (buffers or kind == "params") and any(matches(pattern, name) for pattern in patterns)

@@ -1,7 +1,7 @@
-"""Optimisers as pairs of functions without hidden state, in the manner of optax.
+"""Optimisers as pairs of functions without hidden state, as in optax.
 
-`init(params)` gives the whole state at once (states that grow lazily can be neither stacked nor checkpointed), and
-`step(grads, state, params, scale)` moves parameters and state in place; `update` does the same to copies. Parameters, gradients
+`init(params)` returns the whole state at once, because a state that grows lazily can be neither stacked nor checkpointed.
+`step(grads, state, params, scale)` updates parameters and state in place; `update` returns updated copies instead. Parameters, gradients
 and states are dictionaries of tensors by name. `scale` multiplies the learning rate (a schedule over rounds).
 """
 
@@ -20,21 +20,21 @@ Params = dict[str, Tensor]
 
 
 class Optimizer(NamedTuple):
-    """See the module's docstring."""
+    """A pair of functions; see the module's docstring."""
 
     init: Callable[[Params], Tree]
     step: Callable[[Params, Tree, Params, float], None]
-    plain_lr: float | None = None  # the learning rate, if a step is p <- p - lr scale g and no more
+    plain_lr: float | None = None  # the learning rate, if a step is exactly p <- p - lr scale g
 
     def update(self, grads: Params, state: Tree, params: Params, scale: float = 1.0) -> tuple[Params, Tree]:
-        """New parameters and a new state; nothing is changed in place."""
+        """Return new parameters and a new state; change nothing in place."""
         params, state = tree.clone(params), tree.clone(state)
         self.step(grads, state, params, scale)
         return params, state
 
 
 def sgd(lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
-    """Stochastic gradient descent as in `torch.optim.SGD`: v <- momentum v + g + weight_decay p; p <- p - lr v."""
+    """Return stochastic gradient descent as in `torch.optim.SGD`: v <- momentum v + g + weight_decay p; p <- p - lr v."""
 
     def init(params: Params) -> Tree:
         return {"velocity": {name: torch.zeros_like(p) for name, p in params.items()}} if momentum else {}
@@ -58,7 +58,7 @@ def sgd(lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimize
 def adam(
     lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
 ) -> Optimizer:
-    """Adam as in `torch.optim.Adam` (weight decay is added to the gradient); the state counts its own steps."""
+    """Return Adam as in `torch.optim.Adam` (weight decay is added to the gradient). The state includes its own step count."""
     beta1, beta2 = betas
 
     def init(params: Params) -> Tree:
@@ -75,7 +75,7 @@ def adam(
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, g, g, 1 - beta2)
         spread = torch._foreach_sqrt(square)
-        if count.ndim:  # several clients stacked, each with a count of its own
+        if count.ndim:  # several clients stacked, each with its own count
             for p, m, s in zip(values, mean, spread, strict=True):
                 p.sub_(lr * scale * m / _along(1 - beta1**count, m) / (s / _along((1 - beta2**count) ** 0.5, s) + eps))
             return
@@ -88,5 +88,5 @@ def adam(
 
 
 def _along(factors: Tensor, values: Tensor) -> Tensor:
-    """One factor per client, shaped to multiply the clients' stacked values."""
+    """Reshape one factor per client so that it multiplies the clients' stacked values."""
     return factors.to(values.dtype).view(-1, *[1] * (values.ndim - 1))

@@ -1,4 +1,4 @@
-"""Numbers with limits, as types of fields: one place checks them, and help pages show them in words."""
+"""Numeric types with limits for fields of settings and methods. One function checks them; help pages describe them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ LIMITS: Final[Mapping[str, tuple[Callable[[Any, Any], bool], str, str]]] = Mappi
         "lt": (operator.lt, "below", "<"),
     }
 )
-"""Each limit's test, its words in messages, and its sign in help pages."""
+"""For each limit: its test, its wording in messages, and its sign in help pages."""
 _PLAIN: Final = MappingProxyType(
     {"int": "whole number", "float": "number", "bool": "true|false", "str": "text", "Path": "path"}
 )
 
 
 def check_limits(settings: Any) -> None:
-    """Refuse a dataclass with a number outside its field's limits, or one that is not finite. Raises ValueError.
+    """Raise ValueError if a number of a dataclass is outside its field's limits or not finite.
 
-    A subclass that gives a field another default keeps the limits, also where it says plain `float`.
+    A subclass that changes a field's default keeps the limits, even if it annotates the field as plain `float`.
     """
     bases = [
         get_type_hints(cls, include_extras=True) for cls in type(settings).__mro__ if dataclasses.is_dataclass(cls)
@@ -59,7 +59,7 @@ def check_limits(settings: Any) -> None:
 
 
 def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
-    """A type in words: `whole number ≥ 1`, `half|standard|none`; `field` may hold further limits."""
+    """Return a type in words: `whole number ≥ 1`, `half|standard|none`; `field` may hold further limits."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, args))
@@ -75,7 +75,7 @@ def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
 
 
 def _limits(annotation: Any) -> Iterator[tuple[str, Any]]:
-    """The limits of an annotated type, by name."""
+    """Yield the limits of an annotated type as (name, value)."""
     if get_origin(annotation) is Annotated:
         for note in get_args(annotation)[1:]:
             yield from _named(getattr(note, "metadata", [note]))  # pydantic's Field holds several

@@ -1,6 +1,6 @@
 """Trees of tensors: nested dictionaries with string keys and tensors as leaves.
 
-Everything that a client keeps, that travels, or that the server holds is such a tree. These functions never change their inputs.
+A client's state, messages and the server's state are all such trees. These functions never change their inputs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Weights = dict[str, dict[str, Tensor]]  # {"params": {name: tensor}, "buffers": 
 
 
 def map_tree(fn: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
-    """`fn` applied leaf by leaf to one or several trees of the same structure."""
+    """Apply `fn` leaf by leaf to one or more trees of the same structure."""
     return {
         key: map_tree(fn, value, *(other[key] for other in others))
         if isinstance(value, dict)
@@ -27,7 +27,7 @@ def map_tree(fn: Callable[..., Tensor], tree: Tree, *others: Tree) -> Tree:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """`(path, leaf)` in the order of the dictionaries; the keys on a path are joined with `/`."""
+    """Yield `(path, leaf)` in the order of the dictionaries; a path is the keys joined with `/`."""
     for key, value in tree.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
@@ -37,7 +37,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Te
 
 
 def unflatten(leaves: Mapping[str, Tensor]) -> Tree:
-    """The inverse of `flatten`; branches without leaves are lost."""
+    """Invert `flatten`; branches without leaves are lost."""
     tree: Tree = {}
     for path, leaf in leaves.items():
         *branches, last = path.split("/")
@@ -49,12 +49,12 @@ def unflatten(leaves: Mapping[str, Tensor]) -> Tree:
 
 
 def leaves(tree: Mapping[str, Any]) -> list[Tensor]:
-    """All leaves, in the order of `flatten`."""
+    """Return all leaves, in the order of `flatten`."""
     return [leaf for _, leaf in flatten(tree)]
 
 
 def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """`tree` with the leaves of `over` in place of its own, or added to them. Tensors are shared, not copied."""
+    """Return `tree` with the leaves of `over` replacing its own or added to them. Tensors are shared, not copied."""
     merged = dict(tree)
     for key, value in over.items():
         mine = merged.get(key)
@@ -63,19 +63,19 @@ def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 
 
 def clone(tree: Tree) -> Tree:
-    """A copy that shares no memory."""
+    """Return a copy that shares no memory with `tree`."""
     return map_tree(lambda leaf: leaf.detach().clone(), tree)
 
 
 def versions(tree: Mapping[str, Any]) -> list[int]:
-    """A number for each leaf that grows whenever somebody writes into its memory; see `changed_since`."""
+    """Return one counter per leaf that grows with every in-place write to it; see `changed_since`."""
     return [0 if leaf.is_inference() else leaf._version for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def changed_since(before: Sequence[int], tree: Mapping[str, Any]) -> str:
-    """The path of the first leaf that was written into since `versions(tree)` gave `before`; "" where none was.
+    """Return the path of the first leaf that was written to since `versions(tree)` returned `before`, or "".
 
-    Writes through NumPy, or into tensors made in inference mode, go unnoticed.
+    Writes through NumPy, or to tensors made in inference mode, are not detected.
     """
     if versions(tree) == before:
         return ""
@@ -84,33 +84,36 @@ def changed_since(before: Sequence[int], tree: Mapping[str, Any]) -> str:
 
 
 def copy_shared(tree: Tree, others: Sequence[Tree]) -> Tree:
-    """The tree, with copies of those leaves that lie in the memory of other trees, which may not last as long."""
+    """Return the tree with copies of the leaves that share memory with `others`, which may be released earlier."""
     taken = {leaf.untyped_storage().data_ptr() for other in others for leaf in leaves(other)}
     return map_tree(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, tree)
 
 
 def zeros_like(tree: Tree) -> Tree:
-    """Zeros of the same structure, shapes and types."""
+    """Return zeros with the same structure, shapes and dtypes."""
     return map_tree(torch.zeros_like, tree)
 
 
 def add(a: Tree, b: Tree, scale: float = 1.0) -> Tree:
-    """`a + scale * b`."""
+    """Return `a + scale * b`."""
     return map_tree(lambda x, y: x + scale * y, a, b)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """`a - b`."""
+    """Return `a - b`."""
     return map_tree(torch.sub, a, b)
 
 
 def dot(a: Tree, b: Tree) -> Tensor:
-    """The inner product over all leaves, a 0-d tensor."""
+    """Return the inner product over all leaves, a 0-d tensor."""
     return torch.stack([leaf.sum() for leaf in leaves(map_tree(torch.mul, a, b))]).sum()
 
 
 def mean_cosine(trees: Sequence[Tree]) -> float:
-    """The mean cosine between pairs of two or more trees, each taken as one vector: from -1 to 1; a zero vector has cosine 0 with any."""
+    """Return the mean cosine over all pairs of two or more trees, each taken as one vector.
+
+    It lies between -1 and 1; the cosine of a zero vector with any other is 0.
+    """
     gram = torch.zeros(len(trees), len(trees), dtype=torch.float64)
     for same in zip(*(leaves(tree) for tree in trees), strict=True):
         rows = torch.stack(same).reshape(len(trees), -1).double()
@@ -121,15 +124,16 @@ def mean_cosine(trees: Sequence[Tree]) -> float:
 
 
 def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
-    """The weighted mean, summed in the order given, so that the result does not depend on who finished first.
+    """Return the weighted mean, summed in the given order, so the result does not depend on which client finished first.
+
+    Integer leaves (counters) are averaged in float64 and rounded.
 
     Args:
-        trees: one or more trees of one structure.
-        shares: one weight per tree; they should sum to 1. Default: equal shares.
-            Whole-number leaves (counters) are averaged in float64 and rounded.
+        trees: one or more trees of the same structure.
+        shares: one weight per tree; they should sum to 1. Default: equal weights.
     """
     if not trees:
-        raise ValueError("the mean of no trees is not defined")
+        raise ValueError("the mean needs at least one tree")
     weights = [1.0 / len(trees)] * len(trees) if shares is None else [float(share) for share in shares]
     if len(weights) != len(trees):
         raise ValueError(f"{len(trees)} trees but {len(weights)} shares")
@@ -145,23 +149,23 @@ def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Trees of one structure as one tree, whose leaves have a new first dimension."""
+    """Combine trees of one structure into one tree whose leaves have a new first dimension."""
     return map_tree(lambda *values: torch.stack(values), *trees)
 
 
 def unstack(tree: Tree) -> list[Tree]:
-    """The inverse of `stack`; the leaves are views."""
+    """Invert `stack`; the leaves are views."""
     n = len(leaves(tree)[0])
     return [map_tree(lambda leaf, i=i: leaf[i], tree) for i in range(n)]
 
 
 def structure(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and type of every leaf by its path: two trees fit together when these are equal."""
+    """Return the shape and dtype of every leaf by path; two trees are compatible if these are equal."""
     return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
 
 
 def equal(a: Tree, b: Tree) -> bool:
-    """Whether two trees have the same structure and the same numbers (NaN equals NaN), in any order."""
+    """Return whether two trees have the same structure and the same numbers (NaN equals NaN), in any order of keys."""
     other = dict(flatten(b))
     return structure(a) == structure(b) and all(
         torch.allclose(x, other[path], rtol=0, atol=0, equal_nan=True) for path, x in flatten(a)
@@ -169,13 +173,15 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 def not_finite(tree: Tree) -> str:
-    """The path of the first leaf with a number that is not finite; "" if there is none."""
+    """Return the path of the first leaf that holds a non-finite number, or ""."""
     floats = [(path, leaf) for path, leaf in flatten(tree) if leaf.is_floating_point()]
     if not floats:
         return ""
-    sums = [leaf.sum() for _, leaf in floats]  # cheap, and one may overflow by itself
+    sums = [
+        leaf.sum() for _, leaf in floats
+    ]  # cheap; a finite leaf's sum may overflow, so leaves are checked again below
     device = sums[0].device
-    if device.type != "cpu":  # of a device one question is asked
+    if device.type != "cpu":  # synchronise with the device only once
         sums = [torch.stack([total.to(device, torch.float32) for total in sums]).sum()]
     if all(math.isfinite(total.item()) for total in sums):
         return ""
@@ -183,5 +189,5 @@ def not_finite(tree: Tree) -> str:
 
 
 def n_bytes(tree: Mapping[str, Any]) -> int:
-    """The size of all leaves in memory."""
+    """Return the size of all leaves in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))

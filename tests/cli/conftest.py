@@ -24,7 +24,7 @@ TINY = (
 
 
 class Result(NamedTuple):
-    """What a command left behind."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -50,7 +50,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """`cli("run", "rounds=1")` gives exit code, standard output and standard error."""
+    """Return a function: `cli("run", "rounds=1")` gives exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "no-cache"))
@@ -66,7 +66,7 @@ def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.fixture
 def tiny(cli: Cli) -> Cli:
-    """`cli` with the settings of a run that takes a moment."""
+    """Return `cli` with the settings of a very short run."""
 
     def call(command: str, *words: str) -> Result:
         return cli(command, *TINY, *words)

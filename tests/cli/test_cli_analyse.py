@@ -1,4 +1,4 @@
-"""`fedloom analyse`, and what the report makes of it."""
+"""`fedloom analyse`, and its results in the report."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """A judge that is trained for a moment: its answers are tested elsewhere."""
+    """Train the judge very briefly; its answers are tested elsewhere."""
     monkeypatch.setattr("fedloom.analysis.samples.CLASSIFIER_STEPS", 20)
 
 

@@ -1,4 +1,4 @@
-"""`fedloom deploy` as a newcomer types it."""
+"""`fedloom deploy` with the inputs of a new user."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_a_folder_that_is_taken_is_noticed_before_anything_starts(cli):
     assert cli("run", "rounds=1", "out=there", "--quiet").code == 0
     done = cli("deploy", "up", "--local", "2", "out=there")
     assert done.code == 2
-    assert done.err == "fedloom: error: out=there: there is something already; choose another folder\n"
+    assert done.err == "fedloom: error: out=there: already exists and is not an empty folder; choose another folder\n"
 
 
 def test_help_names_every_step(cli):
@@ -68,7 +68,7 @@ def test_a_run_without_a_server_says_how_to_start_it(cli):
     assert "fedloom deploy server ward" in done.err
 
 
-def test_an_empty_resume_is_no_new_run(cli):
+def test_an_empty_resume_does_not_start_a_new_run(cli):
     assert cli("deploy", "init", "ward", "clients=2", "--nodes", "1").code == 0
     done = cli("deploy", "run", "ward", "--resume", "")
     assert (done.code, done.err) == (2, "fedloom: error: fedloom deploy run: --resume must not be empty\n")

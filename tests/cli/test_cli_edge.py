@@ -39,7 +39,7 @@ def test_export_of_a_client_that_joined_later(tiny, cli):
     assert json.loads(done.out)[0]["client"] == 3
 
 
-def test_rows_that_are_not_the_clients_own_are_called_so(cli):
+def test_examples_that_are_not_the_clients_own_are_labelled(cli):
     pytest.importorskip("onnxruntime")
     dealt = {
         "train": [list(range(30)), list(range(30, 60))],
@@ -57,7 +57,7 @@ def test_rows_that_are_not_the_clients_own_are_called_so(cli):
 
 MISTAKES = {
     "export": "name the folder of a run",
-    "export nowhere": "nowhere is not a run's folder",
+    "export nowhere": "nowhere is not a run folder",
     "export r --client 4": "--client 4: '4' is no client of this run, which has 0 to 3",
     "export r --client x": "'x' is no client",
     "export r --client -1": "is no client",
@@ -121,7 +121,7 @@ def test_cost_shows_every_architecture(tiny):
         assert words in shown.out
 
 
-def test_report_tells_the_time_on_networks(tiny, cli):
+def test_report_shows_the_time_on_networks(tiny, cli):
     tiny("run", "out=r", "--quiet")
     shown = cli("report", "r", "network=4g,2/10/80", "slowdown=20", "target=1")
     assert shown.code == 0, shown.err

@@ -1,4 +1,4 @@
-"""Everything that a user can get wrong ends in one clear line."""
+"""Every mistake of a user ends in one clear line."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ MISTAKES = {
     "run devices.slow=1.5": "devices.slow=1.5: must be at most 1",
     "run devices.slowdown=0.5": "devices.slowdown=0.5: must be at least 1",
     "run devices.stragglers=lat": "must be one of wait, drop, late, partial (did you mean 'late'?)",
-    "run method=fedmr devices.stragglers=late": "devices.stragglers=late: fedmr cannot take in late uplinks",
-    "run min_clients=11": "min_clients=11: a cohort has 10 members at most",
+    "run method=fedmr devices.stragglers=late": "devices.stragglers=late: fedmr cannot aggregate late uplinks",
+    "run min_clients=11": "min_clients=11: must be at most 10, the largest cohort",
     "run eval.target=80": "eval.target=80: must be at most 1",
     "run seed=-1": "seed=-1: must be at least 0",
     "run partition.alpha=0": "partition.alpha=0: must be above 0",
@@ -91,7 +91,7 @@ MISTAKES = {
     "run out=": "out=: must not be empty",
     "run --resume=": "fedloom run: --resume must not be empty",
     "run method=ends.py:Mine": "method=ends.py:Mine: ends.py ends Python when it is imported",
-    "run out=full": "out=full: there is something already; choose another folder",
+    "run out=full": "out=full: already exists and is not an empty folder; choose another folder",
     "compare": "method: name what to compare",
     "compare method=fedavg,fedavg": "'fedavg' is there twice",
     "compare method=fedavg,fedprox seed=a": "seed=a: must be different whole numbers",
@@ -104,7 +104,7 @@ MISTAKES = {
     "compare number.toml": "out=7: must be a path",
     "compare --resume=": "fedloom compare: --resume must not be empty",
     "compare --resume full": "full is not the folder of a comparison",
-    "compare method=fedavg,fedprox out=full": "out=full: there is something already",
+    "compare method=fedavg,fedprox out=full": "out=full: already exists and is not an empty folder",
     "compare method=fedavg engine=sequentail": "(did you mean 'sequential'?)",
     "list": "list what? methods, datasets, models, engines",
     "list metods": "(did you mean 'methods'?)",

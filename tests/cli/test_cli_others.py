@@ -1,4 +1,4 @@
-"""Overview, list, partition and check."""
+"""`fedloom` without arguments, `list`, `partition` and `check`."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_long_partitions_are_shortened(cli):
     assert any(line.split()[:1] == ["59"] for line in lines)
 
 
-def test_check_prints_a_list_and_tells_by_its_exit_code(cli):
+def test_check_prints_a_list_and_sets_its_exit_code(cli):
     Path("own.py").write_text(
         "from dataclasses import dataclass\nfrom fedloom import Method\n\n"
         "@dataclass(frozen=True)\nclass Good(Method):\n    pass\n\n"

@@ -1,4 +1,4 @@
-"""The Ray engine from the command line: an own file's method, Ctrl-C, nothing left running, clear errors."""
+"""The Ray engine from the command line: a method from a user's file, Ctrl-C, no processes left, clear errors."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray 
 
 
 def carriers(mark: str) -> dict[int, str]:
-    """The processes that were started with `mark` in their environment, or below such a process: numbers and commands."""
+    """Return the processes with `mark` in their environment, and their children: numbers and commands."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if mark.encode() in (folder / "environ").read_bytes():
                 found[int(folder.name)] = (folder / "cmdline").read_text()[:80]
-        except OSError:  # it ended meanwhile
+        except OSError:  # it has ended
             continue
     return found
 
@@ -58,7 +58,7 @@ def carriers(mark: str) -> dict[int, str]:
 @needs_ray
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
+def test_an_interrupted_run_leaves_nothing_running_and_resumes(cli):
     Path("own.py").write_text(OWN)
     mark = uuid.uuid4().hex
     words = ("method=own.py:Mine", *WORDS, "rounds=5000", "engine=ray", "engine.workers=2", "out=cut")
@@ -97,7 +97,7 @@ def test_an_interrupted_run_leaves_nothing_behind_and_goes_on(cli):
 
 
 @needs_ray
-def test_a_cluster_that_is_not_there_is_one_line(cli):
+def test_a_missing_cluster_is_a_one_line_error(cli):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -120,7 +120,7 @@ def test_without_ray_one_line_says_what_to_install(cli, monkeypatch):
 
 @contextmanager
 def machine(mark: str, *words: str) -> Iterator[None]:
-    """`ray start` with one core; all that it starts carries the mark, and is killed in the end."""
+    """Run `ray start` with one core; all its processes carry the mark, and are killed at the end."""
     environment = {**os.environ, "FEDLOOM_TEST": mark}
     command = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus=1", "--block", *words]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -132,7 +132,7 @@ def machine(mark: str, *words: str) -> Iterator[None]:
 
 
 def lose(mark: str) -> None:
-    """SIGKILL to all of a machine's processes, until there are none."""
+    """Send SIGKILL to a machine's processes until there are none."""
     while found := carriers(mark):
         for number in found:
             with suppress(ProcessLookupError):
@@ -144,7 +144,7 @@ def lose(mark: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_machine_that_is_lost_costs_its_clients_a_round(cli, monkeypatch):
-    """Two Ray nodes with a worker each; one is killed, whole. The other does the work of both from then on."""
+    """Two Ray nodes have one worker each; one node is killed. The other then does the work of both."""
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "RAY_USAGE_STATS_ENABLED": "0"}
     for name, value in access.items():
         monkeypatch.setenv(name, value)
@@ -152,7 +152,7 @@ def test_a_machine_that_is_lost_costs_its_clients_a_round(cli, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    words = (*WORDS, "method=fedper", "rounds=200", "eval_every=200")  # what is lost in scoring costs nothing
+    words = (*WORDS, "method=fedper", "rounds=200", "eval_every=200")  # losing a worker while scoring loses no clients
     on_ray = ("engine=ray", f"engine.address={address}", "engine.workers=2")
     head = ("--head", f"--port={address.partition(':')[2]}", "--node-ip-address=127.0.0.1", "--include-dashboard=false")
     with machine(marks[0], *head), machine(marks[1], f"--address={address}"):

@@ -64,7 +64,7 @@ def test_a_label_names_the_run(tiny):
     assert "first try" in tiny("run", 'label="first try"', "out=mine").out
 
 
-def test_divergence_is_told(tiny):
+def test_divergence_is_reported(tiny):
     done = tiny("run", "method.lr=1e30", "out=mine", "--quiet")
     assert done.code == 1
     assert (
@@ -105,7 +105,7 @@ def test_help_lists_every_key(cli):
         assert key in done.out
 
 
-def test_an_interrupted_run_says_how_to_go_on_and_does(tiny, cli):
+def test_an_interrupted_run_says_how_to_resume_and_does(tiny, cli):
     words = (
         "rounds=600",
         "clients=4",
@@ -150,11 +150,11 @@ def test_an_interruption_while_a_string_is_executed_has_the_same_exit_code(tmp_p
     assert (done.returncode, done.stderr) == (130, "fedloom: interrupted\n")
 
 
-def test_what_cannot_be_resumed(tiny, cli):
+def test_unresumable_runs_are_refused(tiny, cli):
     tiny("run", "out=mine", "--quiet")
     Path("foreign").mkdir()
     assert "finished" in cli("run", "--resume", "mine").err
-    assert "not a run's folder" in cli("run", "--resume", "foreign").err
+    assert "not a run folder" in cli("run", "--resume", "foreign").err
     assert "from the folder alone" in cli("run", "--resume", "mine", "rounds=3").err
 
 
@@ -166,10 +166,13 @@ def test_the_entry_point():
     assert done.stdout == f"fedloom {fedloom.__version__}\n"
 
 
-def test_a_run_that_learnt_nothing_does_not_end_with_0(tiny):
+def test_a_run_whose_rounds_were_all_skipped_does_not_exit_with_0(tiny):
     done = tiny("run", "method.lr=1e30", "out=mine")
     assert done.code == 1
-    assert "error: mine: every round was skipped, so the model is the initial one; events.jsonl says why" in done.err
+    assert (
+        "error: mine: every round was skipped, so the model was never trained; see events.jsonl for the reasons"
+        in done.err
+    )
     assert json.loads(Path("mine/summary.json").read_text())["skipped"] == 2
     both = tiny("compare", "method=fedavg,local", "fedavg.lr=1e30", "out=both")
     assert both.code == 1

@@ -1,4 +1,4 @@
-"""Tables in narrow terminals, and streams that cannot show every character."""
+"""Tables in narrow terminals, and streams that cannot encode every character."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_no_word_is_broken_and_no_line_is_too_long(width):
     assert (lines[0], lines[-1]) == ("The title", "The caption.")
 
 
-def test_a_table_that_fits_is_one_and_one_that_does_not_names_its_rows_again():
+def test_a_table_that_does_not_fit_is_split_and_repeats_row_names():
     assert sum("scaffold" in line for line in printed(100)) == 1
     assert sum("scaffold" in line for line in printed(50)) == 2
     assert sum("The title" in line for line in printed(50)) == 1

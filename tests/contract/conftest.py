@@ -39,16 +39,16 @@ if importlib.util.find_spec("ray"):
         """Workers that outlive the engines that use them."""
 
         def close(self) -> None:
-            """They are still needed."""
+            """Keep the workers for the next engine."""
 
     @pytest.fixture(scope="session")
     def workers() -> Iterator[Any]:
-        """Two workers."""
+        """Return a cluster of two workers."""
         cluster = Lent(None, 2, 2)
         yield cluster
         Cluster.close(cluster)
 
     @pytest.fixture(autouse=True)
     def lent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        """`engine=ray` borrows the session's workers."""
+        """Let `engine=ray` borrow the session's workers."""
         monkeypatch.setattr("fedloom.engines.ray.engine.Cluster", lambda *_: request.getfixturevalue("workers"))

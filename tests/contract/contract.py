@@ -1,4 +1,4 @@
-"""What the tests of the contract share: what a run left behind, compared, and methods that use one kind of phase each."""
+"""Shared by the contract tests: results of runs and their comparison, and methods that use one kind of phase each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fedloom.tree import Tree, Weights
 
 
 class Left(NamedTuple):
-    """All that a run leaves behind, without times."""
+    """Everything that a run leaves behind, without times."""
 
     server: Tree
     clients: list[Tree]
@@ -43,7 +43,7 @@ class Left(NamedTuple):
 
 
 def left_by(experiment: Experiment) -> Left:
-    """Run an experiment to its end."""
+    """Run an experiment to its end and return its results."""
     summary = experiment.run()
     clients = [tree.clone(experiment.engine.client(i)._asdict()) for i in range(experiment.problem.task.n_clients)]
     rows, turns = ([untimed(row) for row in rows] for rows in (experiment.rows, experiment.client_rows))
@@ -51,12 +51,12 @@ def left_by(experiment: Experiment) -> Left:
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without what differs from run to run."""
+    """Return a row without the values that differ from run to run."""
     return {key: value for key, value in row.items() if "seconds" not in key}
 
 
 def assert_same(one: Left, other: Left) -> None:
-    """Bit for bit."""
+    """Assert that two results are equal bit for bit."""
     assert one.rows == other.rows
     assert one.turns == other.turns
     assert one.summary == other.summary
@@ -66,11 +66,11 @@ def assert_same(one: Left, other: Left) -> None:
 
 
 def assert_close(one: Left, other: Left) -> None:
-    """To the rounding of batched matrix products."""
+    """Assert that two results are equal up to the rounding of batched matrix products."""
     for a, b in [*zip(one.rows, other.rows, strict=True), *zip(one.turns, other.turns, strict=True)]:
         assert a.keys() == b.keys()
         for key, value in a.items():
-            whole = value is None or (isinstance(value, list) and None in value)  # approx does not know None
+            whole = value is None or (isinstance(value, list) and None in value)  # approx does not support None
             assert value == (b[key] if whole else pytest.approx(b[key], rel=1e-8, abs=1e-10)), key
     trees = [(one.server, other.server), *zip(one.clients, other.clients, strict=True)]
     for x, y in trees:
@@ -82,7 +82,7 @@ def assert_close(one: Left, other: Left) -> None:
 
 @dataclass(frozen=True)
 class ClassMeans(FedAvg):
-    """Sweeps for the classes' counts and mean inputs; the server keeps the mean over all rows."""
+    """Sweeps for the classes' counts and mean inputs; the server keeps the mean over all examples."""
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
         return {"sweep": self.blank(task)}
@@ -117,7 +117,7 @@ class ClassMeans(FedAvg):
 
 @dataclass(frozen=True)
 class Counting(FedAvg):
-    """Free work with a known answer: every parameter becomes the number of the client's rows."""
+    """Free work with a known result: every parameter becomes the client's number of examples."""
 
     def phases(self) -> tuple[Phase, ...]:
         return (Free("count", self.count),)
@@ -141,7 +141,7 @@ class Noisy(FedAvg):
 
 @dataclass(frozen=True)
 class Meta(FedAvg):
-    """Two members that take turns, a member with a state that lasts, a phase of some steps, and one for the last round only."""
+    """Two alternating members, a member that keeps its state, a phase with a number of steps, and one for the last round only."""
 
     def phases(self) -> tuple[Phase, ...]:
         noisy = Train("noisy", self.noisy_loss, ("model",), self.local_optimizer(), draw=self.draw)
@@ -161,7 +161,7 @@ class Meta(FedAvg):
 
 @dataclass(frozen=True)
 class Sharing(FedAvg):
-    """A probe learns from the features that the model is trained through, and the model is kept from helping it."""
+    """A probe learns from the features through which the model is trained; the model is trained against the probe."""
 
     shares: bool = True
     """Whether features are computed once for both (the same numbers, in less time)."""
@@ -198,7 +198,7 @@ class Sharing(FedAvg):
 
 @dataclass(frozen=True)
 class Remembering(FedAvg):
-    """Each client remembers its last two models, in an order in which one takes the other's place."""
+    """Each client remembers its last two models; storing one moves the other."""
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
         return {"newer": dict(weights["params"]), "older": dict(weights["params"])}
@@ -210,7 +210,7 @@ class Remembering(FedAvg):
 
 @dataclass(frozen=True)
 class Perfed(FedAvg):
-    """FedPer: the body travels, the head and its momentum stay; running statistics stay too."""
+    """FedPer: the body travels; the head, its momentum and running statistics stay."""
 
     buffers: Any = "private"
     momentum: float = 0.9
@@ -226,7 +226,7 @@ class Perfed(FedAvg):
 
 @dataclass(frozen=True)
 class Differing(FedAvg):
-    """Every member of the cohort is sent another model: the server's, with a head scaled by its place."""
+    """Every member of the cohort receives a different model: the server's, with a head scaled by its position."""
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
         heads = [
@@ -241,7 +241,7 @@ class Differing(FedAvg):
 
 @dataclass(frozen=True)
 class Late(FedAvg):
-    """The downlink gains a branch after the first round, and the loss a term; from a certain value on it has another form."""
+    """The downlink gains a branch after the first round, and the loss a term, whose form changes above a certain value."""
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
         return super().init_server(weights, task) | {"rounds": torch.zeros(())}
@@ -263,7 +263,7 @@ class Late(FedAvg):
 
 @dataclass(frozen=True)
 class Namesake(FedAvg):
-    """The phase of adaptation has the name of the phase of training, and another loss."""
+    """The adaptation phase has the same name as the training phase, but another loss."""
 
     def adapt(self) -> tuple[Phase, ...]:
         return (Train("train", self.to_one, ("model:head",), self.local_optimizer()),)
@@ -274,7 +274,7 @@ class Namesake(FedAvg):
 
 @dataclass(frozen=True)
 class Secure(FedMR):
-    """Clients exchange layers before the upload, after a first stage that ends by a plateau."""
+    """Clients exchange layers before the upload, after a first stage that ends at a plateau."""
 
     secure: bool = True
     first_stage_rounds: int = 2

@@ -1,7 +1,7 @@
-"""A device that this machine does not have: its tensors say that they are elsewhere, and their numbers lie on the CPU.
+"""A simulated device. Its tensors report another device, but their numbers are stored on the CPU.
 
-An operation that mixes tensors of both places fails, as it would on a GPU; so whatever runs here has moved all that it must, and gives the
-CPU's very bits. (It calls itself `meta`, the only device besides the CPU's that every build of torch knows.)
+An operation that mixes tensors of both devices fails, as on a GPU. So code that runs here has moved everything it must, and gives
+the same bits as on the CPU. (The device is called `meta`, the only one besides the CPU that every build of torch knows.)
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ MIXING = {
     aten.index_put_.default,
     aten._foreach_copy_.default,
 }
-"""Operations that on a GPU, too, take tensors of both places."""
+"""Operations that accept tensors of both devices on a GPU too."""
 
 
 class Far(Tensor):
-    """A tensor elsewhere."""
+    """A tensor on the simulated device."""
 
     @staticmethod
     def __new__(cls, near: Tensor) -> Far:
         form = near.shape, near.stride(), near.storage_offset()
-        with torch.inference_mode(False):  # views of wrapped inference tensors cannot be made
+        with torch.inference_mode(False):  # wrapped inference tensors have no views
             return Tensor._make_wrapper_subclass(cls, *form, dtype=near.dtype, layout=near.layout, device=ELSEWHERE)
 
     def __init__(self, near: Tensor) -> None:
@@ -47,7 +47,7 @@ class Far(Tensor):
 
 
 class Elsewhere(TorchDispatchMode):
-    """While it lasts, the device is there. `copies` counts tensors that went either way."""
+    """Within the context, the simulated device exists. `copies` counts tensors copied in each direction."""
 
     copies = 0
 
@@ -59,7 +59,7 @@ class Elsewhere(TorchDispatchMode):
 
 
 def _done(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-    """One operation, done on the CPU."""
+    """Run one operation on the CPU."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     far = [isinstance(tensor, Far) for tensor in tensors]
     lost = [

@@ -1,4 +1,4 @@
-"""The debug engine catches every broken rule and names it."""
+"""The debug engine detects every broken rule and names it."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -40,7 +40,7 @@ class LeakyPart(FedAvg):
 
 @dataclass(frozen=True)
 class Growing(Local):
-    """Remembers more after a turn than before."""
+    """Its memory grows in a local update."""
 
     def uplink(self, client, received, down, turn):
         return {}, {"extra": torch.zeros(2)}
@@ -48,7 +48,7 @@ class Growing(Local):
 
 @dataclass(frozen=True)
 class Retyping(Local):
-    """Remembers the same in another type."""
+    """Its memory changes its dtype."""
 
     def init_memory(self, weights, task):
         return {"n": torch.zeros(2, dtype=torch.float32)}
@@ -59,7 +59,7 @@ class Retyping(Local):
 
 @dataclass(frozen=True)
 class Exploding(FedAvg):
-    """Has a loss that is not a number."""
+    """Its loss is NaN."""
 
     def loss(self, nets, batch, down, memory):
         return cross_entropy(nets.model(batch.x), batch.y) * float("nan")
@@ -67,7 +67,7 @@ class Exploding(FedAvg):
 
 @dataclass(frozen=True)
 class PrivatelyExploding(Local):
-    """The same, of a model that stays."""
+    """Its loss is NaN too, for a model that stays with the client."""
 
     loss = Exploding.loss
 
@@ -77,7 +77,7 @@ COMMON = torch.zeros(1, dtype=torch.float64)
 
 @dataclass(frozen=True)
 class Entangled(FedAvg):
-    """All clients remember one and the same tensor, and write into it."""
+    """All clients remember the same tensor, and write to it."""
 
     def init_memory(self, weights, task):
         return {"common": COMMON}
@@ -117,11 +117,11 @@ BROKEN = {
     Scribbler: r"round 0: the downlink of slot 0 was changed in place",
     LeakyNet: r"round 0, client 0: the private tensor 'csfe\.\S+' is in the uplink",
     LeakyPart: r"round 0, client 0: the private tensor 'model\.head\.bias' is in the uplink",
-    Growing: r"round 0, client 0: the structure of what it keeps changed at 'memory/extra'",
-    Retyping: r"round 0, client 0: the structure of what it keeps changed at 'memory/n'",
+    Growing: r"round 0, client 0: the structure of its state changed at 'memory/extra'",
+    Retyping: r"round 0, client 0: the structure of its state changed at 'memory/n'",
     Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
-    Forgetful: r"the downlink lacks params/\S+ and 1 more tensors that travel",
+    Forgetful: r"the downlink lacks params/\S+ and 1 more travelling tensors",
     Doubled: r"round 0: a cohort must be distinct clients from 0 to 3, not \[1, 1\]",
 }
 
@@ -134,20 +134,22 @@ def test_a_broken_rule_is_named(experiment, broken):
 
 
 def test_a_net_that_does_not_exist_is_named_before_the_first_round(experiment):
-    with pytest.raises(ConfigError, match="Misnaming trains modle, but the pattern 'modle' names nothing; nets: model"):
+    with pytest.raises(
+        ConfigError, match="Misnaming trains modle, but the pattern 'modle' matches nothing; nets: model"
+    ):
         experiment(Misnaming())
-    with pytest.raises(ConfigError, match=r"model=logistic: FedProto trains body, head, but .* names nothing"):
+    with pytest.raises(ConfigError, match=r"model=logistic: FedProto trains body, head, but .* matches nothing"):
         experiment("fedproto", model="logistic")
 
 
 def test_a_client_that_changes_without_working_is_named(experiment):
     COMMON.zero_()
     run = experiment(Entangled(), engine="debug+sequential", cohort=1)
-    with pytest.raises(MethodError, match=r"round 0: client \d was not in the cohort, yet it changed"):
+    with pytest.raises(MethodError, match=r"round 0: client \d was not in the cohort, but it changed"):
         run.run()
 
 
-def test_a_broken_rule_is_named_whatever_runs_beneath(experiment):
+def test_a_broken_rule_is_named_on_any_inner_engine(experiment):
     run = experiment(Scribbler(), engine="debug")
     with pytest.raises(MethodError, match="changed in place"):
         run.run()
@@ -181,7 +183,7 @@ class WritesIntoServer(FedAvg):
 
 @dataclass(frozen=True)
 class WritesIntoUplinks(FedAvg):
-    """Sums up in the first uplink."""
+    """Accumulates in the first uplink."""
 
     def aggregate(self, server, uplinks, round):
         first = uplinks[0]["weights"]
@@ -192,7 +194,7 @@ class WritesIntoUplinks(FedAvg):
 
 @dataclass(frozen=True)
 class LogsInPlace(FedAvg):
-    """Changes uplinks when only asked for numbers."""
+    """Changes uplinks in `server_logs`."""
 
     def server_logs(self, server, uplinks, round):
         next(iter(uplinks[0]["weights"]["params"].values())).zero_()
@@ -201,7 +203,7 @@ class LogsInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class SweepsInPlace(FedAvg):
-    """Halves its rows while it visits them."""
+    """Halves the examples that it visits."""
 
     def init_memory(self, weights, task):
         return {"seen": {"n": torch.zeros(())}}
@@ -216,7 +218,7 @@ class SweepsInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class WorksInPlace(FedAvg):
-    """Halves its rows in free work."""
+    """Halves its examples in free work."""
 
     def phases(self):
         return Free("work", self.work), *super().phases()
@@ -228,7 +230,7 @@ class WorksInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class DeploysEach(FedAvg):
-    """Would have every client predict with weights of its own."""
+    """Has every client predict with its own weights."""
 
     def deploy(self, server, task):
         return Downlink({}, [self.downlink(server, ()).common] * task.n_clients)
@@ -240,7 +242,7 @@ IN_PLACE = {
     LogsInPlace: "LogsInPlace.server_logs changes 'uplink 0/weights/params/.*' in place",
     SweepsInPlace: "phase 'seen' changes 'rows/x' in place",
     WorksInPlace: "phase 'work' changes 'rows/x' in place",
-    DeploysEach: "DeploysEach.deploy gives `each`",
+    DeploysEach: "DeploysEach.deploy returns `each`",
 }
 
 
@@ -253,7 +255,7 @@ def test_inputs_of_hooks_are_read_only_on_every_engine(experiment, method, engin
 
 @dataclass(frozen=True)
 class RandomStart(FedAvg):
-    """Draws a part of the server's state from torch's own generator."""
+    """Draws part of the server's state from torch's own generator."""
 
     def init_server(self, weights, task):
         return super().init_server(weights, task) | {"net": torch.randn(3)}
@@ -262,7 +264,7 @@ class RandomStart(FedAvg):
         return super().aggregate(server, uplinks, round) | {"net": server["net"] + torch.randn(3)}
 
 
-def test_what_server_hooks_draw_from_torch_depends_on_the_seed_alone(experiment):
+def test_torch_draws_of_server_hooks_depend_on_the_seed_alone(experiment):
     def net(seed):
         before = torch.get_rng_state()
         run = experiment(RandomStart(), seed=seed)
@@ -278,17 +280,17 @@ def test_what_server_hooks_draw_from_torch_depends_on_the_seed_alone(experiment)
 
 @dataclass(frozen=True)
 class Sceptical(FedAvg):
-    """Clients predict with weights of zero, whatever they are sent."""
+    """Clients predict with zero weights, whatever they receive."""
 
     def receive(self, weights, down, memory):
         return tree.zeros_like(super().receive(weights, down, memory))
 
     def aggregate(self, server, uplinks, round):
-        return server  # as it was initially
+        return server  # the initial state
 
 
 def test_the_servers_score_is_of_its_own_weights_whatever_clients_make_of_them(experiment):
-    """A model of zeros gives class 0 to every row; the server's initial weights are others."""
+    """A model of zeros predicts class 0 for every example; the server's initial weights do not."""
     run = experiment(Sceptical(), **{"partition.name": "iid"})
     run.run()
     modules = {net: module.double().eval() for net, module in run.problem.modules(0).items()}

@@ -1,6 +1,6 @@
-"""Clients on a device, messages and server on the host: the same numbers as without it, whatever fits on the device.
+"""Clients on a device, messages and server on the host: the same numbers as without a device, whatever fits in its memory.
 
-`elsewhere` stands for a device that this machine does not have. Tests marked `gpu` are for machines that have one: `pytest -m gpu`.
+`elsewhere` simulates a device. Tests marked `gpu` need a GPU: `pytest -m gpu`.
 """
 
 import logging
@@ -21,12 +21,12 @@ from small import interrupted_after
 SETTINGS = {"clients": 3, "cohort": 2, "rounds": 2, "batch_size": 32, "data.rows": 120}
 ROOMY, TIGHT = 1 << 40, 0
 CASES = [(method, "mlp") for method in [*METHODS, *TOYS]]
-LONG = pytest.mark.slow  # every operation goes through Python: a generator's convolutions take half a minute
+LONG = pytest.mark.slow  # every operation is run in Python: a generator's convolutions take half a minute
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """A device with so much room for data and clients."""
+    """Provide a simulated device with a memory budget for data and clients."""
 
     def arrive(budget):
         monkeypatch.setattr(accelerator, "place", lambda *_: DeviceBudget(ELSEWHERE, budget))
@@ -55,7 +55,7 @@ def test_a_device_changes_no_number(experiment, elsewhere, method, model, engine
     with elsewhere(budget) as device:
         there = left_by(make(experiment, method, model, engine))
     assert device.copies > 0
-    # torch takes other steps where lanes of such tensors are mapped, and where channels do not come last
+    # torch steps differ if lanes of such tensors are vectorised, and without channels last
     exactly = engine == "sequential" and method not in ("fedrir", "fedvtc")
     (assert_same if exactly else assert_close)(there, here)
 
@@ -69,7 +69,7 @@ def test_augmented_batches_are_the_same_too(experiment, elsewhere, augment):
             assert_close(left_by(make(experiment, "fedavg", "mlp", engine, **settings)), here)
 
 
-def test_rows_and_clients_stay_on_the_device_as_long_as_there_is_room(experiment, elsewhere, float64):
+def test_examples_and_clients_stay_on_the_device_within_its_budget(experiment, elsewhere, float64):
     def run_with(budget):
         with elsewhere(budget) as device:
             run = make(experiment, "fedper", "mlp", "sequential", cohort=3, rounds=3)
@@ -91,7 +91,7 @@ def test_rows_and_clients_stay_on_the_device_as_long_as_there_is_room(experiment
 
 
 @pytest.mark.parametrize("method", ["fedrir", "scaffold"])
-def test_a_run_is_taken_up_on_another_device(experiment, elsewhere, monkeypatch, method):
+def test_a_run_is_resumed_on_another_device(experiment, elsewhere, monkeypatch, method):
     settings = {"rounds": 2, "checkpoint_every": 1}
     whole = left_by(make(experiment, method, "mlp", "sequential", **settings))
     with elsewhere(ROOMY):
@@ -126,7 +126,7 @@ def test_lanes_that_do_not_fit_are_halved(experiment, monkeypatch, caplog, fits)
     with caplog.at_level(logging.WARNING):
         assert_close(left_by(make(experiment, "fedper", "mlp", "vectorised", **settings)), plain)
     assert set(tried) == ({2} if fits > 1 else set())
-    assert caplog.messages[0] == "5 clients side by side are too many for the device's memory; halved from now on"
+    assert caplog.messages[0] == "5 clients side by side exceed the device's memory; using half as many from now on"
     assert len(caplog.messages) == (1 if fits > 1 else 2)
 
 
@@ -171,7 +171,7 @@ class TestGpu:
 
 
 class TestGpuArithmetic:
-    """What only a GPU can tell of itself."""
+    """Properties that only a GPU can show."""
 
     pytestmark = GPU
 

@@ -34,7 +34,7 @@ ENOUGH = {"mlp": ("vectorised", "debug+bytes+processes"), "fedrir_cnn": ("vector
 SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
 
 ROUNDING = ("vectorised",)
-"""Engines that give the same numbers up to rounding, not the same bits."""
+"""Engines that give the same numbers up to rounding, but not the same bits."""
 
 
 def marks_of(engine):
@@ -57,7 +57,7 @@ def assert_agrees(engine, run, with_):
 
 @pytest.fixture
 def reference(experiment):
-    """What the reference engine leaves; each is run once."""
+    """Return the reference engine's results; each run is done once."""
 
     def find(method, model, **settings):
         key = method, model, tuple(settings.items())
@@ -99,7 +99,7 @@ def on_engines(cases, enough):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_travels_is_declared(reference, method):
+def test_travelling_parts_are_declared(reference, method):
     ways = reference(method, "mlp").summary["bytes_by_kind"].values()
     sent = {kind for way in ways for kind in way} - {"header"}
     cls = METHODS[method]
@@ -107,13 +107,13 @@ def test_what_travels_is_declared(reference, method):
 
 
 UNMAPPED = ("Counting", "Noisy")
-"""Free work is done by one client after another on every engine."""
+"""Free work runs one client after another on every engine."""
 
 
 @pytest.fixture
 def mapped(caplog):
-    """Whether all that lanes were meant for really was mapped: a fallback to one after another would agree with the reference, too."""
-    return lambda: "cannot be mapped" not in caplog.text
+    """Return whether lanes were really used: a fallback to one client after another would agree with the reference, too."""
+    return lambda: "cannot be vectorised" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_engines_agree_on_messages_that_are_transformed(experiment, reference, m
     assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
 
 
-def test_clients_are_scored_with_what_arrives_and_the_server_with_its_own_model(experiment):
+def test_clients_are_scored_with_the_decoded_downlink_and_the_server_with_its_own_model(experiment):
     run = make(experiment, "fedavg", "mlp", "sequential", downlink="int8", clients=3, cohort=3)
     run.run()
     exact, own = run.server["weights"]["params"], dict(run.personal_model(1).named_parameters())
@@ -236,7 +236,7 @@ PARTS = [
 
 
 @pytest.mark.parametrize(("method", "part"), PARTS)
-def test_every_method_takes_transforms_of_what_it_sends(experiment, reference, method, part):
+def test_every_method_accepts_transforms_of_its_messages(experiment, reference, method, part):
     word = "int8" if part == "weights" else f"{part}/int8"
     ways = {"uplink": word} if part == "variance" else {"uplink": word, "downlink": word}
     run = make(experiment, method, "mlp", "debug+bytes+sequential", **ways)
@@ -413,7 +413,7 @@ def test_workers_and_models_that_refuse_channels_last(experiment):
 
 @dataclass(frozen=True)
 class Retuned(FedProx):
-    """Training and adaptation have one code, one name and two hyper-parameters; other losses are made anew in every turn."""
+    """Training and adaptation share code and name, but not hyper-parameters; other losses are created in every local update."""
 
     mu: float = 5.0
 
@@ -429,7 +429,7 @@ class Retuned(FedProx):
 
 @dataclass(frozen=True)
 class Uneven(FedAvg):
-    """A loss whose tensors have as many numbers as the batch has classes, or rows of some of them."""
+    """A loss whose tensors depend on the batch's number of classes, or of examples of some class."""
 
     def loss(self, nets, batch, down, memory):
         logits, few = nets.model(batch.x), batch.y < 5
@@ -439,7 +439,7 @@ class Uneven(FedAvg):
 
 @dataclass(frozen=True)
 class Selective(FedAvg):
-    """Clients with many rows work more."""
+    """Clients with many examples do more work."""
 
     def phases(self):
         more = Train("more", self.loss, ("model:head",), self.local_optimizer(), when=lambda turn: turn.examples > 24)
@@ -470,7 +470,7 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
     seconds, runs = itertools.cycle([1.0, 0.0]), []
     monkeypatch.setattr(step_cache, "shortest_s", lambda *_: next(seconds))  # every replay counts as faster
     monkeypatch.setattr(step_cache, "TRIALS", 5)
-    for longest in (0.0, 1e9):  # never, and wherever it gives the same bits
+    for longest in (0.0, 1e9):  # never, and whenever it gives the same bits
         monkeypatch.setattr(step_cache, "SHORT_S", longest)
         made = CODES[method]() if method in CODES else method
         runs.append(left_by(make(experiment, made, "mlp", "sequential", **settings)))
@@ -505,13 +505,13 @@ def test_input_layers_by_gram_matrix_change_nothing_but_rounding(experiment, ref
         assert_same(left_by(make(experiment, method, "mlp", "processes")), one)
 
 
-def test_a_loss_made_anew_in_every_turn_is_traced_once(experiment, monkeypatch):
+def test_a_loss_recreated_in_every_local_update_is_traced_once(experiment, monkeypatch):
     traced, trace = [], step_cache.trace
     monkeypatch.setattr(step_cache, "trace", lambda *given: traced.append(given) or trace(*given))
     monkeypatch.setattr(step_cache, "SHORT_S", 1e9)
     monkeypatch.setattr(step_cache, "TRIALS", 3)
     make(experiment, Retuned(), "mlp", "sequential", rounds=12, batch_size=1000, clients=1, cohort=1).run()
-    assert len(traced) == 4  # of training, and of the three phases of adaptation
+    assert len(traced) == 4  # for training, and for the three phases of adaptation
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
@@ -589,7 +589,7 @@ def test_memory_holds_what_was_handed_on(experiment, engine):
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
-def test_a_single_row_cannot_train_a_batch_norm_on_any_engine(experiment, engine):
+def test_a_single_example_cannot_train_a_batch_norm_on_any_engine(experiment, engine):
     run = experiment("fedavg", engine=engine, model="resnet8", batch_size=1, rounds=1, **{"data.rows": 40})
     with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one row"):
         run.run()
@@ -602,8 +602,8 @@ def test_without_running_statistics_the_server_has_no_model_to_score(experiment,
     assert (run.rows[-1]["server_accuracy"] is None) == (buffers == "private")
 
 
-def test_what_follows_training_learns_as_slowly_as_its_last_round(experiment):
-    """With a learning rate that is all but 0 by then, fine-tuned models are the server's."""
+def test_adaptation_uses_the_learning_rate_of_the_last_round(experiment):
+    """With a learning rate near 0 in the last round, fine-tuned models equal the server's."""
     run = experiment("fedavg_ft", rounds=3, **{"method.lr_decay": 1e-9, "data.rows": 120})
     run.run()
     tuned = dict(run.personal_model(0).nets["model"].named_parameters())

@@ -1,4 +1,4 @@
-"""What the round loop does for every method: who takes part, in which arithmetic, and who is told."""
+"""The round loop for every method: participation, arithmetic and trackers."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,7 +15,7 @@ METHODS = ("fedavg", "fedmr", "fedrir")
 SETTINGS = {"clients": 10, "rounds": 2, "data.rows": 300}
 
 
-def test_a_part_of_the_clients_takes_part(experiment):
+def test_the_cohort_is_a_fraction_of_the_clients(experiment):
     run = experiment("fedavg", participation=0.3, **SETTINGS)
     run.run()
     assert [row["cohort"] for row in run.rows] == [3, 3]
@@ -66,7 +66,7 @@ def test_bf16_is_for_products_alone(experiment, method):
     assert_same(left_by(make("bf16", "processes")), coarse)
 
 
-def test_what_is_pooled_is_one_model_that_everybody_has_trained(experiment):
+def test_a_pooled_method_has_one_model_trained_by_all(experiment):
     run = experiment("centralised", **{**SETTINGS, "eval": {"fitted": True}})
     run.run()
     for row in run.rows:
@@ -75,7 +75,7 @@ def test_what_is_pooled_is_one_model_that_everybody_has_trained(experiment):
 
 
 @pytest.mark.parametrize("method", ["fedavg_ft", "fedbabu"])
-def test_fine_tuning_before_prediction_augments_as_turns_do(experiment, method, monkeypatch):
+def test_fine_tuning_before_prediction_augments_like_training(experiment, method, monkeypatch):
     run = experiment(method, **SETTINGS, **{"data.augment": "crop-flip"})
     run.run()
     seen = []
@@ -141,7 +141,7 @@ def test_general_accuracy_is_every_clients_model_on_the_common_rows(experiment, 
 
 
 class Recorder:
-    """A tracker that keeps what it is told."""
+    """A tracker that records its calls."""
 
     def __init__(self):
         self.told, self.closed = [], 0
@@ -153,7 +153,7 @@ class Recorder:
         self.closed += 1
 
 
-def test_trackers_are_told_of_every_evaluation_once(experiment, monkeypatch):
+def test_trackers_receive_every_evaluation_once(experiment, monkeypatch):
     made = []
 
     def make(names, folder, config):

@@ -1,4 +1,4 @@
-"""Clients that join after training: nothing of theirs reaches the server, and what travels stays as it was received."""
+"""Clients that join after training send nothing to the server, and keep the travelling weights as received."""
 
 import json
 
@@ -33,7 +33,7 @@ ALL_TRAVELS = ["fedasam", "fedavg", "fedprox", "scaffold", "fedmr", "fedbn"]
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 @pytest.mark.parametrize("name", JOINABLE)
@@ -55,7 +55,7 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
 
 
 @pytest.mark.parametrize("name", JOINABLE)
-def test_what_travels_is_frozen_and_what_stays_is_learnt(experiment, name):
+def test_travelling_weights_are_frozen_and_private_ones_are_trained(experiment, name):
     run = experiment(
         name,
         **{**SETTINGS, "join.turns": 8, "rounds": 2, "data.rows": 900, "method.lr": 4e-3 if name == "fedrir" else 0.1},
@@ -103,7 +103,9 @@ def test_running_statistics_move_where_they_stay_and_only_there(experiment, name
     initial = run.problem.initial(4, read_weights(run.problem.modules(0))).weights
     net = "gfe" if name == "fedrir" else "model"
     stays = select(client.weights, (net,))["buffers"]
-    if name == "fedrir":  # private running statistics: gfe is in training mode, although none of its parameters moves
+    if (
+        name == "fedrir"
+    ):  # private running statistics: gfe is in training mode, although none of its parameters is trained
         assert all(not torch.equal(b, initial["buffers"][n]) for n, b in stays.items() if n.endswith("running_mean"))
     else:
         assert all(torch.equal(b, down.common["weights"]["buffers"][n]) for n, b in stays.items())
@@ -123,8 +125,8 @@ def test_fedbn_fits_normalisation_layers(experiment):
     assert {name.removeprefix("model.") for name in own} <= norms
 
 
-def test_turns_of_a_newcomer_count_from_0(experiment):
-    """With a rate that is gone after its first turn, one turn is as good as three; were it gone before, there would be none."""
+def test_local_updates_of_a_newcomer_count_from_0(experiment):
+    """The learning rate is 0 after a newcomer's first local update: three updates equal one. If it were 0 earlier, none would count."""
     settings = {**SETTINGS, "method.lr": 0.1, "method.lr_decay": 1e-9}
     one, three, constant = (
         experiment("fedper", **{**settings, **choice})
@@ -138,7 +140,7 @@ def test_turns_of_a_newcomer_count_from_0(experiment):
         torch.testing.assert_close(three.engine.client(5).weights["params"][name], p, rtol=0, atol=1e-6)
 
 
-def test_newcomers_receive_what_arrives(experiment):
+def test_newcomers_receive_the_decoded_downlink(experiment):
     run = experiment("fedper", **SETTINGS, downlink="int8")
     run.run()
     exact = run.method.deploy(run.server, run.problem.task)
@@ -168,7 +170,7 @@ def test_every_engine_lets_the_same_clients_join(experiment, name, engine):
 
 
 class StopError(Exception):
-    """Stands for a kill."""
+    """Simulates a kill."""
 
 
 @pytest.mark.parametrize("when", ["in training", "after the first newcomer"])
@@ -209,12 +211,12 @@ def test_progress_counts_newcomers(experiment):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"method": "centralised"}, "join.clients=2: centralised holds all rows in one place"),
+        ({"method": "centralised"}, "join.clients=2: centralised pools all examples in one place"),
         ({"join.clients": 6}, "join.clients=6: there are only 6 clients, and somebody must train"),
         ({"cohort": 5}, "cohort=5: there are only 6 clients, of whom 2 join after training"),
     ],
 )
-def test_what_cannot_be_is_refused(experiment, settings, words):
+def test_invalid_join_settings_are_refused(experiment, settings, words):
     with pytest.raises(ConfigError, match=words):
         experiment(settings.pop("method", "fedavg"), **{**SETTINGS, **settings})
 

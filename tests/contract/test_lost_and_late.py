@@ -1,4 +1,4 @@
-"""What a round does when clients are lost, slow, late or wrong, with real methods and engines."""
+"""Rounds in which clients are lost, slow, late or invalid, with real methods and engines."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def factors_of(run):
 
 
 class Faulty(Wrapper):
-    """An engine whose replies of client 1 are tampered with, or lost where `tamper` gives None."""
+    """An engine whose replies of client 1 are tampered with, or lost if `tamper` returns None."""
 
     def __init__(self, inner, tamper, rounds=(0,)):
         super().__init__(inner)
@@ -36,11 +36,11 @@ class Faulty(Wrapper):
         replies = self.inner.train(number, cohort, down)
         if number in self.rounds:
             replies = [self.tamper(reply) if reply.client == 1 else reply for reply in replies]
-        return [replace(reply, is_finite=False) for reply in replies if reply]  # nobody knows any more
+        return [replace(reply, is_finite=False) for reply in replies if reply]  # tampered uplinks are unchecked
 
 
 def with_tensor(change, weight=WEIGHT):
-    """Tampering that puts `change(tensor)` in place of one tensor; None takes it away."""
+    """Return tampering that replaces one tensor by `change(tensor)`; None removes it."""
 
     def tamper(reply):
         params = dict(reply.uplink["weights"]["params"])
@@ -100,7 +100,7 @@ def test_a_bad_uplink_is_rejected_and_the_others_are_averaged(experiment, fault,
 
 
 @pytest.mark.parametrize("fate", ["rejected", "thrown away"])
-def test_a_client_whose_uplink_does_not_count_keeps_what_it_learnt(experiment, fate):
+def test_a_client_with_a_rejected_or_skipped_uplink_keeps_its_training(experiment, fate):
     settings = {**SETTINGS, "min_clients": 4 if fate == "thrown away" else 1}
     whole, run = (experiment("fedper", **settings) for _ in range(2))
     whole.run()
@@ -165,14 +165,14 @@ def test_a_cohort_that_is_lost_as_a_whole_changes_nothing(experiment, method):
 
 @dataclass(frozen=True)
 class Exploding(FedPer):
-    """Diverges in every turn."""
+    """Diverges in every local update."""
 
     def loss(self, nets, batch, down, memory):
         return super().loss(nets, batch, down, memory) * float("nan")
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
-def test_clients_that_diverge_go_back_to_what_they_had(experiment, engine):
+def test_clients_that_diverge_return_to_their_earlier_state(experiment, engine):
     run = experiment(Exploding(), **{**SETTINGS, "engine": engine})
     assert run.run()["rejected"] == 4
     assert list(run.engine.changed()) == []
@@ -180,7 +180,7 @@ def test_clients_that_diverge_go_back_to_what_they_had(experiment, engine):
 
 @dataclass(frozen=True)
 class Sick(FedAvg):
-    """Sends what is sound, and remembers what is not."""
+    """Sends finite tensors, and remembers non-finite ones."""
 
     def init_memory(self, weights, task):
         return {"turns": torch.zeros(1)}
@@ -191,7 +191,7 @@ class Sick(FedAvg):
 
 
 @pytest.mark.parametrize("engine", ["sequential", "vectorised", "bytes+sequential"])
-def test_a_turn_that_leaves_something_broken_is_undone(experiment, engine):
+def test_a_local_update_that_leaves_nonfinite_state_is_undone(experiment, engine):
     run = experiment(Sick(), **{**SETTINGS, "engine": engine, "rounds": 2})
     assert run.run()["rejected"] == 4
     assert all(run.engine.client(i).memory["turns"] == 1 for i in range(4))
@@ -206,7 +206,7 @@ def test_a_turn_that_leaves_something_broken_is_undone(experiment, engine):
 
 @dataclass(frozen=True)
 class Breaking(FedAvg):
-    """Its server's head is infinite after round 3."""
+    """The server's head is infinite after round 3."""
 
     def aggregate(self, server, uplinks, round):
         after = super().aggregate(server, uplinks, round)
@@ -268,7 +268,7 @@ def test_a_run_is_taken_up_with_uplinks_under_way(experiment, case, after):
     assert events(again) == events(whole)
 
 
-def test_a_late_uplink_is_folded_in_with_its_weight(experiment):
+def test_a_late_uplink_is_aggregated_with_its_weight(experiment):
     servers = []
     settings = {"clients": 3, "rounds": 3, "devices.slow": 0.3, "devices.slowdown": 2.5, "devices.stragglers": "late"}
     run = experiment("fedavg", **{**SETTINGS, **settings})
@@ -278,7 +278,7 @@ def test_a_late_uplink_is_folded_in_with_its_weight(experiment):
     (slow,) = (i for i, factor in enumerate(factors_of(run)) if factor > 1)
     first, second, third = ({reply.client: reply for reply in turns.replies} for turns in rounds)
     assert slow in first
-    assert slow not in second  # at work until its uplink has landed, in round 3
+    assert slow not in second  # busy until its uplink has landed, in round 3
     assert slow not in third
     for number, fresh in ((0, first), (1, second)):
         on_time = [r for r in fresh.values() if r.client != slow]
@@ -307,7 +307,7 @@ def test_half_of_two_epochs_is_one(experiment):
         assert part.summary["virtual_steps"] == 2 * whole.summary["virtual_steps"]
 
 
-def test_partial_turns_have_the_steps_that_are_recorded(experiment):
+def test_partial_local_updates_have_the_recorded_steps(experiment):
     whole = experiment("fedavg", **SETTINGS)
     whole.run()
     run = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": "partial"})
@@ -332,7 +332,7 @@ def test_dropped_stragglers_never_train(experiment):
     assert {row["client"] for row in run.client_rows if "steps" in row} == {0, 1, 2, 3} - slow
 
 
-def test_the_server_waits_for_the_longest_turn(experiment):
+def test_the_server_waits_for_the_longest_local_update(experiment):
     times = {}
     for rule in ("wait", "drop", "late", "partial"):
         run = experiment("fedavg", **{**SETTINGS, **SLOW, "devices.stragglers": rule})
@@ -343,19 +343,19 @@ def test_the_server_waits_for_the_longest_turn(experiment):
     assert times["drop"] <= times["late"] < times["wait"]
 
 
-def test_a_reference_that_is_no_federation_has_no_devices(experiment):
+def test_a_pooled_reference_has_no_devices(experiment):
     run = experiment("centralised", **{**SETTINGS, **SLOW, "devices.slow": 1.0, "devices.dropout": 0.99})
     assert run.run()["lost"] == 0
 
 
 @pytest.mark.parametrize("method", ["scaffold", "fedmr", "fedproto", "fedvtc", "local"])
-def test_a_method_that_cannot_take_late_uplinks_says_so(experiment, method):
-    with pytest.raises(ConfigError, match=rf"devices.stragglers=late: {method} cannot take in late uplinks"):
+def test_a_method_without_late_uplinks_refuses_them(experiment, method):
+    with pytest.raises(ConfigError, match=rf"devices.stragglers=late: {method} cannot aggregate late uplinks"):
         experiment(method, **SETTINGS, **{"devices.stragglers": "late"})
 
 
-def test_more_clients_than_a_cohort_has_cannot_be_asked_for(experiment):
-    with pytest.raises(ConfigError, match=r"min_clients=3: a cohort has 2 members at most"):
+def test_min_clients_above_the_cohort_is_refused(experiment):
+    with pytest.raises(ConfigError, match=r"min_clients=3: must be at most 2, the largest cohort"):
         experiment("fedavg", **SETTINGS, **{"cohort": 2, "min_clients": 3})
 
 

@@ -1,4 +1,4 @@
-"""What a user's module carries besides weights: frozen parameters, buffers that it assigns, and state in attributes."""
+"""State in a user's module besides weights: frozen parameters, assigned buffers, and Python attributes."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ def clouds(n=60):
 
 
 class Adapted(nn.Module):
-    """A frozen layer, and a trained head on it."""
+    """A frozen layer with a trained head."""
 
     def __init__(self):
         super().__init__()
@@ -50,7 +50,7 @@ class Centring(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Adds something of the last batch to the next."""
+    """Adds part of the last batch to the next one."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class Remembering(nn.Module):
 
 
 class Initialising(Remembering):
-    """Takes its scale from the first batch that it sees."""
+    """Takes its scale from the first batch."""
 
     def forward(self, x):
         self.last = x.detach().std() if self.last is None else self.last
@@ -84,7 +84,7 @@ class Logging(Remembering):
 
 
 class CountingInEval(Centring):
-    """Changes a buffer in evaluation mode, in place."""
+    """Changes a buffer in place in evaluation mode."""
 
     def forward(self, x):
         self.calls += 1
@@ -92,7 +92,7 @@ class CountingInEval(Centring):
 
 
 class Fleeting(Centring):
-    """Changes a buffer that no state dictionary holds."""
+    """Changes a buffer that is not in the state dictionary."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ class Fleeting(Centring):
 
 
 class Caching(Remembering):
-    """Makes a constant at the first call, which is harmless."""
+    """Creates a constant at the first call, which is harmless."""
 
     def forward(self, x):
         self.last = torch.ones(WIDTH, dtype=x.dtype) if self.last is None else self.last
@@ -149,15 +149,15 @@ def test_frozen_parameters_are_in_no_state_that_is_kept(run):
 
 
 def test_a_model_that_is_wholly_frozen_is_refused_in_one_line(run):
-    with pytest.raises(ConfigError, match=r"FedAvg shares model, but here the pattern 'model' names nothing"):
+    with pytest.raises(ConfigError, match=r"FedAvg shares model, but here the pattern 'model' matches nothing"):
         run(module=Adapted().requires_grad_(False))
-    with pytest.raises(ConfigError, match=r"FedPer shares model:body, but here .* names nothing"):
+    with pytest.raises(ConfigError, match=r"FedPer shares model:body, but here .* matches nothing"):
         run("fedper")
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_buffer_that_a_module_assigns_is_kept_as_in_plain_torch(run, engine):
-    """One client, one batch per epoch: the same steps by hand."""
+    """With one client and one batch per epoch, the same steps are taken by hand."""
     done = run(module=Centring, engine=engine, clients=1, batch_size=100, rounds=2)
     done.run()
     x, _ = done.data.train(0)
@@ -171,9 +171,9 @@ def test_a_buffer_that_a_module_assigns_is_kept_as_in_plain_torch(run, engine):
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        (Remembering, "keeps 'last' from one call to the next"),
-        (Initialising, "keeps 'last' from one call to the next"),
-        (Logging, "keeps 'sizes' from one call to the next"),
+        (Remembering, "keeps 'last' between calls"),
+        (Initialising, "keeps 'last' between calls"),
+        (Logging, "keeps 'sizes' between calls"),
         (CountingInEval, "changes buffer 'calls' in evaluation mode"),
         (Fleeting, "changes buffer 'fleeting', which is not persistent"),
     ],
@@ -183,7 +183,7 @@ def test_state_that_clients_would_share_is_refused_by_name(run, module, message)
         run(module=module)
 
 
-def test_a_cache_that_depends_on_no_input_is_no_state(run):
+def test_a_cache_that_does_not_depend_on_inputs_is_accepted(run):
     done = run(module=Caching)
     assert done.run()["rounds"] == 2
 
@@ -197,7 +197,7 @@ def test_old_weight_norm_is_refused_with_its_successor(run):
 
 @dataclass(frozen=True)
 class WithState(FedAvg):
-    """A method whose own net remembers."""
+    """A method whose own net keeps state."""
 
     def nets(self, arch, task):
         return {**super().nets(arch, task), "extra": Remembering()}
@@ -207,12 +207,12 @@ class WithState(FedAvg):
 
 
 def test_debug_names_a_methods_net_that_keeps_state(run):
-    with pytest.raises(MethodError, match="round 0: net 'extra' keeps 'last' \\(Remembering\\) from one call"):
+    with pytest.raises(MethodError, match="round 0: net 'extra' keeps 'last' \\(Remembering\\) between calls"):
         run(WithState(), engine="debug").run()
 
 
 class Reporting(nn.Module):
-    """Gives more than its logits."""
+    """Returns more than its logits."""
 
     def __init__(self, module):
         super().__init__()
@@ -233,9 +233,9 @@ class LogSoftmax(Reporting):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "message"), [(Pair, "gives a tuple; return one tensor"), (LogSoftmax, "return logits, without")]
+    ("wrapper", "message"), [(Pair, "returns a tuple; return one tensor"), (LogSoftmax, "return logits, without")]
 )
-def test_outputs_that_are_no_logits_are_refused_with_a_remedy(run, wrapper, message):
+def test_outputs_that_are_not_logits_are_refused_with_a_remedy(run, wrapper, message):
     with pytest.raises(ConfigError, match=message):
         run(module=wrapper(Adapted()))
 

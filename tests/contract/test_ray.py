@@ -1,4 +1,4 @@
-"""Ray: lost and hung workers cost a round their clients and nothing else; errors of a method end the run; code of one's own travels."""
+"""Ray: a lost or hung worker loses its clients for one round only; a method's errors end the run; the user's own code travels."""
 
 import os
 import re
@@ -23,7 +23,7 @@ ON_RAY = {**SETTINGS, "engine": "ray", "engine.workers": 2}
 
 
 class OwnError(Exception):
-    """Cannot be made again from its message alone."""
+    """Cannot be reconstructed from its message alone."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
@@ -42,7 +42,7 @@ EVENTS = {
 
 
 def happens_once(flag: str, event: str) -> None:
-    """The event, to the first who comes here."""
+    """Return whether this is the first call, across processes, for `event`."""
     try:
         os.close(os.open(flag, os.O_CREAT | os.O_EXCL))
     except FileExistsError:
@@ -52,7 +52,7 @@ def happens_once(flag: str, event: str) -> None:
 
 @dataclass(frozen=True)
 class Stumbling(Perfed):
-    """Keeps a head and its momentum. Something happens to the first worker that trains (or scores)."""
+    """Keeps a head and its momentum. An event happens to the first worker that trains (or scores)."""
 
     flag: str = ""
     event: str = "kill"
@@ -81,7 +81,7 @@ class Dying(FedAvg):
 
 
 def wait_for(actor):
-    """Until the worker is there, however often it starts anew before."""
+    """Wait until the worker is ready, also after restarts."""
     ray.get(actor.forget.options(max_task_retries=-1).remote("nobody"), timeout=120)
 
 
@@ -91,7 +91,7 @@ def pid_of(actor):
 
 
 def lost_by(caplog):
-    """The clients that warnings say were lost, by round."""
+    """Return the clients that warnings report as lost, by round."""
     found = {}
     for record in caplog.records:
         said = re.match(r"engine=ray: round (\d+) goes on without clients? ([\d, ]+): worker", record.getMessage())
@@ -186,12 +186,12 @@ def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, workers, tmp
 def test_a_run_that_only_loses_ends(experiment, caplog, monkeypatch):
     monkeypatch.setattr("fedloom.engines.ray.engine.ATTEMPTS", 2)
     run = experiment(Dying(), **{**ON_RAY, "cohort": 1, "rounds": 10, "eval_every": 10})
-    with pytest.raises(WorkerError, match="no client's work arrived in 2 rounds in a row"):
+    with pytest.raises(WorkerError, match="no local update arrived in 2 consecutive rounds"):
         run.run()
     assert len(lost_by(caplog)) == 2
 
 
-def test_what_cannot_be_sent_is_said_in_one_line(experiment):
+def test_a_method_that_cannot_be_sent_is_a_one_line_error(experiment):
     import threading
 
     @dataclass(frozen=True)
@@ -217,5 +217,5 @@ def test_trees_of_every_type_come_through_packing(dtype):
     assert tree.equal(again, value)
     assert list(again["a"]) == ["x", "empty"]
     assert again["none"] == {}
-    again["a"]["x"].zero_()  # it is ours, and may be written to
+    again["a"]["x"].zero_()  # our own memory is writable
     assert len(Packer().pack({}).data) == 0

@@ -1,4 +1,4 @@
-"""Interrupted and resumed equals uninterrupted, bit for bit."""
+"""An interrupted and resumed run equals an uninterrupted one, bit for bit."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoin
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
-def test_a_run_is_taken_up_where_it_stopped(experiment, method):
+def test_a_run_resumes_where_it_stopped(experiment, method):
     def make():
         return experiment(TOYS[method]() if method in TOYS else method, **{**SETTINGS, **brief(method)})
 
@@ -48,7 +48,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_are_taken_up_too(experiment, variant):
+def test_variants_resume_too(experiment, variant):
     method, settings = VARIANTS[variant]
     whole = left_by(experiment(method, **{**SETTINGS, **settings}))
     assert_same(left_by(Experiment.resume(interrupted_after(experiment(method, **{**SETTINGS, **settings}), 2))), whole)
@@ -66,7 +66,7 @@ def test_convolutions_and_running_statistics_are_taken_up_too(experiment, method
 
 
 @pytest.mark.parametrize("stop", ["debug+bytes+sequential", "processes"])
-def test_a_run_can_be_taken_up_on_another_engine(experiment, stop):
+def test_a_run_can_be_resumed_on_another_engine(experiment, stop):
     whole = left_by(experiment("fedrir", **SETTINGS))
     path = interrupted_after(experiment("fedrir", **{**SETTINGS, "engine": stop, "engine.workers": 2}), 2)
     config = path / "config.toml"
@@ -75,7 +75,7 @@ def test_a_run_can_be_taken_up_on_another_engine(experiment, stop):
 
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmr", "fedrir"])
-def test_what_top_k_left_unsent_is_taken_up_too(experiment, method):
+def test_top_k_residuals_resume_too(experiment, method):
     settings = {**SETTINGS, "uplink": "topk:0.05,int8", "downlink": "fp16"}
     whole = left_by(experiment(method, **settings))
     assert any(leaf.abs().max() > 0 for client in whole.clients for leaf in tree.leaves(client["unsent"]))
@@ -95,12 +95,12 @@ def test_a_run_without_a_checkpoint_starts_again(experiment):
     settings = {**SETTINGS, "checkpoint_every": 0}
     whole = left_by(experiment("fedavg", **settings))
     path = interrupted_after(experiment("fedavg", **settings), 2)
-    (path / "partition.json").unlink()  # killed while it wrote its description
+    (path / "partition.json").unlink()  # killed while writing its description
     assert_same(left_by(Experiment.resume(path)), whole)
     assert (path / "partition.json").is_file()
 
 
-def test_scores_and_validation_are_taken_up_too(experiment):
+def test_scores_and_validation_resume_too(experiment):
     settings = {**SETTINGS, "eval": {"fitted": True, "valid": 0.2, "general_every": 2, "clients": 3}, "eval_every": 2}
     whole = left_by(experiment("fedavg_ft", **settings))
     assert_same(left_by(Experiment.resume(interrupted_after(experiment("fedavg_ft", **settings), 2))), whole)
@@ -110,11 +110,11 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
     path = interrupted_after(experiment("fedavg", **SETTINGS), 1)
     config = path / "config.toml"
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
-    with pytest.raises(RunFolderError, match="the checkpoint does not fit this method and model"):
+    with pytest.raises(RunFolderError, match="the checkpoint does not match this method and model"):
         Experiment.resume(path)
 
 
-def test_what_cannot_be_taken_up_leaves_no_workers(experiment):
+def test_a_failed_resume_leaves_no_workers(experiment):
     path = interrupted_after(experiment("fedavg", **{**SETTINGS, "engine": "processes", "engine.workers": 2}), 1)
     config = path / "config.toml"
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
@@ -124,26 +124,26 @@ def test_what_cannot_be_taken_up_leaves_no_workers(experiment):
 
 
 def test_a_broken_experiment_is_not_run_again(experiment):
-    """Clients have taken turns that the server knows nothing of."""
+    """Clients have done local updates that the server has not received."""
     run = experiment("scaffold", **SETTINGS)
     interrupted_after(run, 1)
     with pytest.raises(RunFolderError, match="this experiment has run already; resume the folder in a new one"):
         run.run()
 
 
-def test_rows_dealt_otherwise_than_before_are_refused(experiment, tmp_path):
-    """What the run has trained on could be tested on."""
+def test_a_changed_partition_is_refused(experiment, tmp_path):
+    """The run could test on examples that it trained on."""
     dealt, settings = tmp_path / "p.json", {**SETTINGS, "data.name": "digits", "data.rows": 160}
     partition(load("digits", rows=160), 4, seed=0).save(dealt)
     settings |= {"partition": {"name": "file", "path": str(dealt)}}
     path = interrupted_after(experiment("fedavg", **settings), 2)
     partition(load("digits", rows=160), 4, seed=1).save(dealt)
     for again in (Experiment.resume, Experiment.reopen):
-        with pytest.raises(RunFolderError, match="its rows are not those that it began with"):
+        with pytest.raises(RunFolderError, match="its data or partition differ from those at its start"):
             again(path)
 
 
-# killed, really
+# killed processes
 
 LONG: dict[str, Any] = {
     "method": "fedrir", "clients": 4, "cohort": 3, "rounds": 12, "batch_size": 16, "precision": "fp64", "checkpoint_every": 1,

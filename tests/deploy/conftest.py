@@ -20,7 +20,7 @@ NODES = 3
 
 
 class Ran(NamedTuple):
-    """A finished run, and what was said of it."""
+    """A finished run and its messages."""
 
     experiment: Experiment
     said: list[str]
@@ -28,14 +28,14 @@ class Ran(NamedTuple):
 
 
 class Running:
-    """A federation that is up, and experiments on it."""
+    """A running federation, and experiments on it."""
 
     def __init__(self, federation: LocalFederation, folder: Path) -> None:
         self.federation, self.folder = federation, folder
         self.n = 0
 
     def run(self, on_round: OnRound | None = None, path: Path | None = None, **settings: Any) -> Ran:
-        """One experiment; with `path`, that run is resumed."""
+        """Run one experiment; with `path`, resume that run."""
         said: list[str] = []
         link = GridLink(self.federation.deployment, said.append)
         self.n += 1
@@ -57,7 +57,7 @@ class Running:
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """Three nodes with two clients each, for all tests of a module."""
+    """Start three nodes with two clients each, for all tests of a module."""
     folder = tmp_path_factory.mktemp("deploy")
     with local_federation(values(), NODES, folder / "federation") as federation:
         yield Running(federation, folder)
@@ -65,7 +65,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def simulated(tmp_path: Path) -> Callable[..., Experiment]:
-    """The same experiment on the sequential engine, with one thread."""
+    """Run the same experiment on the sequential engine, with one thread."""
 
     def run(**settings: Any) -> Experiment:
         chosen = values(**settings) | {"engine": {"name": "sequential", "threads": 1}, "out": str(tmp_path / "here")}

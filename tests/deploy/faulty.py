@@ -1,4 +1,4 @@
-"""FedPer that misbehaves in some rounds. Nodes have a copy each; one of them is given the list of its faults."""
+"""FedPer with faults in some rounds. Each node has a copy; one node's copy has the list of faults."""
 
 import os
 import time
@@ -24,7 +24,7 @@ class Faulty(Method):
         return {"personal": super().predictors()["personal"]}
 
     def uplink(self, client, received, down, turn):
-        """FedPer's uplink, or what the round's fault makes of it."""
+        """Return FedPer's uplink, changed by the round's fault."""
         message, memory = super().uplink(client, received, down, turn)
         match FAULTS.get(turn.number):
             case "raises":

@@ -1,4 +1,4 @@
-"""The settings that federations of processes are tested with."""
+"""Settings for tests of federations of processes."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ VALUES = changed(SMALL, **{"data.rows": 400, "clients": 6, "checkpoint_every": 1
 
 
 def values(**settings: Any) -> dict[str, Any]:
-    """Settings over those of `VALUES`."""
+    """Return `VALUES` with settings merged over them."""
     return changed(VALUES, **settings)

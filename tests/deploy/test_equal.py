@@ -1,4 +1,4 @@
-"""The same method file on a deployed federation and in a loop: the same bits."""
+"""The same method file on a deployed federation and on the sequential engine gives the same bits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The kill matrix: who fails, how and when, and what comes of it. Recorded in docs/deployment.md."""
+"""The kill matrix: which program fails, how, when, and the consequences. Recorded in docs/deployment.md."""
 
 import json
 import os
@@ -29,7 +29,7 @@ DEADLINE_S = 45.0
 
 @pytest.fixture
 def federation(tmp_path):
-    """Three nodes with two clients each; a round has a short deadline."""
+    """Create three nodes with two clients each; a round has a short deadline."""
     chosen = values(method=f"{METHOD}:Faulty")
     with local_federation(chosen, 3, tmp_path / "federation") as found:
         file = found.deployment.file.model_copy(update={"deadline_s": DEADLINE_S})
@@ -38,7 +38,7 @@ def federation(tmp_path):
 
 
 def run(federation, folder, rounds, on_round=None, path=None, **settings):
-    """One experiment, and what was said."""
+    """Run one experiment; return it and its messages."""
     said = []
     link = GridLink(federation.deployment, said.append)
     try:
@@ -60,20 +60,20 @@ def run(federation, folder, rounds, on_round=None, path=None, **settings):
 
 
 def sequential(folder, rounds):
-    """The same run on the sequential engine, not yet run."""
+    """Return the same run on the sequential engine, not yet run."""
     chosen = values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder), "engine": {"name": "sequential"}}
     return Experiment(make_settings(chosen))
 
 
 def expected(folder, rounds, lost, rejected=None):
-    """The sequential engine's server, with the turns of some clients in some rounds undone; rejected ones are not, but do not count."""
+    """Run the sequential engine with some clients' local updates undone; those of rejected clients are kept, but do not count."""
     experiment = losing(sequential(folder, rounds), lost, rejected)
     experiment.run()
     return experiment
 
 
 def expected_late(folder, rounds, clients, sent, landed):
-    """The sequential engine's server, with the replies of some clients in round `sent` held back until round `landed`."""
+    """Run the sequential engine with some clients' replies of round `sent` delayed until round `landed`."""
     experiment = sequential(folder, rounds)
     engine, train, held = experiment.engine, experiment.engine.train, []
 
@@ -114,8 +114,8 @@ def test_clients_that_raise_die_hang_or_answer_wrongly_lose_their_round_alone(fe
     assert tree.equal(experiment.server, same.server)
 
 
-def test_a_node_that_is_late_is_folded_into_a_later_round(federation, tmp_path):
-    """Node 2 takes a minute for its turns in round 2; rounds of 45 s go on without it, and do not ask it again before it has answered."""
+def test_a_late_node_is_aggregated_in_a_later_round(federation, tmp_path):
+    """Node 2 takes a minute for its local updates in round 2; 45 s rounds go on without it, and do not ask it again before it answers."""
     code = federation.deployment.path / "node-2/code/faulty.py"
     code.write_text(code.read_text().replace("FAULTS: dict[int, str] = {}", "FAULTS: dict[int, str] = {1: 'dawdles'}"))
     settings = {"devices.stragglers": "late", "eval_every": 16}
@@ -139,12 +139,12 @@ def kill_group(process):
 
 @pytest.mark.parametrize("what", ["node", "supernode"])
 def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation, tmp_path, what):
-    """Killed in the middle of a round, started again at once: the SuperLink takes it back when its old self has expired."""
+    """The node is killed in the middle of a round and restarted at once; the SuperLink accepts it when its old connection has expired."""
 
     def kill():
         if what == "node":
             kill_group(federation.processes["node-1"])
-        else:  # the agent starts it again
+        else:  # the agent restarts it
             kill_program(b"supernode.py", federation.deployment.path / "node-1")
 
     def fault(done, rounds, row):
@@ -164,7 +164,7 @@ def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation
 
 
 def kill_program(program, folder):
-    """SIGKILL for a program of which there is one, named by a word of its command and by a folder in it."""
+    """Send SIGKILL to the one program whose command contains a word and a folder."""
     found = [
         int(entry.name)
         for entry in Path("/proc").iterdir()
@@ -176,7 +176,7 @@ def kill_program(program, folder):
 
 
 def without_those_who_did_not_come(experiment, folder):
-    """What the sequential engine makes of a run in which the same clients were lost in the same rounds."""
+    """Run the sequential engine with the same clients lost in the same rounds."""
     came = {(row["round"] - 1, row["client"]) for row in experiment.client_rows if row.get("examples", 0) > 0}
     rounds = experiment.settings.rounds
     lost = {number: tuple(i for i in range(6) if (number, i) not in came) for number in range(rounds)}
@@ -196,7 +196,7 @@ def test_a_killed_superlink_is_waited_for_and_the_run_ends_as_if_nothing_had_bee
 
 
 def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation, tmp_path):
-    """The proxy in round 2, the SuperLink in round 4, a worker in round 6; whoever lost its round is back in the end."""
+    """Kill the proxy in round 2, the SuperLink in round 4, a worker in round 6; every node that lost its round returns."""
     own, node = federation.deployment.server, federation.deployment.path / "node-1"
     worker = f"deploy\0node\0{node}".encode()  # agent and worker have the same command: the worker is the agent's child
 
@@ -225,13 +225,13 @@ def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation,
 
 
 def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path):
-    """SuperLink and proxy killed together, and started half a minute later: the Flower run is lost, and ours is not."""
+    """Kill SuperLink and proxy together, and restart them after half a minute: the Flower run is lost, but ours continues."""
     away = []
 
     def fault(done, rounds, row):
         if done == 1:
             kill_group(federation.processes["server"])
-            time.sleep(1)  # until its leashed children are gone
+            time.sleep(1)  # until its leashed children have ended
             server = f"{sys.executable} -m fedloom.cli deploy server {federation.deployment.path}"
             away.append(subprocess.Popen(["sh", "-c", f"sleep 30; exec {server}"], start_new_session=True))
 

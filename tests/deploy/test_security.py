@@ -1,4 +1,4 @@
-"""Who is refused: unknown keys, a foreign authority, plaintext, and everything but the node API."""
+"""Requests that are refused: unknown keys, another authority, plaintext, and everything except the node API."""
 
 import shutil
 import ssl
@@ -19,13 +19,13 @@ pytestmark = pytest.mark.deploy
 
 @pytest.fixture
 def stranger(running, tmp_path):
-    """A copy of a node's folder, with a port of its own."""
+    """Copy a node's folder, with another port."""
     shutil.copytree(running.federation.deployment.path / "node-0", tmp_path / "node")
     return tmp_path / "node"
 
 
 def connects(folder, *, wait_s=25.0, plaintext=False):
-    """Whether Flower's SuperNode gets in with what is in the folder; and what it printed."""
+    """Return whether Flower's SuperNode can connect with the files in the folder, and its output."""
     node = read_file(folder / "node.toml", NodeFile, "a node's folder")
     command = supernode_command(folder, node.model_copy(update={"runtime_port": free_ports(1)[0]}))
     if plaintext:
@@ -105,8 +105,8 @@ def test_the_node_api_itself_asks_for_a_key(running):
         assert answer.code == 401, answer.read()
 
 
-def test_tasks_are_not_given_to_whoever_has_no_secret(running):
-    """On the server itself, for other users of that machine."""
+def test_tasks_need_the_secret(running):
+    """Other users of the server's machine have no secret."""
     from flwr.supercore.constant import TaskType
 
     from fedloom.deploy.runtime import read_place, take_task

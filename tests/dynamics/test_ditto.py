@@ -1,4 +1,4 @@
-"""Ditto: the common model is FedAvg's, and the personal one is pulled to it."""
+"""Ditto: the common model is FedAvg's, and the personal model is pulled to it."""
 
 import pytest
 import torch
@@ -10,10 +10,10 @@ from small import initial_weights, spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
-WHOLE = {"batch_size": 1000, "eval_every": 1}  # one batch of all rows: no order to differ in
+WHOLE = {"batch_size": 1000, "eval_every": 1}  # one batch of all examples, so order does not matter
 
 
 def test_the_common_model_is_fedavgs_bit_for_bit(experiment):
@@ -58,7 +58,7 @@ def test_the_pull_is_to_the_model_that_was_received(experiment):
         torch.testing.assert_close(kept[f"personal.{name}"], v.detach(), rtol=1e-9, atol=1e-12)
 
 
-def test_both_models_start_alike_and_only_the_common_one_travels(experiment):
+def test_both_models_start_equal_and_only_the_common_one_travels(experiment):
     run = experiment(Ditto(), model="resnet8", rounds=1, **{"data.rows": 120})
     whole = initial_weights(run)
     for part in whole.values():
@@ -71,6 +71,6 @@ def test_both_models_start_alike_and_only_the_common_one_travels(experiment):
 
 
 @pytest.mark.parametrize(("field", "value"), [("mu", -1.0), ("personal_epochs", 0)])
-def test_what_does_not_make_sense_is_refused(field, value):
+def test_invalid_hyper_parameters_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}: must be at least"):
         Ditto(**{field: value})

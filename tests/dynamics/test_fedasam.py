@@ -1,4 +1,4 @@
-"""FedASAM: steps are those of the released minimiser, written out here, and they prefer flat valleys."""
+"""FedASAM: its steps equal those of the released minimiser, which is written out here."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ from fedloom.nets import read_weights, write_weights
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """Comparisons happen in float64."""
+    """Compare in float64."""
 
 
 def climb_and_step(model: nn.Module, x: Any, y: Any, lr: float, rho: float, eta: float) -> None:
-    """One step as in the released ASAM: climb, take the gradient there, come back, step."""
+    """Take one step as in the released ASAM: climb, take the gradient there, return, step."""
     nn.functional.cross_entropy(model(x), y).backward()
     named = list(model.named_parameters())
     scale = {name: p.detach().abs() + eta if "weight" in name else torch.ones_like(p) for name, p in named}

@@ -1,4 +1,4 @@
-"""FedMR's recombination: what it keeps, and what stays together."""
+"""FedMR's recombination: invariants and units."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ def weights():
 
 
 def models(weights):
-    """Model i holds nothing but the number i."""
+    """Return models; all of model i's numbers are i."""
     return [tree.map_tree(lambda leaf, i=i: torch.full_like(leaf, i), weights) for i in range(N_SLOTS)]
 
 
@@ -34,11 +34,11 @@ def recombined(method, weights, number=0, members=range(N_SLOTS)):
 
 
 def origins(slots):
-    """For every tensor, from which model each slot's copy came."""
+    """Return, for every tensor, the model that each slot's copy came from."""
     found = {}
     for path, leaf in tree.flatten(slots):
         flat = leaf.reshape(N_SLOTS, -1)
-        assert bool((flat == flat[:, :1]).all())  # a tensor is never mixed from several
+        assert bool((flat == flat[:, :1]).all())  # a tensor is never a mixture
         found[path.partition("/")[2]] = tuple(flat[:, 0].long().tolist())
     return found
 
@@ -53,7 +53,7 @@ def test_the_multiset_of_tensors_and_the_mean_stay(weights, unit):
 
 
 @pytest.mark.parametrize(("unit", "owner"), [("layer", layer_of), ("block", block_of), ("tensor", lambda name: name)])
-def test_what_belongs_together_stays_together_and_the_rest_is_shuffled_on_its_own(weights, unit, owner):
+def test_tensors_of_a_unit_stay_together_and_units_are_shuffled_separately(weights, unit, owner):
     found = origins(recombined(FedMR(unit=unit), weights))
     by_unit = {}
     for name, came in found.items():
@@ -75,7 +75,7 @@ def test_permutations_are_uniform(weights):
     for number in range(1000):
         came = origins(recombined(method, small, number))["model.head.bias"]
         counts[torch.arange(N_SLOTS), list(came)] += 1
-    assert counts.min() > 150  # 200 expected, deviation 13
+    assert counts.min() > 150  # 200 expected, standard deviation 13
     assert counts.max() < 250
 
 
@@ -107,7 +107,7 @@ def test_each_member_gets_the_slot_of_its_place(weights):
         assert tree.equal(down.to(slot)["weights"], models(weights)[slot])
 
 
-def test_the_log_tells_how_alike_the_returned_models_and_their_movements_are():
+def test_the_logs_are_the_similarity_of_returned_models_and_updates():
     slots = tree.stack([{"params": {"m.w": torch.tensor([float(k), 1.0])}, "buffers": {}} for k in range(3)])
     sent = tree.unstack(slots)
     arrivals = tuple(Arrival(10 + slot, slot, 0.5) for slot in (0, 2))
@@ -141,8 +141,8 @@ def test_after_a_secure_exchange_the_server_sees_no_clients_whole_model(weights,
         assert tree.structure(tree.stack(seen)) == tree.structure(tree.stack(models(weights)[:n]))
         for piece in method.units(weights):
             owners = [{float(v) for kind, name in piece for v in model[kind][name].unique()} for model in seen]
-            assert all(len(owner) == 1 for owner in owners)  # a unit comes from one client, whole
-            assert {owner for each in owners for owner in each} == set(range(n))  # and each client's is there once
+            assert all(len(owner) == 1 for owner in owners)  # a unit comes whole from one client
+            assert {owner for each in owners for owner in each} == set(range(n))  # each client's unit is there once
         for model in seen:
             assert len({float(v) for leaf in tree.leaves(model) for v in leaf.unique()}) > 1
 
@@ -153,7 +153,7 @@ def test_two_clients_with_two_units_can_still_hide(weights):
         for model in exchanged(FedMR(secure=True), small, 2, seed):
             assert float(model["params"]["a.w"]) != float(model["params"]["b.w"])
     for uplinks, unit in ((models(small)[:1], "layer"), (models(small), "segment")):
-        with pytest.raises(ConfigError, match="needs two clients and two units"):
+        with pytest.raises(ConfigError, match="needs at least two clients and two units"):
             FedMR(unit=unit, segment=1.0, secure=True).exchange([{"weights": m} for m in uplinks], Stream(0))
 
 
@@ -174,7 +174,7 @@ def test_a_secure_round_deploys_the_same_model(experiment):
 @pytest.mark.parametrize("devices", [{}, {"devices.dropout": 0.3}])
 @pytest.mark.parametrize("sick", [None, 1])
 def test_in_a_secure_round_the_server_receives_what_clients_exchanged(experiment, monkeypatch, devices, sick):
-    """Units of those whose uplink counts, each in the model of another; nothing of those that were lost or rejected."""
+    """Each unit comes from an accepted uplink, in another client's model; none comes from a lost or rejected client."""
     settings = {"clients": 6, "rounds": 1, "method.lr": 0.1, **devices}
     run = experiment("fedmr", **settings, **{"method.secure": True})
     replies, received, train = [], [], run.engine.train
@@ -209,7 +209,7 @@ def test_a_secure_exchange_and_differences_do_not_go_together(experiment):
         experiment("fedmr", uplink="int8", **{"method.secure": True})
 
 
-def test_patience_ends_the_first_stage_when_models_no_longer_become_more_alike():
+def test_patience_ends_the_first_stage_when_similarity_stops_rising():
     method = FedMR(first_stage_rounds=10, first_stage_patience=2)
     flat = {"params": {"a.w": torch.zeros(2), "b.w": torch.zeros(2)}, "buffers": {}}
     server = {
@@ -218,13 +218,13 @@ def test_patience_ends_the_first_stage_when_models_no_longer_become_more_alike()
     }
     arrivals = tuple(Arrival(i, i, 0.5) for i in (0, 1))
     stages = []
-    for number, angle in enumerate([1.0, 0.5, 0.7, 0.4, 0.4, 0.6, 0.1, 0.1]):  # of the two models that come back
+    for number, angle in enumerate([1.0, 0.5, 0.7, 0.4, 0.4, 0.6, 0.1, 0.1]):  # angle between the two returned models
         stages.append(method.averages(server, number))
         ends = [torch.tensor([1.0, 0.0]), torch.stack([torch.tensor(angle).cos(), torch.tensor(angle).sin()])]
         models = [{"params": {"a.w": end, "b.w": torch.zeros(2)}, "buffers": {}} for end in ends]
         round = Round(number, 20, arrivals, Stream(0, number))
         server = method.aggregate(server, [{"weights": model} for model in models], round)
-    assert stages == [True] * 6 + [False] * 2  # most alike in round 3, not more in rounds 4 and 5
+    assert stages == [True] * 6 + [False] * 2  # most similar in round 3, not more in rounds 4 and 5
 
 
 def test_patience_lasts_over_rounds_and_is_logged(experiment):

@@ -12,11 +12,11 @@ from fedloom.nets import read_weights
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 def features(run, i):
-    """A client's features of its training rows, by its own body as its last turn left it, and labels."""
+    """Return the features of a client's training examples, by its own body after its last local update, and their labels."""
     nets = Nets(run.problem.modules(run.problem.arch_of[i]), **run.engine.client(i).weights)
     x, y = run.data.train(i)
     return nets.body(x).numpy(), y.numpy()
@@ -27,7 +27,7 @@ def round_of(*clients):
     return Round(0, 9, arrivals, Stream(0))
 
 
-def test_the_prototypes_are_the_means_over_all_rows_of_a_class(experiment):
+def test_the_prototypes_are_the_means_over_all_examples_of_a_class(experiment):
     run = experiment(FedProto(), rounds=2)
     run.run()
     z, y = (np.concatenate(part) for part in zip(*(features(run, i) for i in range(4)), strict=True))
@@ -37,7 +37,7 @@ def test_the_prototypes_are_the_means_over_all_rows_of_a_class(experiment):
             np.testing.assert_allclose(run.server["prototypes"][label], z[y == label].mean(0), rtol=1e-9, atol=1e-12)
 
 
-def test_a_uniform_mean_counts_clients_not_rows():
+def test_a_uniform_mean_counts_clients_not_examples():
     a, b = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 6.0], [5.0, 5.0]])
     uplinks = [
         {"prototypes": a, "counts": torch.tensor([1.0, 0.0, 0.0])},
@@ -48,10 +48,12 @@ def test_a_uniform_mean_counts_clients_not_rows():
     uniform = FedProto(prototype_mean="uniform").aggregate(old, uplinks, round_of(0, 1))
     assert weighted["prototypes"].tolist() == [[2.5, 5.0], [5.0, 5.0], [9.0, 9.0]]
     assert uniform["prototypes"].tolist() == [[2.0, 4.0], [5.0, 5.0], [9.0, 9.0]]
-    assert weighted["counts"].tolist() == uniform["counts"].tolist() == [4.0, 2.0, 7.0]  # nobody holds the last: kept
+    assert (
+        weighted["counts"].tolist() == uniform["counts"].tolist() == [4.0, 2.0, 7.0]
+    )  # no client holds the last class: its prototype is kept
 
 
-def test_the_pull_is_the_squared_distance_of_rows_whose_class_has_a_prototype():
+def test_the_pull_is_the_squared_distance_of_examples_with_a_prototype():
     method, choice = FedProto(prototype_weight=2.0), arch("mlp", (1, 8, 8), 4)
     modules = {"body": choice.body(), "head": choice.head()}
     nets = Nets(modules, **read_weights(modules))
@@ -92,7 +94,7 @@ def test_architectures_may_differ(experiment):
 
 
 def test_different_widths_are_refused(experiment):
-    with pytest.raises(ConfigError, match=r"gives \d+ features and another \d+; prototypes need one width"):
+    with pytest.raises(ConfigError, match=r"has \d+ features and another \d+; prototypes need one width"):
         experiment(FedProto(), models=["mlp", "resnet8"])
 
 
@@ -118,5 +120,5 @@ def test_the_log_is_the_mean_cosine_class_by_class():
         {"prototypes": torch.tensor([[0.0, 2.0], [3.0, 0.0], [7.0, 1.0]]), "counts": torch.tensor([1.0, 2.0, 1.0])},
     ]
     logs = FedProto().server_logs({}, uplinks, round_of(0, 1))
-    assert logs == pytest.approx({"prototype_cosine": 0.5})  # at right angles, alike, and one alone
+    assert logs == pytest.approx({"prototype_cosine": 0.5})  # orthogonal, equal, and held by one client only
     assert FedProto().server_logs({}, uplinks[:1], round_of(0)) == {}

@@ -1,4 +1,4 @@
-"""FedRIR: who learns what in which stage, what travels, and what is masked."""
+"""FedRIR: what each stage trains, what travels, and what is masked."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -19,14 +19,14 @@ from small import spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
 
 
 def made(method, model="fedrir_cnn"):
-    """Modules, and a client after a first look at its rows."""
+    """Return modules, and a client after its first sweep."""
     choice = arch(model, TASK.input_shape, TASK.n_classes, 16)
     modules = fresh_modules(lambda: method.nets(choice, TASK), Stream(0))
     weights = read_weights(modules)
@@ -38,7 +38,7 @@ def rows():
 
 
 def worked(method, phases):
-    """What some phases change: the names of the nets with other parameters, and with other buffers."""
+    """Return the names of the nets whose parameters, and whose buffers, some phases change."""
     modules, client = made(method)
     context = ClientContext(rows=rows(), plan=Plan(10), task=TASK, rng=Stream(2))
     after, _, logs = run_phases(phases, Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))
@@ -105,7 +105,7 @@ def test_fitting_q_reaches_nothing_but_q():
 @pytest.mark.parametrize("mode", ["vclub", "vclub_sampled"])
 @pytest.mark.parametrize("mcsl", ["masked", "supervised"])
 def test_features_are_computed_once_for_both_steps_of_a_batch(mcsl, mode):
-    """The weights are those of two forward passes, and running statistics move once for a batch."""
+    """Weights equal those of two forward passes, and running statistics are updated once per batch."""
     method = FedRIR(mcsl=mcsl, idm_mode=mode)
     (both,) = [phase for phase in method.phases() if isinstance(phase, Interleave)]
 
@@ -185,7 +185,7 @@ def test_without_its_parts_it_is_fedper(experiment, model):
 
 @pytest.mark.parametrize(("side", "patch", "n_patches"), [(8, 0, 16), (28, 0, 49), (32, 0, 64), (10, 4, 9), (8, 4, 4)])
 @pytest.mark.parametrize("ratio", [0.6, 0.0, 0.5])
-def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
+def test_the_number_of_masked_patches_is_exact(side, patch, n_patches, ratio):
     method, n = FedRIR(patch_size=patch, mask_ratio=ratio), 12
     batch = Batch(torch.ones(n, 3, side, side), torch.zeros(n, dtype=torch.int64))
     draws = method.draw_mask(batch, replace(TASK, input_shape=(3, side, side)), Stream(0))
@@ -200,7 +200,7 @@ def test_the_masked_patches_are_exactly_so_many(side, patch, n_patches, ratio):
         n_masked.append(sum(int(p[0, 0] == 0) for p in patches))
     assert n_masked == [int(ratio * n_patches)] * n
     if ratio:
-        assert len({tuple(image.flatten().tolist()) for image in stays}) > 1  # another mask for every image
+        assert len({tuple(image.flatten().tolist()) for image in stays}) > 1  # a different mask for every image
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_a_method_that_masks_nothing_sees_everything(experiment):
     assert tree.equal(runs[0].server, runs[1].server)
 
 
-def test_an_input_that_is_no_image_is_named(experiment):
+def test_an_input_that_is_not_an_image_is_named(experiment):
     data = from_arrays(torch.randn(80, 5).numpy(), (torch.arange(80) % 4).numpy())
     with pytest.raises(ConfigError, match=r"fedrir rebuilds images \(C, H, W\); these inputs have the shape \(5,\)"):
         experiment("fedrir", dataset=data)
@@ -256,7 +256,7 @@ def test_the_first_stage_rebuilds_the_whole_image_from_its_unmasked_part(reducti
     assert logs["reconstruction"].item() == pytest.approx(expected.item())
     assert logs["kl"].item() == pytest.approx(kl.item())
     assert loss.item() == pytest.approx((expected + 0.3 * kl).item())
-    hidden = batch._replace(x=batch.x + (1 - stays))  # what is masked is not seen, and is to be rebuilt
+    hidden = batch._replace(x=batch.x + (1 - stays))  # masked pixels are hidden, but must be reconstructed
     other = method.mcsl_loss(nets, hidden, {}, {})[1]
     assert other["kl"].item() == logs["kl"].item()
     assert other["reconstruction"].item() != pytest.approx(logs["reconstruction"].item())

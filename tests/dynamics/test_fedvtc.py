@@ -23,7 +23,7 @@ from small import spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 P, Y = 6, 4
@@ -33,7 +33,7 @@ QUICK = {"finetune_steps": 3, "n_synthetic": 8}
 
 
 class Setting(NamedTuple):
-    """One client with rows of the classes 0 and 1, and a downlink that knows the classes 0, 1 and 3."""
+    """One client with examples of classes 0 and 1, and a downlink with prototypes of classes 0, 1 and 3."""
 
     method: FedVTC
     modules: dict
@@ -70,7 +70,7 @@ def setting(model="resnet8", **options):
 
 
 def covariance_of(z, y, form):
-    """Within classes, by NumPy."""
+    """Compute the covariance within classes with NumPy."""
     away = np.concatenate([z[y == c] - z[y == c].mean(0) for c in range(Y) if (y == c).any()])
     if form == "class":
         return np.stack([z[y == c].var(0) if (y == c).any() else np.zeros(z.shape[1]) for c in range(Y)])
@@ -101,7 +101,7 @@ def test_a_small_spread_far_from_zero_is_not_lost_in_float32():
 
 
 @pytest.mark.parametrize("form", COVARIANCES)
-def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experiment, form):
+def test_the_servers_variance_is_that_of_all_examples_around_the_global_means(experiment, form):
     run = experiment(FedVTC(covariance=form, **QUICK), rounds=1, width=P)
     run.run()
     z, y = [], []
@@ -119,7 +119,7 @@ def test_the_servers_variance_is_that_of_all_rows_about_the_global_means(experim
     np.testing.assert_allclose(run.server["variance"], expected[form], rtol=1e-9, atol=1e-12)
 
 
-def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
+def test_a_uniform_mean_has_the_variance_of_equally_weighted_clients():
     inside, local = torch.tensor([[2.0], [4.0]]), torch.tensor([[[1.0]], [[5.0]]])
     alike = feature_statistics.total_variance(inside, local, torch.tensor([[3.0]]), torch.ones(2, 1), "pooled")
     by_rows = feature_statistics.total_variance(
@@ -129,7 +129,7 @@ def test_a_uniform_mean_has_the_variance_of_clients_that_count_alike():
     assert by_rows.tolist() == [2.5 + 3.0]
 
 
-def test_a_class_that_nobody_holds_keeps_what_it_had(experiment):
+def test_a_class_that_no_client_holds_keeps_its_statistics(experiment):
     run = experiment(FedVTC(covariance="class", **QUICK), cohort=1, rounds=3, width=P)
     rounds, servers = spied(run), [run.server]
     run.run(lambda *_: servers.append(run.server))
@@ -153,13 +153,15 @@ def test_the_kl_is_that_of_two_normal_distributions(form):
     each = torch.distributions.kl_divergence(
         torch.distributions.Normal(z, spread), torch.distributions.Normal(s.down["prototypes"][y], sigma)
     ).mean(1)
-    assert s.method.kl(z, spread, y, s.down).item() == pytest.approx(each[:6].sum().item() / 7)  # class 2 is unknown
+    assert s.method.kl(z, spread, y, s.down).item() == pytest.approx(
+        each[:6].sum().item() / 7
+    )  # class 2 has no prototype
     equal = s.method.kl(s.down["prototypes"][y], sigma, y, s.down)
     assert equal.item() == pytest.approx(0, abs=1e-14)
 
 
 def test_without_matching_the_generator_is_the_limit_of_a_small_weight():
-    """Nothing is made to be matched then; what is drawn and learnt is the same."""
+    """Matching is skipped, and all other draws and gradients are the same."""
     without, hardly = (setting(matching_weight=weight) for weight in (0.0, 1e-12))
     (none, logs), (limit, seen) = (s.worked(s.method.phases()[2:3]) for s in (without, hardly))
     for mine, its in zip(tree.leaves(none.weights), tree.leaves(limit.weights), strict=True):
@@ -209,7 +211,7 @@ def test_latents_have_the_means_and_covariances_of_known_classes_alone(form):
 
 
 def parts_of(before, after):
-    """Nets with other parameters, and with other buffers."""
+    """Return the names of nets whose parameters, and whose buffers, differ."""
     return [
         {name.partition(".")[0] for name, t in part.items() if not torch.equal(t, before["weights"][kind][name])}
         for kind, part in after["weights"].items()
@@ -228,7 +230,7 @@ def test_every_phase_touches_its_own_nets(options):
     assert touched(s, fit) == [{"body", "head"}, {"body"}]
     s = s.with_statistics()
     assert touched(s, generator) == [{"generator", "spread"} if "learn_spread" in options else {"generator"}, set()]
-    assert touched(s, finetune) == [{"body", "head"}, set()]  # the running statistics stay those of real images
+    assert touched(s, finetune) == [{"body", "head"}, set()]  # running statistics stay those of real images
     (head,) = FedVTC(finetune="end", finetune_part="head", **QUICK, **options).adapt()
     assert touched(s, head) == [{"head"}, set()]
 
@@ -254,7 +256,7 @@ def test_without_statistics_fine_tuning_changes_nothing(ready):
     assert tree.equal(after.weights, s.client.weights)
 
 
-def test_fine_tuning_comes_in_every_nth_turn_or_at_the_end(experiment):
+def test_fine_tuning_runs_in_every_nth_round_or_at_the_end(experiment):
     names = [[phase.name for phase in FedVTC(finetune=when).phases()] for when in ("every", "end", "never")]
     assert names == [["fit", "statistics", "generator", "finetune"], *[["fit", "statistics", "generator"]] * 2]
     assert [len(FedVTC(finetune=when).adapt()) for when in ("every", "end", "never")] == [0, 1, 0]
@@ -353,7 +355,7 @@ def test_without_prototypes_and_fine_tuning_the_models_train_alone(experiment):
     ("field", "value", "allowed"),
     [("spread_floor", 0.0, "above 0"), ("kl_weight", -1.0, "at least 0"), ("finetune_steps", 0, "at least 1")],
 )
-def test_what_does_not_make_sense_is_refused(field, value, allowed):
+def test_invalid_hyper_parameters_are_refused(field, value, allowed):
     with pytest.raises(ValueError, match=f"{field}={value}: must be {allowed}"):
         FedVTC(**{field: value})
 
@@ -365,7 +367,7 @@ def test_what_does_not_make_sense_is_refused(field, value, allowed):
 def test_the_scaled_distance_is_in_units_of_sigma(form):
     s = setting(covariance=form, pull="scaled")
     z, y = Stream(5).normal((6, P)), torch.tensor([0, 1, 3, 0, 1, 3])
-    variance = 0.5 + 0.01 * (form == "full")  # of `full`, the square of the floor is added
+    variance = 0.5 + 0.01 * (form == "full")  # for `full`, the square of the floor is added
     expected = ((z - s.down["prototypes"][y]) ** 2 / (2 * variance)).mean(1)
     torch.testing.assert_close(s.method.distance(z, y, s.down), expected)
 
@@ -379,7 +381,7 @@ def test_the_generators_loss_is_the_weighted_sum_of_its_terms():
     assert min(logs["kl"], logs["matching"]) > 0
 
 
-def test_real_rows_count_as_much_as_synthetic_ones_or_not_at_all():
+def test_real_examples_have_the_same_weight_as_synthetic_ones_or_none():
     found = {}
     for mix in (True, False):
         s = setting(finetune_mix=mix).with_statistics()
@@ -395,11 +397,11 @@ def test_real_rows_count_as_much_as_synthetic_ones_or_not_at_all():
     assert found[True] != pytest.approx(found[False])
 
 
-def test_phases_are_as_long_and_as_fast_as_they_are_told():
+def test_phases_follow_their_steps_and_learning_rates():
     method = FedVTC(generator_epochs=3, generator_lr=0.02, finetune_steps=7, finetune_lr=0.3, lr=0.01)
     _, _, generator, finetune = method.phases()
     assert (generator.epochs, finetune.steps) == (3, 7)
-    assert first_step(generator) == pytest.approx(0.02, rel=1e-6)  # Adam's first step is its rate
+    assert first_step(generator) == pytest.approx(0.02, rel=1e-6)  # Adam's first step equals its learning rate
     assert first_step(finetune) == pytest.approx(0.3)
     assert first_step(FedVTC(lr=0.01).phases()[3]) == pytest.approx(0.01)
     names = [
@@ -410,14 +412,14 @@ def test_phases_are_as_long_and_as_fast_as_they_are_told():
 
 
 def first_step(phase):
-    """How far the phase's optimiser goes at first, where the gradient is 1."""
+    """Return the size of the phase optimiser's first step for gradient 1."""
     params = {"p": torch.zeros(1)}
     phase.optimizer.step({"p": torch.ones(1)}, phase.optimizer.init(params), params, 1.0)
     return -params["p"].item()
 
 
 @pytest.mark.parametrize("n", [Y, 2 * Y - 1, 32])
-def test_every_known_class_is_among_the_synthetic_rows(n):
+def test_every_known_class_is_among_the_synthetic_examples(n):
     method = FedVTC(n_synthetic=n)
     every = torch.ones(Y, dtype=torch.bool)
     for seed in range(50):

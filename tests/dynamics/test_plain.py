@@ -1,4 +1,4 @@
-"""Methods that must equal a loop of plain torch, written out here."""
+"""Methods that must equal a plain torch loop, which is written out here."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,21 +15,21 @@ from fedloom.nets import write_weights
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """Comparisons happen in float64."""
+    """Compare in float64."""
 
 
 BATCHES: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
 
 def note(batch, task, rng):
-    """A draw that notes the batches in the order in which they come; `rng.key` holds the round and the client."""
+    """Record the batches in their order, as a draw; `rng.key` holds the round and the client."""
     number, client = [part for part in rng.key if isinstance(part, int)][1:3]
     BATCHES.append((number, client, batch.x.clone(), batch.y.clone()))
     return {}
 
 
 def noting(cls):
-    """A subclass whose training notes its batches."""
+    """Return a subclass whose training records its batches."""
 
     @dataclass(frozen=True)
     class Noting(cls):
@@ -41,7 +41,7 @@ def noting(cls):
 
 
 def train_plainly(model, batches, **settings):
-    """What the paper of stochastic gradient descent would do."""
+    """Train with plain stochastic gradient descent."""
     optimizer = torch.optim.SGD(model.parameters(), **settings)
     model.train()
     for x, y in batches:
@@ -75,7 +75,7 @@ def test_one_client_that_shares_everything_trains_plainly(experiment, batches, m
     run = experiment(noting(FedAvg)(local_epochs=2, **SGD), clients=1, rounds=2, model=model, **{"data.rows": 120})
     plain = initial(run)
     run.run()
-    for number in range(2):  # momentum starts afresh in every round
+    for number in range(2):  # momentum is reset every round
         train_plainly(plain, [(x, y) for r, _, x, y in batches if r == number], **SGD)
     assert_holds(run.server["weights"], plain)
     x, y = run.data.test(0)
@@ -84,7 +84,7 @@ def test_one_client_that_shares_everything_trains_plainly(experiment, batches, m
     assert run.rows[-1]["server_accuracy"] == pytest.approx(accuracy, abs=1e-12)
 
 
-def test_an_epoch_shows_every_row_once(experiment, batches):
+def test_an_epoch_visits_every_example_once(experiment, batches):
     run = experiment(noting(FedAvg)(local_epochs=2), clients=2, rounds=1)
     run.run()
     for i in range(2):
@@ -118,7 +118,7 @@ def test_centralised_trains_on_the_union(experiment, batches):
     assert {turn["client"] for turn in run.client_rows if "examples" in turn} == {0}
 
 
-def test_centralised_is_scored_on_the_rows_of_every_other_method(experiment):
+def test_centralised_is_scored_on_the_same_examples_as_other_methods(experiment):
     pooled, shared = experiment("centralised", rounds=1), experiment("fedavg", rounds=1)
     for i in range(4):
         assert torch.equal(pooled.data.test(i)[0], shared.data.test(i)[0])

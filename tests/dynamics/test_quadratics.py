@@ -26,7 +26,7 @@ class Vector(nn.Module):
 
 
 class Quadratic:
-    """The nets and the loss; a client's rows all hold (a_i, b_i)."""
+    """The nets and the loss; all examples of a client hold (a_i, b_i)."""
 
     def nets(self, arch, task):
         return {"model": Vector()}
@@ -59,7 +59,7 @@ class QuadraticFedMR(Quadratic, FedMR):
 
 @dataclass(frozen=True)
 class QuadraticFedProx(Quadratic, FedProx):
-    """FedProx on quadratics: its proximal term from its own file, the error from here."""
+    """FedProx on quadratics: its own proximal term, with the error from here."""
 
     def loss(self, nets, batch, down, memory):
         proximal = super().loss(_Zero(nets), batch, down, memory)
@@ -68,14 +68,14 @@ class QuadraticFedProx(Quadratic, FedProx):
 
 @dataclass(frozen=True)
 class QuadraticScaffold(Quadratic, Scaffold):
-    """SCAFFOLD on quadratics: its correction from its own file."""
+    """SCAFFOLD on quadratics: its own correction, with the error from here."""
 
     def loss(self, nets, batch, down, memory):
         return self.error(nets, batch) + super().loss(_Zero(nets), batch, down, memory)
 
 
 class _Zero:
-    """Nets whose model gives logits with a cross-entropy that does not depend on anything."""
+    """Nets whose logits give a constant cross-entropy."""
 
     def __init__(self, nets) -> None:
         self.params = nets.params
@@ -86,7 +86,7 @@ class _Zero:
 
 @dataclass(frozen=True)
 class WrongSign(QuadraticScaffold):
-    """SCAFFOLD with the correction the wrong way round."""
+    """SCAFFOLD with the wrong sign of the correction."""
 
     def loss(self, nets, batch, down, memory):
         correct = super().loss(nets, batch, down, memory)
@@ -95,7 +95,7 @@ class WrongSign(QuadraticScaffold):
 
 @dataclass(frozen=True)
 class WrongMemory(QuadraticScaffold):
-    """SCAFFOLD that keeps minus its control variate."""
+    """SCAFFOLD that keeps its negated control variate."""
 
     def uplink(self, client, received, down, turn):
         message, memory = super().uplink(client, received, down, turn)
@@ -104,7 +104,7 @@ class WrongMemory(QuadraticScaffold):
 
 @pytest.fixture
 def settle(experiment):
-    """Runs a method on the two clients; returns the server's vector and the experiment."""
+    """Return a function that runs a method on the two clients and returns the server's vector and the experiment."""
     y = np.zeros(2 * ROWS, int)
     y[::2] = 1
     x = np.repeat(np.concatenate([A, B], 1), ROWS, 0)
@@ -169,7 +169,7 @@ def test_scaffold_settles_at_the_optimum(settle):
     first = [int(run.data.train(i)[0][0, 0] != A[0, 0]) for i in range(2)]
     for control, i in zip(
         controls, first, strict=True
-    ):  # c_i is the client's own gradient at the optimum, with its sign
+    ):  # c_i equals the client's own gradient at the optimum, sign included
         np.testing.assert_allclose(control, A[i] * (OPTIMUM - B[i]), atol=1e-5)
     np.testing.assert_allclose(run.server["control"]["model.w"].numpy(), np.mean(controls, 0), atol=1e-12)
 
@@ -204,14 +204,14 @@ def test_fedprox_without_its_term_is_fedavg_bit_for_bit(settle):
     assert torch.equal(w, plain)
 
 
-def test_a_large_mu_holds_clients_near_what_they_received(settle):
+def test_a_large_mu_keeps_clients_near_the_received_model(settle):
     mu = 50.0
     w, _ = settle(QuadraticFedProx(lr=0.01, local_epochs=2000, mu=mu), rounds=1)
     assert near(w, (A * B / (A + mu)).mean(0), 1e-10)
 
 
 def test_fedmr_keeps_the_mean_of_the_models(settle):
-    """With one unit a permutation only renumbers the slots, and the mean moves as FedAvg's would slot by slot."""
+    """With one unit, a permutation only renumbers the slots, and their mean changes as in FedAvg."""
     slots, run = settle(QuadraticFedMR(lr=ETA, momentum=0.0, local_epochs=E), rounds=1)
     assert slots.shape == (2, 2)
     expected = (1 - (1 - ETA * A) ** E) * B

@@ -1,4 +1,4 @@
-"""FedPer, FedRep, FedBN and FedBABU: which part travels, which stays, and which is trained when."""
+"""FedPer, FedRep, FedBN and FedBABU: which weights travel, which stay, and which are trained when."""
 
 import pytest
 import torch
@@ -16,14 +16,14 @@ from small import initial_weights, spied
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of this runs in float64."""
+    """Run all tests of this file in float64."""
 
 
 TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
 
 
 def messages(run):
-    """The downlinks and uplinks of a run, which is run to its end."""
+    """Run to the end and return the downlinks and uplinks."""
     rounds = spied(run)
     run.run()
     return {
@@ -37,7 +37,7 @@ def names(weights):
 
 
 def changed_by(phases):
-    """The parts of the model that some phases change."""
+    """Return the parts of the model that some phases change."""
     choice = arch("resnet8", TASK.input_shape, TASK.n_classes)
     modules = fresh_modules(lambda: {"model": choice.model()}, Stream(0))
     client = Client(read_weights(modules), {}, {})
@@ -93,11 +93,11 @@ def test_fedrep_trains_the_head_first_and_then_the_body():
     assert changed_by([head]) == [
         {"head"},
         {"body"},
-    ]  # the running statistics of the body move, as in the released code
+    ]  # the body's running statistics change, as in the released code
     assert changed_by([body]) == [{"body"}, {"body"}]
 
 
-def test_what_does_not_make_sense_is_refused():
+def test_invalid_hyper_parameters_are_refused():
     with pytest.raises(ValueError, match="head_epochs=0: must be at least 1"):
         FedRep(head_epochs=0)
 
@@ -134,7 +134,7 @@ def test_fedbabu_never_trains_the_head_of_the_federation(experiment):
 
 
 @pytest.mark.parametrize(("tuned", "parts"), [("model", {"body", "head"}), ("head", {"head"}), ("body", {"body"})])
-def test_fedbabu_fine_tunes_what_was_asked_for(tuned, parts):
+def test_fedbabu_fine_tunes_the_chosen_part(tuned, parts):
     (phase,) = FedBABU(tuned=tuned, tuning_epochs=2, tuning_lr=0.1).adapt()
     assert isinstance(phase, Train)
     assert phase.epochs == 2

@@ -1,6 +1,6 @@
-"""The numbers of every method, as they were when somebody last looked at them.
+"""The reviewed numbers of every method.
 
-A change that alters numbers on purpose rewrites the files: `pytest tests/golden --regenerate-golden`, and their diff is read.
+After an intended change of numbers, rewrite the files with `pytest tests/golden --regenerate-golden`, and review their diff.
 """
 
 import json
@@ -19,7 +19,7 @@ MODELS = {"fedrir": "fedrir_cnn"}
 
 
 def numbers(run):
-    """Everything but times and lists."""
+    """Return everything except times and lists."""
     rows = [{key: v for key, v in row.items() if "seconds" not in key and not isinstance(v, list)} for row in run.rows]
     return {"rounds": rows, "bytes_by_kind": run.ledger.kinds, "partition": run.data.partition.hash()}
 

@@ -1,4 +1,4 @@
-"""The Python face: own modules, own arrays, own methods, and models to keep."""
+"""The Python interface: a user's modules, arrays and methods, and models to keep."""
 
 import json
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from fedloom.rng import Stream
 
 
 def arrays(n=120, dim=5, n_classes=3):
-    """Three clouds that a linear model tells apart."""
+    """Return three clusters that a linear model can separate."""
     y = np.arange(n) % n_classes
     x = Stream(0).normal((n, dim)).double().numpy() + 3 * np.eye(n_classes, dim)[y]
     return x, y
 
 
 class Net(nn.Module):
-    """A module of one's own, with a BatchNorm."""
+    """A user's module with a BatchNorm."""
 
     def __init__(self, input_shape, n_classes):
         super().__init__()
@@ -63,7 +63,7 @@ def run(tmp_path):
 
 
 def scores(run):
-    """The personal accuracy, worked out from the models that the run hands over."""
+    """Compute the personal accuracy from the models that the run returns."""
     right = rows = 0
     for i in range(run.federation.n_clients):
         x, y = run.federation.test(i)
@@ -78,7 +78,7 @@ def test_the_models_predict_with_the_accuracy_that_was_reported(run, method):
     assert done.summary["personal_accuracy"]["final"] == scores(done)
 
 
-def test_models_in_float64_take_the_rows_of_the_federation(run):
+def test_models_in_float64_accept_the_federations_examples(run):
     done = run(precision="fp64")
     assert done.summary["personal_accuracy"]["final"] == scores(done)
 
@@ -103,7 +103,7 @@ def test_own_arrays_and_an_own_module(run, precision):
     assert done.summary["personal_accuracy"]["final"] > 0.8
 
 
-def test_features_of_ones_own_are_taken_as_they_are(run):
+def test_user_features_are_used_unchanged(run):
     x, y = arrays()
     federation = run(data=fedloom.from_arrays(x, y), model=Net, rounds=1).federation
     train, _ = federation.train(0)
@@ -119,10 +119,10 @@ def test_an_instance_brings_its_initial_weights(run):
     torch.testing.assert_close(kept["head.weight"], before["last.weight"])
     assert all(
         torch.equal(p, before[name]) for name, p in net.state_dict().items()
-    )  # the caller's module is left alone
+    )  # the caller's module is not changed
 
 
-def test_an_own_method_runs_like_any_other(run):
+def test_a_users_method_runs_like_a_registered_one(run):
     plain, pulled = run(fedloom.FedAvg()), run(Shrunken(pull=0.5))
     assert pulled.summary["method"] == "Shrunken"
     size = {k: sum(float(p.norm()) for p in done.model(0).parameters()) for k, done in (("a", plain), ("b", pulled))}
@@ -186,7 +186,7 @@ def test_a_finished_run_cannot_be_resumed(run):
         ({"model": "mlpp"}, "mlpp"),
         ({"method": "fedavgg"}, "fedavgg"),
         ({"data": "digitz"}, "digitz"),
-        ({"engine": {"name": "fast"}}, "no engine is called 'fast'"),
+        ({"engine": {"name": "fast"}}, "there is no engine 'fast'"),
         ({"clients": 2000}, "clients=2000"),
         ({"models": "mlp,logistic", "method": "fedavg"}, "must be the same for all clients"),
     ],
@@ -205,7 +205,7 @@ def test_clients_with_models_of_their_own(run):
     assert done.summary["personal_accuracy"]["final"] == scores(done)
 
 
-def test_one_can_score_without_rows_of_ones_own(run):
+def test_scoring_works_without_clients_test_examples(run):
     x, y = arrays()
     x_test, y_test = arrays(30)
     data = fedloom.from_arrays(x, y, x_test, y_test)
@@ -214,7 +214,7 @@ def test_one_can_score_without_rows_of_ones_own(run):
     assert done.summary["personal_accuracy"]["final"] == done.summary["server_accuracy"]["final"]
 
 
-def test_rows_to_test_on_and_to_validate_with_must_be_in_a_partition_file(run, tmp_path):
+def test_a_partition_file_must_contain_test_and_validation_examples(run, tmp_path):
     x, y = arrays(40)
     data = fedloom.from_arrays(x, y)
     halves = [list(range(10)), list(range(20, 30))]
@@ -252,10 +252,10 @@ def test_scores_that_follow_from_others_are_those_one_would_measure(run, partiti
     assert measured.rows.sum() == len(experiment.data.partition.common)
 
 
-def test_as_many_test_rows_of_clients_as_common_ones_need_not_be_the_same(run):
+def test_equally_many_client_and_common_test_examples_may_differ(run):
     x, y = arrays(150)
-    rows = fedloom.from_arrays(x[:120], y[:120], x[120:], (y[120:] + 1) % 3)  # the official rows have wrong labels
-    for fraction in (0.25, 0.5):  # 30 rows of the clients' own, as many as official ones; and 60
+    rows = fedloom.from_arrays(x[:120], y[:120], x[120:], (y[120:] + 1) % 3)  # the official test set has wrong labels
+    for fraction in (0.25, 0.5):  # 30 test examples of the clients' own, as many as official ones; and 60
         dealt = {"name": "iid", "merge": False, "test_fraction": fraction}
         done = run("fedavg", data=rows, model="logistic", partition=dealt, rounds=4, **{"method.lr": 0.5})
         assert (done.metrics["server_accuracy"] < 0.2).all()

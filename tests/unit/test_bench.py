@@ -1,4 +1,4 @@
-"""`fedloom bench`: the workloads, what is measured, and that the loop it is compared with computes the same thing."""
+"""`fedloom bench`: the workloads and measurements, and whether the loop used for comparison computes the same numbers."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def test_measure_times_all_contestants_in_the_same_rounds(tmp_path):
     found = measure(small(), ["sequential", "vectorised:2"], scale=1.0, rounds=3, rivals=rivals)
     assert list(found["contestants"]) == ["sequential", "vectorised:2", "slow"]
     cohorts = (tmp_path / "cohorts").read_text().splitlines()
-    assert len(cohorts) == 4  # one to warm up
+    assert len(cohorts) == 4  # one for the warm-up
     assert len(set(cohorts)) > 1
     process, n_clients = map(int, (tmp_path / "process").read_text().split())
-    assert process != os.getpid()  # what engines set for their process must not reach it
+    assert process != os.getpid()  # engines' process settings must not affect this process
     assert n_clients == 4
     slow, first = found["contestants"]["slow"], found["contestants"]["sequential"]
     assert slow["train_s"] == {"median": 100.0, "low": 100.0, "high": 100.0}
@@ -97,13 +97,13 @@ def test_a_rival_whose_process_ends_is_named(tmp_path, capfd):
 
 
 def test_flops_are_those_of_the_matrix_products(tmp_path):
-    rows = 2 * 30  # two clients of 40 rows each, three quarters of them for training
+    rows = 2 * 30  # two clients of 40 examples each, three quarters of them for training
     inner, last = 784 * 8, 8 * 10
     forward, for_weights, for_hidden = inner + last, inner + last, last
     assert train_flop(stepped(small(), tmp_path / "run")) == 2 * rows * (forward + for_weights + for_hidden)
 
 
-def test_flops_leave_out_rows_that_drop_last_drops(tmp_path):
+def test_flops_leave_out_examples_that_drop_last_drops(tmp_path):
     whole, dropped = (
         train_flop(stepped(small(batch_size=20, drop_last=drop), tmp_path / str(drop))) for drop in (False, True)
     )
@@ -118,7 +118,7 @@ def test_roof_grows_with_the_cores_and_leaves_the_threads_alone():
 
 @pytest.mark.parametrize("method", ["fedavg", "fedmr"])
 def test_pfllib_style_loop_computes_what_the_engine_computes(method, tmp_path):
-    # full batches: then the order of the rows does not matter
+    # with full batches the order of examples does not matter
     mine = stepped(small(method={"name": method, "local_epochs": 1, "lr": 0.5}), tmp_path / "run")
     rival = load_object(f"{RIVAL}:make", "rival")(mine.problem, 1)
     for _ in range(2 if method == "fedavg" else 1):  # recombination draws its own permutations
@@ -158,7 +158,7 @@ def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
         (["w1", "rounds=0"], "rounds=0: must be at least 1"),
         (["w1", "rounds=1.5"], "rounds=1.5: must be a whole number"),
         (["w1", "engin=sequential"], "unknown key 'engin' (did you mean 'engine'?)"),
-        (["w4-mlp", "scale=0.01", "engine=warp"], "no engine is called 'warp'"),
+        (["w4-mlp", "scale=0.01", "engine=warp"], "there is no engine 'warp'"),
         (["w4-mlp", "scale=0.01", "engine=sequential:8"], "engine.lanes=8: only processes and vectorised have it"),
         (["w4-mlp", "scale=0.01", "engine=processes:"], "engine.lanes=: must be a whole number"),
         (["w4-mlp", "scale=0.01", "engine=processes:many"], "engine.lanes=many: must be a whole number"),

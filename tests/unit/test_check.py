@@ -1,4 +1,4 @@
-"""`fedloom.tools.check`: what it finds in methods that break a rule, and in methods that break none."""
+"""`fedloom.tools.check`: its findings for methods that break a rule, and for methods that break none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_registered_methods_keep_every_rule(name):
     assert [finding.kept for finding in check_method(name)] == [True] * 7
 
 
-def test_one_client_with_all_rows_leaves_nothing_to_map():
+def test_one_client_with_all_examples_cannot_be_vectorised():
     assert check_method("centralised")[MAPPED].kept is None
 
 

@@ -1,4 +1,4 @@
-"""`fedloom.tools.compare`: which runs a comparison is made of, and going on with one."""
+"""`fedloom.tools.compare`: the runs of a comparison, and resuming one."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_own_methods_are_called_by_their_class(tmp_path):
         (("method=a/b", 'variant."a/b".method=fedavg'), "neither a method nor a variant|letters, digits"),
     ],
 )
-def test_what_is_refused(words, message):
+def test_invalid_input_is_refused(words, message):
     with pytest.raises(ConfigError, match=message):
         plan(from_words(words))
 
 
-def test_what_is_written_gives_the_same_comparison(tmp_path):
+def test_a_written_comparison_reads_back_the_same(tmp_path):
     found = plan(from_words(["method=fedavg,v", "variant.v.method=fedprox", "seed=1,2", *TINY]))
     file = tmp_path / "compare.toml"
     file.write_text(found.toml())
@@ -109,7 +109,7 @@ def test_a_hyper_parameter_without_a_value_is_left_out_of_the_file(tmp_path):
     assert plan(read_toml(file)).rows == found.rows
 
 
-def test_rows_may_differ_in_what_becomes_of_their_messages(tmp_path):
+def test_variants_may_differ_in_their_transforms(tmp_path):
     words = ["variant.a.method=fedavg", "variant.a.uplink=int8", "variant.b.method=fedavg", "downlink=fp16", *TINY]
     found = plan(from_words(words))
     file = tmp_path / "compare.toml"
@@ -129,7 +129,7 @@ def test_trouble_shows_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_comparison_goes_on_as_if_nothing_had_happened(tmp_path):
+def test_an_interrupted_comparison_resumes_with_the_same_results(tmp_path):
     words = ["method=local,fedavg", "checkpoint_every=1", "rounds=3", *TINY[1:]]
     found = plan(from_words(words))
     whole, cut = (create_folder(found, tmp_path / name) for name in ("whole", "cut"))

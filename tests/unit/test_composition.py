@@ -1,4 +1,4 @@
-"""Joining one method's server with another's clients."""
+"""Composition of one method's server with another's clients."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from fedloom.methods.registry import method_class
 from fedloom.tools.compare import plan
 
 
-def test_local_training_is_the_clients_and_the_rest_is_each_ones_own():
+def test_local_hyper_parameters_are_the_clients_and_others_stay_with_their_method():
     joined = compose(server=FedMR(unit="block", lr=0.3), client=FedProx(mu=0.2, lr=0.02, local_epochs=3))
     assert (joined.unit, joined.mu, joined.lr, joined.local_epochs, joined.momentum) == ("block", 0.2, 0.02, 3, 0.0)
     settings = make_settings(from_words(["method=fedmr+fedprox", "method.unit=block", "method.mu=0.2"]))
@@ -46,7 +46,7 @@ def test_both_halves_work(experiment):
     assert all(path.startswith("slots/params/gfe.") for path in tree.structure(joined["fedrir"].server))
 
 
-def test_rows_of_a_comparison_may_be_joined():
+def test_composed_methods_can_be_compared():
     found = plan(from_words(["method=fedmr,fedmr+fedprox", "fedmr+fedprox.mu=0.3", "method.unit=block"]))
     rows = {row.label: row.method for row in found.rows}
     assert rows["fedmr+fedprox"]["mu"] == 0.3
@@ -55,7 +55,7 @@ def test_rows_of_a_comparison_may_be_joined():
 
 @dataclass(frozen=True)
 class Segmented(FedProx):
-    """Has a hyper-parameter that FedMR also has."""
+    """Has a hyper-parameter that FedMR has too."""
 
     segment: Any = 3
 
@@ -63,16 +63,16 @@ class Segmented(FedProx):
 @pytest.mark.parametrize(
     ("server", "client", "message"),
     [
-        (FedMR, Scaffold, "Scaffold cannot be the clients' half, since it has a server of its own .init_server, downlink, aggregate"),
+        (FedMR, Scaffold, "Scaffold cannot be the clients' half, since it overrides server hooks .init_server, downlink, aggregate"),
         (FedMR, FedMR, "FedMR cannot be the clients' half"),
-        (FedRIR, FedProx, "FedRIR cannot be the server's half, since it has clients of its own .nets, phases, loss"),
+        (FedRIR, FedProx, "FedRIR cannot be the server's half, since it overrides client hooks .nets, phases, loss"),
         (Scaffold, FedASAM, "Scaffold cannot be the server's half"),
         (Local, FedProx, "Local cannot be the server's half"),
-        (FedMR, Local, "method=FedMR.Local: one of them is no federated method"),
-        (FedMR, Segmented, "method=FedMR.Segmented: both have 'segment'"),
+        (FedMR, Local, "method=FedMR.Local: one of them is not a federated method"),
+        (FedMR, Segmented, "method=FedMR.Segmented: both define 'segment'"),
     ],
 )  # fmt: skip
-def test_what_clashes_is_refused(server, client, message):
+def test_incompatible_methods_are_refused(server, client, message):
     with pytest.raises(ConfigError, match=message):
         compose(server=server(), client=client())
 

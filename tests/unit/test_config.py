@@ -41,7 +41,7 @@ OTHER = UNUSUAL | {
     "engine": {"name": "vectorised", "lanes": 4, "device": "cuda:1", "device_bytes": 10, "convolutions": "tuned"},
     "precision": "tf32",
 }
-"""Settings that those of another engine leave no room for."""
+"""Settings that conflict with those of another engine."""
 
 
 def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:
@@ -169,7 +169,7 @@ def test_a_mistake_is_one_line_that_names_key_value_and_what_is_allowed(words, p
 
 
 @pytest.mark.parametrize("word", ["rounds", "=3", ""])
-def test_a_word_that_is_no_setting_is_named(word):
+def test_a_word_that_is_not_a_setting_is_named(word):
     with pytest.raises(ConfigError, match=f"'{word}': expected key=value"):
         from_words([word])
 
@@ -217,13 +217,13 @@ def test_settings_are_read_only():
     assert isinstance(make_settings({"out": "x"}).out, Path)
 
 
-def test_a_small_participation_is_no_range():
+def test_a_small_participation_is_not_a_range():
     assert settings.participation_range(make_settings({"participation": 1e-5}).participation) == (1e-5, 1e-5)
     assert settings.participation_range("0.1-0.5") == (0.1, 0.5)
 
 
 def test_a_key_beside_its_table_is_explained(tmp_path):
-    """TOML has no such thing, and its message does not say what to do."""
+    """TOML does not allow it, and its own message gives no remedy."""
     file = tmp_path / "study.toml"
     file.write_text('method = ["fedavg", "fedmr"]\n[method]\nlr = 0.1\n')
     with pytest.raises(ConfigError, match=r"twice.*write its `name = ...` in it"):
@@ -232,14 +232,14 @@ def test_a_key_beside_its_table_is_explained(tmp_path):
     assert read_toml(file)["method"] == {"name": ["fedavg", "fedmr"], "lr": 0.1}
 
 
-def test_what_python_gives_is_checked_too():
+def test_objects_from_python_are_checked_too():
     with pytest.raises(
-        ConfigError, match=r"method: must be a method's object, such as FedAvg\(\), or a name, not FedAvg$"
+        ConfigError, match=r"method: must be a method object, such as FedAvg\(\), or a name, not FedAvg$"
     ):
         fedloom.run(fedloom.FedAvg)
     with pytest.raises(
-        ConfigError, match=r"data: must be a name, or rows from fedloom\.from_arrays\(x, y\), not ndarray"
+        ConfigError, match=r"data: must be a name, or a data set from fedloom\.from_arrays\(x, y\), not ndarray"
     ):
         fedloom.run(data=np.zeros((3, 2)))
-    with pytest.raises(ConfigError, match="models: takes the place of `model`"):
+    with pytest.raises(ConfigError, match="models: replaces `model`"):
         fedloom.run(model=nn.Linear(2, 2), models=["mlp", "logistic"])

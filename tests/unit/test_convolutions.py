@@ -1,4 +1,4 @@
-"""Convolutions of lanes: both forms are torch's own convolution, and its gradients."""
+"""Convolutions of lanes: both forms equal torch's own convolution, and its gradients."""
 
 import logging
 
@@ -19,7 +19,7 @@ CASES = [
 
 
 def lanes(kernel=(3, 3), bias=True, n_lanes=4, groups=1, **geometry):
-    """A loss by weights and inputs, and those of several lanes."""
+    """Return a loss of weights and inputs, and the weights and inputs of several lanes."""
     draw = torch.Generator().manual_seed(0)
     x, weight, offset = (
         torch.randn(n_lanes, *shape, generator=draw)
@@ -56,7 +56,7 @@ def test_the_faster_form_is_taken_from_then_on(monkeypatch, caplog, faster):
     monkeypatch.setattr(F, "unfold", lambda *a: (calls.append(1), unfold(*a))[1])
     with caplog.at_level(logging.INFO), book.of(4):
         vmap(loss)(*inputs)
-    assert not calls  # a new layer first runs as vmap does
+    assert not calls  # a new layer first runs in vmap's form
     assert list(book.columns_faster.values()) == [faster]
     assert "4 lanes of 5 rows (6, 9, 8), kernels (7, 6, 3, 3): grouped" in caplog.text
     with book.of(4):
@@ -69,7 +69,7 @@ def test_other_convolutions_are_left_alone():
     loss, (weight, x, _) = lanes(bias=False, groups=6)
     with book.of(4):
         found = vmap(loss, in_dims=(0, 0, None))(weight, x, None)
-        picture = F.conv2d(x[0, 0], weight[0], groups=6)  # without a dimension of rows
+        picture = F.conv2d(x[0, 0], weight[0], groups=6)  # without a batch dimension
     torch.testing.assert_close(found, torch.stack([loss(w, a, None) for w, a in zip(weight, x, strict=True)]))
     assert picture.shape == (6, 7, 6)
     assert not book.columns_faster

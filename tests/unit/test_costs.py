@@ -1,4 +1,4 @@
-"""What turns cost: operations against closed forms and a whole turn, memory against what a turn holds, seconds by phase."""
+"""Costs of local updates: operations against closed forms and a whole update, memory against its actual use, seconds by phase."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def experiment(tmp_path, method, model=None, **settings):
 def test_a_linear_model_takes_four_operations_a_row_and_weight(tmp_path):
     run = experiment(tmp_path, {"name": "fedavg"}, {"name": "logistic"})
     costs, n = Costs(run.problem), run.data.n_train(0)
-    # forward 2 B in out, the weights' gradient as much; no gradient flows into the inputs
+    # forward 2 B in out, the same for the weights' gradient; no gradient flows into the inputs
     assert costs.flops(0, 0) == {"train": 4 * n * 64 * 10}
 
 
@@ -47,7 +47,7 @@ def test_hidden_layers_take_six(tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypatch):
+def test_three_small_steps_determine_the_cost_of_a_local_update(name, tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)  # trying a replay is extra work, once
     run = experiment(tmp_path, {"name": name})
     costs = Costs(run.problem)
@@ -56,7 +56,7 @@ def test_three_small_steps_tell_what_a_whole_turn_takes(name, tmp_path, monkeypa
     assert sum(costs.flops(0, 0).values()) == counter.get_total_flops() > 0
 
 
-def test_terms_over_all_pairs_of_rows_are_counted(tmp_path, monkeypatch):
+def test_terms_over_all_pairs_of_examples_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr("fedloom.training.fast.step_cache.TRIALS", 10**9)
     run = experiment(tmp_path, {"name": "fedrir", "idm_mode": "vclub"}, batch_size=30)
     costs = Costs(run.problem)
@@ -72,7 +72,7 @@ def test_a_phase_that_is_switched_off_takes_nothing(tmp_path):
     assert costs.busiest(0).number == 1
 
 
-def test_pieces_cover_all_rows():
+def test_pieces_cover_all_examples():
     train = Train("fit", lambda *_: torch.zeros(()), ("model",), sgd(0.1), epochs=2)
     assert pieces(train, Plan(4), 11) == {4: 4, 3: 2}
     assert pieces(train, Plan(4, drop_last=True), 11) == {4: 4}
@@ -82,7 +82,7 @@ def test_pieces_cover_all_rows():
 def test_live_counts_what_is_there_at_once():
     given = torch.zeros(1000)
     with Live([given, given[:10]]) as live:
-        assert live.now == 4000  # a view is no memory of its own
+        assert live.now == 4000  # a view has no memory of its own
         first = given + 1
         del first
         second = given.view(10, 100) * 2
@@ -103,7 +103,7 @@ def test_phases_of_fedvtc_share_the_memory_of_the_largest(tmp_path, monkeypatch)
         context = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(0))
         client_update(p.method, gradients, client, down, context, number=0)
     assert all(peak > start for peak in by_phase.values())
-    # a whole turn also holds on to the weights and the optimisers' moments that it began with
+    # a whole local update also holds its initial weights and optimiser moments
     assert 0 <= live.peak - max(by_phase.values()) <= tree.n_bytes(client._asdict())
     assert live.peak - start < 0.7 * sum(peak - start for peak in by_phase.values())
 
@@ -153,7 +153,7 @@ def test_work_that_cannot_be_counted_does_not_end_a_run(tmp_path, caplog):
     assert "too few rows" in caplog.text
 
 
-def test_a_run_in_double_precision_is_counted_like_any_other(experiment, caplog):
+def test_a_run_in_double_precision_is_counted(experiment, caplog):
     summary = experiment("fedavg", model="fedmr_cnn", precision="fp64").run()
     assert summary["flops_per_round"] > 0
     assert summary["peak_client_bytes"] > 0

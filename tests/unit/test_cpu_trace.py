@@ -1,4 +1,4 @@
-"""Steps written down as operations: what a list gives, what cannot be listed, and what making one does not cost."""
+"""Steps traced as lists of operations: their results, steps that cannot be traced, and what tracing must not load."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def made(seed):
 
 
 def gradient(loss):
-    """A step: the gradient of a loss by `w`, and the loss."""
+    """Return a step: the gradient of a loss with respect to `w`, and the loss."""
 
     def step(inputs):
         w = inputs["in"]["w"].detach().requires_grad_()
@@ -31,7 +31,7 @@ def gradient(loss):
 
 
 def several(w, x, y):
-    """Parts that are given back together, and one that is changed in place."""
+    """Return several tensors together, one of which is changed in place."""
     low, high = torch.split(torch.relu(x @ w.T), [2, 3])
     total = torch.zeros(3)
     total.add_(low.sum(0)).add_(high.max(0).values)
@@ -71,13 +71,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_depends_on_numbers_cannot_be_listed(name):
+def test_steps_that_depend_on_values_cannot_be_traced(name):
     with pytest.raises(ValueError, match="depends on numbers"):
         trace(gradient(REFUSED[name]), made(0))
 
 
 def test_nothing_is_compiled_for_it(tmp_path):
-    """Neither a list nor a count of operations imports torch's compiler, which takes seconds."""
+    """Neither tracing nor counting operations imports torch's compiler, which takes seconds."""
     script = """
 import sys, torch, fedloom as fl
 from fedloom.training.fast import step_cache

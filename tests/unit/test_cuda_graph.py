@@ -1,4 +1,4 @@
-"""Steps that are recorded and played again. A stand-in for CUDA graphs does the work anew, into the same memory every time."""
+"""Steps that are recorded and replayed. A stand-in for CUDA graphs repeats the work in the same memory."""
 
 import itertools
 import logging
@@ -15,7 +15,7 @@ SETTINGS = {"clients": 3, "cohort": 3, "rounds": 3, "batch_size": 16, "data.rows
 
 
 class Recorder:
-    """Counts what is recorded and played."""
+    """Counts recordings and replays."""
 
     def __init__(self):
         self.recorded = self.played = 0
@@ -37,7 +37,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """From the second step of a kind on, steps are recorded, and every replay counts as faster."""
+    """Record steps from the second of a kind on, and let every replay count as faster."""
     recorder, seconds = Recorder(), itertools.cycle([1.0, 0.0])
     make = ReplayRules(lambda step, inputs: Recording(step, inputs, recorder), float("inf"), 16)
     monkeypatch.setattr(step_cache, "replay_rules", lambda *_: make)
@@ -62,7 +62,7 @@ def test_a_recorded_step_is_the_step(experiment, request, method, model, engine)
     recorded = experiment(**settings)
     recorded.run()
     assert recorder.recorded > 0
-    assert recorder.played > recorder.recorded  # each is played once to be judged
+    assert recorder.played > recorder.recorded  # each is replayed once for timing
     assert tree.equal(plain.server, recorded.server)
     assert all(tree.equal(plain.engine.client(i)._asdict(), recorded.engine.client(i)._asdict()) for i in range(3))
     logs = [[{k: v for k, v in row.items() if "loss" in k} for row in run.rows] for run in (plain, recorded)]
@@ -78,12 +78,12 @@ def test_inputs_that_did_not_change_are_not_copied_again(monkeypatch):
     monkeypatch.setattr(torch, "_foreach_copy_", lambda to, what: (copied.append(len(what)), copy(to, what)))
     now = {"w": torch.full((3,), 2.0), "x": torch.full((3,), 5.0), "down": torch.zeros(3), "buffers": {}}
     first = play(now)[1]["loss"]
-    now["w"].add_(1)  # in place, as optimisers do
+    now["w"].add_(1)  # in place, like an optimiser
     now["x"] = torch.full((3,), 7.0)
     grads, logs = play(now)
     assert copied == [3, 2]
     assert grads["w"].tolist() == [21.0] * 3
-    assert (float(first), float(logs["loss"])) == (15.0, 21.0)  # what was logged stays as it was
+    assert (float(first), float(logs["loss"])) == (15.0, 21.0)  # logged values do not change
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_recording_that_fails_is_one_line_and_changes_nothing(
     def flawed(work):
         if flaw == "refused":
             raise RuntimeError("not while recording\nand more")
-        return lambda: None, work()  # never played again
+        return lambda: None, work()  # never replayed
 
     make = ReplayRules(lambda step, inputs: Recording(step, inputs, flawed), float("inf"), 16)
     monkeypatch.setattr(step_cache, "replay_rules", lambda *_: make)

@@ -1,4 +1,4 @@
-"""The parts of a deployment, each on its own."""
+"""The components of a deployment, each alone."""
 
 import asyncio
 import contextlib
@@ -150,12 +150,12 @@ def test_the_proxy_listens_where_nodes_look_for_it(tmp_path, host, listens, addr
     assert f"at `{address}`" in (tmp_path / "ward/README.md").read_text()
 
 
-def test_flower_is_told_the_ports_and_the_place_of_today(folder, monkeypatch):
+def test_flower_receives_the_current_ports_and_folder(folder, monkeypatch):
     moved = folder.rename(folder.with_name('the "new" ward'))
     file = moved / "federation.toml"
     file.write_text(file.read_text().replace("superlink_port = 9091", "superlink_port = 9191"))
     monkeypatch.setattr(server, "require_free", lambda *_: None)
-    monkeypatch.setattr(server, "Service", None)  # it goes no further
+    monkeypatch.setattr(server, "Service", None)  # the SuperLink is not started
     with pytest.raises(TypeError, match="not callable"):
         run_server(Deployment(moved))
     told = tomllib.loads((moved / "server/flwr/config.toml").read_text())["superlink"]["fedloom"]
@@ -199,7 +199,7 @@ def test_nothing_is_overwritten(folder):
         ({"clients": 2, "models": ["mlp", "nonet.py:Net"]}, 1, ["h"], "models=nonet.py:Net: there is no file nonet.py"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused(tmp_path, values, nodes, hosts, message):
+def test_undeployable_settings_are_refused(tmp_path, values, nodes, hosts, message):
     with pytest.raises(ConfigError, match=message):
         create_deployment(tmp_path / "new", values, nodes, hosts)
     assert not (tmp_path / "new").exists()
@@ -265,7 +265,7 @@ def test_nothing_else_may_pass(path):
 
 
 class Proxied:
-    """The proxy before a server that remembers what reached it."""
+    """The proxy in front of a server that records its requests."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.reached: list[tuple[str, bytes, str | None]] = []
@@ -324,7 +324,9 @@ def test_the_proxy_holds_no_more_bodies_than_it_may(monkeypatch):
     monkeypatch.setattr(proxy, "MAX_HELD", 10)
     proxied = Proxied()
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(11)).status_code == 503
-    assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201  # the first one is let go
+    assert (
+        proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
+    )  # the first one is released
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
 
 
@@ -337,7 +339,7 @@ def test_the_proxy_says_when_the_superlink_is_gone():
 
 @contextlib.contextmanager
 def serving(folder, host="127.0.0.1"):
-    """The proxy itself, in a thread; its port."""
+    """Run the proxy itself in a thread; return its port."""
     served = make_server(host, 0, 1, folder)
     thread = threading.Thread(target=served.run)
     thread.start()
@@ -356,14 +358,14 @@ def connect(folder, port, *, tls=True):
 
 
 def is_cut_off(connection, within_s=20.0):
-    """Whether the other end closes before the time is over."""
+    """Return whether the other end closes the connection in time."""
     connection.settimeout(within_s)
     try:
         while connection.recv(1024):
             pass
     except TimeoutError:
         return False
-    except OSError:  # without a farewell
+    except OSError:  # closed without a TLS close message
         pass
     return True
 
@@ -376,11 +378,11 @@ REFUSED = b"POST /no HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\n"
     [(False, b""), (True, b""), (True, b"POST /v1/fleet/x HTTP/1.1\r\nhost: h"), (True, REFUSED)],
     ids=["no handshake", "nothing", "half a header", "an answer and a part of a body"],
 )
-def test_the_proxy_cuts_off_whoever_sends_no_whole_header(folder, monkeypatch, tls, words):
+def test_the_proxy_cuts_off_connections_without_a_complete_header(folder, monkeypatch, tls, words):
     monkeypatch.setattr(proxy, "HEADER_S", 0.5)
     with serving(folder / "server") as port, connect(folder / "server", port, tls=tls) as silent:
         silent.sendall(words)
-        if words == REFUSED:  # a part of its body comes after the answer
+        if words == REFUSED:  # part of its body comes after the answer
             assert silent.recv(1024).startswith(b"HTTP/1.1 403 ")
             silent.sendall(b"x")
         assert is_cut_off(silent)
@@ -393,7 +395,7 @@ def test_the_proxy_refuses_a_header_without_an_end(folder):
         assert endless.recv(1024).startswith(b"HTTP/1.1 400 ")
 
 
-def test_the_proxy_cuts_off_nobody_who_is_being_answered(folder, monkeypatch):
+def test_the_proxy_keeps_connections_that_are_being_answered(folder, monkeypatch):
     monkeypatch.setattr(proxy, "HEADER_S", 0.5)
     whole = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\n\r\n"
     with serving(folder / "server") as port, connect(folder / "server", port) as node:
@@ -402,7 +404,7 @@ def test_the_proxy_cuts_off_nobody_who_is_being_answered(folder, monkeypatch):
             time.sleep(0.3)
         assert not is_cut_off(node, 1)
         node.sendall(b"x")
-        assert node.recv(1024).startswith(b"HTTP/1.1 503 ")  # the SuperLink is not there
+        assert node.recv(1024).startswith(b"HTTP/1.1 503 ")  # there is no SuperLink
 
 
 def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch):
@@ -462,8 +464,8 @@ def test_states_are_found_by_round_and_undone_by_asking_for_an_earlier_one(tmp_p
     assert again.labels(0) == [2, 3, 4]
     again.turn_to(1, asked(base=1))
     again.put(0, state(5))
-    assert again.labels(0) == [2]  # what came after belongs to a run that is undone
-    assert tree.equal(again.get(0)._asdict(), blank(0)._asdict())  # label 1 is gone
+    assert again.labels(0) == [2]  # later states belong to a run that is undone
+    assert tree.equal(again.get(0)._asdict(), blank(0)._asdict())  # label 1 is undone
     assert list(again.changed()) == [0]
     assert "client 0 begins anew" in again.notes[0]
     assert not list(tmp_path.rglob("*.tmp"))
@@ -485,7 +487,7 @@ def test_a_broken_state_is_refused(tmp_path, content):
 
 
 def running(group=None, number=None):
-    """Whether a process, or one of a group, is there and no zombie."""
+    """Return whether a process, or a process of a group, is running and not a zombie."""
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
             state, _, of = (entry / "stat").read_text().rsplit(")", 1)[1].split()[:3]
@@ -569,7 +571,7 @@ def test_flower_is_on_the_machine():
 
 @pytest.fixture
 def worker(tmp_path):
-    """A node's worker process, and its number; `hang` and `die` are methods that do so."""
+    """Start a node's worker process; return it and its number. `hang` and `die` are methods that hang and exit."""
     values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
     place = create_deployment(tmp_path / "federation", values, 1)
     started = WorkerProcess(place.path / "node-0", threading.Event())
@@ -618,7 +620,7 @@ def test_agent_and_worker_share_most_of_their_memory(worker, process):
     assert kb["Private_Dirty"] + kb["Private_Clean"] < 0.5 * kb["Rss"]
 
 
-def test_a_port_in_use_is_said_in_one_line(tmp_path):
+def test_a_port_in_use_is_a_one_line_error(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -633,7 +635,7 @@ def test_a_port_in_use_is_said_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("when", ["pull_object", "confirm_message_received"])
 def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when):
-    """Such a task has no message, and would keep the node until it is given up."""
+    """Such a task has no message, and would block the node until it expires."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 3
     message = Message(RecordDict({"a": ConfigRecord({"b": b"c"})}), 7, "train")
     message.metadata.__dict__["_message_id"] = message.object_id

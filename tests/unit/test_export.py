@@ -1,4 +1,4 @@
-"""Models as files for devices: the same numbers as torch, for every method."""
+"""Models exported to files for devices: the same numbers as torch, for every method."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_the_file_computes_what_torch_computes(method, tmp_path):
     run = finished(tmp_path, method, MODELS.get(method, "mlp"), width=16)
     file, x, model = tmp_path / "model.onnx", run.data.test(1)[0], run.personal_model(1)
     write(run, 1, file)
-    assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of rows
+    assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of examples
     assert largest_difference(model, x, logits_of(file, x), method) < 1e-3
     assert torch.equal(logits_of(file, x).argmax(1), model(x).argmax(1))
 
 
-def test_an_export_says_what_came_of_it(tmp_path):
+def test_an_export_reports_its_results(tmp_path):
     run = finished(tmp_path, "fedproto", "mlp")
     file = tmp_path / "client-1.onnx"
     told = export_client(run, 1, file)

@@ -47,9 +47,9 @@ Change = Callable[[str, int, bytes], bytes | LostNode]
 
 
 class Wire:
-    """A link that calls workers directly; `change` may spoil an answer: (node, how many requests it had before, answer).
+    """A link that calls workers directly; `change` may alter an answer: (node, its number of earlier requests, answer).
 
-    `slow`: nodes whose answers to training are late; the server looks for such answers so many times before they are there.
+    `slow`: nodes whose answers to training are late; the server looks for such an answer this many times before it is there.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Wire:
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
     ) -> dict[str, bytes | LostNode]:
         answers: dict[str, bytes | LostNode] = {}
-        for node in reversed(requests):  # in another order than they were asked
+        for node in reversed(requests):  # in an order that differs from the requests'
             self.requests.append(requests[node])
             if node in self.workers:
                 answers[node] = self.change(node, self.asked[node], self.workers[node].answer(requests[node]))
@@ -88,7 +88,7 @@ class Wire:
 
 
 class Ran(NamedTuple):
-    """A run on workers."""
+    """A finished run on workers."""
 
     experiment: Experiment
     link: Wire
@@ -98,7 +98,7 @@ class Ran(NamedTuple):
 
 @pytest.fixture(autouse=True)
 def types(float64):
-    """Workers set the default type of their process."""
+    """Restore the default dtype, which workers set for their process."""
 
 
 def values(**settings: Any) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def values(**settings: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def federation(tmp_path) -> Callable[..., Deployment]:
-    """A federation's folder with two nodes."""
+    """Return a function that creates a federation's folder, with two nodes by default."""
 
     def make(name: str = "federation", nodes: int = 2, **settings: Any) -> Deployment:
         return create_deployment(tmp_path / name, values(**settings), nodes)
@@ -117,7 +117,7 @@ def federation(tmp_path) -> Callable[..., Deployment]:
 
 @pytest.fixture
 def deployed(tmp_path, federation) -> Callable[..., Ran]:
-    """A finished run on nodes."""
+    """Return a function that runs an experiment on nodes."""
 
     def make(change: Change | None = None, slow: Mapping[str, int] | None = None, **settings: Any) -> Ran:
         place = federation(f"federation-{len(list(tmp_path.iterdir()))}", **settings)
@@ -143,7 +143,7 @@ def once(name: str, make: Callable[[], Any]) -> Any:
 
 @pytest.fixture
 def simulated(tmp_path) -> Callable[..., Experiment]:
-    """The same run on the sequential engine."""
+    """Return a function that creates the same run on the sequential engine."""
 
     def make(**settings: Any) -> Experiment:
         chosen = values(**settings) | {"engine": {"name": "sequential"}, "out": str(tmp_path / "simulated")}
@@ -199,14 +199,14 @@ def test_states_stay_on_their_node(deployed):
 
 
 def retold(answer: bytes, **facts: Any) -> bytes:
-    """A node's answer with other facts about every turn."""
+    """Return a node's answer with other facts about every local update."""
     letter = open_envelope(answer)
     turns = [turn.model_copy(update=facts) for turn in letter.header.turns]
     return seal(letter.header.model_copy(update={"turns": turns}), {name: letter.tree(name) for name in letter.trees})
 
 
 def deepened(answer: bytes) -> bytes:
-    """A node's answer with a tensor below a great many branches."""
+    """Return a node's answer with a tensor below very many branches."""
     header = open_envelope(answer).header
     flat = safetensors.torch.save({"/".join("a" * 1501): torch.ones(1)}, {"fedloom": "1"})
     parts = [{"name": str(turn.slot), "n_bytes": len(flat), "paths": []} for turn in header.turns]
@@ -262,7 +262,7 @@ def test_a_spoilt_answer_costs_its_clients_part_in_the_round_and_nothing_else(de
 
 
 def test_uplinks_of_another_form_are_rejected_as_on_every_engine(deployed, simulated):
-    """Their clients keep what they learnt; the run goes on with the others."""
+    """Their clients keep what they learnt; the run continues with the others."""
     strange = {
         "2": {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}},
         "3": {"weights": {"params": {}}, "more": {"x": torch.ones(2)}},
@@ -296,7 +296,7 @@ def test_a_client_that_diverges_goes_back_as_on_every_engine(deployed, simulated
 
 
 def test_a_device_may_leave_out_branches_without_tensors(deployed, simulated):
-    """An MLP has no buffers; the method's own uplink has a branch for them."""
+    """An MLP has no buffers, but the method's own uplink has a branch for them."""
 
     def cut(node, n, answer):
         letter = open_envelope(answer)
@@ -308,7 +308,7 @@ def test_a_device_may_leave_out_branches_without_tensors(deployed, simulated):
     assert tree.equal(deployed(cut).experiment.server, simulated().server)
 
 
-def test_a_client_that_fails_is_reported_and_the_others_go_on(deployed, federation, tmp_path, monkeypatch):
+def test_a_client_that_fails_is_reported_and_the_others_continue(deployed, federation, tmp_path, monkeypatch):
     file = tmp_path / "mine.py"
     file.write_text(
         "from dataclasses import dataclass\nfrom fedloom import Method\n\n@dataclass(frozen=True)\nclass Mine(Method):\n"
@@ -343,7 +343,7 @@ def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, 
     assert said == []
 
 
-def test_clients_that_are_not_there_count_no_rows(deployed):
+def test_absent_clients_count_no_examples(deployed):
     ran = deployed(lambda node, n, answer: LostNode("gone") if node == "node-1" and n else answer)
     experiment = ran.experiment
     assert [row["cohort"] for row in experiment.rows] == [2, 2, 2]
@@ -360,7 +360,7 @@ def test_clients_that_are_not_there_count_no_rows(deployed):
 
 
 def rescored(answer: bytes, change: Callable[[Counted], Counted]) -> bytes:
-    """A node's answer with other counts."""
+    """Return a node's answer with other counts."""
     header = open_envelope(answer).header
     scores = {i: {name: change(count) for name, count in mine.items()} for i, mine in header.scores.items()}
     return seal(header.model_copy(update={"scores": scores}), {})
@@ -390,8 +390,8 @@ SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("how", SPOILT_SCORES)
-def test_spoilt_scores_count_no_rows(deployed, simulated, how):
-    """Those of node 1 in round 2; the others' rows alone make the accuracy then."""
+def test_invalid_scores_count_no_examples(deployed, simulated, how):
+    """Node 1's scores are invalid in round 2; accuracy then uses only the other nodes' examples."""
     spoil, reason = SPOILT_SCORES[how]
     ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 4) else answer, method="fedper")
 
@@ -406,7 +406,7 @@ def test_spoilt_scores_count_no_rows(deployed, simulated, how):
     assert all("node-1" in line for line in ran.said)
 
 
-def test_what_a_node_does_not_do_leaves_nothing_on_it(federation):
+def test_refused_requests_leave_nothing_on_a_node(federation):
     place = federation()
     worker = NodeWorker(place.path / "node-0")
     call = Call(
@@ -430,7 +430,7 @@ def test_what_a_node_does_not_do_leaves_nothing_on_it(federation):
 
 
 def test_too_few_clients_skip_a_round(federation, tmp_path):
-    """Half of them where more are wanted, then none at all until the deadline, then all again."""
+    """Half of the clients when more are required, then none until the deadline, then all again."""
     place = federation()
     place.file = place.file.model_copy(update={"deadline_s": 1.0})
     link, said = Wire(place), list[str]()
@@ -445,7 +445,7 @@ def test_too_few_clients_skip_a_round(federation, tmp_path):
     experiment.run(leave)
     assert [row["cohort"] for row in experiment.rows] == [4, 0, 0, 4]
     assert experiment.rows[-1]["skipped"] == 2
-    gone = [line for line in said if line.endswith("is not there")]  # by training and by scoring
+    gone = [line for line in said if line.endswith("is not there")]  # in training and in scoring
     assert sorted(gone) == sorted(
         [f"round {n}: {node} is not there" for n, node in ((2, "node-1"), (3, "node-0"), (3, "node-1"))] * 2
     )
@@ -472,7 +472,7 @@ def events(experiment: Experiment, *kinds: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["fedavg", "fedper"])
 def test_a_node_that_really_is_late_counts_as_the_simulated_one(deployed, simulated, method):
-    """Node 1's answers come two rounds late, as those of clients 2 and 3 do in the simulation."""
+    """Node 1's answers come two rounds late, like those of clients 2 and 3 in the simulation."""
     slow = {"devices.slow": 0.5, "devices.slowdown": 3.0}
     seed = next(
         s for s in range(99) if slowdowns(make_settings(values(seed=s, **slow)), FedAvg(), 4) == (1.0, 1.0, 3.0, 3.0)
@@ -487,21 +487,21 @@ def test_a_node_that_really_is_late_counts_as_the_simulated_one(deployed, simula
     assert set(there.said) == {"node-1: still at work after 600 s"}
 
 
-def test_a_round_with_nobody_to_ask_waits_for_those_who_are_late(deployed):
+def test_a_round_without_free_clients_waits_for_late_ones(deployed):
     ran = deployed(slow={"node-0": 2, "node-1": 3}, **{**LATE, "rounds": 4})
     assert [row["cohort"] for row in ran.experiment.rows] == [0, 2, 2, 0]
     landed = [(event["round"], event["clients"], event["sent"]) for event in events(ran.experiment, "landed")]
     assert landed == [(2, [0, 1], [1, 1]), (3, [2, 3], [1, 1])]
 
 
-def test_an_answer_that_comes_at_the_last_moment_is_not_late(deployed, simulated):
+def test_an_answer_at_the_last_moment_is_not_late(deployed, simulated):
     there, here = deployed(slow={"node-1": 0}, **LATE), simulated(**LATE)
     assert tree.equal(there.experiment.server, here.server)
     assert there.experiment.rows[-1]["late"] == 0
 
 
 @pytest.mark.parametrize("how", ["lost", "cut off", "failed"])
-def test_a_late_answer_that_never_comes_is_undone(deployed, tmp_path, how):
+def test_a_late_answer_that_never_arrives_is_undone(deployed, tmp_path, how):
     spoil, reason = SPOILT[how]
     ran = deployed(
         lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 1) else answer,
@@ -519,7 +519,7 @@ def test_a_late_answer_that_never_comes_is_undone(deployed, tmp_path, how):
     assert ran.experiment.engine.busy() == frozenset()
 
 
-def test_what_was_under_way_when_a_run_ended_is_undone_by_resuming(federation, tmp_path):
+def test_local_updates_in_progress_are_undone_by_resuming(federation, tmp_path):
     place, said = federation(method="fedper"), list[str]()
     chosen = values(method="fedper", **{**LATE, "rounds": 4}) | {"out": str(tmp_path / "run")}
 
@@ -538,7 +538,7 @@ def test_what_was_under_way_when_a_run_ended_is_undone_by_resuming(federation, t
 
 
 class StopError(Exception):
-    """An interruption."""
+    """Simulates an interruption."""
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path,
     assert said == []
 
 
-def test_a_node_that_lost_its_states_begins_anew_and_says_so(deployed, federation, tmp_path):
+def test_a_node_that_lost_its_states_starts_afresh_and_reports_it(deployed, federation, tmp_path):
     place = federation(method="fedper")
     link, said = Wire(place), list[str]()
     experiment = running.prepare(place, values(method="fedper") | {"out": str(tmp_path / "run")}, link, said.append)
@@ -595,10 +595,10 @@ def test_a_node_that_lost_its_states_begins_anew_and_says_so(deployed, federatio
 def test_only_states_that_a_checkpoint_needs_are_kept(deployed):
     ran = deployed(method="fedper", rounds=6, checkpoint_every=2)
     kept = sorted(int(file.stem) for file in ran.deployment.path.glob("node-0/state/*/client-0/*.safetensors"))
-    assert kept == [4, 5, 6]  # the checkpoint of round 4 was the last to be whole before round 6 began
+    assert kept == [4, 5, 6]  # the checkpoint of round 4 was the last complete one before round 6 began
 
 
-def test_turns_are_recorded_and_undone(tmp_path):
+def test_local_updates_are_recorded_and_undone(tmp_path):
     turns = AcceptedUpdates(tmp_path / "turns.json")
     for number in range(5):
         turns.accept(number, dict.fromkeys([0, 1] if number != 3 else [1], number), keep=0)
@@ -606,19 +606,19 @@ def test_turns_are_recorded_and_undone(tmp_path):
     again = AcceptedUpdates(tmp_path / "turns.json")
     again.accept(2, {0: 2}, keep=2)
     assert (again.base(0, 9), again.base(1, 9)) == (3, 2)
-    again.accept(5, {1: 3}, keep=2)  # the turn of round 3 came late
+    again.accept(5, {1: 3}, keep=2)  # the local update of round 3 came late
     assert (again.base(1, 5), again.base(1, 6)) == (2, 4)
     (tmp_path / "turns.json").write_text("[1]")
     with pytest.raises(RunFolderError, match=r"turns\.json"):
         AcceptedUpdates(tmp_path / "turns.json")
 
 
-# rows on devices
+# examples on devices
 
 
 @pytest.fixture
 def rows(tmp_path) -> Callable[..., Path]:
-    """Digits as pictures in folders named by class."""
+    """Return a function that writes digits as images into folders named by class."""
     digits = load("digits")
 
     def write(folder: str, chosen: slice, *split: str) -> Path:
@@ -639,7 +639,7 @@ def name_data(node: Path, data: Path) -> None:
     file.write_text(file.read_text().replace('data = "config"', f'data = "{data}"'))
 
 
-def test_rows_of_devices_stay_there(federation, rows, tmp_path):
+def test_examples_on_devices_stay_there(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     name_data(place.path / "node-0", rows("a", slice(0, 200)))
     name_data(place.path / "node-1", rows("b", slice(200, 330), "train"))
@@ -662,7 +662,7 @@ def test_rows_of_devices_stay_there(federation, rows, tmp_path):
     assert [sum(row) for row in counts["test"]] == [50, 60]
 
 
-def test_a_node_with_rows_of_its_own_may_come_later(federation, rows, tmp_path):
+def test_a_node_with_its_own_examples_may_join_later(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     for node, chosen in (("node-0", slice(0, 120)), ("node-1", slice(120, 240))):
         name_data(place.path / node, rows(node, chosen))
@@ -676,7 +676,7 @@ def test_a_node_with_rows_of_its_own_may_come_later(federation, rows, tmp_path):
 
 
 def test_a_node_that_came_later_cannot_end_the_run(federation, rows, tmp_path):
-    """How many rows it holds nobody knows, but none they are not; and logs of a turn that is refused count for nothing."""
+    """Its number of examples is unknown, but not zero; logs of a rejected local update do not count."""
     place = federation(nodes=2, clients=2)
     for node, chosen in (("node-0", slice(0, 120)), ("node-1", slice(120, 240))):
         name_data(place.path / node, rows(node, chosen))
@@ -695,7 +695,7 @@ def test_a_node_that_came_later_cannot_end_the_run(federation, rows, tmp_path):
     assert "train.own" not in experiment.rows[-1]
 
 
-def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_path):
+def test_invalid_examples_are_refused_by_their_node(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     name_data(place.path / "node-0", tmp_path / "nowhere")
     strange = rows("strange", slice(0, 50))
@@ -708,7 +708,7 @@ def test_rows_that_do_not_fit_are_refused_by_their_node(federation, rows, tmp_pa
     assert any("'zero', which the server does not know" in line for line in said)
 
 
-def test_statistics_of_all_rows_are_not_for_devices(federation, rows, tmp_path):
+def test_statistics_of_all_examples_are_refused_on_devices(federation, rows, tmp_path):
     place = federation(nodes=1, clients=1)
     name_data(place.path / "node-0", rows("a", slice(0, 50)))
     with pytest.raises(UsageError, match="normalise=standard"):
@@ -742,7 +742,7 @@ def test_every_cut_is_noticed(keep):
         open_envelope(whole + b"x")
 
 
-def test_numbers_of_rows_that_no_node_can_have_are_refused(federation, rows, tmp_path):
+def test_impossible_example_counts_of_a_node_are_refused(federation, rows, tmp_path):
     place = federation(nodes=2, clients=2)
     for node in place.file.nodes:
         name_data(place.path / node, rows(node, slice(0, 100)))
@@ -773,12 +773,12 @@ def test_headers_are_checked():
         ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
         (
             {"method": "fedmr", "devices.stragglers": "late"},
-            "devices.stragglers=late: fedmr cannot take in late uplinks",
+            "devices.stragglers=late: fedmr cannot aggregate late uplinks",
         ),
         ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
     ],
 )
-def test_what_cannot_be_deployed_is_refused_at_every_step(federation, tmp_path, settings, reason):
+def test_undeployable_settings_are_refused_at_every_step(federation, tmp_path, settings, reason):
     with pytest.raises(ConfigError, match=f"^{reason}"):
         federation("other", **settings)
     assert not (tmp_path / "other").exists()

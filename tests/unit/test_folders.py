@@ -1,4 +1,4 @@
-"""Folders of mapped files: gone with their process, even if it was killed, and never anybody else's."""
+"""Folders of mapped files: removed with their process, even a killed one, and never those of another user."""
 
 import gc
 import os
@@ -29,7 +29,7 @@ time.sleep(60)
 
 
 class Owner:
-    """Something that can own a folder."""
+    """An object that owns a folder."""
 
 
 def start(parent, kind="alone"):
@@ -54,11 +54,11 @@ def test_a_folder_goes_with_its_owner(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path):
+def test_folders_of_killed_processes_are_removed_at_the_next_start(tmp_path):
     child, left = start(tmp_path)
     (left / "client-0").write_bytes(b"rows")
     remove_stale(tmp_path)
-    assert left.is_dir()  # its owner lives
+    assert left.is_dir()  # its owner is alive
     killed(child)
     assert left.is_dir()
     owner = Owner()
@@ -74,7 +74,7 @@ def test_a_folder_that_a_worker_holds_stays(tmp_path):
     assert left.is_dir()
     os.kill(worker, signal.SIGKILL)
     patience = time.monotonic() + 20
-    while left.is_dir() and time.monotonic() < patience:  # the kernel lets go of the lock a moment later
+    while left.is_dir() and time.monotonic() < patience:  # the kernel releases the lock a moment later
         remove_stale(tmp_path)
     assert not left.is_dir()
 

@@ -40,7 +40,7 @@ def taken(monkeypatch):
     return shapes
 
 
-def test_several_clients_with_different_numbers_of_rows_take_the_steps_of_sgd():
+def test_several_clients_with_different_numbers_of_examples_take_the_steps_of_sgd():
     lanes = [(torch.randn(4, 6), torch.randn(n, 2, 3)) for n in (7, 3, 5)]
     layer = GramLayer([weight for weight, _ in lanes], pad_sequence([x for _, x in lanes], batch_first=True), 0.1)
     weights = [weight.clone() for weight, _ in lanes]
@@ -66,7 +66,7 @@ SGD = optim.sgd(0.1)
 
 
 def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
-    """A client's parameters after a phase on nine rows, and the phase's logs."""
+    """Return a client's parameters after a phase on nine examples, and the phase's logs."""
     stream = Stream("rows")
     rows = Rows(stream.normal((9, 1, 2, 3)), torch.arange(9) % 3, augment)
     phase = Train("train", loss, ("model",), optimizer, epochs, draw=draw)
@@ -77,7 +77,7 @@ def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
 
 
 def by_torch(nets, epochs=3):
-    """The same by torch's own SGD."""
+    """Compute the same with torch's own SGD."""
     model, stream = nets["model"].requires_grad_(), Stream("rows")
     x, y = stream.normal((9, 1, 2, 3)), torch.arange(9) % 3
     optimizer = torch.optim.SGD(model.parameters(), lr=0.09)
@@ -113,12 +113,12 @@ def on_noise(nets, batch, down, memory):
 
 
 def on_both(nets, batch, down, memory):
-    """The rows and something else, through one layer."""
+    """One layer applied to the examples and to something else."""
     return losses.cross_entropy(nets.model(batch.x) + nets.model(-batch.x), batch.y)
 
 
 def sometimes(nets, batch, down, memory):
-    """Penalised for batches that hold the last class."""
+    """Penalised for batches that contain the last class."""
     return (penalised if batch.y.max() == 2 else FedAvg().loss)(nets, batch, down, memory)
 
 
@@ -162,7 +162,7 @@ def test_a_loss_that_looks_at_a_weight_now_and_then_runs_as_written_from_the_sta
 
 
 def test_draws_are_the_same_in_either_form(taken, monkeypatch):
-    """A loss that is tried first takes nothing of the phase's random numbers."""
+    """Trying a loss first uses none of the phase's random numbers."""
 
     def loss(nets, batch, down, memory):
         return losses.cross_entropy(nets.model(batch.x), batch.y) * (1 + batch.draws["noise"].mean())

@@ -12,11 +12,11 @@ from fedloom.rng import Stream
 
 @pytest.fixture(autouse=True)
 def _wide(float64):
-    """All of these run in float64."""
+    """Run all tests of this file in float64."""
 
 
 def naive_vclub(mean, log_variance, target):
-    """The double sum of the paper, per feature."""
+    """Return the paper's double sum, per feature."""
     n, d = target.shape
 
     def log_q(i, j):
@@ -28,7 +28,7 @@ def naive_vclub(mean, log_variance, target):
 
 
 def fitted_q(x, c):
-    """q(c | x) with a linear mean and a free variance, fitted by its likelihood."""
+    """Fit q(c | x), with a linear mean and a free variance, by its likelihood."""
     net = nn.Linear(x.shape[1], c.shape[1])
     params = {"w": torch.zeros_like(net.weight), "b": torch.zeros_like(net.bias), "v": torch.zeros(c.shape[1])}
     adam = optim.adam(0.05)
@@ -76,7 +76,7 @@ def test_the_sampled_vclub_has_the_same_expectation():
     mean, log_variance, target = (Stream(i).normal((6, 2)) for i in range(3))
     whole = losses.vclub(mean, log_variance, target).item()
     shifts = [losses.vclub(mean, log_variance, target, torch.arange(6).roll(k)).item() for k in range(6)]
-    assert sum(shifts) / 6 == pytest.approx(whole, rel=1e-12)  # over all shifts every pair appears once
+    assert sum(shifts) / 6 == pytest.approx(whole, rel=1e-12)  # over all shifts, every pair appears once
     drawn = [losses.vclub(mean, log_variance, target, Stream(9, i).permutation(6)).item() for i in range(3000)]
     assert sum(drawn) / 3000 == pytest.approx(whole, abs=4 * torch.tensor(drawn).std().item() / math.sqrt(3000))
 
@@ -97,7 +97,7 @@ def test_vclub_bounds_the_information_of_correlated_gaussians():
     information = -0.5 * math.log(1 - rho**2)
     bound = losses.vclub(*fitted_q(x, c), c).item()
     assert bound > information
-    assert bound == pytest.approx(rho**2 / (1 - rho**2), rel=0.15)  # what vCLUB gives with the true q
+    assert bound == pytest.approx(rho**2 / (1 - rho**2), rel=0.15)  # vCLUB's value for the true q
 
 
 def test_a_bad_q_makes_vclub_negative():
@@ -108,7 +108,7 @@ def test_a_bad_q_makes_vclub_negative():
 def test_squared_distance_counts_what_is_common():
     a = {"x": torch.tensor([1.0, 2.0]), "y": torch.tensor(5.0)}
     assert losses.squared_distance(a, {"x": torch.tensor([0.0, 0.0]), "z": torch.tensor(1.0)}).item() == 5.0
-    with pytest.raises(ValueError, match="nothing in common"):
+    with pytest.raises(ValueError, match="at least one name that both inputs share"):
         losses.squared_distance(a, {"z": torch.tensor(1.0)})
 
 

@@ -1,4 +1,4 @@
-"""Metrics: their definitions, by numbers worked out by hand."""
+"""Metrics: their definitions, checked by hand."""
 
 import math
 
@@ -16,7 +16,7 @@ def score(right: int, rows: int) -> Score:
 THREE = [score(9, 10), score(1, 2), score(0, 4)]
 
 
-def test_an_accuracy_is_right_over_rows():
+def test_an_accuracy_is_correct_over_all_examples():
     assert Score(np.array([1, 2]), np.array([4, 2])).accuracy == 0.5
     assert math.isnan(score(0, 0).accuracy)
     assert sum_scores(THREE).accuracy == 10 / 16
@@ -38,13 +38,13 @@ def test_the_worst_tenth_is_rounded_up():
     assert metrics.spread([*scores, score(20, 20)], "acc")["acc_worst10"] == pytest.approx((0 + 1 + 2) / 60)
 
 
-def test_clients_without_rows_do_not_count():
+def test_clients_without_examples_do_not_count():
     row = metrics.spread([score(1, 2), score(0, 0)], "acc", [False, True])
     assert (row["acc"], row["acc_uniform"], row["acc_std"], row["acc_trained"]) == (0.5, 0.5, 0.0, None)
     assert metrics.spread([score(0, 0)], "acc") == {}
 
 
-def test_nobody_trained_is_no_row():
+def test_without_trained_clients_there_is_no_trained_accuracy():
     assert "acc_trained" not in metrics.spread(THREE, "acc", [False, False, False])
 
 
@@ -52,7 +52,7 @@ def test_general_accuracy_is_the_mean_over_clients():
     assert metrics.over_clients(THREE, "general")["general"] == pytest.approx(1.4 / 3)
 
 
-def test_without_common_rows_there_is_no_general_accuracy():
+def test_without_common_examples_there_is_no_general_accuracy():
     assert metrics.over_clients([score(0, 0)] * 2, "general") == {"general": None, "general_std": None}
 
 
@@ -86,22 +86,22 @@ def test_the_round_is_chosen_on_validation_and_the_first_of_equals():
     assert (found["chosen_on_validation"], found["chosen_round"]) == (0.2, 4)
 
 
-def test_what_was_never_scored_is_none_and_facets_are_of_the_last_row():
+def test_missing_scores_are_none_and_facets_are_of_the_last_row():
     rows = series([0.1, 0.2])
     rows[0]["general_accuracy"] = 0.7
     rows[-1] |= {"personal_accuracy_std": 0.05, "personal_accuracy_worst10": 0.01}
     found = metrics.summarise(rows)
     assert found["server_accuracy"] is None
-    assert found["general_accuracy"]["final"] == 0.7  # the last round in which it was scored
+    assert found["general_accuracy"]["final"] == 0.7  # the latest round in which it was scored
     assert found["personal_accuracy"]["std"] == 0.05
     assert found["personal_accuracy"]["worst10"] == 0.01
 
 
-def test_a_run_without_rows_has_no_accuracies():
+def test_a_run_without_metrics_has_no_accuracies():
     assert set(metrics.summarise([]).values()) == {None}
 
 
-def test_recall_is_right_over_rows_class_by_class():
+def test_recall_is_correct_over_all_examples_of_a_class():
     one, other = Score(np.array([1, 0, 0]), np.array([3, 0, 2])), Score(np.array([1, 0, 1]), np.array([1, 0, 1]))
     assert metrics.recall([one, other]) == [0.5, None, 0.3333]
 

@@ -1,4 +1,4 @@
-"""Nets bound to tensors, and the names of parts."""
+"""Nets bound to tensors, and names of parts."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from fedloom.rng import Stream
 
 
 def small() -> dict[str, nn.Module]:
-    """A net with a BatchNorm, cut in body and head, and a second net."""
+    """Return a net with a BatchNorm, split into body and head, and a second net."""
     torch.manual_seed(0)
     body = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU())
     return {"model": nn.ModuleDict({"body": body, "head": nn.Linear(4, 2)}), "other": nn.Linear(3, 2)}
@@ -60,7 +60,7 @@ def test_select_shares_the_tensors(weights):
 
 @pytest.mark.parametrize("pattern", ["modle", "model:tail", "other:norm", "mod", "model:hea"])
 def test_a_pattern_that_names_nothing_is_an_error(weights, pattern):
-    with pytest.raises(MethodError, match=f"the pattern '{pattern}' names nothing; nets: model, other"):
+    with pytest.raises(MethodError, match=f"the pattern '{pattern}' matches nothing; nets: model, other"):
         select(weights, (pattern,))
 
 
@@ -151,7 +151,7 @@ def test_buffers_change_in_training_mode_only_and_only_the_bound_ones(modules):
     Nets(modules, **weights, training=("model",)).model(X)
     assert not any(torch.equal(b, theirs["buffers"][n]) for n, b in weights["buffers"].items())
     assert all(torch.equal(b, own[name]) for name, b in modules["model"].named_buffers())
-    Nets(modules, **theirs).model(X)  # evaluation mode again, on the module that was just in training mode
+    Nets(modules, **theirs).model(X)  # evaluation mode again, on the module that was in training mode
     assert theirs["buffers"]["model.body.1.num_batches_tracked"].item() == 0
 
 
@@ -189,7 +189,7 @@ def test_tied_weights_are_refused():
     with pytest.raises(ConfigError, match=r"'body\.weight' and 'head\.weight' are one tensor"):
         read_weights({"body": net[0], "head": net[1]})
     with pytest.raises(ConfigError, match="are one tensor"):
-        arch(net, (3,), 3)  # before its parts are copies
+        arch(net, (3,), 3)  # before its parts are copied
     norms = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))
     norms[1].running_mean = norms[0].running_mean
     with pytest.raises(ConfigError, match=r"'model\.1\.running_mean' are one tensor"):
@@ -197,9 +197,9 @@ def test_tied_weights_are_refused():
     table = torch.ones(3)
     for norm in (masked := nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3))):
         norm.register_buffer("table", table, persistent=False)
-    assert "model.0.table" not in read_weights({"model": masked})["buffers"]  # no weight, so it may be shared
+    assert "model.0.table" not in read_weights({"model": masked})["buffers"]  # not a weight, so it may be shared
 
 
 def test_an_unknown_net_is_named(modules):
-    with pytest.raises(AttributeError, match=r"no net is called 'modle' \(did you mean 'model'\?\)"):
+    with pytest.raises(AttributeError, match=r"there is no net 'modle' \(did you mean 'model'\?\)"):
         _ = Nets(modules, **read_weights(modules)).modle

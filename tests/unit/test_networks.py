@@ -1,4 +1,4 @@
-"""The model of a connection, against cases by hand."""
+"""The model of a connection, checked by hand."""
 
 import pytest
 
@@ -7,11 +7,11 @@ from fedloom.report.link_speeds import NETWORKS, Network, networks
 
 
 def test_a_round_by_hand():
-    # 10 MB up at 5 Mbit/s are 16 s, 10 MB down at 20 Mbit/s are 4 s, and two messages wait 60 ms each
+    # 10 MB up at 5 Mbit/s take 16 s, 10 MB down at 20 Mbit/s take 4 s, and two messages wait 60 ms each
     assert NETWORKS["4g"].seconds(10_000_000, 10_000_000) == pytest.approx(16 + 4 + 0.12)
 
 
-def test_what_is_not_sent_takes_no_time():
+def test_a_missing_message_takes_no_time():
     way = Network("", up=8, down=8, latency=100)
     assert way.seconds(0, 0) == 0
     assert way.seconds(1_000_000, 0) == pytest.approx(1.1)

@@ -1,4 +1,4 @@
-"""Optimisers: equal to torch's, and pure."""
+"""Optimisers: equal to torch's, without side effects."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How far a run is, in plain lines: by a clock that the test sets."""
+"""Progress in plain lines, by a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_round_that_takes_longer_than_those_before_slows_the_pace(clock, lines
     clock.now += 10
     show(1, 4, {})
     clock.now += 30
-    show.tick()  # the second round has taken thirty seconds so far: twenty a round
+    show.tick()  # the second round has taken thirty seconds so far: twenty per round
     assert lines == ["fedavg: round 1/4  about 30 s left", "fedavg: round 1/4  about 30 s left"]
 
 
@@ -87,7 +87,7 @@ def test_durations(seconds, words):
     assert progress._duration(seconds) == words
 
 
-def test_off_a_terminal_somebody_looks_whether_a_line_is_due(monkeypatch):
+def test_off_a_terminal_a_thread_checks_whether_a_line_is_due(monkeypatch):
     came = threading.Event()
     monkeypatch.setattr(progress, "LOOK_S", 0.001)
     monkeypatch.setattr(progress.PlainLines, "tick", lambda _: came.set())
@@ -128,5 +128,5 @@ def test_facts_are_what_the_run_then_does(tmp_path, settings, clients, steps):
     }  # fmt: skip
     experiment.run()
     taken = sum(row.get("steps", 0) for row in experiment.client_rows)
-    if "participation" not in settings:  # which says how many at most
+    if "participation" not in settings:  # which gives an upper limit only
         assert about["steps"] == f"about {taken} in a round"

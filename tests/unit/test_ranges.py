@@ -14,7 +14,7 @@ class Mine(FedAvg):
 @pytest.mark.parametrize(
     ("cls", "value", "message"),
     [
-        (Mine, {"lr": 0.0}, "lr=0.0: must be above 0"),  # limits outlast another default
+        (Mine, {"lr": 0.0}, "lr=0.0: must be above 0"),  # limits also apply to a subclass's default
         (FedAvg, {"momentum": 1.0}, "momentum=1.0: must be at least 0 and below 1"),
         (FedAvg, {"weight_decay": float("nan")}, "weight_decay=nan: must be a finite number"),
         (FedMR, {"segment": 1.5}, "segment=1.5: must be above 0 and at most 1"),

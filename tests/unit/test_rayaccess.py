@@ -1,4 +1,4 @@
-"""What is said of a Ray cluster that cannot be joined, before Ray is asked."""
+"""Errors for a Ray cluster that cannot be joined, before `ray.init`."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ grpc = pytest.importorskip("grpc", reason="comes with Ray")
 
 @pytest.fixture
 def cluster(monkeypatch, tmp_path):
-    """A service that answers every call to those whose token is `right`; its port. No token is set."""
+    """Run a service that answers callers whose token is `right`; return its port. No token is set."""
     for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -53,7 +53,7 @@ def test_a_token_is_tried_before_ray_tries_it(cluster, kind, monkeypatch, tmp_pa
 
 def test_auto_looks_where_ray_noted_its_cluster(cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    check_address("auto")  # nothing is noted: Ray may know better
+    check_address("auto")  # nothing is recorded: Ray may find one
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray/ray_current_cluster").write_text(f"127.0.0.1:{cluster}")
     with pytest.raises(ConfigError, match=r"^engine.address=auto: .*set RAY_AUTH_TOKEN"):
@@ -63,12 +63,12 @@ def test_auto_looks_where_ray_noted_its_cluster(cluster, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "address", ["foo", "host", "ray://host", "host:port", "host:0", "host:70000", "a b:1", "::1:5"]
 )
-def test_what_is_no_address_is_said(address):
+def test_malformed_addresses_are_refused(address):
     with pytest.raises(ConfigError, match=r"must be auto, HOST:PORT or ray://HOST:PORT$"):
         check_address(address)
 
 
-def test_nobody_there_is_said_in_one_line():
+def test_an_address_without_a_service_is_a_one_line_error():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -79,7 +79,7 @@ def test_nobody_there_is_said_in_one_line():
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize("address", [None, "auto"])
 def test_a_token_that_is_there_is_used_where_ray_can_still_take_it(monkeypatch, address, imported):
-    """Ray reads the mode as it is imported: set later, its servers would ask for a token and its client would send none."""
+    """Ray reads the mode on import. If it were set later, its servers would require a token that its client does not send."""
     for key in ("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_AUTH_MODE"):
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)

@@ -1,4 +1,4 @@
-"""Methods by name, objects from a user's file, and what a class says of itself."""
+"""Methods by name, objects from a user's file, and descriptions of classes."""
 
 import dataclasses
 import inspect
@@ -42,7 +42,7 @@ def test_a_class_from_a_file(file):
 
 
 @pytest.mark.parametrize("where", ["number", "dataclass"])
-def test_an_object_that_is_no_method_is_named(file, where):
+def test_an_object_that_is_not_a_method_is_named(file, where):
     with pytest.raises(ConfigError, match=f"method=.*{where}: not a dataclass derived from fedloom.Method"):
         method_class(f"{file}:{where}")
 
@@ -61,7 +61,7 @@ def test_mistakes_around_a_file_are_named(file, tmp_path):
 
 
 def test_an_unknown_name_is_named():
-    with pytest.raises(ConfigError, match=r"method=fedpro: no method has that name \(did you mean 'fedprox'\?\)"):
+    with pytest.raises(ConfigError, match=r"method=fedpro: there is no such method \(did you mean 'fedprox'\?\)"):
         method_class("fedpro")
 
 
@@ -76,7 +76,7 @@ def test_every_method_describes_itself(name):
     for key, entry in found["hyper_parameters"].items():
         assert entry["doc"], key
         assert entry["default"] == getattr(cls(), key)
-    assert "Travels:" in inspect.getdoc(cls) or "no federated method" in inspect.getdoc(cls)
+    assert "Travels:" in inspect.getdoc(cls) or "not a federated method" in inspect.getdoc(cls)
 
 
 @pytest.mark.parametrize("name", METHODS)

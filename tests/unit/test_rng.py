@@ -27,7 +27,7 @@ def test_other_processes_see_the_same_numbers(capsys):
     assert done.stdout.strip() == GOLDEN
 
 
-def test_a_stream_does_not_depend_on_what_others_drew():
+def test_a_stream_does_not_depend_on_draws_from_others():
     alone = Stream(0, "a", 1).normal((4,))
     parent = Stream(0)
     parent.normal((100,))

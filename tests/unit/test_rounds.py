@@ -1,4 +1,4 @@
-"""Draws and rules of rounds, without running one."""
+"""Draws and rules of rounds, without running a round."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def factors(n=10, method=None, **values):
     return slowdowns(make_settings({"devices": devices, **values}), method or Method(), n)
 
 
-def test_so_many_clients_are_slow_and_always_the_same():
+def test_the_fraction_of_slow_clients_is_fixed():
     assert sorted(factors()) == [1.0] * 7 + [5.0] * 3
     assert factors() == factors()
     assert len({factors(seed=seed) for seed in range(20)}) > 5
@@ -54,7 +54,7 @@ def test_shares_are_by_examples_and_age(experiment):
     assert [a.share for a in fresh] == [3 / 10, 7 / 10]  # to the bit
 
 
-def test_lost_clients_are_as_many_as_the_chance_says(experiment):
+def test_the_fraction_of_lost_clients_matches_dropout(experiment):
     run = experiment("fedavg", **{"clients": 20, "data.rows": 300, "devices.dropout": 0.3, "partition.name": "iid"})
     lost = [
         slot for number in range(200) for slot in set(range(20)) - set(run.intake.roster(number, range(20)).working)
@@ -63,7 +63,7 @@ def test_lost_clients_are_as_many_as_the_chance_says(experiment):
     assert max(lost.count(i) for i in range(20)) < 100
 
 
-def test_a_client_at_work_is_left_alone(experiment):
+def test_a_busy_client_is_not_sent_the_downlink(experiment):
     run = experiment("fedavg", **{"devices.stragglers": "late", "devices.slow": 0.5})
     run.intake.flights[2] = LateUplink(client=2, slot=0, examples=10, sent=0, message={})
     roster = run.intake.roster(1, [0, 2, 3])

@@ -1,4 +1,4 @@
-"""Run folders: nothing is overwritten, nothing is half written."""
+"""Run folders: nothing is overwritten, and nothing is left half written."""
 
 import json
 import shutil
@@ -22,14 +22,14 @@ def folder(tmp_path):
 def test_nothing_is_overwritten(folder):
     assert RunFolder.create(folder.path, "x").path == folder.path  # empty: nothing to lose
     folder.write("config.toml", "a = 1")
-    with pytest.raises(RunFolderError, match=r"out=.*run: there is something already.*--resume"):
+    with pytest.raises(RunFolderError, match=r"out=.*run: already exists and is not an empty folder.*--resume"):
         RunFolder.create(folder.path, "x")
     assert (folder.path / "config.toml").read_text() == "a = 1"
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="something already"):
+    with pytest.raises(RunFolderError, match="already exists"):
         RunFolder.create(tmp_path / "file", "x")
     with pytest.raises(RunFolderError, match="out="):
         RunFolder.create(tmp_path / "file" / "below", "x")
@@ -63,7 +63,7 @@ def test_a_reader_with_the_old_file_open_keeps_it_whole(folder):
         assert reader.read() == "old" * 1000
 
 
-def test_metrics_are_read_back_and_what_is_not_finite_is_null(folder):
+def test_metrics_are_read_back_and_nonfinite_numbers_are_null(folder):
     folder.append({"round": 1, "a": 0.1 + 0.2, "b": float("nan"), "c": float("inf"), "d": None})
     assert folder.rows() == [{"round": 1, "a": 0.1 + 0.2, "b": None, "c": None, "d": None}]
 

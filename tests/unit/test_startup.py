@@ -1,4 +1,4 @@
-"""What commands and imports load: nothing that they do not use."""
+"""Commands and imports load only what they use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIGHT_COMMANDS = (
 
 
 def loaded(code: str, *modules: str) -> set[str]:
-    """Those of the modules that a fresh Python has imported after `code`."""
+    """Return those of the modules that a fresh Python process has imported after `code`."""
     told = f"{code}\nimport sys; print(*[m for m in {modules!r} if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     return set(done.stderr.splitlines()[-1].split())
@@ -105,12 +105,12 @@ def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
 
 
 @pytest.mark.parametrize("name", registry.METHODS)
-def test_what_is_read_from_the_source_is_what_the_class_says(name):
+def test_facts_from_the_source_equal_those_of_the_class(name):
     assert registry.describe_registered(name) == registry.describe_method(name, registry.METHODS[name])
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_what_is_read_of_a_model_is_what_its_function_says(name):
+def test_facts_about_a_model_equal_those_of_its_function(name):
     assert source_facts.function_facts(ZOO.origins[name]) == (inspect.getdoc(ZOO[name]), option_defaults(name))
 
 

@@ -10,7 +10,7 @@ KINDS = (0, 1, 0, 0, 1)
 
 
 def kept(i, value):
-    """What a client keeps: its kind's parameters, and a count in memory."""
+    """Return a client's state: its kind's parameters, and a counter in memory."""
     shape = (3,) if KINDS[i] == 0 else (2, 500_000)
     weights = {"params": {"head": torch.full(shape, float(value))}, "buffers": {}}
     return Client(weights, {"seen": torch.tensor(int(value))}, {}, {})
@@ -46,7 +46,7 @@ def test_a_client_may_be_stored_under_other_names_of_its_own_tensors(tmp_path):
 
 
 def test_clients_that_were_never_stored_take_no_space(tmp_path):
-    store = MappedStore(lambda _: blank(1), tmp_path, [0] * 1000)  # 4 GB, if all were there
+    store = MappedStore(lambda _: blank(1), tmp_path, [0] * 1000)  # 4 GB, if all were stored
     store.put(999, kept(1, 3))
     used = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
     assert 4_000_000 <= used < 20_000_000

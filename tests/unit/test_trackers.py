@@ -1,4 +1,4 @@
-"""Trackers: the real ones where they are installed, and a clear error where they are not."""
+"""Trackers: the real ones if installed, and a clear error if not."""
 
 import importlib.util
 
@@ -19,7 +19,7 @@ def track(name, folder):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
-def test_what_is_not_installed_is_named(name, tmp_path):
+def test_missing_trackers_are_named(name, tmp_path):
     if importlib.util.find_spec(name):
         pytest.skip(f"{name} is installed")
     with pytest.raises(ConfigError, match=rf"log={name}: not installed; pip install 'fedloom\[{name}\]'"):

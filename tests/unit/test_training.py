@@ -1,4 +1,4 @@
-"""Batches and phases: what one client does in its turn."""
+"""Batches and phases: a client's local update."""
 
 from dataclasses import replace
 
@@ -25,14 +25,14 @@ sizes = st.integers(1, 40)
 
 
 @given(sizes, st.integers(1, 12), st.integers(1, 3))
-def test_every_row_comes_once_per_epoch(n, batch_size, epochs):
+def test_every_example_occurs_once_per_epoch(n, batch_size, epochs):
     batches = [b.tolist() for b in Plan(batch_size).batches(n, epochs, None, Stream(0))]
     rows = [row for batch in batches for row in batch]
     assert sorted(rows) == sorted(list(range(n)) * epochs)
     assert sorted(rows[:n]) == list(range(n))
     assert max(map(len, batches)) <= batch_size + 1
     if min(n, batch_size) > 1:
-        assert min(map(len, batches)) > 1  # BatchNorm cannot train on one row
+        assert min(map(len, batches)) > 1  # BatchNorm cannot train on one example
 
 
 @given(sizes, st.integers(1, 12))
@@ -43,7 +43,7 @@ def test_drop_last_keeps_whole_batches_only(n, batch_size):
     assert len({row for b in batches for row in b}) == size * (n // size)
 
 
-def test_a_last_single_row_joins_the_batch_before():
+def test_a_last_single_example_joins_the_previous_batch():
     assert [len(b) for b in Plan(4).batches(9, 1, None, Stream(0))] == [4, 5]
     assert [len(b) for b in Plan(4).batches(10, 1, None, Stream(0))] == [4, 4, 2]
     assert [len(b) for b in Plan(4).batches(1, 2, None, Stream(0))] == [1, 1]
@@ -54,13 +54,13 @@ def test_steps_are_counted_over_epochs(n, batch_size, steps, drop_last):
     assert len(list(Plan(batch_size, drop_last).batches(n, 1, steps, Stream(0)))) == steps
 
 
-def test_epochs_are_shuffled_anew():
+def test_every_epoch_is_shuffled_afresh():
     first, second = Plan(20).batches(20, 2, None, Stream(0))
     assert first.tolist() != second.tolist()
     assert first.tolist() == next(iter(Plan(20).batches(20, 2, None, Stream(0)))).tolist()
 
 
-# turns
+# local updates
 
 N_ROWS, TASK = 11, Task(n_clients=1, max_cohort=1, n_classes=2, input_shape=(3,), width=3, rounds=5)
 
@@ -141,7 +141,7 @@ def test_members_of_an_interleave_see_the_same_batches_in_turn():
 
 
 def test_what_is_computed_once_has_a_known_gradient():
-    """Two steps by hand: the first member fits b to the numbers s = w x, the second moves w by d/dw (s b)^2 with the new b."""
+    """Two steps by hand: the first member fits b to the values s = w x; the second updates w by d/dw (s b)^2 with the new b."""
     modules = net(nn.Linear(1, 1, bias=False))
     modules["other"] = nn.Linear(1, 1, bias=False)
     nn.init.constant_(modules["model"][0].weight, 2.0)
@@ -189,7 +189,7 @@ def test_only_the_last_member_may_train_what_is_computed_once():
     work(replace(both, members=tuple(replace(m, when=lambda _: False) for m in both.members)))
 
 
-def test_only_the_last_member_may_train_what_is_passed_through():
+def test_only_the_last_member_may_train_parameters_that_once_depends_on():
     modules = net(nn.Linear(1, 1, bias=False))
     modules["other"] = nn.Linear(1, 1, bias=False)
 
@@ -213,7 +213,7 @@ def noise(batch, task, rng):
     return {"noise": rng.normal(())}
 
 
-def test_draws_are_made_anew_for_every_batch_and_member():
+def test_draws_are_fresh_for_every_batch_and_member():
     seen = {"a": [], "b": []}
 
     def watched(name):
@@ -238,7 +238,7 @@ def test_a_kept_state_lasts_and_another_starts_afresh():
     assert fresh.opts == {}
 
 
-def test_a_sweep_sees_every_row_once_in_evaluation_mode():
+def test_a_sweep_visits_every_example_once_in_evaluation_mode():
     def count(nets, batch, acc, down, memory):
         assert not torch.is_grad_enabled()
         right = batch.y[:, None] == torch.arange(2)
@@ -276,7 +276,7 @@ def test_running_statistics_move_in_training_and_stay_the_clients_own():
     assert frozen.weights["buffers"]["model.1.num_batches_tracked"].item() == 0
 
 
-def test_a_single_row_cannot_train_a_batch_norm():
+def test_a_single_example_cannot_train_a_batch_norm():
     with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one row"):
         work(Train("fit", loss, ("model",), SGD), modules=net(*BATCH_NORM), n=1)
     work(Train("fit", loss, ("model",), SGD), n=1)
@@ -289,7 +289,7 @@ def test_a_single_row_cannot_train_a_batch_norm():
         (1.0, "0-d tensor, not float"),
     ],
 )
-def test_a_loss_that_is_no_scalar_is_an_error(bad, words):
+def test_a_loss_that_is_not_a_scalar_is_an_error(bad, words):
     with pytest.raises(MethodError, match=words):
         work(Train("fit", lambda *_: bad, ("model",), SGD))
 
@@ -308,7 +308,7 @@ def test_errors_say_where_they_happened():
     assert "in phase 'break', after 3 steps in earlier ones; rows (11, 3)" in caught.value.__notes__
 
 
-def test_a_turn_reports_steps_and_leaves_its_inputs_alone():
+def test_a_local_update_reports_steps_and_keeps_its_inputs():
     modules = net()
     client = Client(read_weights(modules), {}, {})
     down = {"weights": {"params": {n: p + 1 for n, p in client.weights["params"].items()}, "buffers": {}}}
@@ -343,14 +343,14 @@ def test_prediction_does_not_depend_on_the_batch():
     torch.testing.assert_close(predict(logits, Gradients(modules), client, x, {}, batch=3), whole)
 
 
-def test_recalls_count_rows_by_class():
+def test_recalls_count_examples_by_class():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [float("nan"), 0.0]])
     right, n = score_of(logits, torch.tensor([0, 1, 0, 0]), 3)
     assert right.tolist() == [1, 1, 0]
     assert n.tolist() == [3, 1, 0]
 
 
-def test_rows_of_several_clients_are_counted_client_by_client():
+def test_examples_of_several_clients_are_counted_by_client():
     logits, labels, sizes = Stream(0).normal((9, 3)), Stream(1).integers(3, (9,)), [4, 0, 5]
     logits[2, 1] = float("inf")
     together = scores_of(logits, labels, sizes, 3)

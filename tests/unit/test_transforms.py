@@ -1,4 +1,4 @@
-"""Transforms of messages: known answers, what is left unsent, and what is refused."""
+"""Transforms of messages: known results, residuals, and errors."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fedloom.wire.transforms import TRANSFORMS, parse
 
 
 def part(seed=0, scale=1.0):
-    """Weights with a buffer that counts, in an order that is not that of their names."""
+    """Return weights with a counter buffer, not in the order of their names."""
     rng = Stream("part", seed)
     params = {"m.w": scale * rng.normal((7, 5)), "m.b": scale * rng.normal((5,))}
     return {"params": params, "buffers": {"m.running_mean": rng.normal((5,)), "m.seen": torch.tensor(3 + seed)}}
@@ -23,12 +23,12 @@ def codec(uplink=(), downlink=()):
 
 
 def sent_and_back(words, new, old, unsent=None, seed=0):
-    """An uplink from weights `old` to weights `new`: as it travels, as it arrives, and what is left."""
+    """Send an uplink from weights `old` to weights `new`; return it as sent, as received, and the residual."""
     wire, received = codec(words), {"weights": old}
     unsent = wire.unsent(old) if unsent is None else unsent
     sent, unsent = wire.reply({"weights": new, "n": torch.tensor([2.5])}, received, unsent, Stream("rng", seed))
     data = encode(sent, round=0, client=0, examples=0)
-    assert len(data) == sum(Meter().sizes(sent).values())  # what is counted is what travels
+    assert len(data) == sum(Meter().sizes(sent).values())  # the counted size is the size sent
     arrived = wire.opened(tree.merge(sent, decode(data)), received)
     assert tree.equal(arrived, wire.opened(sent, received))
     assert tree.structure(arrived) == tree.structure({"weights": new, "n": torch.tensor([2.5])})
@@ -39,7 +39,7 @@ def sent_and_back(words, new, old, unsent=None, seed=0):
 
 
 def gaps(a, b):
-    """The largest difference, tensor by tensor."""
+    """Return the largest difference of each tensor."""
     return {path: float((x - dict(tree.flatten(b))[path]).abs().max()) for path, x in tree.flatten(a)}
 
 
@@ -95,13 +95,13 @@ def test_topk_sends_exactly_k_and_they_are_the_largest(fraction, k):
     moved = arrived["buffers"]["m.running_mean"] != old["buffers"]["m.running_mean"]
     assert int((left == 0).sum()) == k - int(moved.sum())
     assert values.abs().min() >= left.abs().max()
-    assert not unsent["weights"]["buffers"]["m.running_mean"].any()  # which are measured anew in every turn
+    assert not unsent["weights"]["buffers"]["m.running_mean"].any()  # buffers are measured again in every local update
     back = tree.add(arrived["params"], unsent["weights"]["params"])
     assert max(gaps(back, new["params"]).values()) < 1e-6
 
 
 @pytest.mark.parametrize("words", [["topk:0.1"], ["topk:0.05", "int8"], ["topk:0.2", "fp16"]])
-def test_over_many_rounds_what_was_sent_and_what_is_left_is_all_there_was(float64, words):
+def test_over_many_rounds_sent_plus_residual_is_the_total(float64, words):
     total, arrived_total, unsent = tree.zeros_like(part()["params"]), tree.zeros_like(part()["params"]), None
     for number in range(30):
         old, new = part(number), part(number + 100)
@@ -169,7 +169,7 @@ def test_a_wrong_part_is_named():
         ConfigError, match="downlink: these downlinks have no part 'weights', only prototypes; name one"
     ):
         codec(downlink=["fp16"]).check_downlink(Downlink({"prototypes": torch.ones(2)}))
-    codec(downlink=["fp16"]).check_downlink(Downlink({}))  # nothing travels
+    codec(downlink=["fp16"]).check_downlink(Downlink({}))  # nothing is sent
     codec(downlink=["fp16"]).check_downlink(Downlink({"n": torch.ones(1)}, [{"weights": part()}]))
     with pytest.raises(ConfigError, match="no part 'weights', only prototypes; name one, as in prototypes/fp16"):
         codec(["fp16"]).reply({"prototypes": torch.ones(2)}, {}, {}, Stream(0))
@@ -204,7 +204,7 @@ def test_places_that_do_not_exist_are_refused(places):
         ("uplink=[3]", "must be text"),
     ],
 )  # fmt: skip
-def test_what_is_refused(word, message):
+def test_invalid_input_is_refused(word, message):
     with pytest.raises(ConfigError, match=message):
         make_settings(from_words([word]))
 

@@ -80,8 +80,8 @@ def test_the_mean_rounds_counters():
     assert tree.mean([counters[1]])["n"].item() == 2**53 - 1
 
 
-def test_the_mean_refuses_what_has_no_mean():
-    with pytest.raises(ValueError, match="no trees"):
+def test_the_mean_refuses_invalid_inputs():
+    with pytest.raises(ValueError, match="at least one tree"):
         tree.mean([])
     with pytest.raises(ValueError, match="1 trees but 2 shares"):
         tree.mean([sample()], [0.5, 0.5])
@@ -129,7 +129,7 @@ def test_equal_compares_structure_and_numbers(other, same):
     assert tree.equal({"w": torch.tensor([1.0, float("nan")])}, other) is same
 
 
-def test_equal_tells_infinity_from_the_largest_number():
+def test_equal_distinguishes_infinity_from_the_largest_number():
     assert not tree.equal({"w": torch.tensor(float("inf"))}, {"w": torch.tensor(torch.finfo().max)})
 
 
@@ -146,7 +146,7 @@ def test_the_mean_cosine_of_vectors_with_known_angles():
     assert tree.mean_cosine([half, tree.zeros_like(half)]) == 0
 
 
-def test_apart_copies_what_lies_in_the_memory_of_others():
+def test_copy_shared_copies_leaves_that_share_memory():
     uplink = {"w": torch.arange(6.0), "b": torch.ones(2)}
     server = {"w": uplink["w"][2:4], "slots": {"0": uplink["b"]}, "own": torch.zeros(2)}
     before, after = tree.clone(server), tree.copy_shared(server, [uplink])

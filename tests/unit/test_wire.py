@@ -50,12 +50,12 @@ def test_tensors_that_share_memory_come_back():
     assert tree.equal(decode(encode(message)), message)
 
 
-def test_a_message_without_tensors_is_no_bytes():
+def test_a_message_without_tensors_has_no_bytes():
     assert encode({"weights": {"params": {}}}) == b""
     assert decode(b"") == {}
 
 
-def test_what_is_decoded_may_be_written_to():
+def test_decoded_tensors_are_writable():
     decode(GOOD)["weights"]["buffers"]["n"].add_(1)
     assert decode(GOOD)["weights"]["buffers"]["n"].item() == 3
 
@@ -149,7 +149,7 @@ def test_the_length_does_not_depend_on_the_numbers():
     assert len(lengths) == 1
 
 
-def test_the_meter_tells_structures_apart():
+def test_the_meter_distinguishes_structures():
     meter = Meter()
     for shape, dtype in (((3,), torch.float32), ((3,), torch.float64), ((3, 1), torch.float32), ((4,), torch.float32)):
         message = {"w": torch.zeros(shape, dtype=dtype)}

@@ -1,4 +1,4 @@
-"""Engines that ask another engine about single clients."""
+"""Engines that delegate the storage of clients to another engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedloom.tree import Tree
 
 
 class ForwardingEngine(Engine):
-    """Passes questions about single clients on to `inner`, which stores them."""
+    """Delegates calls about single clients to `inner`, which stores them."""
 
     def __init__(self, problem: Problem, inner: Engine) -> None:
         super().__init__(problem)

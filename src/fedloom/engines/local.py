@@ -1,4 +1,4 @@
-"""Engines that hold their clients in this process: where clients are stored, which device they work on, and how they are scored."""
+"""Engines that hold their clients in this process: storage of clients, their device, and scoring."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class CohortMember(NamedTuple):
-    """One member of a cohort, and its downlink."""
+    """One member of a cohort and its downlink."""
 
     slot: int  # position in the cohort
     client: int
@@ -40,7 +40,7 @@ class CohortMember(NamedTuple):
 
 
 class LocalEngine(Engine):
-    """What engines in this process share; `updates` says how clients are worked through.
+    """The common part of the engines in this process; `updates` runs the local updates.
 
     On a GPU, clients do their local updates there, on examples that are kept there if the memory budget allows. Messages and clients
     that leave the engine are on the host.
@@ -49,7 +49,7 @@ class LocalEngine(Engine):
     def __init__(
         self, problem: Problem, place: DeviceBudget = ON_HOST, convolutions: Convolutions | None = None
     ) -> None:
-        """`convolutions`: how those of several lanes are computed."""
+        """`convolutions`: the method of computing the convolutions of several lanes."""
         super().__init__(problem)
         self.device = device = place.device
         modules = [problem.modules(arch) for arch in range(len(problem.archs))]
@@ -61,10 +61,10 @@ class LocalEngine(Engine):
             Gradients(mine, bf16=problem.bf16, device=device, convolutions=convolutions) for mine in modules
         ]
         pictures = len(problem.task.input_shape) == 3
-        lasts = pictures and (device == HOST or problem.bf16)  # on a GPU it is the tensor cores that like channels last
-        # until an architecture refuses it
+        lasts = pictures and (device == HOST or problem.bf16)  # on a GPU, only tensor cores gain from channels last
+        # switched off once an architecture does not support it
         self._channels_last = [lasts and any(p.ndim == 4 for p in own["params"].values()) for own in self._initial]
-        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never took part, where all are alike
+        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never took part, if they are all equal
         self.to_device = Mover(device)
         fits = device != HOST and problem.data.n_bytes <= place.budget
         self.data = problem.data.on(device) if fits else problem.data
@@ -76,27 +76,27 @@ class LocalEngine(Engine):
         self.keep_in(lambda blank: MappedStore(blank, folder, self.problem.arch_of))
 
     def keep_in(self, make: Callable[[Callable[[int], Client]], Store]) -> None:
-        """Store clients elsewhere from now on. `make` is given a function that makes a client that has never taken part."""
+        """Replace the store. `make` receives a function that creates a client that has never taken part."""
         self.store = make(self._blank)
 
     def initial(self, arch: int) -> Weights:
-        """The initial weights of an architecture."""
+        """Return the initial weights of an architecture."""
         return self._initial[arch]
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        self.to_device = Mover(self.device)  # knows the tensors of one round
+        self.to_device = Mover(self.device)  # it remembers the tensors of one round
         members = [CohortMember(slot, i, down.to(slot)) for slot, i in enumerate(cohort)]
         return sorted(self.updates(number, members), key=lambda reply: reply.slot)
 
     @abstractmethod
     def updates(self, number: int, members: Sequence[CohortMember]) -> Iterator[Reply]:
-        """The local updates of some members of the cohort of round `number`, in any order."""
+        """Run the local updates of some members of round `number`'s cohort; yield replies in any order."""
 
     def finish(self, member: CohortMember, done: UpdateResult, started: float) -> Reply:
         """Store a client after its local update, which began at `started`, and return its reply.
 
-        A client that diverged is not stored: it would never recover.
+        A client that diverged is not stored, because it would never recover.
         """
         i = member.client
         uplink = moved(done.uplink, HOST)
@@ -118,7 +118,9 @@ class LocalEngine(Engine):
         )
 
     def with_layout(self, i: int, work: Callable[[bool], T]) -> T:
-        """Run `work(channels_last)`: with channels last (1.2 to 1.7 times faster on a CPU), or without where the client's model cannot."""
+        """Run `work(channels_last)` with channels last (1.2 to 1.7 times faster on a CPU), or without if the client's model fails
+        with it.
+        """
         arch = self.problem.arch_of[i]
         if self._channels_last[arch]:
             try:
@@ -132,11 +134,11 @@ class LocalEngine(Engine):
     def context(
         self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Tensor, Tensor] | None = None
     ) -> ClientContext:
-        """What client `i`'s local work needs: its examples (or `own`, where they are at hand), batches, random stream and codec."""
+        """Collect the inputs of client `i`'s local work: its examples (or `own`, if already loaded), batches, random stream and codec."""
         p, (x, y) = self.problem, own or self.data.train(i)
         if not len(y):
             raise DataError(
-                f"client {i} has no training rows; raise partition.min_examples or choose another partition"
+                f"client {i} has no training examples; raise partition.min_examples or choose another partition"
             )
         augment = p.data.augmented if p.data.augments else None
         rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment, self.device)
@@ -152,7 +154,7 @@ class LocalEngine(Engine):
     def score_part(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
-        """`score`, on the k-th of n pieces of the common rows, `part=(k, n)`."""
+        """Do `score`, on the k-th of n pieces of the common test examples, `part=(k, n)`."""
         message = moved(down.common, self.device)
         scorers = [self.scorer(ask, message, part) for ask in asks]
         same = self.received(clients[0], message) if self.problem.one_model and len(clients) else None
@@ -165,7 +167,7 @@ class LocalEngine(Engine):
         return [{name: scores[i] for name, scores in found.items()} for i in clients]
 
     def scorer(self, ask: ScoreRequest, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
-        """A scorer of clients' personal predictors."""
+        """Return a scorer of clients' personal predictors."""
         predictor = self.problem.method.predictors()["personal"]
 
         def logits(i: int, client: Client, x: Tensor) -> Tensor:
@@ -187,10 +189,10 @@ class LocalEngine(Engine):
         return self.score_server_part(down, (0, 1))
 
     def score_server_part(self, down: Downlink, part: tuple[int, int]) -> Score:
-        """`score_server`, on the k-th of n pieces of the common rows.
+        """Do `score_server`, on the k-th of n pieces of the common test examples.
 
-        The weights are the server's own: the downlink merged into a new client of the first architecture, past any `receive` of the method,
-        which says what a client makes of them.
+        The weights are the server's own: the downlink is merged into a new client of the first architecture. A method's own `receive` is
+        not called, since it describes a client's weights.
         """
         p, message = self.problem, moved(down.common, self.device)
         x, y = common_part(self.data, part)
@@ -224,7 +226,7 @@ class LocalEngine(Engine):
         self.store.put(i, client)
 
     def gradients_of(self, i: int) -> Gradients:
-        """What computes gradients with client `i`'s architecture."""
+        """Return the object that computes gradients for client `i`'s architecture."""
         return self._gradients[self.problem.arch_of[i]]
 
     def _blank(self, i: int) -> Client:
@@ -239,17 +241,19 @@ class LocalEngine(Engine):
         return client
 
     def load(self, i: int) -> Client:
-        """Client `i` with all its tensors; those that it does not store have their initial values until `receive` replaces them."""
+        """Return client `i` with all its tensors. Tensors that it does not store have their initial values until `receive`
+        replaces them.
+        """
         client = Client(**moved(self.store.get(i)._asdict(), self.device))
         return client._replace(weights=tree.merge(self._initial_here[self.problem.arch_of[i]], client.weights))
 
     def received(self, i: int, message: Tree) -> Client:
-        """Client `i` after the downlink, before any local work."""
+        """Return client `i` after the downlink, before any local work."""
         client = self.load(i)
         return client._replace(weights=self.problem.method.receive(client.weights, message, client.memory))
 
     def adapted(self, number: int, message: Tree, i: int) -> Client:
-        """Client `i` as it would predict after `number` rounds: after the downlink and the method's `adapt` phases."""
+        """Return client `i` ready to predict after `number` rounds: after the downlink and the method's `adapt` phases."""
         p, client = self.problem, self.received(i, message)
         if not p.method.adapt():
             return client
@@ -257,7 +261,7 @@ class LocalEngine(Engine):
         def work(channels_last: bool) -> Client:
             site = self.context(number, i, "adapt", channels_last)
             turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
-            scale = p.method.lr_scale(max(number - 1, 0))  # that of the last round
+            scale = p.method.lr_scale(max(number - 1, 0))  # the learning rate of the latest round
             return run_phases(p.method.adapt(), self.gradients_of(i), client, message, site, turn=turn, lr_scale=scale)[
                 0
             ]

@@ -1,4 +1,4 @@
-"""Make an engine by its name."""
+"""Create an engine by name."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from fedloom.training.choose import ConvolutionForm, Convolutions
 
 ENGINES: Mapping[str, str] = {
-    "sequential": "one client after another, in this process: the reference",
-    "vectorised": "clients of one architecture side by side, in batched operations",
+    "sequential": "one client after another, in this process; the reference",
+    "vectorised": "clients of one architecture in lanes, by batched operations",
     "processes": "a one-thread worker process per core; the default on Linux with more than one core",
     "ray": "one-thread workers on the machines of a Ray cluster, or on this one (pip install 'fedloom[ray]')",
 }
@@ -36,16 +36,16 @@ def make_engine(
     place: DeviceBudget | None = None,
     convolutions: ConvolutionForm = "grouped",
 ) -> Engine:
-    """An engine by name: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or several joined: `debug+bytes+sequential`.
+    """Create an engine: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or a combination: `debug+bytes+sequential`.
 
     Args:
         workers: worker processes; default: one per core.
-        lanes: clients side by side in the vectorised engine (default: as many as memory allows, 64 at most), or in each worker process
-            (default: one after another).
+        lanes: clients side by side in one batched operation, in the vectorised engine (default: as many as memory allows, 64 at most), or
+            in each worker process (default: one client after another).
         address: the Ray cluster to join; default: Ray is started on this machine.
-        deadline_s: seconds that a worker of Ray has for its share of a round; default: no limit.
-        place: where `sequential` and `vectorised` compute (default: the CPU); on a device `auto` is `vectorised`.
-        convolutions: how `vectorised` computes them.
+        deadline_s: seconds that a Ray worker has for its share of a round; default: no limit.
+        place: where `sequential` and `vectorised` compute (default: the CPU); on a GPU `auto` is `vectorised`.
+        convolutions: how `vectorised` computes convolutions.
 
     Raises:
         ConfigError: an unknown name, or an engine that this system cannot run.
@@ -61,20 +61,20 @@ def make_engine(
     if last in WRAPPERS:
         wrappers, last = [*wrappers, last], "auto"
     if last == "flower":
-        raise ConfigError("engine=flower: runs on a deployed federation; see fedloom deploy --help")
+        raise ConfigError("engine=flower: needs a deployed federation; see fedloom deploy --help")
     for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
         if word not in known:
             raise ConfigError(
-                f"engine={name}: no engine is called '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
+                f"engine={name}: there is no engine '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
             )
     keep_freed_memory()
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
     if last == "auto":
         many = place.device == HOST and can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1
         alone = "sequential" if place.device == HOST else "vectorised"
-        last = "processes" if many and "debug" not in wrappers else alone  # debug must see what turns change
+        last = "processes" if many and "debug" not in wrappers else alone  # debug must see in-place changes
     if last == "processes" and not can_fork:
-        raise ConfigError("engine=processes: only on Linux; use engine=sequential")
+        raise ConfigError("engine=processes: runs only on Linux; use engine=sequential")
     engine: Engine = (
         Processes(problem, workers, lanes)
         if last == "processes"
@@ -90,7 +90,7 @@ def make_engine(
 
 
 def _convolutions(form: ConvolutionForm, problem: Problem, place: DeviceBudget) -> Convolutions | None:
-    """None leaves them to vmap, which groups them."""
+    """Return the convolutions for `form`; None leaves them to vmap, which groups them."""
     from fedloom.training.choose import Convolutions
 
     return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)

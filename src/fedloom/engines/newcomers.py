@@ -1,4 +1,4 @@
-"""Clients that come when training is over."""
+"""Clients that join after training."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fedloom.tree import Tree
 class Newcomers(Sequential):
     """Newcomers, one after another, in this process.
 
-    A newcomer receives what the server would send it to predict with, and takes turns by itself: the method's own phases, with all that
-    travels left as it was received. It sends nothing. Its turns count from 0, so the learning rate starts where everybody's did.
+    A newcomer receives the message that clients predict with, and does local updates alone: the method's own phases, with all travelling
+    weights frozen as received. It sends nothing. Its local updates count from 0, so its learning rate starts like every client's.
     """
 
     def score_received(self, i: int, down: Downlink, ask: ScoreRequest) -> Score:
-        """How newcomer `i` does with what it receives, before any work of its own (`adapt` included)."""
+        """Score newcomer `i` with the weights it receives, before any local work (`adapt` included)."""
         message = moved(down.common, self.device)
         scorer = self.scorer(ask, message)
         scorer.add(i, self.received(i, message))
         return scorer.scores()[i]
 
     def join(self, i: int, down: Downlink, turns: int) -> Client:
-        """Newcomer `i` after its turns; what it keeps of them, as an engine keeps it. Kept optimiser states start afresh."""
+        """Run newcomer `i`'s local updates; store and return the client. Kept optimiser states are reset."""
         method, blank = self.problem.method, self.load(i)
         phases = without(method.phases(), blank.weights, method.travelling(blank.weights))
         client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self.device)
@@ -38,7 +38,7 @@ class Newcomers(Sequential):
             except Exception as error:
                 error.add_note(f"client {i}, joining, turn {number}")
                 raise
-            client = client if tree.not_finite(trained._asdict()) else trained  # a turn that diverged is undone
+            client = client if tree.not_finite(trained._asdict()) else trained  # undo a local update that diverged
         self.store.put(i, client._replace(weights=self.problem.kept(client.weights), opts=blank.opts))
         return self.client(i)
 

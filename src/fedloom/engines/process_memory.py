@@ -1,4 +1,4 @@
-"""How this process deals with memory."""
+"""Memory settings and memory use of this process."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse freed blocks instead of handing them back to the system; does nothing where there is no glibc.
+    """Make glibc reuse freed blocks instead of returning them to the system; do nothing without glibc.
 
-    By default every large activation is mapped anew and its pages are zeroed by the system: up to two thirds of the time of a
-    ResNet's evaluation. The process stays at its peak size instead.
+    By default every large activation is mapped again and the system zeroes its pages: up to two thirds of the time of a
+    ResNet's evaluation. With this setting the process stays at its peak size instead.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -25,9 +25,9 @@ def keep_freed_memory() -> None:
 
 
 def peak_process_bytes() -> int:
-    """The most memory that this process ever held (resident set).
+    """Return the peak resident memory of this process.
 
-    Not `ru_maxrss` where it can be avoided: Linux hands that number down from the parent process.
+    `ru_maxrss` is avoided if possible: on Linux a process inherits that number from its parent.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,8 +1,8 @@
 """One worker process per core, each with one thread; the same numbers as the sequential engine with one thread.
 
 Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling.
-Messages and clients lie in mapped files, preferably on a memory disk; pipes carry only where they lie. The longest turns
-start first, and a worker that is done takes the next client. Uplinks are handed on in cohort order, whoever finished first.
+Messages and clients lie in memory-mapped files, preferably on a memory disk; pipes carry only their locations. The longest local updates
+start first, and an idle worker takes the next clients. Uplinks are returned in cohort order, whichever client finished first.
 """
 
 from __future__ import annotations
@@ -37,26 +37,24 @@ from fedloom.errors import WorkerError
 from fedloom.method import Downlink
 from fedloom.tree import Tree
 
-FIRST_PIECE = 2  # work is handed out in pieces: a worker's share of what is left, divided by this,
-LEAST_PIECE = 16  # but at least its share of the whole, divided by this
+FIRST_PIECE = 2  # work is sent in pieces: a worker's share of the remaining work, divided by this,
+LEAST_PIECE = 16  # but at least its share of all work, divided by this
 
 
 class Message(NamedTuple):
-    """Where a tree lies: a slab's file and its layout."""
+    """The location of a tree: a slab's file and its layout."""
 
     file: str
     layout: TreeLayout
 
 
 class Slabs:
-    """This process's view of the message files, each opened once while its size stays."""
+    """This process's view of the message files. Each file is opened once per size."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._open: dict[str, Slab] = {}
-        self._last: dict[
-            str, tuple[TreeLayout, Tree]
-        ] = {}  # the layout of the last message in each file, and its views
+        self._last: dict[str, tuple[TreeLayout, Tree]] = {}  # the layout and views of the latest message in each file
 
     def put(self, name: str, value: Tree) -> Message:
         """Write a tree into the file `name`."""
@@ -65,7 +63,7 @@ class Slabs:
         return message
 
     def get(self, message: Message) -> Tree:
-        """The tree of a message, as views."""
+        """Return the tree of a message, as views."""
         file, layout = message
         last = self._last.get(file)
         if last is None or last[0] != layout:
@@ -77,10 +75,10 @@ class Slabs:
 
 
 class Processes(ForwardingEngine):
-    """One-thread workers, one per core by default."""
+    """One-thread worker processes, one per core by default."""
 
     def __init__(self, problem: Problem, workers: int | None = None, lanes: int | None = None) -> None:
-        """With `lanes`, every worker trains so many clients side by side (`Vectorised`)."""
+        """With `lanes`, every worker trains that many clients side by side (`Vectorised`)."""
         local = Sequential(problem)
         super().__init__(problem, local)
         self._lanes = lanes
@@ -105,7 +103,7 @@ class Processes(ForwardingEngine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`: own rows are shared out by clients, common rows by pieces (unless clients train before they are scored)."""
+        """See `Engine.score`. Own test examples are split by clients; common ones are split into pieces, unless clients adapt first."""
         common = self._slabs.put("down", down.common)
         n = len(self._workers)
         work = shares(asks, [clients[k::n] for k in range(n)], by_rows=not self.problem.method.adapt())
@@ -119,13 +117,13 @@ class Processes(ForwardingEngine):
         return sum_scores(self._share_out([("server", 0, common, (k, n)) for k in range(n)]))
 
     def close(self) -> None:
-        """End the workers. The clients can still be asked for; their files go with this object."""
+        """End the workers. Clients can still be read; their files are removed with this object."""
         for worker in self._workers:
             worker.end()
         self._workers = []
 
     def _share_out(self, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Give each free worker the next job; results in the order of the jobs. The first error ends the rest."""
+        """Give each free worker the next job; return results in the order of the jobs. The first error ends the rest."""
         results: list[Any] = [None] * len(jobs)
         waiting = iter(enumerate(jobs))
         idle, busy = list(self._workers), dict[Any, tuple[_Worker, int]]()  # by the worker's pipe
@@ -151,18 +149,18 @@ class _Worker:
         ours = [self.pipe, *(worker.pipe for worker in earlier)]
         self._process = context.Process(target=_work, args=(problem, folder, lanes, theirs, ours), daemon=True)
         with warnings.catch_warnings():
-            # Python 3.12 warns of forking beside other threads; workers use none of their locks
+            # Python 3.12 warns of forking with other threads alive; workers use none of their locks
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
 
     def send(self, job: Any) -> None:
-        """Hand over a job."""
+        """Send a job."""
         with self._alive():
             self.pipe.send(job)
 
     def receive(self) -> Any:
-        """The result of the job; raises what the job raised."""
+        """Return the result of the job, or raise its error."""
         with self._alive():
             failed, value = self.pipe.recv()
         if failed:
@@ -177,11 +175,11 @@ class _Worker:
             self._process.join(5)
             code = self._process.exitcode
             raise WorkerError(
-                f"a worker process ended in the middle of its work (exit code {code}; -9 is a kill, perhaps for want of memory)"
+                f"a worker process ended before its work was done (exit code {code}; -9: killed); if memory is short, lower engine.workers"
             ) from None
 
     def end(self) -> None:
-        """Stop the process, at work or not."""
+        """Stop the process, even if it is working."""
         self._process.terminate()
         self._process.join(5)
         if self._process.is_alive():
@@ -190,10 +188,10 @@ class _Worker:
 
 
 def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, inherited: Sequence[Connection]) -> None:
-    """A worker's life: jobs until the experiment stops it, or is gone (then nobody else would remove the mapped files)."""
-    for end in inherited:  # the experiment's ends: while a copy is open, nobody notices that the experiment is gone
+    """Run jobs until the experiment ends this worker. If the experiment itself is gone, remove its mapped files."""
+    for end in inherited:  # the experiment's ends: an open copy would hide the experiment's end
         end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the experiment, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the experiment, which then ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     engine: LocalEngine = Vectorised(problem, lanes) if lanes else Sequential(problem)
@@ -207,7 +205,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
             except Exception as error:
                 answer = True, portable(error, multiprocessing.reduction.ForkingPickler)
             pipe.send(answer)
-    except (EOFError, ConnectionError):  # between two jobs, or with an answer that nobody waits for
+    except (EOFError, ConnectionError):  # the experiment is gone
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -227,24 +225,24 @@ def _do(engine: LocalEngine, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     ]
     replies = [
         replace(reply, uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
-        for reply in engine.updates(number, members)  # one by one: many models would take much memory
+        for reply in engine.updates(number, members)  # one by one: many models would use much memory
     ]
     around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
     return [replace(reply, seconds=reply.seconds + around) for reply in replies]
 
 
 class Pickler(Protocol):
-    """How objects are sent to other processes."""
+    """Serialises objects for other processes."""
 
     def dumps(self, obj: Any) -> Any:
-        """An object's bytes."""
+        """Return an object as bytes."""
 
     def loads(self, data: Any) -> Any:
-        """The object again."""
+        """Return the object from its bytes."""
 
 
 def portable(error: BaseException, pickler: Pickler) -> BaseException:
-    """The error as it can be sent and received; the worker's traceback goes along as a note."""
+    """Return the error in a form that can be pickled; the worker's traceback is attached as a note."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
         pickler.loads(pickler.dumps(error))
@@ -257,9 +255,9 @@ def portable(error: BaseException, pickler: Pickler) -> BaseException:
 
 
 def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]:
-    """Places in the cohort, largest first, in pieces that are worth a message each: large ones first, small ones to end at the same time.
+    """Split the positions in the cohort into pieces, one message each: large ones first, small ones last so that workers end together.
 
-    Clients that a worker trains side by side stay together.
+    Clients that a worker trains side by side stay in one piece.
     """
     places = sorted(range(len(sizes)), key=lambda place: -sizes[place])
     left = sum(sizes)
@@ -279,12 +277,12 @@ def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]
 
 
 def cores() -> int:
-    """The processor cores that this process may use."""
+    """Return the number of processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _parent_folder(problem: Problem, local: LocalEngine) -> Path:
-    """Where clients and messages lie: on the memory disk if all would fit twice, else on disk (mapped, so memory is a cache)."""
+    """Return the folder for clients and messages: on the memory disk if all fit twice, else on disk (mapped, so memory caches it)."""
     arch_of, archs = problem.arch_of, sorted(set(problem.arch_of))
     needed = sum(tree.n_bytes(local.client(arch_of.index(a))._asdict()) * arch_of.count(a) for a in archs)
     needed += max(tree.n_bytes(local.initial(a)) for a in archs) * 2 * problem.task.max_cohort

@@ -1,4 +1,4 @@
-"""Scoring clients one after another, with as few passes as possible: neighbours that hold the very same model share them."""
+"""Scoring of clients in few passes: consecutive clients with the same model are scored together."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fedloom.data import Federation
 from fedloom.engines.base import Score, ScoreRequest, sum_scores
 from fedloom.method import Client
 
-ROWS_AT_ONCE = 8192  # own rows of neighbours are gathered up to about this many
+ROWS_AT_ONCE = 8192  # own examples of consecutive clients are gathered up to about this many
 
 Predict = Callable[[int, Client, Tensor], Tensor]  # (client number, client, inputs) -> logits
 
 
 class Scorer:
-    """Answers one `Ask` for clients that come one after another."""
+    """Answers one `ScoreRequest` for a sequence of clients."""
 
     def __init__(self, ask: ScoreRequest, data: Federation, predict: Predict, part: tuple[int, int]) -> None:
-        """`part=(k, n)`: of the common rows only the k-th of n pieces."""
+        """`part=(k, n)`: use only the k-th of n pieces of the common test examples."""
         self._ask, self._data, self._predict, self._part = ask, data, predict, part
         self._last: Client | None = None
-        self._score: Score | None = None  # of the last model on the common rows
-        self._n_rows = 0  # own rows that wait
-        self._waiting: list[int] = []  # clients that hold the last model and whose own rows are not scored yet
+        self._score: Score | None = None  # of the latest model on the common test examples
+        self._n_rows = 0  # own examples that wait
+        self._waiting: list[int] = []  # clients with the latest model whose own examples are not scored yet
         self._scores: dict[int, Score] = {}
 
     def add(self, i: int, client: Client) -> None:
-        """The next client."""
+        """Add the next client."""
         if self._last is None or not _same_tensors(self._last, client):
             self._finish()
             self._last, self._score = client, None
@@ -45,7 +45,7 @@ class Scorer:
             self._finish()
 
     def scores(self) -> dict[int, Score]:
-        """The scores of all clients that came."""
+        """Return the scores of all clients added."""
         self._finish()
         return self._scores
 
@@ -58,7 +58,7 @@ class Scorer:
         return score_of(self._predict(i, client, x), y, self._data.n_classes) if len(y) else none(self._data.n_classes)
 
     def _finish(self) -> None:
-        """One pass over the own rows of all that wait."""
+        """Score the own examples of all waiting clients in one pass."""
         waiting, self._waiting, self._n_rows = self._waiting, [], 0
         sizes = [len(self._rows(i)) for i in waiting]
         self._scores |= {i: none(self._data.n_classes) for i in waiting}
@@ -70,7 +70,7 @@ class Scorer:
 
 
 class Share(NamedTuple):
-    """A part of the scoring: some clients, some asks, and the k-th of n pieces of the common rows."""
+    """A share of the scoring: some clients, some requests, and the k-th of n pieces of the common test examples."""
 
     clients: Sequence[int]
     asks: Sequence[ScoreRequest]
@@ -78,9 +78,10 @@ class Share(NamedTuple):
 
 
 def shares(asks: Sequence[ScoreRequest], groups: Sequence[Sequence[int]], by_rows: bool) -> list[Share]:
-    """The scoring in about as many parts as there are groups of clients.
+    """Split the scoring into about as many shares as there are groups of clients.
 
-    Own rows go by groups. Common rows go by pieces if `by_rows`: then a model that many clients hold is scored once, not once a group.
+    Own examples are split by groups. With `by_rows`, common examples are split into pieces, so that a model that many clients share is
+    scored once instead of once per group.
     """
     of_pieces = [ask for ask in asks if by_rows and ask.rows == "common"]
     of_clients = [ask for ask in asks if ask not in of_pieces]
@@ -95,7 +96,7 @@ def merged(
     clients: Sequence[int],
     asks: Sequence[ScoreRequest],
 ) -> list[dict[str, Score]]:
-    """What the shares brought, one dictionary per client, in the order of `clients` and `asks`."""
+    """Merge the results of the shares into one dictionary per client, in the order of `clients` and `asks`."""
     found: dict[int, dict[str, Score]] = {i: {} for i in clients}
     for share, scores in zip(work, done, strict=True):
         for i, mine in zip(share.clients, scores, strict=True):
@@ -105,19 +106,19 @@ def merged(
 
 
 def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The k-th of n pieces of the common rows."""
+    """Return the k-th of n pieces of the common test examples."""
     x, y = data.common()
     k, n = part
     return x.tensor_split(n)[k], y.tensor_split(n)[k]
 
 
 def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
-    """Rows predicted rightly, and rows, per class. A row without a finite logit counts as wrong."""
+    """Return correct predictions and examples, per class. An example with a logit that is not finite counts as wrong."""
     return scores_of(logits, labels, [len(labels)], n_classes)[0]
 
 
 def scores_of(logits: Tensor, labels: Tensor, sizes: Sequence[int], n_classes: int) -> list[Score]:
-    """`score_of` for rows of several clients, one after another, so many of each."""
+    """Return `score_of` for the concatenated examples of several clients; `sizes`: each client's number of examples."""
     labels = labels.to(logits.device)
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     n = len(sizes)
@@ -128,7 +129,7 @@ def scores_of(logits: Tensor, labels: Tensor, sizes: Sequence[int], n_classes: i
 
 
 def none(n_classes: int) -> Score:
-    """No rows at all."""
+    """Return the score on no examples."""
     return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
 
 

@@ -19,7 +19,7 @@ class Sequential(LocalEngine):
             yield self.update(number, member)
 
     def update(self, number: int, member: CohortMember) -> Reply:
-        """The local update of one member of the cohort: load the client, let it work, store it, reply."""
+        """Run the local update of one member of the cohort: load the client, train it, store it, reply."""
         started, i = time.perf_counter(), member.client
         message, client = self.to_device(member.message), self.load(i)
 

@@ -1,4 +1,4 @@
-"""Folders of mapped files that do not outlive their processes for long: what a killed run left behind goes at the next start."""
+"""Folders of memory-mapped files, removed with their owner. A killed run's folders are removed at the next start."""
 
 from __future__ import annotations
 
@@ -10,30 +10,32 @@ import weakref
 from pathlib import Path
 
 PREFIX = "fedloom-"
-LOCK = "owner"  # a file that is locked while the owner, or a process that it forked, lives
+LOCK = "owner"  # locked while the owner, or a process that it forked, lives
 
 
 def new_folder(owner: object, parent: Path) -> Path:
-    """A folder in `parent` that goes with `owner`, named for this process; what dead processes left there is removed first."""
-    import fcntl  # not on every system that can import this module
+    """Create a folder in `parent` that is removed with `owner`, after removing those of dead processes. Its name has this
+    process's number.
+    """
+    import fcntl  # not available on every system that can import this module
 
     remove_stale(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
     lock = os.open(folder / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
-    weakref.finalize(owner, _let_go, folder, lock)
+    weakref.finalize(owner, _release, folder, lock)
     return folder
 
 
 def remove_stale(parent: Path) -> None:
-    """Remove this user's folders in `parent` whose process is dead and which none of its workers holds either."""
+    """Remove this user's folders in `parent` whose process is dead and whose lock no worker holds."""
     for folder in parent.glob(f"{PREFIX}*-*"):
         number = folder.name.removeprefix(PREFIX).partition("-")[0]
         if number.isdecimal() and _is_ours(folder) and not _is_alive(int(number)) and not _is_held(folder / LOCK):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _let_go(folder: Path, lock: int) -> None:
+def _release(folder: Path, lock: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     os.close(lock)
 
@@ -51,13 +53,13 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # somebody else's, or no number of a process
+    except (OSError, OverflowError):  # another user's process, or not a process number
         return True
     return True
 
 
 def _is_held(lock: Path) -> bool:
-    """Whether somebody has the lock: a worker, or a process that another container sees under another number."""
+    """Return whether a process holds the lock: a worker, or one that has another number in another container."""
     import fcntl
 
     try:

@@ -1,7 +1,7 @@
-"""Where clients live between rounds, and trees in memory that processes share.
+"""Storage of clients between rounds, and trees in memory that processes share.
 
-A `Slab` is a file that is mapped into memory and holds trees; every process that opens it sees the same bytes. A `Store` keeps what each
-client keeps: in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
+A `Slab` is a memory-mapped file that holds trees; every process that opens it sees the same bytes. A `Store` keeps each client's state:
+in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from fedloom import tree
 from fedloom.method import Client
 from fedloom.tree import Tree
 
-ALIGNMENT = 64  # bytes; leaves start at multiples, as vector instructions like it
+ALIGNMENT = 64  # bytes; leaves start at multiples, for vector instructions
 
 
 class Leaf(NamedTuple):
-    """Where one tensor lies in a slab."""
+    """The location of one tensor in a slab."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -30,14 +30,14 @@ class Leaf(NamedTuple):
 
 
 class TreeLayout(NamedTuple):
-    """Where the leaves of a tree lie in a slab: a tree of `Leaf`s, and the slab's size in bytes."""
+    """The locations of a tree's leaves in a slab: a tree of `Leaf`s, and the slab's size in bytes."""
 
     leaves: Tree
     n_bytes: int
 
 
 def layout_of(example: Tree) -> TreeLayout:
-    """The layout for all trees of the structure of `example`."""
+    """Return the layout for all trees with the structure of `example`."""
     end = 0
 
     def place(leaf: Tensor) -> Leaf:
@@ -51,7 +51,7 @@ def layout_of(example: Tree) -> TreeLayout:
 
 
 def views(data: Tensor, layout: TreeLayout) -> Tree:
-    """The tree that lies in some bytes (n,) uint8; its leaves are views and change with them."""
+    """Return the tree stored in some bytes (n,) uint8; its leaves are views and change with the bytes."""
 
     def view(leaf: Leaf) -> Tensor:
         return data[leaf.start : leaf.start + leaf.n_bytes].view(leaf.dtype).view(leaf.shape)
@@ -60,25 +60,25 @@ def views(data: Tensor, layout: TreeLayout) -> Tree:
 
 
 class Slab:
-    """One mapped file; `data` are its bytes (n,) uint8."""
+    """One memory-mapped file; `data` are its bytes (n,) uint8."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
-        """Open the file, making or enlarging it if needed."""
+        """Open the file; create or enlarge it if needed."""
         self.n_bytes = max(n_bytes, 1)
         self.data = torch.from_file(str(path), shared=True, size=self.n_bytes, dtype=torch.uint8)
 
 
 class Store(Protocol):
-    """What clients keep between rounds; those that never changed are as `blank` makes them."""
+    """The state of clients between rounds. A client that never changed is what `blank` returns."""
 
     def get(self, i: int) -> Client:
-        """What client `i` keeps."""
+        """Return what client `i` keeps."""
 
     def put(self, i: int, client: Client) -> None:
-        """Replace what client `i` keeps; nothing need be stored of one that keeps nothing."""
+        """Replace what client `i` keeps. A client that keeps nothing need not be stored."""
 
     def changed(self) -> Iterable[int]:
-        """The clients of which something was stored, in order."""
+        """Return the stored clients, in order."""
 
 
 class MemoryStore:
@@ -103,16 +103,16 @@ class MemoryStore:
 
 
 class MappedStore:
-    """Clients in slabs that all workers share, one for all clients of a structure. One worker at a time may hold a client.
+    """Clients in slabs that all workers share, one slab for all clients of a structure. Only one worker at a time may hold a client.
 
-    A slab has room for all clients, but the system gives it memory, or space on the disk, only for those that are stored.
+    A slab has room for all clients, but the system allocates memory or disk space only for the stored ones.
     """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
-        """`kind_of[i]` is the same for clients of one structure."""
+        """`kind_of[i]`: a number, the same for clients of one structure."""
         self._blank, self._folder, self._kind_of = blank, folder, kind_of
         self._slabs: dict[int, tuple[TreeLayout, Slab]] = {}
-        self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for those that are
+        self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for stored clients
 
     def get(self, i: int) -> Client:
         """See `Store.get`; the tensors are views of the slab."""
@@ -120,7 +120,7 @@ class MappedStore:
 
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""
-        kept = tree.clone(client._asdict())  # its tensors may be views of this very slab, under other names
+        kept = tree.clone(client._asdict())  # its tensors may be views of this slab
         if tree.leaves(kept):
             tree.map_tree(Tensor.copy_, self._views(i), kept)
             self._stored[i] = 1

@@ -1,4 +1,4 @@
-"""Trees from the host to a device and back, one copy per tree rather than one per tensor."""
+"""Transfer of trees between host and device, in one copy per tree instead of one per tensor."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fedloom.tree import Tree
 
 
 class Mover:
-    """Brings trees to one device; a tensor that came before is not copied again, so what clients share stays shared."""
+    """Copies trees to one device. A tensor that came before is not copied again, so clients keep sharing it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by the original's identity: the original, the copy
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by the original's identity: the original and its copy
 
     def __call__(self, value: Tree) -> Tree:
-        """The tree on the device; tensors that are there already are taken as they are."""
+        """Return the tree on the device; tensors already there are used as they are."""
         away = {id(leaf): leaf for leaf in tree.leaves(value) if leaf.device != self._device}
         if not away:
             return value
@@ -34,12 +34,12 @@ class Mover:
 
 
 def moved(value: Tree, device: torch.device) -> Tree:
-    """The tree on the device; itself, if it is there already."""
+    """Return the tree on the device, or the tree itself if it is already there."""
     return Mover(device)(value)
 
 
 def _copied(leaves: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Copies of tensors of one device; they lie in one block, which travels whole."""
+    """Copy tensors of one device to another, in one block."""
     named: Tree = {str(place): leaf for place, leaf in enumerate(leaves)}
     layout, source = layout_of(named), leaves[0].device
     pinned = source == HOST and device.type == "cuda"
@@ -49,13 +49,13 @@ def _copied(leaves: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class DeviceStore(MemoryStore):
-    """Clients on the device as long as there is room for them, the others on the host."""
+    """Clients on the device while there is room for them, the others on the host."""
 
     def __init__(self, blank: Callable[[int], Client], device: torch.device, budget: int) -> None:
         """`budget`: bytes of the device's memory."""
         super().__init__(blank)
         self._device, self._room = device, budget
-        self._sizes: dict[int, int] = {}  # of those on the device
+        self._sizes: dict[int, int] = {}  # of the clients on the device
 
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""

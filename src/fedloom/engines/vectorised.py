@@ -1,7 +1,7 @@
-"""Clients of one architecture side by side, in this process: one batched operation in place of many small ones.
+"""Lanes: clients of one architecture side by side, in one batched operation instead of many small ones.
 
-Made for accelerators, where small models wait for launches, and for small matmul-only models. On a CPU convolutions lose by it
-(batched weights make grouped convolutions), and `auto` does not choose it there.
+It is for GPUs, where small models wait for kernel launches, and for small models without convolutions. On a CPU, models with convolutions
+become slower (batched weights make grouped convolutions), so `auto` does not choose this engine there.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fedloom.training.choose import Convolutions
 from fedloom.training.lanes import CannotMapError, client_updates
 from fedloom.training.turn import UpdateResult
 
-LANES_BYTES = 1 << 28  # stacked weights of a group; activations and optimiser states come on top
+LANES_BYTES = 1 << 28  # stacked weights of a group, excluding activations and optimiser states
 MOST_LANES = 64
 MOST_LANES_ON_DEVICE = 256
 TIMES_WEIGHTS = (
-    8  # on a device: what a lane holds beside its activations (received, gradients, moments, a recording's copies)
+    8  # on a GPU, a lane's memory excluding activations (received, gradients, moments, a graph's copies), in weights
 )
 
 log = logging.getLogger(__name__)
 
 
 class Vectorised(Sequential):
-    """Lanes of stacked clients; falls back to one after another, with a warning that says why, where a method cannot be mapped."""
+    """Lanes of stacked clients. If a method cannot be vectorised, clients run one after another, and a warning says why."""
 
     def __init__(
         self,
@@ -47,7 +47,9 @@ class Vectorised(Sequential):
         self._lanes = [lanes or self._lanes_for(arch) for arch in range(len(problem.archs))]
 
     def _lanes_for(self, arch: int) -> int:
-        """By memory; nobody knows what activations take before a step was made, so on a device too many are halved (`_group_turns`)."""
+        """Return the lanes that fit in memory. On a GPU the activations' size is unknown before a step, so `_group_turns` halves
+        if needed.
+        """
         size, most, room = tree.n_bytes(self.initial(arch)), MOST_LANES, LANES_BYTES
         if self.device != HOST:
             size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self.device) // 2
@@ -59,7 +61,7 @@ class Vectorised(Sequential):
             yield from self._group_turns(number, group)
 
     def _groups(self, number: int, members: Sequence[CohortMember]) -> list[list[CohortMember]]:
-        """Clients of one architecture with the same work and similar numbers of rows together, as many as there are lanes."""
+        """Group clients of one architecture with the same phases and similar numbers of examples, up to the number of lanes."""
         alike: dict[tuple[int, tuple[str, ...]], list[CohortMember]] = {}
         p, trains = self.problem, trains_of(self.problem.method.phases())
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
@@ -78,10 +80,12 @@ class Vectorised(Sequential):
             done, share = self._mapped_turns(number, group)
         except torch.OutOfMemoryError:
             self._lanes[arch] = len(group) // 2
-            log.warning("%d clients side by side are too many for the device's memory; halved from now on", len(group))
+            log.warning(
+                "%d clients side by side exceed the device's memory; using half as many from now on", len(group)
+            )
         except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("clients are trained one after another, since they cannot be mapped: %s", reason)
+            log.warning("clients run one after another, since they cannot be vectorised: %s", reason)
             self._lanes[arch] = 1
         else:
             for member, end in zip(group, done, strict=True):
@@ -92,7 +96,7 @@ class Vectorised(Sequential):
             yield from self._group_turns(number, group[start : start + lanes])
 
     def _ended(self, number: int, member: CohortMember, end: Callable[[], UpdateResult], started: float) -> Reply:
-        """The reply to a turn that began at `started`, as it were, after its end."""
+        """Finish a local update that began at `started` (after sharing out the group's time), and return its reply."""
         try:
             done = end()
         except Exception as error:
@@ -101,14 +105,14 @@ class Vectorised(Sequential):
         return self.finish(member, done, started)
 
     def _mapped_turns(self, number: int, group: list[CohortMember]) -> tuple[list[Callable[[], UpdateResult]], float]:
-        """What ends each turn, and each turn's share of the seconds so far. Nothing is kept yet."""
+        """Return functions that finish each local update, and each one's share of the seconds so far. Nothing is stored yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self.to_device(member.message) for member in group]
         rows = zip(clients, self.data.train_of(clients), strict=True)
         sites = [self.context(number, i, "train", False, own) for i, own in rows]
         gradients = self.gradients_of(clients[0])
         done = client_updates(p.method, gradients, [self.load(i) for i in clients], downs, sites, number=number)
-        if self.device != HOST:  # all at once: what does not fit its memory must show before anything is kept
+        if self.device != HOST:  # finish all now: running out of memory must show before anything is stored
             done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
 

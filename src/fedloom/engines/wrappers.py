@@ -1,4 +1,4 @@
-"""Engines that wrap an engine: `debug` watches the rules of the contract, `bytes` sends every message through the wire format."""
+"""Engines that wrap another engine: `debug` checks the contract, `bytes` encodes every message to bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedloom.wire.transforms import is_coded
 
 
 class Wrapper(ForwardingEngine):
-    """An engine that passes everything on to another."""
+    """An engine that delegates everything to another."""
 
     def __init__(self, inner: Engine) -> None:
         super().__init__(inner.problem, inner)
@@ -57,7 +57,7 @@ class Wrapper(ForwardingEngine):
 
 
 class Bytes(Wrapper):
-    """Every message is written to bytes and read back, as it would be on a network; the counted size is checked against the real one."""
+    """Encode every message to bytes and decode it, as on a network. The counted size is checked against the real one."""
 
     def __init__(self, inner: Engine) -> None:
         super().__init__(inner)
@@ -67,10 +67,10 @@ class Bytes(Wrapper):
         data = encode(message, **fields)
         counted = sum(self.meter.sizes(message).values())
         if len(data) != counted:
-            raise MethodError(f"a message of {len(data)} bytes was counted as {counted}")
+            raise MethodError(f"a message of {len(data)} bytes was counted as {counted} bytes")
         return tree.merge(
             message, decode(data, expect=message)
-        )  # branches without tensors do not travel, yet the receiver knows them
+        )  # branches without tensors do not travel, but the receiver knows them
 
     def _down(self, number: int, clients: Sequence[int], down: Downlink) -> Downlink:
         whole = [self._through(down.to(s), round=number, client=i, examples=0) for s, i in enumerate(clients)]
@@ -94,10 +94,10 @@ class Bytes(Wrapper):
 
 
 class Debug(Wrapper):
-    """Watches the contract.
+    """Checks the contract.
 
-    Inputs never change, clients out of the cohort stay as they are, structures last, private nets stay, numbers are finite. Modules keep
-    nothing to themselves, and scoring changes no client.
+    Inputs never change, clients outside the cohort do not change, structures stay the same, private nets do not travel, and numbers are
+    finite. Modules keep no state of their own, and scoring changes no client.
     """
 
     def __init__(self, inner: Engine) -> None:
@@ -106,7 +106,7 @@ class Debug(Wrapper):
         self._public = [tree.structure(self.problem.method.travelling(weights)).keys() for weights in initial]
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """See `Engine.train`; each broken rule is a MethodError that names client, round and tensor."""
+        """See `Engine.train`. Raises MethodError with client, round and tensor for a broken rule."""
         before = self._copies()
         sent = [tree.clone(down.to(slot)) for slot in range(len(cohort))]
         with self._watched_modules(f"round {number}"):
@@ -129,7 +129,7 @@ class Debug(Wrapper):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`; a client, or the downlink, that scoring changed is a MethodError."""
+        """See `Engine.score`. Raises MethodError if scoring changes a client or the downlink."""
         before, sent = self._copies(), tree.clone(down.common)
         with self._watched_modules(f"scoring after {number} rounds"):
             scores = self.inner.score(number, down, clients, asks)
@@ -137,7 +137,7 @@ class Debug(Wrapper):
             raise MethodError(f"scoring after {number} rounds changes the downlink in place")
         for i, copy in before.items():
             if not tree.equal(copy, self.inner.client(i)._asdict()):
-                raise MethodError(f"scoring after {number} rounds changes what client {i} keeps")
+                raise MethodError(f"scoring after {number} rounds changes the state of client {i}")
         return scores
 
     def _copies(self) -> dict[int, Tree]:
@@ -145,7 +145,7 @@ class Debug(Wrapper):
 
     @contextmanager
     def _watched_modules(self, where: str) -> Iterator[None]:
-        """Refuse nets that keep state in Python attributes, which all clients would share. Raises MethodError."""
+        """Raise MethodError if nets keep state in Python attributes, which all clients would share."""
         nets = [(net, module) for mine in self.inner.modules() for net, module in mine.items()]
         before = [attributes(module) for _, module in nets]
         yield
@@ -153,17 +153,17 @@ class Debug(Wrapper):
             changed = changed_attribute(mine, attributes(module))
             if changed:
                 raise MethodError(
-                    f"{where}: net '{net}' keeps '{changed}' ({type(module).__name__}) from one call to the next; {REMEDY}"
+                    f"{where}: net '{net}' keeps '{changed}' ({type(module).__name__}) between calls; {REMEDY}"
                 )
 
     def _check_client(self, number: int, i: int, before: Tree, after: Client, worked: bool) -> None:
         now = after._asdict()
         if not worked and not tree.equal(before, now):
-            raise MethodError(f"round {number}: client {i} was not in the cohort, yet it changed")
+            raise MethodError(f"round {number}: client {i} was not in the cohort, but it changed")
         changed = set(tree.structure(before).items()) ^ set(tree.structure(now).items())
         if changed:
             raise MethodError(
-                f"round {number}, client {i}: the structure of what it keeps changed at '{min(path for path, _ in changed)}'"
+                f"round {number}, client {i}: the structure of its state changed at '{min(path for path, _ in changed)}'"
             )
 
     def _check_uplink(self, number: int, reply: Reply) -> None:

@@ -1,4 +1,4 @@
 """One experiment, the same for all methods and engines: the round loop, scoring, byte counts, checkpoints and run folders.
 
-`loop.py` is the place to start. Methods and engines are called from here and never import it; what a run writes is read by `report`.
+`loop.py` is the place to start. This package calls methods and engines; they never import it. `report` reads the files that a run writes.
 """

@@ -1,4 +1,4 @@
-"""What a run has cost so far: bytes as they are on the wire, seconds, and operations."""
+"""The cumulative cost of a run: bytes on the wire, seconds, and floating-point operations."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ log = logging.getLogger(__name__)
 
 
 class Accounting:
-    """What a run has cost so far."""
+    """The cumulative cost of one run."""
 
     def __init__(self, problem: Problem, state: Mapping[str, Any] | None = None) -> None:
-        """`state`: as `state()` gave it."""
+        """Continue from `state`, an earlier result of `state()`, if given."""
         state = state or {}
         self._costs: Costs | None = Costs(problem)
         self.meter = Meter()
@@ -32,7 +32,7 @@ class Accounting:
         self.trained: set[int] = set(state.get("trained", ()))
 
     def count(self, way: str, message: Tree, kind: str | None = None) -> int:
-        """Add one message; its size in bytes. They are counted as the message's kinds, or all as one."""
+        """Add one message and return its size in bytes, counted as `kind` if given, else under the kinds that the message contains."""
         sizes = self.meter.sizes(message)
         sizes = {kind: sum(sizes.values())} if kind else sizes
         for kind, n in sizes.items():
@@ -40,7 +40,10 @@ class Accounting:
         return sum(sizes.values())
 
     def turn(self, reply: Reply, number: int, taken: bool) -> float | None:
-        """Add what one turn in round `number` took, `taken` in or not; its floating-point operations, if they can be counted."""
+        """Add the cost of one local update in round `number`; return its floating-point operations, or None if they cannot be counted.
+
+        `taken`: whether the server accepted its uplink.
+        """
         flops = self._counted(lambda costs: sum(costs.flops(reply.client, number).values()))
         if taken:
             self.trained.add(reply.client)
@@ -50,15 +53,15 @@ class Accounting:
         return flops
 
     def peak_client_bytes(self) -> int | None:
-        """See `Costs.peak_client_bytes`; None if it cannot be counted."""
+        """Return `Costs.peak_client_bytes`, or None if it cannot be counted."""
         return self._counted(Costs.peak_client_bytes)
 
     def total(self, way: str) -> int:
-        """All bytes that went `uplink` or `downlink`."""
+        """Return the bytes of all messages in one direction, `uplink` or `downlink`."""
         return sum(self.kinds[way].values())
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint."""
+        """Return the state for the checkpoint."""
         return {
             "bytes_by_kind": self.kinds,
             "train_seconds": self.train_seconds,
@@ -69,12 +72,12 @@ class Accounting:
         }
 
     def _counted(self, count: Callable[[Costs], T]) -> T | None:
-        """A count, or None: work that cannot be counted on a few rows is no reason to end a run."""
+        """Return a count, or None with one warning if counting fails: a run does not end because its cost cannot be counted."""
         if self._costs is None:
             return None
         try:
             return count(self._costs)
         except Exception as error:
-            log.warning("what turns cost is not counted: %s: %s", type(error).__name__, error)
+            log.warning("costs of local updates are not counted: %s: %s", type(error).__name__, error)
             self._costs = None
             return None

@@ -1,4 +1,4 @@
-"""From settings to objects: the data set, the clients' rows, the architectures, and the problem that an engine solves."""
+"""Build an experiment's objects from its settings: the data set, the federation, the architectures, and the problem for an engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def arithmetic(settings: Settings) -> Iterator[None]:
-    """The precision and threads that the settings ask for, while it lasts. Raises ConfigError where their device is not there."""
+    """Within the context, use the precision and threads in the settings. Raises ConfigError if their device does not exist."""
     device = accelerator.find(settings.engine.device)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
@@ -42,13 +42,13 @@ def arithmetic(settings: Settings) -> Iterator[None]:
 
 
 def make_dataset(settings: Settings) -> data.Dataset:
-    """The data set that the settings name."""
+    """Return the data set that the settings name."""
     d = settings.data
     return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows)
 
 
 def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> data.Federation:
-    """The clients' rows."""
+    """Return the clients' examples: the data set, partitioned."""
     dataset = make_dataset(settings) if dataset is None else dataset
     p = settings.partition
     partition = data.partition(
@@ -63,12 +63,10 @@ def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> 
 
 
 def make_archs(settings: Settings, federation: data.Federation, model: Any = None) -> tuple[Arch, ...]:
-    """The clients' architectures, in the order in which they are dealt out."""
+    """Return the clients' architectures, in the order in which they are assigned."""
     if settings.models and settings.model.options:
         key = min(settings.model.options)
-        raise ConfigError(
-            f"model.{key}: an option of `model`, which `models` takes the place of; leave one of them out"
-        )
+        raise ConfigError(f"model.{key}: an option of `model`, which `models` replaces; leave one of them out")
     names = [Named(name=name) for name in settings.models] or [settings.model]
     found = []
     for choice in names:
@@ -78,7 +76,7 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
 
 
 def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
-    """All that an engine needs to know; checks that the method fits the architectures."""
+    """Return the problem for an engine; check that the method fits the architectures. Raises ConfigError."""
     n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
     size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
     task = Task(
@@ -111,12 +109,12 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
 
 
 def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
-    """How many clients train: all but those that join afterwards."""
+    """Return the number of clients that train: all but those that join afterwards."""
     joining = settings.join.clients
     if joining and method.pooled:
         name = settings.method.name
         raise ConfigError(
-            f"join.clients={joining}: {name} holds all rows in one place; there is nothing that a client could join"
+            f"join.clients={joining}: {name} pools all examples in one place, so no client can join; leave join.clients at 0"
         )
     try:
         check_cohort(settings, federation.n_clients)
@@ -126,38 +124,38 @@ def _training_clients(settings: Settings, method: Method, federation: data.Feder
 
 
 def _check_phases(method: Method) -> None:
-    """Names of phases key their optimiser states, random streams and logs."""
+    """Raise MethodError for two phases of one name: names key optimiser states, random streams and logs."""
     for phases in (method.phases(), method.adapt()):
         names = [train.name for train in trains_of(phases)]
         names += [phase.name for phase in phases if not isinstance(phase, Train)]
         twice = {name for name in names if names.count(name) > 1}
         if twice:
-            raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'")
+            raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'; rename one")
 
 
 def _check_messages(problem: Problem) -> None:
-    """A difference means nothing to a server that does not know whose it is."""
+    """Raise ConfigError if uplinks are sent as differences and clients exchange parts of them: their base would be unknown."""
     if problem.codec.uplink and problem.method.exchanges:
         raise ConfigError(
-            f"uplink: {type(problem.method).__name__} exchanges parts of uplinks among clients before the upload, so the server could"
-            " not tell what a difference refers to; leave uplink empty"
+            f"uplink: {type(problem.method).__name__} lets clients exchange parts of uplinks before the upload, so the server cannot"
+            " tell what a difference refers to; leave uplink empty"
         )
 
 
 def _check_nets(problem: Problem) -> None:
-    """What is shared, and what a phase trains, must be there; clients that average a net must have the same net."""
+    """Check that the nets that are shared or trained exist, and that all clients have the same shared nets."""
     method, forms = problem.method, []
     name, trains = type(method).__name__, trains_of((*method.phases(), *method.adapt()))
     for place, choice in enumerate(problem.archs):
         weights = read_weights(problem.modules(place))
         if method.shared:
-            told = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
-            forms.append(tree.structure(_part(weights, method.shared, told)))
-            _tell_of_norms(method, weights, choice.name)
+            prefix = f"model={choice.name}: {name} shares {', '.join(method.shared)}, but here"
+            forms.append(tree.structure(_part(weights, method.shared, prefix)))
+            _warn_without_norms(method, weights, choice.name)
         for train in trains:
-            told = f"model={choice.name}: {name} trains {', '.join(train.params)}, but"
-            if not _part(weights, train.params, told)["params"]:
-                raise ConfigError(f"{told} all of it is frozen (requires_grad=False)")
+            prefix = f"model={choice.name}: {name} trains {', '.join(train.params)}, but"
+            if not _part(weights, train.params, prefix)["params"]:
+                raise ConfigError(f"{prefix} all of it is frozen (requires_grad=False)")
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
         raise ConfigError(
@@ -165,25 +163,25 @@ def _check_nets(problem: Problem) -> None:
         )
 
 
-def _tell_of_norms(method: Method, weights: Weights, model: str) -> None:
-    """One line where a method treats normalisation layers apart (FedBN), and the model has none."""
+def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:
+    """Log one line if a method treats normalisation layers separately (FedBN) and the model has none."""
     if any(pattern.endswith("norm") for pattern in method.shared) and not norm_layers(weights):
-        told = (
+        message = (
             "model=%s has no normalisation layer, so %s does the same as FedAvg; try a model with one, such as resnet8"
         )
-        log.warning(told, model, type(method).__name__)
+        log.warning(message, model, type(method).__name__)
 
 
-def _part(weights: Weights, patterns: Sequence[str], told: str) -> Weights:
-    """The part that the patterns name; raises ConfigError where there is none, with what is `told` and the reason."""
+def _part(weights: Weights, patterns: Sequence[str], prefix: str) -> Weights:
+    """Return the weights that the patterns match; raise ConfigError, starting with `prefix`, if one matches nothing."""
     try:
         return select(weights, patterns)
     except MethodError as error:
-        raise ConfigError(f"{told} {error}") from None
+        raise ConfigError(f"{prefix} {error}") from None
 
 
 def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Problem) -> Engine:
-    """The engine that the settings name."""
+    """Return the engine that the settings name."""
     e = settings.engine
     return make_engine(
         e.name,
@@ -198,5 +196,5 @@ def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Pro
 
 
 def initial_weights(problem: Problem) -> Weights:
-    """A client's initial weights, for the server's first state."""
+    """Return a client's initial weights, for the server's initial state."""
     return read_weights(problem.modules(0))

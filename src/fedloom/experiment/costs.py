@@ -1,4 +1,4 @@
-"""What a client's turn costs, phase by phase: floating-point operations and memory. Counted on a few steps, never by a clock."""
+"""The cost of a client's local update by phase: floating-point operations and memory, counted on a few steps rather than timed."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from fedloom.training.sweeps import EVAL_BATCH
 from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
-FEWEST = 2  # rows of the smallest batch that is counted: BatchNorm cannot train on one
+FEWEST = 2  # examples in the smallest counted batch: BatchNorm cannot train on one
 
 
 class Costs:
-    """Floating-point operations and memory of the turns of one problem's clients.
+    """Floating-point operations and memory of the local updates of one problem's clients.
 
-    Operations are those of matrix products, convolutions and attention, forward and backward, as torch counts them: two for a
-    multiplication with an addition. A step on B rows takes a + b B + c B^2 of them, so three small steps tell all others.
+    Counted are matrix products, convolutions and attention, forward and backward, by torch's formulas: a multiply-add is two operations.
+    A step on B examples takes a + b B + c B^2 operations, so three small steps determine the count for every B.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._polynomials: dict[Any, tuple[int, int, int]] = {}
         self._turns: dict[Any, dict[str, float]] = {}
-        self._last: tuple[Any, dict[str, float]] = None, {}  # many clients in a row have the same work
+        self._last: tuple[Any, dict[str, float]] = None, {}  # consecutive clients often do the same work
 
     @cached_property
     def _gradients(self) -> list[Gradients]:
@@ -49,21 +49,21 @@ class Costs:
 
     @cached_property
     def downlink(self) -> Downlink:
-        """What the server sends to one client in the first round."""
+        """The server's message to one client in the first round."""
         method, task = self.problem.method, self.problem.task
         server = self.problem.init_server(read_weights(self._gradients[0].modules))
-        # a copy, since a server may hold a model for every member of a cohort
+        # a copy, since a server may hold one model per member of a cohort
         return Downlink(tree.clone(method.downlink(server, list(range(task.max_cohort))).to(0)))
 
     def received(self, i: int) -> Client:
-        """Client `i` with its initial state, after the first downlink."""
+        """Return client `i` with its initial state, after the first downlink."""
         p = self.problem
         client = p.initial(i, read_weights(self._gradients[p.arch_of[i]].modules))
         weights = p.method.receive(client.weights, self.downlink.to(0), client.memory)
         return client._replace(weights=weights)
 
     def flops(self, i: int, number: int) -> dict[str, float]:
-        """Floating-point operations of client `i`'s turn in round `number`, by phase."""
+        """Return the floating-point operations of client `i`'s local update in round `number`, by phase."""
         p, n = self.problem, self.problem.data.n_train(i)
         asked = p.arch_of[i], n, p.plan_of(i), number
         if self._last[0] != asked:
@@ -91,7 +91,7 @@ class Costs:
         return sum(times * _value(self._polynomials[key], size) for size, times in sizes.items())
 
     def _counted(self, phase: Phase, i: int, n: int, turn: Turn) -> int:
-        """The operations of one step, or one sweep, on `n` rows of client `i`, repeated where it has fewer."""
+        """Return the operations of one step, or one sweep, on `n` examples of client `i`, repeating examples if it has fewer."""
         p, (x, y) = self.problem, self.problem.data.train(i)
         rows = Rows(x[torch.arange(n) % len(x)], y[torch.arange(n) % len(y)])
         site = ClientContext(rows=rows, plan=Plan(n), task=p.task, rng=Stream(p.seed, "costs"))
@@ -105,23 +105,23 @@ class Costs:
         return self.downlink.to(0)
 
     def largest(self, arch: int) -> int | None:
-        """The client of an architecture with the most training rows; None where none has any."""
+        """Return the client of an architecture with the most training examples; None if no client has any."""
         p = self.problem
         members = [i for i, mine in enumerate(p.arch_of) if mine == arch and p.data.n_train(i)]
         return max(members, key=p.data.n_train) if members else None
 
     def busiest(self, i: int) -> Turn:
-        """Client `i`'s first turn in which as many phases as ever are switched on."""
+        """Return client `i`'s first local update in which the number of active phases is largest."""
         p = self.problem
         trains, rounds = trains_of(p.method.phases()), p.task.rounds
         turns = (Turn(number, rounds - 1, p.data.n_train(i)) for number in range(rounds))
         return max(turns, key=lambda turn: sum(train.works_in(turn) for train in trains))
 
     def peak_bytes(self, i: int) -> dict[str, int]:
-        """The most bytes that client `i`'s tensors take at once, by phase; the turn's peak is the largest of them.
+        """Return the peak memory of client `i`'s tensors in bytes, by phase; the peak of the local update is their maximum.
 
-        Counted are its rows, all that it keeps, the downlink, and every tensor that a step makes; not what an operation borrows
-        inside, nor Python itself. A phase is followed for two steps, whose memory is that of all others.
+        Counted are the client's examples, its whole state, the downlink, and every tensor that a step creates; not the temporary memory
+        inside an operation, nor Python objects. Each phase is followed for two steps, since later steps use the same memory.
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
         site = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(p.seed, "costs"))
@@ -137,20 +137,20 @@ class Costs:
         return peaks
 
     def peak_client_bytes(self) -> int:
-        """The most bytes that any client's tensors take at once; every architecture is tried on its largest client."""
+        """Return the peak memory of any client's tensors in bytes; each architecture is measured on its largest client."""
         clients = (self.largest(arch) for arch in range(len(self.problem.archs)))
         return max(max(self.peak_bytes(i).values()) for i in clients if i is not None)
 
 
 class Operations(DispatchMode):  # type: ignore[no-untyped-call]
-    """Counts floating-point operations by torch's own formulas."""
+    """Count floating-point operations by torch's own formulas."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """One operation; one that consists of others (a linear layer, in inference mode) is taken apart."""
+        """Count one operation; decompose one that consists of others (a linear layer in inference mode)."""
         count = flop_registry.get(func._overloadpacket)
         if count is None:
             with self:
@@ -162,10 +162,10 @@ class Operations(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Live(DispatchMode):  # type: ignore[no-untyped-call]
-    """Follows the tensors that are made while it lasts: bytes alive now, and the most so far."""
+    """Track the tensors that are created within the context: bytes alive now, and their peak."""
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        """`held` are tensors that are there already."""
+        """Start with the tensors in `held`, which exist already."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
@@ -173,7 +173,7 @@ class Live(DispatchMode):  # type: ignore[no-untyped-call]
             self._add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """One operation."""
+        """Run one operation and track its outputs."""
         made = func(*args, **(kwargs or {}))
         for leaf in tree_iter(made):
             if isinstance(leaf, Tensor):
@@ -195,12 +195,12 @@ class Live(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def shortened(phase: Phase, steps: int) -> Phase:
-    """A phase with so many steps; one that has none stays as it is."""
+    """Return the phase with the given number of steps; a phase without steps stays as it is."""
     return phase if isinstance(phase, Sweep | Free) else dataclasses.replace(phase, steps=steps)
 
 
 def pieces(phase: Phase, plan: Plan, n: int) -> Mapping[int, int]:
-    """How often a phase works on how many of a client's `n` rows at once: `{rows: times}`."""
+    """Return how often a phase processes batches of each size, for a client with `n` examples: `{examples: times}`."""
     if isinstance(phase, Free):
         return {n: 1}
     if isinstance(phase, Sweep):
@@ -213,7 +213,7 @@ def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:
 
 
 def _value(differences: tuple[int, int, int], n: int) -> int:
-    """Newton's formula: the quadratic through three neighbouring sizes, exact in whole numbers."""
+    """Evaluate Newton's formula: the quadratic through three consecutive sizes, exact in integers."""
     first, slope, curve = differences
     away = n - FEWEST
     return first + away * slope + away * (away - 1) // 2 * curve

@@ -1,4 +1,4 @@
-"""What is scored after a round, and what the metrics say of it."""
+"""Scoring after a round, and the metrics that follow from the scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.method import Downlink
 from fedloom.rng import Stream
 
 Scores = dict[str, list[Score]]
-"""By what was asked, in the order of `Scoring.clients`."""
+"""By the name of the request, in the order of `Scoring.clients`."""
 
 
 class Scoring:
@@ -29,10 +29,12 @@ class Scoring:
         self.clients: Sequence[int] = _sample(problem.task.n_clients, settings)
 
     def asks(self, general: bool) -> list[ScoreRequest]:
-        """What is asked of every client. Where none has test rows of its own, personal predictors are scored on the common rows."""
+        """Return the score requests for every client. If no client has test examples, personal predictors are scored on the common ones."""
         own = "test" if self._own_tests else "common"
         asks = [ScoreRequest("personal_accuracy", own)]
-        if self._settings.eval.fitted and not self._problem.method.pooled:  # nobody has a turn of its own there
+        if (
+            self._settings.eval.fitted and not self._problem.method.pooled
+        ):  # a pooled method has no local updates per client
             asks.append(ScoreRequest("fitted", own, fitted=True))
         if any(map(len, self._problem.data.partition.valid)):
             asks.append(ScoreRequest("valid", "valid"))
@@ -41,7 +43,7 @@ class Scoring:
         return asks
 
     def score(self, number: int, down: Downlink, general: bool) -> Scores:
-        """All that is asked, after `number` rounds; `down` is what the method deploys now."""
+        """Score all requests after `number` rounds; `down` is the method's current `deploy` message."""
         scores = self._engine.score(number, self._problem.codec.through(down), self.clients, self.asks(general))
         found = {name: [score[name] for score in scores] for name in scores[0]}
         if general and not self._own_tests:
@@ -49,7 +51,7 @@ class Scoring:
         return found
 
     def row(self, found: Scores, down: Downlink, trained: Collection[int]) -> dict[str, Any]:
-        """The accuracies and recalls of the metrics; `trained`: clients that ever trained."""
+        """Return the accuracies and recalls for a row of metrics; `trained`: clients that have trained at least once."""
         known = [self._problem.method.pooled or i in trained for i in self.clients]
         row = metrics.spread(found["personal_accuracy"], "personal_accuracy", known)
         if "fitted" in found:
@@ -67,7 +69,7 @@ class Scoring:
         return row
 
     def _server(self, down: Downlink, found: Scores) -> Score:
-        """The server's score; where every client predicts with the server's model, it follows from theirs, if none was lost."""
+        """Return the server's score. If every client predicts with the server's model, derive it from their scores, if none is missing."""
         data = self._problem.data
         if self._problem.one_model:
             scored, n_common, known = found["personal_accuracy"], len(data.partition.common), None

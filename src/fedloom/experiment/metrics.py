@@ -1,4 +1,4 @@
-"""From scores and replies to the numbers of a run: one row per evaluated round, and a summary of the rows."""
+"""Metrics from scores and replies: one row per evaluated round, and a summary of all rows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Row = dict[str, Any]
 
 
 def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = None) -> Row:
-    """Accuracy over several clients' rows: `name` (mean over examples), `_uniform` (over clients), `_std`, `_worst10` and `_trained`.
+    """Return the accuracy over several clients' own examples: `name` (mean over examples), `_uniform` (over clients), and more.
 
-    `_std` is the deviation over clients (of the population), `_worst10` the mean of the worst tenth (at least one client), `_trained` the
-    mean over examples of the clients that took part at least once. Clients without rows do not count.
+    `_std` is the standard deviation over clients (of the population), `_worst10` the mean of the worst tenth (at least one client), and
+    `_trained` the mean over the examples of clients that trained at least once. Clients without examples do not count.
     """
     each = np.array([score.accuracy for score in scores])
     each = each[~np.isnan(each)]
@@ -36,19 +36,19 @@ def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = 
 
 
 def over_clients(scores: Sequence[Score], name: str) -> Row:
-    """Accuracy of several clients' models on the same rows: `name` (mean over clients) and `_std`."""
+    """Return the accuracy of several clients' models on the same examples: `name` (mean over clients) and `_std`."""
     each = np.array([score.accuracy for score in scores])
     return {name: number(float(each.mean())), f"{name}_std": number(float(each.std()))}
 
 
 def recall(scores: Sequence[Score]) -> list[float | None]:
-    """Each class's part that was predicted rightly, of all rows of all scores, to four digits; None for a class without rows."""
+    """Return each class's recall over all scores, to four digits; None for a class without examples."""
     right, rows = sum_scores(scores)
     return [round(float(r / n), 4) if n else None for r, n in zip(right, rows, strict=True)]
 
 
 def mean_logs(replies: Sequence[Reply]) -> Row:
-    """The clients' logs, averaged by examples; a log counts only the clients that wrote it."""
+    """Return the clients' logs, averaged by examples; a log counts only the clients that wrote it."""
     row: Row = {}
     for name in sorted({name for reply in replies for name in reply.logs}):
         having = [reply for reply in replies if name in reply.logs]
@@ -57,7 +57,7 @@ def mean_logs(replies: Sequence[Reply]) -> Row:
 
 
 def newcomer(client: int, received: Score, joined: Score) -> Row:
-    """A client that joined after training: accuracy on its own rows with what it received, and after it had joined."""
+    """Describe a newcomer: accuracy on its own examples with the model it received, and after it joined."""
     return {"client": client, "received": number(received.accuracy), "joined": number(joined.accuracy)}
 
 
@@ -67,9 +67,10 @@ FACETS = ("uniform", "std", "worst10", "trained")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
-    """For each accuracy: `final`, `last10` (mean of the last ten evaluations), `best_on_test` (not a fair number), `chosen_on_validation`.
+    """Return four numbers per accuracy: `final`, `last10`, `best_on_test`, `chosen_on_validation`.
 
-    The round chosen on validation is the first with the best validation accuracy; without validation rows it is None.
+    `last10` is the mean of the last ten evaluations. `best_on_test` is biased upwards, since the test examples choose the round. The
+    round for `chosen_on_validation` is the first with the best validation accuracy; without validation examples the value is None.
     """
     valid = [row.get("valid_accuracy") for row in rows]
     best = max((v, -i) for i, v in enumerate(valid) if v is not None) if any(v is not None for v in valid) else None
@@ -92,7 +93,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, name: str = "personal_accuracy") -> Row:
-    """The first evaluated round in which `name` was at least `target`, and the bytes sent both ways until then; None if it never was."""
+    """Return the first evaluated round in which `name` reached `target`, and the bytes in both directions up to it; None if never."""
     if target is None:
         return {}
     first = next((row for row in rows if row.get(name) is not None and row[name] >= target), None)
@@ -101,5 +102,5 @@ def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, name
 
 
 def number(value: float) -> float | None:
-    """The value; None where there were no rows to score (NaN)."""
+    """Return the value, or None if there were no examples to score (NaN)."""
     return None if math.isnan(value) else value

@@ -14,23 +14,23 @@ from fedloom.tree import Tree
 
 
 class PersonalModel(nn.Module):
-    """A client's personal predictor: `model(x)` gives logits (B, Y) for normalised inputs (B, ...)."""
+    """A client's personal predictor: `model(x)` returns logits (B, Y) for normalised inputs (B, ...)."""
 
     def __init__(self, method: Method, modules: Any, client: Client, down: Tree) -> None:
         super().__init__()
         write_weights(modules, client.weights)
-        self.nets = nn.ModuleDict(modules).requires_grad_(False)  # to predict with
+        self.nets = nn.ModuleDict(modules).requires_grad_(False)  # for prediction only
         self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
-        """Another precision, or another device, is also one for what the predictor reads besides weights."""
+        """Apply a change of precision or device to the predictor's other inputs too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, Y)."""
+        """Return logits (B, Y)."""
         modules = dict(self.nets.items())
         params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}

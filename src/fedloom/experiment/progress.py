@@ -1,4 +1,4 @@
-"""What a run will do, and how far it is: a live line on a terminal, plain lines elsewhere."""
+"""Progress of a run: a summary at the start, then a live line on a terminal, or plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fedloom.method import trains_of
 if TYPE_CHECKING:
     from fedloom.experiment.loop import Experiment
 
-LEAST_S = 10.0  # at least this long between two plain lines of finished rounds
-MOST_S = 30.0  # at most this long between any two plain lines
-LOOK_S = 5.0  # how often we look whether a line is due
+LEAST_S = 10.0  # minimum time between two plain lines for finished rounds
+MOST_S = 30.0  # maximum time between any two plain lines
+LOOK_S = 5.0  # how often we check whether a line is due
 
 
 class Overall(NamedTuple):
@@ -31,16 +31,16 @@ class Overall(NamedTuple):
 
 
 class Show(Protocol):
-    """Shows how far the work is; a callback for `Experiment.run`."""
+    """Displays progress; a callback for `Experiment.run`."""
 
     def __call__(
         self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
     ) -> None:
-        """`done` of `rounds`, and the newest numbers.
+        """Show that `done` of `rounds` are done, and the newest metrics.
 
         Args:
-            name: another name from now on.
-            overall: how far all runs together are, which tells the time left; default: `done` of `rounds`.
+            name: a new name to display from now on.
+            overall: the progress of all runs together, used for the remaining time; default: `done` of `rounds`.
         """
 
 
@@ -49,9 +49,9 @@ def live(name: str, console: Console | None = None, unit: str = "round", done: i
     """Show progress on standard error, or on `console`.
 
     Args:
-        name: what is at work.
-        unit: what is counted.
-        done: how many of them earlier work has done (a run that is resumed).
+        name: the name to display.
+        unit: the unit of progress.
+        done: units already done by earlier work (a resumed run).
     """
     console = console or Console(stderr=True)
     if console.is_terminal:
@@ -103,7 +103,7 @@ def _print(console: Console, line: str) -> None:
 
 
 class PlainLines:
-    """Progress as lines of text: at most one every 10 s for finished rounds, and at least one every 30 s."""
+    """Progress as lines of text: at most one per 10 s for finished rounds, and at least one per 30 s."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class PlainLines:
     ) -> None:
         self._name, self._write, self._unit, self._clock = name, write, unit, clock
         self._begun = self._last = self._reached = clock()
-        self._before = done  # what was done when the clock started
+        self._before = done  # units done when the clock started
         self._overall = Overall(done, 0)
         self._place, self._numbers = "", ""
         self._lock = threading.Lock()
@@ -133,7 +133,7 @@ class PlainLines:
                 self._line()
 
     def tick(self) -> None:
-        """Write a line if there was none for so long that one must come before the next look."""
+        """Write a line if one would otherwise be overdue before the next check."""
         with self._lock:
             if self._clock() - self._last > MOST_S - LOOK_S - 1:
                 self._line()
@@ -144,7 +144,7 @@ class PlainLines:
         self._write(f"{self._name}: " + "  ".join(part for part in parts if part))
 
     def _time(self) -> str:
-        """The time left, by the pace so far; a round that takes longer than those before it slows the pace."""
+        """Estimate the remaining time from the pace so far; a round that takes longer than earlier ones lowers the pace."""
         passed, made = self._last - self._begun, self._overall.done - self._before
         left = self._overall.planned - self._overall.done
         if made <= 0:
@@ -161,7 +161,7 @@ def _duration(seconds: float) -> str:
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """The newest accuracies in a few words, and how many updates did not arrive or count so far."""
+    """Return the newest accuracies in a few words, and the number of updates so far that were lost, late, rejected or skipped."""
     shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
     words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
@@ -170,7 +170,7 @@ def numbers(row: Mapping[str, Any]) -> str:
 
 
 def facts(experiment: Experiment) -> dict[str, str]:
-    """What a run is about to do, in words, by topic."""
+    """Describe a run that is about to start, in words, by topic."""
     settings, task = experiment.settings, experiment.problem.task
     sizes = [experiment.data.n_train(i) for i in range(task.n_clients)]
     done = f", of which {experiment.done} are done" if experiment.done else ""
@@ -192,7 +192,7 @@ def _cohort(experiment: Experiment) -> str:
 
 
 def _steps(experiment: Experiment, sizes: Sequence[int]) -> int:
-    """The optimiser steps of a full cohort in a round, for clients of average size."""
+    """Return the optimiser steps of a full cohort in a round, for clients of average size."""
     problem = experiment.problem
     steps = 0
     for n, n_clients in Counter(sizes).items():

@@ -1,9 +1,9 @@
-"""A run as a folder of files, written as the run goes, so that nothing is lost when it stops.
+"""A run's folder. Files are written during the run, so that nothing is lost if it stops.
 
-`config.toml`, `environment.json`, `partition.json` at the start; a line of `metrics.jsonl` per evaluated round; lines of `events.jsonl`
-where a client was lost, late or rejected, or a round was skipped; `checkpoint/` and
-`clients.parquet` every few rounds; `summary.json` at the end. Every file but those of lines is replaced whole (written beside, then
-renamed), and a checkpoint is a folder that is renamed whole.
+`config.toml`, `environment.json` and `partition.json` are written at the start; one line of `metrics.jsonl` per evaluated round; lines of
+`events.jsonl` if a client is lost, late or rejected, or a round is skipped; `checkpoint/` and `clients.parquet` every few rounds;
+`summary.json` at the end. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then renamed),
+and so is the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 LINES = ("metrics.jsonl", "events.jsonl")
 
 
-DEPLOYED = "federation.json"  # there where the run's clients, and their states, are on devices
+DEPLOYED = "federation.json"  # exists if the run's clients and their states are on devices
 
 
 class RunFolder:
@@ -46,10 +46,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path | None, name: str) -> RunFolder:
-        """A new folder: `path`, or one under `runs/` named for the time and `name`.
+        """Create a folder: `path`, or one under `runs/` named after the time and `name`.
 
         Raises:
-            RunFolderError: something is there already; nothing is ever overwritten.
+            RunFolderError: `path` exists and is not an empty folder; nothing is ever overwritten.
         """
         if path is None:
             stem = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
@@ -64,33 +64,33 @@ class RunFolder:
 
     @staticmethod
     def check_free(path: Path) -> None:
-        """Raise RunFolderError if a new run cannot be put at `path`."""
+        """Raise RunFolderError if a new run cannot be written to `path`."""
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
             hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
-            raise RunFolderError(f"out={path}: there is something already; choose another folder{hint}")
+            raise RunFolderError(f"out={path}: already exists and is not an empty folder; choose another folder{hint}")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
-        """An existing run's folder."""
+        """Open an existing run's folder."""
         if not (path / "config.toml").is_file():
-            raise RunFolderError(f"{path} is not a run's folder: it holds no config.toml")
+            raise RunFolderError(f"{path} is not a run folder: it has no config.toml")
         return cls(path)
 
     # whole files
 
     def write(self, name: str, text: str) -> None:
-        """Replace a text file in one step."""
+        """Replace a text file atomically."""
         beside = self.path / f".{name}.tmp"
         beside.write_text(text, encoding="utf-8")
         beside.replace(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
-        """Replace a JSON file in one step."""
+        """Replace a JSON file atomically."""
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def partition(self) -> dict[str, Any]:
-        """What `partition.json` holds; nothing where there is none."""
+        """Return the contents of `partition.json`, or {} if there is none."""
         file = self.path / "partition.json"
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -98,7 +98,7 @@ class RunFolder:
             raise RunFolderError(f"{file} cannot be read: {error}") from None
 
     def summary(self) -> dict[str, Any]:
-        """What a finished run's `summary.json` holds; nothing before."""
+        """Return the contents of `summary.json`, or {} before the run is finished."""
         path = self.path / "summary.json"
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
@@ -110,7 +110,7 @@ class RunFolder:
         beside.replace(self.path / "clients.parquet")
 
     def read_clients(self, upto: int) -> pd.DataFrame:
-        """The rows of `clients.parquet` up to a round."""
+        """Return the rows of `clients.parquet` up to round `upto`."""
         import pandas as pd
 
         file = self.path / "clients.parquet"
@@ -123,13 +123,13 @@ class RunFolder:
     # metrics, line by line
 
     def append(self, row: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
-        """Add a line to `metrics.jsonl`, or to `events.jsonl`; what is not finite becomes null."""
+        """Append a line to `metrics.jsonl` or `events.jsonl`; numbers that are not finite become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`, or of `events.jsonl`; a last line that was cut off is left out."""
+        """Return the lines of `metrics.jsonl` or `events.jsonl`, without a truncated last line."""
         file = self.path / name
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -139,7 +139,7 @@ class RunFolder:
         return [_row(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
 
     def keep_rows(self, upto: int) -> list[dict[str, Any]]:
-        """Drop the lines and events after a round (they will be written again), and return the lines that stay."""
+        """Drop the lines and events after round `upto` (they will be written again), and return the remaining lines."""
         kept = {name: [row for row in self.rows(name) if row["round"] <= upto] for name in LINES}
         for name, rows in kept.items():
             if rows or name == LINES[0]:
@@ -157,8 +157,9 @@ class RunFolder:
         clients: Mapping[int, Tree],
         late: Mapping[int, Tree] | None = None,
     ) -> None:
-        """Replace the checkpoint in one step; the one before stays until the new one is whole, on the disk too. `late`: uplinks
-        under way, by client.
+        """Replace the checkpoint atomically; the previous one stays until the new one is complete and on disk.
+
+        `late`: uplinks in flight, by client.
         """
         new, now, old = (self.path / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
         shutil.rmtree(new, ignore_errors=True)
@@ -171,7 +172,7 @@ class RunFolder:
             (new / "late" / f"{i}.safetensors").write_bytes(encode(message))
         (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
         to_disk()
-        if now.exists():  # otherwise `old` is the only whole checkpoint
+        if now.exists():  # otherwise `old` is the only complete checkpoint
             shutil.rmtree(old, ignore_errors=True)
             now.rename(old)
         new.rename(now)
@@ -179,16 +180,16 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def has_checkpoint(self) -> bool:
-        """Whether there is one."""
+        """Return whether there is a checkpoint."""
         return self._newest() is not None
 
     def _newest(self) -> Path | None:
-        """The newest whole checkpoint; a second one is there only for the moment in which a new one takes its place."""
+        """Return the newest complete checkpoint; two exist only while one replaces the other."""
         found = (self.path / name for name in ("checkpoint", ".checkpoint.old"))
         return next((folder for folder in found if folder.is_dir()), None)
 
     def load_checkpoint(self) -> tuple[dict[str, Any], Tree, dict[int, Tree]] | None:
-        """The newest whole checkpoint: its state, the server's tree, and the changed clients' trees; None where there is none."""
+        """Return the newest complete checkpoint (state, server's tree, trees of the changed clients), or None if there is none."""
         whole = self._newest()
         if not whole:
             return None
@@ -200,7 +201,7 @@ class RunFolder:
             raise RunFolderError(f"the checkpoint in {whole} cannot be read: {error}") from None
 
     def load_late(self) -> dict[int, Tree]:
-        """The uplinks that were under way at the newest whole checkpoint, by client."""
+        """Return the uplinks that were in flight at the newest complete checkpoint, by client."""
         whole = self._newest()
         try:
             return _messages(whole / "late") if whole else {}
@@ -209,15 +210,13 @@ class RunFolder:
 
 
 def to_disk() -> None:
-    """Let all that was written reach the disk: before that it does not outlive a power cut. A file for each of many clients, one by one,
-    would take a millisecond or five each.
-    """
+    """Flush all written files to disk, so that they survive a power cut. One `fsync` per client's file would take 1 to 5 ms each."""
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
 
 
 def _row(text: str, where: str) -> dict[str, Any]:
-    """A JSON object that tells its round."""
+    """Parse a JSON object that has a round."""
     try:
         row = json.loads(text)
     except ValueError as error:
@@ -232,7 +231,7 @@ def _messages(folder: Path) -> dict[int, Tree]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for the record."""
+    """Return versions and hardware, for the run's records."""
     return {
         "fedloom": __version__,
         "python": platform.python_version(),
@@ -257,14 +256,14 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the working copy that this package runs from, if it is one."""
-    # a .venv may lie in somebody else's working copy
+    """Return the commit of the working copy that this package runs from, or None if it is not one."""
+    # a .venv may be inside another project's working copy
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     return _git("rev-parse", "HEAD") if tracked else None
 
 
 def _git(*words: str) -> str | None:
-    """What git answers in this package's folder, if it does."""
+    """Return git's output in this package's folder, or None if git fails."""
     try:
         command = ["git", "-C", str(Path(__file__).parent), *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

@@ -1,4 +1,4 @@
-"""The server's hooks of a method, called as the contract has them: on inputs that stay as they are, with seeded randomness."""
+"""Calls of a method's server hooks: seeded, and with a check that they leave their inputs unchanged."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ T = TypeVar("T")
 
 
 class ServerSide:
-    """Calls one problem's server hooks. Raises MethodError where a hook changes its inputs in place."""
+    """Calls the server hooks of one problem. Raises MethodError if a hook changes its inputs in place."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem, self._method = problem, problem.method
 
     def init(self, weights: Weights) -> Tree:
-        """The server's state before the first round; `weights` are a client's initial ones."""
+        """Return the server's state before the first round; `weights` are a client's initial weights."""
         return self._call("init_server", 0, {"weights": weights}, lambda: self._problem.init_server(weights))
 
     def cohort(self, server: Tree, number: int, size: int) -> list[int]:
-        """Who takes part in round `number`."""
+        """Return the cohort of round `number`."""
         task, rng = self._problem.task, Stream(self._problem.seed, "cohort", number)
         drawn = self._call("cohort", number, {"server": server}, lambda: self._method.cohort(server, task, size, rng))
         members = [int(i) for i in drawn]
@@ -39,36 +39,36 @@ class ServerSide:
         return members
 
     def downlink(self, server: Tree, number: int, cohort: Sequence[int]) -> Downlink:
-        """What the cohort of round `number` is sent."""
+        """Return the message to the cohort of round `number`."""
         return self._call("downlink", number, {"server": server}, lambda: self._method.downlink(server, cohort))
 
     def exchange(self, uplinks: Sequence[Tree], number: int, rng: Stream) -> list[Tree]:
-        """What the server gets to see of the uplinks."""
+        """Return what the server sees of the uplinks after clients have exchanged parts of them."""
         inputs = _named(uplinks)
         return list(self._call("exchange", number, inputs, lambda: self._method.exchange(uplinks, rng)))
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """The server's next state."""
+        """Return the server's next state."""
         inputs = {"server": server, **_named(uplinks)}
         return self._call("aggregate", round.number, inputs, lambda: self._method.aggregate(server, uplinks, round))
 
     def logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """The server's own numbers for an evaluated round."""
+        """Return the server's logs for an evaluated round."""
         inputs = {"server": server, **_named(uplinks)}
         return self._call("server_logs", round.number, inputs, lambda: self._method.server_logs(server, uplinks, round))
 
     def deploy(self, server: Tree, number: int) -> Downlink:
-        """What any client would be sent to predict with after `number` rounds.
+        """Return the message that any client would receive in order to predict after `number` rounds.
 
         Raises:
-            MethodError: a message for each client, which scoring could not use: which clients are scored is not the method's business.
+            MethodError: `deploy` returned one message per client, which scoring cannot use: the experiment chooses the scored clients.
         """
         task = self._problem.task
         down = self._call("deploy", number, {"server": server}, lambda: self._method.deploy(server, task))
         if down.each is not None:
             name = type(self._method).__name__
             raise MethodError(
-                f"{name}.deploy gives `each`, one tree per client; it must give one `common` tree for all"
+                f"{name}.deploy returns `each`, one tree per client; it must return one `common` tree for all"
             )
         return down
 
@@ -79,7 +79,7 @@ class ServerSide:
         changed = tree.changed_since(before, inputs)
         if changed:
             name = f"{type(self._method).__name__}.{hook}"
-            raise MethodError(f"round {number}: {name} changes '{changed}' in place; inputs of hooks are read-only")
+            raise MethodError(f"round {number}: {name} changes '{changed}' in place; a hook's inputs are read-only")
         return result
 
 

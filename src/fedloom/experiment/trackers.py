@@ -1,4 +1,4 @@
-"""Where metrics go besides the run folder: TensorBoard, Weights & Biases (offline too), MLflow. Each is an optional extra."""
+"""Optional destinations for metrics: TensorBoard, Weights & Biases (also offline), MLflow. Each is an optional extra."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Row = Mapping[str, Any]
 
 
 class Tracker(Protocol):
-    """Takes a row of metrics per evaluated round."""
+    """Receives one row of metrics per evaluated round."""
 
     def log(self, number: int, row: Row) -> None:
-        """Note the numbers of round `number`."""
+        """Record the numbers of round `number`."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close."""
 
 
 def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers that `log` names; their files go into the run's folder.
+    """Create the trackers that `log` names; their files go into the run's folder.
 
     Raises:
         ConfigError: the extra of that name is not installed.
@@ -34,7 +34,7 @@ def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any])
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError for a tracker whose extra is not installed (before a run leaves anything behind)."""
+    """Raise ConfigError if a tracker's extra is not installed (before a run writes anything)."""
     for name in names:
         _import(name, name)
 
@@ -64,7 +64,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Goes where WANDB_MODE says; `WANDB_MODE=offline` needs no network and no account."""
+    """Writes to where WANDB_MODE says; `WANDB_MODE=offline` needs no network and no account."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._run = _import("wandb", "wandb").init(
@@ -79,11 +79,11 @@ class _WandB:
 
 
 class _MLflow:
-    """Goes where MLFLOW_TRACKING_URI says, or to a folder `mlruns` in the run's folder."""
+    """Writes to MLFLOW_TRACKING_URI, or to a folder `mlruns` in the run's folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         where = os.environ.get("MLFLOW_TRACKING_URI")
-        if not where:  # MLflow 3 wants to be told that files will do; the light package has no database
+        if not where:  # MLflow 3 needs permission for file stores; the light package has no database
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             where = (folder / "mlruns").resolve().as_uri()
         self._client = _import("mlflow.tracking", "mlflow").MlflowClient(where)

@@ -1,4 +1,4 @@
-"""What uplinks must look like, derived rather than declared: the method's own `uplink` of a client that has just received its message."""
+"""The expected form of uplinks, derived from the method's own `uplink`, called for a client that has only received its message."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fedloom.tree import Tree, Weights
 
 
 class UplinkForm(NamedTuple):
-    """The uplink of a client that has done nothing."""
+    """The uplink of a client that has received its message and not trained."""
 
-    uplink: Tree  # as the method wrote it
-    travels: Tree  # as it would be on the wire
-    structure: dict[str, tuple[tuple[int, ...], torch.dtype]]  # of what travels
+    uplink: Tree  # as the method returned it
+    travels: Tree  # as it is on the wire
+    structure: dict[str, tuple[tuple[int, ...], torch.dtype]]  # of `travels`
 
 
 class UplinkForms:
-    """The forms of one problem's uplinks, each derived once."""
+    """The uplink forms of one problem, each derived once."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._initial: dict[int, Weights] = {}  # by architecture
         self._known: dict[tuple[int, object], UplinkForm] = {}
-        self._last: tuple[Tree, object] = {}, ()  # a downlink that many clients had, and its structure
+        self._last: tuple[Tree, object] = {}, ()  # the latest downlink and its structure: many clients share one
 
     def of(self, number: int, i: int, down: Tree) -> UplinkForm:
-        """The form of client `i`'s uplink in round `number`; `down` is its message, as the method reads it."""
+        """Return the form of client `i`'s uplink in round `number`; `down` is the client's message, decoded."""
         p, arch = self._problem, self._problem.arch_of[i]
         if self._last[0] is not down:
             self._last = down, tuple(tree.structure(down).items())

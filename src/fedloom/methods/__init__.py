@@ -1,4 +1,4 @@
-"""Methods, one file each. A method imports nets, losses, models and other methods, never engines, data or experiments."""
+"""Methods, one file each. A method imports nets, losses, models and other methods, but never engines, data or experiments."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Centralised training: one model on everybody's rows, the upper reference for one shared model."""
+"""Centralised training: one model trained on all clients' examples, the upper reference for one shared model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fedloom.tree import Tree
 
 @dataclass(frozen=True)
 class Centralised(Method):
-    """One model, trained on the union of all clients' rows; a round is `local_epochs` passes over that union.
+    """One model trained on the union of all clients' examples; a round is `local_epochs` passes over that union.
 
-    It is no federated method: participation is ignored, and its bytes are those of one client that holds everything.
-    Scores are taken on the same rows as every other method's.
+    This is not a federated method: participation is ignored, and its bytes are those of one client that holds everything.
+    It is scored on the same examples as every other method.
     """
 
     pooled: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper("(no federation)", "", "upper reference")
 
     def cohort(self, server: Tree, task: Task, size: int, rng: Stream) -> Sequence[int]:
-        """The one client that holds all rows."""
+        """Return the one client that holds all examples."""
         return [0]

@@ -1,4 +1,4 @@
-"""Joining the server's half of one method with the clients' half of another."""
+"""Compose two methods: the server's half of one and the clients' half of the other."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ BASIC = {field.name for field in dataclasses.fields(Method)}  # hyper-parameters
 
 
 def compose(server: Method, client: Method) -> Method:
-    """A method whose server does what `server`'s does and whose clients do what `client`'s do: `compose(server=FedMR(), client=FedProx())`.
+    """Return a method with the server of `server` and the clients of `client`, e.g. `compose(server=FedMR(), client=FedProx())`.
 
-    Local training, with the hyper-parameters that all methods have (`lr`, `local_epochs`, ...), is the client's.
+    The hyper-parameters that all methods have (`lr`, `local_epochs`, ...) are those of `client`.
 
     Raises:
-        ConfigError: the two clash.
+        ConfigError: the two methods cannot be composed.
     """
     cls = composed(type(server), type(client))
     own = {f.name: getattr(server, f.name) for f in dataclasses.fields(server) if f.name not in BASIC}
@@ -30,17 +30,17 @@ def compose(server: Method, client: Method) -> Method:
 
 
 def composed(server: type[Method], client: type[Method]) -> type[Method]:
-    """The class of such methods: it has the hyper-parameters of both.
+    """Return the class of such a composition; it has the hyper-parameters of both methods.
 
     Raises:
-        ConfigError: the client's method needs a server of its own, the server's needs clients of its own, or one name means two things.
+        ConfigError: `client` overrides a server hook, `server` overrides a client hook, or both define the same name.
     """
     a, b = server.__name__, client.__name__
-    _refuse(server, CLIENT_HALF, f"method={a}+{b}: {a} cannot be the server's half, since it has clients of its own")
-    _refuse(client, SERVER_HALF, f"method={a}+{b}: {b} cannot be the clients' half, since it has a server of its own")
+    _refuse(server, CLIENT_HALF, f"method={a}+{b}: {a} cannot be the server's half, since it overrides client hooks")
+    _refuse(client, SERVER_HALF, f"method={a}+{b}: {b} cannot be the clients' half, since it overrides server hooks")
     twice = (_own_names(server) & _own_names(client)) - _own_names(Method)
     if server.pooled or client.pooled or not client.shared or twice:
-        what = f"both have '{min(twice)}'" if twice else "one of them is no federated method"
+        what = f"both define '{min(twice)}'" if twice else "one of them is not a federated method"
         raise ConfigError(f"method={a}+{b}: {what}")
     name = f"{a}{b}"
     locally = [(f.name, f.type, f.default) for f in dataclasses.fields(client) if f.name in BASIC]
@@ -60,6 +60,6 @@ def _refuse(cls: type[Method], half: tuple[str, ...], why: str) -> None:
 
 
 def _own_names(cls: type[Method]) -> set[str]:
-    """What a class and those it derives from define, down to Method."""
+    """Return the names that a class and its bases define, down to Method."""
     bases = cls.__mro__[: cls.__mro__.index(Method)] or (Method,)
     return {name for base in bases for name in vars(base) if not name.startswith("__") and name != "paper"}

@@ -1,4 +1,4 @@
-"""Ditto: beside the common model everybody trains one of its own, held near the common one."""
+"""Ditto: in addition to the common model, every client trains a personal model, pulled towards the common one."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from fedloom.tree import Tree
 
 @dataclass(frozen=True)
 class Ditto(Method):
-    """Ditto (Li et al., ICML 2021): w solves FedAvg's problem, each v_k its client's own, with a pull towards w.
+    """Ditto (Li et al., ICML 2021): w solves FedAvg's problem; each v_k solves its client's own problem, with a pull towards w.
 
-    Travels: the common model `model` (w), both ways. Stays: the personal model `personal` (v_k), of the same architecture and with the
-    same initial weights. `personal_accuracy` and `general_accuracy` are those of v_k, `server_accuracy` that of w.
-    With mu = 0 the v_k are trained as in `local`, with mu growing they follow w.
+    Travels: the common model `model` (w), both ways. Stays: the personal model `personal` (v_k), with the same architecture and initial
+    weights. `personal_accuracy` and `general_accuracy` score v_k, `server_accuracy` scores w.
+    With mu = 0, v_k is trained as in `local`; the larger mu is, the closer v_k stays to w.
     """
 
     mu: NonNegative = 0.1
     """Weight of the pull (mu / 2) ||v - w_received||^2 (the paper's lambda)."""
     personal_epochs: Count = 1
-    """Passes over the client's training rows that update the personal model, after those that update the common one."""
+    """Passes over the client's training examples that update the personal model, after those that update the common model."""
 
     accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
@@ -38,26 +38,26 @@ class Ditto(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """w and v_k, alike at first."""
+        """Return w and v_k with equal initial weights."""
         model = arch.model()
         return {"model": model, "personal": deepcopy(model)}
 
     def phases(self) -> tuple[Phase, ...]:
-        """FedAvg's training of w, then that of v_k; v_k is pulled to the w that came, so their order does not matter."""
+        """Return FedAvg's training of w, then that of v_k. The order does not matter: v_k is pulled to the received w."""
         personal = Train("personal", self.personal_loss, ("personal",), self.local_optimizer(), self.personal_epochs)
         return (*super().phases(), personal)
 
     def personal_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Cross-entropy of v_k plus the pull; only parameters are held, not running statistics."""
+        """Return the cross-entropy of v_k plus the pull; the pull covers parameters, not running statistics."""
         received = {f"personal{name.removeprefix('model')}": p for name, p in down["weights"]["params"].items()}
         error = losses.cross_entropy(nets.personal(batch.x), batch.y)
         return error + self.mu / 2 * losses.squared_distance(nets.params, received)
 
     def predictors(self) -> dict[str, Predictor]:
-        """v_k for its client, w for the server."""
+        """Return v_k as the client's predictor and w as the server's."""
         return {"personal": self.predict_personal, "server": predict_model}
 
     def predict_personal(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Logits (B, Y) of v_k."""
+        """Return logits (B, Y) of v_k."""
         logits: Tensor = nets.personal(x)
         return logits

@@ -1,9 +1,9 @@
-"""Means and spreads of features by class: collected over rows, combined over clients, drawn from.
+"""Means and variances of features by class: collected over examples, combined over clients, and used for sampling.
 
-A variance is always one within classes, in one of three forms: `pooled`, one number per feature (p,); `class`, one per class
+A variance is always a variance within classes, in one of three forms: `pooled`, one number per feature (p,); `class`, one per class
 and feature (Y, p); `full`, a covariance matrix (p, p) for all classes. A spread is its square root: standard deviations, or
-for `full` the lower triangular factor of the matrix. All functions are safe under `torch.func.vmap`, but for `spread_of` of a `full`
-variance.
+for `full` the lower triangular factor of the matrix. All functions are safe under `torch.func.vmap`, except `standard_deviations` of a
+`full` variance.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ Form = Literal["pooled", "class", "full"]
 
 
 def shape(form: Form, n_classes: int, width: int) -> tuple[int, ...]:
-    """The shape of a variance."""
+    """Return the shape of a variance."""
     return {"pooled": (width,), "class": (n_classes, width), "full": (width, width)}[form]
 
 
 def zeros(form: Form, n_classes: int, width: int) -> Tree:
-    """No rows yet: counts (Y,), sums (Y, p) and squares, in float64, since a variance is a small difference of large numbers."""
+    """Return zero counts (Y,), sums (Y, p) and squares, in float64, since a variance is a small difference of large numbers."""
     counts = torch.zeros(n_classes, dtype=torch.float64)
     squares = counts.new_zeros(shape(form, n_classes, width))
     return {"counts": counts, "sums": counts.new_zeros(n_classes, width), "squares": squares}
 
 
 def add_features(found: Tree, features: Tensor, labels: Tensor, form: Form) -> Tree:
-    """What was found, and these rows (B, p) with their classes (B,)."""
+    """Add the features (B, p) of examples with these labels (B,) to the accumulated statistics."""
     z, member = features.double(), losses.one_hot(labels, len(found["counts"])).double()
     squares = z.T @ z if form == "full" else member.T @ z.square() if form == "class" else z.square().sum(0)
     return {
@@ -43,7 +43,7 @@ def add_features(found: Tree, features: Tensor, labels: Tensor, form: Form) -> T
 
 
 def within(found: Tree, form: Form) -> Tensor:
-    """The variance about the rows' own class means, in float64; 0 where there are no rows."""
+    """Return the variance around the class means of the same examples, in float64; 0 without examples."""
     counts: Tensor = found["counts"].clamp(min=1)[:, None]
     sums: Tensor = found["sums"]
     squares: Tensor = found["squares"]
@@ -57,13 +57,13 @@ def within(found: Tree, form: Form) -> Tensor:
 
 
 def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
-    """The law of total variance over clients: the mean of their variances plus the variance of their class means.
+    """Apply the law of total variance over clients: the mean of their variances plus the variance of their class means.
 
     Args:
         inside: (K, ...), the clients' variances.
         local: (K, Y, p), their class means.
         means: (Y, p), the weighted means of these.
-        weights: (K, Y), how much each client counts in each class; 0 where it has no rows.
+        weights: (K, Y), each client's weight in each class; 0 where it has no examples.
     """
     away = (local - means) * (weights > 0)[:, :, None]
     if form == "class":
@@ -76,9 +76,10 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
 
 
 def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
-    """The square root, with standard deviations of at least `floor` (of at least about that for `full`: its square is added).
+    """Return the square root, with standard deviations of at least `floor`.
 
-    A covariance that was rounded on its way may have negative eigenvalues; they count as 0.
+    For `full`, the floor's square is added to the diagonal, so they are at least about `floor`. A covariance that was rounded in transit
+    may have negative eigenvalues; they are set to 0.
     """
     if form != "full":
         return variance.sqrt().clamp(min=floor)
@@ -93,33 +94,33 @@ def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
 
 
 def own_deviations(variance: Tensor, floor: float, labels: Tensor, form: Form) -> Tensor:
-    """The standard deviations of `spread_of` for rows of these classes, (p,) or (B, p), without the factor of a whole matrix."""
+    """Return the standard deviations for these labels, (p,) or (B, p), without factorising a full covariance matrix."""
     if form == "full":
         return (variance.diagonal() + floor**2).sqrt()
     return deviations(standard_deviations(variance, floor, form), labels, form)
 
 
 def deviations(spread: Tensor, labels: Tensor, form: Form) -> Tensor:
-    """The standard deviations for rows of these classes: (p,) or (B, p); for `full` those on the diagonal."""
+    """Return the standard deviations for these labels: (p,) or (B, p); for `full`, those on the covariance's diagonal."""
     if form == "class":
         return spread[labels]
     return spread.square().sum(1).sqrt() if form == "full" else spread
 
 
 def scaled(noise: Tensor, spread: Tensor, labels: Tensor, form: Form) -> Tensor:
-    """Standard normal noise (B, p) with that spread."""
+    """Return standard normal noise (B, p), scaled to that spread."""
     return noise @ spread.T if form == "full" else noise * deviations(spread, labels, form)
 
 
 def class_means(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    """The mean of each class's rows (Y, p), 0 without rows, and 1 where it has rows, else 0 (Y,)."""
+    """Return each class's mean features (Y, p), 0 without examples, and whether it has examples, as 1 or 0 (Y,)."""
     member = losses.one_hot(labels, n_classes).to(features.dtype)
     counts = member.sum(0)
     return member.T @ features / counts.clamp(min=1)[:, None], (counts > 0).to(features.dtype)
 
 
 def among(exists: Tensor, choice: Tensor) -> Tensor:
-    """Classes (S,) drawn evenly from those that exist, by numbers in [0, 1]; class 0 where none exists."""
-    place = exists.cumsum(0)  # of a class among those that exist, from 1
+    """Return classes (S,), chosen uniformly among those that exist by numbers in [0, 1]; class 0 if none exists."""
+    place = exists.cumsum(0)  # rank of each class among those that exist, from 1
     wanted = torch.minimum((choice * place[-1]).floor(), place[-1] - 1)
     return (place <= wanted[:, None]).sum(1)

@@ -1,4 +1,4 @@
-"""FedASAM: clients look for flat minima, by adaptive sharpness-aware minimisation."""
+"""FedASAM: clients search for flat minima with adaptive sharpness-aware minimisation."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ Params = dict[str, Tensor]
 class FedASAM(Method):
     """FedASAM (Caldarola et al., ECCV 2022, section 4.1; ASAM: Kwon et al., ICML 2021, algorithm 1).
 
-    Every local step first climbs to the worst weights nearby, w + e with e = rho T^2 g / ||T g|| and T = |w| + eta, then takes the
-    gradient there and steps with it from w. Travels: the whole model, both ways. Stays: nothing. With rho = 0 it is FedAvg.
+    Every local step first moves to the worst weights nearby, w + e with e = rho T^2 g / ||T g|| and T = |w| + eta. It then takes the
+    gradient there and applies it to w. Travels: the whole model, both ways. Stays: nothing. With rho = 0 it is FedAvg.
 
-    As in the released code T is 1 for tensors that are not called `weight`; unlike there, running statistics are those of the second pass
-    alone.
-    The paper's averaging of models over rounds (SWA) is not part of this.
+    As in the released code, T is 1 for tensors that are not called `weight`. Unlike in the released code, running statistics are those of
+    the second pass only. The paper's averaging of models over rounds (SWA) is not included.
     """
 
     rho: NonNegative = 0.5
-    """The length of the climb, in units of T."""
+    """The length of the ascent step, in units of T."""
     eta: NonNegative = 0.2
-    """What is added to |w| in T, so that small weights move too."""
+    """Constant added to |w| in T, so that small weights move too."""
 
     accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
@@ -43,13 +42,13 @@ class FedASAM(Method):
     )
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """The cross-entropy at w + e; no gradient flows through e."""
+        """Return the cross-entropy at w + e; no gradient flows through e."""
         e = self.ascent(nets, batch)
         worst = nets.with_params({name: nets.params[name] + e[name] for name in e})
         return losses.cross_entropy(worst.model(batch.x), batch.y)
 
     def ascent(self, nets: Nets, batch: Batch) -> Params:
-        """e, for every parameter of the model."""
+        """Return e for every parameter of the model."""
         here = {name: p.detach() for name, p in nets.params.items() if name.startswith("model.")}
 
         def error(params: Params) -> Tensor:

@@ -1,4 +1,4 @@
-"""FedAvg + local fine-tuning: FedAvg's model, trained a little on a client's own rows before it predicts there."""
+"""FedAvg with local fine-tuning: a client fine-tunes FedAvg's model on its own examples before predicting."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedloom.ranges import Count, NonNegative
 class FedAvgFT(FedAvg):
     """FedAvg with local fine-tuning before prediction (FedAvg+FT; Collins et al., 2022, section 2).
 
-    Travels: the whole model, both ways. Stays: nothing; the fine-tuned copy is made for scoring and thrown away.
+    Travels: the whole model, both ways. Stays: nothing; the fine-tuned copy is created for scoring and then discarded.
     """
 
     tuning_epochs: Count = 1
-    """Passes over the client's training rows before it predicts."""
+    """Passes over the client's training examples before it predicts."""
     tuning_lr: NonNegative = 0.0
-    """Learning rate of the fine-tuning; 0 means the same as `lr`."""
+    """Learning rate of fine-tuning; 0: the same as `lr`."""
 
     paper: ClassVar[Paper] = Paper(
         "FedAvg with fine tuning: local updates lead to representation learning",
@@ -30,6 +30,6 @@ class FedAvgFT(FedAvg):
     )
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Plain training of the received model."""
+        """Return plain training of the received model."""
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
         return (Train("tune", self.loss, ("model",), optimizer, epochs=self.tuning_epochs),)

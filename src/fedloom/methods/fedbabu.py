@@ -1,4 +1,4 @@
-"""FedBABU: the federation learns a body under a head that never moves; fine-tuning makes it personal."""
+"""FedBABU: the federation trains a body under a fixed random head; fine-tuning personalises the model."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from fedloom.ranges import Count
 
 @dataclass(frozen=True)
 class FedBABU(FedAvgFT):
-    """FedBABU (Oh et al., ICLR 2022): the body is trained and averaged, the head keeps its random initial values.
+    """FedBABU (Oh et al., ICLR 2022): the body is trained and averaged; the head keeps its random initial values.
 
-    Travels: the body, both ways. Stays: the head, the same for all (with `same_init=true`), and never trained. A copy of the model is
-    fine-tuned on a client's own rows before it predicts there, and thrown away: `personal_accuracy` is the copy's,
-    `server_accuracy` that of the body with the common head.
+    Travels: the body, both ways. Stays: the head, the same for all clients (with `same_init=true`) and never trained. Before a client
+    predicts, it fine-tunes a copy of the model on its own examples; the copy is then discarded. `personal_accuracy` scores that copy,
+    `server_accuracy` the body with the common head.
     """
 
     tuning_epochs: Count = 5
     tuned: Literal["model", "body", "head"] = "model"
-    """What fine-tuning updates."""
+    """The weights that fine-tuning updates."""
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
     paper: ClassVar[Paper] = Paper(
@@ -32,11 +32,11 @@ class FedBABU(FedAvgFT):
     )
 
     def phases(self) -> tuple[Phase, ...]:
-        """The body alone."""
+        """Return training of the body alone."""
         return (Train("train", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs),)
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Fine-tuning of the whole model, or of a part of it."""
+        """Return fine-tuning of the whole model, its body or its head."""
         part = "model" if self.tuned == "model" else f"model:{self.tuned}"
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
         return (Train("tune", self.loss, (part,), optimizer, epochs=self.tuning_epochs),)

@@ -1,4 +1,4 @@
-"""FedBN: everything is averaged but the normalisation layers."""
+"""FedBN: average everything except the normalisation layers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 
 @dataclass(frozen=True)
 class FedBN(Method):
-    """FedBN (Li et al., ICLR 2021): normalisation layers stay with the client and absorb what its inputs have of their own.
+    """FedBN (Li et al., ICLR 2021): normalisation layers stay with the client and adapt to the client's own inputs.
 
-    Travels: all but the normalisation layers, both ways. Stays: these layers, parameters and running statistics alike.
-    A model without normalisation layers makes it FedAvg.
+    Travels: everything except the normalisation layers, both ways. Stays: the normalisation layers, parameters and running statistics.
+    For a model without normalisation layers it is FedAvg.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:-norm",)
@@ -26,5 +26,5 @@ class FedBN(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """There is no server model, since no normalisation layer reaches the server."""
+        """Return the client's predictor; there is no server model, since no normalisation layer reaches the server."""
         return {"personal": predict_model}

@@ -25,27 +25,27 @@ class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 
     Travels: a whole model, both ways, a different one to each member of the cohort; as many bytes as FedAvg. Stays: nothing.
-    The server keeps as many models (slots) as a cohort has members. Each round sends slot i to the i-th member; then every unit
-    (a layer) of the returned models is shuffled over the slots by a permutation of its own (recombination). The first
-    `first_stage_rounds` rounds fill all slots with the average instead (the two-stage scheme).
+    The server keeps one model (slot) per member of the cohort. Each round sends slot i to the i-th member. Then every unit (a layer) of
+    the returned models is shuffled over the slots, with a separate permutation per unit (recombination). The first `first_stage_rounds`
+    rounds fill all slots with the average instead (the two-stage scheme).
     The model in use is the equal-weight mean of the slots, which recombination leaves unchanged.
-    With `secure` (the paper's secure recombination) clients shuffle their units among themselves first.
+    With `secure` (the paper's secure recombination), clients first shuffle their units among themselves.
 
-    Differences from the released code: a unit is a layer, as the paper says (`unit=tensor` permutes every tensor on its own, as the code
-    does). A slot whose client is lost, or that a smaller cohort does not use, goes into the recombination as it is.
+    Differences from the released code: a unit is a layer, as in the paper (`unit=tensor` permutes every tensor separately, as the code
+    does). A slot whose client is lost, or that a smaller cohort does not use, is recombined unchanged.
     """
 
     lr: Positive = 0.01
     momentum: Fraction = 0.5
     local_epochs: Count = 5
     unit: Literal["layer", "tensor", "block", "segment"] = "layer"
-    """What is shuffled as one piece: the tensors of a layer, single tensors, blocks, or segments of consecutive tensors."""
+    """The unit that is shuffled as a whole: a layer's tensors, a single tensor, a block, or a segment of consecutive tensors."""
     segment: Share = 0.1
-    """The size of a segment as a part of all tensors (with `unit=segment`)."""
+    """The size of a segment as a fraction of all tensors (with `unit=segment`)."""
     first_stage_rounds: Whole = 0
     """Rounds of plain averaging before recombination begins (T1)."""
     first_stage_patience: Whole = 0
-    """End the first stage early, once the returned models have not become more alike for so many rounds; 0: never."""
+    """End the first stage after this many rounds without an increase of the returned models' similarity; 0: never end it early."""
     secure: bool = False
     """Whether clients exchange units before the upload, so that the server never sees one client's whole model."""
 
@@ -57,20 +57,20 @@ class FedMR(Method):
     )
 
     def __post_init__(self) -> None:
-        """Patience cannot outlast its stage."""
+        """Raise ValueError if the patience is longer than the first stage."""
         super().__post_init__()
         if self.first_stage_patience > self.first_stage_rounds:
             raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """K slots, stacked: every leaf is (K, ...). With patience also how alike models were at best, and rounds since."""
+        """Return K slots, stacked: every leaf is (K, ...). With patience, also the best similarity so far and the rounds since."""
         slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
         if not self.first_stage_patience:
             return slots
         return slots | {"stage": {"best": torch.tensor(-1.0, dtype=torch.float64), "rounds": torch.tensor(0)}}
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
-        """Slot i to the i-th member."""
+        """Return slot i for the i-th member."""
         return Downlink(each=[{"weights": slot} for slot in tree.unstack(server["slots"])[: len(cohort)]])
 
     @property
@@ -79,20 +79,22 @@ class FedMR(Method):
         return self.secure
 
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
-        """Secure recombination: units are shuffled among those who arrived, until none holds a whole model of one client."""
+        """Secure recombination: shuffle units among the clients that arrived until no tree holds one client's whole model."""
         if not self.secure:
             return uplinks
         models = tree.stack([uplink["weights"] for uplink in uplinks])
         n, pieces = len(uplinks), self.units(models)
         if n < 2 or len(pieces) < 2:
-            raise ConfigError(f"method.secure=true needs two clients and two units a round; here {n} and {len(pieces)}")
+            raise ConfigError(
+                f"method.secure=true: needs at least two clients and two units per round, not {n} and {len(pieces)}"
+            )
         orders = [torch.arange(n)] * len(pieces)
         while (torch.stack(orders) == orders[0]).all(0).any():
             orders = [rng.permutation(n) for _ in pieces]
         return [{"weights": model} for model in tree.unstack(_shuffled(models, pieces, orders))]
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Average in the first stage, recombine in the second."""
+        """Average in the first stage; recombine in the second."""
         slots, models = tree.unstack(server["slots"]), [uplink["weights"] for uplink in uplinks]
         if self.averages(server, round.number):
             return self.watched(server, models) | {"slots": tree.stack([tree.mean(models)] * len(slots))}
@@ -101,12 +103,12 @@ class FedMR(Method):
         return server | {"slots": self.recombine(tree.stack(slots), round.rng)}
 
     def averages(self, server: Tree, number: int) -> bool:
-        """Whether a round belongs to the first stage."""
+        """Return whether a round belongs to the first stage."""
         patient = not self.first_stage_patience or int(server["stage"]["rounds"]) < self.first_stage_patience
         return number < self.first_stage_rounds and patient
 
     def watched(self, server: Tree, models: Sequence[Weights]) -> Tree:
-        """The server's state with what patience goes by: the best mean cosine of returned models, and rounds without a better one."""
+        """Return the server's state with updated patience: the best mean cosine of returned models, and rounds since it improved."""
         if not self.first_stage_patience or len(models) < 2:
             return server
         best, now = server["stage"]["best"], tree.mean_cosine([model["params"] for model in models])
@@ -114,7 +116,7 @@ class FedMR(Method):
         return server | {"stage": {"best": best.clamp(min=now), "rounds": waited}}
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """Mean pairwise cosine of the returned models' parameters (`slot_cosine`), and of what each moved by (`update_cosine`)."""
+        """Return the mean pairwise cosine of the returned models' parameters (`slot_cosine`) and of their updates (`update_cosine`)."""
         if len(uplinks) < 2:
             return {}
         slots = tree.unstack(server["slots"])
@@ -122,18 +124,18 @@ class FedMR(Method):
         alike = {"slot_cosine": tree.mean_cosine(models)}
         if self.first_stage_patience:
             alike["first_stage"] = float(self.averages(server, round.number))
-        if self.secure:  # nobody knows which slot a unit was sent from
+        if self.secure:  # the server does not know which slot a unit came from
             return alike
         moved = [tree.sub(m, slots[a.slot]["params"]) for m, a in zip(models, round.arrivals, strict=True)]
         return alike | {"update_cosine": tree.mean_cosine(moved)}
 
     def recombine(self, slots: Weights, rng: Stream) -> Weights:
-        """slot_i[u] <- slot_{pi_u(i)}[u] with an independent uniform permutation pi_u for every unit u."""
+        """Recombine: slot_i[u] <- slot_{pi_u(i)}[u] with an independent uniform permutation pi_u for every unit u."""
         n, pieces = len(tree.leaves(slots)[0]), self.units(slots)
         return _shuffled(slots, pieces, [rng.permutation(n) for _ in pieces])
 
     def units(self, weights: Weights) -> list[Unit]:
-        """The pieces that stay together."""
+        """Return the groups of tensors that are moved together."""
         if self.unit != "segment":
             return units(weights, self.unit)
         tensors = [tensor for layer in units(weights, "layer") for tensor in layer]
@@ -141,11 +143,11 @@ class FedMR(Method):
         return [tensors[start : start + size] for start in range(0, len(tensors), size)]
 
     def deploy(self, server: Tree, task: Task) -> Downlink:
-        """The equal-weight mean of the slots (w_glb)."""
+        """Return the equal-weight mean of the slots (w_glb)."""
         return Downlink({"weights": tree.mean(tree.unstack(server["slots"]))})
 
 
 def _shuffled(models: Weights, pieces: Sequence[Unit], orders: Sequence[Tensor]) -> Weights:
-    """Stacked models, each piece in an order of its own."""
+    """Return the stacked models with each unit in its own order."""
     order = {tensor: order for piece, order in zip(pieces, orders, strict=True) for tensor in piece}
     return {kind: {name: leaf[order[kind, name]] for name, leaf in part.items()} for kind, part in models.items()}

@@ -1,4 +1,4 @@
-"""FedPer: a common body, a head of one's own."""
+"""FedPer: a common body and a personal head."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 
 @dataclass(frozen=True)
 class FedPer(Method):
-    """FedPer (Arivazhagan et al., 2019): the base layers are averaged, the personalisation layers never leave.
+    """FedPer (Arivazhagan et al., 2019): the base layers are averaged; the personalisation layers stay with the client.
 
-    Travels: the body, both ways. Stays: the head. Both are trained together, as FedAvg's model would be.
+    Travels: the body, both ways. Stays: the head. Both are trained together, like FedAvg's model.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
@@ -25,5 +25,5 @@ class FedPer(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """There is no server model, since no head reaches the server."""
+        """Return the client's predictor; there is no server model, since no head reaches the server."""
         return {"personal": predict_model}

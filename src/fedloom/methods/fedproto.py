@@ -34,9 +34,9 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True)
 class FedProto(Method):
-    """FedProto (Tan et al., AAAI 2022): models of any architectures with a common feature width, held together by prototypes.
+    """FedProto (Tan et al., AAAI 2022): prototypes tie together models of different architectures with a common feature width.
 
-    Two nets: `body` gives features z (B, p), `head` logits. A client's prototypes are the mean features of its classes, (C_k, p)
+    Two nets: `body` outputs features z (B, p), `head` logits. A client's prototypes are the mean features of its classes, (C_k, p)
     for the C_k classes that it holds; the server averages them class by class.
 
     Travels: prototypes and counts (Y,), both ways. Stays: all weights. A client predicts the class of the nearest global
@@ -44,9 +44,9 @@ class FedProto(Method):
     """
 
     prototype_weight: NonNegative = 1.0
-    """Weight lambda of the mean squared distance between a row's features and its class's global prototype."""
+    """Weight lambda of the mean squared distance between an example's features and its class's global prototype."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
-    """Whether a client counts by its rows of the class, or all clients that hold the class count alike."""
+    """Weight of a client in a class's mean: its examples of the class, or the same for all clients that hold the class."""
 
     shared: ClassVar[tuple[str, ...]] = ()
     also_travels: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
@@ -58,33 +58,33 @@ class FedProto(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """An architecture's body and head; all bodies must give as many features."""
+        """Return an architecture's body and head; all bodies must have the same number of features."""
         if arch.features != task.width:
             raise ConfigError(
-                f"models: {arch.name} gives {arch.features} features and another {task.width}; prototypes need one width, such as width=64"
+                f"models: {arch.name} has {arch.features} features and another {task.width}; prototypes need one width, such as width=64"
             )
         return {"body": arch.body(), "head": arch.head()}
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
-        """Counts (Y,) and sums of features (Y, p) by class, in float64."""
+        """Return zero counts (Y,) and sums of features (Y, p) by class, in float64."""
         counts = torch.zeros(task.n_classes, dtype=torch.float64)
         return {"statistics": {"counts": counts, "sums": counts.new_zeros(task.n_classes, task.width)}}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """Prototypes (Y, p) and the rows behind them (Y,); a class with no rows has none yet."""
+        """Return zero prototypes (Y, p) and example counts (Y,); a class with count 0 has no prototype yet."""
         return {"prototypes": torch.zeros(task.n_classes, task.width), "counts": torch.zeros(task.n_classes)}
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
-        """All prototypes and counts."""
+        """Return all prototypes and counts."""
         return Downlink(dict(server))
 
     def phases(self) -> tuple[Phase, ...]:
-        """Training, then the prototypes of the trained body."""
+        """Return training, then a sweep for the prototypes of the trained body."""
         train = Train("train", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
         return train, Sweep("statistics", self.statistics)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Cross-entropy plus prototype_weight times the distance to the prototypes; a row whose class has none has distance 0."""
+        """Return cross-entropy plus prototype_weight times the distance to the prototypes; examples without a prototype have distance 0."""
         features = nets.body(batch.x)
         error = losses.cross_entropy(nets.head(features), batch.y)
         known = down["counts"][batch.y] > 0
@@ -92,7 +92,7 @@ class FedProto(Method):
         return error + self.prototype_weight * distance, {"cross_entropy": error, "distance": distance}
 
     def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Mean squared distance per feature between rows (B, p) and their classes' prototypes: (B,)."""
+        """Return the mean squared distance per feature between features (B, p) and their classes' prototypes: (B,)."""
         away: Tensor = features - down["prototypes"][labels]
         return away.square().mean(1)
 
@@ -103,18 +103,18 @@ class FedProto(Method):
         return {"counts": total["counts"] + member.sum(0), "sums": total["sums"] + member.T @ features}
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Prototypes of the classes that the client holds (C_k, p), in the order of the classes, and all counts (Y,)."""
+        """Return prototypes of the classes that the client holds (C_k, p), in the order of the classes, and all counts (Y,)."""
         counts, sums = client.memory["statistics"]["counts"], client.memory["statistics"]["sums"]
         held, dtype = counts > 0, down["prototypes"].dtype
         prototypes = sums[held] / counts[held, None]
         return {"prototypes": prototypes.to(dtype), "counts": counts.to(dtype)}, client.memory
 
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
-        """One prototype for each class that is held."""
+        """Return the number of classes that the client holds: one prototype for each."""
         return {"prototypes": int((uplink["counts"] > 0).sum())}
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Mean prototypes, class by class; a class that nobody of the cohort holds keeps what it had."""
+        """Return mean prototypes, class by class; a class that no client of the cohort holds keeps its prototype."""
         shares, local = self.gathered(uplinks)
         seen = shares.sum(0) > 0
         prototypes = torch.where(seen[:, None], (shares[:, :, None] * local).sum(0), server["prototypes"])
@@ -122,7 +122,9 @@ class FedProto(Method):
         return {"prototypes": prototypes, "counts": torch.where(seen, counts, server["counts"])}
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """`prototype_cosine`: the mean cosine of two clients' prototypes of a class, averaged over the classes that two or more hold."""
+        """Return `prototype_cosine`: the mean cosine of two clients' prototypes of a class, over the classes that two or more
+        clients hold.
+        """
         _, local = self.gathered(uplinks)
         held = torch.stack([up["counts"] > 0 for up in uplinks])
         by_class = [[{"prototype": p} for p in local[held[:, y], y]] for y in range(held.shape[1])]
@@ -130,7 +132,7 @@ class FedProto(Method):
         return {"prototype_cosine": sum(cosines) / len(cosines)} if cosines else {}
 
     def gathered(self, uplinks: Sequence[Tree]) -> tuple[Tensor, Tensor]:
-        """Each client's share of each class (K, Y), which sum to 1 over clients or are all 0, and its prototypes (K, Y, p), 0 for none."""
+        """Return each client's weight in each class (K, Y), with sum 1 or 0 over clients, and its prototypes (K, Y, p), 0 for none."""
         weights = self.weights_of(uplinks)
         local = uplinks[0]["prototypes"].new_zeros(*weights.shape, uplinks[0]["prototypes"].shape[1])
         for mine, up in zip(local, uplinks, strict=True):
@@ -138,16 +140,16 @@ class FedProto(Method):
         return weights / weights.sum(0).clamp(min=1), local
 
     def weights_of(self, uplinks: Sequence[Tree]) -> Tensor:
-        """How much each client counts in each class: (K, Y)."""
+        """Return each client's unnormalised weight in each class: (K, Y)."""
         counts = torch.stack([up["counts"] for up in uplinks])
         return counts if self.prototype_mean == "weighted" else (counts > 0).to(counts.dtype)
 
     def predictors(self) -> dict[str, Predictor]:
-        """The nearest prototype; there is no server model."""
+        """Return the nearest prototype as the client's predictor; there is no server model."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Minus the distances to the global prototypes (B, Y); a class without a prototype is never chosen."""
+        """Return minus the distances to the global prototypes (B, Y); a class without a prototype is never chosen."""
         features = losses.wide(nets.body(x))
         distance = (features[:, None] - down["prototypes"].to(features.dtype)).norm(dim=2)
         return torch.where(down["counts"] > 0, -distance, torch.finfo(features.dtype).min)

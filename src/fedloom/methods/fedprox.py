@@ -1,4 +1,4 @@
-"""FedProx: local models are held near the one that they received."""
+"""FedProx: a proximal term keeps local models near the received model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedloom.tree import Tree
 
 @dataclass(frozen=True)
 class FedProx(Method):
-    """FedProx (Li et al., MLSys 2020, eq. 2 and algorithm 2), with epochs in place of the inexactness gamma.
+    """FedProx (Li et al., MLSys 2020, eq. 2 and algorithm 2), with epochs instead of the inexactness gamma.
 
     Travels: the whole model, both ways. Stays: nothing. With mu = 0 it is FedAvg.
     """
@@ -33,6 +33,6 @@ class FedProx(Method):
     )
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Cross-entropy plus the proximal term (eq. 2); only parameters are held, not running statistics."""
+        """Return cross-entropy plus the proximal term (eq. 2), which covers parameters, not running statistics."""
         error = losses.cross_entropy(nets.model(batch.x), batch.y)
         return error + self.mu / 2 * losses.squared_distance(nets.params, down["weights"]["params"])

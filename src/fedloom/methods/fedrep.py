@@ -1,4 +1,4 @@
-"""FedRep: first the own head on the common body, then the body under that head."""
+"""FedRep: train the personal head on the common body first, then the body under that head."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedloom.ranges import Count
 
 @dataclass(frozen=True)
 class FedRep(FedPer):
-    """FedRep (Collins et al., ICML 2021): a common representation, learnt under heads that fit it first.
+    """FedRep (Collins et al., ICML 2021): a common representation, trained under heads that were fitted first.
 
-    Travels: the body, both ways. Stays: the head. A turn makes `head_epochs` passes that update the head alone, then `local_epochs`
-    passes that update the body alone. The whole model is in training mode in both, as in the released code, so running statistics
-    also move while the head learns.
+    Travels: the body, both ways. Stays: the head. A local update makes `head_epochs` passes that update the head alone, then
+    `local_epochs` passes that update the body alone. The whole model is in training mode in both, as in the released code, so running
+    statistics also change while the head is trained.
     """
 
     head_epochs: Count = 10
@@ -30,7 +30,7 @@ class FedRep(FedPer):
     )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Head, then body."""
+        """Return training of the head, then of the body."""
         head = Train("head", self.loss, ("model:head",), self.local_optimizer(), epochs=self.head_epochs)
         body = Train("body", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs)
         return head, body

@@ -1,4 +1,4 @@
-"""FedVTC: variational transposed convolutions make images out of shared feature statistics, to fine-tune models on."""
+"""FedVTC: variational transposed convolutions generate images from shared feature statistics; models are fine-tuned on them."""
 
 from __future__ import annotations
 
@@ -23,60 +23,62 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class FedVTC(FedProto):
-    """FedVTC (Niu et al., ICLR 2026); the released facts leave gaps, see `docs/methods/fedvtc.md` for what is reconstructed.
+    """FedVTC (Niu et al., ICLR 2026). The publication leaves details open; `docs/methods/fedvtc.md` says what is reconstructed.
 
-    Nets of a client: `body` (g_k) gives features z (B, p), `head` (h_k) logits, `generator` (psi_k) images from features; with
-    `learn_spread` also `spread`. Architectures may differ, p may not.
+    Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) logits, `generator` (psi_k) images from features; with
+    `learn_spread` also `spread`. Architectures may differ, but p may not.
 
     Travels: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Stays: all weights (with `share_generator`
-    the generator travels too). A turn has four phases:
+    the generator travels too). A local update has four phases:
 
-    1. fit: body and head by cross-entropy, pulled to the global prototypes.
-    2. statistics: a sweep over the client's rows.
-    3. generator: psi_k rebuilds images from noisy features, and its images of *global* latents must give features like c; f_k is frozen.
-    4. finetune: body and head on images psi_k(v), v ~ N(c_y, sigma^2), y uniform; in every Nth round, or on a copy before predicting.
+    1. fit: train body and head by cross-entropy plus the distance to the global prototypes.
+    2. statistics: a sweep over the client's examples.
+    3. generator: train psi_k to reconstruct images from noisy features. The features of its images of *global* latents must match c. Body
+       and head are frozen.
+    4. finetune: train body and head on images psi_k(v), v ~ N(c_y, sigma^2), y uniform; in every Nth round, or on a copy before
+    predicting.
     """
 
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
-    """Whether a client counts by its rows of the class, or all clients that hold the class count alike (means and variance)."""
+    """Weight of a client in a class's mean and variance: its examples of the class, or the same for all clients that hold the class."""
     prototype_weight: NonNegative = 1.0
-    """Weight lambda of the distance between a row's features and its class's global prototype."""
+    """Weight lambda of the distance between an example's features and its class's global prototype."""
     pull: Literal["plain", "scaled"] = "plain"
-    """The distance: a mean square, or one in units of sigma, halved (then a shrinking sigma pulls harder: mind `spread_floor`)."""
+    """The distance: a mean square, or half a mean square in units of sigma (a small sigma then pulls harder: mind `spread_floor`)."""
     covariance: feature_statistics.Form = "pooled"
     """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
     spread_floor: Positive = 0.1
-    """The least standard deviation of a feature."""
+    """The minimum standard deviation of a feature."""
     learn_spread: bool = False
     """Whether the client learns its own sigma_k, as a factor on the empirical one, together with psi_k."""
     generator_form: Literal["linear", "conv"] = "linear"
-    """How psi begins: a linear map to small pictures, or a transposed convolution of one pixel."""
+    """The first layer of psi: a linear map to small images, or a transposed convolution of one pixel."""
     generator_epochs: Count = 1
-    """Passes over the client's training rows that update the generator."""
+    """Passes over the client's training examples that update the generator."""
     generator_lr: Positive = 1e-3
-    """The generator's learning rate (Adam, whose moments last over rounds)."""
+    """The generator's learning rate (Adam, with moments kept between rounds)."""
     kl_weight: NonNegative = 0.1
     """Weight of KL(N(z, sigma_k^2) || N(c_y, sigma^2)) per feature; it has a gradient only with `learn_spread`."""
     matching: Literal["mean", "mahalanobis", "real", "cycle"] = "mean"
-    """What g_k(psi_k(v)) must match: c by class means, c row by row in units of sigma, the class means of real rows, or v itself."""
+    """The target of g_k(psi_k(v)): c for class means, c per example in units of sigma, class means of real examples, or v itself."""
     matching_weight: NonNegative = 1.0
     """Weight of the distribution matching."""
     n_synthetic: Count = 32
-    """Synthetic images in a step."""
+    """Synthetic images per step."""
     finetune: Literal["every", "end", "never"] = "every"
-    """Fine-tune in every `finetune_every`-th round, or a copy before predicting (which is thrown away), or not."""
+    """When to fine-tune: in every `finetune_every`-th round, on a copy before predicting (which is then discarded), or never."""
     finetune_every: Count = 1
-    """Rounds from one fine-tuning to the next."""
+    """Rounds between two fine-tunings."""
     finetune_steps: Count = 50
-    """Steps of a fine-tuning."""
+    """Steps of one fine-tuning."""
     finetune_lr: NonNegative = 0.0
-    """Learning rate of the fine-tuning; 0 means `lr`."""
+    """Learning rate of fine-tuning; 0: the same as `lr`."""
     finetune_part: Literal["model", "head"] = "model"
-    """What fine-tuning updates."""
+    """The weights that fine-tuning updates."""
     finetune_mix: bool = True
-    """Whether a batch of real rows goes with every batch of synthetic ones, and counts as much."""
+    """Whether each batch of synthetic examples is combined with a batch of real ones, with equal weight."""
     share_generator: bool = False
-    """Whether the generators are averaged (they travel then) or stay with their clients."""
+    """Whether the generators travel and are averaged, or stay with their clients."""
 
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
     paper: ClassVar[Paper] = Paper(
@@ -86,33 +88,33 @@ class FedVTC(FedProto):
         "https://arxiv.org/abs/2508.01669",
     )
 
-    # what exists
+    # initial state
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Body and head of any architecture, and a generator for its features."""
+        """Return body and head of any architecture, and a generator for its features."""
         nets = super().nets(arch, task) | {"generator": VtcDecoder(task.width, task.input_shape, self.generator_form)}
         return nets | {"spread": Spread(task.width)} if self.learn_spread else nets
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
-        """Counts, sums and squares of the features."""
+        """Return zero counts, sums and squares of the features."""
         return {"statistics": feature_statistics.zeros(self.covariance, task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """FedProto's prototypes and counts, the variance, and the generator if it is shared."""
+        """Return FedProto's prototypes and counts, the variance, and the generator if it is shared."""
         variance = torch.zeros(feature_statistics.shape(self.covariance, task.n_classes, task.width))
         server = super().init_server(weights, task) | {"variance": variance}
         return server | {"weights": self.travelling(weights)} if self.share_generator else server
 
     def travelling(self, weights: Weights) -> Weights:
-        """The generator, or nothing."""
+        """Return the generator if it is shared, or nothing."""
         return select(weights, ("generator",) if self.share_generator else ())
 
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
-        """A client's own weights, with the generator that came."""
+        """Return the client's own weights, with the received generator if it is shared."""
         return tree.merge(weights, down["weights"]) if self.share_generator else weights
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
-        """c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
+        """Return c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
         sent = {key: value for key, value in server.items() if key != "variance"}
         return Downlink(
             sent
@@ -120,7 +122,7 @@ class FedVTC(FedProto):
         )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Fit, statistics, generator, and fine-tuning where it is a part of turns."""
+        """Return fit, statistics, generator, and fine-tuning if it is part of local updates."""
         fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
         nets = ("generator", "spread") if self.learn_spread else ("generator",)
         adam = optim.adam(self.generator_lr)
@@ -131,11 +133,11 @@ class FedVTC(FedProto):
         return (*first, self.finetuning()) if self.finetune == "every" else first
 
     def adapt(self) -> tuple[Phase, ...]:
-        """The last fine-tuning, where it is not a part of turns."""
+        """Return the fine-tuning before predicting, if it is not part of local updates."""
         return (self.finetuning(),) if self.finetune == "end" else ()
 
     def finetuning(self) -> Train:
-        """In evaluation mode: running statistics stay those of real images."""
+        """Return fine-tuning in evaluation mode: running statistics stay those of real images."""
         nets = ("body", "head") if self.finetune_part == "model" else ("head",)
         optimizer = self.local_optimizer(self.finetune_lr or self.lr)
         when = self.finetunes if self.finetune == "every" else None
@@ -143,36 +145,36 @@ class FedVTC(FedProto):
         return tune(steps=self.finetune_steps, train_mode=(), when=when)
 
     def finetunes(self, turn: Turn) -> bool:
-        """Whether this turn has a fine-tuning."""
+        """Return whether this local update includes fine-tuning."""
         return (turn.number + 1) % self.finetune_every == 0
 
     # phase 1: fit (FedProto's loss, with another distance)
 
     def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Mean squared distance per feature to the classes' prototypes (B,), or half of that in units of sigma."""
+        """Return the mean squared distance per feature to the classes' prototypes (B,), or half of it in units of sigma."""
         away: Tensor = features - down["prototypes"][labels]
         if self.pull == "scaled":
             away = away / (self.sigma(down, labels) * 2**0.5)
         return away.square().mean(1)
 
     def sigma(self, down: Tree, labels: Tensor) -> Tensor:
-        """The global standard deviations for rows of these classes, (p,) or (B, p); a coarse downlink may have rounded them to 0."""
+        """Return the global standard deviations for these labels, (p,) or (B, p); a lossy downlink may have rounded them to 0."""
         return feature_statistics.deviations(down["spread"], labels, self.covariance).clamp(min=self.spread_floor)
 
     # phase 2: statistics
 
     def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
-        """Add a batch."""
+        """Add a batch to the statistics."""
         return feature_statistics.add_features(total, nets.body(batch.x), batch.y, self.covariance)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Prototypes of the classes held, counts, the variance, and the generator if it is shared."""
+        """Return prototypes of the classes held, counts, the variance, and the generator if it is shared."""
         sent, memory = super().uplink(client, received, down, turn)
         sent["variance"] = feature_statistics.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
         return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """FedProto's prototypes, and the variance of all rows about them."""
+        """Return FedProto's prototypes, and the variance of all examples around them."""
         after = super().aggregate(server, uplinks, round)
         weights, (_, local) = self.weights_of(uplinks), self.gathered(uplinks)
         inside = torch.stack([up["variance"] for up in uplinks])
@@ -187,27 +189,29 @@ class FedVTC(FedProto):
     # phase 3: generator
 
     def draw_latents(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Noise for the batch's own features (B, p) and for synthetic rows (S, p), and numbers in [0, 1) that choose their classes (S,)."""
+        """Draw noise for the batch's features (B, p) and for synthetic examples (S, p), and numbers in [0, 1) that choose classes (S,)."""
         n, p = self.n_synthetic, task.width
-        choice = (torch.arange(n) + rng.uniform((n,))) / n  # evenly over the classes
+        choice = (torch.arange(n) + rng.uniform((n,))) / n  # stratified over the classes
         return {"noise": rng.normal((len(batch.y), p)), "latent_noise": rng.normal((n, p)), "class_choice": choice}
 
     def generator_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Reconstruction of x from z + sigma_k eps, the KL term and the distribution matching; the frozen body gives z."""
+        """Return the reconstruction error of x from z + sigma_k eps, plus the KL term and the distribution matching; the frozen
+        body computes z.
+        """
         z = nets.body(batch.x)
         spread = self.own_spread(nets, batch.y, memory).to(z.dtype)
         image = nets.generator(z + spread * batch.draws["noise"])
         reconstruction = (image - batch.x).square().mean()
         kl = self.kl(z, spread, batch.y, down)
         loss, logs = reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
-        if not self.matching_weight:  # else half of the step's work would be for nothing
+        if not self.matching_weight:  # saves half of the step's work
             return loss, logs
         labels, latents = self.latents(batch.draws, down)
         matching = self.match(nets.body(nets.generator(latents)), latents, labels=labels, z=z, y=batch.y, down=down)
         return loss + self.matching_weight * matching, logs | {"matching": matching}
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
-        """sigma_k for each row: (B, p)."""
+        """Return sigma_k for each example: (B, p)."""
         variance = feature_statistics.within(memory["statistics"], self.covariance)
         per_row = feature_statistics.own_deviations(variance, self.spread_floor, labels, self.covariance).expand(
             len(labels), -1
@@ -215,7 +219,7 @@ class FedVTC(FedProto):
         return per_row * nets.spread() if self.learn_spread else per_row
 
     def kl(self, z: Tensor, spread: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature: mean over rows, 0 for classes without a prototype."""
+        """Return KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature: mean over examples, 0 for classes without a prototype."""
         sigma = self.sigma(down, labels)
         known = (down["counts"][labels] > 0)[:, None]
         mean = (z - down["prototypes"][labels]) / sigma
@@ -223,13 +227,13 @@ class FedVTC(FedProto):
         return losses.gaussian_kl(known * mean, known * log_variance) / z.shape[1]
 
     def latents(self, draws: Mapping[str, Tensor], down: Tree) -> tuple[Tensor, Tensor]:
-        """Classes (S,), uniform over those with a prototype (0 where none has), and v ~ N(c_y, sigma^2) (S, p)."""
+        """Return classes (S,), uniform over those with a prototype (0 if there is none), and v ~ N(c_y, sigma^2) (S, p)."""
         labels = feature_statistics.among(down["counts"] > 0, draws["class_choice"])
         away = feature_statistics.scaled(draws["latent_noise"], down["spread"], labels, self.covariance)
         return labels, down["prototypes"][labels] + away
 
     def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
-        """The distance of features `made` of synthetic images (S, p) from what they should be, per feature; 0 without prototypes."""
+        """Return the distance per feature of the synthetic images' features `made` (S, p) from their target; 0 without prototypes."""
         made = losses.wide(made)
         known: Tensor = down["counts"] > 0
         target: Tensor = down["prototypes"]
@@ -247,7 +251,9 @@ class FedVTC(FedProto):
     # phase 4: fine-tuning
 
     def finetune_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Cross-entropy on synthetic images, alone or half and half with real rows; 0 without prototypes, or before the first turn."""
+        """Return cross-entropy on synthetic images, alone or averaged with real examples; 0 without prototypes or before the
+        first local update.
+        """
         labels, latents = self.latents(batch.draws, down)
         error = losses.cross_entropy(self.predict(nets, nets.generator(latents), down, memory), labels)
         if self.finetune_mix:
@@ -256,6 +262,6 @@ class FedVTC(FedProto):
         return error * ready
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Logits (B, Y) of the client's own model, not by nearest prototype; there is no server model."""
+        """Return logits (B, Y) of the client's own model, not by nearest prototype; there is no server model."""
         logits: Tensor = nets.head(nets.body(x))
         return logits

@@ -1,4 +1,4 @@
-"""Local training: every client alone, the lower reference of personalised federated learning."""
+"""Local training: every client trains alone, the lower reference of personalised federated learning."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 
 @dataclass(frozen=True)
 class Local(Method):
-    """Every client trains its own model on its own rows.
+    """Every client trains its own model on its own examples.
 
-    Travels: nothing. Stays: the model. A round is `local_epochs` passes, so a run costs as much computing as FedAvg's.
+    Travels: nothing. Stays: the model. A round is `local_epochs` passes, so a run takes as many steps as FedAvg's.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[Paper] = Paper("(no federation)", "", "lower reference")
 
     def predictors(self) -> dict[str, Predictor]:
-        """There is no server model."""
+        """Return the client's predictor; there is no server model."""
         return {"personal": predict_model}

@@ -1,4 +1,4 @@
-"""Methods by name, objects from a user's file, and what a method's class says of itself."""
+"""Methods by name, objects from a user's file, and the description of a method's class."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from fedloom.method import Method
 
 METHODS: Registry[type[Method]] = Registry({name: f"fedloom.methods.{name}:{cls}" for name, cls in CLASSES.items()})
-"""The registered methods; one is imported when it is looked up."""
+"""The registered methods; each is imported at lookup."""
 
 
 def load_object(where: str, key: str) -> Any:
-    """The object `NAME` in a user's Python file, from `path/to/file.py:NAME`.
+    """Return the object `NAME` of a user's Python file, from `path/to/file.py:NAME`.
 
     Raises:
-        ConfigError: no such file or name, or the file cannot be imported; `key` is the setting to blame.
+        ConfigError: no such file or name, or the file cannot be imported; the message names the setting `key`.
     """
     path, _, name = where.rpartition(":")
     module = load_module(Path(path), f"{key}={where}")
@@ -38,7 +38,7 @@ def load_object(where: str, key: str) -> Any:
 
 
 def load_module(file: Path, setting: str) -> ModuleType:
-    """A user's Python file; `setting` is what to blame.
+    """Import a user's Python file; error messages begin with `setting`.
 
     Raises:
         ConfigError: there is no such file, or it cannot be imported.
@@ -50,12 +50,12 @@ def load_module(file: Path, setting: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{setting}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up there
+    sys.modules[module_name] = module  # dataclasses look their module up here
     try:
         spec.loader.exec_module(module)
-    except SystemExit as leaving:  # would pass for the end of the command
+    except SystemExit as leaving:  # it would end the command
         raise ConfigError(
-            f'{setting}: {file} ends Python when it is imported; put that under `if __name__ == "__main__":`'
+            f'{setting}: {file} ends Python when it is imported; put the code that does so under `if __name__ == "__main__":`'
         ) from leaving
     except Exception as error:
         raise ConfigError(f"{setting}: {file} cannot be imported: {type(error).__name__}: {error}") from error
@@ -63,7 +63,7 @@ def load_module(file: Path, setting: str) -> ModuleType:
 
 
 def method_class(name: str) -> type[Method]:
-    """A method's class, from its name, from `file.py:Class`, or from `server+client`, two names whose halves are joined."""
+    """Return a method's class from its name, from `file.py:Class`, or from `server+client`, the names of two methods to compose."""
     from fedloom.method import Method
 
     if ":" in name:
@@ -78,18 +78,18 @@ def method_class(name: str) -> type[Method]:
         return composed(method_class(server), method_class(client))
     if name not in METHODS:
         raise ConfigError(
-            f"method={name}: no method has that name{suggest(name, METHODS)}; an own one is given as my.py:Mine"
+            f"method={name}: there is no such method{suggest(name, METHODS)}; write your own method as my.py:Mine"
         )
     return METHODS[name]
 
 
 def method_name(method: type[Method]) -> str:
-    """The registered name of a method's class, or the class's own name."""
+    """Return the registered name of a method's class, or else the class's own name."""
     return next((name for name, known in METHODS.items() if known is method), method.__name__)
 
 
 def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
-    """What there is to know of a method: paper, what travels, hyper-parameters with their defaults and meanings."""
+    """Describe a method: paper, what travels, and hyper-parameters with their defaults and meanings."""
     docs, types = _field_docs(method), get_type_hints(method, include_extras=True)
     paper = getattr(method, "paper", None)
     return {
@@ -113,7 +113,7 @@ def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
 
 
 def describe_registered(name: str) -> dict[str, Any]:
-    """What `describe` says of a registered method, without importing it."""
+    """Describe a registered method as `describe_method` does, without importing it."""
     facts = source_facts.class_facts(METHODS.origins[name])
     title, authors, venue, *url = facts.constants["paper"]
     return {
@@ -133,7 +133,7 @@ def describe_registered(name: str) -> dict[str, Any]:
 
 
 def _field_docs(method: type) -> dict[str, str]:
-    """The string below each field, in the class's source and in those it derives from."""
+    """Return the string below each field, in the class's source and its bases."""
     docs: dict[str, str] = {}
     for cls in reversed(method.__mro__[:-1]):
         try:

@@ -20,8 +20,8 @@ class Scaffold(Method):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II).
 
     Travels: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Stays: the client's control
-    variate c_i, an estimate of its own *gradient* (same sign); c is the mean of all c_i
-    (as long as no uplink is rejected and no round skipped: clients are not told, and keep their new c_i).
+    variate c_i, an estimate of its own *gradient* (same sign). c is the mean of all c_i, unless an uplink is rejected or a round is
+    skipped: clients do not learn of it and keep their new c_i.
     The means run over the cohort with equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
     """
 
@@ -37,32 +37,32 @@ class Scaffold(Method):
     )
 
     def __post_init__(self) -> None:
-        """Option II reads the mean gradient off the distance travelled, which only plain SGD allows."""
+        """Raise ValueError unless local steps are plain SGD: option II derives the mean gradient from the distance travelled."""
         super().__post_init__()
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
-            raise ValueError("scaffold needs plain SGD: optimizer=sgd, momentum=0, weight_decay=0")
+            raise ValueError("scaffold needs plain SGD; use optimizer=sgd, momentum=0, weight_decay=0")
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
-        """c_i = 0."""
+        """Return c_i = 0."""
         return {"control": tree.zeros_like(self.travelling(weights)["params"])}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """The model and c = 0; K turns the cohort's mean change of c_i into the change of c."""
+        """Return the model and c = 0. `aggregate` needs K to turn the cohort's mean change of c_i into the change of c."""
         control = tree.zeros_like(self.travelling(weights)["params"])
         return super().init_server(weights, task) | {"control": control}
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
-        """x and c."""
+        """Return x and c."""
         return Downlink({"weights": server["weights"], "control": server["control"]})
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Its gradient is g_i(y) - c_i + c (line 10)."""
+        """Return a loss whose gradient is g_i(y) - c_i + c (line 10)."""
         correction = tree.sub(down["control"], memory["control"])
         own = {name: nets.params[name] for name in correction}
         return losses.cross_entropy(nets.model(batch.x), batch.y) + tree.dot(correction, own)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """y_i and the change of c_i: c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""
+        """Return y_i and the change of c_i: c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""
         travelled = turn.steps["train"] * self.lr * self.lr_scale(turn.number)
         sent = self.travelling(client.weights)
         moved = tree.sub(down["weights"]["params"], sent["params"])
@@ -71,7 +71,7 @@ class Scaffold(Method):
         return {"weights": sent, "control": change}, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """x <- x + server_lr mean(y_i - x); c <- c + |S| / K mean(change of c_i) (lines 16 and 17)."""
+        """Return x <- x + server_lr mean(y_i - x) and c <- c + |S| / K mean(change of c_i) (lines 16 and 17)."""
         mean = tree.mean(uplinks)
         step = tree.sub(mean["weights"]["params"], server["weights"]["params"])
         params = tree.add(server["weights"]["params"], step, self.server_lr)

@@ -22,12 +22,12 @@ WORDS: Mapping[str, Any] = {
     "ClassVar": ClassVar,
     "Literal": Literal,
 }
-"""Names that mean the same in every file; all others are looked up in the files."""
+"""Names with the same meaning in every file; all others are looked up in the files."""
 
 
 @dataclass(kw_only=True)
 class ClassFacts:
-    """What the source of a class and of those it derives from says."""
+    """Facts from the source of a class and its bases."""
 
     doc: str = ""
     types: dict[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class ClassFacts:
     docs: dict[str, str] = field(default_factory=dict)
     """The string below each field."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """What is annotated with `ClassVar`; a call in it, such as `Paper(...)`, is the list of its arguments."""
+    """The class variables annotated with `ClassVar`; a call as a value, such as `Paper(...)`, is stored as the list of its arguments."""
 
 
 def class_facts(origin: str) -> ClassFacts:
@@ -83,7 +83,7 @@ def docstring(origin: str) -> str:
 
 
 def calls(origin: str, method: str) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yield the constant arguments of the calls `x.method(...)` in a function and in those of the command line that it calls."""
+    """Yield the constant arguments of calls `x.method(...)` in a function and in the functions of the command line that it calls."""
     module, name = _split(origin)
     local = {node.name for node in _body(module) if isinstance(node, ast.FunctionDef)}
     imported = _imports(module)
@@ -142,7 +142,7 @@ def _definition(module: str, name: str) -> Definition:
 
 @cache
 def _imports(module: str) -> dict[str, str]:
-    """Return where the names come from that the module's top imports: name to `module:name`."""
+    """Return the origin of the names that the module's top imports: name to `module:name`."""
     return {
         alias.asname or alias.name: f"{node.module}:{alias.name}"
         for node in _body(module)
@@ -152,7 +152,7 @@ def _imports(module: str) -> dict[str, str]:
 
 
 class _Names(dict[str, Any]):
-    """What names mean at the top of a module, by key and as attributes; a class stands for its class variables."""
+    """Values of the names at the top of a module, as keys and as attributes; a class is represented by its class variables."""
 
     def __init__(self, module: str) -> None:
         super().__init__(WORDS)
@@ -175,7 +175,7 @@ class _Names(dict[str, Any]):
 
 
 def _value(node: ast.expr, module: str) -> Any:
-    """Evaluate an expression of a module's class body; a call stands for its arguments."""
+    """Evaluate an expression of a module's class body; a call is represented by its arguments."""
     if isinstance(node, ast.Call):
         return [_value(argument, module) for argument in node.args]
     code = compile(ast.Expression(node), f"<{module}>", "eval")

@@ -1,4 +1,4 @@
-"""The model zoo: plain torch modules that read like their papers, each cut into a body and a linear head."""
+"""The model zoo: plain torch modules that follow their papers, each split into a body and a linear head."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Arch: a recipe for models of one architecture on one problem, from the zoo or from outside."""
+"""Architectures: recipes for models on one problem, from the zoo or from a user's module."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ SMALLEST_SIDE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
-    """A recipe for models of one architecture on one problem; `arch(...)` makes and checks one.
+    """A recipe for models of one architecture on one problem. `arch(...)` creates and checks one.
 
     Every model is `Sequential(body=..., head=Linear)`: the body maps inputs (B, *input_shape) to features
     (B, features), the head maps those to logits (B, n_classes). Initial weights come from torch's global generator,
     which the caller seeds.
 
     Attributes:
-        name: the name in the zoo, or the outsider's own.
-        build: from the zoo, `build(input_shape, width, **options) -> body`; else an outsider's class, function or
-            instance.
+        name: the name in the zoo, or the name of the user's module.
+        build: from the zoo, `build(input_shape, width, **options) -> body`; else the user's class, function or instance.
         input_shape: (C, H, W), or (D,) for flat features.
         n_classes: Y.
-        width: the common feature width that was asked for; None leaves the architecture its own.
+        width: the requested common feature width; None keeps the architecture's own.
         options: sorted pairs (name, value): hashable, so that recipes can be compared and clients grouped by them.
     """
 
@@ -50,30 +49,30 @@ class Arch:
     options: tuple[tuple[str, Option], ...] = ()
 
     def model(self) -> nn.Sequential:
-        """A new model; its tensors are named "body....", "head.weight" and "head.bias"."""
+        """Return a new model; its tensors are named "body....", "head.weight" and "head.bias"."""
         return sequence({"body": self.body(), "head": self.head()})
 
     def body(self, width: int | None = None) -> nn.Module:
-        """A new body with `width` output features; default: the arch's width, else the architecture's own."""
+        """Return a new body with `width` output features; default: the recipe's width, else the architecture's own."""
         return self.build(self.input_shape, width or self.width, **dict(self.options))
 
     def head(self, features: int | None = None) -> nn.Linear:
-        """A new linear head to the logits, from `features` (default: as many as `body()` gives)."""
+        """Return a new linear head from `features` inputs (default: the features of `body()`) to the logits."""
         return nn.Linear(features or self.features, self.n_classes)
 
     @cached_property
     def features(self) -> int:
-        """How many features `body()` gives: found once, by a dry run that leaves torch's generator as it was."""
+        """The number of features of `body()`, found once by a dry run that restores torch's generator."""
         with torch.random.fork_rng(devices=[]):
             return dry_run(self.body(), self.input_shape).shape[-1]
 
 
 class OutsideArch(Arch):
-    """A recipe around an outsider's module class, function or instance, which is split into body and head.
+    """A recipe for a user's module class, function or instance, which is split into body and head.
 
     A class or function is called with those of `input_shape`, `n_classes`, `width` and the options that its signature
-    names. An instance is copied: its weights are the initial weights of every model. Where another width is asked for
-    than the one that comes out, a linear map to it ends the body and the head is new.
+    names. An instance is copied: its weights are the initial weights of every model. If the requested width differs from the
+    module's own, a linear map to that width ends the body and the head is new.
     """
 
     def model(self) -> nn.Sequential:
@@ -90,10 +89,10 @@ class OutsideArch(Arch):
     def check(self) -> None:
         """Raise ConfigError unless the module can be built, split and run on two made-up inputs."""
         with torch.random.fork_rng(devices=[]):
-            refuse_old_norms(self.build, self.name)  # which cannot be copied
-            module = self._module(self.width).to(torch.get_default_dtype())  # as clients will have it
+            refuse_old_norms(self.build, self.name)  # these modules cannot be copied
+            module = self._module(self.width).to(torch.get_default_dtype())  # in the dtype that clients use
             refuse_old_norms(module, self.name)
-            refuse_tied({self.name: module})  # before body and head are separate copies
+            refuse_tied({self.name: module})  # before the split makes separate copies
             refuse_own_state(module, self.input_shape, self.name)
             check_split(module, self.input_shape, self.n_classes, self.name)
 
@@ -109,7 +108,7 @@ class OutsideArch(Arch):
             return deepcopy(self.build)
         module: object = self.build(**self._arguments(inspect.signature(self.build), width))
         if not isinstance(module, nn.Module):
-            raise ConfigError(f"model {self.name} gave a {type(module).__name__}; an nn.Module is needed")
+            raise ConfigError(f"model {self.name}: must return an nn.Module, not {type(module).__name__}")
         if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
             dry_run(module, self.input_shape)
         return module
@@ -122,7 +121,7 @@ class OutsideArch(Arch):
         try:
             signature.bind(**wanted)
         except TypeError as error:
-            raise ConfigError(f"model {self.name}: {error}; offered are {', '.join(offered)}") from None
+            raise ConfigError(f"model {self.name}: {error}; available arguments: {', '.join(offered)}") from None
         return wanted
 
 
@@ -133,7 +132,7 @@ def arch(
     width: int | None = None,
     options: Mapping[str, Option] | None = None,
 ) -> Arch:
-    """The checked recipe for `source`: a name in `ZOO`, or an outsider's nn.Module class, instance, or maker function.
+    """Return the checked recipe for `source`: a name in `ZOO`, or a user's nn.Module class, instance, or function that returns a module.
 
     Raises:
         ConfigError: an unknown name or option, an impossible size, or a module without a linear head.
@@ -145,11 +144,11 @@ def arch(
     if not isinstance(source, str):
         return _outside(source, shape, n_classes, width, options)
     if source not in ZOO:
-        raise ConfigError(f"unknown model '{source}'{suggest(source, ZOO)}")
+        raise ConfigError(f"model={source}: there is no such model{suggest(source, ZOO)}")
     builder = ZOO[source]
     if source not in FLAT and (len(shape) != 3 or min(shape[1:]) < SMALLEST_SIDE):
         raise ConfigError(
-            f"model {source} takes images (C, H, W) of at least 8x8 pixels; the inputs have shape {shape}"
+            f"model={source}: needs images (C, H, W) of at least 8x8 pixels, but the inputs have shape {shape}; use mlp or logistic"
         )
     _check_options(source, options)
     made = Arch(
@@ -160,12 +159,12 @@ def arch(
         width=width,
         options=tuple(sorted(options.items())),
     )
-    _ = made.features  # impossible combinations of options show now, not in the middle of a run
+    _ = made.features  # reports impossible combinations of options now, not during a run
     return made
 
 
 def option_defaults(name: str) -> dict[str, Option]:
-    """The options of a model in the zoo, with their default values."""
+    """Return the options of a model in the zoo with their default values."""
     parameters = inspect.signature(ZOO[name]).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
@@ -175,7 +174,7 @@ def _outside(
 ) -> OutsideArch:
     name = type(source).__name__ if isinstance(source, nn.Module) else getattr(source, "__name__", repr(source))
     if not callable(source):
-        raise ConfigError(f"model={source!r}: give a name, an nn.Module, or something that makes one")
+        raise ConfigError(f"model={source!r}: give a name, an nn.Module, or a function that returns one")
     known = () if isinstance(source, nn.Module) else inspect.signature(source).parameters
     for key in options:
         if key not in known:
@@ -194,7 +193,7 @@ def _outside(
 
 def _check_count(key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}={value!r}: a whole number from 1 up is needed")
+        raise ConfigError(f"{key}={value!r}: must be a whole number of at least 1")
 
 
 def _check_options(name: str, options: Mapping[str, Option]) -> None:
@@ -206,7 +205,7 @@ def _check_options(name: str, options: Mapping[str, Option]) -> None:
         default = defaults[key]
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             raise ConfigError(
-                f"model option {key}={value!r}: {type(default).__name__} is needed, as in {key}={default!r}"
+                f"model option {key}={value!r}: must be of type {type(default).__name__}, such as {key}={default!r}"
             )
         if type(default) is int:
             _check_count(f"model option {key}", value)

@@ -1,7 +1,7 @@
-"""Small convolutional networks of the federated-learning papers: two 5x5 convolutions, then linear layers.
+"""Small convolutional networks from federated-learning papers: two 5x5 convolutions, then linear layers.
 
-Two unpadded 5x5 convolutions with 2x2 pooling need 28 pixels to leave a 4x4 map. Smaller images (8x8 digits) get
-same-padding instead, so that their maps shrink by pooling only.
+Two unpadded 5x5 convolutions with 2x2 pooling need inputs of 28 pixels to leave a 4x4 map. Smaller images (8x8 digits) use
+same-padding instead, so that only pooling shrinks their maps.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SMALLEST_UNPADDED = 28
 def _two_convolutions(
     input_shape: Sequence[int], n_channels: tuple[int, int], norm: str | None = None
 ) -> tuple[dict[str, nn.Module], int]:
-    """(Conv5x5 - norm - MaxPool2 - ReLU) twice and a flatten; with the width of the flattened maps.
+    """Return (Conv5x5 - norm - MaxPool2 - ReLU) twice and a flatten, and the width of the flattened maps.
 
-    The papers apply ReLU before pooling. Both orders give the same outputs and gradients, bit by bit; this one applies it to a quarter of
-    the numbers.
+    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter as many
+    numbers.
     """
     first, height, width = input_shape
     padding = KERNEL // 2 if min(height, width) < SMALLEST_UNPADDED else 0
@@ -41,20 +41,20 @@ def _two_convolutions(
 
 
 def fedavg_cnn(input_shape: Sequence[int], width: int | None = None) -> nn.Sequential:
-    """PFLlib's FedAvgCNN: conv 32, conv 64, fully connected 512 (or `width`), ReLU. 582,026 parameters on MNIST."""
+    """Return PFLlib's FedAvgCNN: conv 32, conv 64, fully connected 512 (or `width`), ReLU. 582,026 parameters on MNIST."""
     layers, flat = _two_convolutions(input_shape, (32, 64))
     return sequence({**layers, "linear": nn.Linear(flat, width or 512), "relu3": nn.ReLU()})
 
 
 def fedmr_cnn(input_shape: Sequence[int], width: int | None = None) -> nn.Sequential:
-    """FedMR's CNN: conv 6, conv 16, fully connected 120 and 84 (or `width`). 62,006 parameters on CIFAR-10."""
+    """Return FedMR's CNN: conv 6, conv 16, fully connected 120 and 84 (or `width`). 62,006 parameters on CIFAR-10."""
     layers, flat = _two_convolutions(input_shape, (6, 16))
     layers |= {"linear1": nn.Linear(flat, 120), "relu3": nn.ReLU()}
     return sequence({**layers, "linear2": nn.Linear(120, width or 84), "relu4": nn.ReLU()})
 
 
 def fedrir_cnn(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """FedRIR's extractor: conv 32, conv 64, each normalised; linear 512 (or `width`) with no activation after it.
+    """Return FedRIR's extractor: conv 32, conv 64, each normalised; linear 512 (or `width`), without a final activation.
 
     577,088, 873,600 and 5,592,192 parameters on 1x28x28, 3x32x32 and 3x64x64.
     """

@@ -1,4 +1,4 @@
-"""The two nets of FedRIR beside its extractors: the image generator and the information distillation module.
+"""FedRIR's image generator and information distillation module; its extractor is in `cnn.py`.
 
 Huang, Shao, Yang, Lu, Zhang: FedRIR, WWW 2025 (arXiv 2502.00859); sizes as in the released code.
 """
@@ -17,16 +17,18 @@ SMALLEST_UNPADDED = 28
 
 
 class Axis(NamedTuple):
-    """How two 5x5 transposed convolutions of stride 2 reach one side of an image exactly."""
+    """Parameters with which two 5x5 transposed convolutions of stride 2 reach one side of an image exactly."""
 
     seed: int
     padding: int
-    extra: tuple[int, int]  # output padding of the first and of the second
+    extra: tuple[int, int]  # output padding of the first and the second
 
 
 def _axis(side: int) -> Axis:
-    """The released form (side = 4 seed + 12, no padding) where it fits; else padded, each step doubling the side or
-    doubling it less one."""
+    """Return the released form (side = 4 seed + 12, no padding) if it fits.
+
+    Otherwise return a padded form, in which each step maps a side s to 2 s or 2 s - 1.
+    """
     if side >= SMALLEST_UNPADDED and side % 4 == 0:
         return Axis((side - 12) // 4, 0, (1, 1))
     middle = (side + 1) // 2
@@ -44,7 +46,7 @@ class ImageGenerator(nn.Module):
     def __init__(self, features: int, output_shape: Sequence[int]) -> None:
         super().__init__()
         if len(output_shape) != 3:
-            raise ConfigError(f"ImageGenerator makes images (C, H, W); it cannot make {tuple(output_shape)}")
+            raise ConfigError(f"ImageGenerator outputs images (C, H, W), not {tuple(output_shape)}")
         n_channels, *sides = output_shape
         rows, columns = (_axis(side) for side in sides)
         padding = (rows.padding, columns.padding)
@@ -62,7 +64,7 @@ class ImageGenerator(nn.Module):
 
 
 class InformationDistillation(nn.Module):
-    """q(f_cs | f_g): from global features (B, d), the mean and log-variance (B, d) of the client-specific ones.
+    """q(f_cs | f_g): maps global features (B, d) to the mean and log-variance (B, d) of the client-specific features.
 
     Two perceptrons d-hidden-d; the log-variance ends in Tanh, so the variance stays within [1/e, e].
     """

@@ -1,4 +1,4 @@
-"""Pieces that several architectures share: normalisation by name, and the projection to a common feature width."""
+"""Layers that several architectures share: normalisation by name, and the projection to a common feature width."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fedloom.errors import ConfigError
 
 CHANNELS_PER_GROUP = 16
-"""Wu & He, Group Normalization (ECCV 2018), table 3. One channel per group would zero a map of one pixel."""
+"""Wu & He, Group Normalization (ECCV 2018), table 3. With one channel per group, a map of one pixel would become zero."""
 
 
 def group_norm(n_channels: int) -> nn.GroupNorm:
-    """GroupNorm over groups of about 16 channels; fewer, larger groups where 16 does not divide."""
+    """Return GroupNorm over groups of about 16 channels; fewer, larger groups if 16 does not divide `n_channels`."""
     n_groups = max(1, n_channels // CHANNELS_PER_GROUP)
     while n_channels % n_groups:
         n_groups -= 1
@@ -22,7 +22,7 @@ def group_norm(n_channels: int) -> nn.GroupNorm:
 
 
 def norm2d(kind: str, n_channels: int) -> nn.Module:
-    """The normalisation layer called `kind` ("batch" or "group") for maps (B, n_channels, H, W)."""
+    """Return the normalisation layer called `kind` ("batch" or "group") for maps (B, n_channels, H, W)."""
     if kind == "batch":
         return nn.BatchNorm2d(n_channels)
     if kind == "group":
@@ -31,24 +31,24 @@ def norm2d(kind: str, n_channels: int) -> nn.Module:
 
 
 def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
-    """Named layers, one after the other."""
+    """Return the named layers as one sequence."""
     return nn.Sequential(OrderedDict(layers))
 
 
 def projected(layers: Mapping[str, nn.Module], features: int, width: int | None) -> nn.Sequential:
-    """Named layers that end in (B, features), then a linear map to (B, width) where another width is asked for."""
+    """Return named layers that end in (B, features), followed by a linear map to (B, width) if `width` differs."""
     if width is None or width == features:
         return sequence(layers)
     return sequence({**layers, "project": nn.Linear(features, width)})
 
 
 def refuse_tied(modules: Mapping[str, nn.Module]) -> None:
-    """A client's tensors are bound by name, so only one of two names would be trained. Raises ConfigError."""
+    """Raise ConfigError for tied weights: a client's tensors are bound by name, so only one of two names would be trained."""
     names: dict[Tensor, str] = {}
     for net, module in modules.items():
-        for name, tensor in module.state_dict(keep_vars=True).items():  # every name of every tensor that lasts
+        for name, tensor in module.state_dict(keep_vars=True).items():  # every name of every persistent tensor
             if isinstance(tensor, Tensor) and tensor in names:
                 raise ConfigError(
-                    f"model: '{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported"
+                    f"model: '{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported, so use separate ones"
                 )
             names[tensor] = f"{net}.{name}"

@@ -21,7 +21,7 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise, 1x1 linear reduction; with a shortcut where input and output agree."""
+    """1x1 expansion, 3x3 depthwise convolution, 1x1 linear reduction; with a shortcut if input and output shapes agree."""
 
     def __init__(self, n_in: int, n_out: int, expansion: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenetv2(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """MobileNetV2 whose stem and second stage keep the resolution (32x32 ends as 4x4): 2.2 M parameters on CIFAR-10."""
+    """Return MobileNetV2 whose stem and second stage keep the resolution (32x32 ends as 4x4): 2.2 M parameters on CIFAR-10."""
     n_in = 32
     stem = nn.Conv2d(input_shape[0], n_in, 3, padding=1, bias=False)
     layers: dict[str, nn.Module] = {"conv1": stem, "norm1": norm2d(norm, n_in), "relu1": nn.ReLU6()}

@@ -1,7 +1,8 @@
-"""State that a module keeps by itself between calls, outside its buffers: clients would share it, and engines would differ.
+"""Refuse state that a module keeps between calls outside its buffers.
 
-Modules are shared by all clients of an architecture; a client's tensors are bound to them by name. What else a forward pass leaves
-behind, such as a hidden state or a counter in a Python attribute, would pass from one client to the next.
+Modules are shared by all clients of an architecture; a client's tensors are bound to them by name. Any other state that a forward pass
+leaves behind, such as a hidden state or a counter in a Python attribute, would pass from one client to the next, and results would
+depend on the engine.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ REMEDY = "make it a buffer (register_buffer), or an input"
 
 
 def refuse_own_state(module: nn.Module, input_shape: Sequence[int], name: str) -> None:
-    """Raise ConfigError where a forward pass leaves something behind that is no persistent buffer, or changes one in evaluation mode.
+    """Raise ConfigError if a forward pass keeps state outside persistent buffers, or changes a buffer in evaluation mode.
 
-    The module is copied and run on made-up inputs. A cache, which the first call fills and later calls leave alone, is accepted if
+    The module is copied and run on made-up inputs. A cache that the first call fills and later calls leave unchanged is accepted if
     it does not depend on the inputs.
     """
     one, other = made_up(module, input_shape), made_up(module, input_shape).flip(0) * 0.5
     for training in (False, True):
         first, second = (deepcopy(module).train(training) for _ in range(2))
         if not _ran(first, one) or not _ran(second, other):
-            continue  # what the module cannot do shows where it is split
+            continue  # the split reports a module that fails
         filled, buffers = attributes(first), _buffers(first)
         _ran(first, other)
         for changed in (changed_attribute(filled, attributes(first)), changed_attribute(filled, attributes(second))):
             if changed:
-                raise ConfigError(f"model {name}: its forward keeps '{changed}' from one call to the next; {REMEDY}")
+                raise ConfigError(f"model {name}: its forward keeps '{changed}' between calls; {REMEDY}")
         kept = first.state_dict().keys()
         for path, value in _buffers(first).items():
             if torch.equal(value, buffers[path]):
@@ -53,7 +54,7 @@ def refuse_own_state(module: nn.Module, input_shape: Sequence[int], name: str) -
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """A copy of what the submodules hold in Python attributes, by path; torch's own modules keep no state there."""
+    """Copy the Python attributes of the submodules, by path; torch's own modules keep no state there."""
     return {
         f"{path}.{key}".lstrip("."): _copy(value)
         for path, part in module.named_modules()
@@ -64,7 +65,7 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def changed_attribute(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
-    """The first path that `attributes` gave another value for; "" where none changed."""
+    """Return the first path whose value differs between two results of `attributes`, or ""."""
     missing = before.keys() ^ after.keys()
     return min(missing) if missing else next((path for path in before if not _same(before[path], after[path])), "")
 
@@ -84,7 +85,7 @@ def _ran(module: nn.Module, inputs: Tensor) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of numbers, texts, tensors and containers of them; other objects stand for themselves."""
+    """Copy numbers, strings, tensors and containers of them; return other objects as they are."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -107,7 +108,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def refuse_old_norms(source: object, name: str) -> None:
-    """Raise ConfigError for torch's old weight_norm and spectral_norm: they keep the weight as an attribute, which has no name."""
+    """Raise ConfigError for torch's old weight_norm and spectral_norm: they keep the weight in an attribute instead of a named tensor."""
     for path, part in source.named_modules() if isinstance(source, nn.Module) else ():
         if any(isinstance(hook, WeightNorm | SpectralNorm) for hook in part._forward_pre_hooks.values()):
             raise ConfigError(

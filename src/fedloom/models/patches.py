@@ -1,4 +1,4 @@
-"""Models on patches: a small vision transformer and an MLP-Mixer. Neither normalises over the batch."""
+"""Models on image patches: a small vision transformer and an MLP-Mixer. Neither normalises over the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.models.layers import projected, sequence
 class Patches(nn.Module):
     """Images (B, C, H, W) to tokens (B, n_tokens, dim): one linear map of every patch, row by row.
 
-    Sides that the patch does not divide are filled up with zeros at the right and the bottom.
+    Images whose sides are no multiple of the patch size are padded with zeros at the right and the bottom.
     """
 
     def __init__(self, input_shape: Sequence[int], patch: int, dim: int) -> None:
@@ -30,7 +30,7 @@ class Patches(nn.Module):
 
 
 class Positions(nn.Module):
-    """Adds a learnt vector to every token; normal with spread 0.02 at first, as in ViT."""
+    """Adds a learnt vector to every token; initial values are normal with standard deviation 0.02, as in ViT."""
 
     def __init__(self, n_tokens: int, dim: int) -> None:
         super().__init__()
@@ -42,9 +42,9 @@ class Positions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, dim), in plain products.
+    """Multi-head self-attention over tokens (B, T, dim), as plain matrix products.
 
-    (Without gradients nn.MultiheadAttention turns to a fused kernel that torch.func.vmap runs one client at a time.)
+    Without gradients, nn.MultiheadAttention uses a fused kernel that torch.func.vmap runs one client at a time.
     """
 
     def __init__(self, dim: int, n_heads: int) -> None:
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then a perceptron on every token; each after a LayerNorm and beside a shortcut."""
+    """Attention, then a perceptron on every token; each after a LayerNorm and with a shortcut."""
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """A perceptron across the tokens, then one across the channels; each after a LayerNorm and beside a shortcut."""
+    """A perceptron across the tokens, then one across the channels; each after a LayerNorm and with a shortcut."""
 
     def __init__(self, n_tokens: int, dim: int) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ def vit_tiny(
     depth: int = 4,
     heads: int = 4,
 ) -> nn.Sequential:
-    """A small vision transformer (Dosovitskiy et al., ICLR 2021; mean of tokens, no class token): 0.14 M parameters."""
+    """Return a small vision transformer (Dosovitskiy et al., ICLR 2021; mean of tokens, no class token): 0.14 M parameters."""
     if dim % heads:
         raise ConfigError(f"model vit_tiny: heads={heads} must divide dim={dim}")
     patches = Patches(input_shape, patch, dim)
@@ -126,7 +126,7 @@ def vit_tiny(
 def mixer(
     input_shape: Sequence[int], width: int | None = None, *, patch: int = 4, dim: int = 64, depth: int = 4
 ) -> nn.Sequential:
-    """A small MLP-Mixer (Tolstikhin et al., NeurIPS 2021): 0.1 M parameters on CIFAR-10."""
+    """Return a small MLP-Mixer (Tolstikhin et al., NeurIPS 2021): 0.1 M parameters on CIFAR-10."""
     patches = Patches(input_shape, patch, dim)
     blocks = {f"block{i}": MixerBlock(patches.n_tokens, dim) for i in range(1, depth + 1)}
     return _read({"patches": patches, **blocks}, dim, width)

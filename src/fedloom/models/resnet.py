@@ -17,7 +17,7 @@ def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions beside a shortcut (He et al., CVPR 2016, figure 5 left; option B for the shortcut)."""
+    """Two 3x3 convolutions with a shortcut (He et al., CVPR 2016, figure 5 left; option B for the shortcut)."""
 
     expansion = 1
 
@@ -40,7 +40,7 @@ class BasicBlock(nn.Module):
 class PreactivationBottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions, each after norm and ReLU (He et al., ECCV 2016).
 
-    The shortcut, a bare convolution where shapes differ, takes the raw input.
+    The shortcut applies to the raw input; it is a plain convolution if the shapes differ.
     """
 
     expansion = 4
@@ -69,7 +69,7 @@ class PreactivationBottleneck(nn.Module):
 def _stages(
     block: Block, n_in: int, planes: Sequence[int], depths: Sequence[int], norm: str
 ) -> tuple[dict[str, nn.Module], int]:
-    """Stages of residual blocks, the first at full resolution, each later one at half; with their output channels."""
+    """Return stages of residual blocks, the first at full resolution and each later one at half, and their output channels."""
     stages: dict[str, nn.Module] = {}
     for i, (n_planes, depth) in enumerate(zip(planes, depths, strict=True), start=1):
         blocks = []
@@ -112,12 +112,11 @@ def resnet34(input_shape: Sequence[int], width: int | None = None, *, norm: str 
 def resnet20(
     input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch", final_norm: bool = True
 ) -> nn.Sequential:
-    """FedMR's ResNet-20: pre-activation bottlenecks [2, 2, 2] of 16, 32, 64 (x4) channels: 219,482 parameters on
-    CIFAR-10.
+    """FedMR's ResNet-20: pre-activation bottlenecks [2, 2, 2] of 16, 32, 64 (x4) channels: 219,482 parameters on CIFAR-10.
 
-    The last norm and ReLU belong to the pre-activation design. FedMR's released code holds that norm but never applies
-    it: `final_norm=False` computes what that code computes (218,970 parameters, without the 512 idle ones). Initial
-    weights follow it too: He-normal convolutions by fan-out, norm weights 0.5.
+    The last norm and ReLU belong to the pre-activation design. FedMR's released code has that norm but never applies it:
+    `final_norm=False` computes the same as that code (218,970 parameters, without the 512 unused ones). Initial
+    weights also follow that code: He-normal convolutions by fan-out, norm weights 0.5.
     """
     stages, features = _stages(PreactivationBottleneck, 16, (16, 32, 64), (2, 2, 2), norm)
     end: dict[str, nn.Module] = {"norm": norm2d(norm, features), "relu": nn.ReLU()} if final_norm else {}

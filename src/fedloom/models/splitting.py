@@ -1,4 +1,4 @@
-"""Cut an outsider's module into a body, which makes features, and a linear head, which makes logits."""
+"""Split a user's module into a body, which outputs features, and a linear head, which outputs logits."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from fedloom.errors import ConfigError
 
 
 def split(module: nn.Module, n_classes: int, name: str) -> tuple[nn.Module, nn.Linear]:
-    """Body and head of `module`, which is taken apart: its own `.body` and `.head` where it has both, else the last
-    nn.Linear with `n_classes` outputs is the head and an Identity takes its place in the body.
+    """Split `module`, in place, into body and head.
+
+    They are its own `.body` and `.head` if it has both. Otherwise the last nn.Linear with `n_classes` outputs is the head, and an
+    Identity replaces it in the body.
 
     Raises:
         ConfigError: there is no such head.
@@ -37,12 +39,12 @@ def _last_linear(module: nn.Module, n_classes: int, name: str) -> tuple[str, nn.
         if isinstance(part, nn.Linear) and part.out_features == n_classes:
             return path, part
     raise ConfigError(
-        f"model {name}: no nn.Linear with {n_classes} outputs in it to be the head; name its .body and .head"
+        f"model {name}: it has no nn.Linear with {n_classes} outputs as its head; name its .body and .head"
     )
 
 
 def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, name: str) -> None:
-    """Raise ConfigError unless the head applied to the body's features gives what `module` gives (in eval mode)."""
+    """Raise ConfigError unless the head applied to the body's features gives the outputs of `module` (in evaluation mode)."""
     body, head = split(deepcopy(module), n_classes, name)
     try:
         logits, features = dry_run(module, input_shape), dry_run(body, input_shape)
@@ -51,10 +53,10 @@ def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, n
         raise ConfigError(f"model {name} fails on inputs of shape (2, *{tuple(input_shape)}): {reason}") from error
     for what, given in ((name, logits), (f"{name}'s body", features)):
         if not isinstance(given, Tensor):
-            raise ConfigError(f"model {what} gives a {type(given).__name__}; return one tensor, the logits alone")
+            raise ConfigError(f"model {what} returns a {type(given).__name__}; return one tensor, the logits alone")
     if logits.shape != (2, n_classes):
         raise ConfigError(
-            f"model {name} gives {tuple(logits.shape)} for 2 examples; logits (2, {n_classes}) are needed"
+            f"model {name} returns shape {tuple(logits.shape)} for 2 examples; return logits (2, {n_classes})"
         )
     if features.shape != (2, head.in_features) or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
         softmax = torch.allclose(logits.exp().sum(1), torch.ones(2).to(logits), atol=1e-3)
@@ -64,7 +66,7 @@ def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, n
 
 @torch.no_grad()
 def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """What `module` makes of two made-up inputs in eval mode."""
+    """Run `module` on two made-up inputs in evaluation mode and return its outputs."""
     was_training = module.training
     outputs: Tensor = module.eval()(made_up(module, input_shape))
     module.train(was_training)
@@ -72,7 +74,7 @@ def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
 
 
 def made_up(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """Two made-up inputs (2, *input_shape), on the module's device and in its dtype."""
+    """Return two made-up inputs (2, *input_shape), on the module's device and in its dtype."""
     weight = next(module.parameters(), torch.empty(0))
     n = 2 * math.prod(input_shape)
     return torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device).reshape(2, *input_shape)

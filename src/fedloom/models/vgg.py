@@ -17,11 +17,11 @@ def vgg16(
 ) -> nn.Sequential:
     """VGG-16 with two fully connected layers of 4096 (the second: `width`), as in FedMR: 33.6 M parameters on CIFAR-10.
 
-    A pooling that would leave no pixel is skipped (8x8 pools three times), and what is left is averaged to one pixel.
+    A pooling layer that would leave no pixel is skipped (8x8 pools three times), and the remaining map is averaged to one pixel.
     `dropout=0` leaves the dropout layers out; with them the model cannot be vectorised over clients.
     """
     if not 0 <= dropout < 1:
-        raise ConfigError(f"model option dropout={dropout!r}: a number from 0 to below 1 is needed")
+        raise ConfigError(f"model option dropout={dropout!r}: must be a number from 0 to below 1")
     n_in, side = input_shape[0], min(input_shape[1:])
     layers: dict[str, nn.Module] = {}
     for i, stage in enumerate(STAGES, start=1):

@@ -18,21 +18,21 @@ Size = tuple[int, int]
 
 
 class VtcDecoder(nn.Module):
-    """Features (B, p) to images (B, C, H, W) in [-1, 1]; every H and W from 4 up comes out exactly.
+    """Features (B, p) to images (B, C, H, W) in [-1, 1], for any H and W of at least 4.
 
     Every step but the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
 
     Args:
         features: p.
         output_shape: (C, H, W).
-        form: "linear" starts with Linear(p, 64 H/4 W/4) and takes two steps, 64 - 32 - C channels. "conv" is all
-            convolution: from a 1x1 seed of p channels to at most 4x4, then as many steps as it takes to (H, W).
+        form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps, 64 - 32 - C channels. "conv" has only
+            convolutions: from a 1x1 seed of p channels to at most 4x4, then the steps needed to reach (H, W).
     """
 
     def __init__(self, features: int, output_shape: Sequence[int], form: str = "linear") -> None:
         super().__init__()
         if len(output_shape) != 3 or min(output_shape[1:]) < 4:
-            raise ConfigError(f"VtcDecoder makes images (C, H, W) of at least 4x4 pixels; not {tuple(output_shape)}")
+            raise ConfigError(f"VtcDecoder outputs images (C, H, W) of at least 4x4 pixels, not {tuple(output_shape)}")
         n_channels, height, width = output_shape
         if form == "linear":
             sizes = _halvings((height, width), 2)
@@ -52,7 +52,7 @@ class VtcDecoder(nn.Module):
 
 
 class Spread(nn.Module):
-    """The logarithm of the factor (p,) on a client's empirical standard deviations; 0 at first."""
+    """The logarithm of the factor (p,) on a client's empirical standard deviations; initially 0."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Spread(nn.Module):
 
 
 def _halvings(size: Size, n: int | None = None) -> list[Size]:
-    """Sizes from small to `size`, each half of the next, rounded down: `n` halvings, or until no side is over 4."""
+    """Return sizes from small to `size`, each half of the next, rounded down: `n` halvings, or until no side exceeds 4."""
     sizes = [size]
     while len(sizes) <= n if n is not None else max(sizes[0]) > 4 and min(sizes[0]) > 1:
         height, width = sizes[0]
@@ -82,7 +82,7 @@ def _conv_seed(features: int, n_maps: int, size: Size) -> dict[str, nn.Module]:
 
 
 def _doublings(sizes: list[Size], n_maps: list[int]) -> dict[str, nn.Module]:
-    """GroupNorm - LeakyReLU - ConvT for every size but the first."""
+    """Return GroupNorm - LeakyReLU - ConvT for every size but the first."""
     layers: dict[str, nn.Module] = {}
     for i, ((height, width), (n_in, n_out)) in enumerate(zip(sizes[1:], pairwise(n_maps), strict=True), start=1):
         extra = (height % 2, width % 2)

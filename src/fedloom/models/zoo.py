@@ -1,4 +1,4 @@
-"""The architectures by name; one is imported when it is looked up."""
+"""The architectures by name; each is imported at lookup."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ FLAT = _FILES["mlp"]  # these take inputs of any shape
 ZOO: Registry[Callable[..., nn.Module]] = Registry(
     {name: f"fedloom.models.{file}:{name}" for file, names in _FILES.items() for name in names}
 )
-"""`builder(input_shape, width=None, *, <options>) -> body`, described by its docstring."""
+"""`builder(input_shape, width=None, *, <options>) -> body`; the builder's docstring describes the model."""

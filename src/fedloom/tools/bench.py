@@ -165,14 +165,14 @@ class Stepped(Experiment):
 
     def next_cohort(self) -> Sequence[int]:
         """Who takes part in the next round."""
-        return self._cohort(self.done)
+        return self.draw_cohort(self.done)
 
     def round(self, cohort: Sequence[int]) -> Times:
         """See `Rival.round`; the cohort is its own, which is the same for all engines."""
         synchronise(self.place.device)
         before = self.ledger.train_seconds, self.ledger.eval_seconds
         with arithmetic(self.settings):
-            self._round(self.done)
+            self.run_round(self.done)
             synchronise(self.place.device)
             score = self._score()
         evaluation = self.ledger.eval_seconds - before[1]

@@ -259,7 +259,9 @@ def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[s
     base = {key: value for key, value in rest.items() if key in Settings.model_fields}
     own = {key: value for key, value in rest.items() if key not in base and key in methods}
     for key in rest.keys() - base.keys() - own.keys():
-        raise ConfigError(f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', 'title', 'reading', *methods])}")
+        raise ConfigError(
+            f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', 'title', 'reading', *methods])}"
+        )
     return base, _tables(own, "")
 
 

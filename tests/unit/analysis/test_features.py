@@ -1,4 +1,4 @@
-"""Probes on made-up features, and the features of real nets."""
+"""Probes on synthetic features, and the features of real nets."""
 
 import sys
 
@@ -29,7 +29,7 @@ def one_hot(numbers):
 def test_a_probe_finds_what_is_there_and_nothing_else():
     found = measured(one_hot(CLASSES))
     assert found["class_probe"] == 1.0
-    assert found["client_probe"] < 0.3  # of five clients, at random
+    assert found["client_probe"] < 0.3  # 0.2 by chance, for five clients
     assert found["class_silhouette"] > 0.9
     assert abs(found["client_silhouette"]) < 0.1
     found = measured(one_hot(CLIENTS))
@@ -44,7 +44,7 @@ def test_noise_holds_nothing():
 
 
 def test_skewed_classes_tell_of_the_client():
-    clients = CLASSES // 2  # each client holds two classes of its own
+    clients = CLASSES // 2  # each client holds two classes that no other holds
     found = measured(one_hot(CLASSES), clients)
     assert found["client_probe"] == found["client_from_class"] == 1.0
     assert found["client_chance"] < 0.6
@@ -55,7 +55,7 @@ def test_copies_of_a_row_are_never_split():
     classes = np.random.default_rng(1).integers(0, 4, 40)[rows]
     noise = np.random.default_rng(2).normal(size=(40, 60))[
         rows
-    ]  # the same for all copies: a split would find the class by heart
+    ]  # the same for all copies, so a split would memorise the class
     found = features.measure_features(Table({"x": noise}, classes, np.tile(np.arange(10), 40), rows), Stream(0))["x"]
     assert found["class_probe"] < 0.5
 
@@ -75,7 +75,7 @@ def test_features_are_those_of_the_body_that_predicts(experiment, name):
     found = features.features_of(subject.method, owner, x)["body"]
     module = owner.nets.modules[net]
     body = module if net == "body" else module.body
-    expected = nn.Sequential(body)(x)  # nobody has trained yet: the modules hold the client's weights
+    expected = nn.Sequential(body)(x)  # before training, the modules hold the client's weights
     assert torch.allclose(found, expected, atol=1e-6)
 
 
@@ -88,11 +88,11 @@ def test_fedrirs_two_kinds(experiment):
     assert list(features.features_of(subject.method, subject.owner(0), x)) == ["f_g"]
 
 
-def test_same_rows_through_one_model_tell_nothing_of_the_client(experiment):
+def test_equal_examples_through_one_model_reveal_nothing_about_the_client(experiment):
     run = experiment("fedavg", precision="fp32", rounds=1)
     run.run()
     table = features.same_rows(Subject(run))
-    assert set(np.bincount(table.rows)[table.rows]) == {4}  # every row, once for each client
+    assert set(np.bincount(table.rows)[table.rows]) == {4}  # every example, once per client
     found = features.measure_features(table, Stream(0))["body"]
     assert found["client_probe"] <= found["client_chance"] == 0.25
 
@@ -107,7 +107,7 @@ class Bare(FedAvg):
         return x.flatten(1)[:, :10]
 
 
-def test_a_method_without_a_body_is_told_so(experiment):
+def test_a_method_without_a_body_is_refused(experiment):
     subject = Subject(experiment(Bare(), precision="fp32"))
     with pytest.raises(ConfigError, match="Bare's predictor uses no net or part called 'body'"):
         features.features_of(subject.method, subject.owner(0), subject.data.test(0)[0])

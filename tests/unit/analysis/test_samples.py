@@ -1,4 +1,4 @@
-"""What generators make, against images whose likeness is known."""
+"""Samples from generators, compared with images of known similarity."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_spread_counts_from_the_least_to_the_greatest():
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """A judge that is trained for a shorter while."""
+    """Train the judge for a shorter time."""
     monkeypatch.setattr(samples, "CLASSIFIER_STEPS", 150)
 
 
@@ -46,7 +46,7 @@ def vtc(experiment):
     return Subject(run)
 
 
-def test_fedvtc_makes_every_class_alike_often(vtc):
+def test_fedvtc_generates_every_class_equally_often(vtc):
     made = samples.made_by(vtc, 1)
     assert torch.bincount(made.labels).tolist() == [samples.PER_CLASS] * 10
     assert made.images.shape == (100, 1, 8, 8)
@@ -60,7 +60,7 @@ def test_fedvtc_before_any_prototype_makes_nothing(experiment):
     assert samples.made_by(Subject(experiment("fedvtc", precision="fp32")), 0) is None
 
 
-def test_fedrir_rebuilds_its_own_test_rows(experiment):
+def test_fedrir_reconstructs_its_own_test_images(experiment):
     subject = Subject(experiment("fedrir", precision="fp32"))
     made = samples.made_by(subject, 2)
     x, y = subject.data.test(2)
@@ -83,9 +83,9 @@ def test_findings_compare_as_many_held_out_images(vtc):
     found = samples.measure_generators(vtc, [0, 1])
     made, held_out = found.numbers["made"], found.numbers["held_out"]
     assert made["ssim"]["n"] == held_out["ssim"]["n"] == vtc.data.n_test(0) + vtc.data.n_test(1)
-    assert held_out["psnr_db"]["mean"] > made["psnr_db"]["mean"]  # two rounds do not make good images
+    assert held_out["psnr_db"]["mean"] > made["psnr_db"]["mean"]  # two rounds do not give good images
     judged = found.numbers["classifier"]
-    assert judged["accuracy_not_held"] is None  # everybody holds every class
+    assert judged["accuracy_not_held"] is None  # every client holds every class
     assert judged["accuracy"] == pytest.approx(sum(judged["by_class"]) / 10)
     assert [sheet.client for sheet in found.sheets] == [0, 1]
 

@@ -1,4 +1,4 @@
-"""Sharpness against functions whose answers are known."""
+"""Sharpness of functions with known answers."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def quadratic(eigenvalues):
-    """Half p^T A p with these eigenvalues, p in two tensors of shapes (2, 2) and (2,)."""
+    """Return half p^T A p with these eigenvalues, for p in two tensors of shapes (2, 2) and (2,)."""
     turn, _ = torch.linalg.qr(Stream("turn").normal((6, 6)))
     matrix = turn @ torch.diag(torch.tensor(eigenvalues)) @ turn.T
 
@@ -60,7 +60,7 @@ def test_curves_of_a_quadratic_are_parabolas_through_the_loss():
     assert torch.allclose(curves[:, middle], loss(params).expand(sharpness.DIRECTIONS))
     bend = (
         curves[:, 0] + curves[:, -1] - 2 * curves[:, middle]
-    )  # of half |p + t d|^2 at t = -1, 0, 1: |d|^2, and |d| = |p|
+    )  # the second difference of half |p + t d|^2 is |d|^2, and |d| = |p|
     assert torch.allclose(bend, params["weight"].square().sum().expand(sharpness.DIRECTIONS))
 
 
@@ -70,10 +70,10 @@ def test_the_perturbation_of_a_quadratic_adds_its_trace():
     assert found == pytest.approx(float(0.2**2 * params["weight"].square().sum() / 2), rel=0.05)
 
 
-def test_measured_leaves_out_what_does_not_predict(experiment):
+def test_sharpness_ignores_nets_that_do_not_predict(experiment):
     from fedloom.analysis.subject import Subject
 
-    run = experiment("ditto", rounds=1)  # its personal model does not touch the server's loss
+    run = experiment("ditto", rounds=1)  # its personal model does not affect the server's loss
     run.run()
     found = sharpness.measure_sharpness(Subject(run))
     assert found["eigenvalue"] != 0

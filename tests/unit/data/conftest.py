@@ -1,4 +1,4 @@
-"""Small pools and parquet files, and a cache of each test's own."""
+"""Small pools, parquet files, and a separate cache for each test."""
 
 import io
 import json
@@ -21,7 +21,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pool():
-    """600 training and 200 test rows of 1 x 2 x 2 pixels in 10 classes, with a writer column of 8 unequal values."""
+    """Return 600 training and 200 test images of 1 x 2 x 2 pixels in 10 classes, with a writer column of 8 values of unequal frequency."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, 10, 800)
     x = rng.integers(0, 256, (800, 1, 2, 2)).astype(np.uint8)
@@ -37,7 +37,7 @@ def encoded(pixels, kind):
 
 @pytest.fixture
 def write_parquet():
-    """Writes pictures (arrays or bytes) and labels in the hub's layout, with class names in the metadata on request."""
+    """Write images (arrays or bytes) and labels in the hub's layout, optionally with class names in the metadata."""
 
     def write(file, pictures, labels, *, label="label", image="image", names=None, plain=False, kind="PNG", **columns):
         cells = [p if isinstance(p, bytes) else encoded(p, kind) for p in pictures]
@@ -57,6 +57,6 @@ def write_parquet():
 
 @pytest.fixture
 def grey():
-    """`grey(n, size)`: n random grey pictures."""
+    """Return a function: `grey(n, size)` gives n random grey images."""
     rng = np.random.default_rng(1)
     return lambda n, size=8: [rng.integers(0, 256, (size, size)).astype(np.uint8) for _ in range(n)]

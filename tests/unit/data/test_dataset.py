@@ -1,4 +1,4 @@
-"""Pools from one's own arrays."""
+"""Pools from a user's arrays."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from fedloom.data import from_arrays
 from fedloom.errors import DataError
 
 
-def test_training_rows_come_first_and_facts_follow_from_the_arrays():
+def test_training_examples_come_first_and_facts_follow_from_the_arrays():
     x, y = np.zeros((4, 3, 8, 8), np.uint8), np.array([0, 2, 1, 2])
     pool = from_arrays(x, y, x[:1] + 7, torch.tensor([1]), columns={"writer": list("aabbc")})
     assert (pool.n_rows, pool.n_train, pool.n_classes, pool.input_shape) == (5, 4, 3, (3, 8, 8))
@@ -50,7 +50,7 @@ def test_arrays_that_do_not_fit_are_refused(changed, message):
         from_arrays(**({"x": np.ones((3, 2)), "y": np.array([0, 1, 1])} | changed))
 
 
-def test_a_class_without_examples_is_told_and_named_classes_may_lack_some(caplog):
+def test_a_class_without_examples_is_logged_and_named_classes_may_be_empty(caplog):
     x = np.zeros((3, 2), np.float32)
     assert from_arrays(x, np.array([0, 3, 1])).n_classes == 4
     assert "no example has label 2; classes run from 0 to 3" in caplog.text
@@ -60,7 +60,7 @@ def test_a_class_without_examples_is_told_and_named_classes_may_lack_some(caplog
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
-def test_channels_last_are_moved_first_and_told(dtype, caplog):
+def test_channels_last_are_moved_first_and_logged(dtype, caplog):
     x = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3)).astype(dtype)
     pool = from_arrays(x, np.array([0, 1, 0]))
     assert pool.input_shape == (3, 8, 6)

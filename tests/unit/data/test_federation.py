@@ -1,4 +1,4 @@
-"""Rows become inputs: normalisation, augmentation, references."""
+"""From stored examples to inputs: normalisation, augmentation, pooling."""
 
 from dataclasses import replace
 
@@ -19,13 +19,13 @@ def made(pool):
 
 @pytest.fixture
 def ramp():
-    """Three clients of pictures (3, 16, 16) whose pixels name their own row and column."""
+    """Return three clients with images (3, 16, 16) whose pixels encode their row and column."""
     column = torch.arange(16).expand(16, 16)
     picture = torch.stack([10 * column, 10 * column.T, torch.full((16, 16), 255)]).to(torch.uint8)
     return from_arrays(picture.repeat(12, 1, 1, 1), torch.arange(12) % 2, name="ramp")
 
 
-def test_splits_are_the_partitions_rows(pool, made):
+def test_splits_are_those_of_the_partition(pool, made):
     federation = Federation(pool, made)
     assert (federation.name, federation.n_clients, federation.n_classes) == ("pool", 5, 10)
     assert federation.input_shape == (1, 2, 2)
@@ -56,7 +56,7 @@ def test_inputs_follow_the_default_dtype(pool, made):
         torch.set_default_dtype(torch.float32)
 
 
-def test_standard_uses_the_training_rows_of_the_pool(made):
+def test_standard_normalisation_uses_the_pools_training_examples(made):
     rng = np.random.default_rng(0)
     x = (rng.integers(0, 100, (800, 3, 4, 4)) + np.array([0, 50, 150])[:, None, None]).astype(np.uint8)
     x[600:] = 255
@@ -66,7 +66,7 @@ def test_standard_uses_the_training_rows_of_the_pool(made):
     torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
 
 
-def test_features_of_ones_own_are_left_alone_unless_asked():
+def test_user_features_are_not_normalised_unless_asked():
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 9.0, 0.0]) + 5
     pool = from_arrays(x, torch.arange(40) % 2)
     made = partition(pool, 2, scheme="iid")
@@ -82,7 +82,7 @@ def test_none_leaves_pictures_between_0_and_1(pool, made):
     assert (x.min().item(), x.max().item()) == pytest.approx((0, 1))
 
 
-def test_pooled_moves_all_training_rows_to_client_0(pool, made):
+def test_pooled_moves_all_training_examples_to_client_0(pool, made):
     federation = Federation(pool, made)
     pooled = federation.pooled()
     assert pooled.n_train(0) == sum(federation.n_train(i) for i in range(5))
@@ -139,7 +139,7 @@ def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
     torch.testing.assert_close(out[:, 2][~inside], torch.full_like(out[:, 2][~inside], -mean[2] / std[2]))
     for rows in (inside.any(2).sum(1), inside.any(1).sum(1)):
         assert (rows.min(), rows.max()) == (12, 16)
-    # what is inside is the picture itself, moved as a whole: neighbours still differ by one step, up or down
+    # inside, it is the shifted image: neighbours still differ by one step
     step = (x[0, 0, 0, 1] - x[0, 0, 0, 0]).abs()
     moved = (out[:, 0, :, 1:] - out[:, 0, :, :-1]).abs()[inside[:, :, 1:] & inside[:, :, :-1]]
     torch.testing.assert_close(moved, step.expand_as(moved))
@@ -148,7 +148,7 @@ def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
 def test_resized_crops_are_windows_of_at_least_three_quarters(ramp):
     federation = Federation(ramp, partition(ramp, 1, scheme="iid"), normalise="none", augment="resized-crop-flip")
     x = federation.rows(np.zeros(400, np.int64))[0]
-    out = federation.augmented(x, Stream(0)) * 25.5  # channel 0 holds the column, channel 1 the row, of what is seen
+    out = federation.augmented(x, Stream(0)) * 25.5  # channel 0 holds the column, channel 1 the row of each pixel
     inner = out[:, :, 2:-2, 2:-2]
     width = (inner[:, 0, :, -1] - inner[:, 0, :, 0]).mean(1).abs() / 11
     height = (inner[:, 1, -1, :] - inner[:, 1, 0, :]).mean(1) / 11
@@ -185,7 +185,7 @@ def test_digits_end_to_end():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
 @pytest.mark.parametrize("normalise", ["half", "standard", "none"])
 def test_nothing_that_a_federation_does_writes_into_its_pool(dtype, normalise):
-    """Normalising must not happen in the pool itself, whose rows may be views of somebody's array."""
+    """Normalisation must not write to the pool itself, which may share memory with a user's array."""
     x = (torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 200).to(dtype)
     pool = from_arrays(x, torch.arange(40) % 4)
     before = pool.images.clone()
@@ -203,7 +203,7 @@ def test_nothing_that_a_federation_does_writes_into_its_pool(dtype, normalise):
         )
 
 
-def test_large_features_left_as_they_are_by_default_are_told(caplog):
+def test_large_unnormalised_features_are_logged(caplog):
     pool = from_arrays(np.full((8, 2), 300.0) * np.arange(8)[:, None], np.arange(8) % 2)
     dealt = partition(pool, 2, scheme="iid", min_examples=2)
     Federation(pool, dealt, normalise="none")

@@ -1,4 +1,4 @@
-"""Who gets which rows: properties of the schemes, splits, files."""
+"""Assignment of examples to clients: properties of the schemes, splits, files."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_a_small_alpha_means_skew_and_a_large_one_means_none(pool):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_dirichlet_is_capped(seed):
-    """A client that holds N/K rows gets no more classes: so it can exceed the cap by one class's rows at most."""
+    """A client that holds N/K examples gets no more classes, so it can exceed the cap by one class's examples at most."""
     labels = np.repeat(np.arange(10), 60)
     made = partition(from_arrays(np.zeros((600, 1)), labels), 6, alpha=0.1, seed=seed, min_examples=2)
     dealt = [np.concatenate(parts) for parts in zip(made.train, made.test, strict=True)]
@@ -100,7 +100,7 @@ def test_pathological_deals_classes_in_turn(pool, balance):
     assert (sizes.max() - sizes.min() <= 3) == balance
 
 
-def test_pathological_says_when_classes_would_be_left_over(pool):
+def test_pathological_refuses_to_leave_classes_over(pool):
     with pytest.raises(DataError, match="covers 8 of 10 classes"):
         partition(pool, 7, scheme="pathological", classes_per_client=2)
 
@@ -182,7 +182,7 @@ def test_a_partition_survives_its_file(pool, tmp_path):
         partition(pool, 4, scheme="file", path=tmp_path / "partition.json")
 
 
-def test_a_partition_is_one_of_its_own_rows(pool, tmp_path):
+def test_a_partition_fits_its_own_data_only(pool, tmp_path):
     partition(pool, 5).save(tmp_path / "p.json")
     other = replace(pool, name="other")
     cut = replace(pool, n_train=pool.n_train - 1)  # as `data.rows` does
@@ -191,13 +191,13 @@ def test_a_partition_is_one_of_its_own_rows(pool, tmp_path):
             partition(dataset, 5, scheme="file", path=tmp_path / "p.json")
 
 
-def test_an_own_split_needs_test_rows(pool):
+def test_an_own_split_needs_test_examples(pool):
     train = replace(pool, n_train=pool.n_rows, columns={"client": np.arange(pool.n_rows) % 3})
     with pytest.raises(DataError, match=r"partition=own: data=.* brings no test rows"):
         partition(train, scheme="own")
 
 
-def test_a_foreign_file_needs_training_rows_only(pool, tmp_path):
+def test_a_foreign_file_needs_training_examples_only(pool, tmp_path):
     file = tmp_path / "theirs.json"
     file.write_text(json.dumps({"train": [[5, 3], [7]]}))
     made = partition(pool, scheme="file", path=file)

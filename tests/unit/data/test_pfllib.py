@@ -1,4 +1,4 @@
-"""PFLlib's folders, and pickles that want more than arrays."""
+"""PFLlib's folders, and pickles that request more than arrays."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from fedloom.errors import DataError
 
 
 def write(file, content):
-    """As PFLlib writes: `np.savez_compressed` of a dictionary, which NumPy pickles."""
+    """Write as PFLlib does: `np.savez_compressed` of a dictionary, which NumPy pickles."""
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, data=content)
 
 
 def write_pickle(file, pickled):
-    """An .npz file with an object array whose pickle is `pickled`."""
+    """Write an .npz file with an object array whose pickle is `pickled`."""
     np.savez(file, data=np.array({}, dtype=object))
     with zipfile.ZipFile(file) as archive:
         header = archive.read("data.npy").split(b"\n", 1)[0] + b"\n"

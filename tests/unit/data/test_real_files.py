@@ -1,4 +1,4 @@
-"""Real parquet files in the hub's layout, where the machine has them."""
+"""Real parquet files in the hub's layout, if the machine has them."""
 
 import pytest
 

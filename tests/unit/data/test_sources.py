@@ -36,7 +36,7 @@ def test_the_embedded_digits_name_their_source_and_licence():
     assert "CC BY 4.0" in text
 
 
-def test_rows_choose_a_fixed_nested_subset_of_training_rows():
+def test_data_rows_selects_a_fixed_nested_subset():
     whole, many, few = load("digits"), load("digits", rows=200), load("digits", rows=50)
     assert (few.n_train, few.n_rows) == (50, 50)
     assert torch.equal(few.images, load("digits", rows=50).images)
@@ -174,7 +174,7 @@ def test_a_folder_without_files_says_what_belongs_there(tmp_path):
         load("mnist", tmp_path)
 
 
-def test_files_that_are_not_what_they_should_be(tmp_path, write_parquet, grey):
+def test_invalid_files_are_refused(tmp_path, write_parquet, grey):
     file = tmp_path / "train.parquet"
     file.write_bytes(b"not parquet")
     with pytest.raises(DataError, match="not a parquet file"):
@@ -201,7 +201,7 @@ def test_files_that_are_damaged_or_do_not_agree(tmp_path, write_parquet, grey):
         load("mine", tmp_path)
     write_parquet(tmp_path / "test.parquet", grey(2), [0, 1])
     whole = file.read_bytes()
-    file.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])  # the footer is as it was
+    file.write_bytes(whole[:4] + bytes(len(whole) // 2) + whole[4 + len(whole) // 2 :])  # the footer is unchanged
     with pytest.raises(DataError, match=r"train\.parquet: not a parquet file that can be read"):
         load("mine", tmp_path)
 
@@ -223,7 +223,7 @@ def test_pixels_of_32_bits_are_refused(tmp_path, write_parquet, dtype):
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/etc", "a/b", "", ".."])
-def test_a_name_is_no_path(tmp_path, write_parquet, grey, name):
+def test_a_name_is_not_a_path(tmp_path, write_parquet, grey, name):
     write_parquet(tmp_path / "train.parquet", grey(2), [0, 1])
     with pytest.raises(DataError, match="a name is made of"):
         load(name, tmp_path)

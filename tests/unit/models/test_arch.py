@@ -1,4 +1,4 @@
-"""Recipes: what is checked, how an outsider's module is taken in and split."""
+"""Recipes: their checks, and how a user's module is split."""
 
 import pickle
 
@@ -88,7 +88,7 @@ def test_options_reach_the_architecture():
         ({"source": "vgg16", "options": {"dropout": 1.0}}, ["dropout=1.0"]),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(settings, words):
+def test_invalid_recipes_are_refused_in_one_line(settings, words):
     with pytest.raises(ConfigError) as caught:
         arch(**{"source": "mlp", "input_shape": SHAPE, "n_classes": 10, **settings})
     message = str(caught.value)
@@ -164,7 +164,7 @@ def test_functions_and_bare_linear_layers_are_taken():
         (Net((3, 8, 8), 10), ["Net", "fails on inputs"]),
         (Net(SHAPE, 11), ["Net", "no nn.Linear with 10 outputs"]),
         (lambda depth: nn.Linear(1, depth), ["depth", "input_shape, n_classes, width"]),
-        (lambda n_classes: n_classes, ["gave a int", "nn.Module"]),
+        (lambda n_classes: n_classes, ["not int", "nn.Module"]),
         (lambda n_classes: nn.Linear(8, n_classes), ["logits (2, 10)"]),
     ],
 )

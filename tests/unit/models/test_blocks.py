@@ -1,4 +1,4 @@
-"""Building blocks against what their papers say of them."""
+"""Building blocks compared with their papers."""
 
 import pytest
 import torch

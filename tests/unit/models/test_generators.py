@@ -1,4 +1,4 @@
-"""The nets that make images, and FedRIR's information distillation."""
+"""The image generators, and FedRIR's information distillation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every architecture of the zoo: sizes, shapes, tensor names, seeds, widths, memory formats, mapping over clients."""
+"""Every architecture of the zoo: sizes, shapes, tensor names, seeds, widths, memory formats, vectorising over clients."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A comparison folder that the tests of the report share."""
+"""A comparison folder for the report tests."""
 
 from __future__ import annotations
 

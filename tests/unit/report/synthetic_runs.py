@@ -1,4 +1,4 @@
-"""Run folders as an experiment leaves them, made of closed formulas: the same numbers on every call."""
+"""Synthetic run folders, made from closed formulas: the same numbers on every call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def toml(tree: Mapping[str, Any], prefix: str = "") -> str:
-    """Nested tables of numbers, strings and booleans as TOML."""
+    """Return nested tables of numbers, strings and booleans as TOML."""
     own = [f"{key} = {json.dumps(value)}" for key, value in tree.items() if not isinstance(value, Mapping)]
     tables = [toml(value, f"{prefix}{key}.") for key, value in tree.items() if isinstance(value, Mapping)]
     head = [f"[{prefix[:-1]}]"] if prefix else []
@@ -25,7 +25,7 @@ def toml(tree: Mapping[str, Any], prefix: str = "") -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a synthetic run looks like; `final` is its personal accuracy after the last round."""
+    """The results of a synthetic run; `final` is its personal accuracy after the last round."""
 
     method: str = "fedavg"
     seed: int = 0
@@ -39,10 +39,10 @@ class Scene:
     finished: bool = True
     uplink_per_round: int = 2_400_000
     settings: Mapping[str, Any] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)  # more of the summary
+    extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of the summary
 
     def accuracy(self, number: int) -> float:
-        """Rises to `final`, with a ripple that is zero in the last round."""
+        """Return accuracies that rise to `final`, with a ripple that is zero in the last round."""
         left = (self.rounds - number) / self.rounds
         return self.final * (1 - 0.75 * left**3) + 0.012 * left * math.sin(3 * number + self.seed)
 
@@ -143,7 +143,7 @@ class Scene:
         }
 
     def write(self, folder: Path) -> Path:
-        """Writes the run into `folder`."""
+        """Write the run to `folder`."""
         folder.mkdir(parents=True)
         counts = self.counts()
         partition = {

@@ -1,4 +1,4 @@
-"""The HTML page: whole, self-contained, escaped, and written at once."""
+"""The HTML page: complete, self-contained, escaped, and written atomically."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOID = {"meta", "br", "link", "input", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """Elements, ids and text of a page; complains of tags that do not match."""
+    """Collects elements, ids and text of a page; fails on tags that do not match."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def test_the_page_has_the_baseline_that_was_chosen(comparison: Path, tmp_path: P
     assert not (tmp_path / "other.html").exists()
 
 
-def test_the_page_tells_of_turns_that_did_not_count(tmp_path: Path) -> None:
+def test_the_page_reports_local_updates_that_did_not_count(tmp_path: Path) -> None:
     Scene(extra={"rejected": 12, "skipped": 3}).write(tmp_path / "a")
     assert "not counted 12 rejected, 3 rounds skipped" in written(tmp_path / "a", tmp_path / "report.html").words
 
@@ -134,7 +134,7 @@ def test_the_command_is_shown_where_it_is_known(tmp_path: Path) -> None:
     assert "fedloom run method=fedavg seed=0" in written(folder, tmp_path / "report.html").words
 
 
-def test_settings_that_another_took_the_place_of_are_no_facts(tmp_path: Path) -> None:
+def test_replaced_settings_are_not_listed_as_facts(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     settings = 'method = "fedavg"\nparticipation = 0.1\ncohort = 2\nmodel = "cnn"\nmodels = ["mlp", "vgg"]\n'
     (tmp_path / "run" / "config.toml").write_text(settings)

@@ -1,4 +1,4 @@
-"""Figures: what they show, and that the edge cases have one."""
+"""Figures: their contents and edge cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedloom.report.style import SERIES, strokes
 
 
 def texts(figure: Figure) -> str:
-    """Draws the figure and returns its text elements."""
+    """Draw the figure and return its text elements."""
     buffer = io.StringIO()
     with plots.drawing():
         figure.savefig(buffer, format="svg")
@@ -61,7 +61,7 @@ def test_a_method_keeps_its_colour(comparison: Path) -> None:
     assert [line.get_color() for line in logged] == [colour]
 
 
-def test_twelve_methods_are_all_told_apart_and_named(tmp_path: Path) -> None:
+def test_twelve_methods_are_distinguishable_and_named(tmp_path: Path) -> None:
     for number in range(12):
         Scene(method=f"method{number}", rounds=4, clients=4).write(tmp_path / f"m{number}")
     records = read([tmp_path])
@@ -87,7 +87,7 @@ def test_small_and_large_runs_have_figures(tmp_path: Path, scene: Scene) -> None
         assert ">not measured<" not in texts(figure)
 
 
-def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
+def test_missing_measurements_are_stated(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_text("")
     lines = ['{"round": 1, "personal_accuracy": null, "train.loss": NaN}', '{"round": 2, "train.loss": Infinity}']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
@@ -146,7 +146,7 @@ def test_colours_are_distinct_and_pyplot_stays_out() -> None:
 
 @pytest.mark.parametrize("most", [400.0, 3e6])
 def test_numbers_on_a_logarithmic_axis_are_plain_text(tmp_path: Path, most: float) -> None:
-    """Text is taken literally in figures, so TeX would be printed as it is."""
+    """Figures show text literally, so TeX would be printed as it is."""
     (record,) = read([Scene(rounds=6).write(tmp_path / "run")])
     assert record.metrics is not None
     rising = np.geomspace(1, most, len(record.metrics))

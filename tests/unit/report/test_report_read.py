@@ -1,4 +1,4 @@
-"""Reading run folders: good, unfinished, and broken ones."""
+"""Reading run folders: complete, unfinished, and damaged ones."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_client_rows_need_a_client(tmp_path: Path) -> None:
         read([folder])
 
 
-def test_what_is_no_run_is_said_in_one_line(tmp_path: Path) -> None:
+def test_folders_that_are_not_runs_are_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="no run folder was named"):
         read([])
     with pytest.raises(RunFolderError, match=f"'{re.escape(str(tmp_path / 'gone'))}' does not exist"):

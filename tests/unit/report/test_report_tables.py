@@ -1,4 +1,4 @@
-"""What the tables say: values, units, spread over seeds, paired differences."""
+"""Tables: values, units, spread over seeds, paired differences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_best_of_each_column_is_bold_and_a_tie_of_all_is_not(comparison: Pat
     grid = summary_grid(read([comparison]))
     bold = {row[0].text: [cell.text for cell in row if cell.bold] for row in grid.rows}
     assert bold["fedavg"] == []
-    assert bold["fedper"] == ["57 MB"]  # the lower is the better
+    assert bold["fedper"] == ["57 MB"]  # lower is better
     assert bold["fedprox"] == ["51.8 ±1.0"]
     assert bold["fedrir"] == ["87.0 ±1.4", "86.5 ±1.4", "73.0 ±1.4", "52.2 ±0.8", "57 MB"]
 
@@ -133,7 +133,7 @@ def test_the_baseline_can_be_chosen(tmp_path: Path) -> None:
         paired_table(records, "fedavgg")
 
 
-def test_other_partitions_or_seeds_are_no_pair(tmp_path: Path) -> None:
+def test_runs_of_other_partitions_or_seeds_are_not_paired(tmp_path: Path) -> None:
     Scene(method="fedavg", seed=0).write(tmp_path / "a")
     Scene(method="fedrir", seed=1).write(tmp_path / "b")
     Scene(method="fedper", seed=0, clients=19).write(tmp_path / "c")
@@ -152,7 +152,7 @@ def test_tables_fit_the_terminal_whole(comparison: Path, width: int) -> None:
     assert "+16.0" in printed(paired_table(records), width)
 
 
-def test_names_are_no_markup_and_steer_no_terminal(tmp_path: Path) -> None:
+def test_names_are_not_markup_or_terminal_codes(tmp_path: Path) -> None:
     Scene(method="[red]a\x1b[31mb").write(tmp_path / "run")
     text = printed(summary_table(read([tmp_path])))
     assert "[red]a\N{REPLACEMENT CHARACTER}[31mb" in text
@@ -207,7 +207,7 @@ def test_no_table_of_recall_where_classes_differ(tmp_path: Path) -> None:
     assert recall_grid(read([tmp_path])) is None
 
 
-def test_turns_that_did_not_count_are_told(tmp_path: Path) -> None:
+def test_local_updates_that_did_not_count_are_reported(tmp_path: Path) -> None:
     Scene(extra={"rejected": 1200, "lost": 0, "late": 0, "skipped": 3}).write(tmp_path / "a")
     Scene(method="fedper", extra={"rejected": 0, "lost": 0, "late": 0, "skipped": 0}).write(tmp_path / "b")
     assert (

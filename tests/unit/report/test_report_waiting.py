@@ -1,4 +1,4 @@
-"""Time to accuracy on networks, against a run by hand."""
+"""Time to accuracy on networks, checked by hand."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedloom.report import Waiting, read, write_page
 from fedloom.report.link_speeds import Network
 from fedloom.report.waiting import common_target, elapsed, round_of_target, waiting_grid
 
-WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up is 1 s, 10 MB down is 1 s
+WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up takes 1 s, 10 MB down takes 1 s
 
 
 def folder(path, accuracies, seconds, method="fedavg"):
-    """Two clients a round; the second computes twice as long and sends nothing."""
+    """Write a run with two clients per round; the second computes twice as long and sends nothing."""
     path.mkdir()
     (path / "config.toml").write_text(f'method = "{method}"\n')
     rows = [{"round": r, "personal_accuracy": a} for r, a in enumerate(accuracies, start=1)]
@@ -47,14 +47,14 @@ def test_a_round_waits_for_its_slowest_client(tmp_path):
     assert elapsed(record, WAY, Waiting([WAY], gflops=1)).tolist() == pytest.approx([9.5, 19.0])
 
 
-def test_the_target_is_what_all_reach(tmp_path):
+def test_the_target_is_reached_by_all_methods(tmp_path):
     records = read([folder(tmp_path / "a", [0.5, 0.93, 0.91], 1), folder(tmp_path / "b", [0.96], 1, "fedmr")])
     assert common_target(records) == 0.93
     assert [round_of_target(record, 0.93) for record in records] == [2, 1]
     assert round_of_target(records[0], 0.94) is None
 
 
-def test_the_table_says_when(tmp_path):
+def test_the_table_shows_the_time(tmp_path):
     records = read([folder(tmp_path / "a", [0.5, 0.9], 0.25), folder(tmp_path / "b", [0.6, 0.7], 0.25, "fedmr")])
     grid = waiting_grid(records, Waiting([WAY], slowdown=2, target=0.9))
     (name, *cells), (other, *dashes) = [[cell.text for cell in row] for row in grid.rows]

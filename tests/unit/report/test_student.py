@@ -35,6 +35,6 @@ def test_quantiles_are_those_of_scipy(degrees):
 
 
 @pytest.mark.parametrize(("p", "degrees"), [(0, 3), (1, 3), (0.9, 0), (float("nan"), 3)])
-def test_what_has_no_quantile_is_refused(p, degrees):
+def test_invalid_quantiles_are_refused(p, degrees):
     with pytest.raises(ValueError, match=f"p={p}, degrees={degrees}"):
         t_quantile(p, degrees)

@@ -1,6 +1,6 @@
-"""The way to a Ray cluster, looked at before Ray is: an address that is none, a machine that is not there, a token that is refused.
+"""Probes of a Ray address before `ray.init`: a malformed address, a machine that does not answer, a token that is refused.
 
-Ray itself would try each of them for half a minute or more, and say why in many lines.
+Ray itself would try each of them for half a minute or more, and report the failure in many lines.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from fedloom.errors import ConfigError
 from fedloom.ranges import RAY_ADDRESS
 
 CONNECT_S = 10.0
-ASKED = {  # a call that changes nothing, of the service behind a kind of address
+ASKED = {  # a call without effects, for the service behind each kind of address
     "ray://": "/ray.rpc.RayletDriver/ClusterInfo",
     "": "/ray.rpc.NodeInfoGcsService/CheckAlive",
 }
 
 
 def quiet_environment(address: str | None) -> None:
-    """Settings that Ray reads as it is imported: nothing is sent to its makers, and a token that is there is used at `address`.
+    """Set variables that Ray reads on import: send no usage statistics, and use an existing token at `address`.
 
-    For a cluster of its own, and where it was imported before, Ray sees to its token itself.
+    For a cluster that Ray starts itself, and if Ray was imported before, Ray handles its token itself.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # losses on standard output; the engine says who was lost
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # lost workers on standard output; the engine reports them
     if address and "ray" not in sys.modules and _token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
 def check_address(address: str) -> None:
-    """Raise ConfigError where no cluster can be joined at `address`: `auto`, `HOST:PORT` or `ray://HOST:PORT`."""
+    """Raise ConfigError if no cluster can be joined at `address`: `auto`, `HOST:PORT` or `ray://HOST:PORT`."""
     found = RAY_ADDRESS.fullmatch(_started_here() if address == "auto" else address)
     if address == "auto" and not found:
         return  # Ray has other ways to find one
@@ -44,11 +44,11 @@ def check_address(address: str) -> None:
     except OSError as error:
         raise refused(address, error.strerror or str(error)) from None
     if os.environ.get("RAY_USE_TLS", "0") == "0" and not _lets_in(f"{found[2]}:{port}", ASKED[found[1] or ""]):
-        raise refused(address, "its token is another; set RAY_AUTH_TOKEN to that of the cluster")
+        raise refused(address, "it refuses the token; set RAY_AUTH_TOKEN to the cluster's token")
 
 
 def refused(address: str | None, reason: str) -> ConfigError:
-    """What to say of an address, or of this machine, and why."""
+    """Return the error for an address, or for this machine, that cannot be used."""
     what = (
         f"engine.address={address}: no Ray cluster can be joined there" if address else "engine=ray: Ray cannot start"
     )
@@ -56,7 +56,7 @@ def refused(address: str | None, reason: str) -> ConfigError:
 
 
 def _lets_in(target: str, call: str) -> bool:
-    """Whether a service takes our token, or asks for none."""
+    """Return whether a service accepts our token, or needs none."""
     import grpc
 
     sent = [("authorization", f"Bearer {_token()}")] if _token() else []
@@ -69,7 +69,7 @@ def _lets_in(target: str, call: str) -> bool:
 
 
 def _started_here() -> str:
-    """The address of the cluster that was last started on this machine, where Ray has noted it."""
+    """Return the address of the cluster that was last started on this machine, if Ray has recorded it."""
     note = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     try:
         return os.environ.get("RAY_ADDRESS") or note.read_text(encoding="utf-8").strip()
@@ -78,7 +78,7 @@ def _started_here() -> str:
 
 
 def _token() -> str:
-    """The token that Ray would use, or nothing: from the environment, or from a file."""
+    """Return the token that Ray would use, from the environment or from a file, or ""."""
     given = os.environ.get("RAY_AUTH_TOKEN")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:

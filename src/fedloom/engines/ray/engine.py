@@ -1,11 +1,11 @@
 """Workers on a Ray cluster, or on this machine; the same numbers as the sequential engine with one thread.
 
-A worker is an actor with one thread. Client i works at worker i modulo n, or at another while that one is away. The problem with
-all rows is put into the object store once: a machine holds one copy, which its workers read in place.
+A worker is an actor with one thread. Client i runs on worker i modulo n, or on another one while that worker is away. The problem with
+all examples is put into the object store once: each machine holds one copy, which its workers read in place.
 
-What a client keeps is committed here, in the experiment, when its turn has arrived, so it outlives any worker and any other machine. A
-worker keeps a copy of its clients for the next round, each with the number of the turn that made it; a worker that lacks the
-wanted one (it is new, or did a turn that never arrived) says so and is sent it.
+A client's state is committed here, in the experiment, when the result of its local update arrives, so it survives the loss of any
+worker or machine. A worker keeps a copy of its clients for the next round, each with a version: the number of the local update that made
+it. A worker that lacks the requested version (it is new, or its result never arrived) says so and is sent the client.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ from fedloom.errors import ConfigError, WorkerError, is_own_code
 from fedloom.method import Client, Downlink
 
 START_S = 180.0  # for a worker to start; a machine that imports torch for the first time is slow
-ATTEMPTS = 3  # at scoring, which may be repeated; and rounds in a row that may bring nothing
-POLL_S = 0.05  # while no worker is there
-NAMED = 8  # clients that a warning names
+ATTEMPTS = 3  # of scoring, which can be repeated; and the limit on consecutive rounds without a reply
+POLL_S = 0.05  # while there is no worker
+NAMED = 8  # the number of clients that a warning lists
 
 log = logging.getLogger(__name__)
 
 
 class LostWorker(NamedTuple):
-    """In place of an answer: why there is none."""
+    """Replaces the answer of a lost worker."""
 
     reason: str
 
@@ -69,7 +69,7 @@ class Cluster:
     def __init__(self, address: str | None, workers: int | None, most: int) -> None:
         """Start Ray on this machine, or join the cluster at `address`; one worker per core, or `workers`, but at most `most`.
 
-        Where the program has joined a cluster already, that one is used and left as it is.
+        If the program has already joined a cluster, use that one and leave it running.
         """
         self._ours = not ray.is_initialized()
         if self._ours:
@@ -106,24 +106,24 @@ class Seat:
 
     def __init__(self, number: int, actor: Any, shared: Shared) -> None:
         self._number, self._actor, self._shared = number, actor, shared
-        self.facts: Facts | None = None  # of its last start
+        self.facts: Facts | None = None  # of its latest start
         self.is_gone = False
         self._starting: Any = None
-        self._call()
+        self._request_readiness()
 
     def __str__(self) -> str:
         """`worker 1 (process 4711 on HOST)`."""
         return f"worker {self._number}" + (f" (process {self.facts.pid} on {self.facts.host})" if self.facts else "")
 
-    def _call(self) -> None:
-        """Ask it to say when it is ready, however often it starts anew until then."""
+    def _request_readiness(self) -> None:
+        """Request a sign of readiness from the worker, again after each restart."""
         self._starting = self._actor.ready.options(max_task_retries=-1).remote(self._shared)
 
     def is_ready(self, wait_s: float = 0) -> bool:
-        """Whether it can work now.
+        """Return whether the worker can work now.
 
         Raises:
-            ConfigError: it never will; said once.
+            ConfigError: it never will; raised only once.
         """
         if self._starting is None:
             return not self.is_gone
@@ -136,40 +136,40 @@ class Seat:
             raise ConfigError(f"engine=ray: {self} cannot start: {_first_line(error)}") from None
         for name, here in package_versions().items():
             if facts.versions[name] != here:
-                wrong = f"{self} has {name} {facts.versions[name]}, and this is {name} {here}"
+                wrong = f"{self} has {name} {facts.versions[name]}, but this machine has {name} {here}"
                 raise ConfigError(f"engine=ray: {wrong}; every machine needs the same version")
         self.is_gone = False
         return True
 
     def start(self, common: Any, job: RayJob, clients: Mapping[int, tuple[int, Packed]]) -> Any:
-        """Hand over a job; a reference to its answer."""
+        """Send a job; return a reference to its answer."""
         return self._actor.do.remote(self._shared, common, job, clients)
 
     def answer(self, reference: Any) -> Any:
-        """What came of a job. A worker that was lost is called again."""
+        """Return the answer to a job, or LostWorker; a lost worker is asked to report when it has restarted."""
         try:
             return ray.get(reference)
-        except RayTaskError:  # not of the work itself, which comes as `Failed`
+        except RayTaskError:  # not from the job itself, whose errors come as `JobFailure`
             raise
         except RayError as error:
-            self._call()
+            self._request_readiness()
             return LostWorker(f"its process or its machine is gone ({type(error).__name__})")
 
     def restart(self) -> None:
-        """End its process, whatever it does; Ray starts it anew."""
+        """End the worker's process, even if it is working; Ray restarts it."""
         ray.kill(self._actor, no_restart=False)
-        self._call()
+        self._request_readiness()
 
     def forget(self) -> None:
-        """The experiment is over."""
+        """Tell the worker that the experiment is over."""
         self._actor.forget.remote(self._shared.key)
 
 
 class RayEngine(ForwardingEngine):
-    """Workers on a cluster. A worker that is lost costs the round its clients, which stay as they were; the run goes on."""
+    """Workers on a cluster. If a worker is lost, its clients are lost for the round and stay as they were; the run continues."""
 
     def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
-        """`deadline_s` is the time that a worker has for its share of a round, or of a scoring; default: no limit.
+        """`deadline_s` is the time that a worker has for its share of a round or of a scoring; default: no limit.
 
         Raises:
             ConfigError: no worker starts, or one has other versions.
@@ -191,7 +191,9 @@ class RayEngine(ForwardingEngine):
         until = time.monotonic() + START_S
         started = sum(seat.is_ready(max(until - time.monotonic(), 0)) for seat in self._seats)
         if not started:
-            raise ConfigError(f"engine=ray: no worker has started in {START_S:g} s; has the cluster a free core?")
+            raise ConfigError(
+                f"engine=ray: no worker started within {START_S:g} s; check that the cluster has a free core"
+            )
         if started < len(self._seats):
             log.warning("engine=ray: %d of %d workers have started; others join later", started, len(self._seats))
 
@@ -199,7 +201,7 @@ class RayEngine(ForwardingEngine):
         """See `Engine.train`."""
         self._ticket += 1
         own = [self._packer.pack(message) for message in down.each] if down.each is not None else None
-        jobs = [(seat, self._update_job(number, cohort, own, slots)) for seat, slots in self._dealt(cohort)]
+        jobs = [(seat, self._update_job(number, cohort, own, slots)) for seat, slots in self._by_worker(cohort)]
         replies: list[Reply] = []
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
             if isinstance(answer, LostWorker):
@@ -210,14 +212,14 @@ class RayEngine(ForwardingEngine):
         self._empty_rounds = 0 if replies else self._empty_rounds + 1
         if self._empty_rounds == ATTEMPTS:
             raise WorkerError(
-                f"no client's work arrived in {ATTEMPTS} rounds in a row; all workers were lost each time"
+                f"no local update arrived in {ATTEMPTS} consecutive rounds; all workers were lost each time"
             )
         return sorted(replies, key=lambda reply: reply.slot)
 
     def _update_job(
         self, number: int, cohort: Sequence[int], own: Sequence[Packed] | None, slots: Sequence[int]
     ) -> UpdateJob:
-        """The local updates of the members of the cohort at `slots`, as work for one worker."""
+        """Return the local updates of the members at `slots` of the cohort, as a job for one worker."""
         return UpdateJob(
             number=number,
             ticket=self._ticket,
@@ -235,17 +237,19 @@ class RayEngine(ForwardingEngine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. Where clients keep nothing, they all hold one model, and common rows are shared out by pieces."""
+        """See `Engine.score`. If clients keep nothing, all hold one model, and the common test examples are split into pieces."""
         same = not self.problem.method.adapt() and not any(tree.leaves(self.client(i)._asdict()) for i in clients)
-        dealt = self._dealt(clients)
-        work = shares(asks, [[clients[place] for place in places] for _, places in dealt], by_rows=same)
+        assigned = self._by_worker(clients)
+        work = shares(asks, [[clients[place] for place in places] for _, places in assigned], by_rows=same)
         jobs = [Scores(number, share, {} if same else self._wanted(share.clients)) for share in work]
-        return merged(work, self._insist(down, jobs, [seat for seat, _ in dealt]), clients, asks)
+        return merged(work, self._run_with_retries(down, jobs, [seat for seat, _ in assigned]), clients, asks)
 
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`."""
         seats = self._ready()
-        return sum_scores(self._insist(down, [ServerScore((k, len(seats)), {}) for k in range(len(seats))], seats))
+        return sum_scores(
+            self._run_with_retries(down, [ServerScore((k, len(seats)), {}) for k in range(len(seats))], seats)
+        )
 
     def restore(self, i: int, client: Client) -> None:
         """See `Engine.restore`."""
@@ -254,14 +258,14 @@ class RayEngine(ForwardingEngine):
         self._versions[i] = self._ticket
 
     def close(self) -> None:
-        """End or leave the workers. The clients can still be asked for."""
+        """End or leave the workers. Clients can still be read."""
         for seat in self._seats if ray.is_initialized() else ():
             seat.forget()
         self._seats = []
         self._cluster.close()
 
     def _ready(self) -> list[Seat]:
-        """The workers that can work now; waits for one if there is none."""
+        """Return the workers that can work now; wait for one if there is none."""
         until = time.monotonic() + START_S
         while time.monotonic() < until and not all(seat.is_gone for seat in self._seats):
             found = []
@@ -269,14 +273,14 @@ class RayEngine(ForwardingEngine):
                 try:
                     found += [seat] if seat.is_ready() else []
                 except ConfigError as error:
-                    log.warning("%s; others do its work", error)
+                    log.warning("%s; other workers do its work", error)
             if found:
                 return found
             time.sleep(POLL_S)
-        raise WorkerError("engine=ray: all workers are lost, and none has come back")
+        raise WorkerError("engine=ray: all workers are lost, and none has restarted")
 
-    def _dealt(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
-        """Who works on which places in `clients`: each client always at the same worker, as long as that is there."""
+    def _by_worker(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
+        """Return each worker's positions in `clients`: a client always goes to the same worker while that worker is there."""
         ready, groups = self._ready(), dict[Seat, list[int]]()
         for place, i in enumerate(clients):
             seat = self._seats[i % len(self._seats)]
@@ -287,11 +291,11 @@ class RayEngine(ForwardingEngine):
         return {i: self._versions.get(i, 0) for i in clients}
 
     def _sent(self, clients: Iterable[int]) -> dict[int, tuple[int, Packed]]:
-        """Clients as they were committed."""
+        """Return the committed clients with their versions."""
         return {i: (self._versions.get(i, 0), self._packer.pack(self.client(i)._asdict())) for i in clients}
 
-    def _insist(self, down: Downlink, jobs: Sequence[RayJob], seats: Sequence[Seat]) -> list[Any]:
-        """Results of jobs that change nothing, dealt to `seats` in turn; those of a lost worker are given to others."""
+    def _run_with_retries(self, down: Downlink, jobs: Sequence[RayJob], seats: Sequence[Seat]) -> list[Any]:
+        """Return results of jobs that change nothing, distributed over `seats`; other workers repeat the jobs of a lost one."""
         found: dict[int, Any] = {}
         for _ in range(ATTEMPTS):
             left = [place for place in range(len(jobs)) if place not in found]
@@ -299,17 +303,19 @@ class RayEngine(ForwardingEngine):
             for place, (seat, _), answer in zip(left, given, self._run(down, given), strict=True):
                 if isinstance(answer, LostWorker):
                     log.warning(
-                        "engine=ray: %s was lost while it scored clients; another does it: %s", seat, answer.reason
+                        "engine=ray: %s was lost while it scored clients; another worker repeats it: %s",
+                        seat,
+                        answer.reason,
                     )
                 else:
                     found[place] = answer
             if len(found) == len(jobs):
                 return [found[place] for place in range(len(jobs))]
             seats = self._ready()
-        raise WorkerError(f"engine=ray: scoring was tried {ATTEMPTS} times, and each time a worker was lost")
+        raise WorkerError(f"engine=ray: scoring failed {ATTEMPTS} times, each time because a worker was lost")
 
     def _run(self, down: Downlink, jobs: Sequence[tuple[Seat, RayJob]]) -> list[Any]:
-        """What came of jobs, in their order: a result, or `Lost`. Raises the first error of the work itself."""
+        """Run jobs; return their results in order, each a result or `LostWorker`. Raises the first error of the jobs themselves."""
         common, found = ray.put(self._packer.pack(down.common)), list[Any]([None] * len(jobs))
         waiting = {seat.start(common, job, {}): place for place, (seat, job) in enumerate(jobs)}
         until = time.monotonic() + self._deadline_s if self._deadline_s else None
@@ -338,14 +344,14 @@ def _listed(clients: Sequence[int]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """What an error of Ray says, without the tracebacks and identifiers that follow or precede it."""
+    """Return the message of a Ray error without tracebacks and identifiers."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     return f"{type(cause).__name__}: {lines[0].partition('. ')[0] if lines else 'no reason given'}"
 
 
 def _put(problem: Problem) -> Any:
-    """A reference to the problem in the object store."""
+    """Put the problem into the object store; return a reference."""
     try:
         with _own_code_by_value():
             return ray.put(problem)
@@ -357,7 +363,7 @@ def _put(problem: Problem) -> Any:
 
 @contextmanager
 def _own_code_by_value() -> Iterator[None]:
-    """Classes from files of one's own travel with their code, since other machines (and Ray's workers) do not have the files."""
+    """Pickle classes from the user's own files with their code, since other machines (and Ray's workers) do not have the files."""
     own = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

@@ -1,4 +1,4 @@
-"""Trees as plain bytes in NumPy arrays, which move between processes without being copied or looked into."""
+"""Trees as plain bytes in NumPy arrays, which move between processes without being copied or parsed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fedloom.tree import Tree
 
 
 class Packed(NamedTuple):
-    """A tree as bytes, (n,) uint8, of any types (bfloat16 too, which NumPy does not have)."""
+    """A tree as bytes, (n,) uint8. Any dtype is possible (also bfloat16, which NumPy does not have)."""
 
     layout: TreeLayout
     data: np.ndarray[Any, Any]
 
 
 class Packer:
-    """Packs trees; those of one form share one layout, which a message then holds once."""
+    """Packs trees. Trees of one structure share one layout object, so a message contains it once."""
 
     def __init__(self) -> None:
         self._layouts: dict[Any, TreeLayout] = {}
 
     def pack(self, value: Tree) -> Packed:
-        """A copy of the tree."""
+        """Return a packed copy of the tree."""
         form = _form(value)
         layout = self._layouts.get(form) or self._layouts.setdefault(form, layout_of(value))
         data = torch.empty(layout.n_bytes, dtype=torch.uint8)
@@ -39,7 +39,7 @@ def _form(value: Tree) -> tuple[Any, ...]:
 
 
 def unpack(packed: Packed) -> Tree:
-    """The tree, in memory of its own: what comes from the object store is read-only, and torch would not notice."""
+    """Return the tree in its own memory: arrays from the object store are read-only, which torch would not detect."""
     data = torch.empty(packed.layout.n_bytes, dtype=torch.uint8)
     np.copyto(data.numpy(), packed.data)
     return views(data, packed.layout)

@@ -1,4 +1,4 @@
-"""The worker's side of the Ray engine: an actor that holds experiments, and the jobs that it is given."""
+"""The worker's side of the Ray engine: an actor that holds experiments, and the jobs that it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedloom.tree import Tree
 
 
 class Shared(NamedTuple):
-    """What an experiment has put into the object store for all workers."""
+    """What an experiment shares with all its workers."""
 
     key: str
     problem: Any  # a reference to a `Problem`
@@ -34,7 +34,7 @@ class Shared(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """Where a worker runs, and with what."""
+    """A worker's machine, process and package versions."""
 
     host: str
     pid: int
@@ -42,50 +42,50 @@ class Facts(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A worker's answer: it does not hold these clients as they were committed."""
+    """A worker's answer: it does not hold these clients in the committed version."""
 
     clients: Sequence[int]
 
 
 class JobFailure(NamedTuple):
-    """A worker's answer: the work raised this error."""
+    """A worker's answer: the job raised this error."""
 
     error: BaseException
 
 
 class Done(NamedTuple):
-    """A turn: the reply with its uplink packed, and what the client keeps."""
+    """The result of a local update: the reply with its uplink packed, and the client's state."""
 
     reply: Reply
     kept: Packed
 
 
-Versions = Mapping[int, int]  # for each client, the number of the turn that made what it keeps; 0: never changed
+Versions = Mapping[int, int]  # for each client, the number of the local update that made its state; 0: never changed
 
 
 class RayJob(Protocol):
-    """Work for one worker."""
+    """A job for one worker."""
 
     @property
     def versions(self) -> Versions:
-        """The versions of the clients that it needs."""
+        """The versions of the clients that the job needs."""
 
     def do(self, post: Post, common: Tree) -> Any:
-        """The work, at the worker."""
+        """Do the job, on the worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateJob:
-    """Turns of some members of the cohort. `ticket` numbers the versions of the clients that come of it."""
+    """Local updates of some members of the cohort. `ticket` is the version of the clients that they produce."""
 
     number: int
     ticket: int
     members: Sequence[tuple[int, int]]  # (slot, client)
-    own: Sequence[Packed] | None  # for each member what it alone is sent
+    own: Sequence[Packed] | None  # for each member, the message to it alone
     versions: Versions
 
     def do(self, post: Post, common: Tree) -> list[Done]:
-        """See `Job.do`."""
+        """See `RayJob.do`."""
         found = []
         for place, (slot, i) in enumerate(self.members):
             started = time.perf_counter()
@@ -107,24 +107,24 @@ class Scores:
     versions: Versions
 
     def do(self, post: Post, common: Tree) -> list[dict[str, Score]]:
-        """See `Job.do`."""
+        """See `RayJob.do`."""
         return post.engine.score_part(self.number, Downlink(common), *self.share)
 
 
 @dataclass(frozen=True)
 class ServerScore:
-    """The server's score on the k-th of n pieces of the common rows."""
+    """The server's score on the k-th of n pieces of the common test examples."""
 
     part: tuple[int, int]
     versions: Versions
 
     def do(self, post: Post, common: Tree) -> Score:
-        """See `Job.do`."""
+        """See `RayJob.do`."""
         return post.engine.score_server_part(Downlink(common), self.part)
 
 
 class Post:
-    """What a worker holds for one experiment."""
+    """A worker's data for one experiment."""
 
     def __init__(self, shared: Shared) -> None:
         self.engine = Sequential(ray.get(shared.problem))
@@ -132,13 +132,13 @@ class Post:
         self.versions: dict[int, int] = {}
 
     def take(self, clients: Mapping[int, tuple[int, Packed]]) -> None:
-        """Hold these clients in these versions."""
+        """Store these clients with their versions."""
         for i, (version, kept) in clients.items():
             self.engine.restore(i, Client(**unpack(kept)))
             self.versions[i] = version
 
     def missing(self, wanted: Versions) -> list[int]:
-        """The clients that it holds in another version."""
+        """Return the clients that are held in another version."""
         return [i for i, version in wanted.items() if self.versions.get(i, 0) != version]
 
 
@@ -150,12 +150,12 @@ class RayWorker:
         self._posts: dict[str, Post] = {}
 
     def ready(self, shared: Shared) -> Facts:
-        """Load the problem, if that is not done yet."""
+        """Load the problem, if that has not been done yet."""
         self._post(shared)
         return Facts(socket.gethostname(), os.getpid(), package_versions())
 
     def do(self, shared: Shared, common: Packed, job: RayJob, clients: Mapping[int, tuple[int, Packed]]) -> Any:
-        """Take over some clients, then do a job: its result, `Missing` or `Failed`."""
+        """Store the given clients, then do a job; return its result, `Missing` or `JobFailure`."""
         post = self._post(shared)
         post.take(clients)
         missing = post.missing(job.versions)
@@ -166,11 +166,11 @@ class RayWorker:
         except (
             Exception,
             SystemExit,
-        ) as error:  # an exit, too, is for the experiment: Ray would end this worker for good
+        ) as error:  # the experiment handles exits too: Ray would end this worker for good
             return JobFailure(portable(error, cloudpickle))
 
     def forget(self, key: str) -> None:
-        """An experiment is over."""
+        """Remove an experiment that is over."""
         self._posts.pop(key, None)
 
     def _post(self, shared: Shared) -> Post:
@@ -181,5 +181,5 @@ class RayWorker:
 
 
 def package_versions() -> dict[str, str]:
-    """What must be the same everywhere for the same numbers."""
+    """Return the versions that must be equal everywhere to give the same numbers."""
     return {"fedloom": __version__, "torch": torch.__version__}

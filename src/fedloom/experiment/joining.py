@@ -1,0 +1,41 @@
+"""Newcomers: clients that were held out from training join afterwards, one after another."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from fedloom.engines import Newcomers, Score
+from fedloom.experiment import metrics
+from fedloom.experiment.saving import save_run
+
+if TYPE_CHECKING:
+    from fedloom.experiment.loop import Experiment, OnRound, Row
+
+
+def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
+    """Let the clients join that were held out from training; return their part of the summary.
+
+    A newcomer sends nothing to the server. `on_round` is called after each newcomer.
+    """
+    if not experiment.settings.join.clients:
+        return {}
+    started, joining = time.perf_counter(), Newcomers(experiment.problem, experiment.place)
+    down = experiment.problem.codec.through(experiment.hooks.deploy(experiment.server, experiment.done))
+    request, turns = experiment.scoring.asks(general=False)[0], experiment.settings.join.turns
+    before, after = list[Score](), list[Score]()
+    newcomers = range(experiment.problem.task.n_clients, experiment.data.n_clients)
+    for i in newcomers:
+        before.append(joining.score_received(i, down, request))
+        experiment.engine.restore(i, joining.join(i, down, turns))
+        after.append(joining.score(experiment.done, down, [i], [request])[0][request.name])
+        if on_round:
+            on_round(experiment.done, experiment.settings.rounds, {"joined": f"{len(after)}/{len(newcomers)}"})
+    if experiment.settings.checkpoint_every:
+        save_run(experiment)
+    each = [metrics.newcomer(i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
+    scores = metrics.spread(before, "received") | metrics.spread(after, "joined")
+    return {
+        "new_clients": {"clients": len(newcomers), "turns": turns, **scores, "each": each},
+        "join_seconds": time.perf_counter() - started,
+    }

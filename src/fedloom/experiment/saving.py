@@ -1,0 +1,137 @@
+"""The files of a run: its description, checkpoints and summary; and resuming from them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fedloom import accelerator, tree
+from fedloom.config.settings import to_toml
+from fedloom.errors import RunFolderError
+from fedloom.experiment import metrics
+from fedloom.experiment.accounting import Accounting
+from fedloom.experiment.build import arithmetic
+from fedloom.experiment.run_folder import DEPLOYED, RunFolder, environment
+from fedloom.method import Client
+from fedloom.tree import Tree
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedloom.experiment.loop import Experiment
+
+Row = dict[str, Any]
+
+
+def describe_run(experiment: Experiment, folder: RunFolder) -> None:
+    """Write the run's description: settings, environment and partition."""
+    folder.write("config.toml", to_toml(experiment.settings))
+    folder.write_json(
+        "environment.json", environment() | {"device": accelerator.describe_device(experiment.place.device)}
+    )
+    folder.write("partition.json", json.dumps(_partition_record(experiment)))
+
+
+def _partition_record(experiment: Experiment) -> Row:
+    """Return the assignment of examples to clients, for `partition.json`."""
+    labels, n_classes = experiment.data.dataset.labels, experiment.data.n_classes
+    counts = {split: experiment.partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
+    return {"classes": list(experiment.data.dataset.classes), "class_counts": counts, **experiment.partition.content()}
+
+
+def save_run(experiment: Experiment) -> None:
+    """Write a checkpoint of the experiment."""
+    clients = {i: experiment.engine.client(i)._asdict() for i in experiment.engine.changed()}
+    experiment.folder.write_clients(_table(experiment.client_rows))
+    in_flight = {i: late.message for i, late in experiment.intake.flights.items()}
+    state = {"round": experiment.done, **experiment.ledger.state(), **experiment.intake.state()}
+    experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight)
+    experiment.saved = experiment.done
+
+
+def restore_run(experiment: Experiment, folder: RunFolder) -> None:
+    """Restore the experiment from the checkpoint in `folder`, if there is one."""
+    _check_partition(experiment, folder)
+    saved = folder.load_checkpoint()
+    state, server, clients = saved if saved else ({"round": 0}, {}, {})
+    experiment.done = experiment.saved = state["round"]
+    experiment.ledger = Accounting(experiment.problem, state)
+    experiment.intake.restore(state, folder.load_late())
+    experiment.rows = [row for row in folder.rows() if row["round"] <= experiment.done]
+    experiment.client_rows = _without_nan(folder.read_clients(experiment.done))
+    experiment.server = _restored(experiment.server, server, "server") if saved else experiment.server
+    with arithmetic(experiment.settings):
+        for i, client in clients.items():
+            experiment.engine.restore(
+                i, Client(**_restored(experiment.engine.client(i)._asdict(), client, f"client {i}"))
+            )
+
+
+def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
+    """Raise RunFolderError if the partition differs from the run's own: it could test on examples that it trained on."""
+    at_start, now = folder.partition(), _partition_record(experiment)
+    if experiment.partition.scheme.get("name") == "devices":
+        return  # devices may hold other examples by now, or be absent
+    if any(at_start[key] != now[key] for key in ("classes", "class_counts", "hash") if key in at_start):
+        raise RunFolderError(
+            f"{folder.path}: its data or partition differ from those at its start; restore the data and the partition's file"
+        )
+
+
+def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> Row:
+    """Write and return the summary of a finished run; `joined`: the part about newcomers."""
+    s = experiment.settings
+    summary = {
+        "method": s.method.name,
+        "model": ",".join(a.name for a in experiment.problem.archs),
+        "data": s.data.name,
+        "clients": experiment.problem.task.n_clients,
+        "rounds": experiment.done,
+        "seed": s.seed,
+        **metrics.summarise(experiment.rows),
+        **joined,
+        "uplink_bytes": experiment.ledger.total("uplink"),
+        "downlink_bytes": experiment.ledger.total("downlink"),
+        "bytes_by_kind": experiment.ledger.kinds,
+        **experiment.intake.counts,
+        **metrics.cost_to_target(experiment.rows, s.eval.target),
+        "seconds": experiment.ledger.train_seconds + experiment.ledger.eval_seconds,
+        "train_seconds": experiment.ledger.train_seconds,
+        "seconds_by_phase": experiment.ledger.phase_seconds,
+        "flops_per_round": experiment.ledger.flops / max(experiment.done, 1) or None,
+        "peak_client_bytes": experiment.ledger.peak_client_bytes(),
+        "buffers": buffers,
+        "partition": experiment.partition.hash(),
+        "finished": True,
+    }
+    experiment.folder.write_clients(_table(experiment.client_rows))
+    experiment.folder.write_json("summary.json", summary)
+    return summary
+
+
+def refuse_deployed(folder: RunFolder) -> None:
+    """Raise RunFolderError if the clients of a run are on devices."""
+    if (folder.path / DEPLOYED).is_file():
+        raise RunFolderError(
+            f"{folder.path}: the clients of this run and their states are on devices; use fedloom deploy run --resume"
+        )
+
+
+def _restored(template: Tree, saved: Tree, what: str) -> Tree:
+    if tree.structure(template) != tree.structure(saved):
+        raise RunFolderError(
+            f"the checkpoint does not match this method and model (at the {what}); restore the method's file"
+        )
+    return tree.merge(template, saved)  # in the template's order, with its branches without tensors
+
+
+def _table(rows: list[Row]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame(rows)
+
+
+def _without_nan(table: pd.DataFrame) -> list[Row]:
+    import pandas as pd
+
+    return [{str(k): v for k, v in row.items() if not pd.isna(v)} for row in table.to_dict("records")]
