@@ -330,7 +330,7 @@ AREAS = (
             ),
             Fault(
                 "uplinks with numbers that are not finite are taken in",
-                'broken = "" if known else',
+                'broken = "" if checked else',
                 'broken = "" if True else',
                 "bad_uplink or diverge",
             ),
@@ -381,25 +381,25 @@ AREAS = (
         (
             Fault(
                 "a checkpoint brings back no optimiser states",
-                'self.engine.client(i)._asdict(), client, f"client',
-                'self.engine.client(i)._asdict(), {**client, "opts": self.engine.client(i).opts}, f"client',
+                'experiment.engine.client(i)._asdict(), client, f"client',
+                'experiment.engine.client(i)._asdict(), {**client, "opts": experiment.engine.client(i).opts}, f"client',
                 "taken_up",
             ),
             Fault(
                 "a checkpoint does not hold the costs so far",
-                '{"round": self.done, **self.ledger.state(), **self.intake.state()}',
-                '{"round": self.done, **self.intake.state()}',
+                '{"round": experiment.done, **experiment.ledger.state(), **experiment.intake.state()}',
+                '{"round": experiment.done, **experiment.intake.state()}',
                 "taken_up",
             ),
             Fault(
                 "a resumed run repeats a round",
-                'self.done = self.saved = state["round"]',
-                'self.done = self.saved = max(state["round"] - 1, 0)',
+                'experiment.done = experiment.saved = state["round"]',
+                'experiment.done = experiment.saved = max(state["round"] - 1, 0)',
                 "taken_up",
             ),
             Fault(
                 "uplinks under way are not in the checkpoint",
-                "{i: flight.message for i, flight in self.intake.flights.items()}",
+                "{i: late.message for i, late in experiment.intake.flights.items()}",
                 "{}",
                 "taken_up",
             ),
