@@ -39,7 +39,7 @@ def test_one_run_with_every_part(cli):
     assert contents("vtc") == before
     assert "What features hold" in done.out
     assert "What generators make" in done.out
-    assert "vtc: no sharpness, the method has no server model" in done.out
+    assert "vtc: skipped sharpness: the method has no server model" in done.out
     found = json.loads(Path("vtc/analysis/analysis.json").read_text())
     assert found["pictures"].keys() == {"features-own.png", "features-same.png", "samples.png", "nearest.png"}
     assert all(Path("vtc/analysis", name).read_bytes().startswith(PNG) for name in found["pictures"])
@@ -65,7 +65,7 @@ def test_curves_of_a_comparison(cli):
     cli("compare", "method=fedavg,local,fedmr", *SMALL, "out=all", "--quiet")
     done = cli("analyse", "all", "--only", "sharpness")
     assert done.code == 0
-    assert "local-seed0: no sharpness" in done.out
+    assert "local-seed0: skipped sharpness" in done.out
     assert Path("all/analysis-sharpness.png").read_bytes().startswith(PNG)
     assert cli("analyse", "all/fedavg-seed0", "all/fedmr-seed0", "--only", "sharpness", "out=two.svg").code == 0
     assert "<svg" in Path("two.svg").read_text()
@@ -98,9 +98,9 @@ def test_a_folder_that_takes_no_analysis_is_named(cli):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ((), "name the folder of a run"),
+        ((), "give the folder of a run"),
         (("nowhere",), "'nowhere' does not exist"),
-        (("one", "--only", "sharpnes"), "there is no part 'sharpnes' (did you mean 'sharpness'?)"),
+        (("one", "--only", "sharpnes"), "unknown part 'sharpnes' (did you mean 'sharpness'?)"),
         (("one", "oud=x.png"), "unknown key 'oud' (did you mean 'out'?)"),
         (("one", "--onlly", "samples"), "has no option --onlly (did you mean '--only'?)"),
         (("one",), "this run has no checkpoint"),

@@ -44,7 +44,7 @@ def test_rows_that_are_not_the_clients_own_are_called_so(cli):
     words = ("partition=file", "partition.path=dealt.json", "model=mlp", "rounds=1", "engine=sequential", "out=r")
     assert cli("run", *words, "--quiet").code == 0
     done = cli("export", "r", "--all")
-    assert "on the client's own test rows (client 1, which has none: the common rows);" in done.out, done.err
+    assert "on the client's own test examples (client 1 has none: on the common test set);" in done.out, done.err
     assert [one["own_rows"] for one in json.loads(cli("export", "r", "--all", "--out", "e", "--json").out)] == [
         True,
         False,
@@ -52,11 +52,11 @@ def test_rows_that_are_not_the_clients_own_are_called_so(cli):
 
 
 MISTAKES = {
-    "export": "name the folder of a run",
+    "export": "give the folder of a run",
     "export nowhere": "nowhere is not a run's folder",
-    "export r --client 4": "--client 4: '4' is no client of this run, which has 0 to 3",
-    "export r --client x": "'x' is no client",
-    "export r --client -1": "is no client",
+    "export r --client 4": "--client 4: '4' is not a client of this run; clients are 0 to 3",
+    "export r --client x": "'x' is not a client",
+    "export r --client -1": "is not a client",
     "export r --client 1 --all": "--all exports every client already",
     "export r --clint 1": "did you mean '--client'?",
     "export unkept": "has no checkpoint",
@@ -69,7 +69,7 @@ MISTAKES = {
     "report r target=90": "target=90: needs a network, such as network=4g",
     "report r network=4g target=900": "target=900: must be a number above 0 and at most 100",
     "report r network=4g slowdown=-1": "slowdown=-1: must be a number above 0",
-    "report r network=4g slowdown=2 gflops=2": "slowdown=2 tells the device's speed already",
+    "report r network=4g slowdown=2 gflops=2": "conflicts with slowdown=2; use one of them",
     "report r netwrk=4g": "(did you mean 'network'?)",
 }
 

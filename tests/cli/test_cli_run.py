@@ -157,7 +157,7 @@ def test_what_cannot_be_resumed(tiny, cli):
     Path("foreign").mkdir()
     assert "finished" in cli("run", "--resume", "mine").err
     assert "not a run's folder" in cli("run", "--resume", "foreign").err
-    assert "from the folder alone" in cli("run", "--resume", "mine", "rounds=3").err
+    assert "takes all settings from the folder" in cli("run", "--resume", "mine", "rounds=3").err
 
 
 def test_the_entry_point():
