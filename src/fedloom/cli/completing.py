@@ -45,7 +45,7 @@ def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> arg
         if command != chosen:
             continue
         if command == "deploy" and step in STEPS:
-            origin = f"{origin.partition(':')[0]}:{step}"
+            origin = f"{origin.partition(':')[0]}:{step}_step"
         added = list(source_facts.calls(origin, "add_argument"))
         for words, about in added:
             if words and words[0].startswith("--"):
@@ -78,7 +78,7 @@ def complete_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) ->
     given = dict(word.split("=", 1) for word in parsed_args.given or [] if "=" in word)
     if not equals:
         return [f"{name}=" for name in [*_keys(), *_hyper_parameters(given.get("method", "fedavg"))]]
-    before = text[: text.rfind(",") + 1]  # of a list such as method=local,fedavg
+    before = text[: text.rfind(",") + 1]  # earlier values of a list, such as method=local,fedavg
     return [f"{key}={before}{value}" for value in _values(key)]
 
 
