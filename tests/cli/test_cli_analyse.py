@@ -37,8 +37,8 @@ def test_one_run_with_every_part(cli):
     done = cli("analyse", "vtc")
     assert done.code == 0
     assert contents("vtc") == before
-    assert "What features hold" in done.out
-    assert "What generators make" in done.out
+    assert "Linear probes on features" in done.out
+    assert "Generated images" in done.out
     assert "vtc: skipped sharpness: the method has no server model" in done.out
     found = json.loads(Path("vtc/analysis/analysis.json").read_text())
     assert found["pictures"].keys() == {"features-own.png", "features-same.png", "samples.png", "nearest.png"}
@@ -46,7 +46,7 @@ def test_one_run_with_every_part(cli):
     assert cli("report", "vtc", "--quiet").code == 0
     page = Path("vtc/report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "What generators make" in page
+    assert "Generated images" in page
 
 
 def test_parts_are_replaced_one_by_one(cli):
@@ -92,7 +92,7 @@ def test_a_folder_that_takes_no_analysis_is_named(cli):
     Path("one/analysis").touch()
     done = cli("analyse", "one", "--only", "sharpness")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "one/analysis cannot be written into: File exists" in done.err
+    assert "one/analysis is not writable: File exists" in done.err
 
 
 @pytest.mark.parametrize(

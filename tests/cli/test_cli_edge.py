@@ -19,7 +19,7 @@ def test_export_writes_once(tiny, cli):
     assert "fedavg after 2 rounds" in done.out
     again = cli("export", "r", "--client", "3")
     assert (again.code, again.err.count("\n")) == (2, 1)
-    assert "client-3.onnx is there already" in again.err
+    assert "client-3.onnx exists" in again.err
     other = cli("export", "r", "--out", "elsewhere", "--json")
     (facts,) = json.loads(other.out)
     assert (facts["client"], facts["file"]) == (0, "elsewhere/client-0.onnx")
@@ -57,7 +57,7 @@ MISTAKES = {
     "export r --client 4": "--client 4: '4' is not a client of this run; clients are 0 to 3",
     "export r --client x": "'x' is not a client",
     "export r --client -1": "is not a client",
-    "export r --client 1 --all": "--all exports every client already",
+    "export r --client 1 --all": "--client 1: conflicts with --all",
     "export r --clint 1": "did you mean '--client'?",
     "export unkept": "has no checkpoint",
     "cost --gflops fast": "--gflops fast: must be a number above 0",

@@ -151,7 +151,7 @@ def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["w9"], "no workload is called 'w9'"),
+        (["w9"], "unknown workload 'w9'"),
         (["w1", "scale=2"], "scale=2: must be above 0 and at most 1"),
         (["w1", "scale=much"], "scale=much: must be a number"),
         (["w1", "rounds=0"], "rounds=0: must be at least 1"),

@@ -55,7 +55,7 @@ def analyse_command(words: Sequence[str]) -> int:
 
             look_at(record.path, parts, tell)
     records = read(folders)
-    target = _write_curves(records, out or _beside(folders)) if "sharpness" in parts else None
+    target = _write_curves(records, out or _default_target(folders)) if "sharpness" in parts else None
     _conclude(records, parts, target, given.quiet)
     return 0
 
@@ -79,7 +79,7 @@ def _parts(only: str | None, known: Sequence[str]) -> list[str]:
     return [part for part in known if part in chosen]
 
 
-def _beside(folders: Sequence[str]) -> Path:
+def _default_target(folders: Sequence[str]) -> Path:
     return (Path(folders[0]) if len(folders) == 1 else Path()) / "analysis-sharpness.png"
 
 

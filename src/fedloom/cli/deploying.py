@@ -120,7 +120,7 @@ def run_step(words: Sequence[str]) -> int:
     deployment = Deployment(_folder(given.folder, "run"))
     if given.resume is not None and given.words:
         raise ConfigError(f"'{given.words[0]}': --resume takes all settings from the run folder; remove this argument")
-    values = _one_experiment(_over(read_config(deployment.path), given.words))
+    values = _one_experiment(_overridden(read_config(deployment.path), given.words))
     return _execute(deployment, values, given)
 
 
@@ -145,7 +145,7 @@ def up_step(words: Sequence[str]) -> int:
     check_plan(settings, given.local)
     if settings.out is not None:
         RunFolder.check_free(settings.out)
-    with _ended_in_order():
+    with _sigterm_as_exit():
         Console(stderr=True).print(f"starting a server and {given.local} nodes", highlight=False)
         with local_federation({k: v for k, v in values.items() if k != "out"}, given.local) as federation:
             return _execute(federation.deployment, values, given)
@@ -219,7 +219,7 @@ def _one_experiment(values: Values) -> Values:
     return values
 
 
-def _over(values: Values, words: Sequence[str]) -> Values:
+def _overridden(values: Values, words: Sequence[str]) -> Values:
     """Apply arguments to the federation's config. A config file among the arguments replaces that config."""
     from fedloom.config.parsing import from_words
 
@@ -229,7 +229,7 @@ def _over(values: Values, words: Sequence[str]) -> Values:
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
+def _sigterm_as_exit() -> Iterator[None]:
     """Handle SIGTERM like Ctrl-C, so that child processes are stopped first."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:

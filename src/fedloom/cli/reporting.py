@@ -34,8 +34,8 @@ def report_command(words: Sequence[str]) -> int:
     if not folders:
         raise ConfigError("fedloom report: give the folder of a run, such as runs/digits")
     refuse_empty(options)
-    beside = Path(folders[0]) if len(folders) == 1 else Path()
-    target = _page(options["out"]) if "out" in options else beside / "report.html"
+    folder = Path(folders[0]) if len(folders) == 1 else Path()
+    target = _page(options["out"]) if "out" in options else folder / "report.html"
     waiting = _waiting(options)
     records = read(folders)
     if not given.quiet:

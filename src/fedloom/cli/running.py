@@ -53,7 +53,7 @@ def run_command(words: Sequence[str]) -> int:
     from fedloom.experiment.loop import Experiment
 
     if given.resume is not None:
-        _nothing_else(given.words, "run")
+        _refuse_settings(given.words, "run")
         experiment = Experiment.resume(given.resume)
     else:
         values = read_values(given.words)
@@ -75,7 +75,7 @@ def compare_command(words: Sequence[str]) -> int:
     from fedloom.tools.compare import create_folder, plan, reopen
 
     if given.resume is not None:
-        _nothing_else(given.words, "compare")
+        _refuse_settings(given.words, "compare")
         folder, wanted = Path(given.resume), reopen(given.resume)
     else:
         values = read_values(given.words)
@@ -94,7 +94,7 @@ def _options(parser: Parser, resume: str) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
 
 
-def _nothing_else(words: Sequence[str], command: str) -> None:
+def _refuse_settings(words: Sequence[str], command: str) -> None:
     if words:
         raise ConfigError(
             f"'{words[0]}': fedloom {command} --resume takes all settings from the folder; remove this argument"

@@ -84,7 +84,7 @@ class PartitionSettings(Section):
     balance: bool = False
     """Split each class equally among its clients (pathological)."""
     column: str | None = None
-    """Column that names the owner of each example (natural). Default: the column of the known data set, or the only column left."""
+    """Column that names the owner of each example (natural). Default: the column of the known data set, or the only other column."""
     path: Path | None = None
     """File with a partition, written by `fedloom partition` or by hand (file)."""
     min_examples: Count = 10
@@ -122,8 +122,8 @@ class DeviceSettings(Section):
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
     """How many times longer a slow client takes per training step."""
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
-    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them train
-    `partial`ly (1/slowdown of the steps)."""
+    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them make
+    a `partial` update (1/slowdown of the steps)."""
 
 
 class JoinSettings(Section):
@@ -180,14 +180,14 @@ class EngineSettings(Section):
 
 
 class Settings(Section):
-    """One experiment."""
+    """All settings of one experiment."""
 
     method: Named = Named(name="fedavg")
     """Method (see `fedloom list methods`), or your own class as `my.py:Mine`. Its hyper-parameters are `method.KEY`."""
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
     clients: Count | None = None
-    """Number of clients. Default: 10; with partition=natural, file or own, the number that the partition has."""
+    """Number of clients. Default: 10; with partition=natural, file or own, set by the partition."""
     participation: float | str = 1.0
     """Fraction of the clients in each round, above 0 and at most 1. A range such as `0.1-1.0` draws a new fraction in each round."""
     cohort: Count | None = None
@@ -357,7 +357,7 @@ def make_method(choice: Named) -> Method:
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in choice.options.keys() - fields:
         owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
-        have = f"; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} one"
+        have = f"; methods that have it: {', '.join(owners)}"
         hint = have if 0 < len(owners) < 5 else suggest(key, fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:

@@ -36,7 +36,7 @@ def load_pfllib(path: str | Path) -> Dataset:
     folder = Path(path).expanduser()
     splits = [_read_split(folder / split) for split in ("train", "test")]
     if len(splits[0]) != len(splits[1]):
-        raise DataError(f"data.path={path}: {len(splits[0])} clients in train/ and {len(splits[1])} in test/")
+        raise DataError(f"data.path={path}: {len(splits[0])} clients in train/, but {len(splits[1])} in test/")
     (x, y), (x_test, y_test) = (_join(path, split) for split in splits)
     owners = np.concatenate([np.repeat(np.arange(len(split)), [len(y) for _, y in split]) for split in splits])
     pool = from_arrays(x, y, x_test, y_test, name="pfllib", columns={"client": owners})

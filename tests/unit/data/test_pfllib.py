@@ -131,7 +131,7 @@ def test_files_of_another_form_are_named(folder):
     with pytest.raises(DataError, match="must be arrays"):
         load("pfllib", folder)
     (folder / "test" / "2.npz").unlink()
-    with pytest.raises(DataError, match=r"3 clients in train/ and 2 in test/"):
+    with pytest.raises(DataError, match=r"3 clients in train/, but 2 in test/"):
         load("pfllib", folder)
     (folder / "train" / "1.npz").unlink()
     with pytest.raises(DataError, match="without gaps"):
