@@ -37,16 +37,16 @@ def test_one_run_with_every_part(cli):
     done = cli("analyse", "vtc")
     assert done.code == 0
     assert contents("vtc") == before
-    assert "What features hold" in done.out
-    assert "What generators make" in done.out
-    assert "vtc: no sharpness, the method has no server model" in done.out
+    assert "Linear probes on features" in done.out
+    assert "Generated images" in done.out
+    assert "vtc: skipped sharpness: the method has no server model" in done.out
     found = json.loads(Path("vtc/analysis/analysis.json").read_text())
     assert found["pictures"].keys() == {"features-own.png", "features-same.png", "samples.png", "nearest.png"}
     assert all(Path("vtc/analysis", name).read_bytes().startswith(PNG) for name in found["pictures"])
     assert cli("report", "vtc", "--quiet").code == 0
     page = Path("vtc/report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "What generators make" in page
+    assert "Generated images" in page
 
 
 def test_parts_are_replaced_one_by_one(cli):
@@ -65,7 +65,7 @@ def test_curves_of_a_comparison(cli):
     cli("compare", "method=fedavg,local,fedmr", *SMALL, "out=all", "--quiet")
     done = cli("analyse", "all", "--only", "sharpness")
     assert done.code == 0
-    assert "local-seed0: no sharpness" in done.out
+    assert "local-seed0: skipped sharpness" in done.out
     assert Path("all/analysis-sharpness.png").read_bytes().startswith(PNG)
     assert cli("analyse", "all/fedavg-seed0", "all/fedmr-seed0", "--only", "sharpness", "out=two.svg").code == 0
     assert "<svg" in Path("two.svg").read_text()
@@ -92,15 +92,15 @@ def test_a_folder_that_takes_no_analysis_is_named(cli):
     Path("one/analysis").touch()
     done = cli("analyse", "one", "--only", "sharpness")
     assert (done.code, done.err.count("\n")) == (2, 1)
-    assert "one/analysis cannot be written into: File exists" in done.err
+    assert "one/analysis is not writable: File exists" in done.err
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        ((), "name the folder of a run"),
+        ((), "give the folder of a run"),
         (("nowhere",), "'nowhere' does not exist"),
-        (("one", "--only", "sharpnes"), "there is no part 'sharpnes' (did you mean 'sharpness'?)"),
+        (("one", "--only", "sharpnes"), "unknown part 'sharpnes' (did you mean 'sharpness'?)"),
         (("one", "oud=x.png"), "unknown key 'oud' (did you mean 'out'?)"),
         (("one", "--onlly", "samples"), "has no option --onlly (did you mean '--only'?)"),
         (("one",), "this run has no checkpoint"),

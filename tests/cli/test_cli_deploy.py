@@ -10,31 +10,31 @@ def test_a_folder_is_made_and_its_steps_are_shown(cli):
     assert "ward/README.md" in done.out
     again = cli("deploy", "init", "ward", "clients=5")
     assert again.code == 2
-    assert "nothing is overwritten" in again.err
+    assert "exists and is not empty" in again.err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nod"], "'nod' is no step (did you mean 'node'?)"),
-        (["up"], "say how many nodes with --local N"),
+        (["nod"], "unknown step 'nod' (did you mean 'node'?)"),
+        (["up"], "give the number of nodes with --local N"),
         (["up", "--local", "0"], "--local 0: must be at least 1"),
         (["up", "--local", "x"], "invalid int value"),
         (["up", "--local", "2", "methd=fedavg"], "unknown key 'methd' (did you mean 'method'?)"),
         (["up", "--local", "20"], "--nodes 20: must be from 1 to the number of clients (10)"),
         (["up", "--local", "2", "engine=ray"], "engine=ray"),
         (["up", "--lokal", "2"], "has no option --lokal"),
-        (["run"], "name a folder"),
-        (["run", "nowhere"], "nowhere is not a federation's folder: it holds no federation.toml"),
+        (["run"], "give a folder"),
+        (["run", "nowhere"], "nowhere is not a federation's folder: federation.toml is missing"),
         (["run", "nowhere", "--resume", "x", "rounds=3"], "nowhere is not a federation's folder"),
         (["server", "nowhere"], "nowhere is not a federation's folder"),
-        (["node", "nowhere"], "nowhere is not a node's folder: it holds no node.toml"),
-        (["init"], "name a folder"),
-        (["init", "clients=3"], "name a folder"),
-        (["init", ""], "name a folder"),
+        (["node", "nowhere"], "nowhere is not a node's folder: node.toml is missing"),
+        (["init"], "give a folder"),
+        (["init", "clients=3"], "give a folder"),
+        (["init", ""], "give a folder"),
         (["init", "w", "--nodes", "99"], "--nodes 99"),
         (["init", "w", "--address", "fl.example.org:9092"], "--address fl.example.org:9092: must be a host name"),
-        (["init", "w", "clients=3", "model=nonet.py:Net"], "model=nonet.py:Net: there is no file nonet.py"),
+        (["init", "w", "clients=3", "model=nonet.py:Net"], "model=nonet.py:Net: file nonet.py does not exist"),
     ],
 )
 def test_mistakes_end_in_one_line(cli, words, message):

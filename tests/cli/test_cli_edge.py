@@ -25,7 +25,7 @@ def test_export_writes_once(tiny, cli):
     assert "fedavg after 2 rounds" in done.out
     again = cli("export", "r", "--client", "3")
     assert (again.code, again.err.count("\n")) == (2, 1)
-    assert "client-3.onnx is there already" in again.err
+    assert "client-3.onnx exists" in again.err
     other = cli("export", "r", "--out", "elsewhere", "--json")
     (facts,) = json.loads(other.out)
     assert (facts["client"], facts["file"]) == (0, "elsewhere/client-0.onnx")
@@ -50,18 +50,18 @@ def test_examples_that_are_not_the_clients_own_are_labelled(cli):
     words = ("partition=file", "partition.path=dealt.json", "model=mlp", "rounds=1", "engine=sequential", "out=r")
     assert cli("run", *words, "--quiet").code == 0
     done = cli("export", "r", "--client", "1")
-    assert "on the client's own test rows (client 1, which has none: the common rows);" in done.out, done.err
+    assert "on the client's own test examples (client 1 has none: on the common test set);" in done.out, done.err
     facts = json.loads(cli("export", "r", "--all", "--out", "e", "--json").out)
     assert [one["own_rows"] for one in facts] == [True, False]
 
 
 MISTAKES = {
-    "export": "name the folder of a run",
-    "export nowhere": "nowhere is not a run folder",
-    "export r --client 4": "--client 4: '4' is no client of this run, which has 0 to 3",
-    "export r --client x": "'x' is no client",
-    "export r --client -1": "is no client",
-    "export r --client 1 --all": "--all exports every client already",
+    "export": "give the folder of a run",
+    "export nowhere": "nowhere is not a run's folder",
+    "export r --client 4": "--client 4: '4' is not a client of this run; clients are 0 to 3",
+    "export r --client x": "'x' is not a client",
+    "export r --client -1": "is not a client",
+    "export r --client 1 --all": "--client 1: conflicts with --all",
     "export r --clint 1": "did you mean '--client'?",
     "export unkept": "has no checkpoint",
     "cost --gflops fast": "--gflops fast: must be a number above 0",
@@ -73,7 +73,7 @@ MISTAKES = {
     "report r target=90": "target=90: needs a network, such as network=4g",
     "report r network=4g target=900": "target=900: must be a number above 0 and at most 100",
     "report r network=4g slowdown=-1": "slowdown=-1: must be a number above 0",
-    "report r network=4g slowdown=2 gflops=2": "slowdown=2 tells the device's speed already",
+    "report r network=4g slowdown=2 gflops=2": "conflicts with slowdown=2; use one of them",
     "report r netwrk=4g": "(did you mean 'network'?)",
 }
 

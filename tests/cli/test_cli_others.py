@@ -142,5 +142,5 @@ def test_a_report_is_an_html_page_and_no_other_file(cli, tiny):
     assert tiny("run", "--quiet", "out=mine").code == 0
     done = cli("report", "mine", "out=t.csv")
     assert done.code == 2
-    assert "out=t.csv: the report is an HTML page; name it t.html" in done.err
+    assert "out=t.csv: must be an HTML page, such as t.html" in done.err
     assert not Path("t.csv").exists()

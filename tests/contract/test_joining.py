@@ -212,8 +212,8 @@ def test_progress_counts_newcomers(experiment):
     ("settings", "words"),
     [
         ({"method": "centralised"}, "join.clients=2: centralised pools all examples in one place"),
-        ({"join.clients": 6}, "join.clients=6: there are only 6 clients, and somebody must train"),
-        ({"cohort": 5}, "cohort=5: there are only 6 clients, of whom 2 join after training"),
+        ({"join.clients": 6}, "join.clients=6: there are only 6 clients, and at least one must train"),
+        ({"cohort": 5}, "cohort=5: there are only 6 clients, 2 of which join after training"),
     ],
 )
 def test_invalid_join_settings_are_refused(experiment, settings, words):

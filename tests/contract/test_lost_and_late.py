@@ -70,7 +70,7 @@ FAULTS = {
     "shape": (with_tensor(lambda w: w[:-1]), f"'weights/params/{WEIGHT}' is ((9, 12)"),
     "type": (with_tensor(torch.Tensor.half), f"'weights/params/{WEIGHT}' is ((10, 12), torch.float16)"),
     "missing": (with_tensor(lambda _: None), f"the message lacks 'weights/params/{WEIGHT}'"),
-    "foreign": (foreign, "the message holds 'secret/rows', which nobody asked for"),
+    "foreign": (foreign, "the message has an unexpected tensor 'secret/rows'"),
     "no rows": (lambda reply: replace(reply, examples=0), "examples=0: must be at least 1"),
 }
 

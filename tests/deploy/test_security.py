@@ -91,7 +91,7 @@ def test_nothing_but_the_node_api_is_reached_from_outside(running, path, verb):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, context=trust, timeout=20)
     with refused.value as answer:
-        assert (answer.code, answer.read()) == (403, b"not here")
+        assert (answer.code, answer.read()) == (403, b"forbidden")
 
 
 def test_the_node_api_itself_asks_for_a_key(running):

@@ -51,12 +51,15 @@ def test_a_gpu_beyond_the_last_is_named(monkeypatch):
         ({"engine": {"device": "gpu"}}, "engine.device=gpu: must be cpu, cuda or cuda:N"),
         ({"engine": {"device": "cuda:-1"}}, "engine.device=cuda:-1: must be cpu, cuda or cuda:N"),
         ({"engine": {"device": "auto"}}, "engine.device=auto: must be cpu, cuda or cuda:N"),
-        ({"engine": {"name": "processes", "device": "cuda"}}, "only sequential and vectorised have it"),
-        ({"engine": {"name": "debug+ray", "device": "cuda"}}, "only sequential and vectorised have it, not engine=ray"),
-        ({"engine": {"device_bytes": 5}}, "engine.device_bytes=5: only a GPU has it"),
+        ({"engine": {"name": "processes", "device": "cuda"}}, "applies only to engine=sequential and vectorised"),
+        (
+            {"engine": {"name": "debug+ray", "device": "cuda"}},
+            "applies only to engine=sequential and vectorised, not ray",
+        ),
+        ({"engine": {"device_bytes": 5}}, "engine.device_bytes=5: needs a GPU"),
         ({"engine": {"device": "cuda", "device_bytes": -1}}, "engine.device_bytes=-1: must be at least 0"),
-        ({"engine": {"convolutions": "tuned"}}, "engine.convolutions=tuned: only engine=vectorised has it"),
-        ({"precision": "tf32"}, "precision=tf32: only a GPU has it"),
+        ({"engine": {"convolutions": "tuned"}}, "engine.convolutions=tuned: applies only to engine=vectorised"),
+        ({"precision": "tf32"}, "precision=tf32: needs a GPU"),
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(values, message):

@@ -152,14 +152,17 @@ def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["w9"], "no workload is called 'w9'"),
+        (["w9"], "unknown workload 'w9'"),
         (["w1", "scale=2"], "scale=2: must be above 0 and at most 1"),
         (["w1", "scale=much"], "scale=much: must be a number"),
         (["w1", "rounds=0"], "rounds=0: must be at least 1"),
         (["w1", "rounds=1.5"], "rounds=1.5: must be a whole number"),
         (["w1", "engin=sequential"], "unknown key 'engin' (did you mean 'engine'?)"),
         (["w4-mlp", "scale=0.01", "engine=warp"], "there is no engine 'warp'"),
-        (["w4-mlp", "scale=0.01", "engine=sequential:8"], "engine.lanes=8: only processes and vectorised have it"),
+        (
+            ["w4-mlp", "scale=0.01", "engine=sequential:8"],
+            "engine.lanes=8: applies only to engine=processes and vectorised",
+        ),
         (["w4-mlp", "scale=0.01", "engine=processes:"], "engine.lanes=: must be a whole number"),
         (["w4-mlp", "scale=0.01", "engine=processes:many"], "engine.lanes=many: must be a whole number"),
         (["w4-mlp", "scale=0.01", "precision=fp8"], "precision=fp8: must be one of"),

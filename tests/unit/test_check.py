@@ -52,7 +52,7 @@ def test_memory_outside_of_the_method_is_found(check):
         LOSS + "        SEEN.append(1)\n        return F.cross_entropy(nets.model(batch.x), batch.y) / len(SEEN)\n"
     )
     assert [found[rule].kept for rule in (BYTES, RESUMED, ORDER)] == [False] * 3
-    assert "is anything remembered outside" in found[RESUMED].note
+    assert "may keep state outside of memory and server" in found[RESUMED].note
 
 
 def test_a_downlink_that_is_changed_in_place_is_found(check):
@@ -110,7 +110,7 @@ def test_a_hyper_parameter_without_default_is_found(tmp_path):
 def test_why_a_loss_cannot_be_mapped(check, line, reason):
     found = check(f"{LOSS}        return {line}\n")
     assert [finding.kept for finding in found] == [True] * 6 + [None]
-    assert found[MAPPED].note.startswith("runs, but never vectorised: phase 'train'")
+    assert found[MAPPED].note.startswith("runs, but is never vectorised: phase 'train'")
     assert reason in found[MAPPED].note
     assert "own.py:15" in found[MAPPED].note
 
@@ -119,7 +119,7 @@ def test_free_work_is_never_vectorised(check):
     found = check(
         "    def phases(self):\n        return (Free('rest', lambda client, nets, rows, down, rng: client),)\n"
     )
-    assert found[MAPPED].note == "runs, but never vectorised: phase 'rest' is Free work"
+    assert found[MAPPED].note == "runs, but is never vectorised: phase 'rest' is a Free phase"
 
 
 def test_the_methods_of_a_file(tmp_path):

@@ -175,7 +175,7 @@ def test_paths_with_spaces_are_one_word_of_units_and_commands(tmp_path):
 
 def test_nothing_is_overwritten(folder):
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    with pytest.raises(ConfigError, match="nothing is overwritten"):
+    with pytest.raises(ConfigError, match="exists and is not empty"):
         create_deployment(folder, {"clients": 7}, 3)
     with pytest.raises(FileExistsError):
         certificates.write_new(folder / "README.md", "x")
@@ -194,9 +194,24 @@ def test_nothing_is_overwritten(folder):
         ({"clients": 2}, 1, ["fe80::1%eth0"], "--address fe80::1%eth0"),
         ({"clients": 2, "checkpoint_every": 0}, 1, ["h"], "checkpoint_every=0"),
         ({"clients": 2, "engine": {"name": "processes"}}, 1, ["h"], "engine=processes"),
-        ({"clients": 2, "method": {"name": "nobody.py:Mine"}}, 1, ["h"], "method=nobody.py:Mine: there is no file"),
-        ({"clients": 2, "model": {"name": "nonet.py:Net"}}, 1, ["h"], "model=nonet.py:Net: there is no file nonet.py"),
-        ({"clients": 2, "models": ["mlp", "nonet.py:Net"]}, 1, ["h"], "models=nonet.py:Net: there is no file nonet.py"),
+        (
+            {"clients": 2, "method": {"name": "nobody.py:Mine"}},
+            1,
+            ["h"],
+            "method=nobody.py:Mine: there is no file",
+        ),
+        (
+            {"clients": 2, "model": {"name": "nonet.py:Net"}},
+            1,
+            ["h"],
+            "model=nonet.py:Net: file nonet.py does not exist",
+        ),
+        (
+            {"clients": 2, "models": ["mlp", "nonet.py:Net"]},
+            1,
+            ["h"],
+            "models=nonet.py:Net: file nonet.py does not exist",
+        ),
     ],
 )
 def test_undeployable_settings_are_refused(tmp_path, values, nodes, hosts, message):
@@ -210,7 +225,7 @@ def test_files_of_code_have_different_names_on_a_node(tmp_path):
         (tmp_path / place).mkdir()
         (tmp_path / place / "net.py").write_text(f"# {place}\n")
     one, other = (f"{tmp_path / place / 'net.py'}:Net" for place in ("a", "b"))
-    with pytest.raises(ConfigError, match=r"a/net.py and .*b/net.py: must have different names"):
+    with pytest.raises(ConfigError, match=r"a/net.py and .*b/net.py: file names must differ"):
         create_deployment(tmp_path / "new", {"clients": 2, "models": [one, other]}, 1)
     assert not (tmp_path / "new").exists()
     create_deployment(tmp_path / "new", {"clients": 2, "models": [one, f"{tmp_path}/b/../a/net.py:Other"]}, 1)
@@ -226,7 +241,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("name", ["runtime.secret", "ca.crt", "keys/node-1.pub"])
 def test_a_server_without_its_keys_is_refused_in_one_line(folder, name):
     (folder / "server" / name).unlink()
-    with pytest.raises(ConfigError, match=f"server/{name}: it is missing, or not readable"):
+    with pytest.raises(ConfigError, match=f"server/{name}: is missing or not readable"):
         Deployment(folder)
 
 
@@ -467,7 +482,7 @@ def test_states_are_found_by_round_and_undone_by_asking_for_an_earlier_one(tmp_p
     assert again.labels(0) == [2]  # later states belong to a run that is undone
     assert tree.equal(again.get(0)._asdict(), blank(0)._asdict())  # label 1 is undone
     assert list(again.changed()) == [0]
-    assert "client 0 begins anew" in again.notes[0]
+    assert "client 0 starts from its initial state" in again.notes[0]
     assert not list(tmp_path.rglob("*.tmp"))
 
 
@@ -512,7 +527,7 @@ def test_a_service_is_started_again_after_a_growing_pause_and_ended_as_a_whole(t
         assert wait_for((tmp_path / "up").is_file)
         os.kill(service.process.pid, signal.SIGKILL)
         service.process.wait()
-        assert "it starts again in 1 s" in service.tend()
+        assert "restarting in 1 s" in service.tend()
         assert service.tend() is None
         assert service.process is None
         time.sleep(1.05)
@@ -604,11 +619,11 @@ def test_a_worker_that_is_killed_while_idle_is_replaced(worker, process):
 def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker, process):
     before = process().pid
     os.kill(before, signal.SIGSTOP)
-    assert "nothing after 0.5 s" in open_envelope(worker.answer(hello(), 0.5)).header.reason
+    assert "did not answer within 0.5 s" in open_envelope(worker.answer(hello(), 0.5)).header.reason
     worker.tend()
     assert process().pid != before
     os.kill(process().pid, signal.SIGKILL)
-    assert "in the middle of its work (exit code -9)" in open_envelope(worker.answer(hello(), 60)).header.reason
+    assert "ended during the request (exit code -9)" in open_envelope(worker.answer(hello(), 60)).header.reason
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start from nothing")
@@ -661,5 +676,5 @@ def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when
     )
     (task,) = state.get_tasks()
     assert (taken, task.status.status, task.status.sub_status) == (None, "finished", "failed")
-    assert "its run is over" in task.status.details
+    assert "the run of this message is over" in task.status.details
     assert not state.get_messages_legacy()

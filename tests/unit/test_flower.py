@@ -192,7 +192,7 @@ def test_states_stay_on_their_node(deployed):
     for request in ran.link.requests:
         letter = open_envelope(request)
         assert not any(".head." in path for paths in letter.paths.values() for path in paths)
-    with pytest.raises(ConfigError, match="client 3 lives on node-1"):
+    with pytest.raises(ConfigError, match="client 3 is on node-1"):
         ran.experiment.engine.client(3)
     with pytest.raises(ConfigError, match="never leaves"):
         ran.experiment.personal_model(0)
@@ -217,26 +217,32 @@ def deepened(answer: bytes) -> bytes:
 SPOILT: dict[str, tuple[Callable[[bytes], bytes | LostNode], str]] = {
     "lost": (lambda _: LostNode("no answer within 5 s"), "no answer within 5 s"),
     "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
-    "foreign": (lambda _: b"\x80\x04K\x01." * 9, "no fedloom message"),
-    "empty": (lambda _: b"", "no fedloom message"),
-    "another kind": (lambda _: seal(Present(clients=[], own_rows=False, counts={}), {}), "another kind"),
+    "foreign": (lambda _: b"\x80\x04K\x01." * 9, "not a fedloom message"),
+    "empty": (lambda _: b"", "not a fedloom message"),
+    "another kind": (lambda _: seal(Present(clients=[], own_rows=False, counts={}), {}), "unexpected kind"),
     "failed": (lambda _: seal(NodeFailure(reason="out of memory"), {}), "out of memory"),
-    "no turns": (lambda _: seal(Trained(turns=[]), {}), "its turn is missing"),
-    "someone else's": (lambda _: seal(Trained(turns=[Turned(client=0, slot=0, examples=9)]), {}), "nobody asked"),
-    "more rows": (lambda answer: retold(answer, examples=10**6), "it says that it trained on 1000000 rows, and has"),
-    "too many rows": (lambda answer: retold(answer, examples=10**7 + 1), "not understood"),
-    "no rows": (lambda answer: retold(answer, examples=0, logs={"train.own": 1.0}), "it trained on 0 rows, and has"),
-    "a phase of its own": (lambda answer: retold(answer, phase_seconds={"more": 1.0}), "'more', which is none of the"),
-    "steps of its own": (lambda answer: retold(answer, steps={"more": 1}), "'more', which is none of the"),
-    "a log of its own": (lambda answer: retold(answer, logs={"more.loss": 1.0}), "'more', which is none of the"),
-    "too many logs": (lambda answer: retold(answer, logs={f"train.{k}": 1.0 for k in range(101)}), "not understood"),
-    "too many steps": (lambda answer: retold(answer, steps={"train": 10**30}), "not understood"),
-    "endless time": (lambda answer: retold(answer, seconds=float("inf")), "not understood"),
+    "no turns": (lambda _: seal(Trained(turns=[]), {}), "its update is missing"),
+    "someone else's": (lambda _: seal(Trained(turns=[Turned(client=0, slot=0, examples=9)]), {}), "not requested"),
+    "more rows": (lambda answer: retold(answer, examples=10**6), "it reports 1000000 training examples, but has"),
+    "too many rows": (lambda answer: retold(answer, examples=10**7 + 1), "the header is not valid"),
+    "no rows": (
+        lambda answer: retold(answer, examples=0, logs={"train.own": 1.0}),
+        "it reports 0 training examples, but has",
+    ),
+    "a phase of its own": (lambda answer: retold(answer, phase_seconds={"more": 1.0}), "'more', which is not a phase"),
+    "steps of its own": (lambda answer: retold(answer, steps={"more": 1}), "'more', which is not a phase"),
+    "a log of its own": (lambda answer: retold(answer, logs={"more.loss": 1.0}), "'more', which is not a phase"),
+    "too many logs": (
+        lambda answer: retold(answer, logs={f"train.{k}": 1.0 for k in range(101)}),
+        "the header is not valid",
+    ),
+    "too many steps": (lambda answer: retold(answer, steps={"train": 10**30}), "the header is not valid"),
+    "endless time": (lambda answer: retold(answer, seconds=float("inf")), "the header is not valid"),
     "the run's own numbers": (
         lambda answer: retold(answer, logs={"personal_accuracy": 1.0, "round": 77}),
-        "not understood",
+        "the header is not valid",
     ),
-    "too deep": (lambda answer: deepened(answer), "a tensor below 1500 branches"),
+    "too deep": (lambda answer: deepened(answer), "a tensor has 1500 branches above it"),
     "no weights": (lambda answer: seal(open_envelope(answer).header, {}), "has no part"),
 }
 
@@ -339,7 +345,7 @@ def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, 
     call = {"run": "0" * 16, "config": text, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 5.0}
     answer = open_envelope(link.workers["node-0"].answer(seal(Hello(call=call), {}))).header
     assert isinstance(answer, NodeFailure)
-    assert "never runs code that it was sent" in answer.reason
+    assert "code is never received from the server" in answer.reason
     assert said == []
 
 
@@ -368,7 +374,7 @@ def rescored(answer: bytes, change: Callable[[Counted], Counted]) -> bytes:
 
 SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut off": (lambda answer: answer[: len(answer) // 2], "cut off"),
-    "another kind": (lambda _: seal(Trained(turns=[]), {}), "another kind"),
+    "another kind": (lambda _: seal(Trained(turns=[]), {}), "unexpected kind"),
     "failed": (
         lambda _: seal(NodeFailure(reason="out\nof\x1b[31m memory" + 5000 * "!"), {}),
         r"out of \[31m memory!{982}$",
@@ -376,15 +382,15 @@ SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "nobody": (lambda _: seal(Scored(scores={}), {}), "its scores are missing"),
     "more right than rows": (
         lambda answer: rescored(answer, lambda count: count.model_copy(update={"right": [n + 1 for n in count.rows]})),
-        "scores that cannot be",
+        "impossible counts",
     ),
     "too few classes": (
         lambda answer: rescored(answer, lambda count: Counted(right=count.right[1:], rows=count.rows[1:])),
-        "scores that cannot be",
+        "impossible counts",
     ),
     "more rows than there are": (
         lambda answer: rescored(answer, lambda _: Counted(right=[10**9] * 10, rows=[10**9] * 10)),
-        "scores that cannot be",
+        "impossible counts",
     ),
 }
 
@@ -418,9 +424,9 @@ def test_refused_requests_leave_nothing_on_a_node(federation):
     )
     stranger = [Assignment(client=3, slot=0, base=0, keep=0)]
     refused = {
-        r"not understood: .*call\.run": Hello(call=call.model_copy(update={"run": "../../elsewhere"})),
+        r"the header is not valid: .*call\.run": Hello(call=call.model_copy(update={"run": "../../elsewhere"})),
         "client 3 is not on node-0": ScoreMessage(call=call, number=0, members=stranger, questions=[]),
-        "'present', which is no request": Present(clients=[], own_rows=False, counts={}),
+        "'present' is not a request": Present(clients=[], own_rows=False, counts={}),
     }
     for reason, request in refused.items():
         answer = open_envelope(worker.answer(seal(request, {"common": {}}))).header
@@ -445,9 +451,9 @@ def test_too_few_clients_skip_a_round(federation, tmp_path):
     experiment.run(leave)
     assert [row["cohort"] for row in experiment.rows] == [4, 0, 0, 4]
     assert experiment.rows[-1]["skipped"] == 2
-    gone = [line for line in said if line.endswith("is not there")]  # in training and in scoring
+    gone = [line for line in said if line.endswith("is not online")]  # in training and in scoring
     assert sorted(gone) == sorted(
-        [f"round {n}: {node} is not there" for n, node in ((2, "node-1"), (3, "node-0"), (3, "node-1"))] * 2
+        [f"round {n}: {node} is not online" for n, node in ((2, "node-1"), (3, "node-0"), (3, "node-1"))] * 2
     )
     assert np.diff([0, *(row["downlink_bytes"] for row in experiment.rows)]).tolist() == (
         [experiment.rows[0]["downlink_bytes"] // 4 * n for n in (4, 2, 0, 4)]
@@ -484,7 +490,7 @@ def test_a_node_that_really_is_late_counts_as_the_simulated_one(deployed, simula
     assert [row["cohort"] for row in there.experiment.rows] == [2, 2, 4, 2, 2, 4, 2, 2]
     assert {event["reason"] for event in events(there.experiment, "late")} == {"still at work"}
     assert there.experiment.rows[-1]["late"] == here.rows[-1]["late"] == 6
-    assert set(there.said) == {"node-1: still at work after 600 s"}
+    assert set(there.said) == {"node-1: not finished after 600 s"}
 
 
 def test_a_round_without_free_clients_waits_for_late_ones(deployed):
@@ -588,7 +594,8 @@ def test_a_node_that_lost_its_states_starts_afresh_and_reports_it(deployed, fede
 
     experiment.run(lose)
     assert any(
-        "client 0 begins anew: its state after round 2 is not on this node (there are none)" in line for line in said
+        "client 0 starts from its initial state: its state after round 2 is not on this node (it has no states)" in line
+        for line in said
     )
 
 
@@ -691,7 +698,7 @@ def test_a_node_that_came_later_cannot_end_the_run(federation, rows, tmp_path):
     experiment = running.prepare(place, values(clients=2, rounds=3) | {"out": str(tmp_path / "run")}, link, said.append)
     experiment.run(lambda *_: link.workers.update({"node-1": late}))
     assert [row["cohort"] for row in experiment.rows] == [1, 1, 1]
-    assert any("it trained on 0 rows, and has some" in line for line in said)
+    assert any("it reports 0 training examples, but has at least 1" in line for line in said)
     assert "train.own" not in experiment.rows[-1]
 
 
@@ -704,8 +711,8 @@ def test_invalid_examples_are_refused_by_their_node(federation, rows, tmp_path):
     said: list[str] = []
     with pytest.raises(DataError, match="no node can take part"):
         running.prepare(place, values(clients=2) | {"out": str(tmp_path / "run")}, Wire(place), said.append)
-    assert any("nowhere: this node's rows are not there" in line for line in said)
-    assert any("'zero', which the server does not know" in line for line in said)
+    assert any("nowhere: folder with this node's data does not exist" in line for line in said)
+    assert any("'zero' is unknown to the server" in line for line in said)
 
 
 def test_statistics_of_all_examples_are_refused_on_devices(federation, rows, tmp_path):
@@ -759,7 +766,7 @@ def test_impossible_example_counts_of_a_node_are_refused(federation, rows, tmp_p
 def test_headers_are_checked():
     good = seal(Trained(turns=[Turned(client=1, slot=0)]), {})
     for old, new in ((b'"client": 1', b'"client":-1'), (b'"slot": 0', b'"slit": 0'), (b'"trained"', b'"execute"')):
-        with pytest.raises(WireError, match="not understood"):
+        with pytest.raises(WireError, match="the header is not valid"):
             open_envelope(good.replace(old, new))
 
 
@@ -768,14 +775,17 @@ def test_headers_are_checked():
     [
         (
             {"method": "fedmr", "method.secure": True},
-            "method=fedmr: its clients exchange .* devices talk to the server alone",
+            "method=fedmr: cannot be deployed, because its clients exchange .* devices connect only to the server",
         ),
-        ({"method": "centralised"}, "method=centralised: pools all rows in one place"),
+        (
+            {"method": "centralised"},
+            "method=centralised: cannot be deployed, because it pools the examples of all clients",
+        ),
         (
             {"method": "fedmr", "devices.stragglers": "late"},
             "devices.stragglers=late: fedmr cannot aggregate late uplinks",
         ),
-        ({"join.clients": 1}, "join.clients: clients that join later are not for devices"),
+        ({"join.clients": 1}, "join.clients: clients cannot join later on devices"),
     ],
 )
 def test_undeployable_settings_are_refused_at_every_step(federation, tmp_path, settings, reason):

@@ -75,7 +75,7 @@ def test_halves_are_off_by_half_a_unit_of_the_difference(name, bits):
 def test_halves_of_a_number_beyond_their_range_are_refused():
     old = {"params": {"w": torch.zeros(1)}, "buffers": {}}
     new = {"params": {"w": torch.tensor([1e6])}, "buffers": {}}
-    with pytest.raises(ConfigError, match="'params/w' has a number beyond 65504"):
+    with pytest.raises(ConfigError, match="'params/w' has a number above 65504"):
         codec(["fp16"]).reply({"weights": new}, {"weights": old}, {}, Stream(0))
     _, arrived, _ = sent_and_back(
         ["bf16"], {**new, "buffers": {"m.seen": torch.tensor(1)}}, {**old, "buffers": {"m.seen": torch.tensor(1)}}
@@ -165,13 +165,13 @@ def test_a_variance_never_arrives_negative(words):
 
 
 def test_a_wrong_part_is_named():
-    with pytest.raises(
-        ConfigError, match="downlink: these downlinks have no part 'weights', only prototypes; name one"
-    ):
+    with pytest.raises(ConfigError, match="downlink: downlinks have no part 'weights', only prototypes; choose one"):
         codec(downlink=["fp16"]).check_downlink(Downlink({"prototypes": torch.ones(2)}))
     codec(downlink=["fp16"]).check_downlink(Downlink({}))  # nothing is sent
     codec(downlink=["fp16"]).check_downlink(Downlink({"n": torch.ones(1)}, [{"weights": part()}]))
-    with pytest.raises(ConfigError, match="no part 'weights', only prototypes; name one, as in prototypes/fp16"):
+    with pytest.raises(
+        ConfigError, match="no part 'weights', only prototypes; choose one of these, as in prototypes/fp16"
+    ):
         codec(["fp16"]).reply({"prototypes": torch.ones(2)}, {}, {}, Stream(0))
 
 
@@ -181,7 +181,7 @@ def test_places_that_do_not_exist_are_refused(places):
     sent, _ = wire.reply({"weights": part(1)}, received, wire.unsent(part(0)), Stream(0))
     assert sent["weights"]["topk"]["indices"].shape == (2,)
     sent["weights"]["topk"]["indices"] = torch.tensor(places, dtype=torch.int32)
-    with pytest.raises(WireError, match="topk: needs 2 numbers and their places from 0 to 44"):
+    with pytest.raises(WireError, match="topk: the message must have 2 values, with indices from 0 to 44"):
         wire.opened(sent, received)
 
 
@@ -192,14 +192,14 @@ def test_places_that_do_not_exist_are_refused(places):
         ("uplink=topk:2", "above 0 and at most 1"),
         ("uplink=topk:nan", "'topk:nan' is not of the form topk:FRACTION, such as topk:0.1"),
         ("uplink=topk", "'topk' is not of the form topk:FRACTION"),
-        ("uplink=int9", "no transform is called 'int9' .did you mean 'int8'"),
+        ("uplink=int9", "unknown transform 'int9' .did you mean 'int8'"),
         ("uplink=int8:4", "'int8:4' is not of the form int8$"),
-        ("uplink=int8,topk:0.1", "the order is gaussian, topk, and one of fp16, bf16, int8; each at most once"),
+        ("uplink=int8,topk:0.1", "the order must be gaussian, topk, then one of fp16, bf16, int8; each at most once"),
         ("uplink=fp16,int8", "each at most once"),
         ("uplink=gaussian:0:1", "CLIP must be above 0"),
-        ("uplink=control/topk:0.1", "topk works on differences of weights alone"),
+        ("uplink=control/topk:0.1", "topk works only on differences of weights"),
         ("downlink=topk:0.1", "use uplink=topk:0.1"),
-        ("uplink=counts/int8", "'counts/int8': counts must arrive as they are"),
+        ("uplink=counts/int8", "'counts/int8': counts cannot be transformed"),
         ("uplink=3", "uplink=3: must be a list"),
         ("uplink=[3]", "must be text"),
     ],

@@ -117,7 +117,7 @@ def test_changed_bytes_never_raise_anything_else(changes):
 
 def test_deep_names_do_not_exhaust_the_stack():
     data = safetensors.torch.save({"a/" * 5000 + "a": torch.ones(1)}, {"fedloom": "1"})
-    with pytest.raises(WireError, match="a tensor below 5000 branches; at most 32 are allowed"):
+    with pytest.raises(WireError, match="a tensor has 5000 branches above it; at most 32 are allowed"):
         decode(data, expect={"b": torch.ones(1)})
 
 
@@ -125,7 +125,7 @@ def test_deep_names_do_not_exhaust_the_stack():
     ("message", "words"),
     [
         ({"b": torch.zeros(2)}, "lacks 'a'"),
-        ({"a": torch.zeros(2), "c": torch.zeros(1)}, "holds 'c', which nobody asked for"),
+        ({"a": torch.zeros(2), "c": torch.zeros(1)}, "has an unexpected tensor 'c'"),
         ({"a": torch.zeros(3)}, r"'a' is \(\(3,\), torch.float32\), expected \(\(2,\), torch.float32\)"),
         ({"a": torch.zeros(2, dtype=torch.float16)}, "float16"),
         ({}, "lacks 'a'"),

@@ -1,6 +1,6 @@
-"""Looking at runs that are over: what generators make, what features hold, how sharp a minimum is.
+"""Analysis of finished runs: generated images, information in features, sharpness of the minimum.
 
-Everything is read through `Experiment.reopen`, and written into `RUN/analysis/`: `analysis.json` and pictures, which the report shows.
+Runs are read with `Experiment.reopen`. Results are written to `RUN/analysis/`: `analysis.json` and pictures, which the report includes.
 """
 
 from fedloom.analysis.analyse import PARTS, analyse

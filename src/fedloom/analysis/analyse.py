@@ -1,4 +1,4 @@
-"""The parts of an analysis, and where they are written."""
+"""Run the parts of an analysis and write their results."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from fedloom.experiment.run_folder import RunFolder
 from fedloom.report.style import Figure, drawing
 
 FILE = "analysis.json"
-Tell = Callable[[str], None]  # what is being worked at
+Tell = Callable[[str], None]  # receives the name of the part that begins
 Found = tuple[dict[str, Any], dict[str, tuple[Figure, str, str]]]  # numbers; file: (figure, title, note)
 
 
 def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any]:
-    """Analyse one run and write `analysis.json` and pictures into `RUN/analysis/`; returns what the file holds.
+    """Analyse one run, write `analysis.json` and pictures to `RUN/analysis/`, and return the contents of the file.
 
-    Parts that were analysed earlier and are not in `parts` stay; those in `parts` are replaced. A part that does not apply to
-    the method (no generator, no server model) is recorded with the reason.
+    Results of earlier analyses are kept, except for those of `parts`, which are replaced. A part that does not apply to the method
+    (no generator, no server model) is recorded with the reason.
 
     Raises:
-        RunFolderError: the run has no checkpoint, or its folder cannot be written into.
+        RunFolderError: the run has no checkpoint, or its folder is not writable.
     """
     experiment = Experiment.reopen(path)
     folder = RunFolder(Path(path) / "analysis")
     try:
         folder.path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.path):  # now, and not when the work is done
+        with tempfile.TemporaryFile(dir=folder.path):  # fail now, not after the work
             pass
     except OSError as error:
-        raise RunFolderError(f"{folder.path} cannot be written into: {error.strerror}") from None
+        raise RunFolderError(f"{folder.path} is not writable: {error.strerror}") from None
     file = folder.path / FILE
     record = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"pictures": {}}
     record |= {"fedloom": __version__, "round": experiment.done}
@@ -61,8 +61,8 @@ def _features(subject: Subject) -> Found:
     numbers: dict[str, Any] = {}
     drawn = {}
     kinds = (
-        ("own", features.own_rows, "Each client's own test rows through its own nets"),
-        ("same", features.same_rows, "The same common rows through every client's nets"),
+        ("own", features.own_rows, "Each client's own test examples in its own nets"),
+        ("same", features.same_rows, "The same common test examples in every client's nets"),
     )
     for kind, rows, title in kinds:
         table = rows(subject)
@@ -74,22 +74,22 @@ def _features(subject: Subject) -> Found:
         drawn[f"features-{kind}.png"] = (
             figure,
             title,
-            "First two principal components, with the variance that they explain.",
+            "First two principal components, with the fraction of variance explained by each.",
         )
-    return numbers or {"left_out": "there are no test rows of two clients or more"}, drawn
+    return numbers or {"left_out": "fewer than two clients have test examples"}, drawn
 
 
 def _samples(subject: Subject) -> Found:
     found = samples.measure_generators(subject, subject.clients)
     if found is None:
-        return {"left_out": "the method has no generator of images, or nothing to generate from"}, {}
+        return {"left_out": "the method has no image generator, or no input for it"}, {}
     grid = pictures.sample_grid(found.sheets, subject.data.dataset.classes)
     note = "Nearest: the client's training image at the smallest mean squared distance."
     histogram = pictures.nearness(found)
-    about = "As many held-out real images as made ones, each against its client's training images; dotted: the nearest of all."
+    about = "Generated images and as many held-out real images, compared with their client's training images; dotted: highest similarity."
     return found.numbers, {
-        "samples.png": (grid, "What the generators make", note),
-        "nearest.png": (histogram, "Nearness to training images", about),
+        "samples.png": (grid, "Generated images", note),
+        "nearest.png": (histogram, "Similarity to training images", about),
     }
 
 
@@ -113,7 +113,7 @@ def _write_pictures(folder: Path, drawn: Mapping[str, tuple[Figure, str, str]]) 
 
 
 def _finite(value: Any) -> Any:
-    """What is not finite becomes null, as JSON has no word for it."""
+    """Replace numbers that are not finite by None, because JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What features hold: how well a linear probe finds the class, and the client, in them."""
+"""Information in features: accuracy of linear probes for the class and for the client."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from fedloom.rng import Stream
 Floats = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
-OWN_ROWS = 40  # rows of each client
-SAME_ROWS = 60  # rows that all clients see
+OWN_ROWS = 40  # examples of each client
+SAME_ROWS = 60  # common examples, the same for all clients
 
 
 class Table(NamedTuple):
-    """Features of rows as clients see them: (n, D) by name; class, client and row number of each, (n,)."""
+    """Features of examples in clients' nets: (n, D) by name; class, client and example number of each, (n,)."""
 
     features: dict[str, Floats]
     classes: Numbers
@@ -35,10 +35,10 @@ class Table(NamedTuple):
 
 @torch.no_grad()
 def features_of(method: Method, owner: Owner, x: Tensor) -> dict[str, Tensor]:
-    """A client's features of inputs, by name, (B, D): f_g and f_cs of FedRIR, else what the body gives on the way to the prediction.
+    """Return a client's features of inputs by name, (B, D): f_g and f_cs of FedRIR, or the output of the body for other methods.
 
     Raises:
-        ConfigError: the personal predictor calls no net and no part of a net with the name `body`.
+        ConfigError: the personal predictor uses no module with the name `body`.
     """
     nets, down, memory = owner
     if isinstance(method, FedRIR):
@@ -46,13 +46,13 @@ def features_of(method: Method, owner: Owner, x: Tensor) -> dict[str, Tensor]:
     with _watched(owner) as seen:
         method.predictors()["personal"](nets, x, down, memory)
     if not seen:
-        raise ConfigError(f"analyse features: {type(method).__name__}'s predictor uses no net or part called 'body'")
+        raise ConfigError(f"analyse features: {type(method).__name__}'s predictor uses no module named 'body'")
     return {"body": seen[-1].flatten(1)}
 
 
 @contextmanager
 def _watched(owner: Owner) -> Iterator[list[Tensor]]:
-    """Collects what modules called `body` give, while it lasts."""
+    """Collect the outputs of modules named `body` during the block."""
     seen: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Tensor) -> None:
@@ -73,14 +73,14 @@ def _watched(owner: Owner) -> Iterator[list[Tensor]]:
 
 
 def own_rows(subject: Subject) -> Table | None:
-    """Each client's own test rows through its own nets; None where clients have none."""
+    """Return features of each client's own test examples in its own nets, or None if fewer than two clients have any."""
     parts = [(i, subject.some(subject.data.partition.test[i], OWN_ROWS, "own", i)) for i in subject.clients]
     parts = [(i, rows) for i, rows in parts if len(rows)]
     return _table(subject, parts) if len(parts) > 1 else None
 
 
 def same_rows(subject: Subject) -> Table | None:
-    """The same common rows through every client's nets; None where there are none."""
+    """Return features of the same common test examples in every client's nets, or None if there are none."""
     rows = subject.some(subject.data.partition.common, SAME_ROWS, "same")
     return _table(subject, [(i, rows) for i in subject.clients]) if len(rows) and len(subject.clients) > 1 else None
 
@@ -98,12 +98,12 @@ def _table(subject: Subject, parts: list[tuple[int, Any]]) -> Table:
 
 
 def measure_features(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
-    """For each kind of features: how well a linear probe finds class and client, beside what guessing finds.
+    """Return the accuracy of linear probes for class and client, with the accuracy of guessing, for each kind of features.
 
-    A probe is ridge regression onto the classes, on standardised features, fitted on half of the rows and scored on the
-    other half, both ways; copies of a row are always in one half. `*_chance` is the share of the most frequent answer,
-    `client_from_class` what the label alone says of the client: where clients hold different classes, features that tell classes
-    apart tell clients apart too. Silhouettes lie in [-1, 1].
+    A probe is a ridge classifier on standardised features, fitted on half of the examples and scored on the other half, and vice versa;
+    copies of an example are always in the same half. `*_chance` is the frequency of the most frequent answer. `client_from_class` is the
+    accuracy of a probe for the client that sees only the label: if clients have different classes, features that separate classes also
+    separate clients. Silhouettes are in [-1, 1].
     """
     require_sklearn()
     first = _half(table.rows, rng)
@@ -126,7 +126,7 @@ def measure_features(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
 
 
 def require_sklearn() -> None:
-    """Refuse in one line what cannot be done without scikit-learn."""
+    """Raise UsageError if scikit-learn is not installed."""
     try:
         import sklearn  # noqa: F401
     except ImportError as missing:
@@ -134,7 +134,7 @@ def require_sklearn() -> None:
 
 
 def probe(x: Floats, answers: Numbers, first: npt.NDArray[np.bool_]) -> float:
-    """The accuracy of a linear probe, fitted on the half `first` and scored on the other, and the reverse: the mean."""
+    """Return the accuracy of a linear probe: the mean of fitting on the half `first` and scoring on the other, and vice versa."""
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -155,7 +155,7 @@ def _half(rows: Numbers, rng: Stream) -> npt.NDArray[np.bool_]:
 
 
 def _chance(answers: Numbers) -> float:
-    """The share of the most frequent answer."""
+    """Return the frequency of the most frequent answer."""
     return float(np.bincount(answers).max() / len(answers))
 
 
@@ -166,14 +166,14 @@ def _silhouette(x: Floats, answers: Numbers) -> float:
 
 
 class Plane(NamedTuple):
-    """Features on their first two principal components: (n, 2), and the part of the variance that each explains."""
+    """Features on their first two principal components, (n, 2), and the fraction of variance that each explains."""
 
     points: Floats
     explained: tuple[float, float]
 
 
 def plane(x: Floats) -> Plane:
-    """The two directions in which the features vary most."""
+    """Project features on their first two principal components."""
     from sklearn.decomposition import PCA
 
     pca = PCA(2, svd_solver="full")

@@ -1,4 +1,4 @@
-"""The pictures of an analysis: image grids, scatter plots, histograms."""
+"""Pictures of an analysis: image grids, scatter plots, histograms."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from fedloom.analysis.features import Floats, Numbers, Plane, Table
 from fedloom.analysis.samples import Findings, Sheet
 from fedloom.report.style import MUTED, SERIES, Axes, Figure, drawing, shorten
 
-PER_CLASS = 4  # images of a class, block and client in the grid
-MOST_SHEETS, ABREAST = 4, 2  # clients in the grid, and in a row of it
+PER_CLASS = 4  # images per class, block and client in the grid
+MOST_SHEETS, ABREAST = 4, 2  # maximum number of clients in the grid, and clients per row
 NAMES = {"f_g": "global features f_g", "f_cs": "client-specific features f_cs", "body": "features of the body"}
-MOST_NAMED = 12  # classes or clients with a legend
+MOST_NAMED = 12  # maximum number of legend entries in one column
 
 
 def sample_grid(sheets: Sequence[Sheet], classes: Sequence[str]) -> Figure:
-    """Two clients beside each other: a row per class; blocks of what was made and the nearest training images (and the sources)."""
+    """Draw generated images, two clients side by side, one row per class, with the nearest training images and, if any, the originals."""
     chosen = [sheets[k] for k in sorted({round(k) for k in np.linspace(0, len(sheets) - 1, MOST_SHEETS).tolist()})]
     pairs = [chosen[k : k + ABREAST] for k in range(0, len(chosen), ABREAST)]
     heights = [max(len(set(sheet.labels.tolist())) for sheet in pair) for pair in pairs]
@@ -36,7 +36,7 @@ def sample_grid(sheets: Sequence[Sheet], classes: Sequence[str]) -> Figure:
 
 
 def _draw_sheet(panels: Sequence[Axes], sheet: Sheet, classes: Sequence[str], height: int) -> None:
-    """One client's blocks; `height` is the number of rows to leave room for."""
+    """Draw one client's blocks; `height` is the number of rows to leave room for."""
     labels = sorted(set(sheet.labels.tolist()))
     for axes, (title, images) in zip(panels, sheet.blocks.items(), strict=True):
         canvas = _montage(images, sheet.labels, labels, height)
@@ -52,7 +52,7 @@ def _draw_sheet(panels: Sequence[Axes], sheet: Sheet, classes: Sequence[str], he
 
 
 def _montage(images: Tensor, labels: Tensor, rows: Sequence[int], n_rows: int) -> Floats:
-    """The first images of each class, row by row, with a pixel of white between them: (H, W), or (H, W, 3)."""
+    """Return the first images of each class, one row per class, separated by one white pixel: (H, W) or (H, W, 3)."""
     channels, height, width = images.shape[1:]
     canvas = np.ones(((height + 1) * n_rows - 1, (width + 1) * PER_CLASS - 1, channels))
     for r, label in enumerate(rows):
@@ -63,7 +63,7 @@ def _montage(images: Tensor, labels: Tensor, rows: Sequence[int], n_rows: int) -
 
 
 def feature_planes(table: Table, planes: Mapping[str, Plane], classes: Sequence[str], title: str) -> Figure:
-    """For each kind of features its first two principal components, coloured by class and by client."""
+    """Draw the first two principal components of each kind of features, coloured by class and by client."""
     with drawing():
         figure = Figure(figsize=(8.6, 0.6 + 3.1 * len(planes)))
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
@@ -80,7 +80,7 @@ def _scatter(axes: Axes, found: Plane, groups: Numbers, names: Sequence[str], ti
 
     present = sorted(set(groups.tolist()))
     shades = matplotlib.colormaps["tab10" if len(present) <= 10 else "tab20"]
-    order = np.random.default_rng(0).permutation(len(groups))  # so that no group hides another
+    order = np.random.default_rng(0).permutation(len(groups))  # random order, so that no group hides another
     place = {group: k for k, group in enumerate(present)}
     colours = [shades(place[group] % shades.N) for group in groups[order].tolist()]
     axes.scatter(found.points[order, 0], found.points[order, 1], s=9, c=colours, linewidths=0, alpha=0.75)
@@ -96,12 +96,12 @@ def _scatter(axes: Axes, found: Plane, groups: Numbers, names: Sequence[str], ti
 
 
 def nearness(findings: Findings) -> Figure:
-    """How near images are to the nearest training image of their client: those that were made, and held-out real ones."""
+    """Draw histograms of the similarity of images to their client's nearest training image, for generated and held-out real images."""
     with drawing():
         figure = Figure(figsize=(8.6, 2.9))
         panels = figure.subplots(1, 2)
         for axes, key, title, unit in zip(panels, ("ssim", "psnr"), ("SSIM", "PSNR"), ("SSIM", "dB"), strict=True):
-            sides = [(getattr(findings.made, key).numpy(), SERIES[1], "made by generators")]
+            sides = [(getattr(findings.made, key).numpy(), SERIES[1], "generated images")]
             if findings.held_out is not None:
                 sides.insert(0, (getattr(findings.held_out, key).numpy(), MUTED, "held-out real images"))
             both = np.concatenate([values for values, _, _ in sides])

@@ -1,4 +1,4 @@
-"""What clients' generators make: how like real images it is, how near to training images, and whether a stranger recognises it."""
+"""Images from clients' generators: similarity to real images and to training images, and accuracy of an independent classifier."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import fresh_modules, run_phases
 
-PER_CLASS = 10  # images of a class and client
-MOST_TRAINING_ROWS = 3000  # of a client, among which the nearest is looked for
+PER_CLASS = 10  # images per class and client
+MOST_TRAINING_ROWS = 3000  # maximum number of a client's training examples that are searched for the nearest
 CLASSIFIER, CLASSIFIER_ROWS, CLASSIFIER_STEPS, CLASSIFIER_BATCH = "fedavg_cnn", 10_000, 600, 64
-WINDOW = 7  # pixels a side, of SSIM's uniform window
-HIGHEST_DB = 100.0  # the PSNR of two equal images
+WINDOW = 7  # width and height in pixels of SSIM's uniform window
+HIGHEST_DB = 100.0  # PSNR of two equal images, and its upper limit
 
 
 class Made(NamedTuple):
-    """Images that a generator made (S, C, H, W), as a model sees them; intended labels (S,); the real images, where they rebuild some."""
+    """Generated images (S, C, H, W) as model inputs, their intended labels (S,), and the originals if they reconstruct real images."""
 
     images: Tensor
     labels: Tensor
@@ -38,7 +38,7 @@ class Made(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Images and the training image nearest to each, (S, C, H, W) in [0, 1], with SSIM and PSNR (in dB) of each pair, (S,)."""
+    """Images and the nearest training image of each, (S, C, H, W) in [0, 1], with SSIM and PSNR (dB) of each pair, (S,)."""
 
     images: Tensor
     nearest: Tensor
@@ -48,10 +48,10 @@ class Pairs(NamedTuple):
 
 @torch.no_grad()
 def made_by(subject: Subject, i: int) -> Made | None:
-    """What client `i`'s generator makes; None where it has none, or nothing to make images of.
+    """Return images from client `i`'s generator, or None if it has no generator or no input for it.
 
-    FedVTC: images of latents v ~ N(c_y, sigma^2), `PER_CLASS` of each class that has a global prototype. FedRIR: rebuilt images of the
-    client's own test rows, masked as in training (from the latent's mean).
+    FedVTC: images of latents v ~ N(c_y, sigma^2), `PER_CLASS` for each class with a global prototype. FedRIR: reconstructions of the
+    client's own test examples, masked as in training, from the mean of the latent.
     """
     method, owner = subject.method, subject.owner(i)
     if "generator" not in owner.nets.modules:
@@ -88,7 +88,7 @@ def _rebuilt(method: FedRIR, owner: Owner, subject: Subject, i: int, rng: Stream
 
 
 class Likeness(NamedTuple):
-    """SSIM and PSNR (dB) of pairs of images, (S,) each."""
+    """SSIM and PSNR (dB) of pairs of images, each of shape (S,)."""
 
     ssim: Tensor
     psnr: Tensor
@@ -98,13 +98,13 @@ class Likeness(NamedTuple):
 
 
 def pairs(images: Tensor, training: Tensor) -> Pairs:
-    """Each image with the training image at the smallest mean squared distance; both (., C, H, W) in [0, 1]."""
+    """Pair each image with the training image at the smallest mean squared distance; both (., C, H, W) in [0, 1]."""
     nearest = training[torch.cdist(images.flatten(1), training.flatten(1)).argmin(1)]
     return Pairs(images, nearest, *likeness(images, nearest))
 
 
 def likeness(a: Tensor, b: Tensor) -> Likeness:
-    """SSIM and PSNR (dB, at most 100) of pairs of images (S, C, H, W) in [0, 1]: (S,) each."""
+    """Return SSIM and PSNR (dB, at most 100) of pairs of images (S, C, H, W) in [0, 1], each of shape (S,)."""
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     except ImportError as missing:
@@ -118,29 +118,29 @@ def likeness(a: Tensor, b: Tensor) -> Likeness:
 
 
 def deciles_of(values: Tensor) -> dict[str, Any]:
-    """Mean, the deciles from the least to the greatest, and the greatest."""
+    """Return mean, maximum, deciles (from minimum to maximum) and number of values."""
     deciles = torch.quantile(values.double(), torch.linspace(0, 1, 11, dtype=torch.float64))
     return {"mean": float(values.mean()), "max": float(values.max()), "deciles": deciles.tolist(), "n": len(values)}
 
 
-# a classifier that took no part
+# an independent classifier
 
 
 class Classifier(NamedTuple):
-    """A small CNN, trained centrally on the clients' training rows: its nets, and its accuracy on the common rows."""
+    """A small CNN, trained centrally on the clients' training examples: its nets, and its accuracy on the common test set."""
 
     nets: Nets
     accuracy: float
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """The most likely class of each image: (B,)."""
+        """Return the most likely class of each image, (B,)."""
         answers: Tensor = torch.cat([self.nets.model(part) for part in torch.split(x, 512)]).argmax(1)
         return answers
 
 
 def classifier(subject: Subject) -> Classifier:
-    """See `Classifier`; the run's own models play no part in it."""
+    """Train a `Classifier`, without the run's own models."""
     choice = arch(CLASSIFIER, subject.data.input_shape, subject.data.n_classes)
     modules = fresh_modules(lambda: {"model": choice.model()}, subject.rng("classifier"))
     x, y = subject.training_rows(CLASSIFIER_ROWS, "classifier")
@@ -165,7 +165,7 @@ def classifier(subject: Subject) -> Classifier:
 
 
 class Sheet(NamedTuple):
-    """A client's images for the picture: titles with (S, C, H, W) in [0, 1], and the labels of all, (S,)."""
+    """A client's images to draw: blocks (S, C, H, W) in [0, 1] by title, and the labels of the images, (S,)."""
 
     client: int
     blocks: dict[str, Tensor]
@@ -173,16 +173,16 @@ class Sheet(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Numbers for the record, and sheets to draw."""
+    """Results: numbers for `analysis.json`, and sheets to draw."""
 
     numbers: dict[str, Any]
     sheets: list[Sheet]
-    made: Likeness  # to the nearest training image, of what was made
-    held_out: Likeness | None  # and of held-out real images, where there are any
+    made: Likeness  # of generated images to the nearest training image
+    held_out: Likeness | None  # of held-out real images, if any
 
 
 def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | None:
-    """Likeness, nearness and recognition of what the clients' generators make; None where there are no generators."""
+    """Measure similarity and recognition of images from clients' generators. Return None if there are no generators."""
     found = [(i, made) for i in clients if (made := made_by(subject, i)) is not None]
     if not found:
         return None
@@ -202,7 +202,7 @@ def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | N
 
 
 def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs | None]:
-    """A client's images beside their nearest training images; as many held-out images beside theirs, since a maximum grows with number."""
+    """Compare a client's images, and as many held-out images (a maximum grows with the number), with their nearest training images."""
     training, _ = subject.data.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
     real = _shown(subject, training)
     mine = pairs(_shown(subject, made.images), real)
@@ -231,7 +231,7 @@ def _nearness(found: Likeness) -> dict[str, Any]:
 
 
 def _recognised(subject: Subject, found: Sequence[tuple[int, Made]]) -> dict[str, Any]:
-    """The classifier's accuracy on the images against their intended labels: over all, by class held or not, by class."""
+    """Return the classifier's accuracy for the intended labels: for all images, for the client's own and other classes, and by class."""
     judge, n_classes = classifier(subject), subject.data.n_classes
     labels = subject.data.dataset.labels.numpy()
     counts = np.stack([np.bincount(labels[rows], minlength=n_classes) for rows in subject.data.partition.train])

@@ -1,4 +1,4 @@
-"""How sharp the minimum is in which the server's model lies."""
+"""Sharpness of the minimum at the server's model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ Loss = Callable[[Params], Tensor]  # parameters -> 0-d loss
 ROWS = 1000
 DIRECTIONS = 5
 DISTANCES = tuple(step / 10 for step in range(-10, 11))
-RELATIVE = 0.1  # the deviation of a weight in the perturbation, as a part of the weight
+RELATIVE = 0.1  # standard deviation of the perturbation of a weight, relative to the weight
 PERTURBATIONS = 10
-MOST_STEPS, TOLERANCE = 100, 1e-3  # of the power iteration
+MOST_STEPS, TOLERANCE = 100, 1e-3  # limits of the power iteration
 
 
 def measure_sharpness(subject: Subject) -> dict[str, object] | None:
-    """Curves, eigenvalue and perturbation of the server's loss on training rows of all clients; None where there is no server model."""
+    """Measure curves, eigenvalue and perturbation of the server's loss on training examples of all clients, or return None without a
+    server model."""
     server = subject.server()
     if server is None:
         return None
@@ -36,7 +37,7 @@ def measure_sharpness(subject: Subject) -> dict[str, object] | None:
         moved = Nets(nets.modules, {**nets.params, **params}, nets.buffers)
         return losses.cross_entropy(predictor(moved, x, server.down, server.memory), y)
 
-    params = _mattering(loss, nets.params)
+    params = _used_params(loss, nets.params)
     curves = along_directions(loss, params, subject.rng("directions"))
     top = largest_eigenvalue(loss, params, subject.rng("power"))
     return {
@@ -52,17 +53,18 @@ def measure_sharpness(subject: Subject) -> dict[str, object] | None:
     }
 
 
-def _mattering(loss: Loss, params: Mapping[str, Tensor]) -> Params:
-    """The parameters on which the loss depends at all; nets that do not predict have none."""
+def _used_params(loss: Loss, params: Mapping[str, Tensor]) -> Params:
+    """Return the parameters on which the loss depends, which excludes nets that are not used for prediction."""
     live = {name: p.detach().requires_grad_() for name, p in params.items()}
     gradients = torch.autograd.grad(loss(live), list(live.values()), allow_unused=True)
     return {name: params[name] for name, gradient in zip(live, gradients, strict=True) if gradient is not None}
 
 
 def direction(params: Params, rng: Stream) -> Params:
-    """A random direction, filter-normalised (Li et al., NeurIPS 2018): each filter, or row of a matrix, is as long as that of the weights.
+    """Draw a filter-normalised random direction (Li et al., NeurIPS 2018): each filter, or row of a matrix, has the norm of that of the
+    weights.
 
-    Biases and normalisation layers do not move.
+    Biases and normalisation layers are not changed.
     """
     found = {}
     for name, weight in params.items():
@@ -78,7 +80,8 @@ def direction(params: Params, rng: Stream) -> Params:
 
 @torch.no_grad()
 def along_directions(loss: Loss, params: Params, rng: Stream) -> list[list[float]]:
-    """The loss at `DISTANCES` along random directions: (directions, distances). At distance 1 every filter has moved by its own length."""
+    """Return the loss at `DISTANCES` along random directions: (directions, distances). At distance 1 each filter has moved by its own
+    norm."""
     curves = []
     for k in range(DIRECTIONS):
         way = direction(params, rng.child(k))
@@ -89,7 +92,7 @@ def along_directions(loss: Loss, params: Params, rng: Stream) -> list[list[float
 
 @torch.no_grad()
 def perturbed(loss: Loss, params: Params, rng: Stream, relative: float = RELATIVE) -> float:
-    """The mean increase of the loss when every parameter is multiplied by 1 + relative N(0, 1)."""
+    """Return the mean increase of the loss when every parameter is multiplied by 1 + relative N(0, 1)."""
     here, total = float(loss(params)), 0.0
     for k in range(PERTURBATIONS):
         stream = rng.child(k)
@@ -99,7 +102,7 @@ def perturbed(loss: Loss, params: Params, rng: Stream, relative: float = RELATIV
 
 
 class Eigenvalue(NamedTuple):
-    """What a power iteration found: the eigenvalue, the steps that it took, and whether it had settled."""
+    """Result of a power iteration: the eigenvalue, the number of steps, and whether it converged."""
 
     value: float
     steps: int
@@ -107,7 +110,7 @@ class Eigenvalue(NamedTuple):
 
 
 def largest_eigenvalue(loss: Loss, params: Params, rng: Stream) -> Eigenvalue:
-    """The eigenvalue of the loss's Hessian that is largest in size, with its sign, by power iteration on Hessian-vector products."""
+    """Return the eigenvalue of the loss's Hessian with the largest magnitude, by power iteration on Hessian-vector products."""
     live = [p.detach().requires_grad_() for p in params.values()]
     value = loss(dict(zip(params, live, strict=True)))
     gradient = torch.autograd.grad(value, live, create_graph=True, materialize_grads=True)

@@ -1,4 +1,4 @@
-"""A run that is looked at: its clients' nets and rows, and its server's model."""
+"""A run to analyse: nets and examples of its clients, and the model of its server."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedloom.nets import Nets, read_weights
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
-MOST_CLIENTS = 20  # of more, so many are looked at, evenly spaced
+MOST_CLIENTS = 20  # maximum number of clients to analyse, evenly spaced
 
 
 class Owner(NamedTuple):
-    """A client as it would predict now: its nets in evaluation mode, the downlink and its memory."""
+    """What a client needs for predictions: its nets in evaluation mode, the downlink, and its memory."""
 
     nets: Nets
     down: Tree
@@ -26,7 +26,7 @@ class Owner(NamedTuple):
 
 
 class Subject:
-    """One run, reopened. Everything random in an analysis follows from the run's seed."""
+    """One reopened run. All random numbers of an analysis depend on the run's seed."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.method, self.data, self.problem = experiment.method, experiment.data, experiment.problem
@@ -36,18 +36,18 @@ class Subject:
 
     @property
     def clients(self) -> list[int]:
-        """The clients that are looked at, those that joined after training too."""
+        """The clients to analyse, including those that joined after training."""
         n = self.data.n_clients
         return sorted({int(i) for i in np.linspace(0, n - 1, min(n, MOST_CLIENTS)).round()})
 
     def owner(self, i: int) -> Owner:
-        """Client `i`, after `receive` and `adapt`."""
+        """Return client `i` after `receive` and `adapt`."""
         modules, client, message = self._engine.personal(self.round, self.down, i)
         nets = Nets(modules, client.weights["params"], client.weights["buffers"])
         return Owner(nets, message, client.memory)
 
     def server(self) -> Owner | None:
-        """The server's model, as a client that never trained would receive it; None where the method has none."""
+        """Return the server's model, as a client that never trained receives it, or None if the method has no server model."""
         if not self.problem.has_server_model:
             return None
         modules = self.problem.modules(self.problem.arch_of[0])
@@ -56,16 +56,16 @@ class Subject:
         return Owner(Nets(modules, weights["params"], weights["buffers"]), self.down.common, blank.memory)
 
     def rng(self, *purpose: str | int) -> Stream:
-        """A stream for one purpose."""
+        """Return a stream for one purpose."""
         return Stream(self._seed, "analysis", *purpose)
 
     def some(self, rows: Rows, n: int, *purpose: str | int) -> Rows:
-        """At most `n` of some row numbers, drawn once for a purpose, in order."""
+        """Return at most `n` of the given example numbers, in order, drawn at random for a purpose."""
         if len(rows) <= n:
             return rows
         chosen = self.rng("rows", *purpose).permutation(len(rows))[:n].sort().values
         return np.asarray(rows[chosen.numpy()])
 
     def training_rows(self, n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
-        """At most `n` rows of all clients' training splits: inputs and labels."""
+        """Return inputs and labels of at most `n` training examples of all clients."""
         return self.data.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))

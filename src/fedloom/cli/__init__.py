@@ -1,4 +1,4 @@
-"""The command line: `fedloom COMMAND ...`. It reads words and prints results; the work is done elsewhere."""
+"""The command line: `fedloom COMMAND ...`. It parses arguments and prints results; other packages do the work."""
 
 from fedloom.cli.main import main
 

@@ -1,4 +1,4 @@
-"""`python -m fedloom.cli`."""
+"""Entry point of `python -m fedloom.cli`."""
 
 import sys
 

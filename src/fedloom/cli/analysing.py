@@ -1,4 +1,4 @@
-"""`fedloom analyse`."""
+"""The command `fedloom analyse`."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from fedloom.experiment.progress import Overall, live
 from fedloom.report import RunRecord, analysis_grids, drawn, read
 
 EXAMPLES = """\
-  fedloom analyse runs/digits                          one run, or all runs of a comparison's folder
+  fedloom analyse runs/digits                          one run, or all runs in a comparison's folder
   fedloom analyse runs/fedvtc --only samples
   fedloom analyse runs/fedmr runs/fedavg --only sharpness out=sharpness.png
 
-parts (each where it applies):
-  features   how well a linear probe finds class and client in a client's features; their principal components as pictures
-  samples    images of the clients' generators: nearest training images, SSIM and PSNR, a classifier's opinion
-  sharpness  loss around the server's model, the Hessian's largest eigenvalue, the loss that noise adds
+parts (each is skipped for runs that it does not apply to):
+  features   accuracy of linear probes that predict class and client from client features; plots of the features' principal components
+  samples    images from client generators: nearest training images, SSIM and PSNR, accuracy of a classifier on them
+  sharpness  loss around the server's model, largest eigenvalue of the Hessian, increase of the loss under noise on the weights
 
-Everything goes into RUN/analysis/ (an earlier analysis of the same parts is replaced), and `fedloom report` shows it. `out` is where the
-curves of all runs go; default: analysis-sharpness.png in the one folder that was named, else in the current folder.
+Results are written to RUN/analysis/, where they replace an earlier analysis of the same parts; `fedloom report` includes them. `out=FILE`
+sets the file for the sharpness curves of all runs. Default: analysis-sharpness.png, in the folder if only one was given, otherwise in the
+current folder.
 """
 
 
 def analyse_command(words: Sequence[str]) -> int:
-    """`fedloom analyse`."""
-    parser = Parser("analyse", "Look at what finished runs have learnt (needs fedloom[analyse]).", EXAMPLES)
-    parser.add_argument("words", nargs="*", metavar="RUN", help="a run's folder, or a folder of such folders")
+    """Run `fedloom analyse` and return its exit code."""
+    parser = Parser("analyse", "Analyse the models of finished runs (needs fedloom[analyse]).", EXAMPLES)
+    parser.add_argument("words", nargs="*", metavar="RUN", help="a run folder, or a folder of run folders")
     parser.add_argument("--only", metavar="PARTS", help="parts to analyse, such as features,samples; default: all")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no tables")
+    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")
     given = parser.read(words)
     from fedloom.analysis import PARTS  # matplotlib is an extra
     from fedloom.analysis import analyse as look_at
@@ -40,7 +41,7 @@ def analyse_command(words: Sequence[str]) -> int:
     folders, out = _folders(given.words)
     parts = _parts(given.only, PARTS)
     if out is not None and "sharpness" not in parts:
-        raise ConfigError(f"out={out}: takes the curves of sharpness, which --only {given.only} leaves out")
+        raise ConfigError(f"out={out}: is the file for the sharpness curves, which --only {given.only} leaves out")
     records = read(folders)
     done, total = 0, len(records) * len(parts)
     with nullcontext() if given.quiet else live("analyse", unit="part") as progress:
@@ -48,13 +49,13 @@ def analyse_command(words: Sequence[str]) -> int:
 
             def tell(part: str, name: str = record.name) -> None:
                 nonlocal done
-                if progress:  # the part that begins now is the next one, and none of it is done
+                if progress:  # called when a part begins, so that part is not yet done
                     progress(done + 1, total, {}, f"{name}: {part}", Overall(done, total))
                 done += 1
 
             look_at(record.path, parts, tell)
     records = read(folders)
-    target = _write_curves(records, out or _beside(folders)) if "sharpness" in parts else None
+    target = _write_curves(records, out or _default_target(folders)) if "sharpness" in parts else None
     _conclude(records, parts, target, given.quiet)
     return 0
 
@@ -63,7 +64,7 @@ def _folders(words: Sequence[str]) -> tuple[list[str], Path | None]:
     folders = [word for word in words if not word.startswith("out=")]
     outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     if not folders:
-        raise ConfigError("fedloom analyse: name the folder of a run, such as runs/digits")
+        raise ConfigError("fedloom analyse: give the folder of a run, such as runs/digits")
     for word in folders:
         if "=" in word and not Path(word).exists():
             raise ConfigError(f"unknown key '{word.partition('=')[0]}'{suggest(word.partition('=')[0], ['out'])}")
@@ -74,16 +75,16 @@ def _parts(only: str | None, known: Sequence[str]) -> list[str]:
     chosen = [part.strip() for part in only.split(",")] if only is not None else list(known)
     for part in chosen:
         if part not in known:
-            raise ConfigError(f"--only {only}: there is no part '{part}'{suggest(part, known)}")
+            raise ConfigError(f"--only {only}: unknown part '{part}'{suggest(part, known)}")
     return [part for part in known if part in chosen]
 
 
-def _beside(folders: Sequence[str]) -> Path:
+def _default_target(folders: Sequence[str]) -> Path:
     return (Path(folders[0]) if len(folders) == 1 else Path()) / "analysis-sharpness.png"
 
 
 def _write_curves(records: Sequence[RunRecord], target: Path) -> Path | None:
-    """One plot with the curves of all runs, where there are any."""
+    """Plot the sharpness curves of all runs in one figure, and return its file. Return None if no run has such curves."""
     from fedloom.report import plots
     from fedloom.report.style import drawing
 
@@ -106,7 +107,7 @@ def _conclude(records: Sequence[RunRecord], parts: Sequence[str], curves: Path |
         for part in parts:
             reason = record.analysis.get(part, {}).get("left_out")
             if reason:
-                console.print(f"{record.name}: no {part}, {reason}", soft_wrap=True)
+                console.print(f"{record.name}: skipped {part}: {reason}", soft_wrap=True)
         console.print(f"folder  {record.path / 'analysis'}", soft_wrap=True)
     if curves:
         console.print(f"curves  {curves}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`fedloom bench`."""
+"""The command `fedloom bench`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from fedloom.methods.registry import load_object
 from fedloom.tools.bench import WORKLOADS, machine_roof, measure, workload
 
 EXAMPLES = """\
-  fedloom bench                                        all workloads, small, on the engines that suit this machine
+  fedloom bench                                        all workloads at a small scale, on the engines that suit this machine
   fedloom bench w4-mlp engine=sequential,processes,vectorised scale=0.2
-  fedloom bench w4-mlp engine=processes,processes:8    workers with 8 clients side by side (engine.lanes)
+  fedloom bench w4-mlp engine=processes,processes:8    workers that train 8 clients side by side (engine.lanes)
   fedloom bench w1 w3 rounds=10 precision=bf16 --json
   fedloom bench device=cuda                            on a GPU; device=cuda precision=tf32 or bf16
   fedloom bench w1 rival=benchmarks/pfllib_style.py:make
@@ -49,7 +49,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """`key=value` words of the command, with their defaults."""
+    """Options of the command, given as `key=value`, with their defaults."""
 
     engine: str = ""
     scale: float = 0.05
@@ -63,11 +63,11 @@ KEYS: Mapping[str, str | int | float] = asdict(Options())
 
 
 def bench_command(words: Sequence[str]) -> int:
-    """`fedloom bench`."""
+    """Run `fedloom bench` and return its exit code."""
     known = "\n".join(f"  {name:<8}  {work.title}" for name, work in WORKLOADS.items())
-    parser = Parser("bench", "Time the engines on this machine, and choose between them.", EXAMPLES + known)
+    parser = Parser("bench", "Compare the speed of the engines on this machine.", EXAMPLES + known)
     parser.add_argument("words", nargs="*", metavar="WORKLOAD|key=value", help=f"keys: {', '.join(KEYS)}")
-    parser.add_argument("--json", action="store_true", help="as JSON, with versions and hardware")
+    parser.add_argument("--json", action="store_true", help="print JSON, with versions and hardware")
     given = parser.read(words)
     options = _options([word for word in given.words if "=" in word])
     chosen = {name: workload(name) for name in given.words if "=" not in name} or WORKLOADS
@@ -114,7 +114,7 @@ def _number(key: str, text: str, kind: type[int | float]) -> int | float:
 
 
 def _default_engines(device: str) -> list[str]:
-    """Those that a user would choose between; on a CPU lanes lose on convolutions, so there they are timed on request."""
+    """Return the engines to time by default. On a CPU `vectorised` is slow for convolutions, so it is timed only on request."""
     if device != "cpu":
         return ["sequential", "vectorised"]
     return ["sequential", "processes"] if cores() > 1 and "processes" in ENGINES else ["sequential"]
@@ -123,7 +123,7 @@ def _default_engines(device: str) -> list[str]:
 def _rivals(where: str) -> Mapping[str, str]:
     if not where:
         return {}
-    load_object(where, "rival")  # mistakes come to light here, in one line
+    load_object(where, "rival")  # fails early, with a one-line error
     return {Path(where.rpartition(":")[0]).stem: where}
 
 
@@ -134,14 +134,16 @@ def _show(name: str, facts: Mapping[str, Any]) -> None:
     where = f"{facts['cores']} cores" if facts["device"] == "cpu" else facts["device"]
     console.print(f"{name}: {facts['title']}\n{size}; {where}, {facts['precision']}; {roof}")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column(no_wrap=True, min_width=max(map(len, facts["contestants"])))  # whatever the terminal's width
+    table.add_column(
+        no_wrap=True, min_width=max(map(len, facts["contestants"]))
+    )  # keep names whole in narrow terminals
     for column in COLUMNS:
         table.add_column(column, justify="right", no_wrap=True)
     for contestant, found in facts["contestants"].items():
         table.add_row(contestant, *_row(found))
     show(console, table)
     console.print(
-        "the last three columns: time over that of the first row, median of interleaved rounds\n", soft_wrap=True
+        "last three columns: time relative to the first row, median over interleaved rounds\n", soft_wrap=True
     )
 
 

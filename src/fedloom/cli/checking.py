@@ -1,4 +1,4 @@
-"""`fedloom check`."""
+"""The command `fedloom check`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from fedloom.tools.check import Finding, check_method, methods_in
 EXAMPLES = """\
   fedloom check my.py:Mine              one method of your own
   fedloom check my.py                   every method in the file
-  fedloom check fedrir scaffold         registered ones
+  fedloom check fedrir scaffold         registered methods
 """
 MARKS = {True: "✓", False: "✗", None: "–"}
 
 
 def check_command(words: Sequence[str]) -> int:
-    """`fedloom check`: exit code 1 where a rule is broken."""
-    parser = Parser("check", "Check that a method keeps the contract, on a tiny federation (seconds).", EXAMPLES)
+    """Run `fedloom check` and return its exit code: 1 if a method breaks a rule."""
+    parser = Parser(
+        "check", "Check that a method follows the contract, on a tiny federation (takes seconds).", EXAMPLES
+    )
     parser.add_argument("words", nargs="*", metavar="METHOD", help="FILE.py, FILE.py:Class, or a registered name")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.read(words)
     if not given.words:
-        raise ConfigError("fedloom check: name a method, such as my.py:Mine")
+        raise ConfigError("fedloom check: give a method, such as my.py:Mine")
     names = [name for word in given.words for name in methods_in(word)]
     found = {name: check_method(name) for name in names}
     if given.json:

@@ -1,4 +1,4 @@
-"""Completion in the shell by argcomplete: commands, options, settings and names, without importing what they stand for."""
+"""Shell completion with argcomplete: commands, options, settings and names. Methods, models and engines are not imported."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ NAMES: Mapping[str, Iterable[str]] = {
     "uplink": TRANSFORMS,
     "downlink": TRANSFORMS,
 }
-"""What can follow `KEY=`, where that is a name."""
+"""Names that can follow `KEY=`."""
 STEPS = ("init", "server", "node", "run", "up")  # of `fedloom deploy`
 
 
 def complete(commands: Mapping[str, str]) -> None:
-    """Print what can follow the words that the shell gives, and leave. `commands`: where the function of each command is."""
+    """Print completions for the shell's current command line, and exit. `commands`: import path of each command's function."""
     given = os.environ.get("COMP_LINE", "").split()[1:3]
     argcomplete.autocomplete(parser(commands, *given), always_complete_options=False)
 
 
 def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> argparse.ArgumentParser:
-    """Return a parser that knows all commands, and the arguments that the function of the `chosen` one (or its `step`) adds."""
+    """Return a parser with all commands, and with the arguments of the `chosen` command (or of its `step`)."""
     whole = argparse.ArgumentParser(prog="fedloom", add_help=False)
     parts = whole.add_subparsers(dest="command")
     for command, origin in commands.items():
@@ -73,18 +73,18 @@ def _listed(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[
 
 
 def complete_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Return the settings that begin with `prefix`: `KEY=`, and after the sign what the key can be."""
+    """Return completions of `prefix`: settings as `KEY=`, or values after the equals sign."""
     key, equals, text = prefix.partition("=")
     given = dict(word.split("=", 1) for word in parsed_args.given or [] if "=" in word)
     if not equals:
         return [f"{name}=" for name in [*_keys(), *_hyper_parameters(given.get("method", "fedavg"))]]
-    before = text[: text.rfind(",") + 1]  # of a list such as method=local,fedavg
+    before = text[: text.rfind(",") + 1]  # earlier values of a list, such as method=local,fedavg
     return [f"{key}={before}{value}" for value in _values(key)]
 
 
 def _keys() -> dict[str, str]:
-    """Every setting, and its type in words."""
-    from fedloom.cli.keys import keys  # reads them off pydantic's classes
+    """Return the type of every setting, in words."""
+    from fedloom.cli.keys import keys  # imports pydantic
 
     return {key.name: key.type for key in keys()}
 

@@ -1,4 +1,4 @@
-"""`fedloom cost`."""
+"""The command `fedloom cost`."""
 
 from __future__ import annotations
 
@@ -25,26 +25,32 @@ EXAMPLES = """\
   fedloom cost configs/mnist-fedrir.toml --network 4g,2/10/80
   fedloom cost method=fedvtc models=resnet8,mobilenetv2 width=64 --gflops 20 --memory 4
 
-keys: see fedloom run --help. Of each architecture the client with the most rows is measured, in a process of its own, on one
-thread. The device is an assumption (a Raspberry Pi 4: docs/edge.md says why); --gflops and --memory declare another.
+keys: see fedloom run --help. For each architecture, the client with the most training examples is measured in a separate process on one
+thread. The assumed device is a Raspberry Pi 4 (see docs/edge.md); describe another with --gflops and --memory.
 """
 PI_GFLOPS, PI_GB = 4.0, 1.0
-ROOF_S = 3.0  # long enough to catch some undisturbed milliseconds on a busy machine
+ROOF_S = 3.0  # long enough to include undisturbed milliseconds on a busy machine
 
 
 def cost_command(words: Sequence[str]) -> int:
-    """`fedloom cost`."""
-    parser = Parser("cost", "What a client's turn takes, phase by phase, and whether a small device can.", EXAMPLES)
+    """Run `fedloom cost` and return its exit code."""
+    parser = Parser(
+        "cost",
+        "Measure the cost of a client's local update by phase, and check whether it fits a small device.",
+        EXAMPLES,
+    )
     settings_words(parser)
-    parser.add_argument("--gflops", default=str(PI_GFLOPS), metavar="N", help="the device's GFLOP/s on one thread [4]")
-    parser.add_argument("--memory", default=str(PI_GB), metavar="GB", help="the device's memory [1]")
+    parser.add_argument(
+        "--gflops", default=str(PI_GFLOPS), metavar="N", help="speed of the device on one thread, in GFLOP/s [4]"
+    )
+    parser.add_argument("--memory", default=str(PI_GB), metavar="GB", help="memory of the device [1]")
     parser.add_argument("--network", metavar="NAMES", help=f"{', '.join(NETWORKS)}, or UP/DOWN/LATENCY [all known]")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.read(words)
     gflops, memory = (_above_zero(f"--{key}", getattr(given, key)) for key in ("gflops", "memory"))
     ways = list(NETWORKS.values()) if given.network is None else networks(given.network)
     settings = make_settings(read_values(given.words))
-    with Console(stderr=True).status("measuring a client's turn"):
+    with Console(stderr=True).status("measuring a client's local update"):
         found = turn_costs(settings)
         slowdown = machine_roof(1, ROOF_S) / 1e9 / gflops
     if given.json:
@@ -53,9 +59,10 @@ def cost_command(words: Sequence[str]) -> int:
     for one in found:
         _show(one, slowdown, memory, ways)
     output().print(
-        f"device (assumed): {gflops:g} GFLOP/s on one thread, {memory:g} GB. Here {slowdown * gflops:.1f} GFLOP/s were measured, "
-        f"so its seconds are those here x {slowdown:.1f}.\nseconds: up to {TIMED_STEPS} steps of a phase, scaled to all; "
-        "tensors: the most bytes that tensors take at once",
+        f"device (assumed): {gflops:g} GFLOP/s on one thread, {memory:g} GB. This machine: {slowdown * gflops:.1f} GFLOP/s (measured), "
+        f"so device seconds = seconds here x {slowdown:.1f}.\n"
+        f"seconds: up to {TIMED_STEPS} steps of each phase are timed and scaled to all steps; "
+        "tensors: peak memory of tensors",
         soft_wrap=True,
     )
     return 0
@@ -84,15 +91,15 @@ def _facts(one: TurnCost, slowdown: float, memory: float, ways: Sequence[Network
 def _show(one: TurnCost, slowdown: float, memory: float, ways: Sequence[Network]) -> None:
     console = output()
     console.print(
-        f"{one.method}, {one.model} on {one.data}: client {one.client}, which has the most rows: {one.rows:,}"
+        f"{one.method}, {one.model} on {one.data}: client {one.client}, the largest, with {one.rows:,} training examples"
     )
-    console.print(f"parameters  {one.parameters:,}, of them sent {one.parameters_sent:,}")
+    console.print(f"parameters  {one.parameters:,}, {one.parameters_sent:,} of them sent")
     console.print(f"kept        {units.size(one.kept_bytes)} between rounds")
     times = ", ".join(f"{way.name} {_s(way.seconds(one.uplink_bytes, one.downlink_bytes))}" for way in ways)
     console.print(f"messages    {units.size(one.uplink_bytes)} up, {units.size(one.downlink_bytes)} down: {times}")
     fits = "fits" if one.process_bytes <= memory * 1e9 else "does not fit"
     program = units.size(one.program_bytes)
-    peak = f"{units.size(one.process_bytes)} at its peak, {program} of it Python, torch and fedloom"
+    peak = f"{units.size(one.process_bytes)} at its peak, including {program} for Python, torch and fedloom"
     console.print(f"process     {peak}: {fits} {memory:g} GB\n")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("phase")

@@ -1,4 +1,4 @@
-"""`fedloom deploy`."""
+"""The command `fedloom deploy` and its steps."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ UP_EXAMPLES = """\
 RUN_EXAMPLES = """\
   fedloom deploy run ward                         the experiment of ward/config.toml
   fedloom deploy run ward rounds=50 method.lr=0.01
-  fedloom deploy run ward --resume runs/FOLDER    go on where it stopped
+  fedloom deploy run ward --resume runs/FOLDER    continue an interrupted run
 """
 USAGE = """\
-fedloom deploy: the same method on real devices, through Flower (extra fedloom[flower])
+fedloom deploy: run a method on real devices with Flower (needs fedloom[flower])
 
   fedloom deploy init FOLDER [CONFIG.toml] [key=value ...] --nodes N --address HOST   keys, certificates, commands, service units
-  fedloom deploy server FOLDER                         on the server: SuperLink behind its proxy
-  fedloom deploy node FOLDER/node-0                    on a device: one node
-  fedloom deploy run FOLDER [CONFIG.toml] [key=value ...]   on the server: one experiment on the nodes
-  fedloom deploy up --local N [CONFIG.toml] [key=value ...]  all of it on this machine, for one experiment
+  fedloom deploy server FOLDER                         on the server: run SuperLink and its proxy
+  fedloom deploy node FOLDER/node-0                    on a device: run one node
+  fedloom deploy run FOLDER [CONFIG.toml] [key=value ...]   on the server: run one experiment on the nodes
+  fedloom deploy up --local N [CONFIG.toml] [key=value ...]  on this machine: start everything, run one experiment, stop
 
-each with --help; the steps from nothing to three machines are in docs/deployment.md"""
+Each step has --help. docs/deployment.md explains how to set up three machines."""
 
 
 def deploy_command(words: Sequence[str]) -> int:
-    """`fedloom deploy`."""
+    """Run `fedloom deploy` and return its exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0
     if words[0] not in STEPS:
-        raise ConfigError(f"fedloom deploy: '{words[0]}' is no step{suggest(words[0], STEPS)}")
+        raise ConfigError(f"fedloom deploy: unknown step '{words[0]}'{suggest(words[0], STEPS)}")
     missing = [name for name in ("flwr", "cryptography") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"fedloom deploy needs {missing[0]}: pip install 'fedloom[flower]'")
@@ -61,10 +61,12 @@ def deploy_command(words: Sequence[str]) -> int:
 
 
 def init_step(words: Sequence[str]) -> int:
-    """`fedloom deploy init`."""
+    """Run `fedloom deploy init` and return its exit code."""
     from fedloom.deploy.folder import create_deployment
 
-    parser = Parser("deploy init", "Write a federation's folder: nothing is overwritten.", INIT_EXAMPLES)
+    parser = Parser(
+        "deploy init", "Create the folder of a federation. Existing files are never overwritten.", INIT_EXAMPLES
+    )
     parser.add_argument("folder", nargs="?", help="the new folder")
     settings_words(parser)
     parser.add_argument("--nodes", type=int, default=3, metavar="N", help="number of devices [3]")
@@ -72,7 +74,7 @@ def init_step(words: Sequence[str]) -> int:
         "--address",
         default="127.0.0.1",
         metavar="HOST[,HOST]",
-        help="the server's names or addresses, the first for nodes",
+        help="host names or addresses of the server; nodes connect to the first",
     )
     given = parser.read(words)
     folder = _folder(given.folder, "init")
@@ -88,7 +90,7 @@ def init_step(words: Sequence[str]) -> int:
 
 
 def server_step(words: Sequence[str]) -> int:
-    """`fedloom deploy server`."""
+    """Run `fedloom deploy server` and return its exit code."""
     from fedloom.deploy.folder import Deployment
     from fedloom.deploy.server import run_server
 
@@ -98,7 +100,7 @@ def server_step(words: Sequence[str]) -> int:
 
 
 def node_step(words: Sequence[str]) -> int:
-    """`fedloom deploy node`."""
+    """Run `fedloom deploy node` and return its exit code."""
     from fedloom.deploy.agent import run_node
 
     run_node(_one_folder("node", "Run one node on its device until Ctrl-C.", words))
@@ -106,36 +108,36 @@ def node_step(words: Sequence[str]) -> int:
 
 
 def run_step(words: Sequence[str]) -> int:
-    """`fedloom deploy run`."""
+    """Run `fedloom deploy run` and return its exit code."""
     from fedloom.deploy.folder import Deployment, read_config
 
-    parser = Parser("deploy run", "Run one experiment on a federation that is up.", RUN_EXAMPLES)
+    parser = Parser("deploy run", "Run one experiment on a running federation.", RUN_EXAMPLES)
     parser.add_argument("folder", nargs="?", help="the federation's folder")
     _result_options(parser)
-    parser.add_argument("--resume", metavar="RUN", help="an interrupted run's folder, to be continued")
+    parser.add_argument("--resume", metavar="RUN", help="folder of an interrupted run, to continue it")
     given = parser.read(words)
     given.step = "run"
     deployment = Deployment(_folder(given.folder, "run"))
     if given.resume is not None and given.words:
-        raise ConfigError(f"'{given.words[0]}': --resume takes its settings from the run's folder alone")
-    values = _one_experiment(_over(read_config(deployment.path), given.words))
+        raise ConfigError(f"'{given.words[0]}': --resume takes all settings from the run folder; remove this argument")
+    values = _one_experiment(_overridden(read_config(deployment.path), given.words))
     return _execute(deployment, values, given)
 
 
 def up_step(words: Sequence[str]) -> int:
-    """`fedloom deploy up`."""
+    """Run `fedloom deploy up` and return its exit code."""
     from fedloom.deploy.folder import check_plan, deployable
     from fedloom.deploy.local import local_federation
 
     parser = Parser(
-        "deploy up", "Bring a federation up on this machine, run one experiment on it, take it down.", UP_EXAMPLES
+        "deploy up", "Start a federation on this machine, run one experiment on it, and stop it.", UP_EXAMPLES
     )
-    parser.add_argument("--local", type=int, metavar="N", help="number of nodes, each a process with a key of its own")
+    parser.add_argument("--local", type=int, metavar="N", help="number of nodes; each is a process with its own key")
     _result_options(parser)
     given = parser.read(words)
     given.resume, given.step = None, "up"
     if given.local is None:
-        raise ConfigError("fedloom deploy up: say how many nodes with --local N")
+        raise ConfigError("fedloom deploy up: give the number of nodes with --local N")
     if given.local < 1:
         raise ConfigError(f"--local {given.local}: must be at least 1")
     values = {"checkpoint_every": 1, **_one_experiment(read_values(given.words))}
@@ -143,7 +145,7 @@ def up_step(words: Sequence[str]) -> int:
     check_plan(settings, given.local)
     if settings.out is not None:
         RunFolder.check_free(settings.out)
-    with _ended_in_order():
+    with _sigterm_as_exit():
         Console(stderr=True).print(f"starting a server and {given.local} nodes", highlight=False)
         with local_federation({k: v for k, v in values.items() if k != "out"}, given.local) as federation:
             return _execute(federation.deployment, values, given)
@@ -155,7 +157,7 @@ STEPS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
 
 
 def _execute(deployment: Any, values: Values, given: Any) -> int:
-    """One experiment on nodes, with progress, tables, page and exit code as `fedloom run` has them."""
+    """Run one experiment on the nodes, with the progress, tables, report and exit code of `fedloom run`."""
     from fedloom.deploy.grid import GridLink
     from fedloom.deploy.running import prepare, resume_deployed
 
@@ -187,7 +189,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         with live(label, console, done=experiment.done) as show:
             experiment.run(show)
 
-    if given.step == "up":  # its federation ends with it, so nothing can go on
+    if given.step == "up":  # the federation ends with the run, which therefore cannot be resumed
         work()
     else:
         until_interrupted(work, f"fedloom deploy run {deployment.path} --resume {folder}")
@@ -196,21 +198,19 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
 
 def _result_options(parser: Parser) -> None:
     settings_words(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="print the summary as JSON on standard output, and nothing else"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress; print the folder alone")
+    parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
+    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
 
 
 def _one_folder(step: str, purpose: str, words: Sequence[str]) -> Path:
     parser = Parser(f"deploy {step}", purpose, f"  fedloom deploy {step} FOLDER\n")
-    parser.add_argument("folder", nargs="?", help="its folder")
+    parser.add_argument("folder", nargs="?", help="folder of the server or the node")
     return _folder(parser.read(words).folder, step)
 
 
 def _folder(word: str | None, step: str) -> Path:
     if not word or "=" in word:
-        raise ConfigError(f"fedloom deploy {step}: name a folder; see fedloom deploy {step} --help")
+        raise ConfigError(f"fedloom deploy {step}: give a folder; see fedloom deploy {step} --help")
     return Path(word)
 
 
@@ -219,8 +219,8 @@ def _one_experiment(values: Values) -> Values:
     return values
 
 
-def _over(values: Values, words: Sequence[str]) -> Values:
-    """The federation's config, or the config file that is named, and `key=value` words over it."""
+def _overridden(values: Values, words: Sequence[str]) -> Values:
+    """Apply arguments to the federation's config. A config file among the arguments replaces that config."""
     from fedloom.config.parsing import from_words
 
     if any("=" not in word for word in words):
@@ -229,8 +229,8 @@ def _over(values: Values, words: Sequence[str]) -> Values:
 
 
 @contextmanager
-def _ended_in_order() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does, so that its children are ended first."""
+def _sigterm_as_exit() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C, so that child processes are stopped first."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)

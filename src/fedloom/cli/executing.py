@@ -1,4 +1,4 @@
-"""Doing the work of `fedloom run` and `fedloom compare`, and showing its results."""
+"""Run experiments for `fedloom run` and `fedloom compare`, and show their results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
-    """Run an experiment; unless `quiet`, say what will be done, then how far it is."""
+    """Run an experiment. Unless `quiet`, print its facts and show progress."""
     if quiet:
         experiment.run()
         return
@@ -33,7 +33,7 @@ def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
 
 
 def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
-    """Do the runs of a comparison that are not finished; unless `quiet`, say what will be done, then how far they are."""
+    """Run the unfinished runs of a comparison. Unless `quiet`, print the plan and show progress."""
     if quiet:
         return execute(wanted, folder)
     jobs = wanted.jobs(folder)
@@ -74,7 +74,7 @@ def _plan(wanted: Comparison, jobs: Sequence[PlannedRun], folder: Path) -> dict[
 
 
 def announce(about: Mapping[str, str]) -> None:
-    """Say on standard error what will be done: a line per topic."""
+    """Print the facts of a run to standard error, one topic a line."""
     width = max(map(len, about))
     for topic, words in about.items():
         print(f"{topic:<{width}}  {words}", file=sys.stderr, flush=True)
@@ -89,7 +89,7 @@ class Finished(NamedTuple):
 
 
 def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool) -> int:
-    """Show tables, page and warnings for finished runs. Returns the exit code: 1 where a run learnt nothing."""
+    """Write the report, print tables and warnings, and return the exit code: 1 if a run learnt nothing."""
     from fedloom.report import Chapter, read  # imports pandas: not before worker processes are forked
 
     chapters = [Chapter(read(part.runs), part.title, part.reading) for part in parts]
@@ -130,7 +130,7 @@ def _show_chapter(console: Console, chapter: Chapter) -> None:
 
 
 def _write_page(chapters: Sequence[Chapter], target: Path) -> str:
-    """Write the page. Return a hint instead where packages for it are missing."""
+    """Write the report page. Return a hint if a package that it needs is missing."""
     from fedloom.report import write_chapters
 
     try:
@@ -156,10 +156,10 @@ def _warn_of_divergence(folder: Path) -> None:
         for key, value in row.items()
         if "." in key and (value is None or not math.isfinite(value))
     ]
-    for event in run.rows("events.jsonl"):  # the losses of those that were rejected are in no metric
+    for event in run.rows("events.jsonl"):  # metrics do not include rejected uplinks
         if "not finite" in event.get("reason", ""):
             found.append((event["round"], f"an uplink was rejected ({event['reason']})"))
     if found:
         number, what = min(found, key=lambda one: one[0])
-        line = f"{folder}: {what} in round {number}; where training diverges, a smaller method.lr helps"
+        line = f"{folder}: {what} in round {number}; training diverges; try a smaller method.lr"
         print(f"fedloom: warning: {line}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`fedloom export`."""
+"""The command `fedloom export`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fedloom.report import units
 from fedloom.tools.export import BATCH, Exported, export_client, needs, targets
 
 EXAMPLES = """\
-  fedloom export runs/mine                             client 0's personal model, into runs/mine/export
-  fedloom export runs/mine --client 3,7 --out models   client-3.onnx, client-7.onnx and their weights as safetensors
+  fedloom export runs/mine                             personal model of client 0, written to runs/mine/export
+  fedloom export runs/mine --client 3,7 --out models   client-3.onnx and client-7.onnx, and their weights as safetensors
   fedloom export runs/mine --all --json
 
 needs: pip install 'fedloom[export]'
@@ -30,21 +30,25 @@ TIMES = ("torch\n1 image", "onnx\n1 image", f"torch\n{BATCH} images", f"onnx\n{B
 
 
 def export_command(words: Sequence[str]) -> int:
-    """`fedloom export`."""
-    parser = Parser("export", "Write personal models of a run as ONNX files, checked against torch.", EXAMPLES)
-    parser.add_argument("run", nargs="?", metavar="RUN", help="a run's folder, with a checkpoint")
-    parser.add_argument("--client", metavar="I,J", help="whose models (default: 0)")
-    parser.add_argument("--all", action="store_true", help="every client's model")
-    parser.add_argument("--out", metavar="FOLDER", help="where to (default: RUN/export); nothing is overwritten")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    """Run `fedloom export` and return its exit code."""
+    parser = Parser(
+        "export", "Export personal models of a run as ONNX files, and compare their outputs with torch.", EXAMPLES
+    )
+    parser.add_argument("run", nargs="?", metavar="RUN", help="a run folder with a checkpoint")
+    parser.add_argument("--client", metavar="I,J", help="clients whose models are exported (default: 0)")
+    parser.add_argument("--all", action="store_true", help="export the models of all clients")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="output folder (default: RUN/export); files are never overwritten"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.read(words)
     if not given.run:
-        raise ConfigError("fedloom export: name the folder of a run, such as runs/mine")
+        raise ConfigError("fedloom export: give the folder of a run, such as runs/mine")
     if given.all and given.client is not None:
-        raise ConfigError(f"--client {given.client}: --all exports every client already")
+        raise ConfigError(f"--client {given.client}: conflicts with --all, which exports every client; use one of them")
     needs()
     experiment = Experiment.reopen(given.run)
-    n = experiment.data.n_clients  # those that joined after training, too
+    n = experiment.data.n_clients  # including clients that joined after training
     clients = list(range(n)) if given.all else _clients("0" if given.client is None else given.client, n)
     files = targets(Path(given.run) / "export" if given.out is None else Path(given.out), clients)
     found: list[Exported] = []
@@ -63,7 +67,7 @@ def _clients(text: str, n: int) -> list[int]:
     chosen = []
     for word in text.split(","):
         if not word.strip().isdecimal() or int(word) >= n:
-            raise ConfigError(f"--client {text}: '{word}' is no client of this run, which has 0 to {n - 1}")
+            raise ConfigError(f"--client {text}: '{word}' is not a client of this run; clients are 0 to {n - 1}")
         chosen.append(int(word))
     return list(dict.fromkeys(chosen))
 
@@ -90,10 +94,12 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
     show(console, table)
     method, folder = experiment.settings.method.name, Path(found[0].file).parent
     without = ", ".join(str(one.client) for one in found if not one.own_rows)
-    rows = "the client's own test rows" + (f" (client {without}, which has none: the common rows)" if without else "")
+    rows = "the client's own test examples" + (
+        f" (client {without} has none: on the common test set)" if without else ""
+    )
     console.print(
-        f"{method} after {experiment.done} rounds; accuracy and differences (of logits, to torch) on {rows}; "
-        "one thread, medians; memory: peak of a fresh process with ONNX Runtime, for one image",
+        f"{method} after {experiment.done} rounds; accuracy, and difference of the logits from torch, on {rows}; "
+        "times: median, one thread; memory: peak of a fresh ONNX Runtime process for one image",
         soft_wrap=True,
     )
     console.print(f"folder  {folder}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Every setting with its type, default and meaning, for `--help`; all of it read off `fedloom.config.settings`."""
+"""All settings with type, default and meaning, read from `fedloom.config.settings`, for `--help`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Key(NamedTuple):
 
 
 def keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[Key]:
-    """The settings in the order of the file, those of tables by their dotted names."""
+    """Yield the settings in the order of the source file. Settings in tables have dotted names."""
     for name, field in section.model_fields.items():
         if isinstance(field.default, Named):
             yield Key(prefix + name, "name", field.default.name, field.description or "")
@@ -33,8 +33,8 @@ def keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[Key]:
 
 
 def key_help(skip: tuple[str, ...] = ()) -> str:
-    """The settings as text for `--help`."""
-    lines = ["keys (on the command line key=value; in a config file the part before the dot is a table):"]
+    """Return all settings as text for `--help`."""
+    lines = ["keys (key=value on the command line; in a config file, the part before the dot is a table):"]
     for key in keys():
         if key.name in skip:
             continue

@@ -1,4 +1,4 @@
-"""`fedloom list`."""
+"""The command `fedloom list`."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from fedloom.wire.transforms import TRANSFORMS
 
 Facts = dict[str, Any]
 EXAMPLES = """\
-  fedloom list methods                  every method, its paper, what travels
-  fedloom list methods fedrir           one in full: hyper-parameters, defaults, meanings
-  fedloom list methods my.py:Mine       your own
-  fedloom list datasets                 and which are found on this machine
+  fedloom list methods                  all methods with their papers and what travels
+  fedloom list methods fedrir           one method with its hyper-parameters
+  fedloom list methods my.py:Mine       a method of your own
+  fedloom list datasets                 data sets, and where they are on this machine
   fedloom list models --json
 """
 
 
 def list_command(words: Sequence[str]) -> int:
-    """`fedloom list`."""
-    parser = Parser("list", "What can be chosen, and what can be set.", EXAMPLES)
+    """Run `fedloom list` and return its exit code."""
+    parser = Parser("list", "List methods, data sets, models, engines or transforms, with their options.", EXAMPLES)
     parser.add_argument("what", nargs="?", metavar="|".join(KINDS), help="what to list")
-    parser.add_argument("name", nargs="?", help="one of them, in full")
-    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.add_argument("name", nargs="?", help="show one of them in full")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.read(words)
     if given.what not in KINDS:
-        wrong = f"'{given.what}' cannot be listed{suggest(given.what, KINDS)}" if given.what else "list what?"
+        wrong = f"'{given.what}' cannot be listed{suggest(given.what, KINDS)}" if given.what else "choose one of"
         raise ConfigError(f"fedloom list: {wrong}" + ("" if given.what else f" {', '.join(KINDS)}"))
     facts = KINDS[given.what]()
     if given.name is not None:
@@ -56,12 +56,12 @@ def list_command(words: Sequence[str]) -> int:
 
 
 def methods() -> list[Facts]:
-    """Every registered method."""
+    """Return the facts of every registered method."""
     return [registry.describe_registered(name) for name in registry.METHODS]
 
 
 def datasets() -> list[Facts]:
-    """Every known data set, and the folder where it was found."""
+    """Return the facts of every known data set, with the folder where it was found."""
     return [
         {
             "name": name,
@@ -75,7 +75,7 @@ def datasets() -> list[Facts]:
 
 
 def models() -> list[Facts]:
-    """Every architecture of the zoo."""
+    """Return the facts of every architecture in the zoo."""
     found = []
     for name, origin in ZOO.origins.items():
         text, options = source_facts.function_facts(origin)
@@ -84,8 +84,8 @@ def models() -> list[Facts]:
 
 
 def engines() -> list[Facts]:
-    """Every engine and wrapper."""
-    auto = {"name": "auto", "kind": "engine", "summary": "chooses between these (the default)"}
+    """Return the facts of every engine and wrapper."""
+    auto = {"name": "auto", "kind": "engine", "summary": "chooses one of the engines below (the default)"}
     plain = [{"name": name, "kind": "engine", "summary": text} for name, text in ENGINES.items()]
     wrappers = [
         {"name": name, "kind": "wrapper", "summary": _first_line(source_facts.docstring(origin))}
@@ -95,7 +95,7 @@ def engines() -> list[Facts]:
 
 
 def transforms() -> list[Facts]:
-    """What may become of a message between method and wire."""
+    """Return the facts of every transform of messages."""
     return [
         {"name": name, "example": kind.example, "for": kind.ways, "summary": kind.summary}
         for name, kind in TRANSFORMS.items()
@@ -121,7 +121,7 @@ def _found(name: str) -> str | None:
         return "embedded"
     try:
         folder = local_folder(name, cache_root())
-    except DataError as error:  # a folder with a missing part
+    except DataError as error:  # an incomplete folder
         return str(error)
     return str(folder) if folder else None
 

@@ -1,4 +1,4 @@
-"""Entry point: finds the command, and ends every error in one clear line."""
+"""Entry point: runs the command, and reports every error in one line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INTERRUPTED, MISUSED, FAILED = 130, 2, 1  # exit codes
 
 
 class Entry(NamedTuple):
-    """Where a command's function is (it is imported when the command is called), and one line on what it is for."""
+    """Import path of a command's function (imported when the command runs), and its purpose in one line."""
 
     origin: str
     purpose: str
@@ -28,24 +28,31 @@ class Entry(NamedTuple):
 
 COMMANDS: Mapping[str, Entry] = MappingProxyType(
     {
-        "run": Entry("fedloom.cli.running:run_command", "one experiment: train, score, write a folder"),
+        "run": Entry("fedloom.cli.running:run_command", "train and evaluate one experiment, and write its folder"),
         "compare": Entry(
-            "fedloom.cli.running:compare_command", "several methods on the same clients, with paired differences"
+            "fedloom.cli.running:compare_command",
+            "compare several methods on the same clients, with paired differences",
         ),
-        "report": Entry("fedloom.cli.reporting:report_command", "tables and one HTML page from the folders of runs"),
+        "report": Entry("fedloom.cli.reporting:report_command", "write tables and one HTML page from run folders"),
         "analyse": Entry(
             "fedloom.cli.analysing:analyse_command",
-            "what generators make, what features hold, how sharp the minimum is",
+            "analyse generated images, features and the sharpness of the minimum",
         ),
-        "list": Entry("fedloom.cli.listing:list_command", "methods, datasets, models or engines, and what can be set"),
-        "cost": Entry("fedloom.cli.costing:cost_command", "what a client's turn takes, and whether a small device can"),
-        "export": Entry("fedloom.cli.exporting:export_command", "a client's model as an ONNX file for a device"),
+        "list": Entry(
+            "fedloom.cli.listing:list_command",
+            "list methods, data sets, models, engines or transforms, with their options",
+        ),
+        "cost": Entry(
+            "fedloom.cli.costing:cost_command", "measure a client's local update, and check if it fits a small device"
+        ),
+        "export": Entry("fedloom.cli.exporting:export_command", "export a client's model as an ONNX file for a device"),
         "partition": Entry(
-            "fedloom.cli.partitioning:partition_command", "deal a data set to clients, look at it, keep it in a file"
+            "fedloom.cli.partitioning:partition_command",
+            "split a data set across clients, show the partition, save it to a file",
         ),
-        "deploy": Entry("fedloom.cli.deploying:deploy_command", "the same on real devices, through Flower"),
-        "check": Entry("fedloom.cli.checking:check_command", "whether a method of your own keeps the rules"),
-        "bench": Entry("fedloom.cli.benching:bench_command", "how fast the engines are on this machine"),
+        "deploy": Entry("fedloom.cli.deploying:deploy_command", "run a method on real devices with Flower"),
+        "check": Entry("fedloom.cli.checking:check_command", "check that your own method follows the contract"),
+        "bench": Entry("fedloom.cli.benching:bench_command", "compare the speed of the engines on this machine"),
     }
 )
 
@@ -61,12 +68,12 @@ start with:
   fedloom compare method=local,fedavg,fedrir seed=0,1,2 rounds=20
   fedloom list methods
 
-fedloom COMMAND --help shows examples and every key; --debug shows tracebacks; --version the version."""
+fedloom COMMAND --help shows examples and all keys; --debug shows tracebacks; --version shows the version."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 failed, 2 misused, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):  # a character that a stream cannot show must not end a run
+    """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # an unprintable character must not end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if "_ARGCOMPLETE" in os.environ:
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as leaving:  # argparse ends --help this way
         return leaving.code if isinstance(leaving.code, int) else MISUSED
     except KeyboardInterrupt as interrupt:
-        # where it came while a string was executed (as named tuples do), Python would end by the signal after all; this makes it forget
+        # If Ctrl-C arrives inside `exec` (as in named tuples), Python exits by the signal later even though we caught it. This resets that.
         exec("")
         hint = f"; continue with: {interrupt}" if isinstance(interrupt, Interrupted) else ""
         return _tell(f"interrupted{hint}", INTERRUPTED)
@@ -90,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         return _tell(f"error: {error}{_at(error)}", MISUSED)
     except Exception as error:
-        if isinstance(error, BrokenPipeError):  # nobody reads our output any more (`fedloom list | head`)
+        if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`fedloom list | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
         if debug:
@@ -120,6 +127,6 @@ def _tell(line: str, code: int) -> int:
 
 
 def _at(error: BaseException) -> str:
-    """Which client and round, where the work had begun."""
+    """Return client and round of the error, if known."""
     found = notes(error)
     return f" ({found[-1]})" if found else ""

@@ -1,4 +1,4 @@
-"""`fedloom partition`."""
+"""The command `fedloom partition`."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ EXAMPLES = """\
   fedloom partition configs/digits.toml
   fedloom run partition=file partition.path=mnist.json data=mnist
 
-keys: data.*, partition.*, clients, seed, eval.valid (see fedloom run --help); and
-  out=FILE.json   write the row numbers of every client (nothing is overwritten)
-  plot=FILE.png   draw examples by client and class (.svg and .pdf too; needs fedloom[report])
+keys: data.*, partition.*, clients, seed, eval.valid (see fedloom run --help), and
+  out=FILE.json   write the example numbers of every client (files are never overwritten)
+  plot=FILE.png   plot the number of examples by client and class (.png, .svg, .pdf; needs fedloom[report])
 """
-SHOWN = 30  # clients in the table; of more, the first and the last
+SHOWN = 30  # maximum number of clients in the table; if there are more, show the first and the last
 LAST = 5
 
 
 def partition_command(words: Sequence[str]) -> int:
-    """`fedloom partition`."""
-    parser = Parser("partition", "Deal a data set to clients and show what each one got; no training.", EXAMPLES)
+    """Run `fedloom partition` and return its exit code."""
+    parser = Parser("partition", "Split a data set across clients and show the partition, without training.", EXAMPLES)
     settings_words(parser)
     given = parser.read(words).words
     own = [word for word in given if word.partition("=")[0] in ("out", "plot")]
@@ -41,7 +41,7 @@ def partition_command(words: Sequence[str]) -> int:
     values = read_values([word for word in given if word not in own])
     values = {key: value for key, value in values.items() if key not in ("out", "method", "variant", *METHODS)}
     match values.get("seed"):
-        case [first, *_]:  # of a comparison: the rows of its first seed
+        case [first, *_]:  # a comparison's config: use its first seed
             values["seed"] = first
     federation = make_federation(make_settings(values))
     console = output()
@@ -72,7 +72,9 @@ def _table(federation: Federation) -> Table:
         table.add_row(str(i), *map(str, sizes), share)
     sums = [sum(map(len, split)) for split in (p.train, p.valid, p.test)]
     table.add_section()
-    table.add_row("all", *map(str, sums), str(int((counts.sum(0) > 0).sum())), f"common test set: {len(p.common)} rows")
+    table.add_row(
+        "all", *map(str, sums), str(int((counts.sum(0) > 0).sum())), f"common test set: {len(p.common)} examples"
+    )
     return table
 
 

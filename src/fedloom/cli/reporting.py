@@ -1,4 +1,4 @@
-"""`fedloom report`."""
+"""The command `fedloom report`."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from fedloom.report import Waiting, paired_table, read, summary_table, waiting_t
 from fedloom.report.link_speeds import networks
 
 EXAMPLES = """\
-  fedloom report runs/digits                           one run, or a comparison's folder; writes report.html into it
-  fedloom report runs/a runs/b runs/c out=abc.html     a new file; only report.html is replaced
-  fedloom report runs/digits baseline=local            differences to another method than FedAvg
+  fedloom report runs/digits                           one run, or a comparison's folder; writes report.html there
+  fedloom report runs/a runs/b runs/c out=abc.html     write a new file; only report.html is overwritten
+  fedloom report runs/digits baseline=local            differences from Local instead of FedAvg
   fedloom report runs/digits network=4g,lan target=90 slowdown=19
-                                                       time to 90 % on networks, for devices that compute 19 times as long;
-                                                       gflops=2 in place of slowdown divides the counted operations;
-                                                       own networks are UP/DOWN/LATENCY: network=2/10/80
+                                                       time to 90 % accuracy over networks, with devices 19 times slower;
+                                                       gflops=2 instead of slowdown sets the speed of the device;
+                                                       other networks are UP/DOWN/LATENCY: network=2/10/80
 """
 OPTIONS = ("out", "baseline", "network", "target", "slowdown", "gflops")
 
 
 def report_command(words: Sequence[str]) -> int:
-    """`fedloom report`."""
-    parser = Parser("report", "Tables and one HTML page from the folders of runs, finished or not.", EXAMPLES)
-    parser.add_argument("words", nargs="*", metavar="RUN", help="a run's folder, or a folder of such folders")
-    parser.add_argument("--quiet", action="store_true", help="no tables; write the page alone")
+    """Run `fedloom report` and return its exit code."""
+    parser = Parser("report", "Write tables and one HTML page from run folders, finished or not.", EXAMPLES)
+    parser.add_argument("words", nargs="*", metavar="RUN", help="a run folder, or a folder of run folders")
+    parser.add_argument("--quiet", action="store_true", help="print no tables, only write the page")
     given = parser.read(words)
     folders = [word for word in given.words if not _is_option(word)]
     options = dict(word.split("=", 1) for word in given.words if _is_option(word))
     if not folders:
-        raise ConfigError("fedloom report: name the folder of a run, such as runs/digits")
+        raise ConfigError("fedloom report: give the folder of a run, such as runs/digits")
     refuse_empty(options)
-    beside = Path(folders[0]) if len(folders) == 1 else Path()
-    target = _page(options["out"]) if "out" in options else beside / "report.html"
+    folder = Path(folders[0]) if len(folders) == 1 else Path()
+    target = _page(options["out"]) if "out" in options else folder / "report.html"
     waiting = _waiting(options)
     records = read(folders)
     if not given.quiet:
@@ -55,10 +55,10 @@ def report_command(words: Sequence[str]) -> int:
 
 
 def _page(name: str) -> Path:
-    """The file that `out=` names. Raises ConfigError if it is no HTML page."""
+    """Return the file given by `out=`. Raise ConfigError if it is not an HTML page."""
     page = new_file(name, "out", made=True)
     if page.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"out={name}: the report is an HTML page; name it {page.stem}.html")
+        raise ConfigError(f"out={name}: must be an HTML page, such as {page.stem}.html")
     return page
 
 
@@ -70,9 +70,7 @@ def _waiting(options: Mapping[str, str]) -> Waiting | None:
         return None
     target = _number("target", options["target"], 100) / 100 if "target" in options else None
     if "slowdown" in options and "gflops" in options:
-        raise ConfigError(
-            f"gflops={options['gflops']}: slowdown={options['slowdown']} tells the device's speed already"
-        )
+        raise ConfigError(f"gflops={options['gflops']}: conflicts with slowdown={options['slowdown']}; use one of them")
     gflops = _number("gflops", options["gflops"]) if "gflops" in options else None
     return Waiting(networks(options["network"]), _number("slowdown", options.get("slowdown", "1")), gflops, target)
 

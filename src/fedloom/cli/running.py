@@ -1,4 +1,4 @@
-"""`fedloom run` and `fedloom compare`."""
+"""The commands `fedloom run` and `fedloom compare`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from fedloom.tools.compare import Comparison
 
 RUN_EXAMPLES = """\
-  fedloom run                                          FedAvg on scikit-learn's digits, 10 skewed clients
+  fedloom run                                          FedAvg on scikit-learn's digits, 10 clients with skewed labels
   fedloom run method=fedrir method.lr=1e-3 rounds=50 partition.alpha=0.5
   fedloom run configs/mnist-fedrir.toml seed=1 --json
   fedloom run method=my.py:Mine model=my.py:Net out=runs/mine
-  fedloom run --resume runs/mine                       goes on where it stopped, bit for bit
+  fedloom run --resume runs/mine                       continue an interrupted run, with the same results bit for bit
 
 """
 COMPARE_EXAMPLES = """\
@@ -26,36 +26,36 @@ COMPARE_EXAMPLES = """\
   fedloom compare method=fedavg,fedprox method.lr=0.02 fedprox.mu=0.1
   fedloom compare configs/digits.toml out=runs/digits
   fedloom compare a.toml b.toml rounds=5               several comparisons, one report; each file may have title and reading
-  fedloom compare --resume runs/digits                 finished runs are kept
+  fedloom compare --resume runs/digits                 continue; finished runs are kept
 
 an ablation study (study.toml), each variant a row of the table:
   seed = [0, 1, 2]
-  method = ["fedavg", "fedrir", "released"]            methods and variants; left out: all variants
-  [fedrir]                                             for fedrir and its variants
+  method = ["fedavg", "fedrir", "released"]            methods and variants; default: all variants
+  [fedrir]                                             settings of fedrir and its variants
   lr = 1e-3
   [variant.released]
   method = "fedrir"
   idm_mode = "released"
 
-method.KEY=VALUE sets a hyper-parameter of every method that has it; METHOD.KEY=VALUE that of one. All other keys are those
-of fedloom run, and are the same for all.
+method.KEY=VALUE sets a hyper-parameter of every method that has it; METHOD.KEY=VALUE sets it for one method. All other keys are
+those of fedloom run, and apply to all methods.
 
 """
 
 
 def run_command(words: Sequence[str]) -> int:
-    """`fedloom run`."""
+    """Run `fedloom run` and return its exit code."""
     from fedloom.cli.keys import key_help
 
-    parser = Parser("run", "Run one experiment and write its folder.", RUN_EXAMPLES + key_help())
-    _options(parser, "an interrupted run's folder, to be continued")
+    parser = Parser("run", "Run one experiment and write the results to its folder.", RUN_EXAMPLES + key_help())
+    _options(parser, "folder of an interrupted run, to continue it")
     given = parser.read(words)
     from fedloom.cli.executing import Finished, conclude, run_one
     from fedloom.config.settings import make_settings
     from fedloom.experiment.loop import Experiment
 
     if given.resume is not None:
-        _nothing_else(given.words, "run")
+        _refuse_settings(given.words, "run")
         experiment = Experiment.resume(given.resume)
     else:
         values = read_values(given.words)
@@ -68,17 +68,17 @@ def run_command(words: Sequence[str]) -> int:
 
 
 def compare_command(words: Sequence[str]) -> int:
-    """`fedloom compare`."""
+    """Run `fedloom compare` and return its exit code."""
     description = "Run several methods on the same partition, initial weights and cohorts, and compare them."
     parser = Parser("compare", description, COMPARE_EXAMPLES + "keys: see fedloom run --help")
-    _options(parser, "an interrupted comparison's folder, to be continued")
+    _options(parser, "folder of an interrupted comparison, to continue it")
     given = parser.read(words)
     from fedloom.cli.executing import Finished, conclude, run_all
     from fedloom.tools.compare import create_folder, create_folders, plan, reopen
 
     files = [word for word in given.words if "=" not in word]
     if given.resume is not None:
-        _nothing_else(given.words, "compare")
+        _refuse_settings(given.words, "compare")
         folder, wanted = Path(given.resume), reopen(given.resume)
     elif len(files) > 1:
         wanted = create_folders(*_several(files, given.words))
@@ -116,28 +116,28 @@ def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comp
 def _options(parser: Parser, resume: str) -> None:
     settings_words(parser)
     parser.add_argument("--resume", metavar="FOLDER", help=resume)
-    parser.add_argument(
-        "--json", action="store_true", help="print the summary as JSON on standard output, and nothing else"
-    )
-    parser.add_argument("--quiet", action="store_true", help="no progress; print the folder alone")
+    parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
+    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
 
 
-def _nothing_else(words: Sequence[str], command: str) -> None:
+def _refuse_settings(words: Sequence[str], command: str) -> None:
     if words:
-        raise ConfigError(f"'{words[0]}': fedloom {command} --resume takes its settings from the folder alone")
+        raise ConfigError(
+            f"'{words[0]}': fedloom {command} --resume takes all settings from the folder; remove this argument"
+        )
 
 
 def refuse_several(values: Values) -> None:
-    """Settings that only a comparison can have."""
+    """Raise ConfigError for settings that only a comparison can have."""
     method = values.get("method", {})
     name = method.get("name") if isinstance(method, Mapping) else method
     several = {"method": name, "seed": values.get("seed")}
     for key, value in several.items():
         if isinstance(value, list) or (isinstance(value, str) and "," in value):
             shown = ",".join(map(str, value)) if isinstance(value, list) else value
-            raise ConfigError(f"{key}={shown}: a run has one {key}; use fedloom compare for several")
+            raise ConfigError(f"{key}={shown}: a run takes one {key}; use fedloom compare for several")
     if "variant" in values:
-        raise ConfigError("variant: variants are rows of a comparison; use fedloom compare")
+        raise ConfigError("variant: a run takes no variants; use fedloom compare")
 
 
 def until_interrupted(work: Callable[[], Any], again: str) -> None:

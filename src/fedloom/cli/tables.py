@@ -1,4 +1,4 @@
-"""Tables that fit the terminal without breaking a word: what is too wide comes in parts, one below the other."""
+"""Tables that fit the terminal without breaking words. A table that is too wide is printed in parts, one below the other."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.table import Table
 
 
 class Widths(NamedTuple):
-    """The characters that a column needs (its longest word) and those it would like to have (its longest line)."""
+    """Minimum width of a column (its longest word) and preferred width (its longest line), in characters."""
 
     least: int
     most: int
@@ -39,7 +39,7 @@ def _widths(console: Console, table: Table, place: int) -> Widths:
 
 
 def _split(table: Table, widths: Sequence[Widths], room: int) -> list[list[int]]:
-    """The columns of each part; the first column, which names the rows, is in all of them."""
+    """Return the columns of each part. The first column, which names the rows, is in every part."""
     parts = [[0]]
     for place in range(1, len(widths)):
         wanted = [*parts[-1], place]
@@ -51,7 +51,7 @@ def _split(table: Table, widths: Sequence[Widths], room: int) -> list[list[int]]
 
 
 def _between(table: Table, n: int) -> int:
-    """The characters that n columns need beside their text."""
+    """Return the width of padding and borders of n columns, in characters."""
     _, right, _, left = table.padding
     padding = (left + right) * (n if table.pad_edge else n - 1)
     return padding + (n - 1 if table.box else 0) + (2 if table.box and table.show_edge else 0)
@@ -63,7 +63,7 @@ def _part(table: Table, places: Sequence[int], widths: Sequence[Widths], room: i
     part.columns = [copy(table.columns[place]) for place in places]
     for place, column in enumerate(part.columns):
         column._index = place
-        column.overflow = "fold"  # of a word that is wider than the terminal nothing is lost
+        column.overflow = "fold"  # do not cut words that are wider than the terminal
     room -= _between(table, len(places))
     if sum(each.least for each in widths) <= room:
         for column, width in zip(part.columns, _shared_out(widths, room), strict=True):
@@ -72,7 +72,7 @@ def _part(table: Table, places: Sequence[int], widths: Sequence[Widths], room: i
 
 
 def _shared_out(widths: Sequence[Widths], room: int) -> list[int]:
-    """As wide as each column likes; where that is too much, the widest give way first."""
+    """Return the width of each column: its preferred width, reduced in the widest columns first if there is too little room."""
     found = [each.most for each in widths]
     while sum(found) > room:
         can_shrink = [place for place, each in enumerate(widths) if found[place] > each.least]

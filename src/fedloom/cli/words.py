@@ -1,4 +1,4 @@
-"""What all commands share: a parser that raises instead of exiting, `[CONFIG.toml] [key=value ...]`, and consoles."""
+"""What all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files and the console."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from fedloom.config.settings import Values
 
 Command = Callable[[Sequence[str]], int]
-WIDE = 140  # columns of a table that goes into a file or a pipe
+WIDE = 140  # width of output to a file or a pipe, in characters
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C after a run had its folder; the text is the command that continues it."""
+    """Ctrl-C after the run folder was created. The message is the command that continues the run."""
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose complaints are ConfigErrors, and whose options and words may be mixed."""
+    """An argparse parser that raises ConfigError instead of exiting. Options and other arguments may be mixed."""
 
     def __init__(self, command: str, description: str, examples: str) -> None:
         super().__init__(
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """The words as a namespace."""
+        """Parse arguments into a namespace."""
         known = [option for action in self._actions for option in action.option_strings]
         for word in words:
             option = word.partition("=")[0]
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{self.prog} has no option {option}{suggest(option, [*known, '--debug'])}")
         given = self.parse_intermixed_args(words)
         for action in self._actions:
-            if action.option_strings and getattr(given, action.dest, None) == "":  # a shell's variable that was not set
+            if action.option_strings and getattr(given, action.dest, None) == "":  # probably an unset shell variable
                 raise ConfigError(f"{self.prog}: {action.option_strings[0]} must not be empty")
         return given
 
@@ -57,17 +57,19 @@ class Parser(argparse.ArgumentParser):
 def settings_words(parser: Parser) -> None:
     """Declare `[CONFIG.toml] [key=value ...]`."""
     parser.add_argument(
-        "words", nargs="*", metavar="[CONFIG.toml] key=value", help="a config file, and settings over it"
+        "words", nargs="*", metavar="[CONFIG.toml] key=value", help="a config file, and settings that override it"
     )
 
 
 def read_values(words: Sequence[str]) -> Values:
-    """The tables that a config file and `key=value` words describe."""
+    """Return the tables of values given by a config file and `key=value` arguments."""
     from fedloom.config.parsing import from_words, read_toml
 
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
-        raise ConfigError(f"'{files[1]}': only one config file can be given, and '{files[0]}' is there already")
+        raise ConfigError(
+            f"'{files[1]}': only one config file can be given, and '{files[0]}' is one; remove one of them"
+        )
     for file in files:
         if Path(file).suffix != ".toml" and not Path(file).is_file():
             hint = f"; did you mean method={file}?" if file in CLASSES else ""
@@ -77,7 +79,7 @@ def read_values(words: Sequence[str]) -> Values:
 
 
 def output() -> Console:
-    """Where results go: standard output, with room for wide tables when it is no terminal."""
+    """Return a console for standard output, wide enough for tables if the output is not a terminal."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
@@ -87,39 +89,39 @@ def output() -> Console:
 
 
 def default_words(value: Any) -> str:
-    """A default as one would type it; "" where there is none."""
+    """Return a default as it would be typed, or "" if there is none."""
     if value is None or value == ():
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def refuse_empty(options: Mapping[str, str]) -> None:
-    """Raise ConfigError for a word such as `out=`, which is no wish for the default: its variable in a shell may be unset."""
+    """Raise ConfigError for options without a value, such as `out=`. They usually come from an unset shell variable."""
     for key, text in options.items():
         if not text:
             raise ConfigError(f"{key}=: must not be empty")
 
 
 def new_file(value: str, key: str, made: bool = False) -> Path:
-    """The file that a word asks for, before there is any work: a new one, since nobody's file is overwritten.
+    """Return the path of a new output file, checked before any work starts. Existing files are never overwritten.
 
-    `made`: whether a missing folder will be made.
+    `made`: whether a missing parent folder will be created.
 
     Raises:
-        ConfigError: no name, something that is there already, or no folder to put it in.
+        ConfigError: the name is empty, the path exists, or its folder does not exist.
     """
     refuse_empty({key: value})
     path = Path(value)
     if path.exists():
-        reason = "it is a folder" if path.is_dir() else "it is there already; choose another name"
+        reason = "it is a folder" if path.is_dir() else "it exists; choose another name"
         raise ConfigError(f"{key}={value}: cannot be written, {reason}")
     if not (made or path.parent.is_dir()):
-        raise ConfigError(f"{key}={value}: cannot be written, there is no folder {path.parent}")
+        raise ConfigError(f"{key}={value}: cannot be written, folder {path.parent} does not exist")
     return path
 
 
 def new_picture(value: str, key: str) -> Path:
-    """`new_file` for a picture, in a format that can be drawn."""
+    """Like `new_file`, for a picture. Raise ConfigError for formats that matplotlib cannot write."""
     from fedloom.report.style import Figure  # matplotlib is an extra
 
     path, known = new_file(value, key), Figure().canvas.get_supported_filetypes()
@@ -129,7 +131,7 @@ def new_picture(value: str, key: str) -> Path:
 
 
 def save_picture(figure: Any, target: Path, key: str) -> None:
-    """Write a matplotlib figure in one step; a target that cannot be written is a mistake in the word `key`."""
+    """Write a matplotlib figure atomically. Raise ConfigError about `key` if the target cannot be written."""
     draft = target.with_name(f".{target.stem}.tmp{target.suffix}")
     try:
         figure.savefig(draft)

@@ -1,4 +1,5 @@
-"""Settings of a run: their keys, types and defaults, how files and `key=value` words become settings, and the errors they give.
+"""Settings of a run: keys, types, defaults and error messages; parsing of TOML files and `key=value` arguments.
 
-Knows no engine and no experiment. Add a setting in `settings.py`, with its meaning; `fedloom run --help` shows it.
+This package knows no engine and no experiment. Add a setting to `settings.py` with a string that explains it; `fedloom run --help` prints
+that string.
 """

@@ -1,4 +1,4 @@
-"""What is wrong with a setting, in this project's words: pydantic's reasons as one line each."""
+"""Error messages for settings: turn pydantic's reasons into one line each."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from fedloom.ranges import LIMITS
 
 _WORDS = {
     "bool": "must be true or false",
-    "dict": "is a table; its settings have names of their own, such as {key}.KEY=VALUE",
+    "dict": "is a table; set its keys one by one, such as {key}.KEY=VALUE",
     "float": "must be a number",
     "int": "must be a whole number",
     "is": "must be a whole number",
-    "model": "is a table; its settings have names of their own, such as {key}.KEY=VALUE",
+    "model": "is a table; set its keys one by one, such as {key}.KEY=VALUE",
     "path": "must be a path",
     "string": "must be text",
     "tuple": "must be a list",
@@ -28,10 +28,10 @@ _WORDS = {
 
 
 def explain(error: ValidationError, prefix: str, root: Any) -> str:
-    """One line that names the key, the value and what is allowed.
+    """Return one line that names the key, the value and the allowed values.
 
     Args:
-        prefix: what stands before every key, such as `method.`.
+        prefix: prefix of every key, such as `method.`.
         root: the model or dataclass that was validated.
     """
     first = error.errors()[0]
@@ -43,12 +43,12 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
     key = prefix + ".".join(where)
     if key in METHODS:
         return (
-            f"[{key}]: such tables are for `fedloom compare`; for one method the table is [method], or method.KEY=VALUE"
+            f"[{key}]: tables named after a method work only with `fedloom compare`; use [method] or method.KEY=VALUE"
         )
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'{suggest(where[-1], _known(root, where[:-1]))}"
     message = _plainly(first)
-    if not where:  # a check over several keys, which names them itself
+    if not where:  # a check of several keys, whose message names them
         return (
             prefix + message if re.match(r"[\w.]+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
         )
@@ -56,7 +56,7 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
 
 
 def _plainly(error: ErrorDetails) -> str:
-    """Pydantic's reason in this project's words."""
+    """Return pydantic's reason in this project's words."""
     kind, context = error["type"], error.get("ctx", {})
     for limit, (_, words, _) in LIMITS.items():
         if limit in context:
@@ -79,14 +79,14 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as one writes it in a file or on the command line."""
+    """Return a value as it is written in a file or on the command line."""
     if isinstance(value, bool | list | tuple | dict):
         return json.dumps(value, default=str)
     return str(value)
 
 
 def _known(root: Any, path: list[str]) -> list[str]:
-    """The keys of the table at `path`."""
+    """Return the keys of the table at `path`."""
     for part in path:
         root = root.model_fields[part].annotation
     return list(root.model_fields) if hasattr(root, "model_fields") else [f.name for f in dataclasses.fields(root)]

@@ -1,4 +1,4 @@
-"""Nested tables of values, not yet validated: from TOML files and from `key=value` words."""
+"""Nested tables of values from TOML files and `key=value` arguments, before validation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECTIONS = tuple(
     if isinstance(field.default, Section) and "name" in type(field.default).model_fields
 )
 LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType({"data": ("path",), "partition": ("path", "column")})
-"""Tables whose keys mean the same for every name, but for these."""
+"""Tables whose keys keep their meaning when another name is chosen, except for the keys listed here."""
 
 
 def _texts(model: type[Section], prefix: str = "") -> Iterator[str]:
@@ -30,13 +30,13 @@ def _texts(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 TEXTS = tuple(_texts(Settings))
-"""Keys of names and paths, which may look like something else: `label=7`, `out=2026-01-31`."""
+"""Keys of names and paths. Their values stay text even if they look like numbers or dates: `label=7`, `out=2026-01-31`."""
 
 
 def parse_value(text: str, key: str = "") -> Any:
-    """A value on the command line: TOML where it is that (numbers, booleans, lists, quoted text), else plain text.
+    """Parse a value from the command line: TOML if it is valid TOML (numbers, booleans, lists, quoted text), otherwise plain text.
 
-    `key`: what it is a value of; names and paths are text, whatever they look like.
+    `key`: the key of the value. Values of the keys in `TEXTS` stay text.
     """
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -49,8 +49,8 @@ def parse_value(text: str, key: str = "") -> Any:
 def set_dotted(values: Values, key: str, value: Any) -> None:
     """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
 
-    Choosing another name takes away the keys that belonged to the old choice: for most tables all of them, for those of `LASTING` a few.
-    `models` takes the place of `model`.
+    Choosing another name removes the keys that belong to the old choice: all keys, or, in tables of `LASTING`, those listed there.
+    `models` replaces `model`.
     """
     *tables, last = key.split(".")
     node = values
@@ -70,15 +70,17 @@ def set_dotted(values: Values, key: str, value: Any) -> None:
 
 
 def read_toml(path: str | Path) -> Values:
-    """The tables of a TOML file, with `data = "digits"` spelt out."""
+    """Read the tables of a TOML file. `data = "digits"` becomes a table with that name."""
     file = Path(path)
     try:
         loaded = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"there is no config file {file}") from None
+        raise ConfigError(f"config file {file} does not exist") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        hint = "; beside a table of that name, write its `name = ...` in it" if "twice" in str(error) else ""
+        hint = (
+            "; where there is a table of that name, set `name = ...` inside the table" if "twice" in str(error) else ""
+        )
         raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
     values: Values = {}
     for key, value in loaded.items():
@@ -87,7 +89,7 @@ def read_toml(path: str | Path) -> Values:
 
 
 def from_words(words: Iterable[str], values: Values | None = None) -> Values:
-    """`key=value` words over the tables of `values`."""
+    """Apply `key=value` arguments to `values` and return them."""
     values = {} if values is None else values
     for word in words:
         key, equals, text = word.partition("=")

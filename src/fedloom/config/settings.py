@@ -1,4 +1,4 @@
-"""Settings of an experiment: typed, validated, under the same names in TOML files, `key=value` words and Python."""
+"""Settings of an experiment: typed and validated, with the same names in TOML files, `key=value` arguments and Python."""
 
 from __future__ import annotations
 
@@ -31,131 +31,138 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 DEFAULT_CLIENTS = 10
-OWNERS_KNOWN = ("natural", "file", "own")  # partitions that say themselves how many clients there are
+OWNERS_KNOWN = ("natural", "file", "own")  # partitions that fix the number of clients
 
 
 class Section(BaseModel):
-    """A table of settings: read-only, unknown keys are errors."""
+    """A read-only table of settings. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Named(Section):
-    """A table whose `name` chooses something and whose other keys are options of what was chosen, checked there."""
+    """A table whose `name` selects a method or a model. The other keys are its options, which are checked when it is built."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
 
     @property
     def options(self) -> Values:
-        """Everything but the name."""
+        """All keys except the name."""
         return dict(self.model_extra or {})
 
 
 class DataSettings(Section):
-    """Where the rows come from and how they become inputs."""
+    """The data set, and how examples become model inputs."""
 
     name: str = "digits"
-    """A known data set (`fedloom list datasets`), or any name together with `data.path`."""
+    """A known data set (see `fedloom list datasets`), or any name if `data.path` is set."""
     path: Path | None = None
-    """A folder of parquet files (train.parquet, test.parquet), or PFLlib's folder for `data=pfllib`."""
+    """Folder with parquet files (train.parquet, test.parquet); for `data=pfllib`, PFLlib's data folder."""
     rows: Count | None = None
-    """Take only so many of the training rows, drawn once at random; test rows all stay."""
+    """Use only this many training examples, drawn once at random; test examples are not affected. Default: all."""
     image_size: Count | None = None
-    """Resize images to this many pixels a side."""
+    """Resize images to this width and height in pixels. Default: no resizing."""
     normalise: Literal["half", "standard", "none"] | None = None
-    """`half`: pictures to [-1, 1]; `standard`: mean 0 and deviation 1 per channel; `none`: as they are; default: half for pictures."""
+    """Normalisation of inputs. `half`: images to [-1, 1]; `standard`: mean 0 and standard deviation 1 per channel; `none`: unchanged.
+    Default: half for images."""
     augment: str = "none"
-    """How training batches are augmented: `none`, `flip`, `crop-flip`, `resized-crop-flip`, `resized-crop-flip-once` (every row
-    once, before training; test rows too)."""
+    """Augmentation of training batches: `none`, `flip`, `crop-flip`, `resized-crop-flip` or `resized-crop-flip-once` (each example once,
+    before training; test examples too)."""
 
 
 class PartitionSettings(Section):
-    """How rows are dealt to clients."""
+    """How examples are split across clients."""
 
     name: Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own"] = "dirichlet"
-    """The scheme; `own` is the split that a PFLlib folder brings along."""
+    """Partition scheme. `natural`: by the owner named in a column; `file`: read from `partition.path`; `own`: the split in a PFLlib
+    folder."""
     alpha: Positive = 0.1
-    """Concentration of the Dirichlet schemes: small is skewed."""
+    """Concentration of the Dirichlet distribution; smaller values give more skewed clients."""
     classes_per_client: Count = 2
-    """Classes a client holds (pathological, extended)."""
+    """Number of classes per client (pathological, extended)."""
     balance: bool = False
-    """Equal shares of a class (pathological)."""
+    """Split each class equally among its clients (pathological)."""
     column: str | None = None
-    """The column that names a row's owner (natural); default: a known data set's, else the only one."""
+    """Column that names the owner of each example (natural). Default: the column of the known data set, or the only other column."""
     path: Path | None = None
-    """A partition written by `fedloom partition` or by hand (file)."""
+    """File with a partition, written by `fedloom partition` or by hand (file)."""
     min_examples: Count = 10
-    """Rows that every client must have, before its split into training and test rows."""
+    """Minimum number of examples per client, before the split into training and test examples."""
     merge: bool = True
-    """Deal official training and test rows together (the custom in personalised federated learning), or the training rows alone."""
+    """Pool the official training and test examples before the partition, as is usual in personalised federated learning. With false, only
+    the training examples are split across clients."""
     test_fraction: Fraction | None = None
-    """The part of a client's rows that is its own test split; default: 0.25, and 0 (the official test set) with `merge=false`."""
+    """Fraction of each client's examples held out as its test split. Default: 0.25; with `merge=false`, 0 (the official test set is
+    used)."""
 
 
 class EvalSettings(Section):
-    """What is scored, and how often."""
+    """What is evaluated, and how often."""
 
     general_every: Whole = 0
-    """Score personal models on the common rows every so many rounds; 0: only after the last."""
+    """Score personal models on the common test set every N rounds; 0: only after the last round."""
     clients: Count | None = None
-    """Score a fixed sample of so many clients; default: all."""
+    """Score only N clients, the same ones in every round. Default: all."""
     valid: Fraction = 0.0
-    """The part of the training rows set aside for validation."""
+    """Fraction of each client's training examples held out for validation."""
     fitted: bool = False
-    """Also score models as their client's last turn left them."""
+    """Also score each client's model as its last local update left it."""
     target: Share | None = None
-    """An accuracy: the summary tells after which round, and how many bytes, personal models first reached it."""
+    """Target accuracy, such as 0.9. The summary reports the round and the bytes sent when personal models first reached it."""
 
 
 class DeviceSettings(Section):
-    """Simulated devices that are lost or slow (docs/devices.md)."""
+    """Simulated devices that drop out or are slow (docs/devices.md)."""
 
     dropout: Fraction = 0.0
-    """The chance that a member of a round's cohort is lost: it is sent the downlink, and does no work."""
+    """Probability that a cohort member drops out of a round: it is sent the downlink but does not train."""
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The part of the clients that are slow, the same ones in all rounds."""
+    """Fraction of slow clients; the same clients are slow in every round."""
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
-    """How many times longer a slow client takes for a step."""
+    """How many times longer a slow client takes per training step."""
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
-    """What becomes of slow turns: `wait` for them, `drop` them, let them in `late`, or do a `partial` one (1/slowdown of the steps)."""
+    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them make
+    a `partial` update (1/slowdown of the steps)."""
 
 
 class JoinSettings(Section):
-    """Clients that come when training is over (docs/new-clients.md)."""
+    """Clients that join after training (docs/new-clients.md)."""
 
     clients: Whole = 0
-    """The last so many of the `clients` take no part in training; after the last round they join, and are scored by themselves."""
+    """Hold out the last N of the `clients` from training. They join after the last round and are scored separately."""
     turns: Count = 10
-    """Turns that a newcomer takes by itself: the method's phases, with all that travels left as it was received."""
+    """Local updates that each new client makes on its own. They run the method's phases but leave the shared weights as received."""
 
 
 class EngineSettings(Section):
-    """What runs the clients."""
+    """The engine, which runs the clients."""
 
     name: str = "auto"
-    """`sequential`, `vectorised`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), also joined: `debug+sequential`."""
+    """`sequential`, `vectorised`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), which can be combined:
+    `debug+sequential`."""
     threads: Count = 1
-    """Threads of torch in this process; with more than one, numbers depend on how many. Worker processes always have one."""
+    """Torch threads in this process. With more than one, results depend on their number. Worker processes always use one thread."""
     workers: Count | None = None
-    """Worker processes (`processes`, `ray`); default: one per core."""
+    """Number of worker processes (`processes`, `ray`). Default: one per core."""
     lanes: Count | None = None
-    """Clients side by side, in `vectorised` (default: as many as memory allows, 64 at most, 256 on a GPU) or in each worker of `processes`
-    (default: one after another; for small models without convolutions a worker's whole part of the cohort, or half of it, is twice as fast,
-    and changes the last bits)."""
+    """Clients trained side by side in one batched operation. In `vectorised` the default is as many as fit into memory, at most 64 (256 on
+    a GPU). In each worker of `processes` the default is one client at a time; for small models without convolutions, as many lanes as the
+    worker has clients, or half of that, are twice as fast but change the last bits of the results."""
     device: str = "cpu"
-    """Where clients are trained and scored, in `sequential` and `vectorised`: `cpu`, `cuda` (the first GPU) or `cuda:N`. With a GPU
-    `auto` is `vectorised` (docs/gpu.md)."""
+    """Device for training and scoring clients (`sequential`, `vectorised`): `cpu`, `cuda` (the first GPU) or `cuda:N`. On a GPU, `auto`
+    chooses `vectorised` (docs/gpu.md)."""
     device_bytes: Whole | None = None
-    """Bytes of the GPU's memory for data and clients' states between turns; what does not fit waits on the host; default: half of what
-    is free."""
+    """GPU memory, in bytes, for data and for client states between local updates. What does not fit stays on the host. Default: half of
+    the free memory."""
     convolutions: Literal["grouped", "columns", "tuned"] = "grouped"
-    """How `vectorised` computes convolutions: `grouped`, as matrix products of `columns`, or the faster of the two (`tuned`: times them,
-    so the last bits may differ from run to run)."""
+    """How `vectorised` computes convolutions: as `grouped` convolutions, as matrix products of `columns`, or `tuned`, which times both and
+    takes the faster one (the last bits may differ from run to run)."""
     address: str | None = None
-    """The Ray cluster to join (`ray`): `auto` (the one that this machine is in), HOST:PORT or ray://HOST:PORT; default: start one here."""
+    """Ray cluster to join (`ray`): `auto` (the cluster of this machine), HOST:PORT or ray://HOST:PORT. Default: start one on this
+    machine."""
     deadline_s: Positive | None = None
-    """Seconds that a worker has for its share of a round before the round goes on without it (`ray`); default: no limit."""
+    """Time limit for a worker in a round, in seconds, after which the round continues without it (`ray`). Default: no limit."""
 
     @field_validator("device")
     @classmethod
@@ -173,57 +180,58 @@ class EngineSettings(Section):
 
 
 class Settings(Section):
-    """One experiment."""
+    """All settings of one experiment."""
 
     method: Named = Named(name="fedavg")
-    """The method (`fedloom list methods`) or `my.py:Mine`; its hyper-parameters are `method.KEY`."""
+    """Method (see `fedloom list methods`), or your own class as `my.py:Mine`. Its hyper-parameters are `method.KEY`."""
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
     clients: Count | None = None
-    """Number of clients; default: 10, or as many as there are with partition=natural, file or own."""
+    """Number of clients. Default: 10; with partition=natural, file or own, set by the partition."""
     participation: float | str = 1.0
-    """Part of the clients in a round, above 0 and at most 1; `0.1-1.0` draws it anew in every round."""
+    """Fraction of the clients in each round, above 0 and at most 1. A range such as `0.1-1.0` draws a new fraction in each round."""
     cohort: Count | None = None
-    """Number of clients in a round, in place of `participation`."""
+    """Number of clients in each round, instead of `participation`."""
     min_clients: Count = 1
-    """A round in which fewer uplinks arrive is skipped: the server stays as it was."""
+    """Minimum number of uplinks for aggregation. If fewer arrive, the server keeps its weights and the round is skipped."""
     rounds: Count = 20
-    """Communication rounds."""
+    """Number of communication rounds."""
     batch_size: Count = 10
-    """Rows in a training batch."""
+    """Examples per training batch."""
     drop_last: bool = False
-    """Leave out the incomplete last batch of an epoch."""
+    """Skip the incomplete last batch of each epoch."""
     model: Named = Named(name="fedavg_cnn")
-    """The architecture (`fedloom list models`) or `my.py:Net`; its options are `model.KEY`."""
+    """Architecture (see `fedloom list models`), or your own as `my.py:Net`. Its options are `model.KEY`."""
     models: tuple[str, ...] = ()
-    """Several architectures, dealt to the clients in turn, in place of `model`."""
+    """Several architectures instead of `model`, assigned to the clients in turn."""
     width: Count | None = None
-    """Features that every body gives; default: the architecture's own."""
+    """Number of features that each model body returns. Default: set by the architecture."""
     same_init: bool = True
-    """Whether clients start from equal weights."""
+    """Whether all clients start from the same weights."""
     eval_every: Count = 1
-    """Score every so many rounds (and after the last)."""
+    """Score every N rounds, and after the last round."""
     eval: EvalSettings = EvalSettings()
     devices: DeviceSettings = DeviceSettings()
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
-    """Arithmetic of training and scoring; `bf16`, and on a GPU `tf32`: products in that, losses, weights and updates in fp32 (other
-    numbers; faster where the machine has such arithmetic)."""
+    """Number format of training and scoring. With `bf16` (or `tf32`, on a GPU only), matrix products use that format; losses, weights and
+    updates stay in fp32. Results differ, and hardware with such arithmetic is faster."""
     seed: Whole = 0
-    """Everything random follows from this number."""
+    """Seed of all random numbers."""
     checkpoint_every: Whole = 10
-    """Write a checkpoint every so many rounds (and after the last); 0: never."""
+    """Write a checkpoint every N rounds, and after the last round; 0: never."""
     out: Path | None = None
-    """The run's folder; default: a new one under runs/."""
+    """Folder of the run. Default: a new folder in runs/."""
     label: str | None = None
-    """What tables and plots call this run; default: its method's name."""
+    """Name of this run in tables and plots. Default: the name of the method."""
     uplink: tuple[str, ...] = ()
-    """What becomes of the weights in uplinks (`fedloom list transforms`), such as `topk:0.1,int8`; of another part: `PART/fp16`."""
+    """Transforms of the weights in uplinks (see `fedloom list transforms`), such as `topk:0.1,int8`; for another part of the message,
+    `PART/fp16`."""
     downlink: tuple[str, ...] = ()
-    """What becomes of the weights in downlinks, such as `fp16`."""
+    """Transforms of the weights in downlinks, such as `fp16`."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Where metrics also go (extras of the same names)."""
+    """Experiment trackers that also receive the metrics. Each needs the fedloom extra of the same name."""
 
     @field_validator("models", "log", mode="before")
     @classmethod
@@ -241,7 +249,7 @@ class Settings(Section):
     @field_validator("out", mode="before")
     @classmethod
     def _out(cls, value: Any) -> Any:
-        if value == "":  # a path would take it for the current folder
+        if value == "":  # Path("") means the current folder
             raise ValueError("must not be empty")
         return value
 
@@ -270,10 +278,10 @@ class Settings(Section):
         for key in ("address", "deadline_s"):
             value = getattr(self.engine, key)
             if value is not None and last != "ray":
-                raise ValueError(f"engine.{key}={value}: only engine=ray has it, not engine={self.engine.name}")
+                raise ValueError(f"engine.{key}={value}: applies only to engine=ray, not engine={self.engine.name}")
         if self.engine.lanes is not None and last in ("sequential", "ray"):
             raise ValueError(
-                f"engine.lanes={self.engine.lanes}: only processes and vectorised have it, not engine={last}"
+                f"engine.lanes={self.engine.lanes}: applies only to engine=processes and vectorised, not {last}"
             )
         _check_partition(self.partition)
         _check_device(self)
@@ -281,46 +289,46 @@ class Settings(Section):
 
 
 def _check_partition(partition: PartitionSettings) -> None:
-    """Raise ValueError for a file or a column that the scheme does not look at."""
+    """Raise ValueError for a path or a column that the scheme does not use."""
     for key, owners in (("path", ("file",)), ("column", ("natural", "own"))):
         value = getattr(partition, key)
         if value is not None and partition.name not in owners:
             known = " and ".join(f"partition={name}" for name in owners)
-            raise ValueError(f"partition.{key}={value}: is for {known}, not partition={partition.name}")
+            raise ValueError(f"partition.{key}={value}: applies only to {known}, not partition={partition.name}")
 
 
 def _check_device(settings: Settings) -> None:
-    """Raise ValueError for what the engine, or a CPU, does not have."""
+    """Raise ValueError for settings that the engine, or a CPU, does not support."""
     engine = settings.engine
     last, on_gpu = engine.name.rpartition("+")[2], engine.device != "cpu"
     anyone = last in ("auto", "debug", "bytes")
     if on_gpu and not (anyone or last in ("sequential", "vectorised")):
-        raise ValueError(f"engine.device={engine.device}: only sequential and vectorised have it, not engine={last}")
+        raise ValueError(f"engine.device={engine.device}: applies only to engine=sequential and vectorised, not {last}")
     if engine.convolutions != "grouped" and last != "vectorised" and not (anyone and on_gpu):
-        raise ValueError(f"engine.convolutions={engine.convolutions}: only engine=vectorised has it, not engine={last}")
+        raise ValueError(f"engine.convolutions={engine.convolutions}: applies only to engine=vectorised, not {last}")
     if engine.device_bytes is not None and not on_gpu:
-        raise ValueError(f"engine.device_bytes={engine.device_bytes}: only a GPU has it (engine.device=cuda)")
+        raise ValueError(f"engine.device_bytes={engine.device_bytes}: needs a GPU; set engine.device=cuda")
     if settings.precision == "tf32" and not on_gpu:
-        raise ValueError("precision=tf32: only a GPU has it (engine.device=cuda)")
+        raise ValueError("precision=tf32: needs a GPU; set engine.device=cuda")
 
 
 def check_cohort(settings: Settings, n_clients: int) -> None:
-    """Refuse more clients in a round than there are, and a federation of newcomers alone.
+    """Check that the cohort fits into the training clients, and that at least one client trains.
 
     Raises:
-        ValueError: one line that names the key.
+        ValueError: names the key.
     """
     joining = settings.join.clients
     if joining >= n_clients:
-        raise ValueError(f"join.clients={joining}: there are only {n_clients} clients, and somebody must train")
+        raise ValueError(f"join.clients={joining}: there are only {n_clients} clients, and at least one must train")
     if settings.cohort is not None and settings.cohort > n_clients - joining:
-        late = f", of whom {joining} join after training" if joining else ""
+        late = f", {joining} of which join after training" if joining else ""
         raise ValueError(f"cohort={settings.cohort}: there are only {n_clients} clients{late}")
 
 
 def participation_range(value: float | str) -> tuple[float, float]:
-    """The least and the greatest part of the clients in a round."""
-    if isinstance(value, float):  # 1e-05 is no range
+    """Return the lowest and the highest fraction of clients in a round."""
+    if isinstance(value, float):  # 1e-05 is not a range
         return value, value
     try:
         low, _, high = str(value).partition("-")
@@ -330,10 +338,10 @@ def participation_range(value: float | str) -> tuple[float, float]:
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Validated settings; `method.lr=0.1` without a `method` is meant for the default one (`model` likewise).
+    """Return validated settings. Options of `method` or `model` without a name belong to the default method or model.
 
     Raises:
-        ConfigError: one line that names the key, the value and what is allowed.
+        ConfigError: names the key, the value and the allowed values.
     """
     defaults = {key: Settings.model_fields[key].default.name for key in ("method", "model")}
     named = {key: {"name": defaults[key], **v} for key, v in values.items() if key in defaults and isinstance(v, dict)}
@@ -344,12 +352,12 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
 
 
 def make_method(choice: Named) -> Method:
-    """The method that `method.name` and the other keys of that table describe."""
+    """Return the method named by `choice`, with its hyper-parameters."""
     cls = method_class(choice.name)
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in choice.options.keys() - fields:
         owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
-        have = f"; {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it"
+        have = f"; methods that have it: {', '.join(owners)}"
         hint = have if 0 < len(owners) < 5 else suggest(key, fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
@@ -359,5 +367,5 @@ def make_method(choice: Named) -> Method:
 
 
 def to_toml(settings: Settings) -> str:
-    """The settings as a TOML file that `values.read_toml` reads back; what is None is left out."""
+    """Return the settings as TOML text that `read_toml` can read back. Settings that are None are left out."""
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))

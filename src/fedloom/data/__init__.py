@@ -1,4 +1,4 @@
-"""Data sets, their partition over clients, and the examples each client sees. Knows neither methods nor engines."""
+"""Data sets, their partition across clients, and the examples of each client. This package knows neither methods nor engines."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""Decoded pools on disk, as safetensors.
+"""Cache of decoded data sets, as safetensors files.
 
-The cache is a convenience: unreadable means absent, unwritable means not kept.
+The cache is optional. Files that cannot be read count as missing, and failures to write are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fedloom.errors import DataError
 
 
 def load_cached(root: Path, name: str, key: str) -> Dataset | None:
-    """The pool stored under `key`, or None when there is none or it cannot be read."""
+    """Return the pool stored under `key`, or None if it is missing or cannot be read."""
     try:
         with safe_open(_file(root, name, key), framework="pt") as stored:
             facts = json.loads(stored.metadata()["fedloom"])
@@ -43,7 +43,7 @@ def load_cached(root: Path, name: str, key: str) -> Dataset | None:
 
 
 def save(root: Path, key: str, dataset: Dataset) -> None:
-    """Keeps the pool under `key`, in one step, so that a reader never meets half a file."""
+    """Store the pool under `key`. The write is atomic: readers never see a partial file."""
     tensors = {"images": dataset.images, "labels": dataset.labels}
     strings: dict[str, list[str]] = {}
     for name, column in dataset.columns.items():
@@ -63,7 +63,7 @@ def save(root: Path, key: str, dataset: Dataset) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, temporary, metadata={"fedloom": json.dumps(facts)})
-            os.replace(temporary, file)  # noqa: PTH105 (as everywhere: temporary name, then one step)
+            os.replace(temporary, file)  # noqa: PTH105 (atomic replacement, as elsewhere)
         finally:
             temporary.unlink(missing_ok=True)
 

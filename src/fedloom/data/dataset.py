@@ -1,4 +1,4 @@
-"""One pool of examples: the official training rows first, then the official test rows."""
+"""One pool of examples: the official training examples first, then the official test examples."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Array = Tensor | npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """A pool of N examples, training rows first.
+    """A pool of N examples, training examples first.
 
-    Rows 0 .. n_train-1 are the official training rows, the rest the official test rows (maybe none). `images` is (N,
-    C, H, W) uint8 for pictures (0 .. 255), or any float tensor (N, ...) for features of one's own; `labels` is (N,)
-    int64 in 0 .. Y-1; `classes` names the Y classes; `columns` holds further facts per row, (N,) each (domain,
-    writer).
+    Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be
+    none. `images` is (N, C, H, W) uint8 for pictures (0 .. 255), or a float tensor (N, ...) for other features. `labels`
+    is (N,) int64 with values 0 .. Y-1. `classes` are the names of the Y classes. `columns` are further values, (N,)
+    each, such as the domain or the writer of each example.
     """
 
     name: str
@@ -39,12 +39,12 @@ class Dataset:
 
     @property
     def n_rows(self) -> int:
-        """N, training and test rows together."""
+        """Number of training and test examples, N."""
         return len(self.labels)
 
     @property
     def n_classes(self) -> int:
-        """Y, whether or not every class has an example."""
+        """Number of classes, Y, including classes without examples."""
         return len(self.classes)
 
     @property
@@ -63,30 +63,32 @@ def from_arrays(
     classes: Sequence[str] | None = None,
     columns: Mapping[str, Sequence[Any] | Column] | None = None,
 ) -> Dataset:
-    """A pool from one's own NumPy arrays or torch tensors.
+    """Return a pool made from NumPy arrays or torch tensors.
 
-    `x` is (N, C, H, W) uint8 pictures, or float of any shape (N, ...) without NaN or infinities; `y` is (N,) integers from 0.
-    `x_test`, `y_test` come together or not at all. `columns` hold one value per row, training rows first. The arrays are copied.
+    `x` is (N, C, H, W) uint8 pictures, or finite floats of any shape (N, ...). `y` is (N,) integers from 0. Give `x_test` and `y_test`
+    together or not at all. `columns` have one value per example, training examples first. The arrays are copied.
 
-    Pictures with channels last, (N, H, W, C), are turned, and float pictures of whole numbers from 0 to 255 become uint8.
-    A log line says so.
+    Pictures with channels last, (N, H, W, C), are converted to channels first. Float pictures of whole numbers from 0 to 255 are
+    converted to uint8. Both are logged.
 
     Raises:
-        DataError: arrays of the wrong shape or type, or labels 1..K without `classes`, which would add a class 0 that nobody has.
+        DataError: arrays have the wrong shape or type, or labels run from 1 to K without `classes` (class 0 would have no examples).
     """
     if (x_test is None) != (y_test is None):
-        raise DataError("from_arrays: x_test and y_test come together; one of them is missing")
+        raise DataError("from_arrays: x_test and y_test must be given together; one of them is missing")
     images, labels = _inputs(x, "x"), _labels(y, "y")
     n_train = len(labels)
     if x_test is not None and y_test is not None:
         more = _inputs(x_test, "x_test")
-        if images.is_floating_point() and more.dtype == torch.uint8:  # a few training pixels are no whole numbers
+        if (
+            images.is_floating_point() and more.dtype == torch.uint8
+        ):  # x was not converted: some of its pixels are not whole numbers
             more = more.to(images.dtype)
         if more.shape[1:] != images.shape[1:] or more.dtype != images.dtype:
             raise DataError(f"from_arrays: x_test is {_describe(more)} and x is {_describe(images)}; they must agree")
         images, labels = torch.cat([images, more]), torch.cat([labels, _labels(y_test, "y_test")])
     if len(images) != len(labels):
-        raise DataError(f"from_arrays: {len(images)} rows of inputs and {len(labels)} labels; they must agree")
+        raise DataError(f"from_arrays: {len(images)} inputs and {len(labels)} labels; their numbers must be equal")
     names = tuple(classes) if classes is not None else _class_numbers(labels)
     pool = Dataset(
         name=name,
@@ -100,24 +102,24 @@ def from_arrays(
 
 
 def validated(dataset: Dataset) -> Dataset:
-    """The same data set, once its rows, labels and columns are known to agree. Raises DataError."""
+    """Return the data set after checking that inputs, labels and columns agree. Raise DataError if they do not."""
     n, low, high = len(dataset.images), int(dataset.labels.min()), int(dataset.labels.max())
     if len(dataset.labels) != n or not 0 < dataset.n_train <= n:
         raise DataError(
-            f"data={dataset.name}: {n} inputs, {len(dataset.labels)} labels, {dataset.n_train} training rows"
+            f"data={dataset.name}: {n} inputs, {len(dataset.labels)} labels, {dataset.n_train} training examples; they do not fit together"
         )
     if low < 0 or high >= dataset.n_classes:
         raise DataError(
-            f"data={dataset.name}: labels run from {low} to {high}, allowed is 0 to {dataset.n_classes - 1}"
+            f"data={dataset.name}: labels run from {low} to {high}; they must be 0 to {dataset.n_classes - 1}"
         )
     for key, column in dataset.columns.items():
         if column.shape != (n,):
-            raise DataError(f"data={dataset.name}: column '{key}' has shape {column.shape}, allowed is ({n},)")
+            raise DataError(f"data={dataset.name}: column '{key}' has shape {column.shape}; it must be ({n},)")
     return dataset
 
 
 def _class_numbers(labels: Tensor) -> tuple[str, ...]:
-    """Names for classes 0 .. the largest label."""
+    """Return names for classes 0 to the largest label."""
     found, most = np.unique(labels.numpy()).tolist(), int(labels.max())
     if found[0] == 1:
         raise DataError(
@@ -131,46 +133,48 @@ def _class_numbers(labels: Tensor) -> tuple[str, ...]:
 
 
 def _tensor(values: Array, what: str) -> Tensor:
-    """A copy: nothing that happens to a data set happens to the caller's array, nor the other way round."""
+    """Return a copy as a tensor, so that later changes to the caller's array do not affect the data set, and vice versa."""
     try:
         return (
             torch.tensor(values) if isinstance(values, np.ndarray) else torch.as_tensor(values).detach().cpu().clone()
         )
     except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"from_arrays: {what} cannot become a tensor ({error})") from error
+        raise DataError(f"from_arrays: {what} cannot be converted to a tensor ({error})") from error
 
 
 def _inputs(x: Array, what: str) -> Tensor:
     tensor = _tensor(x, what)
     if tensor.ndim < 2 or len(tensor) == 0:
-        raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; rows come first and there must be some")
+        raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; it must be (N, ...) with N > 0 examples")
     if tensor.ndim == 4 and tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3):
-        log.warning("from_arrays: %s is %s; channels are taken to be last, and moved first", what, _describe(tensor))
+        log.warning("from_arrays: %s is %s; converted from channels last to channels first", what, _describe(tensor))
         tensor = tensor.permute(0, 3, 1, 2).contiguous()
     if tensor.is_floating_point() and tensor.ndim == 4 and _are_bytes(tensor):
-        log.warning("from_arrays: %s holds whole numbers from 0 to 255 as %s; taken as uint8", what, _describe(tensor))
+        log.warning(
+            "from_arrays: %s holds whole numbers from 0 to 255 as %s; converted to uint8", what, _describe(tensor)
+        )
         tensor = tensor.to(torch.uint8)
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
             raise DataError(
-                f"from_arrays: {what} is {_describe(tensor)}; uint8 pictures are (N, C, H, W) with C = 1 or 3"
+                f"from_arrays: {what} is {_describe(tensor)}; uint8 pictures must be (N, C, H, W) with C = 1 or 3"
             )
     elif not tensor.is_floating_point():
-        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; allowed are uint8 pictures and floating point")
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; it must be uint8 pictures or floating point")
     elif not bool(torch.isfinite(tensor).all()):
-        raise DataError(f"from_arrays: {what} holds NaN or infinite values")
+        raise DataError(f"from_arrays: {what} has NaN or infinite values; remove or replace them")
     return tensor
 
 
 def _are_bytes(x: Tensor) -> bool:
-    """Whether pictures are pixels from 0 to 255 stored as floats."""
+    """Return whether pictures are pixel values from 0 to 255 stored as floats."""
     return x.shape[1] in (1, 3) and 1.5 < float(x.max()) <= 255 and float(x.min()) >= 0 and bool((x == x.round()).all())
 
 
 def _labels(y: Array, what: str) -> Tensor:
     tensor = _tensor(y, what)
     if tensor.ndim != 1 or tensor.is_floating_point() or tensor.dtype == torch.bool or len(tensor) == 0:
-        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; labels are (N,) integers from 0")
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; labels must be (N,) integers from 0")
     return tensor.to(torch.int64)
 
 

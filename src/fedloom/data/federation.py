@@ -1,4 +1,4 @@
-"""A data set dealt to clients, and how its rows become inputs."""
+"""A data set split across clients, and the conversion of its examples to model inputs."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Federation:
-    """Clients' examples, ready to train on; read-only.
+    """The examples of all clients as model inputs; read-only.
 
-    Pictures (uint8) are first scaled to [0, 1]; float features are taken as they are. Then `normalise`: "half" gives
-    (x - 0.5) / 0.5, so pictures lie in [-1, 1] (protocol of FedRIR and PFLlib); "standard" subtracts the mean and
-    divides by the standard deviation of each channel, both taken over the training rows of the whole pool (of each
-    feature, where inputs are not pictures); "none" leaves them. Default: "half" for pictures, "none" for float
-    features.
+    Pictures (uint8) are first scaled to [0, 1]; float features are used as they are. `normalise` is applied next.
+    "half" gives (x - 0.5) / 0.5, which maps pictures to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
+    the mean and divides by the standard deviation of each channel of pictures, or of each feature of other inputs; both
+    are computed over the training examples of the whole pool. "none" changes nothing. Default: "half" for pictures,
+    "none" for float features.
 
-    `augment` names what `augmented` does to training batches: "none", "flip", "crop-flip" (crops after padding by 4
-    pixels of black), "resized-crop-flip" (0.75 to 1 of the area). "resized-crop-flip-once" instead changes every row,
-    training and test alike, once and for all here, from a fixed stream: FedRIR's protocol for Office-Caltech10 and
-    DomainNet, as released.
+    `augment` selects what `augmented` does to training batches: "none", "flip", "crop-flip" (crops after padding with 4
+    black pixels) or "resized-crop-flip" (crops of 0.75 to 1 of the area). "resized-crop-flip-once" changes every
+    training and test example once, at construction, from a fixed stream. This is the protocol of FedRIR's released code
+    for Office-Caltech10 and DomainNet.
 
-    Raises DataError if labels are out of range or the partition names rows that the data set does not have.
+    Raise DataError if labels are out of range, or if the partition has example numbers that the data set lacks.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class Federation:
             if value not in known:
                 raise DataError(f"data.{key}={value}: unknown{suggest(value, known)}")
         if augment != "none" and dataset.images.ndim != 4:
-            raise DataError(f"data.augment={augment}: inputs of shape {dataset.input_shape} are not pictures")
+            raise DataError(
+                f"data.augment={augment}: needs pictures, but inputs have shape {dataset.input_shape}; use data.augment=none"
+            )
         _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
             images = augmentation.once(dataset.images, Stream("augment once", dataset.name))
@@ -68,7 +70,7 @@ class Federation:
         self._common: Batch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """For other processes: rows as arrays, which pickle's protocol 5 can hand over without copying them."""
+        """Return the state for other processes, with examples as arrays, which pickle protocol 5 can share without a copy."""
         images, labels = self.dataset.images, self.dataset.labels
         rows = [t if t.dtype is torch.bfloat16 else t.numpy() for t in (images, labels)]  # NumPy has no bfloat16
         none = torch.empty(0)
@@ -86,12 +88,12 @@ class Federation:
 
     @property
     def n_clients(self) -> int:
-        """K."""
+        """Number of clients, K."""
         return self.partition.n_clients
 
     @property
     def n_classes(self) -> int:
-        """Y."""
+        """Number of classes, Y."""
         return self.dataset.n_classes
 
     @property
@@ -101,60 +103,61 @@ class Federation:
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation, per channel or feature: an input is (v - mean) / std, v a picture's pixel / 255, or the stored value."""
+        """Mean and standard deviation per channel or feature. An input is (v - mean) / std; v is pixel / 255 for pictures, else the stored
+        value."""
         std = 1 / (self._scale * (255 if self.is_picture else 1))
         mean = -self._shift * std
         per_channel = (value.reshape(-1).expand(self.input_shape[0]).tolist() for value in (mean, std))
         return next(per_channel), next(per_channel)
 
     def n_train(self, i: int) -> int:
-        """How many training examples client `i` has."""
+        """Return the number of training examples of client `i`."""
         return len(self.partition.train[i])
 
     def n_valid(self, i: int) -> int:
-        """How many validation examples client `i` has."""
+        """Return the number of validation examples of client `i`."""
         return len(self.partition.valid[i])
 
     def n_test(self, i: int) -> int:
-        """How many test examples of its own client `i` has."""
+        """Return the number of examples in client `i`'s own test split."""
         return len(self.partition.test[i])
 
     def train(self, i: int) -> Batch:
-        """Client `i`'s training examples: inputs (n, ...) in the default dtype, normalised, and labels (n,) int64."""
+        """Return client `i`'s training examples: normalised inputs (n, ...) in the default dtype, and labels (n,) int64."""
         return self.rows(self.partition.train[i])
 
     def train_of(self, clients: Sequence[int]) -> list[Batch]:
-        """`train` of several clients, next to each other in memory."""
+        """Return `train` of several clients, contiguous in memory."""
         x, y = self.rows(np.concatenate([self.partition.train[i] for i in clients]))
         sizes = [self.n_train(i) for i in clients]
         return list(zip(x.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True))
 
     def valid(self, i: int) -> Batch:
-        """Client `i`'s validation examples, like `train`."""
+        """Return client `i`'s validation examples, like `train`."""
         return self.rows(self.partition.valid[i])
 
     def test(self, i: int) -> Batch:
-        """Client `i`'s own test examples, like `train`."""
+        """Return client `i`'s own test examples, like `train`."""
         return self.rows(self.partition.test[i])
 
     def common(self) -> Batch:
-        """The common test set, like `train`; kept after the first call, so it must not be written to."""
+        """Return the common test set, like `train`. It is cached, so do not modify it in place."""
         if self._common is None or self._common[0].dtype != torch.get_default_dtype():
             self._common = self.rows(self.partition.common)
         return self._common
 
     def rows(self, index: Rows | Tensor) -> Batch:
-        """Any rows of the pool by number, like `train`, as new contiguous tensors."""
+        """Return the examples with the given numbers, like `train`, as new contiguous tensors."""
         chosen = torch.as_tensor(index, dtype=torch.int64).to(self.dataset.images.device)
         dtype = torch.get_default_dtype()
         x = self.dataset.images.index_select(0, chosen).to(dtype)
         y = self.dataset.labels.index_select(0, chosen)
-        # spread over a row: with few numbers for many, torch takes four times as long for the same bits
+        # expanded to the shape of an example: broadcasting in addcmul takes torch four times as long, for the same bits
         shift, scale = (value.to(dtype).expand(self.input_shape).contiguous() for value in (self._shift, self._scale))
         return torch.addcmul(shift, x, scale), y
 
     def on(self, device: torch.device) -> Federation:
-        """The same rows kept on a device, where `rows` then gathers and normalises them."""
+        """Return a federation whose examples are stored and normalised on a device."""
         other = copy.copy(self)
         pool = self.dataset
         other.dataset = replace(pool, images=pool.images.to(device), labels=pool.labels.to(device))
@@ -163,7 +166,7 @@ class Federation:
 
     @property
     def n_bytes(self) -> int:
-        """What the rows take on a device: the pool as it is stored, and the common test set as inputs."""
+        """Memory that `on` needs, in bytes: the stored pool, and the common test set as inputs."""
         pool, wide = self.dataset, torch.get_default_dtype().itemsize
         common = len(self.partition.common) * math.prod(self.input_shape) * wide
         return sum(t.numel() * t.element_size() for t in (pool.images, pool.labels)) + common
@@ -174,12 +177,12 @@ class Federation:
         return self.augment in ("flip", "crop-flip", "resized-crop-flip")
 
     def pictures(self, x: Tensor) -> Tensor:
-        """Inputs (n, ...) as `rows` gives them, back on the scale of pictures: black is 0 and white 1, values beyond are cut off."""
+        """Convert inputs (n, ...) from `rows` back to pictures, with black 0 and white 1. Values outside are clipped."""
         unit = 255 if self.dataset.images.dtype == torch.uint8 else 1.0
         return ((x - self._shift.to(x.dtype)) / (self._scale.to(x.dtype) * unit)).clamp(0, 1)
 
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
-        """A training batch (B, C, H, W) of normalised pictures, changed at random as `augment` says, on its device."""
+        """Augment a training batch (B, C, H, W) of normalised pictures at random, as `augment` says, on its device."""
         match self.augment:
             case "flip":
                 return augmentation.flip(x, stream)
@@ -190,7 +193,7 @@ class Federation:
         return x
 
     def pooled(self) -> Federation:
-        """The upper reference: client 0 trains on all clients' training rows, the others on none."""
+        """Return the federation for centralised training: client 0 has the training examples of all clients, the others none."""
         none = np.empty(0, np.int64)
         together = np.sort(np.concatenate(self.partition.train))
         train = (together, *(none for _ in self.partition.train[1:]))
@@ -203,7 +206,7 @@ class Federation:
 
 
 def _readable(rows: Any) -> Tensor:
-    """Rows as a tensor that shares the array's memory, which may be read-only: nobody writes to a data set."""
+    """Return a tensor that shares the array's memory. The memory may be read-only, because data sets are never modified."""
     if isinstance(rows, Tensor):
         return rows
     with warnings.catch_warnings():
@@ -213,26 +216,26 @@ def _readable(rows: Any) -> Tensor:
 
 def _check_fits(dataset: Dataset, partition: Partition) -> None:
     if not partition.n_clients == len(partition.valid) == len(partition.test) >= 1:
-        raise DataError("partition: every client needs a training, a validation and a test split (maybe empty)")
+        raise DataError("partition: every client needs a training, a validation and a test split; a split may be empty")
     parts = [*partition.train, *partition.valid, *partition.test, partition.common]
     high = max((int(rows.max()) for rows in parts if len(rows)), default=0)
     low = min((int(rows.min()) for rows in parts if len(rows)), default=0)
     if low < 0 or high >= dataset.n_rows:
         raise DataError(
-            f"partition: it names rows {low} to {high}, and data={dataset.name} has rows 0 to {dataset.n_rows - 1}"
+            f"partition: has example numbers {low} to {high}, but data={dataset.name} has 0 to {dataset.n_rows - 1}"
         )
 
 
 LARGE = 20.0
-"""Inputs beyond it, left as they are by default, make ordinary learning rates diverge or stall."""
+"""With unscaled inputs above this value, training at usual learning rates diverges or stalls."""
 
 
 def _tell_of_scale(dataset: Dataset) -> None:
-    """One line where large features will be used as they are, and nobody asked for that."""
+    """Warn if large features are used without scaling by default."""
     low, high = float(dataset.images.min()), float(dataset.images.max())
     if max(abs(low), abs(high)) > LARGE:
         log.warning(
-            "data=%s: inputs run from %g to %g and are used as they are; data.normalise=standard scales them",
+            "data=%s: inputs run from %g to %g and are used without scaling; to scale them, set data.normalise=standard",
             dataset.name,
             low,
             high,
@@ -240,7 +243,7 @@ def _tell_of_scale(dataset: Dataset) -> None:
 
 
 def _scale_and_shift(dataset: Dataset, normalise: str) -> Batch:
-    """Float64 a, b such that an input becomes a * stored + b; scalars, or shaped to broadcast over (n, ...)."""
+    """Return float64 a and b such that an input is a * stored + b. They are scalars or broadcast over (n, ...)."""
     unit = 1 / 255 if dataset.images.dtype == torch.uint8 else 1.0
     if normalise == "standard":
         mean, std = _moments(dataset.images[: dataset.n_train])
@@ -251,7 +254,7 @@ def _scale_and_shift(dataset: Dataset, normalise: str) -> Batch:
 
 
 def _moments(images: Tensor) -> Batch:
-    """Mean and standard deviation in stored units, per channel of (N, C, H, W) or else per feature, in float64."""
+    """Return mean and standard deviation in stored units and float64, per channel of (N, C, H, W), else per feature."""
     over = (0, 2, 3) if images.ndim == 4 else (0,)
     shape = (-1, 1, 1) if images.ndim == 4 else images.shape[1:]
     n = images.numel() // images.shape[1] if images.ndim == 4 else len(images)

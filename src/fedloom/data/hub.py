@@ -1,4 +1,4 @@
-"""Where the parquet files of a data set lie: a named folder, `$FEDLOOM_DATA`, the cache, or the Hugging Face hub."""
+"""Locate the parquet files of a data set in a given folder, `$FEDLOOM_DATA`, the cache, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,32 +14,33 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
 
 
 def cache_root(cache: str | Path | None = None) -> Path:
-    """The cache folder: `cache`, else `$FEDLOOM_CACHE`, else `~/.cache/fedloom`."""
+    """Return the cache folder: `cache`, else `$FEDLOOM_CACHE`, else `~/.cache/fedloom`."""
     return Path(cache or os.environ.get("FEDLOOM_CACHE") or "~/.cache/fedloom").expanduser()
 
 
 def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Path], list[Path]]:
-    """The training and test files of a data set, downloaded when they are nowhere else. Raises DataError.
+    """Return the training and test files of a data set. Download them if they are not on this machine. Raise DataError.
 
-    Looked for in `path` (then nowhere else), `$FEDLOOM_DATA/<name>`, `<cache>/<name>`; then the hub is asked.
+    If `path` is given, only that folder is searched. Otherwise `$FEDLOOM_DATA/<name>`, `<cache>/<name>` and the hub are
+    tried in this order.
     """
     if path is not None:
         folder = Path(path).expanduser()
         if not folder.is_dir():
-            raise DataError(f"data.path={path}: no such folder")
+            raise DataError(f"data.path={path}: folder does not exist")
         if not (files := split_files(folder))[0]:
-            raise DataError(f"data.path={path}: it holds neither train.parquet nor train-00000-of-00001.parquet")
+            raise DataError(f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet")
         return files
     if (found := local_folder(name, cache)) is not None:
         return split_files(found)
     source = SOURCES.get(name)
     if source is None:
-        raise DataError(f"data={name}: unknown, and no data.path=FOLDER was given{suggest(name, SOURCES)}")
+        raise DataError(f"data={name}: unknown data set; give its folder with data.path=FOLDER{suggest(name, SOURCES)}")
     return split_files(_download(name, source, cache / (source.folder or name), _folders(name, cache)[0]))
 
 
 def local_folder(name: str, cache: Path) -> Path | None:
-    """The folder in `$FEDLOOM_DATA` or the cache that holds a data set's files; None where there is none."""
+    """Return the folder in `$FEDLOOM_DATA` or the cache that has the data set's files, or None."""
     found = (folder for folder in _folders(name, cache) if folder.is_dir() and split_files(folder)[0])
     return next(found, None)
 
@@ -49,15 +50,16 @@ def _folders(name: str, cache: Path) -> list[Path]:
 
 
 def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Training and test files of a folder: `train.parquet` or the shards `train-*.parquet`, here or one folder below.
+    """Return the training and test files of a folder: `train.parquet` or shards `train-*.parquet`, also one level below.
 
-    Where there is no `test`, a `valid` or `validation` split serves as the test set. Raises DataError if a shard is
-    missing.
+    Without a `test` split, a `valid` or `validation` split is the test set. Raise DataError if a shard is missing.
     """
     places = [place for place in (folder, *sorted(folder.iterdir())) if place.is_dir() and _shards(place, "train")]
     if len(places) > 1 and places[0] != folder:
         names = ", ".join(place.name for place in places)
-        raise DataError(f"data.path={folder}: several folders in it hold training files ({names}); name one of them")
+        raise DataError(
+            f"data.path={folder}: several of its folders have training files ({names}); set data.path to one of them"
+        )
     if not places:
         return [], []
     tests = (_shards(places[0], split) for split in _TEST_NAMES)
@@ -71,7 +73,9 @@ def _shards(folder: Path, split: str) -> list[Path]:
     files = sorted(folder.glob(f"{split}-*.parquet"))
     expected = {int(found[2]) for file in files if (found := _SHARD.search(file.name))}
     if expected and expected != {len(files)}:
-        raise DataError(f"{folder}: {len(files)} of {max(expected)} files {split}-*.parquet are there; all are needed")
+        raise DataError(
+            f"{folder}: only {len(files)} of {max(expected)} files {split}-*.parquet were found; add the missing ones"
+        )
     return files
 
 
@@ -87,24 +91,24 @@ def _aliases(name: str, source: Source | None) -> list[str]:
 
 def _download(name: str, source: Source, target: Path, first: Path) -> Path:
     places = " or ".join(str(folder) for folder in dict.fromkeys((first, target)))
-    advice = f"put train.parquet (and test.parquet) into {places}, or name a folder with data.path=FOLDER"
+    advice = f"put train.parquet (and test.parquet) into {places}, or give a folder with data.path=FOLDER"
     if source.hub is None:
-        raise DataError(f"data={name}: not found, and no hub repository is known for it; {advice}")
+        raise DataError(f"data={name}: not found, and it has no known hub repository; {advice}")
     partial = target.with_name(target.name + ".part")
     try:
         from huggingface_hub import snapshot_download
 
-        # Under its final name only when complete: an interrupted download goes on from the partial folder.
+        # The folder gets its final name when complete; an interrupted download continues in the partial folder.
         wanted = [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *_TEST_NAMES)]
         snapshot_download(repo_id=source.hub, repo_type="dataset", allow_patterns=wanted, local_dir=partial)
         if not split_files(partial)[0]:
-            raise DataError(f"data={name}: hub repository {source.hub} holds no {wanted[0]} any more; {advice}")
+            raise DataError(f"data={name}: hub repository {source.hub} no longer has {wanted[0]}; {advice}")
         partial.replace(target)
     except ImportError:
         raise DataError(f"data={name}: not found; {advice}, or `pip install fedloom[hub]` to download it") from None
     except DataError:
         raise
-    except Exception as error:  # whatever the hub's client raises offline, it ends in one line
+    except Exception as error:  # the hub's client raises many kinds of errors when offline
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise DataError(f"data={name}: download of {source.hub} failed ({reason[0]}); {advice}") from error
     return target

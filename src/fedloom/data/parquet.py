@@ -1,4 +1,4 @@
-"""Parquet files of encoded pictures, in the layout of the Hugging Face hub, decoded once to uint8."""
+"""Parquet files of encoded pictures, in the layout of the Hugging Face hub. They are decoded once, to uint8."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError, suggest
 
 _LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
-_FORMAT = 2  # part of the cache key: count it up when decoding changes
+_FORMAT = 2  # part of the cache key: increment it when decoding changes
 
 
 class ColumnRoles(NamedTuple):
-    """Which columns of the files mean what. `names` are class names from the hub's metadata, by column."""
+    """The roles of the files' columns. `names` are class names from the hub's metadata, by column."""
 
     image: str
     label: str
@@ -44,7 +44,7 @@ def read_parquet(
     rows: int | None,
     cache_root: Path,
 ) -> Dataset:
-    """The pool that training and test files hold; the second time it comes decoded from the cache. Raises DataError."""
+    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError."""
     train, test = files
     key = _key(name, train + test, image_size, rows, source)
     stored = cache.load_cached(cache_root, name, key)
@@ -63,7 +63,7 @@ def _decode_pool(
     try:
         table = pa.concat_tables(facts, promote_options="permissive")
     except pa.ArrowException as error:
-        raise DataError(f"data={name}: the files' columns do not agree ({_line(error)})") from error
+        raise DataError(f"data={name}: the files have different columns ({_line(error)})") from error
     if not table.num_rows:
         raise DataError(f"data={name}: {train[0]} has no rows")
     n_train = sum(_open(file).metadata.num_rows for file in train)
@@ -90,11 +90,11 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: not a parquet file that can be read ({_line(error)})") from error
+        raise DataError(f"{file}: cannot be read as a parquet file ({_line(error)})") from error
 
 
 def _line(error: Exception) -> str:
-    """The first line of an error's text."""
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -108,12 +108,14 @@ def _layout(file: Path, source: Source | None) -> ColumnRoles:
     schema = _open(file).schema_arrow
     pictures = [field.name for field in schema if _is_picture(field.type)]
     if not pictures:
-        raise DataError(f"{file}: no column of pictures (binary, or a struct with 'bytes'); it has {schema.names}")
+        raise DataError(
+            f"{file}: no column has pictures (binary, or a struct with 'bytes'); its columns are {schema.names}"
+        )
     image = next((c for c in ("image", "img") if c in pictures), pictures[0])
     wanted = (source.label, *_LABELS) if source else _LABELS
     label = next((c for c in wanted if c in schema.names), None)
     if label is None:
-        raise DataError(f"{file}: no label column; allowed names are {', '.join(_LABELS)}; it has {schema.names}")
+        raise DataError(f"{file}: no label column, such as {', '.join(_LABELS)}; its columns are {schema.names}")
     extra = tuple(f.name for f in schema if f.name not in (image, label) and _is_plain(f.type))
     return ColumnRoles(image, label, extra, _hub_names(schema))
 
@@ -137,7 +139,7 @@ def _is_plain(kind: Any) -> bool:
 
 
 def _hub_names(schema: Any) -> dict[str, list[str]]:
-    """Class names by column, from the metadata that the `datasets` library writes into the schema."""
+    """Return class names by column, from the metadata that the `datasets` library writes into the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {c: [str(n) for n in f["names"]] for c, f in features.items() if isinstance(f, dict) and f.get("names")}
@@ -148,7 +150,7 @@ def _hub_names(schema: Any) -> dict[str, list[str]]:
 def _facts(file: Path, layout: ColumnRoles) -> Any:
     missing = {layout.image, layout.label, *layout.extra} - set((parquet := _open(file)).schema_arrow.names)
     if missing:
-        raise DataError(f"{file}: column '{min(missing)}' is missing, though the first training file has it")
+        raise DataError(f"{file}: column '{min(missing)}' is missing, but the first training file has it")
     with _reading(file):
         return parquet.read(columns=[layout.label, *layout.extra]).replace_schema_metadata(None)
 
@@ -173,9 +175,9 @@ def _column(values: Any, names: list[str] | None) -> Column:
 def _classes(
     name: str, values: Any, names: list[str] | None, source: Source | None
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Labels 0 .. Y-1 (-1: a class that is not wanted) and the names of the Y classes."""
+    """Return labels 0 .. Y-1 (-1 for classes to leave out) and the names of the Y classes."""
     if values.null_count:
-        raise DataError(f"data={name}: {values.null_count} rows have no label")
+        raise DataError(f"data={name}: {values.null_count} examples have no label")
     column = _column(values, None)
     classes: tuple[str, ...]
     if np.issubdtype(column.dtype, np.integer):
@@ -189,21 +191,21 @@ def _classes(
         found, labels = np.unique(column, return_inverse=True)
         classes = tuple(str(value) for value in found)
     else:
-        raise DataError(f"data={name}: labels of type {column.dtype}; allowed are integers and strings")
+        raise DataError(f"data={name}: labels have type {column.dtype}; they must be integers or strings")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(
-            f"data={name}: labels run from {labels.min()} to {labels.max()}, allowed is 0 to {len(classes) - 1}"
+            f"data={name}: labels run from {labels.min()} to {labels.max()}; they must be 0 to {len(classes) - 1}"
         )
     return _only(name, labels.astype(np.int64), classes, source.only if source else None)
 
 
 def _expected(labels: npt.NDArray[np.int64], names: list[str] | None, source: Source | None) -> tuple[str, ...] | None:
-    """What integer labels 0 .. Y-1 are called, if that is known."""
+    """Return the class names of integer labels 0 .. Y-1, or None if they are not known."""
     if names:
         return tuple(names)
     if source is None:
         return None
-    if source.only:  # files without names that hold no more than the wanted classes hold just those
+    if source.only:  # files without class names that have no more classes than wanted contain only the wanted classes
         return source.only if labels.max() < len(source.only) else None
     return source.classes or tuple(str(c) for c in range(source.n_classes))
 
@@ -215,14 +217,14 @@ def _only(
         return labels, classes
     for wanted in only:
         if wanted not in classes:
-            raise DataError(f"data={name}: the files know no class '{wanted}'{suggest(wanted, classes)}")
+            raise DataError(f"data={name}: the files have no class '{wanted}'{suggest(wanted, classes)}")
     places = np.full(len(classes), -1, np.int64)
     places[[classes.index(wanted) for wanted in only]] = np.arange(len(only))
     return places[labels], only
 
 
 def _encoded(files: list[Path], image: str, keep: npt.NDArray[np.bool_]) -> Iterator[tuple[str, bytes | None]]:
-    """The kept pictures in order, read batch by batch: a data set may be larger than memory before it is resized."""
+    """Yield the pictures to keep, in order. They are read in batches, because full-size pictures may not fit into memory."""
     start = 0
     for file in files:
         batches = _open(file).iter_batches(1024, columns=[image])

@@ -1,10 +1,9 @@
-"""PFLlib's folders: one `.npz` per client and split, each holding a pickled dictionary of arrays.
+"""PFLlib's folders: one `.npz` file per client and split, each with a pickled dictionary of arrays.
 
-The layout is `train/0.npz` .. `train/K-1.npz`, `test/` likewise, and `config.json`; every file has one object array
-`data`, a dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and a pickle can run any code. Here
-they are read by an unpickler that knows five names, none of which is the real thing: arrays, dtypes and scalars
-become plain records, from which numeric arrays are then built out of their raw bytes. Any other name in the file is
-refused.
+The layout is `train/0.npz` .. `train/K-1.npz`, the same in `test/`, and `config.json`. Each file has one object array
+`data`: a dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and a pickle can run any code. Our
+unpickler therefore accepts only five names, and replaces each by a harmless class of ours: arrays, dtypes and scalars
+become plain records, and numeric arrays are built from their raw bytes. Any other name raises DataError.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ _NUMERIC = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2"
 
 
 def load_pfllib(path: str | Path) -> Dataset:
-    """The pool of a PFLlib folder: all clients' training rows, then all their test rows; column `client` says whose.
+    """Return the pool of a PFLlib folder: the training examples of all clients, then their test examples. Column `client` is the owner.
 
-    Inputs come as they were stored (PFLlib stores them normalised). `partition(dataset, scheme="own")` gives PFLlib's
-    own split back. Raises DataError for files that are missing, malformed, or that name anything but arrays.
+    Inputs are returned as stored (PFLlib stores them normalised). `partition(dataset, scheme="own")` restores PFLlib's
+    split. Raise DataError if files are missing or malformed, or contain anything but arrays.
     """
     folder = Path(path).expanduser()
     splits = [_read_split(folder / split) for split in ("train", "test")]
     if len(splits[0]) != len(splits[1]):
-        raise DataError(f"data.path={path}: {len(splits[0])} clients in train/ and {len(splits[1])} in test/")
+        raise DataError(f"data.path={path}: {len(splits[0])} clients in train/, but {len(splits[1])} in test/")
     (x, y), (x_test, y_test) = (_join(path, split) for split in splits)
     owners = np.concatenate([np.repeat(np.arange(len(split)), [len(y) for _, y in split]) for split in splits])
     pool = from_arrays(x, y, x_test, y_test, name="pfllib", columns={"client": owners})
@@ -53,7 +52,7 @@ Client = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]
 def _read_split(folder: Path) -> list[Client]:
     numbers = sorted(int(file.stem) for file in folder.glob("*.npz") if file.stem.isdigit())
     if not numbers or numbers != list(range(len(numbers))):
-        raise DataError(f"{folder}: expected the files 0.npz, 1.npz, ... of PFLlib, without gaps; found {len(numbers)}")
+        raise DataError(f"{folder}: expected PFLlib's files 0.npz, 1.npz, ... without gaps; found {len(numbers)} files")
     return [_read_client(folder / f"{i}.npz") for i in numbers]
 
 
@@ -63,7 +62,7 @@ def _read_client(file: Path) -> Client:
         raise DataError(f"{file}: expected a dictionary with 'x' and 'y'")
     x, y = content["x"], content["y"]
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or y.ndim != 1 or len(x) != len(y):
-        raise DataError(f"{file}: 'x' and 'y' must be arrays with one label per row (text is not supported)")
+        raise DataError(f"{file}: 'x' and 'y' must be arrays with one label per example (text is not supported)")
     if not np.array_equal(y, y.astype(np.int64)):
         raise DataError(f"{file}: labels must be whole numbers")
     return x, y.astype(np.int64)
@@ -71,12 +70,12 @@ def _read_client(file: Path) -> Client:
 
 def _join(path: str | Path, clients: list[Client]) -> tuple[torch.Tensor, torch.Tensor]:
     if len({(x.shape[1:], x.dtype) for x, _ in clients}) != 1:
-        raise DataError(f"data.path={path}: the clients' inputs differ in shape or type")
+        raise DataError(f"data.path={path}: inputs of different clients differ in shape or type")
     return tuple(torch.from_numpy(np.concatenate(part)) for part in zip(*clients, strict=True))  # type: ignore[return-value]
 
 
 def _declared_classes(folder: Path) -> int | None:
-    """Y as `config.json` has it, where there is such a file (and it says: older ones do not)."""
+    """Return the number of classes Y in `config.json`, or None if the file or the entry is missing (as in older folders)."""
     try:
         config = json.loads((folder / "config.json").read_text())
         return None if "num_classes" not in config else int(config["num_classes"])
@@ -87,9 +86,9 @@ def _declared_classes(folder: Path) -> int | None:
 
 
 def read_object(file: str | Path) -> Any:
-    """The Python object that `np.savez(file, data=object)` stored, without running anything that the file says.
+    """Read the Python object that `np.savez(file, data=object)` stored, without running code from the file.
 
-    Dictionaries, lists, tuples, strings, numbers and numeric arrays can come back; any other content is a DataError.
+    Dictionaries, lists, tuples, strings, numbers and numeric arrays are accepted. Any other content raises DataError.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -104,13 +103,13 @@ def read_object(file: str | Path) -> Any:
         raise DataError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
     except (OSError, KeyError, zipfile.BadZipFile) as error:
         raise DataError(f"{file}: not an .npz file with an entry 'data' ({type(error).__name__})") from error
-    except Exception as error:  # a hostile pickle can fail in any way at all; nothing that it names was called
+    except Exception as error:  # a malicious pickle can raise anything; none of its code has run
         raise DataError(f"{file}: malformed ({type(error).__name__})") from error
     return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
 class _Type:
-    """What the pickle says of a dtype: code such as 'f4' and byte order."""
+    """A dtype in the pickle: code, such as 'f4', and byte order."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.code, self.order = code, "="
@@ -125,7 +124,7 @@ class _Type:
 
 
 class _Array:
-    """What the pickle says of an array: shape, dtype, order and raw bytes (a list of objects for dtype 'O8')."""
+    """An array in the pickle: shape, dtype, memory order and raw bytes (a list of objects for dtype 'O8')."""
 
     def __init__(self, *_: object) -> None:
         self.state: tuple[Any, ...] = ()
@@ -142,7 +141,7 @@ class _Array:
 
 
 class _Scalar:
-    """What the pickle says of a NumPy scalar."""
+    """A NumPy scalar in the pickle."""
 
     def __init__(self, dtype: _Type, raw: bytes) -> None:
         self.dtype, self.raw = dtype, raw
@@ -152,14 +151,14 @@ class _Scalar:
 
 
 def _latin(text: str, encoding: str) -> bytes:
-    """Stands in for `_codecs.encode`, with which old protocols write bytes."""
+    """Replace `_codecs.encode`, which old pickle protocols use for bytes."""
     if encoding != "latin1":
         raise DataError(f"encoding {encoding!r} is not allowed")
     return text.encode("latin1")
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Every name becomes an object of its own, so that a pickle that sets attributes on what it named reaches nothing."""
+    """An unpickler that accepts arrays only. Each lookup returns a new object, so that a pickle cannot set attributes on shared ones."""
 
     def find_class(self, module: str, name: str) -> Any:
         home = module.replace("numpy._core.", "numpy.core.", 1)
@@ -172,7 +171,7 @@ class _ArraysOnly(pickle.Unpickler):
                 return partial(_Type)
             case "_codecs", "encode":
                 return partial(_latin)
-        raise DataError(f"refused: it names {module}.{name}, and only arrays are allowed")
+        raise DataError(f"refused: it contains {module}.{name}, but only arrays are allowed")
 
 
 def _built(value: Any) -> Any:

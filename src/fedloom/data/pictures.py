@@ -1,4 +1,4 @@
-"""Encoded pictures, decoded to uint8 and resized."""
+"""Decode pictures to uint8, and resize them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
-    """`n` encoded pictures, each with words for where it is, as (N, C, H, W) uint8; grey C = 1 unless one has colour.
+    """Decode `n` pictures to (N, C, H, W) uint8. C is 1 if all are grey, else 3. Each comes with its location, for errors.
 
-    Without `image_size` all must have one size; with it they are resized (bilinear) to that edge. Raises DataError.
+    With `image_size`, pictures are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError.
     """
     out: Pixels = np.empty((0, 0, 0, 0), np.uint8)
     for i, (where, pixels) in enumerate(_decoded(pictures, image_size)):
@@ -29,12 +29,12 @@ def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_s
             out = np.empty((n, *pixels.shape), np.uint8)
         if pixels.shape[1:] != out.shape[2:]:
             sizes = f"{_edges(out.shape)} and, in {where}, {_edges(pixels.shape)}"
-            raise DataError(f"pictures differ in size ({sizes}): choose one with data.image_size=N")
+            raise DataError(f"pictures differ in size ({sizes}); set one size with data.image_size=N")
         if len(pixels) > out.shape[1]:
             out = np.repeat(out, 3, axis=1)
         out[i] = pixels
     if len(out) == 0:
-        raise DataError("there are no pictures to read")
+        raise DataError("no pictures to read")
     return out
 
 
@@ -42,7 +42,7 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
     decode_one, rest = partial(_pixels, image_size), iter(pictures)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         while chunk := list(islice(rest, 1024)):
-            # Threads gain from large pictures only: for small ones handing them over costs more than decoding.
+            # Threads help only with large pictures: for small ones, dispatch costs more than decoding.
             is_large = sum(len(encoded or b"") for _, encoded in chunk) > 16_384 * len(chunk)
             yield from zip(
                 (where for where, _ in chunk), (pool.map if is_large else map)(decode_one, chunk), strict=True
@@ -50,11 +50,13 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
 
 
 def resized(image: Image.Image, image_size: int | None) -> Pixels:
-    """One picture as (C, H, W) uint8, resized to a square when `image_size` is given. Raises DataError."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # older Pillow gives PNG as I
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut it off at 255
+    """Return one picture as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError."""
+    if image.mode.startswith("I;16") or (
+        image.mode == "I" and image.format == "PNG"
+    ):  # older Pillow opens 16-bit PNG as I
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
     if image.mode in ("I", "F"):
-        raise DataError("its pixels are numbers of 32 bits; save pictures with 8 or 16 bits")
+        raise DataError("its pixels have 32 bits; save it with 8 or 16 bits")
     image = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
     if image_size is not None and image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)

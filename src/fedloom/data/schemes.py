@@ -1,7 +1,8 @@
-"""Ways to deal rows to clients.
+"""Partition schemes: ways to split examples across clients.
 
-Each takes labels or a column, its settings and a stream, and returns row numbers per client. Most schemes first draw
-how many examples of each class a client gets, (K, Y) counts; only an accepted draw is dealt out.
+Each takes labels or a column, its settings and a stream, and returns the example numbers of each client. Most schemes
+first draw (K, Y) counts, the number of examples per client and class. Examples are assigned only after a draw is
+accepted.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ MAX_DRAWS: Final = 2000
 
 
 def iid(labels: Rows, n_clients: int, min_examples: int, stream: Stream) -> list[Rows]:
-    """A random deal in equal parts: sizes differ by one at most, so `min_examples` needs no redraws."""
+    """Split examples at random into equal parts. Sizes differ by at most one, so `min_examples` needs no redraws."""
     parts = np.array_split(stream.numpy.permutation(len(labels)), n_clients)
     return [np.asarray(part, np.int64) for part in parts]
 
 
 def dirichlet(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
-    """Capped Dirichlet, the "practical" setting of PFLlib and FedRIR.
+    """Split by capped Dirichlet draws, the "practical" setting of PFLlib and FedRIR.
 
-    Class by class, shares over the clients are drawn from Dirichlet(alpha); the share of every client that already
-    holds N/K examples or more is set to 0 and the rest renormalised. Redrawn as a whole until every client has
-    `min_examples`.
+    For each class in turn, the clients' shares are drawn from Dirichlet(alpha). The shares of clients that already have
+    N/K examples or more are set to 0, and the others are renormalised. The whole draw is repeated until every client
+    has `min_examples`.
     """
     totals = np.bincount(labels)
 
@@ -54,11 +55,11 @@ def dirichlet(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *
 def pathological(
     labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, classes_per_client: int, balance: bool
 ) -> list[Rows]:
-    """A few whole classes per client, the "pathological" setting of PFLlib and FedRIR.
+    """Give each client a few classes, the "pathological" setting of PFLlib and FedRIR.
 
-    Class by class, the first ceil(K/Y * classes_per_client) clients that still lack classes share its examples:
-    equally with `balance`, else each but the last takes a uniform number between a tenth of the equal share and the
-    equal share, and the last the rest.
+    For each class in turn, its examples go to the first ceil(K/Y * classes_per_client) clients that have too few
+    classes. With `balance` they get equal shares. Otherwise each client but the last gets a uniform number between a
+    tenth of the equal share and the equal share, and the last gets the rest.
     """
     totals = np.bincount(labels)
     holders = _holders_in_turn(n_clients, len(totals), classes_per_client)
@@ -85,9 +86,9 @@ def pathological(
 def extended(
     labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, classes_per_client: int, alpha: float
 ) -> list[Rows]:
-    """Extended Dirichlet (Li & Lyu, NeurIPS 2023): some classes per client, Dirichlet(alpha) shares within each class.
+    """Split by extended Dirichlet draws (Li & Lyu, NeurIPS 2023): a few classes per client, Dirichlet(alpha) shares within each class.
 
-    Client by client, the classes are those with the fewest holders so far, ties broken at random.
+    Each client in turn gets the classes that the fewest clients have so far; ties are broken at random.
     """
     totals = np.bincount(labels)
     if n_clients * classes_per_client < len(totals):
@@ -112,7 +113,7 @@ def extended(
 
 
 def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
-    """Sizes from one Dirichlet(alpha) draw, rows at random: clients differ in how much they hold, not in what."""
+    """Split into sizes from one Dirichlet(alpha) draw, with random examples: clients differ in size, not in class distribution."""
 
     def draw() -> Rows | None:
         sizes = _cut(stream.numpy.dirichlet(np.full(n_clients, alpha)), len(labels))
@@ -123,24 +124,26 @@ def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *,
 
 
 def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> list[Rows]:
-    """One client per value of a column, in sorted order; with `n_clients`, the values with the most rows only.
+    """Make one client per value of a column, in sorted order; with `n_clients`, only of the values with the most examples.
 
-    Values with fewer than `min_examples` rows are left out. Raises DataError if there are too few values.
+    Values with fewer than `min_examples` examples are left out. Raise DataError if there are too few values.
     """
     values, owners = np.unique(column, return_inverse=True)
     sizes = np.bincount(owners, minlength=len(values))
     large = np.argsort(-sizes, kind="stable")[: int((sizes >= min_examples).sum())]
     if n_clients is not None and n_clients > len(large):
         raise DataError(
-            f"clients={n_clients}: only {len(large)} of the column's {len(values)} values have "
-            f"partition.min_examples={min_examples} rows; ask for at most that many clients"
+            f"clients={n_clients}: only {len(large)} of the column's {len(values)} values have at least "
+            f"partition.min_examples={min_examples} examples; set clients to at most {len(large)}"
         )
     if len(large) == 0:
-        raise DataError(f"partition.min_examples={min_examples}: no value of the column has that many rows")
+        raise DataError(
+            f"partition.min_examples={min_examples}: no value of the column has that many examples; choose a smaller number"
+        )
     small = np.setdiff1d(np.arange(len(values)), large)
     if len(small):
         log.warning(
-            "partition=natural: %d of %d owners, with %d examples, have fewer than partition.min_examples=%d and are left out",
+            "partition=natural: left out %d of %d owners, with %d examples, because each has fewer than partition.min_examples=%d",
             *(len(small), len(values), sizes[small].sum(), min_examples),
         )
     order = np.argsort(owners, kind="stable")
@@ -149,7 +152,7 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
 
 
 def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
-    """Whole numbers in proportion to the shares, that sum to `total`; None where all shares have vanished."""
+    """Return whole numbers in proportion to the shares, with sum `total`, or None if all shares are 0."""
     size = shares.sum()
     if not size > 0:
         return None
@@ -171,13 +174,13 @@ def _accepted(
         if counts is not None and counts.sum(axis=1).min() >= min_examples:
             return counts
     raise DataError(
-        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={min_examples} rows; "
+        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={min_examples} examples; "
         f"try {advice}, or a smaller partition.min_examples"
     )
 
 
 def _deal(labels: Rows, counts: Rows, stream: Stream) -> list[Rows]:
-    """Shuffles each class and cuts it by its column of the (K, Y) counts."""
+    """Shuffle each class and split it by its column of the (K, Y) counts."""
     pieces = []
     for c in range(counts.shape[1]):
         rows = stream.numpy.permutation(np.flatnonzero(labels == c))

@@ -1,4 +1,4 @@
-"""Some of the rows of a data set."""
+"""A random subset of a data set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from fedloom.rng import Stream
 def choose_rows(
     name: str, known: npt.NDArray[np.bool_], n_train: int, rows: int | None
 ) -> tuple[npt.NDArray[np.bool_], int]:
-    """Which rows stay, and how many of them are training rows: all test rows, and `rows` training rows (None: all).
+    """Return which examples to keep, and the number of training examples among them.
 
-    The training rows are the first `rows` of one fixed permutation of them, from `Stream("rows", name)`, without
-    regard to class; so a smaller choice lies within every larger one. They keep their order in the files.
+    All test examples are kept, and `rows` training examples (None: all): the first ones of a fixed permutation from
+    `Stream("rows", name)`, which ignores classes. A smaller subset is therefore contained in every larger one. The order
+    in the files is kept.
     """
     candidates = np.flatnonzero(known[:n_train])
     if rows is None:
         return known, len(candidates)
     if not 0 < rows <= len(candidates):
-        raise DataError(f"data.rows={rows}: '{name}' has {len(candidates)} training rows; allowed is 1 to that number")
+        raise DataError(f"data.rows={rows}: '{name}' has {len(candidates)} training examples; choose 1 to that number")
     keep = known.copy()
     keep[:n_train] = False
     keep[candidates[Stream("rows", name).numpy.permutation(len(candidates))[:rows]]] = True

@@ -1,4 +1,5 @@
-"""Federations of real devices, through Flower: server, node agents, their messages, keys, certificates and service files.
+"""Federations of real devices with Flower: server, node agents, messages, keys, certificates and service files.
 
-`running.py` runs an experiment on one; `engine.py` is the engine that speaks to the nodes. Only this room imports Flower.
+`running.py` runs an experiment on a federation, and `engine.py` is the engine that sends requests to nodes. Only this package imports
+Flower.
 """

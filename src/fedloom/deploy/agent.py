@@ -1,4 +1,5 @@
-"""A node on its device: Flower's SuperNode, kept running; a worker process, replaced when it hangs or dies; and the agent between them."""
+"""A node on its device: Flower's SuperNode (restarted if it ends), a worker process (replaced if it hangs or dies), and the agent that
+connects them."""
 
 from __future__ import annotations
 
@@ -26,26 +27,26 @@ from fedloom.deploy.worker import serve
 from fedloom.errors import ConfigError, WireError
 
 log = logging.getLogger("fedloom.node")
-POLL_S = 0.25  # between two looks for a task
-SETTLE_S = 0.4  # Flower announces a task just before the message has arrived whole; asking at once would cost a second
-MESSAGE = "fedloom"  # the record that carries an envelope
-WHOLE = 4 * 2**20  # bytes that are sent in one piece
+POLL_S = 0.25  # interval between checks for a task
+SETTLE_S = 0.4  # Flower announces a task before the whole message has arrived; asking too early costs a second
+MESSAGE = "fedloom"  # name of the record with the envelope
+WHOLE = 4 * 2**20  # largest envelope that is sent in one piece, in bytes
 DEFAULT_DEADLINE_S = 600.0
 
 
 class WorkerProcess:
-    """The worker, seen from the agent. Its clients' states are on disk, so it can be replaced at any time."""
+    """The agent's handle of the worker process. Client states are on disk, so the process can be replaced at any time."""
 
     def __init__(self, folder: Path, over: threading.Event) -> None:
-        """`over`: set when the node is to end, at work or not."""
+        """`over`: set when the node has to stop, even while the worker is busy."""
         self._folder, self._over = folder, over
         self._process: Any = None
         self._pipe: Connection | None = None
 
     def tend(self) -> None:
-        """Start a process where there is none. To be called while this process has one thread.
+        """Start a worker process if none is running. Call this while the agent has one thread.
 
-        It is forked, so that a small device holds Python, torch and fedloom in its memory once.
+        On Linux the process is forked, so that a small device has Python, torch and fedloom in memory only once.
         """
         if self._process is None or not self._process.is_alive():
             self.end()
@@ -56,7 +57,7 @@ class WorkerProcess:
             theirs.close()
 
     def answer(self, data: bytes, deadline_s: float) -> bytes:
-        """The worker's answer; a failure where it hangs past the deadline, and is ended, or dies."""
+        """Send a request to the worker and return its answer. If the worker dies or misses the deadline, end it and return a failure."""
         assert self._pipe is not None
         try:
             self._pipe.send_bytes(data)
@@ -64,16 +65,16 @@ class WorkerProcess:
             while not self._over.is_set() and time.monotonic() < until:
                 if self._pipe.poll(POLL_S):
                     return self._pipe.recv_bytes()
-            reason = f"nothing after {deadline_s:g} s; the worker was replaced"
+            reason = f"the worker did not answer within {deadline_s:g} s and was replaced"
         except (EOFError, OSError):
             self._process.join(5)
-            reason = f"the worker ended in the middle of its work (exit code {self._process.exitcode}) and was replaced"
+            reason = f"the worker ended during the request (exit code {self._process.exitcode}) and was replaced"
         log.error(reason)
         self.end()
         return seal(NodeFailure(reason=reason), {})
 
     def end(self) -> None:
-        """End the process."""
+        """End the worker process."""
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
@@ -85,24 +86,24 @@ def run_node(folder: Path) -> None:
     """Run a node until SIGTERM or Ctrl-C.
 
     Raises:
-        ConfigError: the folder is no node's.
+        ConfigError: the folder is not a node's folder.
     """
     node = read_file(folder / "node.toml", NodeFile, "a node's folder")
     for name in ("node.key", "ca.crt", "runtime.secret"):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder} is not a node's folder: it holds no {name}")
-    require_free(node.runtime_port, "is this node running already? (runtime_port is in node.toml)")
+            raise ConfigError(f"{folder} is not a node's folder: {name} is missing")
+    require_free(node.runtime_port, "is this node already running? To change the port, set runtime_port in node.toml")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    home = (folder / "flwr").resolve()  # a unit may write into this folder alone
+    home = (folder / "flwr").resolve()  # a systemd unit may write only to this folder
     supernode = Service(
         "flower-supernode", supernode_command(folder, node), flower_environment(home), folder / "supernode.log"
     )
     with ended_by_signals() as over:
         supernode.start()
         worker = WorkerProcess(folder, over)
-        gc.freeze()  # or the next collection would unshare what the worker is to share
-        log.info("%s: clients %s; the server is %s", node.name, ", ".join(map(str, node.clients)), node.server)
+        gc.freeze()  # otherwise the next garbage collection would copy memory shared with the worker
+        log.info("%s: clients %s; server %s", node.name, ", ".join(map(str, node.clients)), node.server)
         try:
             _attend(folder, node, supernode, worker, over)
         finally:
@@ -111,7 +112,7 @@ def run_node(folder: Path) -> None:
 
 
 def supernode_command(folder: Path, node: NodeFile) -> list[str]:
-    """The SuperNode's command line."""
+    """Return the command line of the SuperNode."""
     return [
         *script("supernode"), "--superlink", node.server, "--root-certificates", str(folder / "ca.crt"),
         "--auth-supernode-private-key", str(folder / "node.key"), "--isolation", "process",
@@ -120,10 +121,10 @@ def supernode_command(folder: Path, node: NodeFile) -> list[str]:
 
 
 def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProcess, over: threading.Event) -> None:
-    """Take messages from the SuperNode, one after another, and keep it running."""
+    """Answer messages from the SuperNode one by one, and restart the SuperNode if it ends."""
     place = read_place(folder, f"127.0.0.1:{node.runtime_port}", "flwr-clientapp", tls=False)
     tasks = place.client()
-    tasks._retry_invoker = None  # the SuperNode may be starting: look again soon
+    tasks._retry_invoker = None  # the SuperNode may still be starting: fail fast and try again
     while not over.is_set():
         worker.tend()
         if line := supernode.tend():
@@ -139,7 +140,7 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
         try:
             with place.client(task.token) as client, beating(client):
                 _work(client, worker)
-        except Exception:  # the message is lost, the node is not
+        except Exception:  # drop the message, keep the node running
             log.exception("a message could not be answered")
 
 
@@ -161,9 +162,9 @@ def _deadline(data: bytes) -> float:
 
 
 def as_record(data: bytes) -> RecordDict:
-    """An envelope as Flower carries it: a value among settings, which is sent in one piece, or an array, which is cut into chunks.
+    """Return an envelope as a Flower record: a config value, sent in one piece, or an array, sent in chunks.
 
-    Every piece costs requests on each of three ways, so small envelopes are sent whole.
+    Each chunk costs requests on each of three hops, so small envelopes are sent in one piece.
     """
     if len(data) <= WHOLE:
         return RecordDict({MESSAGE: ConfigRecord({MESSAGE: data})})
@@ -171,7 +172,7 @@ def as_record(data: bytes) -> RecordDict:
 
 
 def content_of(message: Message) -> bytes:
-    """The envelope in a message. Raises WireError where there is none."""
+    """Return the envelope in a message. Raise WireError if there is none."""
     records = message.content.values() if message.has_content() else ()
     for record in records:
         found = record.get(MESSAGE) if isinstance(record, ConfigRecord | ArrayRecord) else None
@@ -179,4 +180,4 @@ def content_of(message: Message) -> bytes:
             return bytes(found.data)
         if isinstance(found, bytes):
             return found
-    raise WireError("a message that carries no fedloom envelope")
+    raise WireError("the message has no fedloom envelope")

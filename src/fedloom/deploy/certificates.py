@@ -1,7 +1,7 @@
-"""Who is who in a deployed federation: an authority, the server's TLS certificate, and one key per node.
+"""Keys and certificates of a deployed federation: a certificate authority, the server's TLS certificate, and one key per node.
 
-All keys are ECDSA P-384. The authority signs the server's certificate and nothing else; nodes prove themselves with their keys, which the
-server knows by their public halves. Private keys are written for their owner's eyes alone.
+All keys are ECDSA P-384. The authority signs only the server's certificate. Nodes authenticate with their private keys; the server has
+the public keys. Only the owner of a private key file can read it.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-YEARS = 10  # how long certificates last
-SKEW = timedelta(days=1)  # clocks of devices may be behind by so much
+YEARS = 10  # validity of certificates
+SKEW = timedelta(days=1)  # tolerated clock error of devices
 
 
 class Identity(NamedTuple):
-    """A private key and the certificate for it."""
+    """A private key and its certificate."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
 
 def new_authority(name: str = "fedloom federation") -> Identity:
-    """A new authority, signed by itself."""
+    """Create a self-signed certificate authority."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     usage = x509.KeyUsage(
@@ -45,7 +45,7 @@ def new_authority(name: str = "fedloom federation") -> Identity:
 
 
 def new_server(authority: Identity, hosts: Sequence[str]) -> Identity:
-    """A server's key and certificate, valid for these host names and IP addresses."""
+    """Create a server's key and certificate, valid for the given host names and IP addresses."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, hosts[0][:64])])
     builder = _builder(subject, authority.certificate.subject, key.public_key())
@@ -59,31 +59,31 @@ def new_server(authority: Identity, hosts: Sequence[str]) -> Identity:
 
 
 def new_node_key() -> ec.EllipticCurvePrivateKey:
-    """A node's private key."""
+    """Create a node's private key."""
     return ec.generate_private_key(ec.SECP384R1())
 
 
 def certificate_bytes(identity: Identity) -> bytes:
-    """The certificate as PEM."""
+    """Return the certificate as PEM."""
     return identity.certificate.public_bytes(Encoding.PEM)
 
 
 def key_bytes(key: ec.EllipticCurvePrivateKey) -> bytes:
-    """The private key as PEM (PKCS 8), for a TLS server."""
+    """Return the private key as PEM (PKCS 8), for a TLS server."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def node_key_bytes(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
-    """A node's private and public key in OpenSSH's format, which Flower reads."""
+    """Return a node's private and public key in OpenSSH format, which Flower reads."""
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
 def write_new(path: Path, content: bytes | str, *, secret: bool = False) -> None:
-    """Write a file that does not exist yet; secret ones are readable for their owner only.
+    """Write a new file. Secret files are readable only by their owner.
 
     Raises:
-        FileExistsError: nothing is overwritten.
+        FileExistsError: the file exists; it is not overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     mode = 0o600 if secret else 0o644

@@ -1,9 +1,9 @@
-"""Clients on devices: the server's side of a deployed federation.
+"""The engine for clients on devices: the server side of a deployed federation.
 
-The engine asks nodes over a `Link` (Flower's grid in `fedloom.deploy.grid`, a direct call in tests): one message per node and round, for
-all of its clients. Clients' states never come here; a node keeps them by round, and every request names the last turn of a client that the
-server *accepted*. A turn whose reply was lost, late or refused is therefore undone on the device when the client is asked next, and a
-resumed run finds the states that belong to its checkpoint. What is lost costs its clients' part in the round and nothing else.
+The engine sends requests to nodes over a `Link` (Flower's grid in `fedloom.deploy.grid`, a direct call in tests): one message per node and
+round, for all clients of the node. Client states stay on the nodes, which keep them by round. Every request names the last client update
+that the server *accepted*. If a reply was lost, late or refused, the device therefore discards that update at the next request, and a
+resumed run finds the states of its checkpoint. A lost message only excludes its clients from the round.
 """
 
 from __future__ import annotations
@@ -41,45 +41,45 @@ from fedloom.training.turn import Modules
 from fedloom.tree import Tree
 
 H = TypeVar("H")
-WAIT_S = 1.0  # between two looks for nodes
+WAIT_S = 1.0  # interval between checks for nodes
 
 
 class LostNode(NamedTuple):
-    """No answer, and why."""
+    """A node did not answer; `reason` says why."""
 
     reason: str
 
 
 class Errand(NamedTuple):
-    """What a node was asked to do: turns of a round, clients by their place among those who work in it."""
+    """The local updates requested from a node in round `number`: its clients, by their position in the cohort."""
 
     number: int
     clients: Mapping[int, int]
 
 
 class Link(Protocol):
-    """How messages get to nodes and back."""
+    """The transport of messages between server and nodes."""
 
     def nodes(self) -> Sequence[str]:
-        """The nodes that can be asked now, by name."""
+        """Return the names of the nodes that are online."""
 
     def exchange(
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
     ) -> Mapping[str, bytes | LostNode]:
-        """Ask several nodes at once, and wait for their answers until the deadline.
+        """Send requests to several nodes at once, and wait for their answers until the deadline.
 
-        With `late_s` a node may answer for so long after it; `late` has its answer then.
+        With `late_s`, a node may answer up to `late_s` seconds after the deadline; `late` then returns its answer.
         """
 
     def late(self) -> Mapping[str, bytes | LostNode]:
-        """Answers that came after their exchange was over, and word of those that will never come, since the last look."""
+        """Return late answers, and nodes whose late answer will never come, since the last call."""
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
 
 
 class AcceptedUpdates:
-    """Which turns were accepted in which round, by client, in a file; so that devices and server agree on every client's state."""
+    """Record of the accepted updates of each client by round, kept in a file, so that devices and server agree on every client's state."""
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
@@ -87,16 +87,16 @@ class AcceptedUpdates:
             stored = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
             self._turns = {int(i): [(int(at), int(turn)) for at, turn in turns] for i, turns in stored.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RunFolderError(f"{file}: cannot be read as the record of turns: {error}") from None
+            raise RunFolderError(f"{file}: cannot be read as the record of accepted updates: {error}") from None
 
     def base(self, client: int, number: int) -> int:
-        """The client's last turn that was accepted before round `number`: its round, plus one; 0 where there is none."""
+        """Return the round of the client's last update accepted before round `number`, plus one, or 0 if there is none."""
         return max((turn + 1 for at, turn in self._turns.get(client, ()) if at < number), default=0)
 
     def accept(self, number: int, turns: Mapping[int, int], keep: int) -> None:
-        """Record what round `number` accepted, each client's turn by its round.
+        """Record the updates accepted in round `number`. `turns` gives the round in which each client made its update.
 
-        What came after it is forgotten (undone by resuming), and all before round `keep` but the last.
+        Later entries are removed (a resumed run discards them). Of entries before round `keep`, only the last one is kept.
         """
         for i in {*self._turns, *turns}:
             last = self.base(i, keep) - 1
@@ -104,13 +104,13 @@ class AcceptedUpdates:
         for i, turn in turns.items():
             self._turns[i].append((number, turn))
         if self._file:
-            beside = self._file.with_name(f".{self._file.name}.tmp")
-            beside.write_text(json.dumps(self._turns), encoding="utf-8")
-            beside.replace(self._file)
+            draft = self._file.with_name(f".{self._file.name}.tmp")
+            draft.write_text(json.dumps(self._turns), encoding="utf-8")
+            draft.replace(self._file)
 
 
 class FlowerEngine(Engine):
-    """Asks nodes; `fedloom.deploy` makes it, for it needs a federation that is up."""
+    """Engine that sends requests to nodes. `fedloom.deploy` creates it, because it needs a running federation."""
 
     def __init__(
         self,
@@ -121,33 +121,36 @@ class FlowerEngine(Engine):
         tell: Callable[[str], None],
         late_s: float = 0.0,
     ) -> None:
-        """`roster`: the clients of each node; `call`: what every request says; `tell`: takes a line about whatever was lost or refused.
+        """`roster`: the clients of each node; `call`: the part that all requests share; `tell`: receives a line for each lost or refused
+        message.
 
-        `late_s`: how long after its round's deadline a node's answer may come, to be taken in by a later round.
+        `late_s`: how many seconds after the deadline an answer may arrive and still be used in a later round.
         """
         super().__init__(problem)
         self._link, self._call, self._tell, self._late_s = link, call, tell, late_s
         self.turns = AcceptedUpdates()  # in memory, until the run has a folder
         self._roster, self._node_of = roster, {i: node for node, clients in roster.items() for i in clients}
-        self._overdue: dict[str, Errand] = {}  # nodes that are late, and what they are at work on
-        self._asked: set[int] = set()  # clients in the last round
-        self._safe = self._pending = 0  # states before these rounds are no longer needed; after the next train
+        self._overdue: dict[str, Errand] = {}  # late nodes, and what they are working on
+        self._asked: set[int] = set()  # clients that were asked in the last round
+        self._safe = self._pending = (
+            0  # states before round `_safe` are not needed; `_pending` replaces it at the next train
+        )
         self._done = 0
         missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
         if missing or len(self._node_of) != problem.task.n_clients:
             raise ConfigError(
-                f"clients={problem.task.n_clients}: the federation's nodes hold {len(self._node_of)} clients"
-                + (f", not client {missing[0]}" if missing else "")
+                f"clients={problem.task.n_clients}: the nodes of the federation have {len(self._node_of)} clients"
+                + (f", and client {missing[0]} is missing; see federation.toml" if missing else "")
             )
 
     @cached_property
     def _local(self) -> Sequential:
-        """For what the server itself scores."""
+        """Engine for evaluation on the server."""
         return Sequential(self.problem)
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        self._safe = self._pending  # the checkpoint of that round is whole by now
+        self._safe = self._pending  # the checkpoint of that round is complete now
         asked = {
             node: Errand(number, {slot: cohort[slot] for slot in slots})
             for node, slots in self._by_node(cohort, number + 1).items()
@@ -177,7 +180,7 @@ class FlowerEngine(Engine):
         return [reply for _, reply in turns]
 
     def busy(self) -> frozenset[int]:
-        """See `Engine.busy`: all clients of a node that is late."""
+        """See `Engine.busy`: all clients of late nodes."""
         return frozenset(i for node in self._overdue for i in self._roster[node])
 
     def asked(self, cohort: Sequence[int]) -> Sequence[int]:
@@ -188,28 +191,29 @@ class FlowerEngine(Engine):
         return Assignment(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
 
     def _by_node(self, cohort: Sequence[int], rounds: int) -> dict[str, list[int]]:
-        """Places in the cohort by node, for the nodes that are there; waits while there are none. `rounds`, this one included."""
+        """Return the positions in the cohort by node, for online nodes. Wait while no node is online. `rounds`: number of this round, from
+        1."""
         until = time.monotonic() + self._call.deadline_s
         wanted = {self._node_of[i] for i in cohort}
         while not (here := wanted & set(self._link.nodes())) and wanted and time.monotonic() < until:
             time.sleep(WAIT_S)
         for node in sorted(wanted - here):
-            self._tell(f"round {rounds}: {node} is not there")
+            self._tell(f"round {rounds}: {node} is not online")
         return {node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node] for node in sorted(here)}
 
     def _answers(self, requests: Mapping[str, bytes], late_s: float = 0.0) -> dict[str, bytes | LostNode]:
-        """What the nodes answered, in the order of the requests; without those who may still do so."""
+        """Return the nodes' answers in the order of the requests, except for nodes that may still answer."""
         if not requests:
             return {}
         found = self._link.exchange(requests, self._call.deadline_s, late_s)
         if late_s:
             for node in requests.keys() - found.keys():
-                self._tell(f"{node}: still at work after {self._call.deadline_s:g} s")
+                self._tell(f"{node}: not finished after {self._call.deadline_s:g} s")
             return {node: found[node] for node in requests if node in found}
         return {node: found.get(node, LostNode("no answer")) for node in requests}
 
     def _late_answers(self, wait: bool) -> Mapping[str, bytes | LostNode]:
-        """What came of nodes that are late; `wait`: for one of them, as there is nobody else to wait for."""
+        """Return the answers of late nodes. `wait`: wait for one, because no other node was asked."""
         until = time.monotonic() + self._call.deadline_s
         while self._overdue:
             if (found := self._link.late()) or not wait or time.monotonic() > until:
@@ -218,7 +222,7 @@ class FlowerEngine(Engine):
         return {}
 
     def _letters(self, answers: Mapping[str, bytes | LostNode], kind: type[H]) -> Iterable[tuple[str, Letter]]:
-        """The answers of the right kind; the others are reported."""
+        """Yield the answers of the expected kind; report the others."""
         for node, answer in answers.items():
             try:
                 if isinstance(answer, LostNode):
@@ -227,7 +231,7 @@ class FlowerEngine(Engine):
                 if isinstance(letter.header, NodeFailure):
                     raise WireError(letter.header.reason)
                 if not isinstance(letter.header, kind):
-                    raise WireError(f"an answer of another kind ({letter.header.kind})")
+                    raise WireError(f"the answer has an unexpected kind ({letter.header.kind})")
             except WireError as error:
                 self._tell(f"{node}: {error}")
                 continue
@@ -236,36 +240,36 @@ class FlowerEngine(Engine):
             yield node, letter
 
     def _replies(self, node: str, letter: Letter, errand: Errand) -> Iterable[Reply]:
-        """The turns of a node's answer that were asked for; what their uplinks hold is looked at where all engines' are."""
+        """Yield the requested updates in a node's answer. Their uplinks are checked later, as for all engines."""
         left, where = dict(errand.clients), f"{node}: round {errand.number + 1}"
         for turn in letter.header.turns:
             try:
                 if left.pop(turn.slot, None) != turn.client:
-                    raise WireError("nobody asked for this turn")
+                    raise WireError("this update was not requested")
                 self._check(turn)
                 yield _reply(letter, turn)
             except WireError as error:
                 self._tell(f"{where}, client {turn.client}: {error}")
         for i in left.values():
-            self._tell(f"{where}, client {i}: its turn is missing")
+            self._tell(f"{where}, client {i}: its update is missing")
 
     def _check(self, turn: Turned) -> None:
-        """Raise WireError for what cannot have come of a turn."""
+        """Raise WireError if an update reports impossible facts."""
         if turn.failure:
             raise WireError(turn.failure)
         n_rows, phases = self.problem.data.n_train(turn.client), self.problem.method.phases()
-        # its share of the mean; of a node with rows of its own that was away at the start none are known
+        # `examples` is the weight in the mean; 0 rows: the node has its own data and was offline at the start
         if turn.examples < 1 or (n_rows and turn.examples != n_rows):
-            raise WireError(f"it says that it trained on {turn.examples} rows, and has {n_rows or 'some'}")
+            raise WireError(f"it reports {turn.examples} training examples, but has {n_rows or 'at least 1'}")
         known = {phase.name for phase in phases} | {train.name for train in trains_of(phases)}
         of_logs = {name.partition(".")[0] for name in turn.logs}
         if strange := {*turn.steps, *turn.phase_seconds, *of_logs} - known:
-            raise WireError(f"it tells of '{min(strange)}', which is none of the method's phases")
+            raise WireError(f"it reports '{min(strange)}', which is not a phase of the method")
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. Clients that cannot be asked count no rows."""
+        """See `Engine.score`. Clients of nodes that are offline count no examples."""
         n_classes = self.problem.task.n_classes
         found = {i: {ask.name: none(n_classes) for ask in asks} for i in clients}
         questions = [Question(name=ask.name, rows=ask.rows, fitted=ask.fitted) for ask in asks]  # type: ignore[arg-type]
@@ -286,7 +290,8 @@ class FlowerEngine(Engine):
         return [found[i] for i in clients]
 
     def _most_rows(self, ask: ScoreRequest, i: int) -> npt.NDArray[np.int64]:
-        """How many rows of each class client `i` can have been asked about; of a node that was away at the start nothing is known."""
+        """Return the maximum number of examples of each class in client `i`'s score. No limit is known if its node was offline at the
+        start."""
         data = self.problem.data
         if not data.n_train(i):
             return np.full(data.n_classes, np.iinfo(np.int64).max)
@@ -295,32 +300,34 @@ class FlowerEngine(Engine):
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Rows per class, by split; one line per client."""
+        """Number of examples per class, by split, with one row per client."""
         data = self.problem.data
         labels, n_classes = data.dataset.labels, data.n_classes
         own = {split: data.partition.counts(labels, n_classes, split) for split in ("valid", "test")}
         return own | {"common": np.bincount(labels[data.partition.common], minlength=n_classes)[None]}
 
     def score_server(self, down: Downlink) -> Score:
-        """See `Engine.score_server`: here, on the rows that the server holds."""
+        """See `Engine.score_server`: computed on the server, on the examples that it has."""
         return self._local.score_server(down)
 
     def client(self, i: int) -> Client:
-        """Refused: states of clients never leave their device."""
-        raise ConfigError(f"client {i} lives on {self._node_of[i]}; what it keeps never leaves that device")
+        """Raise ConfigError: client states never leave their device."""
+        raise ConfigError(f"client {i} is on {self._node_of[i]}; its state never leaves that device")
 
     def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
-        """Refused, like `client`."""
-        raise ConfigError(f"client {i}'s model lives on {self._node_of[i]}; it never leaves that device")
+        """Raise ConfigError, like `client`."""
+        raise ConfigError(f"client {i}'s model is on {self._node_of[i]}, and never leaves that device")
 
     def changed(self) -> Iterable[int]:
-        """Nobody: checkpoints hold no states of clients, which stay on the devices; from now on older ones are not needed."""
+        """Return no clients: checkpoints contain no client states. Mark the states of earlier rounds as no longer needed."""
         self._pending = self._done
         return ()
 
     def restore(self, i: int, client: Client) -> None:
-        """Refused, like `client`: this run began on another engine."""
-        raise RunFolderError("this run's checkpoint holds clients' states: it was not made on devices")
+        """Raise RunFolderError: this run began on another engine."""
+        raise RunFolderError(
+            "this run's checkpoint has client states, so it was not made on devices; resume it with fedloom run --resume"
+        )
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -1,13 +1,13 @@
-"""A deployed federation as a folder: who takes part, keys and certificates, the app bundle, commands and service units.
+"""The folder of a deployed federation: its nodes, keys and certificates, the app bundle, commands and service units.
 
 ::
 
-    federation.toml   addresses, deadline, which node holds which clients
-    config.toml       the experiment, as for `fedloom run`
-    server/           stays on the server: certificate, key, the nodes' public keys, app/ (the bundle), fedloom-server.service
-    node-0/ ...       goes to that device: node.toml, its private key, the authority's certificate, fedloom-node.service
-    authority/        the authority's key: keep it offline, it is needed only for a new server certificate
-    README.md         the steps
+    federation.toml   addresses, deadlines, the clients of each node
+    config.toml       settings of the experiment, as for `fedloom run`
+    server/           for the server: certificate, key, public keys of the nodes, app/ (the bundle), fedloom-server.service
+    node-0/ ...       for that device: node.toml, its private key, the authority's certificate, fedloom-node.service
+    authority/        key of the authority: keep it offline; it is needed only for a new server certificate
+    README.md         instructions
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, to_toml
 from fedloom.deploy import texts
 from fedloom.deploy.certificates import (
+    Identity,
     certificate_bytes,
     key_bytes,
     new_authority,
@@ -52,7 +53,7 @@ class _File(BaseModel):
 
 
 class FederationFile(_File):
-    """`federation.toml`."""
+    """Contents of `federation.toml`."""
 
     host: str
     port: Port
@@ -64,12 +65,12 @@ class FederationFile(_File):
 
     @property
     def address(self) -> str:
-        """What nodes connect to."""
+        """Address that nodes connect to."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class NodeFile(_File):
-    """`node.toml`."""
+    """Contents of `node.toml`."""
 
     name: str
     server: str
@@ -79,10 +80,10 @@ class NodeFile(_File):
 
 
 class Deployment:
-    """A federation's folder, as the server sees it."""
+    """The folder of a federation, on the server."""
 
     def __init__(self, path: Path) -> None:
-        """Open the folder. Raises ConfigError where it is none, or not whole."""
+        """Open the folder. Raise ConfigError if it is not a federation's folder, or is incomplete."""
         self.path = path
         self.server = path / "server"
         self.file = read_file(path / "federation.toml", FederationFile, "a federation's folder")
@@ -90,33 +91,33 @@ class Deployment:
         own = (self.server / "ca.crt", self.server / "runtime.secret")
         for file in (*own, *map(self.public_key, self.file.nodes)):
             if not os.access(file, os.R_OK):
-                raise ConfigError(f"{file}: it is missing, or not readable for this user; the server needs it")
+                raise ConfigError(f"{file}: is missing or not readable by this user; the server needs it")
 
     @property
     def superlink(self) -> str:
-        """Where the SuperLink listens, on the server alone."""
+        """Address of the SuperLink, which is reachable only on the server itself."""
         return f"127.0.0.1:{self.file.superlink_port}"
 
     @property
     def n_clients(self) -> int:
-        """Clients on all nodes."""
+        """Number of clients on all nodes."""
         return sum(map(len, self.file.nodes.values()))
 
     def public_key(self, node: str) -> Path:
-        """The file with a node's public key."""
+        """Return the file with a node's public key."""
         return self.server / "keys" / f"{node}.pub"
 
     def write_flwr_config(self) -> None:
-        """Tell Flower's own commands where the SuperLink is: on this port, with the certificate where this folder is now."""
+        """Write the config of Flower's own commands, with the SuperLink's current port and certificate file."""
         file = self.server / "flwr/config.toml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(texts.flwr_config(self.superlink, self.server / "ca.crt"), encoding="utf-8")
 
 
 def read_file(path: Path, model: type[M], what: str) -> M:
-    """A TOML file as a model. Raises ConfigError in one line."""
+    """Read a TOML file into a model. Raise ConfigError if it is missing or wrong."""
     if not path.is_file():
-        raise ConfigError(f"{path.parent} is not {what}: it holds no {path.name}")
+        raise ConfigError(f"{path.parent} is not {what}: {path.name} is missing")
     try:
         return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except ValidationError as error:
@@ -137,57 +138,66 @@ def create_deployment(
     ports: Mapping[str, int] | None = None,
     runtime: Sequence[int] = (),
 ) -> Deployment:
-    """Write a new federation's folder.
+    """Write the folder of a new federation.
 
     Args:
-        values: the experiment's tables; its clients are dealt to the nodes in turn, as evenly as can be.
-        hosts: the server's names and addresses, the first of which nodes connect to.
+        values: tables of the experiment's settings. Its clients are split across the nodes as evenly as possible.
+        hosts: host names or addresses of the server; nodes connect to the first.
         ports: `proxy` and `superlink`; default 9092 and 9091.
-        runtime: a port for each node's own processes; default 9094, for each is on a machine of its own.
+        runtime: a port for the processes of each node; default 9094, since each node is on a separate machine.
 
     Raises:
-        ConfigError: the folder holds something already, or values that cannot be.
+        ConfigError: the folder is not empty, or a value is not possible.
     """
     settings = deployable(make_settings(values))
     check_plan(settings, n_nodes, hosts)
     _make_empty(path)
     ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
-    nodes = _dealt(settings.clients or n_nodes, n_nodes)
+    nodes = _clients_by_node(settings.clients or n_nodes, n_nodes)
     federation = FederationFile(host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], nodes=nodes)
     authority = new_authority()
-    server = new_server(authority, list(dict.fromkeys([*hosts, *LOOPBACK])))
     write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation.model_dump()))
     write_new(path / "config.toml", to_toml(settings))
     write_new(path / "authority/ca.key", key_bytes(authority.key), secret=True)
     write_new(path / "authority/ca.crt", certificate_bytes(authority))
-    write_new(path / "server/ca.crt", certificate_bytes(authority))
-    write_new(path / "server/server.crt", certificate_bytes(server))
-    write_new(path / "server/server.key", key_bytes(server.key), secret=True)
-    write_new(path / "server/runtime.secret", secrets.token_hex(32), secret=True)
-    write_new(path / "server/app/pyproject.toml", texts.APP_PROJECT)
-    write_new(path / "server/app/fedloom_app.py", texts.APP_CODE)
-    write_new(path / "server/fedloom-server.service", texts.server_unit(path.resolve(), sys.executable))
+    _write_server(path, authority, hosts)
     for place, (name, clients) in enumerate(nodes.items()):
-        folder = path / name
-        private, public = node_key_bytes(new_node_key())
         port = runtime[place] if runtime else 9094
-        node = {"name": name, "server": federation.address, "runtime_port": port, "clients": clients, "data": "config"}
-        write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node))
-        write_new(folder / "node.key", private, secret=True)
-        write_new(path / f"server/keys/{name}.pub", public)
-        write_new(folder / "ca.crt", certificate_bytes(authority))
-        write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
-        write_new(folder / "fedloom-node.service", texts.node_unit(name))
-        for file in code_files(settings):
-            write_new(folder / "code" / file.name, file.read_bytes())
+        node = NodeFile(name=name, server=federation.address, runtime_port=port, clients=clients)
+        _write_node(path, authority, node, code_files(settings))
     made = Deployment(path)
     made.write_flwr_config()
     write_new(path / "README.md", texts.readme(made.file, path.resolve().name))
     return made
 
 
+def _write_server(path: Path, authority: Identity, hosts: Sequence[str]) -> None:
+    """Write the server's part of the folder, except for the nodes' public keys."""
+    server, folder = new_server(authority, list(dict.fromkeys([*hosts, *LOOPBACK]))), path / "server"
+    write_new(folder / "ca.crt", certificate_bytes(authority))
+    write_new(folder / "server.crt", certificate_bytes(server))
+    write_new(folder / "server.key", key_bytes(server.key), secret=True)
+    write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
+    write_new(folder / "app/pyproject.toml", texts.APP_PROJECT)
+    write_new(folder / "app/fedloom_app.py", texts.APP_CODE)
+    write_new(folder / "fedloom-server.service", texts.server_unit(path.resolve(), sys.executable))
+
+
+def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[Path]) -> None:
+    """Write a node's folder, and its public key for the server."""
+    folder, (private, public) = path / node.name, node_key_bytes(new_node_key())
+    write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node.model_dump()))
+    write_new(folder / "node.key", private, secret=True)
+    write_new(path / f"server/keys/{node.name}.pub", public)
+    write_new(folder / "ca.crt", certificate_bytes(authority))
+    write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
+    write_new(folder / "fedloom-node.service", texts.node_unit(node.name))
+    for file in code:
+        write_new(folder / "code" / file.name, file.read_bytes())
+
+
 def _make_empty(path: Path) -> None:
-    """Make a folder, or take an empty one; raises ConfigError where something is already."""
+    """Create a folder unless it exists and is empty. Raise ConfigError if it is not empty."""
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         if not taken:
@@ -195,38 +205,38 @@ def _make_empty(path: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; choose another folder") from None
     if taken:
-        raise ConfigError(f"{path}: there is something already; nothing is overwritten, choose another folder")
+        raise ConfigError(f"{path}: exists and is not empty; choose another folder")
 
 
 def deployable(settings: Settings) -> Settings:
-    """The settings as they are run on devices; refuses what cannot be deployed."""
+    """Return the settings for a run on devices. Raise ConfigError if they cannot be deployed."""
     if settings.checkpoint_every < 1:
         raise ConfigError("checkpoint_every=0: a deployed run must be resumable; use 1 or more")
     if settings.engine.name not in ("auto", "flower"):
         raise ConfigError(
-            f"engine={settings.engine.name}: a federation on devices has an engine of its own; leave it out"
+            f"engine={settings.engine.name}: a federation on devices always uses its own engine; remove this setting"
         )
     method, name = make_method(settings.method), settings.method.name
     if method.exchanges:
         raise ConfigError(
-            f"method={name}: its clients exchange parts of their uplinks, and devices talk to the server alone"
+            f"method={name}: cannot be deployed, because its clients exchange parts of their uplinks and devices connect only to the server"
         )
     check_stragglers(settings, method)
     if method.pooled:
-        raise ConfigError(f"method={name}: pools all rows in one place, which devices never do")
+        raise ConfigError(f"method={name}: cannot be deployed, because it pools the examples of all clients")
     if settings.join.clients:
-        raise ConfigError("join.clients: clients that join later are not for devices; begin a run that counts them in")
+        raise ConfigError("join.clients: clients cannot join later on devices; include them in `clients` of a new run")
     engine = settings.engine.model_copy(update={"name": "flower"})
     return settings.model_copy(update={"engine": engine})
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The tables of a federation's `config.toml`."""
+    """Return the tables of a federation's `config.toml`."""
     return read_toml(path / "config.toml")
 
 
 def code_files(settings: Settings) -> list[Path]:
-    """The Python files that the settings name (`my.py:Mine`), which lie side by side in a node's `code` folder.
+    """Return the Python files that the settings name (`my.py:Mine`). Nodes keep them in one folder, `code`.
 
     Raises:
         ConfigError: a file is missing, or two have the same name.
@@ -239,19 +249,19 @@ def code_files(settings: Settings) -> list[Path]:
             continue
         file = Path(name.rpartition(":")[0])
         if not file.is_file():
-            raise ConfigError(f"{key}={name}: there is no file {file}")
+            raise ConfigError(f"{key}={name}: file {file} does not exist")
         if found.setdefault(file.name, file).resolve() != file.resolve():
             raise ConfigError(
-                f"{found[file.name]} and {file}: must have different names; nodes keep them in one folder"
+                f"{found[file.name]} and {file}: file names must differ, because nodes keep these files in one folder; rename one"
             )
     return list(found.values())
 
 
 def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:
-    """Raises ConfigError for what cannot be deployed, before anything is written or started."""
+    """Raise ConfigError if the plan cannot be deployed. Call this before anything is written or started."""
     if settings.clients is None:
         raise ConfigError(
-            "clients: say how many clients the federation has (partition=natural, file and own cannot tell before)"
+            "clients: set the number of clients; with partition=natural, file or own it is not known in advance"
         )
     if not 1 <= n_nodes <= settings.clients:
         raise ConfigError(f"--nodes {n_nodes}: must be from 1 to the number of clients ({settings.clients})")
@@ -262,7 +272,7 @@ def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK
 
 
 def is_ipv6(host: str) -> bool:
-    """Whether this is an IPv6 address, for all machines alike (`fe80::1%eth0` is not)."""
+    """Return whether this is an IPv6 address that means the same on all machines (unlike `fe80::1%eth0`)."""
     try:
         return ipaddress.ip_address(host).version == 6 and "%" not in host
     except ValueError:
@@ -273,10 +283,10 @@ def _check_roster(path: Path, nodes: Mapping[str, Sequence[int]]) -> None:
     every = [i for clients in nodes.values() for i in clients]
     if not every or sorted(every) != list(range(len(every))):
         raise ConfigError(
-            f"{path / 'federation.toml'}: nodes: every client from 0 to K - 1 must be on one node, not {sorted(every)}"
+            f"{path / 'federation.toml'}: nodes: each client from 0 to K - 1 must be on one node, but they are {sorted(every)}"
         )
 
 
-def _dealt(clients: int, n_nodes: int) -> dict[str, list[int]]:
+def _clients_by_node(clients: int, n_nodes: int) -> dict[str, list[int]]:
     bounds = [clients * k // n_nodes for k in range(n_nodes + 1)]
     return {f"node-{k}": list(range(bounds[k], bounds[k + 1])) for k in range(n_nodes)}

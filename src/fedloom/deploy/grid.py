@@ -1,4 +1,4 @@
-"""The server's end of the line: nodes as a `Link`, over Flower's grid, from this very process."""
+"""A `Link` to the nodes over Flower's grid, for the server's process."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
 from fedloom.deploy.services import flower_environment
 from fedloom.errors import UsageError, WireError
 
-REJOIN_S = 60.0  # how long to wait then for the nodes that were there before
-POLL_S = 0.3  # between two looks for answers
-REOPEN_S = 180.0  # how long to wait for a SuperLink that is gone
+REJOIN_S = 60.0  # how long to wait for nodes to reconnect after that
+POLL_S = 0.3  # interval between checks for answers
+REOPEN_S = 180.0  # how long to wait for a SuperLink that is not reachable
 T = TypeVar("T")
-TASK_S = 30.0  # how long Flower may take to turn a run into a task
+TASK_S = 30.0  # how long Flower may take to create the task of a run
 GONE = (httpx.HTTPError, RunNotRunningException)
 
 
 class LinkError(UsageError):
-    """The SuperLink cannot be reached, or refuses us."""
+    """The SuperLink cannot be reached, or refuses a request."""
 
 
 class GridLink:
-    """One Flower run after another: when the SuperLink was away, a new one is begun and the exchange is repeated.
+    """A link over Flower runs. If the SuperLink was unreachable, a new Flower run is started and the exchange is repeated.
 
-    Repeating is safe: every request names the states that it starts from.
+    Repeating is safe, because every request names the states to start from.
     """
 
     def __init__(self, deployment: Deployment, tell: Callable[[str], None]) -> None:
-        """Begin a run. Raises LinkError where no SuperLink answers."""
+        """Start a Flower run. Raise LinkError if no SuperLink answers."""
         self._deployment, self._tell = deployment, tell
         self._names = {_pem(deployment.public_key(node).read_bytes()): node for node in deployment.file.nodes}
         self._ids: dict[str, int] = {}
-        # late nodes by the message that they may answer, and until when
+        # late nodes and their time limits, by message
         self._overdue: dict[str, tuple[str, float]] = {}
         self._gone: dict[str, LostNode] = {}  # late nodes whose answer will never come
         self._grid: HttpGrid
@@ -58,8 +58,8 @@ class GridLink:
         self._open()
 
     def nodes(self) -> Sequence[str]:
-        """See `Link.nodes`: those of this federation that are online."""
-        return self._steadily(self._online)
+        """See `Link.nodes`: the online nodes of this federation."""
+        return self._with_retries(self._online)
 
     def _online(self) -> Sequence[str]:
         now = time.time()
@@ -74,11 +74,11 @@ class GridLink:
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float = 0.0
     ) -> Mapping[str, bytes | LostNode]:
         """See `Link.exchange`."""
-        return self._steadily(lambda: self._exchange(requests, deadline_s, late_s))
+        return self._with_retries(lambda: self._exchange(requests, deadline_s, late_s))
 
     def late(self) -> Mapping[str, bytes | LostNode]:
         """See `Link.late`."""
-        found = self._steadily(self._late)
+        found = self._with_retries(self._late)
         lost, self._gone = self._gone, {}
         return {**found, **lost}
 
@@ -90,25 +90,27 @@ class GridLink:
         for message, (node, until) in list(self._overdue.items()):
             if time.monotonic() > until:
                 del self._overdue[message]
-                found[node] = LostNode("no answer, though it was waited for")
+                found[node] = LostNode("no answer within the extra time for late answers")
         return found
 
     def _exchange(
         self, requests: Mapping[str, bytes], deadline_s: float, late_s: float
     ) -> Mapping[str, bytes | LostNode]:
         here = self._online() if requests.keys() - self._ids.keys() else self._ids
-        answers: dict[str, bytes | LostNode] = {node: LostNode("is not there") for node in requests if node not in here}
+        answers: dict[str, bytes | LostNode] = {
+            node: LostNode("is not online") for node in requests if node not in here
+        }
         asked = [node for node in requests if node in here]
         ttl = deadline_s + late_s
         messages = [Message(as_record(requests[node]), self._ids[node], "train", ttl=ttl) for node in asked]
-        waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))  # nodes by the message they answer
+        waiting = dict(zip(self._grid.push_messages(messages), asked, strict=True))  # nodes by message
         none, until = LostNode(f"no answer within {deadline_s:g} s"), time.monotonic() + deadline_s
         while waiting and time.monotonic() < until:
             for reply in self._grid.pull_messages(list(waiting)):
                 node = waiting.pop(reply.metadata.reply_to_message_id)
                 late = (
                     not late_s and time.monotonic() > until - 2
-                )  # Flower has dropped the message, and says so in its own words
+                )  # Flower has dropped the message; report our own reason
                 answers[node] = none if late and reply.has_error() else _answer(reply)
             if waiting:
                 time.sleep(POLL_S)
@@ -117,14 +119,14 @@ class GridLink:
             return answers
         return answers | dict.fromkeys(waiting.values(), none)
 
-    def _steadily(self, work: Callable[[], T]) -> T:
-        """Do a piece of work; where the SuperLink goes away, wait for it, begin a new run, and do it again."""
+    def _with_retries(self, work: Callable[[], T]) -> T:
+        """Do a piece of work. If the SuperLink is unreachable, wait for it, start a new Flower run, and repeat the work."""
         until = time.monotonic() + REOPEN_S
         while True:
             try:
                 return work()
             except GONE as error:
-                self._tell(f"the SuperLink is gone ({_short(error)}); waiting for it")
+                self._tell(f"the SuperLink is not reachable ({_short(error)}); waiting for it")
                 self._drop()
                 self._reopen(until)
 
@@ -143,18 +145,18 @@ class GridLink:
                 time.sleep(2)
 
     def _open(self) -> None:
-        """Begin a Flower run, take its task, and connect."""
+        """Start a Flower run, take its task, and connect."""
         place = read_place(self._deployment.server, self._deployment.superlink, "flwr-serverapp", tls=True)
         run = _start_run(self._deployment)
         with place.client() as tasks:
             until = time.monotonic() + TASK_S
             while not (task := take_task(tasks, TaskType.SERVER_APP)) or task.run != run:
-                if task:  # left over from a run that was killed before it began
+                if task:  # from a run that was killed before it started
                     with place.client(task.token) as old:
-                        finish_task(old, "nobody works on this run any more")
+                        finish_task(old, "this run was abandoned")
                 if time.monotonic() > until:
                     raise LinkError(
-                        f"the SuperLink at {self._deployment.superlink} started no run; another one may be at work"
+                        f"the SuperLink at {self._deployment.superlink} did not start the run; another run may be active"
                     )
                 time.sleep(POLL_S)
         self._grid = HttpGrid(self._deployment.superlink, False, place.ca, token=task.token)
@@ -167,22 +169,24 @@ class GridLink:
         self._heart.start()
 
     def _drop(self) -> None:
-        """Forget the run, whatever state it is in, and with it the messages under way."""
-        self._gone |= {node: LostNode("its late answer went with the SuperLink") for node, _ in self._overdue.values()}
+        """Drop the Flower run, whatever its state, and its messages in flight."""
+        self._gone |= {
+            node: LostNode("its late answer was lost with the SuperLink") for node, _ in self._overdue.values()
+        }
         self._overdue = {}
         if self._heart.is_running:
             self._heart.stop()
         self._grid.close()
 
     def close(self) -> None:
-        """See `Link.close`: the Flower run is completed."""
+        """See `Link.close`: completes the Flower run."""
         with suppress(*GONE):
             finish_task(self._grid._runtime_client)
         self._drop()
 
 
 def _start_run(deployment: Deployment) -> int:
-    """Ask the SuperLink for a run; its number."""
+    """Ask the SuperLink to start a run, and return its number."""
     command = ["flwr", "run", str(deployment.server / "app"), "fedloom", "--format", "json"]
     environment = flower_environment((deployment.server / "flwr").resolve())
     try:
@@ -196,7 +200,7 @@ def _start_run(deployment: Deployment) -> int:
 
 
 def register_nodes(deployment: Deployment) -> None:
-    """Tell the SuperLink the nodes' public keys; those it knows already stay. Raises LinkError."""
+    """Register the nodes' public keys with the SuperLink. Keys that are already registered stay. Raise LinkError."""
     environment = flower_environment((deployment.server / "flwr").resolve())
     for node in deployment.file.nodes:
         command = ["flwr", "supernode", "register", str(deployment.public_key(node)), "fedloom", "--format", "json"]

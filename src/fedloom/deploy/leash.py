@@ -1,6 +1,6 @@
-"""`python -P leash.py COMMAND ...`: becomes COMMAND, and ends when the process that started it ends, however that ends.
+"""`python -P leash.py COMMAND ...`: run COMMAND in this process, and end it when its parent process ends for any reason.
 
-Run by its path, so that nothing heavy is imported on the way.
+This file is run by its path, so that no heavy package is imported.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def hold() -> None:
-    """End this process when its parent ends (Linux; elsewhere nothing happens)."""
+    """Make this process end when its parent ends (Linux only; elsewhere this has no effect)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent ended before prctl
         os.kill(os.getpid(), signal.SIGTERM)
 
 

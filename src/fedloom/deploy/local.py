@@ -1,4 +1,4 @@
-"""A whole federation on this machine, for as long as a block lasts: TLS, node keys, a server and nodes as processes of their own."""
+"""A complete federation on this machine, with TLS and node keys. Server and nodes are separate processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedloom.deploy.grid import LinkError
 from fedloom.deploy.server import is_open
 from fedloom.deploy.services import end_group, flower_environment, free_ports, leashed
 
-START_S = 90.0  # how long a busy machine may take to bring the server up
+START_S = 90.0  # how long the server may take to start on a busy machine
 
 
 class LocalFederation:
@@ -33,7 +33,7 @@ class LocalFederation:
         until = time.monotonic() + START_S
         while not is_open(self.deployment):
             if self.processes["server"].poll() is not None or time.monotonic() > until:
-                raise LinkError(f"the server did not come up:\n{self.log('server')[-2000:]}")
+                raise LinkError(f"the server did not start:\n{self.log('server')[-2000:]}")
             time.sleep(0.2)
 
     def start_node(self, node: str) -> None:
@@ -52,14 +52,14 @@ class LocalFederation:
             )
 
     def log(self, name: str) -> str:
-        """What a process has printed."""
+        """Return the output of a process."""
         return self._log(name).read_text(encoding="utf-8", errors="replace")
 
     def _log(self, name: str) -> Path:
         return self.deployment.path / f"{name}.log"
 
     def end(self) -> None:
-        """End all processes, the nodes first."""
+        """End all processes, nodes first."""
         running = list(reversed(self.processes.values()))
         for process in running:
             process.terminate()
@@ -70,10 +70,10 @@ class LocalFederation:
 
 @contextmanager
 def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | None = None) -> Iterator[LocalFederation]:
-    """A federation that is up; whatever happens in the block, no process outlives it.
+    """Start a federation for the duration of the block. No process outlives the block.
 
     Args:
-        folder: where its files go and stay; default: a temporary folder that goes with the block.
+        folder: folder for its files, which is kept; default: a temporary folder, which is deleted after the block.
     """
     place = folder or Path(tempfile.mkdtemp(prefix="fedloom-federation-")) / "federation"
     proxy, superlink, *runtime = free_ports(2 + n_nodes)

@@ -1,7 +1,7 @@
-"""What the server and a node say to each other: a JSON header that is validated, and trees of tensors in our wire format.
+"""Messages between the server and a node: a validated JSON header, and trees of tensors in our wire format.
 
-An envelope is `fedloom1`, the header's length (8 bytes, little-endian), the header, and the parts, one after another, in safetensors; their
-lengths are in the header. Nothing is ever unpickled; whatever does not fit is refused with a `WireError` that says why.
+An envelope consists of `fedloom1`, the header's length (8 bytes, little-endian), the header, and the parts in safetensors format, whose
+lengths are in the header. Nothing is ever unpickled. Anything invalid raises a `WireError` that gives the reason.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fedloom.wire.messages import check_depth, decode, encode
 
 MAGIC = b"fedloom1"
 MAX_HEADER = 64 * 2**20  # bytes
-EMPTY = "/"  # ends the path of a branch without tensors
+EMPTY = "/"  # suffix of the path of a branch without tensors
 
-MAX_ROWS = 10_000_000  # of one node; the server keeps a label for each
-MAX_LOGS = 100  # of one turn; each becomes a column, and a plot
-Whole = Annotated[int, Field(ge=0, lt=2**31)]  # no number that a table or a sum cannot hold
+MAX_ROWS = 10_000_000  # per node; the server keeps a label for each
+MAX_LOGS = 100  # per client update; each becomes a column and a plot
+Whole = Annotated[int, Field(ge=0, lt=2**31)]  # small enough for tables and sums
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# `phase.log`; the run's own numbers have no point in their names
+# `phase.log`; names of the run's own metrics have no dot
 LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
 Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
-MAX_WORDS = 1000  # characters of a line that a person reads
+MAX_WORDS = 1000  # maximum length of a line of text, in characters
 
 
 def _readable(words: str) -> str:
-    """The words as one line of bounded length that does nothing to a terminal."""
+    """Return text as one line of limited length without control characters."""
     return "".join(c if c.isprintable() else " " for c in words[:MAX_WORDS])
 
 
@@ -49,7 +49,7 @@ class _Strict(BaseModel):
 
 
 class Part(_Strict):
-    """A tree in the envelope: its bytes, and the paths of its leaves (and of its empty branches) in order."""
+    """A tree in the envelope: its size in bytes, and the paths of its leaves and empty branches in order."""
 
     name: str
     n_bytes: Annotated[int, Field(ge=0)]
@@ -57,9 +57,9 @@ class Part(_Strict):
 
 
 class Assignment(_Strict):
-    """A client that is asked: its place in the cohort, the round in which its state must have been committed last, and what to keep.
+    """A requested client: its position in the cohort, the state to start from, and the oldest state to keep.
 
-    `base` and `keep` are round numbers plus one; 0 is the initial state.
+    `base` is the round whose state to start from, `keep` the round of the oldest state to keep, both plus one; 0 is the initial state.
     """
 
     client: Whole
@@ -76,12 +76,12 @@ class Question(_Strict):
     fitted: bool
 
     def request(self) -> ScoreRequest:
-        """The request."""
+        """Return the `ScoreRequest`."""
         return ScoreRequest(self.name, self.rows, self.fitted)
 
 
 class Call(_Strict):
-    """What every request says: which run, its settings as TOML, the classes' names, the shape of an input, and how long to work at most."""
+    """The part that all requests share: run, settings as TOML, class names, input shape, and time limit."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     config: str
@@ -91,14 +91,14 @@ class Call(_Strict):
 
 
 class Hello(_Strict):
-    """Asks a node who it is."""
+    """Ask a node for its clients and data."""
 
     kind: Literal["hello"] = "hello"
     call: Call
 
 
 class TrainMessage(_Strict):
-    """Asks clients to take their turns. Parts: `common`, and `each-<slot>` where members are sent trees of their own."""
+    """Ask clients for local updates. Parts: `common`, and `each-<slot>` for members that are sent their own trees."""
 
     kind: Literal["train"] = "train"
     call: Call
@@ -107,7 +107,7 @@ class TrainMessage(_Strict):
 
 
 class ScoreMessage(_Strict):
-    """Asks for scores of clients. Part: `common`."""
+    """Ask for scores of clients. Part: `common`."""
 
     kind: Literal["score"] = "score"
     call: Call
@@ -117,7 +117,7 @@ class ScoreMessage(_Strict):
 
 
 class Present(_Strict):
-    """Who a node is: its clients, and for rows of its own how many of each class there are, by split ("train", "valid", "test")."""
+    """A node's clients. For nodes with their own data, also the number of examples of each class, by split ("train", "valid", "test")."""
 
     kind: Literal["present"] = "present"
     clients: list[Whole]
@@ -126,7 +126,7 @@ class Present(_Strict):
 
 
 class Turned(_Strict):
-    """A client's turn: done (its uplink is the part named by its slot), or failed, and why."""
+    """A client's local update: done (its uplink is the part named by its slot), or failed with a reason."""
 
     client: Whole
     slot: Whole
@@ -140,7 +140,7 @@ class Turned(_Strict):
 
 
 class Trained(_Strict):
-    """What came of a `TrainRequest`."""
+    """The answer to a `TrainMessage`."""
 
     kind: Literal["trained"] = "trained"
     turns: list[Turned]
@@ -148,16 +148,16 @@ class Trained(_Strict):
 
 
 class Counted(_Strict):
-    """A score on its way: per class, rows predicted rightly, and rows."""
+    """A score in a message: numbers of correctly predicted examples and of all examples, by class."""
 
     right: Counts
     rows: Counts
 
     def score(self, most: npt.NDArray[np.int64]) -> Score:
-        """The score; raises WireError where the counts cannot be: more than `most` rows of a class, or more right than there are."""
+        """Return the score. Raise WireError for impossible counts: more than `most` examples of a class, or more correct than all."""
         right, rows = np.array(self.right, np.int64), np.array(self.rows, np.int64)
         if not right.shape == rows.shape == most.shape or (right > rows).any() or (rows > most).any():
-            raise WireError("scores that cannot be")
+            raise WireError("its scores have impossible counts")
         return Score(right, rows)
 
 
@@ -170,7 +170,7 @@ class Scored(_Strict):
 
 
 class NodeFailure(_Strict):
-    """A node could do nothing of what was asked."""
+    """The answer of a node that could not carry out a request."""
 
     kind: Literal["failed"] = "failed"
     reason: Words
@@ -182,21 +182,21 @@ Header = Annotated[
 
 
 class Letter(NamedTuple):
-    """An opened envelope."""
+    """A decoded envelope."""
 
     header: Any  # one of the models above
     trees: Mapping[str, bytes]  # encoded
     paths: Mapping[str, Sequence[str]]
 
     def tree(self, name: str) -> Tree:
-        """A part as a tree, its leaves and empty branches in the order in which they were sent. Raises WireError where there is none."""
+        """Return a part as a tree, with leaves and empty branches in the order sent. Raise WireError if there is no such part."""
         if name not in self.trees:
             raise WireError(f"the message has no part '{name}'")
         return _in_order(dict(tree.flatten(decode(self.trees[name]))), self.paths[name])
 
 
 def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
-    """An envelope."""
+    """Encode a header and trees as an envelope."""
     encoded = {name: encode(value) for name, value in trees.items()}
     parts = [{"name": name, "n_bytes": len(data), "paths": list(_paths(trees[name]))} for name, data in encoded.items()]
     text = json.dumps({"header": header.model_dump(mode="python"), "parts": parts}).encode()
@@ -204,23 +204,23 @@ def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
 
 
 def open_envelope(data: bytes) -> Letter:
-    """The letter in an envelope.
+    """Decode an envelope.
 
     Raises:
-        WireError: says what is wrong with the bytes.
+        WireError: the bytes are not a valid message; the error gives the reason.
     """
     if data[: len(MAGIC)] != MAGIC:
-        raise WireError(f"{len(data)} bytes that are no fedloom message")
+        raise WireError(f"{len(data)} bytes are not a fedloom message")
     start = len(MAGIC) + 8
     length = int.from_bytes(data[len(MAGIC) : start], "little")
     if length > min(MAX_HEADER, len(data) - start):
-        raise WireError(f"a message of {len(data)} bytes that was cut off in its header")
+        raise WireError(f"the message of {len(data)} bytes is cut off in its header")
     try:
         content = _CONTENT.validate_json(data[start : start + length])
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise WireError(f"a header that is not understood: {where}: {first['msg']}") from None
+        raise WireError(f"the header is not valid: {where}: {first['msg']}") from None
     return Letter(content.header, *_cut(content.parts, data, start + length))
 
 
@@ -234,13 +234,13 @@ _CONTENT = TypeAdapter(_Content)
 
 def _cut(parts: Sequence[Part], data: bytes, start: int) -> tuple[dict[str, bytes], dict[str, list[str]]]:
     if sum(part.n_bytes for part in parts) != len(data) - start:
-        raise WireError(f"a message of {len(data)} bytes that was cut off, or holds more than it says")
+        raise WireError(f"the message of {len(data)} bytes is cut off or longer than its header says")
     trees: dict[str, bytes] = {}
     for part in parts:
         trees[part.name] = data[start : start + part.n_bytes]
         start += part.n_bytes
     if len(trees) != len(parts):
-        raise WireError("a message with two parts of one name")
+        raise WireError("the message has two parts of the same name")
     return trees, {part.name: part.paths for part in parts}
 
 
@@ -256,7 +256,7 @@ def _paths(value: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 def _in_order(leaves: Mapping[str, Any], paths: Sequence[str]) -> Tree:
     if {path for path in paths if not path.endswith(EMPTY)} != leaves.keys():
-        raise WireError("a part that does not hold what its header says")
+        raise WireError("a part does not have the tensors that its header lists")
     check_depth(paths)
     made: Tree = {}
     for path in paths:
@@ -265,6 +265,6 @@ def _in_order(leaves: Mapping[str, Any], paths: Sequence[str]) -> Tree:
         for branch in branches:
             node = node.setdefault(branch, {})
             if not isinstance(node, dict):
-                raise WireError(f"'{path}' lies below a tensor")
+                raise WireError(f"'{path}' is inside a tensor")
         node[last] = {} if path.endswith(EMPTY) else leaves[path]
     return made

@@ -1,9 +1,9 @@
-"""The only door of a federation: forwards Flower's node API (`/v1/fleet/...`) to the SuperLink, and refuses everything else.
+"""The public entry point of a federation: forwards Flower's node API (`/v1/fleet/...`) to the SuperLink, and refuses everything else.
 
-The SuperLink serves its control API on the same port as its node API, without asking who calls; whoever reaches it can start runs and
-register nodes. It therefore listens on the loopback alone, and nodes meet this proxy, with the same certificate.
+The SuperLink serves its control API on the same port as its node API, without authentication: anyone who reaches it can start runs and
+register nodes. It therefore listens only on the loopback interface. Nodes connect to this proxy, which has the same certificate.
 
-Run by its path, so that neither torch nor the rest of fedloom is imported.
+This file is run by its path, so that neither torch nor the rest of fedloom is imported.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 ALLOWED = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
-MAX_BODY = 64 * 2**20  # bytes; Flower cuts tensors into chunks of 5 MB
+MAX_BODY = 64 * 2**20  # bytes; Flower splits tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 TIMEOUT_S = 60.0
 HEADER_S = 10.0  # for a TLS handshake, and for the whole header of a request
 MAX_CONNECTIONS = 800  # with httpx's 100 to the SuperLink, below the 1024 files that a process may usually open
-MAX_HELD = 2**30  # bytes of all bodies together: nobody is known before a body has been read
+MAX_HELD = 2**30  # bytes of all bodies together; senders are not authenticated before the body is read
 
 
 def allowed(method: str, path: bytes) -> bool:
-    """Whether a request may pass: a POST to one of the node API's plain paths, with nothing escaped or relative in it."""
+    """Return whether a request is forwarded: a POST to a plain path of the node API, without escapes or relative parts."""
     return method == "POST" and ALLOWED.fullmatch(path) is not None
 
 
 def make_app(upstream: str, client: httpx.AsyncClient) -> Starlette:
-    """The proxy as an ASGI application.
+    """Return the proxy as an ASGI application.
 
     Args:
         upstream: the SuperLink, such as `https://127.0.0.1:9091`.
-        client: what reaches it.
+        client: HTTP client for connections to the SuperLink.
     """
     return Starlette(routes=[Route("/{path:path}", _Forward(upstream, client))])
 
 
 class _Forward:
-    """Answers every request, whatever its method."""
+    """Answer requests of any method."""
 
     def __init__(self, upstream: str, client: httpx.AsyncClient) -> None:
         self._upstream, self._client = upstream, client
-        self._held = 0  # bytes of the bodies that are being read and handed on
+        self._held = 0  # bytes of bodies that are being read and forwarded
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
@@ -63,7 +63,7 @@ class _Forward:
     async def _answer(self, request: Request) -> Response:
         path = request.scope.get("raw_path") or b""
         if not allowed(request.method, path) or request.url.query:
-            return PlainTextResponse("not here", 403)
+            return PlainTextResponse("forbidden", 403)
         body = bytearray()
         try:
             return await self._forward(request, path.decode(), body)
@@ -91,16 +91,16 @@ class _Forward:
 
 
 class Door(H11Protocol):
-    """One connection: cut off when it is one too many, or when it has begun and no whole header of a request is there in time.
+    """One connection. It is closed if there are too many connections, or if the header of a request does not arrive in time.
 
-    uvicorn has neither limit: its own for idle connections begins after an answer and ends with the next byte, and its `limit_concurrency`
-    answers 503 to requests, but keeps connections that send none.
+    uvicorn has neither limit. Its timeout for idle connections starts after an answer and stops at the next byte, and its
+    `limit_concurrency` answers 503 to requests but keeps connections that send nothing.
     """
 
     _cut: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock, or refuse."""
+        """Start the timeout, or close the connection if there are too many."""
         super().connection_made(transport)
         if len(self.connections) > MAX_CONNECTIONS:
             transport.abort()
@@ -108,12 +108,12 @@ class Door(H11Protocol):
             self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the clock where this completes a header; start it where it is a part of one, or what is left of a refused body."""
+        """Stop the timeout if this completes a header. Start it for part of a header, or for the rest of a refused body."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the timeout."""
         super().connection_lost(exc)
         self._stop()
 
@@ -130,17 +130,17 @@ class Door(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, with a limit for TLS handshakes, for which it has no setting."""
+    """uvicorn's server with a timeout for TLS handshakes, for which uvicorn has no setting."""
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         loop = asyncio.get_running_loop()
         loop.create_server = partial(loop.create_server, ssl_handshake_timeout=HEADER_S)  # type: ignore[method-assign]
         await super().startup(sockets)
 
 
 def make_server(host: str, port: int, superlink_port: int, folder: Path) -> Server:
-    """A federation's proxy, to be run; `folder` holds the certificate and its authority's."""
+    """Return a federation's proxy, ready to run. `folder` has its certificate and the authority's certificate."""
     trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
     client = httpx.AsyncClient(verify=trust, timeout=TIMEOUT_S, trust_env=False)
     config = uvicorn.Config(

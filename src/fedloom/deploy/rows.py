@@ -1,4 +1,4 @@
-"""Rows that live on devices: a node reads its own, and the server knows of them by their number alone."""
+"""Data on devices: a node reads its own examples, and the server knows only their numbers."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ NONE = np.empty(0, np.int64)
 def read_own(
     folder: Path, clients: Sequence[int], settings: Settings, classes: Sequence[str], input_shape: Sequence[int]
 ) -> Federation:
-    """A node's own rows as a federation in which the other nodes' clients have none.
+    """Return a node's own examples as a federation in which clients of other nodes have none.
 
-    `folder` holds the client's rows, or for several clients a folder `client-<number>` each: parquet files (train.parquet, perhaps
-    test.parquet), or pictures in folders named by class, perhaps below `train` and `test`. Without test rows some of the others are
-    set apart (`partition.test_fraction`, default 0.25), from a stream of the run's seed.
+    `folder` has the client's data or, for several clients, a folder `client-<number>` each. Data are parquet files (train.parquet, and
+    test.parquet if any) or pictures in folders named by class, which may be in `train` and `test`. Without test examples, a fraction of
+    the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
 
     Raises:
-        DataError: rows that are missing, of classes that the server does not know, or of another shape.
+        DataError: data are missing, have classes that the server lacks, or have another shape.
     """
     refuse_pooled_statistics(settings)
     pools = [_read(place, settings) for place in _places(folder, clients)]
     for pool, place in zip(pools, _places(folder, clients), strict=True):
         if pool.input_shape != tuple(input_shape):
-            raise DataError(f"{place}: inputs of shape {pool.input_shape}, the server's are {tuple(input_shape)}")
+            raise DataError(
+                f"{place}: inputs have shape {pool.input_shape}, but the server's have {tuple(input_shape)}"
+            )
     labels = torch.cat([_renamed(pool, classes) for pool in pools])
     images = torch.cat([pool.images for pool in pools])
     whole = Dataset(
@@ -58,17 +60,17 @@ def read_own(
 
 
 def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[str, list[int]]]:
-    """How many rows of each class these clients have, by split."""
+    """Return the number of examples of each class, by client and split."""
     labels, n_classes = federation.dataset.labels, federation.n_classes
     every = {split: federation.partition.counts(labels, n_classes, split) for split in SPLITS}
     return {i: {split: every[split][i].tolist() for split in SPLITS} for i in clients}
 
 
 class Remote(Federation):
-    """What the server knows of rows on devices: how many there are of each class. It holds the common rows, and no others."""
+    """The server's view of data on devices: numbers of examples of each class. Only examples of the common test set are available."""
 
     def __init__(self, held: Dataset, counts: Counts, settings: Settings) -> None:
-        """`held`: the server's own rows; those of its test split are the common ones, or all where there is none."""
+        """`held`: the server's own examples. Its test examples are the common test set, or all of them if it has no test examples."""
         refuse_pooled_statistics(settings)
         common = np.arange(held.n_train if held.n_train < held.n_rows else 0, held.n_rows)
         parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
@@ -89,23 +91,25 @@ class Remote(Federation):
         )  # fmt: skip
 
     def rows(self, index: Any) -> tuple[Tensor, Tensor]:
-        """See `Federation.rows`: of the common rows alone.
+        """See `Federation.rows`: only for the common test set.
 
         Raises:
-            DataError: rows of clients stay on their devices.
+            DataError: an example of a client was requested; they stay on their devices.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:
-            raise DataError("rows of clients stay on their devices; the server knows how many there are, and no more")
+            raise DataError("examples of clients stay on their devices; the server knows only their numbers")
         return self._held.rows(chosen)
 
 
 def refuse_pooled_statistics(settings: Settings) -> None:
-    """Nobody sees all rows, so nothing can be computed from them before the first round."""
+    """Raise ConfigError for settings that need the examples of all clients in one place."""
     if settings.data.normalise == "standard":
-        raise ConfigError("data.normalise=standard: needs all rows in one place; on devices use half or none")
+        raise ConfigError("data.normalise=standard: needs the examples of all clients; on devices use half or none")
     if settings.data.augment == "resized-crop-flip-once":
-        raise ConfigError("data.augment=resized-crop-flip-once: is not for rows on devices; use resized-crop-flip")
+        raise ConfigError(
+            "data.augment=resized-crop-flip-once: needs the examples of all clients; on devices use resized-crop-flip"
+        )
 
 
 def _partition(parts: Mapping[str, Sequence[Any]], common: Any) -> Partition:
@@ -115,18 +119,18 @@ def _partition(parts: Mapping[str, Sequence[Any]], common: Any) -> Partition:
 
 def _n_clients(settings: Settings) -> int:
     if settings.clients is None:
-        raise ConfigError("clients: say how many clients the whole federation has")
+        raise ConfigError("clients: set the number of clients of the whole federation")
     return settings.clients
 
 
 def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: this node's rows are not there: no such folder")
+        raise DataError(f"{folder}: folder with this node's data does not exist; set data in node.toml")
     if len(clients) == 1:
         return [folder]
     for i in clients:
         if not (folder / f"client-{i}").is_dir():
-            raise DataError(f"{folder}: no folder 'client-{i}' with the rows of client {i}")
+            raise DataError(f"{folder}: folder 'client-{i}' with the data of client {i} is missing")
     return [folder / f"client-{i}" for i in clients]
 
 
@@ -137,7 +141,7 @@ def _read(folder: Path, settings: Settings) -> Dataset:
     train, test = folder / "train", folder / "test"
     parts = [_pictures(place) for place in ((train, test) if train.is_dir() else (folder,)) if place.is_dir()]
     if not parts[0]:
-        raise DataError(f"{folder}: neither train.parquet nor folders of pictures named by their class")
+        raise DataError(f"{folder}: has neither train.parquet nor folders of pictures named by class")
     files = [file for part in parts for file in part]
     classes = tuple(sorted({file.parent.name for file in files}))
     encoded = ((str(file), file.read_bytes()) for file in files)
@@ -154,7 +158,7 @@ def _renamed(pool: Dataset, classes: Sequence[str]) -> Tensor:
     places = {name: place for place, name in enumerate(classes)}
     unknown = [pool.classes[c] for c in sorted(set(pool.labels.tolist())) if pool.classes[c] not in places]
     if unknown:
-        raise DataError(f"rows of class '{unknown[0]}', which the server does not know; it has {', '.join(classes)}")
+        raise DataError(f"class '{unknown[0]}' is unknown to the server, whose classes are {', '.join(classes)}")
     return torch.tensor([places.get(name, -1) for name in pool.classes])[pool.labels]
 
 

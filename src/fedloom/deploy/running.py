@@ -1,4 +1,4 @@
-"""An experiment on a federation that is up."""
+"""Run an experiment on a running federation."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from fedloom.experiment.build import arithmetic, make_dataset, make_federation
 from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 
-TURNS = "turns.json"  # in a run's folder: which turns were accepted
+TURNS = "turns.json"  # in the run folder: record of accepted updates
 Tell = Callable[[str], None]
 
 
 def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell: Tell) -> Experiment:
-    """A new run: asks the nodes who they are, and writes the run's folder."""
+    """Start a new run: ask the nodes for their clients and data, and write the run folder."""
     settings = deployable(make_settings(values))
     run = secrets.token_hex(8)
     return _experiment(deployment, settings, run=run, link=link, tell=tell, folder=None)
 
 
 def resume_deployed(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
-    """An interrupted run, from its last checkpoint; the nodes take up the states that belong to it."""
+    """Resume an interrupted run from its last checkpoint. The nodes restore the client states of that checkpoint."""
     folder = RunFolder.open(path)
     if (path / "summary.json").exists():
-        raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
+        raise RunFolderError(f"{path}: this run is finished and cannot be resumed")
     try:
         run = json.loads((path / DEPLOYED).read_text(encoding="utf-8"))["run"]
     except (OSError, ValueError, KeyError, TypeError):
         raise RunFolderError(
-            f"{path}: this run was not made on devices; continue it with: fedloom run --resume {path}"
+            f"{path}: this run was not made on devices; resume it with: fedloom run --resume {path}"
         ) from None
     settings = make_settings(read_toml(path / "config.toml"))
     experiment = _experiment(deployment, settings, run=run, link=link, tell=tell, folder=folder)
@@ -54,10 +54,12 @@ def _experiment(
     deployment: Deployment, settings: Settings, run: str, link: Link, tell: Tell, folder: RunFolder | None
 ) -> Experiment:
     if settings.clients != deployment.n_clients:
-        raise ConfigError(f"clients={settings.clients}: the nodes of {deployment.path} hold {deployment.n_clients}")
+        raise ConfigError(
+            f"clients={settings.clients}: the nodes of {deployment.path} have {deployment.n_clients} clients"
+        )
     if settings.engine.device != "cpu":
         raise ConfigError(
-            f"engine.device={settings.engine.device}: nodes of a deployment compute on their CPUs; leave it out"
+            f"engine.device={settings.engine.device}: nodes of a deployment compute on CPUs; remove this setting"
         )
     with arithmetic(settings):
         federation, call = _meet(deployment, settings, run, link, tell)
@@ -75,7 +77,7 @@ def _experiment(
 
 
 def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell: Tell) -> tuple[Federation, Call]:
-    """What the nodes say of themselves, and the federation as the server sees it."""
+    """Ask the nodes for their clients and data. Return the server's view of the federation, and the part that all requests share."""
     _wait_for(deployment, link, tell)
     held = make_dataset(settings)
     call = Call(
@@ -92,14 +94,14 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
     if own != present.keys():
         others = ", ".join(sorted(present.keys() - own))
         raise ConfigError(
-            f"{', '.join(sorted(own))} have rows of their own, and {others} those of the config; mend node.toml"
+            f"{', '.join(sorted(own))} have their own data, but {others} use the config's; correct data in node.toml"
         )
     counts = {int(i): each for who in present.values() for i, each in who.counts.items()}
     return Remote(held, counts, settings), call
 
 
 def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
-    """Wait for all nodes, but not for ever; one must be there."""
+    """Wait for all nodes for a limited time. Raise ConfigError if none is online."""
     wanted, until, told = set(deployment.file.nodes), time.monotonic() + deployment.file.join_s, False
     while (missing := wanted - set(link.nodes())) and time.monotonic() < until:
         if not told:
@@ -107,9 +109,11 @@ def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
             told = True
         time.sleep(0.5)
     if missing == wanted:
-        raise ConfigError(f"no node is online; start them with: fedloom deploy node {deployment.path / min(wanted)}")
+        raise ConfigError(
+            f"no node is online; start the nodes with: fedloom deploy node {deployment.path / min(wanted)}"
+        )
     if missing:
-        tell(f"going on without {', '.join(sorted(missing))}")
+        tell(f"continuing without {', '.join(sorted(missing))}")
 
 
 def _introductions(
@@ -118,7 +122,7 @@ def _introductions(
     hello, file = seal(Hello(call=call), {}), deployment.file
     found: dict[str, Present] = {}
     reasons: list[str] = []
-    wait_s = max(file.join_s, file.deadline_s)  # nodes may be held by a run that was killed, until Flower gives it up
+    wait_s = max(file.join_s, file.deadline_s)  # nodes may be busy with a killed run until Flower drops it
     for node, answer in link.exchange(dict.fromkeys(nodes, hello), wait_s).items():
         try:
             found[node] = _introduction(deployment, node, answer, call)
@@ -137,9 +141,9 @@ def _introduction(deployment: Deployment, node: str, answer: bytes | LostNode, c
     if isinstance(header, NodeFailure):
         raise WireError(header.reason)
     if not isinstance(header, Present):
-        raise WireError(f"an answer of another kind ({header.kind})")
+        raise WireError(f"the answer has an unexpected kind ({header.kind})")
     if header.clients != deployment.file.nodes[node]:
-        raise WireError(f"it holds clients {header.clients}, and federation.toml says {deployment.file.nodes[node]}")
+        raise WireError(f"it has clients {header.clients}, but federation.toml has {deployment.file.nodes[node]}")
     _check_counts(header, call)
     return header
 
@@ -147,10 +151,10 @@ def _introduction(deployment: Deployment, node: str, answer: bytes | LostNode, c
 def _check_counts(header: Present, call: Call) -> None:
     wanted = {str(i) for i in header.clients} if header.own_rows else set()
     if header.counts.keys() != wanted:
-        raise WireError("its counts of rows are not those of its clients")
+        raise WireError("its example counts are not for its own clients")
     for splits in header.counts.values():
         if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.classes) for c in splits.values()):
-            raise WireError("its counts of rows are not one per split and class")
+            raise WireError("its example counts are not by split and class")
     n_rows = sum(sum(each) for splits in header.counts.values() for each in splits.values())
     if n_rows > MAX_ROWS:
-        raise WireError(f"it says that it holds {n_rows} rows; at most {MAX_ROWS} are allowed")
+        raise WireError(f"it reports {n_rows} examples; at most {MAX_ROWS} are allowed")

@@ -1,8 +1,7 @@
-"""Flower's Runtime API, as far as we use it: whoever holds the secret takes tasks, and works on each with the task's own token.
+"""The part of Flower's Runtime API that we use: with the secret, a process takes tasks; with the task's token, it works on one.
 
-Flower would start a process per task, which would run the code of the app bundle. With `--isolation process` it leaves that to others:
-here the node's agent and the server's own process take the tasks, so torch is imported once, and no code that came over the network
-is ever run.
+By default Flower starts a process for each task, which runs the code of the app bundle. With `--isolation process` other processes take
+the tasks: here, the node's agent and the server's process. Torch is thus imported only once, and code from the network is never run.
 """
 
 from __future__ import annotations
@@ -25,11 +24,12 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 
-RETRY_S = 20.0  # how long a call is repeated while nobody answers
+RETRY_S = 20.0  # how long a call is repeated without an answer
 
 
 class Endpoint(NamedTuple):
-    """A Runtime API: its address, its certificate's authority (None: on the loopback, without TLS), the secret for taking tasks."""
+    """A Runtime API: its address, the certificate of its authority (None on the loopback interface, without TLS), and the secret for
+    taking tasks."""
 
     address: str
     ca: bytes | None
@@ -37,7 +37,7 @@ class Endpoint(NamedTuple):
     component: str
 
     def client(self, token: str | None = None) -> RuntimeHttpClient:
-        """A connection, for taking tasks or, with its token, for one task."""
+        """Return a connection for taking tasks or, with a token, for working on one task."""
         access = (
             RuntimeTokenHttpInterceptor(token)
             if token
@@ -55,16 +55,16 @@ class Endpoint(NamedTuple):
 
 
 class TaskToken(NamedTuple):
-    """A task that was taken."""
+    """The run and the token of a task."""
 
     run: int
     token: str
 
 
 def patient() -> RetryInvoker:
-    """Repeats calls while nobody answers, for a while; answers that refuse are final.
+    """Return a policy that repeats calls for a limited time if there is no answer. Refusals are not repeated.
 
-    (Flower's own would go on for ever, or end this process.)
+    Flower's own policy would repeat calls forever, or end this process.
     """
     return RetryInvoker(
         wait_gen_factory=lambda: exponential(max_delay=2),
@@ -75,20 +75,20 @@ def patient() -> RetryInvoker:
 
 
 def take_task(client: RuntimeHttpClient, kind: TaskType) -> TaskToken | None:
-    """The oldest task of a kind that waits, or None."""
+    """Take the oldest waiting task of a kind. Return None if there is none."""
     found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
     return TaskToken(found.task.run_id, found.token) if found.token else None
 
 
 def read_place(folder: Path, address: str, component: str, *, tls: bool) -> Endpoint:
-    """The Runtime API that `runtime.secret` and `ca.crt` in a folder belong to."""
+    """Return the Runtime API at an address, with `runtime.secret` and `ca.crt` of a folder."""
     ca = (folder / "ca.crt").read_bytes() if tls else None
     return Endpoint(address, ca, (folder / "runtime.secret").read_bytes(), component)
 
 
 @contextmanager
 def beating(client: RuntimeHttpClient) -> Iterator[None]:
-    """Tell Flower that a task is being worked on, while it lasts."""
+    """Send heartbeats for a task to Flower during the block."""
     sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
     sender.start()
     try:
@@ -99,6 +99,6 @@ def beating(client: RuntimeHttpClient) -> Iterator[None]:
 
 
 def finish_task(client: RuntimeHttpClient, failure: str = "") -> None:
-    """Say how a task ended."""
+    """Report the end of a task to Flower."""
     status = SubStatus.FAILED if failure else SubStatus.COMPLETED
     client.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=failure))

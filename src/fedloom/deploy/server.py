@@ -1,4 +1,4 @@
-"""The server's programs: Flower's SuperLink on the loopback, and the proxy in front of it, kept running."""
+"""The programs of the server: Flower's SuperLink on the loopback interface and the proxy in front of it, restarted if they end."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedloom.deploy.grid import LinkError, register_nodes
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
 
 log = logging.getLogger("fedloom.experiment.server_hooks")
-START_S = 60.0  # how long the SuperLink may take to come up
+START_S = 60.0  # how long the SuperLink may take to start
 
 
 def superlink_command(deployment: Deployment) -> list[str]:
-    """The SuperLink's command line."""
+    """Return the command line of the SuperLink."""
     own = deployment.server
     return [
         "flower-superlink", "--host", "127.0.0.1", "--port", str(deployment.file.superlink_port), "--enable-supernode-auth",
@@ -29,14 +29,14 @@ def superlink_command(deployment: Deployment) -> list[str]:
 
 
 def proxy_command(deployment: Deployment) -> list[str]:
-    """The proxy's command line."""
+    """Return the command line of the proxy."""
     file = deployment.file
     listens, _ = proxy_hosts(file.host)
     return [*script("proxy"), listens, str(file.port), str(file.superlink_port), str(deployment.server)]
 
 
 def proxy_hosts(host: str) -> tuple[str, str]:
-    """Where the proxy of a federation at `host` listens, and where this machine itself meets it."""
+    """Return the address on which the proxy of `host` listens, and the address by which this machine connects to it."""
     if host == "localhost":
         return "127.0.0.1", "127.0.0.1"
     try:
@@ -52,8 +52,8 @@ def run_server(deployment: Deployment) -> None:
     """Run SuperLink and proxy until SIGTERM or Ctrl-C."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     for port in (deployment.file.superlink_port, deployment.file.port):
-        require_free(port, "is the server running already? (ports are in federation.toml)")
-    deployment.write_flwr_config()  # ports may be new, and the folder in another place
+        require_free(port, "is the server already running? To change ports, edit federation.toml")
+    deployment.write_flwr_config()  # ports may have changed, and the folder may have moved
     home = (deployment.server / "flwr").resolve()
     superlink = Service(
         "flower-superlink", superlink_command(deployment), flower_environment(home), deployment.server / "superlink.log"
@@ -66,7 +66,7 @@ def run_server(deployment: Deployment) -> None:
             _wait(deployment, superlink, over)
             if not over.is_set():
                 register_nodes(deployment)
-                log.info("the federation is open at %s", deployment.file.address)
+                log.info("the federation is ready at %s", deployment.file.address)
             while not over.wait(0.5):
                 for service in (superlink, proxy):
                     if line := service.tend():
@@ -77,7 +77,7 @@ def run_server(deployment: Deployment) -> None:
 
 
 def is_open(deployment: Deployment) -> bool:
-    """Whether SuperLink and proxy both answer with their certificate."""
+    """Return whether SuperLink and proxy both answer with a valid certificate."""
     context = ssl.create_default_context(cafile=str(deployment.server / "ca.crt"))
     file = deployment.file
     try:
@@ -97,5 +97,5 @@ def _wait(deployment: Deployment, superlink: Service, over: threading.Event) -> 
     while not over.is_set() and not is_open(deployment):
         ended = superlink.process is None or superlink.process.poll() is not None
         if ended or time.monotonic() > until:
-            raise LinkError(f"the server did not come up; see superlink.log and proxy.log in {deployment.server}")
+            raise LinkError(f"the server did not start; see superlink.log and proxy.log in {deployment.server}")
         over.wait(0.3)

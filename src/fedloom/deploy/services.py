@@ -1,4 +1,4 @@
-"""Processes that are kept running: started in a group of their own, restarted with a growing pause, ended as a whole."""
+"""Processes that are kept running. Each is started in a new process group, restarted after increasing pauses, and ended with its group."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import IO
 
 from fedloom.errors import ConfigError
 
-PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # before a restart; the last one for all that follow
-STEADY_S = 90.0  # a process that ran so long starts with the first pause again
-GRACE_S = 10.0  # between asking a group to end and ending it
+PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before restarts; the last one repeats
+STEADY_S = 90.0  # after running this long, a process gets the first pause again
+GRACE_S = 10.0  # between SIGTERM and SIGKILL
 
 
 def flower_environment(home: Path | None = None) -> dict[str, str]:
-    """The environment for Flower's programs: found beside this Python, and silent (nothing is reported or looked up elsewhere)."""
+    """Return the environment for Flower's programs: found next to this Python, without telemetry and update checks."""
     own = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_TELEMETRY_ENABLED": "0",
@@ -34,7 +34,7 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
 
 
 def free_ports(n: int) -> list[int]:
-    """Ports on the loopback that nobody uses now, all different."""
+    """Return `n` different free ports on the loopback interface."""
     sockets = [socket.socket() for _ in range(n)]
     try:
         for each in sockets:
@@ -46,7 +46,7 @@ def free_ports(n: int) -> list[int]:
 
 
 def require_free(port: int, hint: str) -> None:
-    """Raise ConfigError where somebody uses a port on the loopback."""
+    """Raise ConfigError if a port on the loopback interface is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -56,17 +56,17 @@ def require_free(port: int, hint: str) -> None:
 
 
 def leashed(command: Sequence[str]) -> list[str]:
-    """The command, so that it ends when this process does."""
+    """Return a command that ends when this process ends."""
     return [*script("leash"), *command]
 
 
 def script(name: str) -> list[str]:
-    """The start of a command that runs a module of this package by its path, without importing fedloom."""
+    """Return the beginning of a command that runs a module of this package by its path, without importing fedloom."""
     return [sys.executable, "-P", str(Path(__file__).with_name(f"{name}.py"))]
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
-    """End a process that leads a group, and all that is left of the group."""
+    """End the leader of a process group and all other processes of the group."""
     for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, sign)
@@ -78,13 +78,13 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> Non
             continue
     try:
         process.wait(5)
-        os.killpg(process.pid, signal.SIGKILL)  # whoever outlived the leader
+        os.killpg(process.pid, signal.SIGKILL)  # processes that outlived the leader
     except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
         pass
 
 
 class Service:
-    """One program that is kept running, its output in a file."""
+    """A program that is kept running, with its output in a file."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.name, self._command, self._environment, self._log = name, leashed(command), dict(environment), log
@@ -93,7 +93,7 @@ class Service:
         self._started = self._next = 0.0
 
     def start(self) -> None:
-        """Start the program in a group of its own."""
+        """Start the program in a new process group."""
         self._log.parent.mkdir(parents=True, exist_ok=True)
         out: IO[bytes]
         with self._log.open("ab") as out:
@@ -108,7 +108,7 @@ class Service:
         self._started = time.monotonic()
 
     def tend(self) -> str | None:
-        """Restart the program when it has ended and its pause is over; a line when it has just ended."""
+        """Restart the program if it has ended and its pause is over. Return a log line if it has just ended."""
         if self.process is None:
             if time.monotonic() >= self._next:
                 self.start()
@@ -121,7 +121,7 @@ class Service:
         self._failures = 1 if now - self._started > STEADY_S else self._failures + 1
         pause = PAUSES_S[min(self._failures, len(PAUSES_S)) - 1]
         self.process, self._next = None, now + pause
-        return f"{self.name} ended (exit code {code}, see {self._log}); it starts again in {pause:g} s"
+        return f"{self.name} ended (exit code {code}, see {self._log}); restarting in {pause:g} s"
 
     def end(self) -> None:
         """End the program, and its group."""
@@ -132,7 +132,7 @@ class Service:
 
 @contextmanager
 def ended_by_signals() -> Iterator[threading.Event]:
-    """An event that SIGTERM, SIGINT and SIGHUP set, so that whoever runs services can end them in order."""
+    """Yield an event that SIGTERM, SIGINT and SIGHUP set, so that services can be stopped in order."""
     over = threading.Event()
 
     def finish(number: int, frame: FrameType | None) -> None:

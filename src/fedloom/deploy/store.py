@@ -1,4 +1,4 @@
-"""What a node's clients keep between rounds: a file per client and committed round, in safetensors, replaced in one step."""
+"""Client states on a node between rounds: one safetensors file per client and committed round, written atomically."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SUFFIX = ".safetensors"
 
 
 class NodeStore:
-    """Clients' states by round: a state is labelled with the round after which it holds, plus one; label 0 is the initial state.
+    """Client states by round. The label of a state is the round that produced it, plus one; label 0 is the initial state.
 
-    A turn in round r writes label r + 1 and leaves the others, until the server says that it no longer needs them. So a turn that the
-    server never accepted is undone by asking for the label before it.
+    A client update in round r writes label r + 1. Older states are kept until the server no longer needs them. The server discards an
+    update that it did not accept by asking for the label before it.
     """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path) -> None:
@@ -26,17 +26,17 @@ class NodeStore:
         self._members: Mapping[int, Assignment] = {}
         self._number = 0
         self.notes: list[str] = []
-        """What the server should know of."""
+        """Notes for the server."""
 
     def turn_to(self, number: int, members: Iterable[Assignment]) -> None:
-        """Serve a request: these clients, as they were before round `number`."""
+        """Prepare for a request for these clients in round `number`."""
         self._number, self._members, self.notes = number, {member.client: member for member in members}, []
 
     def get(self, i: int) -> Client:
-        """See `Store.get`: the state with the label that was asked for. Where it is missing the client begins anew, with a note.
+        """See `Store.get`: the state with the requested label. If it is missing, the client starts from its initial state, with a note.
 
         Raises:
-            WireError: a file that does not hold what this client keeps.
+            WireError: the file does not have the state of this client.
         """
         base, blank = self._members[i].base, self._blank(i)
         file = self._file(i, base)
@@ -44,22 +44,22 @@ class NodeStore:
             return blank
         if not file.is_file():
             self.notes.append(
-                f"client {i} begins anew: its state after round {base} is not on this node ({self._found(i)})"
+                f"client {i} starts from its initial state: its state after round {base} is not on this node ({self._found(i)})"
             )
             return blank
         template = blank._asdict()
         return Client(**tree.merge(template, decode(file.read_bytes(), expect=template)))
 
     def put(self, i: int, client: Client) -> None:
-        """See `Store.put`: commit the state after this round, and drop those that nobody needs any more."""
+        """See `Store.put`: commit the state after this round, and delete states that are no longer needed."""
         file = self._file(i, self._number + 1)
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f".{file.name}.tmp")
-        with beside.open("wb") as out:
+        draft = file.with_name(f".{file.name}.tmp")
+        with draft.open("wb") as out:
             out.write(encode(client._asdict()))
             out.flush()
             os.fsync(out.fileno())
-        beside.replace(file)
+        draft.replace(file)
         for label in self.labels(i):
             if label < self._members[i].keep or label > self._number + 1:
                 self._file(i, label).unlink(missing_ok=True)
@@ -69,7 +69,7 @@ class NodeStore:
         return sorted(int(folder.name.removeprefix("client-")) for folder in self._folder.glob("client-*"))
 
     def labels(self, i: int) -> list[int]:
-        """The labels of a client's states that are there, in order."""
+        """Return the labels of a client's stored states, in order."""
         return sorted(int(file.name.removesuffix(SUFFIX)) for file in self._file(i, 0).parent.glob(f"[0-9]*{SUFFIX}"))
 
     def _file(self, i: int, label: int) -> Path:
@@ -77,4 +77,4 @@ class NodeStore:
 
     def _found(self, i: int) -> str:
         labels = self.labels(i)
-        return f"there are those after rounds {', '.join(map(str, labels))}" if labels else "there are none"
+        return f"it has states after rounds {', '.join(map(str, labels))}" if labels else "it has no states"

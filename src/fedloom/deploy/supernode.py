@@ -1,15 +1,14 @@
-"""Flower's SuperNode, with two things mended in its loop.
+"""Flower's SuperNode with two corrections to its loop.
 
-It looks for messages twice a second. Flower's own waits three seconds after every look that found nothing (a constant), which would be most
-of a round: every round has two messages, one for training and one for scoring.
+It checks for messages twice a second. Flower's own loop waits a constant three seconds after each check that found nothing. That would be
+most of a round, because each round has two messages, one for training and one for scoring.
 
-A message whose run ends while its parts are being fetched is dropped with its task. Flower's own does so after every other error, yet says
-that a run is over by a `BaseException`, which passes its cleaning up: the task stayed, without a message, and kept the node for
-ten minutes.
+A message whose run ends while its parts are fetched is dropped together with its task. Flower does this after all other errors. But the end
+of a run raises a `BaseException`, which skips that clean-up: the task remained without a message, and blocked the node for ten minutes.
 
-Where a later Flower has another loop, the first does nothing (rounds take longer), and the second shows in its test.
+If a later version of Flower has another loop, the first correction has no effect (rounds take longer), and the test of the second fails.
 
-Run by its path, so that neither torch nor the rest of fedloom is imported.
+This file is run by its path, so that neither torch nor the rest of fedloom is imported.
 """
 
 import time
@@ -25,12 +24,12 @@ POLL_S = 0.5
 
 
 def quick_sleep(seconds: float) -> None:
-    """Sleep for so long, but not longer than a look is worth waiting for."""
+    """Sleep for `seconds`, but at most `POLL_S`."""
     time.sleep(min(seconds, POLL_S))
 
 
 def cleaning(store: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Flower's `_pull_and_store_message`, to which the end of a run while it fetches is an error as any other."""
+    """Wrap Flower's `_pull_and_store_message` so that the end of a run during a fetch is an ordinary error."""
 
     def stored(*, pull_object: Callable[..., Any], confirm_message_received: Callable[..., Any], **rest: Any) -> Any:
         return store(
@@ -45,7 +44,7 @@ def _failing(call: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return call(*args)
         except RunNotRunningException as over:
-            raise RuntimeError("its run is over") from over
+            raise RuntimeError("the run of this message is over") from over
 
     return called
 

@@ -1,4 +1,4 @@
-"""The text of the files in a federation's folder."""
+"""Texts of the files in a federation's folder."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import Any
 import tomli_w
 
 FEDERATION = """\
-# host, port: where nodes reach this federation (the proxy; open this port in the firewall, no other).
-# superlink_port: Flower's SuperLink, which listens on 127.0.0.1 alone.
-# deadline_s: how long a round waits for its nodes; join_s: how long a run waits at its start for nodes that are missing.
-# late_s: with devices.stragglers=late, how long after deadline_s an answer may come, to count in a later round.
-# nodes: which clients each node holds; every client from 0 to K - 1 is on one node.
+# host, port: address of the proxy, to which nodes connect. Open only this port in the firewall.
+# superlink_port: port of Flower's SuperLink, which listens only on 127.0.0.1.
+# deadline_s: how long a round waits for its nodes, in seconds. join_s: how long a run waits at its start for missing nodes.
+# late_s: with devices.stragglers=late, how long after deadline_s an answer may arrive and still count in a later round.
+# nodes: the clients of each node. Every client from 0 to K - 1 must be on exactly one node.
 
 """
 
 NODE = """\
-# server: the federation's address.  runtime_port: for this node's own processes, on 127.0.0.1 alone.
-# clients: their numbers in the federation, as in the server's federation.toml.
-# data: a folder with this device's rows (train.parquet, test.parquet; or pictures in folders named by class; with several clients a
-#       folder client-<number> each), or "config": the rows that the run's config deals to these clients (for tests on one machine).
+# server: address of the federation. runtime_port: port for this node's own processes, only on 127.0.0.1.
+# clients: numbers of this node's clients, as in the server's federation.toml.
+# data: folder with this device's data: train.parquet and test.parquet, or pictures in folders named by class; with several clients, a
+#       folder client-<number> for each. Or "config": the examples that the run's config gives these clients (for tests on one machine).
 
 """
 
 APP_PROJECT = """\
-# Flower starts a run by naming a bundle. This one holds no code that runs: nodes and server bring fedloom along, and never execute it.
+# Flower needs a bundle to start a run. This bundle is never executed: nodes and server run their installed fedloom.
 [project]
 name = "fedloom-app"
 version = "1.0.0"
@@ -45,7 +45,7 @@ clientapp = "fedloom_app:client"
 """
 
 APP_CODE = '''\
-"""Placeholders that Flower's bundle must name. They are never executed: see docs/deployment.md of fedloom."""
+"""Placeholders for Flower's bundle. They are never executed; see fedloom's docs/deployment.md."""
 
 from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
@@ -64,12 +64,12 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-# it runs as root, unless a user is named here, who must own {folder}
+# The service runs as root unless a user is set here. That user must own {folder}.
 # User=fedloom
 ExecStart={command}
 Restart=always
 RestartSec=5
-# systemd 254 and newer: 5 s at first, a minute in the end; older ones say that they do not know these, and wait 5 s each time
+# systemd 254 and newer increase the pause from 5 s to a minute; older versions log a warning and always wait 5 s.
 RestartSteps=6
 RestartMaxDelaySec=60
 KillMode=control-group
@@ -85,8 +85,61 @@ WantedBy=multi-user.target
 """
 
 
+_README = """\
+# A federation on devices
+
+Nodes connect to the server at `{address}` over TLS. Each node authenticates with its key.
+
+| node | clients |
+|---|---|
+{nodes}
+
+1. Install fedloom with `pip install "fedloom[flower]"` on the server and on every device.
+2. Move `authority/` to a safe offline place. It is needed only to create a new server certificate.
+3. On the server, open only port {port} (TCP) in the firewall. Start Flower's SuperLink behind the proxy:
+
+   ```bash
+   fedloom deploy server {name}          # or use the unit server/fedloom-server.service
+   ```
+
+4. Copy each node's folder to its device over a secure channel, because it contains the node's private key. Then delete it here:
+
+   ```bash
+   scp -r {name}/{first} device:/etc/fedloom/{first}
+   ```
+
+   On the device, set the folder with its data in `node.toml` (`data = "/srv/rows"`), then start the node:
+
+   ```bash
+   fedloom deploy node /etc/fedloom/{first}      # or use the unit fedloom-node.service
+   ```
+
+   Both units run as root unless you set `User=` in them. That user must own the folder.
+
+5. Run the experiment in `config.toml`. Any key can be overridden on the command line:
+
+   ```bash
+   fedloom deploy run {name} rounds=20
+   fedloom deploy run {name} --resume runs/FOLDER     # continue an interrupted run
+   ```
+
+These commands start the following programs. To start them yourself, set `FLWR_HOME={name}/server/flwr`:
+
+```bash
+flower-superlink --host 127.0.0.1 --port {superlink_port} --enable-supernode-auth --isolation process \\
+  --superexec-auth-secret-file {name}/server/runtime.secret --database {name}/server/superlink.db \\
+  --ssl-ca-certfile {name}/server/ca.crt --ssl-certfile {name}/server/server.crt --ssl-keyfile {name}/server/server.key
+flwr supernode register {name}/server/keys/{first}.pub fedloom
+flower-supernode --superlink {quoted_address} --root-certificates {first}/ca.crt --isolation process \\
+  --auth-supernode-private-key {first}/node.key --superexec-auth-secret-file {first}/runtime.secret --port 9094
+```
+
+For what the server can and cannot see, what happens when a part fails, and how to upgrade, see fedloom's docs/deployment.md.
+"""
+
+
 def server_unit(folder: Path, python: str) -> str:
-    """The server's systemd unit."""
+    """Return the server's systemd unit."""
     place = _unit_word(folder)
     command = f"{_unit_word(python)} -m fedloom.cli deploy server {place.replace('$', '$$')}"
     return _UNIT.format(
@@ -96,7 +149,7 @@ def server_unit(folder: Path, python: str) -> str:
 
 
 def node_unit(name: str) -> str:
-    """A node's systemd unit, for a device that has fedloom in /opt/fedloom and the node's folder in /etc/fedloom."""
+    """Return a node's systemd unit, for a device with fedloom in /opt/fedloom and the node's folder in /etc/fedloom."""
     folder = f"/etc/fedloom/{name}"
     return _UNIT.format(
         file="fedloom-node.service", name="fedloom-node", what=f"fedloom: {name} of a federation",
@@ -105,73 +158,28 @@ def node_unit(name: str) -> str:
 
 
 def _unit_word(path: Path | str) -> str:
-    """A path as one word of a unit's line."""
+    """Return a path quoted for a line of a systemd unit."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text}"'
 
 
 def flwr_config(superlink: str, ca: Path) -> str:
-    """Flower's own config, which says where the SuperLink is."""
+    """Return Flower's own config, with the address of the SuperLink."""
     here = {"address": superlink, "root-certificates": str(ca.resolve())}
     return tomli_w.dumps({"superlink": {"default": "fedloom", "fedloom": here}})
 
 
 def readme(federation: Any, name: str) -> str:
-    """The steps, with this federation's names and ports."""
-    nodes = "\n".join(f"| {node} | {_ranges(clients)} |" for node, clients in federation.nodes.items())
-    first = next(iter(federation.nodes))
-    name = shlex.quote(name)
-    return f"""\
-# A federation on devices
-
-Nodes reach the server at `{federation.address}` (TLS; each node proves itself with its key).
-
-| node | clients |
-|---|---|
-{nodes}
-
-1. Install fedloom with `pip install "fedloom[flower]"` on the server and on every device.
-2. Move `authority/` to a safe place that is offline. It is needed only to make a new server certificate.
-3. On the server: open port {federation.port} (TCP) in the firewall, and no other. Start Flower's SuperLink behind the proxy:
-
-   ```bash
-   fedloom deploy server {name}          # or the unit server/fedloom-server.service
-   ```
-
-4. Copy each node's folder to its device over a safe channel (it holds the node's private key), and remove it here:
-
-   ```bash
-   scp -r {name}/{first} device:/etc/fedloom/{first}
-   ```
-
-   On the device, name the folder with its rows in `node.toml` (`data = "/srv/rows"`), then
-
-   ```bash
-   fedloom deploy node /etc/fedloom/{first}      # or the unit fedloom-node.service
-   ```
-
-   Both units run as root, unless you set `User=` in them and give that user the folder.
-
-5. Run the experiment of `config.toml` (any key can be set on the command line):
-
-   ```bash
-   fedloom deploy run {name} rounds=20
-   fedloom deploy run {name} --resume runs/FOLDER     # go on after an interruption
-   ```
-
-The commands that these start, if you would rather start them yourself (`FLWR_HOME={name}/server/flwr`):
-
-```bash
-flower-superlink --host 127.0.0.1 --port {federation.superlink_port} --enable-supernode-auth --isolation process \\
-  --superexec-auth-secret-file {name}/server/runtime.secret --database {name}/server/superlink.db \\
-  --ssl-ca-certfile {name}/server/ca.crt --ssl-certfile {name}/server/server.crt --ssl-keyfile {name}/server/server.key
-flwr supernode register {name}/server/keys/{first}.pub fedloom
-flower-supernode --superlink {shlex.quote(federation.address)} --root-certificates {first}/ca.crt --isolation process \\
-  --auth-supernode-private-key {first}/node.key --superexec-auth-secret-file {first}/runtime.secret --port 9094
-```
-
-What the server can and cannot see, what happens when a part fails, and how to upgrade: docs/deployment.md of fedloom.
-"""
+    """Return instructions with the names and ports of this federation."""
+    return _README.format(
+        address=federation.address,
+        quoted_address=shlex.quote(federation.address),
+        port=federation.port,
+        superlink_port=federation.superlink_port,
+        nodes="\n".join(f"| {node} | {_ranges(clients)} |" for node, clients in federation.nodes.items()),
+        first=next(iter(federation.nodes)),
+        name=shlex.quote(name),
+    )
 
 
 def _ranges(clients: list[int]) -> str:

@@ -1,7 +1,7 @@
-"""A node's work: opens a request, lets its clients take their turns or scores them, and seals the answer.
+"""The worker of a node: trains or scores the requested clients and returns the answer.
 
-The worker is a process of its own that lives as long as the node, so torch is imported once and data are read once. It talks to the node's
-agent over a pipe, in bytes. If it hangs or dies the agent starts another; what was committed is on disk.
+The worker is a separate process that runs as long as the node, so torch is imported and data are read only once. It exchanges bytes with
+the node's agent over a pipe. If it hangs or dies, the agent starts another one; committed states are on disk.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from fedloom.tools.error_report import one_line
 from fedloom.tree import merge
 
 log = logging.getLogger("fedloom.node")
-LONGEST = 300  # letters of a reason that leaves the node
+LONGEST = 300  # maximum length of a reason sent to the server, in characters
 
 
 class NodeRun(NamedTuple):
-    """One run on this node: the problem, the engine that works on it, and its clients' states."""
+    """One run on this node: the problem, its engine, and the store of client states."""
 
     problem: Problem
     engine: Sequential
@@ -60,17 +60,17 @@ class NodeRun(NamedTuple):
 
 
 class NodeWorker:
-    """Answers requests, one after another."""
+    """Answer requests one by one."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: the node's."""
+        """`folder`: the node's folder."""
         self._folder = folder
         self._node = read_file(folder / "node.toml", NodeFile, "a node's folder")
         self._key = ""
         self._site: NodeRun | None = None
 
     def answer(self, data: bytes) -> bytes:
-        """The answer to a request; whatever goes wrong becomes an answer that says so."""
+        """Return the answer to a request. Any error becomes an answer with its reason."""
         try:
             letter = open_envelope(data)
             match letter.header:
@@ -80,7 +80,7 @@ class NodeWorker:
                     return self._train(letter, letter.header)
                 case ScoreMessage():
                     return self._score(letter, letter.header)
-            raise WireError(f"a message of kind '{letter.header.kind}', which is no request")
+            raise WireError(f"a message of kind '{letter.header.kind}' is not a request")
         except Exception as error:
             log.exception("the request failed")
             return seal(NodeFailure(reason=_reason(error)), {})
@@ -128,7 +128,7 @@ class NodeWorker:
         return site
 
     def _open(self, call: Call) -> NodeRun:
-        """The run's site, made once."""
+        """Return the run on this node. It is created at the first request."""
         key = hashlib.blake2b(f"{call.run}\0{call.config}\0{call.classes}\0{call.input_shape}".encode()).hexdigest()
         if self._site is None or key != self._key:
             self._site, self._key = None, ""
@@ -146,9 +146,11 @@ class NodeWorker:
             folder = self._folder / self._node.data
             federation = read_own(folder, self._node.clients, settings, call.classes, call.input_shape)
         if list(federation.input_shape) != call.input_shape or list(federation.dataset.classes) != call.classes:
-            raise ConfigError("this node's data set is not the server's: other classes or another shape of inputs")
+            raise ConfigError("this node's data differ from the server's in classes or input shape")
         if method.pooled:
-            raise ConfigError(f"method={settings.method.name}: pools all rows in one place, which devices never do")
+            raise ConfigError(
+                f"method={settings.method.name}: cannot be deployed, because it pools the examples of all clients"
+            )
         problem = make_problem(settings, method, federation)
         engine, stores = Sequential(problem), list[NodeStore]()
 
@@ -160,7 +162,7 @@ class NodeWorker:
         return NodeRun(problem, engine, stores[0])
 
     def _settings(self, text: str) -> Settings:
-        """The run's settings, with Python files taken from this node's own `code` folder and from nowhere else."""
+        """Return the run's settings. Python files are taken only from this node's own `code` folder."""
         import tomllib
 
         settings = make_settings(tomllib.loads(text))
@@ -175,14 +177,16 @@ class NodeWorker:
             return name
         file = self._folder / "code" / Path(path).name
         if not file.is_file():
-            raise ConfigError(f"{name}: this node has no code/{file.name}, and never runs code that it was sent")
+            raise ConfigError(
+                f"{name}: this node has no code/{file.name}; copy the file there (code is never received from the server)"
+            )
         return f"{file}:{what}"
 
 
 def serve(folder: Path, pipe: Connection) -> None:
-    """The worker process: answers until the pipe closes."""
+    """Run the worker process: answer requests until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for number in (signal.SIGTERM, signal.SIGHUP):  # the agent's own handlers came along
+    for number in (signal.SIGTERM, signal.SIGHUP):  # reset the handlers inherited from the agent
         signal.signal(number, signal.SIG_DFL)
     hold()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -216,5 +220,5 @@ def _counted(score: Score) -> Counted:
 
 
 def _reason(error: BaseException) -> str:
-    """One line for the server; the whole of it stays in the node's log."""
+    """Return the error as one line for the server. The node's log has all of it."""
     return " ".join(one_line(error).split())[:LONGEST]

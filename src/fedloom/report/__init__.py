@@ -1,6 +1,6 @@
-"""Tables, plots and one HTML page from run folders; never from live objects.
+"""Tables, plots and one HTML page, made from run folders only, never from live objects.
 
-Tables need nothing more than fedloom itself; `plots` and `page` need `pip install 'fedloom[report]'`.
+Tables need only fedloom itself; `plots` and `page` need `pip install 'fedloom[report]'`.
 """
 
 from fedloom.report.looked_at import analysis_grids

@@ -1,4 +1,4 @@
-"""Which runs belong together, and the numbers that stand for them."""
+"""Groups of runs that differ only in their seed, and the metrics that represent them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NOT_A_SETTING = ("out", "label")
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed: one row of a table, one line of a plot."""
+    """Runs that differ only in their seed: one row of a table, one line of a plot."""
 
     label: str
     method: str
@@ -30,15 +30,15 @@ class Group:
 
     @property
     def counted(self) -> tuple[RunRecord, ...]:
-        """The runs that enter means: the finished ones, or all of them while none is."""
+        """The runs used in means: the finished ones, or all if none is finished."""
         return tuple(record for record in self.records if record.finished) or self.records
 
 
 def group(records: Sequence[RunRecord]) -> list[Group]:
-    """Gathers `records` by method and settings, in order of first appearance.
+    """Group `records` by method and settings, in order of first appearance.
 
-    A group is labelled as its runs are (`label` in their settings) or with its method; where one label appears with several
-    settings, those that differ are added.
+    The label of a group is the `label` setting of its runs, or its method. If groups have the same label, the settings in which they
+    differ are added.
     """
     members: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
@@ -50,13 +50,13 @@ def group(records: Sequence[RunRecord]) -> list[Group]:
 
 
 def settings(record: RunRecord) -> dict[str, Any]:
-    """The flat settings of a run (`"method.lr": 0.1`) without those that only name or seed it."""
+    """Return the flat settings of a run (`"method.lr": 0.1`), without its label, folder and seed."""
     flat = flat_settings(record.config)
     return {key: value for key, value in flat.items() if key not in NOT_A_SETTING and key.split(".")[-1] != "seed"}
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested tables as one table with dotted keys."""
+    """Flatten nested tables to one table with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -77,7 +77,7 @@ def _labels(members: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def series(record: RunRecord, key: str) -> pd.Series[float]:
-    """The finite values of a metric, indexed by round; empty where it was never measured."""
+    """Return the finite values of a metric, indexed by round. The result is empty if it was never measured."""
     if key not in record.metrics.columns:
         return pd.Series(dtype="float64")
     values = record.metrics.set_index("round")[key]
@@ -85,10 +85,10 @@ def series(record: RunRecord, key: str) -> pd.Series[float]:
 
 
 def headline(record: RunRecord, measure: str, statistic: str = "final") -> float | None:
-    """One number that stands for a run, from its summary, or from the rounds so far where that does not tell.
+    """Return one number that represents a run, from its summary or, if it is not there, from the rounds so far.
 
-    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std` or `worst10`. None
-    where it was not measured.
+    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std` or `worst10`. Return None
+    if it was not measured.
     """
     known = (record.summary or {}).get(measure)
     value = known.get(statistic) if isinstance(known, Mapping) else None
@@ -112,7 +112,7 @@ def _from_rounds(record: RunRecord, measure: str, statistic: str) -> float | Non
 
 
 def run_total(record: RunRecord, key: str) -> float | None:
-    """A total of the run: `uplink_bytes`, `downlink_bytes`, or `seconds`; for an unfinished run, the total so far."""
+    """Return a total of the run: `uplink_bytes`, `downlink_bytes`, or `seconds`; for an unfinished run, the total so far."""
     value = (record.summary or {}).get(key)
     if isinstance(value, int | float):
         return float(value)

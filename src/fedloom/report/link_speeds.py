@@ -10,15 +10,15 @@ from fedloom.errors import ConfigError, suggest
 
 
 class Network(NamedTuple):
-    """A connection with a fixed rate each way and a fixed latency; nobody else uses it."""
+    """A connection with a fixed rate in each direction, a fixed latency, and no other traffic."""
 
     name: str
     up: float  # Mbit/s, 10^6 bits
     down: float
-    latency: float  # ms, for each message, one way
+    latency: float  # ms, one way, for each message
 
     def seconds(self, up_bytes: float, down_bytes: float) -> float:
-        """A downlink and then an uplink of so many bytes; a message of no bytes is not sent and takes no time."""
+        """Return the time for a downlink and then an uplink. An empty message is not sent and takes no time."""
         bits = 8 * up_bytes / self.up + 8 * down_bytes / self.down
         return bits / 1e6 + self.latency / 1e3 * ((up_bytes > 0) + (down_bytes > 0))
 
@@ -30,14 +30,14 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
         "lan": Network("lan", up=1000, down=1000, latency=1),
     }
 )
-"""Assumptions, not measurements; docs/edge.md says where they come from."""
+"""Assumptions, not measurements; docs/edge.md gives their sources."""
 
 
 def networks(text: str) -> list[Network]:
-    """Networks from `4g,lan` or, as own ones, from UP/DOWN/LATENCY in Mbit/s, Mbit/s and ms: `2/10/80`.
+    """Parse networks: known names such as `4g,lan`, or UP/DOWN/LATENCY in Mbit/s, Mbit/s and ms, such as `2/10/80`.
 
     Raises:
-        ConfigError: a word that is neither.
+        ConfigError: a word is neither a known network nor UP/DOWN/LATENCY.
     """
     return [_network(word.strip()) for word in text.split(",")]
 

@@ -1,4 +1,4 @@
-"""What `fedloom analyse` left in run folders: tables of its numbers, and its pictures."""
+"""Results of `fedloom analyse` in run folders: tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedloom.report.tables import EMPTY, Cell, Grid
 PNG = b"\x89PNG\r\n\x1a\n"
 FEATURES = {
     "class_probe": "class\nfound",
-    "class_chance": "class\nguessed",
+    "class_chance": "class\nby chance",
     "client_probe": "client\nfound",
-    "client_from_class": "client from\nthe class alone",
-    "client_chance": "client\nguessed",
+    "client_from_class": "client from\nclass only",
+    "client_chance": "client\nby chance",
     "class_silhouette": "silhouette\nof classes",
     "client_silhouette": "silhouette\nof clients",
 }
-ROWS = {"own": "own rows", "same": "same rows"}
+ROWS = {"own": "own examples", "same": "same examples"}
 
 
 class Picture(NamedTuple):
@@ -32,12 +32,12 @@ class Picture(NamedTuple):
 
 
 def analysis_grids(records: Sequence[RunRecord]) -> list[Grid]:
-    """Tables of everything that was analysed; none for what was not."""
+    """Return one table for each part that was analysed."""
     return [grid for grid in (_features(records), _samples(records), _sharpness(records)) if grid.rows]
 
 
 def pictures(record: RunRecord) -> Iterator[Picture]:
-    """The pictures of one run's analysis; a file that is missing, or no PNG, is passed over."""
+    """Yield the pictures of one run's analysis. Files that are missing or not PNG are skipped."""
     known = record.analysis.get("pictures")
     for name, about in known.items() if isinstance(known, Mapping) else ():
         file = record.path / "analysis" / str(name)
@@ -48,7 +48,7 @@ def pictures(record: RunRecord) -> Iterator[Picture]:
 
 
 def part_of(record: RunRecord, *path: str) -> dict[str, Any]:
-    """A table of `analysis.json`, empty where it is missing."""
+    """Return a table of `analysis.json`, or an empty one if it is missing."""
     found: Any = record.analysis
     for key in path:
         found = found.get(key) if isinstance(found, Mapping) else None
@@ -75,8 +75,10 @@ def _features(records: Sequence[RunRecord]) -> Grid:
                     for key in FEATURES
                 ]
                 rows.append((label, *cells))
-    caption = "Linear probes, percent right. Own rows: each client's test rows through its own nets; same rows: common rows through all."
-    return Grid(title="What features hold", headers=("Features", *FEATURES.values()), rows=tuple(rows), caption=caption)
+    caption = "Accuracy of linear probes in percent. Own examples: each client's test split in its own nets; same: common test set in all."
+    return Grid(
+        title="Linear probes on features", headers=("Features", *FEATURES.values()), rows=tuple(rows), caption=caption
+    )
 
 
 def _samples(records: Sequence[RunRecord]) -> Grid:
@@ -98,9 +100,12 @@ def _samples(records: Sequence[RunRecord]) -> Grid:
         for what in ("mean", "max")
         for side in ("made", "held out")
     ]
-    headers = ("Images", *sides, "recognised\nall", "classes\nheld", "classes\nnot held", "real\ntest rows")
-    caption = "Against the client's nearest training image; held out: real test images, as many. Recognised: by a CNN trained centrally."
-    return Grid(title="What generators make", headers=headers, rows=tuple(rows), caption=caption)
+    headers = ("Images", *sides, "recognised\nall", "own\nclasses", "other\nclasses", "real test\nexamples")
+    caption = (
+        "SSIM and PSNR compare images with the client's nearest training image. Held out: as many real test images. "
+        "Recognised: accuracy of a centrally trained CNN."
+    )
+    return Grid(title="Generated images", headers=headers, rows=tuple(rows), caption=caption)
 
 
 def _sharpness(records: Sequence[RunRecord]) -> Grid:
@@ -108,7 +113,7 @@ def _sharpness(records: Sequence[RunRecord]) -> Grid:
     for record in records:
         found = part_of(record, "sharpness")
         if "eigenvalue" in found:
-            settled = "" if found.get("eigenvalue_converged") else " (not settled)"
+            settled = "" if found.get("eigenvalue_converged") else " (not converged)"
             top = _number(found["eigenvalue"], lambda x, settled=settled: f"{x:.3g}{settled}")  # type: ignore[misc]
             rows.append(
                 (
@@ -118,8 +123,8 @@ def _sharpness(records: Sequence[RunRecord]) -> Grid:
                     _number(found.get("loss_increase"), _three),
                 )
             )
-    headers = ("Server's model", "training\nloss", "Hessian's largest\neigenvalue", "loss added by\n10 % noise")
-    caption = "On training rows of all clients. 10 % noise: every parameter times 1 + 0.1 N(0, 1)."
+    headers = ("Server's model", "training\nloss", "Hessian's largest\neigenvalue", "loss increase\nby 10 % noise")
+    caption = "On training examples of all clients. 10 % noise: every parameter times 1 + 0.1 N(0, 1)."
     return Grid(title="Sharpness", headers=headers, rows=tuple(rows), caption=caption)
 
 

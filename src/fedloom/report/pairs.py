@@ -1,4 +1,4 @@
-"""Paired differences: two methods on the same partition with the same seed, so that what they share cancels."""
+"""Paired differences of two methods on the same partition with the same seed, which removes the variation that they share."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
 
 def choose_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
-    """The group labelled (or of the method) `name`; by default FedAvg, else the first one."""
+    """Return the group with label or method `name`. Default: FedAvg, or the first group if there is no FedAvg."""
     wanted = name or "fedavg"
     for candidate in groups:
         if wanted in (candidate.label, candidate.method):
             return candidate
     if name is None:
         return groups[0]
-    raise UsageError(f"baseline '{name}' is not among the runs{suggest(name, {g.label for g in groups})}")
+    raise UsageError(f"baseline={name}: not among the runs{suggest(name, {g.label for g in groups})}")
 
 
 def difference(group: Group, baseline: Group, measure: str, statistic: str = "final") -> Difference | None:
-    """The paired difference in one measure, over finished runs of equal data, seed and partition; None without a pair."""
+    """Return the paired difference in one measure over finished runs with equal data, seed and partition, or None without pairs."""
     ours, theirs = (_by_seed(g, measure, statistic) for g in (group, baseline))
     points = 100 * np.array([np.mean(ours[key]) - np.mean(theirs[key]) for key in ours if key in theirs])
     if not len(points):
@@ -73,5 +73,5 @@ def _by_seed(group: Group, measure: str, statistic: str) -> dict[tuple[object, .
 
 
 def _pair_key(record: RunRecord) -> tuple[object, ...]:
-    """The hash knows row numbers alone, which are the same for data sets of one size."""
+    """Return the key of runs that form a pair. Data sets of equal size may share a partition hash, so the data set's name is included."""
     return record.fact("data"), record.seed, record.partition.get("hash")

@@ -1,7 +1,7 @@
-"""Figures of runs. Each is a `matplotlib.figure.Figure` of its own: nothing here touches pyplot or any global state.
+"""Figures of runs. Each is a separate `matplotlib.figure.Figure`; nothing here uses pyplot or global state.
 
-Every function that takes `records` groups them by method and settings; a method keeps its colour and dash in all
-figures of the same records. A figure of something that nobody measured says so instead of failing.
+Every function that takes `records` groups them by method and settings. A method has the same colour and dash in all
+figures of the same records. If a quantity was not measured, the figure says so.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ WIDTH, HEIGHT = 4.9, 3.3
 MAX_DOTS = 200
 MAX_BUBBLES = (120, 30)
 MEASURES = ("personal_accuracy", "general_accuracy", "server_accuracy")
-ROUNDS = ("lost", "late", "rejected", "skipped", "virtual_steps")  # how rounds went, so far
+ROUNDS = ("lost", "late", "rejected", "skipped", "virtual_steps")  # cumulative counts of events in rounds
 NOT_A_LOG = (*MEASURES, "round", "valid_accuracy", "uplink_bytes", "downlink_bytes", "cohort", *ROUNDS)
 
 
 class Curve(NamedTuple):
-    """A mean over seeds with its range; all four of shape (points,)."""
+    """A mean over seeds with its range; all four arrays have shape (points,)."""
 
     x: Floats
     mean: Floats
@@ -56,13 +56,13 @@ class Curve(NamedTuple):
 
 
 def accuracy_over_rounds(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
-    """An accuracy in percent over completed rounds: mean over seeds, with a band from the worst seed to the best."""
+    """Plot an accuracy in percent over completed rounds: mean over seeds, with a band from the worst seed to the best."""
     curves = _curves(group(records), lambda record: 100 * series(record, measure))
     return _curves_figure(records, curves, f"{measure_name(measure)} over rounds", ("round", "accuracy (%)"))
 
 
 def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
-    """An accuracy in percent over all bytes sent so far, up and down, by all clients together."""
+    """Plot an accuracy in percent over the bytes sent so far, up and down, for all clients."""
 
     def traffic(record: RunRecord) -> pd.Series:
         return series(record, "uplink_bytes") + series(record, "downlink_bytes")
@@ -74,7 +74,7 @@ def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_a
 
 
 def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
-    """Personal accuracy in percent over the time that devices on a network would have needed (see `report.waiting`)."""
+    """Plot personal accuracy in percent over the time that devices on a network would need (see `report.waiting`)."""
     measure = "personal_accuracy"
     title = f"{measure_name(measure)} over time, {network.name}"
     return _accuracy_over(
@@ -95,7 +95,7 @@ def _accuracy_over(
     title: str,
     axis_name: str,
 ) -> Figure:
-    """An accuracy in percent over what it cost, `shown` on the axis in words."""
+    """Plot an accuracy in percent over a cost; `shown` formats the cost on the axis."""
     groups = group(records)
     curves = _curves(groups, lambda record: 100 * series(record, measure))
     costs = _curves(groups, cost)
@@ -112,18 +112,18 @@ def _accuracy_over(
 
 
 SHARPNESS_NOTE = (
-    "Random filter-normalised directions; at distance 1 every filter has moved by its own length. "
+    "Random filter-normalised directions; at distance 1 every filter has moved by its own norm. "
     "Line: mean over directions and seeds; band: from the lowest to the highest."
 )
 
 
 def has_sharpness(records: Sequence[RunRecord]) -> bool:
-    """Whether any run's server model was analysed."""
+    """Return whether any run's server model was analysed."""
     return any(part_of(record, "sharpness").get("curves") for record in records)
 
 
 def sharpness(records: Sequence[RunRecord]) -> Figure:
-    """The server's training loss along random directions away from its model, in units of each filter's length."""
+    """Plot the training loss of the server's model along random directions, in units of each filter's norm."""
     curves = {}
     for g in group(records):
         found = [part_of(record, "sharpness") for record in g.records]
@@ -138,18 +138,18 @@ def sharpness(records: Sequence[RunRecord]) -> Figure:
 
 
 def log_over_rounds(records: Sequence[RunRecord], key: str) -> Figure:
-    """One logged quantity over rounds, averaged over each round's cohort; only the methods that log it are drawn."""
+    """Plot one logged quantity over rounds, averaged over each round's cohort, for the methods that log it."""
     curves = _curves(group(records), lambda record: series(record, key))
     figure = _curves_figure(records, curves, shorten(printable(key), 40), ("round", ""), (4.0, 2.7))
     if _spans([value for curve in curves.values() for value in curve.low], 200):
         figure.axes[0].set_yscale("log")
         for axis_format in (figure.axes[0].yaxis.set_major_formatter, figure.axes[0].yaxis.set_minor_formatter):
-            axis_format(ticker.LogFormatter(minor_thresholds=(2, 0.5)))  # its usual one writes in TeX
+            axis_format(ticker.LogFormatter(minor_thresholds=(2, 0.5)))  # the default formatter writes TeX
     return figure
 
 
 def log_names(records: Sequence[RunRecord]) -> list[str]:
-    """What the methods logged of their own (`train.loss`, `mcsl.kl`), in order of first appearance."""
+    """Return the names of the methods' own logs (`train.loss`, `mcsl.kl`), in order of first appearance."""
     columns = dict.fromkeys(key for record in records for key in record.metrics.columns)
     measures = tuple(f"{measure}_" for measure in MEASURES)
     own = [key for key in columns if key not in NOT_A_LOG and not key.startswith(measures)]
@@ -157,20 +157,20 @@ def log_names(records: Sequence[RunRecord]) -> list[str]:
 
 
 def has_values(records: Iterable[RunRecord], key: str) -> bool:
-    """Whether any run has a finite value of this metric."""
+    """Return whether any run has a finite value of this metric."""
     return any(len(series(record, key)) for record in records)
 
 
 def measure_name(measure: str) -> str:
-    """`"personal_accuracy"` as `"Personal accuracy"`."""
+    """Return `"Personal accuracy"` for `"personal_accuracy"`."""
     return measure.replace("_", " ").capitalize()
 
 
 def client_spread(records: Sequence[RunRecord]) -> Figure:
-    """Every client's personal accuracy at the last evaluation, seeds pooled.
+    """Plot every client's personal accuracy at the last evaluation, for all seeds together.
 
-    Bar: the middle half; stroke: the median; diamond: the mean of the worst tenth. At most 200 dots per method, evenly
-    spaced in rank.
+    The bar spans the middle half, the line is the median, and the diamond is the mean of the worst tenth. At most 200
+    dots per method are drawn, evenly spaced in rank.
     """
     groups = group(records)
     marks = strokes(groups)
@@ -179,13 +179,13 @@ def client_spread(records: Sequence[RunRecord]) -> Figure:
         axes = figure.add_subplot(title="Spread over clients", xlabel="personal accuracy of a client (%)")
         found = [_draw_spread(axes, place, g, marks[g.label].colour) for place, g in enumerate(groups)]
         if not any(found):
-            return _nothing(axes)
+            return _not_measured(axes)
         _name_rows(axes, [g.label for g in groups])
     return figure
 
 
 def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
-    """What the bytes of a whole run were, up and down: one bar per method and kind of content, mean over seeds."""
+    """Plot the bytes of a whole run, up and down: one bar per method and kind of content, mean over seeds."""
     groups = group(records)
     marks = strokes(groups)
     traffic = {g.label: _kinds(g) for g in groups}
@@ -193,7 +193,7 @@ def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
     with drawing():
         figure = Figure(figsize=(WIDTH, 1.0 + 0.25 * len(rows)))
         if not rows:
-            return _nothing(figure.add_subplot(title="Bytes by kind"))
+            return _not_measured(figure.add_subplot(title="Bytes by kind"))
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         largest = max(max(traffic[label][kind]) for label, kind in rows)
         for side, (axes, title) in enumerate(zip(panels, ("Uplink by kind", "Downlink"), strict=True)):
@@ -208,10 +208,10 @@ def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
 
 
 def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None = None) -> Figure:
-    """Who holds what: examples of each class (rows) at each client (columns), and examples per client above.
+    """Plot a partition: examples of each class (rows) at each client (columns), with examples per client above.
 
-    `class_counts` has shape (K, Y), `classes` the Y names. Bubbles (area = examples) for up to 120 clients and 30
-    classes, shades beyond. Raises DataError for counts or names that do not fit.
+    `class_counts` has shape (K, Y); `classes` are the Y names. Up to 120 clients and 30 classes are drawn as bubbles with
+    area proportional to examples, more as shades. Raise DataError if counts or names do not fit.
     """
     counts = _checked_counts(class_counts)
     n_clients, n_classes = counts.shape
@@ -240,7 +240,7 @@ def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None =
 
 
 def _curves(groups: Sequence[Group], values: Callable[[RunRecord], pd.Series[float]]) -> dict[str, Curve]:
-    """Curves over rounds by label, without those that have no point."""
+    """Return curves over rounds by label, without empty ones."""
     curves = {}
     for g in groups:
         table = pd.concat([values(record) for record in g.counted], axis=1).dropna(how="all").sort_index()
@@ -251,7 +251,7 @@ def _curves(groups: Sequence[Group], values: Callable[[RunRecord], pd.Series[flo
 
 
 def _over(curve: Curve, other: Curve) -> Curve:
-    """`curve` over the mean of `other` instead of over rounds, where both are known."""
+    """Return `curve` over the mean of `other` instead of rounds, at rounds where both are known."""
     _, ours, theirs = np.intersect1d(curve.x, other.x, return_indices=True)
     return Curve(other.mean[theirs], curve.mean[ours], curve.low[ours], curve.high[ours])
 
@@ -268,7 +268,7 @@ def _curves_figure(
         figure = Figure(figsize=(shape[0], max(shape[1], 0.9 + 0.2 * len(curves))))
         axes = figure.add_subplot(title=title, xlabel=axis_names[0], ylabel=axis_names[1])
         if not curves:
-            return _nothing(axes)
+            return _not_measured(axes)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
         for label, curve in curves.items():
             _draw_curve(axes, curve, marks[label])
@@ -287,12 +287,12 @@ def _draw_curve(axes: Axes, curve: Curve, mark: Stroke) -> None:
 
 
 def _spans(values: Iterable[float], ratio: float) -> bool:
-    """Whether all values are positive and the largest is more than `ratio` times the smallest."""
+    """Return whether all values are positive and the largest is more than `ratio` times the smallest."""
     known = list(values)
     return bool(known) and min(known) > 0 and max(known) > ratio * min(known)
 
 
-def _nothing(axes: Axes) -> Figure:
+def _not_measured(axes: Axes) -> Figure:
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set(xticks=[], yticks=[])
     figure = axes.get_figure(root=True)
@@ -301,7 +301,7 @@ def _nothing(axes: Axes) -> Figure:
 
 
 def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Rows from the top, named at the left, without lines across."""
+    """Name the rows at the left, from top to bottom, without horizontal grid lines."""
     axes.set_yticks(range(len(labels)), [shorten(label, 30) for label in labels], color=INK)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -309,7 +309,7 @@ def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def _draw_spread(axes: Axes, row: int, members: Group, colour: str) -> bool:
-    """Draws one method; whether there was anything to draw."""
+    """Draw one method. Return whether there was anything to draw."""
     values = _client_accuracies(members)
     if not len(values):
         return False
@@ -317,7 +317,7 @@ def _draw_spread(axes: Axes, row: int, members: Group, colour: str) -> bool:
     axes.barh(row, high - low, 0.56, left=low, color=colour, alpha=0.22)
     axes.vlines(median, row - 0.28, row + 0.28, color=colour, linewidth=2)
     dots = values if len(values) <= MAX_DOTS else np.quantile(values, np.linspace(0, 1, MAX_DOTS))
-    # Multiples of the golden ratio scatter the dots evenly, the same way each time.
+    # Multiples of the golden ratio spread the dots evenly and reproducibly.
     heights = row + 0.44 * ((np.arange(len(dots)) * 0.618034) % 1 - 0.5)
     axes.plot(dots, heights, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.6)
     worst = [headline(record, "personal_accuracy", "worst10") for record in members.counted]
@@ -328,7 +328,7 @@ def _draw_spread(axes: Axes, row: int, members: Group, colour: str) -> bool:
 
 
 def _client_accuracies(members: Group) -> Floats:
-    """Accuracies in percent at each run's last evaluation, ascending, shape (clients of all seeds,)."""
+    """Return the sorted accuracies in percent at each run's last evaluation, shape (clients of all seeds,)."""
     found: list[Floats] = [np.empty(0)]
     for record in members.counted:
         if record.clients is not None and "personal_accuracy" in record.clients.columns:
@@ -340,7 +340,7 @@ def _client_accuracies(members: Group) -> Floats:
 
 
 def _kinds(members: Group) -> dict[str, tuple[float, float]]:
-    """Mean bytes (up, down) by kind, the largest kind first."""
+    """Return mean bytes (up, down) by kind, the largest kind first."""
     tables = [table for record in members.counted if (table := (record.summary or {}).get("bytes_by_kind"))]
     kinds = dict.fromkeys(kind for table in tables for way in ("uplink", "downlink") for kind in table.get(way, {}))
 
@@ -365,7 +365,7 @@ def _checked_counts(class_counts: ArrayLike) -> Floats:
 
 
 def _draw_bubbles(axes: Axes, counts: Floats, cell_points: float) -> None:
-    n_levels = 24  # equal sizes share one marker, which keeps the SVG small
+    n_levels = 24  # one marker per size level keeps the SVG small
     largest = counts.max() or 1.0
     levels = np.ceil(n_levels * np.sqrt(counts / largest)).astype(int)
     for level in range(1, n_levels + 1):
@@ -378,7 +378,7 @@ def _draw_bubbles(axes: Axes, counts: Floats, cell_points: float) -> None:
 def _draw_shades(axes: Axes, counts: Floats) -> None:
     clear, full = (colors.to_rgba(ACCENT, alpha) for alpha in (0, 1))
     shades = colors.LinearSegmentedColormap.from_list("shades", [clear, full])
-    norm = colors.PowerNorm(0.5, 0, counts.max() or 1.0)  # by the root, so that a few examples still show
+    norm = colors.PowerNorm(0.5, 0, counts.max() or 1.0)  # square-root scale, so that small counts are visible
     image = axes.imshow(counts.T, aspect="auto", interpolation="none", cmap=shades, norm=norm)
     figure = axes.get_figure(root=True)
     assert figure is not None

@@ -1,4 +1,4 @@
-"""Run folders in, records out: everything that a report knows comes through here."""
+"""Read run folders into records, the only input of reports."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedloom.errors import RunFolderError
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RunRecord:
-    """What one run folder holds.
+    """The contents of one run folder.
 
-    `metrics` has one row per evaluated round, in order of `round`, floats with NaN for null; `clients` one row per
-    (round, client), or None when the folder has no `clients.parquet`; `summary` is None while the run is unfinished;
-    `environment` and `partition` are empty when their files are missing; `analysis` is what `fedloom analyse` found.
+    `metrics` has one row per evaluated round, sorted by `round`, with NaN for null. `clients` has one row per (round,
+    client), or is None if the folder has no `clients.parquet`. `summary` is None while the run is unfinished.
+    `environment` and `partition` are empty if their files are missing. `analysis` is the result of `fedloom analyse`.
     """
 
     path: Path
@@ -38,18 +38,18 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The method's name: from the configuration, else the summary, else the folder."""
+        """The method's name: from the config, else the summary, else the folder."""
         return printable(str(self.fact("method") or self.name))
 
     @property
     def seed(self) -> int | None:
-        """The seed, or None when nothing in the folder tells it."""
+        """The seed, or None if it is not in the folder."""
         seed = self.fact("seed")
         return seed if isinstance(seed, int) else None
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run is finished."""
         return self.summary is not None and bool(self.summary.get("finished", True))
 
     @property
@@ -59,12 +59,12 @@ class RunRecord:
 
     @property
     def progress(self) -> str:
-        """Such as `"round 12 of 30"`."""
+        """Progress of the run, such as `"round 12 of 30"`."""
         planned = self.fact("rounds")
         return f"round {self.rounds_done} of {planned}" if planned else f"round {self.rounds_done}"
 
     def fact(self, key: str) -> Any:
-        """`key` from the configuration (the name, where it is a table), else from the summary, else None."""
+        """Return `key` from the config (its name if it is a table), else from the summary, else None."""
         value = self.config.get(key)
         if isinstance(value, Mapping):
             value = value.get("name")
@@ -72,22 +72,22 @@ class RunRecord:
 
 
 def printable(text: str) -> str:
-    """`text` with every control character replaced, so that a name cannot steer a terminal or break a page."""
+    """Return `text` with control characters replaced, so that names cannot control a terminal or break a page."""
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def read(paths: Iterable[str | Path]) -> list[RunRecord]:
-    """Records of all runs in `paths`, each a run folder or a folder of run folders; a run named twice is read once.
+    """Read all runs in `paths`; each path is a run folder or a folder of run folders. Repeated runs are read once.
 
-    Raises RunFolderError for a path that is neither, and for a file that cannot be read; a last line of
-    `metrics.jsonl` that was cut short by an interruption is left out.
+    Raise RunFolderError if a path is neither, or if a file cannot be read. An incomplete last line of `metrics.jsonl`, from
+    an interrupted run, is skipped.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
         for folder in _run_folders(Path(path)):
             folders.setdefault(folder.resolve(), folder)
     if not folders:
-        raise RunFolderError("no run folder was named")
+        raise RunFolderError("no run folder was given; name at least one")
     return [_read_run(folder) for folder in folders.values()]
 
 
@@ -100,11 +100,11 @@ def _run_folders(path: Path) -> list[Path]:
         return sorted(inner, key=_natural_order)
     if (path / "config.toml").is_file():
         return [path]
-    raise RunFolderError(f"'{path}' is neither a run folder (it has no config.toml) nor a folder of run folders")
+    raise RunFolderError(f"'{path}' is neither a run folder (config.toml is missing) nor a folder of run folders")
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
-    """Sorts seed2 before seed10."""
+    """Return a sort key that puts seed2 before seed10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
 
@@ -149,7 +149,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{where} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise RunFolderError(f"{where} must hold a JSON object, not {type(value).__name__}")
+        raise RunFolderError(f"{where} must be a JSON object, not {type(value).__name__}")
     return value
 
 
@@ -157,7 +157,7 @@ def _read_metrics(path: Path) -> pd.DataFrame:
     rows = list(_metric_rows(path)) if path.exists() else []
     table = pd.DataFrame(rows, columns=list(dict.fromkeys(["round", *(key for row in rows for key in row)])))
     table = table.astype({key: "int64" if key == "round" else "float64" for key in table.columns})
-    # A run that was killed between this file and its checkpoint evaluates some rounds again: the later line counts.
+    # A run killed between writing this file and its checkpoint evaluates some rounds again: keep the later line.
     return table.drop_duplicates("round", keep="last").sort_values("round", ignore_index=True)
 
 
@@ -168,7 +168,7 @@ def _metric_rows(path: Path) -> Iterator[dict[str, float | None]]:
         try:
             row = _object(line, where) if line.strip() else None
         except RunFolderError:
-            if number == len(lines):  # no newline at its end: the run was interrupted while writing it
+            if number == len(lines):  # no newline at the end: the run was interrupted while writing it
                 return
             raise
         if row is not None:
@@ -181,7 +181,7 @@ def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in row.items():
         parts = (
             value if isinstance(value, list) else [value]
-        )  # lists are per class; the report takes those of the summary
+        )  # lists are per class; the report uses those in the summary
         if not all(part is None or isinstance(part, int | float) for part in parts):
             raise RunFolderError(f"{where}: '{key}' must be a number or null, not {value!r}")
     return row

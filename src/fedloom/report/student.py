@@ -1,10 +1,10 @@
-"""Quantiles of Student's t distribution, so that a table with intervals does not need SciPy."""
+"""Quantiles of Student's t distribution, so that tables with intervals do not need SciPy."""
 
 from __future__ import annotations
 
 import math
 
-BISECTIONS = 60  # of (0, pi/2): down to the last bit of a float
+BISECTIONS = 60  # of (0, pi/2), to the last bit of a float
 
 
 def t_quantile(p: float, degrees: int) -> float:

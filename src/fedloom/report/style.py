@@ -1,4 +1,4 @@
-"""How figures look: colours, type, and the way from a matplotlib figure to SVG that follows the page into dark mode."""
+"""Style of figures: colours, fonts, and conversion of matplotlib figures to SVG that supports the page's dark mode."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ try:
 except ImportError as missing:
     raise UsageError("plots need matplotlib: pip install 'fedloom[report]'") from missing
 
-# The other modules take matplotlib's names from here, so that its absence is told once and in one line.
+# Other modules import matplotlib's names from here, so that there is one error message if it is missing.
 __all__ = ["Axes", "Figure", "Stroke", "colors", "drawing", "label_ends", "shorten", "strokes", "svg", "ticker"]
 __all__ += ["ACCENT", "CSS_NAMES", "INK", "MUTED", "RULE", "SERIES"]
 
 INK, MUTED, RULE, ACCENT = "#1f2430", "#667085", "#d5dae2", "#2f6db5"
-# Six hues after Okabe & Ito (2008), darkened until thin lines hold on white; a second six is told apart by dashes.
+# Six hues after Okabe & Ito (2008), darkened so that thin lines are visible on white. Further series differ by dashes.
 SERIES = ("#0072b2", "#d55e00", "#00875f", "#b14a8b", "#b58300", "#4aa3df")
-# Each colour above has a CSS variable, so that a page may lighten all of them for a dark background.
+# Each colour has a CSS variable, so that a page can lighten the colours for a dark background.
 CSS_NAMES: Mapping[str, str] = MappingProxyType(
     {INK: "--ink", MUTED: "--muted", RULE: "--rule", ACCENT: "--accent"}
     | {colour: f"--series-{place}" for place, colour in enumerate(SERIES, start=1)}
@@ -68,7 +68,7 @@ SETTINGS: Mapping[Any, object] = MappingProxyType(
 
 
 class Stroke(NamedTuple):
-    """The colour and line style by which one method is known in every figure."""
+    """The colour and line style of one method in all figures."""
 
     colour: str
     dash: str
@@ -76,15 +76,15 @@ class Stroke(NamedTuple):
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style of the report, for as long as a figure is built or saved."""
+    """Apply the style of the report during the block, in which a figure is built or saved."""
     with matplotlib.rc_context(dict(SETTINGS)), warnings.catch_warnings():
-        # A method may be named in a script that the measuring font lacks; a browser has the glyph.
+        # Method names may have glyphs that matplotlib's font lacks; browsers have them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
 
 def strokes(groups: Sequence[Group]) -> dict[str, Stroke]:
-    """One stroke per label, by place in `groups`."""
+    """Return one stroke per label, by position in `groups`."""
     dashes = ("-", "--", ":", "-.")
     return {
         member.label: Stroke(SERIES[place % len(SERIES)], dashes[place // len(SERIES) % len(dashes)])
@@ -93,12 +93,12 @@ def strokes(groups: Sequence[Group]) -> dict[str, Stroke]:
 
 
 def shorten(label: str, width: int = 26) -> str:
-    """`label` cut to `width` letters."""
+    """Shorten `label` to `width` characters."""
     return label if len(label) <= width else f"{label[: width - 1]}…"
 
 
 def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], marks: Mapping[str, Stroke]) -> None:
-    """Writes each label beside the axes at the height of its line's end (in data units), pushed apart until legible."""
+    """Write each label next to the axes at the height of its line's end (in data units), moved apart to avoid overlap."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights = {label: float(to_axes.transform(end)[1]) for label, end in ends.items()}
     figure_height = axes.get_figure(root=True).get_size_inches()[1]  # type: ignore[union-attr]
@@ -124,7 +124,7 @@ def label_ends(axes: Axes, ends: Mapping[str, tuple[float, float]], marks: Mappi
 
 
 def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights in their order, at least `gap` apart and at most 1, moved as little up as down."""
+    """Return the heights in the same order, at least `gap` apart and at most 1, moved equally up and down."""
     order = sorted(heights, key=lambda label: heights[label])
     wanted = np.array([heights[label] for label in order])
     steps = gap * np.arange(len(order))
@@ -136,9 +136,9 @@ def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 
 
 def svg(figure: Figure, name: str, description: str) -> str:
-    """`figure` as an `<svg>` element to put into a page.
+    """Return `figure` as an `<svg>` element for a page.
 
-    Colours become CSS variables, ids are made unique with `name`, and nothing refers to anything outside.
+    Colours become CSS variables, ids are made unique with `name`, and there are no external references.
     """
     buffer = io.StringIO()
     with drawing():
@@ -156,7 +156,7 @@ def _inlined(tag: str, name: str) -> str:
     tag = tag.replace("xlink:href=", "href=").replace("url(#", f"url(#{name}-")
     for colour, variable in CSS_NAMES.items():
         tag = tag.replace(colour, f"var({variable})")
-    # The page chooses the font, and most ids and all turns by nothing are only bulk.
+    # The page sets the font. Most ids, and rotations by 0, are not needed.
     return re.sub(r""" id="[^"]*_\d+"| transform="rotate\(-?0 [^"]*"|font-family: [^;"]*; ?""", "", tag)
 
 

@@ -1,15 +1,15 @@
-"""Numbers as people read them: points, bytes, durations."""
+"""Formats for numbers: percentage points, bytes, durations."""
 
 from __future__ import annotations
 
 
 def points(value: float, digits: int = 1) -> str:
-    """An accuracy in [0, 1] in percent, without the sign: `"83.1"`."""
+    """Return an accuracy in [0, 1] in percent, without the sign: `"83.1"`."""
     return f"{100 * value:.{digits}f}"
 
 
 def size(n_bytes: float) -> str:
-    """Bytes in decimal units: `"950 B"`, `"12.3 MB"`."""
+    """Return bytes in decimal units: `"950 B"`, `"12.3 MB"`."""
     names = ("B", "kB", "MB", "GB", "TB")
     value, place = float(n_bytes), 0
     while value >= 999.5 and place < len(names) - 1:
@@ -18,7 +18,7 @@ def size(n_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as `"4.2s"`, `"42s"`, `"3m10s"` or `"2h05m"`."""
+    """Return seconds as `"4.2s"`, `"42s"`, `"3m10s"` or `"2h05m"`."""
     if seconds < 10:
         return f"{seconds:.1f}s"
     whole = round(seconds)

@@ -1,4 +1,4 @@
-"""How long a federation of devices would have taken: computing and sending, from what a run recorded."""
+"""Estimate the time that a run would take on devices, for computing and sending, from its recorded costs."""
 
 from __future__ import annotations
 
@@ -21,21 +21,19 @@ MEASURE = "personal_accuracy"
 
 
 class Waiting(NamedTuple):
-    """What is assumed of the devices."""
+    """Assumptions about the devices."""
 
     networks: Sequence[Network]
-    slowdown: float = 1.0  # how many times as long as here a device computes
-    gflops: float | None = (
-        None  # or its GFLOP/s, over which the counted operations are divided in place of measured seconds
-    )
+    slowdown: float = 1.0  # factor by which devices compute more slowly than this machine
+    gflops: float | None = None  # or their GFLOP/s: time is counted operations / GFLOP/s instead of measured seconds
     target: float | None = None  # an accuracy in [0, 1]; None: the highest whole percent that all runs reach
 
 
 def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[float]:
-    """Seconds from the start to the end of each round, by round; empty where the run kept no clients' times.
+    """Return the seconds from the start to the end of each round, by round. The result is empty if the run has no client times.
 
-    All clients work at the same time and the server waits for the last: a round takes as long as the slowest client's downlink, turn and
-    uplink. The server's own work and scoring take no time.
+    All clients work in parallel and the server waits for the last one: a round takes as long as the slowest client's downlink, local
+    update and uplink. Work of the server and evaluation take no time.
     """
     work, factor = ("seconds", waiting.slowdown) if waiting.gflops is None else ("flops", 1e-9 / waiting.gflops)
     if record.clients is None or not {"uplink_bytes", "downlink_bytes", work} <= set(record.clients.columns):
@@ -49,34 +47,34 @@ def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[
 
 
 def common_target(records: Sequence[RunRecord]) -> float:
-    """The highest whole percent of personal accuracy that every run reaches."""
+    """Return the highest whole percent of personal accuracy that every run reaches, as a fraction."""
     best = [series(record, MEASURE).max() for record in records]
     return math.floor(100 * min(best) + 1e-9) / 100
 
 
 def round_of_target(record: RunRecord, target: float) -> int | None:
-    """The first evaluated round with the target accuracy; None where there is none."""
+    """Return the first evaluated round with the target accuracy, or None."""
     values = series(record, MEASURE)
     there = values[values >= target]
     return int(there.index[0]) if len(there) else None
 
 
 def waiting_table(records: Sequence[RunRecord], waiting: Waiting) -> Table:
-    """See `waiting_grid`."""
+    """Return `waiting_grid` as a table for the terminal."""
     return drawn(waiting_grid(records, waiting))
 
 
 def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
-    """For each method the time to the target accuracy on each network, mean over its seeds; a dash where a seed never reaches it.
+    """Return each method's time to the target accuracy on each network, mean over seeds; a dash means that a seed never reaches it.
 
     Raises:
-        ConfigError: there is no accuracy, or there are no clients' times, to tell it from.
+        ConfigError: a run has no accuracy or no client times.
     """
     counted = [record for g in group(records) for record in g.counted]
     for record in counted:
         lacking = _lacking(record, waiting)
         if lacking:
-            raise ConfigError(f"network: {record.name} has {lacking} to tell times from")
+            raise ConfigError(f"network: times cannot be estimated, because {record.name} has {lacking}")
     target = common_target(counted) if waiting.target is None else waiting.target
     rows = []
     for g in group(records):
@@ -103,13 +101,13 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
 
 
 def _lacking(record: RunRecord, waiting: Waiting) -> str:
-    """What a run has not got and should."""
+    """Return what a run lacks for the estimate, or ""."""
     if not len(series(record, MEASURE)):
         return "no accuracy yet"
     if len(elapsed(record, waiting.networks[0], waiting)):
         return ""
     if waiting.gflops is not None and len(elapsed(record, waiting.networks[0], waiting._replace(gflops=None))):
-        return "no counted operations for gflops (slowdown takes its measured seconds)"
+        return "no counted operations for gflops (use slowdown, which needs only measured seconds)"
     return "no clients.parquet with seconds and bytes"
 
 
@@ -127,17 +125,21 @@ def _cells(pairs: Sequence[tuple[RunRecord, int]], waiting: Waiting) -> list[Cel
 
 def _at(times: pd.Series[float], number: int) -> float:
     before = times[times.index <= number]
-    return float(before.iloc[-1]) if len(before) else 0.0  # nobody had worked yet
+    return float(before.iloc[-1]) if len(before) else 0.0  # no client has trained yet
 
 
 def _bytes_per_turn(record: RunRecord) -> float:
-    """Up and down together."""
+    """Return the mean bytes of a client and round, up and down together."""
     clients = record.clients
-    assert clients is not None  # `waiting_grid` has asked
+    assert clients is not None  # checked in `waiting_grid`
     return float((clients["uplink_bytes"] + clients["downlink_bytes"]).mean())
 
 
 def _caption(waiting: Waiting) -> str:
     ways = "; ".join(f"{w.name} {w.up:g} Mbit/s up, {w.down:g} down, {w.latency:g} ms" for w in waiting.networks)
-    here = f"{waiting.slowdown:g} times as long as here" if waiting.gflops is None else f"{waiting.gflops:g} GFLOP/s"
-    return f"Assumed: {ways}; a device computes {here}; a round waits for its slowest client."
+    here = (
+        f"take {waiting.slowdown:g} times the measured time"
+        if waiting.gflops is None
+        else f"compute at {waiting.gflops:g} GFLOP/s"
+    )
+    return f"Assumed: {ways}; devices {here}; a round waits for its slowest client."

@@ -1,4 +1,4 @@
-"""What people do with experiments: compare several, check a method, time engines, export a model, estimate a device's cost.
+"""Tools for experiments: compare methods, check a method, time engines, export models, estimate costs on devices.
 
-Each module is one command's work without its command line (`cli`). Tools do not import each other.
+Each module does the work of one command; `cli` has the command line. Tools do not import each other.
 """

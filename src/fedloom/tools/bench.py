@@ -1,8 +1,8 @@
-"""How fast this machine runs federations: fixed workloads, timed round by round, contestants in turn.
+"""Speed of federations on this machine: fixed workloads, timed by interleaving rounds of all contestants.
 
-One round of every contestant follows one round of the others, so that whatever else the machine does falls on all of them
-alike, and ratios are medians over such rounds. Data are made up (speed does not depend on what pictures show) unless
-`FEDLOOM_DATA` names a folder that holds the real ones.
+Contestants take turns, one round each, so that other work on the machine affects all of them equally. Ratios are medians over
+rounds. Data are noise, because speed does not depend on the content of pictures, unless `FEDLOOM_DATA` is a folder with the
+real data.
 """
 
 from __future__ import annotations
@@ -36,41 +36,41 @@ from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import load_object
 from fedloom.rng import Stream
 
-WARM_UP = 1  # rounds before the clock counts: memory, threads and traces settle
+WARM_UP = 1  # untimed rounds at the start, in which memory, threads and traces are set up
 
 
 class Times(NamedTuple):
-    """Seconds of one round."""
+    """Times of one round, in seconds."""
 
-    train: float  # downlink, local work, aggregation, and the bookkeeping that goes with them
-    score: float  # test accuracy of all clients, alone
-    extra: float = 0.0  # whatever else the contestant computes in a round of evaluation
+    train: float  # downlink, local updates, aggregation, and their bookkeeping
+    score: float  # test accuracy of all clients, nothing else
+    extra: float = 0.0  # everything else that the contestant computes in an evaluation round
 
 
 class Rival(Protocol):
-    """Another way to run the same federation."""
+    """Another implementation of the same federation."""
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """One round with these clients, then scoring all clients."""
+        """Run one round with these clients, then score all clients."""
 
 
 MakeRival = Callable[[Problem, int], Rival]
-"""What a rival's file defines: (problem, threads) -> a rival that may use so many threads."""
+"""What a rival's file defines: (problem, threads) -> a rival that may use that number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A federation of a fixed size; `scale` shrinks it."""
+    """A federation of a fixed size, which `scale` reduces."""
 
     title: str
-    data: str  # the real data set's name
+    data: str  # name of the real data set
     input_shape: tuple[int, int, int]
-    rows: tuple[int, int]  # training rows and official test rows at scale 1
+    rows: tuple[int, int]  # numbers of training and official test examples at scale 1
     settings: Mapping[str, Any]
-    by_clients: bool = False  # whether `scale` shrinks the number of clients too, and so leaves each its rows
+    by_clients: bool = False  # whether `scale` also reduces the number of clients, which keeps the examples per client
 
     def values(self, scale: float) -> Values:
-        """The settings at a scale."""
+        """Return the settings at a scale."""
         values: Values = dict(self.settings)
         if self.by_clients:
             values |= {key: max(1, round(values[key] * scale)) for key in ("clients", "cohort")}
@@ -84,7 +84,7 @@ W4: Values = {
     "method": {"name": "fedavg", "lr": 0.05},
     "clients": 1000,
     "cohort": 100,
-    "partition": {"name": "iid", "test_fraction": 1 / 7},  # 60 and 10 rows
+    "partition": {"name": "iid", "test_fraction": 1 / 7},  # 60 training and 10 test examples
 }
 
 WORKLOADS: Mapping[str, Workload] = MappingProxyType(
@@ -116,27 +116,29 @@ WORKLOADS: Mapping[str, Workload] = MappingProxyType(
                 "partition": {"name": "iid", "merge": False},
             },
         ),
-        "w4": Workload(title="FedAvg, CNN, 100 of 1000 clients, 60 rows each", **MNIST, settings=W4, by_clients=True),
+        "w4": Workload(
+            title="FedAvg, CNN, 100 of 1000 clients, 60 examples each", **MNIST, settings=W4, by_clients=True
+        ),
         "w4-mlp": Workload(
-            title="FedAvg, MLP, 100 of 1000 clients, 60 rows each",
+            title="FedAvg, MLP, 100 of 1000 clients, 60 examples each",
             **MNIST,
             settings=W4 | {"model": {"name": "mlp"}},
             by_clients=True,
         ),
     }
 )
-"""What is timed; every size is that of `scale=1`."""
+"""All workloads, with their sizes at `scale=1`."""
 
 
 def workload(name: str) -> Workload:
-    """A workload by name. Raises ConfigError."""
+    """Return a workload by name. Raise ConfigError if there is none."""
     if name not in WORKLOADS:
-        raise ConfigError(f"no workload is called '{name}'{suggest(name, WORKLOADS)}")
+        raise ConfigError(f"unknown workload '{name}'{suggest(name, WORKLOADS)}")
     return WORKLOADS[name]
 
 
 def dataset_for(work: Workload, scale: float) -> data.Dataset:
-    """The rows of a workload: real ones if `FEDLOOM_DATA` is set, else noise; a fixed draw of `scale` of them."""
+    """Return the data of a workload: noise, or, if `FEDLOOM_DATA` is set, a fixed random fraction `scale` of the real data."""
     n_train, n_test = (max(1, round(n * scale)) for n in work.rows)
     rng = Stream("bench", work.data)
     if not os.environ.get("FEDLOOM_DATA"):
@@ -145,7 +147,7 @@ def dataset_for(work: Workload, scale: float) -> data.Dataset:
         return data.from_arrays(noise[:n_train], labels[:n_train], noise[n_train:], labels[n_train:], name=work.data)
     whole = data.load(work.data)
     if n_train > whole.n_train or n_test > whole.n_rows - whole.n_train:
-        raise ConfigError(f"scale={scale}: {work.data} holds fewer than {n_train} + {n_test} rows")
+        raise ConfigError(f"scale={scale}: {work.data} has fewer than {n_train} + {n_test} examples")
     keep = rng.permutation(whole.n_train)[:n_train]
     held = whole.n_train + rng.permutation(whole.n_rows - whole.n_train)[:n_test]
     x, y = whole.images, whole.labels
@@ -153,7 +155,7 @@ def dataset_for(work: Workload, scale: float) -> data.Dataset:
 
 
 def problem_of(work: Workload, scale: float, **more: Any) -> Problem:
-    """The workload's clients, rows, models and plan, without an engine; `more` are settings of it that change."""
+    """Return the workload's clients, data, models and plan, without an engine. `more` overrides settings."""
     settings = make_settings({**work.values(scale), **more})
     with arithmetic(settings):
         federation = make_federation(settings, dataset_for(work, scale))
@@ -161,14 +163,14 @@ def problem_of(work: Workload, scale: float, **more: Any) -> Problem:
 
 
 class Stepped(Experiment):
-    """An experiment that is run one round at a time; its times are those of the product, bookkeeping and all."""
+    """An experiment that is run one round at a time. Times include all bookkeeping of a normal run."""
 
     def next_cohort(self) -> Sequence[int]:
-        """Who takes part in the next round."""
+        """Return the cohort of the next round."""
         return self.draw_cohort(self.done)
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `Rival.round`; the cohort is its own, which is the same for all engines."""
+        """See `Rival.round`. The argument is ignored: the experiment draws the same cohort itself."""
         synchronise(self.place.device)
         before = self.ledger.train_seconds, self.ledger.eval_seconds
         with arithmetic(self.settings):
@@ -179,7 +181,7 @@ class Stepped(Experiment):
         return Times(self.ledger.train_seconds - before[0], score, max(evaluation - score, 0.0))
 
     def _score(self) -> float:
-        """Seconds for one accuracy per client alone; an evaluation scores more, such as the server's model."""
+        """Return the time for one accuracy per client. A full evaluation scores more, such as the server's model."""
         started = time.perf_counter()
         down = self.method.deploy(self.server, self.problem.task)
         personal = self.scoring.asks(general=False)[:1]
@@ -188,14 +190,16 @@ class Stepped(Experiment):
         return time.perf_counter() - started
 
 
-class _Apart:
-    """A rival in a process of its own, where nothing is set (threads, the handling of memory) that the engines set in theirs."""
+class _RivalProcess:
+    """A rival in a separate process, so that the engines' settings of threads and memory do not affect it."""
 
     def __init__(self, where: str, work: Workload, scale: float, precision: str) -> None:
         context = multiprocessing.get_context("spawn")
         self._where, (self._pipe, theirs) = where, context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, where, work, scale, precision), daemon=True)
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is for the command, which ends this
+        before = signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # inherited: only the command handles Ctrl-C, and ends this process
         self._process.start()
         signal.signal(signal.SIGINT, before)
         theirs.close()
@@ -206,22 +210,22 @@ class _Apart:
             self._pipe.send(list(cohort))
             times: Times = self._pipe.recv()
         except (EOFError, ConnectionError):
-            raise WorkerError(f"rival={self._where}: its process ended; see what it wrote above") from None
+            raise WorkerError(f"rival={self._where}: its process ended; see its output above") from None
         return times
 
     def close(self) -> None:
-        """End the process, in the midst of a round too."""
+        """End the process, even during a round."""
         self._process.terminate()
         self._process.join()
         self._pipe.close()
 
 
 def _serve(pipe: Connection, where: str, work: Workload, scale: float, precision: str) -> None:
-    """What a rival's process does: a round for every cohort, until there are no more."""
+    """Run a rival in its process: one round for every cohort received, until the pipe closes."""
     make = load_object(where, "rival")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the rival clears up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the rival can clean up
     rival = make(problem_of(work, scale, precision=precision), cores())
-    with suppress(EOFError, ConnectionError):  # the command is gone
+    with suppress(EOFError, ConnectionError):  # the command has ended
         while True:
             pipe.send(rival.round(pipe.recv()))
 
@@ -237,23 +241,23 @@ def measure(
     rivals: Mapping[str, str] | None = None,
     roof: float | None = None,
 ) -> dict[str, Any]:
-    """Time a workload on some engines, and on rivals if given, in turn.
+    """Time a workload on engines and rivals, in interleaved rounds.
 
     Args:
-        engines: their names; `processes:8` is one with `engine.lanes=8`.
-        scale: part of the rows (or of the clients), above 0 and at most 1.
-        rounds: rounds that count, after one to warm up.
-        device: where the engines compute (`engine.device`); rivals stay on the CPU.
-        rivals: by the name to give each, where its `MakeRival` is defined, as `FILE.py:NAME`; every one gets a process of its own.
-        roof: FLOP/s that the machine reaches at its best (`machine_roof`); gives each contestant's share of it.
+        engines: names of engines; `processes:8` means `engine.lanes=8`.
+        scale: fraction of the examples (or of the clients), above 0 and at most 1.
+        rounds: timed rounds, after one warm-up round.
+        device: device of the engines (`engine.device`); rivals run on the CPU.
+        rivals: rivals by name, each given as `FILE.py:NAME` of its `MakeRival`; each runs in a separate process.
+        roof: highest FLOP/s of the machine (`machine_roof`); the result then has each contestant's fraction of it.
 
     Returns:
-        JSON-able facts: sizes, FLOPs of a round's training, and for each contestant the seconds of training, scoring and the
-        rest (median and quartiles), FLOP/s, and how many times as long as the first engine it takes: `train`;
-        `equal_work` (training and test accuracy); `as_it_does` (all that it does in a round of evaluation).
+        Facts that can be stored as JSON: sizes, FLOP of a round's training, and for each contestant the seconds of training, scoring and
+        the rest (median and quartiles), FLOP/s, and its time relative to the first engine: `train`; `equal_work` (training and test
+        accuracy); `as_it_does` (everything in an evaluation round).
 
     Raises:
-        ConfigError: an impossible scale, number of rounds, precision, or engine.
+        ConfigError: the scale, number of rounds, precision or engine is not possible.
         WorkerError: a rival's process ended.
     """
     _check(scale, rounds)
@@ -261,7 +265,7 @@ def measure(
         folder = Path(open_things.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-bench-")))
         dataset = dataset_for(work, scale)
         common = {**work.values(scale), "precision": precision, "checkpoint_every": 0}
-        common["rounds"] = WARM_UP + rounds + 1  # the last round scores more than others
+        common["rounds"] = WARM_UP + rounds + 1  # the last round evaluates more than others, so it is not run
         ours: dict[str, Stepped] = {}
         for engine in dict.fromkeys(engines):
             values = {**common, "engine": _engine(engine, device), "out": folder / engine}
@@ -269,17 +273,17 @@ def measure(
             open_things.callback(ours[engine].engine.close)
         first = next(iter(ours.values()))
         others = {
-            name: open_things.enter_context(closing(_Apart(where, work, scale, precision)))
+            name: open_things.enter_context(closing(_RivalProcess(where, work, scale, precision)))
             for name, where in (rivals or {}).items()
         }
         flop = train_flop(first)
-        times = _in_turn({**ours, **others}, first, rounds)
+        times = _time_interleaved({**ours, **others}, first, rounds)
     facts = _described(work, first, scale, rounds) | {"train_flop": flop, "roof_flop_per_s": roof}
     return facts | {"contestants": {name: _facts(t, times[next(iter(ours))], flop, roof) for name, t in times.items()}}
 
 
 def _described(work: Workload, first: Stepped, scale: float, rounds: int) -> dict[str, Any]:
-    """What was timed, and on what."""
+    """Return what was timed, and on which machine."""
     return {
         "title": work.title,
         "data": f"{work.data} ({'real' if os.environ.get('FEDLOOM_DATA') else 'synthetic'})",
@@ -295,7 +299,7 @@ def _described(work: Workload, first: Stepped, scale: float, rounds: int) -> dic
 
 
 def _engine(words: str, device: str) -> Values:
-    """The engine's settings of `NAME` or `NAME:LANES`."""
+    """Return the engine settings of `NAME` or `NAME:LANES`."""
     name, colon, lanes = words.partition(":")
     return {"name": name, "device": device, "lanes": lanes if colon else None}
 
@@ -307,8 +311,8 @@ def _check(scale: float, rounds: int) -> None:
         raise ConfigError(f"rounds={rounds}: must be at least 1")
 
 
-def _in_turn(contestants: Mapping[str, Rival], leader: Stepped, rounds: int) -> dict[str, np.ndarray]:
-    """(rounds, 3) seconds by contestant; who starts changes from round to round."""
+def _time_interleaved(contestants: Mapping[str, Rival], leader: Stepped, rounds: int) -> dict[str, np.ndarray]:
+    """Return (rounds, 3) seconds by contestant. The contestant that starts changes in every round."""
     names = list(contestants)
     times: dict[str, list[Times]] = {name: [] for name in names}
     for number in range(WARM_UP + rounds):
@@ -320,7 +324,7 @@ def _in_turn(contestants: Mapping[str, Rival], leader: Stepped, rounds: int) -> 
 
 
 def _facts(times: np.ndarray, first: np.ndarray, flop: float, roof: float | None) -> dict[str, Any]:
-    """What is told of one contestant; both arrays are (rounds, 3)."""
+    """Return the facts of one contestant; both arrays are (rounds, 3)."""
     speed = flop / float(np.median(times[:, 0]))
     upto = {"train": 1, "equal_work": 2, "as_it_does": 3}
     ratios = {key: times[:, :n].sum(1) / first[:, :n].sum(1) for key, n in upto.items()}
@@ -338,21 +342,21 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def train_flop(experiment: Stepped) -> float:
-    """Floating-point operations of the next round's local training (see `fedloom.experiment.costs`)."""
+    """Return the floating-point operations of the next round's local training (see `fedloom.experiment.costs`)."""
     costs = Costs(experiment.problem)
     with arithmetic(experiment.settings):
         return sum(sum(costs.flops(i, experiment.done).values()) for i in experiment.next_cohort())
 
 
 def machine_roof(n_cores: int | None = None, seconds: float = 1.0, device: torch.device = HOST) -> float:
-    """The most FLOP/s in float32 that cores, or a device, reach on a matrix product or a convolution, each by itself.
+    """Measure the highest float32 FLOP/s of a device, or of one core times the number of cores, on a matrix product or a convolution.
 
-    Measured on one core, in pieces of a few milliseconds, and multiplied: so a machine that is busy otherwise is not mistaken
-    for a slow one, which a measurement over all cores would do. A device gets pieces large enough to fill it.
+    One core is measured in pieces of a few milliseconds, so that other work on the machine does not lower the result; this is not
+    possible with all cores at once. A device gets pieces large enough to use all of it.
 
     Args:
-        n_cores: default: all that this process may use.
-        seconds: how long to try.
+        n_cores: number of cores; default: all cores that this process may use.
+        seconds: how long to measure.
     """
     times = 1 if device == HOST else 16
     n, batch, channels, side = 512 * times, 4 * times, 64, 32

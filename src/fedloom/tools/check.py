@@ -1,6 +1,6 @@
-"""Whether a method keeps the contract: runs it on a tiny federation in several ways that must agree, and says in words what does not.
+"""Check that a method follows the contract: run it on a tiny federation in several ways that must agree, and explain differences.
 
-Everything happens in float64 on a few of scikit-learn's digits, in temporary folders.
+All runs use float64, a few of scikit-learn's digits, and temporary folders.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ Model = Mapping[str, Any]
 
 
 class Finding(NamedTuple):
-    """One rule: kept, broken, or (None) not tested or not binding; and why."""
+    """The result for one rule: kept, broken, or (None) not applicable; and the reason."""
 
     rule: str
     kept: bool | None
     note: str = ""
 
 
-class _Backwards(Wrapper):
-    """Lets the last member of a cohort work first, each alone."""
+class _ReverseOrder(Wrapper):
+    """Trains the members of a cohort one by one, in reverse order."""
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         replies = []
@@ -56,10 +56,10 @@ class _Backwards(Wrapper):
 
 
 def methods_in(where: str) -> list[str]:
-    """The methods that `FILE.py` defines, as `FILE.py:Class`; anything else is a method already.
+    """Return the methods that `FILE.py` defines, as `FILE.py:Class`. Any other word is returned as it is.
 
     Raises:
-        ConfigError: the file defines none, or cannot be imported.
+        ConfigError: the file defines no method, or cannot be imported.
     """
     if not where.endswith(".py"):
         return [where]
@@ -78,7 +78,7 @@ def check_method(name: str) -> list[Finding]:
     """Check a method, registered or `FILE.py:Class`.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: the method does not exist.
     """
     cls = method_class(name)
     first = _check_class(cls)
@@ -90,7 +90,7 @@ def check_method(name: str) -> list[Finding]:
 
 
 def _check_class(cls: type[Method]) -> Finding:
-    rule = "it is a frozen dataclass, and every hyper-parameter has a default"
+    rule = "the method is a frozen dataclass whose hyper-parameters have defaults"
     fields = {field.name for field in dataclasses.fields(cls)}
     for key, kind in vars(cls).get("__annotations__", {}).items():
         if key not in fields and "ClassVar" not in str(kind):
@@ -112,8 +112,10 @@ class _Trial:
         self.parts = GivenObjects(method=method, dataset=dataset)
 
     def findings(self) -> list[Finding]:
-        """All rules that take a run."""
-        contract = "two rounds keep the contract: inputs unchanged, private nets stay, structures last, numbers finite"
+        """Return the findings for all rules that need a run."""
+        contract = (
+            "two rounds follow the contract: inputs unchanged, private nets kept, structures constant, numbers finite"
+        )
         try:
             reference = self._run("plain", "sequential")
             self._run("debug", "debug+sequential")
@@ -123,10 +125,12 @@ class _Trial:
             Finding(contract, True),
             self._normalised(),
             self._same(
-                "messages as bytes give the same numbers", reference, lambda: self._run("bytes", "bytes+sequential")
+                "messages encoded as bytes give the same numbers",
+                reference,
+                lambda: self._run("bytes", "bytes+sequential"),
             ),
-            self._same("stopped after a round and resumed, it gives the same numbers", reference, self._resumed),
-            self._same("the order in which clients work does not matter", reference, self._backwards),
+            self._same("a run stopped after a round and resumed gives the same numbers", reference, self._resumed),
+            self._same("the order of the clients does not matter", reference, self._in_reverse_order),
             self._mapped(reference),
         ]
 
@@ -148,7 +152,7 @@ class _Trial:
         return experiment
 
     def _normalised(self) -> Finding:
-        rule = "so it does with BatchNorm in the model"
+        rule = "the same holds with BatchNorm in the model"
         try:
             self._run("batchnorm", "debug+sequential", NORMALISED)
         except Exception as error:
@@ -157,7 +161,7 @@ class _Trial:
 
     def _resumed(self) -> Experiment:
         def stop(done: int, rounds: int, row: Mapping[str, Any]) -> None:
-            raise StopIteration  # as good as a Ctrl-C
+            raise StopIteration  # stops the run like Ctrl-C
 
         first = self._experiment("resumed", "sequential")
         with contextlib.suppress(StopIteration):
@@ -166,9 +170,9 @@ class _Trial:
         second.run()
         return second
 
-    def _backwards(self) -> Experiment:
+    def _in_reverse_order(self) -> Experiment:
         experiment = self._experiment("backwards", "sequential")
-        experiment.engine = _Backwards(experiment.engine)
+        experiment.engine = _ReverseOrder(experiment.engine)
         experiment.run()
         return experiment
 
@@ -180,14 +184,14 @@ class _Trial:
         return Finding(rule, not difference, difference)
 
     def _mapped(self, experiment: Experiment) -> Finding:
-        rule = "its losses can be mapped over clients (the vectorised engine)"
+        rule = "losses can be mapped over clients (vectorised engine)"
         method = experiment.problem.method
         if method.pooled:
-            return Finding(rule, None, "nothing to map: one client holds all rows")
+            return Finding(rule, None, "nothing to map: one client has all examples")
         phases = method.phases()
         free = [phase.name for phase in phases if isinstance(phase, Free)]
         if free:
-            return Finding(rule, None, f"runs, but never vectorised: phase '{free[0]}' is Free work")
+            return Finding(rule, None, f"runs, but is never vectorised: phase '{free[0]}' is a Free phase")
         with arithmetic(experiment.settings):
             for train, once in [
                 (train, getattr(phase, "precompute", None)) for phase in phases for train in trains_of([phase])
@@ -195,15 +199,15 @@ class _Trial:
                 try:
                     wrong = _map_differs(experiment, train, once)
                 except Exception as error:
-                    return Finding(rule, None, f"runs, but never vectorised: phase '{train.name}' {_why(error)}")
+                    return Finding(rule, None, f"runs, but is never vectorised: phase '{train.name}' {_why(error)}")
                 if wrong:
-                    note = f"phase '{train.name}': the gradient of {wrong} is another one when two clients are mapped"
+                    note = f"phase '{train.name}': the gradient of {wrong} changes when two clients are mapped"
                     return Finding(rule, False, note)
         return Finding(rule, True)
 
 
 def _state(experiment: Experiment) -> Tree:
-    """All that must not depend on how a run was made."""
+    """Return everything that must not depend on how a run was made."""
     n = experiment.problem.task.n_clients
     clients = {f"client {i}": experiment.engine.client(i)._asdict() for i in range(n)}
     scores = [
@@ -215,7 +219,7 @@ def _state(experiment: Experiment) -> Tree:
 
 
 def _difference(a: Tree, b: Tree) -> str:
-    """Where two states differ first, in words; "" where they are equal bit for bit."""
+    """Describe the first difference between two states, or return "" if they are equal bit for bit."""
     if tree.structure(a) != tree.structure(b):
         path, _ = min(set(tree.structure(a).items()) ^ set(tree.structure(b).items()), key=lambda item: item[0])
         return f"the structure differs at {path}"
@@ -223,17 +227,19 @@ def _difference(a: Tree, b: Tree) -> str:
     for path, leaf in tree.flatten(a):
         if not tree.equal({"x": leaf}, {"x": other[path]}):
             gap = (leaf.double() - other[path].double()).abs().max()
-            return f"{path} differs by up to {gap:.2g}; is anything remembered outside of memory and server?"
+            return f"{path} differs by up to {gap:.2g}; the method may keep state outside of memory and server"
     return ""
 
 
 def _map_differs(experiment: Experiment, train: Train, once: PrecomputeFn | None) -> str:
-    """The first tensor whose gradient differs between two clients in turn and two clients mapped; "" where none does."""
+    """Return the first tensor whose gradient differs between two clients one by one and two clients mapped, or "" if none does."""
     modules, lanes = _lanes(experiment, train)
 
     def gradient(lane: Tree) -> Any:
         def loss(trained: dict[str, Tensor]) -> Tensor:
-            buffers = {name: value.clone() for name, value in lane["buffers"].items()}  # BatchNorm writes into them
+            buffers = {
+                name: value.clone() for name, value in lane["buffers"].items()
+            }  # BatchNorm modifies them in place
             nets = Nets(modules, {**lane["fixed"], **trained}, buffers, train.modes)
             batch = Batch(**lane["batch"])
             if once:
@@ -266,7 +272,7 @@ def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[Tree]]:
 
 
 def _lane(client: Client, train: Train, batch: Tree, down: Tree, rng: Stream) -> Tree:
-    """What the loss of one client reads, with weights moved a little, so that no two clients are alike."""
+    """Return the inputs of a client's loss, with weights perturbed so that all clients differ."""
     params = {k: v.detach().contiguous() + 0.01 * rng.normal(v.shape) for k, v in client.weights["params"].items()}
     names = select(client.weights, train.params)["params"].keys()
     trained = {name: params.pop(name) for name in names}
@@ -286,11 +292,11 @@ def _largest(federation: data.Federation) -> list[int]:
 
 _REASONS = {
     "one_hot": "uses F.one_hot: compare with torch.arange(n_classes) instead",
-    ".item()": "takes a number out of a tensor (.item(), float(), int(), or `if` on a tensor)",
-    "data-dependent control flow": "decides by a tensor's value (`if`, `while`, bool()): use torch.where",
-    "dynamic shape": "makes tensors whose shape depends on numbers (boolean indexing, nonzero, unique): weigh rows by 0 and 1 instead",
-    "randomness": "draws random numbers (randn, or a module with Dropout): a phase's `draw` should make them",
-    "inplace": "writes into a tensor that all clients share: make a new one instead",
+    ".item()": "converts a tensor to a number (.item(), float(), int(), or `if` on a tensor)",
+    "data-dependent control flow": "branches on the value of a tensor (`if`, `while`, bool()): use torch.where instead",
+    "dynamic shape": "creates tensors whose shape depends on values (boolean indexing, nonzero, unique): use 0/1 weights instead",
+    "randomness": "draws random numbers (randn, or a module with Dropout): draw them in the phase's `draw` instead",
+    "inplace": "modifies a tensor that all clients share: create a new one instead",
 }
 
 

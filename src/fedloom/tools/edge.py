@@ -1,7 +1,7 @@
-"""What one client's turn needs of a device: sizes, operations, seconds and memory, before any run.
+"""Cost of one client's local update on a device: sizes, operations, seconds and memory, without a full run.
 
-Seconds and memory are measured in a fresh process that knows one client's rows and nothing of the others, as on a device.
-`python -m fedloom.tools.edge FOLDER` is that process.
+Seconds and memory are measured in a fresh process with the examples of one client only, as on a device.
+`python -m fedloom.tools.edge FOLDER` runs that process.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from fedloom.tree import Tree
 from fedloom.wire.messages import Meter, decode, encode
 
 FOUND = "found.json"
-TIMED_STEPS = 10  # at most so many steps of a phase are timed, after one to warm up; the others take as long
+TIMED_STEPS = 10  # number of steps of a phase that are timed, after one warm-up step; the time is scaled to all steps
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseCost:
-    """One phase of a turn."""
+    """The cost of one phase of a local update."""
 
     name: str
-    steps: int  # on batches, or pieces of a sweep
+    steps: int  # batches, or pieces of a sweep
     flops: float
-    seconds: float  # of the processor here, on one thread
-    tensor_bytes: int  # the most that tensors took at once
+    seconds: float  # CPU time on this machine, on one thread
+    tensor_bytes: int  # peak memory of tensors
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnCost:
-    """One client's turn: the client of one architecture with the most rows."""
+    """The cost of a local update of the client with the most training examples of one architecture."""
 
     method: str
     model: str
@@ -61,12 +61,12 @@ class TurnCost:
     rows: int
     parameters: int
     parameters_sent: int
-    kept_bytes: int  # between rounds: weights that do not travel, memory, optimiser states
+    kept_bytes: int  # between rounds: private weights, memory, optimiser states
     uplink_bytes: int
     downlink_bytes: int
     phases: tuple[PhaseCost, ...]
-    process_bytes: int  # the peak of a client's process
-    program_bytes: int  # of it, Python, torch and fedloom before there is a model
+    process_bytes: int  # peak memory of the client's process
+    program_bytes: int  # part of it for Python, torch and fedloom, before the model is created
 
 
 class MeasureError(FedloomError):
@@ -74,11 +74,11 @@ class MeasureError(FedloomError):
 
 
 def turn_costs(settings: Settings) -> list[TurnCost]:
-    """The cost of a turn for each architecture of an experiment that these settings describe.
+    """Return the cost of a local update for each architecture of an experiment.
 
     Raises:
-        UsageError: settings that contradict each other, data that are missing.
-        MeasureError: the client's process failed, perhaps for want of memory.
+        UsageError: settings contradict each other, or data are missing.
+        MeasureError: the client's process failed, perhaps because it ran out of memory.
     """
     with arithmetic(settings):
         method, federation = make_method(settings.method), make_federation(settings)
@@ -123,7 +123,7 @@ def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
 
 
 def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: Client, down: Tree) -> dict[str, Any]:
-    """Let a process of its own take the turn."""
+    """Run the local update in a separate process, and return what it measured."""
     x, y = problem.data.train(i)
     facts = {"task": asdict(problem.task), "turn": turn._asdict(), "arch": problem.arch_of[i]}
     with tempfile.TemporaryDirectory(prefix="fedloom-edge-") as name:
@@ -138,11 +138,11 @@ def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: 
             "-m",
             "fedloom.tools.edge",
             name,
-        ]  # -P: the current folder's files are no modules
+        ]  # -P: do not import modules from the current folder
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1:] or [
-                f"exit code {done.returncode}; -9 is a kill, for want of memory"
+                f"exit code {done.returncode} (-9 means killed, usually out of memory)"
             ]
             raise MeasureError(f"the process of client {i} failed: {last[0]}")
         found: dict[str, Any] = json.loads((folder / FOUND).read_text(encoding="utf-8"))
@@ -150,7 +150,7 @@ def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: 
 
 
 def take_turn(folder: Path) -> dict[str, Any]:
-    """The client's process: take a turn, shortened, and say what it took."""
+    """Make a shortened local update in the client's process, and return its cost."""
     program = peak_process_bytes()
     settings = make_settings(read_toml(folder / "config.toml"))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -163,13 +163,13 @@ def take_turn(folder: Path) -> dict[str, Any]:
         weights = read_weights(gradients.modules)
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         blank = Client(weights, method.init_memory(weights, task), opts)
-        client = Client(**tree.merge(blank._asdict(), sent["client"]))  # branches without tensors do not travel
+        client = Client(**tree.merge(blank._asdict(), sent["client"]))  # empty branches are not encoded
         down = sent.get("down", {})
         try:
             worked, seconds = _timed(
                 method, gradients, client=client, down=down, site=_site(settings, task, sent["rows"], True), turn=turn
             )
-        except RuntimeError as error:  # as the engines do: a model that calls .view() on a convolution's output
+        except RuntimeError as error:  # as in the engines: the model calls .view() on a convolution's output
             if "view size is not compatible" not in str(error):
                 raise
             worked, seconds = _timed(
@@ -201,7 +201,7 @@ def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> Cl
 def _timed(
     method: Method, gradients: Gradients, client: Client, down: Tree, site: ClientContext, turn: Turn
 ) -> tuple[Client, dict[str, float]]:
-    """The client after its phases, and what all their steps take."""
+    """Run the phases. Return the client afterwards, and the seconds of each phase with all its steps."""
     seconds = {}
     for phase in method.phases():
         steps = sum(pieces(phase, site.plan, turn.examples).values())
@@ -216,5 +216,5 @@ def _timed(
 
 
 if __name__ == "__main__":
-    here = Path(sys.argv[1])  # and not standard output, where a user's file may print
+    here = Path(sys.argv[1])  # a file instead of standard output, to which a user's code may print
     (here / FOUND).write_text(json.dumps(take_turn(here)), encoding="utf-8")

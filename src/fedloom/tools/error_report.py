@@ -1,4 +1,4 @@
-"""An exception from somebody's own method in one line: what, where in their file, and at which client, round and phase."""
+"""One-line reports of exceptions in a user's method: error, place in the user's file, client, round and phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedloom.errors import FedloomError, is_own_code
 
 
 class CodeLocation(NamedTuple):
-    """A line of code."""
+    """A line of code in a traceback."""
 
     file: str
     line: int
@@ -19,14 +19,14 @@ class CodeLocation(NamedTuple):
     code: str
 
     def __str__(self) -> str:
-        """`my.py:12`, relative to the current folder where the file lies in it."""
+        """Return `my.py:12`, relative to the current folder if the file is inside it."""
         file = Path(self.file)
         inside = file.is_relative_to(Path.cwd())
         return f"{file.relative_to(Path.cwd()) if inside else file}:{self.line}"
 
 
 def one_line(error: BaseException) -> str:
-    """`ZeroDivisionError: division by zero (my.py:12, in loss; in phase 'train' ...; client 0, round 1)`."""
+    """Return a line such as `ZeroDivisionError: division by zero (my.py:12, in loss; in phase 'train' ...; client 0, round 1)`."""
     known = isinstance(error, FedloomError)
     what = str(error) if known else f"{type(error).__name__}: {error}"
     own = own_place(error)
@@ -36,18 +36,18 @@ def one_line(error: BaseException) -> str:
 
 
 def notes(error: BaseException) -> list[str]:
-    """The engine's notes, innermost first: the phase, then client and round."""
+    """Return the engine's notes, innermost first: the phase, then client and round."""
     return [note for note in getattr(error, "__notes__", []) if "\n" not in note]
 
 
 def own_place(error: BaseException) -> CodeLocation | None:
-    """The innermost line of code that belongs neither to fedloom nor to an installed package."""
+    """Return the innermost line of code outside fedloom and installed packages."""
     own = [place for place in _places(error) if is_own_code(place.file)]
     return own[-1] if own else None
 
 
 def _places(error: BaseException) -> list[CodeLocation]:
-    """Here, and in the worker process that the error came from: its traceback travels as a note of several lines."""
+    """Return the lines of the traceback, in this process and in the worker process, whose traceback is a note of several lines."""
     frames = traceback.extract_tb(error.__traceback__)
     here = [CodeLocation(frame.filename, frame.lineno or 0, frame.name, frame.line or "") for frame in frames]
     texts = "\n".join(note for note in getattr(error, "__notes__", []) if "\n" in note)

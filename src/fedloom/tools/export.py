@@ -1,4 +1,4 @@
-"""A client's personal model as a file for a device: ONNX and safetensors, checked against torch on the client's own rows."""
+"""Export of a client's personal model for a device: ONNX and safetensors files, compared with torch on the client's own examples."""
 
 from __future__ import annotations
 
@@ -28,10 +28,13 @@ from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment
 from fedloom.experiment.personal_model import PersonalModel
 
-BATCH = 32  # images in the batch that is timed
-LEAST, MOST_S = 10, 0.5  # a latency is the median of so many runs at least, and of what half a second allows
-ROUNDING, TIMES_ROUNDING = 1e-5, 10  # of the largest logit; of float32's own distance from float64
-LOWEST = torch.finfo(torch.float32).max / 2  # beyond it lies FedProto's logit of a class without prototype
+BATCH = 32  # images in the timed batch
+LEAST, MOST_S = 10, 0.5  # minimum number of runs of a latency measurement, and its duration in seconds
+ROUNDING, TIMES_ROUNDING = (
+    1e-5,
+    10,
+)  # tolerance, relative to the largest logit, and to the difference of float32 from float64
+LOWEST = torch.finfo(torch.float32).max / 2  # FedProto's logit of a class without a prototype is larger in magnitude
 
 PROBE = """
 import json, sys, time
@@ -56,31 +59,31 @@ print(json.dumps({"one": one, "batch": seconds(int(sys.argv[5])), "before": befo
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What is known of one exported model; seconds are medians on one thread, memory is that of a fresh process for one image."""
+    """The facts of one exported model. Seconds are medians on one thread; memory is that of a fresh process for one image."""
 
     client: int
     file: str
     file_bytes: int
-    parameters: int  # of the nets that predict
-    rows: int  # test rows on which file and torch were compared
-    own_rows: bool  # whether they are the client's own; else the common ones, since it has none
-    difference: float  # the largest between logits
-    same_class: int  # rows given the same class by both
-    accuracy: float | None  # of the file
+    parameters: int  # of the nets used for prediction
+    rows: int  # number of test examples on which file and torch were compared
+    own_rows: bool  # whether these are the client's own; if it has none, they are the common test set
+    difference: float  # largest difference between logits
+    same_class: int  # number of examples with the same predicted class
+    accuracy: float | None  # accuracy of the file
     torch_seconds: float  # for one image
     onnx_seconds: float
     torch_batch_seconds: float  # for BATCH images
     onnx_batch_seconds: float
     peak_bytes: int  # of the process
-    model_bytes: int  # of it, what came with the model: weights, buffers, and ONNX Runtime's working memory
+    model_bytes: int  # part of it for the model: weights, buffers, and ONNX Runtime's working memory
 
 
 class ExportError(FedloomError):
-    """The file does not compute what torch computes."""
+    """The file cannot be written or run, or its outputs differ from torch's."""
 
 
 def needs() -> None:
-    """Raises UsageError where ONNX is not installed."""
+    """Raise UsageError if ONNX is not installed."""
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -89,16 +92,16 @@ def needs() -> None:
 
 
 def targets(folder: Path, clients: Sequence[int]) -> dict[int, Path]:
-    """The files to write, by client.
+    """Return the files to write, by client.
 
     Raises:
-        RunFolderError: one of them is there already, or the folder cannot be made.
+        RunFolderError: a file exists, or the folder cannot be created.
     """
     files = {i: folder / f"client-{i}.onnx" for i in clients}
     for file in files.values():
         for there in (file, file.with_suffix(".safetensors")):
             if there.exists():
-                raise RunFolderError(f"--out {folder}: {there.name} is there already; choose another folder")
+                raise RunFolderError(f"--out {folder}: {there.name} exists; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -107,14 +110,14 @@ def targets(folder: Path, clients: Sequence[int]) -> dict[int, Path]:
 
 
 def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
-    """Write client `i`'s personal model to `file` (ONNX, float32, any number of rows at once) and its weights beside it.
+    """Write client `i`'s personal model to `file` (ONNX, float32, any batch size) and its weights to a safetensors file next to it.
 
     Raises:
-        ExportError: the file differs from torch by more than rounding; both are removed again, as after any other error.
+        ExportError: outputs of the file differ from torch by more than rounding. Both files are removed, as after any other error.
     """
     try:
         return _exported(experiment, i, file)
-    except BaseException:  # a file that is there was compared
+    except BaseException:  # keep only files that were compared with torch
         for written in (file, file.with_suffix(".safetensors")):
             written.unlink(missing_ok=True)
         raise
@@ -148,7 +151,7 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
 
 
 def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, set[str]]:
-    """Write both files, unchecked. Returns the model and the names of its parameters and buffers that predict."""
+    """Write both files without comparison. Return the model, and the names of the parameters and buffers that predictions use."""
     model, facts = experiment.personal_model(i).float(), described(experiment, i)
     used = _write_onnx(model, torch.zeros(2, *experiment.data.input_shape), file, facts)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
@@ -157,7 +160,7 @@ def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, se
 
 
 def described(experiment: Experiment, i: int) -> dict[str, str]:
-    """The file's metadata: what made the model, and how to turn a picture into its input. All values are text, lists are JSON."""
+    """Return the file's metadata: the origin of the model, and how to convert a picture to its input. Values are text; lists are JSON."""
     data, problem = experiment.data, experiment.problem
     mean, std = data.normalisation
     stored = "pixel / 255" if data.is_picture else "value"
@@ -179,36 +182,36 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
 
 
 def largest_difference(model: PersonalModel, x: Tensor, logits: Tensor, who: str) -> float:
-    """The largest difference between `logits` and torch's on rows `x`.
+    """Return the largest difference between `logits` and torch's on examples `x`.
 
-    It may be what rounding explains: 1e-5 of the largest logit, or ten times what torch in float32 is away from torch in
-    float64 (a network can be that ill-conditioned).
+    The tolerance is 1e-5 of the largest logit, or ten times the difference between torch in float32 and in float64 if that is larger,
+    as in ill-conditioned networks.
 
     Raises:
-        ExportError: it is more.
+        ExportError: the difference exceeds the tolerance.
     """
     own, exact = _torch_logits(model, x.float()), _torch_logits(copy.deepcopy(model).double(), x.double())
     known = exact.abs() < LOWEST
     if not known.any() or not torch.equal(known, logits.abs() < LOWEST):
-        raise ExportError(f"{who}: logits that are no numbers, or not the same ones in the file as in torch")
+        raise ExportError(f"{who}: logits are not finite, or not for the same classes in the file and in torch")
     allowed = max(ROUNDING * exact[known].abs().max(), TIMES_ROUNDING * (own - exact)[known].abs().max())
     difference = float((logits - own)[known].abs().max())
     if difference > allowed:
         raise ExportError(
-            f"{who}: the file's logits differ from torch's by {difference:.2g}; rounding explains {allowed:.2g}"
+            f"{who}: the file's logits differ from torch's by {difference:.2g}, but rounding explains only {allowed:.2g}"
         )
     return difference
 
 
 def _own_rows(experiment: Experiment, i: int) -> tuple[Tensor, Tensor]:
-    """The client's test rows; the common ones where it has none."""
+    """Return the client's test examples, or the common test set if it has none."""
     data = experiment.data
     return data.test(i) if data.n_test(i) else data.common()
 
 
 def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str, str]) -> set[str]:
-    """Returns the names of the parameters and buffers that prediction reads."""
-    with _quiet():
+    """Write the ONNX file. Return the names of the parameters and buffers that predictions use."""
+    with _without_warnings():
         program = torch.onnx.export(
             model,
             (x,),
@@ -219,7 +222,7 @@ def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str,
             verbose=False,
         )
         if program is None or program.exported_program is None:
-            raise ExportError("torch.onnx.export gave nothing")
+            raise ExportError("torch.onnx.export returned no model")
         program.model.metadata_props.update(facts)
         program.save(str(file), external_data=False)
     graph, signature = program.exported_program.graph, program.exported_program.graph_signature
@@ -228,8 +231,8 @@ def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str,
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's warnings, which are about itself (and about torchvision, which nobody needs here)."""
+def _without_warnings() -> Iterator[None]:
+    """Suppress warnings of the exporter, which concern only itself and torchvision, which is not needed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -242,7 +245,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _run_onnx(file: Path, x: Tensor) -> Tensor:
-    """Logits by ONNX Runtime, in pieces as large as the latency's batch (their number shows that any batch will do)."""
+    """Return logits from ONNX Runtime, in batches of `BATCH`. The last batch is usually smaller, which tests other batch sizes."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -257,7 +260,7 @@ def _torch_logits(model: PersonalModel, x: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def _torch_seconds(model: PersonalModel, x: Tensor) -> tuple[float, float]:
-    """Seconds for one image, and for a batch, on one thread."""
+    """Return the seconds for one image and for a batch, on one thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -278,7 +281,7 @@ def _median(work: Callable[[], Any]) -> float:
 
 
 def _probe(file: Path, shape: Sequence[int]) -> dict[str, float]:
-    """Time and memory of ONNX Runtime in a process of its own."""
+    """Measure time and memory of ONNX Runtime in a separate process."""
     source = f"{inspect.getsource(process_memory)}\n{PROBE}"
     words = [str(file), json.dumps(list(shape)), str(LEAST), str(MOST_S), str(BATCH)]
     done = subprocess.run([sys.executable, "-P", "-c", source, *words], capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Messages between server and clients: trees of tensors as bytes, and what is done to them on the way (fp16, int8, top-k, noise).
+"""Messages between server and clients: encoding of trees of tensors, and transforms of messages (fp16, int8, top-k, noise).
 
-Bytes from outside are parsed and checked, never unpickled. Knows methods only by the trees they send.
+Received bytes are parsed and checked, never unpickled. This package does not know methods, only their trees of tensors.
 """

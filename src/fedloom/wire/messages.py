@@ -1,7 +1,7 @@
-"""Messages as bytes: the safetensors format, with a small header of our own in its metadata. Nothing is ever unpickled.
+"""Messages as bytes, in safetensors format with a small header in the metadata. Nothing is ever unpickled.
 
-A message is a tree of tensors (an uplink or a downlink). Its branches are joined with `/` into safetensors names; the metadata holds the
-format's version and the sender's fields, padded so that the length of a message depends on its structure alone.
+A message is a tree of tensors (an uplink or a downlink). Safetensors names are the paths of tensors, joined with `/`. The metadata contain
+the version of the format and the sender's fields, padded so that the length of a message depends only on its structure.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fedloom.errors import WireError
 from fedloom.tree import Tree
 
 VERSION = "1"
-MAX_DEPTH = 32  # branches above a tensor
-FIELD_LENGTH = 10  # digits; every whole number in the header is padded to this
+MAX_DEPTH = 32  # maximum number of branches above a tensor
+FIELD_LENGTH = 10  # digits of each whole number in the header, zero-padded
 
 
 def encode(message: Tree, **fields: int) -> bytes:
-    """The bytes of a message. A message without tensors is no message: 0 bytes."""
+    """Encode a message. A message without tensors has 0 bytes."""
     flat = {path: leaf.detach().contiguous() for path, leaf in tree.flatten(message)}
     if not flat:
         return b""
@@ -38,13 +38,13 @@ def encode(message: Tree, **fields: int) -> bytes:
 
 
 def decode(data: bytes, expect: Tree | None = None) -> Tree:
-    """The message in some bytes.
+    """Decode a message.
 
     Args:
-        expect: a tree of the structure that the message must have (names, shapes, types).
+        expect: a tree with the required structure (names, shapes, types).
 
     Raises:
-        WireError: the bytes are no message, or not the expected one. Says what is wrong.
+        WireError: the bytes are not a message, or not of the expected structure. The error gives the reason.
     """
     flat = _load(data) if data else {}
     if expect is not None:
@@ -53,15 +53,15 @@ def decode(data: bytes, expect: Tree | None = None) -> Tree:
 
 
 def _load(data: bytes) -> dict[str, Tensor]:
-    """The tensors of a message by path."""
+    """Return the tensors of a message by path."""
     try:
         flat: dict[str, Tensor] = safetensors.torch.load(data)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise WireError(f"{len(data)} bytes that are not a safetensors message: {error}") from None
+        raise WireError(f"{len(data)} bytes are not a safetensors message: {error}") from None
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     version = (header.get("__metadata__") or {}).get("fedloom")
     if version != VERSION:
-        raise WireError(f"a message of version {version}; this is fedloom's wire format {VERSION}")
+        raise WireError(f"the message has version {version}, but must have fedloom's version {VERSION}")
     check_depth(flat)
     for path, after in pairwise(sorted(name.split("/") for name in flat)):
         if after[: len(path)] == path:
@@ -70,34 +70,35 @@ def _load(data: bytes) -> dict[str, Tensor]:
 
 
 def check_depth(paths: Iterable[str]) -> None:
-    """Raise WireError for a path with more branches than any method's tree has."""
+    """Raise WireError for a path with more than `MAX_DEPTH` branches."""
     deepest = max((path.count("/") for path in paths), default=0)
     if deepest > MAX_DEPTH:
-        raise WireError(f"a tensor below {deepest} branches; at most {MAX_DEPTH} are allowed")
+        raise WireError(f"a tensor has {deepest} branches above it; at most {MAX_DEPTH} are allowed")
 
 
 def check_structure(got: Mapping[str, object], want: Mapping[str, object]) -> None:
-    """Raise WireError where a message's structure (see `tree.structure`) is not the wanted one; names the first such tensor."""
+    """Raise WireError if a message's structure (see `tree.structure`) is not the expected one. The error names the first wrong tensor."""
     if got == want:
         return
     for path in sorted(want.keys() - got.keys()):
         raise WireError(f"the message lacks '{path}'")
     for path, form in got.items():
         if path not in want:
-            raise WireError(f"the message holds '{path}', which nobody asked for")
+            raise WireError(f"the message has an unexpected tensor '{path}'")
         if form != want[path]:
             raise WireError(f"'{path}' is {form}, expected {want[path]}")
 
 
 class Meter:
-    """Counts the bytes of messages without writing them: one real encoding per structure, remembered."""
+    """Measures the size of messages. Each structure is encoded once, and its size is cached."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], dict[str, int]] = {}
-        self._last: tuple[Tree, dict[str, int]] = {}, {}  # a downlink goes to many
+        self._last: tuple[Tree, dict[str, int]] = {}, {}  # the same downlink goes to many clients
 
     def sizes(self, message: Tree) -> dict[str, int]:
-        """Bytes by kind: one entry per branch at the top (`weights`, `prototypes`, ...), and `header` for all that is not tensors."""
+        """Return bytes by kind: one entry per top-level branch (`weights`, `prototypes`, ...), and `header` for everything except
+        tensors."""
         if message is not self._last[0]:
             self._last = message, self._sizes(message)
         return dict(self._last[1])
@@ -116,4 +117,4 @@ class Meter:
         return self._known[key]
 
 
-BLANK = {"round": 0, "client": 0, "examples": 0}  # the fields that every message carries
+BLANK = {"round": 0, "client": 0, "examples": 0}  # fields of every message

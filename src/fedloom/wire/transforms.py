@@ -1,8 +1,8 @@
-"""What becomes of tensors between method and wire: half precision, int8, the largest differences only, noise.
+"""Transforms of tensors between method and wire: half precision, int8, largest differences only, noise.
 
-A transform works on one named part of an uplink or a downlink, `weights` unless another is named, and there on the floating-point
-tensors of the default precision; counters and whole numbers travel as they are. What it makes is what travels and what is counted, and
-what the other end makes of that is what the other end works with; neither the method nor the engine knows of it (`fedloom.wire.codec`).
+A transform works on one part of an uplink or a downlink (by default `weights`), and there on the floating-point tensors of the default
+precision. Counters and other whole numbers are sent unchanged. Sizes are counted after the transform. The receiver works with the decoded
+values. Methods and engines do not know of transforms (see `fedloom.wire.codec`).
 """
 
 from __future__ import annotations
@@ -14,42 +14,40 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from fedloom.errors import ConfigError, WireError, suggest
 
-if TYPE_CHECKING:  # functions import torch themselves: settings and listings need the names of transforms alone
+if TYPE_CHECKING:  # torch is imported in functions, because settings and listings need only the names of transforms
     import torch
     from torch import Tensor
 
     from fedloom.rng import Stream
 
-Flat = dict[
-    str, "Tensor"
-]  # the tensors of a part by path, with a / in front; a part that is one tensor has the path ""
+Flat = dict[str, "Tensor"]  # tensors of a part by path with a leading /; a part that is a single tensor has the path ""
 WEIGHTS, COUNTS, TOPK = "weights", "counts", "topk"
 
 
 class Transform(Protocol):
-    """One step from the tensors of a part to what travels, and back."""
+    """A step that encodes the tensors of a part, and decodes them."""
 
     @property
     def place(self) -> int:
-        """Its place in a chain: every step comes before those of a higher place."""
+        """Position in a chain: steps are sorted by it."""
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """What travels in place of the floating tensors `values`; `rng` is the sender's."""
+        """Encode the floating-point tensors `values`; `rng` is the sender's stream."""
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """What the receiver makes of `sent`, which may also hold tensors that were not encoded; `like`: the forms of those that were."""
+        """Decode `sent`, which may include tensors that were not encoded. `like` has the shapes of those that were."""
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Clip the difference to the length CLIP and add normal noise of deviation NOISE x CLIP to each of its numbers: `gaussian:1.0:0.01`."""
+    """Clip the difference to norm CLIP and add normal noise of standard deviation NOISE x CLIP to each number: `gaussian:1.0:0.01`."""
 
     clip: float
     noise: float
     place = 0
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """`values` is taken as one vector: min(1, clip / ||v||) v + noise clip N(0, 1)."""
+        """Return min(1, clip / ||v||) v + noise clip N(0, 1), where v is all of `values` as one vector."""
         import torch
 
         norm = torch.stack([leaf.square().sum() for leaf in values.values()]).sum().sqrt()
@@ -58,23 +56,23 @@ class Gaussian:
         return {path: leaf * factor + deviation * rng.normal(leaf.shape).to(leaf) for path, leaf in values.items()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """Noise is there to stay."""
+        """Return `sent`: noise is not removed."""
         return sent
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Send the part FRACTION of the differences that are largest, with their places; the others wait at the client: `topk:0.1`."""
+    """Send only the largest FRACTION of the differences, with their indices; the client keeps the others for later: `topk:0.1`."""
 
     fraction: float
     place = 1
 
     def n_sent(self, n: int) -> int:
-        """How many of n numbers are sent: at least one."""
+        """Return how many of n numbers are sent, at least one."""
         return max(1, round(self.fraction * n))
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """`values` is taken as one vector of n numbers; its `n_sent(n)` largest in magnitude, and their places, ascending."""
+        """Return the `n_sent(n)` largest magnitudes of all n numbers in `values` as one vector, with their indices in ascending order."""
         import torch
 
         vector = torch.cat([leaf.flatten() for leaf in values.values()])
@@ -82,32 +80,32 @@ class TopK:
         return {f"/{TOPK}/values": vector[kept], f"/{TOPK}/indices": kept.int()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """Zeros where nothing was sent."""
+        """Return the numbers that were sent, and zeros for all others."""
         import torch
 
         if not like:
             return sent
         if not {f"/{TOPK}/values", f"/{TOPK}/indices"} <= sent.keys():
-            raise WireError("topk: the message lacks its numbers or their places")
+            raise WireError("topk: the message lacks values or indices")
         values, places = sent[f"/{TOPK}/values"], sent[f"/{TOPK}/indices"].long()
         rest = {path: leaf for path, leaf in sent.items() if not path.startswith(f"/{TOPK}/")}
         sizes = [leaf.numel() for leaf in like.values()]
         n, k = sum(sizes), self.n_sent(sum(sizes))
         if not values.shape == places.shape == (k,) or not 0 <= int(places.min()) <= int(places.max()) < n:
-            raise WireError(f"topk: needs {k} numbers and their places from 0 to {n - 1}")
+            raise WireError(f"topk: the message must have {k} values, with indices from 0 to {n - 1}")
         pieces = torch.split(values.new_zeros(n).index_put((places,), values), sizes)
         return rest | {path: piece.view(leaf.shape) for (path, leaf), piece in zip(like.items(), pieces, strict=True)}
 
 
 @dataclass(frozen=True)
 class Half:
-    """Numbers of 16 bits: fp16 has 11 significant bits and ends at 65504, bf16 has 8 and the range of fp32."""
+    """Send 16-bit numbers: fp16 has 11 significant bits and a maximum of 65504; bf16 has 8 significant bits and the range of fp32."""
 
     dtype: torch.dtype
     place = 2
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """Rounded to the nearest.
+        """Round to the nearest 16-bit number.
 
         Raises:
             ConfigError: a finite number is too large for fp16.
@@ -118,12 +116,12 @@ class Half:
         for path, leaf in sent.items():
             if leaf.dtype is torch.float16 and bool((leaf.isinf() & values[path].isfinite()).any()):
                 raise ConfigError(
-                    f"fp16: '{path[1:]}' has a number beyond 65504, which half precision cannot hold; use bf16"
+                    f"fp16: '{path[1:]}' has a number above 65504, the maximum of half precision; use bf16"
                 )
         return sent
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """In the default precision."""
+        """Convert to the default precision."""
         import torch
 
         wide = torch.get_default_dtype()
@@ -132,12 +130,13 @@ class Half:
 
 @dataclass(frozen=True)
 class Int8:
-    """Whole numbers q from -127 to 127 for scale q, scale = max|x| / 127 of the tensor, rounded to the nearest: off by scale/2 at most."""
+    """Send each number as scale q, with a whole number q from -127 to 127 and scale = max|x| / 127 of the tensor. The error is at most
+    scale/2."""
 
     place = 2
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """q (int8) and scale (fp32) in place of every floating tensor."""
+        """Replace each floating-point tensor by q (int8) and scale (fp32)."""
         import torch
 
         sent: Flat = {}
@@ -151,7 +150,7 @@ class Int8:
         return sent
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """scale q, in the default precision."""
+        """Return scale q, in the default precision."""
         import torch
 
         wide, values = torch.get_default_dtype(), dict[str, "Tensor"]()
@@ -171,7 +170,7 @@ class Kind:
     make: Callable[..., Transform]
     summary: str
     example: str
-    numbers: tuple[str, ...] = ()  # what follows the name, joined by colons
+    numbers: tuple[str, ...] = ()  # parameters after the name, separated by colons
     ways: tuple[str, ...] = ("uplink", "downlink")
 
 
@@ -193,14 +192,14 @@ TRANSFORMS: Mapping[str, Kind] = {
     ),
     "topk": Kind(
         make=TopK,
-        summary="only the part FRACTION of the differences, the largest; the rest is added to the next uplink",
+        summary="only the largest FRACTION of the differences; the others are added to the next uplink",
         example="topk:0.1",
         numbers=("FRACTION",),
         ways=("uplink",),
     ),
     "gaussian": Kind(
         make=Gaussian,
-        summary="differences clipped to the length CLIP, plus normal noise of deviation NOISE x CLIP",
+        summary="differences clipped to norm CLIP, plus normal noise of standard deviation NOISE x CLIP",
         example="gaussian:1.0:0.01",
         numbers=("CLIP", "NOISE"),
         ways=("uplink",),
@@ -209,22 +208,22 @@ TRANSFORMS: Mapping[str, Kind] = {
 
 
 class Chain(NamedTuple):
-    """Transforms of one part, one after another."""
+    """The transforms of one part, in order."""
 
     steps: tuple[Transform, ...]
 
     @property
     def on_differences(self) -> bool:
-        """Whether it makes sense for differences alone."""
+        """Whether the chain works only on differences."""
         return any(isinstance(step, TopK | Gaussian) for step in self.steps)
 
     @property
     def remembers(self) -> bool:
-        """Whether the sender keeps what was not sent."""
+        """Whether the sender keeps unsent values."""
         return any(isinstance(step, TopK) for step in self.steps)
 
     def encode(self, values: Flat, unsent: Flat, rng: Stream) -> tuple[Flat, Flat]:
-        """What travels, and what then is still unsent (nothing, unless the chain remembers)."""
+        """Encode `values`. Return the result, and the values that are still unsent (none unless the chain remembers)."""
         sent, due = values, values
         for step in self.steps:
             if isinstance(step, TopK):
@@ -236,7 +235,7 @@ class Chain(NamedTuple):
         return sent, {path: leaf - arrived[path] for path, leaf in due.items()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """What arrives."""
+        """Decode `sent`."""
         for step in reversed(self.steps):
             sent = step.decode(sent, like)
         return sent
@@ -246,10 +245,10 @@ Chains = Mapping[str, Chain]  # by part
 
 
 def parse(words: Sequence[str], way: str) -> Chains:
-    """The transforms of `uplink` or `downlink` messages from words `[PART/]NAME[:NUMBER...]`, such as `topk:0.1` or `control/fp16`.
+    """Parse transforms of `uplink` or `downlink` messages, written `[PART/]NAME[:NUMBER...]`, such as `topk:0.1` or `control/fp16`.
 
     Raises:
-        ValueError: says what is wrong and what is allowed.
+        ValueError: a word is wrong; the message gives the allowed values.
     """
     chains: dict[str, tuple[Transform, ...]] = {}
     for word in words:
@@ -257,11 +256,11 @@ def parse(words: Sequence[str], way: str) -> Chains:
         part, step = part or WEIGHTS, _step(named, way)
         before = chains.get(part, ())
         if part == COUNTS:
-            raise ValueError(f"'{word}': counts must arrive as they are, for they say which other numbers there are")
+            raise ValueError(f"'{word}': counts cannot be transformed, because they describe the other numbers")
         if part != WEIGHTS and not isinstance(step, Half | Int8):
-            raise ValueError(f"'{word}': {named.partition(':')[0]} works on differences of weights alone")
+            raise ValueError(f"'{word}': {named.partition(':')[0]} works only on differences of weights")
         if before and before[-1].place >= step.place:
-            raise ValueError("the order is gaussian, topk, and one of fp16, bf16, int8; each at most once")
+            raise ValueError("the order must be gaussian, topk, then one of fp16, bf16, int8; each at most once")
         chains[part] = (*before, step)
     return {part: Chain(steps) for part, steps in chains.items()}
 
@@ -269,12 +268,10 @@ def parse(words: Sequence[str], way: str) -> Chains:
 def _step(word: str, way: str) -> Transform:
     name, *texts = word.split(":")
     if name not in TRANSFORMS:
-        raise ValueError(f"no transform is called '{name}'{suggest(name, TRANSFORMS)}")
+        raise ValueError(f"unknown transform '{name}'{suggest(name, TRANSFORMS)}")
     kind = TRANSFORMS[name]
     if way not in kind.ways:
-        raise ValueError(
-            f"{name} works on what clients send, as a difference from what they received; use uplink={word}"
-        )
+        raise ValueError(f"{name} works only on differences in uplinks; use uplink={word}")
     form = ":".join([name, *kind.numbers])
     try:
         numbers = [float(text) for text in texts]
@@ -290,5 +287,5 @@ def _step(word: str, way: str) -> Transform:
 
 
 def is_coded(path: str, values: Collection[str]) -> bool:
-    """Whether a tensor of a part as it travels stands for one or all of the tensors `values`."""
+    """Return whether a tensor of an encoded part represents one or all of the tensors `values`."""
     return path.startswith(f"{TOPK}/") or path.rpartition("/")[0] in values

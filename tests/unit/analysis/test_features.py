@@ -109,7 +109,7 @@ class Bare(FedAvg):
 
 def test_a_method_without_a_body_is_refused(experiment):
     subject = Subject(experiment(Bare(), precision="fp32"))
-    with pytest.raises(ConfigError, match="Bare's predictor uses no net or part called 'body'"):
+    with pytest.raises(ConfigError, match="Bare's predictor uses no module named 'body'"):
         features.features_of(subject.method, subject.owner(0), subject.data.test(0)[0])
 
 

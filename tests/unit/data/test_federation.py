@@ -73,7 +73,7 @@ def test_user_features_are_not_normalised_unless_asked():
     assert torch.equal(Federation(pool, made).rows(np.arange(40))[0], x)
     scaled = Federation(pool, made, normalise="standard").rows(np.arange(40))[0]
     torch.testing.assert_close(scaled.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
-    with pytest.raises(DataError, match="are not pictures"):
+    with pytest.raises(DataError, match="needs pictures"):
         Federation(pool, made, augment="flip")
 
 
@@ -93,8 +93,8 @@ def test_pooled_moves_all_training_examples_to_client_0(pool, made):
 
 
 def test_partitions_and_settings_that_do_not_fit_are_refused(pool, made):
-    beyond = made._replace(common=np.array([800]))
-    with pytest.raises(DataError, match="rows 0 to 800, and data=pool has rows 0 to 799"):
+    beyond = replace(made, common=np.array([800]))
+    with pytest.raises(DataError, match="example numbers 0 to 800, but data=pool has 0 to 799"):
         Federation(pool, beyond)
     with pytest.raises(DataError, match="every client needs"):
         Federation(pool, Partition(train=made.train, valid=(), test=made.test, common=made.common, scheme={}))
@@ -209,4 +209,7 @@ def test_large_unnormalised_features_are_logged(caplog):
     Federation(pool, dealt, normalise="none")
     assert not caplog.text
     Federation(pool, dealt)
-    assert "inputs run from 0 to 2100 and are used as they are; data.normalise=standard scales them" in caplog.text
+    assert (
+        "inputs run from 0 to 2100 and are used without scaling; to scale them, set data.normalise=standard"
+        in caplog.text
+    )

@@ -122,7 +122,7 @@ def test_natural_makes_a_client_of_every_value(pool):
     assert made.n_clients == (sizes >= 50).sum() < len(values)
     few = partition(pool, 2, scheme="natural", column="writer")
     assert sorted(len(a) + len(b) for a, b in zip(few.train, few.test, strict=True)) == sorted(sizes)[-2:]
-    with pytest.raises(DataError, match="at most that many"):
+    with pytest.raises(DataError, match="set clients to at most 8"):
         partition(pool, 9, scheme="natural", column="writer", min_examples=2)
     with pytest.raises(DataError, match="has the columns: writer"):
         partition(pool, scheme="natural", column="wrtier")
@@ -249,4 +249,6 @@ def test_owners_that_are_left_out_are_counted(caplog):
     owners = ["a"] * 20 + ["b"] * 20 + ["c"] * 3 + ["d"] * 4
     pool = from_arrays(np.zeros((47, 2), np.float32), np.arange(47) % 2, columns={"owner": owners})
     assert partition(pool, scheme="natural", column="owner").n_clients == 2
-    assert "2 of 4 owners, with 7 examples, have fewer than partition.min_examples=10" in caplog.text
+    assert (
+        "left out 2 of 4 owners, with 7 examples, because each has fewer than partition.min_examples=10" in caplog.text
+    )

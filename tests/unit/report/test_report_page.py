@@ -98,7 +98,7 @@ def test_the_page_has_the_baseline_that_was_chosen(comparison: Path, tmp_path: P
     records = read([comparison / f"{method}-seed0" for method in ("fedavg", "fedper")])
     write_page(records, tmp_path / "report.html", baseline="fedper")
     assert "Difference to fedper" in Page(tmp_path / "report.html").words
-    with pytest.raises(UsageError, match="baseline 'fedpr' is not among the runs"):
+    with pytest.raises(UsageError, match="baseline=fedpr: not among the runs"):
         write_page(records, tmp_path / "other.html", baseline="fedpr")
     assert not (tmp_path / "other.html").exists()
 

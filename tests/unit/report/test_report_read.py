@@ -70,7 +70,7 @@ def test_a_round_evaluated_again_counts_once(tmp_path: Path) -> None:
     [
         ("config.toml", "rounds = ", "config.toml' is not valid TOML"),
         ("summary.json", "{", "summary.json' is not valid JSON"),
-        ("partition.json", "[1]", "partition.json' must hold a JSON object, not list"),
+        ("partition.json", "[1]", "partition.json' must be a JSON object, not list"),
         ("metrics.jsonl", '{"round": 1}\n{"round"\n', "line 2 of .*metrics.jsonl' is not valid JSON"),
         ("metrics.jsonl", '{"personal_accuracy": 1}\n', "line 1 of .* has no whole number 'round'"),
         ("metrics.jsonl", '{"round": 1, "x": "high"}\n', "'x' must be a number or null, not 'high'"),
@@ -96,7 +96,7 @@ def test_client_rows_need_a_client(tmp_path: Path) -> None:
 
 
 def test_folders_that_are_not_runs_are_a_one_line_error(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match="no run folder was named"):
+    with pytest.raises(RunFolderError, match="no run folder was given"):
         read([])
     with pytest.raises(RunFolderError, match=f"'{re.escape(str(tmp_path / 'gone'))}' does not exist"):
         read([tmp_path / "gone"])

@@ -129,7 +129,7 @@ def test_an_interval_without_zero_is_bold_and_needs_three_seeds(tmp_path: Path, 
 def test_the_baseline_can_be_chosen(tmp_path: Path) -> None:
     records = read([three_seeds(tmp_path)])
     assert cells(paired_grid(records, "aaa"), "fedavg")["personal final"].text == "-2.0 [-4.5, +0.5]"
-    with pytest.raises(UsageError, match=r"baseline 'fedavgg' is not among the runs \(did you mean 'fedavg'\?\)"):
+    with pytest.raises(UsageError, match=r"baseline=fedavgg: not among the runs \(did you mean 'fedavg'\?\)"):
         paired_table(records, "fedavgg")
 
 
