@@ -6,8 +6,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 
 .PHONY: run test types tests test-deploy check clean
 
-run: $(VENV)/installed  ## four methods on scikit-learn's digits, side by side
-	$(BIN)/fedloom compare configs/digits.toml
+run: $(VENV)/installed  ## the three methods and their plain rivals, on embedded digits
+	$(BIN)/fedloom compare configs/main/fedrir.toml configs/main/fedvtc.toml configs/main/fedmr.toml
 
 test: $(VENV)/installed  ## style, types, layers, tests
 	$(BIN)/ruff check .

@@ -1,4 +1,8 @@
-"""The command line: `fedloom COMMAND ...`. It parses arguments and prints results; other packages do the work."""
+"""The command line: `fedloom COMMAND ...`.
+
+One module per command reads its words and prints its results; the work is done in `tools`, `experiment` and `report`. Keep imports
+inside functions, so that help and completion start without torch.
+"""
 
 from fedloom.cli.main import main
 

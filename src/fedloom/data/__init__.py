@@ -1,4 +1,8 @@
-"""Data sets, their partition across clients, and the examples of each client. This package knows neither methods nor engines."""
+"""Data sets, their partition over clients, and the examples that each client sees.
+
+`sources.py` loads by name, `partition.py` deals examples to clients, `federation.py` gives out normalised batches. Add a data set to
+`catalogue.py`. Knows neither methods nor engines.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,8 @@
-"""Methods, one file each. A method imports nets, losses, models and other methods, but never engines, data or experiments."""
+"""Federated learning methods, one file each, written like their papers.
+
+Add a method as a file here and a line in the block below; `registry.py` finds it by name. A method imports nets, losses, models and
+other methods, but never engines, data or experiments.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,8 @@
-"""The model zoo: plain torch modules that follow their papers, each split into a body and a linear head."""
+"""The model zoo: plain torch modules that read like their papers, each split into a body and a linear head.
+
+`arch.py` builds and checks an architecture, also one of a user's own. Add a model as a function in a file here and a line in `zoo.py`.
+Knows nothing of federated learning.
+"""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,7 @@
-"""Tables, plots and one HTML page, made from run folders only, never from live objects.
+"""Tables, plots and one HTML page from run folders; never from live objects.
 
-Tables need only fedloom itself; `plots` and `page` need `pip install 'fedloom[report]'`.
+`read.py` reads folders, `tables.py` and `plots.py` draw, `page.py` writes the page. Tables need only the core; plots and the page need
+`pip install 'fedloom[report]'`.
 """
 
 from fedloom.report.looked_at import analysis_grids
