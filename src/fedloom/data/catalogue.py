@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,123 +45,58 @@ _DOMAINNET10 = (
     "bird", "feather", "headphones", "ice_cream", "teapot", "tiger", "whale", "windmill", "wine_glass", "zebra"
 )  # fmt: skip
 
+_GREY: dict[str, Any] = {"image_size": 28, "channels": 1}
+_SMALL: dict[str, Any] = {"image_size": 32, "channels": 3}
+_MIXED: dict[str, Any] = {"image_size": None, "channels": 3, "natural": "domain"}
+
 SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
     {
         "digits": Source(
             title="scikit-learn's 1,797 handwritten digits (embedded)",
-            n_classes=10,
-            image_size=8,
-            channels=1,
-            classes=_DIGITS,
-            embedded=True,
+            n_classes=10, image_size=8, channels=1, classes=_DIGITS, embedded=True,
         ),
         "coloured-digits": Source(
             title="the same digits on coloured ground, each client with its own class colours (embedded)",
-            n_classes=10,
-            image_size=8,
-            channels=3,
-            classes=_DIGITS,
-            natural="client",
-            embedded=True,
+            n_classes=10, image_size=8, channels=3, classes=_DIGITS, natural="client", embedded=True,
         ),
         "mnist": Source(
-            title="MNIST",
-            n_classes=10,
-            image_size=28,
-            channels=1,
-            hub="ylecun/mnist",
-            hub_folder="mnist",
-            classes=_DIGITS,
+            title="MNIST", n_classes=10, **_GREY, hub="ylecun/mnist", hub_folder="mnist", classes=_DIGITS
         ),
         "fashion-mnist": Source(
-            title="Fashion-MNIST",
-            n_classes=10,
-            image_size=28,
-            channels=1,
-            hub="zalando-datasets/fashion_mnist",
-            hub_folder="fashion_mnist",
-            classes=_FASHION,
+            title="Fashion-MNIST", n_classes=10, **_GREY,
+            hub="zalando-datasets/fashion_mnist", hub_folder="fashion_mnist", classes=_FASHION,
         ),
-        "emnist": Source(title="EMNIST, balanced split", n_classes=47, image_size=28, channels=1),
+        "emnist": Source(title="EMNIST, balanced split", n_classes=47, **_GREY),
         "femnist": Source(
-            title="FEMNIST (LEAF), by writer",
-            n_classes=62,
-            image_size=28,
-            channels=1,
-            hub="flwrlabs/femnist",
-            label="character",
-            classes=_DIGITS + _UPPER + _LOWER,
-            natural="writer_id",
+            title="FEMNIST (LEAF), by writer", n_classes=62, **_GREY, hub="flwrlabs/femnist",
+            label="character", classes=_DIGITS + _UPPER + _LOWER, natural="writer_id",
         ),
         "cifar10": Source(
-            title="CIFAR-10",
-            n_classes=10,
-            image_size=32,
-            channels=3,
-            hub="uoft-cs/cifar10",
-            hub_folder="plain_text",
-            classes=_CIFAR10,
+            title="CIFAR-10", n_classes=10, **_SMALL, hub="uoft-cs/cifar10", hub_folder="plain_text", classes=_CIFAR10
         ),
         "cifar100": Source(
-            title="CIFAR-100, fine classes",
-            n_classes=100,
-            image_size=32,
-            channels=3,
-            hub="uoft-cs/cifar100",
-            hub_folder="cifar100",
-            label="fine_label",
+            title="CIFAR-100, fine classes", n_classes=100, **_SMALL,
+            hub="uoft-cs/cifar100", hub_folder="cifar100", label="fine_label",
         ),
         "cifar100-coarse": Source(
-            title="CIFAR-100, coarse classes",
-            n_classes=20,
-            image_size=32,
-            channels=3,
-            hub="uoft-cs/cifar100",
-            hub_folder="cifar100",
-            label="coarse_label",
-            folder="cifar100",
+            title="CIFAR-100, coarse classes", n_classes=20, **_SMALL,
+            hub="uoft-cs/cifar100", hub_folder="cifar100", label="coarse_label", folder="cifar100",
         ),
         "svhn": Source(
-            title="SVHN, cropped digits",
-            n_classes=10,
-            image_size=32,
-            channels=3,
-            hub="ufldl-stanford/svhn",
-            hub_folder="cropped_digits",
-            classes=_DIGITS,
+            title="SVHN, cropped digits", n_classes=10, **_SMALL,
+            hub="ufldl-stanford/svhn", hub_folder="cropped_digits", classes=_DIGITS,
         ),
         "tiny-imagenet": Source(
             title="Tiny-ImageNet (test = its validation set)",
-            n_classes=200,
-            image_size=64,
-            channels=3,
-            hub="zh-plus/tiny-imagenet",
+            n_classes=200, image_size=64, channels=3, hub="zh-plus/tiny-imagenet",
         ),
         "office-caltech10": Source(
-            title="Office-Caltech10, four domains",
-            n_classes=10,
-            image_size=None,
-            channels=3,
-            classes=_OFFICE,
-            natural="domain",
+            title="Office-Caltech10, four domains", n_classes=10, **_MIXED, classes=_OFFICE
         ),
-        "domainnet": Source(
-            title="DomainNet, six domains",
-            n_classes=345,
-            image_size=None,
-            channels=3,
-            hub="wltjr1007/DomainNet",
-            natural="domain",
-        ),
+        "domainnet": Source(title="DomainNet, six domains", n_classes=345, **_MIXED, hub="wltjr1007/DomainNet"),
         "domainnet10": Source(
-            title="DomainNet, six domains, ten classes",
-            n_classes=10,
-            image_size=None,
-            channels=3,
-            hub="wltjr1007/DomainNet",
-            natural="domain",
-            only=_DOMAINNET10,
-            folder="domainnet",
+            title="DomainNet, six domains, ten classes", n_classes=10, **_MIXED,
+            hub="wltjr1007/DomainNet", only=_DOMAINNET10, folder="domainnet",
         ),
     }
-)
+)  # fmt: skip

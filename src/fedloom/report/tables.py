@@ -41,15 +41,13 @@ class Grid:
     heat: bool = False  # whether cells are shaded by their values, from 0 to 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """One number per run: how to find it, how to write it, and which end of it is good."""
+class Column(NamedTuple):
+    """One number per run: how to find it and how to write it."""
 
     header: str
     value: Callable[[RunRecord], float | None]
     text: Callable[[float], str]
-    larger_is_better: bool
-    with_spread: bool
+    is_score: bool  # larger is better, and the spread over seeds is shown; otherwise it is a cost
 
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
@@ -78,67 +76,28 @@ def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
 
 
 def _columns(digits: int) -> list[Column]:
+    def points(value: float) -> str:
+        return units.points(value, digits)
+
     def accuracy(header: str, measure: str, statistic: str = "final") -> Column:
-        return Column(
-            header=header,
-            value=lambda record: headline(record, measure, statistic),
-            text=lambda x: units.points(x, digits),
-            larger_is_better=True,
-            with_spread=True,
-        )
+        return Column(header, lambda record: headline(record, measure, statistic), points, True)
 
     def cost(header: str, key: str, text: Callable[[float], str]) -> Column:
-        return Column(
-            header=header,
-            value=lambda record: run_total(record, key),
-            text=text,
-            larger_is_better=False,
-            with_spread=False,
-        )
+        return Column(header, lambda record: run_total(record, key), text, False)
 
     return [
         accuracy("personal\nfinal", "personal_accuracy"),
         accuracy("personal\nlast 10", "personal_accuracy", "last10"),
         accuracy("personal\nchosen", "personal_accuracy", "chosen_on_validation"),
         accuracy("personal\nworst 10%", "personal_accuracy", "worst10"),
-        Column(
-            header="personal\ntrained",
-            value=_trained,
-            text=lambda x: units.points(x, digits),
-            larger_is_better=True,
-            with_spread=True,
-        ),
+        Column("personal\ntrained", _trained, points, True),
         accuracy("personal\nfitted", "personal_accuracy_fitted"),
         accuracy("general\nfinal", "general_accuracy"),
         accuracy("server\nfinal", "server_accuracy"),
-        Column(
-            header="rounds\nto target",
-            value=lambda record: _to_target(record, "rounds"),
-            text=_rounds,
-            larger_is_better=False,
-            with_spread=False,
-        ),
-        Column(
-            header="bytes\nto target",
-            value=lambda record: _to_target(record, "bytes"),
-            text=_bytes,
-            larger_is_better=False,
-            with_spread=False,
-        ),
-        Column(
-            header="newcomers\nreceived",
-            value=lambda r: _newcomers(r, "received"),
-            text=lambda x: units.points(x, digits),
-            larger_is_better=True,
-            with_spread=True,
-        ),
-        Column(
-            header="newcomers\njoined",
-            value=lambda r: _newcomers(r, "joined"),
-            text=lambda x: units.points(x, digits),
-            larger_is_better=True,
-            with_spread=True,
-        ),
+        Column("rounds\nto target", lambda record: _to_target(record, "rounds"), _rounds, False),
+        Column("bytes\nto target", lambda record: _to_target(record, "bytes"), _bytes, False),
+        Column("newcomers\nreceived", lambda record: _newcomers(record, "received"), points, True),
+        Column("newcomers\njoined", lambda record: _newcomers(record, "joined"), points, True),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
@@ -208,7 +167,7 @@ def _column_cells(column: Column, groups: Sequence[Group], digits: int) -> list[
     printed = [column.text(mean) for mean in means]  # equal as printed is equally good
     if len(set(printed)) < 2:
         return cells
-    best = column.text(max(means) if column.larger_is_better else min(means))
+    best = column.text(max(means) if column.is_score else min(means))
     return [
         cell._replace(bold=g.finished and cell.value is not None and column.text(cell.value) == best)
         for cell, g in zip(cells, groups, strict=True)
@@ -221,7 +180,7 @@ def _mean_cell(column: Column, members: Group, digits: int) -> Cell:
         return EMPTY
     mean = statistics.fmean(values)
     text = column.text(mean)
-    if column.with_spread and len(values) > 1:
+    if column.is_score and len(values) > 1:
         text += f" ±{units.points(statistics.stdev(values), digits)}"
     return Cell(text, mean)
 
