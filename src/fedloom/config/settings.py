@@ -216,7 +216,7 @@ class Settings(Section):
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
     """Number format of training and scoring. With `bf16` (or `tf32`, on a GPU only), matrix products use that format; losses, weights and
-    updates stay in fp32. Results differ, and hardware with such arithmetic is faster."""
+    updates stay in fp32. Results differ, and training is faster on hardware that supports the format."""
     seed: Whole = 0
     """Seed of all random numbers."""
     checkpoint_every: Whole = 10

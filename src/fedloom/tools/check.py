@@ -37,7 +37,7 @@ Model = Mapping[str, Any]
 
 
 class Finding(NamedTuple):
-    """The result for one rule: kept, broken, or (None) not applicable; and the reason."""
+    """The result for one rule: kept, broken, or (None) not tested or not required; and the reason."""
 
     rule: str
     kept: bool | None

@@ -29,7 +29,7 @@ class Transform(Protocol):
 
     @property
     def place(self) -> int:
-        """Position in a chain: steps are sorted by it."""
+        """Rank in a chain: steps must come in ascending order of it."""
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
         """Encode the floating-point tensors `values`; `rng` is the sender's stream."""
