@@ -41,6 +41,7 @@ VARIANTS = {
     "fedvtc, shared": ("fedvtc", {"method.share_generator": True, "method.learn_spread": True, **BRIEF}),
     "fedvtc, at the end": ("fedvtc", {"method.finetune": "end", **BRIEF}),
     "fedrir, sampled": ("fedrir", {"method.idm_mode": "vclub_sampled"}),
+    "fedrir, decorrelated": ("fedrir", {"method.idm_mode": "decorrelated"}),
     "fedrir, fresh moments": ("fedrir", {"method.keep_optimizer": False, "method.csfe_mode": "training"}),
     "own starts": ("fedper", {"same_init": False}),
     "secure": ("fedmr", {"method.secure": True}),

@@ -294,6 +294,36 @@ def test_the_information_term_counts_as_its_weight_says(mode):
         assert logs["information"].item() == pytest.approx(each.sum(1).mean().item())
 
 
+def test_the_decorrelation_needs_no_q():
+    method = FedRIR(idm_mode="decorrelated")
+    assert "idm" not in method.nets(arch("mlp", TASK.input_shape, TASK.n_classes, 16), TASK)
+    (params, buffers), _ = worked(method, method.phases()[1:])
+    assert params == {"gfe", "head"}
+    assert buffers == {"gfe"}
+
+
+def test_the_decorrelation_reaches_gfe_alone_and_counts_as_its_weight_says():
+    method = FedRIR(idm_mode="decorrelated", idm_weight=3.0, mcsl="supervised")  # csfe learns, but not from this term
+    modules, client = made(method)
+    params = {name: p.clone().requires_grad_() for name, p in client.weights["params"].items()}
+    nets = Nets(modules, params, client.weights["buffers"])
+    x, y = rows().x, rows().y
+    loss, logs = method.loss(nets, Batch(x, y), {}, {})
+    common, specific = nets.gfe(x), nets.csfe(x).chunk(2, 1)[0]
+    away = [value - torch.stack([value[y == label].mean(0) for label in y]) for value in (common, specific)]
+    covariance = away[0].T @ away[1] / len(x)
+    expected = covariance.square().sum() / (16 * away[0].square().mean() * away[1].square().mean())
+    assert logs["information"].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert loss.item() == pytest.approx((logs["cross_entropy"] + 3 * logs["information"]).item())
+    grads = torch.autograd.grad(logs["information"], list(params.values()), allow_unused=True)
+    reached = {
+        name.partition(".")[0]
+        for name, grad in zip(params, grads, strict=True)
+        if grad is not None and bool(grad.any())
+    }
+    assert reached == {"gfe"}
+
+
 def test_moments_last_only_if_they_are_to():
     for keeps in (True, False):
         method = FedRIR(keep_optimizer=keeps)

@@ -139,6 +139,46 @@ def test_losses_map_over_clients():
     )
 
 
+def naive_class_decorrelation(a, b, labels):
+    """Row by row and class by class."""
+    away = []
+    for value in (a, b):
+        away.append(torch.stack([row - value[labels == y].mean(0) for row, y in zip(value, labels, strict=True)]))
+    covariance = sum(torch.outer(one, other) for one, other in zip(*away, strict=True)) / len(a)
+    return (covariance**2).sum() / (a.shape[1] * (away[0] ** 2).mean() * (away[1] ** 2).mean())
+
+
+def test_class_decorrelation_equals_the_naive_sum():
+    a, b, labels = Stream(0).normal((30, 4)), Stream(1).normal((30, 4)), Stream(2).integers(3, (30,))
+    expected = naive_class_decorrelation(a, b, labels).item()
+    assert losses.class_decorrelation(a, b, labels, 3).item() == pytest.approx(expected, rel=1e-12)
+    assert losses.class_decorrelation(7 * a, b / 3, labels, 5).item() == pytest.approx(expected, rel=1e-12)
+    shifted = a + Stream(3).normal((3, 4))[labels]  # what the class alone moves costs nothing
+    assert losses.class_decorrelation(shifted, b, labels, 3).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_lowering_class_decorrelation_makes_features_forget_the_factor():
+    """Features are mixtures of two factors, one of which is known as `b`; descent on the term leaves the other."""
+    factors, labels = Stream(0).normal((200, 2)), Stream(1).integers(4, (200,))
+    mixing = Stream(2).normal((2, 3)).requires_grad_()
+    known = factors[:, :1].expand(-1, 3)
+    for _ in range(300):
+        term = losses.class_decorrelation(factors @ mixing, known, labels, 4)
+        (grad,) = torch.autograd.grad(term, mixing)
+        mixing = (mixing - 0.2 * grad).detach().requires_grad_()
+    kept, forgotten = mixing[1].norm().item(), mixing[0].norm().item()
+    assert forgotten < 0.15 * kept
+
+
+def test_class_decorrelation_has_finite_gradients_where_nothing_varies():
+    for rows in (torch.ones(4, 3), Stream(0).normal((4, 3))):
+        a = rows.clone().requires_grad_()
+        found = losses.class_decorrelation(a, Stream(1).normal((4, 3)), torch.arange(4), 4)  # one row a class
+        found.backward()
+        assert found.item() == 0
+        assert torch.equal(a.grad, torch.zeros_like(a))
+
+
 def test_decorrelation_within_classes_has_known_values():
     labels = torch.arange(400) % 4
     noise = Stream(0).normal((400, 3)).double()
