@@ -80,7 +80,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def shortest_s(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds that a piece of work takes at its best, of some repetitions after a first one, in which libraries choose their algorithms."""
+    """Return the shortest time of several repetitions, in seconds. A first, untimed run lets libraries choose their algorithms."""
     work()
     times = []
     for _ in range(repeats):

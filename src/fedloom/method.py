@@ -169,7 +169,7 @@ class Interleave:
     """Several `Train`s that alternate on every batch, in order. Their own `epochs` and `steps` are ignored.
 
     `precompute` computes what several members need from a batch, before the first member steps; members read it from
-    `batch.precomputed`. Every net that any member has in training mode is in training mode for `precompute`. Gradients flow through its
+    `batch.precomputed`. During `precompute`, a net is in training mode if any member puts it in training mode. Gradients flow through its
     result in the last member only, so only the last member may train the parameters that it depends on; the others see constants.
     """
 

@@ -255,7 +255,7 @@ def portable(error: BaseException, pickler: Pickler) -> BaseException:
 
 
 def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]:
-    """Split the positions in the cohort into pieces, one message each: large ones first, small ones last so that workers end together.
+    """Split the positions in the cohort into pieces, each sent as one message. Small pieces come last, so workers finish together.
 
     Clients that a worker trains side by side stay in one piece.
     """

@@ -1,7 +1,7 @@
 """Lanes: clients of one architecture side by side, in one batched operation instead of many small ones.
 
 It is for GPUs, where small models wait for kernel launches, and for small models without convolutions. On a CPU, models with convolutions
-become slower (batched weights make grouped convolutions), so `auto` does not choose this engine there.
+become slower (batching the weights turns them into grouped convolutions), so `auto` does not choose this engine there.
 """
 
 from __future__ import annotations

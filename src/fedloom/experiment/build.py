@@ -66,7 +66,7 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
     """Return the clients' architectures, in the order in which they are assigned."""
     if settings.models and settings.model.options:
         key = min(settings.model.options)
-        raise ConfigError(f"model.{key}: an option of `model`, which `models` replaces; leave one of them out")
+        raise ConfigError(f"model.{key}: an option of `model`, but `models` replaces `model`; remove one of them")
     names = [Named(name=name) for name in settings.models] or [settings.model]
     found = []
     for choice in names:

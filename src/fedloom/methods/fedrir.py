@@ -85,7 +85,7 @@ class FedRIR(Method):
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """gfe and csfe of any architecture; the others follow its features D and the image's size."""
         if len(task.input_shape) != 3:
-            raise ConfigError(f"fedrir rebuilds images (C, H, W); these inputs have the shape {task.input_shape}")
+            raise ConfigError(f"method=fedrir: needs images (C, H, W), but inputs have shape {task.input_shape}")
         side, rows, columns = self.patches(*task.input_shape[1:])
         if self.mcsl == "masked" and 0 < self.mask_ratio * rows * columns < 1:
             raise ConfigError(

@@ -72,7 +72,7 @@ class OutsideArch(Arch):
 
     A class or function is called with those of `input_shape`, `n_classes`, `width` and the options that its signature
     names. An instance is copied: its weights are the initial weights of every model. If the requested width differs from the
-    module's own, a linear map to that width ends the body and the head is new.
+    module's own, the body gets a final linear layer that maps its output to that width, and the head is replaced.
     """
 
     def model(self) -> nn.Sequential:

@@ -147,7 +147,7 @@ def dataset_for(work: Workload, scale: float) -> data.Dataset:
         return data.from_arrays(noise[:n_train], labels[:n_train], noise[n_train:], labels[n_train:], name=work.data)
     whole = data.load(work.data)
     if n_train > whole.n_train or n_test > whole.n_rows - whole.n_train:
-        raise ConfigError(f"scale={scale}: {work.data} has fewer than {n_train} + {n_test} examples")
+        raise ConfigError(f"scale={scale}: {work.data} has fewer than {n_train} + {n_test} examples; lower scale")
     keep = rng.permutation(whole.n_train)[:n_train]
     held = whole.n_train + rng.permutation(whole.n_rows - whole.n_train)[:n_test]
     x, y = whole.images, whole.labels
