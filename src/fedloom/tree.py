@@ -173,7 +173,7 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 def not_finite(tree: Tree) -> str:
-    """Return the path of the first leaf that holds a non-finite number, or ""."""
+    """Return the path of the first leaf with a non-finite number, or ""."""
     floats = [(path, leaf) for path, leaf in flatten(tree) if leaf.is_floating_point()]
     if not floats:
         return ""

@@ -17,7 +17,7 @@ from fedloom.data.subset import choose_rows
 from fedloom.rng import Stream
 
 DIGITS: Final = Path(__file__).with_name("digits.npz")
-"""Source and licence are in digits.txt beside it."""
+"""The file digits.txt in the same folder gives source and licence."""
 CLASSES: Final = tuple("0123456789")
 N_CLIENTS: Final = 4
 N_TRAIN: Final = 1400  # of the 1,797 examples, 350 per client; the others are the test set, with random colours

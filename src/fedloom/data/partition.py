@@ -363,7 +363,7 @@ def _read_split(path: str | Path, content: dict[str, Any], split: str, n_rows: i
     if lists is None:
         return tuple(np.empty(0, np.int64) for _ in range(n_clients))
     if not isinstance(lists, list) or len(lists) != n_clients:
-        raise DataError(f"partition file {path}: '{split}' must hold one list for each of the {n_clients} clients")
+        raise DataError(f"partition file {path}: '{split}' must have one list for each of the {n_clients} clients")
     return tuple(_read_rows(path, rows, f"{split}[{i}]", n_rows) for i, rows in enumerate(lists))
 
 

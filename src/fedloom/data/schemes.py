@@ -124,7 +124,7 @@ def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *,
 
 
 def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> list[Rows]:
-    """Make one client per value of a column, in sorted order; with `n_clients`, only of the values with the most examples.
+    """Make one client per value of a column, in sorted order; with `n_clients`, only for the values with the most examples.
 
     Values with fewer than `min_examples` examples are left out. Raise DataError if there are too few values.
     """

@@ -45,7 +45,7 @@ WAIT_S = 1.0  # interval between checks for nodes
 
 
 class LostNode(NamedTuple):
-    """A node did not answer; `reason` says why."""
+    """A node did not answer, for the given `reason`."""
 
     reason: str
 

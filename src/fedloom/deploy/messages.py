@@ -234,7 +234,7 @@ _CONTENT = TypeAdapter(_Content)
 
 def _cut(parts: Sequence[Part], data: bytes, start: int) -> tuple[dict[str, bytes], dict[str, list[str]]]:
     if sum(part.n_bytes for part in parts) != len(data) - start:
-        raise WireError(f"the message of {len(data)} bytes is cut off or longer than its header says")
+        raise WireError(f"the message of {len(data)} bytes is cut off, or longer than its header states")
     trees: dict[str, bytes] = {}
     for part in parts:
         trees[part.name] = data[start : start + part.n_bytes]

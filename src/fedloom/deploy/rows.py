@@ -1,4 +1,4 @@
-"""Data on devices: a node reads its own examples, and the server knows only their numbers."""
+"""Data on devices: a node reads its own examples, and the server has only their counts."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Remote(Federation):
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:
-            raise DataError("examples of clients stay on their devices; the server knows only their numbers")
+            raise DataError("examples of clients stay on their devices; the server has only their counts")
         return self._held.rows(chosen)
 
 

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Vectorised(Sequential):
-    """Lanes of stacked clients. If a method cannot be vectorised, clients run one after another, and a warning says why."""
+    """Lanes of stacked clients. If a method cannot be vectorised, clients run one after another, and a warning gives the reason."""
 
     def __init__(
         self,

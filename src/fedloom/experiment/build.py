@@ -124,7 +124,7 @@ def _training_clients(settings: Settings, method: Method, federation: data.Feder
 
 
 def _check_phases(method: Method) -> None:
-    """Raise MethodError for two phases of one name: names key optimiser states, random streams and logs."""
+    """Raise MethodError if two phases have the same name, because names identify optimiser states, random streams and logs."""
     for phases in (method.phases(), method.adapt()):
         names = [train.name for train in trains_of(phases)]
         names += [phase.name for phase in phases if not isinstance(phase, Train)]

@@ -24,7 +24,7 @@ Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 
-    Travels: a whole model, both ways, a different one to each member of the cohort; as many bytes as FedAvg. Stays: nothing.
+    Travels: a whole model, both ways, a different one to each member of the cohort; the same number of bytes as FedAvg. Stays: nothing.
     The server keeps one model (slot) per member of the cohort. Each round sends slot i to the i-th member. Then every unit (a layer) of
     the returned models is shuffled over the slots, with a separate permutation per unit (recombination). The first `first_stage_rounds`
     rounds fill all slots with the average instead (the two-stage scheme).
@@ -79,7 +79,7 @@ class FedMR(Method):
         return self.secure
 
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
-        """Secure recombination: shuffle units among the clients that arrived until no tree holds one client's whole model."""
+        """Shuffle units among the clients that arrived until no tree is one client's whole model (secure recombination)."""
         if not self.secure:
             return uplinks
         models = tree.stack([uplink["weights"] for uplink in uplinks])

@@ -1,7 +1,7 @@
 """Figures of runs. Each is a separate `matplotlib.figure.Figure`; nothing here uses pyplot or global state.
 
 Every function that takes `records` groups them by method and settings. A method has the same colour and dash in all
-figures of the same records. If a quantity was not measured, the figure says so.
+figures of the same records. If a quantity was not measured, the figure states this.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
 Record = Callable[[Callable[[], StepResult]], tuple[Callable[[], Any], StepResult]]
-"""(work) -> a function that repeats the work, and its results, which lie in the same memory every time."""
+"""(work) -> a function that repeats the work, and its results, which are always in the same memory."""
 
 WARM_UPS = 3  # runs before the recording, in which libraries choose their algorithms and allocate memory
 

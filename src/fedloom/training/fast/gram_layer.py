@@ -25,7 +25,7 @@ from fedloom.rng import Stream
 from fedloom.training.fast.step_cache import MOST_KINDS, kind_of
 from fedloom.training.steps import FormError, Step, StepRunner, TrainJob
 
-# In multiplications that take as long (docs/performance.md says how they were measured):
+# Costs in numbers of multiplications that take the same time (docs/performance.md describes the measurement):
 TOUCHED = 30  # time to read and write one number of a weight in a step
 TOUCHED_IN_LANES = 60  # the same, if several clients' weights do not fit into the cache
 FIXED = 4_000_000  # fixed cost of a step with the Gram matrix, for all stacked clients together

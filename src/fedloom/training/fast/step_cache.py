@@ -112,7 +112,7 @@ def _form(tensors: Mapping[str, Any]) -> Any:
 def fingerprint(value: Any) -> Any:
     """Return the part of a key that identifies a function: its code, and the values that a trace makes constant (bound or closed over).
 
-    Bound methods, lambdas and partial functions are other objects each time they are made. Anything else stands for itself.
+    Bound methods, lambdas and partial functions are new objects each time they are created. Other objects identify themselves.
     """
     if isinstance(value, functools.partial):
         return fingerprint(value.func), value.args, tuple(value.keywords.items())
