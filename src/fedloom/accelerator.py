@@ -74,7 +74,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has finished all queued work, so that a clock can be read."""
+    """Wait until the device has finished all queued work, so that times can be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

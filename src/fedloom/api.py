@@ -120,7 +120,7 @@ def resume(
 ) -> Run:
     """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
 
-    Pass objects that came from Python again; everything that was given by name is read from the folder's config.
+    If the run was started with Python objects, pass the same objects again. Everything given by name is read from the folder's config.
     """
     return _run(Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model)), progress)
 

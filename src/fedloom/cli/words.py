@@ -1,4 +1,4 @@
-"""What all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files and the console."""
+"""Code that all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files and the console."""
 
 from __future__ import annotations
 

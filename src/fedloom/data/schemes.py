@@ -58,7 +58,7 @@ def pathological(
     """Give each client a few classes, the "pathological" setting of PFLlib and FedRIR.
 
     For each class in turn, its examples go to the first ceil(K/Y * classes_per_client) clients that have too few
-    classes. With `balance` they get equal shares. Otherwise each client but the last gets a uniform number between a
+    classes. With `balance` they get equal shares. Otherwise each client except the last gets a uniform number between a
     tenth of the equal share and the equal share, and the last gets the rest.
     """
     totals = np.bincount(labels)

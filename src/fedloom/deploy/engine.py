@@ -72,7 +72,7 @@ class Link(Protocol):
         """
 
     def late(self) -> Mapping[str, bytes | LostNode]:
-        """Return late answers, and nodes whose late answer will never come, since the last call."""
+        """Return the late answers since the last call, and the nodes whose late answer can no longer arrive."""
 
     def close(self) -> None:
         """Close the connection."""

@@ -94,7 +94,7 @@ class Remote(Federation):
         """See `Federation.rows`: only for the common test set.
 
         Raises:
-            DataError: an example of a client was requested; they stay on their devices.
+            DataError: an example of a client was requested, but clients' examples stay on their devices.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:

@@ -192,7 +192,7 @@ class LocalEngine(Engine):
         """Compute `score_server` on the k-th of n pieces of the common test examples.
 
         The weights are the server's own: the downlink is merged into a new client of the first architecture. A method's own `receive` is
-        not called, since it describes a client's weights.
+        not called, because it describes a client's weights.
         """
         p, message = self.problem, moved(down.common, self.device)
         x, y = common_part(self.data, part)

@@ -85,7 +85,7 @@ class Vectorised(Sequential):
             )
         except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("clients run one after another, since they cannot be vectorised: %s", reason)
+            log.warning("clients run one after another, because they cannot be vectorised: %s", reason)
             self._lanes[arch] = 1
         else:
             for member, end in zip(group, done, strict=True):

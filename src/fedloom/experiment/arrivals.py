@@ -8,7 +8,7 @@ One round::
     take      check the replies. Invalid uplinks are rejected; with `stragglers=late`, those of slow clients go in flight. Accept the
               uplinks that are on time and those in flight that are due, and compute their shares.
 
-Every draw depends on (seed, round, client) alone, so it is the same on every engine, and after a resume.
+Every draw depends only on (seed, round, client), so it is the same on every engine and after a resume.
 """
 
 from __future__ import annotations

@@ -134,11 +134,11 @@ def _check_phases(method: Method) -> None:
 
 
 def _check_messages(problem: Problem) -> None:
-    """Raise ConfigError if uplinks are sent as differences and clients exchange parts of them: their base would be unknown."""
+    """Raise ConfigError if uplinks are differences and clients exchange parts of them: the base would be unknown."""
     if problem.codec.uplink and problem.method.exchanges:
         raise ConfigError(
             f"uplink: {type(problem.method).__name__} lets clients exchange parts of uplinks before the upload, so the server cannot"
-            " tell what a difference refers to; leave uplink empty"
+            " determine the base of a difference; leave uplink empty"
         )
 
 
@@ -173,7 +173,7 @@ def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:
 
 
 def _part(weights: Weights, patterns: Sequence[str], prefix: str) -> Weights:
-    """Return the weights that the patterns match; raise ConfigError, starting with `prefix`, if one matches nothing."""
+    """Return the weights that the patterns match; raise ConfigError, with a message starting with `prefix`, if one matches nothing."""
     try:
         return select(weights, patterns)
     except MethodError as error:

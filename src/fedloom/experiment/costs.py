@@ -121,7 +121,7 @@ class Costs:
         """Return the peak memory of client `i`'s tensors in bytes, by phase; the peak of the local update is their maximum.
 
         The client's examples, its whole state, the downlink, and every tensor that a step creates are counted, but not the temporary memory
-        inside an operation, nor Python objects. Each phase is followed for two steps, since later steps use the same memory.
+        inside an operation, nor Python objects. Each phase is followed for two steps, because later steps use the same memory.
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
         site = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(p.seed, "costs"))

@@ -30,7 +30,7 @@ def compose(server: Method, client: Method) -> Method:
 
 
 def composed(server: type[Method], client: type[Method]) -> type[Method]:
-    """Return the class of such a composition; it has the hyper-parameters of both methods.
+    """Return the class of a composed method; it has the hyper-parameters of both methods.
 
     Raises:
         ConfigError: `client` overrides a server hook, `server` overrides a client hook, or both define the same name.

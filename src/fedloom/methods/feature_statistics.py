@@ -25,7 +25,7 @@ def shape(form: Form, n_classes: int, width: int) -> tuple[int, ...]:
 
 
 def zeros(form: Form, n_classes: int, width: int) -> Tree:
-    """Return zero counts (Y,), sums (Y, p) and squares, in float64, since a variance is a small difference of large numbers."""
+    """Return zero counts (Y,), sums (Y, p) and squares, in float64, because a variance is a small difference of large numbers."""
     counts = torch.zeros(n_classes, dtype=torch.float64)
     squares = counts.new_zeros(shape(form, n_classes, width))
     return {"counts": counts, "sums": counts.new_zeros(n_classes, width), "squares": squares}

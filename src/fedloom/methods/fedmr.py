@@ -63,7 +63,7 @@ class FedMR(Method):
             raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """Return K slots, stacked: every leaf is (K, ...). With patience, also the best similarity so far and the rounds since."""
+        """Return K stacked slots: every leaf is (K, ...). With patience, also the best similarity and the number of rounds since then."""
         slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
         if not self.first_stage_patience:
             return slots
@@ -108,7 +108,7 @@ class FedMR(Method):
         return number < self.first_stage_rounds and patient
 
     def watched(self, server: Tree, models: Sequence[Weights]) -> Tree:
-        """Return the server's state with updated patience: the best mean cosine of returned models, and rounds since it improved."""
+        """Return the server's state with updated patience: the best mean cosine of returned models, and the number of rounds since then."""
         if not self.first_stage_patience or len(models) < 2:
             return server
         best, now = server["stage"]["best"], tree.mean_cosine([model["params"] for model in models])

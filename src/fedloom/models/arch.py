@@ -26,7 +26,7 @@ SMALLEST_SIDE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
-    """A recipe for models of one architecture on one problem. `arch(...)` creates and checks one.
+    """A recipe for models of one architecture on one problem. `arch(...)` creates and checks a recipe.
 
     Every model is `Sequential(body=..., head=Linear)`: the body maps inputs (B, *input_shape) to features
     (B, features), the head maps those to logits (B, n_classes). Initial weights come from torch's global generator,

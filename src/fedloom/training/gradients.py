@@ -34,8 +34,8 @@ class Gradients:
 
         Args:
             bf16: whether matrix products and convolutions run in bfloat16 (autocast); weights and updates keep their precision.
-            device: where the modules and all tensors are.
-            convolutions: how to compute those of several clients at once; default: as vmap does.
+            device: the device of the modules and all tensors.
+            convolutions: how to compute the convolutions of several clients at once; default: as in vmap.
             as_written: whether to run losses operation by operation, without faster forms, because operations are counted.
         """
         self.modules, self.bf16, self.device = modules, bf16, device

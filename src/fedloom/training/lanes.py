@@ -96,7 +96,7 @@ def _same(lane: LocalWork) -> LocalWork:
 def _run_phase(
     phase: Phase, gradients: Gradients, lanes: list[LocalWork], lr_scale: float, logs: list[dict[str, float]]
 ) -> list[Callable[[], LocalWork]]:
-    """Run a phase. Return one function per lane, which returns the lane after the phase."""
+    """Run a phase. Return one function per lane; calling it returns the lane after the phase."""
     if isinstance(phase, Free):
         raise CannotMapError(f"phase '{phase.name}' is Free")
     if isinstance(phase, Sweep):
@@ -191,7 +191,7 @@ class LaneStack:
         )
 
     def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
-        """Train every lane on its own batches. Return one function per lane, which returns the trained lane and adds to its logs."""
+        """Train every lane on its own batches. Return one function per lane; calling it returns the trained lane and adds to its logs."""
         plans = [self.rows.places(k, order) for k, order in enumerate(self.orders)]
         augment = [lane.context.rng.child("augment") for lane in self.here]
         device = self.lanes[0].context.rows.device

@@ -1,7 +1,7 @@
 """One client's update: from the received weights, through the phases of local work, to the uplink.
 
 Read from the top: `client_update`, `run_phases`, `_walk_batches` (the loop over batches) and `LocalTrain.step` (one step of SGD). This
-module does not depend on other clients, transport or files. Faster forms of a step are in `steps.py` and `choose.py`.
+module does not depend on other clients, transport or files. `steps.py` and `choose.py` describe the faster forms of a step.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
 
 
 def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
-    """Raise DataError for a batch of one example and nets with BatchNorm, because its variance would be 0."""
+    """Raise DataError for nets with BatchNorm and a batch of one example, because the variance of one example is 0."""
     trained = {net for train in trains for net in train.modes} if n_rows == 1 else ()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in modules[net].modules()):
         raise DataError(

@@ -120,7 +120,7 @@ def _packed(message: Tree, chains: Chains) -> Tree:
 
 
 def _to_keep(path: str, unsent: Tensor) -> Tensor:
-    """Return what to send later: zeros for buffers, because running statistics are measured anew in every client update."""
+    """Return the values to send later: zeros for buffers, because every client update measures running statistics again."""
     return torch.zeros_like(unsent) if path.startswith("/buffers/") else unsent
 
 

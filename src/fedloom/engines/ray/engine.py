@@ -363,7 +363,7 @@ def _put(problem: Problem) -> Any:
 
 @contextmanager
 def _own_code_by_value() -> Iterator[None]:
-    """Pickle classes from the user's own files with their code, since other machines (and Ray's workers) do not have the files."""
+    """Pickle classes from the user's own files with their code, because other machines (and Ray's workers) do not have the files."""
     own = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
