@@ -289,7 +289,9 @@ def _from_file(dataset: Dataset, clients: int | None, path: str | Path | None, v
         raise DataError("partition=file needs partition.path=FILE")
     made = Partition.load(path, dataset.n_rows, dataset.n_train)
     if clients not in (None, made.n_clients):
-        raise DataError(f"clients={clients}: the partition file {path} is for {made.n_clients} clients")
+        raise DataError(
+            f"clients={clients}: the partition file {path} is for {made.n_clients} clients; leave out `clients`"
+        )
     if valid and not any(map(len, made.valid)):
         raise DataError(
             f"eval.valid={valid}: the partition file {path} has no validation examples; add them as 'valid'"

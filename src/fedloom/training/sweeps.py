@@ -25,7 +25,7 @@ def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
     """Accumulate the phase's statistics over all examples in the client's memory."""
     client, down, rows = work.client, work.down, work.context.rows
     if phase.name not in client.memory:
-        raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}'], which init_memory does not create")
+        raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}']; create it in init_memory")
     nets = Nets(gradients.modules, **client.weights)
     total = tree.zeros_like(client.memory[phase.name])
     inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
