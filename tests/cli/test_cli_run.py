@@ -154,7 +154,7 @@ def test_unresumable_runs_are_refused(tiny, cli):
     tiny("run", "out=mine", "--quiet")
     Path("foreign").mkdir()
     assert "finished" in cli("run", "--resume", "mine").err
-    assert "not a run's folder" in cli("run", "--resume", "foreign").err
+    assert "not a run folder" in cli("run", "--resume", "foreign").err
     assert "takes all settings from the folder" in cli("run", "--resume", "mine", "rounds=3").err
 
 
