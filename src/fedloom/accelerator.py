@@ -74,13 +74,13 @@ def describe_device(device: torch.device) -> str:
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until the device has finished all queued work, so that a clock can be read."""
+    """Wait until the device has finished all queued work, so that times can be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def shortest_s(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Seconds that a piece of work takes at its best, of some repetitions after a first one, in which libraries choose their algorithms."""
+    """Return the shortest time of several repetitions, in seconds. A first, untimed run lets libraries choose their algorithms."""
     work()
     times = []
     for _ in range(repeats):

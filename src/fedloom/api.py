@@ -120,7 +120,7 @@ def resume(
 ) -> Run:
     """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
 
-    Pass objects that came from Python again; everything that was given by name is read from the folder's config.
+    If the run was started with Python objects, pass the same objects again. Everything given by name is read from the folder's config.
     """
     return _run(Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model)), progress)
 
@@ -135,7 +135,7 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
             f"data: must be a name, or a data set from fedloom.from_arrays(x, y), not {type(data).__name__}"
         )
     if settings.get("models") and not (model is None or isinstance(model, str)):
-        raise ConfigError("models: replaces `model`, which was given as an object; leave one of them out")
+        raise ConfigError("models: replaces `model`, which was given as an object; remove one of them")
     for key in settings:
         if isinstance(method, Method) and key.startswith("method."):
             raise ConfigError(

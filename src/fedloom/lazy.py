@@ -58,7 +58,7 @@ def export(package: str) -> dict[str, str]:
 
 
 def _object(module: str, name: str) -> Any:
-    """The object `name` of a module, or the module itself where it is called so (`from fedloom import tree`)."""
+    """Return the object `name` of a module, or the submodule with that name (`from fedloom import tree`)."""
     submodule = f"{module}.{name}"
     if module == __package__ and importlib.util.find_spec(submodule):
         return importlib.import_module(submodule)
@@ -66,7 +66,7 @@ def _object(module: str, name: str) -> Any:
 
 
 def _origins(file: Path) -> dict[str, str]:
-    """The names that a package's `if TYPE_CHECKING:` block imports, each with its module."""
+    """Return the names that a package's `if TYPE_CHECKING:` block imports, each with its module."""
     found: dict[str, str] = {}
     for block in ast.parse(file.read_text(encoding="utf-8")).body:
         if not (isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"):

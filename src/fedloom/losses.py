@@ -65,15 +65,15 @@ def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | No
 
 
 def class_decorrelation(a: Tensor, b: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """How far `a` and `b` vary together within classes: ||Cov(a - mean_y a, b - mean_y b)||^2 / (D mean(a'^2) mean(b'^2)).
+    """Return a measure of the correlation of `a` and `b` within classes: ||Cov(a', b')||^2 / (D mean(a'^2) mean(b'^2)).
 
-    a' and b' are the centred a - mean_y a and b - mean_y b, mean_y the mean of a row's class in the batch; the norm is Frobenius'.
-    The scale of `a` or `b` does not matter. 0 where they are uncorrelated within every class, 1 where white features are equal, D
-    where one factor alone moves all features. What the class explains is no correlation: it costs nothing.
+    Here a' = a - mean_y a and b' = b - mean_y b, where mean_y is the mean over the examples of the same class in the batch; the norm is
+    the Frobenius norm. The measure does not depend on the scale of `a` or `b`. It is 0 if they are uncorrelated within every class, 1 if
+    they are equal and white, and D if a single factor determines all features. Correlation that the class explains does not count.
 
     Args:
         a, b: (B, D).
-        labels: (B,) whole numbers below `n_classes`. A class with one row adds nothing.
+        labels: (B,) whole numbers below `n_classes`. A class with one example adds nothing.
         n_classes: Y.
     """
     member = one_hot(labels, n_classes).to(wide(a).dtype)

@@ -1,13 +1,13 @@
 """The contract between a federated method and the framework. `Method` itself is FedAvg; override only what your paper changes.
 
-A method is a frozen dataclass that holds hyper-parameters and nothing else. Its hooks are pure functions of trees of tensors. Local
+A method is a frozen dataclass that contains only hyper-parameters. Its hooks are pure functions of trees of tensors. Local
 work is declared as data (`Train`, `Interleave`, `Sweep`, `Free`), so an engine can run it in a loop, vectorise it over clients, or send
 it to another process.
 
 The hooks that one round calls, in order (`server` is any tree, `weights` as in `fedloom.nets`)::
 
     server  cohort -> downlink
-    client  receive -> phases (loss, draw) -> uplink          run by the engine, wherever the client is
+    client  receive -> phases (loss, draw) -> uplink          run by the engine, in any process or on a device
     client  exchange                                          among clients, if `exchanges` is true
     server  aggregate                                         over the uplinks that arrived
     score   deploy -> receive -> adapt -> predictors          in evaluated rounds, on temporary copies
@@ -100,7 +100,7 @@ class Arrival(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What the server knows about a round: the arrivals, in cohort order, and a random stream for the server."""
+    """The server's information about a round: the arrivals, in cohort order, and a random stream for the server."""
 
     number: int
     n_clients: int  # K, the clients of the whole federation
@@ -169,7 +169,7 @@ class Interleave:
     """Several `Train`s that alternate on every batch, in order. Their own `epochs` and `steps` are ignored.
 
     `precompute` computes what several members need from a batch, before the first member steps; members read it from
-    `batch.precomputed`. Every net that any member has in training mode is in training mode for `precompute`. Gradients flow through its
+    `batch.precomputed`. During `precompute`, a net is in training mode if any member puts it in training mode. Gradients flow through its
     result in the last member only, so only the last member may train the parameters that it depends on; the others see constants.
     """
 
@@ -312,7 +312,7 @@ class Method:
         return False
 
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
-        """Return what the server sees instead of the uplinks that arrived: as many trees, no longer one per client."""
+        """Return what the server sees instead of the uplinks that arrived: the same number of trees, but no longer one per client."""
         return uplinks
 
     # server, after a round

@@ -174,7 +174,7 @@ def norm_layers(weights: Weights) -> set[str]:
 
 
 def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, rest: bool = False) -> Weights:
-    """Return the weights that any of the patterns matches; with `rest`, those that none of them matches.
+    """Return the weights that at least one pattern matches; with `rest`, those that no pattern matches.
 
     A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), a net without a part (`model:-head`), or one tensor's full
     name (`model.head.bias`). The part `norm` stands for all normalisation layers (`model:-norm`, FedBN).

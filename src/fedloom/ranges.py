@@ -59,7 +59,7 @@ def check_limits(settings: Any) -> None:
 
 
 def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
-    """Return a type in words: `whole number ≥ 1`, `half|standard|none`; `field` may hold further limits."""
+    """Return a type in words: `whole number ≥ 1`, `half|standard|none`; `field` may have further limits."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, args))

@@ -136,7 +136,7 @@ def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
         raise ValueError("the mean needs at least one tree")
     weights = [1.0 / len(trees)] * len(trees) if shares is None else [float(share) for share in shares]
     if len(weights) != len(trees):
-        raise ValueError(f"{len(trees)} trees but {len(weights)} shares")
+        raise ValueError(f"{len(trees)} trees but {len(weights)} shares; each tree needs one share")
 
     def average(*values: Tensor) -> Tensor:
         exact = [value if value.is_floating_point() else value.double() for value in values]
@@ -173,7 +173,7 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 def not_finite(tree: Tree) -> str:
-    """Return the path of the first leaf that holds a non-finite number, or ""."""
+    """Return the path of the first leaf with a non-finite number, or ""."""
     floats = [(path, leaf) for path, leaf in flatten(tree) if leaf.is_floating_point()]
     if not floats:
         return ""

@@ -137,7 +137,7 @@ def test_several_comparisons_are_resumed_together(tiny, cli):
         (("one.toml", "number.toml"), "reading=7: must be text"),
         (("one.toml", "more/one.toml"), "'one': two config files have this name"),
         (("one.toml", "none.toml"), "none.toml"),
-        (("one.toml", "two.toml", "out=there"), "out=there: already exists"),
+        (("one.toml", "two.toml", "out=there"), "out=there: already exists and is not an empty folder"),
     ],
 )
 def test_mistakes_in_one_of_several_files_leave_nothing_behind(tiny, words, message):

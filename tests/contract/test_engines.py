@@ -591,7 +591,7 @@ def test_memory_holds_what_was_handed_on(experiment, engine):
 @pytest.mark.parametrize("engine", ["sequential", "vectorised"])
 def test_a_single_example_cannot_train_a_batch_norm_on_any_engine(experiment, engine):
     run = experiment("fedavg", engine=engine, model="resnet8", batch_size=1, rounds=1, **{"data.rows": 40})
-    with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one row"):
+    with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one example"):
         run.run()
 
 

@@ -128,7 +128,7 @@ def test_a_broken_experiment_is_not_run_again(experiment):
     """Clients have done local updates that the server has not received."""
     run = experiment("scaffold", **SETTINGS)
     interrupted_after(run, 1)
-    with pytest.raises(RunFolderError, match="this experiment has run already; resume the folder in a new one"):
+    with pytest.raises(RunFolderError, match="this experiment has already run; resume its folder in a new experiment"):
         run.run()
 
 

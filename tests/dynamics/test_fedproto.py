@@ -94,7 +94,7 @@ def test_architectures_may_differ(experiment):
 
 
 def test_different_widths_are_refused(experiment):
-    with pytest.raises(ConfigError, match=r"has \d+ features and another \d+; prototypes need one width"):
+    with pytest.raises(ConfigError, match=r"has \d+ features, but another architecture has \d+; set one width"):
         experiment(FedProto(), models=["mlp", "resnet8"])
 
 

@@ -224,10 +224,10 @@ def test_a_partition_file_must_contain_test_and_validation_examples(run, tmp_pat
         return run(data=data, model="logistic", clients=2, partition=partition, **settings)
 
     (tmp_path / "p.json").write_text(json.dumps({"train": halves}))
-    with pytest.raises(UsageError, match="there are no rows to test on; it needs 'test' or 'common'"):
+    with pytest.raises(UsageError, match="there are no test examples; add 'test' or 'common'"):
         go()
     (tmp_path / "p.json").write_text(json.dumps({"train": halves, "common": [10, 11]}))
-    with pytest.raises(UsageError, match=r"eval.valid=0.2: the partition file .* has no validation rows"):
+    with pytest.raises(UsageError, match=r"eval.valid=0.2: the partition file .* has no validation examples"):
         go(eval={"valid": 0.2})
     assert "valid_accuracy" not in go().metrics
     (tmp_path / "p.json").write_text(json.dumps({"train": halves, "common": [10, 11], "valid": [[12, 13], [30]]}))

@@ -167,7 +167,7 @@ def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
         (["w4-mlp", "scale=0.01", "engine=processes:many"], "engine.lanes=many: must be a whole number"),
         (["w4-mlp", "scale=0.01", "precision=fp8"], "precision=fp8: must be one of"),
         (["w1", "rival=nowhere.py:make"], "rival=nowhere.py:make: there is no file nowhere.py"),
-        (["w3", "scale=0.001"], "rows do not give each"),
+        (["w3", "scale=0.001"], "are too few to give each"),
     ],
 )
 def test_mistakes_end_in_one_line(words, message, capsys):

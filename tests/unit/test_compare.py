@@ -72,15 +72,15 @@ def test_own_methods_are_called_by_their_class(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "name what to compare"),
-        (("method=fedavg,fedavg",), "there twice"),
+        ((), "must name the methods to compare"),
+        (("method=fedavg,fedavg",), "is given twice"),
         (("method=fedavg", "fedavg=3"), "fedavg=3: is a table"),
         (("method=fedavg", "fedprocks.mu=3"), "unknown key 'fedprocks'"),
         (("method=fedavg", "rounds=x"), "rounds=x: must be a whole number"),
         (("method=fedavg", "method.lr=x"), "method.lr=x: must be a number"),
-        (("method=fedavg,local", "seed=1,1"), "different whole numbers"),
+        (("method=fedavg,local", "seed=1,1"), "distinct whole numbers"),
         (("method=v", "variant.v.method=4"), "must be the name of a method"),
-        (("method=a/b", 'variant."a/b".method=fedavg'), "neither a method nor a variant|letters, digits"),
+        (("method=a/b", 'variant."a/b".method=fedavg'), "no method or variant|letters, digits"),
     ],
 )
 def test_invalid_input_is_refused(words, message):

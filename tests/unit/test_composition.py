@@ -63,9 +63,9 @@ class Segmented(FedProx):
 @pytest.mark.parametrize(
     ("server", "client", "message"),
     [
-        (FedMR, Scaffold, "Scaffold cannot be the clients' half, since it overrides server hooks .init_server, downlink, aggregate"),
+        (FedMR, Scaffold, "Scaffold cannot be the clients' half, because it overrides server hooks .init_server, downlink, aggregate"),
         (FedMR, FedMR, "FedMR cannot be the clients' half"),
-        (FedRIR, FedProx, "FedRIR cannot be the server's half, since it overrides client hooks .nets, phases, loss"),
+        (FedRIR, FedProx, "FedRIR cannot be the server's half, because it overrides client hooks .nets, phases, loss"),
         (Scaffold, FedASAM, "Scaffold cannot be the server's half"),
         (Local, FedProx, "Local cannot be the server's half"),
         (FedMR, Local, "method=FedMR.Local: one of them is not a federated method"),

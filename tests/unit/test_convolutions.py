@@ -58,7 +58,7 @@ def test_the_faster_form_is_taken_from_then_on(monkeypatch, caplog, faster):
         vmap(loss)(*inputs)
     assert not calls  # a new layer first runs in vmap's form
     assert list(book.columns_faster.values()) == [faster]
-    assert "4 lanes of 5 rows (6, 9, 8), kernels (7, 6, 3, 3): grouped" in caplog.text
+    assert "4 lanes of 5 examples (6, 9, 8), kernels (7, 6, 3, 3): grouped" in caplog.text
     with book.of(4):
         vmap(loss)(*inputs)
     assert bool(calls) is faster

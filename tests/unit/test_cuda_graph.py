@@ -87,7 +87,7 @@ def test_inputs_that_did_not_change_are_not_copied_again(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flaw", "reason"), [("stale", "a replay gave other bits"), ("refused", "RuntimeError: not while recording")]
+    ("flaw", "reason"), [("stale", "a replay gave different bits"), ("refused", "RuntimeError: not while recording")]
 )
 def test_a_recording_that_fails_is_one_line_and_changes_nothing(
     experiment, recorder, monkeypatch, caplog, flaw, reason

@@ -164,5 +164,5 @@ def test_runs_and_intervals_need_no_extra(tmp_path):
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\nfrom fedloom.cli import main; sys.exit(main({words!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "In brackets the 95 % t-interval of the mean" in " ".join(done.stdout.split())
+    assert "In brackets: 95 % t-interval of the mean" in " ".join(done.stdout.split())
     assert "pip install 'fedloom[report]'" in done.stdout

@@ -1,7 +1,7 @@
 """Analyses of runs: what generators produce, what features contain, how sharp a minimum is.
 
-Runs are read through `Experiment.reopen`. Results go to `RUN/analysis/`, `analysis.json` and pictures, which the report shows. Add an
-analysis as a file here and a part in `analyse.py`.
+Runs are read through `Experiment.reopen`. Results are written to `RUN/analysis/` as `analysis.json` and pictures, which the report shows.
+To add an analysis, write a file here and add a part to `analyse.py`.
 """
 
 from fedloom.analysis.analyse import PARTS, analyse

@@ -61,8 +61,8 @@ def _used_params(loss: Loss, params: Mapping[str, Tensor]) -> Params:
 
 
 def direction(params: Params, rng: Stream) -> Params:
-    """Draw a filter-normalised random direction (Li et al., NeurIPS 2018): each filter, or row of a matrix, has the norm of that of the
-    weights.
+    """Draw a filter-normalised random direction (Li et al., NeurIPS 2018): each filter, or row of a matrix, is scaled
+    to the norm of the corresponding filter or row of the weights.
 
     Biases and normalisation layers are not changed.
     """

@@ -1,6 +1,6 @@
 """The command line: `fedloom COMMAND ...`.
 
-One module per command reads its words and prints its results; the work is done in `tools`, `experiment` and `report`. Keep imports
+Each command has one module, which reads arguments and prints results; the work is done in `tools`, `experiment` and `report`. Keep imports
 inside functions, so that help and completion start without torch.
 """
 

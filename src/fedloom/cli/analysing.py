@@ -41,7 +41,9 @@ def analyse_command(words: Sequence[str]) -> int:
     folders, out = _folders(given.words)
     parts = _parts(given.only, PARTS)
     if out is not None and "sharpness" not in parts:
-        raise ConfigError(f"out={out}: is the file for the sharpness curves, which --only {given.only} leaves out")
+        raise ConfigError(
+            f"out={out}: names the file for the sharpness curves, but --only {given.only} leaves them out; remove out"
+        )
     records = read(folders)
     done, total = 0, len(records) * len(parts)
     with nullcontext() if given.quiet else live("analyse", unit="part") as progress:

@@ -99,7 +99,7 @@ def compare_command(words: Sequence[str]) -> int:
 
 
 def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comparison], str | None]:
-    """The comparisons of several config files, by the files' names, with the same `key=value` words over each; and `out`."""
+    """Return one comparison per config file, by file name, and `out`. The same `key=value` words override each file."""
     from fedloom.tools.compare import plan
 
     rest = [word for word in words if "=" in word]
@@ -107,7 +107,7 @@ def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comp
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
-                f"'{name}': two config files have this name, and each comparison needs a folder of its own"
+                f"'{name}': two config files have this name, and each comparison needs its own folder; rename one"
             )
     values = [read_values([file, *rest]) for file in files]
     return {name: plan(value) for name, value in zip(names, values, strict=True)}, read_values(rest).get("out")

@@ -1,4 +1,4 @@
-"""What all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files and the console."""
+"""Code that all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files and the console."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def output() -> Console:
 
 
 def default_words(value: Any) -> str:
-    """Return a default as it would be typed, or "" if there is none."""
+    """Return a default as a user would type it, or "" if there is none."""
     if value is None or value == ():
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -79,7 +79,7 @@ def read_toml(path: str | Path) -> Values:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         hint = (
-            "; where there is a table of that name, set `name = ...` inside the table" if "twice" in str(error) else ""
+            "; if the file has a table of that name, set `name = ...` inside the table" if "twice" in str(error) else ""
         )
         raise ConfigError(f"{file} cannot be read as a TOML file: {reason}{hint}") from None
     values: Values = {}

@@ -1,7 +1,7 @@
 """Data sets, their partition over clients, and the examples that each client sees.
 
-`sources.py` loads by name, `partition.py` deals examples to clients, `federation.py` gives out normalised batches. Add a data set to
-`catalogue.py`. Knows neither methods nor engines.
+`sources.py` loads a data set by name, `partition.py` divides examples among clients, `federation.py` returns normalised examples. Add a
+data set to `catalogue.py`. This package does not depend on methods or engines.
 """
 
 from typing import TYPE_CHECKING

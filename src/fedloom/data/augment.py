@@ -36,7 +36,7 @@ def resized_crop_flip(x: Tensor, stream: Stream, *, smallest: float = 0.75) -> T
     """Crop a random window from each picture, resize it to full size, and mirror it with probability 1/2.
 
     A window has `smallest` to 1 of the picture's area, and an aspect ratio of 3:4 to 4:3. The area and the logarithm of
-    the ratio are uniform. A side that is too long is cut to the picture's side; torchvision would draw again.
+    the ratio are uniform. A side that is too long is cut to the picture's side; torchvision would draw a new window.
     Interpolation is bilinear.
     """
     n = len(x)

@@ -1,4 +1,4 @@
-"""The data sets that are known by name: what they are, and where the hub keeps them."""
+"""The data sets that can be loaded by name: their properties, and their repositories on the hub."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, Final
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """What is known of a data set before its files are read.
+    """Facts about a data set that are available before its files are read.
 
-    `hub` is the Hugging Face repository and `hub_folder` the folder in it that holds the parquet files; no `hub`
-    means that none with the wanted split is known, so the files must be brought. `folder` is its local folder
-    (default: the name). `image_size` is the native edge in pixels (None: sizes differ, so a size must be chosen).
-    `natural` is the column that makes natural clients. `only` keeps some classes, in that order. `normalise` is the
-    default of `Federation`. `embedded` data come with the package.
+    `hub` is the Hugging Face repository, and `hub_folder` the folder in it that has the parquet files. Without `hub`, no
+    repository with the required split is known, and users must supply the files. `folder` is the local folder (default:
+    the name). `image_size` is the original width and height in pixels; None means that sizes differ, so the user must
+    choose one. `natural` is the column by which `partition=natural` divides the examples. `only` lists the classes to
+    keep, in this order. `normalise` is the default for `Federation`. `embedded` data are part of the package.
     """
 
     title: str

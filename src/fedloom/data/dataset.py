@@ -88,7 +88,7 @@ def from_arrays(
             raise DataError(f"from_arrays: x_test is {_describe(more)} and x is {_describe(images)}; they must agree")
         images, labels = torch.cat([images, more]), torch.cat([labels, _labels(y_test, "y_test")])
     if len(images) != len(labels):
-        raise DataError(f"from_arrays: {len(images)} inputs and {len(labels)} labels; their numbers must be equal")
+        raise DataError(f"from_arrays: {len(images)} inputs and {len(labels)} labels; each input must have one label")
     names = tuple(classes) if classes is not None else _class_numbers(labels)
     pool = Dataset(
         name=name,
@@ -106,7 +106,7 @@ def validated(dataset: Dataset) -> Dataset:
     n, low, high = len(dataset.images), int(dataset.labels.min()), int(dataset.labels.max())
     if len(dataset.labels) != n or not 0 < dataset.n_train <= n:
         raise DataError(
-            f"data={dataset.name}: {n} inputs, {len(dataset.labels)} labels, {dataset.n_train} training examples; they do not fit together"
+            f"data={dataset.name}: {n} inputs, {len(dataset.labels)} labels, {dataset.n_train} training examples; these must agree"
         )
     if low < 0 or high >= dataset.n_classes:
         raise DataError(

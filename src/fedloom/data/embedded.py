@@ -17,11 +17,11 @@ from fedloom.data.subset import choose_rows
 from fedloom.rng import Stream
 
 DIGITS: Final = Path(__file__).with_name("digits.npz")
-"""Source and licence are in digits.txt beside it."""
+"""The file digits.txt in the same folder gives source and licence."""
 CLASSES: Final = tuple("0123456789")
 N_CLIENTS: Final = 4
-N_TRAIN: Final = 1400  # of the 1,797 rows, 350 a client; the rest is the test set with random colours
-HOLDS: Final = 0.9  # the chance that a training row has its class's colour
+N_TRAIN: Final = 1400  # of the 1,797 examples, 350 per client; the others are the test set, with random colours
+HOLDS: Final = 0.9  # probability that a training example has its class's colour
 HUES: Final = np.array([colorsys.hsv_to_rgb(i / 10, 1, 200 / 255) for i in range(10)])  # (10, 3) in [0, 1]
 
 Pixels = npt.NDArray[np.uint8]

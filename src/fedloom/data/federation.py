@@ -182,7 +182,7 @@ class Federation:
         return ((x - self._shift.to(x.dtype)) / (self._scale.to(x.dtype) * unit)).clamp(0, 1)
 
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
-        """Augment a training batch (B, C, H, W) of normalised pictures at random, as `augment` says, on its device."""
+        """Augment a training batch (B, C, H, W) of normalised pictures at random, as set by `augment`, on its device."""
         match self.augment:
             case "flip":
                 return augmentation.flip(x, stream)

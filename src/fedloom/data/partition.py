@@ -1,4 +1,4 @@
-"""Which client holds which rows: made by a scheme, or read from a file; saved with a hash."""
+"""Partitions: which client has which examples. A scheme draws a partition, or a file contains it; it is saved with a hash."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Row numbers of a `Dataset`, one sorted int64 array per client and split; `common` is the common test set.
+    """Example numbers of a `Dataset`: one sorted int64 array per client and split; `common` is the common test set.
 
-    No row is in two clients' training or validation splits, and none of those is tested on. `scheme` says how it was
-    made.
+    No example is in the training or validation splits of two clients, and none of these examples is in a test split.
+    `scheme` describes how the partition was made.
     """
 
     train: tuple[Rows, ...]
@@ -42,11 +42,11 @@ class Partition:
 
     @property
     def n_clients(self) -> int:
-        """K."""
+        """The number of clients K."""
         return len(self.train)
 
     def hash(self) -> str:
-        """32 hexadecimal digits that depend on the row numbers alone, not on how they were drawn."""
+        """Return 32 hexadecimal digits that depend only on the example numbers, not on how they were drawn."""
         digest = hashlib.blake2b(digest_size=16)
         for split in (self.train, self.valid, self.test, (self.common,)):
             for rows in split:
@@ -55,41 +55,46 @@ class Partition:
         return digest.hexdigest()
 
     def counts(self, labels: Tensor | npt.NDArray[Any], n_classes: int, split: str = "train") -> Rows:
-        """(K, Y): how many examples of each class each client has in that split ("train", "valid" or "test")."""
+        """Return (K, Y): the number of examples by client and class in a split ("train", "valid" or "test")."""
         if split not in _SPLITS:
-            raise DataError(f"split='{split}'; allowed are {', '.join(_SPLITS)}")
+            raise DataError(f"split='{split}': must be one of {', '.join(_SPLITS)}")
         labels = np.asarray(labels)
         parts: tuple[Rows, ...] = getattr(self, split)
         return np.stack([np.bincount(labels[rows], minlength=n_classes) for rows in parts])
 
     def save(self, path: str | Path) -> None:
-        """Writes `content` as JSON, in one step."""
+        """Write `content` as JSON, atomically."""
         path = Path(path)
         temporary = path.with_name(f"{path.name}.{os.getpid()}")
         temporary.write_text(json.dumps(self.content(), separators=(",", ":")))
         temporary.replace(path)
 
     def content(self) -> dict[str, Any]:
-        """All of it as JSON-able values: the lists by split, `common`, `scheme` and `hash`."""
+        """Return the partition as values for JSON: the lists by split, `common`, `scheme` and `hash`."""
         lists: dict[str, Any] = {split: [rows.tolist() for rows in getattr(self, split)] for split in _SPLITS}
         return lists | {"common": self.common.tolist(), "scheme": self.scheme, "hash": self.hash()}
 
     @classmethod
     def load(cls, path: str | Path, n_rows: int, n_train: int | None = None) -> Partition:
-        """Reads what `save` wrote, or a foreign file.
+        """Read a file written by `save` or by another program.
 
-        A foreign file needs no more than `{"train": [[row, ...], ...]}`; it may hold `test`, `valid` and `common`.
+        Only `{"train": [[number, ...], ...]}` is required; `test`, `valid` and `common` are optional.
 
-        Without `common` the common test set is the union of the clients' test rows or, where they have none, the
-        official test rows `n_train` .. `n_rows` - 1. Raises DataError for rows out of range, repeated, held by two
-        clients, or both trained and tested on, and where a stored hash does not fit.
+        Without `common`, the common test set is the union of the clients' test examples. If there are none, it is the
+        official test set, examples `n_train` to `n_rows` - 1.
+
+        Raises:
+            DataError: an example number is out of range, is repeated, is in the splits of two clients, or is in both a training and
+                a test split; or the stored hash does not match.
         """
         try:
             content = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
             raise DataError(f"partition file {path}: cannot be read as JSON ({type(error).__name__})") from error
         if not isinstance(content, dict) or not isinstance(content.get("train"), list) or not content["train"]:
-            raise DataError(f"partition file {path}: 'train' must be a list of lists of row numbers, one per client")
+            raise DataError(
+                f"partition file {path}: 'train' must be a list of lists of example numbers, one list per client"
+            )
         splits = {split: _read_split(path, content, split, n_rows) for split in _SPLITS}
         common = _read_rows(path, content.get("common") or [], "common", n_rows)
         if len(common) == 0:
@@ -98,9 +103,11 @@ class Partition:
         made = cls(**splits, common=common, scheme=scheme if isinstance(scheme, dict) else {"name": "file"})
         _check_disjoint(made, n_rows, f"partition file {path}")
         if not len(common):
-            raise DataError(f"partition file {path}: there are no rows to test on; it needs 'test' or 'common'")
+            raise DataError(f"partition file {path}: there are no test examples; add 'test' or 'common'")
         if "hash" in content and content["hash"] != made.hash():
-            raise DataError(f"partition file {path}: its hash does not fit its rows; the file was changed or damaged")
+            raise DataError(
+                f"partition file {path}: its hash does not match its contents; the file was changed or damaged"
+            )
         return made
 
 
@@ -120,20 +127,36 @@ def partition(
     path: str | Path | None = None,
     seed: int = 0,
 ) -> Partition:
-    """Deals the rows of a data set to clients.
+    """Divide the examples of a data set among clients. The same settings and `seed` give the same partition on every machine.
 
-    `scheme` is one of `SCHEMES`: "iid", "dirichlet" (alpha), "pathological" (classes_per_client, balance), "extended"
-    (classes_per_client, alpha), "quantity" (alpha), "natural" (column, by default a known data
-    set's own, like Office-Caltech10's domain; `clients` keeps the largest; rows with "" there are nobody's, and only
-    `merge=False` can leave such test rows out), "own" (the data set brings its split:
-    training rows and test rows go to the client that `column`, default "client", names), "file" (path).
+    With `merge` (the protocol of PFLlib and FedRIR), the official training and test examples are pooled before they are
+    divided. Each client's examples are then split at random: the fraction `test_fraction` (default 0.25) becomes its test
+    split. The common test set is the union of these test splits.
 
-    With `merge` (the protocol of PFLlib and FedRIR) official training and test rows are pooled and dealt out
-    together, and each client's rows split at random, `test_fraction` (default 0.25) for its test; the common set is
-    the union of those. Without it only training rows are dealt, the common set is the official test set (if there is
-    one), and `test_fraction` is 0 unless given: then clients have no test rows of their own. `valid` is the share of
-    each client's training rows kept for validation. Every client gets at least `min_examples` rows, before these
-    splits. The same settings and `seed` give the same rows anywhere. Raises DataError.
+    Without `merge`, only the training examples are divided. The common test set is the official test set, if there is one.
+    `test_fraction` is then 0 by default, so clients have no test examples of their own.
+
+    Args:
+        dataset: the data set to divide.
+        clients: number of clients. With "natural", the clients with the most examples are kept; default: all.
+        scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`); "pathological" (`classes_per_client`, `balance`);
+            "extended" (`classes_per_client`, `alpha`); "quantity" (`alpha`); "natural" (`column`: one client per value);
+            "own" (the data set's own split: `column` gives the client of each training and test example); "file" (`path`).
+        alpha: concentration of the Dirichlet distribution.
+        classes_per_client: number of classes that each client has.
+        balance: see `schemes.pathological`.
+        column: default: for "natural", the column of a known data set, such as the domain in Office-Caltech10; for "own",
+            "client". With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the
+            test examples out.
+        min_examples: minimum number of examples of each client, before they are split.
+        merge: pool the official training and test examples (see above).
+        test_fraction: fraction of each client's examples in its test split.
+        valid: fraction of each client's training examples in its validation split.
+        path: partition file.
+        seed: seed of all draws.
+
+    Raises:
+        DataError: a setting is invalid, or the data set cannot be divided in this way.
     """
     _check_settings(
         clients, scheme, alpha=alpha, classes_per_client=classes_per_client, min_examples=min_examples, valid=valid
@@ -175,20 +198,25 @@ _DEALERS: Final[dict[str, tuple[Callable[..., list[Rows]], tuple[str, ...]]]] = 
 def _fraction(test_fraction: float | None, merge: bool, must_split: bool) -> float:
     fraction = (0.25 if merge else 0.0) if test_fraction is None else test_fraction
     if not 0 <= fraction < 1 or (fraction == 0 and must_split):
-        allowed = "over 0 (there is no other test set) and under 1" if must_split else "0, or under 1"
-        raise DataError(f"partition.test_fraction={fraction} with partition.merge={merge}: allowed is {allowed}")
+        allowed = "above 0 (there is no other test set) and below 1" if must_split else "at least 0 and below 1"
+        raise DataError(f"partition.test_fraction={fraction} with partition.merge={merge}: must be {allowed}")
     return fraction
 
 
 def _present(labels: Rows, clients: int | None, min_examples: int, settings: dict[str, Any]) -> Rows:
-    """Labels counted over the classes with examples only: empty ones would shift the quotas of some schemes."""
+    """Return labels renumbered over the classes that have examples, because empty classes would change the quotas of some schemes."""
     if clients is None:
-        raise DataError("clients: this partition needs a number of clients")
+        raise DataError("clients: must be given for this partition")
     if clients * min_examples > len(labels):
-        raise DataError(f"clients={clients}: {len(labels)} rows do not give each partition.min_examples={min_examples}")
+        raise DataError(
+            f"clients={clients}: {len(labels)} examples are too few to give each client partition.min_examples={min_examples}; "
+            "lower one of the two"
+        )
     found, present = np.unique(labels, return_inverse=True)
     if (per_client := settings.get("classes_per_client", 1)) > len(found):
-        raise DataError(f"partition.classes_per_client={per_client}: allowed is 1 to {len(found)}")
+        raise DataError(
+            f"partition.classes_per_client={per_client}: must be from 1 to {len(found)}, the number of classes with examples"
+        )
     return present.astype(np.int64)
 
 
@@ -212,7 +240,7 @@ def _split(
 
 
 def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
-    """Sorted rows, and the sorted share of them that is set apart at random, rounded up; one row at least stays."""
+    """Hold out a random fraction of the rows, rounded up, but keep at least one. Return the kept and the held-out rows, each sorted."""
     if fraction == 0:
         return np.sort(rows), np.empty(0, np.int64)
     n_apart = min(math.ceil(len(rows) * fraction - 1e-9), len(rows) - 1)
@@ -223,7 +251,9 @@ def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
 def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed: int) -> Partition:
     values, owners = np.unique(_column(dataset, column), return_inverse=True)
     if clients not in (None, len(values)):
-        raise DataError(f"clients={clients}: data={dataset.name} brings its own split for {len(values)} clients")
+        raise DataError(
+            f"clients={clients}: data={dataset.name} has its own split for {len(values)} clients; leave out `clients`"
+        )
     is_train = np.arange(dataset.n_rows) < dataset.n_train
     mine = [
         (np.flatnonzero((owners == i) & is_train), np.flatnonzero((owners == i) & ~is_train))
@@ -231,10 +261,10 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
     ]
     for value, (rows, _) in zip(values, mine, strict=True):
         if len(rows) == 0:
-            raise DataError(f"partition=own: client '{value}' of column '{column}' has no training rows")
+            raise DataError(f"partition=own: client '{value}' of column '{column}' has no training examples")
     if is_train.all():
         raise DataError(
-            f"partition=own: data={dataset.name} brings no test rows; deal it otherwise, such as partition=natural"
+            f"partition=own: data={dataset.name} has no test examples; use another partition, such as partition=natural"
         )
     stream = Stream(seed, "partition", "own")
     parts = [hold_out(rows, valid, stream.child("valid", i)) for i, (rows, _) in enumerate(mine)]
@@ -259,24 +289,28 @@ def _from_file(dataset: Dataset, clients: int | None, path: str | Path | None, v
         raise DataError("partition=file needs partition.path=FILE")
     made = Partition.load(path, dataset.n_rows, dataset.n_train)
     if clients not in (None, made.n_clients):
-        raise DataError(f"clients={clients}: the partition file {path} is for {made.n_clients} clients")
+        raise DataError(
+            f"clients={clients}: the partition file {path} is for {made.n_clients} clients; leave out `clients`"
+        )
     if valid and not any(map(len, made.valid)):
-        raise DataError(f"eval.valid={valid}: the partition file {path} has no validation rows; give it some (`valid`)")
+        raise DataError(
+            f"eval.valid={valid}: the partition file {path} has no validation examples; add them as 'valid'"
+        )
     for key, value in _pool(dataset).items():
         if (dealt := made.scheme.get(key, value)) != value:
             raise DataError(
-                f"partition file {path}: it deals the rows of a pool with {key}={dealt}, here it is {value}"
+                f"partition file {path}: it was made for a data set with {key}={dealt}, but this one has {key}={value}"
             )
     return made
 
 
 def _pool(dataset: Dataset) -> dict[str, Any]:
-    """What row numbers are numbers of: without it they fit any data set that is large enough."""
+    """Return facts that identify the data set. Without them, example numbers would be valid for any data set that is large enough."""
     return {"data": dataset.name, "n_train": dataset.n_train, "n_rows": dataset.n_rows}
 
 
 def _natural_column(dataset: Dataset) -> str | None:
-    """The column that a known data set is divided by; of an unknown one its only column."""
+    """Return the column by which a known data set is divided. For an unknown data set, return its only column, or None."""
     if dataset.name in SOURCES:
         return SOURCES[dataset.name].natural
     return next(iter(dataset.columns)) if len(dataset.columns) == 1 else None
@@ -285,18 +319,20 @@ def _natural_column(dataset: Dataset) -> str | None:
 def _column(dataset: Dataset, column: str | None) -> npt.NDArray[Any]:
     if column is None or column not in dataset.columns:
         known = ", ".join(dataset.columns) or "none"
-        told = "partition.column: must be given" if column is None else f"partition.column={column}: there is none such"
+        told = "partition.column: must be given" if column is None else f"partition.column={column}: no such column"
         raise DataError(f"{told}; data={dataset.name} has the columns: {known}")
     return dataset.columns[column]
 
 
 def _owners(dataset: Dataset, column: str | None, n_dealt: int) -> npt.NDArray[Any]:
-    """Whose the first rows are; those with "" in the column are nobody's, and cannot be dealt."""
+    """Return the owner of each of the first `n_dealt` examples. Raise DataError if an example has no owner ("")."""
     owners = _column(dataset, column)[:n_dealt]
     if (owners == "").any():
         nobody = int((owners == "").sum())
-        hint = "set partition.merge=false, and partition.test_fraction=0.25 for test rows of the clients' own"
-        raise DataError(f"partition.column={column}: {nobody} rows of data={dataset.name} belong to nobody; {hint}")
+        hint = "set partition.merge=false, and partition.test_fraction=0.25 to give each client its own test examples"
+        raise DataError(
+            f"partition.column={column}: {nobody} examples of data={dataset.name} have no value there; {hint}"
+        )
     return owners
 
 
@@ -306,17 +342,17 @@ def _check_settings(
     if scheme not in SCHEMES:
         raise DataError(f"partition={scheme}: unknown{suggest(scheme, SCHEMES)}")
     if clients is not None and clients < 1:
-        raise DataError(f"clients={clients}: allowed is 1 or more")
+        raise DataError(f"clients={clients}: must be at least 1")
     if not 0 < alpha < math.inf:
-        raise DataError(f"partition.alpha={alpha}: allowed is any finite number over 0")
+        raise DataError(f"partition.alpha={alpha}: must be a finite number above 0")
     if classes_per_client < 1:
-        raise DataError(f"partition.classes_per_client={classes_per_client}: allowed is 1 to the number of classes")
+        raise DataError(f"partition.classes_per_client={classes_per_client}: must be from 1 to the number of classes")
     if min_examples < 2:
         raise DataError(
-            f"partition.min_examples={min_examples}: allowed is 2 or more (one row to train on, one to test)"
+            f"partition.min_examples={min_examples}: must be at least 2 (one training and one test example)"
         )
     if not 0 <= valid < 1:
-        raise DataError(f"partition.valid={valid}: allowed is 0, or under 1")
+        raise DataError(f"partition.valid={valid}: must be at least 0 and below 1")
 
 
 def _union(parts: Sequence[Rows]) -> Rows:
@@ -329,7 +365,7 @@ def _read_split(path: str | Path, content: dict[str, Any], split: str, n_rows: i
     if lists is None:
         return tuple(np.empty(0, np.int64) for _ in range(n_clients))
     if not isinstance(lists, list) or len(lists) != n_clients:
-        raise DataError(f"partition file {path}: '{split}' must hold one list for each of the {n_clients} clients")
+        raise DataError(f"partition file {path}: '{split}' must have one list for each of the {n_clients} clients")
     return tuple(_read_rows(path, rows, f"{split}[{i}]", n_rows) for i, rows in enumerate(lists))
 
 
@@ -338,10 +374,12 @@ def _read_rows(path: str | Path, rows: object, where: str, n_rows: int) -> Rows:
         raise DataError(f"partition file {path}: {where} must be a list of whole numbers")
     if rows and not (min(rows) >= 0 and max(rows) < n_rows):
         bad = next(row for row in rows if not 0 <= row < n_rows)
-        raise DataError(f"partition file {path}: {where} names row {bad}, allowed is 0 to {n_rows - 1}")
+        raise DataError(
+            f"partition file {path}: {where} has example number {bad}; numbers must be from 0 to {n_rows - 1}"
+        )
     array = np.sort(np.asarray(rows, np.int64))
     if len(repeated := array[1:][array[1:] == array[:-1]]):
-        raise DataError(f"partition file {path}: {where} names row {repeated[0]} twice")
+        raise DataError(f"partition file {path}: {where} has example number {repeated[0]} twice")
     return array
 
 
@@ -350,7 +388,7 @@ def _check_disjoint(made: Partition, n_rows: int, what: str) -> None:
     for rows in (*made.train, *made.valid):
         n_holders[rows] += 1
     if n_holders.max(initial=0) > 1:
-        raise DataError(f"{what}: row {n_holders.argmax()} is in two training or validation splits")
+        raise DataError(f"{what}: example {n_holders.argmax()} is in two training or validation splits")
     if len(both := np.flatnonzero(n_holders[_union([*made.test, made.common])])):
         row = _union([*made.test, made.common])[both[0]]
-        raise DataError(f"{what}: row {row} is both trained and tested on")
+        raise DataError(f"{what}: example {row} is in both a training and a test split")

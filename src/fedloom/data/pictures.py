@@ -19,7 +19,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
-    """Decode `n` pictures to (N, C, H, W) uint8. C is 1 if all are grey, else 3. Each comes with its location, for errors.
+    """Decode `n` pictures to (N, C, H, W) uint8. C is 1 if all are grey, else 3. Each is given with its location, for error messages.
 
     With `image_size`, pictures are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError.
     """

@@ -58,7 +58,7 @@ def pathological(
     """Give each client a few classes, the "pathological" setting of PFLlib and FedRIR.
 
     For each class in turn, its examples go to the first ceil(K/Y * classes_per_client) clients that have too few
-    classes. With `balance` they get equal shares. Otherwise each client but the last gets a uniform number between a
+    classes. With `balance` they get equal shares. Otherwise each client except the last gets a uniform number between a
     tenth of the equal share and the equal share, and the last gets the rest.
     """
     totals = np.bincount(labels)
@@ -124,7 +124,7 @@ def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *,
 
 
 def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> list[Rows]:
-    """Make one client per value of a column, in sorted order; with `n_clients`, only of the values with the most examples.
+    """Make one client per value of a column, in sorted order; with `n_clients`, only for the values with the most examples.
 
     Values with fewer than `min_examples` examples are left out. Raise DataError if there are too few values.
     """

@@ -1,4 +1,4 @@
-"""Loads a data set by name: embedded, from a folder of parquet files, from PFLlib's files, or from the hub."""
+"""Load a data set by name: embedded data, a folder of parquet files, PFLlib's files, or a download from the hub."""
 
 from __future__ import annotations
 
@@ -19,24 +19,28 @@ def load(
     rows: int | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
-    """A data set, as one pool of rows.
+    """Return a data set as one pool of examples.
 
-    `name` is one of `SOURCES`, "pfllib", or any word for files of one's own (`-` and `_` are the same). `path` is a
-    folder with `train.parquet` and perhaps `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...); without
-    it the folder is looked for in `$FEDLOOM_DATA`, then in the cache, then on the hub (extra `fedloom[hub]`). Decoded
-    pictures are kept in `cache` (default `$FEDLOOM_CACHE`, else `~/.cache/fedloom`).
+    Args:
+        name: a name in `SOURCES`, "pfllib", or a name for the user's own files; `-` and `_` are equivalent.
+        path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...).
+            Default: search `$FEDLOOM_DATA`, then the cache, then the hub (extra `fedloom[hub]`).
+        image_size: resize pictures to this width and height in pixels.
+        rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
+            ignores classes. Their order in the files is kept, and so are all test examples.
+        cache: folder for decoded pictures; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
-    `image_size` resizes pictures to a square of that edge. `rows=N` keeps N training rows: the first N of one fixed
-    permutation, `Stream("rows", name)`, whatever their class, in file order; test rows all stay. Raises DataError.
+    Raises:
+        DataError: a value is invalid, or the data are missing or malformed.
     """
     if image_size is not None and not 1 <= image_size <= 1024:
-        raise DataError(f"data.image_size={image_size}: allowed is 1 to 1024 (pixels)")
+        raise DataError(f"data.image_size={image_size}: must be from 1 to 1024 (pixels)")
     name = name.lower().replace("_", "-")
-    if not re.fullmatch(r"\w[\w.-]*", name):  # it becomes part of files' names
-        raise DataError(f"data={name}: a name is made of letters, digits, '-', '_' and '.'")
+    if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
+        raise DataError(f"data={name}: a name may contain only letters, digits, '-', '_' and '.'")
     if name == "pfllib":
         if path is None or image_size is not None or rows is not None:
-            raise DataError("data=pfllib needs data.path=FOLDER, and takes neither data.image_size nor data.rows")
+            raise DataError("data=pfllib: needs data.path=FOLDER, and does not support data.image_size or data.rows")
         return pfllib.load_pfllib(path)
     source = SOURCES.get(name)
     if source and source.embedded and path is None:

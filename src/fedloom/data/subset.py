@@ -22,7 +22,9 @@ def choose_rows(
     if rows is None:
         return known, len(candidates)
     if not 0 < rows <= len(candidates):
-        raise DataError(f"data.rows={rows}: '{name}' has {len(candidates)} training examples; choose 1 to that number")
+        raise DataError(
+            f"data.rows={rows}: must be from 1 to {len(candidates)}, the number of training examples in '{name}'"
+        )
     keep = known.copy()
     keep[:n_train] = False
     keep[candidates[Stream("rows", name).numpy.permutation(len(candidates))[:rows]]] = True

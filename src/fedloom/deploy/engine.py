@@ -45,7 +45,7 @@ WAIT_S = 1.0  # interval between checks for nodes
 
 
 class LostNode(NamedTuple):
-    """A node did not answer; `reason` says why."""
+    """A node did not answer, for the given `reason`."""
 
     reason: str
 
@@ -72,7 +72,7 @@ class Link(Protocol):
         """
 
     def late(self) -> Mapping[str, bytes | LostNode]:
-        """Return late answers, and nodes whose late answer will never come, since the last call."""
+        """Return the late answers since the last call, and the nodes whose late answer can no longer arrive."""
 
     def close(self) -> None:
         """Close the connection."""

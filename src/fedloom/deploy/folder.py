@@ -144,7 +144,7 @@ def create_deployment(
         values: tables of the experiment's settings. Its clients are split across the nodes as evenly as possible.
         hosts: host names or addresses of the server; nodes connect to the first.
         ports: `proxy` and `superlink`; default 9092 and 9091.
-        runtime: a port for the processes of each node; default 9094, since each node is on a separate machine.
+        runtime: a port for the processes of each node; default 9094, because each node is on a separate machine.
 
     Raises:
         ConfigError: the folder is not empty, or a value is not possible.

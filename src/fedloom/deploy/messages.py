@@ -59,7 +59,7 @@ class Part(_Strict):
 class Assignment(_Strict):
     """A requested client: its position in the cohort, the state to start from, and the oldest state to keep.
 
-    `base` is the round whose state to start from, `keep` the round of the oldest state to keep, both plus one; 0 is the initial state.
+    `base` is one plus the round of the state to start from, `keep` one plus the round of the oldest state to keep; 0 is the initial state.
     """
 
     client: Whole
@@ -154,7 +154,7 @@ class Counted(_Strict):
     rows: Counts
 
     def score(self, most: npt.NDArray[np.int64]) -> Score:
-        """Return the score. Raise WireError for impossible counts: more than `most` examples of a class, or more correct than all."""
+        """Return the score. Raise WireError for impossible counts: over `most` examples of a class, or more correct ones than examples."""
         right, rows = np.array(self.right, np.int64), np.array(self.rows, np.int64)
         if not right.shape == rows.shape == most.shape or (right > rows).any() or (rows > most).any():
             raise WireError("its scores have impossible counts")
@@ -234,7 +234,7 @@ _CONTENT = TypeAdapter(_Content)
 
 def _cut(parts: Sequence[Part], data: bytes, start: int) -> tuple[dict[str, bytes], dict[str, list[str]]]:
     if sum(part.n_bytes for part in parts) != len(data) - start:
-        raise WireError(f"the message of {len(data)} bytes is cut off or longer than its header says")
+        raise WireError(f"the message of {len(data)} bytes is cut off, or longer than its header states")
     trees: dict[str, bytes] = {}
     for part in parts:
         trees[part.name] = data[start : start + part.n_bytes]

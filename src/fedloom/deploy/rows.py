@@ -1,4 +1,4 @@
-"""Data on devices: a node reads its own examples, and the server knows only their numbers."""
+"""Data on devices: a node reads its own examples, and the server has only their counts."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ class Remote(Federation):
         """See `Federation.rows`: only for the common test set.
 
         Raises:
-            DataError: an example of a client was requested; they stay on their devices.
+            DataError: an example of a client was requested, but clients' examples stay on their devices.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:
-            raise DataError("examples of clients stay on their devices; the server knows only their numbers")
+            raise DataError("examples of clients stay on their devices; the server has only their counts")
         return self._held.rows(chosen)
 
 

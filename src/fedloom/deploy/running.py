@@ -55,7 +55,7 @@ def _experiment(
 ) -> Experiment:
     if settings.clients != deployment.n_clients:
         raise ConfigError(
-            f"clients={settings.clients}: the nodes of {deployment.path} have {deployment.n_clients} clients"
+            f"clients={settings.clients}: must be {deployment.n_clients}, the number of clients on the nodes of {deployment.path}"
         )
     if settings.engine.device != "cpu":
         raise ConfigError(

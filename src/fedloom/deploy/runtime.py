@@ -1,7 +1,7 @@
 """The part of Flower's Runtime API that we use: with the secret, a process takes tasks; with the task's token, it works on one.
 
 By default Flower starts a process for each task, which runs the code of the app bundle. With `--isolation process` other processes take
-the tasks: here, the node's agent and the server's process. Torch is thus imported only once, and code from the network is never run.
+the tasks: here, the node's agent and the server's process. So torch is imported only once, and code from the network is never run.
 """
 
 from __future__ import annotations

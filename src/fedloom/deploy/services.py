@@ -23,7 +23,7 @@ GRACE_S = 10.0  # between SIGTERM and SIGKILL
 
 
 def flower_environment(home: Path | None = None) -> dict[str, str]:
-    """Return the environment for Flower's programs: found next to this Python, without telemetry and update checks."""
+    """Return the environment for Flower's programs, with this Python's folder on the path and without telemetry or update checks."""
     own = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_TELEMETRY_ENABLED": "0",

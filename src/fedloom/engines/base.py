@@ -1,7 +1,7 @@
 """The interface between an experiment and the engine that runs its clients.
 
 An engine owns the clients: their weights, memory and optimiser states leave it only through `client` (checkpoints, exports). An
-experiment passes downlinks to it and receives replies; it does not see where or in which order the work was done.
+experiment passes downlinks to it and receives replies; it does not depend on where or in which order the work is done.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Problem:
 
     @cached_property
     def has_server_model(self) -> bool:
-        """Whether the server can predict: not if running statistics stay with clients, since the server then has only the initial ones."""
+        """Whether the server can predict. It cannot if running statistics stay with clients, because it has only their initial values."""
         if "server" not in self.method.predictors():
             return False
         travelling = (

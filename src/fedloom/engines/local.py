@@ -154,7 +154,7 @@ class LocalEngine(Engine):
     def score_part(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
-        """Do `score`, on the k-th of n pieces of the common test examples, `part=(k, n)`."""
+        """Compute `score` with only the k-th of n pieces of the common test examples; `part=(k, n)`."""
         message = moved(down.common, self.device)
         scorers = [self.scorer(ask, message, part) for ask in asks]
         same = self.received(clients[0], message) if self.problem.one_model and len(clients) else None
@@ -189,10 +189,10 @@ class LocalEngine(Engine):
         return self.score_server_part(down, (0, 1))
 
     def score_server_part(self, down: Downlink, part: tuple[int, int]) -> Score:
-        """Do `score_server`, on the k-th of n pieces of the common test examples.
+        """Compute `score_server` on the k-th of n pieces of the common test examples.
 
         The weights are the server's own: the downlink is merged into a new client of the first architecture. A method's own `receive` is
-        not called, since it describes a client's weights.
+        not called, because it describes a client's weights.
         """
         p, message = self.problem, moved(down.common, self.device)
         x, y = common_part(self.data, part)

@@ -1,8 +1,8 @@
 """One worker process per core, each with one thread; the same numbers as the sequential engine with one thread.
 
 Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling.
-Messages and clients lie in memory-mapped files, preferably on a memory disk; pipes carry only their locations. The longest local updates
-start first, and an idle worker takes the next clients. Uplinks are returned in cohort order, whichever client finished first.
+Messages and clients are stored in memory-mapped files, preferably on a memory disk; pipes carry only their locations. The longest local
+updates start first, and an idle worker gets the next clients. Uplinks are returned in cohort order, not in the order in which they finish.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def portable(error: BaseException, pickler: Pickler) -> BaseException:
 
 
 def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]:
-    """Split the positions in the cohort into pieces, one message each: large ones first, small ones last so that workers end together.
+    """Split the positions in the cohort into pieces, each sent as one message. Small pieces come last, so workers finish together.
 
     Clients that a worker trains side by side stay in one piece.
     """

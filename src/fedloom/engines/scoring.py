@@ -58,7 +58,7 @@ class Scorer:
         return score_of(self._predict(i, client, x), y, self._data.n_classes) if len(y) else none(self._data.n_classes)
 
     def _finish(self) -> None:
-        """Score the own examples of all waiting clients in one pass."""
+        """Score all waiting clients on their own examples, in one pass."""
         waiting, self._waiting, self._n_rows = self._waiting, [], 0
         sizes = [len(self._rows(i)) for i in waiting]
         self._scores |= {i: none(self._data.n_classes) for i in waiting}

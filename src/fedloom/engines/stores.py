@@ -69,7 +69,7 @@ class Slab:
 
 
 class Store(Protocol):
-    """The state of clients between rounds. A client that never changed is what `blank` returns."""
+    """The state of clients between rounds. A client that has never changed is created by `blank`."""
 
     def get(self, i: int) -> Client:
         """Return what client `i` keeps."""
@@ -103,7 +103,7 @@ class MemoryStore:
 
 
 class MappedStore:
-    """Clients in slabs that all workers share, one slab for all clients of a structure. Only one worker at a time may hold a client.
+    """Clients in slabs that all workers share, one slab for all clients of a structure. Only one worker at a time may use a client.
 
     A slab has room for all clients, but the system allocates memory or disk space only for the stored ones.
     """

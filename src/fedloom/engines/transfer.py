@@ -15,7 +15,7 @@ from fedloom.tree import Tree
 
 
 class Mover:
-    """Copies trees to one device. A tensor that came before is not copied again, so clients keep sharing it."""
+    """Copies trees to one device. A tensor that was copied before is not copied again, so clients keep sharing it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

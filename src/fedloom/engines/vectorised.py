@@ -1,7 +1,7 @@
 """Lanes: clients of one architecture side by side, in one batched operation instead of many small ones.
 
 It is for GPUs, where small models wait for kernel launches, and for small models without convolutions. On a CPU, models with convolutions
-become slower (batched weights make grouped convolutions), so `auto` does not choose this engine there.
+become slower (batching the weights turns them into grouped convolutions), so `auto` does not choose this engine there.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class Vectorised(Sequential):
-    """Lanes of stacked clients. If a method cannot be vectorised, clients run one after another, and a warning says why."""
+    """Lanes of stacked clients. If a method cannot be vectorised, clients run one after another, and a warning gives the reason."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Vectorised(Sequential):
             )
         except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("clients run one after another, since they cannot be vectorised: %s", reason)
+            log.warning("clients run one after another, because they cannot be vectorised: %s", reason)
             self._lanes[arch] = 1
         else:
             for member, end in zip(group, done, strict=True):

@@ -70,7 +70,7 @@ class Bytes(Wrapper):
             raise MethodError(f"a message of {len(data)} bytes was counted as {counted} bytes")
         return tree.merge(
             message, decode(data, expect=message)
-        )  # branches without tensors do not travel, but the receiver knows them
+        )  # branches without tensors are not sent, but the receiver can restore them
 
     def _down(self, number: int, clients: Sequence[int], down: Downlink) -> Downlink:
         whole = [self._through(down.to(s), round=number, client=i, examples=0) for s, i in enumerate(clients)]

@@ -1,4 +1,4 @@
 """One experiment, the same for all methods and engines: the round loop, scoring, byte counts, checkpoints and run folders.
 
-`loop.py` is the place to start. This package calls methods and engines; they never import it. `report` reads the files that a run writes.
+Start with `loop.py`. This package calls methods and engines; they never import it. `report` reads the files that a run writes.
 """

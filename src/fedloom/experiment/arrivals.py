@@ -8,7 +8,7 @@ One round::
     take      check the replies. Invalid uplinks are rejected; with `stragglers=late`, those of slow clients go in flight. Accept the
               uplinks that are on time and those in flight that are due, and compute their shares.
 
-Every draw depends on (seed, round, client) alone, so it is the same on every engine, and after a resume.
+Every draw depends only on (seed, round, client), so it is the same on every engine and after a resume.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def slowdowns(settings: Settings, method: Method, n_clients: int) -> tuple[float, ...]:
-    """Return each client's slowdown factor: `slowdown` for the fraction `slow` of them, drawn once from the seed, else 1."""
+    """Return each client's slowdown factor: `slowdown` for a fraction `slow` of clients, drawn once from the seed, and 1 for the others."""
     devices = settings.devices
     n_slow = 0 if method.pooled else int(devices.slow * n_clients + 0.5)  # a pooled client is no device
     slow = set(Stream(settings.seed, "slow").permutation(n_clients)[:n_slow].tolist())
@@ -70,7 +70,7 @@ class RoundRequest(NamedTuple):
 
 
 class AcceptedUplinks(NamedTuple):
-    """The uplinks to aggregate, in the order of aggregation: this round's in cohort order, then late ones from the oldest on."""
+    """The uplinks to aggregate, in the order of aggregation: this round's in cohort order, then late ones, oldest first."""
 
     uplinks: list[Tree]
     arrivals: tuple[Arrival, ...]

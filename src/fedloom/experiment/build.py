@@ -66,7 +66,7 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
     """Return the clients' architectures, in the order in which they are assigned."""
     if settings.models and settings.model.options:
         key = min(settings.model.options)
-        raise ConfigError(f"model.{key}: an option of `model`, which `models` replaces; leave one of them out")
+        raise ConfigError(f"model.{key}: an option of `model`, but `models` replaces `model`; remove one of them")
     names = [Named(name=name) for name in settings.models] or [settings.model]
     found = []
     for choice in names:
@@ -124,7 +124,7 @@ def _training_clients(settings: Settings, method: Method, federation: data.Feder
 
 
 def _check_phases(method: Method) -> None:
-    """Raise MethodError for two phases of one name: names key optimiser states, random streams and logs."""
+    """Raise MethodError if two phases have the same name, because names identify optimiser states, random streams and logs."""
     for phases in (method.phases(), method.adapt()):
         names = [train.name for train in trains_of(phases)]
         names += [phase.name for phase in phases if not isinstance(phase, Train)]
@@ -134,11 +134,11 @@ def _check_phases(method: Method) -> None:
 
 
 def _check_messages(problem: Problem) -> None:
-    """Raise ConfigError if uplinks are sent as differences and clients exchange parts of them: their base would be unknown."""
+    """Raise ConfigError if uplinks are differences and clients exchange parts of them: the base would be unknown."""
     if problem.codec.uplink and problem.method.exchanges:
         raise ConfigError(
             f"uplink: {type(problem.method).__name__} lets clients exchange parts of uplinks before the upload, so the server cannot"
-            " tell what a difference refers to; leave uplink empty"
+            " determine the base of a difference; leave uplink empty"
         )
 
 
@@ -173,7 +173,7 @@ def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:
 
 
 def _part(weights: Weights, patterns: Sequence[str], prefix: str) -> Weights:
-    """Return the weights that the patterns match; raise ConfigError, starting with `prefix`, if one matches nothing."""
+    """Return the weights that the patterns match; raise ConfigError, with a message starting with `prefix`, if one matches nothing."""
     try:
         return select(weights, patterns)
     except MethodError as error:

@@ -33,7 +33,7 @@ FEWEST = 2  # examples in the smallest counted batch: BatchNorm cannot train on 
 class Costs:
     """Floating-point operations and memory of the local updates of one problem's clients.
 
-    Counted are matrix products, convolutions and attention, forward and backward, by torch's formulas: a multiply-add is two operations.
+    Matrix products, convolutions and attention are counted, forward and backward, by torch's formulas: a multiply-add is two operations.
     A step on B examples takes a + b B + c B^2 operations, so three small steps determine the count for every B.
     """
 
@@ -52,7 +52,7 @@ class Costs:
         """The server's message to one client in the first round."""
         method, task = self.problem.method, self.problem.task
         server = self.problem.init_server(read_weights(self._gradients[0].modules))
-        # a copy, since a server may hold one model per member of a cohort
+        # a copy, because a server may store one model per member of a cohort
         return Downlink(tree.clone(method.downlink(server, list(range(task.max_cohort))).to(0)))
 
     def received(self, i: int) -> Client:
@@ -120,8 +120,8 @@ class Costs:
     def peak_bytes(self, i: int) -> dict[str, int]:
         """Return the peak memory of client `i`'s tensors in bytes, by phase; the peak of the local update is their maximum.
 
-        Counted are the client's examples, its whole state, the downlink, and every tensor that a step creates; not the temporary memory
-        inside an operation, nor Python objects. Each phase is followed for two steps, since later steps use the same memory.
+        The client's examples, its whole state, the downlink, and every tensor that a step creates are counted, but not the temporary memory
+        inside an operation, nor Python objects. Each phase is followed for two steps, because later steps use the same memory.
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
         site = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(p.seed, "costs"))

@@ -69,7 +69,7 @@ class Scoring:
         return row
 
     def _server(self, down: Downlink, found: Scores) -> Score:
-        """Return the server's score. If every client predicts with the server's model, derive it from their scores, if none is missing."""
+        """Return the server's score. It is derived from the clients' scores if all clients predict with the server's model."""
         data = self._problem.data
         if self._problem.one_model:
             scored, n_common, known = found["personal_accuracy"], len(data.partition.common), None

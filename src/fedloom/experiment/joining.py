@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
-    """Let the clients join that were held out from training; return their part of the summary.
+    """Let the clients that were held out from training join. Return their part of the summary.
 
     A newcomer sends nothing to the server. `on_round` is called after each newcomer.
     """

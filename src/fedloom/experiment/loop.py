@@ -133,7 +133,9 @@ class Experiment:
         """
         rounds = self.settings.rounds
         if self._has_run:
-            raise RunFolderError(f"{self.folder.path}: this experiment has run already; resume the folder in a new one")
+            raise RunFolderError(
+                f"{self.folder.path}: this experiment has already run; resume its folder in a new experiment"
+            )
         self._has_run = True
         try:
             with arithmetic(self.settings):

@@ -69,7 +69,7 @@ FACETS = ("uniform", "std", "worst10", "trained")
 def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
     """Return four numbers per accuracy: `final`, `last10`, `best_on_test`, `chosen_on_validation`.
 
-    `last10` is the mean of the last ten evaluations. `best_on_test` is biased upwards, since the test examples choose the round. The
+    `last10` is the mean of the last ten evaluations. `best_on_test` is biased upwards, because its round is chosen on test examples. The
     round for `chosen_on_validation` is the first with the best validation accuracy; without validation examples the value is None.
     """
     valid = [row.get("valid_accuracy") for row in rows]

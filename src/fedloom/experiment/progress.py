@@ -161,7 +161,7 @@ def _duration(seconds: float) -> str:
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """Return the newest accuracies in a few words, and the number of updates so far that were lost, late, rejected or skipped."""
+    """Return the newest accuracies, and the numbers of lost, late and rejected updates and of skipped rounds so far, as text."""
     shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
     words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]

@@ -74,7 +74,7 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """Open an existing run's folder."""
         if not (path / "config.toml").is_file():
-            raise RunFolderError(f"{path} is not a run folder: it has no config.toml")
+            raise RunFolderError(f"{path}: is not a run folder, because it has no config.toml")
         return cls(path)
 
     # whole files

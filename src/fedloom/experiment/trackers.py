@@ -64,7 +64,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Writes to where WANDB_MODE says; `WANDB_MODE=offline` needs no network and no account."""
+    """Writes to the destination set by WANDB_MODE; `WANDB_MODE=offline` needs no network and no account."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._run = _import("wandb", "wandb").init(

@@ -37,7 +37,7 @@ class UplinkCheck:
         """Decode the uplink of a reply to the downlink of round `number`.
 
         Raises:
-            WireError: the uplink cannot be aggregated; the message says why.
+            WireError: the uplink cannot be aggregated; the message gives the reason.
         """
         if reply.examples < 1:
             raise WireError(f"examples={reply.examples}: must be at least 1")

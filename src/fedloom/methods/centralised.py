@@ -15,7 +15,7 @@ from fedloom.tree import Tree
 class Centralised(Method):
     """One model trained on the union of all clients' examples; a round is `local_epochs` passes over that union.
 
-    This is not a federated method: participation is ignored, and its bytes are those of one client that holds everything.
+    This is not a federated method: participation is ignored, and its bytes are those of one client that has all examples.
     It is scored on the same examples as every other method.
     """
 
@@ -23,5 +23,5 @@ class Centralised(Method):
     paper: ClassVar[Paper] = Paper("(no federation)", "", "upper reference")
 
     def cohort(self, server: Tree, task: Task, size: int, rng: Stream) -> Sequence[int]:
-        """Return the one client that holds all examples."""
+        """Return the one client that has all examples."""
         return [0]

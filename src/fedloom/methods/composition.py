@@ -30,14 +30,14 @@ def compose(server: Method, client: Method) -> Method:
 
 
 def composed(server: type[Method], client: type[Method]) -> type[Method]:
-    """Return the class of such a composition; it has the hyper-parameters of both methods.
+    """Return the class of a composed method; it has the hyper-parameters of both methods.
 
     Raises:
         ConfigError: `client` overrides a server hook, `server` overrides a client hook, or both define the same name.
     """
     a, b = server.__name__, client.__name__
-    _refuse(server, CLIENT_HALF, f"method={a}+{b}: {a} cannot be the server's half, since it overrides client hooks")
-    _refuse(client, SERVER_HALF, f"method={a}+{b}: {b} cannot be the clients' half, since it overrides server hooks")
+    _refuse(server, CLIENT_HALF, f"method={a}+{b}: {a} cannot be the server's half, because it overrides client hooks")
+    _refuse(client, SERVER_HALF, f"method={a}+{b}: {b} cannot be the clients' half, because it overrides server hooks")
     twice = (_own_names(server) & _own_names(client)) - _own_names(Method)
     if server.pooled or client.pooled or not client.shared or twice:
         what = f"both define '{min(twice)}'" if twice else "one of them is not a federated method"

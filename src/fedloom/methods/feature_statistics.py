@@ -25,7 +25,7 @@ def shape(form: Form, n_classes: int, width: int) -> tuple[int, ...]:
 
 
 def zeros(form: Form, n_classes: int, width: int) -> Tree:
-    """Return zero counts (Y,), sums (Y, p) and squares, in float64, since a variance is a small difference of large numbers."""
+    """Return zero counts (Y,), sums (Y, p) and squares, in float64, because a variance is a small difference of large numbers."""
     counts = torch.zeros(n_classes, dtype=torch.float64)
     squares = counts.new_zeros(shape(form, n_classes, width))
     return {"counts": counts, "sums": counts.new_zeros(n_classes, width), "squares": squares}
@@ -120,7 +120,7 @@ def class_means(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tenso
 
 
 def among(exists: Tensor, choice: Tensor) -> Tensor:
-    """Return classes (S,), chosen uniformly among those that exist by numbers in [0, 1]; class 0 if none exists."""
+    """Map numbers in [0, 1] to classes (S,), uniformly over the classes that exist; return class 0 if none exists."""
     place = exists.cumsum(0)  # rank of each class among those that exist, from 1
     wanted = torch.minimum((choice * place[-1]).floor(), place[-1] - 1)
     return (place <= wanted[:, None]).sum(1)

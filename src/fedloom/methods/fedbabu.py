@@ -32,7 +32,7 @@ class FedBABU(FedAvgFT):
     )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return training of the body alone."""
+        """Return training of only the body."""
         return (Train("train", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs),)
 
     def adapt(self) -> tuple[Phase, ...]:

@@ -26,5 +26,5 @@ class FedBN(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model, since no normalisation layer reaches the server."""
+        """Return the client's predictor; there is no server model, because no normalisation layer reaches the server."""
         return {"personal": predict_model}

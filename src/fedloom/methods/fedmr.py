@@ -24,7 +24,7 @@ Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 
-    Travels: a whole model, both ways, a different one to each member of the cohort; as many bytes as FedAvg. Stays: nothing.
+    Travels: a whole model, both ways, a different one to each member of the cohort; the same number of bytes as FedAvg. Stays: nothing.
     The server keeps one model (slot) per member of the cohort. Each round sends slot i to the i-th member. Then every unit (a layer) of
     the returned models is shuffled over the slots, with a separate permutation per unit (recombination). The first `first_stage_rounds`
     rounds fill all slots with the average instead (the two-stage scheme).
@@ -63,7 +63,7 @@ class FedMR(Method):
             raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """Return K slots, stacked: every leaf is (K, ...). With patience, also the best similarity so far and the rounds since."""
+        """Return K stacked slots: every leaf is (K, ...). With patience, also the best similarity and the number of rounds since then."""
         slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
         if not self.first_stage_patience:
             return slots
@@ -79,7 +79,7 @@ class FedMR(Method):
         return self.secure
 
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
-        """Secure recombination: shuffle units among the clients that arrived until no tree holds one client's whole model."""
+        """Shuffle units among the clients that arrived until no tree is one client's whole model (secure recombination)."""
         if not self.secure:
             return uplinks
         models = tree.stack([uplink["weights"] for uplink in uplinks])
@@ -108,7 +108,7 @@ class FedMR(Method):
         return number < self.first_stage_rounds and patient
 
     def watched(self, server: Tree, models: Sequence[Weights]) -> Tree:
-        """Return the server's state with updated patience: the best mean cosine of returned models, and rounds since it improved."""
+        """Return the server's state with updated patience: the best mean cosine of returned models, and the number of rounds since then."""
         if not self.first_stage_patience or len(models) < 2:
             return server
         best, now = server["stage"]["best"], tree.mean_cosine([model["params"] for model in models])

@@ -25,5 +25,5 @@ class FedPer(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model, since no head reaches the server."""
+        """Return the client's predictor; there is no server model, because no head reaches the server."""
         return {"personal": predict_model}

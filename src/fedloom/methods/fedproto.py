@@ -37,7 +37,7 @@ class FedProto(Method):
     """FedProto (Tan et al., AAAI 2022): prototypes tie together models of different architectures with a common feature width.
 
     Two nets: `body` outputs features z (B, p), `head` logits. A client's prototypes are the mean features of its classes, (C_k, p)
-    for the C_k classes that it holds; the server averages them class by class.
+    for the C_k classes of its examples; the server averages them class by class.
 
     Travels: prototypes and counts (Y,), both ways. Stays: all weights. A client predicts the class of the nearest global
     prototype, among the classes that have one.
@@ -46,7 +46,7 @@ class FedProto(Method):
     prototype_weight: NonNegative = 1.0
     """Weight lambda of the mean squared distance between an example's features and its class's global prototype."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
-    """Weight of a client in a class's mean: its examples of the class, or the same for all clients that hold the class."""
+    """Weight of a client in a class's mean: its number of examples of the class, or the same for all clients that have the class."""
 
     shared: ClassVar[tuple[str, ...]] = ()
     also_travels: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
@@ -61,7 +61,8 @@ class FedProto(Method):
         """Return an architecture's body and head; all bodies must have the same number of features."""
         if arch.features != task.width:
             raise ConfigError(
-                f"models: {arch.name} has {arch.features} features and another {task.width}; prototypes need one width, such as width=64"
+                f"models: {arch.name} has {arch.features} features, but another architecture has {task.width}; "
+                "set one width for all, such as width=64"
             )
         return {"body": arch.body(), "head": arch.head()}
 
@@ -103,18 +104,18 @@ class FedProto(Method):
         return {"counts": total["counts"] + member.sum(0), "sums": total["sums"] + member.T @ features}
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return prototypes of the classes that the client holds (C_k, p), in the order of the classes, and all counts (Y,)."""
+        """Return prototypes of the client's classes (C_k, p), in the order of the classes, and all counts (Y,)."""
         counts, sums = client.memory["statistics"]["counts"], client.memory["statistics"]["sums"]
         held, dtype = counts > 0, down["prototypes"].dtype
         prototypes = sums[held] / counts[held, None]
         return {"prototypes": prototypes.to(dtype), "counts": counts.to(dtype)}, client.memory
 
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
-        """Return the number of classes that the client holds: one prototype for each."""
+        """Return the number of the client's classes, each of which has one prototype."""
         return {"prototypes": int((uplink["counts"] > 0).sum())}
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return mean prototypes, class by class; a class that no client of the cohort holds keeps its prototype."""
+        """Return mean prototypes, class by class; a class that no client of the cohort has keeps its prototype."""
         shares, local = self.gathered(uplinks)
         seen = shares.sum(0) > 0
         prototypes = torch.where(seen[:, None], (shares[:, :, None] * local).sum(0), server["prototypes"])

@@ -23,47 +23,48 @@ from fedloom.tree import Tree
 class FedRIR(Method):
     """FedRIR (Huang et al., WWW 2025).
 
-    Five nets: `gfe` global features f_g (B, D); `csfe` mean and log-variance of the client-specific features f_cs (B, 2 D);
-    `generator` images from latents; `idm` q(f_cs | f_g); `head` logits from [f_g, f_cs].
+    Five nets: `gfe` outputs global features f_g (B, D); `csfe` outputs mean and log-variance of the client-specific features f_cs
+    (B, 2 D); `generator` maps latents to images; `idm` is q(f_cs | f_g); `head` maps [f_g, f_cs] to logits.
 
     Travels: gfe, both ways. Stays: csfe, generator, idm, head, the optimisers' moments, and (by default) BatchNorm's running statistics.
 
-    A turn has two stages:
+    A local update has two stages:
 
-    1. MCSL: csfe sees images with masked patches, draws a latent, and generator rebuilds the whole image; reconstruction + KL.
-    2. Classification: head on [f_g, f_cs], f_cs the mean of the unmasked image without gradient, while the IDM keeps
-       client-specific information out of f_g by an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020), or by
-       their correlation within classes (`idm_mode=decorrelated`, which has no q and no `idm` net).
+    1. MCSL: csfe encodes images with masked patches as the distribution of a latent, and generator reconstructs the whole image from a
+       sample. The loss is reconstruction error plus KL divergence.
+    2. Classification: head classifies [f_g, f_cs], where f_cs is csfe's mean for the unmasked image, without gradient. The IDM keeps
+       client-specific information out of f_g by minimising an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020), or their
+       correlation within classes (`idm_mode=decorrelated`, which has no q and no `idm` net).
 
-    Differences from the released code, and `docs/methods/fedrir.md` for what each is worth: the released information loss
-    makes f_g *predict* f_cs; ours (`idm_mode=vclub`) fits q first and then lowers the bound with q fixed, as the paper states
-    its aim. csfe is in evaluation mode in stage 2 (`csfe_mode`). Clients start from equal weights.
+    Differences from the released code (`docs/methods/fedrir.md` has their effects): the released information loss makes f_g *predict*
+    f_cs. Ours (`idm_mode=vclub`) first fits q and then minimises the bound with q fixed, which is the paper's stated aim. csfe is in
+    evaluation mode in stage 2 (`csfe_mode`). Clients start from equal weights.
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
     lr: Positive = 5e-4
     buffers: Literal["shared", "private"] = "private"
     keep_optimizer: bool = True
-    """Whether the optimisers' moments last over rounds."""
+    """Whether the optimisers' moments are kept between rounds."""
     mcsl: Literal["masked", "unmasked", "supervised", "off"] = "masked"
-    """How csfe learns: a masked VAE (the paper), a VAE without masks, by the cross-entropy, or not at all (head on f_g alone). The last
-    two have no stage 1, and no use for its hyper-parameters."""
+    """How csfe is trained: as a masked VAE (the paper), as a VAE without masks, by the cross-entropy, or not at all (head uses only f_g).
+    The last two have no stage 1 and do not use its hyper-parameters."""
     csfe_mode: Literal["evaluation", "training"] = "evaluation"
-    """csfe's mode in stage 2. In evaluation BatchNorm goes by running statistics of masked images; in training (the released code) it
-    goes by the batch's, and the running ones become those of whole images."""
+    """csfe's mode in stage 2. In evaluation mode, BatchNorm uses running statistics of masked images. In training mode (the released
+    code), it uses the batch's statistics, and the running statistics become those of whole images."""
     mask_ratio: Fraction = 0.6
-    """The part of the patches that is masked."""
+    """Fraction of the patches that are masked."""
     patch_size: Whole = 0
     """Side of a masked patch in pixels; 0 means 4, or 2 for images under 28 pixels."""
     kl_weight: NonNegative = 0.1
     """Weight of the KL divergence in stage 1."""
     rec_reduction: Literal["mean", "sum"] = "mean"
-    """Whether the squared error is a mean over the pixels of an image (released code) or a sum, as the KL is over features."""
+    """Whether the squared error is a mean over the pixels of an image (released code), or a sum, like the KL divergence over features."""
     loss_region: Literal["all", "masked"] = "all"
-    """The pixels that the squared error counts."""
+    """Pixels that are included in the squared error."""
     idm_mode: Literal["vclub", "vclub_sampled", "decorrelated", "released", "none"] = "vclub"
-    """The information term: the bound over all pairs, over one drawn pair a row, the covariance of f_g and f_cs within classes, the
-    released code's loss, or none."""
+    """The information term: the bound over all pairs of examples, the bound over one drawn pair per example, the correlation of f_g and
+    f_cs within classes, the released code's loss, or none."""
     idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
 
@@ -77,15 +78,15 @@ class FedRIR(Method):
     )
 
     def __post_init__(self) -> None:
-        """Masked pixels need masks."""
+        """Raise ValueError for a loss over masked pixels if nothing is masked."""
         super().__post_init__()
         if self.loss_region == "masked" and (self.mcsl != "masked" or self.mask_ratio == 0):
             raise ValueError("loss_region=masked needs mcsl=masked and a mask_ratio above 0")
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """gfe and csfe of any architecture; the others follow its features D and the image's size."""
+        """Return gfe and csfe of any architecture, and the other nets for its number of features D and the image size."""
         if len(task.input_shape) != 3:
-            raise ConfigError(f"fedrir rebuilds images (C, H, W); these inputs have the shape {task.input_shape}")
+            raise ConfigError(f"method=fedrir: needs images (C, H, W), but inputs have shape {task.input_shape}")
         side, rows, columns = self.patches(*task.input_shape[1:])
         if self.mcsl == "masked" and 0 < self.mask_ratio * rows * columns < 1:
             raise ConfigError(
@@ -102,7 +103,7 @@ class FedRIR(Method):
         return nets
 
     def phases(self) -> tuple[Phase, ...]:
-        """Stage 1 and stage 2."""
+        """Return stage 1 (if there is one) and stage 2."""
         optimizer, epochs = self.local_optimizer(), self.local_epochs
         train = partial(Train, optimizer=optimizer, epochs=epochs, keep_state=self.keep_optimizer)
         first = train("mcsl", self.mcsl_loss, ("csfe", "generator"), draw=self.draw_mask)
@@ -119,7 +120,7 @@ class FedRIR(Method):
     # stage 1: masked client-specific learning
 
     def draw_mask(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Which pixels stay, (B, 1, H, W) of 0 and 1, floor(mask_ratio N) of an image's N patches masked; and the latent's noise (B, D)."""
+        """Draw masks (B, 1, H, W), 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and the latents' noise (B, D)."""
         n, _, height, width = batch.x.shape
         side, rows, columns = self.patches(height, width)
         rank = rng.uniform((n, rows * columns)).argsort(1).argsort(1)
@@ -128,12 +129,12 @@ class FedRIR(Method):
         return {"stays": stays, "noise": rng.normal((n, task.width))}
 
     def patches(self, height: int, width: int) -> tuple[int, int, int]:
-        """Side of a patch in pixels, and how many there are below and beside each other."""
+        """Return the side of a patch in pixels, and the numbers of rows and columns of patches."""
         side = self.patch_size or (4 if min(height, width) >= 28 else 2)
         return side, -(-height // side), -(-width // side)
 
     def mcsl_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Reconstruction of the whole image from a latent of the masked one, plus kl_weight KL(q(z | x) || N(0, 1))."""
+        """Return the reconstruction error of the whole image from a latent of the masked one, plus kl_weight KL(q(z | x) || N(0, 1))."""
         stays = batch.draws["stays"]
         seen = batch.x * stays if self.mcsl == "masked" else batch.x
         mean, log_variance = nets.csfe(seen).chunk(2, 1)
@@ -149,27 +150,27 @@ class FedRIR(Method):
     # stage 2: classification with information distillation
 
     def features(self, nets: Nets, x: Tensor) -> dict[str, Tensor]:
-        """f_g and, unless MCSL is off, f_cs, (B, D) each; no gradient flows into csfe unless the cross-entropy trains it."""
+        """Return f_g and, unless MCSL is off, f_cs, (B, D) each. Gradients flow to csfe only if the cross-entropy trains it."""
         if self.mcsl == "off":
             return {"f_g": nets.gfe(x)}
         specific = nets.csfe(x).chunk(2, 1)[0]
         return {"f_g": nets.gfe(x), "f_cs": specific if self.mcsl == "supervised" else specific.detach()}
 
     def both(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> dict[str, Tensor]:
-        """The features that both steps on a batch use."""
+        """Return the features that both steps on a batch use."""
         return self.features(nets, batch.x)
 
     def q_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """-log q(f_cs | f_g): fits q before each use; no gradient flows into f_g or f_cs."""
+        """Return -log q(f_cs | f_g), which fits q before each use. No gradient flows to f_g or f_cs."""
         mean, log_variance = nets.idm(batch.precomputed["f_g"])
         return losses.gaussian_nll(mean, log_variance, batch.precomputed["f_cs"])
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """For the sampled bound: another row for every row."""
+        """Draw another example for each example, for the sampled bound."""
         return {"other": rng.permutation(len(batch.y))} if self.idm_mode == "vclub_sampled" else {}
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Cross-entropy of head([f_g, f_cs]) plus idm_weight times the information term."""
+        """Return the cross-entropy of head([f_g, f_cs]) plus idm_weight times the information term."""
         features = batch.precomputed or self.features(nets, batch.x)
         logits = nets.head(torch.cat(list(features.values()), 1))
         error = losses.cross_entropy(logits, batch.y)
@@ -183,20 +184,20 @@ class FedRIR(Method):
         return error + self.idm_weight * information, {"cross_entropy": error, "information": information}
 
     def information(self, nets: Nets, common: Tensor, specific: Tensor, batch: Batch) -> Tensor:
-        """The term that q gives, in nats per feature; the bound is clamped at 0, as there is nothing below independence to reward."""
+        """Return the information term computed with q, in nats per feature; the bound is clamped at 0, its value for independence."""
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
-            # summed over features, and without the likelihood's 1/2
+            # summed over features, and without the factor 1/2 of the likelihood
             return 2 * common.shape[1] * losses.gaussian_nll(mean, log_variance, specific)
         mean, log_variance = nets.frozen.idm(common)
         return losses.vclub(mean, log_variance, specific, batch.draws.get("other")).clamp(min=0)
 
     def predictors(self) -> dict[str, Predictor]:
-        """head([f_g, f_cs]); there is no server model, since csfe and head never leave a client."""
+        """Return the client's predictor, head([f_g, f_cs]). There is no server model, because csfe and head never leave a client."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Logits (B, Y)."""
+        """Return logits (B, Y)."""
         logits: Tensor = nets.head(torch.cat(list(self.features(nets, x).values()), 1))
         return logits
 
@@ -212,5 +213,5 @@ class FedRIR(Method):
 
     @property
     def predicts(self) -> bool:
-        """Whether there is a q(f_cs | f_g): every form of the information term but `decorrelated` has one."""
+        """Whether the information term needs q(f_cs | f_g). Every form except `decorrelated` needs it."""
         return self.informs and self.idm_mode != "decorrelated"

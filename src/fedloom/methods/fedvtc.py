@@ -23,7 +23,7 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class FedVTC(FedProto):
-    """FedVTC (Niu et al., ICLR 2026). The publication leaves details open; `docs/methods/fedvtc.md` says what is reconstructed.
+    """FedVTC (Niu et al., ICLR 2026). The publication leaves details open; `docs/methods/fedvtc.md` lists what is reconstructed.
 
     Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) logits, `generator` (psi_k) images from features; with
     `learn_spread` also `spread`. Architectures may differ, but p may not.
@@ -40,11 +40,12 @@ class FedVTC(FedProto):
     """
 
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
-    """Weight of a client in a class's mean and variance: its examples of the class, or the same for all clients that hold the class."""
+    """Weight of a client in a class's mean and variance: its number of examples of the class, or the same for all clients that have it."""
     prototype_weight: NonNegative = 1.0
     """Weight lambda of the distance between an example's features and its class's global prototype."""
     pull: Literal["plain", "scaled"] = "plain"
-    """The distance: a mean square, or half a mean square in units of sigma (a small sigma then pulls harder: mind `spread_floor`)."""
+    """The distance: a mean square, or half a mean square in units of sigma (then a small sigma pulls harder, limited by
+    `spread_floor`)."""
     covariance: feature_statistics.Form = "pooled"
     """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
     spread_floor: Positive = 0.1

@@ -37,7 +37,7 @@ class Scaffold(Method):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless local steps are plain SGD: option II derives the mean gradient from the distance travelled."""
+        """Raise ValueError unless local steps are plain SGD: option II derives the mean gradient from the change of the weights."""
         super().__post_init__()
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
             raise ValueError("scaffold needs plain SGD; use optimizer=sgd, momentum=0, weight_decay=0")

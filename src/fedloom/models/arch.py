@@ -26,7 +26,7 @@ SMALLEST_SIDE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Arch:
-    """A recipe for models of one architecture on one problem. `arch(...)` creates and checks one.
+    """A recipe for models of one architecture on one problem. `arch(...)` creates and checks a recipe.
 
     Every model is `Sequential(body=..., head=Linear)`: the body maps inputs (B, *input_shape) to features
     (B, features), the head maps those to logits (B, n_classes). Initial weights come from torch's global generator,
@@ -72,7 +72,7 @@ class OutsideArch(Arch):
 
     A class or function is called with those of `input_shape`, `n_classes`, `width` and the options that its signature
     names. An instance is copied: its weights are the initial weights of every model. If the requested width differs from the
-    module's own, a linear map to that width ends the body and the head is new.
+    module's own, the body gets a final linear layer that maps its output to that width, and the head is replaced.
     """
 
     def model(self) -> nn.Sequential:

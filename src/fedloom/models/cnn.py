@@ -22,7 +22,7 @@ def _two_convolutions(
 ) -> tuple[dict[str, nn.Module], int]:
     """Return (Conv5x5 - norm - MaxPool2 - ReLU) twice and a flatten, and the width of the flattened maps.
 
-    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter as many
+    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter of the
     numbers.
     """
     first, height, width = input_shape

@@ -14,7 +14,7 @@ from fedloom.models.layers import projected, sequence
 class Patches(nn.Module):
     """Images (B, C, H, W) to tokens (B, n_tokens, dim): one linear map of every patch, row by row.
 
-    Images whose sides are no multiple of the patch size are padded with zeros at the right and the bottom.
+    Images whose sides are not multiples of the patch size are padded with zeros at the right and the bottom.
     """
 
     def __init__(self, input_shape: Sequence[int], patch: int, dim: int) -> None:

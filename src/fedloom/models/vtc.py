@@ -20,7 +20,7 @@ Size = tuple[int, int]
 class VtcDecoder(nn.Module):
     """Features (B, p) to images (B, C, H, W) in [-1, 1], for any H and W of at least 4.
 
-    Every step but the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
+    Every step except the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
 
     Args:
         features: p.
@@ -82,7 +82,7 @@ def _conv_seed(features: int, n_maps: int, size: Size) -> dict[str, nn.Module]:
 
 
 def _doublings(sizes: list[Size], n_maps: list[int]) -> dict[str, nn.Module]:
-    """Return GroupNorm - LeakyReLU - ConvT for every size but the first."""
+    """Return GroupNorm - LeakyReLU - ConvT for every size except the first."""
     layers: dict[str, nn.Module] = {}
     for i, ((height, width), (n_in, n_out)) in enumerate(zip(sizes[1:], pairwise(n_maps), strict=True), start=1):
         extra = (height % 2, width % 2)

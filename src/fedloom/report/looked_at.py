@@ -75,7 +75,10 @@ def _features(records: Sequence[RunRecord]) -> Grid:
                     for key in FEATURES
                 ]
                 rows.append((label, *cells))
-    caption = "Accuracy of linear probes in percent. Own examples: each client's test split in its own nets; same: common test set in all."
+    caption = (
+        "Accuracy of linear probes in percent. Own examples: each client's test split in its own nets; "
+        "same: the common test set in every client's nets."
+    )
     return Grid(
         title="Linear probes on features", headers=("Features", *FEATURES.values()), rows=tuple(rows), caption=caption
     )
@@ -102,7 +105,7 @@ def _samples(records: Sequence[RunRecord]) -> Grid:
     ]
     headers = ("Images", *sides, "recognised\nall", "own\nclasses", "other\nclasses", "real test\nexamples")
     caption = (
-        "SSIM and PSNR compare images with the client's nearest training image. Held out: as many real test images. "
+        "SSIM and PSNR compare images with the client's nearest training image. Held out: the same number of real test images. "
         "Recognised: accuracy of a centrally trained CNN."
     )
     return Grid(title="Generated images", headers=headers, rows=tuple(rows), caption=caption)

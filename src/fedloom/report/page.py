@@ -1,4 +1,4 @@
-"""One self-contained HTML page from run folders."""
+"""Write one self-contained HTML page from run folders."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Chapter(NamedTuple):
 
 
 class Plot(NamedTuple):
-    """A figure in the page: SVG, a note under it, and whether it takes the full width."""
+    """A figure on the page: its SVG, the note below it, and whether it has the full width."""
 
     svg: str
     note: str
@@ -60,7 +60,7 @@ class Plot(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """What the page tells of one run."""
+    """The details of one run on the page."""
 
     title: str
     finished: bool
@@ -73,12 +73,13 @@ class Detail:
 def write_page(
     records: Sequence[RunRecord], path: str | Path, waiting: Waiting | None = None, baseline: str | None = None
 ) -> None:
-    """Writes a report of `records` to `path`, one HTML file that needs nothing else, atomically.
+    """Write a report of `records` to `path`, as one self-contained HTML file. The write is atomic.
 
-    With `waiting` it also tells how long devices on networks would have taken; `baseline` as for `paired_table`.
+    With `waiting`, the report also shows how long the runs would take on devices and networks. `baseline`: see `paired_table`.
 
-    Raises UsageError when there are no records, when `baseline` is not among them,
-    when matplotlib or Jinja is missing, or when `path` cannot be written.
+    Raises:
+        UsageError: there are no records, `baseline` is not among them, matplotlib or Jinja is not installed, or `path` cannot be
+            written.
     """
     _write([Chapter(records)], path, waiting, baseline)
 
@@ -129,7 +130,7 @@ def _render(chapters: Sequence[Chapter], waiting: Waiting | None, baseline: str 
 
 
 def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, prefix: str) -> dict[str, Any]:
-    """What the page's template reads of a chapter; `prefix` keeps the ids in its figures apart from other chapters'."""
+    """Return the values of a chapter for the page's template. `prefix` makes the ids in its figures unique on the page."""
     import markupsafe
 
     records = chapter.records
@@ -162,7 +163,7 @@ def _title(records: Sequence[RunRecord]) -> str:
 
 
 def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
-    """What was run: values that all runs share, or all of the values."""
+    """Return the settings of the runs: for each setting, all of its different values."""
     facts = {key: _listed(_fact(record, key) for record in records) for key in FACTS}
     facts["partition"] = _listed(_scheme(record) for record in records)
     facts["runs"] = str(len(records))
@@ -170,7 +171,7 @@ def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def _fact(record: RunRecord, key: str) -> Any:
-    """A setting that took effect."""
+    """Return a setting of a run, or None if another setting replaces it."""
     return None if record.fact(IN_PLACE_OF.get(key, "")) else record.fact(key)
 
 
@@ -241,7 +242,7 @@ def _drawn(name: str, figures: Sequence[tuple[Figure, str]]) -> list[Plot]:
 
 
 def _partitions(records: Sequence[RunRecord]) -> list[tuple[Figure, str]]:
-    """One figure for each different partition."""
+    """Return one figure for each different partition."""
     from fedloom.report import plots
 
     runs: dict[str, list[RunRecord]] = {}

@@ -1,4 +1,4 @@
-"""The summary and the paired differences, as grids of cells and as tables for the terminal."""
+"""The summary and the paired differences of runs, as grids of cells and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedloom.report.read import RunRecord
 
 
 class Cell(NamedTuple):
-    """Text to show, the number behind it (for sorting; None where there is none), and whether to set it bold."""
+    """The text of a cell, its number (for sorting; None if it has none), and whether it is bold."""
 
     text: str
     value: float | None = None
@@ -32,7 +32,7 @@ NOT_COUNTED = {"rejected": "rejected", "lost": "lost", "late": "late", "skipped"
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table before it is drawn; the first column names the rows, "\\n" in a header is a place to break it."""
+    """A table before it is drawn. The first column names the rows; "\\n" in a header is a line break."""
 
     title: str
     headers: tuple[str, ...]
@@ -42,7 +42,7 @@ class Grid:
 
 
 class Column(NamedTuple):
-    """One number per run: how to find it and how to write it."""
+    """A column of the summary: how to read its number from a run, and how to format it."""
 
     header: str
     value: Callable[[RunRecord], float | None]
@@ -51,21 +51,24 @@ class Column(NamedTuple):
 
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
-    """One row per method (mean ± std over its seeds): accuracies in percent, traffic and time in total per run."""
+    """Return a table with one row per method (mean ± std over seeds): accuracies in percent, and total traffic and time per run."""
     return drawn(summary_grid(records))
 
 
 def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> Table | None:
-    """Differences to a baseline (by default FedAvg, else the first method), seed by seed; None where nothing pairs.
+    """Return a table of differences to a baseline, paired by seed, or None if no runs form pairs.
 
-    Raises UsageError for a `baseline` that is not among the runs.
+    The default baseline is FedAvg, or the first method if there is no FedAvg.
+
+    Raises:
+        UsageError: `baseline` is not among the runs.
     """
     grid = paired_grid(records, baseline)
     return drawn(grid) if grid else None
 
 
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
-    """See `summary_table`; `digits` after the point for accuracies. Columns that nothing fills are left out."""
+    """See `summary_table`. `digits`: decimal places of accuracies. Columns without values are left out."""
     groups = group(records)
     columns = [column for column in _columns(digits) if _fills(column, groups)]
     body = [_column_cells(column, groups, digits) for column in columns]
@@ -105,7 +108,7 @@ def _columns(digits: int) -> list[Column]:
 
 
 def _to_target(record: RunRecord, what: str) -> float | None:
-    """Infinite where the target was never reached; None where there was none."""
+    """Return the cost until the target accuracy: infinity if the run never reached it, None if it had no target."""
     summary = record.summary or {}
     value = summary.get(f"{what}_to_target", math.inf if "target" in summary else None)
     return math.inf if "target" in summary and value is None else value
@@ -120,9 +123,9 @@ def _bytes(value: float) -> str:
 
 
 def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
-    """Each class's recall by the clients' models on the common rows, in percent, mean over seeds; None where there is none to show.
+    """Return the recall of each class by the clients' models on the common test set, in percent, mean over seeds.
 
-    `most`: the most classes that make a table that one can read.
+    Return None if the runs have no recalls, have different classes, or have more than `most` classes (too many for a table).
     """
     found = {
         g.label: [run for r in g.counted if (run := (r.summary or {}).get("general_recall"))] for g in group(records)
@@ -134,7 +137,10 @@ def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
         return None
     names = next(iter(named), None) or range(*sizes)
     rows = tuple((Cell(label), *map(_recall_cell, zip(*runs, strict=True))) for label, runs in found.items())
-    caption = "Personal models on the common rows: the part of a class's rows that they predict rightly; mean over clients and seeds."
+    caption = (
+        "Personal models on the common test set: fraction of each class's examples that they classify correctly; "
+        "mean over clients and seeds."
+    )
     return Grid(
         title="Recall by class, in percent", headers=("Method", *map(str, names)), rows=rows, caption=caption, heat=True
     )
@@ -146,13 +152,13 @@ def _recall_cell(values: Sequence[float | None]) -> Cell:
 
 
 def _trained(record: RunRecord) -> float | None:
-    """Without the clients that never trained; None where that changes nothing."""
+    """Return the personal accuracy of the clients that have trained, or None if it equals that of all clients."""
     value = headline(record, "personal_accuracy_trained")
     return None if value == headline(record, "personal_accuracy") else value
 
 
 def _newcomers(record: RunRecord, when: str) -> float | None:
-    """Clients that joined after training, on their own rows: with what they received, or when they had joined."""
+    """Return the accuracy of newcomers on their own examples, with the model that they received or after they joined."""
     value = ((record.summary or {}).get("new_clients") or {}).get(when)
     return float(value) if isinstance(value, int | float) else None
 
@@ -164,7 +170,7 @@ def _fills(column: Column, groups: Sequence[Group]) -> bool:
 def _column_cells(column: Column, groups: Sequence[Group], digits: int) -> list[Cell]:
     cells = [_mean_cell(column, g, digits) for g in groups]
     means = [cell.value for cell, g in zip(cells, groups, strict=True) if cell.value is not None and g.finished]
-    printed = [column.text(mean) for mean in means]  # equal as printed is equally good
+    printed = [column.text(mean) for mean in means]  # values that are printed alike count as equal
     if len(set(printed)) < 2:
         return cells
     best = column.text(max(means) if column.is_score else min(means))
@@ -194,7 +200,7 @@ def _summary_caption(groups: Sequence[Group]) -> str:
         notes.append(f"Mean ± standard deviation over seeds ({listed}).")
     without = [f"{g.label} {told}" for g in groups if (told := not_counted(g.counted))]
     if without:
-        notes.append(f"Turns that did not count: {'; '.join(without)}.")
+        notes.append(f"Local updates that did not count: {'; '.join(without)}.")
     unfinished = [record for g in groups for record in g.records if not record.finished]
     if unfinished:
         listed = ", ".join(f"{record.name} ({record.progress})" for record in unfinished)
@@ -203,13 +209,13 @@ def _summary_caption(groups: Sequence[Group]) -> str:
 
 
 def not_counted(records: Sequence[RunRecord]) -> str:
-    """Turns that were lost, late or rejected, and rounds that were skipped, of all these runs."""
+    """Return the numbers of lost, late and rejected local updates and of skipped rounds in these runs, as text."""
     counts = {what: sum(int((r.summary or {}).get(what) or 0) for r in records) for what in NOT_COUNTED}
     return ", ".join(f"{n:,} {NOT_COUNTED[what]}" for what, n in counts.items() if n)
 
 
 def paired_grid(records: Sequence[RunRecord], baseline: str | None = None, digits: int = 1) -> Grid | None:
-    """See `paired_table`; `digits` after the point."""
+    """See `paired_table`. `digits`: decimal places."""
     groups = group(records)
     base = choose_baseline(groups, baseline)
     others = [g for g in groups if g is not base]
@@ -249,12 +255,12 @@ def _difference_cell(found: Difference | None, digits: int) -> Cell:
 def _paired_caption(columns: Sequence[Sequence[Difference | None]]) -> str:
     caption = "Pairs share data, seed and partition; finished runs only."
     if any(found and found.interval for column in columns for found in column):
-        return f"{caption} In brackets the 95 % t-interval of the mean; bold where it leaves out zero."
-    return f"{caption} An interval needs {MIN_SEEDS_FOR_INTERVAL} seeds."
+        return f"{caption} In brackets: 95 % t-interval of the mean; bold if it excludes zero."
+    return f"{caption} An interval needs at least {MIN_SEEDS_FOR_INTERVAL} seeds."
 
 
 def drawn(grid: Grid) -> Table:
-    """The grid as a table for the terminal."""
+    """Return the grid as a table for the terminal."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=0)
     table.title, table.title_justify = Text(grid.title, style="bold"), "left"
     table.caption, table.caption_justify = Text(grid.caption, style="dim"), "left"

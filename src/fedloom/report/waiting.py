@@ -107,8 +107,8 @@ def _lacking(record: RunRecord, waiting: Waiting) -> str:
     if len(elapsed(record, waiting.networks[0], waiting)):
         return ""
     if waiting.gflops is not None and len(elapsed(record, waiting.networks[0], waiting._replace(gflops=None))):
-        return "no counted operations for gflops (use slowdown, which needs only measured seconds)"
-    return "no clients.parquet with seconds and bytes"
+        return "no operation counts, which gflops needs (use slowdown, which needs only measured seconds)"
+    return "no seconds and bytes in clients.parquet"
 
 
 def _cells(pairs: Sequence[tuple[RunRecord, int]], waiting: Waiting) -> list[Cell]:

@@ -1,8 +1,8 @@
 """Speed of federations on this machine: fixed workloads, timed by interleaving rounds of all contestants.
 
 Contestants take turns, one round each, so that other work on the machine affects all of them equally. Ratios are medians over
-rounds. Data are noise, because speed does not depend on the content of pictures, unless `FEDLOOM_DATA` is a folder with the
-real data.
+rounds. Data are noise, because speed does not depend on the content of pictures. If `FEDLOOM_DATA` is a folder with the real
+data, those are used.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def dataset_for(work: Workload, scale: float) -> data.Dataset:
         return data.from_arrays(noise[:n_train], labels[:n_train], noise[n_train:], labels[n_train:], name=work.data)
     whole = data.load(work.data)
     if n_train > whole.n_train or n_test > whole.n_rows - whole.n_train:
-        raise ConfigError(f"scale={scale}: {work.data} has fewer than {n_train} + {n_test} examples")
+        raise ConfigError(f"scale={scale}: {work.data} has fewer than {n_train} + {n_test} examples; lower scale")
     keep = rng.permutation(whole.n_train)[:n_train]
     held = whole.n_train + rng.permutation(whole.n_rows - whole.n_train)[:n_test]
     x, y = whole.images, whole.labels

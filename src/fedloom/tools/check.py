@@ -232,7 +232,7 @@ def _difference(a: Tree, b: Tree) -> str:
 
 
 def _map_differs(experiment: Experiment, train: Train, once: PrecomputeFn | None) -> str:
-    """Return the first tensor whose gradient differs between two clients one by one and two clients mapped, or "" if none does."""
+    """Return the name of the first tensor whose gradient changes if two clients are mapped, or "" if there is none."""
     modules, lanes = _lanes(experiment, train)
 
     def gradient(lane: Tree) -> Any:

@@ -1,7 +1,7 @@
-"""Several methods on the same clients: which runs a comparison is made of, and running them into one folder.
+"""Comparisons of several methods on the same clients: plan the runs, and execute them in one folder.
 
-For one seed all runs share the partition, the initial weights and the cohorts, because each follows from the seed and from settings
-that a comparison holds fixed; only the method and its hyper-parameters differ.
+All runs with the same seed share the partition, the initial weights and the cohorts, because these depend only on the seed and on settings
+that are the same in the whole comparison. Only the method and its hyper-parameters differ.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from fedloom.experiment.run_folder import RunFolder
 from fedloom.methods.registry import METHODS, method_class
 
 FILE = "compare.toml"
-VARIED = ("uplink", "downlink")  # settings of the run that rows may differ in and still have everything else in common
+VARIED = ("uplink", "downlink")  # settings of the run that may differ between rows
 OnRun = Callable[["PlannedRun"], OnRound | None]  # called before a run is prepared
 OnStart = Callable[["PlannedRun", Experiment], None]  # called when a run is ready, before its first round
 
 
 class Row(NamedTuple):
-    """A line of the comparison's table."""
+    """One row of the comparison's table."""
 
     label: str
     method: Values  # its `name` and all of its hyper-parameters
-    run: Values = {}  # settings of the run that are the row's own, of those in VARIED
+    run: Values = {}  # the row's own settings of the run; only those in VARIED are possible
 
 
 class PlannedRun(NamedTuple):
@@ -47,19 +47,19 @@ class PlannedRun(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where it is written."""
+        """The folder of the run."""
         assert self.settings.out is not None
         return self.settings.out
 
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end."""
+        """Whether the run is finished."""
         return (self.folder / "summary.json").is_file()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared: `rows` times `seeds`, with everything else as in `base`."""
+    """A comparison: one run for each row and seed; all other settings are in `base`."""
 
     base: Values
     rows: tuple[Row, ...]
@@ -68,7 +68,7 @@ class Comparison:
     reading: str = ""  # shown below it: how to read the numbers
 
     def jobs(self, folder: Path) -> list[PlannedRun]:
-        """All runs, seed by seed, so that a comparison that is cut short still compares."""
+        """Return all runs, ordered by seed, so that an interrupted comparison has complete seeds."""
         return [
             PlannedRun(row.label, seed, self._settings(row, seed, folder / f"{row.label}-seed{seed}"))
             for seed in self.seeds
@@ -76,10 +76,10 @@ class Comparison:
         ]
 
     def check(self) -> None:
-        """Refuse now what would fail in the middle: data, partition, model and engine of every row.
+        """Check the data, partition, model and engine of every row, so that errors appear before the first run.
 
         Raises:
-            UsageError: one line, as the run itself would raise it.
+            UsageError: the error that the run would raise.
         """
         dataset = make_dataset(self._settings(self.rows[0], self.seeds[0]))
         for seed in self.seeds:
@@ -92,7 +92,7 @@ class Comparison:
                     engine_for(settings, place, problem).close()
 
     def toml(self) -> str:
-        """A config file that gives this comparison again, with every setting spelt out."""
+        """Return a config file that reproduces this comparison; it contains every setting."""
         first = self.rows[0]._replace(run={})
         settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
@@ -106,21 +106,28 @@ class Comparison:
 
 
 def plan(values: Mapping[str, Any]) -> Comparison:
-    """A comparison from the tables of a config file and `key=value` words.
+    """Return the comparison described by the tables of a config file and `key=value` arguments.
 
-    Beside the keys of a run: `method` is a list of methods or variants (default: all variants), `method.KEY` a hyper-parameter of all
-    methods that have it, a table named like a method its own hyper-parameters, `variant.NAME` a row of its own (`method` and
-    hyper-parameters, and perhaps `uplink` and `downlink`), `seed` a list, `title` and `reading` texts above and below the table.
+    A comparison has these keys in addition to those of a run:
+
+    * `method`: a list of methods or variants; default: all variants.
+    * `method.KEY`: a hyper-parameter of all methods that have it.
+    * A table with the name of a method: hyper-parameters of that method.
+    * `variant.NAME`: a separate row, with `method`, hyper-parameters and, optionally, `uplink` and `downlink`.
+    * `seed`: a list of seeds.
+    * `title`, `reading`: texts above and below the table.
 
     Raises:
-        ConfigError: one line that names the key, the value and what is allowed.
+        ConfigError: a key or value is invalid; the message names it and the allowed values.
     """
     table = values.get("method", {})
     table = table if isinstance(table, Mapping) else {"name": table}
     variants = _tables(values.get("variant", {}), "variant")
     names = _listed(table.get("name", list(variants)), "method")
     if not names:
-        raise ConfigError("method: name what to compare, such as method=fedavg,fedrir, or give [variant.NAME] tables")
+        raise ConfigError(
+            "method: must name the methods to compare, such as method=fedavg,fedrir; [variant.NAME] tables add variants"
+        )
     base, own = _split(
         values, {*METHODS, *map(_label, names), *(_label(str(v.get("method"))) for v in variants.values())}
     )
@@ -140,7 +147,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 
 
 def create_folder(comparison: Comparison, out: str | Path | None = None) -> Path:
-    """A new folder for a comparison; default: one under `runs/` named for the time and the data."""
+    """Create the folder of a comparison. Default: a folder in `runs/`, named after the time and the data set."""
     settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
     comparison.check()
     text = comparison.toml()
@@ -150,7 +157,7 @@ def create_folder(comparison: Comparison, out: str | Path | None = None) -> Path
 
 
 def create_folders(comparisons: Mapping[str, Comparison], out: str | Path | None = None) -> dict[Path, Comparison]:
-    """Make a folder that holds one folder for each comparison, by name. Nothing is made if one of them cannot run."""
+    """Create a folder with one folder per comparison, by name. If one comparison is invalid, nothing is created."""
     for comparison in comparisons.values():
         comparison.check()
     whole = RunFolder.create(None if out is None else Path(out), "compare").path
@@ -163,7 +170,7 @@ def create_folders(comparisons: Mapping[str, Comparison], out: str | Path | None
 
 
 def reopen(folder: str | Path) -> dict[Path, Comparison]:
-    """Return the comparisons that a folder holds, itself or in folders of its own, to be continued with `execute`."""
+    """Return the comparisons in a folder or in its subfolders. `execute` continues them."""
     path = Path(folder)
     inside = sorted(file.parent for file in path.glob(f"*/{FILE}")) if path.is_dir() else []
     if inside and not (path / FILE).is_file():
@@ -171,14 +178,14 @@ def reopen(folder: str | Path) -> dict[Path, Comparison]:
     if not (path / FILE).is_file():
         if (path / "config.toml").is_file():
             raise RunFolderError(f"{path} is the folder of a single run; continue it with fedloom run --resume {path}")
-        raise RunFolderError(f"{path} is not the folder of a comparison: it holds no {FILE}")
+        raise RunFolderError(f"{path} is not the folder of a comparison: it has no {FILE}")
     return {path: plan(read_toml(path / FILE))}
 
 
 def execute(
     comparison: Comparison, folder: Path, on_run: OnRun | None = None, on_start: OnStart | None = None
 ) -> list[Path]:
-    """Run what is left: finished runs are kept, an unfinished one goes on from its checkpoint. Returns the runs' folders."""
+    """Execute the unfinished runs; an interrupted run resumes from its checkpoint. Return the folders of all runs."""
     jobs = comparison.jobs(folder)
     left = [job for job in jobs if not job.finished]
     dataset = make_dataset(left[0].settings) if left else None
@@ -201,7 +208,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
         _check_variant(name, method)
     elif ":" not in name and "+" not in name and name not in METHODS:
         known = [*METHODS, *variants]
-        raise ConfigError(f"method={name}: neither a method nor a variant has that name{suggest(name, known)}")
+        raise ConfigError(f"method={name}: no method or variant has this name{suggest(name, known)}")
     shared = {key: value for key, value in common.items() if key in _fields(method)}
     table = own.get(_label(method), {})
     _check_keys(_label(method), method, table)
@@ -210,7 +217,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
 
 
 def _table(row: Row) -> Values:
-    """A row as `[variant.NAME]` has it; what is None is the default, and TOML has no word for it."""
+    """Return a row as a table `[variant.NAME]`. Values that are None are left out: TOML cannot express them, and they are defaults."""
     own = {key: value for key, value in {**row.method, **row.run}.items() if key != "name" and value is not None}
     return {"method": row.method["name"], **own}
 
@@ -219,7 +226,7 @@ def _check_variant(name: str, method: Any) -> None:
     if not isinstance(method, str):
         raise ConfigError(f"variant.{name}.method={method}: must be the name of a method")
     if method == name and name not in METHODS:
-        raise ConfigError(f'variant.{name}: it needs method = "...", the method that it varies')
+        raise ConfigError(f'variant.{name}: has no method; set method = "...", the method that it varies')
     try:
         method_class(method)
     except ConfigError as error:
@@ -230,7 +237,7 @@ def _check_keys(where: str, method: str, table: Values) -> None:
     fields = _fields(method)
     for key in table.keys() - fields:
         hint = (
-            "; it is a setting of the run, the same for all rows"
+            "; it is a setting of the run, and the same for all rows"
             if key in Settings.model_fields
             else suggest(key, fields)
         )
@@ -246,10 +253,10 @@ def _fields(method: str) -> set[str]:
 
 
 def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[str, Values]]:
-    """The settings of the runs, and the tables of methods: of registered ones, and of `my.py:Mine` under `Mine`."""
+    """Return the settings of the runs, and the tables of methods by name; the table of `my.py:Mine` is `Mine`."""
     if "label" in values:
         raise ConfigError(
-            f"label={values['label']}: rows are called by their method; give one another name with [variant.NAME]"
+            f"label={values['label']}: cannot be set, because each row is named after its method; use [variant.NAME] for another name"
         )
     rest = {
         key: value
@@ -276,7 +283,7 @@ def _tables(tables: Any, where: str) -> dict[str, Values]:
 
 
 def _listed(value: Any, key: str) -> list[Any]:
-    """`a,b` or `[a, b]` or `a` as a list."""
+    """Return `a,b`, `[a, b]` or `a` as a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     found = list(value) if isinstance(value, Sequence) else [value]
@@ -297,7 +304,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
     seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in listed]
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         shown = ",".join(map(str, listed))
-        raise ConfigError(f"seed={shown}: must be different whole numbers from 0 up, such as seed=0,1,2")
+        raise ConfigError(f"seed={shown}: must be distinct whole numbers of at least 0, such as seed=0,1,2")
     return tuple(seeds)
 
 
@@ -312,12 +319,12 @@ def _check_common(common: Values, rows: Sequence[Row]) -> None:
 def _check_labels(labels: Sequence[str]) -> None:
     for label in labels:
         if labels.count(label) > 1:
-            raise ConfigError(f"method: '{label}' is there twice; give the second one a name with [variant.NAME]")
+            raise ConfigError(f"method: '{label}' is given twice; name the second one with [variant.NAME]")
         if not re.fullmatch(r"\w[\w.+-]*", label):
-            raise ConfigError(f"variant.{label}: a name is made of letters, digits and _ . + -")
+            raise ConfigError(f"variant.{label}: a name may contain only letters, digits and _ . + -")
 
 
 def _spelt_out(row: Row) -> Row:
-    """With every hyper-parameter, so that a comparison taken up again is the same whatever defaults may become."""
+    """Return the row with all hyper-parameters, so that a resumed comparison does not depend on later changes of defaults."""
     method = make_method(Named(**row.method))
     return row._replace(method={"name": row.method["name"], **dataclasses.asdict(method)})

@@ -1,5 +1,5 @@
-"""One client's local update (`turn.py`), and the same for several clients at once (`lanes.py`).
+"""Local updates: of one client (`turn.py`), and of several clients at once (`lanes.py`).
 
-Start with `turn.py`: plain SGD as the contract describes it. Faster forms of a step lie in `fast/` and are chosen in `choose.py`.
-This package knows no engine, transport or file; change anything, as long as the golden numbers stay.
+Start with `turn.py`: plain SGD as the contract describes it. Faster forms of a step are in `fast/`; `choose.py` chooses among them.
+This package does not depend on engines, transport or files. Changes here must not change the golden numbers.
 """

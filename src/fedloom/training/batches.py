@@ -1,4 +1,4 @@
-"""A client's examples, their memory layout, and how they are split into batches."""
+"""A client's examples: memory layout and batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GATHERED_BYTES = 1 << 18  # of inputs, gathered at once; they should stay in the
 
 
 class Rows(NamedTuple):
-    """A client's examples, how to augment a batch of them (if at all), and the device on which they are used."""
+    """A client's examples, the augmentation of their batches (optional), and the device on which they are used."""
 
     x: Tensor  # (n, ...)
     y: Tensor  # (n,)
@@ -25,11 +25,11 @@ class Rows(NamedTuple):
     device: torch.device = HOST
 
     def batch(self, index: Tensor, rng: Stream) -> Batch:
-        """Return the examples `index` as a batch for training, with the memory layout of `x`."""
+        """Return the examples with numbers `index` as a training batch, with the memory layout of `x`."""
         return next(self.batches([index], rng))
 
     def batches(self, order: Iterable[Tensor], rng: Stream) -> Iterator[Batch]:
-        """Yield batch after batch. Small ones are gathered several at a time: a call costs more than the copy."""
+        """Yield the batches. Several small batches are gathered at once, because a call costs more than the copy."""
         room = max(GATHERED_BYTES // max(self.x[:1].nbytes, 1), 1)
         for some in _together(order, room):
             index, sizes = torch.cat(some).to(self.x.device), [len(mine) for mine in some]
@@ -42,12 +42,12 @@ class Rows(NamedTuple):
                 yield Batch(self.augment(mine, rng) if self.augment else mine, labels)
 
     def part(self, start: int, stop: int | None = None) -> Batch:
-        """Return a range of examples, not augmented."""
+        """Return a range of examples without augmentation."""
         return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
 
 
 def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
-    """Group consecutive batches of at most `room` examples together; a larger batch is a group of its own."""
+    """Group consecutive batches, with at most `room` examples per group; a larger batch is a separate group."""
     some, left = list[Tensor](), room
     for index in order:
         if some and len(index) > left:
@@ -60,18 +60,18 @@ def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether images are stored with their channels last."""
+    """Return whether images are stored with channels last."""
     return x.ndim == 4 and x.stride() == _channels_last_stride(x)
 
 
 def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
-    """Return tensors with the four-dimensional ones in the wanted memory format; the numbers stay the same."""
+    """Return the tensors, with four-dimensional ones in the requested memory format; the values do not change."""
     lay = _channels_last if channels_last else torch.Tensor.contiguous
     return {name: lay(t) if t.ndim == 4 else t for name, t in tensors.items()}
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Convert to channels last; with one channel or one pixel torch sees no difference, so the strides are set explicitly."""
+    """Convert to channels last. Torch does not convert tensors with one channel or one pixel, so the strides are set explicitly."""
     return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, _channels_last_stride(x))
 
 
@@ -88,10 +88,10 @@ class Plan(NamedTuple):
     slowdown: float = 1.0  # a slow device takes 1/slowdown of its steps (at least one)
 
     def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
-        """Yield the indices of each batch's examples: a new permutation per epoch. A slow device leaves out the last batches.
+        """Yield the indices of each batch's examples, with a new permutation per epoch. A slow device leaves out the last batches.
 
-        A batch holds at most all of the client's examples. With `drop_last` an incomplete last batch is left out; without it, a last batch
-        of one example joins the one before it, because BatchNorm cannot train on one example.
+        A batch has at most all of the client's examples. With `drop_last`, an incomplete last batch is left out. Otherwise, a last batch
+        of one example is added to the batch before it, because BatchNorm cannot train on one example.
         """
         sizes = self._sizes(n)
         every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng)

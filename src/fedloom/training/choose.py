@@ -1,4 +1,4 @@
-"""The one place that decides in which form steps are computed."""
+"""Chooses the form in which steps are computed. All of these decisions are made here."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class FastForms:
         self._convolutions = convolutions
 
     def runner(self, job: TrainJob, *, same_bits: bool = False) -> StepRunner:
-        """Return what runs the steps of a job, in the fastest form that fits.
+        """Return a runner for the steps of a job, in the fastest form that is possible.
 
         Args:
-            same_bits: whether to leave out forms that round otherwise than the loss as it is written.
+            same_bits: whether to leave out forms whose rounding differs from that of the loss as written.
         """
         gram = None if same_bits or self._gram is None else self._gram.replacement(job)
         step = job.plain(gram)
@@ -49,5 +49,5 @@ class FastForms:
         return GramStepRunner(job, gram, step) if gram else StepRunner(job.names, step)
 
     def over_lanes(self, n_lanes: int) -> AbstractContextManager[object]:
-        """Return the context in which a loss is mapped over clients that are stacked."""
+        """Return the context in which a loss is mapped over stacked clients."""
         return self._convolutions.of(n_lanes) if self._convolutions else nullcontext()

@@ -1,4 +1,4 @@
-"""What one client's local work depends on."""
+"""The inputs of one client's local work."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.wire.codec import PLAIN, Codec
 
 @dataclass(frozen=True, kw_only=True)
 class ClientContext:
-    """A client's examples and how they are batched, the task, its random stream, and its end of the wire."""
+    """A client's examples, their division into batches, the task, the client's random stream, and its codec."""
 
     rows: Rows
     plan: Plan
@@ -24,7 +24,7 @@ class ClientContext:
 
 
 class LocalWork(NamedTuple):
-    """A client at work in one phase, or in all of them."""
+    """The inputs of one phase of a client's local update, or of all its phases."""
 
     client: Client
     down: Tree

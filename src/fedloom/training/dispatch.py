@@ -1,4 +1,4 @@
-"""The base of modes that watch every tensor operation."""
+"""The base class of modes that intercept every tensor operation."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every tensor operation while it is active."""
+    """Intercepts every tensor operation while it is active."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Keep torch from importing its compiler, which takes seconds, at a mode's first operation."""
+        """Prevent torch from importing its compiler at a mode's first operation, because this takes seconds."""
         return False

@@ -19,7 +19,7 @@ from fedloom.tree import Tree
 
 
 class Gradients:
-    """Computes gradients with one architecture's modules, in any number of client updates."""
+    """Computes gradients with one architecture's modules, for any number of client updates."""
 
     def __init__(
         self,
@@ -30,19 +30,19 @@ class Gradients:
         convolutions: Convolutions | None = None,
         as_written: bool = False,
     ) -> None:
-        """Keep the modules, and which faster forms of a step may be used with them.
+        """Store the modules, and choose the faster forms of a step that may be used with them.
 
         Args:
             bf16: whether matrix products and convolutions run in bfloat16 (autocast); weights and updates keep their precision.
-            device: where the modules and all tensors are.
-            convolutions: how to compute those of several clients at once; default: as vmap does.
+            device: the device of the modules and all tensors.
+            convolutions: how to compute the convolutions of several clients at once; default: as in vmap.
             as_written: whether to run losses operation by operation, without faster forms, because operations are counted.
         """
         self.modules, self.bf16, self.device = modules, bf16, device
         self.forms = FastForms(modules, bf16=bf16, device=device, convolutions=convolutions, as_written=as_written)
 
     def step(self, train: Train, replace: Replace | None = None) -> Step:
-        """Return the plain step of one client. Its inputs: wanted, params, buffers (updated in place), batch, down, memory."""
+        """Return the plain step of one client, with inputs wanted, params, buffers (updated in place), batch, down and memory."""
 
         def plain(inputs: Tree) -> StepResult:
             wanted = with_grad(inputs["wanted"])
@@ -64,27 +64,27 @@ class Gradients:
 
 
 def with_grad(tensors: Params) -> Params:
-    """Return the tensors as leaves that gradients can be taken of."""
+    """Return the tensors as leaves for which gradients can be computed."""
     return {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
 
 
 def place_values(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
-    """Put precomputed values among the tensors `wanted` into the batch; return the parameters among them, and that batch."""
+    """Move precomputed values from `wanted` to the batch. Return the remaining tensors, which are parameters, and the new batch."""
     if not batch.precomputed:
         return wanted, batch
-    # views, since torch's counter of operations fails on a module's input that is a leaf
+    # views, because torch's operation counter fails if a module's input is a leaf
     values = {name: v.view_as(v) for name, v in {**batch.precomputed, **wanted}.items() if name in batch.precomputed}
     return {name: p for name, p in wanted.items() if name not in values}, batch._replace(precomputed=values)
 
 
 def with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Split what a loss returned into the loss and its logs.
+    """Split the result of a loss function into the loss and its logs.
 
     Raises:
         MethodError: the loss is not a 0-d tensor.
     """
     loss, logs = result if isinstance(result, tuple) else (result, {})
     if not isinstance(loss, Tensor) or loss.ndim:
-        found = f"of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise MethodError(f"a loss must be a 0-d tensor, not {found}")
     return loss, logs

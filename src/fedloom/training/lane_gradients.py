@@ -26,7 +26,7 @@ class LaneGradients:
     """
 
     def __init__(self, gradients: Gradients, dims: Tree) -> None:
-        """`dims`: for each leaf of `fixed`, `down` and `memory` 0 if it is stacked, None if all lanes share it."""
+        """`dims`: for each leaf of `fixed`, `down` and `memory`, 0 if the leaf is stacked, or None if all lanes share it."""
         self._gradients, self._dims = gradients, dims
 
     def step(self, train: Train, replace: Replace | None = None) -> Step:
@@ -54,7 +54,7 @@ class LaneGradients:
         return plain
 
     def precompute(self, phase: Interleave, trains: Iterable[Train], inputs: Tree) -> Precomputed:
-        """Compute what the members that run share on the lanes' batches; see `fedloom.training.precompute`."""
+        """Compute the shared values of the active members for the lanes' batches; see `fedloom.training.precompute`."""
         leaves, modes = with_grad(inputs["wanted"]), nets_in_train_mode(trains)
 
         def lane(i: Tree) -> tuple[Params, Params]:

@@ -1,4 +1,4 @@
-"""Stacked tensors of several clients: their examples, some of the lanes, and what all lanes share."""
+"""Stacked tensors of several clients: their examples, subsets of lanes, and tensors that all lanes share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedloom.tree import Tree
 
 
 class LaneSubset:
-    """Some of the lanes: takes them out of stacked tensors and puts them back."""
+    """A subset of the lanes. It is read from stacked tensors and written back to them."""
 
     def __init__(self, lanes: list[int], n_lanes: int, device: torch.device) -> None:
         self.lanes = lanes
@@ -28,16 +28,16 @@ class LaneSubset:
         return value if self.index is None else value.index_select(0, self.index)
 
     def put(self, value: Tensor, new: Tensor) -> Tensor:
-        """Return the stacked tensor with `new` in the place of these lanes."""
+        """Return the stacked tensor with these lanes replaced by `new`."""
         return new if self.index is None else value.index_copy(0, self.index, new)
 
 
 class LaneBatch(NamedTuple):
-    """The next batches, of equal size, of some lanes."""
+    """The next batches of some lanes; all have the same size."""
 
     subset: LaneSubset
     batch: Batch  # stacked
-    places: Tensor  # of its examples, among the examples of all lanes
+    places: Tensor  # positions of its examples among the examples of all lanes
 
 
 class LaneRows:
@@ -53,7 +53,7 @@ class LaneRows:
         return torch.split(torch.cat(list(batches)) + lane * self.x.shape[1], [len(batch) for batch in batches])
 
     def batch(self, places: Tensor, streams: Sequence[Stream]) -> Batch:
-        """Return batches of equal size, one for each lane that a stream is given for, stacked: x (lanes, B, ...), y (lanes, B)."""
+        """Return batches of equal size, one per stream (each stream belongs to a lane), stacked: x (lanes, B, ...), y (lanes, B)."""
         x, y, *_ = self._rows.batch(places, streams[0])
         x, y = x.view(len(streams), -1, *x.shape[1:]), y.view(len(streams), -1)
         if self._augment:
@@ -62,7 +62,7 @@ class LaneRows:
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Stack tensors (n, ...), padded with zeros: (lanes, most, ...). Nothing is copied where they already lie side by side in memory."""
+    """Stack tensors (n, ...), padded with zeros: (lanes, most, ...). Nothing is copied if they are already contiguous in memory."""
     first, storage = parts[0], parts[0].untyped_storage().data_ptr()
     places = [first.storage_offset() + k * first.numel() for k in range(len(parts))]
     if all(
@@ -77,7 +77,7 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def by_size(sizes: Sequence[int]) -> list[list[int]]:
-    """Group the indices of equal sizes; those of size 0 are left out."""
+    """Group indices with equal sizes; indices with size 0 are left out."""
     groups: dict[int, list[int]] = {}
     for k, size in enumerate(sizes):
         if size:
@@ -86,7 +86,7 @@ def by_size(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def stack_differing(trees: Sequence[Tree]) -> tuple[Tree, Tree]:
-    """Return one tree for all lanes, and for each leaf 0 if it is stacked, or None if all lanes hold the same tensor object."""
+    """Return one tree for all lanes. Also return, for each leaf, 0 if it is stacked, or None if all lanes have the same tensor object."""
 
     def is_shared(*leaves: Tensor) -> bool:
         return all(leaf is leaves[0] for leaf in leaves)

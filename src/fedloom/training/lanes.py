@@ -1,8 +1,8 @@
 """Updates of several clients at once: clients of one architecture are lanes of stacked tensors, and losses are mapped over the lanes.
 
-The numbers are those of `fedloom.training.turn`, lane by lane, up to the rounding of batched matrix products. Every lane walks through its
-own batches in its own order; in each step the lanes whose batches have the same size advance together, so clients with different numbers
-of examples need neither padding nor masks. Sort clients by their number of examples, and nearly all steps are of all lanes.
+Each lane gets the results of `fedloom.training.turn`, up to the rounding of batched matrix products. Every lane has its own batches in its
+own order. In each step, the lanes whose batches have the same size advance together, so clients with different numbers of examples need no
+padding or masks. If clients are sorted by their number of examples, nearly all steps include all lanes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fedloom.tree import Tree, Weights
 
 
 class CannotMapError(Exception):
-    """These updates cannot be mapped over lanes; the text says why."""
+    """These updates cannot be mapped over lanes; the message gives the reason."""
 
 
 def client_updates(
@@ -44,19 +44,19 @@ def client_updates(
     *,
     number: int,
 ) -> list[Callable[[], UpdateResult]]:
-    """Run the updates of several clients in round `number`, of one architecture and with the same work; see `client_update`.
+    """Run the updates of several clients in round `number`; see `client_update`. They must have the same architecture and phases.
 
     Returns:
-        A function for each client that ends its update: called one after another, a client's tensors stay in the cache until they are
-        looked at and sent.
+        One function per client, which ends its update. If they are called one by one, a client's tensors are still in the processor's
+        cache when its uplink is computed.
 
     Raises:
-        CannotMapError: a phase, a loss or a module cannot be mapped over lanes. Nothing has changed then.
+        CannotMapError: a phase, a loss or a module cannot be mapped over lanes. No client has changed.
     """
     lanes = [_received(method, *one, number) for one in zip(clients, sent, contexts, strict=True)]
     received = [lane.client.weights for lane in lanes]
     logs: list[dict[str, float]] = [{} for _ in lanes]
-    seconds: dict[str, float] = {}  # of one lane
+    seconds: dict[str, float] = {}  # by phase, per lane
     ends: Sequence[Callable[[], LocalWork]] = [partial(_same, _laid_out(lane)) for lane in lanes]
     for phase in method.phases():
         started = time.perf_counter()
@@ -75,14 +75,14 @@ def client_updates(
 
 
 def _received(method: Method, client: Client, sent: Tree, context: ClientContext, number: int) -> LocalWork:
-    """One client with the weights that its work begins with."""
+    """Return the inputs of one client's local update, with the weights from which it starts."""
     down = context.codec.received(sent)
     turn = Turn(number, context.task.rounds - 1, len(context.rows.y))
     return LocalWork(client._replace(weights=method.receive(client.weights, down, client.memory)), down, context, turn)
 
 
 def _laid_out(lane: LocalWork) -> LocalWork:
-    """The same client; nothing that its phases write into is anybody else's."""
+    """Return the same client, with copies of all tensors that its phases write to."""
     weights = lane.client.weights
     params = laid_out(weights["params"], is_channels_last(lane.context.rows.x))
     buffers = {name: b.clone() for name, b in weights["buffers"].items()}
@@ -96,7 +96,7 @@ def _same(lane: LocalWork) -> LocalWork:
 def _run_phase(
     phase: Phase, gradients: Gradients, lanes: list[LocalWork], lr_scale: float, logs: list[dict[str, float]]
 ) -> list[Callable[[], LocalWork]]:
-    """Run a phase; returns a function for each lane that gives it after the phase."""
+    """Run a phase. Return one function per lane; calling it returns the lane after the phase."""
     if isinstance(phase, Free):
         raise CannotMapError(f"phase '{phase.name}' is Free")
     if isinstance(phase, Sweep):
@@ -110,10 +110,10 @@ def _run_phase(
 
 
 class LaneTrain:
-    """One `Train` at work on several clients: their optimiser states and the sums of their logs, stacked."""
+    """The state of one `Train` for several clients: their optimiser states and the sums of their logs, stacked."""
 
     def __init__(self, train: Train, runner: StepRunner, lanes: Sequence[LocalWork]) -> None:
-        """`lanes`: with the phase's streams."""
+        """`lanes`: the clients, with the phase's random streams."""
         self.train, self.runner, self._lanes = train, runner, lanes
         self.device = lanes[0].context.rows.device
         self.state = self._here(tree.stack([self._first_state(lane.client) for lane in lanes]))
@@ -135,7 +135,7 @@ class LaneTrain:
         return self._here(tree.stack([dict(self.train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes]))
 
     def update(self, grads: Params, params: Params, subset: LaneSubset, lr_scale: float) -> None:
-        """Take the optimiser's step of some lanes, in place: stacked tensors are nobody else's."""
+        """Do the optimiser's step for some lanes, in place, because no other object uses the stacked tensors."""
         state = tree.map_tree(subset.take, self.state)
         self.train.optimizer.step(grads, state, params, lr_scale)
         self.state = tree.map_tree(subset.put, self.state, state)
@@ -191,7 +191,7 @@ class LaneStack:
         )
 
     def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
-        """Train every lane on its own batches; returns a function for each that gives it afterwards, and adds to its logs."""
+        """Train every lane on its own batches. Return one function per lane; calling it returns the trained lane and adds to its logs."""
         plans = [self.rows.places(k, order) for k, order in enumerate(self.orders)]
         augment = [lane.context.rng.child("augment") for lane in self.here]
         device = self.lanes[0].context.rows.device
@@ -207,7 +207,7 @@ class LaneStack:
         return [partial(self._lane, k, len(plan)) for k, plan in enumerate(plans)]
 
     def _advance(self, at: LaneBatch, lr_scale: float) -> None:
-        """Take a step of every member on the next batches of some lanes."""
+        """Do one step of every member on the next batches of some lanes."""
         check_batch(at.batch.y.shape[1], [member.train for member in self.members], self.modules)
         shared = self._precompute(at)
         for member in self.members:
@@ -215,7 +215,7 @@ class LaneStack:
             self._step(member, at, lr_scale, shared if last or shared is None else shared.detached())
 
     def _step(self, member: LaneTrain, at: LaneBatch, lr_scale: float, shared: Precomputed | None) -> None:
-        """Take one step of one member on some lanes; see `LocalTrain.step`."""
+        """Do one step of one member on some lanes; see `LocalTrain.step`."""
         subset, runner = at.subset, member.runner
         run = shared.around(runner.run) if shared else runner.run
         params = self._params(member, subset)
@@ -238,18 +238,18 @@ class LaneStack:
         return shared
 
     def _params(self, member: LaneTrain, subset: LaneSubset) -> Params:
-        """The parameters that a member's optimiser updates, of some lanes."""
+        """Return the parameters of some lanes that a member's optimiser updates."""
         return {name: subset.take(self.params[name]) for name in member.runner.names}
 
     def _inputs(self, wanted: Params, subset: LaneSubset, batch: Batch) -> Tree:
-        """The inputs of a step of some lanes; see `LaneGradients`."""
+        """Return the inputs of a step for some lanes; see `LaneGradients`."""
         others = {name: subset.take(p) for name, p in self.params.items() if name not in wanted}
         buffers = tree.map_tree(subset.take, self.buffers)
         around = tree.map_tree(lambda leaf, dim: leaf if dim is None else subset.take(leaf), self.around, self.dims)
         return {"wanted": wanted, "others": others, "buffers": buffers, "batch": batch._asdict(), **around}
 
     def _lane(self, k: int, n_steps: int) -> LocalWork:
-        """Lane `k` by itself again."""
+        """Return the client of lane `k`, no longer stacked."""
         lane = self.lanes[k]
 
         def mine(value: Tree) -> Tree:
@@ -266,12 +266,12 @@ class LaneStack:
 
 
 def _order(phase: Train | Interleave, lane: LocalWork) -> list[Tensor]:
-    """A lane's batches, as indices of its examples."""
+    """Return a lane's batches, as indices of its examples."""
     rows, plan, rng = lane.context.rows, lane.context.plan, lane.context.rng
     return list(plan.batches(len(rows.y), phase.epochs, phase.steps, rng.child("batches")))
 
 
 def _around(lane: LocalWork, trained: set[str]) -> Tree:
-    """What a lane's steps only read."""
+    """Return the tensors that a lane's steps read but do not change."""
     fixed = {name: p for name, p in lane.client.weights["params"].items() if name not in trained}
     return {"fixed": fixed, "down": lane.down, "memory": lane.client.memory}

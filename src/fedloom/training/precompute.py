@@ -1,4 +1,4 @@
-"""What an `Interleave` computes once for a batch and shares among its members."""
+"""Values that an `Interleave` computes once per batch and shares among its members."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedloom.tree import Tree
 
 
 class Precomputed(NamedTuple):
-    """Values computed once for a batch (of several clients, stacked), with their graph."""
+    """Values computed once for a batch (or for stacked batches of several clients), with their graph."""
 
     values: Params
-    leaves: Params  # the parameters that gradients flow into
+    leaves: Params  # the parameters to which gradients flow
 
     def detached(self) -> Precomputed:
-        """Return the same without a graph, for members through which no gradients flow."""
+        """Return the same values without a graph, for members that receive them as constants."""
         return Precomputed(self.numbers, self.leaves)
 
     @property
@@ -37,7 +37,7 @@ class Precomputed(NamedTuple):
         return {name: value.detach() for name, value in self.values.items() if value.requires_grad}
 
     def around(self, step: Step) -> Step:
-        """Return the step on a batch that holds these values; its gradients have flowed back through them."""
+        """Return the step for a batch with these values. Its gradients are propagated back through them."""
 
         def run(inputs: Tree) -> StepResult:
             wanted, batch = inputs["wanted"] | self.differentiable, inputs["batch"] | {"precomputed": self.numbers}
@@ -47,7 +47,7 @@ class Precomputed(NamedTuple):
         return run
 
     def backward(self, grads: Params) -> Params:
-        """Turn gradients by leaves and by `differentiable` values into gradients by leaves alone."""
+        """Convert gradients with respect to leaves and `differentiable` values into gradients with respect to leaves only."""
         ends = [value for value in self.values.values() if value.requires_grad]
         if not ends:
             return grads
@@ -57,7 +57,9 @@ class Precomputed(NamedTuple):
         except RuntimeError as error:
             if "modified by an inplace operation" not in str(error):
                 raise
-            raise MethodError("only the last member may train what its phase's `precompute` passes through") from None
+            raise MethodError(
+                "a phase with `precompute`: only its last member may train the parameters that `precompute` uses"
+            ) from None
         return {
             name: grads[name] if more is None else grads[name] + more
             for name, more in zip(self.leaves, found, strict=True)
@@ -65,10 +67,10 @@ class Precomputed(NamedTuple):
 
 
 def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients, inputs: Tree) -> Precomputed:
-    """Compute what the members that run share on one client's batch.
+    """Compute the shared values of the active members for one client's batch.
 
     Args:
-        inputs: as those of a step; gradients will flow into `wanted`.
+        inputs: the inputs of a step; gradients will flow to `wanted`.
     """
     assert phase.precompute is not None
     leaves = with_grad(inputs["wanted"])
@@ -79,19 +81,21 @@ def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients,
 
 
 def nets_in_train_mode(trains: Iterable[Train]) -> set[str]:
-    """Return the nets that any of the members has in training mode."""
+    """Return the nets that at least one member puts in training mode."""
     return {net for train in trains for net in train.modes}
 
 
 def check_precompute(phase: Train | Interleave, names: Sequence[Sequence[str]]) -> None:
-    """Refuse members that change parameters through which gradients of shared values will flow.
+    """Check that only the last member trains the parameters through which gradients of shared values flow.
 
     Args:
         names: the parameters that each member trains.
 
     Raises:
-        MethodError: another member than the last trains some of the last one's parameters.
+        MethodError: an earlier member trains a parameter of the last member.
     """
     both = {name for mine in names[:-1] for name in mine}.intersection(*names[-1:])
     if isinstance(phase, Interleave) and phase.precompute and both:
-        raise MethodError(f"phase '{phase.name}': with `precompute`, only its last member may train '{min(both)}'")
+        raise MethodError(
+            f"phase '{phase.name}': only its last member may train '{min(both)}', because it has `precompute`"
+        )

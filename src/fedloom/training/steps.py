@@ -1,4 +1,4 @@
-"""What all forms of an optimiser step share: its inputs and result, and `StepRunner`, the seam behind which faster forms lie."""
+"""The common interface of all forms of an optimiser step: its inputs and result, and `StepRunner`, which faster forms override."""
 
 from __future__ import annotations
 
@@ -17,52 +17,51 @@ from fedloom.tree import Tree, Weights
 
 
 class StepResult(NamedTuple):
-    """What one evaluation of a loss gives."""
+    """The result of one evaluation of a loss."""
 
     grads: Params  # by the names of `inputs["wanted"]`
     logs: Params  # 0-d tensors: the loss, and what it logs
 
 
 Step = Callable[[Tree], StepResult]
-"""Compute gradients from one tree of inputs: the tensors `wanted` (gradients are taken of them), the other weights, `batch`, `down`
+"""Compute gradients from one tree of inputs: the tensors `wanted`, for which gradients are computed, the other weights, `batch`, `down`
 and `memory`. Buffers among the weights are updated in place."""
 
 Replace = Callable[[Params, Batch], Params]
-"""(the tensors `wanted`, batch) -> what the nets compute with in their place."""
+"""(the tensors `wanted`, batch) -> the tensors that the nets use instead."""
 
 
 class FormError(RuntimeError):
-    """A form of a step does not fit the loss, which is only known once it has run. The phase must run again without that form."""
+    """A form of a step cannot compute the loss. This is detected only during a step, so the phase must run again without that form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One `Train` before its first step, for one client or for several side by side: all that the choice of a form depends on."""
+    """One `Train` before its first step, for one client or for several side by side: the facts on which the choice of a form depends."""
 
     train: Train
     names: Sequence[str]  # the parameters that it trains
     alone: bool  # whether no other `Train` takes steps in the same phase
-    work: LocalWork  # of the only client, or of the first
+    work: LocalWork  # of the only client, or of the first client
     order: Sequence[Tensor]  # that client's batches, as indices of examples
-    step: Callable[[Replace | None], Step]  # makes the plain step of one client
+    step: Callable[[Replace | None], Step]  # returns the plain step of one client
     clients: Sequence[Client]
     inputs: Tensor  # x of all clients' examples, stacked and padded: (clients, n, ...)
     stacked_step: Callable[[Replace | None], Step] | None = (
-        None  # makes that of several clients, where there are several
+        None  # returns the plain step of several clients, if there are several
     )
     layout: Any = None  # hashable: which inputs of `stacked_step` are stacked
 
     def plain(self, replace: Replace | None = None) -> Step:
-        """Return the step as the loss is written."""
+        """Return the step that runs the loss as written."""
         return (self.stacked_step or self.step)(replace)
 
 
 class StepRunner:
     """Runs the steps of one `Train`, for one client or for several side by side.
 
-    This is the plain form: gradients of the loss as it is written, of the parameters as they are. Faster forms (`fast/`) override what
-    they change; `choose.py` decides which one runs. The training loop calls `extra`, `run` and `after_step` in every step, and `finished`
-    after the last one.
+    This is the plain form, which runs the loss as written. Faster forms (`fast/`) override some of the methods; `choose.py` chooses the
+    form. The training loop calls `extra`, `run` and `after_step` in every step, and `finished` after the last step.
     """
 
     def __init__(self, names: Sequence[str], step: Step) -> None:
@@ -70,15 +69,15 @@ class StepRunner:
         self.names, self.run = names, step
 
     def extra(self, index: Tensor, lanes: Tensor | None = None) -> Params:
-        """Return further tensors to take gradients of, for the examples `index`.
+        """Return additional tensors for which gradients are computed, for the examples `index`.
 
         Args:
-            lanes: which of the stacked clients take the step; default: all.
+            lanes: the stacked clients that do this step; default: all.
         """
         return {}
 
     def after_step(self, index: Tensor, grads: Params, lr_scale: float) -> None:
-        """Update what the optimiser does not know of."""
+        """Update the weights that the optimiser does not update."""
 
     def finished(self, client: int = 0) -> Params:
         """Return the trained parameters that are not among `names`."""
@@ -86,8 +85,8 @@ class StepRunner:
 
 
 def trained_names(train: Train, weights: Weights) -> list[str]:
-    """Return the names of the parameters that a `Train` updates. Raises MethodError where there are none."""
+    """Return the names of the parameters that a `Train` updates. Raise MethodError if there are none."""
     names = list(select(weights, train.params)["params"])
     if not names:
-        raise MethodError(f"phase '{train.name}' trains {train.params}, which holds no parameters")
+        raise MethodError(f"phase '{train.name}' trains {train.params}, which has no parameters")
     return names

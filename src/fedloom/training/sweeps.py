@@ -22,10 +22,10 @@ EVAL_BATCH = 512
 
 
 def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
-    """Accumulate the phase's statistics over all examples, into the client's memory."""
+    """Accumulate the phase's statistics over all examples in the client's memory."""
     client, down, rows = work.client, work.down, work.context.rows
     if phase.name not in client.memory:
-        raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}'], which init_memory does not create")
+        raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}']; create it in init_memory")
     nets = Nets(gradients.modules, **client.weights)
     total = tree.zeros_like(client.memory[phase.name])
     inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
@@ -47,12 +47,14 @@ def run_free(phase: Free, gradients: Gradients, work: LocalWork) -> Client:
 
 @contextmanager
 def _read_only(phase: Sweep | Free, inputs: Tree) -> Iterator[None]:
-    """Refuse a phase that writes into what later phases, or other clients, read. Raises MethodError."""
+    """Raise MethodError if a phase writes to tensors that later phases or other clients read."""
     before = tree.versions(inputs)
     yield
     changed = tree.changed_since(before, inputs)
     if changed:
-        raise MethodError(f"phase '{phase.name}' changes '{changed}' in place; rows, downlink and memory are read-only")
+        raise MethodError(
+            f"phase '{phase.name}' changes '{changed}' in place; examples, downlink and memory are read-only"
+        )
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""One client's update: the weights it receives, its phases of local work, and the uplink it sends.
+"""One client's update: from the received weights, through the phases of local work, to the uplink.
 
-Read from the top: `client_update`, `run_phases`, `_walk_batches` (the loop over batches) and `LocalTrain.step` (one step of SGD). Nothing
-here knows of other clients, transport or files, nor how a step is computed faster (`steps.py` and `choose.py` say that).
+Read from the top: `client_update`, `run_phases`, `_walk_batches` (the loop over batches) and `LocalTrain.step` (one step of SGD). This
+module does not depend on other clients, transport or files. `steps.py` and `choose.py` describe the faster forms of a step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class UpdateResult:
 def client_update(
     method: Method, gradients: Gradients, client: Client, sent: Tree, context: ClientContext, *, number: int
 ) -> UpdateResult:
-    """Run one client's part of round `number`, from the message `sent` to it to the uplink it sends. Inputs are not changed."""
+    """Run one client's update in round `number`, from the message `sent` to the client to its uplink. Inputs are not changed."""
     down = context.codec.received(sent)
     turn = Turn(number, context.task.rounds - 1, len(context.rows.y))
     received = method.receive(client.weights, down, client.memory)
@@ -64,7 +64,7 @@ def client_update(
 def finish_update(
     method: Method, work: LocalWork, received: Weights, *, logs: dict[str, float], seconds: dict[str, float]
 ) -> UpdateResult:
-    """End a client's update after its local work: decide what it sends and what it keeps."""
+    """End a client's update after its local work: compute its uplink and the state that it keeps."""
     client, down, context, turn = work
     uplink, memory = method.uplink(client, received, down, turn)
     sent, unsent = context.codec.reply(uplink, down, client.unsent, context.rng.child("uplink"))
@@ -83,11 +83,11 @@ def run_phases(
     lr_scale: float = 1.0,
     seconds: dict[str, float] | None = None,
 ) -> tuple[Client, dict[str, int], dict[str, float]]:
-    """Run phases one after another. Returns the client after them, and the optimiser steps taken and the logs, both by phase.
+    """Run phases one after another. Return the client afterwards, the number of optimiser steps, and the logs, the last two by phase.
 
     Args:
-        lr_scale: multiplies all learning rates.
-        seconds: is given the time that each phase took.
+        lr_scale: factor on all learning rates.
+        seconds: filled with the time of each phase.
     """
     buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes into them
     params = laid_out(client.weights["params"], is_channels_last(context.rows.x))
@@ -100,7 +100,9 @@ def run_phases(
             client, trained = _run_phase(phase, gradients, LocalWork(client, down, here, turn), lr_scale)
         except Exception as error:
             before, shape = sum(steps.values()), tuple(here.rows.x.shape)
-            error.add_note(f"in phase '{phase.name}', after {before} steps in earlier ones; rows {shape}")
+            error.add_note(
+                f"in phase '{phase.name}', after {before} steps in earlier phases; examples of shape {shape}"
+            )
             raise
         for member in trained:
             steps[member.train.name] = member.steps
@@ -114,7 +116,7 @@ def run_phases(
 def _run_phase(
     phase: Phase, gradients: Gradients, work: LocalWork, lr_scale: float
 ) -> tuple[Client, Sequence[LocalTrain]]:
-    """The client after a phase, and each `Train` that took steps. The client's buffers are written into."""
+    """Run a phase. Return the client afterwards, and each `Train` that did steps. The client's buffers are changed in place."""
     if isinstance(phase, Sweep | Free):
         with own_randomness(work.context.rng, work.context.rows.device):
             if isinstance(phase, Sweep):
@@ -124,7 +126,7 @@ def _run_phase(
     before = tree.clone(buffers)
     try:
         return _walk_batches(phase, gradients, work, lr_scale)
-    except FormError:  # a loss that does on some batches only what a faster form cannot do: run the phase again
+    except FormError:  # on some batches, the loss does something that a faster form cannot do: run the phase again
         tree.map_tree(Tensor.copy_, buffers, before)
         return _walk_batches(phase, gradients, work, lr_scale, same_bits=True)
 
@@ -132,7 +134,7 @@ def _run_phase(
 def _walk_batches(
     phase: Train | Interleave, gradients: Gradients, work: LocalWork, lr_scale: float, *, same_bits: bool = False
 ) -> tuple[Client, Sequence[LocalTrain]]:
-    """Train on the client's batches: every `Train` of the phase takes a step on each. See `_run_phase`.
+    """Train on the client's batches: every `Train` of the phase does one step per batch. See `_run_phase`.
 
     Args:
         same_bits: see `FastForms.runner`.
@@ -162,7 +164,7 @@ def _walk_batches(
 
 
 class LocalTrain:
-    """One `Train` at work on one client: its optimiser state, and the sums of its logs."""
+    """The state of one `Train` for one client: its optimiser state, and the sums of its logs."""
 
     def __init__(
         self,
@@ -196,7 +198,7 @@ class LocalTrain:
         self.runner = gradients.forms.runner(job, same_bits=same_bits)
 
     def step(self, index: Tensor, batch: Batch, lr_scale: float, shared: Precomputed | None = None) -> None:
-        """Take one optimiser step on `batch`, which holds the examples `index`.
+        """Do one optimiser step on `batch`, which has the examples `index`.
 
         Args:
             shared: precomputed values of the batch.
@@ -207,7 +209,7 @@ class LocalTrain:
         self.runner.after_step(index, grads, lr_scale)
         if self.steps:
             self.train.optimizer.step(grads, self.state, params, lr_scale)  # in place
-        else:  # the weights and the state that the phase starts with are not ours to change
+        else:  # other code may use the weights and the state with which the phase starts, so do not change them
             params, self.state = self.train.optimizer.update(grads, self.state, params, lr_scale)
             self.weights["params"].update(params)
         self.steps += 1
@@ -219,12 +221,12 @@ class LocalTrain:
         return {name: self.weights["params"][name] for name in self.runner.names}
 
     def inputs(self, wanted: Params, batch: Batch) -> Tree:
-        """Return the inputs of a step; gradients are taken of `wanted`."""
+        """Return the inputs of a step; gradients are computed for `wanted`."""
         memory = self.work.client.memory
         return {"wanted": wanted, **self.weights, "batch": batch._asdict(), "down": self.work.down, "memory": memory}
 
     def _with_draws(self, batch: Batch) -> Batch:
-        """The batch with the step's random tensors."""
+        """Return the batch with the step's random tensors."""
         if not self.train.draw:
             return batch
         drawn = self.train.draw(batch, self.work.context.task, self._draws)
@@ -238,7 +240,7 @@ class LocalTrain:
 
 @contextmanager
 def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
-    """Seed torch's generators for modules with randomness of their own (Dropout); restore them at the end.
+    """Seed torch's generators for modules with their own randomness (Dropout), and restore them at the end.
 
     Only those of the host and of this device: `torch.manual_seed` also asks every accelerator, which costs more than a step of a small
     model.
@@ -255,19 +257,19 @@ def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
 
 
 def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
-    """Refuse a batch of one row for nets with BatchNorm, whose variance would be 0. Raises DataError."""
+    """Raise DataError for nets with BatchNorm and a batch of one example, because the variance of one example is 0."""
     trained = {net for train in trains for net in train.modes} if n_rows == 1 else ()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in modules[net].modules()):
         raise DataError(
-            "BatchNorm cannot train on a batch of one row: raise partition.min_examples or batch_size, or use model.norm=group"
+            "BatchNorm cannot train on a batch of one example; raise partition.min_examples or batch_size, or use model.norm=group"
         )
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
-    """Build modules whose initial weights depend on `rng` alone. Frozen parameters (`requires_grad=False`) stay as built."""
+    """Build modules whose initial weights depend only on `rng`. Frozen parameters (`requires_grad=False`) stay as built."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()
     for module in modules.values():
-        module.to(torch.get_default_dtype())  # a user's instance may be of another precision
+        module.to(torch.get_default_dtype())  # a user's instance may have another precision
     return modules

@@ -1,6 +1,6 @@
 """Transforms at both ends of the wire, for messages as trees, and the values that a client has not sent yet.
 
-An uplink sends weights as differences from the weights in the downlink, which both ends know. Differences are small, so rounding them costs
+An uplink sends weights as differences from the weights in the downlink, which both ends have. Differences are small, so rounding them costs
 little, and most are near 0, so a few of them are enough. Values that `topk` leaves out of an uplink stay at the client and are added to its
 next uplink (error feedback, Stich et al., NeurIPS 2018).
 """
@@ -120,7 +120,7 @@ def _packed(message: Tree, chains: Chains) -> Tree:
 
 
 def _to_keep(path: str, unsent: Tensor) -> Tensor:
-    """Return what to send later: zeros for buffers, because running statistics are measured anew in every client update."""
+    """Return the values to send later: zeros for buffers, because every client update measures running statistics again."""
     return torch.zeros_like(unsent) if path.startswith("/buffers/") else unsent
 
 
@@ -139,7 +139,7 @@ def _path(named: tuple[str, Tensor]) -> str:
 
 
 def _known(received: Tree, part: str) -> Flat:
-    """Return the values of an uplink's part that both ends know before it is sent."""
+    """Return the values of an uplink's part that both ends have before it is sent."""
     return _floating(received.get(WEIGHTS, {})) if part == WEIGHTS else {}
 
 

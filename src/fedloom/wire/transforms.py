@@ -1,8 +1,8 @@
 """Transforms of tensors between method and wire: half precision, int8, largest differences only, noise.
 
-A transform works on one part of an uplink or a downlink (by default `weights`), and there on the floating-point tensors of the default
-precision. Counters and other whole numbers are sent unchanged. Sizes are counted after the transform. The receiver works with the decoded
-values. Methods and engines do not know of transforms (see `fedloom.wire.codec`).
+A transform encodes the floating-point tensors of the default precision in one part of an uplink or a downlink (by default `weights`).
+Counters and other whole numbers are sent unchanged. Sizes are counted after the transform. The receiver works with the decoded
+values. Methods and engines do not depend on transforms (see `fedloom.wire.codec`).
 """
 
 from __future__ import annotations

@@ -151,13 +151,13 @@ def test_someone_must_be_tested():
         ({"clients": 60, "alpha": 0.01}, "no draw gave each client"),
         ({"clients": 40, "scheme": "quantity", "alpha": 0.05}, "a larger partition.alpha"),
         ({"clients": 5, "scheme": "pathological", "balance": True, "min_examples": 159}, "no draw"),
-        ({"clients": 81}, "clients=81: 800 rows"),
+        ({"clients": 81}, "clients=81: 800 examples"),
         ({"clients": 0}, "clients=0"),
-        ({}, "needs a number of clients"),
+        ({}, "clients: must be given"),
         ({"clients": 5, "scheme": "dirichelt"}, "did you mean 'dirichlet'"),
         ({"clients": 5, "alpha": 0.0}, r"partition\.alpha=0\.0"),
         ({"clients": 5, "alpha": float("nan")}, r"partition\.alpha=nan"),
-        ({"clients": 5, "scheme": "pathological", "classes_per_client": 11}, "allowed is 1 to 10"),
+        ({"clients": 5, "scheme": "pathological", "classes_per_client": 11}, "must be from 1 to 10"),
         ({"clients": 5, "min_examples": 1}, r"partition\.min_examples=1"),
         ({"clients": 5, "test_fraction": 1.0}, r"partition\.test_fraction=1\.0"),
         ({"clients": 5, "valid": 1.0}, r"partition\.valid=1\.0"),
@@ -187,13 +187,13 @@ def test_a_partition_fits_its_own_data_only(pool, tmp_path):
     other = replace(pool, name="other")
     cut = replace(pool, n_train=pool.n_train - 1)  # as `data.rows` does
     for dataset, told in ((other, "with data="), (cut, "with n_train=")):
-        with pytest.raises(DataError, match=f"it deals the rows of a pool {told}"):
+        with pytest.raises(DataError, match=f"it was made for a data set {told}"):
             partition(dataset, 5, scheme="file", path=tmp_path / "p.json")
 
 
 def test_an_own_split_needs_test_examples(pool):
     train = replace(pool, n_train=pool.n_rows, columns={"client": np.arange(pool.n_rows) % 3})
-    with pytest.raises(DataError, match=r"partition=own: data=.* brings no test rows"):
+    with pytest.raises(DataError, match=r"partition=own: data=.* has no test examples"):
         partition(train, scheme="own")
 
 
@@ -213,17 +213,17 @@ def test_a_foreign_file_needs_training_examples_only(pool, tmp_path):
         ("nonsense", "cannot be read as JSON"),
         ([1], "'train' must be"),
         ({"train": []}, "'train' must be"),
-        ({"train": [[0, 800]]}, r"train\[0\] names row 800, allowed is 0 to 799"),
-        ({"train": [[-1]]}, "names row -1"),
+        ({"train": [[0, 800]]}, r"train\[0\] has example number 800; numbers must be from 0 to 799"),
+        ({"train": [[-1]]}, "has example number -1"),
         ({"train": [[0.5]]}, "whole numbers"),
         ({"train": [[True]]}, "whole numbers"),
-        ({"train": [[1, 1]]}, "names row 1 twice"),
-        ({"train": [[1], [1]]}, "row 1 is in two"),
-        ({"train": [[1]], "valid": [[1]]}, "row 1 is in two"),
+        ({"train": [[1, 1]]}, "has example number 1 twice"),
+        ({"train": [[1], [1]]}, "example 1 is in two"),
+        ({"train": [[1]], "valid": [[1]]}, "example 1 is in two"),
         ({"train": [[1], [2]], "test": [[3]]}, "one list for each of the 2 clients"),
-        ({"train": [[1], [2]], "test": [[2], [3]]}, "row 2 is both trained and tested on"),
-        ({"train": [[1]], "common": [1]}, "row 1 is both trained and tested on"),
-        ({"train": [[1]], "hash": "0" * 32}, "hash does not fit"),
+        ({"train": [[1], [2]], "test": [[2], [3]]}, "example 2 is in both"),
+        ({"train": [[1]], "common": [1]}, "example 1 is in both"),
+        ({"train": [[1]], "hash": "0" * 32}, "hash does not match"),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(tmp_path, content, message):

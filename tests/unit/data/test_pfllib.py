@@ -140,5 +140,5 @@ def test_files_of_another_form_are_named(folder):
 
 def test_pfllib_needs_a_path_and_nothing_else(folder):
     for settings in ({}, {"path": folder, "rows": 3}, {"path": folder, "image_size": 8}):
-        with pytest.raises(DataError, match="data=pfllib needs"):
+        with pytest.raises(DataError, match="data=pfllib: needs"):
             load("pfllib", **settings)

@@ -211,7 +211,8 @@ def test_local_updates_that_did_not_count_are_reported(tmp_path: Path) -> None:
     Scene(extra={"rejected": 1200, "lost": 0, "late": 0, "skipped": 3}).write(tmp_path / "a")
     Scene(method="fedper", extra={"rejected": 0, "lost": 0, "late": 0, "skipped": 0}).write(tmp_path / "b")
     assert (
-        "Turns that did not count: fedavg 1,200 rejected, 3 rounds skipped." in summary_grid(read([tmp_path])).caption
+        "Local updates that did not count: fedavg 1,200 rejected, 3 rounds skipped."
+        in summary_grid(read([tmp_path])).caption
     )
     assert "did not count" not in summary_grid(read([tmp_path / "b"])).caption
 

@@ -68,10 +68,10 @@ def test_a_run_without_times_is_refused(tmp_path):
     path = folder(tmp_path / "a", [0.5], 1)
     turns = pd.read_parquet(path / "clients.parquet")
     turns.drop(columns="flops").to_parquet(path / "clients.parquet")
-    with pytest.raises(ConfigError, match="a has no counted operations for gflops"):
+    with pytest.raises(ConfigError, match="a has no operation counts, which gflops needs"):
         waiting_grid(read([path]), Waiting([WAY], gflops=4))
     (path / "clients.parquet").unlink()
-    with pytest.raises(ConfigError, match=r"a has no clients\.parquet with seconds and bytes"):
+    with pytest.raises(ConfigError, match=r"a has no seconds and bytes in clients\.parquet"):
         waiting_grid(read([path]), Waiting([WAY], gflops=4))
     (path / "metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="a has no accuracy yet"):

@@ -1,4 +1,4 @@
-"""Probes of a Ray address before `ray.init`: a malformed address, a machine that does not answer, a token that is refused.
+"""Check a Ray address before `ray.init`: detect a malformed address, a machine that does not answer, and a refused token.
 
 Ray itself would try each of them for half a minute or more, and report the failure in many lines.
 """

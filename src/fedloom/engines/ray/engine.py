@@ -5,7 +5,7 @@ all examples is put into the object store once: each machine holds one copy, whi
 
 A client's state is committed here, in the experiment, when the result of its local update arrives, so it survives the loss of any
 worker or machine. A worker keeps a copy of its clients for the next round, each with a version: the number of the local update that made
-it. A worker that lacks the requested version (it is new, or its result never arrived) says so and is sent the client.
+it. A worker that lacks the requested version (it is new, or its result never arrived) reports this, and the experiment sends it the client.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Seat:
         """Return whether the worker can work now.
 
         Raises:
-            ConfigError: it never will; raised only once.
+            ConfigError: the worker can never work; raised only once.
         """
         if self._starting is None:
             return not self.is_gone
@@ -172,7 +172,7 @@ class RayEngine(ForwardingEngine):
         """`deadline_s` is the time that a worker has for its share of a round or of a scoring; default: no limit.
 
         Raises:
-            ConfigError: no worker starts, or one has other versions.
+            ConfigError: no worker starts, or a worker has different package versions.
         """
         self._cluster, self._deadline_s, self._packer = cluster, deadline_s, Packer()
         self._versions: dict[int, int] = {}
@@ -237,7 +237,7 @@ class RayEngine(ForwardingEngine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. If clients keep nothing, all hold one model, and the common test examples are split into pieces."""
+        """See `Engine.score`. If clients keep nothing, all have the same model, and the common test examples are split into pieces."""
         same = not self.problem.method.adapt() and not any(tree.leaves(self.client(i)._asdict()) for i in clients)
         assigned = self._by_worker(clients)
         work = shares(asks, [[clients[place] for place in places] for _, places in assigned], by_rows=same)
@@ -363,7 +363,7 @@ def _put(problem: Problem) -> Any:
 
 @contextmanager
 def _own_code_by_value() -> Iterator[None]:
-    """Pickle classes from the user's own files with their code, since other machines (and Ray's workers) do not have the files."""
+    """Pickle classes from the user's own files with their code, because other machines (and Ray's workers) do not have the files."""
     own = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

@@ -42,7 +42,7 @@ class Facts(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A worker's answer: it does not hold these clients in the committed version."""
+    """A worker's answer: it does not have these clients in the committed version."""
 
     clients: Sequence[int]
 

@@ -1,8 +1,8 @@
-"""Convolutions of several lanes, each with kernels of its own.
+"""Convolutions of several lanes, each with its own kernels.
 
-vmap makes one grouped convolution of them. The other form lays every pixel's surroundings in a column and multiplies matrices, one batched
-product for all lanes. Which is faster depends on device, shapes and precision, so `tuned` times both, once per layer. They round
-differently, so with `tuned` the last bits may differ from run to run; with `grouped` or `columns` they do not.
+vmap combines them into one grouped convolution. The other form copies the neighbourhood of every pixel into a column, and computes one
+batched matrix product for all lanes. Which form is faster depends on device, shapes and precision, so `tuned` times both, once per layer.
+Their rounding differs, so with `tuned` the last bits may differ between runs; with `grouped` or `columns` they do not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConvolutionShape:
-    """The shapes of one lane's convolution, but for the number of examples."""
+    """The shapes of one lane's convolution, except for the number of examples."""
 
     image: tuple[int, ...]  # (C, H, W) of its input
     weight: tuple[int, ...]
@@ -38,18 +38,18 @@ class ConvolutionShape:
 
 
 class Convolutions:
-    """How the convolutions of lanes are computed; remembers what was faster."""
+    """Chooses how the convolutions of lanes are computed, and remembers which form was faster."""
 
     def __init__(self, form: ConvolutionForm, device: torch.device = HOST, bf16: bool = False) -> None:
         self._form, self._device, self._bf16 = form, device, bf16
         self.columns_faster: dict[ConvolutionShape, bool] = {}  # with `tuned`
 
     def of(self, n_lanes: int) -> TorchFunctionMode:
-        """Return a context in which two-dimensional convolutions inside vmap take the chosen form; those with groups stay as they are."""
+        """Return a context in which 2D convolutions inside vmap use the chosen form; convolutions with groups do not change."""
         return _Chosen(self, n_lanes)
 
     def by_columns(self, layer: ConvolutionShape) -> bool | None:
-        """Return whether to compute a layer by columns; None if it has not been timed yet."""
+        """Return whether to compute a layer by columns, or None if it has not been timed yet."""
         return self.columns_faster.get(layer) if self._form == "tuned" else self._form == "columns"
 
     def time(self, layer: ConvolutionShape, n_rows: int, n_lanes: int) -> None:
@@ -65,7 +65,7 @@ class Convolutions:
             seconds = {name: self._seconds(loss, weight, x) for name, loss in forms.items()}
         self.columns_faster[layer] = seconds["columns"] < seconds["grouped"]
         found = ", ".join(f"{name} {1000 * s:.3g} ms" for name, s in seconds.items())
-        shapes = f"{n_lanes} lanes of {n_rows} rows {layer.image}, kernels {layer.weight}"
+        shapes = f"{n_lanes} lanes of {n_rows} examples {layer.image}, kernels {layer.weight}"
         log.info("%s: %s", shapes, found)
 
     def _seconds(self, loss: Callable[..., Tensor], weight: Tensor, x: Tensor) -> float:
@@ -74,7 +74,7 @@ class Convolutions:
 
 
 class _Chosen(TorchFunctionMode):
-    """See `Convolutions.of`. Layers that are new run as vmap does and are timed at the end: not inside of vmap, nor of a recording."""
+    """See `Convolutions.of`. New layers are first computed as in vmap, and timed at the end, outside vmap and recordings."""
 
     def __init__(self, book: Convolutions, n_lanes: int) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ class _Chosen(TorchFunctionMode):
         return columns(x, weight, given.get("bias"), layer) if by_columns else func(*args, **(kwargs or {}))
 
     def __exit__(self, *error: Any) -> None:
-        """Time what was new."""
+        """Time the new layers."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         for layer, n_rows in self._new.items():
             self._book.time(layer, n_rows, self._n_lanes)

@@ -1,4 +1,4 @@
-"""A step traced once into a flat list of tensor operations, which runs again without Python's overhead or autograd.
+"""Trace a step once into a flat list of tensor operations, which is then repeated without autograd and most of Python's overhead.
 
 `torch.fx.experimental.proxy_tensor.make_fx` does the same, but first imports torch's compiler, which takes seconds in every worker process.
 """
@@ -25,10 +25,10 @@ aten = torch.ops.aten
 
 
 def trace(step: Step, inputs: Tree) -> Step:
-    """Return a function that gives the results of `step` for other inputs of the same shapes.
+    """Return a function that computes the results of `step` for other inputs of the same shapes.
 
     Raises:
-        ValueError: the step reads numbers out of tensors, or shapes depend on them.
+        ValueError: the step reads values from tensors, or shapes depend on values.
     """
     with TraceMode(tree.leaves(inputs)) as recorder, torch.enable_grad():
         grads, logs = step(inputs)
@@ -60,7 +60,7 @@ def trace(step: Step, inputs: Tree) -> Step:
 
 
 class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
-    """Writes every operation that runs while it lasts into a graph, autograd's too."""
+    """Records every operation that runs while the mode is active in a graph, including those of autograd."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -74,7 +74,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         """One operation."""
         if torch.Tag.data_dependent_output in func.tags or _has_unknown_size(func, args):
-            raise ValueError(f"what {func} gives depends on numbers")
+            raise ValueError(f"the result of {func} depends on the values in its inputs")
         found = func(*args, **(kwargs or {}))
         node = self._graph.call_function(func, *tree_map_only(Tensor, self._node, (args, dict(kwargs or {}))))
         if isinstance(found, Tensor):
@@ -86,7 +86,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
         return found
 
     def finish(self, results: Sequence[Tensor]) -> Graph:
-        """Return the graph, which computes these tensors."""
+        """Return the graph that computes these tensors."""
         self._graph.output([self._node(value) for value in results])
         return self._graph
 
@@ -96,7 +96,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
         self._seen.append(value)
 
     def _node(self, value: Tensor) -> Node:
-        """The node that made a tensor; a tensor that is neither an input nor made on the way is a constant."""
+        """Return the node that created a tensor. A tensor that is neither an input nor created by a traced operation is a constant."""
         if id(value) not in self._nodes:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = value.detach()
@@ -105,7 +105,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _has_unknown_size(func: Any, args: Any) -> bool:
-    """Whether the shape of an operation's result depends on numbers; a trace would keep the shape that it saw."""
+    """Return whether the shape of an operation's result depends on values. A trace would always repeat the first shape."""
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
     if func is not aten.index.Tensor:
@@ -114,7 +114,7 @@ def _has_unknown_size(func: Any, args: Any) -> bool:
 
 
 def _shorten(graph: Graph) -> None:
-    """Remove operations that change nothing: they cost as much Python as others."""
+    """Remove operations that change nothing, because they have the same Python overhead as others."""
     swaps = (aten.t.default, aten.transpose.int)
     reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
     for node in graph.nodes:
@@ -137,7 +137,7 @@ def _shorten(graph: Graph) -> None:
 
 
 def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
-    """Call operations by functions such as `torch.relu`, which take half as long as `torch.ops.aten.relu`, unless a signature differs."""
+    """Call functions such as `torch.relu`, which take half as long as `torch.ops.aten.relu`, unless their signature differs."""
     before = {}
     for node in traced.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -150,7 +150,7 @@ def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
     traced.recompile()
     try:
         traced.forward(*inputs)
-    except Exception:  # its arguments have other names, say
+    except Exception:  # for example, its arguments have other names
         for node, (op, target) in before.items():
             node.op, node.target = op, target
         traced.recompile()

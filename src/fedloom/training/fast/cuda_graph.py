@@ -1,7 +1,7 @@
-"""Steps recorded once and then replayed as CUDA graphs.
+"""Record steps once and replay them as CUDA graphs.
 
-A small model's step is some fifty kernels, which the device runs faster than the host can launch them. A graph launches all of them at
-once. It reads and writes the same memory every time, so a `Recording` first copies a step's inputs there.
+A step of a small model consists of about fifty kernels, which the device runs faster than the host can launch them. A graph launches all of
+them at once. It always reads and writes the same memory, so a `Recording` first copies a step's inputs there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
 Record = Callable[[Callable[[], StepResult]], tuple[Callable[[], Any], StepResult]]
-"""(work) -> a function that repeats the work, and its results, which lie in the same memory every time."""
+"""(work) -> a function that repeats the work, and its results, which are always in the same memory."""
 
-WARM_UPS = 3  # runs before the recording: libraries choose their algorithms and take their memory
+WARM_UPS = 3  # runs before the recording, in which libraries choose their algorithms and allocate memory
 
 
 class Recording:
-    """A step with memory of its own for all its inputs. The gradients it returns are valid until its next call."""
+    """A step with its own memory for all its inputs. The gradients that it returns are valid until its next call."""
 
     def __init__(self, step: Step, inputs: Tree, record: Record) -> None:
         self._inputs = tree.map_tree(twin, inputs)
@@ -42,7 +42,7 @@ class Recording:
             return StepResult(dict(grads), {name: value.clone() for name, value in logs.items()})
 
     def _take(self, leaves: list[Tensor]) -> None:
-        """Copy the inputs that have changed: the received weights, for example, are the same in all steps of an update."""
+        """Copy the inputs that have changed. The received weights, for example, are the same in all steps of an update."""
         own = tree.leaves(self._inputs)
         states = [(leaf, -1 if leaf.is_inference() else leaf._version) for leaf in leaves]
         new = [k for k, state in enumerate(states) if not _is_known(self._seen[k], state)]
@@ -52,19 +52,19 @@ class Recording:
 
 
 def twin(leaf: Tensor) -> Tensor:
-    """Return a copy with the same strides, even where torch sees no difference (one channel): kernels, and so last bits, depend on them."""
+    """Return a copy with the same strides, even for one channel, because the choice of kernels, and so the last bits, depend on them."""
     if 0 in leaf.stride():  # several numbers in one place
         return leaf.clone()
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
 def _is_known(before: tuple[Tensor, int] | None, now: tuple[Tensor, int]) -> bool:
-    """Whether this is the tensor that was copied last, unchanged; inference tensors have no version to tell by."""
+    """Return whether this is the tensor that was copied last, unchanged. For inference tensors, which have no version, return False."""
     return before is not None and before[0] is now[0] and before[1] == now[1] >= 0
 
 
 def record_graph(work: Callable[[], StepResult]) -> tuple[Callable[[], Any], StepResult]:
-    """Record a step on the current CUDA device; a `Record`."""
+    """Record a step on the current CUDA device (a `Record`)."""
     beside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     beside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(beside):

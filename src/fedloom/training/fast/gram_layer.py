@@ -1,10 +1,11 @@
-"""Input layers by the Gram matrix of a client's examples: plain SGD on a linear layer, without touching its weight until the end.
+"""Train linear input layers with plain SGD through the Gram matrix of a client's examples, without computing the weight in each step.
 
-A linear layer on the examples X (n, F) themselves, with a weight W (D, F), gets gradients that are sums of outer products, S^T X: each
-example times the loss's slopes S at the layer's outputs for it. After any number of steps of plain SGD it is therefore W = W_0 + C^T X,
-where row i of C (n, D) is the sum of -lr times example i's slopes, and its outputs are X W_0^T + (X X^T) C. So a client update needs one
-product with W_0 before its first step and one for W after the last; what a step reads and writes is of the size of the outputs, not of
-the weight. Nothing is approximated: the numbers are those of the steps as written, up to rounding.
+Consider a linear layer with weight W (D, F) whose inputs are the examples X (n, F) themselves. Its gradient is S^T X, where row i of S
+(n, D) is the gradient of the loss with respect to the layer's output for example i. After any number of steps of plain SGD, the weight is
+therefore W = W_0 + C^T X, where row i of C (n, D) is the sum of -lr times those gradients for example i. The outputs are
+X W_0^T + (X X^T) C. So a client update needs one product with W_0 before its first step, and one product for W after the last. Each step
+reads and writes arrays of the size of the outputs, not of the weight. Nothing is approximated: results equal those of the steps as
+written, up to rounding.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from fedloom.rng import Stream
 from fedloom.training.fast.step_cache import MOST_KINDS, kind_of
 from fedloom.training.steps import FormError, Step, StepRunner, TrainJob
 
-# In multiplications that take as long (docs/performance.md says how they were measured):
-TOUCHED = 30  # to read and write one number of a weight in a step
-TOUCHED_IN_LANES = 60  # the same where several clients' weights do not fit into the cache
-FIXED = 4_000_000  # the fixed cost of a step by Gram matrix, for all stacked clients together
-CHUNK = 5  # clients whose examples are multiplied at once: they stay in the cache for both products
+# Costs in numbers of multiplications that take the same time (docs/performance.md describes the measurement):
+TOUCHED = 30  # time to read and write one number of a weight in a step
+TOUCHED_IN_LANES = 60  # the same, if several clients' weights do not fit into the cache
+FIXED = 4_000_000  # fixed cost of a step with the Gram matrix, for all stacked clients together
+CHUNK = 5  # number of clients whose examples are multiplied at once: they stay in the cache for both products
 GAIN = 0.8  # the Gram matrix must take at most this fraction of the time
 
 
 class GramStepRunner(StepRunner):
-    """Runs steps in which some input layers are updated by their Gram matrix, not by the optimiser."""
+    """Runs steps in which some input layers are updated through their Gram matrix, not by the optimiser."""
 
     def __init__(self, job: TrainJob, replace: GramOutputs, step: Step) -> None:
         super().__init__([name for name in job.names if name not in replace.names], step)
@@ -46,7 +47,7 @@ class GramStepRunner(StepRunner):
         }
 
     def extra(self, index: Tensor, lanes: Tensor | None = None) -> Params:
-        """Return the layers' outputs: gradients are taken of them in place of the weights."""
+        """Return the layers' outputs. Gradients are computed for them instead of for the weights."""
         outputs = {name: layer.outputs(index, lanes) for name, layer in self._layers.items()}
         return outputs if self._stacked else {name: value[0] for name, value in outputs.items()}
 
@@ -61,19 +62,19 @@ class GramStepRunner(StepRunner):
 
 
 class GramChoice:
-    """Decides which input layers of one architecture's modules are updated by their Gram matrix."""
+    """Decides which input layers of one architecture's modules are updated through their Gram matrix."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._linear = linear_layers(modules)
         self._accepted: dict[Any, tuple[str, ...]] = {}
 
     def replacement(self, job: TrainJob) -> GramOutputs | None:
-        """Return what stands in the place of those layers' weights; None where there is no such layer."""
+        """Return the replacement for the weights of those layers, or None if there is no such layer."""
         names = self._layers(job)
         return GramOutputs(names, checked=job.stacked_step is None) if names else None
 
     def _layers(self, job: TrainJob) -> tuple[str, ...]:
-        """The input layers for which the Gram matrix is less work, and that the loss uses as nothing but linear layers on the batch."""
+        """Return the input layers for which the Gram matrix is less work, and which the loss uses only as linear layers on the batch."""
         (x, y, augment, _), client = job.work.context.rows, job.work.client
         if not job.alone or job.train.optimizer.plain_lr is None or augment:
             return ()
@@ -92,15 +93,15 @@ class GramChoice:
             return known
         if len(self._accepted) == MOST_KINDS:
             self._accepted.clear()
-        with torch.random.fork_rng([]):  # the trial must not move the phase's generator
+        with torch.random.fork_rng([]):  # the trial must not advance the phase's generator
             self._accepted[key] = accepted(job, names)
         return self._accepted[key]
 
 
 def accepted(job: TrainJob, names: Sequence[str]) -> tuple[str, ...]:
-    """Return those layers whose outputs the loss accepts in the place of their weights, tried on the first batch.
+    """Return the layers whose outputs can replace their weights in the loss. This is tested on the first batch.
 
-    A loss that fails for any other reason fails again when it runs as written.
+    A loss that fails for another reason fails again when it runs as written.
     """
     (client, down, context, _), size = job.work, len(job.order[0])
     batch = Batch(context.rows.x[:size], context.rows.y[:size])
@@ -122,10 +123,10 @@ def accepted(job: TrainJob, names: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class GramOutputs:
-    """Puts layers' outputs in the place of their weights; a `Replace`."""
+    """Replaces the weights of layers by their outputs (a `Replace`)."""
 
     names: tuple[str, ...]
-    checked: bool  # whether a layer's input is compared with the batch, which a mapped loss does not allow
+    checked: bool  # whether a layer's input is compared with the batch; this is impossible in a mapped loss
 
     def __call__(self, wanted: Params, batch: Batch) -> Params:
         """See `Replace`."""
@@ -134,15 +135,15 @@ class GramOutputs:
 
 
 class PhaseWork(NamedTuple):
-    """A client's work in a phase, for estimating what a form costs."""
+    """The amount of a client's work in a phase, for estimating the cost of a form."""
 
     n_rows: int  # the client's examples
     visited: int  # examples over all steps
     steps: int
-    lanes: int = 1  # clients with as much work that are trained side by side
+    lanes: int = 1  # number of clients with the same amount of work that are trained side by side
 
     def is_less_by_gram_matrix(self, weight: Tensor) -> bool:
-        """Estimate whether the Gram matrix saves time with this weight (D, F). No clock decides, since the two forms round differently."""
+        """Estimate whether the Gram matrix saves time for this weight (D, F). Nothing is timed, because the two forms round differently."""
         (outputs, _), size = weight.shape, weight.numel()
         touched = TOUCHED if self.lanes == 1 else TOUCHED_IN_LANES
         written = 2 * self.visited * size + self.steps * touched * size
@@ -172,11 +173,11 @@ class GramLayer:
             torch.bmm(x, x.transpose(1, 2), out=self._gram[start:end])
 
     def outputs(self, places: Tensor, lanes: Tensor | None = None) -> Tensor:
-        """Return the layer's present outputs, without its bias, for examples of every lane, or of some: (lanes, B, D).
+        """Return the layer's current outputs, without its bias, for examples of all lanes or of some: (lanes, B, D).
 
         Args:
             places: the examples' indices among all lanes' examples, lane after lane.
-            lanes: which lanes they belong to; default: all.
+            lanes: the lanes of these examples; default: all.
         """
         moves = self._moves if lanes is None else self._moves.index_select(0, lanes)
         first, gram = (table.index_select(0, places) for table in (self._first, self._gram.flatten(0, 1)))
@@ -184,17 +185,17 @@ class GramLayer:
         return torch.baddbmm(first.view(shape), gram.view(shape), moves)
 
     def step(self, places: Tensor, slopes: Tensor, scale: float = 1.0) -> None:
-        """Take a step of SGD: `slopes` (..., D) are the gradients of the outputs, `scale` multiplies the learning rate."""
+        """Do one step of SGD. `slopes` (..., D) are the gradients with respect to the outputs; `scale` multiplies the learning rate."""
         flat = slopes.reshape(-1, slopes.shape[-1])
         self._moves.flatten(0, 1).index_add_(0, places, flat, alpha=-self._lr * scale)
 
     def weight(self, lane: int = 0) -> Tensor:
-        """Return a lane's weight after all steps so far."""
+        """Return a lane's weight after the steps so far."""
         return torch.addmm(self._weights[lane], self._moves[lane].T, self._rows[lane])
 
 
 class Outputs(Tensor):
-    """A layer's outputs for a batch, in its weight's place: `linear` on the batch returns them, any other use raises FormError."""
+    """A layer's outputs for a batch, which replace its weight: `linear` on the batch returns them; any other use raises FormError."""
 
     plain: Tensor
     rows: Tensor | None
@@ -223,7 +224,7 @@ class Outputs(Tensor):
 
 
 def _are_same(input: Tensor, rows: Tensor) -> bool:
-    """Whether a layer's input (B, F) is the batch itself, in the same memory."""
+    """Return whether a layer's input (B, F) is the batch itself, in the same memory."""
     return (
         input.shape == (len(rows), rows[0].numel())
         and input.data_ptr() == rows.data_ptr()

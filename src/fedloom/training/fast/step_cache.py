@@ -1,9 +1,9 @@
-"""A cache of steps, which are replayed where that is faster and gives the same bits.
+"""A cache of steps. A step is replayed if the replay is faster and gives the same bits.
 
-A step of a small model costs more in Python and autograd than in arithmetic. So when a kind of step turns out to be short, it is traced
-into a flat list of tensor operations (`cpu_trace.py`); if replaying the list is faster and gives the same bits, it is replayed from then
-on. Whatever cannot be traced, and nets with buffers (BatchNorm changes them on the way), runs as written. On a CUDA device a step of any
-length, with buffers or without, is recorded as a CUDA graph (`cuda_graph.py`) and judged in the same way.
+A step of a small model spends more time in Python and autograd than in arithmetic. If a kind of step is short, it is therefore traced
+into a flat list of tensor operations (`cpu_trace.py`). If replaying the list is faster and gives the same bits, later steps of this kind
+are replayed. Steps that cannot be traced, and steps of nets with buffers (BatchNorm changes them), run as written. On a CUDA device, steps
+of any length, with or without buffers, are recorded as CUDA graphs (`cuda_graph.py`) and tested in the same way.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fedloom.tree import Tree
 log = logging.getLogger(__name__)
 
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
-TRIALS = 30  # steps of a kind before it is judged
-REPEATS = 5  # timings of each way
-MOST_KINDS = 256  # of steps; a loss that is made anew in every turn would make ever more of them
-MOST_RECORDINGS = 16  # each holds memory of the device; the commonest kinds of step get there first
+TRIALS = 30  # steps of a kind before a replay is tested
+REPEATS = 5  # timings of each form
+MOST_KINDS = 256  # maximum number of kinds: a loss that is created again in every local update adds kinds without end
+MOST_RECORDINGS = 16  # each uses memory of the device; the most frequent kinds of step are recorded first
 
 
 class StepCache:
@@ -44,11 +44,11 @@ class StepCache:
         self._kinds: dict[Any, _Kind] = {}
 
     def cached(self, step: Step, kind: Any, *, stacked: bool) -> Step:
-        """Return the step, which is replayed once a replay has proved itself.
+        """Return a step that is replayed as soon as a replay has passed the test.
 
         Args:
-            kind: tells steps apart, beside the shapes of batches; a step of an unhashable kind runs as written.
-            stacked: whether it is a step of several clients at once.
+            kind: identifies the step, together with the shapes of batches; a step of an unhashable kind runs as written.
+            stacked: whether this is a step of several clients at once.
         """
         number = self._number(kind)
         if number is None:
@@ -62,7 +62,7 @@ class StepCache:
         return run
 
     def _number(self, kind: Any) -> int | None:
-        """A number that stands for a kind, which would be slow to compare in every step."""
+        """Return a number that represents a kind, because comparing kinds in every step would be slow."""
         try:
             known = self._numbers.get(kind)
         except TypeError:  # unhashable, e.g. a loss that closes over a list
@@ -82,7 +82,7 @@ class StepCache:
         started = time.perf_counter()
         result = step(inputs)
         if kind.is_worth_a_trial((time.perf_counter() - started) / n_clients) and self._n_replays < self._rules.most:
-            with torch.random.fork_rng(_indices(self._device)):  # the trial must not move the phase's generator
+            with torch.random.fork_rng(_indices(self._device)):  # the trial must not advance the phase's generator
                 kind.replay = faster_replay(step, inputs, self._rules.make, self._device)
         return result
 
@@ -92,7 +92,7 @@ class StepCache:
 
 
 def kind_of(train: Train, work: LocalWork) -> Any:
-    """Return what one trace can stand for: a loss, and the structure of all that it may read beside batches.
+    """Return the key of steps that share a trace: the loss, and the structure of everything that it may read except batches.
 
     A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
     """
@@ -100,7 +100,7 @@ def kind_of(train: Train, work: LocalWork) -> Any:
 
 
 def form_of_batch(batch: Tree) -> Any:
-    """Return the shapes of a batch, which is given as a tree."""
+    """Return the shapes of a batch (a tree)."""
     x = batch["x"]
     return x.shape, x.stride(), _form(batch["draws"]), _form(batch["precomputed"])
 
@@ -110,9 +110,9 @@ def _form(tensors: Mapping[str, Any]) -> Any:
 
 
 def fingerprint(value: Any) -> Any:
-    """Return what identifies a function in a key: its code, and what a trace bakes in with it (what it is bound to or closes over).
+    """Return the part of a key that identifies a function: its code, and the values that a trace makes constant (bound or closed over).
 
-    Bound methods, lambdas and partial functions are other objects each time they are made. Anything else stands for itself.
+    Bound methods, lambdas and partial functions are new objects each time they are created. Other objects identify themselves.
     """
     if isinstance(value, functools.partial):
         return fingerprint(value.func), value.args, tuple(value.keywords.items())
@@ -133,22 +133,22 @@ class _Kind:
         self._left, self._best, self._longest = TRIALS, float("inf"), longest_s
 
     def is_worth_a_trial(self, seconds: float) -> bool:
-        """Whether now is the time to try a replay: once, after some steps, if the shortest was short."""
+        """Return whether to test a replay now. This happens once, after `TRIALS` steps, if the fastest of them was short."""
         self._left -= 1
         self._best = min(self._best, seconds)
         return self._left == 0 and self._best < self._longest
 
 
 class ReplayRules(NamedTuple):
-    """How steps are replayed on some device."""
+    """How steps are replayed on a device."""
 
     make: Callable[[Step, Tree], Step]  # (a step, inputs of its kind) -> its replay
     longest_s: float  # steps that take longer are not tried
-    most: float  # replays of one cache
+    most: float  # maximum number of replays in one cache
 
 
 def replay_rules(device: torch.device, stateful: bool) -> ReplayRules | None:
-    """Return how steps are replayed on a device, `stateful` ones where nets have buffers; None: not at all."""
+    """Return how steps are replayed on a device, or None if they are not. `stateful`: whether nets have buffers."""
     if device.type == "cuda":
         return ReplayRules(lambda step, inputs: Recording(step, inputs, record_graph), float("inf"), MOST_RECORDINGS)
     return ReplayRules(trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
@@ -166,32 +166,32 @@ def faster_replay(
     make: Callable[[Step, Tree], Step],
     device: torch.device,
 ) -> Step | None:
-    """Return a replay of `step` that gives the same bits in less time, or None; judged on inputs of its own, different in every leaf."""
+    """Return a replay of `step` that gives the same bits in less time, or None. It is tested on inputs that differ in every leaf."""
     inputs = tree.map_tree(_varied, inputs)
     try:
         replay = make(step, inputs)
         other = tree.map_tree(_varied, inputs)
-        mine, theirs = tree.map_tree(twin, other), tree.map_tree(twin, other)  # buffers change on the way
+        mine, theirs = tree.map_tree(twin, other), tree.map_tree(twin, other)  # a step changes buffers
         found = zip((*replay(mine), mine["buffers"]), (*_with_grad(step, theirs), theirs["buffers"]), strict=True)
         same = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in found)
         slow = shortest_s(lambda: _with_grad(step, other), device, REPEATS)
         fast = shortest_s(lambda: replay(other), device, REPEATS)
-    except Exception as error:  # whatever a replay cannot do (a value read out of a tensor, ...) runs as written
+    except Exception as error:  # steps that cannot be replayed (they read a value from a tensor, ...) run as written
         _say(device, f"{type(error).__name__}: {error}")
         return None
     if not same:
-        _say(device, "a replay gave other bits")
+        _say(device, "a replay gave different bits")
     return replay if same and fast < 0.95 * slow else None
 
 
 def _say(device: torch.device, why: str) -> None:
-    """Log one line, but none on the host, where little is lost."""
+    """Log one line on a CUDA device, and nothing on the CPU, where a replay saves less time."""
     if device != HOST:
         log.warning("steps of a kind run as written, without a CUDA graph: %s", why.splitlines()[0])
 
 
 def _varied(leaf: Tensor) -> Tensor:
-    """A copy with slightly other numbers.
+    """Return a copy with slightly different numbers.
 
     Whole numbers (labels) are drawn anew from those that are there. A tensor that stands in two places (the received weights are both
     parameters and part of the downlink) would be traced as one.
@@ -205,7 +205,7 @@ def _varied(leaf: Tensor) -> Tensor:
 
 
 def _indices(device: torch.device) -> list[int]:
-    """The device as `fork_rng` wants it."""
+    """Return the device in the form that `fork_rng` needs."""
     return [device.index] if device.type == "cuda" else []
 
 
