@@ -157,7 +157,7 @@ def test_an_interrupted_comparison_resumes_with_the_same_results(tmp_path):
 
 
 def test_only_the_folder_of_a_comparison_is_reopened(tmp_path):
-    with pytest.raises(RunFolderError, match=r"holds no compare\.toml"):
+    with pytest.raises(RunFolderError, match=r"it has no compare\.toml"):
         reopen(tmp_path)
     (tmp_path / "config.toml").touch()
     with pytest.raises(RunFolderError, match="single run"):
