@@ -25,7 +25,7 @@ Found = tuple[dict[str, Any], dict[str, tuple[Figure, str, str]]]  # numbers; fi
 
 
 def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any]:
-    """Analyse one run, write `analysis.json` and pictures to `RUN/analysis/`, and return the contents of the file.
+    """Analyse one run, write `analysis.json` and images to `RUN/analysis/`, and return the contents of the file.
 
     Results of earlier analyses are kept, except for those of `parts`, which are replaced. A part that does not apply to the method
     (no generator, no server model) is recorded with the reason.

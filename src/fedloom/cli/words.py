@@ -121,7 +121,7 @@ def new_file(value: str, key: str, made: bool = False) -> Path:
 
 
 def new_picture(value: str, key: str) -> Path:
-    """Like `new_file`, for a picture. Raise ConfigError for formats that matplotlib cannot write."""
+    """Like `new_file`, for an image. Raise ConfigError for formats that matplotlib cannot write."""
     from fedloom.report.style import Figure  # matplotlib is an extra
 
     path, known = new_file(value, key), Figure().canvas.get_supported_filetypes()

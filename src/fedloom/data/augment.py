@@ -1,4 +1,4 @@
-"""Random augmentation of batches of pictures with tensor operations. All random numbers come from a given stream."""
+"""Random augmentation of batches of images with tensor operations. All random numbers come from a given stream."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ AUGMENTS: Final = ("none", "flip", "crop-flip", "resized-crop-flip", "resized-cr
 
 
 def flip(x: Tensor, stream: Stream) -> Tensor:
-    """Mirror each picture of (B, C, H, W) left to right with probability 1/2."""
+    """Mirror each image of (B, C, H, W) left to right with probability 1/2."""
     mirrored = (stream.uniform((len(x),)) < 0.5).to(x.device)
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
 
 def crop(x: Tensor, stream: Stream, *, padding: int = 4, black: Tensor) -> Tensor:
-    """Shift each picture by up to `padding` pixels in each direction; `black` (C,) fills the border."""
+    """Shift each image by up to `padding` pixels in each direction; `black` (C,) fills the border."""
     n, channels, height, width = x.shape
     padded = black.to(x).view(1, -1, 1, 1).repeat(n, 1, height + 2 * padding, width + 2 * padding)
     padded[:, :, padding : padding + height, padding : padding + width] = x
@@ -33,10 +33,10 @@ def crop(x: Tensor, stream: Stream, *, padding: int = 4, black: Tensor) -> Tenso
 
 
 def resized_crop_flip(x: Tensor, stream: Stream, *, smallest: float = 0.75) -> Tensor:
-    """Crop a random window from each picture, resize it to full size, and mirror it with probability 1/2.
+    """Crop a random window from each image, resize it to full size, and mirror it with probability 1/2.
 
-    A window has `smallest` to 1 of the picture's area, and an aspect ratio of 3:4 to 4:3. The area and the logarithm of
-    the ratio are uniform. A side that is too long is cut to the picture's side; torchvision would draw a new window.
+    A window has `smallest` to 1 of the image's area, and an aspect ratio of 3:4 to 4:3. The area and the logarithm of
+    the ratio are uniform. A side that is too long is cut to the image's side; torchvision would draw a new window.
     Interpolation is bilinear.
     """
     n = len(x)
@@ -54,7 +54,7 @@ def resized_crop_flip(x: Tensor, stream: Stream, *, smallest: float = 0.75) -> T
 
 
 def once(images: Tensor, stream: Stream) -> Tensor:
-    """Apply `resized_crop_flip` to a whole pool (N, C, H, W) of uint8 or float pictures. The result has the same dtype."""
+    """Apply `resized_crop_flip` to a whole pool (N, C, H, W) of uint8 or float images. The result has the same dtype."""
     out = torch.empty_like(images)
     for start in range(0, len(images), 256):
         changed = resized_crop_flip(images[start : start + 256].to(torch.get_default_dtype()), stream)

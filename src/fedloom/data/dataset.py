@@ -25,7 +25,7 @@ class Dataset:
     """A pool of N examples, training examples first.
 
     Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be
-    none. `images` is (N, C, H, W) uint8 for pictures (0 .. 255), or a float tensor (N, ...) for other features. `labels`
+    none. `images` is (N, C, H, W) uint8 for images (0 .. 255), or a float tensor (N, ...) for other features. `labels`
     is (N,) int64 with values 0 .. Y-1. `classes` are the names of the Y classes. `columns` are further values, (N,)
     each, such as the domain or the writer of each example.
     """
@@ -49,7 +49,7 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) for pictures, (D,) for flat features."""
+        """Shape of one input: (C, H, W) for images, (D,) for flat features."""
         return tuple(self.images.shape[1:])
 
 
@@ -65,10 +65,10 @@ def from_arrays(
 ) -> Dataset:
     """Return a pool made from NumPy arrays or torch tensors.
 
-    `x` is (N, C, H, W) uint8 pictures, or finite floats of any shape (N, ...). `y` is (N,) integers from 0. Give `x_test` and `y_test`
+    `x` is (N, C, H, W) uint8 images, or finite floats of any shape (N, ...). `y` is (N,) integers from 0. Give `x_test` and `y_test`
     together or not at all. `columns` have one value per example, training examples first. The arrays are copied.
 
-    Pictures with channels last, (N, H, W, C), are converted to channels first. Float pictures of whole numbers from 0 to 255 are
+    Images with channels last, (N, H, W, C), are converted to channels first. Float images of whole numbers from 0 to 255 are
     converted to uint8. Both are logged.
 
     Raises:
@@ -157,17 +157,17 @@ def _inputs(x: Array, what: str) -> Tensor:
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
             raise DataError(
-                f"from_arrays: {what} is {_describe(tensor)}; uint8 pictures must be (N, C, H, W) with C = 1 or 3"
+                f"from_arrays: {what} is {_describe(tensor)}; uint8 images must be (N, C, H, W) with C = 1 or 3"
             )
     elif not tensor.is_floating_point():
-        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; it must be uint8 pictures or floating point")
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; it must be uint8 images or floating point")
     elif not bool(torch.isfinite(tensor).all()):
         raise DataError(f"from_arrays: {what} has NaN or infinite values; remove or replace them")
     return tensor
 
 
 def _are_bytes(x: Tensor) -> bool:
-    """Return whether pictures are pixel values from 0 to 255 stored as floats."""
+    """Return whether images are pixel values from 0 to 255 stored as floats."""
     return x.shape[1] in (1, 3) and 1.5 < float(x.max()) <= 255 and float(x.min()) >= 0 and bool((x == x.round()).all())
 
 

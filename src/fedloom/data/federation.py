@@ -31,10 +31,10 @@ Batch = tuple[Tensor, Tensor]
 class Federation:
     """The examples of all clients as model inputs; read-only.
 
-    Pictures (uint8) are first scaled to [0, 1]; float features are used as they are. `normalise` is applied next.
-    "half" gives (x - 0.5) / 0.5, which maps pictures to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
-    the mean and divides by the standard deviation of each channel of pictures, or of each feature of other inputs; both
-    are computed over the training examples of the whole pool. "none" changes nothing. Default: "half" for pictures,
+    Images (uint8) are first scaled to [0, 1]; float features are used as they are. `normalise` is applied next.
+    "half" gives (x - 0.5) / 0.5, which maps images to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
+    the mean and divides by the standard deviation of each channel of images, or of each feature of other inputs; both
+    are computed over the training examples of the whole pool. "none" changes nothing. Default: "half" for images,
     "none" for float features.
 
     `augment` selects what `augmented` does to training batches: "none", "flip", "crop-flip" (crops after padding with 4
@@ -56,7 +56,7 @@ class Federation:
                 raise DataError(f"data.{key}={value}: unknown{suggest(value, known)}")
         if augment != "none" and dataset.images.ndim != 4:
             raise DataError(
-                f"data.augment={augment}: needs pictures, but inputs have shape {dataset.input_shape}; use data.augment=none"
+                f"data.augment={augment}: needs images, but inputs have shape {dataset.input_shape}; use data.augment=none"
             )
         _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
@@ -98,12 +98,12 @@ class Federation:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) for pictures, (D,) for flat features."""
+        """Shape of one input: (C, H, W) for images, (D,) for flat features."""
         return self.dataset.input_shape
 
     @property
     def normalisation(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel or feature. An input is (v - mean) / std; v is pixel / 255 for pictures, else the stored
+        """Mean and standard deviation per channel or feature. An input is (v - mean) / std; v is pixel / 255 for images, else the stored
         value."""
         std = 1 / (self._scale * (255 if self.is_picture else 1))
         mean = -self._shift * std
@@ -177,12 +177,12 @@ class Federation:
         return self.augment in ("flip", "crop-flip", "resized-crop-flip")
 
     def pictures(self, x: Tensor) -> Tensor:
-        """Convert inputs (n, ...) from `rows` back to pictures, with black 0 and white 1. Values outside are clipped."""
+        """Convert inputs (n, ...) from `rows` back to images, with black 0 and white 1. Values outside are clipped."""
         unit = 255 if self.dataset.images.dtype == torch.uint8 else 1.0
         return ((x - self._shift.to(x.dtype)) / (self._scale.to(x.dtype) * unit)).clamp(0, 1)
 
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
-        """Augment a training batch (B, C, H, W) of normalised pictures at random, as set by `augment`, on its device."""
+        """Augment a training batch (B, C, H, W) of normalised images at random, as set by `augment`, on its device."""
         match self.augment:
             case "flip":
                 return augmentation.flip(x, stream)

@@ -1,4 +1,4 @@
-"""Parquet files of encoded pictures, in the layout of the Hugging Face hub. They are decoded once, to uint8."""
+"""Parquet files of encoded images, in the layout of the Hugging Face hub. They are decoded once, to uint8."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _layout(file: Path, source: Source | None) -> ColumnRoles:
     pictures = [field.name for field in schema if _is_picture(field.type)]
     if not pictures:
         raise DataError(
-            f"{file}: no column has pictures (binary, or a struct with 'bytes'); its columns are {schema.names}"
+            f"{file}: no column has images (binary, or a struct with 'bytes'); its columns are {schema.names}"
         )
     image = next((c for c in ("image", "img") if c in pictures), pictures[0])
     wanted = (source.label, *_LABELS) if source else _LABELS
@@ -224,7 +224,7 @@ def _only(
 
 
 def _encoded(files: list[Path], image: str, keep: npt.NDArray[np.bool_]) -> Iterator[tuple[str, bytes | None]]:
-    """Yield the pictures to keep, in order. They are read in batches, because full-size pictures may not fit into memory."""
+    """Yield the images to keep, in order. They are read in batches, because full-size images may not fit into memory."""
     start = 0
     for file in files:
         batches = _open(file).iter_batches(1024, columns=[image])

@@ -1,4 +1,4 @@
-"""Decode pictures to uint8, and resize them."""
+"""Decode images to uint8, and resize them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
-    """Decode `n` pictures to (N, C, H, W) uint8. C is 1 if all are grey, else 3. Each is given with its location, for error messages.
+    """Decode `n` images to (N, C, H, W) uint8. C is 1 if all are grey, else 3. Each is given with its location, for error messages.
 
-    With `image_size`, pictures are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError.
+    With `image_size`, images are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError.
     """
     out: Pixels = np.empty((0, 0, 0, 0), np.uint8)
     for i, (where, pixels) in enumerate(_decoded(pictures, image_size)):
@@ -29,12 +29,12 @@ def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_s
             out = np.empty((n, *pixels.shape), np.uint8)
         if pixels.shape[1:] != out.shape[2:]:
             sizes = f"{_edges(out.shape)} and, in {where}, {_edges(pixels.shape)}"
-            raise DataError(f"pictures differ in size ({sizes}); set one size with data.image_size=N")
+            raise DataError(f"images differ in size ({sizes}); set one size with data.image_size=N")
         if len(pixels) > out.shape[1]:
             out = np.repeat(out, 3, axis=1)
         out[i] = pixels
     if len(out) == 0:
-        raise DataError("no pictures to read")
+        raise DataError("no images to read")
     return out
 
 
@@ -42,7 +42,7 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
     decode_one, rest = partial(_pixels, image_size), iter(pictures)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         while chunk := list(islice(rest, 1024)):
-            # Threads help only with large pictures: for small ones, dispatch costs more than decoding.
+            # Threads help only with large images: for small ones, dispatch costs more than decoding.
             is_large = sum(len(encoded or b"") for _, encoded in chunk) > 16_384 * len(chunk)
             yield from zip(
                 (where for where, _ in chunk), (pool.map if is_large else map)(decode_one, chunk), strict=True
@@ -50,7 +50,7 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
 
 
 def resized(image: Image.Image, image_size: int | None) -> Pixels:
-    """Return one picture as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError."""
+    """Return one image as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError."""
     if image.mode.startswith("I;16") or (
         image.mode == "I" and image.format == "PNG"
     ):  # older Pillow opens 16-bit PNG as I
@@ -72,7 +72,7 @@ def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not a picture that Pillow can read ({type(error).__name__})") from error
+        raise DataError(f"{where}: not an image that Pillow can read ({type(error).__name__})") from error
 
 
 def _edges(shape: Sequence[int]) -> str:

@@ -25,10 +25,10 @@ def load(
         name: a name in `SOURCES`, "pfllib", or a name for the user's own files; `-` and `_` are equivalent.
         path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...).
             Default: search `$FEDLOOM_DATA`, then the cache, then the hub (extra `fedloom[hub]`).
-        image_size: resize pictures to this width and height in pixels.
+        image_size: resize images to this width and height in pixels.
         rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
             ignores classes. Their order in the files is kept, and so are all test examples.
-        cache: folder for decoded pictures; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
+        cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
         DataError: a value is invalid, or the data are missing or malformed.

@@ -31,7 +31,7 @@ def read_own(
     """Return a node's own examples as a federation in which clients of other nodes have none.
 
     `folder` has the client's data or, for several clients, a folder `client-<number>` each. Data are parquet files (train.parquet, and
-    test.parquet if any) or pictures in folders named by class, which may be in `train` and `test`. Without test examples, a fraction of
+    test.parquet if any) or images in folders named by class, which may be in `train` and `test`. Without test examples, a fraction of
     the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
 
     Raises:
@@ -141,7 +141,7 @@ def _read(folder: Path, settings: Settings) -> Dataset:
     train, test = folder / "train", folder / "test"
     parts = [_pictures(place) for place in ((train, test) if train.is_dir() else (folder,)) if place.is_dir()]
     if not parts[0]:
-        raise DataError(f"{folder}: has neither train.parquet nor folders of pictures named by class")
+        raise DataError(f"{folder}: has neither train.parquet nor folders of images named by class")
     files = [file for part in parts for file in part]
     classes = tuple(sorted({file.parent.name for file in files}))
     encoded = ((str(file), file.read_bytes()) for file in files)

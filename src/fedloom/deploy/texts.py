@@ -20,7 +20,7 @@ FEDERATION = """\
 NODE = """\
 # server: address of the federation. runtime_port: port for this node's own processes, only on 127.0.0.1.
 # clients: numbers of this node's clients, as in the server's federation.toml.
-# data: folder with this device's data: train.parquet and test.parquet, or pictures in folders named by class; with several clients, a
+# data: folder with this device's data: train.parquet and test.parquet, or images in folders named by class; with several clients, a
 #       folder client-<number> for each. Or "config": the examples that the run's config gives these clients (for tests on one machine).
 
 """

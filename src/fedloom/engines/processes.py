@@ -75,7 +75,7 @@ class Slabs:
 
 
 class Processes(ForwardingEngine):
-    """One-thread worker processes, one per core by default."""
+    """Single-threaded worker processes, one per core by default."""
 
     def __init__(self, problem: Problem, workers: int | None = None, lanes: int | None = None) -> None:
         """With `lanes`, every worker trains that many clients side by side (`Vectorised`)."""

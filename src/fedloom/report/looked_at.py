@@ -37,7 +37,7 @@ def analysis_grids(records: Sequence[RunRecord]) -> list[Grid]:
 
 
 def pictures(record: RunRecord) -> Iterator[Picture]:
-    """Yield the pictures of one run's analysis. Files that are missing or not PNG are skipped."""
+    """Yield the images of one run's analysis. Files that are missing or not PNG are skipped."""
     known = record.analysis.get("pictures")
     for name, about in known.items() if isinstance(known, Mapping) else ():
         file = record.path / "analysis" / str(name)

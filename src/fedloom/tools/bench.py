@@ -1,7 +1,7 @@
 """Speed of federations on this machine: fixed workloads, timed by interleaving rounds of all contestants.
 
 Contestants take turns, one round each, so that other work on the machine affects all of them equally. Ratios are medians over
-rounds. Data are noise, because speed does not depend on the content of pictures. If `FEDLOOM_DATA` is a folder with the real
+rounds. The data are random noise, because speed does not depend on the content of images. If `FEDLOOM_DATA` is a folder with the real
 data, those are used.
 """
 

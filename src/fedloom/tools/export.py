@@ -160,7 +160,7 @@ def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, se
 
 
 def described(experiment: Experiment, i: int) -> dict[str, str]:
-    """Return the file's metadata: the origin of the model, and how to convert a picture to its input. Values are text; lists are JSON."""
+    """Return the file's metadata: the origin of the model, and how to convert an image to its input. Values are text; lists are JSON."""
     data, problem = experiment.data, experiment.problem
     mean, std = data.normalisation
     stored = "pixel / 255" if data.is_picture else "value"

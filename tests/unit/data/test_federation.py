@@ -73,7 +73,7 @@ def test_user_features_are_not_normalised_unless_asked():
     assert torch.equal(Federation(pool, made).rows(np.arange(40))[0], x)
     scaled = Federation(pool, made, normalise="standard").rows(np.arange(40))[0]
     torch.testing.assert_close(scaled.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
-    with pytest.raises(DataError, match="needs pictures"):
+    with pytest.raises(DataError, match="needs images"):
         Federation(pool, made, augment="flip")
 
 

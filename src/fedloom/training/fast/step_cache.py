@@ -133,7 +133,7 @@ class _Kind:
         self._left, self._best, self._longest = TRIALS, float("inf"), longest_s
 
     def is_worth_a_trial(self, seconds: float) -> bool:
-        """Return whether to test a replay now. This happens once, after `TRIALS` steps, if the fastest of them was short."""
+        """Return whether to test a replay now. This happens once, after `TRIALS` steps, if the fastest took less than `longest_s`."""
         self._left -= 1
         self._best = min(self._best, seconds)
         return self._left == 0 and self._best < self._longest
