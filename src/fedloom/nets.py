@@ -48,7 +48,7 @@ class Net:
             )
         if value.shape != buffer.shape:
             raise MethodError(
-                f"{kind} assigns shape {tuple(value.shape)} to buffer '{name}', not {tuple(buffer.shape)}"
+                f"{kind} assigns a tensor of shape {tuple(value.shape)} to buffer '{name}', whose shape is {tuple(buffer.shape)}"
             )
         buffer.copy_(value.detach())
 

@@ -122,7 +122,7 @@ BROKEN = {
     Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     Forgetful: r"the downlink lacks params/\S+ and 1 more travelling tensors",
-    Doubled: r"round 0: a cohort must be distinct clients from 0 to 3, not \[1, 1\]",
+    Doubled: r"round 0: a cohort must consist of distinct clients from 0 to 3, but is \[1, 1\]",
 }
 
 

@@ -82,7 +82,7 @@ def _save(federation: Federation, out: Path) -> None:
     try:
         federation.partition.save(out)
     except OSError as error:
-        raise DataError(f"out={out}: cannot be written, {error.strerror}") from None
+        raise DataError(f"out={out}: cannot be written: {error.strerror}") from None
 
 
 def _draw(federation: Federation, plot: Path) -> None:

@@ -113,10 +113,10 @@ def new_file(value: str, key: str, made: bool = False) -> Path:
     refuse_empty({key: value})
     path = Path(value)
     if path.exists():
-        reason = "it is a folder" if path.is_dir() else "it exists; choose another name"
-        raise ConfigError(f"{key}={value}: cannot be written, {reason}")
+        reason = "it is a folder" if path.is_dir() else "the file exists; choose another name"
+        raise ConfigError(f"{key}={value}: cannot be written: {reason}")
     if not (made or path.parent.is_dir()):
-        raise ConfigError(f"{key}={value}: cannot be written, folder {path.parent} does not exist")
+        raise ConfigError(f"{key}={value}: cannot be written: folder {path.parent} does not exist")
     return path
 
 

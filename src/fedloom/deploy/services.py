@@ -61,7 +61,7 @@ def leashed(command: Sequence[str]) -> list[str]:
 
 
 def script(name: str) -> list[str]:
-    """Return the beginning of a command that runs a module of this package by its path, without importing fedloom."""
+    """Return the first words of a command that runs a module of this package by its path, without importing fedloom."""
     return [sys.executable, "-P", str(Path(__file__).with_name(f"{name}.py"))]
 
 

@@ -34,7 +34,7 @@ class ServerSide:
         members = [int(i) for i in drawn]
         if len(set(members)) != len(members) or not all(0 <= i < task.n_clients for i in members):
             raise MethodError(
-                f"round {number}: a cohort must be distinct clients from 0 to {task.n_clients - 1}, not {members}"
+                f"round {number}: a cohort must consist of distinct clients from 0 to {task.n_clients - 1}, but is {members}"
             )
         return members
 

@@ -101,7 +101,7 @@ def targets(folder: Path, clients: Sequence[int]) -> dict[int, Path]:
     for file in files.values():
         for there in (file, file.with_suffix(".safetensors")):
             if there.exists():
-                raise RunFolderError(f"--out {folder}: {there.name} exists; choose another folder")
+                raise RunFolderError(f"--out {folder}: {there.name} already exists; choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -193,7 +193,7 @@ def _say(device: torch.device, why: str) -> None:
 def _varied(leaf: Tensor) -> Tensor:
     """Return a copy with slightly different numbers.
 
-    Whole numbers (labels) are drawn anew from those that are there. A tensor that stands in two places (the received weights are both
+    Integers (labels) are drawn at random from those of the batch. A tensor that stands in two places (the received weights are both
     parameters and part of the downlink) would be traced as one.
     """
     other = twin(leaf)
