@@ -30,7 +30,7 @@ _SPLITS = ("train", "valid", "test")
 class Partition:
     """Example numbers of a `Dataset`: one sorted int64 array per client and split; `common` is the common test set.
 
-    No example is in the training or validation splits of two clients, and none of these examples is in a test split.
+    No training or validation example belongs to two clients or to a test split.
     `scheme` describes how the partition was made.
     """
 

@@ -20,7 +20,7 @@ SMALLEST_UNPADDED = 28
 def _two_convolutions(
     input_shape: Sequence[int], n_channels: tuple[int, int], norm: str | None = None
 ) -> tuple[dict[str, nn.Module], int]:
-    """Return (Conv5x5 - norm - MaxPool2 - ReLU) twice and a flatten, and the width of the flattened maps.
+    """Return two Conv5x5-norm-MaxPool2-ReLU blocks followed by a flatten layer, and the width of the flattened output.
 
     The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter of the
     numbers.

@@ -36,7 +36,7 @@ class FastForms:
         self._convolutions = convolutions
 
     def runner(self, job: TrainJob, *, same_bits: bool = False) -> StepRunner:
-        """Return a runner for the steps of a job, in the fastest form that is possible.
+        """Return the fastest available runner for the steps of a job.
 
         Args:
             same_bits: whether to leave out forms whose rounding differs from that of the loss as written.

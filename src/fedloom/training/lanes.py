@@ -135,7 +135,7 @@ class LaneTrain:
         return self._here(tree.stack([dict(self.train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes]))
 
     def update(self, grads: Params, params: Params, subset: LaneSubset, lr_scale: float) -> None:
-        """Do the optimiser's step for some lanes, in place, because no other object uses the stacked tensors."""
+        """Take an optimiser step for some lanes. Updating in place is safe, because nothing else uses the stacked tensors."""
         state = tree.map_tree(subset.take, self.state)
         self.train.optimizer.step(grads, state, params, lr_scale)
         self.state = tree.map_tree(subset.put, self.state, state)
