@@ -32,7 +32,7 @@ class Accounting:
         self.trained: set[int] = set(state.get("trained", ()))
 
     def count(self, way: str, message: Tree, kind: str | None = None) -> int:
-        """Add one message and return its size in bytes, counted under `kind` if given, otherwise under the kinds that the message contains."""
+        """Add one message and return its size in bytes, counted under `kind`, or else under the kinds that the message contains."""
         sizes = self.meter.sizes(message)
         sizes = {kind: sum(sizes.values())} if kind else sizes
         for kind, n in sizes.items():
