@@ -191,7 +191,7 @@ class LaneStack:
         )
 
     def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
-        """Train every lane on its own batches, and add mean logs to `logs`. Return one function per lane, which returns the trained lane."""
+        """Train every lane on its own batches; add mean logs to `logs`. Return one function per lane, which returns the trained lane."""
         plans = [self.rows.places(k, order) for k, order in enumerate(self.orders)]
         augment = [lane.context.rng.child("augment") for lane in self.here]
         device = self.lanes[0].context.rows.device
