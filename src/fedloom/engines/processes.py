@@ -188,7 +188,7 @@ class _Worker:
 
 
 def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, inherited: Sequence[Connection]) -> None:
-    """Run jobs until the experiment stops this worker. If the experiment's process has died, remove its memory-mapped files."""
+    """Run jobs until the experiment stops this worker. If the experiment's process no longer exists, remove its memory-mapped files."""
     for end in inherited:  # the experiment's pipe ends: an open copy would hide that the experiment has exited
         end.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the experiment handles Ctrl-C and stops its workers
@@ -205,7 +205,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
             except Exception as error:
                 answer = True, portable(error, multiprocessing.reduction.ForkingPickler)
             pipe.send(answer)
-    except (EOFError, ConnectionError):  # the experiment's process has died
+    except (EOFError, ConnectionError):  # the experiment's process no longer exists
         shutil.rmtree(folder, ignore_errors=True)
 
 

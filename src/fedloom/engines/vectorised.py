@@ -27,7 +27,7 @@ LANES_BYTES = 1 << 28  # limit on the stacked weights of a group, excluding acti
 MOST_LANES = 64
 MOST_LANES_ON_DEVICE = 256
 TIMES_WEIGHTS = (
-    8  # memory of a lane on a GPU without activations (received, gradients, moments, a graph's copies), per weight
+    8  # a lane's memory on a GPU (received, gradients, moments, a graph's copies; no activations), over its weights
 )
 
 log = logging.getLogger(__name__)

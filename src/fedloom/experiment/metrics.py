@@ -48,7 +48,7 @@ def recall(scores: Sequence[Score]) -> list[float | None]:
 
 
 def mean_logs(replies: Sequence[Reply]) -> Row:
-    """Return the clients' logs, averaged with weights by examples; each log is averaged over the clients that wrote it."""
+    """Return the means of the clients' logs, weighted by examples; each log is averaged over the clients that wrote it."""
     row: Row = {}
     for name in sorted({name for reply in replies for name in reply.logs}):
         having = [reply for reply in replies if name in reply.logs]

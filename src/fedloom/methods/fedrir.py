@@ -63,7 +63,7 @@ class FedRIR(Method):
     loss_region: Literal["all", "masked"] = "all"
     """Pixels that are included in the squared error."""
     idm_mode: Literal["vclub", "vclub_sampled", "decorrelated", "released", "none"] = "vclub"
-    """The information term: the bound over all pairs of examples, the bound over one drawn pair per example, the correlation of f_g and
+    """The information term: the bound over all pairs of examples, the bound over one sampled pair per example, the correlation of f_g and
     f_cs within classes, the released code's loss, or none."""
     idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
