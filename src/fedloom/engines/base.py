@@ -1,7 +1,7 @@
 """The interface between an experiment and the engine that runs its clients.
 
-An engine owns the clients: their weights, memory and optimiser states leave it only through `client` (checkpoints, exports). An
-experiment passes downlinks to it and receives replies; it does not depend on where or in which order the work is done.
+An engine owns the clients: their weights, memory and optimiser states leave it only through `client` (for checkpoints and exports). An
+experiment passes downlinks to the engine and receives replies; it does not depend on where or in which order the work is done.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ class Reply:
     logs: Mapping[str, float]
     seconds: float
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
-    diverged: str = ""  # the first non-finite tensor, sent or kept, if any: then the local update is undone
-    is_finite: bool = False  # whether this process itself has checked all numbers; a device's own claim does not count
+    diverged: str = ""  # the first non-finite tensor, sent or kept; if there is one, the local update is undone
+    is_finite: bool = False  # whether this process itself has checked all numbers; a claim by a device does not count
 
 
 class Score(NamedTuple):
-    """The result of one predictor on one set of examples: correct predictions and examples, per class (Y,)."""
+    """The result of one predictor on one set of examples: the numbers of correct predictions and of examples, per class (Y,)."""
 
     right: np.ndarray
     rows: np.ndarray
@@ -60,12 +60,12 @@ class ScoreRequest(NamedTuple):
 
     name: str  # the key of the result
     rows: str  # "test" | "valid" | "common"
-    fitted: bool = False  # the model as the client's latest local update left it, not as the downlink makes it
+    fitted: bool = False  # score the model from the client's latest local update, not from the downlink
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Everything an engine needs. Read-only, and the same in every worker."""
+    """Everything that an engine needs. Read-only, and the same in every worker."""
 
     method: Method
     task: Task
@@ -77,10 +77,10 @@ class Problem:
     same_init: bool = True  # whether all clients of one architecture start from the same weights
     bf16: bool = False  # whether matrix products and convolutions run in bfloat16
     codec: Codec = PLAIN  # the encoding of messages on the wire
-    keep_fitted: bool = False  # whether clients keep their trained copy of the travelling weights, for scoring it
+    keep_fitted: bool = False  # whether clients keep their trained copy of the travelling weights to score it
     slowdowns: tuple[
         float, ...
-    ] = ()  # a client with factor s does 1 / s of its steps; empty: every client does all steps
+    ] = ()  # a client with factor s takes 1 / s of its steps; empty: every client takes all steps
 
     def modules(self, arch: int) -> Modules:
         """Return fresh modules of one architecture, with its initial weights."""
@@ -90,7 +90,7 @@ class Problem:
         return fresh_modules(lambda: self.method.nets(self.archs[arch], self.task), rng)
 
     def initial(self, client: int, shared: Weights) -> Client:
-        """Return a client that has never taken part. `shared`: its architecture's initial weights, not used if every client has its own."""
+        """Return a client that has never taken part. `shared`: its architecture's initial weights, unused if each client has its own."""
         weights = shared
         if not self.same_init:
             weights = read_weights(self._modules(self.arch_of[client], Stream(self.seed, "init", client)))
@@ -100,7 +100,7 @@ class Problem:
         return Client(weights, method.init_memory(weights, self.task), opts, unsent)
 
     def init_server(self, weights: Weights) -> Tree:
-        """Return the server's state before the first round; torch's generator is seeded for methods that draw from it."""
+        """Return the server's state before the first round; torch's generator is seeded for methods that sample from it."""
         with own_randomness(Stream(self.seed, "init_server"), HOST):
             return self.method.init_server(weights, self.task)
 
@@ -119,7 +119,7 @@ class Problem:
 
     @cached_property
     def one_model(self) -> bool:
-        """Whether every client predicts with the server's model after a downlink: all weights travel and the client adds none of
+        """Whether every client predicts with the server's model after a downlink: all weights travel, and no client adds weights of
         its own.
         """
         method, weights = self.method, read_weights(self.modules(0))
@@ -159,10 +159,10 @@ class Engine(ABC):
 
     @abstractmethod
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """Run the cohort's local updates; return replies in cohort order, fewer if clients were lost.
+        """Run the cohort's local updates; return the replies in cohort order, without those of lost clients.
 
-        Uplinks stay valid until the next `train`. Messages are encoded: `down` went through `Codec.send`, and uplinks must go through
-        `Codec.opened`. Replies of clients that were `busy` belong to an earlier round, and come last.
+        Uplinks stay valid until the next `train`. Messages are encoded: `down` has passed through `Codec.send`, and uplinks must be decoded
+        with `Codec.opened`. Replies of clients that were `busy` belong to an earlier round, and come last.
         """
 
     def busy(self) -> frozenset[int]:
@@ -185,7 +185,7 @@ class Engine(ABC):
 
     @abstractmethod
     def client(self, i: int) -> Client:
-        """Return everything client `i` keeps."""
+        """Return everything that client `i` keeps."""
 
     @abstractmethod
     def changed(self) -> Iterable[int]:
@@ -200,7 +200,7 @@ class Engine(ABC):
         raise NotImplementedError
 
     def modules(self) -> Sequence[Modules]:
-        """Return the modules that this process computes with, by architecture; none if other processes do the work."""
+        """Return the modules that this process uses, by architecture; empty if other processes do the work."""
         return ()
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing to release)

@@ -40,16 +40,16 @@ class CohortMember(NamedTuple):
 
 
 class LocalEngine(Engine):
-    """The common part of the engines in this process; `updates` runs the local updates.
+    """The common part of the engines that run in this process; `updates` runs the local updates.
 
-    On a GPU, clients do their local updates there, on examples that are kept there if the memory budget allows. Messages and clients
-    that leave the engine are on the host.
+    With a GPU, local updates run on it, and examples are kept in its memory if the budget allows. Messages and clients that leave the
+    engine are on the host.
     """
 
     def __init__(
         self, problem: Problem, place: DeviceBudget = ON_HOST, convolutions: Convolutions | None = None
     ) -> None:
-        """`convolutions`: the method of computing the convolutions of several lanes."""
+        """`convolutions`: how to compute the convolutions of several lanes."""
         super().__init__(problem)
         self.device = device = place.device
         modules = [problem.modules(arch) for arch in range(len(problem.archs))]
@@ -61,10 +61,10 @@ class LocalEngine(Engine):
             Gradients(mine, bf16=problem.bf16, device=device, convolutions=convolutions) for mine in modules
         ]
         pictures = len(problem.task.input_shape) == 3
-        lasts = pictures and (device == HOST or problem.bf16)  # on a GPU, only tensor cores gain from channels last
+        lasts = pictures and (device == HOST or problem.bf16)  # on a GPU, only tensor cores benefit from channels last
         # switched off once an architecture does not support it
         self._channels_last = [lasts and any(p.ndim == 4 for p in own["params"].values()) for own in self._initial]
-        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never took part, if they are all equal
+        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that have never taken part, if all are equal
         self.to_device = Mover(device)
         fits = device != HOST and problem.data.n_bytes <= place.budget
         self.data = problem.data.on(device) if fits else problem.data
@@ -85,7 +85,7 @@ class LocalEngine(Engine):
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        self.to_device = Mover(self.device)  # it remembers the tensors of one round
+        self.to_device = Mover(self.device)  # a new one, because it caches the tensors of one round
         members = [CohortMember(slot, i, down.to(slot)) for slot, i in enumerate(cohort)]
         return sorted(self.updates(number, members), key=lambda reply: reply.slot)
 
@@ -96,7 +96,7 @@ class LocalEngine(Engine):
     def finish(self, member: CohortMember, done: UpdateResult, started: float) -> Reply:
         """Store a client after its local update, which began at `started`, and return its reply.
 
-        A client that diverged is not stored, because it would never recover.
+        A client that has diverged is not stored, because it would never recover.
         """
         i = member.client
         uplink = moved(done.uplink, HOST)
@@ -154,7 +154,7 @@ class LocalEngine(Engine):
     def score_part(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
-        """Compute `score` with only the k-th of n pieces of the common test examples; `part=(k, n)`."""
+        """Compute `score` on only the k-th of n pieces of the common test examples; `part=(k, n)`."""
         message = moved(down.common, self.device)
         scorers = [self.scorer(ask, message, part) for ask in asks]
         same = self.received(clients[0], message) if self.problem.one_model and len(clients) else None
@@ -241,7 +241,7 @@ class LocalEngine(Engine):
         return client
 
     def load(self, i: int) -> Client:
-        """Return client `i` with all its tensors. Tensors that it does not store have their initial values until `receive`
+        """Return client `i` with all its tensors. Tensors that are not stored have their initial values until `receive`
         replaces them.
         """
         client = Client(**moved(self.store.get(i)._asdict(), self.device))

@@ -40,15 +40,15 @@ def make_engine(
 
     Args:
         workers: worker processes; default: one per core.
-        lanes: clients side by side in one batched operation, in the vectorised engine (default: as many as memory allows, 64 at most), or
-            in each worker process (default: one client after another).
+        lanes: number of clients trained side by side in batched operations, in the vectorised engine (default: as many as memory allows, at
+            most 64), or in each worker process (default: one client after another).
         address: the Ray cluster to join; default: Ray is started on this machine.
-        deadline_s: seconds that a Ray worker has for its share of a round; default: no limit.
+        deadline_s: seconds that a Ray worker may take for its share of a round; default: no limit.
         place: where `sequential` and `vectorised` compute (default: the CPU); on a GPU `auto` is `vectorised`.
         convolutions: how `vectorised` computes convolutions.
 
     Raises:
-        ConfigError: an unknown name, or an engine that this system cannot run.
+        ConfigError: the name is unknown, or this system cannot run the engine.
     """
     from fedloom.accelerator import HOST, ON_HOST
     from fedloom.engines.process_memory import keep_freed_memory
@@ -90,7 +90,7 @@ def make_engine(
 
 
 def _convolutions(form: ConvolutionForm, problem: Problem, place: DeviceBudget) -> Convolutions | None:
-    """Return the convolutions for `form`; None leaves them to vmap, which groups them."""
+    """Return the convolutions for `form`, or None to leave them to vmap, which uses grouped convolutions."""
     from fedloom.training.choose import Convolutions
 
     return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)

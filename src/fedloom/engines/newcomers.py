@@ -12,10 +12,11 @@ from fedloom.tree import Tree
 
 
 class Newcomers(Sequential):
-    """Newcomers, one after another, in this process.
+    """Runs newcomers one after another, in this process.
 
-    A newcomer receives the message that clients predict with, and does local updates alone: the method's own phases, with all travelling
-    weights frozen as received. It sends nothing. Its local updates count from 0, so its learning rate starts like every client's.
+    A newcomer receives the message that clients use for prediction, and runs local updates alone: the method's own phases, with all
+    travelling weights frozen as received. It sends nothing. Its local updates are numbered from 0, so its learning rate schedule starts
+    at the beginning, as every client's did.
     """
 
     def score_received(self, i: int, down: Downlink, ask: ScoreRequest) -> Score:

@@ -13,8 +13,8 @@ NEVER = 2**31 - 1
 def keep_freed_memory() -> None:
     """Make glibc reuse freed blocks instead of returning them to the system; do nothing without glibc.
 
-    By default every large activation is mapped again and the system zeroes its pages: up to two thirds of the time of a
-    ResNet's evaluation. With this setting the process stays at its peak size instead.
+    By default, memory for every large activation is mapped anew, and the system zeroes its pages; this can take two thirds of the time
+    needed to evaluate a ResNet. With this setting, the process keeps its peak size instead.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -27,7 +27,7 @@ def keep_freed_memory() -> None:
 def peak_process_bytes() -> int:
     """Return the peak resident memory of this process.
 
-    `ru_maxrss` is avoided if possible: on Linux a process inherits that number from its parent.
+    `ru_maxrss` is avoided if possible, because on Linux a process inherits that number from its parent.
     """
     status = Path("/proc/self/status")
     if status.is_file():

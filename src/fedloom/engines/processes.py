@@ -1,7 +1,7 @@
 """One worker process per core, each with one thread; the same numbers as the sequential engine with one thread.
 
 Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling.
-Messages and clients are stored in memory-mapped files, preferably on a memory disk; pipes carry only their locations. The longest local
+Messages and clients are stored in memory-mapped files, preferably on a RAM disk; pipes carry only their locations. The longest local
 updates start first, and an idle worker gets the next clients. Uplinks are returned in cohort order, not in the order in which they finish.
 """
 
@@ -37,8 +37,8 @@ from fedloom.errors import WorkerError
 from fedloom.method import Downlink
 from fedloom.tree import Tree
 
-FIRST_PIECE = 2  # work is sent in pieces: a worker's share of the remaining work, divided by this,
-LEAST_PIECE = 16  # but at least its share of all work, divided by this
+FIRST_PIECE = 2  # work is sent in pieces: each is a worker's share of the remaining work divided by this,
+LEAST_PIECE = 16  # but at least its share of all work divided by this
 
 
 class Message(NamedTuple):
@@ -49,7 +49,7 @@ class Message(NamedTuple):
 
 
 class Slabs:
-    """This process's view of the message files. Each file is opened once per size."""
+    """This process's access to the message files. Each file is opened once per size."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -63,7 +63,7 @@ class Slabs:
         return message
 
     def get(self, message: Message) -> Tree:
-        """Return the tree of a message, as views."""
+        """Return the tree of a message; its leaves are views of the file."""
         file, layout = message
         last = self._last.get(file)
         if last is None or last[0] != layout:
@@ -117,16 +117,16 @@ class Processes(ForwardingEngine):
         return sum_scores(self._share_out([("server", 0, common, (k, n)) for k in range(n)]))
 
     def close(self) -> None:
-        """End the workers. Clients can still be read; their files are removed with this object."""
+        """Stop the workers. Clients can still be read; their files are removed together with this object."""
         for worker in self._workers:
             worker.end()
         self._workers = []
 
     def _share_out(self, jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Give each free worker the next job; return results in the order of the jobs. The first error ends the rest."""
+        """Give each idle worker the next job; return results in the order of the jobs. The first error stops the distribution."""
         results: list[Any] = [None] * len(jobs)
         waiting = iter(enumerate(jobs))
-        idle, busy = list(self._workers), dict[Any, tuple[_Worker, int]]()  # by the worker's pipe
+        idle, busy = list(self._workers), dict[Any, tuple[_Worker, int]]()  # `busy`: by the worker's pipe
         while True:
             while idle and (following := next(waiting, None)):
                 worker = idle.pop()
@@ -149,7 +149,7 @@ class _Worker:
         ours = [self.pipe, *(worker.pipe for worker in earlier)]
         self._process = context.Process(target=_work, args=(problem, folder, lanes, theirs, ours), daemon=True)
         with warnings.catch_warnings():
-            # Python 3.12 warns of forking with other threads alive; workers use none of their locks
+            # Python 3.12 warns about forking while other threads exist; workers use none of their locks
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
@@ -188,10 +188,10 @@ class _Worker:
 
 
 def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, inherited: Sequence[Connection]) -> None:
-    """Run jobs until the experiment ends this worker. If the experiment itself is gone, remove its mapped files."""
-    for end in inherited:  # the experiment's ends: an open copy would hide the experiment's end
+    """Run jobs until the experiment stops this worker. If the experiment's process no longer exists, remove its memory-mapped files."""
+    for end in inherited:  # the experiment's pipe ends: an open copy would hide that the experiment has exited
         end.close()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the experiment, which then ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the experiment handles Ctrl-C and stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
     engine: LocalEngine = Vectorised(problem, lanes) if lanes else Sequential(problem)
@@ -205,7 +205,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
             except Exception as error:
                 answer = True, portable(error, multiprocessing.reduction.ForkingPickler)
             pipe.send(answer)
-    except (EOFError, ConnectionError):  # the experiment is gone
+    except (EOFError, ConnectionError):  # the experiment's process no longer exists
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -225,7 +225,7 @@ def _do(engine: LocalEngine, slabs: Slabs, job: tuple[Any, ...]) -> Any:
     ]
     replies = [
         replace(reply, uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
-        for reply in engine.updates(number, members)  # one by one: many models would use much memory
+        for reply in engine.updates(number, members)  # one by one: keeping many models would use too much memory
     ]
     around = (time.perf_counter() - started - sum(reply.seconds for reply in replies)) / len(replies)
     return [replace(reply, seconds=reply.seconds + around) for reply in replies]
@@ -282,7 +282,7 @@ def cores() -> int:
 
 
 def _parent_folder(problem: Problem, local: LocalEngine) -> Path:
-    """Return the folder for clients and messages: on the memory disk if all fit twice, else on disk (mapped, so memory caches it)."""
+    """Return the folder for clients and messages: on the RAM disk if they fit twice, else on disk (mapped, so cached in memory)."""
     arch_of, archs = problem.arch_of, sorted(set(problem.arch_of))
     needed = sum(tree.n_bytes(local.client(arch_of.index(a))._asdict()) * arch_of.count(a) for a in archs)
     needed += max(tree.n_bytes(local.initial(a)) for a in archs) * 2 * problem.task.max_cohort

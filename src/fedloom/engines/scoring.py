@@ -1,4 +1,4 @@
-"""Scoring of clients in few passes: consecutive clients with the same model are scored together."""
+"""Scores clients in as few passes as possible: consecutive clients with the same model are scored together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.data import Federation
 from fedloom.engines.base import Score, ScoreRequest, sum_scores
 from fedloom.method import Client
 
-ROWS_AT_ONCE = 8192  # own examples of consecutive clients are gathered up to about this many
+ROWS_AT_ONCE = 8192  # approximate number of own examples of consecutive clients to gather for one pass
 
 Predict = Callable[[int, Client, Tensor], Tensor]  # (client number, client, inputs) -> logits
 
@@ -27,7 +27,7 @@ class Scorer:
         self._ask, self._data, self._predict, self._part = ask, data, predict, part
         self._last: Client | None = None
         self._score: Score | None = None  # of the latest model on the common test examples
-        self._n_rows = 0  # own examples that wait
+        self._n_rows = 0  # number of own examples that are waiting
         self._waiting: list[int] = []  # clients with the latest model whose own examples are not scored yet
         self._scores: dict[int, Score] = {}
 
@@ -70,7 +70,7 @@ class Scorer:
 
 
 class Share(NamedTuple):
-    """A share of the scoring: some clients, some requests, and the k-th of n pieces of the common test examples."""
+    """A share of the scoring: some clients, some requests, and one piece (the k-th of n) of the common test examples."""
 
     clients: Sequence[int]
     asks: Sequence[ScoreRequest]
@@ -113,7 +113,7 @@ def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor
 
 
 def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
-    """Return correct predictions and examples, per class. An example with a logit that is not finite counts as wrong."""
+    """Return the numbers of correct predictions and of examples, per class. An example with a logit that is not finite counts as wrong."""
     return scores_of(logits, labels, [len(labels)], n_classes)[0]
 
 

@@ -1,4 +1,4 @@
-"""Folders of memory-mapped files, removed with their owner. A killed run's folders are removed at the next start."""
+"""Folders of memory-mapped files, removed together with their owner. The folders of a killed run are removed at the next start."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import weakref
 from pathlib import Path
 
 PREFIX = "fedloom-"
-LOCK = "owner"  # locked while the owner, or a process that it forked, lives
+LOCK = "owner"  # locked as long as the owner, or a process that it forked, is alive
 
 
 def new_folder(owner: object, parent: Path) -> Path:
-    """Create a folder in `parent` that is removed with `owner`, after removing those of dead processes. Its name has this
-    process's number.
+    """Remove the folders of dead processes from `parent`, then create one that is removed together with `owner`. Its name
+    contains this process's ID.
     """
-    import fcntl  # not available on every system that can import this module
+    import fcntl  # not available on every system on which this module can be imported
 
     remove_stale(parent)
     folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
@@ -28,7 +28,7 @@ def new_folder(owner: object, parent: Path) -> Path:
 
 
 def remove_stale(parent: Path) -> None:
-    """Remove this user's folders in `parent` whose process is dead and whose lock no worker holds."""
+    """Remove this user's folders in `parent` whose process is dead and whose lock is not held by a worker."""
     for folder in parent.glob(f"{PREFIX}*-*"):
         number = folder.name.removeprefix(PREFIX).partition("-")[0]
         if number.isdecimal() and _is_ours(folder) and not _is_alive(int(number)) and not _is_held(folder / LOCK):
@@ -53,13 +53,13 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except (OSError, OverflowError):  # another user's process, or not a process number
+    except (OSError, OverflowError):  # another user's process, or not a valid process ID
         return True
     return True
 
 
 def _is_held(lock: Path) -> bool:
-    """Return whether a process holds the lock: a worker, or one that has another number in another container."""
+    """Return whether a process holds the lock: a worker, or a process in another container, where it has another ID."""
     import fcntl
 
     try:

@@ -1,7 +1,7 @@
 """Storage of clients between rounds, and trees in memory that processes share.
 
-A `Slab` is a memory-mapped file that holds trees; every process that opens it sees the same bytes. A `Store` keeps each client's state:
-in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
+A `Slab` is a memory-mapped file that holds trees; every process that opens it sees the same bytes. A `Store` keeps each client's state,
+either in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedloom import tree
 from fedloom.method import Client
 from fedloom.tree import Tree
 
-ALIGNMENT = 64  # bytes; leaves start at multiples, for vector instructions
+ALIGNMENT = 64  # bytes; every leaf starts at a multiple of this, for vector instructions
 
 
 class Leaf(NamedTuple):
@@ -51,7 +51,7 @@ def layout_of(example: Tree) -> TreeLayout:
 
 
 def views(data: Tensor, layout: TreeLayout) -> Tree:
-    """Return the tree stored in some bytes (n,) uint8; its leaves are views and change with the bytes."""
+    """Return the tree stored in the bytes `data` (n,) uint8; its leaves are views of these bytes."""
 
     def view(leaf: Leaf) -> Tensor:
         return data[leaf.start : leaf.start + leaf.n_bytes].view(leaf.dtype).view(leaf.shape)
@@ -72,10 +72,10 @@ class Store(Protocol):
     """The state of clients between rounds. A client that has never changed is created by `blank`."""
 
     def get(self, i: int) -> Client:
-        """Return what client `i` keeps."""
+        """Return the state that client `i` keeps."""
 
     def put(self, i: int, client: Client) -> None:
-        """Replace what client `i` keeps. A client that keeps nothing need not be stored."""
+        """Replace the state that client `i` keeps. A client that keeps nothing need not be stored."""
 
     def changed(self) -> Iterable[int]:
         """Return the stored clients, in order."""
@@ -103,13 +103,13 @@ class MemoryStore:
 
 
 class MappedStore:
-    """Clients in slabs that all workers share, one slab for all clients of a structure. Only one worker at a time may use a client.
+    """Clients in slabs that all workers share; clients with the same structure share a slab. Only one worker at a time may use a client.
 
     A slab has room for all clients, but the system allocates memory or disk space only for the stored ones.
     """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
-        """`kind_of[i]`: a number, the same for clients of one structure."""
+        """`kind_of[i]`: a number that identifies the structure of client `i`."""
         self._blank, self._folder, self._kind_of = blank, folder, kind_of
         self._slabs: dict[int, tuple[TreeLayout, Slab]] = {}
         self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for stored clients

@@ -52,10 +52,10 @@ class DeviceStore(MemoryStore):
     """Clients on the device while there is room for them, the others on the host."""
 
     def __init__(self, blank: Callable[[int], Client], device: torch.device, budget: int) -> None:
-        """`budget`: bytes of the device's memory."""
+        """`budget`: bytes of device memory that clients may use."""
         super().__init__(blank)
         self._device, self._room = device, budget
-        self._sizes: dict[int, int] = {}  # of the clients on the device
+        self._sizes: dict[int, int] = {}  # bytes of the clients on the device
 
     def put(self, i: int, client: Client) -> None:
         """See `Store.put`."""

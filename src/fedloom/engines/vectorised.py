@@ -1,7 +1,7 @@
 """Lanes: clients of one architecture side by side, in one batched operation instead of many small ones.
 
-It is for GPUs, where small models wait for kernel launches, and for small models without convolutions. On a CPU, models with convolutions
-become slower (batching the weights turns them into grouped convolutions), so `auto` does not choose this engine there.
+This engine is for GPUs, where small models spend their time waiting for kernel launches, and for small models without convolutions. On a
+CPU, models with convolutions become slower (batching the weights turns them into grouped convolutions), so `auto` does not choose it there.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from fedloom.training.choose import Convolutions
 from fedloom.training.lanes import CannotMapError, client_updates
 from fedloom.training.turn import UpdateResult
 
-LANES_BYTES = 1 << 28  # stacked weights of a group, excluding activations and optimiser states
+LANES_BYTES = 1 << 28  # limit on the stacked weights of a group, excluding activations and optimiser states
 MOST_LANES = 64
 MOST_LANES_ON_DEVICE = 256
 TIMES_WEIGHTS = (
-    8  # on a GPU, a lane's memory excluding activations (received, gradients, moments, a graph's copies), in weights
+    8  # a lane's memory on a GPU (received, gradients, moments, a graph's copies; no activations), over its weights
 )
 
 log = logging.getLogger(__name__)
 
 
 class Vectorised(Sequential):
-    """Lanes of stacked clients. If a method cannot be vectorised, clients run one after another, and a warning gives the reason."""
+    """Trains stacked clients in lanes. If a method cannot be vectorised, clients run one after another, and a warning gives the reason."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Vectorised(Sequential):
         self._lanes = [lanes or self._lanes_for(arch) for arch in range(len(problem.archs))]
 
     def _lanes_for(self, arch: int) -> int:
-        """Return the lanes that fit in memory. On a GPU the activations' size is unknown before a step, so `_group_turns` halves
-        if needed.
+        """Return how many lanes fit in memory. On a GPU, the size of the activations is unknown before a step, so `_group_turns`
+        halves the number if needed.
         """
         size, most, room = tree.n_bytes(self.initial(arch)), MOST_LANES, LANES_BYTES
         if self.device != HOST:
@@ -96,7 +96,7 @@ class Vectorised(Sequential):
             yield from self._group_turns(number, group[start : start + lanes])
 
     def _ended(self, number: int, member: CohortMember, end: Callable[[], UpdateResult], started: float) -> Reply:
-        """Finish a local update that began at `started` (after sharing out the group's time), and return its reply."""
+        """Finish a local update and return its reply. `started`: the start time, set back by its share of the group's time."""
         try:
             done = end()
         except Exception as error:
@@ -105,14 +105,14 @@ class Vectorised(Sequential):
         return self.finish(member, done, started)
 
     def _mapped_turns(self, number: int, group: list[CohortMember]) -> tuple[list[Callable[[], UpdateResult]], float]:
-        """Return functions that finish each local update, and each one's share of the seconds so far. Nothing is stored yet."""
+        """Return one function per client, which finishes its update, and the share of each in the seconds so far. Nothing is stored yet."""
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self.to_device(member.message) for member in group]
         rows = zip(clients, self.data.train_of(clients), strict=True)
         sites = [self.context(number, i, "train", False, own) for i, own in rows]
         gradients = self.gradients_of(clients[0])
         done = client_updates(p.method, gradients, [self.load(i) for i in clients], downs, sites, number=number)
-        if self.device != HOST:  # finish all now: running out of memory must show before anything is stored
+        if self.device != HOST:  # finish all now, so that running out of memory is detected before anything is stored
             done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
 

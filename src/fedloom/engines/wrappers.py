@@ -70,7 +70,7 @@ class Bytes(Wrapper):
             raise MethodError(f"a message of {len(data)} bytes was counted as {counted} bytes")
         return tree.merge(
             message, decode(data, expect=message)
-        )  # branches without tensors are not sent, but the receiver can restore them
+        )  # branches without tensors are not sent; the receiver restores them
 
     def _down(self, number: int, clients: Sequence[int], down: Downlink) -> Downlink:
         whole = [self._through(down.to(s), round=number, client=i, examples=0) for s, i in enumerate(clients)]
@@ -96,8 +96,8 @@ class Bytes(Wrapper):
 class Debug(Wrapper):
     """Checks the contract.
 
-    Inputs never change, clients outside the cohort do not change, structures stay the same, private nets do not travel, and numbers are
-    finite. Modules keep no state of their own, and scoring changes no client.
+    The rules: inputs never change, clients outside the cohort do not change, structures stay the same, private nets do not travel, all
+    numbers are finite, modules keep no state of their own, and scoring changes no client.
     """
 
     def __init__(self, inner: Engine) -> None:
@@ -106,7 +106,7 @@ class Debug(Wrapper):
         self._public = [tree.structure(self.problem.method.travelling(weights)).keys() for weights in initial]
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """See `Engine.train`. Raises MethodError with client, round and tensor for a broken rule."""
+        """See `Engine.train`. Raises MethodError, naming the client, round and tensor, if a rule is broken."""
         before = self._copies()
         sent = [tree.clone(down.to(slot)) for slot in range(len(cohort))]
         with self._watched_modules(f"round {number}"):

@@ -32,7 +32,7 @@ class Accounting:
         self.trained: set[int] = set(state.get("trained", ()))
 
     def count(self, way: str, message: Tree, kind: str | None = None) -> int:
-        """Add one message and return its size in bytes, counted under `kind`, or else under the kinds that the message contains."""
+        """Add one message and return its size in bytes. It is counted under `kind` if given, otherwise under the kinds that it contains."""
         sizes = self.meter.sizes(message)
         sizes = {kind: sum(sizes.values())} if kind else sizes
         for kind, n in sizes.items():
@@ -72,7 +72,7 @@ class Accounting:
         }
 
     def _counted(self, count: Callable[[Costs], T]) -> T | None:
-        """Return a count, or None with one warning if counting fails: a run does not end because its cost cannot be counted."""
+        """Return a count; if counting fails, log one warning and return None, so that the run continues."""
         if self._costs is None:
             return None
         try:

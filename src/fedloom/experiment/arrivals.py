@@ -1,14 +1,14 @@
-"""The uplinks that the server aggregates in a round, and those it does not: lost, slow and busy devices, late and invalid uplinks.
+"""Decides which uplinks the server aggregates in a round: handles lost, slow and busy devices, and late and invalid uplinks.
 
 One round::
 
     roster    choose who takes part. Busy clients (still at work, or with an uplink in flight) are not sent the downlink. Lost devices
-              and dropped stragglers are sent it, but do no local update.
+              and dropped stragglers are sent the downlink, but run no local update.
     (the engine runs the local updates of all others)
-    take      check the replies. Invalid uplinks are rejected; with `stragglers=late`, those of slow clients go in flight. Accept the
+    take      check the replies. Reject invalid uplinks; with `stragglers=late`, put the uplinks of slow clients in flight. Accept the
               uplinks that are on time and those in flight that are due, and compute their shares.
 
-Every draw depends only on (seed, round, client), so it is the same on every engine and after a resume.
+All random numbers depend only on (seed, round, client), so they are the same on every engine and after a resume.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ Row = dict[str, Any]
 
 
 def slowdowns(settings: Settings, method: Method, n_clients: int) -> tuple[float, ...]:
-    """Return each client's slowdown factor: `slowdown` for a fraction `slow` of clients, drawn once from the seed, and 1 for the others."""
+    """Return each client's slowdown factor: `slowdown` for a fraction `slow` of clients, chosen with the seed, and 1 for the others."""
     devices = settings.devices
-    n_slow = 0 if method.pooled else int(devices.slow * n_clients + 0.5)  # a pooled client is no device
+    n_slow = 0 if method.pooled else int(devices.slow * n_clients + 0.5)  # a pooled client is not a device
     slow = set(Stream(settings.seed, "slow").permutation(n_clients)[:n_slow].tolist())
     return tuple(devices.slowdown if i in slow else 1.0 for i in range(n_clients))
 
 
 def check_stragglers(settings: Settings, method: Method) -> None:
-    """Raise ConfigError if the settings ask for late uplinks and the method cannot use them."""
+    """Raise ConfigError if the settings require late uplinks and the method cannot use them."""
     if settings.devices.stragglers == "late" and not method.accepts_late:
         raise ConfigError(
             f"devices.stragglers=late: {settings.method.name} cannot aggregate late uplinks; use wait, drop or partial"
@@ -54,18 +54,18 @@ def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
 
 
 class Participants(NamedTuple):
-    """Who takes part in a round, as positions in the cohort."""
+    """The clients that take part in a round, as positions in the cohort."""
 
     sent: list[int]  # members who are sent the downlink
     working: list[int]  # members whose local update is run
 
 
 class RoundRequest(NamedTuple):
-    """One round's downlink and the clients that it asks for a local update. A reply's slot is its index in `working`."""
+    """One round's downlink, and the clients that are asked for a local update. A reply's slot is its index in `working`."""
 
     number: int
     cohort: Sequence[int]
-    down: Downlink  # by position in the cohort; encoded at first, decoded by `Arrivals.take`
+    down: Downlink  # by position in the cohort; initially encoded, then decoded by `Arrivals.take`
     working: Sequence[int]  # positions in the cohort of the members whose local update is run
 
 
@@ -78,7 +78,7 @@ class AcceptedUplinks(NamedTuple):
 
 
 class Arrivals:
-    """One experiment's rules for arrivals, its uplinks in flight, and counts of lost, late and rejected ones."""
+    """One experiment's rules for arrivals, its uplinks in flight, and its counts of lost, late and rejected uplinks."""
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
@@ -98,7 +98,7 @@ class Arrivals:
         """Choose who takes part in round `number`.
 
         Clients `at_work` for an earlier round, or with an uplink in flight, are not sent the downlink. Lost devices and stragglers to be
-        dropped are sent it but do no local update.
+        dropped are sent the downlink, but run no local update.
         """
         busy = [slot for slot, i in enumerate(cohort) if i in self.flights or i in at_work]
         sent = [slot for slot in range(len(cohort)) if slot not in busy]
@@ -112,7 +112,7 @@ class Arrivals:
     def take(self, now: RoundRequest, replies: Sequence[Reply], at_work: Collection[int] = ()) -> AcceptedUplinks:
         """Return the uplinks to aggregate in this round, decoded; none if fewer than `min_clients` arrived.
 
-        `now` is this round's request; `replies` are encoded, and may answer earlier requests; clients `at_work` may reply in a later round.
+        `now` is this round's request. `replies` are encoded, and may answer earlier requests. Clients `at_work` may reply in a later round.
         """
         number, now = now.number, now._replace(down=self._problem.codec.arrived(now.down))
         requests = {now.cohort[slot]: now for slot in now.working} | self._overdue
@@ -131,7 +131,7 @@ class Arrivals:
     def _note_silent(
         self, number: int, requests: Mapping[int, RoundRequest], replies: Sequence[Reply], at_work: Collection[int]
     ) -> None:
-        """Note the clients that did not reply: those still at work are overdue, all others are lost."""
+        """Record the clients that did not reply: those still at work are overdue, all others are lost."""
         silent = requests.keys() - {reply.client for reply in replies}
         overdue = {i: requests[i] for i in sorted(silent) if i in at_work}
         self._note(number, "lost", sorted(silent - overdue.keys()), reason="no reply")
@@ -141,7 +141,7 @@ class Arrivals:
     def _sort(
         self, now: RoundRequest, requests: Mapping[int, RoundRequest], replies: Sequence[Reply]
     ) -> tuple[list[Reply], list[LateUplink], frozenset[int]]:
-        """Return the valid replies that are on time, the late uplinks that are due in this round, and the clients rejected.
+        """Return the valid replies that are on time, the late uplinks that are due in this round, and the rejected clients.
 
         With `stragglers=late`, valid replies of slow clients go in flight instead.
         """
@@ -169,7 +169,7 @@ class Arrivals:
 
     @property
     def _age(self) -> int:
-        """Rounds after which a slow client's uplink arrives: a round lasts as long as a local update on a device of normal speed."""
+        """The rounds until a slow client's uplink arrives; a round lasts as long as a local update on a device of normal speed."""
         return math.ceil(self._rules.slowdown) - 1
 
     def _is_lost(self, number: int, i: int) -> bool:
@@ -181,20 +181,20 @@ class Arrivals:
         return self._rules.stragglers == rule and self._slowdown[i] > 1
 
     def _pass_time(self, replies: Sequence[Reply]) -> None:
-        """Add the longest local update to the virtual time, in steps; the server does not wait for uplinks of a later round."""
+        """Add the longest local update to the virtual time, in steps; the server does not wait for uplinks that arrive in a later round."""
         waits = self._rules.stragglers in ("wait", "partial")
         turns = [sum(r.steps.values()) * (self._slowdown[r.client] if waits else 1.0) for r in replies]
         self.counts["virtual_steps"] += max(turns, default=0.0)
 
     def _due(self, number: int) -> list[LateUplink]:
-        """Pop the in-flight uplinks that arrive in round `number`."""
+        """Remove and return the in-flight uplinks that arrive in round `number`."""
         due = [late for late in self.flights.values() if late.sent + self._age <= number]
         for late in due:
             del self.flights[late.client]
         return due
 
     def _note(self, number: int, event: str, clients: Sequence[int] | None = None, **facts: Any) -> None:
-        """Note an event of round `number`; skip it if `clients` is empty."""
+        """Record an event of round `number`, unless `clients` is empty."""
         if clients is not None and not clients:
             return
         if event in self.counts:
@@ -210,14 +210,14 @@ class Arrivals:
         return {"counts": self.counts, "flights": flights}
 
     def restore(self, state: Mapping[str, Any], messages: Mapping[int, Tree]) -> None:
-        """Restore an earlier result of `state`, and the messages in flight by client."""
+        """Restore an earlier result of `state`; `messages`: the uplinks in flight, by client."""
         self.counts |= state.get("counts", {})
         flights = [LateUplink(**flight) for flight in state.get("flights", ())]
         self.flights = {f.client: replace(f, message=messages.get(f.client, {})) for f in flights}
 
 
 def _arrivals(members: Sequence[tuple[int, int, int, int]]) -> tuple[Arrival, ...]:
-    """Turn `(client, slot, examples, age)` into arrivals. Shares are proportional to examples / sqrt(1 + age) and sum to 1."""
+    """Convert tuples `(client, slot, examples, age)` into arrivals. Shares are proportional to examples / sqrt(1 + age) and sum to 1."""
     weights = [examples if age == 0 else examples / math.sqrt(1 + age) for _, _, examples, age in members]
     whole = sum(weights)
     return tuple(Arrival(i, slot, w / whole, age) for (i, slot, _, age), w in zip(members, weights, strict=True))

@@ -109,7 +109,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
 
 
 def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
-    """Return the number of clients that train: all but those that join afterwards."""
+    """Return the number of clients that train: all except those that join afterwards."""
     joining = settings.join.clients
     if joining and method.pooled:
         name = settings.method.name
@@ -134,7 +134,7 @@ def _check_phases(method: Method) -> None:
 
 
 def _check_messages(problem: Problem) -> None:
-    """Raise ConfigError if uplinks are differences and clients exchange parts of them: the base would be unknown."""
+    """Raise ConfigError if uplinks are differences and clients exchange parts of them: the base of a difference would be unknown."""
     if problem.codec.uplink and problem.method.exchanges:
         raise ConfigError(
             f"uplink: {type(problem.method).__name__} lets clients exchange parts of uplinks before the upload, so the server cannot"

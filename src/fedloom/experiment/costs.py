@@ -27,14 +27,14 @@ from fedloom.training.sweeps import EVAL_BATCH
 from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
-FEWEST = 2  # examples in the smallest counted batch: BatchNorm cannot train on one
+FEWEST = 2  # examples in the smallest counted batch: BatchNorm cannot train on one example
 
 
 class Costs:
     """Floating-point operations and memory of the local updates of one problem's clients.
 
-    Matrix products, convolutions and attention are counted, forward and backward, by torch's formulas: a multiply-add is two operations.
-    A step on B examples takes a + b B + c B^2 operations, so three small steps determine the count for every B.
+    Matrix products, convolutions and attention are counted, forward and backward, with torch's formulas; a multiply-add is two operations.
+    A step on B examples takes a + b B + c B^2 operations, so counting three small steps determines the count for every B.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -120,8 +120,8 @@ class Costs:
     def peak_bytes(self, i: int) -> dict[str, int]:
         """Return the peak memory of client `i`'s tensors in bytes, by phase; the peak of the local update is their maximum.
 
-        The client's examples, its whole state, the downlink, and every tensor that a step creates are counted, but not the temporary memory
-        inside an operation, nor Python objects. Each phase is followed for two steps, because later steps use the same memory.
+        This includes the client's examples, its whole state, the downlink, and every tensor that a step creates, but neither temporary
+        memory inside an operation nor Python objects. Each phase is tracked for two steps, because later steps use the same memory.
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
         site = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(p.seed, "costs"))
@@ -143,14 +143,14 @@ class Costs:
 
 
 class Operations(DispatchMode):  # type: ignore[no-untyped-call]
-    """Count floating-point operations by torch's own formulas."""
+    """Count floating-point operations with torch's own formulas."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Count one operation; decompose one that consists of others (a linear layer in inference mode)."""
+        """Count one operation, or decompose it if it consists of others (such as a linear layer in inference mode)."""
         count = flop_registry.get(func._overloadpacket)
         if count is None:
             with self:
@@ -195,7 +195,7 @@ class Live(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def shortened(phase: Phase, steps: int) -> Phase:
-    """Return the phase with the given number of steps; a phase without steps stays as it is."""
+    """Return the phase with the given number of steps; a phase without steps is returned unchanged."""
     return phase if isinstance(phase, Sweep | Free) else dataclasses.replace(phase, steps=steps)
 
 
@@ -213,7 +213,7 @@ def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:
 
 
 def _value(differences: tuple[int, int, int], n: int) -> int:
-    """Evaluate Newton's formula: the quadratic through three consecutive sizes, exact in integers."""
+    """Evaluate the quadratic through the counts at three consecutive sizes with Newton's formula, exactly in integers."""
     first, slope, curve = differences
     away = n - FEWEST
     return first + away * slope + away * (away - 1) // 2 * curve

@@ -1,4 +1,4 @@
-"""Scoring after a round, and the metrics that follow from the scores."""
+"""Scoring after a round, and the metrics computed from the scores."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.method import Downlink
 from fedloom.rng import Stream
 
 Scores = dict[str, list[Score]]
-"""By the name of the request, in the order of `Scoring.clients`."""
+"""For each request, by name: the scores in the order of `Scoring.clients`."""
 
 
 class Scoring:
@@ -34,7 +34,7 @@ class Scoring:
         asks = [ScoreRequest("personal_accuracy", own)]
         if (
             self._settings.eval.fitted and not self._problem.method.pooled
-        ):  # a pooled method has no local updates per client
+        ):  # a pooled method has no local updates of single clients
             asks.append(ScoreRequest("fitted", own, fitted=True))
         if any(map(len, self._problem.data.partition.valid)):
             asks.append(ScoreRequest("valid", "valid"))

@@ -1,4 +1,4 @@
-"""Newcomers: clients that were held out from training join afterwards, one after another."""
+"""Newcomers: clients that were held out of training and join afterwards, one after another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
-    """Let the clients that were held out from training join. Return their part of the summary.
+    """Let the clients that were held out of training join. Return their part of the summary.
 
     A newcomer sends nothing to the server. `on_round` is called after each newcomer.
     """

@@ -1,4 +1,4 @@
-"""One experiment: the round loop, scoring and records, the same for all methods and engines."""
+"""One experiment: the round loop, scoring and records, which are the same for all methods and engines."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in total, the 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenObjects:
-    """Objects from Python that replace what the settings name."""
+    """Python objects that replace those that the settings name."""
 
     method: Method | None = None
     dataset: data.Dataset | None = None
@@ -72,7 +72,7 @@ class Experiment:
             self.server = self.hooks.init(weights)
             self._buffers = _policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
-        self.done = self.saved = 0  # rounds done, and rounds at the latest checkpoint
+        self.done = self.saved = 0  # rounds done, and rounds in the latest checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
@@ -110,7 +110,7 @@ class Experiment:
 
     @classmethod
     def reopen(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
-        """Load a run, finished or not, from its latest checkpoint for inspection: sequential, on the CPU. Its folder is not changed."""
+        """Load a run, finished or not, from its latest checkpoint for inspection: sequential, on the CPU. Its files do not change."""
         folder = RunFolder.open(Path(path))
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
@@ -120,7 +120,7 @@ class Experiment:
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
 
     def forget_unsaved(self) -> None:
-        """Remove from the folder what was written after the latest checkpoint."""
+        """Remove everything from the folder that was written after the latest checkpoint."""
         if not self.folder.has_checkpoint():  # the run may have stopped before its description was complete
             describe_run(self, self.folder)
         self.folder.keep_rows(self.done)
@@ -129,7 +129,7 @@ class Experiment:
         """Run the remaining rounds and return the summary. An experiment can run only once.
 
         Raises:
-            RunFolderError: it has run already. Its state may differ from the latest checkpoint, e.g. after a round that failed.
+            RunFolderError: the experiment has already run. Its state may differ from the latest checkpoint, e.g. after a failed round.
         """
         rounds = self.settings.rounds
         if self._has_run:
@@ -152,7 +152,7 @@ class Experiment:
     # one round
 
     def run_round(self, number: int) -> None:
-        """Run round `number`: send the downlink, train, aggregate, record, and evaluate and save if they are due."""
+        """Run round `number`: send the downlink, train, aggregate and record; evaluate and save if due."""
         started = time.perf_counter()
         cohort = self.draw_cohort(number)
         down = self.hooks.downlink(self.server, number, cohort)
@@ -184,7 +184,7 @@ class Experiment:
             save_run(self)
 
     def draw_cohort(self, number: int) -> Sequence[int]:
-        """Choose the cohort of round `number`; its size is drawn if `participation` is a range."""
+        """Choose the cohort of round `number`; its size is random if `participation` is a range."""
         rng = Stream(self.settings.seed, "cohort", number)
         low, high = participation_range(self.settings.participation)
         fraction = low + (high - low) * float(rng.child("size").numpy.random())

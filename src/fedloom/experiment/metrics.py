@@ -14,10 +14,10 @@ Row = dict[str, Any]
 
 
 def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = None) -> Row:
-    """Return the accuracy over several clients' own examples: `name` (mean over examples), `_uniform` (over clients), and more.
+    """Return the accuracy on several clients' own examples: `name` (mean over examples), `_uniform` (mean over clients), and more.
 
-    `_std` is the standard deviation over clients (of the population), `_worst10` the mean of the worst tenth (at least one client), and
-    `_trained` the mean over the examples of clients that trained at least once. Clients without examples do not count.
+    `_std` is the population standard deviation over clients, `_worst10` the mean of the worst tenth of clients (at least one), and
+    `_trained` the mean over the examples of clients that have trained at least once. Clients without examples are ignored.
     """
     each = np.array([score.accuracy for score in scores])
     each = each[~np.isnan(each)]
@@ -42,13 +42,13 @@ def over_clients(scores: Sequence[Score], name: str) -> Row:
 
 
 def recall(scores: Sequence[Score]) -> list[float | None]:
-    """Return each class's recall over all scores, to four digits; None for a class without examples."""
+    """Return each class's recall over all scores, to four decimals; None for a class without examples."""
     right, rows = sum_scores(scores)
     return [round(float(r / n), 4) if n else None for r, n in zip(right, rows, strict=True)]
 
 
 def mean_logs(replies: Sequence[Reply]) -> Row:
-    """Return the clients' logs, averaged by examples; a log counts only the clients that wrote it."""
+    """Return the means of the clients' logs, weighted by examples; each log is averaged over the clients that wrote it."""
     row: Row = {}
     for name in sorted({name for reply in replies for name in reply.logs}):
         having = [reply for reply in replies if name in reply.logs]
@@ -70,7 +70,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
     """Return four numbers per accuracy: `final`, `last10`, `best_on_test`, `chosen_on_validation`.
 
     `last10` is the mean of the last ten evaluations. `best_on_test` is biased upwards, because its round is chosen on test examples. The
-    round for `chosen_on_validation` is the first with the best validation accuracy; without validation examples the value is None.
+    round of `chosen_on_validation` is the first with the best validation accuracy; without validation examples, the value is None.
     """
     valid = [row.get("valid_accuracy") for row in rows]
     best = max((v, -i) for i, v in enumerate(valid) if v is not None) if any(v is not None for v in valid) else None

@@ -24,7 +24,7 @@ class PersonalModel(nn.Module):
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
-        """Apply a change of precision or device to the predictor's other inputs too."""
+        """Apply a change of precision or device to the predictor's other inputs as well."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
         return self

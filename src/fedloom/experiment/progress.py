@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 LEAST_S = 10.0  # minimum time between two plain lines for finished rounds
 MOST_S = 30.0  # maximum time between any two plain lines
-LOOK_S = 5.0  # how often we check whether a line is due
+LOOK_S = 5.0  # interval between checks of whether a line is due
 
 
 class Overall(NamedTuple):
@@ -36,7 +36,7 @@ class Show(Protocol):
     def __call__(
         self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
     ) -> None:
-        """Show that `done` of `rounds` are done, and the newest metrics.
+        """Show that `done` of `rounds` rounds are done, and show the newest metrics.
 
         Args:
             name: a new name to display from now on.
@@ -133,7 +133,7 @@ class PlainLines:
                 self._line()
 
     def tick(self) -> None:
-        """Write a line if one would otherwise be overdue before the next check."""
+        """Write a line if it would otherwise become overdue before the next check."""
         with self._lock:
             if self._clock() - self._last > MOST_S - LOOK_S - 1:
                 self._line()
@@ -170,7 +170,7 @@ def numbers(row: Mapping[str, Any]) -> str:
 
 
 def facts(experiment: Experiment) -> dict[str, str]:
-    """Describe a run that is about to start, in words, by topic."""
+    """Describe in words a run that is about to start, by topic."""
     settings, task = experiment.settings, experiment.problem.task
     sizes = [experiment.data.n_train(i) for i in range(task.n_clients)]
     done = f", of which {experiment.done} are done" if experiment.done else ""

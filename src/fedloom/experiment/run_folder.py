@@ -1,9 +1,9 @@
 """A run's folder. Files are written during the run, so that nothing is lost if it stops.
 
-`config.toml`, `environment.json` and `partition.json` are written at the start; one line of `metrics.jsonl` per evaluated round; lines of
-`events.jsonl` if a client is lost, late or rejected, or a round is skipped; `checkpoint/` and `clients.parquet` every few rounds;
-`summary.json` at the end. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then renamed),
-and so is the checkpoint's folder.
+`config.toml`, `environment.json` and `partition.json` are written at the start, `checkpoint/` and `clients.parquet` every few rounds, and
+`summary.json` at the end. `metrics.jsonl` gets one line per evaluated round, and `events.jsonl` a line if a client is lost, late or
+rejected, or a round is skipped. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then
+renamed), and so is the checkpoint's folder.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class RunFolder:
     # metrics, line by line
 
     def append(self, row: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
-        """Append a line to `metrics.jsonl` or `events.jsonl`; numbers that are not finite become null."""
+        """Append a line to `metrics.jsonl` or `events.jsonl`; non-finite numbers become null."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
@@ -139,7 +139,7 @@ class RunFolder:
         return [_row(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
 
     def keep_rows(self, upto: int) -> list[dict[str, Any]]:
-        """Drop the lines and events after round `upto` (they will be written again), and return the remaining lines."""
+        """Remove the lines and events after round `upto` (they will be written again), and return the remaining lines."""
         kept = {name: [row for row in self.rows(name) if row["round"] <= upto] for name in LINES}
         for name, rows in kept.items():
             if rows or name == LINES[0]:
@@ -210,13 +210,13 @@ class RunFolder:
 
 
 def to_disk() -> None:
-    """Flush all written files to disk, so that they survive a power cut. One `fsync` per client's file would take 1 to 5 ms each."""
+    """Flush all written files to disk, so that they survive a power failure. An `fsync` per client's file would take 1 to 5 ms each."""
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
 
 
 def _row(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object that has a round."""
+    """Parse a JSON object with a round number."""
     try:
         row = json.loads(text)
     except ValueError as error:
@@ -256,8 +256,8 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the working copy that this package runs from, or None if it is not one."""
-    # a .venv may be inside another project's working copy
+    """Return the commit of the working copy that this package runs from, or None if there is none."""
+    # the package may be in a .venv inside another project's working copy
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     return _git("rev-parse", "HEAD") if tracked else None
 

@@ -1,4 +1,4 @@
-"""The files of a run: its description, checkpoints and summary; and resuming from them."""
+"""Write the files of a run (description, checkpoints and summary), and resume from them."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
-    """Raise RunFolderError if the partition differs from the run's own: it could test on examples that it trained on."""
+    """Raise RunFolderError if the partition differs from the run's own: examples used for training could become test examples."""
     at_start, now = folder.partition(), _partition_record(experiment)
     if experiment.partition.scheme.get("name") == "devices":
         return  # devices may hold other examples by now, or be absent
@@ -122,7 +122,7 @@ def _restored(template: Tree, saved: Tree, what: str) -> Tree:
         raise RunFolderError(
             f"the checkpoint does not match this method and model (at the {what}); restore the method's file"
         )
-    return tree.merge(template, saved)  # in the template's order, with its branches without tensors
+    return tree.merge(template, saved)  # in the order of the template, including its branches without tensors
 
 
 def _table(rows: list[Row]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Calls of a method's server hooks: seeded, and with a check that they leave their inputs unchanged."""
+"""Calls a method's server hooks with seeded generators, and checks that they leave their inputs unchanged."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ class ServerSide:
         """Return the message that any client would receive in order to predict after `number` rounds.
 
         Raises:
-            MethodError: `deploy` returned one message per client, which scoring cannot use: the experiment chooses the scored clients.
+            MethodError: `deploy` returned one message per client; scoring cannot use these messages, because the experiment chooses which
+                clients to score.
         """
         task = self._problem.task
         down = self._call("deploy", number, {"server": server}, lambda: self._method.deploy(server, task))

@@ -27,7 +27,7 @@ def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any])
     """Create the trackers that `log` names; their files go into the run's folder.
 
     Raises:
-        ConfigError: the extra of that name is not installed.
+        ConfigError: the extra for a tracker is not installed.
     """
     known: dict[str, Callable[[Path, Row], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
     return [known[name](folder, config) for name in names]
@@ -79,11 +79,11 @@ class _WandB:
 
 
 class _MLflow:
-    """Writes to MLFLOW_TRACKING_URI, or to a folder `mlruns` in the run's folder."""
+    """Writes to MLFLOW_TRACKING_URI, or to the folder `mlruns` in the run's folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         where = os.environ.get("MLFLOW_TRACKING_URI")
-        if not where:  # MLflow 3 needs permission for file stores; the light package has no database
+        if not where:  # MLflow 3 must be told to allow file stores; mlflow-skinny has no database
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             where = (folder / "mlruns").resolve().as_uri()
         self._client = _import("mlflow.tracking", "mlflow").MlflowClient(where)

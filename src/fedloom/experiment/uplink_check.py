@@ -44,7 +44,7 @@ class UplinkCheck:
         received = down.to(reply.slot)
         form = self._forms.of(number, reply.client, received)
         self._check_form(reply.uplink, form)
-        # a device may have left out branches without tensors
+        # a device may have omitted branches without tensors
         whole = tree.merge(form.travels, reply.uplink)
         uplink = self._problem.codec.opened(whole, received)
         checked = reply.is_finite and not self._problem.codec.uplink
@@ -66,7 +66,7 @@ class UplinkCheck:
     def rebased(self, number: int, late: LateUplink, down: Downlink) -> Tree:
         """Return a late uplink as if its client had started from this round's downlink: add its differences to the current weights."""
         template = self._forms.of(number, late.client, down.common).uplink
-        message = tree.merge(template, late.message)  # a checkpoint loses branches without tensors
+        message = tree.merge(template, late.message)  # a checkpoint does not keep branches without tensors
         weights = tree.map_tree(torch.add, message["weights"], down.common["weights"])
         return {**message, "weights": without_negative_variances(weights)}
 

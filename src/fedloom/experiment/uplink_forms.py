@@ -1,4 +1,4 @@
-"""The expected form of uplinks, derived from the method's own `uplink`, called for a client that has only received its message."""
+"""The expected form of uplinks, derived by calling the method's own `uplink` for a client that has only received its message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedloom.tree import Tree, Weights
 
 
 class UplinkForm(NamedTuple):
-    """The uplink of a client that has received its message and not trained."""
+    """The uplink of a client that has received its message but has not trained."""
 
     uplink: Tree  # as the method returned it
     travels: Tree  # as it is on the wire

@@ -1,7 +1,7 @@
-"""Federated learning methods, one file each, written like their papers.
+"""Federated learning methods, one per file, written as in their papers.
 
-To add a method, write a file here and add a line to the block below; `registry.py` finds it by name. A method imports nets, losses, models
-and other methods, but never engines, data or experiments.
+To add a method, write a file here and add a line to the block below; `registry.py` finds it by name. A method may import nets, losses,
+models and other methods, but never engines, data or experiments.
 """
 
 from typing import TYPE_CHECKING

@@ -15,7 +15,7 @@ from fedloom.tree import Tree
 class Centralised(Method):
     """One model trained on the union of all clients' examples; a round is `local_epochs` passes over that union.
 
-    This is not a federated method: participation is ignored, and its bytes are those of one client that has all examples.
+    This is not a federated method: participation is ignored, and its traffic is that of one client that has all examples.
     It is scored on the same examples as every other method.
     """
 

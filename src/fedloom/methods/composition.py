@@ -19,7 +19,7 @@ BASIC = {field.name for field in dataclasses.fields(Method)}  # hyper-parameters
 def compose(server: Method, client: Method) -> Method:
     """Return a method with the server of `server` and the clients of `client`, e.g. `compose(server=FedMR(), client=FedProx())`.
 
-    The hyper-parameters that all methods have (`lr`, `local_epochs`, ...) are those of `client`.
+    The hyper-parameters that all methods have (`lr`, `local_epochs`, ...) are taken from `client`.
 
     Raises:
         ConfigError: the two methods cannot be composed.
@@ -60,6 +60,6 @@ def _refuse(cls: type[Method], half: tuple[str, ...], why: str) -> None:
 
 
 def _own_names(cls: type[Method]) -> set[str]:
-    """Return the names that a class and its bases define, down to Method."""
+    """Return the names that a class and its bases below Method define."""
     bases = cls.__mro__[: cls.__mro__.index(Method)] or (Method,)
     return {name for base in bases for name in vars(base) if not name.startswith("__") and name != "paper"}

@@ -17,11 +17,11 @@ from fedloom.tree import Tree
 
 @dataclass(frozen=True)
 class Ditto(Method):
-    """Ditto (Li et al., ICML 2021): w solves FedAvg's problem; each v_k solves its client's own problem, with a pull towards w.
+    """Ditto (Li et al., ICML 2021): w solves FedAvg's problem; each v_k solves its client's own problem, with a proximal term towards w.
 
     Travels: the common model `model` (w), both ways. Stays: the personal model `personal` (v_k), with the same architecture and initial
     weights. `personal_accuracy` and `general_accuracy` score v_k, `server_accuracy` scores w.
-    With mu = 0, v_k is trained as in `local`; the larger mu is, the closer v_k stays to w.
+    With mu = 0, v_k is trained as in `local`; the larger mu, the closer v_k stays to w.
     """
 
     mu: NonNegative = 0.1
@@ -43,7 +43,7 @@ class Ditto(Method):
         return {"model": model, "personal": deepcopy(model)}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return FedAvg's training of w, then that of v_k. The order does not matter: v_k is pulled to the received w."""
+        """Return FedAvg's training of w, then that of v_k. The order does not matter, because v_k is pulled towards the received w."""
         personal = Train("personal", self.personal_loss, ("personal",), self.local_optimizer(), self.personal_epochs)
         return (*super().phases(), personal)
 

@@ -1,4 +1,4 @@
-"""Means and variances of features by class: collected over examples, combined over clients, and used for sampling.
+"""Means and variances of features by class: collecting them over examples, combining them over clients, and sampling from them.
 
 A variance is always a variance within classes, in one of three forms: `pooled`, one number per feature (p,); `class`, one per class
 and feature (Y, p); `full`, a covariance matrix (p, p) for all classes. A spread is its square root: standard deviations, or
@@ -62,8 +62,8 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
     Args:
         inside: (K, ...), the clients' variances.
         local: (K, Y, p), their class means.
-        means: (Y, p), the weighted means of these.
-        weights: (K, Y), each client's weight in each class; 0 where it has no examples.
+        means: (Y, p), the weighted means of the class means.
+        weights: (K, Y), each client's weight in each class; 0 where the client has no examples.
     """
     away = (local - means) * (weights > 0)[:, :, None]
     if form == "class":
@@ -78,8 +78,8 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
 def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
     """Return the standard deviations, at least `floor`; for `full`, the Cholesky factor of the covariance.
 
-    For `full`, the floor's square is first added to the diagonal, so standard deviations are at least about `floor`. A covariance
-    that was rounded in transit may have negative eigenvalues; they are set to 0.
+    For `full`, the square of the floor is first added to the diagonal, so standard deviations are at least about `floor`. A covariance
+    that was rounded in transit may have negative eigenvalues, which are set to 0.
     """
     if form != "full":
         return variance.sqrt().clamp(min=floor)
@@ -108,7 +108,7 @@ def deviations(spread: Tensor, labels: Tensor, form: Form) -> Tensor:
 
 
 def scaled(noise: Tensor, spread: Tensor, labels: Tensor, form: Form) -> Tensor:
-    """Return standard normal noise (B, p), scaled to that spread."""
+    """Return the standard normal noise (B, p), scaled by the spread."""
     return noise @ spread.T if form == "full" else noise * deviations(spread, labels, form)
 
 

@@ -21,11 +21,12 @@ Params = dict[str, Tensor]
 class FedASAM(Method):
     """FedASAM (Caldarola et al., ECCV 2022, section 4.1; ASAM: Kwon et al., ICML 2021, algorithm 1).
 
-    Every local step first moves to the worst weights nearby, w + e with e = rho T^2 g / ||T g|| and T = |w| + eta. It then takes the
-    gradient there and applies it to w. Travels: the whole model, both ways. Stays: nothing. With rho = 0 it is FedAvg.
+    Every local step first moves to the nearby weights with the highest loss (to first order), w + e with e = rho T^2 g / ||T g|| and
+    T = |w| + eta. It then computes the gradient there and applies it to w. Travels: the whole model, both ways. Stays: nothing. With
+    rho = 0 it is FedAvg.
 
-    As in the released code, T is 1 for tensors that are not called `weight`. Unlike in the released code, running statistics are those of
-    the second pass only. The paper's averaging of models over rounds (SWA) is not included.
+    As in the released code, T is 1 for tensors that are not named `weight`. Unlike in the released code, running statistics come from the
+    second pass only. The paper's averaging of models over rounds (SWA) is not included.
     """
 
     rho: NonNegative = 0.5

@@ -10,7 +10,7 @@ from fedloom.method import Method, Paper
 
 @dataclass(frozen=True)
 class FedAvg(Method):
-    """FedAvg (McMahan et al., AISTATS 2017, algorithm 1). Its code is in `fedloom.Method`.
+    """FedAvg (McMahan et al., AISTATS 2017, algorithm 1). The code is in `fedloom.Method`.
 
     Travels: the whole model, both ways. Stays: nothing.
     """

@@ -30,6 +30,6 @@ class FedAvgFT(FedAvg):
     )
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return plain training of the received model."""
+        """Return a phase of plain training of the received model."""
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
         return (Train("tune", self.loss, ("model",), optimizer, epochs=self.tuning_epochs),)

@@ -32,11 +32,11 @@ class FedBABU(FedAvgFT):
     )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return training of only the body."""
+        """Return a phase that trains only the body."""
         return (Train("train", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs),)
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return fine-tuning of the whole model, its body or its head."""
+        """Return a phase that fine-tunes the whole model, its body or its head."""
         part = "model" if self.tuned == "model" else f"model:{self.tuned}"
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
         return (Train("tune", self.loss, (part,), optimizer, epochs=self.tuning_epochs),)

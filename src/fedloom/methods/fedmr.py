@@ -24,15 +24,15 @@ Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 
-    Travels: a whole model, both ways, a different one to each member of the cohort; the same number of bytes as FedAvg. Stays: nothing.
+    Travels: a whole model, both ways (a different one for each member of the cohort; as many bytes as FedAvg). Stays: nothing.
     The server keeps one model (slot) per member of the cohort. Each round sends slot i to the i-th member. Then every unit (a layer) of
-    the returned models is shuffled over the slots, with a separate permutation per unit (recombination). The first `first_stage_rounds`
-    rounds fill all slots with the average instead (the two-stage scheme).
+    the returned models is shuffled over the slots, with a separate permutation per unit (recombination). In the first
+    `first_stage_rounds` rounds, all slots are filled with the average instead (the two-stage scheme).
     The model in use is the equal-weight mean of the slots, which recombination leaves unchanged.
     With `secure` (the paper's secure recombination), clients first shuffle their units among themselves.
 
     Differences from the released code: a unit is a layer, as in the paper (`unit=tensor` permutes every tensor separately, as the code
-    does). A slot whose client is lost, or that a smaller cohort does not use, is recombined unchanged.
+    does). If the client of a slot is lost, or a smaller cohort does not use the slot, the slot enters the recombination unchanged.
     """
 
     lr: Positive = 0.01
@@ -79,7 +79,7 @@ class FedMR(Method):
         return self.secure
 
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
-        """Shuffle units among the clients that arrived until no tree is one client's whole model (secure recombination)."""
+        """Shuffle units among the clients whose uplinks arrived, until no tree is one client's whole model (secure recombination)."""
         if not self.secure:
             return uplinks
         models = tree.stack([uplink["weights"] for uplink in uplinks])
@@ -148,6 +148,6 @@ class FedMR(Method):
 
 
 def _shuffled(models: Weights, pieces: Sequence[Unit], orders: Sequence[Tensor]) -> Weights:
-    """Return the stacked models with each unit in its own order."""
+    """Return the stacked models with each unit permuted in its own order."""
     order = {tensor: order for piece, order in zip(pieces, orders, strict=True) for tensor in piece}
     return {kind: {name: leaf[order[kind, name]] for name, leaf in part.items()} for kind, part in models.items()}

@@ -34,10 +34,10 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True)
 class FedProto(Method):
-    """FedProto (Tan et al., AAAI 2022): prototypes tie together models of different architectures with a common feature width.
+    """FedProto (Tan et al., AAAI 2022): prototypes couple models of different architectures that have the same feature width.
 
-    Two nets: `body` outputs features z (B, p), `head` logits. A client's prototypes are the mean features of its classes, (C_k, p)
-    for the C_k classes of its examples; the server averages them class by class.
+    Two nets: `body` outputs features z (B, p), and `head` outputs logits. A client's prototypes (C_k, p) are the mean features of the C_k
+    classes of its examples; the server averages them class by class.
 
     Travels: prototypes and counts (Y,), both ways. Stays: all weights. A client predicts the class of the nearest global
     prototype, among the classes that have one.
@@ -80,7 +80,7 @@ class FedProto(Method):
         return Downlink(dict(server))
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return training, then a sweep for the prototypes of the trained body."""
+        """Return a training phase, then a sweep that collects the prototypes of the trained body."""
         train = Train("train", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
         return train, Sweep("statistics", self.statistics)
 

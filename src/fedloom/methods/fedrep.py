@@ -1,4 +1,4 @@
-"""FedRep: train the personal head on the common body first, then the body under that head."""
+"""FedRep: first train the personal head on top of the common body, then the body with that head fixed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fedloom.ranges import Count
 
 @dataclass(frozen=True)
 class FedRep(FedPer):
-    """FedRep (Collins et al., ICML 2021): a common representation, trained under heads that were fitted first.
+    """FedRep (Collins et al., ICML 2021): a common representation, trained with heads that were fitted first.
 
-    Travels: the body, both ways. Stays: the head. A local update makes `head_epochs` passes that update only the head, then
+    Travels: the body, both ways. Stays: the head. A local update consists of `head_epochs` passes that update only the head, then
     `local_epochs` passes that update only the body. The whole model is in training mode in both, as in the released code, so running
     statistics also change while the head is trained.
     """
@@ -30,7 +30,7 @@ class FedRep(FedPer):
     )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return training of the head, then of the body."""
+        """Return a phase that trains the head, then one that trains the body."""
         head = Train("head", self.loss, ("model:head",), self.local_optimizer(), epochs=self.head_epochs)
         body = Train("body", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs)
         return head, body

@@ -23,20 +23,20 @@ from fedloom.tree import Tree
 class FedRIR(Method):
     """FedRIR (Huang et al., WWW 2025).
 
-    Five nets: `gfe` outputs global features f_g (B, D); `csfe` outputs mean and log-variance of the client-specific features f_cs
+    Five nets: `gfe` outputs global features f_g (B, D); `csfe` outputs the mean and log-variance of client-specific features f_cs
     (B, 2 D); `generator` maps latents to images; `idm` is q(f_cs | f_g); `head` maps [f_g, f_cs] to logits.
 
     Travels: gfe, both ways. Stays: csfe, generator, idm, head, the optimisers' moments, and (by default) BatchNorm's running statistics.
 
     A local update has two stages:
 
-    1. MCSL: csfe encodes images with masked patches as the distribution of a latent, and generator reconstructs the whole image from a
-       sample. The loss is reconstruction error plus KL divergence.
-    2. Classification: head classifies [f_g, f_cs], where f_cs is csfe's mean for the unmasked image, without gradient. The IDM keeps
+    1. MCSL: csfe encodes an image with masked patches as the distribution of a latent, and generator reconstructs the whole image from a
+       sample of it. The loss is the reconstruction error plus the KL divergence.
+    2. Classification: head classifies [f_g, f_cs], where f_cs is csfe's mean for the unmasked image, without a gradient. The IDM keeps
        client-specific information out of f_g by minimising an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020), or their
        correlation within classes (`idm_mode=decorrelated`, which has no q and no `idm` net).
 
-    Differences from the released code (`docs/methods/fedrir.md` has their effects): the released information loss makes f_g *predict*
+    Differences from the released code (`docs/methods/fedrir.md` describes their effects): the released information loss makes f_g *predict*
     f_cs. Ours (`idm_mode=vclub`) first fits q and then minimises the bound with q fixed, which is the paper's stated aim. csfe is in
     evaluation mode in stage 2 (`csfe_mode`). Clients start from equal weights.
     """
@@ -63,7 +63,7 @@ class FedRIR(Method):
     loss_region: Literal["all", "masked"] = "all"
     """Pixels that are included in the squared error."""
     idm_mode: Literal["vclub", "vclub_sampled", "decorrelated", "released", "none"] = "vclub"
-    """The information term: the bound over all pairs of examples, the bound over one drawn pair per example, the correlation of f_g and
+    """The information term: the bound over all pairs of examples, the bound over one sampled pair per example, the correlation of f_g and
     f_cs within classes, the released code's loss, or none."""
     idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
@@ -120,7 +120,7 @@ class FedRIR(Method):
     # stage 1: masked client-specific learning
 
     def draw_mask(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Draw masks (B, 1, H, W), 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and the latents' noise (B, D)."""
+        """Sample masks (B, 1, H, W), 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and the latents' noise (B, D)."""
         n, _, height, width = batch.x.shape
         side, rows, columns = self.patches(height, width)
         rank = rng.uniform((n, rows * columns)).argsort(1).argsort(1)
@@ -161,12 +161,12 @@ class FedRIR(Method):
         return self.features(nets, batch.x)
 
     def q_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return -log q(f_cs | f_g), which fits q before each use. No gradient flows to f_g or f_cs."""
+        """Return -log q(f_cs | f_g), the loss that fits q before each use of q. No gradient flows to f_g or f_cs."""
         mean, log_variance = nets.idm(batch.precomputed["f_g"])
         return losses.gaussian_nll(mean, log_variance, batch.precomputed["f_cs"])
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Draw another example for each example, for the sampled bound."""
+        """Sample a second example for each example, for the sampled bound."""
         return {"other": rng.permutation(len(batch.y))} if self.idm_mode == "vclub_sampled" else {}
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
@@ -187,7 +187,7 @@ class FedRIR(Method):
         """Return the information term computed with q, in nats per feature; the bound is clamped at 0, its value for independence."""
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
-            # summed over features, and without the factor 1/2 of the likelihood
+            # the sum over features, without the factor 1/2 of the likelihood
             return 2 * common.shape[1] * losses.gaussian_nll(mean, log_variance, specific)
         mean, log_variance = nets.frozen.idm(common)
         return losses.vclub(mean, log_variance, specific, batch.draws.get("other")).clamp(min=0)

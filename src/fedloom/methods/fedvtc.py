@@ -23,20 +23,20 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class FedVTC(FedProto):
-    """FedVTC (Niu et al., ICLR 2026). The publication leaves details open; `docs/methods/fedvtc.md` lists what is reconstructed.
+    """FedVTC (Niu et al., ICLR 2026). The publication omits some details; `docs/methods/fedvtc.md` lists those that are reconstructed.
 
-    Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) logits, `generator` (psi_k) images from features; with
-    `learn_spread` also `spread`. Architectures may differ, but p may not.
+    Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) outputs logits, and `generator` (psi_k) generates images from
+    features; with `learn_spread`, there is also `spread`. Architectures may differ, but p may not.
 
     Travels: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Stays: all weights (with `share_generator`
     the generator travels too). A local update has four phases:
 
-    1. fit: train body and head by cross-entropy plus the distance to the global prototypes.
+    1. fit: train body and head with the cross-entropy plus the distance to the global prototypes.
     2. statistics: a sweep over the client's examples.
-    3. generator: train psi_k to reconstruct images from noisy features. The features of its images of *global* latents must match c. Body
-       and head are frozen.
-    4. finetune: train body and head on images psi_k(v), v ~ N(c_y, sigma^2), y uniform; in every Nth round, or on a copy before
-    predicting.
+    3. generator: train psi_k to reconstruct images from noisy features. The features of the images that it generates from *global*
+       latents must match c. Body and head are frozen.
+    4. finetune: train body and head on images psi_k(v), with v ~ N(c_y, sigma^2) and uniform y. This happens in every Nth round, or on a
+       copy before predicting.
     """
 
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
@@ -115,7 +115,7 @@ class FedVTC(FedProto):
         return tree.merge(weights, down["weights"]) if self.share_generator else weights
 
     def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
-        """Return c, n, and sigma with its floor: standard deviations, or the lower triangular factor of a full covariance."""
+        """Return c, n, and sigma with its floor applied: standard deviations, or the lower triangular factor of a full covariance."""
         sent = {key: value for key, value in server.items() if key != "variance"}
         return Downlink(
             sent
@@ -138,7 +138,7 @@ class FedVTC(FedProto):
         return (self.finetuning(),) if self.finetune == "end" else ()
 
     def finetuning(self) -> Train:
-        """Return fine-tuning in evaluation mode: running statistics stay those of real images."""
+        """Return the fine-tuning phase. It runs in evaluation mode, so running statistics remain those of real images."""
         nets = ("body", "head") if self.finetune_part == "model" else ("head",)
         optimizer = self.local_optimizer(self.finetune_lr or self.lr)
         when = self.finetunes if self.finetune == "every" else None
@@ -190,7 +190,7 @@ class FedVTC(FedProto):
     # phase 3: generator
 
     def draw_latents(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Draw noise for the batch's features (B, p) and for synthetic examples (S, p), and numbers in [0, 1) that choose classes (S,)."""
+        """Sample noise for the batch's features (B, p) and for synthetic examples (S, p), and numbers in [0, 1) to choose classes (S,)."""
         n, p = self.n_synthetic, task.width
         choice = (torch.arange(n) + rng.uniform((n,))) / n  # stratified over the classes
         return {"noise": rng.normal((len(batch.y), p)), "latent_noise": rng.normal((n, p)), "class_choice": choice}
@@ -205,7 +205,7 @@ class FedVTC(FedProto):
         reconstruction = (image - batch.x).square().mean()
         kl = self.kl(z, spread, batch.y, down)
         loss, logs = reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
-        if not self.matching_weight:  # saves half of the step's work
+        if not self.matching_weight:  # skipping the matching saves half of the step's work
             return loss, logs
         labels, latents = self.latents(batch.draws, down)
         matching = self.match(nets.body(nets.generator(latents)), latents, labels=labels, z=z, y=batch.y, down=down)
@@ -228,7 +228,7 @@ class FedVTC(FedProto):
         return losses.gaussian_kl(known * mean, known * log_variance) / z.shape[1]
 
     def latents(self, draws: Mapping[str, Tensor], down: Tree) -> tuple[Tensor, Tensor]:
-        """Return classes (S,), uniform over those with a prototype (0 if there is none), and v ~ N(c_y, sigma^2) (S, p)."""
+        """Return classes y (S,), uniform over those with a prototype (0 if there is none), and latents v ~ N(c_y, sigma^2) (S, p)."""
         labels = feature_statistics.among(down["counts"] > 0, draws["class_choice"])
         away = feature_statistics.scaled(draws["latent_noise"], down["spread"], labels, self.covariance)
         return labels, down["prototypes"][labels] + away
@@ -246,7 +246,7 @@ class FedVTC(FedProto):
         if self.matching == "real":
             target, held = feature_statistics.class_means(losses.wide(z), y, len(known))
             counted = counted * held
-        counted = counted * known  # without prototypes all labels are 0
+        counted = counted * known  # without any prototypes, all labels are 0
         return ((means - target).square().mean(1) * counted).sum() / counted.sum().clamp(min=1)
 
     # phase 4: fine-tuning
@@ -263,6 +263,6 @@ class FedVTC(FedProto):
         return error * ready
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return logits (B, Y) of the client's own model, not by nearest prototype; there is no server model."""
+        """Return logits (B, Y) of the client's own model instead of choosing the nearest prototype; there is no server model."""
         logits: Tensor = nets.head(nets.body(x))
         return logits

@@ -28,7 +28,7 @@ def load_object(where: str, key: str) -> Any:
     """Return the object `NAME` of a user's Python file, from `path/to/file.py:NAME`.
 
     Raises:
-        ConfigError: no such file or name, or the file cannot be imported; the message names the setting `key`.
+        ConfigError: there is no such file or name, or the file cannot be imported; the message names the setting `key`.
     """
     path, _, name = where.rpartition(":")
     module = load_module(Path(path), f"{key}={where}")
@@ -50,10 +50,10 @@ def load_module(file: Path, setting: str) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ConfigError(f"{setting}: {file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module  # dataclasses look their module up here
+    sys.modules[module_name] = module  # dataclasses look up their module here
     try:
         spec.loader.exec_module(module)
-    except SystemExit as leaving:  # it would end the command
+    except SystemExit as leaving:  # uncaught, it would end the program
         raise ConfigError(
             f'{setting}: {file} ends Python when it is imported; put the code that does so under `if __name__ == "__main__":`'
         ) from leaving
@@ -138,7 +138,7 @@ def _field_docs(method: type) -> dict[str, str]:
     for cls in reversed(method.__mro__[:-1]):
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
-        except (OSError, TypeError):  # a class without source (made in an interactive session)
+        except (OSError, TypeError):  # a class without source code (defined in an interactive session)
             continue
         docs |= source_facts.field_docs(tree.body[0])  # type: ignore[arg-type]
     return docs

@@ -20,9 +20,9 @@ class Scaffold(Method):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II).
 
     Travels: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Stays: the client's control
-    variate c_i, an estimate of its own *gradient* (same sign). c is the mean of all c_i, unless an uplink is rejected or a round is
-    skipped: clients do not learn of it and keep their new c_i.
-    The means run over the cohort with equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
+    variate c_i, an estimate of its own *gradient* (same sign). c is the mean of all c_i, unless an uplink has been rejected or a
+    round skipped: the clients concerned are not told, and keep their new c_i.
+    Means over the cohort have equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
     """
 
     server_lr: Positive = 1.0
@@ -47,7 +47,7 @@ class Scaffold(Method):
         return {"control": tree.zeros_like(self.travelling(weights)["params"])}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
-        """Return the model and c = 0. `aggregate` needs K to turn the cohort's mean change of c_i into the change of c."""
+        """Return the model and c = 0."""
         control = tree.zeros_like(self.travelling(weights)["params"])
         return super().init_server(weights, task) | {"control": control}
 
@@ -71,7 +71,7 @@ class Scaffold(Method):
         return {"weights": sent, "control": change}, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return x <- x + server_lr mean(y_i - x) and c <- c + |S| / K mean(change of c_i) (lines 16 and 17)."""
+        """Return x <- x + server_lr mean(y_i - x) and c <- c + |S| / K mean(change of c_i) (lines 16 and 17; K clients in total)."""
         mean = tree.mean(uplinks)
         step = tree.sub(mean["weights"]["params"], server["weights"]["params"])
         params = tree.add(server["weights"]["params"], step, self.server_lr)

@@ -39,7 +39,7 @@ class ClassFacts:
 
 
 def class_facts(origin: str) -> ClassFacts:
-    """Read a dataclass, `module:name`, and its bases: fields with types, defaults and docs, and class variables."""
+    """Read a dataclass, `module:name`, and its bases: the fields with their types, defaults and docs, and the class variables."""
     module, name = _split(origin)
     node, imported = _definition(module, name), _imports(module)
     assert isinstance(node, ast.ClassDef)
@@ -142,7 +142,7 @@ def _definition(module: str, name: str) -> Definition:
 
 @cache
 def _imports(module: str) -> dict[str, str]:
-    """Return the origin of the names that the module's top imports: name to `module:name`."""
+    """Return the origins of the names that a module imports at its top level, as `{name: "module:name"}`."""
     return {
         alias.asname or alias.name: f"{node.module}:{alias.name}"
         for node in _body(module)
@@ -152,7 +152,7 @@ def _imports(module: str) -> dict[str, str]:
 
 
 class _Names(dict[str, Any]):
-    """Values of the names at the top of a module, as keys and as attributes; a class is represented by its class variables."""
+    """Values of a module's top-level names, as keys and as attributes; a class is represented by its class variables."""
 
     def __init__(self, module: str) -> None:
         super().__init__(WORDS)

@@ -13,7 +13,7 @@ from fedloom.accelerator import HOST, staged
 from fedloom.method import Batch
 from fedloom.rng import Stream
 
-GATHERED_BYTES = 1 << 18  # of inputs, gathered at once; they should stay in the processor's cache until they are used
+GATHERED_BYTES = 1 << 18  # of inputs gathered at once, few enough to stay in the processor's cache until they are used
 
 
 class Rows(NamedTuple):
@@ -25,11 +25,11 @@ class Rows(NamedTuple):
     device: torch.device = HOST
 
     def batch(self, index: Tensor, rng: Stream) -> Batch:
-        """Return the examples with numbers `index` as a training batch, with the memory layout of `x`."""
+        """Return the examples at the indices `index` as a training batch, with the memory layout of `x`."""
         return next(self.batches([index], rng))
 
     def batches(self, order: Iterable[Tensor], rng: Stream) -> Iterator[Batch]:
-        """Yield the batches. Several small batches are gathered at once, because a call costs more than the copy."""
+        """Yield the batches. Several small batches are gathered at once, because each call costs more than the copy itself."""
         room = max(GATHERED_BYTES // max(self.x[:1].nbytes, 1), 1)
         for some in _together(order, room):
             index, sizes = torch.cat(some).to(self.x.device), [len(mine) for mine in some]
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
                 yield Batch(self.augment(mine, rng) if self.augment else mine, labels)
 
     def part(self, start: int, stop: int | None = None) -> Batch:
-        """Return a range of examples without augmentation."""
+        """Return the examples from `start` to `stop` without augmentation."""
         return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
 
 
@@ -60,12 +60,12 @@ def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Return whether images are stored with channels last."""
+    """Return whether images are stored in channels-last format."""
     return x.ndim == 4 and x.stride() == _channels_last_stride(x)
 
 
 def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
-    """Return the tensors, with four-dimensional ones in the requested memory format; the values do not change."""
+    """Return the tensors, the four-dimensional ones converted to the requested memory format; the values do not change."""
     lay = _channels_last if channels_last else torch.Tensor.contiguous
     return {name: lay(t) if t.ndim == 4 else t for name, t in tensors.items()}
 
@@ -88,10 +88,10 @@ class Plan(NamedTuple):
     slowdown: float = 1.0  # a slow device takes 1/slowdown of its steps (at least one)
 
     def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
-        """Yield the indices of each batch's examples, with a new permutation per epoch. A slow device leaves out the last batches.
+        """Yield the indices of each batch's examples, with a new permutation per epoch. A slow device skips the last batches.
 
-        A batch has at most all of the client's examples. With `drop_last`, an incomplete last batch is left out. Otherwise, a last batch
-        of one example is added to the batch before it, because BatchNorm cannot train on one example.
+        A batch is never larger than the client's set of examples. With `drop_last`, an incomplete last batch is skipped. Otherwise, a last
+        batch of one example is merged into the batch before it, because BatchNorm cannot train on one example.
         """
         sizes = self._sizes(n)
         every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng)
@@ -101,7 +101,7 @@ class Plan(NamedTuple):
         return islice(every, max(int(n_steps // self.slowdown), 1))
 
     def _sizes(self, n: int) -> list[int]:
-        """The size of each batch in a pass over `n` examples."""
+        """Return the size of each batch in one pass over `n` examples."""
         size = min(self.batch_size, n)
         sizes, rest = [size] * (n // size), n % size
         if rest == 1 and not self.drop_last:

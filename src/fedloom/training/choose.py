@@ -1,4 +1,4 @@
-"""Chooses the form in which steps are computed. All of these decisions are made here."""
+"""Choose the form in which steps are computed. All decisions about forms are made in this module."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class FastForms:
         """Return the fastest available runner for the steps of a job.
 
         Args:
-            same_bits: whether to leave out forms whose rounding differs from that of the loss as written.
+            same_bits: whether to exclude forms whose rounding differs from that of the loss as written.
         """
         gram = None if same_bits or self._gram is None else self._gram.replacement(job)
         step = job.plain(gram)

@@ -36,13 +36,13 @@ class Gradients:
             bf16: whether matrix products and convolutions run in bfloat16 (autocast); weights and updates keep their precision.
             device: the device of the modules and all tensors.
             convolutions: how to compute the convolutions of several clients at once; default: as in vmap.
-            as_written: whether to run losses operation by operation, without faster forms, because operations are counted.
+            as_written: whether to run losses operation by operation, without faster forms, so that operations can be counted.
         """
         self.modules, self.bf16, self.device = modules, bf16, device
         self.forms = FastForms(modules, bf16=bf16, device=device, convolutions=convolutions, as_written=as_written)
 
     def step(self, train: Train, replace: Replace | None = None) -> Step:
-        """Return the plain step of one client, with inputs wanted, params, buffers (updated in place), batch, down and memory."""
+        """Return the plain step of one client; its inputs are `wanted`, params, buffers (updated in place), batch, down and memory."""
 
         def plain(inputs: Tree) -> StepResult:
             wanted = with_grad(inputs["wanted"])
@@ -59,7 +59,7 @@ class Gradients:
         return plain
 
     def autocast(self) -> AbstractContextManager[object]:
-        """Return the context in which losses and predictions are computed: bfloat16, or nothing."""
+        """Return the context in which losses and predictions are computed: bfloat16 autocast, or a null context."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
 
@@ -72,7 +72,7 @@ def place_values(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
     """Move precomputed values from `wanted` to the batch. Return the remaining tensors, which are parameters, and the new batch."""
     if not batch.precomputed:
         return wanted, batch
-    # views, because torch's operation counter fails if a module's input is a leaf
+    # use views: torch's operation counter fails if a module's input is a leaf
     values = {name: v.view_as(v) for name, v in {**batch.precomputed, **wanted}.items() if name in batch.precomputed}
     return {name: p for name, p in wanted.items() if name not in values}, batch._replace(precomputed=values)
 

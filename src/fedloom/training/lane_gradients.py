@@ -21,8 +21,8 @@ from fedloom.tree import Tree
 class LaneGradients:
     """Computes the gradients of several clients (lanes) at once.
 
-    Inputs of a step are trees: `wanted`, `others` (further weights that some member trains), `buffers` (updated in place) and `batch`,
-    which are stacked, and what the lanes may share: `fixed` (all other weights), `down` and `memory`.
+    The inputs of a step are trees. `wanted`, `others` (further weights that some member trains), `buffers` (updated in place) and `batch`
+    are stacked. The lanes may share `fixed` (all other weights), `down` and `memory`.
     """
 
     def __init__(self, gradients: Gradients, dims: Tree) -> None:

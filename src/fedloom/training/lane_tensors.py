@@ -33,7 +33,7 @@ class LaneSubset:
 
 
 class LaneBatch(NamedTuple):
-    """The next batches of some lanes; all have the same size."""
+    """The next batches of some lanes, all of the same size."""
 
     subset: LaneSubset
     batch: Batch  # stacked
@@ -77,7 +77,7 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def by_size(sizes: Sequence[int]) -> list[list[int]]:
-    """Group indices with equal sizes; indices with size 0 are left out."""
+    """Group indices with equal sizes; indices with size 0 are omitted."""
     groups: dict[int, list[int]] = {}
     for k, size in enumerate(sizes):
         if size:
@@ -86,7 +86,7 @@ def by_size(sizes: Sequence[int]) -> list[list[int]]:
 
 
 def stack_differing(trees: Sequence[Tree]) -> tuple[Tree, Tree]:
-    """Return one tree for all lanes. Also return, for each leaf, 0 if it is stacked, or None if all lanes have the same tensor object."""
+    """Return one tree for all lanes, and a tree with 0 for each stacked leaf and None for each leaf that is one object in all lanes."""
 
     def is_shared(*leaves: Tensor) -> bool:
         return all(leaf is leaves[0] for leaf in leaves)

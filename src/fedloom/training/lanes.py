@@ -1,8 +1,8 @@
 """Updates of several clients at once: clients of one architecture are lanes of stacked tensors, and losses are mapped over the lanes.
 
-Each lane gets the results of `fedloom.training.turn`, up to the rounding of batched matrix products. Every lane has its own batches in its
-own order. In each step, the lanes whose batches have the same size advance together, so clients with different numbers of examples need no
-padding or masks. If clients are sorted by their number of examples, nearly all steps include all lanes.
+Each lane has the same results as with `fedloom.training.turn`, up to the rounding of batched matrix products. Every lane has its own
+batches in its own order. In each step, the lanes whose batches have the same size advance together, so clients with different numbers
+of examples need no padding or masks. If clients are sorted by their number of examples, nearly all steps include all lanes.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def client_updates(
     """Run the updates of several clients in round `number`; see `client_update`. They must have the same architecture and phases.
 
     Returns:
-        One function per client, which ends its update. If they are called one by one, a client's tensors are still in the processor's
-        cache when its uplink is computed.
+        One function per client, which finishes its update. If the functions are called one by one, a client's tensors are still in the
+        processor's cache when its uplink is computed.
 
     Raises:
-        CannotMapError: a phase, a loss or a module cannot be mapped over lanes. No client has changed.
+        CannotMapError: a phase, a loss or a module cannot be mapped over lanes. All clients are unchanged.
     """
     lanes = [_received(method, *one, number) for one in zip(clients, sent, contexts, strict=True)]
     received = [lane.client.weights for lane in lanes]
@@ -141,7 +141,7 @@ class LaneTrain:
         self.state = tree.map_tree(subset.put, self.state, state)
 
     def log(self, logs: Params, subset: LaneSubset) -> None:
-        """Add a step's logs of some lanes."""
+        """Add the logs of one step of some lanes."""
         for name, value in logs.items():
             so_far = self.sums.get(name, value.new_zeros(len(self._lanes)))
             self.sums[name] = subset.put(so_far, subset.take(so_far) + value)
@@ -191,7 +191,7 @@ class LaneStack:
         )
 
     def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
-        """Train every lane on its own batches. Return one function per lane; calling it returns the trained lane and adds to its logs."""
+        """Train every lane on its own batches; add mean logs to `logs`. Return one function per lane, which returns the trained lane."""
         plans = [self.rows.places(k, order) for k, order in enumerate(self.orders)]
         augment = [lane.context.rng.child("augment") for lane in self.here]
         device = self.lanes[0].context.rows.device
@@ -207,7 +207,7 @@ class LaneStack:
         return [partial(self._lane, k, len(plan)) for k, plan in enumerate(plans)]
 
     def _advance(self, at: LaneBatch, lr_scale: float) -> None:
-        """Do one step of every member on the next batches of some lanes."""
+        """Take one step with every member on the next batches of some lanes."""
         check_batch(at.batch.y.shape[1], [member.train for member in self.members], self.modules)
         shared = self._precompute(at)
         for member in self.members:
@@ -215,7 +215,7 @@ class LaneStack:
             self._step(member, at, lr_scale, shared if last or shared is None else shared.detached())
 
     def _step(self, member: LaneTrain, at: LaneBatch, lr_scale: float, shared: Precomputed | None) -> None:
-        """Do one step of one member on some lanes; see `LocalTrain.step`."""
+        """Take one step with one member on some lanes; see `LocalTrain.step`."""
         subset, runner = at.subset, member.runner
         run = shared.around(runner.run) if shared else runner.run
         params = self._params(member, subset)

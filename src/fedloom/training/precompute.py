@@ -17,7 +17,7 @@ from fedloom.tree import Tree
 
 
 class Precomputed(NamedTuple):
-    """Values computed once for a batch (or for stacked batches of several clients), with their graph."""
+    """Values computed once for a batch (or for stacked batches of several clients), with their autograd graph."""
 
     values: Params
     leaves: Params  # the parameters to which gradients flow
@@ -37,7 +37,7 @@ class Precomputed(NamedTuple):
         return {name: value.detach() for name, value in self.values.items() if value.requires_grad}
 
     def around(self, step: Step) -> Step:
-        """Return the step for a batch with these values. Its gradients are propagated back through them."""
+        """Return `step` for a batch with the precomputed values; gradients are propagated back through them."""
 
         def run(inputs: Tree) -> StepResult:
             wanted, batch = inputs["wanted"] | self.differentiable, inputs["batch"] | {"precomputed": self.numbers}
@@ -86,10 +86,10 @@ def nets_in_train_mode(trains: Iterable[Train]) -> set[str]:
 
 
 def check_precompute(phase: Train | Interleave, names: Sequence[Sequence[str]]) -> None:
-    """Check that only the last member trains the parameters through which gradients of shared values flow.
+    """Check that no earlier member trains a parameter of the last member, because gradients of shared values flow to its parameters.
 
     Args:
-        names: the parameters that each member trains.
+        names: the names of the parameters that each member trains.
 
     Raises:
         MethodError: an earlier member trains a parameter of the last member.

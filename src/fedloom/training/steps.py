@@ -20,7 +20,7 @@ class StepResult(NamedTuple):
     """The result of one evaluation of a loss."""
 
     grads: Params  # by the names of `inputs["wanted"]`
-    logs: Params  # 0-d tensors: the loss, and what it logs
+    logs: Params  # 0-d tensors: the loss, and the values that it logs
 
 
 Step = Callable[[Tree], StepResult]
@@ -32,7 +32,7 @@ Replace = Callable[[Params, Batch], Params]
 
 
 class FormError(RuntimeError):
-    """A form of a step cannot compute the loss. This is detected only during a step, so the phase must run again without that form."""
+    """A form of a step cannot compute the loss. This is detected only during a step, so the phase must then be rerun without that form."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class StepRunner:
         """Return additional tensors for which gradients are computed, for the examples `index`.
 
         Args:
-            lanes: the stacked clients that do this step; default: all.
+            lanes: the stacked clients that take this step; default: all.
         """
         return {}
 

@@ -22,7 +22,7 @@ EVAL_BATCH = 512
 
 
 def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
-    """Accumulate the phase's statistics over all examples in the client's memory."""
+    """Accumulate the phase's statistics over all examples, and store them in the client's memory."""
     client, down, rows = work.client, work.down, work.context.rows
     if phase.name not in client.memory:
         raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}']; create it in init_memory")
@@ -67,7 +67,7 @@ def predict(
     *,
     batch: int = EVAL_BATCH,
 ) -> Tensor:
-    """Return the logits (n, Y) of all examples, computed in evaluation mode and large batches."""
+    """Return the logits (n, Y) of all examples, computed in evaluation mode and in large batches."""
     weights: Weights = client.weights
     nets = Nets(gradients.modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
     with gradients.autocast():

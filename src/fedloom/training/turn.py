@@ -64,7 +64,7 @@ def client_update(
 def finish_update(
     method: Method, work: LocalWork, received: Weights, *, logs: dict[str, float], seconds: dict[str, float]
 ) -> UpdateResult:
-    """End a client's update after its local work: compute its uplink and the state that it keeps."""
+    """Finish a client's update after its local work: compute its uplink and the state that it keeps."""
     client, down, context, turn = work
     uplink, memory = method.uplink(client, received, down, turn)
     sent, unsent = context.codec.reply(uplink, down, client.unsent, context.rng.child("uplink"))
@@ -83,7 +83,7 @@ def run_phases(
     lr_scale: float = 1.0,
     seconds: dict[str, float] | None = None,
 ) -> tuple[Client, dict[str, int], dict[str, float]]:
-    """Run phases one after another. Return the client afterwards, the number of optimiser steps, and the logs, the last two by phase.
+    """Run phases one after another. Return the resulting client, the number of optimiser steps by phase, and the logs by phase.
 
     Args:
         lr_scale: factor on all learning rates.
@@ -116,7 +116,7 @@ def run_phases(
 def _run_phase(
     phase: Phase, gradients: Gradients, work: LocalWork, lr_scale: float
 ) -> tuple[Client, Sequence[LocalTrain]]:
-    """Run a phase. Return the client afterwards, and each `Train` that did steps. The client's buffers are changed in place."""
+    """Run a phase. Return the resulting client, and each `Train` that took steps. The client's buffers are changed in place."""
     if isinstance(phase, Sweep | Free):
         with own_randomness(work.context.rng, work.context.rows.device):
             if isinstance(phase, Sweep):
@@ -126,7 +126,7 @@ def _run_phase(
     before = tree.clone(buffers)
     try:
         return _walk_batches(phase, gradients, work, lr_scale)
-    except FormError:  # on some batches, the loss does something that a faster form cannot do: run the phase again
+    except FormError:  # on some batch, the loss does something that the faster form does not support: rerun the phase
         tree.map_tree(Tensor.copy_, buffers, before)
         return _walk_batches(phase, gradients, work, lr_scale, same_bits=True)
 
@@ -134,7 +134,7 @@ def _run_phase(
 def _walk_batches(
     phase: Train | Interleave, gradients: Gradients, work: LocalWork, lr_scale: float, *, same_bits: bool = False
 ) -> tuple[Client, Sequence[LocalTrain]]:
-    """Train on the client's batches: every `Train` of the phase does one step per batch. See `_run_phase`.
+    """Train on the client's batches: every `Train` of the phase takes one step per batch. See `_run_phase`.
 
     Args:
         same_bits: see `FastForms.runner`.
@@ -198,7 +198,7 @@ class LocalTrain:
         self.runner = gradients.forms.runner(job, same_bits=same_bits)
 
     def step(self, index: Tensor, batch: Batch, lr_scale: float, shared: Precomputed | None = None) -> None:
-        """Do one optimiser step on `batch`, which has the examples `index`.
+        """Take one optimiser step on `batch`, which contains the examples `index`.
 
         Args:
             shared: precomputed values of the batch.
@@ -242,8 +242,8 @@ class LocalTrain:
 def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
     """Seed torch's generators for modules with their own randomness (Dropout), and restore them at the end.
 
-    Only those of the host and of this device: `torch.manual_seed` also asks every accelerator, which costs more than a step of a small
-    model.
+    Only the generators of the host and of this device are seeded: `torch.manual_seed` also visits every other accelerator, which costs more
+    than a step of a small model.
     """
     every = generators(device)
     before = [generator.get_state() for generator in every]
@@ -257,7 +257,7 @@ def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
 
 
 def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
-    """Raise DataError for nets with BatchNorm and a batch of one example, because the variance of one example is 0."""
+    """Raise DataError if a net with BatchNorm would be trained on a batch of one example, whose variance is 0."""
     trained = {net for train in trains for net in train.modes} if n_rows == 1 else ()
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in modules[net].modules()):
         raise DataError(
@@ -271,5 +271,5 @@ def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()
     for module in modules.values():
-        module.to(torch.get_default_dtype())  # a user's instance may have another precision
+        module.to(torch.get_default_dtype())  # a module that a user has built may have another precision
     return modules

@@ -1,8 +1,8 @@
 """Transforms at both ends of the wire, for messages as trees, and the values that a client has not sent yet.
 
-An uplink sends weights as differences from the weights in the downlink, which both ends have. Differences are small, so rounding them costs
-little, and most are near 0, so a few of them are enough. Values that `topk` leaves out of an uplink stay at the client and are added to its
-next uplink (error feedback, Stich et al., NeurIPS 2018).
+An uplink sends weights as differences from the weights in the downlink, which both ends have. Differences are small, so rounding them loses
+little, and most are near 0, so sending a few of them is enough. The client keeps the values that `topk` omits from an uplink, and adds them
+to its next uplink (error feedback, Stich et al., NeurIPS 2018).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Codec(NamedTuple):
         return self.arrived(self.send(down))
 
     def opened(self, uplink: Tree, received: Tree) -> Tree:
-        """Decode an uplink, up to the losses of its transforms. `received` is the downlink as the client decoded it."""
+        """Decode an uplink; what its transforms discarded is not recovered. `received` is the downlink as the client decoded it."""
         opened = dict(uplink)
         for part in self.uplink.keys() & uplink.keys():
             known = _known(received, part)
@@ -64,7 +64,7 @@ class Codec(NamedTuple):
     # client
 
     def unsent(self, travelling: Weights) -> Tree:
-        """Return the unsent values of a client that has never taken part: zeros, for parts whose transforms keep unsent values."""
+        """Return the unsent values of a client that has never taken part: zeros for the parts whose transforms keep unsent values."""
         zeros = _rebuilt({path: torch.zeros_like(leaf) for path, leaf in _floating(travelling).items()}, {}, {})
         return {part: zeros for part, chain in self.uplink.items() if chain.remembers}
 
@@ -129,7 +129,7 @@ def _flat(part: Tree | Tensor) -> Flat:
 
 
 def _floating(part: Tree | Tensor) -> Flat:
-    """Return the tensors that transforms work on, sorted by path, because dictionaries at the other end may have another order."""
+    """Return the tensors that transforms work on, sorted by path, because dictionaries at the other end may be in another order."""
     wide = torch.get_default_dtype()
     return {path: leaf for path, leaf in sorted(_flat(part).items(), key=_path) if leaf.dtype is wide}
 

@@ -21,11 +21,11 @@ from fedloom.tree import Tree
 
 VERSION = "1"
 MAX_DEPTH = 32  # maximum number of branches above a tensor
-FIELD_LENGTH = 10  # digits of each whole number in the header, zero-padded
+FIELD_LENGTH = 10  # digits of each integer in the header, zero-padded
 
 
 def encode(message: Tree, **fields: int) -> bytes:
-    """Encode a message. A message without tensors has 0 bytes."""
+    """Encode a message. A message without tensors is encoded as 0 bytes."""
     flat = {path: leaf.detach().contiguous() for path, leaf in tree.flatten(message)}
     if not flat:
         return b""
@@ -44,7 +44,7 @@ def decode(data: bytes, expect: Tree | None = None) -> Tree:
         expect: a tree with the required structure (names, shapes, types).
 
     Raises:
-        WireError: the bytes are not a message, or not of the expected structure. The error gives the reason.
+        WireError: the bytes are not a message, or the message does not have the expected structure. The error gives the reason.
     """
     flat = _load(data) if data else {}
     if expect is not None:

@@ -1,7 +1,7 @@
-"""Transforms of tensors between method and wire: half precision, int8, largest differences only, noise.
+"""Transforms of tensors between method and wire: half precision, int8, sending only the largest differences, and noise.
 
 A transform encodes the floating-point tensors of the default precision in one part of an uplink or a downlink (by default `weights`).
-Counters and other whole numbers are sent unchanged. Sizes are counted after the transform. The receiver works with the decoded
+Counters and other integers are sent unchanged. Sizes are counted after the transform. The receiver works with the decoded
 values. Methods and engines do not depend on transforms (see `fedloom.wire.codec`).
 """
 
@@ -29,7 +29,7 @@ class Transform(Protocol):
 
     @property
     def place(self) -> int:
-        """Rank in a chain: steps must come in ascending order of it."""
+        """The rank in a chain; the steps of a chain must be in ascending order of their ranks."""
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
         """Encode the floating-point tensors `values`; `rng` is the sender's stream."""
@@ -40,7 +40,7 @@ class Transform(Protocol):
 
 @dataclass(frozen=True)
 class Gaussian:
-    """Clip the difference to norm CLIP and add normal noise of standard deviation NOISE x CLIP to each number: `gaussian:1.0:0.01`."""
+    """Clip the difference to norm CLIP, and add normal noise with standard deviation NOISE x CLIP to each number: `gaussian:1.0:0.01`."""
 
     clip: float
     noise: float
@@ -68,7 +68,7 @@ class TopK:
     place = 1
 
     def n_sent(self, n: int) -> int:
-        """Return how many of n numbers are sent, at least one."""
+        """Return how many of n numbers are sent; at least one is."""
         return max(1, round(self.fraction * n))
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
@@ -130,7 +130,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Int8:
-    """Send each number as scale q, with a whole number q from -127 to 127 and scale = max|x| / 127 of the tensor. The error is at most
+    """Send each number as scale q, with an integer q from -127 to 127 and scale = max|x| / 127 of the tensor. The error is at most
     scale/2."""
 
     place = 2
@@ -214,7 +214,7 @@ class Chain(NamedTuple):
 
     @property
     def on_differences(self) -> bool:
-        """Whether the chain works only on differences."""
+        """Whether the chain can be applied only to differences."""
         return any(isinstance(step, TopK | Gaussian) for step in self.steps)
 
     @property
@@ -287,5 +287,5 @@ def _step(word: str, way: str) -> Transform:
 
 
 def is_coded(path: str, values: Collection[str]) -> bool:
-    """Return whether a tensor of an encoded part represents one or all of the tensors `values`."""
+    """Return whether a tensor of an encoded part represents one or all of the tensors named in `values`."""
     return path.startswith(f"{TOPK}/") or path.rpartition("/")[0] in values

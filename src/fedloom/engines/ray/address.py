@@ -1,6 +1,6 @@
-"""Check a Ray address before `ray.init`: detect a malformed address, a machine that does not answer, and a refused token.
+"""Check a Ray address before `ray.init`: detect a malformed address, a machine that does not answer, or a rejected token.
 
-Ray itself would try each of them for half a minute or more, and report the failure in many lines.
+In each case, Ray itself would retry for half a minute or more, and report the failure in many lines.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError
 from fedloom.ranges import RAY_ADDRESS
 
 CONNECT_S = 10.0
-ASKED = {  # a call without effects, for the service behind each kind of address
+ASKED = {  # a call without side effects, for the service behind each kind of address
     "ray://": "/ray.rpc.RayletDriver/ClusterInfo",
     "": "/ray.rpc.NodeInfoGcsService/CheckAlive",
 }
@@ -23,10 +23,10 @@ ASKED = {  # a call without effects, for the service behind each kind of address
 def quiet_environment(address: str | None) -> None:
     """Set variables that Ray reads on import: send no usage statistics, and use an existing token at `address`.
 
-    For a cluster that Ray starts itself, and if Ray was imported before, Ray handles its token itself.
+    Ray handles the token itself for a cluster that it starts, or if it has already been imported.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # lost workers on standard output; the engine reports them
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # hide lines about lost workers, which the engine reports
     if address and "ray" not in sys.modules and _token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
@@ -35,7 +35,7 @@ def check_address(address: str) -> None:
     """Raise ConfigError if no cluster can be joined at `address`: `auto`, `HOST:PORT` or `ray://HOST:PORT`."""
     found = RAY_ADDRESS.fullmatch(_started_here() if address == "auto" else address)
     if address == "auto" and not found:
-        return  # Ray has other ways to find one
+        return  # Ray has other ways to find a cluster
     if not found or not 0 < int(found[3]) < 65536:
         raise ConfigError(f"engine.address={address}: must be auto, HOST:PORT or ray://HOST:PORT")
     host, port = found[2].strip("[]"), int(found[3])

@@ -1,11 +1,12 @@
 """Workers on a Ray cluster, or on this machine; the same numbers as the sequential engine with one thread.
 
-A worker is an actor with one thread. Client i runs on worker i modulo n, or on another one while that worker is away. The problem with
-all examples is put into the object store once: each machine holds one copy, which its workers read in place.
+A worker is an actor with one thread. Client i runs on worker i modulo n, or on another worker while that one is unavailable. The
+problem, including all examples, is put into the object store once: each machine holds one copy, which its workers read in place.
 
 A client's state is committed here, in the experiment, when the result of its local update arrives, so it survives the loss of any
-worker or machine. A worker keeps a copy of its clients for the next round, each with a version: the number of the local update that made
-it. A worker that lacks the requested version (it is new, or its result never arrived) reports this, and the experiment sends it the client.
+worker or machine. A worker keeps a copy of its clients for the next round, each with a version: the number of the local update that
+produced it. A worker that lacks the requested version (it is new, or its result never arrived) reports this, and the experiment sends it
+the client.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WorkerError, is_own_code
 from fedloom.method import Client, Downlink
 
-START_S = 180.0  # for a worker to start; a machine that imports torch for the first time is slow
-ATTEMPTS = 3  # of scoring, which can be repeated; and the limit on consecutive rounds without a reply
-POLL_S = 0.05  # while there is no worker
-NAMED = 8  # the number of clients that a warning lists
+START_S = 180.0  # time limit for workers to start; the first import of torch on a machine is slow
+ATTEMPTS = 3  # attempts at scoring, and the limit on consecutive rounds without a reply
+POLL_S = 0.05  # polling interval while there is no worker
+NAMED = 8  # maximum number of clients that a warning lists
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class Cluster:
     """Workers on a Ray cluster."""
 
     def __init__(self, address: str | None, workers: int | None, most: int) -> None:
-        """Start Ray on this machine, or join the cluster at `address`; one worker per core, or `workers`, but at most `most`.
+        """Start Ray on this machine, or join the cluster at `address`; one worker per core, or `workers` of them, but at most `most`.
 
         If the program has already joined a cluster, use that one and leave it running.
         """
@@ -80,7 +81,7 @@ class Cluster:
         self.actors = [actor.options(num_cpus=1, max_restarts=-1).remote() for _ in range(n)]
 
     def close(self) -> None:
-        """End the workers, and Ray if it was started or joined here."""
+        """Stop the workers, and disconnect from Ray if it was started or joined here."""
         if ray.is_initialized():
             for actor in self.actors:
                 ray.kill(actor)
@@ -106,7 +107,7 @@ class Seat:
 
     def __init__(self, number: int, actor: Any, shared: Shared) -> None:
         self._number, self._actor, self._shared = number, actor, shared
-        self.facts: Facts | None = None  # of its latest start
+        self.facts: Facts | None = None  # reported at its latest start
         self.is_gone = False
         self._starting: Any = None
         self._request_readiness()
@@ -116,11 +117,11 @@ class Seat:
         return f"worker {self._number}" + (f" (process {self.facts.pid} on {self.facts.host})" if self.facts else "")
 
     def _request_readiness(self) -> None:
-        """Request a sign of readiness from the worker, again after each restart."""
+        """Ask the worker to report when it is ready; called again after each restart."""
         self._starting = self._actor.ready.options(max_task_retries=-1).remote(self._shared)
 
     def is_ready(self, wait_s: float = 0) -> bool:
-        """Return whether the worker can work now.
+        """Return whether the worker is ready now.
 
         Raises:
             ConfigError: the worker can never work; raised only once.
@@ -156,7 +157,7 @@ class Seat:
             return LostWorker(f"its process or its machine is gone ({type(error).__name__})")
 
     def restart(self) -> None:
-        """End the worker's process, even if it is working; Ray restarts it."""
+        """Kill the worker's process, even if it is working; Ray restarts it."""
         ray.kill(self._actor, no_restart=False)
         self._request_readiness()
 
@@ -166,10 +167,10 @@ class Seat:
 
 
 class RayEngine(ForwardingEngine):
-    """Workers on a cluster. If a worker is lost, its clients are lost for the round and stay as they were; the run continues."""
+    """Workers on a cluster. If a worker is lost, its clients are lost for the round and keep their previous state; the run continues."""
 
     def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
-        """`deadline_s` is the time that a worker has for its share of a round or of a scoring; default: no limit.
+        """`deadline_s`: seconds that a worker may take for its share of a round or of scoring; default: no limit.
 
         Raises:
             ConfigError: no worker starts, or a worker has different package versions.
@@ -219,7 +220,7 @@ class RayEngine(ForwardingEngine):
     def _update_job(
         self, number: int, cohort: Sequence[int], own: Sequence[Packed] | None, slots: Sequence[int]
     ) -> UpdateJob:
-        """Return the local updates of the members at `slots` of the cohort, as a job for one worker."""
+        """Return a job for one worker: the local updates of the cohort's members at `slots`."""
         return UpdateJob(
             number=number,
             ticket=self._ticket,
@@ -258,7 +259,7 @@ class RayEngine(ForwardingEngine):
         self._versions[i] = self._ticket
 
     def close(self) -> None:
-        """End or leave the workers. Clients can still be read."""
+        """Stop or release the workers. Clients can still be read."""
         for seat in self._seats if ray.is_initialized() else ():
             seat.forget()
         self._seats = []
@@ -280,7 +281,7 @@ class RayEngine(ForwardingEngine):
         raise WorkerError("engine=ray: all workers are lost, and none has restarted")
 
     def _by_worker(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
-        """Return each worker's positions in `clients`: a client always goes to the same worker while that worker is there."""
+        """Return each worker's positions in `clients`: a client always goes to the same worker while that worker is available."""
         ready, groups = self._ready(), dict[Seat, list[int]]()
         for place, i in enumerate(clients):
             seat = self._seats[i % len(self._seats)]
@@ -295,7 +296,7 @@ class RayEngine(ForwardingEngine):
         return {i: (self._versions.get(i, 0), self._packer.pack(self.client(i)._asdict())) for i in clients}
 
     def _run_with_retries(self, down: Downlink, jobs: Sequence[RayJob], seats: Sequence[Seat]) -> list[Any]:
-        """Return results of jobs that change nothing, distributed over `seats`; other workers repeat the jobs of a lost one."""
+        """Distribute jobs that change nothing over `seats`, and return their results; other workers repeat the jobs of a lost worker."""
         found: dict[int, Any] = {}
         for _ in range(ATTEMPTS):
             left = [place for place in range(len(jobs)) if place not in found]
@@ -315,7 +316,7 @@ class RayEngine(ForwardingEngine):
         raise WorkerError(f"engine=ray: scoring failed {ATTEMPTS} times, each time because a worker was lost")
 
     def _run(self, down: Downlink, jobs: Sequence[tuple[Seat, RayJob]]) -> list[Any]:
-        """Run jobs; return their results in order, each a result or `LostWorker`. Raises the first error of the jobs themselves."""
+        """Run jobs; return, in order, each job's result or `LostWorker`. Raise the first error that a job itself raised."""
         common, found = ray.put(self._packer.pack(down.common)), list[Any]([None] * len(jobs))
         waiting = {seat.start(common, job, {}): place for place, (seat, job) in enumerate(jobs)}
         until = time.monotonic() + self._deadline_s if self._deadline_s else None

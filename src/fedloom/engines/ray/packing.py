@@ -13,7 +13,7 @@ from fedloom.tree import Tree
 
 
 class Packed(NamedTuple):
-    """A tree as bytes, (n,) uint8. Any dtype is possible (also bfloat16, which NumPy does not have)."""
+    """A tree as bytes, (n,) uint8. Any dtype is possible (even bfloat16, which NumPy does not have)."""
 
     layout: TreeLayout
     data: np.ndarray[Any, Any]
@@ -39,7 +39,7 @@ def _form(value: Tree) -> tuple[Any, ...]:
 
 
 def unpack(packed: Packed) -> Tree:
-    """Return the tree in its own memory: arrays from the object store are read-only, which torch would not detect."""
+    """Return a copy of the tree in its own memory: arrays from the object store are read-only, which torch would not detect."""
     data = torch.empty(packed.layout.n_bytes, dtype=torch.uint8)
     np.copyto(data.numpy(), packed.data)
     return views(data, packed.layout)

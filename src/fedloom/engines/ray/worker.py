@@ -26,7 +26,7 @@ from fedloom.tree import Tree
 
 
 class Shared(NamedTuple):
-    """What an experiment shares with all its workers."""
+    """The data that an experiment shares with all its workers."""
 
     key: str
     problem: Any  # a reference to a `Problem`
@@ -42,7 +42,7 @@ class Facts(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A worker's answer: it does not have these clients in the committed version."""
+    """A worker's answer: it does not have the committed version of these clients."""
 
     clients: Sequence[int]
 
@@ -60,7 +60,7 @@ class Done(NamedTuple):
     kept: Packed
 
 
-Versions = Mapping[int, int]  # for each client, the number of the local update that made its state; 0: never changed
+Versions = Mapping[int, int]  # by client: the number of the local update that produced its state; 0: never changed
 
 
 class RayJob(Protocol):
@@ -81,7 +81,7 @@ class UpdateJob:
     number: int
     ticket: int
     members: Sequence[tuple[int, int]]  # (slot, client)
-    own: Sequence[Packed] | None  # for each member, the message to it alone
+    own: Sequence[Packed] | None  # for each member, the message addressed only to it
     versions: Versions
 
     def do(self, post: Post, common: Tree) -> list[Done]:
@@ -138,7 +138,7 @@ class Post:
             self.versions[i] = version
 
     def missing(self, wanted: Versions) -> list[int]:
-        """Return the clients that are held in another version."""
+        """Return the clients of which this worker does not hold the wanted version."""
         return [i for i, version in wanted.items() if self.versions.get(i, 0) != version]
 
 
@@ -150,7 +150,7 @@ class RayWorker:
         self._posts: dict[str, Post] = {}
 
     def ready(self, shared: Shared) -> Facts:
-        """Load the problem, if that has not been done yet."""
+        """Load the problem if it is not loaded yet; return the facts about this worker."""
         self._post(shared)
         return Facts(socket.gethostname(), os.getpid(), package_versions())
 
@@ -166,7 +166,7 @@ class RayWorker:
         except (
             Exception,
             SystemExit,
-        ) as error:  # the experiment handles exits too: Ray would end this worker for good
+        ) as error:  # also exits, after which Ray would stop this worker permanently
             return JobFailure(portable(error, cloudpickle))
 
     def forget(self, key: str) -> None:

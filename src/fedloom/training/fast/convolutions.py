@@ -1,8 +1,9 @@
 """Convolutions of several lanes, each with its own kernels.
 
-vmap combines them into one grouped convolution. The other form copies the neighbourhood of every pixel into a column, and computes one
-batched matrix product for all lanes. Which form is faster depends on device, shapes and precision, so `tuned` times both, once per layer.
-Their rounding differs, so with `tuned` the last bits may differ between runs; with `grouped` or `columns` they do not.
+By default, vmap combines them into one grouped convolution (`grouped`). The other form (`columns`) copies the neighbourhood of every pixel
+into a column and computes one batched matrix product for all lanes. Which form is faster depends on the device, the shapes and the
+precision, so `tuned` times both, once per layer. The two forms round differently, so with `tuned` the last bits of results may differ
+between runs; with `grouped` or `columns` they do not.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ConvolutionShape:
-    """The shapes of one lane's convolution, except for the number of examples."""
+    """The shapes in one lane's convolution, excluding the number of examples."""
 
     image: tuple[int, ...]  # (C, H, W) of its input
     weight: tuple[int, ...]
@@ -45,11 +46,11 @@ class Convolutions:
         self.columns_faster: dict[ConvolutionShape, bool] = {}  # with `tuned`
 
     def of(self, n_lanes: int) -> TorchFunctionMode:
-        """Return a context in which 2D convolutions inside vmap use the chosen form; convolutions with groups do not change."""
+        """Return a context in which 2D convolutions inside vmap use the chosen form; grouped convolutions are left as they are."""
         return _Chosen(self, n_lanes)
 
     def by_columns(self, layer: ConvolutionShape) -> bool | None:
-        """Return whether to compute a layer by columns, or None if it has not been timed yet."""
+        """Return whether to compute a layer with the `columns` form, or None if it has not been timed yet."""
         return self.columns_faster.get(layer) if self._form == "tuned" else self._form == "columns"
 
     def time(self, layer: ConvolutionShape, n_rows: int, n_lanes: int) -> None:
@@ -74,7 +75,7 @@ class Convolutions:
 
 
 class _Chosen(TorchFunctionMode):
-    """See `Convolutions.of`. New layers are first computed as in vmap, and timed at the end, outside vmap and recordings."""
+    """See `Convolutions.of`. New layers are first computed as vmap does, and timed on exit, outside vmap and outside recordings."""
 
     def __init__(self, book: Convolutions, n_lanes: int) -> None:
         super().__init__()
@@ -84,7 +85,7 @@ class _Chosen(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """One operation."""
+        """Intercept one function call."""
         given = dict(zip(("input", "weight", "bias", "stride", "padding", "dilation", "groups"), args, strict=False))
         given |= kwargs or {}
         plain = given.get("groups", 1) == 1 and not isinstance(given.get("padding"), str)
@@ -117,7 +118,7 @@ def columns(x: Tensor, weight: Tensor, bias: Tensor | None, layer: ConvolutionSh
     axes = zip(x.shape[2:], kernel, layer.stride, layer.padding, layer.dilation, strict=True)
     sides = [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in axes]
     pixels = F.unfold(x, tuple(kernel), layer.dilation, layer.padding, layer.stride)  # (B, C h w, H' W')
-    out = weight.flatten(1) @ pixels.transpose(0, 1).flatten(1)  # weights times all rows at once, not row by row
+    out = weight.flatten(1) @ pixels.transpose(0, 1).flatten(1)  # one product for the whole batch, not one per example
     if bias is not None:
         out = out + bias[:, None]
     return out.view(-1, len(x), *sides).transpose(0, 1)

@@ -28,7 +28,7 @@ def trace(step: Step, inputs: Tree) -> Step:
     """Return a function that computes the results of `step` for other inputs of the same shapes.
 
     Raises:
-        ValueError: the step reads values from tensors, or shapes depend on values.
+        ValueError: the step reads values from tensors, or shapes in it depend on values.
     """
     with TraceMode(tree.leaves(inputs)) as recorder, torch.enable_grad():
         grads, logs = step(inputs)
@@ -67,12 +67,12 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
         self.constants: dict[str, Tensor] = {}
         self._graph = Graph()
         self._nodes: dict[int, Node] = {}
-        self._seen: list[Tensor] = []  # kept, so that no other tensor gets the identity of one of them
+        self._seen: list[Tensor] = []  # kept alive, so that no new tensor can get the same `id` as one of them
         for k, leaf in enumerate(inputs):
             self._know(leaf, self._graph.placeholder(f"input_{k}"))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """One operation."""
+        """Run one operation and record it."""
         if torch.Tag.data_dependent_output in func.tags or _has_unknown_size(func, args):
             raise ValueError(f"the result of {func} depends on the values in its inputs")
         found = func(*args, **(kwargs or {}))
@@ -96,7 +96,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
         self._seen.append(value)
 
     def _node(self, value: Tensor) -> Node:
-        """Return the node that created a tensor. A tensor that is neither an input nor created by a traced operation is a constant."""
+        """Return the node that created a tensor. A tensor that is neither an input nor the result of a traced operation is a constant."""
         if id(value) not in self._nodes:
             name = f"constant_{len(self.constants)}"
             self.constants[name] = value.detach()
@@ -105,7 +105,7 @@ class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _has_unknown_size(func: Any, args: Any) -> bool:
-    """Return whether the shape of an operation's result depends on values. A trace would always repeat the first shape."""
+    """Return whether the shape of an operation's result depends on values. A trace would always reuse the first shape."""
     if torch.Tag.dynamic_output_shape not in func.tags:
         return False
     if func is not aten.index.Tensor:
@@ -114,7 +114,7 @@ def _has_unknown_size(func: Any, args: Any) -> bool:
 
 
 def _shorten(graph: Graph) -> None:
-    """Remove operations that change nothing, because they have the same Python overhead as others."""
+    """Remove operations that have no effect: they cost as much Python overhead as any other operation."""
     swaps = (aten.t.default, aten.transpose.int)
     reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
     for node in graph.nodes:
@@ -129,7 +129,7 @@ def _shorten(graph: Graph) -> None:
         elif back:
             node.replace_all_uses_with(inner.args[0])
         elif node.target == aten.view.default and inner.target == aten.sum.dim_IntList and len(inner.args) == 3:
-            value, dims, _ = inner.args  # a sum that keeps its dimensions, which a view then drops
+            value, dims, _ = inner.args  # a sum that keeps its dimensions, followed by a view that drops them
             gone = {dim % len(value.meta["shape"]) for dim in dims}
             if [n for dim, n in enumerate(value.meta["shape"]) if dim not in gone] == list(how[0]):
                 node.target, node.args = aten.sum.dim_IntList, (value, dims)
@@ -137,7 +137,7 @@ def _shorten(graph: Graph) -> None:
 
 
 def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
-    """Call functions such as `torch.relu`, which take half as long as `torch.ops.aten.relu`, unless their signature differs."""
+    """Use functions such as `torch.relu`, which take half as long as `torch.ops.aten.relu`, unless their signatures differ."""
     before = {}
     for node in traced.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -150,7 +150,7 @@ def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
     traced.recompile()
     try:
         traced.forward(*inputs)
-    except Exception:  # for example, its arguments have other names
+    except Exception:  # for example, because its arguments have other names
         for node, (op, target) in before.items():
             node.op, node.target = op, target
         traced.recompile()

@@ -3,9 +3,9 @@
 Consider a linear layer with weight W (D, F) whose inputs are the examples X (n, F) themselves. Its gradient is S^T X, where row i of S
 (n, D) is the gradient of the loss with respect to the layer's output for example i. After any number of steps of plain SGD, the weight is
 therefore W = W_0 + C^T X, where row i of C (n, D) is the sum of -lr times those gradients for example i. The outputs are
-X W_0^T + (X X^T) C. So a client update needs one product with W_0 before its first step, and one product for W after the last. Each step
-reads and writes arrays of the size of the outputs, not of the weight. Nothing is approximated: results equal those of the steps as
-written, up to rounding.
+X W_0^T + (X X^T) C. A client update therefore needs one product with W_0 before its first step, and one product to compute W after its
+last. Each step reads and writes arrays of the size of the outputs, not of the weight. Nothing is approximated: results equal those of
+the steps as written, up to rounding.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from fedloom.rng import Stream
 from fedloom.training.fast.step_cache import MOST_KINDS, kind_of
 from fedloom.training.steps import FormError, Step, StepRunner, TrainJob
 
-# Costs in numbers of multiplications that take the same time (docs/performance.md describes the measurement):
-TOUCHED = 30  # time to read and write one number of a weight in a step
-TOUCHED_IN_LANES = 60  # the same, if several clients' weights do not fit into the cache
-FIXED = 4_000_000  # fixed cost of a step with the Gram matrix, for all stacked clients together
-CHUNK = 5  # number of clients whose examples are multiplied at once: they stay in the cache for both products
+# Costs, as the number of multiplications that take the same time (docs/performance.md describes the measurement):
+TOUCHED = 30  # to read and write one element of a weight in a step
+TOUCHED_IN_LANES = 60  # the same, if the weights of several clients do not fit into the cache
+FIXED = 4_000_000  # of a step with the Gram matrix, for all stacked clients together
+CHUNK = 5  # number of clients whose examples are multiplied at once, so that they stay in the cache for both products
 GAIN = 0.8  # the Gram matrix must take at most this fraction of the time
 
 
 class GramStepRunner(StepRunner):
-    """Runs steps in which some input layers are updated through their Gram matrix, not by the optimiser."""
+    """Runs steps in which some input layers are updated through the Gram matrix instead of by the optimiser."""
 
     def __init__(self, job: TrainJob, replace: GramOutputs, step: Step) -> None:
         super().__init__([name for name in job.names if name not in replace.names], step)
@@ -69,12 +69,12 @@ class GramChoice:
         self._accepted: dict[Any, tuple[str, ...]] = {}
 
     def replacement(self, job: TrainJob) -> GramOutputs | None:
-        """Return the replacement for the weights of those layers, or None if there is no such layer."""
+        """Return the replacement for the weights of the input layers that use the Gram matrix, or None if no layer does."""
         names = self._layers(job)
         return GramOutputs(names, checked=job.stacked_step is None) if names else None
 
     def _layers(self, job: TrainJob) -> tuple[str, ...]:
-        """Return the input layers for which the Gram matrix is less work, and which the loss uses only as linear layers on the batch."""
+        """Return the input layers for which the Gram matrix is faster, and which the loss uses only as linear layers on the batch."""
         (x, y, augment, _), client = job.work.context.rows, job.work.client
         if not job.alone or job.train.optimizer.plain_lr is None or augment:
             return ()
@@ -99,9 +99,9 @@ class GramChoice:
 
 
 def accepted(job: TrainJob, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the layers whose outputs can replace their weights in the loss. This is tested on the first batch.
+    """Return the layers whose outputs can replace their weights in the loss; each is tested on the first batch.
 
-    A loss that fails for another reason fails again when it runs as written.
+    Any exception counts as a failed test: a loss that fails for another reason will fail again when it runs as written.
     """
     (client, down, context, _), size = job.work, len(job.order[0])
     batch = Batch(context.rows.x[:size], context.rows.y[:size])
@@ -126,7 +126,7 @@ class GramOutputs:
     """Replaces the weights of layers by their outputs (a `Replace`)."""
 
     names: tuple[str, ...]
-    checked: bool  # whether a layer's input is compared with the batch; this is impossible in a mapped loss
+    checked: bool  # whether to verify that a layer's input is the batch; impossible in a mapped loss
 
     def __call__(self, wanted: Params, batch: Batch) -> Params:
         """See `Replace`."""
@@ -140,10 +140,13 @@ class PhaseWork(NamedTuple):
     n_rows: int  # the client's examples
     visited: int  # examples over all steps
     steps: int
-    lanes: int = 1  # number of clients with the same amount of work that are trained side by side
+    lanes: int = 1  # number of clients trained side by side, each with this amount of work
 
     def is_less_by_gram_matrix(self, weight: Tensor) -> bool:
-        """Estimate whether the Gram matrix saves time for this weight (D, F). Nothing is timed, because the two forms round differently."""
+        """Estimate whether the Gram matrix saves time for this weight (D, F).
+
+        The forms are not timed: they round differently, so results would depend on the timings.
+        """
         (outputs, _), size = weight.shape, weight.numel()
         touched = TOUCHED if self.lanes == 1 else TOUCHED_IN_LANES
         written = 2 * self.visited * size + self.steps * touched * size
@@ -152,7 +155,7 @@ class PhaseWork(NamedTuple):
 
 
 class GramLayer:
-    """An input layer in the updates of one or several clients (lanes)."""
+    """One input layer during the updates of one or several clients (lanes)."""
 
     def __init__(self, weights: Sequence[Tensor], rows: Tensor, lr: float) -> None:
         """Prepare the outputs for all examples.
@@ -176,7 +179,7 @@ class GramLayer:
         """Return the layer's current outputs, without its bias, for examples of all lanes or of some: (lanes, B, D).
 
         Args:
-            places: the examples' indices among all lanes' examples, lane after lane.
+            places: the examples' indices in the concatenation of all lanes' examples.
             lanes: the lanes of these examples; default: all.
         """
         moves = self._moves if lanes is None else self._moves.index_select(0, lanes)
@@ -185,7 +188,7 @@ class GramLayer:
         return torch.baddbmm(first.view(shape), gram.view(shape), moves)
 
     def step(self, places: Tensor, slopes: Tensor, scale: float = 1.0) -> None:
-        """Do one step of SGD. `slopes` (..., D) are the gradients with respect to the outputs; `scale` multiplies the learning rate."""
+        """Take one SGD step. `slopes` (..., D) are the gradients with respect to the outputs; `scale` multiplies the learning rate."""
         flat = slopes.reshape(-1, slopes.shape[-1])
         self._moves.flatten(0, 1).index_add_(0, places, flat, alpha=-self._lr * scale)
 
@@ -195,7 +198,7 @@ class GramLayer:
 
 
 class Outputs(Tensor):
-    """A layer's outputs for a batch, which replace its weight: `linear` on the batch returns them; any other use raises FormError."""
+    """A layer's outputs for a batch, in place of its weight: `linear` applied to the batch returns them; other uses raise FormError."""
 
     plain: Tensor
     rows: Tensor | None
@@ -211,7 +214,7 @@ class Outputs(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """Call a function of tensors."""
+        """Intercept a torch function: allow only `linear` on the batch."""
         if func is not F.linear:
             raise FormError
         return cls._linear(*args, **(kwargs or {}))

@@ -3,7 +3,7 @@
 A step of a small model spends more time in Python and autograd than in arithmetic. If a kind of step is short, it is therefore traced
 into a flat list of tensor operations (`cpu_trace.py`). If replaying the list is faster and gives the same bits, later steps of this kind
 are replayed. Steps that cannot be traced, and steps of nets with buffers (BatchNorm changes them), run as written. On a CUDA device, steps
-of any length, with or without buffers, are recorded as CUDA graphs (`cuda_graph.py`) and tested in the same way.
+of any duration, with or without buffers, are recorded as CUDA graphs (`cuda_graph.py`) and tested in the same way.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
 TRIALS = 30  # steps of a kind before a replay is tested
 REPEATS = 5  # timings of each form
-MOST_KINDS = 256  # maximum number of kinds: a loss that is created again in every local update adds kinds without end
-MOST_RECORDINGS = 16  # each uses memory of the device; the most frequent kinds of step are recorded first
+MOST_KINDS = 256  # a loss that is recreated in every local update would otherwise add kinds indefinitely
+MOST_RECORDINGS = 16  # each uses device memory; the most frequent kinds of step are recorded first
 
 
 class StepCache:
@@ -62,7 +62,7 @@ class StepCache:
         return run
 
     def _number(self, kind: Any) -> int | None:
-        """Return a number that represents a kind, because comparing kinds in every step would be slow."""
+        """Return a number that represents a kind: comparing the kinds themselves in every step would be slow."""
         try:
             known = self._numbers.get(kind)
         except TypeError:  # unhashable, e.g. a loss that closes over a list
@@ -94,7 +94,8 @@ class StepCache:
 def kind_of(train: Train, work: LocalWork) -> Any:
     """Return the key of steps that share a trace: the loss, and the structure of everything that it may read except batches.
 
-    A downlink may gain a branch in a later round, and phases of training and of adaptation may share a name.
+    The name alone is not enough: a downlink may gain a branch in a later round, and a training phase and an adaptation phase may have
+    the same name.
     """
     return train.name, fingerprint(train.loss), train.modes, _form(work.down), _form(work.client.memory)
 
@@ -112,7 +113,8 @@ def _form(tensors: Mapping[str, Any]) -> Any:
 def fingerprint(value: Any) -> Any:
     """Return the part of a key that identifies a function: its code, and the values that a trace makes constant (bound or closed over).
 
-    Bound methods, lambdas and partial functions are new objects each time they are created. Other objects identify themselves.
+    Bound methods, lambdas and partial functions are new objects each time they are created, so their identity cannot serve as a key.
+    All other objects are their own key.
     """
     if isinstance(value, functools.partial):
         return fingerprint(value.func), value.args, tuple(value.keywords.items())
@@ -133,7 +135,7 @@ class _Kind:
         self._left, self._best, self._longest = TRIALS, float("inf"), longest_s
 
     def is_worth_a_trial(self, seconds: float) -> bool:
-        """Return whether to test a replay now. This happens once, after `TRIALS` steps, if the fastest took less than `longest_s`."""
+        """Return whether to test a replay now: once, after `TRIALS` steps, if the fastest of them took less than `longest_s`."""
         self._left -= 1
         self._best = min(self._best, seconds)
         return self._left == 0 and self._best < self._longest
@@ -142,7 +144,7 @@ class _Kind:
 class ReplayRules(NamedTuple):
     """How steps are replayed on a device."""
 
-    make: Callable[[Step, Tree], Step]  # (a step, inputs of its kind) -> its replay
+    make: Callable[[Step, Tree], Step]  # (a step, its inputs) -> its replay
     longest_s: float  # steps that take longer are not tried
     most: float  # maximum number of replays in one cache
 
@@ -166,7 +168,7 @@ def faster_replay(
     make: Callable[[Step, Tree], Step],
     device: torch.device,
 ) -> Step | None:
-    """Return a replay of `step` that gives the same bits in less time, or None. It is tested on inputs that differ in every leaf."""
+    """Return a replay of `step` that gives the same bits in less time, or None. Every leaf of the test inputs gets new values."""
     inputs = tree.map_tree(_varied, inputs)
     try:
         replay = make(step, inputs)
@@ -185,7 +187,7 @@ def faster_replay(
 
 
 def _say(device: torch.device, why: str) -> None:
-    """Log one line on a CUDA device, and nothing on the CPU, where a replay saves less time."""
+    """Log one line on a CUDA device; log nothing on the CPU, where a replay saves less time."""
     if device != HOST:
         log.warning("steps of a kind run as written, without a CUDA graph: %s", why.splitlines()[0])
 
@@ -193,8 +195,8 @@ def _say(device: torch.device, why: str) -> None:
 def _varied(leaf: Tensor) -> Tensor:
     """Return a copy with slightly different numbers.
 
-    Integers (labels) are drawn at random from those of the batch. A tensor that stands in two places (the received weights are both
-    parameters and part of the downlink) would be traced as one.
+    Integers (labels) are sampled from those of the batch. The copies are separate tensors: if one tensor occurred twice in the inputs (for
+    example, received weights are both parameters and part of the downlink), both occurrences would be traced as one.
     """
     other = twin(leaf)
     if leaf.is_floating_point():
