@@ -78,8 +78,8 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
 def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
     """Return the standard deviations, at least `floor`; for `full`, the Cholesky factor of the covariance.
 
-    For `full`, the floor's square is first added to the diagonal, so standard deviations are at least about `floor`. A covariance that was rounded in transit
-    may have negative eigenvalues; they are set to 0.
+    For `full`, the floor's square is first added to the diagonal, so standard deviations are at least about `floor`. A covariance that was
+    rounded in transit may have negative eigenvalues; they are set to 0.
     """
     if form != "full":
         return variance.sqrt().clamp(min=floor)
