@@ -43,7 +43,7 @@ def projected(layers: Mapping[str, nn.Module], features: int, width: int | None)
 
 
 def refuse_tied(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ConfigError for tied weights: a client's tensors are bound by name, so only one of two names would be trained."""
+    """Raise ConfigError for tied weights: a client's tensors are bound by name, so only one of the two would be trained."""
     names: dict[Tensor, str] = {}
     for net, module in modules.items():
         for name, tensor in module.state_dict(keep_vars=True).items():  # every name of every persistent tensor
