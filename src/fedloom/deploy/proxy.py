@@ -34,7 +34,7 @@ MAX_HELD = 2**30  # bytes of all bodies together; senders are not authenticated 
 
 
 def allowed(method: str, path: bytes) -> bool:
-    """Return whether a request is forwarded: a POST to a plain path of the node API, without escapes or relative parts."""
+    """Return whether a request is forwarded: a POST to a plain path of the node API, without escapes or relative segments."""
     return method == "POST" and ALLOWED.fullmatch(path) is not None
 
 
@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
     """uvicorn's server with a timeout for TLS handshakes, for which uvicorn has no setting."""
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
-        """Start to listen."""
+        """Start listening."""
         loop = asyncio.get_running_loop()
         loop.create_server = partial(loop.create_server, ssl_handshake_timeout=HEADER_S)  # type: ignore[method-assign]
         await super().startup(sockets)
