@@ -126,7 +126,7 @@ class Present(_Strict):
 
 
 class Turned(_Strict):
-    """A client's local update: done (its uplink is the part named by its slot), or failed with a reason."""
+    """A client's local update: either completed (its uplink is the part named by its slot), or failed, with a reason."""
 
     client: Whole
     slot: Whole

@@ -29,7 +29,7 @@ MAX_BODY = 64 * 2**20  # bytes; Flower splits tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 TIMEOUT_S = 60.0
 HEADER_S = 10.0  # for a TLS handshake, and for the whole header of a request
-MAX_CONNECTIONS = 800  # with httpx's 100 to the SuperLink, below the 1024 files that a process may usually open
+MAX_CONNECTIONS = 800  # with httpx's 100 connections to the SuperLink, below the usual limit of 1024 open files
 MAX_HELD = 2**30  # bytes of all bodies together; senders are not authenticated before the body is read
 
 

@@ -36,7 +36,7 @@ def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
 
 
 def projected(layers: Mapping[str, nn.Module], features: int, width: int | None) -> nn.Sequential:
-    """Return named layers that end in (B, features), followed by a linear map to (B, width) if `width` differs."""
+    """Return the named layers, which output (B, features), followed by a linear map to (B, width) if `width` differs."""
     if width is None or width == features:
         return sequence(layers)
     return sequence({**layers, "project": nn.Linear(features, width)})

@@ -37,7 +37,7 @@ Model = Mapping[str, Any]
 
 
 class Finding(NamedTuple):
-    """The result for one rule: kept, broken, or (None) not tested or not required; and the reason."""
+    """The result for one rule: kept (True), broken (False), or not tested or not required (None); and the reason."""
 
     rule: str
     kept: bool | None
