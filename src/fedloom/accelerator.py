@@ -1,8 +1,8 @@
-"""Device selection and exact arithmetic on a CPU or a CUDA device. Only this module and `training/fast/cuda_graph.py` need a GPU.
+"""Device selection and deterministic arithmetic on a CPU or a CUDA device. Only this module and `training/fast/cuda_graph.py` need a GPU.
 
-All random numbers are drawn on the host, from the same streams as in a CPU run, and then moved to the device. So batches, masks, noise
-and latents are the same numbers on both. Modules with their own randomness (Dropout) are the exception: they use the device's generator,
-which is seeded.
+All random numbers are drawn on the host, from the same streams as in a CPU run, and then moved to the device. Batches, masks,
+noise and latents are therefore identical on both. Modules with their own randomness (Dropout) are the exception: they use the device's
+generator, which is seeded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from fedloom.errors import ConfigError
 
 HOST = torch.device("cpu")
-SHARE_OF_FREE = 0.5  # of the free memory, for data and clients' states; steps use the rest
+SHARE_OF_FREE = 0.5  # fraction of the free memory for data and clients' states; training steps use the rest
 
 
 class DeviceBudget(NamedTuple):
@@ -109,20 +109,20 @@ def generators(device: torch.device) -> list[torch.Generator]:
 
 @contextmanager
 def exact(device: torch.device, tf32: bool = False) -> Iterator[None]:
-    """On a CUDA device, make it the current device and arithmetic `strict`. Do nothing on the CPU."""
+    """Make a CUDA device the current device, and use `strict` arithmetic on it. Do nothing on the CPU."""
     if device.type != "cuda":
         yield
         return
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when cuBLAS starts; without it cuBLAS sums may vary
+    )  # read when cuBLAS starts; without it, cuBLAS sums may vary
     with torch.cuda.device(device), strict(tf32):
         yield
 
 
 @contextmanager
 def strict(tf32: bool) -> Iterator[None]:
-    """Compute in true float32 (or, with `tf32`, products in TF32), so the same inputs always give the same bits.
+    """Compute in full float32 precision (with `tf32`, products in TF32), so that equal inputs always give bit-identical results.
 
     An operation without a deterministic form on the device causes a warning.
     """

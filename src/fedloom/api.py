@@ -89,7 +89,7 @@ def run(
             or as dotted names (`**{"partition.alpha": 0.5}`).
 
     Raises:
-        UsageError: settings that are unknown or contradict each other, or data that are missing.
+        UsageError: unknown or contradictory settings, or missing data.
     """
     _check_given(method, data, model, settings)
     values: Values = {}
@@ -130,7 +130,7 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
     if not isinstance(method, Method | str):
         name = method.__name__ if isinstance(method, type) else type(method).__name__
         raise ConfigError(f"method: must be a method object, such as FedAvg(), or a name, not {name}")
-    if not isinstance(data, Dataset | str | Mapping):  # a table of settings names the data too
+    if not isinstance(data, Dataset | str | Mapping):  # a table of settings also names the data
         raise ConfigError(
             f"data: must be a name, or a data set from fedloom.from_arrays(x, y), not {type(data).__name__}"
         )

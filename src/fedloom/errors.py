@@ -8,9 +8,9 @@
     │   ├── DataError       data that are missing, malformed, or too few
     │   ├── RunFolderError  a run folder that is missing, would be overwritten, or cannot be resumed
     │   └── DivergedError   the server's state is no longer finite
-    ├── MethodError         a method broke the contract (says which rule, and where)
+    ├── MethodError         a method broke the contract (the message names the rule and the place)
     ├── WireError           bytes that are not a valid message
-    └── WorkerError         a worker process ended before its work was done
+    └── WorkerError         a worker process exited before it finished its work
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class WireError(FedloomError):
 
 
 class WorkerError(FedloomError):
-    """A worker process that ended before its work was done and could not be replaced."""
+    """A worker process that exited before it finished its work and could not be replaced."""
 
 
 def is_own_code(file: str) -> bool:

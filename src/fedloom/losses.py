@@ -15,17 +15,18 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return the values in at least single precision: 16-bit outputs (`precision=bf16`) are too coarse to square, sum and subtract."""
+    """Return the values in at least single precision: 16-bit outputs (`precision=bf16`) lose too much precision when squared, summed or
+    subtracted."""
     return values if values.element_size() >= 4 else values.float()
 
 
 def one_hot(labels: Tensor, n_classes: int) -> Tensor:
-    """Return 1 where an example has the class and 0 elsewhere: (B, Y) for labels (B,), in the default dtype."""
+    """Return the one-hot encoding (B, Y) of the labels (B,), in the default dtype."""
     return (labels[:, None] == torch.arange(n_classes, device=labels.device)).to(torch.get_default_dtype())
 
 
 def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """Return the squared Euclidean distance between the tensors whose names `a` and `b` share (at least one)."""
+    """Return the squared Euclidean distance between `a` and `b` over the tensors whose names are in both (at least one)."""
     common = [name for name in a if name in b]
     if not common:
         raise ValueError("squared_distance needs at least one name that both inputs share")
@@ -69,11 +70,11 @@ def class_decorrelation(a: Tensor, b: Tensor, labels: Tensor, n_classes: int) ->
 
     Here a' = a - mean_y a and b' = b - mean_y b, where mean_y is the mean over the examples of the same class in the batch; the norm is
     the Frobenius norm. The measure does not depend on the scale of `a` or `b`. It is 0 if they are uncorrelated within every class, 1 if
-    they are equal and white, and D if a single factor determines all features. Correlation that the class explains does not count.
+    they are equal and white, and D if a single factor determines all features. Correlation that the class explains is not counted.
 
     Args:
         a, b: (B, D).
-        labels: (B,) whole numbers below `n_classes`. A class with one example adds nothing.
+        labels: (B,) integers below `n_classes`. A class with one example adds nothing.
         n_classes: Y.
     """
     member = one_hot(labels, n_classes).to(wide(a).dtype)

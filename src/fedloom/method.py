@@ -53,7 +53,7 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Facts about the problem, read-only."""
+    """Read-only facts about the problem."""
 
     n_clients: int
     max_cohort: int  # the largest number of clients in a round
@@ -114,7 +114,10 @@ class Round(NamedTuple):
 
 
 class Downlink(NamedTuple):
-    """The server's message: a common tree for the whole cohort and, optionally, one tree per member in cohort order, merged over it."""
+    """The server's message: a common tree for the whole cohort and, optionally, one tree per member in cohort order.
+
+    A member's tree is merged into the common tree and replaces leaves with the same path.
+    """
 
     common: Tree = {}
     each: Sequence[Tree] | None = None
@@ -196,7 +199,7 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Free:
-    """Arbitrary local work. It runs on every engine but is never vectorised."""
+    """An arbitrary local computation. It runs on every engine but is never vectorised."""
 
     name: str
     run: Callable[
@@ -237,7 +240,7 @@ class Method:
 
     paper: ClassVar[Paper]
     shared: ClassVar[tuple[str, ...]] = ("model",)  # patterns of the weights that travel (`fedloom.nets.select`)
-    also_travels: ClassVar[tuple[str, ...]] = ()  # names of what messages carry in addition to "weights", for listings
+    also_travels: ClassVar[tuple[str, ...]] = ()  # names of message contents other than "weights", for listings
     keeps_shared: ClassVar[bool] = (
         False  # whether a client keeps its trained copy of the travelling weights for the next round
     )
@@ -255,7 +258,7 @@ class Method:
         return {"model": arch.model()}
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:
-        """Return what a client remembers in addition to its weights, with its full structure."""
+        """Return a client's initial memory, which it keeps in addition to its weights, with its full structure."""
         return {}
 
     def init_server(self, weights: Weights, task: Task) -> Tree:
@@ -301,7 +304,7 @@ class Method:
         return {"weights": self.travelling(client.weights)}, client.memory
 
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
-        """Return the uplink tensors whose first dimension depends on the client's examples: the required length by path."""
+        """Return the required length, by path, of the uplink tensors whose first dimension depends on the client's examples."""
         return {}
 
     # between clients
@@ -331,7 +334,7 @@ class Method:
     # prediction
 
     def deploy(self, server: Tree, task: Task) -> Downlink:
-        """Return the message that any client would receive in order to predict now."""
+        """Return the message that any client would receive to make predictions now."""
         return self.downlink(server, ())
 
     def adapt(self) -> tuple[Phase, ...]:
@@ -358,7 +361,7 @@ class Method:
         return optim.sgd(lr or self.lr, self.momentum, self.weight_decay)
 
     def lr_scale(self, number: int) -> float:
-        """Return the factor on the learning rate in round `number`."""
+        """Return the factor that multiplies the learning rate in round `number`."""
         return self.lr_decay**number
 
 

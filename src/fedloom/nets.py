@@ -35,7 +35,7 @@ class Net:
         tensors = dict(self._tensors)
         outputs = functional_call(self.module, tensors, inputs, tie_weights=False)
         for name, buffer in self._buffers.items():
-            if tensors[name] is not buffer:  # `functional_call` puts what the module assigned here
+            if tensors[name] is not buffer:  # the module assigned to this buffer
                 self._assign(name, buffer, tensors[name])
         return outputs
 
@@ -125,14 +125,14 @@ def frozen_parameters(modules: Mapping[str, nn.Module]) -> list[Tensor]:
 def without_negative_variances(weights: Weights) -> Weights:
     """Return the weights with negative running variances set to 0.
 
-    Adding a difference to a base can make them negative: by rounding, or if the base is newer than the difference.
+    Adding a difference to a base can make a variance negative, through rounding or if the base is newer than the difference.
     """
     buffers = {n: b.clamp(min=0) if n.endswith(".running_var") else b for n, b in weights["buffers"].items()}
     return {**weights, "buffers": buffers}
 
 
 def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
-    """Copy `weights` into the modules, to give a user a plain module. Frozen parameters stay as they are."""
+    """Copy `weights` into the modules, so that a user gets a plain module. Frozen parameters stay as they are."""
     tensors = {**weights["params"], **weights["buffers"]}
     for net, module in modules.items():
         start = len(net) + 1

@@ -1,6 +1,6 @@
 """Optimisers as pairs of functions without hidden state, as in optax.
 
-`init(params)` returns the whole state at once, because a state that grows lazily can be neither stacked nor checkpointed.
+`init(params)` returns the whole state at once, because a state that is created lazily can be neither stacked nor checkpointed.
 `step(grads, state, params, scale)` updates parameters and state in place; `update` returns updated copies instead. Parameters, gradients
 and states are dictionaries of tensors by name. `scale` multiplies the learning rate (a schedule over rounds).
 """

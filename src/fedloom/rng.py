@@ -1,9 +1,9 @@
 """Random streams: one independent generator per (seed, purpose, round, client, ...), the same in every process.
 
-A stream is a Philox generator keyed with 128 bits of BLAKE2b over its key. So the numbers do not depend on the order in which
-clients are visited, on the engine, or on an interruption: to resume a run, its round number is enough.
-(Alternatives fail: torch's CPU generator uses only 32 bits of a seed, `zlib.crc32` has collisions at 10,000 clients x 1,000 rounds, and
-`hash()` differs between processes.)
+A stream is a Philox generator keyed with a 128-bit BLAKE2b hash of the stream's key. Its numbers therefore do not depend on the order in
+which clients are visited, on the engine, or on interruptions: the round number is enough to resume a run.
+(Alternatives do not work: torch's CPU generator uses only 32 bits of a seed, `zlib.crc32` has collisions at
+10,000 clients x 1,000 rounds, and `hash()` differs between processes.)
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any
     folder = RunFolder(Path(path) / "analysis")
     try:
         folder.path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.path):  # fail now, not after the work
+        with tempfile.TemporaryFile(dir=folder.path):  # fail now, not after the analysis
             pass
     except OSError as error:
         raise RunFolderError(f"{folder.path} is not writable: {error.strerror}") from None
@@ -113,7 +113,7 @@ def _write_pictures(folder: Path, drawn: Mapping[str, tuple[Figure, str, str]]) 
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, because JSON has no such numbers."""
+    """Replace numbers that are not finite with None, because JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

@@ -166,7 +166,7 @@ def _silhouette(x: Floats, answers: Numbers) -> float:
 
 
 class Plane(NamedTuple):
-    """Features on their first two principal components, (n, 2), and the fraction of variance that each explains."""
+    """Features projected on their first two principal components, (n, 2), and the fraction of variance that each explains."""
 
     points: Floats
     explained: tuple[float, float]

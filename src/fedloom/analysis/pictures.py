@@ -1,4 +1,4 @@
-"""Pictures of an analysis: image grids, scatter plots, histograms."""
+"""Figures of an analysis: image grids, scatter plots, histograms."""
 
 from __future__ import annotations
 

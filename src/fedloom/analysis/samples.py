@@ -202,7 +202,10 @@ def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | N
 
 
 def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs | None]:
-    """Compare a client's images, and as many held-out images (a maximum grows with the number), with their nearest training images."""
+    """Compare a client's images, and the same number of held-out images, with their nearest training images.
+
+    The numbers must be equal, because a maximum grows with the number of images.
+    """
     training, _ = subject.data.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
     real = _shown(subject, training)
     mine = pairs(_shown(subject, made.images), real)

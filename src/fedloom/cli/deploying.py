@@ -189,7 +189,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         with live(label, console, done=experiment.done) as show:
             experiment.run(show)
 
-    if given.step == "up":  # the federation ends with the run, which therefore cannot be resumed
+    if given.step == "up":  # the federation is stopped with the run, which therefore cannot be resumed
         work()
     else:
         until_interrupted(work, f"fedloom deploy run {deployment.path} --resume {folder}")

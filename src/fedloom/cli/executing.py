@@ -90,7 +90,7 @@ class Finished(NamedTuple):
 
 def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool) -> int:
     """Write the report, print tables and warnings, and return the exit code: 1 if a run learnt nothing."""
-    from fedloom.report import Chapter, read  # imports pandas: not before worker processes are forked
+    from fedloom.report import Chapter, read  # imports pandas, which must happen after worker processes are forked
 
     chapters = [Chapter(read(part.runs), part.title, part.reading) for part in parts]
     hint = _write_page(chapters, folder / "report.html")

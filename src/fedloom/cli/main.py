@@ -73,7 +73,7 @@ fedloom COMMAND --help shows examples and all keys; --debug shows tracebacks; --
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):  # an unprintable character must not end a run
+    for stream in (sys.stdout, sys.stderr):  # an unprintable character must not abort a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     if "_ARGCOMPLETE" in os.environ:
@@ -85,10 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
-    except SystemExit as leaving:  # argparse ends --help this way
+    except SystemExit as leaving:  # argparse exits this way after --help
         return leaving.code if isinstance(leaving.code, int) else MISUSED
     except KeyboardInterrupt as interrupt:
-        # If Ctrl-C arrives inside `exec` (as in named tuples), Python exits by the signal later even though we caught it. This resets that.
+        # If Ctrl-C arrives inside `exec` (as in named tuples), Python later exits with the signal although it was caught. This resets that.
         exec("")
         hint = f"; continue with: {interrupt}" if isinstance(interrupt, Interrupted) else ""
         return _tell(f"interrupted{hint}", INTERRUPTED)

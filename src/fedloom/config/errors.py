@@ -1,4 +1,4 @@
-"""Error messages for settings: turn pydantic's reasons into one line each."""
+"""Error messages for settings: rewrites each of pydantic's reasons as one line."""
 
 from __future__ import annotations
 

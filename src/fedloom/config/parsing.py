@@ -49,7 +49,7 @@ def parse_value(text: str, key: str = "") -> Any:
 def set_dotted(values: Values, key: str, value: Any) -> None:
     """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
 
-    Choosing another name removes the keys that belong to the old choice: all keys, or, in tables of `LASTING`, those listed there.
+    Choosing another name removes the keys that belong to the old choice: all keys or, for tables in `LASTING`, those listed there.
     `models` replaces `model`.
     """
     *tables, last = key.split(".")

@@ -15,7 +15,7 @@ AUGMENTS: Final = ("none", "flip", "crop-flip", "resized-crop-flip", "resized-cr
 
 
 def flip(x: Tensor, stream: Stream) -> Tensor:
-    """Mirror each image of (B, C, H, W) left to right with probability 1/2."""
+    """Flip each image of (B, C, H, W) horizontally with probability 1/2."""
     mirrored = (stream.uniform((len(x),)) < 0.5).to(x.device)
     return torch.where(mirrored[:, None, None, None], x.flip(3), x)
 
@@ -33,11 +33,11 @@ def crop(x: Tensor, stream: Stream, *, padding: int = 4, black: Tensor) -> Tenso
 
 
 def resized_crop_flip(x: Tensor, stream: Stream, *, smallest: float = 0.75) -> Tensor:
-    """Crop a random window from each image, resize it to full size, and mirror it with probability 1/2.
+    """Crop a random window from each image, resize it to full size, and flip it horizontally with probability 1/2.
 
-    A window has `smallest` to 1 of the image's area, and an aspect ratio of 3:4 to 4:3. The area and the logarithm of
-    the ratio are uniform. A side that is too long is cut to the image's side; torchvision would draw a new window.
-    Interpolation is bilinear.
+    A window covers a fraction between `smallest` and 1 of the image's area, and its aspect ratio is between 3:4 and 4:3.
+    The area and the logarithm of the ratio are drawn uniformly. A side that is too long is clipped to the image's side;
+    torchvision would draw a new window. Interpolation is bilinear.
     """
     n = len(x)
     area, ratio, across, down, mirror = stream.uniform((5, n))

@@ -66,10 +66,10 @@ def from_arrays(
     """Return a pool made from NumPy arrays or torch tensors.
 
     `x` is (N, C, H, W) uint8 images, or finite floats of any shape (N, ...). `y` is (N,) integers from 0. Give `x_test` and `y_test`
-    together or not at all. `columns` have one value per example, training examples first. The arrays are copied.
+    together or not at all. Each column has one value per example, training examples first. The arrays are copied.
 
-    Images with channels last, (N, H, W, C), are converted to channels first. Float images of whole numbers from 0 to 255 are
-    converted to uint8. Both are logged.
+    Images with channels last, (N, H, W, C), are converted to channels first. Float images with integer values from 0 to
+    255 are converted to uint8. Both are logged.
 
     Raises:
         DataError: arrays have the wrong shape or type, or labels run from 1 to K without `classes` (class 0 would have no examples).
@@ -82,7 +82,7 @@ def from_arrays(
         more = _inputs(x_test, "x_test")
         if (
             images.is_floating_point() and more.dtype == torch.uint8
-        ):  # x was not converted: some of its pixels are not whole numbers
+        ):  # x was not converted: some of its pixels are not integers
             more = more.to(images.dtype)
         if more.shape[1:] != images.shape[1:] or more.dtype != images.dtype:
             raise DataError(f"from_arrays: x_test is {_describe(more)} and x is {_describe(images)}; they must agree")

@@ -50,17 +50,17 @@ def _digits() -> tuple[Pixels, Rows, int, dict[str, Column]]:
 
 
 def _coloured() -> tuple[Pixels, Rows, int, dict[str, Column]]:
-    """White digits on a coloured background; the colour indicates the class, with a different code for each client.
+    """Return white digits on coloured backgrounds. The colour indicates the class, with a different code for each client.
 
-    All draws come from `Stream("coloured-digits")`, so the pixels are the same in every run. A run's seed changes what it changes for
-    other data sets: splits, weights and batches.
+    All draws come from `Stream("coloured-digits")`, so the pixels are the same in every run. A run's seed affects the same
+    things as for other data sets: splits, weights and batches.
 
     1. The 1,797 examples are permuted. The first 1,400 are training examples; example i belongs to client i mod 4. The other 397 are the
        official test set.
     2. Each client draws a permutation of the ten hues: its code from classes to colours.
     3. A training example has its class's colour with probability 0.9, otherwise one of the other nine, uniformly. A test example has
        any of the ten, uniformly.
-    4. A pixel with ink v in [0, 1] becomes v white + (1 - v) colour; colours are hsv(c / 10, 1, 200 / 255).
+    4. A pixel with ink intensity v in [0, 1] becomes v white + (1 - v) colour; colours are hsv(c / 10, 1, 200 / 255).
 
     The column `client` is "0" to "3", and "" for test examples, which have no owner; `colour` is c.
     """
@@ -82,6 +82,6 @@ def _coloured() -> tuple[Pixels, Rows, int, dict[str, Column]]:
 
 
 def _ink() -> tuple[npt.NDArray[np.float64], Rows]:
-    """Return the ink of each pixel, (N, 8, 8) from 0 to 16, and the digits."""
+    """Return the ink intensity of each pixel, (N, 8, 8) from 0 to 16, and the digits."""
     with np.load(DIGITS) as stored:
         return stored["pixels"].astype(np.float64), stored["labels"].astype(np.int64)

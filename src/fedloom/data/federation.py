@@ -152,7 +152,7 @@ class Federation:
         dtype = torch.get_default_dtype()
         x = self.dataset.images.index_select(0, chosen).to(dtype)
         y = self.dataset.labels.index_select(0, chosen)
-        # expanded to the shape of an example: broadcasting in addcmul takes torch four times as long, for the same bits
+        # expanded to the shape of an example: with broadcasting, addcmul gives identical results but takes four times as long
         shift, scale = (value.to(dtype).expand(self.input_shape).contiguous() for value in (self._shift, self._scale))
         return torch.addcmul(shift, x, scale), y
 

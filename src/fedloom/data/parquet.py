@@ -205,7 +205,7 @@ def _expected(labels: npt.NDArray[np.int64], names: list[str] | None, source: So
         return tuple(names)
     if source is None:
         return None
-    if source.only:  # files without class names that have no more classes than wanted contain only the wanted classes
+    if source.only:  # without class names, files with no more classes than `only` are assumed to contain exactly those
         return source.only if labels.max() < len(source.only) else None
     return source.classes or tuple(str(c) for c in range(source.n_classes))
 

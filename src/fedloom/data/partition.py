@@ -148,7 +148,7 @@ def partition(
         column: default: for "natural", the column of a known data set, such as the domain in Office-Caltech10; for "own",
             "client". With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the
             test examples out.
-        min_examples: minimum number of examples of each client, before they are split.
+        min_examples: minimum number of examples of each client, before its test split is taken.
         merge: pool the official training and test examples (see above).
         test_fraction: fraction of each client's examples in its test split.
         valid: fraction of each client's training examples in its validation split.
@@ -240,7 +240,10 @@ def _split(
 
 
 def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
-    """Hold out a random fraction of the rows, rounded up, but keep at least one. Return the kept and the held-out rows, each sorted."""
+    """Hold out a random fraction of the examples, rounded up, but keep at least one.
+
+    Return the kept and the held-out examples, each sorted.
+    """
     if fraction == 0:
         return np.sort(rows), np.empty(0, np.int64)
     n_apart = min(math.ceil(len(rows) * fraction - 1e-9), len(rows) - 1)

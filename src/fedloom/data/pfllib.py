@@ -1,9 +1,10 @@
 """PFLlib's folders: one `.npz` file per client and split, each with a pickled dictionary of arrays.
 
 The layout is `train/0.npz` .. `train/K-1.npz`, the same in `test/`, and `config.json`. Each file has one object array
-`data`: a dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and a pickle can run any code. Our
-unpickler therefore accepts only five names, and replaces each by a harmless class of ours: arrays, dtypes and scalars
-become plain records, and numeric arrays are built from their raw bytes. Any other name raises DataError.
+`data`: a dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and loading a pickle can execute
+arbitrary code. The unpickler here therefore accepts only five names, and replaces each with a harmless class from this
+module: arrays, dtypes and scalars become plain records, and numeric arrays are built from their raw bytes. Any other name
+raises DataError.
 """
 
 from __future__ import annotations

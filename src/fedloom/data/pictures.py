@@ -19,7 +19,9 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
-    """Decode `n` images to (N, C, H, W) uint8. C is 1 if all are grey, else 3. Each is given with its location, for error messages.
+    """Decode `n` images to (N, C, H, W) uint8. C is 1 if all are greyscale, else 3.
+
+    Each image is given with its location, for error messages.
 
     With `image_size`, images are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError.
     """
@@ -53,7 +55,7 @@ def resized(image: Image.Image, image_size: int | None) -> Pixels:
     """Return one image as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError."""
     if image.mode.startswith("I;16") or (
         image.mode == "I" and image.format == "PNG"
-    ):  # older Pillow opens 16-bit PNG as I
+    ):  # older versions of Pillow open 16-bit PNG files in mode I
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip at 255
     if image.mode in ("I", "F"):
         raise DataError("its pixels have 32 bits; save it with 8 or 16 bits")

@@ -24,7 +24,7 @@ MAX_DRAWS: Final = 2000
 
 
 def iid(labels: Rows, n_clients: int, min_examples: int, stream: Stream) -> list[Rows]:
-    """Split examples at random into equal parts. Sizes differ by at most one, so `min_examples` needs no redraws."""
+    """Split examples at random into equal parts. Sizes differ by at most one, so no redraws are needed to reach `min_examples`."""
     parts = np.array_split(stream.numpy.permutation(len(labels)), n_clients)
     return [np.asarray(part, np.int64) for part in parts]
 
@@ -58,8 +58,8 @@ def pathological(
     """Give each client a few classes, the "pathological" setting of PFLlib and FedRIR.
 
     For each class in turn, its examples go to the first ceil(K/Y * classes_per_client) clients that have too few
-    classes. With `balance` they get equal shares. Otherwise each client except the last gets a uniform number between a
-    tenth of the equal share and the equal share, and the last gets the rest.
+    classes. With `balance` they get equal shares. Otherwise each client except the last gets a number drawn uniformly
+    between a tenth of the equal share and the equal share, and the last gets the rest.
     """
     totals = np.bincount(labels)
     holders = _holders_in_turn(n_clients, len(totals), classes_per_client)
@@ -113,7 +113,10 @@ def extended(
 
 
 def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
-    """Split into sizes from one Dirichlet(alpha) draw, with random examples: clients differ in size, not in class distribution."""
+    """Divide the examples into sizes from one Dirichlet(alpha) draw, and assign examples at random.
+
+    Clients then differ in size, not in class distribution.
+    """
 
     def draw() -> Rows | None:
         sizes = _cut(stream.numpy.dirichlet(np.full(n_clients, alpha)), len(labels))
@@ -152,7 +155,7 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
 
 
 def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
-    """Return whole numbers in proportion to the shares, with sum `total`, or None if all shares are 0."""
+    """Return integers that are proportional to the shares and sum to `total`, or None if all shares are 0."""
     size = shares.sum()
     if not size > 0:
         return None

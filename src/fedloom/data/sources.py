@@ -47,7 +47,7 @@ def load(
         from fedloom.data import embedded
 
         return embedded.load_embedded(name, image_size, rows)
-    from fedloom.data import parquet  # pyarrow takes long to load
+    from fedloom.data import parquet  # pyarrow is slow to import
 
     root = hub.cache_root(cache)
     files = hub.find_files(name, path, root)

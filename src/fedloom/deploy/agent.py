@@ -1,4 +1,4 @@
-"""A node on its device: Flower's SuperNode (restarted if it ends), a worker process (replaced if it hangs or dies), and the agent that
+"""A node on its device: Flower's SuperNode (restarted if it exits), a worker process (replaced if it hangs or dies), and the agent that
 connects them."""
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ DEFAULT_DEADLINE_S = 600.0
 
 
 class WorkerProcess:
-    """The agent's handle of the worker process. Client states are on disk, so the process can be replaced at any time."""
+    """The agent's handle to the worker process. Client states are on disk, so the process can be replaced at any time."""
 
     def __init__(self, folder: Path, over: threading.Event) -> None:
-        """`over`: set when the node has to stop, even while the worker is busy."""
+        """`over`: set when the node must stop, even while the worker is busy."""
         self._folder, self._over = folder, over
         self._process: Any = None
         self._pipe: Connection | None = None
 
     def tend(self) -> None:
-        """Start a worker process if none is running. Call this while the agent has one thread.
+        """Start a worker process if none is running. Call this while the agent has only one thread.
 
         On Linux the process is forked, so that a small device has Python, torch and fedloom in memory only once.
         """
@@ -57,7 +57,7 @@ class WorkerProcess:
             theirs.close()
 
     def answer(self, data: bytes, deadline_s: float) -> bytes:
-        """Send a request to the worker and return its answer. If the worker dies or misses the deadline, end it and return a failure."""
+        """Send a request to the worker and return its answer. If the worker dies or misses the deadline, stop it and return a failure."""
         assert self._pipe is not None
         try:
             self._pipe.send_bytes(data)
@@ -74,7 +74,7 @@ class WorkerProcess:
         return seal(NodeFailure(reason=reason), {})
 
     def end(self) -> None:
-        """End the worker process."""
+        """Stop the worker process."""
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
@@ -121,10 +121,10 @@ def supernode_command(folder: Path, node: NodeFile) -> list[str]:
 
 
 def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProcess, over: threading.Event) -> None:
-    """Answer messages from the SuperNode one by one, and restart the SuperNode if it ends."""
+    """Answer messages from the SuperNode one by one, and restart the SuperNode if it exits."""
     place = read_place(folder, f"127.0.0.1:{node.runtime_port}", "flwr-clientapp", tls=False)
     tasks = place.client()
-    tasks._retry_invoker = None  # the SuperNode may still be starting: fail fast and try again
+    tasks._retry_invoker = None  # fail fast and try again, because the SuperNode may still be starting
     while not over.is_set():
         worker.tend()
         if line := supernode.tend():

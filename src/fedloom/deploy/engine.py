@@ -45,7 +45,7 @@ WAIT_S = 1.0  # interval between checks for nodes
 
 
 class LostNode(NamedTuple):
-    """A node did not answer, for the given `reason`."""
+    """A node that did not answer, with the `reason`."""
 
     reason: str
 
@@ -96,7 +96,7 @@ class AcceptedUpdates:
     def accept(self, number: int, turns: Mapping[int, int], keep: int) -> None:
         """Record the updates accepted in round `number`. `turns` gives the round in which each client made its update.
 
-        Later entries are removed (a resumed run discards them). Of entries before round `keep`, only the last one is kept.
+        Later entries are removed (a resumed run discards them). Of the entries before round `keep`, only the last is kept.
         """
         for i in {*self._turns, *turns}:
             last = self.base(i, keep) - 1
@@ -130,7 +130,7 @@ class FlowerEngine(Engine):
         self._link, self._call, self._tell, self._late_s = link, call, tell, late_s
         self.turns = AcceptedUpdates()  # in memory, until the run has a folder
         self._roster, self._node_of = roster, {i: node for node, clients in roster.items() for i in clients}
-        self._overdue: dict[str, Errand] = {}  # late nodes, and what they are working on
+        self._overdue: dict[str, Errand] = {}  # late nodes, with the updates requested from them
         self._asked: set[int] = set()  # clients that were asked in the last round
         self._safe = self._pending = (
             0  # states before round `_safe` are not needed; `_pending` replaces it at the next train
@@ -254,7 +254,7 @@ class FlowerEngine(Engine):
             self._tell(f"{where}, client {i}: its update is missing")
 
     def _check(self, turn: Turned) -> None:
-        """Raise WireError if an update reports impossible facts."""
+        """Raise WireError if an update reports impossible values."""
         if turn.failure:
             raise WireError(turn.failure)
         n_rows, phases = self.problem.data.n_train(turn.client), self.problem.method.phases()
@@ -269,7 +269,7 @@ class FlowerEngine(Engine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. Clients of nodes that are offline count no examples."""
+        """See `Engine.score`. Clients of offline nodes contribute no examples."""
         n_classes = self.problem.task.n_classes
         found = {i: {ask.name: none(n_classes) for ask in asks} for i in clients}
         questions = [Question(name=ask.name, rows=ask.rows, fitted=ask.fitted) for ask in asks]  # type: ignore[arg-type]

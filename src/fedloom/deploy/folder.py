@@ -115,7 +115,7 @@ class Deployment:
 
 
 def read_file(path: Path, model: type[M], what: str) -> M:
-    """Read a TOML file into a model. Raise ConfigError if it is missing or wrong."""
+    """Read a TOML file into a model. Raise ConfigError if it is missing or invalid."""
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not {what}: {path.name} is missing")
     try:
@@ -147,7 +147,7 @@ def create_deployment(
         runtime: a port for the processes of each node; default 9094, because each node is on a separate machine.
 
     Raises:
-        ConfigError: the folder is not empty, or a value is not possible.
+        ConfigError: the folder is not empty, or a value is invalid.
     """
     settings = deployable(make_settings(values))
     check_plan(settings, n_nodes, hosts)
@@ -272,7 +272,7 @@ def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK
 
 
 def is_ipv6(host: str) -> bool:
-    """Return whether this is an IPv6 address that means the same on all machines (unlike `fe80::1%eth0`)."""
+    """Return whether this is an IPv6 address with the same meaning on all machines (unlike `fe80::1%eth0`)."""
     try:
         return ipaddress.ip_address(host).version == 6 and "%" not in host
     except ValueError:

@@ -27,7 +27,7 @@ from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
 from fedloom.deploy.services import flower_environment
 from fedloom.errors import UsageError, WireError
 
-REJOIN_S = 60.0  # how long to wait for nodes to reconnect after that
+REJOIN_S = 60.0  # how long to wait for nodes to reconnect after the SuperLink was unreachable
 POLL_S = 0.3  # interval between checks for answers
 REOPEN_S = 180.0  # how long to wait for a SuperLink that is not reachable
 T = TypeVar("T")
@@ -120,7 +120,7 @@ class GridLink:
         return answers | dict.fromkeys(waiting.values(), none)
 
     def _with_retries(self, work: Callable[[], T]) -> T:
-        """Do a piece of work. If the SuperLink is unreachable, wait for it, start a new Flower run, and repeat the work."""
+        """Call `work`. If the SuperLink is unreachable, wait for it, start a new Flower run, and call `work` again."""
         until = time.monotonic() + REOPEN_S
         while True:
             try:
@@ -200,7 +200,7 @@ def _start_run(deployment: Deployment) -> int:
 
 
 def register_nodes(deployment: Deployment) -> None:
-    """Register the nodes' public keys with the SuperLink. Keys that are already registered stay. Raise LinkError."""
+    """Register the nodes' public keys with the SuperLink. Keys that are already registered stay registered. Raise LinkError."""
     environment = flower_environment((deployment.server / "flwr").resolve())
     for node in deployment.file.nodes:
         command = ["flwr", "supernode", "register", str(deployment.public_key(node)), "fedloom", "--format", "json"]

@@ -1,4 +1,4 @@
-"""`python -P leash.py COMMAND ...`: run COMMAND in this process, and end it when its parent process ends for any reason.
+"""`python -P leash.py COMMAND ...`: run COMMAND in this process, and send it SIGTERM when its parent process exits for any reason.
 
 This file is run by its path, so that no heavy package is imported.
 """
@@ -14,12 +14,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def hold() -> None:
-    """Make this process end when its parent ends (Linux only; elsewhere this has no effect)."""
+    """Have the kernel send SIGTERM to this process when its parent exits (Linux only; elsewhere this has no effect)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # the parent ended before prctl
+    if os.getppid() != parent:  # the parent exited before prctl
         os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -59,7 +59,7 @@ class LocalFederation:
         return self.deployment.path / f"{name}.log"
 
     def end(self) -> None:
-        """End all processes, nodes first."""
+        """Stop all processes, nodes first."""
         running = list(reversed(self.processes.values()))
         for process in running:
             process.terminate()

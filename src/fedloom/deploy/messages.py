@@ -27,7 +27,7 @@ EMPTY = "/"  # suffix of the path of a branch without tensors
 
 MAX_ROWS = 10_000_000  # per node; the server keeps a label for each
 MAX_LOGS = 100  # per client update; each becomes a column and a plot
-Whole = Annotated[int, Field(ge=0, lt=2**31)]  # small enough for tables and sums
+Whole = Annotated[int, Field(ge=0, lt=2**31)]  # small enough that table columns and sums do not overflow
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # `phase.log`; names of the run's own metrics have no dot
 LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
@@ -98,7 +98,7 @@ class Hello(_Strict):
 
 
 class TrainMessage(_Strict):
-    """Ask clients for local updates. Parts: `common`, and `each-<slot>` for members that are sent their own trees."""
+    """Ask clients for local updates. Parts: `common`, and `each-<slot>` for members that receive their own trees."""
 
     kind: Literal["train"] = "train"
     call: Call
@@ -126,7 +126,7 @@ class Present(_Strict):
 
 
 class Turned(_Strict):
-    """A client's local update: done (its uplink is the part named by its slot), or failed with a reason."""
+    """A client's local update: either completed (its uplink is the part named by its slot), or failed, with a reason."""
 
     client: Whole
     slot: Whole
@@ -154,7 +154,11 @@ class Counted(_Strict):
     rows: Counts
 
     def score(self, most: npt.NDArray[np.int64]) -> Score:
-        """Return the score. Raise WireError for impossible counts: over `most` examples of a class, or more correct ones than examples."""
+        """Return the score.
+
+        Raises:
+            WireError: a class has more than `most` examples, or more correct predictions than examples.
+        """
         right, rows = np.array(self.right, np.int64), np.array(self.rows, np.int64)
         if not right.shape == rows.shape == most.shape or (right > rows).any() or (rows > most).any():
             raise WireError("its scores have impossible counts")

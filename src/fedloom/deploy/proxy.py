@@ -29,12 +29,12 @@ MAX_BODY = 64 * 2**20  # bytes; Flower splits tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
 TIMEOUT_S = 60.0
 HEADER_S = 10.0  # for a TLS handshake, and for the whole header of a request
-MAX_CONNECTIONS = 800  # with httpx's 100 to the SuperLink, below the 1024 files that a process may usually open
+MAX_CONNECTIONS = 800  # with httpx's 100 connections to the SuperLink, below the usual limit of 1024 open files
 MAX_HELD = 2**30  # bytes of all bodies together; senders are not authenticated before the body is read
 
 
 def allowed(method: str, path: bytes) -> bool:
-    """Return whether a request is forwarded: a POST to a plain path of the node API, without escapes or relative parts."""
+    """Return whether a request is forwarded: a POST to a plain path of the node API, without escapes or relative segments."""
     return method == "POST" and ALLOWED.fullmatch(path) is not None
 
 
@@ -133,7 +133,7 @@ class Server(uvicorn.Server):
     """uvicorn's server with a timeout for TLS handshakes, for which uvicorn has no setting."""
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
-        """Start to listen."""
+        """Start listening."""
         loop = asyncio.get_running_loop()
         loop.create_server = partial(loop.create_server, ssl_handshake_timeout=HEADER_S)  # type: ignore[method-assign]
         await super().startup(sockets)

@@ -30,12 +30,12 @@ def read_own(
 ) -> Federation:
     """Return a node's own examples as a federation in which clients of other nodes have none.
 
-    `folder` has the client's data or, for several clients, a folder `client-<number>` each. Data are parquet files (train.parquet, and
-    test.parquet if any) or images in folders named by class, which may be in `train` and `test`. Without test examples, a fraction of
-    the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
+    `folder` has the client's data or, for several clients, one folder `client-<number>` per client. Data are parquet files
+    (train.parquet, and test.parquet if any) or images in folders named by class, which may be in `train` and `test`. Without test
+    examples, a fraction of the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
 
     Raises:
-        DataError: data are missing, have classes that the server lacks, or have another shape.
+        DataError: data are missing, have classes that the server lacks, or have a different shape.
     """
     refuse_pooled_statistics(settings)
     pools = [_read(place, settings) for place in _places(folder, clients)]

@@ -1,7 +1,8 @@
-"""The part of Flower's Runtime API that we use: with the secret, a process takes tasks; with the task's token, it works on one.
+"""The part of Flower's Runtime API that fedloom uses: a process takes tasks with the secret, and works on a task with its token.
 
 By default Flower starts a process for each task, which runs the code of the app bundle. With `--isolation process` other processes take
-the tasks: here, the node's agent and the server's process. So torch is imported only once, and code from the network is never run.
+the tasks: here, the node's agent and the server's process. As a result, torch is imported only once, and code from the network is
+never run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 
-RETRY_S = 20.0  # how long a call is repeated without an answer
+RETRY_S = 20.0  # how long an unanswered call is repeated
 
 
 class Endpoint(NamedTuple):
@@ -62,9 +63,9 @@ class TaskToken(NamedTuple):
 
 
 def patient() -> RetryInvoker:
-    """Return a policy that repeats calls for a limited time if there is no answer. Refusals are not repeated.
+    """Return a policy that repeats unanswered calls for a limited time. Refused calls are not repeated.
 
-    Flower's own policy would repeat calls forever, or end this process.
+    Flower's own policy would repeat calls forever, or terminate this process.
     """
     return RetryInvoker(
         wait_gen_factory=lambda: exponential(max_delay=2),

@@ -1,4 +1,4 @@
-"""The programs of the server: Flower's SuperLink on the loopback interface and the proxy in front of it, restarted if they end."""
+"""The programs of the server: Flower's SuperLink on the loopback interface and the proxy in front of it, restarted if they exit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Processes that are kept running. Each is started in a new process group, restarted after increasing pauses, and ended with its group."""
+"""Processes that are kept running.
+
+Each is started in a new process group, restarted after increasing pauses, and stopped with its group.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from typing import IO
 from fedloom.errors import ConfigError
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before restarts; the last one repeats
-STEADY_S = 90.0  # after running this long, a process gets the first pause again
+STEADY_S = 90.0  # after a process has run this long, the pauses start again from the first
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 
 
@@ -56,7 +59,7 @@ def require_free(port: int, hint: str) -> None:
 
 
 def leashed(command: Sequence[str]) -> list[str]:
-    """Return a command that ends when this process ends."""
+    """Return `command`, wrapped so that it receives SIGTERM when this process exits (on Linux)."""
     return [*script("leash"), *command]
 
 
@@ -66,7 +69,7 @@ def script(name: str) -> list[str]:
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
-    """End the leader of a process group and all other processes of the group."""
+    """Stop the leader of a process group and all other processes of the group."""
     for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, sign)
@@ -108,7 +111,7 @@ class Service:
         self._started = time.monotonic()
 
     def tend(self) -> str | None:
-        """Restart the program if it has ended and its pause is over. Return a log line if it has just ended."""
+        """Restart the program if it has exited and its pause is over. Return a log line if it has just exited."""
         if self.process is None:
             if time.monotonic() >= self._next:
                 self.start()
@@ -124,7 +127,7 @@ class Service:
         return f"{self.name} ended (exit code {code}, see {self._log}); restarting in {pause:g} s"
 
     def end(self) -> None:
-        """End the program, and its group."""
+        """Stop the program and its group."""
         if self.process is not None:
             end_group(self.process)
             self.process = None

@@ -17,8 +17,8 @@ SUFFIX = ".safetensors"
 class NodeStore:
     """Client states by round. The label of a state is the round that produced it, plus one; label 0 is the initial state.
 
-    A client update in round r writes label r + 1. Older states are kept until the server no longer needs them. The server discards an
-    update that it did not accept by asking for the label before it.
+    A client update in round r writes label r + 1. Older states are kept until the server no longer needs them. To discard an
+    update that it did not accept, the server requests the label before it.
     """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path) -> None:

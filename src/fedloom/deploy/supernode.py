@@ -1,12 +1,14 @@
 """Flower's SuperNode with two corrections to its loop.
 
-It checks for messages twice a second. Flower's own loop waits a constant three seconds after each check that found nothing. That would be
-most of a round, because each round has two messages, one for training and one for scoring.
+It checks for messages twice a second. Flower's own loop waits a constant three seconds after each check that found nothing. Such
+waits would take up most of a round, because each round has two messages, one for training and one for scoring.
 
-A message whose run ends while its parts are fetched is dropped together with its task. Flower does this after all other errors. But the end
-of a run raises a `BaseException`, which skips that clean-up: the task remained without a message, and blocked the node for ten minutes.
+A message whose run ends while its parts are fetched is dropped together with its task. Flower does this after all other errors. However,
+the end of a run raises a `BaseException`, which skips that clean-up: the task then remains without a message, and blocks the node for ten
+minutes.
 
-If a later version of Flower has another loop, the first correction has no effect (rounds take longer), and the test of the second fails.
+If a later version of Flower has a different loop, the first correction has no effect (rounds take longer), and the test of the second
+fails.
 
 This file is run by its path, so that neither torch nor the rest of fedloom is imported.
 """

@@ -220,5 +220,5 @@ def _counted(score: Score) -> Counted:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the error as one line for the server. The node's log has all of it."""
+    """Return the error as one line for the server. The node's log has the full error."""
     return " ".join(one_line(error).split())[:LONGEST]

@@ -1,4 +1,4 @@
-"""The model zoo: plain torch modules that read like their papers, each split into a body and a linear head.
+"""The model zoo: plain torch modules that follow their papers closely, each split into a body and a linear head.
 
 `arch.py` builds and checks an architecture, from the zoo or from a user's file. To add a model, write a function in a file here and add a
 line to `zoo.py`. This package does not depend on federated learning.

@@ -62,7 +62,7 @@ class Arch:
 
     @cached_property
     def features(self) -> int:
-        """The number of features of `body()`, found once by a dry run that restores torch's generator."""
+        """The number of features of `body()`, determined once by a dry run that restores the state of torch's generator."""
         with torch.random.fork_rng(devices=[]):
             return dry_run(self.body(), self.input_shape).shape[-1]
 
@@ -70,7 +70,7 @@ class Arch:
 class OutsideArch(Arch):
     """A recipe for a user's module class, function or instance, which is split into body and head.
 
-    A class or function is called with those of `input_shape`, `n_classes`, `width` and the options that its signature
+    A class or function is called with only those arguments (`input_shape`, `n_classes`, `width` and the options) that its signature
     names. An instance is copied: its weights are the initial weights of every model. If the requested width differs from the
     module's own, the body gets a final linear layer that maps its output to that width, and the head is replaced.
     """
@@ -87,7 +87,7 @@ class OutsideArch(Arch):
         return own if features is None or features == own.in_features else nn.Linear(features, self.n_classes)
 
     def check(self) -> None:
-        """Raise ConfigError unless the module can be built, split and run on two made-up inputs."""
+        """Raise ConfigError unless the module can be built, split and run on two dummy inputs."""
         with torch.random.fork_rng(devices=[]):
             refuse_old_norms(self.build, self.name)  # these modules cannot be copied
             module = self._module(self.width).to(torch.get_default_dtype())  # in the dtype that clients use

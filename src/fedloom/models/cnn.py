@@ -22,8 +22,8 @@ def _two_convolutions(
 ) -> tuple[dict[str, nn.Module], int]:
     """Return two Conv5x5-norm-MaxPool2-ReLU blocks followed by a flatten layer, and the width of the flattened output.
 
-    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter of the
-    numbers.
+    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter as many
+    values.
     """
     first, height, width = input_shape
     padding = KERNEL // 2 if min(height, width) < SMALLEST_UNPADDED else 0

@@ -17,7 +17,7 @@ SMALLEST_UNPADDED = 28
 
 
 class Axis(NamedTuple):
-    """Parameters with which two 5x5 transposed convolutions of stride 2 reach one side of an image exactly."""
+    """Parameters with which two 5x5 transposed convolutions of stride 2 output exactly the required height or width."""
 
     seed: int
     padding: int
@@ -36,11 +36,11 @@ def _axis(side: int) -> Axis:
 
 
 class ImageGenerator(nn.Module):
-    """Features (B, features) to images (B, C, H, W): linear, 64 maps, ConvT 32, ReLU, ConvT C; no output activation.
+    """Maps features (B, features) to images (B, C, H, W): linear, 64 maps, ConvT 32, ReLU, ConvT C; no output activation.
 
     Seeds are 4x4, 5x5 and 13x13 for sides 28, 32 and 64 (577,345, 874,435 and 5,602,243 parameters at 512 features with
-    1, 3 and 3 channels). Sides that two unpadded steps cannot reach, or under 28 pixels, get padding and a seed of a
-    quarter of the side.
+    1, 3 and 3 channels). For sides that two unpadded steps cannot output, or under 28 pixels, padding is added
+    and the seed is a quarter of the side.
     """
 
     def __init__(self, features: int, output_shape: Sequence[int]) -> None:
@@ -66,7 +66,7 @@ class ImageGenerator(nn.Module):
 class InformationDistillation(nn.Module):
     """q(f_cs | f_g): maps global features (B, d) to the mean and log-variance (B, d) of the client-specific features.
 
-    Two perceptrons d-hidden-d; the log-variance ends in Tanh, so the variance stays within [1/e, e].
+    Two perceptrons d-hidden-d; the one for the log-variance ends in Tanh, so the variance stays within [1/e, e].
     """
 
     def __init__(self, d: int, hidden: int = 128) -> None:

@@ -36,14 +36,14 @@ def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
 
 
 def projected(layers: Mapping[str, nn.Module], features: int, width: int | None) -> nn.Sequential:
-    """Return named layers that end in (B, features), followed by a linear map to (B, width) if `width` differs."""
+    """Return the named layers, which output (B, features), followed by a linear map to (B, width) if `width` differs."""
     if width is None or width == features:
         return sequence(layers)
     return sequence({**layers, "project": nn.Linear(features, width)})
 
 
 def refuse_tied(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ConfigError for tied weights: a client's tensors are bound by name, so only one of two names would be trained."""
+    """Raise ConfigError for tied weights: a client's tensors are bound by name, so only one of the two would be trained."""
     names: dict[Tensor, str] = {}
     for net, module in modules.items():
         for name, tensor in module.state_dict(keep_vars=True).items():  # every name of every persistent tensor

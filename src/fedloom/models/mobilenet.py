@@ -45,7 +45,7 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenetv2(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """Return MobileNetV2 whose stem and second stage keep the resolution (32x32 images end as 4x4 maps): 2.2 M parameters on CIFAR-10."""
+    """Return a MobileNetV2 whose stem and second stage keep the resolution (32x32 images end as 4x4 maps): 2.2 M parameters on CIFAR-10."""
     n_in = 32
     stem = nn.Conv2d(input_shape[0], n_in, 3, padding=1, bias=False)
     layers: dict[str, nn.Module] = {"conv1": stem, "norm1": norm2d(norm, n_in), "relu1": nn.ReLU6()}

@@ -26,14 +26,14 @@ REMEDY = "make it a buffer (register_buffer), or an input"
 def refuse_own_state(module: nn.Module, input_shape: Sequence[int], name: str) -> None:
     """Raise ConfigError if a forward pass keeps state outside persistent buffers, or changes a buffer in evaluation mode.
 
-    The module is copied and run on made-up inputs. A cache that the first call fills and later calls leave unchanged is accepted if
+    The module is copied and run on dummy inputs. A cache that the first call fills and later calls leave unchanged is accepted if
     it does not depend on the inputs.
     """
     one, other = made_up(module, input_shape), made_up(module, input_shape).flip(0) * 0.5
     for training in (False, True):
         first, second = (deepcopy(module).train(training) for _ in range(2))
         if not _ran(first, one) or not _ran(second, other):
-            continue  # the split reports a module that fails
+            continue  # `split` reports a module that fails
         filled, buffers = attributes(first), _buffers(first)
         _ran(first, other)
         for changed in (changed_attribute(filled, attributes(first)), changed_attribute(filled, attributes(second))):

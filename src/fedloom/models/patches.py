@@ -12,7 +12,7 @@ from fedloom.models.layers import projected, sequence
 
 
 class Patches(nn.Module):
-    """Images (B, C, H, W) to tokens (B, n_tokens, dim): one linear map of every patch, row by row.
+    """Maps images (B, C, H, W) to tokens (B, n_tokens, dim): the same linear map for every patch, row by row.
 
     Images whose sides are not multiples of the patch size are padded with zeros at the right and the bottom.
     """
@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then a perceptron on every token; each after a LayerNorm and with a shortcut."""
+    """Attention, then a perceptron on every token; each is preceded by a LayerNorm and has a shortcut."""
 
     def __init__(self, dim: int, n_heads: int) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """A perceptron across the tokens, then one across the channels; each after a LayerNorm and with a shortcut."""
+    """A perceptron across the tokens, then one across the channels; each is preceded by a LayerNorm and has a shortcut."""
 
     def __init__(self, n_tokens: int, dim: int) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class MixerBlock(nn.Module):
 
 
 class TokenMean(nn.Module):
-    """Tokens (B, T, dim) to their mean (B, dim)."""
+    """Maps tokens (B, T, dim) to their mean (B, dim)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens.mean(1)

@@ -66,7 +66,7 @@ def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, n
 
 @torch.no_grad()
 def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """Run `module` on two made-up inputs in evaluation mode and return its outputs."""
+    """Run `module` on two dummy inputs in evaluation mode and return its outputs."""
     was_training = module.training
     outputs: Tensor = module.eval()(made_up(module, input_shape))
     module.train(was_training)
@@ -74,7 +74,7 @@ def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
 
 
 def made_up(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """Return two made-up inputs (2, *input_shape), on the module's device and in its dtype."""
+    """Return two dummy inputs (2, *input_shape), on the module's device and in its dtype."""
     weight = next(module.parameters(), torch.empty(0))
     n = 2 * math.prod(input_shape)
     return torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device).reshape(2, *input_shape)

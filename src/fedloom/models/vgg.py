@@ -15,10 +15,10 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 def vgg16(
     input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch", dropout: float = 0.5
 ) -> nn.Sequential:
-    """VGG-16 with two fully connected layers of 4096 (the second: `width`), as in FedMR: 33.6 M parameters on CIFAR-10.
+    """Return VGG-16 with two fully connected layers of 4096 (the second: `width`), as in FedMR: 33.6 M parameters on CIFAR-10.
 
-    A pooling layer that would leave no pixel is skipped (8x8 pools three times), and the remaining map is averaged to one pixel.
-    `dropout=0` leaves the dropout layers out; with them the model cannot be vectorised over clients.
+    A pooling layer that would leave no pixel is skipped (8x8 inputs are pooled three times), and the remaining map is averaged to one
+    pixel. `dropout=0` leaves the dropout layers out; with them the model cannot be vectorised over clients.
     """
     if not 0 <= dropout < 1:
         raise ConfigError(f"model option dropout={dropout!r}: must be a number from 0 to below 1")

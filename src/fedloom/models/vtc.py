@@ -18,14 +18,14 @@ Size = tuple[int, int]
 
 
 class VtcDecoder(nn.Module):
-    """Features (B, p) to images (B, C, H, W) in [-1, 1], for any H and W of at least 4.
+    """Maps features (B, p) to images (B, C, H, W) in [-1, 1], for any H and W of at least 4.
 
     Every step except the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
 
     Args:
         features: p.
         output_shape: (C, H, W).
-        form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps, 64 - 32 - C channels. "conv" has only
+        form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps with 64 - 32 - C channels. "conv" has only
             convolutions: from a 1x1 seed of p channels to at most 4x4, then the steps needed to reach (H, W).
     """
 
@@ -52,7 +52,7 @@ class VtcDecoder(nn.Module):
 
 
 class Spread(nn.Module):
-    """The logarithm of the factor (p,) on a client's empirical standard deviations; initially 0."""
+    """The logarithm of the factor (p,) that multiplies a client's empirical standard deviations; initially 0."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ MIN_SEEDS_FOR_INTERVAL = 3
 class Difference:
     """`label` minus the baseline, in percentage points (positive: better), over `n_seeds` pairs.
 
-    `interval` is the 95 % t-interval of the mean, None below three seeds.
+    `interval` is the 95 % t-interval of the mean, or None for fewer than three seeds.
     """
 
     label: str

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-BISECTIONS = 60  # of (0, pi/2), to the last bit of a float
+BISECTIONS = 60  # of the interval (0, pi/2): enough for the precision of a float
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Return the quantile `p` (above 0, below 1) of the t distribution with a whole number of degrees of freedom."""
+    """Return the quantile `p` (above 0, below 1) of the t distribution with an integer number of degrees of freedom."""
     if not 0 < p < 1 or degrees < 1:
         raise ValueError(f"p={p}, degrees={degrees}: p must be between 0 and 1, and degrees at least 1")
     low, high = 0.0, math.pi / 2

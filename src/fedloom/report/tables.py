@@ -32,7 +32,7 @@ NOT_COUNTED = {"rejected": "rejected", "lost": "lost", "late": "late", "skipped"
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table before it is drawn. The first column names the rows; "\\n" in a header is a line break."""
+    """A table before it is rendered. The first column names the rows; "\\n" in a header is a line break."""
 
     title: str
     headers: tuple[str, ...]
@@ -170,7 +170,7 @@ def _fills(column: Column, groups: Sequence[Group]) -> bool:
 def _column_cells(column: Column, groups: Sequence[Group], digits: int) -> list[Cell]:
     cells = [_mean_cell(column, g, digits) for g in groups]
     means = [cell.value for cell, g in zip(cells, groups, strict=True) if cell.value is not None and g.finished]
-    printed = [column.text(mean) for mean in means]  # values that are printed alike count as equal
+    printed = [column.text(mean) for mean in means]  # values that look the same when printed are treated as equal
     if len(set(printed)) < 2:
         return cells
     best = column.text(max(means) if column.is_score else min(means))

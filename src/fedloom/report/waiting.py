@@ -26,14 +26,14 @@ class Waiting(NamedTuple):
     networks: Sequence[Network]
     slowdown: float = 1.0  # factor by which devices compute more slowly than this machine
     gflops: float | None = None  # or their GFLOP/s: time is counted operations / GFLOP/s instead of measured seconds
-    target: float | None = None  # an accuracy in [0, 1]; None: the highest whole percent that all runs reach
+    target: float | None = None  # an accuracy in [0, 1]; None: the highest integer percentage that all runs reach
 
 
 def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[float]:
     """Return the seconds from the start to the end of each round, by round. The result is empty if the run has no client times.
 
     All clients work in parallel and the server waits for the last one: a round takes as long as the slowest client's downlink, local
-    update and uplink. Work of the server and evaluation take no time.
+    update and uplink. The server's work and evaluation are assumed to take no time.
     """
     work, factor = ("seconds", waiting.slowdown) if waiting.gflops is None else ("flops", 1e-9 / waiting.gflops)
     if record.clients is None or not {"uplink_bytes", "downlink_bytes", work} <= set(record.clients.columns):
@@ -47,7 +47,7 @@ def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[
 
 
 def common_target(records: Sequence[RunRecord]) -> float:
-    """Return the highest whole percent of personal accuracy that every run reaches, as a fraction."""
+    """Return the highest integer percentage of personal accuracy that every run reaches, as a fraction."""
     best = [series(record, MEASURE).max() for record in records]
     return math.floor(100 * min(best) + 1e-9) / 100
 
@@ -129,7 +129,7 @@ def _at(times: pd.Series[float], number: int) -> float:
 
 
 def _bytes_per_turn(record: RunRecord) -> float:
-    """Return the mean bytes of a client and round, up and down together."""
+    """Return the mean bytes per client and round, uplink and downlink together."""
     clients = record.clients
     assert clients is not None  # checked in `waiting_grid`
     return float((clients["uplink_bytes"] + clients["downlink_bytes"]).mean())

@@ -55,7 +55,7 @@ class Rival(Protocol):
 
 
 MakeRival = Callable[[Problem, int], Rival]
-"""What a rival's file defines: (problem, threads) -> a rival that may use that number of threads."""
+"""What a rival's file defines: (problem, threads) -> a rival that may use up to that number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class _RivalProcess:
         self._process = context.Process(target=_serve, args=(theirs, where, work, scale, precision), daemon=True)
         before = signal.signal(
             signal.SIGINT, signal.SIG_IGN
-        )  # inherited: only the command handles Ctrl-C, and ends this process
+        )  # inherited: only the command handles Ctrl-C, and it stops this process
         self._process.start()
         signal.signal(signal.SIGINT, before)
         theirs.close()
@@ -214,7 +214,7 @@ class _RivalProcess:
         return times
 
     def close(self) -> None:
-        """End the process, even during a round."""
+        """Stop the process, even during a round."""
         self._process.terminate()
         self._process.join()
         self._pipe.close()
@@ -225,7 +225,7 @@ def _serve(pipe: Connection, where: str, work: Workload, scale: float, precision
     make = load_object(where, "rival")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the rival can clean up
     rival = make(problem_of(work, scale, precision=precision), cores())
-    with suppress(EOFError, ConnectionError):  # the command has ended
+    with suppress(EOFError, ConnectionError):  # the command has exited
         while True:
             pipe.send(rival.round(pipe.recv()))
 
@@ -257,8 +257,8 @@ def measure(
         accuracy); `as_it_does` (everything in an evaluation round).
 
     Raises:
-        ConfigError: the scale, number of rounds, precision or engine is not possible.
-        WorkerError: a rival's process ended.
+        ConfigError: the scale, number of rounds, precision or engine is invalid.
+        WorkerError: a rival's process exited.
     """
     _check(scale, rounds)
     with ExitStack() as open_things:
@@ -351,8 +351,8 @@ def train_flop(experiment: Stepped) -> float:
 def machine_roof(n_cores: int | None = None, seconds: float = 1.0, device: torch.device = HOST) -> float:
     """Measure the highest float32 FLOP/s of a device, or of one core times the number of cores, on a matrix product or a convolution.
 
-    One core is measured in pieces of a few milliseconds, so that other work on the machine does not lower the result; this is not
-    possible with all cores at once. A device gets pieces large enough to use all of it.
+    One core is measured in bursts of a few milliseconds, so that other work on the machine does not lower the result; this is not
+    possible with all cores at once. On a device, the operations are large enough to use all of it.
 
     Args:
         n_cores: number of cores; default: all cores that this process may use.

@@ -37,7 +37,7 @@ Model = Mapping[str, Any]
 
 
 class Finding(NamedTuple):
-    """The result for one rule: kept, broken, or (None) not tested or not required; and the reason."""
+    """The result for one rule: kept (True), broken (False), or not tested or not required (None); and the reason."""
 
     rule: str
     kept: bool | None
@@ -207,7 +207,7 @@ class _Trial:
 
 
 def _state(experiment: Experiment) -> Tree:
-    """Return everything that must not depend on how a run was made."""
+    """Return everything that must not depend on how a run was executed."""
     n = experiment.problem.task.n_clients
     clients = {f"client {i}": experiment.engine.client(i)._asdict() for i in range(n)}
     scores = [
@@ -232,7 +232,7 @@ def _difference(a: Tree, b: Tree) -> str:
 
 
 def _map_differs(experiment: Experiment, train: Train, once: PrecomputeFn | None) -> str:
-    """Return the name of the first tensor whose gradient changes if two clients are mapped, or "" if there is none."""
+    """Return the name of the first tensor whose gradient changes if two clients are mapped with `vmap`, or "" if there is none."""
     modules, lanes = _lanes(experiment, train)
 
     def gradient(lane: Tree) -> Any:

@@ -150,7 +150,7 @@ def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: 
 
 
 def take_turn(folder: Path) -> dict[str, Any]:
-    """Make a shortened local update in the client's process, and return its cost."""
+    """Run a shortened local update in the client's process, and return its cost."""
     program = peak_process_bytes()
     settings = make_settings(read_toml(folder / "config.toml"))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -169,7 +169,7 @@ def take_turn(folder: Path) -> dict[str, Any]:
             worked, seconds = _timed(
                 method, gradients, client=client, down=down, site=_site(settings, task, sent["rows"], True), turn=turn
             )
-        except RuntimeError as error:  # as in the engines: the model calls .view() on a convolution's output
+        except RuntimeError as error:  # the model calls .view() on a convolution's output; try again, as the engines do
             if "view size is not compatible" not in str(error):
                 raise
             worked, seconds = _timed(
@@ -201,7 +201,7 @@ def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> Cl
 def _timed(
     method: Method, gradients: Gradients, client: Client, down: Tree, site: ClientContext, turn: Turn
 ) -> tuple[Client, dict[str, float]]:
-    """Run the phases. Return the client afterwards, and the seconds of each phase with all its steps."""
+    """Run a few steps of each phase. Return the updated client, and the CPU seconds of each phase, scaled to all its steps."""
     seconds = {}
     for phase in method.phases():
         steps = sum(pieces(phase, site.plan, turn.examples).values())

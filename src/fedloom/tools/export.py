@@ -113,7 +113,7 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
     """Write client `i`'s personal model to `file` (ONNX, float32, any batch size) and its weights to a safetensors file next to it.
 
     Raises:
-        ExportError: outputs of the file differ from torch by more than rounding. Both files are removed, as after any other error.
+        ExportError: outputs of the file differ from torch's by more than rounding errors. Both files are removed, as after any other error.
     """
     try:
         return _exported(experiment, i, file)
