@@ -76,7 +76,7 @@ def test_every_method_describes_itself(name):
     for key, entry in found["hyper_parameters"].items():
         assert entry["doc"], key
         assert entry["default"] == getattr(cls(), key)
-    assert "Travels:" in inspect.getdoc(cls) or "not a federated method" in inspect.getdoc(cls)
+    assert "Sent:" in inspect.getdoc(cls) or "not a federated method" in inspect.getdoc(cls)
 
 
 @pytest.mark.parametrize("name", METHODS)

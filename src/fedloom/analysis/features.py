@@ -25,7 +25,7 @@ SAME_ROWS = 60  # common examples, the same for all clients
 
 
 class Table(NamedTuple):
-    """Features of examples in clients' nets: (n, D) by name; class, client and example number of each, (n,)."""
+    """Features that clients' nets extract from examples: (n, D) by name, and (n,) with the class, client and number of each example."""
 
     features: dict[str, Floats]
     classes: Numbers
@@ -73,7 +73,7 @@ def _watched(owner: Owner) -> Iterator[list[Tensor]]:
 
 
 def own_rows(subject: Subject) -> Table | None:
-    """Return features of each client's own test examples in its own nets, or None if fewer than two clients have any."""
+    """Return the features of each client's own test examples in its own nets, or None if fewer than two clients have test examples."""
     parts = [(i, subject.some(subject.data.partition.test[i], OWN_ROWS, "own", i)) for i in subject.clients]
     parts = [(i, rows) for i, rows in parts if len(rows)]
     return _table(subject, parts) if len(parts) > 1 else None

@@ -74,7 +74,7 @@ def _plan(wanted: Comparison, jobs: Sequence[PlannedRun], folder: Path) -> dict[
 
 
 def announce(about: Mapping[str, str]) -> None:
-    """Print the facts of a run to standard error, one topic per line."""
+    """Print a summary of a run to standard error, one topic per line."""
     width = max(map(len, about))
     for topic, words in about.items():
         print(f"{topic:<{width}}  {words}", file=sys.stderr, flush=True)

@@ -222,7 +222,7 @@ def _row(text: str, where: str) -> dict[str, Any]:
     except ValueError as error:
         raise RunFolderError(f"{where} cannot be read: {error}") from None
     if not isinstance(row, dict) or type(row.get("round")) is not int:
-        raise RunFolderError(f"{where} cannot be read: it has no whole number 'round'")
+        raise RunFolderError(f"{where} cannot be read: 'round' is missing or is not an integer")
     return row
 
 

@@ -19,7 +19,7 @@ from fedloom.tree import Tree
 class Ditto(Method):
     """Ditto (Li et al., ICML 2021): w solves FedAvg's problem; each v_k solves its client's own problem, with a proximal term towards w.
 
-    Travels: the common model `model` (w), both ways. Stays: the personal model `personal` (v_k), with the same architecture and initial
+    Sent: the common model `model` (w), both ways. Kept: the personal model `personal` (v_k), with the same architecture and initial
     weights. `personal_accuracy` and `general_accuracy` score v_k, `server_accuracy` scores w.
     With mu = 0, v_k is trained as in `local`; the larger mu, the closer v_k stays to w.
     """

@@ -22,7 +22,7 @@ class FedASAM(Method):
     """FedASAM (Caldarola et al., ECCV 2022, section 4.1; ASAM: Kwon et al., ICML 2021, algorithm 1).
 
     Every local step first moves to the nearby weights with the highest loss (to first order), w + e with e = rho T^2 g / ||T g|| and
-    T = |w| + eta. It then computes the gradient there and applies it to w. Travels: the whole model, both ways. Stays: nothing. With
+    T = |w| + eta. It then computes the gradient there and applies it to w. Sent: the whole model, both ways. Kept: nothing. With
     rho = 0 it is FedAvg.
 
     As in the released code, T is 1 for tensors that are not named `weight`. Unlike in the released code, running statistics come from the

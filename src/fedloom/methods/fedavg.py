@@ -12,7 +12,7 @@ from fedloom.method import Method, Paper
 class FedAvg(Method):
     """FedAvg (McMahan et al., AISTATS 2017, algorithm 1). The code is in `fedloom.Method`.
 
-    Travels: the whole model, both ways. Stays: nothing.
+    Sent: the whole model, both ways. Kept: nothing.
     """
 
     accepts_late: ClassVar[bool] = True

@@ -14,7 +14,7 @@ from fedloom.ranges import Count, NonNegative
 class FedAvgFT(FedAvg):
     """FedAvg with local fine-tuning before prediction (FedAvg+FT; Collins et al., 2022, section 2).
 
-    Travels: the whole model, both ways. Stays: nothing; the fine-tuned copy is created for scoring and then discarded.
+    Sent: the whole model, both ways. Kept: nothing; the fine-tuned copy is created for scoring and then discarded.
     """
 
     tuning_epochs: Count = 1

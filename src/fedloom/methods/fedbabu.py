@@ -14,7 +14,7 @@ from fedloom.ranges import Count
 class FedBABU(FedAvgFT):
     """FedBABU (Oh et al., ICLR 2022): the body is trained and averaged; the head keeps its random initial values.
 
-    Travels: the body, both ways. Stays: the head, the same for all clients (with `same_init=true`) and never trained. Before a client
+    Sent: the body, both ways. Kept: the head, the same for all clients (with `same_init=true`) and never trained. Before a client
     predicts, it fine-tunes a copy of the model on its own examples; the copy is then discarded. `personal_accuracy` scores that copy,
     `server_accuracy` the body with the common head.
     """

@@ -12,7 +12,7 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 class FedBN(Method):
     """FedBN (Li et al., ICLR 2021): normalisation layers stay with the client and adapt to the client's own inputs.
 
-    Travels: everything except the normalisation layers, both ways. Stays: the normalisation layers (parameters and running statistics).
+    Sent: everything except the normalisation layers, both ways. Kept: the normalisation layers (parameters and running statistics).
     For a model without normalisation layers it is FedAvg.
     """
 

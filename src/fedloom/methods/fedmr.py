@@ -24,7 +24,7 @@ Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 
-    Travels: a whole model, both ways (a different one for each member of the cohort; as many bytes as FedAvg). Stays: nothing.
+    Sent: a whole model, both ways (a different one for each member of the cohort; as many bytes as FedAvg). Kept: nothing.
     The server keeps one model (slot) per member of the cohort. Each round sends slot i to the i-th member. Then every unit (a layer) of
     the returned models is shuffled over the slots, with a separate permutation per unit (recombination). In the first
     `first_stage_rounds` rounds, all slots are filled with the average instead (the two-stage scheme).

@@ -12,7 +12,7 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 class FedPer(Method):
     """FedPer (Arivazhagan et al., 2019): the base layers are averaged; the personalisation layers stay with the client.
 
-    Travels: the body, both ways. Stays: the head. Both are trained together, like FedAvg's single model.
+    Sent: the body, both ways. Kept: the head. Both are trained together, like FedAvg's single model.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)

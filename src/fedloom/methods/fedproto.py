@@ -39,7 +39,7 @@ class FedProto(Method):
     Two nets: `body` outputs features z (B, p), and `head` outputs logits. A client's prototypes (C_k, p) are the mean features of the C_k
     classes of its examples; the server averages them class by class.
 
-    Travels: prototypes and counts (Y,), both ways. Stays: all weights. A client predicts the class of the nearest global
+    Sent: prototypes and counts (Y,), both ways. Kept: all weights. A client predicts the class of the nearest global
     prototype, among the classes that have one.
     """
 

@@ -18,7 +18,7 @@ from fedloom.tree import Tree
 class FedProx(Method):
     """FedProx (Li et al., MLSys 2020, eq. 2 and algorithm 2), with epochs instead of the inexactness gamma.
 
-    Travels: the whole model, both ways. Stays: nothing. With mu = 0 it is FedAvg.
+    Sent: the whole model, both ways. Kept: nothing. With mu = 0 it is FedAvg.
     """
 
     mu: NonNegative = 0.01

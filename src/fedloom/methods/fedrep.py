@@ -14,7 +14,7 @@ from fedloom.ranges import Count
 class FedRep(FedPer):
     """FedRep (Collins et al., ICML 2021): a common representation, trained with heads that were fitted first.
 
-    Travels: the body, both ways. Stays: the head. A local update consists of `head_epochs` passes that update only the head, then
+    Sent: the body, both ways. Kept: the head. A local update consists of `head_epochs` passes that update only the head, then
     `local_epochs` passes that update only the body. The whole model is in training mode in both, as in the released code, so running
     statistics also change while the head is trained.
     """

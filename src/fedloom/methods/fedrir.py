@@ -26,7 +26,7 @@ class FedRIR(Method):
     Five nets: `gfe` outputs global features f_g (B, D); `csfe` outputs the mean and log-variance of client-specific features f_cs
     (B, 2 D); `generator` maps latents to images; `idm` is q(f_cs | f_g); `head` maps [f_g, f_cs] to logits.
 
-    Travels: gfe, both ways. Stays: csfe, generator, idm, head, the optimisers' moments, and (by default) BatchNorm's running statistics.
+    Sent: gfe, both ways. Kept: csfe, generator, idm, head, the optimisers' moments, and (by default) BatchNorm's running statistics.
 
     A local update has two stages:
 

@@ -28,7 +28,7 @@ class FedVTC(FedProto):
     Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) outputs logits, and `generator` (psi_k) generates images from
     features; with `learn_spread`, there is also `spread`. Architectures may differ, but p may not.
 
-    Travels: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Stays: all weights (with `share_generator`
+    Sent: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Kept: all weights (with `share_generator`
     the generator travels too). A local update has four phases:
 
     1. fit: train body and head with the cross-entropy plus the distance to the global prototypes.

@@ -12,7 +12,7 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 class Local(Method):
     """Every client trains its own model on its own examples.
 
-    Travels: nothing. Stays: the model. A round is `local_epochs` passes, so a run has the same number of steps as with FedAvg.
+    Sent: nothing. Kept: the model. A round is `local_epochs` passes, so a run has the same number of steps as with FedAvg.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()

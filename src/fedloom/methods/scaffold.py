@@ -19,9 +19,9 @@ from fedloom.tree import Tree, Weights
 class Scaffold(Method):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II).
 
-    Travels: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Stays: the client's control
-    variate c_i, an estimate of its own *gradient* (same sign). c is the mean of all c_i, unless an uplink has been rejected or a
-    round skipped: the clients concerned are not told, and keep their new c_i.
+    Sent: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Kept: the client's control
+    variate c_i, an estimate of its own *gradient* (with the same sign). The server's c is the mean of all c_i, unless an uplink was
+    rejected or a round was skipped: the clients concerned are not notified and keep their new c_i.
     Means over the cohort have equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
     """
 

@@ -177,7 +177,7 @@ def _metric_rows(path: Path) -> Iterator[dict[str, float | None]]:
 
 def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     if type(row.get("round")) is not int:
-        raise RunFolderError(f"{where} has no whole number 'round'")
+        raise RunFolderError(f"{where} has no integer 'round'")
     for key, value in row.items():
         parts = (
             value if isinstance(value, list) else [value]

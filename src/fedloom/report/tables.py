@@ -123,7 +123,7 @@ def _bytes(value: float) -> str:
 
 
 def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
-    """Return the recall of each class by the clients' models on the common test set, in percent, mean over seeds.
+    """Return the per-class recall of the clients' models on the common test set, in percent, averaged over seeds.
 
     Return None if the runs have no recalls, have different classes, or have more than `most` classes (too many for a table).
     """

@@ -42,7 +42,7 @@ class Gradients:
         self.forms = FastForms(modules, bf16=bf16, device=device, convolutions=convolutions, as_written=as_written)
 
     def step(self, train: Train, replace: Replace | None = None) -> Step:
-        """Return the plain step of one client; its inputs are `wanted`, params, buffers (updated in place), batch, down and memory."""
+        """Return one client's step as a function of `wanted`, params, buffers (updated in place), batch, down and memory."""
 
         def plain(inputs: Tree) -> StepResult:
             wanted = with_grad(inputs["wanted"])

@@ -64,7 +64,7 @@ class Codec(NamedTuple):
     # client
 
     def unsent(self, travelling: Weights) -> Tree:
-        """Return the unsent values of a client that has never taken part: zeros for the parts whose transforms keep unsent values."""
+        """Return the first residuals of a client that has never taken part: zeros for the parts whose transforms use error feedback."""
         zeros = _rebuilt({path: torch.zeros_like(leaf) for path, leaf in _floating(travelling).items()}, {}, {})
         return {part: zeros for part, chain in self.uplink.items() if chain.remembers}
 

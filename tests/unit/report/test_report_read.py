@@ -72,7 +72,7 @@ def test_a_round_evaluated_again_counts_once(tmp_path: Path) -> None:
         ("summary.json", "{", "summary.json' is not valid JSON"),
         ("partition.json", "[1]", "partition.json' must be a JSON object, not list"),
         ("metrics.jsonl", '{"round": 1}\n{"round"\n', "line 2 of .*metrics.jsonl' is not valid JSON"),
-        ("metrics.jsonl", '{"personal_accuracy": 1}\n', "line 1 of .* has no whole number 'round'"),
+        ("metrics.jsonl", '{"personal_accuracy": 1}\n', "line 1 of .* has no integer 'round'"),
         ("metrics.jsonl", '{"round": 1, "x": "high"}\n', "'x' must be a number or null, not 'high'"),
         ("clients.parquet", "no parquet", "is not a readable Parquet file"),
         ("environment.json", "\udcff", "cannot read .*environment.json"),
