@@ -25,7 +25,7 @@ def test_export_writes_once(tiny, cli):
     assert "fedavg after 2 rounds" in done.out
     again = cli("export", "r", "--client", "3")
     assert (again.code, again.err.count("\n")) == (2, 1)
-    assert "client-3.onnx exists" in again.err
+    assert "client-3.onnx already exists" in again.err
     other = cli("export", "r", "--out", "elsewhere", "--json")
     (facts,) = json.loads(other.out)
     assert (facts["client"], facts["file"]) == (0, "elsewhere/client-0.onnx")
