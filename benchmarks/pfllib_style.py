@@ -20,8 +20,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +30,7 @@ from sklearn.preprocessing import label_binarize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fedloom.accelerator import torch_threads
 from fedloom.engines import Problem
 from fedloom.methods import FedMR, FedRIR
 from fedloom.tools.bench import Rival, Times
@@ -133,7 +133,7 @@ class FedAvgLoop:
 
     def round(self, cohort: Sequence[int]) -> Times:
         """See `fedloom.tools.bench.Rival`."""
-        with _threads(self.threads):
+        with torch_threads(self.threads):
             started = time.perf_counter()
             for client in self.clients:
                 _copy_into(client.nets[self.shared], self.server.parameters())
@@ -241,7 +241,7 @@ class FedRIRClient(Client):
         return nn.functional.mse_loss(image, x) + self.method.kl_weight * kl
 
     def classification(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the cross-entropy and the information loss as released."""
+        """Return the cross-entropy and the information loss, as the released code computes them."""
         with torch.no_grad():
             specific = self.nets["csfe"](x).chunk(2, 1)[0]
         common = self.nets["gfe"](x)
@@ -286,7 +286,7 @@ class FedMRLoop:
 
     def round(self, cohort: Sequence[int]) -> Times:
         """See `fedloom.tools.bench.Rival`."""
-        with _threads(self.threads):
+        with torch_threads(self.threads):
             started = time.perf_counter()
             returned = [self.train(self.slots[slot], self.pairs[i]) for slot, i in enumerate(cohort)]
             mean = {key: sum(state[key].float() for state in returned) / len(returned) for key in returned[0]}
@@ -342,13 +342,3 @@ def _pairs(x: Tensor, y: Tensor) -> Pairs:
 def _copy_into(net: nn.Module, parameters: Iterable[Tensor]) -> None:
     for old, new in zip(net.parameters(), parameters, strict=True):
         old.data = new.data.clone()
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -108,6 +108,17 @@ def generators(device: torch.device) -> list[torch.Generator]:
 
 
 @contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    """Within the context, torch uses `n` threads for an operation on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def exact(device: torch.device, tf32: bool = False) -> Iterator[None]:
     """Make a CUDA device the current device, and use `strict` arithmetic on it. Do nothing on the CPU."""
     if device.type != "cuda":

@@ -254,7 +254,7 @@ class Method:
     # initial state
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return a client's freshly built nets. Called once per architecture and process, never inside a loss."""
+        """Build and return a client's nets. Called once per architecture and process, never inside a loss."""
         return {"model": arch.model()}
 
     def init_memory(self, weights: Weights, task: Task) -> Tree:

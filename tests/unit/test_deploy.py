@@ -586,7 +586,7 @@ def test_flower_is_on_the_machine():
 
 @pytest.fixture
 def worker(tmp_path):
-    """Start a node's worker process; return it and its number. `hang` and `die` are methods that hang and exit."""
+    """Start a node's worker process; return it and its number. The method `hang` never returns, and `die` exits the process."""
     values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
     place = create_deployment(tmp_path / "federation", values, 1)
     started = WorkerProcess(place.path / "node-0", threading.Event())

@@ -30,15 +30,16 @@ log = logging.getLogger(__name__)
 def arithmetic(settings: Settings) -> Iterator[None]:
     """Within the context, use the precision and threads in the settings. Raises ConfigError if their device does not exist."""
     device = accelerator.find(settings.engine.device)
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
-    torch.set_num_threads(settings.engine.threads)
     try:
-        with accelerator.exact(device, settings.precision == "tf32"):
+        with (
+            accelerator.torch_threads(settings.engine.threads),
+            accelerator.exact(device, settings.precision == "tf32"),
+        ):
             yield
     finally:
         torch.set_default_dtype(dtype)
-        torch.set_num_threads(threads)
 
 
 def make_dataset(settings: Settings) -> data.Dataset:

@@ -13,8 +13,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from fedloom import data
-from fedloom.accelerator import HOST, describe_device, exact, synchronise
+from fedloom.accelerator import HOST, describe_device, exact, synchronise, torch_threads
 from fedloom.config.settings import Values, make_method, make_settings
 from fedloom.engines import Problem
 from fedloom.engines.processes import cores
@@ -369,19 +369,9 @@ def machine_roof(n_cores: int | None = None, seconds: float = 1.0, device: torch
         (2.0 * n**3, lambda: a @ b),
         (2.0 * batch * side**2 * channels**2 * 9, lambda: torch.conv2d(x, weight, padding=1)),
     ]
-    with _threads(1), torch.inference_mode(), exact(device):
+    with torch_threads(1), torch.inference_mode(), exact(device):
         best = max(flop / _shortest(run, seconds / len(tries), device) for flop, run in tries)
     return best * (n_cores or cores() if device == HOST else 1)
-
-
-@contextmanager
-def _threads(n: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _shortest(run: Callable[[], Any], seconds: float, device: torch.device) -> float:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedloom._version import __version__
+from fedloom.accelerator import torch_threads
 from fedloom.engines import process_memory
 from fedloom.errors import FedloomError, RunFolderError, UsageError
 from fedloom.experiment.build import arithmetic
@@ -261,13 +262,9 @@ def _torch_logits(model: PersonalModel, x: Tensor) -> Tensor:
 @torch.inference_mode()
 def _torch_seconds(model: PersonalModel, x: Tensor) -> tuple[float, float]:
     """Return the seconds for one image and for a batch, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torch_threads(1):
         batch = x[torch.arange(BATCH) % len(x)].float()
         return _median(lambda: model(batch[:1])), _median(lambda: model(batch))
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _median(work: Callable[[], Any]) -> float:

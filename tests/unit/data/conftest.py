@@ -57,6 +57,6 @@ def write_parquet():
 
 @pytest.fixture
 def grey():
-    """Return a function: `grey(n, size)` gives n random grey images."""
+    """Return a function `grey(n, size)` that returns n random grey images."""
     rng = np.random.default_rng(1)
     return lambda n, size=8: [rng.integers(0, 256, (size, size)).astype(np.uint8) for _ in range(n)]
