@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fedloom.errors import ConfigError, suggest
 from fedloom.inputs import Inputs, InputSpec
-from fedloom.models.layers import Split, refuse_tied, sequence
+from fedloom.models.layers import Chain, Split, refuse_tied
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
 from fedloom.models.splitting import can_split, check_outputs, check_split, dry_run, made_up, split
 from fedloom.models.zoo import FLAT, ZOO
@@ -134,7 +135,7 @@ class OutsideArch(Arch):
         if width is None or width == head.in_features:
             return body, head
         project = nn.Linear(head.in_features, width)
-        return sequence({"backbone": body, "project": project}), nn.Linear(width, self.n_outputs)
+        return Chain(OrderedDict(backbone=body, project=project)), nn.Linear(width, self.n_outputs)
 
     def _module(self, width: int | None) -> nn.Module:
         if isinstance(self.build, nn.Module):
