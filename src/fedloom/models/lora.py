@@ -1,0 +1,175 @@
+"""Low-rank adapters (LoRA; Hu et al., ICLR 2022) for the linear layers of a body, and the pretrained weights below them.
+
+Adapters are parametrisations of torch (`torch.nn.utils.parametrize`): a layer's class stays a subclass of its own, so code that reads
+`layer.weight` works, such as torch's fast path for transformer encoders. Parametrised modules cannot be pickled.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fedloom.errors import ConfigError
+
+PREFIXES = ("", "body.", "model.", "model.body.", "nets.model.body.")
+"""What may precede the names of a body's tensors in a file: a body, a whole model, and files of `fedloom export`."""
+SHOWN = 3
+
+M = TypeVar("M", bound=nn.Module)
+
+log = logging.getLogger(__name__)
+
+
+class LowRank(nn.Module):
+    """Maps a weight (out, in) to `weight + alpha / rank * b @ a`; `a` (rank, in) is random, and `b` (out, rank) is initially zero."""
+
+    def __init__(self, weight: Tensor, rank: int, alpha: float, *, freeze_a: bool = False) -> None:
+        super().__init__()
+        n_out, n_in = weight.shape
+        self.scale = alpha / rank
+        self.a = nn.Parameter(weight.new_empty(rank, n_in), requires_grad=not freeze_a)
+        self.b = nn.Parameter(weight.new_zeros(n_out, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the adapted weight."""
+        return weight + self.scale * (self.b @ self.a)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What is done to every new body: load pretrained weights, freeze it, add adapters.
+
+    Attributes:
+        weights: a safetensors file with the body's weights; None: those that the body is built with.
+        lora: rank of the adapters; 0: no adapters, and the body is trained as usual.
+        alpha: adapters are multiplied by alpha / rank; None: 2 rank.
+        freeze_a: whether `a` stays at its initial value, which is the same for all clients (FFA-LoRA; Sun et al., ICLR 2024).
+    """
+
+    weights: str | None = None
+    lora: int = 0
+    alpha: float | None = None
+    freeze_a: bool = False
+
+    def prepared(self, body: M) -> M:
+        """Return the body with the base's weights and adapters. The body is changed in place."""
+        if self.weights is not None:
+            load_base(body, self.weights)
+        if not self.lora:
+            return body
+        alpha = 2 * self.lora if self.alpha is None else self.alpha
+        return with_adapters(body, self.lora, alpha, freeze_a=self.freeze_a)
+
+    def check(self, build: Callable[[], nn.Module], name: str) -> None:
+        """Raise ConfigError if adapters cannot be added to the bodies of `build`, or if a frozen tensor would be random."""
+        if not self.lora:
+            return
+        bases = []
+        with torch.random.fork_rng(devices=[]):
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                bases.append(_base(build()))
+        random = [key for key, tensor in bases[0].items() if not torch.equal(tensor, bases[1][key])]
+        if random:
+            raise ConfigError(
+                f"model.lora={self.lora}: '{random[0]}' of {name} is random and would stay so, because only adapters are"
+                " trained; set model.weights=FILE.safetensors, or use a model that carries weights"
+            )
+
+
+def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -> M:
+    """Freeze the body and add an adapter to each nn.Linear in it, in place. Initially, its outputs do not change.
+
+    Raises:
+        ConfigError: the body has no nn.Linear.
+    """
+    layers = [part for part in body.modules() if isinstance(part, nn.Linear)]
+    if not layers:
+        raise ConfigError(f"model.lora={rank}: the model's body has no nn.Linear to adapt; choose another model")
+    body.requires_grad_(False)
+    for layer in layers:
+        adapter = LowRank(layer.weight, rank, alpha, freeze_a=freeze_a)
+        parametrize.register_parametrization(layer, "weight", adapter)
+    return body
+
+
+def merged(module: M) -> M:
+    """Return a copy in which adapters are part of plain weights, so that it has the names of the model without adapters.
+
+    `remove_parametrizations` is not used: it changes the class of a layer, which copies share with the original.
+    """
+    copied = copy.deepcopy(module)
+    for layer in list(copied.modules()):
+        if not parametrize.is_parametrized(layer):
+            continue
+        lists = cast(Mapping[str, nn.Module], layer.parametrizations)
+        if not any(isinstance(part, LowRank) for each in lists.values() for part in each.children()):
+            continue
+        weights = {name: getattr(layer, name).detach() for name in lists}
+        layer.__class__ = parametrize.type_before_parametrizations(layer)
+        del layer.parametrizations
+        for name, weight in weights.items():
+            layer.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+    return copied
+
+
+def load_base(body: nn.Module, file: str | Path) -> None:
+    """Copy the weights and buffers in a safetensors file into the body. Other tensors in the file, such as the head's, are ignored.
+
+    Raises:
+        ConfigError: the file cannot be read, lacks a tensor of the body, or has one of another shape.
+    """
+    stored = _read(file)
+    wanted = {name: tensor for name, tensor in body.state_dict().items() if isinstance(tensor, Tensor)}
+    prefix = max(PREFIXES, key=lambda each: sum(each + name in stored for name in wanted))
+    missing = [name for name in wanted if prefix + name not in stored]
+    if missing:
+        kept = sorted(stored)
+        raise ConfigError(
+            f"model.weights={file}: {_some(missing)} of the model's body not found; the file has {_some(kept)}"
+        )
+    for name, tensor in wanted.items():
+        if stored[prefix + name].shape != tensor.shape:
+            found = tuple(stored[prefix + name].shape)
+            raise ConfigError(
+                f"model.weights={file}: '{name}' has shape {found}, but the model needs {tuple(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(stored[prefix + name])
+
+
+def _read(file: str | Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except FileNotFoundError:
+        raise ConfigError(f"model.weights={file}: there is no such file") from None
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ConfigError(f"model.weights={file}: cannot be read as a safetensors file: {error}") from None
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
+
+
+def _base(body: nn.Module) -> dict[str, Tensor]:
+    """Return a body's frozen parameters below the adapters, with the names that they have without adapters."""
+    adapters = {id(p) for part in body.modules() if isinstance(part, LowRank) for p in part.parameters()}
+    return {
+        name.replace(".parametrizations.weight.original", ".weight"): p
+        for name, p in body.named_parameters()
+        if id(p) not in adapters
+    }
