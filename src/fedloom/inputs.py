@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -50,6 +50,11 @@ class InputSpec:
 
     fields: tuple[Field, ...]
 
+    @classmethod
+    def plain(cls, shape: Sequence[int]) -> InputSpec:
+        """Return the description of one tensor: a picture if `shape` is (C, H, W), else numbers."""
+        return cls((Field(shape=tuple(shape), kind="picture" if len(shape) == 3 else "number"),))
+
     @property
     def is_single(self) -> bool:
         """Whether inputs are one tensor rather than a dictionary."""
@@ -89,6 +94,20 @@ def map_inputs(fn: Callable[..., Tensor], x: Inputs, *others: Inputs) -> Inputs:
 def tensors_of(x: Inputs) -> list[Tensor]:
     """Return the tensors of the inputs, in order."""
     return [x] if isinstance(x, Tensor) else list(x.values())
+
+
+def shapes_of(x: Inputs) -> str:
+    """Return the shapes of the inputs, for messages."""
+    if isinstance(x, Tensor):
+        return str(tuple(x.shape))
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in x.items())
+
+
+def unstacked(x: Inputs, n: int) -> list[Inputs]:
+    """Return the n parts of inputs that are stacked along a first dimension."""
+    if isinstance(x, Tensor):
+        return list(x)
+    return [{name: value[k] for name, value in x.items()} for k in range(n)]
 
 
 def n_examples(x: Inputs) -> int:

@@ -17,13 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from fedloom import losses, optim, ranges, tree
+from fedloom import optim, ranges, tree
 from fedloom.errors import MethodError
+from fedloom.inputs import InputSpec
 from fedloom.nets import Nets, select
+from fedloom.objectives import Objective
 from fedloom.optim import Optimizer
 from fedloom.ranges import Count, Fraction, NonNegative, Positive, Share
 from fedloom.rng import Stream
@@ -50,6 +52,14 @@ class Architecture(Protocol):
     def name(self) -> str:
         """The architecture's name."""
 
+    @property
+    def has_head(self) -> bool:
+        """Whether the model ends in a linear head."""
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether the body outputs one feature vector per example."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
@@ -57,10 +67,20 @@ class Task:
 
     n_clients: int
     max_cohort: int  # the largest number of clients in a round
-    n_classes: int
-    input_shape: tuple[int, ...]
+    objective: Objective
+    spec: InputSpec
     width: int  # features D of the first architecture (the same for all of them if clients differ)
     rounds: int
+
+    @property
+    def n_classes(self) -> int:
+        """Number of classes, Y. Raise DataError if the learning task has no classes."""
+        return self.objective.n_classes
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one input: (C, H, W) for images; of the first one if there are several."""
+        return self.spec.shape
 
 
 class Client(NamedTuple):
@@ -75,8 +95,8 @@ class Client(NamedTuple):
 class Batch(NamedTuple):
     """One batch of a client's examples."""
 
-    x: Tensor  # (B, ...) normalised inputs
-    y: Tensor  # (B,) labels
+    x: Any  # (B, ...) normalised inputs; a dictionary of such tensors if there are several
+    y: Tensor  # (B, ...) targets: labels (B,) for classes; see `fedloom.objectives`
     draws: Mapping[str, Tensor] = {}  # the tensors that the phase's `draw` returned for this batch
     precomputed: Mapping[str, Tensor] = {}  # the tensors that the `Interleave`'s `precompute` returned for this batch
 
@@ -131,7 +151,9 @@ Logs = dict[str, Tensor]
 LossFn = Callable[[Nets, Batch, Tree, Tree], "Tensor | tuple[Tensor, Logs]"]
 DrawFn = Callable[[Batch, Task, Stream], Mapping[str, Tensor]]
 PrecomputeFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
-Predictor = Callable[[Nets, Tensor, Tree, Tree], Tensor]
+Predictor = Callable[[Nets, Any, Tree, Tree], Tensor]
+Need = Literal["classes", "pictures", "vector", "head"]
+"""What a method may need: class labels, pictures as inputs, one feature vector per example, a model with a linear head."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +273,16 @@ class Method:
         """Raise ValueError for a hyper-parameter outside its limits."""
         ranges.check_limits(self)
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What the method needs from the data and the model. A run without it ends in one line before anything is trained."""
+        return frozenset()
+
+    @property
+    def remedy(self) -> str:
+        """Settings of the method that need less, for messages; ends with ", or "."""
+        return ""
+
     # initial state
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
@@ -296,8 +328,8 @@ class Method:
         return (Train("train", self.loss, ("model",), self.local_optimizer(), epochs=self.local_epochs),)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor | tuple[Tensor, Logs]:
-        """Return the mean cross-entropy of `model`."""
-        return losses.cross_entropy(nets.model(batch.x), batch.y)
+        """Return the mean loss of `model`: cross-entropy for classes; see `fedloom.objectives`."""
+        return nets.loss(nets.model(batch.x), batch.y)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Return the client's uplink and its memory for the next local update."""
@@ -342,7 +374,7 @@ class Method:
         return ()
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the predictors, (nets, x, down, memory) -> logits (B, Y).
+        """Return the predictors, (nets, x, down, memory) -> outputs, such as logits (B, Y).
 
         `personal` is a client's predictor; `server` is the server's, if the server has a model.
         """
@@ -365,8 +397,8 @@ class Method:
         return self.lr_decay**number
 
 
-def predict_model(nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-    """Return logits (B, Y) of `model`."""
+def predict_model(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
+    """Return the outputs of `model`, such as logits (B, Y)."""
     logits: Tensor = nets.model(x)
     return logits
 

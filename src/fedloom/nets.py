@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fedloom.errors import MethodError, suggest
+from fedloom.inputs import call_arguments, unwrapped
 from fedloom.models.layers import refuse_tied
+from fedloom.objectives import Classification, Objective
 from fedloom.tree import Weights
 
 Unit = Literal["layer", "tensor", "block"]
+CLASSES = Classification()
+"""The learning task of nets for which none is given."""
 
 
 class Net:
@@ -29,11 +33,15 @@ class Net:
         self.module, self.training, self._buffers = module, training, buffers
         self._tensors = {**params, **buffers}
 
-    def __call__(self, *inputs: Tensor) -> Any:
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the module on a tensor, on several, or on one dictionary of tensors (see `fedloom.inputs`)."""
         if self.module.training != self.training:
             self.module.train(self.training)
         tensors = dict(self._tensors)
-        outputs = functional_call(self.module, tensors, inputs, tie_weights=False)
+        named: dict[str, Any] = {}
+        if len(inputs) == 1:
+            inputs, named = call_arguments(self.module, inputs[0])
+        outputs = unwrapped(functional_call(self.module, tensors, inputs, named, tie_weights=False))
         for name, buffer in self._buffers.items():
             if tensors[name] is not buffer:  # the module assigned to this buffer
                 self._assign(name, buffer, tensors[name])
@@ -66,8 +74,10 @@ class Nets:
         params: Mapping[str, Tensor],
         buffers: Mapping[str, Tensor],
         training: Iterable[str] = (),
+        *,
+        objective: Objective = CLASSES,
     ) -> None:
-        self.modules, self.params, self.buffers = modules, params, buffers
+        self.modules, self.params, self.buffers, self.objective = modules, params, buffers, objective
         self.training = frozenset(training)
 
     def __getattr__(self, name: str) -> Net:
@@ -83,20 +93,27 @@ class Nets:
         self.__dict__[name] = net
         return net
 
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean loss of the learning task: cross-entropy for classes; see `fedloom.objectives`."""
+        return self.objective.loss(outputs, targets)
+
     def at(self, weights: Weights) -> Nets:
         """Return the same nets in evaluation mode, with the tensors in `weights` instead of their own (MOON's previous model)."""
         params = {**self.params, **weights["params"]}
-        return Nets(self.modules, params, {**self.buffers, **weights["buffers"]})
+        return self._like(params, {**self.buffers, **weights["buffers"]}, ())
 
     def with_params(self, params: Mapping[str, Tensor]) -> Nets:
         """Return the same nets in the same mode, with the parameters in `params` instead of their own."""
-        return Nets(self.modules, {**self.params, **params}, self.buffers, self.training)
+        return self._like({**self.params, **params}, self.buffers, self.training)
 
     @functools.cached_property
     def frozen(self) -> Nets:
         """The same nets with detached parameters: gradients flow through the nets to their inputs, but not into the parameters."""
         params = {name: value.detach() for name, value in self.params.items()}
-        return Nets(self.modules, params, self.buffers, self.training)
+        return self._like(params, self.buffers, self.training)
+
+    def _like(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], training: Iterable[str]) -> Nets:
+        return Nets(self.modules, params, buffers, training, objective=self.objective)
 
 
 def read_weights(modules: Mapping[str, nn.Module]) -> Weights:

@@ -118,6 +118,10 @@ class Objective(ABC):
     def metrics(self, score: Score) -> dict[str, float]:
         """Return the metrics, the primary one first; NaN where they are undefined, such as without examples."""
 
+    def by_name(self, score: Score) -> tuple[str, list[float]]:
+        """Return a metric per class or label, and what it is called; NaN for those without examples. Empty if the task has none."""
+        return "", []
+
     @abstractmethod
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
         """Return the predictions in the terms of the data: class names, label names, numbers in the targets' units, or token ids."""
@@ -158,6 +162,11 @@ class Classification(Objective):
     task = "classification"
     primary = Metric("accuracy", percent=True)
 
+    @classmethod
+    def numbered(cls, n: int) -> Classification:
+        """Return the task with `n` classes called 0 to n - 1."""
+        return cls(names=tuple(map(str, range(n))))
+
     @property
     def n_classes(self) -> int:
         return len(self.names)
@@ -191,6 +200,9 @@ class Classification(Objective):
 
     def metrics(self, score: Score) -> dict[str, float]:
         return {"accuracy": _ratio(score["right"].sum(), score["rows"].sum())}
+
+    def by_name(self, score: Score) -> tuple[str, list[float]]:
+        return "recall", [_ratio(r, n) for r, n in zip(score["right"], score["rows"], strict=True)]
 
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
         found: npt.NDArray[Any] = np.array(self.names)[outputs.argmax(1).cpu().numpy()]
@@ -250,6 +262,11 @@ class MultiLabel(Objective):
             "macro_f1": float(np.mean(each)) if each else math.nan,
             "exact_match": _ratio(score["exact"].sum(), score.n_rows),
         }
+
+    def by_name(self, score: Score) -> tuple[str, list[float]]:
+        tp, wrong = score["tp"], score["fp"] + score["fn"]
+        occurs = tp + score["fn"] > 0
+        return "f1", [_ratio(2 * t, 2 * t + w) if o else math.nan for t, w, o in zip(tp, wrong, occurs, strict=True)]
 
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
         found = np.empty(len(outputs), dtype=object)
@@ -409,8 +426,10 @@ class Language(Objective):
         return {"accuracy": _ratio(score["right"].sum(), tokens), "perplexity": perplexity}
 
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = outputs.argmax(2).cpu().numpy()
-        return np.asarray(np.array(self.names)[found]) if self.names else found
+        ids: npt.NDArray[np.int64] = outputs.argmax(2).cpu().numpy()
+        names: npt.NDArray[Any] = np.array(self.names or range(self.vocabulary))
+        found: npt.NDArray[Any] = np.take(names, ids)
+        return found
 
     def excess(self, score: Score, most: Score) -> str:
         if np.any(score["right"] > score["tokens"]) or np.any(score["nll"] < 0):

@@ -9,11 +9,13 @@ from contract import assert_close, assert_same, left_by
 from fedloom import FedPer, FedRIR, Stream, Task, Train, tree
 from fedloom.errors import ConfigError
 from fedloom.experiment.loop import Experiment
+from fedloom.inputs import InputSpec
 from fedloom.losses import cross_entropy
 from fedloom.method import Interleave, Sweep, without
 from fedloom.methods.registry import METHODS
 from fedloom.models import arch
 from fedloom.nets import read_weights, select, write_weights
+from fedloom.objectives import Classification
 from fedloom.training.turn import fresh_modules
 from small import brief
 
@@ -230,7 +232,14 @@ def weights_of(method, model="mlp"):
         fresh_modules(
             lambda: method.nets(
                 choice,
-                Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=choice.features, rounds=5),
+                Task(
+                    n_clients=4,
+                    max_cohort=4,
+                    objective=Classification.numbered(10),
+                    spec=InputSpec.plain((1, 8, 8)),
+                    width=choice.features,
+                    rounds=5,
+                ),
             ),
             Stream(0),
         )

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from fedloom import Batch, Client, ConfigError, FedAvg, FedRIR, Interleave, Stream, Task, Train, Turn, from_arrays, tree
+from fedloom.inputs import InputSpec
 from fedloom.method import init_opts, trains_of
 from fedloom.models import arch
 from fedloom.nets import Nets, read_weights
+from fedloom.objectives import Classification
 from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
@@ -22,7 +24,14 @@ def _wide(float64):
     """Run all tests of this file in float64."""
 
 
-TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
+TASK = Task(
+    n_clients=4,
+    max_cohort=4,
+    objective=Classification.numbered(10),
+    spec=InputSpec.plain((1, 8, 8)),
+    width=16,
+    rounds=5,
+)
 
 
 def made(method, model="fedrir_cnn"):
@@ -188,7 +197,7 @@ def test_without_its_parts_it_is_fedper(experiment, model):
 def test_the_number_of_masked_patches_is_exact(side, patch, n_patches, ratio):
     method, n = FedRIR(patch_size=patch, mask_ratio=ratio), 12
     batch = Batch(torch.ones(n, 3, side, side), torch.zeros(n, dtype=torch.int64))
-    draws = method.draw_mask(batch, replace(TASK, input_shape=(3, side, side)), Stream(0))
+    draws = method.draw_mask(batch, replace(TASK, spec=InputSpec.plain((3, side, side))), Stream(0))
     stays, edge = draws["stays"], patch or (4 if side >= 28 else 2)
     assert stays.shape == (n, 1, side, side)
     assert draws["noise"].shape == (n, TASK.width)

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from fedloom import Batch, FedVTC, Local, Nets, Stream, Task, Turn, from_arrays, tree
+from fedloom.inputs import InputSpec
 from fedloom.method import Client, init_opts
 from fedloom.methods import feature_statistics
 from fedloom.models import arch
 from fedloom.nets import read_weights
+from fedloom.objectives import Classification
 from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
@@ -27,7 +29,9 @@ def _wide(float64):
 
 
 P, Y = 6, 4
-TASK = Task(n_clients=3, max_cohort=3, n_classes=Y, input_shape=(1, 8, 8), width=P, rounds=5)
+TASK = Task(
+    n_clients=3, max_cohort=3, objective=Classification.numbered(Y), spec=InputSpec.plain((1, 8, 8)), width=P, rounds=5
+)
 COVARIANCES = ("pooled", "class", "full")
 QUICK = {"finetune_steps": 3, "n_synthetic": 8}
 

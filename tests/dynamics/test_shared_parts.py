@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from fedloom import FedAvg, FedBABU, FedBN, FedPer, FedRep, Stream, Task, Train, Turn, tree
+from fedloom.inputs import InputSpec
 from fedloom.method import Client
 from fedloom.models import arch
 from fedloom.nets import norm_layers, read_weights, select
+from fedloom.objectives import Classification
 from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
@@ -19,7 +21,14 @@ def _wide(float64):
     """Run all tests of this file in float64."""
 
 
-TASK = Task(n_clients=4, max_cohort=4, n_classes=10, input_shape=(1, 8, 8), width=16, rounds=5)
+TASK = Task(
+    n_clients=4,
+    max_cohort=4,
+    objective=Classification.numbered(10),
+    spec=InputSpec.plain((1, 8, 8)),
+    width=16,
+    rounds=5,
+)
 
 
 def messages(run):

@@ -7,15 +7,19 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from fedloom import FedAvg, Stream, Task, Train, Turn, losses, optim
+from fedloom.inputs import InputSpec
 from fedloom.method import Client
 from fedloom.nets import read_weights
+from fedloom.objectives import Classification
 from fedloom.training.batches import Plan, Rows
 from fedloom.training.context import ClientContext
 from fedloom.training.fast.gram_layer import GramLayer, PhaseWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import run_phases
 
-TASK = Task(n_clients=1, max_cohort=1, n_classes=3, input_shape=(1, 2, 3), width=5, rounds=4)
+TASK = Task(
+    n_clients=1, max_cohort=1, objective=Classification.numbered(3), spec=InputSpec.plain((1, 2, 3)), width=5, rounds=4
+)
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,11 @@ from torch import nn
 from fedloom import optim
 from fedloom.engines.scoring import score_of, scores_of
 from fedloom.errors import DataError, MethodError
+from fedloom.inputs import InputSpec
 from fedloom.losses import cross_entropy
 from fedloom.method import Batch, Client, Interleave, Method, Sweep, Task, Train, Turn
 from fedloom.nets import read_weights
+from fedloom.objectives import Classification
 from fedloom.rng import Stream
 from fedloom.training.batches import GATHERED_BYTES, Plan, Rows, laid_out
 from fedloom.training.context import ClientContext
@@ -62,7 +64,12 @@ def test_every_epoch_is_shuffled_afresh():
 
 # local updates
 
-N_ROWS, TASK = 11, Task(n_clients=1, max_cohort=1, n_classes=2, input_shape=(3,), width=3, rounds=5)
+N_ROWS, TASK = (
+    11,
+    Task(
+        n_clients=1, max_cohort=1, objective=Classification.numbered(2), spec=InputSpec.plain((3,)), width=3, rounds=5
+    ),
+)
 
 
 def net(*layers: nn.Module) -> dict[str, nn.Module]:

@@ -86,10 +86,11 @@ def same_rows(subject: Subject) -> Table | None:
 
 
 def _table(subject: Subject, parts: list[tuple[int, Any]]) -> Table:
+    subject.check_classes()
     found: list[dict[str, Tensor]] = []
     labels: list[Tensor] = []
     for i, rows in parts:
-        x, y = subject.data.rows(rows)
+        x, y = subject.rows(rows)
         found.append(features_of(subject.method, subject.owner(i), x))
         labels.append(y)
     named = {name: torch.cat([f[name] for f in found]).double().numpy() for name in found[0]}

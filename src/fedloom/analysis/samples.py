@@ -80,7 +80,7 @@ def _rebuilt(method: FedRIR, owner: Owner, subject: Subject, i: int, rng: Stream
     chosen = [rows[labels[rows] == c][:PER_CLASS] for c in range(subject.data.n_classes)]
     if not len(rows):
         return None
-    x, y = subject.data.rows(np.concatenate(chosen))
+    x, y = subject.rows(np.concatenate(chosen))
     seen = x
     if method.mcsl == "masked":
         seen = x * method.draw_mask(Batch(x, y), subject.task, rng)["stays"]
@@ -141,7 +141,7 @@ class Classifier(NamedTuple):
 
 def classifier(subject: Subject) -> Classifier:
     """Train a `Classifier`, without the run's own models."""
-    choice = arch(CLASSIFIER, subject.data.input_shape, subject.data.n_classes)
+    choice = arch(CLASSIFIER, subject.data.spec, subject.data.objective)
     modules = fresh_modules(lambda: {"model": choice.model()}, subject.rng("classifier"))
     x, y = subject.training_rows(CLASSIFIER_ROWS, "classifier")
 
@@ -155,7 +155,7 @@ def classifier(subject: Subject) -> Classifier:
     blank = Client(read_weights(modules), {}, {})
     client, _, _ = run_phases((fit,), Gradients(modules), blank, {}, site, turn=Turn(0, 0, len(y)))
     trained = Classifier(Nets(modules, client.weights["params"], client.weights["buffers"]), float("nan"))
-    test, labels = subject.data.rows(subject.some(subject.data.partition.common, 2000, "classifier"))
+    test, labels = subject.rows(subject.some(subject.data.partition.common, 2000, "classifier"))
     return trained._replace(
         accuracy=float((trained.predict(test) == labels).double().mean()) if len(labels) else float("nan")
     )
@@ -206,7 +206,7 @@ def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs
 
     The numbers must be equal, because a maximum grows with the number of images.
     """
-    training, _ = subject.data.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
+    training, _ = subject.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
     real = _shown(subject, training)
     mine = pairs(_shown(subject, made.images), real)
     blocks = {} if made.sources is None else {"real": _shown(subject, made.sources)}
@@ -215,7 +215,7 @@ def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs
     held_out = subject.some(subject.data.partition.test[i], len(made.labels), "held out", i)
     if not len(held_out):
         return sheet, mine, None
-    reference = pairs(_shown(subject, subject.data.rows(held_out)[0]), real)
+    reference = pairs(_shown(subject, subject.rows(held_out)[0]), real)
     some = subject.rng("as many", i).permutation(len(made.labels))[: len(held_out)]
     return sheet, Pairs(*(part[some] for part in mine)), reference
 

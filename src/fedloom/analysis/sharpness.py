@@ -8,9 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedloom import losses
 from fedloom.analysis.subject import Subject
-from fedloom.nets import Nets
 from fedloom.rng import Stream
 
 Params = dict[str, Tensor]
@@ -34,8 +32,8 @@ def measure_sharpness(subject: Subject) -> dict[str, object] | None:
     predictor, nets = subject.method.predictors()["server"], server.nets
 
     def loss(params: Params) -> Tensor:
-        moved = Nets(nets.modules, {**nets.params, **params}, nets.buffers)
-        return losses.cross_entropy(predictor(moved, x, server.down, server.memory), y)
+        moved = nets.with_params(params)
+        return moved.loss(predictor(moved, x, server.down, server.memory), y)
 
     params = _used_params(loss, nets.params)
     curves = along_directions(loss, params, subject.rng("directions"))

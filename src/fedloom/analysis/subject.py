@@ -8,9 +8,11 @@ import numpy as np
 from torch import Tensor
 
 from fedloom.data.schemes import Rows
+from fedloom.errors import ConfigError
 from fedloom.experiment.loop import Experiment
 from fedloom.method import Downlink
 from fedloom.nets import Nets, read_weights
+from fedloom.objectives import Classification
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
@@ -43,7 +45,7 @@ class Subject:
     def owner(self, i: int) -> Owner:
         """Return client `i` after `receive` and `adapt`."""
         modules, client, message = self._engine.personal(self.round, self.down, i)
-        nets = Nets(modules, client.weights["params"], client.weights["buffers"])
+        nets = Nets(modules, **client.weights, objective=self.task.objective)
         return Owner(nets, message, client.memory)
 
     def server(self) -> Owner | None:
@@ -53,7 +55,7 @@ class Subject:
         modules = self.problem.modules(self.problem.arch_of[0])
         blank = self.problem.initial(0, read_weights(modules))
         weights = self.method.receive(blank.weights, self.down.common, blank.memory)
-        return Owner(Nets(modules, weights["params"], weights["buffers"]), self.down.common, blank.memory)
+        return Owner(Nets(modules, **weights, objective=self.task.objective), self.down.common, blank.memory)
 
     def rng(self, *purpose: str | int) -> Stream:
         """Return a stream for one purpose."""
@@ -68,4 +70,17 @@ class Subject:
 
     def training_rows(self, n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
         """Return inputs and labels of at most `n` training examples of all clients."""
-        return self.data.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))
+        return self.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))
+
+    def rows(self, index: Rows) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of examples. Raise ConfigError unless inputs are one tensor of images or numbers."""
+        x, y = self.data.rows(index)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise ConfigError(f"analyse: needs images or numbers, but data={self.data.name} has {self.data.spec}")
+        return x, y
+
+    def check_classes(self) -> None:
+        """Raise ConfigError if the learning task has no classes."""
+        task = self.task.objective.task
+        if not isinstance(self.task.objective, Classification):
+            raise ConfigError(f"analyse: features and samples need classes, but data={self.data.name} is {task}")

@@ -25,7 +25,7 @@ EXAMPLES = """\
 
 needs: pip install 'fedloom[export]'
 """
-COLUMNS = ("file", "parameters", "accuracy", "same class", "difference")
+COLUMNS = ("file", "parameters", "same class", "difference")
 TIMES = ("torch\n1 image", "onnx\n1 image", f"torch\n{BATCH} images", f"onnx\n{BATCH} images", "memory", "of it model")
 
 
@@ -72,11 +72,17 @@ def _clients(text: str, n: int) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
+def _value(one: Exported, experiment: Experiment) -> str:
+    if one.value is None:
+        return "-"
+    return f"{one.value:.1%}" if experiment.data.objective.primary.percent else f"{one.value:.4g}"
+
+
 def _show(found: Sequence[Exported], experiment: Experiment) -> None:
     console = output()
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column("client", vertical="bottom")
-    for column in (*COLUMNS, *TIMES):
+    for column in (COLUMNS[0], COLUMNS[1], found[0].metric, *COLUMNS[2:], *TIMES):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     for one in found:
         seconds = (one.torch_seconds, one.onnx_seconds, one.torch_batch_seconds, one.onnx_batch_seconds)
@@ -84,8 +90,8 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
             str(one.client),
             units.size(one.file_bytes),
             f"{one.parameters:,}",
-            f"{one.accuracy:.1%}",
-            f"{one.same_class} of {one.rows}",
+            _value(one, experiment),
+            "-" if one.same_answers is None else f"{one.same_answers} of {one.rows}",
             f"{one.difference:.1e}",
             *(f"{1000 * value:.2f} ms" for value in seconds),
             units.size(one.peak_bytes),
@@ -98,7 +104,7 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
         f" (client {without} has none: on the common test set)" if without else ""
     )
     console.print(
-        f"{method} after {experiment.done} rounds; accuracy, and difference of the logits from torch, on {rows}; "
+        f"{method} after {experiment.done} rounds; {found[0].metric}, and difference of the outputs from torch, on {rows}; "
         "times: median, one thread; memory: peak of a fresh ONNX Runtime process for one image",
         soft_wrap=True,
     )

@@ -11,8 +11,8 @@ from fedloom.data.catalogue import SOURCES as SOURCES
 from fedloom.data.catalogue import Source as Source
 
 if TYPE_CHECKING:
+    from fedloom.data.arrays import from_arrays as from_arrays
     from fedloom.data.dataset import Dataset as Dataset
-    from fedloom.data.dataset import from_arrays as from_arrays
     from fedloom.data.federation import Federation as Federation
     from fedloom.data.partition import Partition as Partition
     from fedloom.data.partition import partition as partition

@@ -29,7 +29,7 @@ def load_cached(root: Path, name: str, key: str) -> Dataset | None:
         for column, values in facts["strings"].items():
             columns[column] = np.asarray(values)[columns[column]]
         return validated(
-            Dataset(
+            Dataset.labelled(
                 name=name,
                 images=tensors["images"],
                 labels=tensors["labels"],

@@ -34,7 +34,7 @@ def load_embedded(name: str, image_size: int | None, rows: int | None) -> Datase
     keep, n_train = choose_rows(name, np.ones(len(labels), dtype=bool), n_train, rows)
     images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
     kept = {key: column[keep] for key, column in columns.items()}
-    return Dataset(
+    return Dataset.labelled(
         name=name,
         images=torch.from_numpy(images),
         labels=torch.from_numpy(labels[keep]),

@@ -20,18 +20,21 @@ from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
+from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, tensors_of
+from fedloom.objectives import Objective
 from fedloom.rng import Stream
 
 log = logging.getLogger(__name__)
 
 NORMALISES: Final = ("half", "standard", "none")
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Inputs, Tensor]
 
 
 class Federation:
     """The examples of all clients as model inputs; read-only.
 
-    Images (uint8) are first scaled to [0, 1]; float features are used as they are. `normalise` is applied next.
+    Images (uint8) are first scaled to [0, 1]; float features are used as they are. `normalise` is applied next, to images and
+    floats. Tokens and categories are never scaled.
     "half" gives (x - 0.5) / 0.5, which maps images to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
     the mean and divides by the standard deviation of each channel of images, or of each feature of other inputs; both
     are computed over the training examples of the whole pool. "none" changes nothing. Default: "half" for images,
@@ -48,38 +51,45 @@ class Federation:
     def __init__(
         self, dataset: Dataset, partition: Partition, *, normalise: str | None = None, augment: str = "none"
     ) -> None:
-        self.is_picture = dataset.images.dtype == torch.uint8
+        self.is_picture = "picture" in dataset.spec.kinds
         chosen = normalise is not None
         normalise = normalise or ("half" if self.is_picture else "none")
         for key, value, known in (("normalise", normalise, NORMALISES), ("augment", augment, AUGMENTS)):
             if value not in known:
                 raise DataError(f"data.{key}={value}: unknown{suggest(value, known)}")
-        if augment != "none" and dataset.images.ndim != 4:
+        if augment != "none" and not (dataset.spec.is_single and len(dataset.input_shape) == 3):
             raise DataError(
-                f"data.augment={augment}: needs images, but inputs have shape {dataset.input_shape}; use data.augment=none"
+                f"data.augment={augment}: needs images, but inputs are {dataset.spec}; use data.augment=none"
             )
+        if chosen and normalise != "none" and not dataset.spec.kinds & {"picture", "number"}:
+            raise DataError(f"data.normalise={normalise}: applies to images and numbers, but inputs are {dataset.spec}")
         _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
             images = augmentation.once(dataset.images, Stream("augment once", dataset.name))
-            dataset = replace(dataset, images=images)
+            dataset = replace(dataset, inputs=images)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
-        self._scale, self._shift = _scale_and_shift(dataset, normalise)
+        self._scaling = {f.name: _scale_and_shift(dataset, f, normalise) for f in dataset.spec.fields if _is_scaled(f)}
         if not chosen and not self.is_picture:
             _tell_of_scale(dataset)
         self._common: Batch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for other processes, with examples as arrays, which pickle protocol 5 can share without a copy."""
-        images, labels = self.dataset.images, self.dataset.labels
-        rows = [t if t.dtype is torch.bfloat16 else t.numpy() for t in (images, labels)]  # NumPy has no bfloat16
+        pool = self.dataset
+        fields = {"": pool.inputs} if isinstance(pool.inputs, Tensor) else pool.inputs
+        rows = {
+            name: t if t.dtype is torch.bfloat16 else t.numpy() for name, t in fields.items()
+        }  # NumPy has no bfloat16
         none = torch.empty(0)
-        dataset = replace(self.dataset, images=none, labels=none)
-        return {**self.__dict__, "dataset": dataset, "rows": rows, "_common": None}
+        dataset = replace(pool, inputs=none, targets=none)
+        return {**self.__dict__, "dataset": dataset, "rows": rows, "targets": pool.targets.numpy(), "_common": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        images, labels = (_readable(rows) for rows in state.pop("rows"))
-        self.__dict__ |= {**state, "dataset": replace(state["dataset"], images=images, labels=labels)}
+        fields = {name: _readable(rows) for name, rows in state.pop("rows").items()}
+        inputs = fields[""] if list(fields) == [""] else fields
+        dataset = replace(state["dataset"], inputs=inputs, targets=_readable(state.pop("targets")))
+        self.__dict__ |= {**state, "dataset": dataset}
 
     @property
     def name(self) -> str:
@@ -93,22 +103,43 @@ class Federation:
 
     @property
     def n_classes(self) -> int:
-        """Number of classes, Y."""
+        """Number of classes, Y. Raise DataError if the task has no classes."""
         return self.dataset.n_classes
 
     @property
+    def objective(self) -> Objective:
+        """The learning task."""
+        return self.dataset.objective
+
+    @property
+    def spec(self) -> InputSpec:
+        """The description of the inputs."""
+        return self.dataset.spec
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) for images, (D,) for flat features."""
+        """Shape of one input: (C, H, W) for images, (D,) for flat features; of the first one if there are several."""
         return self.dataset.input_shape
 
     @property
-    def normalisation(self) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation per channel or feature. An input is (v - mean) / std; v is pixel / 255 for images, else the stored
-        value."""
-        std = 1 / (self._scale * (255 if self.is_picture else 1))
-        mean = -self._shift * std
-        per_channel = (value.reshape(-1).expand(self.input_shape[0]).tolist() for value in (mean, std))
-        return next(per_channel), next(per_channel)
+    def normalisation(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Mean and standard deviation per channel or feature, of each image or number field by name ("" if inputs are one tensor).
+
+        An input is (v - mean) / std; v is pixel / 255 for images, else the stored value."""
+        found = {}
+        for part in self.spec.fields:
+            if part.name in self._scaling:
+                scale, shift = self._scaling[part.name]
+                std = 1 / (scale * (255 if part.kind == "picture" else 1))
+                mean = -shift * std
+                shown = (value.reshape(-1).expand(part.shape[0]).tolist() for value in (mean, std))
+                found[part.name] = (next(shown), next(shown))
+        return found
+
+    def example(self) -> Inputs:
+        """Return two inputs, for dry runs: the first two training examples of the first client that has any."""
+        rows = next((rows for rows in self.partition.train if len(rows)), np.arange(1))
+        return self.rows(np.resize(rows, 2))[0]
 
     def n_train(self, i: int) -> int:
         """Return the number of training examples of client `i`."""
@@ -123,14 +154,18 @@ class Federation:
         return len(self.partition.test[i])
 
     def train(self, i: int) -> Batch:
-        """Return client `i`'s training examples: normalised inputs (n, ...) in the default dtype, and labels (n,) int64."""
+        """Return client `i`'s training examples: inputs (n, ...), and targets (n, ...).
+
+        Images and numbers are normalised, in the default dtype; tokens and categories are int64.
+        """
         return self.rows(self.partition.train[i])
 
     def train_of(self, clients: Sequence[int]) -> list[Batch]:
         """Return `train` of several clients, contiguous in memory."""
         x, y = self.rows(np.concatenate([self.partition.train[i] for i in clients]))
         sizes = [self.n_train(i) for i in clients]
-        return list(zip(x.split_with_sizes(sizes), y.split_with_sizes(sizes), strict=True))
+        parts = split_inputs(x, sizes)
+        return list(zip(parts, y.split_with_sizes(sizes), strict=True))
 
     def valid(self, i: int) -> Batch:
         """Return client `i`'s validation examples, like `train`."""
@@ -142,34 +177,48 @@ class Federation:
 
     def common(self) -> Batch:
         """Return the common test set, like `train`. It is cached, so do not modify it in place."""
-        if self._common is None or self._common[0].dtype != torch.get_default_dtype():
+        wide = torch.get_default_dtype()
+        if self._common is None or any(t.dtype != wide for t in tensors_of(self._common[0]) if t.is_floating_point()):
             self._common = self.rows(self.partition.common)
         return self._common
 
     def rows(self, index: Rows | Tensor) -> Batch:
         """Return the examples with the given numbers, like `train`, as new contiguous tensors."""
-        chosen = torch.as_tensor(index, dtype=torch.int64).to(self.dataset.images.device)
+        pool = self.dataset
+        chosen = torch.as_tensor(index, dtype=torch.int64).to(pool.targets.device)
+        if isinstance(pool.inputs, Tensor):
+            return self._field(pool.spec.fields[0], pool.inputs, chosen), pool.targets.index_select(0, chosen)
+        x = {part.name: self._field(part, pool.inputs[part.name], chosen) for part in pool.spec.fields}
+        return x, pool.targets.index_select(0, chosen)
+
+    def _field(self, part: Field, values: Tensor, chosen: Tensor) -> Tensor:
+        """Return one input tensor of the chosen examples."""
         dtype = torch.get_default_dtype()
-        x = self.dataset.images.index_select(0, chosen).to(dtype)
-        y = self.dataset.labels.index_select(0, chosen)
+        if part.is_integer:
+            return values.index_select(0, chosen).to(torch.int64)
+        x = values.index_select(0, chosen).to(dtype)
+        scale, shift = self._scaling[part.name]
         # expanded to the shape of an example: with broadcasting, addcmul gives identical results but takes four times as long
-        shift, scale = (value.to(dtype).expand(self.input_shape).contiguous() for value in (self._shift, self._scale))
-        return torch.addcmul(shift, x, scale), y
+        shift, scale = (value.to(dtype).expand(part.shape).contiguous() for value in (shift, scale))
+        return torch.addcmul(shift, x, scale)
 
     def on(self, device: torch.device) -> Federation:
         """Return a federation whose examples are stored and normalised on a device."""
         other = copy.copy(self)
         pool = self.dataset
-        other.dataset = replace(pool, images=pool.images.to(device), labels=pool.labels.to(device))
-        other._scale, other._shift, other._common = self._scale.to(device), self._shift.to(device), None
+        inputs = map_inputs(lambda t: t.to(device), pool.inputs)
+        other.dataset = replace(pool, inputs=inputs, targets=pool.targets.to(device))
+        other._scaling = {name: (a.to(device), b.to(device)) for name, (a, b) in self._scaling.items()}
+        other._common = None
         return other
 
     @property
     def n_bytes(self) -> int:
         """Memory that `on` needs, in bytes: the stored pool, and the common test set as inputs."""
         pool, wide = self.dataset, torch.get_default_dtype().itemsize
-        common = len(self.partition.common) * math.prod(self.input_shape) * wide
-        return sum(t.numel() * t.element_size() for t in (pool.images, pool.labels)) + common
+        example = sum(math.prod(part.shape) * (8 if part.is_integer else wide) for part in pool.spec.fields)
+        stored = sum(t.numel() * t.element_size() for t in (*tensors_of(pool.inputs), pool.targets))
+        return stored + len(self.partition.common) * example
 
     @property
     def augments(self) -> bool:
@@ -178,8 +227,9 @@ class Federation:
 
     def pictures(self, x: Tensor) -> Tensor:
         """Convert inputs (n, ...) from `rows` back to images, with black 0 and white 1. Values outside are clipped."""
-        unit = 255 if self.dataset.images.dtype == torch.uint8 else 1.0
-        return ((x - self._shift.to(x.dtype)) / (self._scale.to(x.dtype) * unit)).clamp(0, 1)
+        unit = 255 if self.is_picture else 1.0
+        scale, shift = self._scaling[""]
+        return ((x - shift.to(x.dtype)) / (scale.to(x.dtype) * unit)).clamp(0, 1)
 
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
         """Augment a training batch (B, C, H, W) of normalised images at random, as set by `augment`, on its device."""
@@ -202,7 +252,15 @@ class Federation:
         return other
 
     def _black(self) -> Tensor:
-        return self._shift.reshape(-1).expand(self.input_shape[0])
+        return self._scaling[""][1].reshape(-1).expand(self.input_shape[0])
+
+
+def split_inputs(x: Inputs, sizes: Sequence[int]) -> list[Inputs]:
+    """Split the inputs of concatenated examples into parts of the given sizes."""
+    if isinstance(x, Tensor):
+        return list(x.split_with_sizes(list(sizes)))
+    parts = {name: value.split_with_sizes(list(sizes)) for name, value in x.items()}
+    return [{name: values[k] for name, values in parts.items()} for k in range(len(sizes))]
 
 
 def _readable(rows: Any) -> Tensor:
@@ -230,30 +288,43 @@ LARGE = 20.0
 """With unscaled inputs above this value, training at usual learning rates diverges or stalls."""
 
 
+def _is_scaled(part: Field) -> bool:
+    return not part.is_integer
+
+
+def _stored(dataset: Dataset, part: Field) -> Tensor:
+    """Return one field of all examples, as stored."""
+    return dataset.inputs if isinstance(dataset.inputs, Tensor) else dataset.inputs[part.name]
+
+
 def _tell_of_scale(dataset: Dataset) -> None:
     """Warn if large features are used without scaling by default."""
-    low, high = float(dataset.images.min()), float(dataset.images.max())
-    if max(abs(low), abs(high)) > LARGE:
-        log.warning(
-            "data=%s: inputs run from %g to %g and are used without scaling; to scale them, set data.normalise=standard",
-            dataset.name,
-            low,
-            high,
-        )
+    for part in dataset.spec.fields:
+        if part.kind != "number":
+            continue
+        values = _stored(dataset, part)
+        low, high = float(values.min()), float(values.max())
+        if max(abs(low), abs(high)) > LARGE:
+            log.warning(
+                "data=%s: inputs run from %g to %g and are used without scaling; to scale them, set data.normalise=standard",
+                dataset.name,
+                low,
+                high,
+            )
 
 
-def _scale_and_shift(dataset: Dataset, normalise: str) -> Batch:
+def _scale_and_shift(dataset: Dataset, part: Field, normalise: str) -> tuple[Tensor, Tensor]:
     """Return float64 a and b such that an input is a * stored + b. They are scalars or broadcast over (n, ...)."""
-    unit = 1 / 255 if dataset.images.dtype == torch.uint8 else 1.0
+    unit = 1 / 255 if part.kind == "picture" else 1.0
     if normalise == "standard":
-        mean, std = _moments(dataset.images[: dataset.n_train])
+        mean, std = _moments(_stored(dataset, part)[: dataset.n_train])
         std = torch.where(std > 0, std, 1 / unit)
         return 1 / std, -mean / std
     scale, shift = (2 * unit, -1.0) if normalise == "half" else (unit, 0.0)
     return torch.tensor(scale, dtype=torch.float64), torch.tensor(shift, dtype=torch.float64)
 
 
-def _moments(images: Tensor) -> Batch:
+def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation in stored units and float64, per channel of (N, C, H, W), else per feature."""
     over = (0, 2, 3) if images.ndim == 4 else (0,)
     shape = (-1, 1, 1) if images.ndim == 4 else images.shape[1:]

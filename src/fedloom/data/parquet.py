@@ -70,7 +70,7 @@ def _decode_pool(
     labels, classes = _classes(name, table[layout.label], layout.names.get(layout.label), source)
     keep, n_train = choose_rows(name, labels >= 0, n_train, rows)
     encoded = _encoded(train + test, layout.image, keep)
-    return Dataset(
+    return Dataset.labelled(
         name=name,
         images=torch.from_numpy(decode_picture(encoded, int(keep.sum()), image_size)),
         labels=torch.from_numpy(labels[keep]),

@@ -22,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fedloom.data.dataset import Dataset, from_arrays, validated
+from fedloom.data.arrays import from_arrays
+from fedloom.data.dataset import Dataset, validated
 from fedloom.errors import DataError
+from fedloom.objectives import Classification
 
 _NUMERIC = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"})
 
@@ -44,7 +46,7 @@ def load_pfllib(path: str | Path) -> Dataset:
     n_classes = _declared_classes(folder)
     if n_classes is None:
         return pool
-    return validated(replace(pool, classes=tuple(str(c) for c in range(n_classes))))
+    return validated(replace(pool, objective=Classification(names=tuple(str(c) for c in range(n_classes)))))
 
 
 Client = tuple[npt.NDArray[Any], npt.NDArray[np.int64]]

@@ -33,7 +33,6 @@ from fedloom.deploy.messages import (
     seal,
 )
 from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
-from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
 from fedloom.method import Client, Downlink, trains_of
@@ -270,8 +269,8 @@ class FlowerEngine(Engine):
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
         """See `Engine.score`. Clients of offline nodes contribute no examples."""
-        n_classes = self.problem.task.n_classes
-        found = {i: {ask.name: none(n_classes) for ask in asks} for i in clients}
+        objective = self.problem.task.objective
+        found = {i: {ask.name: objective.none() for ask in asks} for i in clients}
         questions = [Question(name=ask.name, rows=ask.rows, fitted=ask.fitted) for ask in asks]  # type: ignore[arg-type]
         requests, asked = {}, {}
         for node, places in self._by_node(clients, number).items():
@@ -283,28 +282,27 @@ class FlowerEngine(Engine):
             for i in asked[node]:
                 try:
                     mine = letter.header.scores[str(i)]
-                    found[i] = {ask.name: mine[ask.name].score(self._most_rows(ask, i)) for ask in asks}
+                    found[i] = {ask.name: mine[ask.name].score(objective, self._most_rows(ask, i)) for ask in asks}
                 except (KeyError, WireError) as error:
                     reason = error if isinstance(error, WireError) else "its scores are missing"
                     self._tell(f"{node}: scores of client {i}: {reason}")
         return [found[i] for i in clients]
 
-    def _most_rows(self, ask: ScoreRequest, i: int) -> npt.NDArray[np.int64]:
-        """Return the maximum number of examples of each class in client `i`'s score. No limit is known if its node was offline at the
+    def _most_rows(self, ask: ScoreRequest, i: int) -> Score:
+        """Return the largest `rows` that client `i`'s score may have. No limit is known if its node was offline at the
         start."""
         data = self.problem.data
         if not data.n_train(i):
-            return np.full(data.n_classes, np.iinfo(np.int64).max)
-        rows: npt.NDArray[np.int64] = self._rows[ask.rows][0 if ask.rows == "common" else i]
-        return rows
+            return Score({"rows": np.full(data.objective.shapes()["rows"], np.iinfo(np.int64).max)})
+        return Score({"rows": self._rows[ask.rows][0 if ask.rows == "common" else i]})
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Number of examples per class, by split, with one row per client."""
-        data = self.problem.data
-        labels, n_classes = data.dataset.labels, data.n_classes
-        own = {split: data.partition.counts(labels, n_classes, split) for split in ("valid", "test")}
-        return own | {"common": np.bincount(labels[data.partition.common], minlength=n_classes)[None]}
+        """Number of examples, per class if there are any, by split, with one row per client."""
+        data, n = self.problem.data, self.problem.data.objective.shapes()["rows"]
+        groups = data.dataset.labels.numpy() if n > 1 else np.zeros(data.dataset.n_rows, np.int64)
+        own = {split: data.partition.counts(groups, n, split) for split in ("valid", "test")}
+        return own | {"common": np.bincount(groups[data.partition.common], minlength=n)[None]}
 
     def score_server(self, down: Downlink) -> Score:
         """See `Engine.score_server`: computed on the server, on the examples that it has."""

@@ -11,17 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedloom import tree
-from fedloom.engines.base import Score, ScoreRequest
+from fedloom.engines.base import ScoreRequest
 from fedloom.errors import WireError
+from fedloom.inputs import InputSpec
+from fedloom.objectives import Objective, Score, from_content
 from fedloom.ranges import Positive
 from fedloom.tree import Tree
 from fedloom.wire.messages import check_depth, decode, encode
 
-MAGIC = b"fedloom1"
+MAGIC = b"fedloom2"
 MAX_HEADER = 64 * 2**20  # bytes
 EMPTY = "/"  # suffix of the path of a branch without tensors
 
@@ -32,6 +33,7 @@ Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 # `phase.log`; names of the run's own metrics have no dot
 LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
 Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
+Sums = Annotated[list[Annotated[int, Field(gt=-(2**62), lt=2**62)]], Field(max_length=1_000_000)]
 MAX_WORDS = 1000  # maximum length of a line of text, in characters
 
 
@@ -80,13 +82,48 @@ class Question(_Strict):
         return ScoreRequest(self.name, self.rows, self.fitted)
 
 
+class TaskFacts(_Strict):
+    """An `Objective` as part of a message."""
+
+    task: Literal["classification", "multilabel", "regression", "language"]
+    names: list[str]
+    mean: list[float] = []
+    std: list[float] = []
+    loss_name: Literal["mse", "huber"] = "mse"
+    delta: Positive = 1.0
+    vocabulary: Whole = 0
+
+    @classmethod
+    def of(cls, objective: Objective) -> TaskFacts:
+        """Return an objective as part of a message."""
+        return cls.model_validate({k: list(v) if isinstance(v, tuple) else v for k, v in objective.content().items()})
+
+    def objective(self) -> Objective:
+        """Return the objective."""
+        return from_content(self.model_dump(exclude_unset=True))
+
+
+class InputFacts(_Strict):
+    """An input field as part of a message."""
+
+    name: str
+    shape: list[Whole]
+    kind: Literal["picture", "number", "token", "category"]
+    levels: list[Whole]
+
+    @classmethod
+    def of(cls, spec: InputSpec) -> list[InputFacts]:
+        """Return the description of inputs as part of a message."""
+        return [cls(name=f.name, shape=list(f.shape), kind=f.kind, levels=list(f.levels)) for f in spec.fields]
+
+
 class Call(_Strict):
-    """The part that all requests share: run, settings as TOML, class names, input shape, and time limit."""
+    """The part that all requests share: run, settings as TOML, learning task, inputs, and time limit."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     config: str
-    classes: list[str]
-    input_shape: list[int]
+    task: TaskFacts
+    inputs: list[InputFacts]
     deadline_s: Positive
 
 
@@ -147,29 +184,34 @@ class Trained(_Strict):
     notes: Notes = []
 
 
-class Counted(_Strict):
-    """A score in a message: numbers of correctly predicted examples and of all examples, by class."""
+class SentScore(_Strict):
+    """A score in a message: its integer sums, by name."""
 
-    right: Counts
-    rows: Counts
+    sums: Annotated[dict[str, Sums], Field(max_length=16)]
 
-    def score(self, most: npt.NDArray[np.int64]) -> Score:
+    def score(self, objective: Objective, most: Score) -> Score:
         """Return the score.
 
         Raises:
-            WireError: a class has more than `most` examples, or more correct predictions than examples.
+            WireError: sums are missing or have the wrong length, or are impossible for at most `most["rows"]` examples.
         """
-        right, rows = np.array(self.right, np.int64), np.array(self.rows, np.int64)
-        if not right.shape == rows.shape == most.shape or (right > rows).any() or (rows > most).any():
-            raise WireError("its scores have impossible counts")
-        return Score(right, rows)
+        if {name: len(values) for name, values in self.sums.items()} != objective.shapes():
+            raise WireError("its scores do not have the sums of this learning task")
+        score = Score({name: np.array(values, np.int64) for name, values in self.sums.items()})
+        negative = any(
+            (values < 0).any() for name, values in score.sums.items() if name != "t"
+        )  # targets may be negative
+        reason = "a negative sum" if negative else objective.excess(score, most)
+        if reason:
+            raise WireError(f"its scores have impossible counts: {reason}")
+        return score
 
 
 class Scored(_Strict):
     """The answer to a `ScoreMessage`: scores by client (as text) and name."""
 
     kind: Literal["scored"] = "scored"
-    scores: dict[str, dict[str, Counted]]
+    scores: dict[str, dict[str, SentScore]]
     notes: Notes = []
 
 

@@ -16,7 +16,9 @@ from fedloom.config.settings import Settings
 from fedloom.data import Dataset, Federation, Partition
 from fedloom.data.partition import hold_out
 from fedloom.data.pictures import decode_picture
+from fedloom.deploy.messages import Call
 from fedloom.errors import ConfigError, DataError
+from fedloom.inputs import Inputs
 from fedloom.rng import Stream
 
 Counts = Mapping[int, Mapping[str, Sequence[int]]]  # by client and split, per class
@@ -25,29 +27,34 @@ SPLITS = ("train", "valid", "test")
 NONE = np.empty(0, np.int64)
 
 
-def read_own(
-    folder: Path, clients: Sequence[int], settings: Settings, classes: Sequence[str], input_shape: Sequence[int]
-) -> Federation:
+def read_own(folder: Path, clients: Sequence[int], settings: Settings, call: Call) -> Federation:
     """Return a node's own examples as a federation in which clients of other nodes have none.
 
     `folder` has the client's data or, for several clients, one folder `client-<number>` per client. Data are parquet files
     (train.parquet, and test.parquet if any) or images in folders named by class, which may be in `train` and `test`. Without test
     examples, a fraction of the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
 
+    Args:
+        folder: see above.
+        clients: the node's clients.
+        settings: the run's settings.
+        call: has the server's classes and input shape.
+
     Raises:
         DataError: data are missing, have classes that the server lacks, or have a different shape.
     """
     refuse_pooled_statistics(settings)
+    classes, input_shape = call.task.names, tuple(call.inputs[0].shape)
+    if call.task.task != "classification" or len(call.inputs) != 1:
+        raise DataError(f"own data on a node must have classes and one input; the server's task is {call.task.task}")
     pools = [_read(place, settings) for place in _places(folder, clients)]
     for pool, place in zip(pools, _places(folder, clients), strict=True):
-        if pool.input_shape != tuple(input_shape):
-            raise DataError(
-                f"{place}: inputs have shape {pool.input_shape}, but the server's have {tuple(input_shape)}"
-            )
+        if pool.input_shape != input_shape:
+            raise DataError(f"{place}: inputs have shape {pool.input_shape}, but the server's have {input_shape}")
     labels = torch.cat([_renamed(pool, classes) for pool in pools])
     images = torch.cat([pool.images for pool in pools])
-    whole = Dataset(
-        name=settings.data.name, images=images, labels=labels, n_train=len(labels), classes=tuple(classes), columns={}
+    whole = Dataset.labelled(
+        name=settings.data.name, images=images, labels=labels, n_train=len(labels), classes=tuple(classes)
     )
     parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
     start = 0
@@ -82,7 +89,7 @@ class Remote(Federation):
                 labels.append(torch.from_numpy(mine))
                 end += len(mine)
         partition = _partition(parts, common)
-        shown = replace(held, images=held.images[:1].expand(end, *held.input_shape), labels=torch.cat(labels))
+        shown = replace(held, inputs=held.images[:1].expand(end, *held.input_shape), targets=torch.cat(labels))
         super().__init__(shown, partition, normalise=settings.data.normalise)
         self._held = Federation(
             held,
@@ -90,7 +97,7 @@ class Remote(Federation):
             normalise=settings.data.normalise,
         )  # fmt: skip
 
-    def rows(self, index: Any) -> tuple[Tensor, Tensor]:
+    def rows(self, index: Any) -> tuple[Inputs, Tensor]:
         """See `Federation.rows`: only for the common test set.
 
         Raises:
@@ -147,7 +154,7 @@ def _read(folder: Path, settings: Settings) -> Dataset:
     encoded = ((str(file), file.read_bytes()) for file in files)
     images = torch.from_numpy(decode_picture(encoded, len(files), d.image_size))
     labels = torch.tensor([classes.index(file.parent.name) for file in files])
-    return Dataset(name=d.name, images=images, labels=labels, n_train=len(parts[0]), classes=classes, columns={})
+    return Dataset.labelled(name=d.name, images=images, labels=labels, n_train=len(parts[0]), classes=classes)
 
 
 def _pictures(folder: Path) -> list[Path]:

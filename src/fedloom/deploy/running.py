@@ -14,13 +14,24 @@ from fedloom.config.settings import Settings, make_settings, to_toml
 from fedloom.data import Federation
 from fedloom.deploy.engine import AcceptedUpdates, FlowerEngine, Link, LostNode
 from fedloom.deploy.folder import Deployment, deployable
-from fedloom.deploy.messages import MAX_ROWS, Call, Hello, NodeFailure, Present, open_envelope, seal
+from fedloom.deploy.messages import (
+    MAX_ROWS,
+    Call,
+    Hello,
+    InputFacts,
+    NodeFailure,
+    Present,
+    TaskFacts,
+    open_envelope,
+    seal,
+)
 from fedloom.deploy.rows import Remote
 from fedloom.engines.base import Problem
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment.build import arithmetic, make_dataset, make_federation
 from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
+from fedloom.objectives import Classification
 
 TURNS = "turns.json"  # in the run folder: record of accepted updates
 Tell = Callable[[str], None]
@@ -83,14 +94,18 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
     call = Call(
         run=run,
         config=to_toml(settings.model_copy(update={"out": None, "label": None, "log": ()})),
-        classes=list(held.classes),
-        input_shape=list(held.input_shape),
+        task=TaskFacts.of(held.objective),
+        inputs=InputFacts.of(held.spec),
         deadline_s=deployment.file.deadline_s,
     )
     present = _introductions(deployment, link.nodes(), link, call, tell)
     own = {node for node, who in present.items() if who.own_rows}
     if not own:
         return make_federation(settings, held), call
+    if not isinstance(held.objective, Classification):
+        raise ConfigError(
+            f"{', '.join(sorted(own))} have their own data, which must have classes, and data={held.name} is {held.objective.task}"
+        )
     if own != present.keys():
         others = ", ".join(sorted(present.keys() - own))
         raise ConfigError(
@@ -153,7 +168,7 @@ def _check_counts(header: Present, call: Call) -> None:
     if header.counts.keys() != wanted:
         raise WireError("its example counts are not for its own clients")
     for splits in header.counts.values():
-        if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.classes) for c in splits.values()):
+        if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.task.names) for c in splits.values()):
             raise WireError("its example counts are not by split and class")
     n_rows = sum(sum(each) for splits in header.counts.values() for each in splits.values())
     if n_rows > MAX_ROWS:

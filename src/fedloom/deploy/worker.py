@@ -23,13 +23,15 @@ from fedloom.deploy.leash import hold
 from fedloom.deploy.messages import (
     Assignment,
     Call,
-    Counted,
     Hello,
+    InputFacts,
     Letter,
     NodeFailure,
     Present,
     Scored,
     ScoreMessage,
+    SentScore,
+    TaskFacts,
     Trained,
     TrainMessage,
     Turned,
@@ -114,8 +116,7 @@ class NodeWorker:
         asks = [question.request() for question in request.questions]
         found = site.engine.score(request.number, Downlink(letter.tree("common")), clients, asks)
         scores = {
-            str(i): {name: _counted(score) for name, score in mine.items()}
-            for i, mine in zip(clients, found, strict=True)
+            str(i): {name: _sent(score) for name, score in mine.items()} for i, mine in zip(clients, found, strict=True)
         }
         return seal(Scored(scores=scores, notes=site.store.notes), {})
 
@@ -129,7 +130,7 @@ class NodeWorker:
 
     def _open(self, call: Call) -> NodeRun:
         """Return the run on this node. It is created at the first request."""
-        key = hashlib.blake2b(f"{call.run}\0{call.config}\0{call.classes}\0{call.input_shape}".encode()).hexdigest()
+        key = hashlib.blake2b(call.model_dump_json().encode()).hexdigest()
         if self._site is None or key != self._key:
             self._site, self._key = None, ""
             self._site, self._key = self._make(call), key
@@ -144,8 +145,8 @@ class NodeWorker:
             federation = make_federation(settings)
         else:
             folder = self._folder / self._node.data
-            federation = read_own(folder, self._node.clients, settings, call.classes, call.input_shape)
-        if list(federation.input_shape) != call.input_shape or list(federation.dataset.classes) != call.classes:
+            federation = read_own(folder, self._node.clients, settings, call)
+        if TaskFacts.of(federation.objective) != call.task or InputFacts.of(federation.spec) != call.inputs:
             raise ConfigError("this node's data differ from the server's in classes or input shape")
         if method.pooled:
             raise ConfigError(
@@ -215,8 +216,8 @@ def _turned(reply: Reply) -> Turned:
     )
 
 
-def _counted(score: Score) -> Counted:
-    return Counted(right=score.right.tolist(), rows=score.rows.tolist())
+def _sent(score: Score) -> SentScore:
+    return SentScore(sums={name: values.tolist() for name, values in score.sums.items()})
 
 
 def _reason(error: BaseException) -> str:

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from fedloom.engines.base import Reply as Reply
     from fedloom.engines.base import Score as Score
     from fedloom.engines.base import ScoreRequest as ScoreRequest
-    from fedloom.engines.base import sum_scores as sum_scores
     from fedloom.engines.make import ENGINES as ENGINES
     from fedloom.engines.make import WRAPPERS as WRAPPERS
     from fedloom.engines.make import make_engine as make_engine

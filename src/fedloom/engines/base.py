@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
 from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.data import Federation
 from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
 from fedloom.nets import read_weights, select
+from fedloom.objectives import Score
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan
 from fedloom.training.turn import Modules, fresh_modules, own_randomness
@@ -41,18 +41,6 @@ class Reply:
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
     diverged: str = ""  # the first non-finite tensor, sent or kept; if there is one, the local update is undone
     is_finite: bool = False  # whether this process itself has checked all numbers; a claim by a device does not count
-
-
-class Score(NamedTuple):
-    """The result of one predictor on one set of examples: the numbers of correct predictions and of examples, per class (Y,)."""
-
-    right: np.ndarray
-    rows: np.ndarray
-
-    @property
-    def accuracy(self) -> float:
-        """Correct predictions over examples; NaN without examples."""
-        return float(self.right.sum() / self.rows.sum()) if self.rows.sum() else float("nan")
 
 
 class ScoreRequest(NamedTuple):
@@ -207,10 +195,4 @@ class Engine(ABC):
         """Release workers and files."""
 
 
-def sum_scores(scores: Iterable[Score]) -> Score:
-    """Return the sum of several scores."""
-    every = list(scores)
-    return Score(np.sum([s.right for s in every], axis=0), np.sum([s.rows for s in every], axis=0))
-
-
-__all__ = ["Engine", "Problem", "Reply", "Score", "ScoreRequest", "Tensor", "sum_scores"]
+__all__ = ["Engine", "Problem", "Reply", "Score", "ScoreRequest"]

@@ -14,13 +14,14 @@ from torch import Tensor
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, DeviceBudget
 from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
-from fedloom.engines.scoring import Scorer, common_part, none, score_of
+from fedloom.engines.scoring import Scorer, common_part
 from fedloom.engines.stores import MappedStore, MemoryStore, Store
 from fedloom.engines.transfer import DeviceStore, Mover, moved
 from fedloom.errors import DataError
+from fedloom.inputs import Inputs
 from fedloom.method import Client, Downlink, Method, Predictor, Turn
 from fedloom.nets import read_weights
-from fedloom.training.batches import Rows, laid_out
+from fedloom.training.batches import Rows, laid_out_inputs
 from fedloom.training.choose import Convolutions
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
@@ -58,9 +59,12 @@ class LocalEngine(Engine):
         for module in (module for mine in modules for module in mine.values()):
             module.to(device)
         self._gradients = [
-            Gradients(mine, bf16=problem.bf16, device=device, convolutions=convolutions) for mine in modules
+            Gradients(
+                mine, objective=problem.task.objective, bf16=problem.bf16, device=device, convolutions=convolutions
+            )
+            for mine in modules
         ]
-        pictures = len(problem.task.input_shape) == 3
+        pictures = problem.task.spec.is_picture
         lasts = pictures and (device == HOST or problem.bf16)  # on a GPU, only tensor cores benefit from channels last
         # switched off once an architecture does not support it
         self._channels_last = [lasts and any(p.ndim == 4 for p in own["params"].values()) for own in self._initial]
@@ -132,7 +136,7 @@ class LocalEngine(Engine):
         return work(False)
 
     def context(
-        self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Tensor, Tensor] | None = None
+        self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Inputs, Tensor] | None = None
     ) -> ClientContext:
         """Collect the inputs of client `i`'s local work: its examples (or `own`, if already loaded), batches, random stream and codec."""
         p, (x, y) = self.problem, own or self.data.train(i)
@@ -141,7 +145,7 @@ class LocalEngine(Engine):
                 f"client {i} has no training examples; raise partition.min_examples or choose another partition"
             )
         augment = p.data.augmented if p.data.augments else None
-        rows = Rows(laid_out({"x": x}, channels_last)["x"], y, augment, self.device)
+        rows = Rows(laid_out_inputs(x, channels_last), y, augment, self.device)
         plan = p.plan_of(i) if purpose == "train" else p.plan
         return ClientContext(rows=rows, plan=plan, task=p.task, rng=p.stream(number, i, purpose), codec=p.codec)
 
@@ -170,17 +174,16 @@ class LocalEngine(Engine):
         """Return a scorer of clients' personal predictors."""
         predictor = self.problem.method.predictors()["personal"]
 
-        def logits(i: int, client: Client, x: Tensor) -> Tensor:
+        def outputs(i: int, client: Client, x: Inputs) -> Tensor:
             return self._predict(predictor, i, client, x, message)
 
-        return Scorer(ask, self.data, logits, part)
+        return Scorer(ask, self.data, outputs, part)
 
-    def _predict(self, predictor: Predictor, i: int, client: Client, x: Tensor, message: Tree) -> Tensor:
+    def _predict(self, predictor: Predictor, i: int, client: Client, x: Inputs, message: Tree) -> Tensor:
         gradients = self.gradients_of(i)
 
         def work(channels_last: bool) -> Tensor:
-            inputs = laid_out({"x": x}, channels_last)["x"]
-            return predict(predictor, gradients, client, inputs, message)
+            return predict(predictor, gradients, client, laid_out_inputs(x, channels_last), message)
 
         return self.with_layout(i, work)
 
@@ -197,12 +200,12 @@ class LocalEngine(Engine):
         p, message = self.problem, moved(down.common, self.device)
         x, y = common_part(self.data, part)
         if not len(y):
-            return none(p.task.n_classes)
+            return p.task.objective.none()
         blank = p.initial(0, self._initial[p.arch_of[0]])
         blank = Client(**moved(blank._asdict(), self.device))
         server = blank._replace(weights=Method.receive(p.method, blank.weights, message, blank.memory))
-        logits = self._predict(p.method.predictors()["server"], 0, server, x, message)
-        return score_of(logits, y, p.task.n_classes)
+        outputs = self._predict(p.method.predictors()["server"], 0, server, x, message)
+        return p.task.objective.scores(outputs, y, [len(y)])[0]
 
     def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
         """See `Engine.personal`."""

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from fedloom import tree
-from fedloom.engines.base import Problem, Reply, Score, ScoreRequest, sum_scores
+from fedloom.engines.base import Problem, Reply, Score, ScoreRequest
 from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.engines.local import CohortMember, LocalEngine
 from fedloom.engines.scoring import merged, shares
@@ -35,6 +35,7 @@ from fedloom.engines.stores import Slab, TreeLayout, layout_of, views
 from fedloom.engines.vectorised import Vectorised
 from fedloom.errors import WorkerError
 from fedloom.method import Downlink
+from fedloom.objectives import sum_scores
 from fedloom.tree import Tree
 
 FIRST_PIECE = 2  # work is sent in pieces: each is a worker's share of the remaining work divided by this,

@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedloom import tree
 from fedloom.data import Federation
-from fedloom.engines.base import Score, ScoreRequest, sum_scores
+from fedloom.engines.base import ScoreRequest
+from fedloom.inputs import Inputs, map_inputs
 from fedloom.method import Client
+from fedloom.objectives import Score, sum_scores
 
 ROWS_AT_ONCE = 8192  # approximate number of own examples of consecutive clients to gather for one pass
 
-Predict = Callable[[int, Client, Tensor], Tensor]  # (client number, client, inputs) -> logits
+Predict = Callable[[int, Client, Inputs], Tensor]  # (client number, client, inputs) -> outputs
 
 
 class Scorer:
@@ -55,18 +56,19 @@ class Scorer:
 
     def _common(self, i: int, client: Client) -> Score:
         x, y = common_part(self._data, self._part)
-        return score_of(self._predict(i, client, x), y, self._data.n_classes) if len(y) else none(self._data.n_classes)
+        objective = self._data.objective
+        return objective.scores(self._predict(i, client, x), y, [len(y)])[0] if len(y) else objective.none()
 
     def _finish(self) -> None:
         """Score all waiting clients on their own examples, in one pass."""
         waiting, self._waiting, self._n_rows = self._waiting, [], 0
-        sizes = [len(self._rows(i)) for i in waiting]
-        self._scores |= {i: none(self._data.n_classes) for i in waiting}
+        objective, sizes = self._data.objective, [len(self._rows(i)) for i in waiting]
+        self._scores |= {i: objective.none() for i in waiting}
         if not sum(sizes) or self._last is None:
             return
         x, y = self._data.rows(np.concatenate([self._rows(i) for i in waiting]))
-        logits = self._predict(waiting[0], self._last, x)
-        self._scores |= zip(waiting, scores_of(logits, y, sizes, self._data.n_classes), strict=True)
+        outputs = self._predict(waiting[0], self._last, x)
+        self._scores |= zip(waiting, objective.scores(outputs, y, sizes), strict=True)
 
 
 class Share(NamedTuple):
@@ -105,32 +107,11 @@ def merged(
     return [{ask.name: found[i][ask.name] for ask in asks} for i in clients]
 
 
-def common_part(data: Federation, part: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def common_part(data: Federation, part: tuple[int, int]) -> tuple[Inputs, Tensor]:
     """Return the k-th of n pieces of the common test examples."""
     x, y = data.common()
     k, n = part
-    return x.tensor_split(n)[k], y.tensor_split(n)[k]
-
-
-def score_of(logits: Tensor, labels: Tensor, n_classes: int) -> Score:
-    """Return the numbers of correct predictions and of examples, per class. An example with a logit that is not finite counts as wrong."""
-    return scores_of(logits, labels, [len(labels)], n_classes)[0]
-
-
-def scores_of(logits: Tensor, labels: Tensor, sizes: Sequence[int], n_classes: int) -> list[Score]:
-    """Return `score_of` for the concatenated examples of several clients; `sizes`: each client's number of examples."""
-    labels = labels.to(logits.device)
-    right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
-    n = len(sizes)
-    places = torch.arange(n).repeat_interleave(torch.tensor(sizes))
-    cells = places.to(labels.device) * n_classes + labels
-    counts = (torch.bincount(c, minlength=n * n_classes).cpu().numpy().reshape(n, -1) for c in (cells[right], cells))
-    return [Score(*pair) for pair in zip(*counts, strict=True)]
-
-
-def none(n_classes: int) -> Score:
-    """Return the score on no examples."""
-    return Score(np.zeros(n_classes, np.int64), np.zeros(n_classes, np.int64))
+    return map_inputs(lambda values: values.tensor_split(n)[k], x), y.tensor_split(n)[k]
 
 
 def _same_tensors(a: Client, b: Client) -> bool:

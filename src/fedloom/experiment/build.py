@@ -18,6 +18,7 @@ from fedloom.method import Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
 from fedloom.models import Arch, arch
 from fedloom.nets import norm_layers, read_weights, select
+from fedloom.objectives import Classification
 from fedloom.training.batches import Plan
 from fedloom.tree import Weights
 from fedloom.wire.codec import Codec
@@ -69,10 +70,10 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
         key = min(settings.model.options)
         raise ConfigError(f"model.{key}: an option of `model`, but `models` replaces `model`; remove one of them")
     names = [Named(name=name) for name in settings.models] or [settings.model]
-    found = []
+    found, example = [], federation.example()
     for choice in names:
         what = model if model is not None else load_object(choice.name, "model") if ":" in choice.name else choice.name
-        found.append(arch(what, federation.input_shape, federation.n_classes, settings.width, choice.options))
+        found.append(arch(what, federation.spec, federation.objective, settings.width, choice.options, example=example))
     return tuple(found)
 
 
@@ -83,8 +84,8 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     task = Task(
         n_clients=n,
         max_cohort=size,
-        n_classes=federation.n_classes,
-        input_shape=federation.input_shape,
+        objective=federation.objective,
+        spec=federation.spec,
         width=archs[0].features,
         rounds=settings.rounds,
     )
@@ -103,10 +104,36 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         slowdowns=slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
     )
     check_rules(settings, method, size)
+    _check_needs(settings.method.name, problem)
     _check_nets(problem)
     _check_phases(method)
     _check_messages(problem)
     return problem
+
+
+def _check_needs(name: str, problem: Problem) -> None:
+    """Raise ConfigError if the method needs something that the data or a model lack."""
+    task, needs, remedy = problem.task, problem.method.needs, problem.method.remedy
+    classes = isinstance(task.objective, Classification)
+    pictures = task.spec.is_single and len(task.spec.shape) == 3 and not task.spec.fields[0].is_integer
+    for need, there, what in (
+        ("classes", classes, f"needs classes, but data={problem.data.name} is {task.objective.task}"),
+        ("pictures", pictures, f"needs images (C, H, W), but inputs are {task.spec}"),
+    ):
+        if need in needs and not there:
+            raise ConfigError(f"method={name}: {what}; {remedy}use another method, such as fedavg or fedper")
+    for choice in problem.archs:
+        if needs & {"head", "vector"} and not choice.has_head:
+            n = task.objective.n_outputs
+            raise ConfigError(
+                f"method={name}: needs a model with a linear head, and model={choice.name} has no nn.Linear with {n} outputs; "
+                "give it one as .head, or use a method such as fedavg"
+            )
+        if "vector" in needs and not choice.has_vector:
+            raise ConfigError(
+                f"method={name}: needs one feature vector per example, and model={choice.name} has one per position; "
+                "use a method such as fedavg or fedper"
+            )
 
 
 def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:

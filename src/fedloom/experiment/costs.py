@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fedloom import tree
 from fedloom.engines.base import Problem
+from fedloom.inputs import map_inputs, tensors_of
 from fedloom.method import Client, Downlink, Free, Phase, Sweep, Turn, trains_of
 from fedloom.nets import frozen_parameters, read_weights
 from fedloom.rng import Stream
@@ -45,7 +46,10 @@ class Costs:
 
     @cached_property
     def _gradients(self) -> list[Gradients]:
-        return [Gradients(self.problem.modules(arch), as_written=True) for arch in range(len(self.problem.archs))]
+        return [
+            Gradients(self.problem.modules(arch), objective=self.problem.task.objective, as_written=True)
+            for arch in range(len(self.problem.archs))
+        ]
 
     @cached_property
     def downlink(self) -> Downlink:
@@ -93,7 +97,7 @@ class Costs:
     def _counted(self, phase: Phase, i: int, n: int, turn: Turn) -> int:
         """Return the operations of one step, or one sweep, on `n` examples of client `i`, repeating examples if it has fewer."""
         p, (x, y) = self.problem, self.problem.data.train(i)
-        rows = Rows(x[torch.arange(n) % len(x)], y[torch.arange(n) % len(y)])
+        rows = Rows(map_inputs(lambda v: v[torch.arange(n) % len(v)], x), y[torch.arange(n) % len(y)])
         site = ClientContext(rows=rows, plan=Plan(n), task=p.task, rng=Stream(p.seed, "costs"))
         with Operations() as counter:
             gradients = self._gradients[p.arch_of[i]]
@@ -128,7 +132,7 @@ class Costs:
         turn, client = self.busiest(i), self.received(i)
         peaks: dict[str, int] = {}
         frozen = frozen_parameters(self._gradients[p.arch_of[i]].modules)
-        with Live([x, y, *frozen, *tree.leaves(client._asdict()), *tree.leaves(self._down)]) as live:
+        with Live([*tensors_of(x), y, *frozen, *tree.leaves(client._asdict()), *tree.leaves(self._down)]) as live:
             for phase in p.method.phases():
                 live.peak = live.now
                 gradients = self._gradients[p.arch_of[i]]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
 
 from fedloom.config.settings import Settings
-from fedloom.engines import Engine, Problem, Score, ScoreRequest, sum_scores
+from fedloom.engines import Engine, Problem, ScoreRequest
 from fedloom.experiment import metrics
 from fedloom.method import Downlink
+from fedloom.objectives import Score, sum_scores
 from fedloom.rng import Stream
+
+log = logging.getLogger(__name__)
 
 Scores = dict[str, list[Score]]
 """For each request, by name: the scores in the order of `Scoring.clients`."""
@@ -26,12 +30,13 @@ class Scoring:
         self._own_tests = any(data.n_test(i) for i in range(data.n_clients))
         tests, common = data.partition.test, data.partition.common
         self._tests_are_common = np.array_equal(np.sort(np.concatenate(tests)), np.sort(common))
+        self._warned = False
         self.clients: Sequence[int] = _sample(problem.task.n_clients, settings)
 
     def asks(self, general: bool) -> list[ScoreRequest]:
         """Return the score requests for every client. If no client has test examples, personal predictors are scored on the common ones."""
         own = "test" if self._own_tests else "common"
-        asks = [ScoreRequest("personal_accuracy", own)]
+        asks = [ScoreRequest("personal", own)]
         if (
             self._settings.eval.fitted and not self._problem.method.pooled
         ):  # a pooled method has no local updates of single clients
@@ -39,7 +44,7 @@ class Scoring:
         if any(map(len, self._problem.data.partition.valid)):
             asks.append(ScoreRequest("valid", "valid"))
         if general and self._own_tests:
-            asks.append(ScoreRequest("general_accuracy", "common"))
+            asks.append(ScoreRequest("general", "common"))
         return asks
 
     def score(self, number: int, down: Downlink, general: bool) -> Scores:
@@ -47,37 +52,46 @@ class Scoring:
         scores = self._engine.score(number, self._problem.codec.through(down), self.clients, self.asks(general))
         found = {name: [score[name] for score in scores] for name in scores[0]}
         if general and not self._own_tests:
-            found["general_accuracy"] = found["personal_accuracy"]
+            found["general"] = found["personal"]
         return found
 
     def row(self, found: Scores, down: Downlink, trained: Collection[int]) -> dict[str, Any]:
         """Return the accuracies and recalls for a row of metrics; `trained`: clients that have trained at least once."""
         known = [self._problem.method.pooled or i in trained for i in self.clients]
-        row = metrics.spread(found["personal_accuracy"], "personal_accuracy", known)
+        objective = self._problem.task.objective
+        row = metrics.spread(objective, found["personal"], "personal", known)
         if "fitted" in found:
-            row |= metrics.spread(found["fitted"], "personal_accuracy_fitted", known)
+            row |= metrics.spread(objective, found["fitted"], "personal", known, suffix=metrics.FITTED)
         if "valid" in found:
-            row["valid_accuracy"] = metrics.number(sum_scores(found["valid"]).accuracy)
-        row |= {"general_accuracy": None, "server_accuracy": None}
-        row["personal_recall"] = metrics.recall(found["personal_accuracy"])
-        if "general_accuracy" in found:
-            row |= metrics.over_clients(found["general_accuracy"], "general_accuracy")
-            row["general_recall"] = metrics.recall(found["general_accuracy"])
+            row |= metrics.alone(objective, sum_scores(found["valid"]), "valid")
+        row |= {f"{view}_{objective.primary.name}": None for view in ("general", "server")}
+        row |= metrics.by_name(objective, found["personal"], "personal")
+        if "general" in found:
+            row |= metrics.over_clients(objective, found["general"], "general")
+            row |= metrics.by_name(objective, found["general"], "general")
         if self._problem.has_server_model:
             score = self._server(down, found)
-            row |= {"server_accuracy": metrics.number(score.accuracy), "server_recall": metrics.recall([score])}
+            row |= metrics.alone(objective, score, "server") | metrics.by_name(objective, [score], "server")
+        self._warn_undefined(found, row)
         return row
+
+    def _warn_undefined(self, found: Scores, row: dict[str, Any]) -> None:
+        """Log one line, once, if the primary metric is undefined although examples were scored: an output is not finite."""
+        name = f"personal_{self._problem.task.objective.primary.name}"
+        if not self._warned and row.get(name) is None and any(score.n_rows for score in found["personal"]):
+            self._warned = True
+            log.warning("%s is undefined, because outputs are NaN or infinite; lower method.lr", name)
 
     def _server(self, down: Downlink, found: Scores) -> Score:
         """Return the server's score. It is derived from the clients' scores if all clients predict with the server's model."""
         data = self._problem.data
         if self._problem.one_model:
-            scored, n_common, known = found["personal_accuracy"], len(data.partition.common), None
-            if "general_accuracy" in found or not self._own_tests:
-                known = found.get("general_accuracy", scored)[0]
+            scored, n_common, known = found["personal"], len(data.partition.common), None
+            if "general" in found or not self._own_tests:
+                known = found.get("general", scored)[0]
             elif len(scored) == data.n_clients and self._tests_are_common:
                 known = sum_scores(scored)
-            if known and known.rows.sum() == n_common:
+            if known and known.n_rows == n_common:
                 return known
         return self._engine.score_server(down)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from fedloom.engines import Newcomers, Score
+from fedloom.engines import Newcomers
 from fedloom.experiment import metrics
 from fedloom.experiment.saving import save_run
+from fedloom.objectives import Score
 
 if TYPE_CHECKING:
     from fedloom.experiment.loop import Experiment, OnRound, Row
@@ -33,8 +34,9 @@ def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
             on_round(experiment.done, experiment.settings.rounds, {"joined": f"{len(after)}/{len(newcomers)}"})
     if experiment.settings.checkpoint_every:
         save_run(experiment)
-    each = [metrics.newcomer(i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
-    scores = metrics.spread(before, "received") | metrics.spread(after, "joined")
+    objective = experiment.problem.task.objective
+    each = [metrics.newcomer(objective, i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
+    scores = metrics.spread(objective, before, "received") | metrics.spread(objective, after, "joined")
     return {
         "new_clients": {"clients": len(newcomers), "turns": turns, **scores, "each": each},
         "join_seconds": time.perf_counter() - started,

@@ -268,9 +268,10 @@ class Experiment:
             if i not in now:
                 now[i] = {"round": self.done, "client": i}
                 self.client_rows.append(now[i])
-            for name in ("personal_accuracy", "general_accuracy"):
-                if name in found:
-                    now[i][name] = found[name][place].accuracy
+            objective = self.problem.task.objective
+            for view in ("personal", "general"):
+                if view in found:
+                    now[i][f"{view}_{objective.primary.name}"] = objective.value(found[view][place])
 
     def personal_model(self, i: int) -> PersonalModel:
         """Return client `i`'s personal predictor with the current state, as a plain module in evaluation mode."""

@@ -7,44 +7,79 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from fedloom.engines import Reply, Score, sum_scores
+from fedloom.engines import Reply
+from fedloom.objectives import Metric, Objective, Score, sum_scores
 
 Row = dict[str, Any]
 
+VIEWS = ("personal", "general", "server")
+"""The models that are scored: clients' own on their own examples and on the common test set, and the server's."""
+FITTED = "_fitted"  # suffix of the scores of clients' models as their last local update left them
 
-def spread(scores: Sequence[Score], name: str, trained: Sequence[bool] | None = None) -> Row:
-    """Return the accuracy on several clients' own examples: `name` (mean over examples), `_uniform` (mean over clients), and more.
 
-    `_std` is the population standard deviation over clients, `_worst10` the mean of the worst tenth of clients (at least one), and
-    `_trained` the mean over the examples of clients that have trained at least once. Clients without examples are ignored.
+def headlines(metric: Metric) -> tuple[str, ...]:
+    """Return the names of the primary metric's series, such as `personal_accuracy`."""
+    personal, *others = (f"{view}_{metric.name}" for view in VIEWS)
+    return (personal, personal + FITTED, *others)
+
+
+def spread(
+    objective: Objective,
+    scores: Sequence[Score],
+    view: str,
+    trained: Sequence[bool] | None = None,
+    *,
+    suffix: str = "",
+) -> Row:
+    """Return the metrics on several clients' own examples.
+
+    The primary metric, such as `personal_accuracy`, is over all examples. `_uniform` is its mean over clients, `_std` the population
+    standard deviation over clients, `_worst10` the mean of the worst tenth of clients (at least one), and `_trained` the value over the
+    examples of clients that have trained at least once. Clients without examples are ignored. Other metrics are over all examples.
     """
-    each = np.array([score.accuracy for score in scores])
-    each = each[~np.isnan(each)]
+    name = f"{view}_{objective.primary.name}{suffix}"
+    each = np.array([objective.value(score) for score in scores if score.n_rows])
     if not each.size:
         return {}
-    worst = np.sort(each)[: max(1, math.ceil(each.size / 10))]
+    worst = _worst_first(each, objective.primary)[: max(1, math.ceil(each.size / 10))]
+    total = objective.metrics(sum_scores(scores))
     row: Row = {
-        name: sum_scores(scores).accuracy,
-        f"{name}_uniform": float(each.mean()),
-        f"{name}_std": float(each.std()),
-        f"{name}_worst10": float(worst.mean()),
+        name: number(total.pop(objective.primary.name)),
+        f"{name}_uniform": number(float(each.mean())),
+        f"{name}_std": number(float(each.std())),
+        f"{name}_worst10": number(float(worst.mean())),
     }
+    row |= {f"{view}_{other}{suffix}": number(value) for other, value in total.items()}
     if trained is not None and any(trained):
-        row[f"{name}_trained"] = number(sum_scores([s for s, t in zip(scores, trained, strict=True) if t]).accuracy)
+        known = sum_scores([s for s, t in zip(scores, trained, strict=True) if t])
+        row[f"{name}_trained"] = number(objective.value(known))
     return row
 
 
-def over_clients(scores: Sequence[Score], name: str) -> Row:
-    """Return the accuracy of several clients' models on the same examples: `name` (mean over clients) and `_std`."""
-    each = np.array([score.accuracy for score in scores])
-    return {name: number(float(each.mean())), f"{name}_std": number(float(each.std()))}
+def _worst_first(each: npt.NDArray[np.float64], metric: Metric) -> npt.NDArray[np.float64]:
+    ordered = np.sort(each)  # NaN last
+    return ordered if metric.better == "higher" else ordered[::-1]
 
 
-def recall(scores: Sequence[Score]) -> list[float | None]:
-    """Return each class's recall over all scores, to four decimals; None for a class without examples."""
-    right, rows = sum_scores(scores)
-    return [round(float(r / n), 4) if n else None for r, n in zip(right, rows, strict=True)]
+def over_clients(objective: Objective, scores: Sequence[Score], view: str) -> Row:
+    """Return the metrics of several clients' models on the same examples: means over clients, and the primary one's `_std`."""
+    each = [objective.metrics(score) for score in scores]
+    row: Row = {f"{view}_{name}": number(float(np.mean([m[name] for m in each]))) for name in each[0]}
+    name = objective.primary.name
+    return row | {f"{view}_{name}_std": number(float(np.std([m[name] for m in each])))}
+
+
+def alone(objective: Objective, score: Score, view: str) -> Row:
+    """Return the metrics of one score."""
+    return {f"{view}_{name}": number(value) for name, value in objective.metrics(score).items()}
+
+
+def by_name(objective: Objective, scores: Sequence[Score], view: str) -> Row:
+    """Return the recall of each class, or the F1 of each label, over all scores, to four decimals; None without examples."""
+    what, values = objective.by_name(sum_scores(scores))
+    return {f"{view}_{what}": [None if math.isnan(v) else round(v, 4) for v in values]} if what else {}
 
 
 def mean_logs(replies: Sequence[Reply]) -> Row:
@@ -56,27 +91,28 @@ def mean_logs(replies: Sequence[Reply]) -> Row:
     return row
 
 
-def newcomer(client: int, received: Score, joined: Score) -> Row:
-    """Describe a newcomer: accuracy on its own examples with the model it received, and after it joined."""
-    return {"client": client, "received": number(received.accuracy), "joined": number(joined.accuracy)}
+def newcomer(objective: Objective, client: int, received: Score, joined: Score) -> Row:
+    """Describe a newcomer: the primary metric on its own examples with the model it received, and after it joined."""
+    return {"client": client, "received": number(objective.value(received)), "joined": number(objective.value(joined))}
 
 
-HEADLINES = ("personal_accuracy", "personal_accuracy_fitted", "general_accuracy", "server_accuracy")
-RECALLS = ("personal_recall", "general_recall", "server_recall")
+BY_NAME = tuple(f"{view}_{what}" for what in ("recall", "f1") for view in VIEWS)
 FACETS = ("uniform", "std", "worst10", "trained")
 
 
-def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
-    """Return four numbers per accuracy: `final`, `last10`, `best_on_test`, `chosen_on_validation`.
+def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
+    """Return four numbers per model scored: `final`, `last10`, `best_on_test`, `chosen_on_validation`, all of the primary metric.
 
-    `last10` is the mean of the last ten evaluations. `best_on_test` is biased upwards, because its round is chosen on test examples. The
-    round of `chosen_on_validation` is the first with the best validation accuracy; without validation examples, the value is None.
+    `last10` is the mean of the last ten evaluations. `best_on_test` is biased, because its round is chosen on test examples. The
+    round of `chosen_on_validation` is the first with the best validation value; without validation examples, the value is None. Other
+    metrics are reported after the last round.
     """
-    valid = [row.get("valid_accuracy") for row in rows]
-    best = max((v, -i) for i, v in enumerate(valid) if v is not None) if any(v is not None for v in valid) else None
-    chosen = None if best is None else rows[-best[1]]
+    best = max if metric.better == "higher" else min
+    valid = [row.get(f"valid_{metric.name}") for row in rows]
+    known = [value for value in valid if value is not None]
+    chosen = rows[valid.index(best(known))] if known else None
     found: Row = {}
-    for name in HEADLINES:
+    for name in headlines(metric):
         series = [row[name] for row in rows if row.get(name) is not None]
         if not series:
             found[name] = None
@@ -84,23 +120,33 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> Row:
         found[name] = {
             "final": series[-1],
             "last10": float(np.mean(series[-10:])),
-            "best_on_test": max(series),
+            "best_on_test": best(series),
             "chosen_on_validation": None if chosen is None else chosen.get(name),
             "chosen_round": None if chosen is None else chosen["round"],
         } | {facet: rows[-1][f"{name}_{facet}"] for facet in FACETS if rows[-1].get(f"{name}_{facet}") is not None}
     last = rows[-1] if rows else {}
-    return found | {name: last[name] for name in RECALLS if name in last}
+    return found | {name: last[name] for name in BY_NAME if name in last}
 
 
-def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, name: str = "personal_accuracy") -> Row:
-    """Return the first evaluated round in which `name` reached `target`, and the bytes in both directions up to it; None if never."""
+def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
+    """Return the metrics besides the primary one, after the last round."""
+    names = list(objective.metrics(objective.none()))[1:]
+    last = rows[-1] if rows else {}
+    wanted = (f"{view}_{name}" for view in VIEWS for name in names)
+    return {name: last[name] for name in wanted if name in last}
+
+
+def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metric: Metric) -> Row:
+    """Return the first evaluated round in which personal models reached `target`, and the bytes in both directions up to it; None if
+    never."""
     if target is None:
         return {}
-    first = next((row for row in rows if row.get(name) is not None and row[name] >= target), None)
+    name, sign = f"personal_{metric.name}", 1 if metric.better == "higher" else -1
+    first = next((row for row in rows if row.get(name) is not None and sign * (row[name] - target) >= 0), None)
     sent = None if first is None else first["uplink_bytes"] + first["downlink_bytes"]
     return {"target": target, "rounds_to_target": first and first["round"], "bytes_to_target": sent}
 
 
 def number(value: float) -> float | None:
-    """Return the value, or None if there were no examples to score (NaN)."""
+    """Return the value, or None if it is undefined (NaN), such as without examples to score."""
     return None if math.isnan(value) else value

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedloom import tree
+from fedloom.inputs import Inputs, map_inputs
 from fedloom.method import Client, Method
 from fedloom.nets import Nets, write_weights
 from fedloom.tree import Tree
@@ -29,10 +30,12 @@ class PersonalModel(nn.Module):
         self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, Y)."""
+    def forward(self, x: Inputs) -> Tensor:
+        """Return outputs, such as logits (B, Y)."""
         modules = dict(self.nets.items())
         params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
         nets = Nets(modules, params, buffers, modules if self.training else ())
-        return self._predictor(nets, x.to(next(iter(params.values())).dtype), self._down, self._memory)
+        dtype = next(iter(params.values())).dtype
+        x = map_inputs(lambda v: v.to(dtype) if v.is_floating_point() else v, x)
+        return self._predictor(nets, x, self._down, self._memory)

@@ -34,9 +34,10 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
 
 def _partition_record(experiment: Experiment) -> Row:
     """Return the assignment of examples to clients, for `partition.json`."""
-    labels, n_classes = experiment.data.dataset.labels, experiment.data.n_classes
-    counts = {split: experiment.partition.counts(labels, n_classes, split).tolist() for split in ("train", "test")}
-    return {"classes": list(experiment.data.dataset.classes), "class_counts": counts, **experiment.partition.content()}
+    strata = experiment.data.dataset.strata()
+    n = len(strata.names)
+    counts = {split: experiment.partition.counts(strata.of, n, split).tolist() for split in ("train", "test")}
+    return {"classes": list(strata.names), "class_counts": counts, **experiment.partition.content()}
 
 
 def save_run(experiment: Experiment) -> None:
@@ -80,7 +81,7 @@ def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
 
 def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> Row:
     """Write and return the summary of a finished run; `joined`: the part about newcomers."""
-    s = experiment.settings
+    s, objective = experiment.settings, experiment.problem.task.objective
     summary = {
         "method": s.method.name,
         "model": ",".join(a.name for a in experiment.problem.archs),
@@ -88,13 +89,16 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         "clients": experiment.problem.task.n_clients,
         "rounds": experiment.done,
         "seed": s.seed,
-        **metrics.summarise(experiment.rows),
+        "objective": objective.content(),
+        "primary": objective.metric._asdict(),
+        **metrics.summarise(experiment.rows, objective.primary),
+        **metrics.others(experiment.rows, objective),
         **joined,
         "uplink_bytes": experiment.ledger.total("uplink"),
         "downlink_bytes": experiment.ledger.total("downlink"),
         "bytes_by_kind": experiment.ledger.kinds,
         **experiment.intake.counts,
-        **metrics.cost_to_target(experiment.rows, s.eval.target),
+        **metrics.cost_to_target(experiment.rows, s.eval.target, objective.primary),
         "seconds": experiment.ledger.train_seconds + experiment.ledger.eval_seconds,
         "train_seconds": experiment.ledger.train_seconds,
         "seconds_by_phase": experiment.ledger.phase_seconds,

@@ -50,7 +50,7 @@ class Ditto(Method):
     def personal_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """Return the cross-entropy of v_k plus the pull; the pull covers parameters, not running statistics."""
         received = {f"personal{name.removeprefix('model')}": p for name, p in down["weights"]["params"].items()}
-        error = losses.cross_entropy(nets.personal(batch.x), batch.y)
+        error = nets.loss(nets.personal(batch.x), batch.y)
         return error + self.mu / 2 * losses.squared_distance(nets.params, received)
 
     def predictors(self) -> dict[str, Predictor]:

@@ -8,7 +8,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedloom import losses
 from fedloom.method import Batch, Method, Paper
 from fedloom.nets import Nets
 from fedloom.ranges import NonNegative
@@ -46,7 +45,7 @@ class FedASAM(Method):
         """Return the cross-entropy at w + e; no gradient flows through e."""
         e = self.ascent(nets, batch)
         worst = nets.with_params({name: nets.params[name] + e[name] for name in e})
-        return losses.cross_entropy(worst.model(batch.x), batch.y)
+        return nets.loss(worst.model(batch.x), batch.y)
 
     def ascent(self, nets: Nets, batch: Batch) -> Params:
         """Return e for every parameter of the model."""
@@ -54,8 +53,8 @@ class FedASAM(Method):
 
         def error(params: Params) -> Tensor:
             buffers = {name: buffer.clone() for name, buffer in nets.buffers.items()}
-            logits = Nets(nets.modules, params, buffers, nets.training).model(batch.x)
-            return losses.cross_entropy(logits, batch.y)
+            outputs = Nets(nets.modules, params, buffers, nets.training).model(batch.x)
+            return nets.loss(outputs, batch.y)
 
         slopes: Params = torch.func.grad(error)(here)
         scales = {n: p.abs() + self.eta if n.endswith(".weight") else torch.ones_like(p) for n, p in here.items()}

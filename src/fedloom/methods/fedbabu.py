@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedloom.method import Paper, Phase, Train
+from fedloom.method import Need, Paper, Phase, Train
 from fedloom.methods.fedavg_ft import FedAvgFT
 from fedloom.ranges import Count
 
@@ -30,6 +30,11 @@ class FedBABU(FedAvgFT):
         "ICLR 2022",
         "https://arxiv.org/abs/2106.06042",
     )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A head."""
+        return frozenset({"head"})
 
     def phases(self) -> tuple[Phase, ...]:
         """Return a phase that trains only the body."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedloom.method import Method, Paper, Predictor, predict_model
+from fedloom.method import Method, Need, Paper, Predictor, predict_model
 
 
 @dataclass(frozen=True)
@@ -27,3 +27,8 @@ class FedPer(Method):
     def predictors(self) -> dict[str, Predictor]:
         """Return the client's predictor; there is no server model, because no head reaches the server."""
         return {"personal": predict_model}
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A head."""
+        return frozenset({"head"})

@@ -18,6 +18,7 @@ from fedloom.method import (
     Downlink,
     Logs,
     Method,
+    Need,
     Paper,
     Phase,
     Predictor,
@@ -57,6 +58,11 @@ class FedProto(Method):
         "https://arxiv.org/abs/2105.00243",
     )
 
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Classes, a feature vector per example, and a head."""
+        return frozenset({"classes", "vector", "head"})
+
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return an architecture's body and head; all bodies must have the same number of features."""
         if arch.features != task.width:
@@ -87,7 +93,7 @@ class FedProto(Method):
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Return cross-entropy plus prototype_weight times the distance to the prototypes; examples without a prototype have distance 0."""
         features = nets.body(batch.x)
-        error = losses.cross_entropy(nets.head(features), batch.y)
+        error = nets.loss(nets.head(features), batch.y)
         known = down["counts"][batch.y] > 0
         distance = (known * self.distance(features, batch.y, down)).mean()
         return error + self.prototype_weight * distance, {"cross_entropy": error, "distance": distance}

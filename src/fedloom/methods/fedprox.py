@@ -34,5 +34,5 @@ class FedProx(Method):
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """Return cross-entropy plus the proximal term (eq. 2), which covers parameters, not running statistics."""
-        error = losses.cross_entropy(nets.model(batch.x), batch.y)
+        error = nets.loss(nets.model(batch.x), batch.y)
         return error + self.mu / 2 * losses.squared_distance(nets.params, down["weights"]["params"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedloom.method import Paper, Phase, Train
+from fedloom.method import Need, Paper, Phase, Train
 from fedloom.methods.fedper import FedPer
 from fedloom.ranges import Count
 
@@ -28,6 +28,11 @@ class FedRep(FedPer):
         "ICML 2021",
         "https://arxiv.org/abs/2102.07078",
     )
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A head."""
+        return frozenset({"head"})
 
     def phases(self) -> tuple[Phase, ...]:
         """Return a phase that trains the head, then one that trains the body."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedloom import losses
 from fedloom.errors import ConfigError
-from fedloom.method import Architecture, Batch, Interleave, Logs, Method, Paper, Phase, Predictor, Task, Train
+from fedloom.method import Architecture, Batch, Interleave, Logs, Method, Need, Paper, Phase, Predictor, Task, Train
 from fedloom.models.fedrir import ImageGenerator, InformationDistillation
 from fedloom.nets import Nets
 from fedloom.ranges import Fraction, NonNegative, Positive, Whole
@@ -85,13 +85,12 @@ class FedRIR(Method):
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return gfe and csfe of any architecture, and the other nets for its number of features D and the image size."""
-        if len(task.input_shape) != 3:
-            raise ConfigError(f"method=fedrir: needs images (C, H, W), but inputs have shape {task.input_shape}")
-        side, rows, columns = self.patches(*task.input_shape[1:])
-        if self.mcsl == "masked" and 0 < self.mask_ratio * rows * columns < 1:
-            raise ConfigError(
-                f"method.mask_ratio={self.mask_ratio}: masks none of an image's {rows * columns} patches of {side}x{side} pixels"
-            )
+        if self.mcsl == "masked":
+            side, rows, columns = self.patches(*task.input_shape[1:])
+            if 0 < self.mask_ratio * rows * columns < 1:
+                raise ConfigError(
+                    f"method.mask_ratio={self.mask_ratio}: masks none of an image's {rows * columns} patches of {side}x{side} pixels"
+                )
         gfe, d = arch.body(), arch.features
         if self.mcsl == "off":
             return {"gfe": gfe, "head": arch.head()}
@@ -170,15 +169,15 @@ class FedRIR(Method):
         return {"other": rng.permutation(len(batch.y))} if self.idm_mode == "vclub_sampled" else {}
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the cross-entropy of head([f_g, f_cs]) plus idm_weight times the information term."""
+        """Return the loss of head([f_g, f_cs]) (cross-entropy for classes) plus idm_weight times the information term."""
         features = batch.precomputed or self.features(nets, batch.x)
-        logits = nets.head(torch.cat(list(features.values()), 1))
-        error = losses.cross_entropy(logits, batch.y)
+        outputs = nets.head(torch.cat(list(features.values()), 1))
+        error = nets.loss(outputs, batch.y)
         if not self.informs:
             return error, {}
         common, specific = features["f_g"], features["f_cs"].detach()
         if self.idm_mode == "decorrelated":
-            information = losses.class_decorrelation(common, specific, batch.y, logits.shape[1])
+            information = losses.class_decorrelation(common, specific, batch.y, outputs.shape[1])
         else:
             information = self.information(nets, common, specific, batch)
         return error + self.idm_weight * information, {"cross_entropy": error, "information": information}
@@ -197,9 +196,24 @@ class FedRIR(Method):
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return logits (B, Y)."""
+        """Return outputs, such as logits (B, Y)."""
         logits: Tensor = nets.head(torch.cat(list(self.features(nets, x).values()), 1))
         return logits
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """A feature vector per example and a head; images if there is a stage 1, and classes to decorrelate within them."""
+        needs: set[Need] = {"vector", "head"}
+        if self.generates:
+            needs.add("pictures")
+        if self.informs and self.idm_mode == "decorrelated":
+            needs.add("classes")
+        return frozenset(needs)
+
+    @property
+    def remedy(self) -> str:
+        """How to use the method on inputs that are no images."""
+        return "set method.mcsl=supervised, or " if self.generates else ""
 
     @property
     def generates(self) -> bool:

@@ -11,7 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fedloom import losses, optim, tree
-from fedloom.method import Architecture, Batch, Client, Downlink, Logs, Paper, Phase, Round, Sweep, Task, Train, Turn
+from fedloom.method import (
+    Architecture,
+    Batch,
+    Client,
+    Downlink,
+    Logs,
+    Need,
+    Paper,
+    Phase,
+    Round,
+    Sweep,
+    Task,
+    Train,
+    Turn,
+)
 from fedloom.methods import feature_statistics
 from fedloom.methods.fedproto import FedProto
 from fedloom.models.vtc import Spread, VtcDecoder
@@ -90,6 +104,11 @@ class FedVTC(FedProto):
     )
 
     # initial state
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Classes, images, a feature vector per example, and a head."""
+        return frozenset({"classes", "pictures", "vector", "head"})
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return body and head of any architecture, and a generator for its features."""
@@ -256,9 +275,9 @@ class FedVTC(FedProto):
         first local update.
         """
         labels, latents = self.latents(batch.draws, down)
-        error = losses.cross_entropy(self.predict(nets, nets.generator(latents), down, memory), labels)
+        error = nets.loss(self.predict(nets, nets.generator(latents), down, memory), labels)
         if self.finetune_mix:
-            error = (error + losses.cross_entropy(self.predict(nets, batch.x, down, memory), batch.y)) / 2
+            error = (error + nets.loss(self.predict(nets, batch.x, down, memory), batch.y)) / 2
         ready: Tensor = (down["counts"] > 0).any() & (memory["statistics"]["counts"] > 0).any()
         return error * ready
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedloom import losses, tree
+from fedloom import tree
 from fedloom.method import Batch, Client, Downlink, Method, Paper, Round, Task, Turn
 from fedloom.nets import Nets
 from fedloom.ranges import Positive
@@ -59,7 +59,7 @@ class Scaffold(Method):
         """Return a loss whose gradient is g_i(y) - c_i + c (line 10)."""
         correction = tree.sub(down["control"], memory["control"])
         own = {name: nets.params[name] for name in correction}
-        return losses.cross_entropy(nets.model(batch.x), batch.y) + tree.dot(correction, own)
+        return nets.loss(nets.model(batch.x), batch.y) + tree.dot(correction, own)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Return y_i and the change of c_i: c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""

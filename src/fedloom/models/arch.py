@@ -5,18 +5,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TypedDict
 
 import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from fedloom.errors import ConfigError, suggest
-from fedloom.models.layers import refuse_tied, sequence
+from fedloom.inputs import Inputs, InputSpec
+from fedloom.models.layers import Split, refuse_tied, sequence
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
-from fedloom.models.splitting import check_split, dry_run, split
+from fedloom.models.splitting import can_split, check_outputs, check_split, dry_run, made_up, split
 from fedloom.models.zoo import FLAT, ZOO
+from fedloom.objectives import Classification, Objective
 
 Option = str | int | float | bool
 Builder = Callable[..., nn.Module]
@@ -28,80 +31,110 @@ SMALLEST_SIDE = 8
 class Arch:
     """A recipe for models of one architecture on one problem. `arch(...)` creates and checks a recipe.
 
-    Every model is `Sequential(body=..., head=Linear)`: the body maps inputs (B, *input_shape) to features
-    (B, features), the head maps those to logits (B, n_classes). Initial weights come from torch's global generator,
-    which the caller seeds.
+    Every model is `Split(body=..., head=Linear)`: the body maps inputs to features (B, features), or (B, T, features) for sequences,
+    and the head maps those to outputs, such as logits (B, n_outputs). Initial weights come from torch's global generator, which the
+    caller seeds.
 
     Attributes:
         name: the name in the zoo, or the name of the user's module.
-        build: from the zoo, `build(input_shape, width, **options) -> body`; else the user's class, function or instance.
-        input_shape: (C, H, W), or (D,) for flat features.
-        n_classes: Y.
+        build: from the zoo, a function that returns the body (see `fedloom.models.zoo`); else the user's class, function or instance.
+        spec: the description of the inputs.
+        objective: the learning task, which sets the number of outputs.
+        example: two inputs for dry runs.
         width: the requested common feature width; None keeps the architecture's own.
         options: sorted pairs (name, value): hashable, so that recipes can be compared and clients grouped by them.
     """
 
     name: str
     build: Builder
-    input_shape: tuple[int, ...]
-    n_classes: int
+    spec: InputSpec
+    objective: Objective
     width: int | None = None
     options: tuple[tuple[str, Option], ...] = ()
+    example: Inputs = field(compare=False, repr=False)
 
-    def model(self) -> nn.Sequential:
+    @property
+    def n_outputs(self) -> int:
+        """Number of outputs of the head."""
+        return self.objective.n_outputs
+
+    def model(self) -> nn.Module:
         """Return a new model; its tensors are named "body....", "head.weight" and "head.bias"."""
-        return sequence({"body": self.body(), "head": self.head()})
+        return Split(self.body(), self.head())
 
     def body(self, width: int | None = None) -> nn.Module:
         """Return a new body with `width` output features; default: the recipe's width, else the architecture's own."""
-        return self.build(self.input_shape, width or self.width, **dict(self.options))
+        return self.build(zoo_inputs(self.name, self.spec), width or self.width, **dict(self.options))
 
     def head(self, features: int | None = None) -> nn.Linear:
-        """Return a new linear head from `features` inputs (default: the features of `body()`) to the logits."""
-        return nn.Linear(features or self.features, self.n_classes)
+        """Return a new linear head from `features` inputs (default: the features of `body()`) to the outputs."""
+        return nn.Linear(features or self.features, self.n_outputs)
 
     @cached_property
     def features(self) -> int:
-        """The number of features of `body()`, determined once by a dry run that restores the state of torch's generator."""
+        """The number of features of `body()`; 0 for a model without a head."""
+        return self._form[-1]
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model ends in a linear head."""
+        return True
+
+    @property
+    def has_vector(self) -> bool:
+        """Whether the body outputs one feature vector per example."""
+        return self.has_head and len(self._form) == 2
+
+    @cached_property
+    def _form(self) -> tuple[int, ...]:
+        """The shape of `body()`'s features for two examples, found once by a dry run that restores torch's generator."""
+        if not self.has_head:
+            return (2, 0)
         with torch.random.fork_rng(devices=[]):
-            return dry_run(self.body(), self.input_shape).shape[-1]
+            return tuple(dry_run(self.body(), self.example).shape)
 
 
 class OutsideArch(Arch):
     """A recipe for a user's module class, function or instance, which is split into body and head.
 
-    A class or function is called with only those arguments (`input_shape`, `n_classes`, `width` and the options) that its signature
-    names. An instance is copied: its weights are the initial weights of every model. If the requested width differs from the
-    module's own, the body gets a final linear layer that maps its output to that width, and the head is replaced.
+    A class or function is called with only those arguments that its signature names: `input_shape`, `n_classes` or `n_outputs`,
+    `vocabulary`, `width` and the options. An instance is copied: its weights are the initial weights of every model. If the requested
+    width differs from the module's own, the body gets a final linear layer that maps its output to that width, and the head is
+    replaced. A module without a linear head stays whole, for methods that do not need one.
     """
 
-    def model(self) -> nn.Sequential:
-        body, head = self._parts(self.width)
-        return sequence({"body": body, "head": head})
+    def model(self) -> nn.Module:
+        return Split(*self._parts(self.width)) if self.has_head else self._module(self.width)
+
+    @cached_property
+    def has_head(self) -> bool:
+        with torch.random.fork_rng(devices=[]):
+            return can_split(self._module(self.width), self.n_outputs)
 
     def body(self, width: int | None = None) -> nn.Module:
         return self._parts(width or self.width)[0]
 
     def head(self, features: int | None = None) -> nn.Linear:
         own = self._parts(self.width)[1]
-        return own if features is None or features == own.in_features else nn.Linear(features, self.n_classes)
+        return own if features is None or features == own.in_features else nn.Linear(features, self.n_outputs)
 
     def check(self) -> None:
-        """Raise ConfigError unless the module can be built, split and run on two dummy inputs."""
+        """Raise ConfigError unless the module can be built, split and run on two examples."""
         with torch.random.fork_rng(devices=[]):
             refuse_old_norms(self.build, self.name)  # these modules cannot be copied
             module = self._module(self.width).to(torch.get_default_dtype())  # in the dtype that clients use
             refuse_old_norms(module, self.name)
             refuse_tied({self.name: module})  # before the split makes separate copies
-            refuse_own_state(module, self.input_shape, self.name)
-            check_split(module, self.input_shape, self.n_classes, self.name)
+            refuse_own_state(module, self.example, self.name)
+            checks = check_split if self.has_head else check_outputs
+            checks(module, self.example, self.n_outputs, self.name)
 
     def _parts(self, width: int | None) -> tuple[nn.Module, nn.Linear]:
-        body, head = split(self._module(width), self.n_classes, self.name)
+        body, head = split(self._module(width), self.n_outputs, self.name)
         if width is None or width == head.in_features:
             return body, head
         project = nn.Linear(head.in_features, width)
-        return sequence({"backbone": body, "project": project}), nn.Linear(width, self.n_classes)
+        return sequence({"backbone": body, "project": project}), nn.Linear(width, self.n_outputs)
 
     def _module(self, width: int | None) -> nn.Module:
         if isinstance(self.build, nn.Module):
@@ -110,11 +143,14 @@ class OutsideArch(Arch):
         if not isinstance(module, nn.Module):
             raise ConfigError(f"model {self.name}: must return an nn.Module, not {type(module).__name__}")
         if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters()):
-            dry_run(module, self.input_shape)
+            dry_run(module, self.example)
         return module
 
     def _arguments(self, signature: inspect.Signature, width: int | None) -> dict[str, object]:
-        offered = {"input_shape": self.input_shape, "n_classes": self.n_classes, "width": width, **dict(self.options)}
+        tokens, n = self.spec.of("token"), self.n_outputs
+        offered = {"input_shape": self.spec.shape, "n_classes": n, "n_outputs": n, "width": width, **dict(self.options)}
+        if tokens:
+            offered["vocabulary"] = tokens.levels[0]
         wanted: dict[str, object] = {key: value for key, value in offered.items() if key in signature.parameters}
         if width is None and "width" in wanted and signature.parameters["width"].default is not inspect.Parameter.empty:
             del wanted["width"]
@@ -127,40 +163,79 @@ class OutsideArch(Arch):
 
 def arch(
     source: str | Builder,
-    input_shape: Sequence[int],
-    n_classes: int,
+    inputs: Sequence[int] | InputSpec,
+    outputs: int | Objective,
     width: int | None = None,
     options: Mapping[str, Option] | None = None,
+    *,
+    example: Inputs | None = None,
 ) -> Arch:
     """Return the checked recipe for `source`: a name in `ZOO`, or a user's nn.Module class, instance, or function that returns a module.
 
+    Args:
+        source: see above.
+        inputs: description of the inputs, or a shape: (C, H, W) for pictures, (D,) for flat features.
+        outputs: the learning task, or the number of classes.
+        width: common feature width; default: the architecture's own.
+        options: the model's own options.
+        example: two real inputs for dry runs; default: dummy ones.
+
     Raises:
-        ConfigError: an unknown name or option, an impossible size, or a module without a linear head.
+        ConfigError: an unknown name or option, an impossible size, or a module that does not fit inputs and task.
     """
-    shape, options = tuple(input_shape), dict(options or {})
-    sizes = {"n_classes": n_classes, **({} if width is None else {"width": width})}
-    for key, value in [*sizes.items(), *(("input_shape", side) for side in shape)]:
+    options = dict(options or {})
+    sizes = {} if isinstance(outputs, Objective) else {"n_classes": outputs}
+    shapes = () if isinstance(inputs, InputSpec) else tuple(inputs)
+    for key, value in [*sizes.items(), *({} if width is None else {"width": width}).items()]:
         _check_count(key, value)
+    for side in shapes:
+        _check_count("input_shape", side)
+    spec = inputs if isinstance(inputs, InputSpec) else InputSpec.plain(shapes)
+    objective = outputs if isinstance(outputs, Objective) else Classification.numbered(outputs)
+    facts = Facts(
+        spec=spec,
+        objective=objective,
+        width=width,
+        options=tuple(sorted(options.items())),
+        example=made_up(spec) if example is None else example,
+    )
     if not isinstance(source, str):
-        return _outside(source, shape, n_classes, width, options)
+        return _outside(source, facts)
     if source not in ZOO:
         raise ConfigError(f"model={source}: there is no such model{suggest(source, ZOO)}")
     builder = ZOO[source]
-    if source not in FLAT and (len(shape) != 3 or min(shape[1:]) < SMALLEST_SIDE):
-        raise ConfigError(
-            f"model={source}: needs images (C, H, W) of at least 8x8 pixels, but the inputs have shape {shape}; use mlp or logistic"
-        )
+    _check_inputs(source, spec)
     _check_options(source, options)
-    made = Arch(
-        name=source,
-        build=builder,
-        input_shape=shape,
-        n_classes=n_classes,
-        width=width,
-        options=tuple(sorted(options.items())),
-    )
+    made = Arch(name=source, build=builder, **facts)
     _ = made.features  # reports impossible combinations of options now, not during a run
     return made
+
+
+class Facts(TypedDict):
+    """What `Arch` and `OutsideArch` have in common; see there."""
+
+    spec: InputSpec
+    objective: Objective
+    width: int | None
+    options: tuple[tuple[str, Option], ...]
+    example: Inputs
+
+
+def zoo_inputs(name: str, spec: InputSpec) -> tuple[int, ...]:
+    """Return the first argument of a builder in the zoo."""
+    return spec.shape
+
+
+def _check_inputs(name: str, spec: InputSpec) -> None:
+    """Raise ConfigError if a model in the zoo does not take these inputs."""
+    numeric = spec.is_single and not spec.fields[0].is_integer
+    if name in FLAT and not numeric:
+        raise ConfigError(f"model={name}: needs pictures or numbers, but the inputs are {spec}; use your own model")
+    if name not in FLAT and (not numeric or len(spec.shape) != 3 or min(spec.shape[1:]) < SMALLEST_SIDE):
+        shown = f"have shape {spec.shape}" if numeric else f"are {spec}"
+        raise ConfigError(
+            f"model={name}: needs images (C, H, W) of at least 8x8 pixels, but the inputs {shown}; use mlp or logistic"
+        )
 
 
 def option_defaults(name: str) -> dict[str, Option]:
@@ -169,24 +244,15 @@ def option_defaults(name: str) -> dict[str, Option]:
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def _outside(
-    source: Builder, shape: tuple[int, ...], n_classes: int, width: int | None, options: dict[str, Option]
-) -> OutsideArch:
+def _outside(source: Builder, facts: Facts) -> OutsideArch:
     name = type(source).__name__ if isinstance(source, nn.Module) else getattr(source, "__name__", repr(source))
     if not callable(source):
         raise ConfigError(f"model={source!r}: give a name, an nn.Module, or a function that returns one")
     known = () if isinstance(source, nn.Module) else inspect.signature(source).parameters
-    for key in options:
+    for key, _ in facts["options"]:
         if key not in known:
             raise ConfigError(f"model {name} has no option '{key}': its signature does not name it")
-    made = OutsideArch(
-        name=name,
-        build=source,
-        input_shape=shape,
-        n_classes=n_classes,
-        width=width,
-        options=tuple(sorted(options.items())),
-    )
+    made = OutsideArch(name=name, build=source, **facts)
     made.check()
     return made
 

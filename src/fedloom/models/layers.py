@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from fedloom.errors import ConfigError
+from fedloom.inputs import unwrapped
 
 CHANNELS_PER_GROUP = 16
 """Wu & He, Group Normalization (ECCV 2018), table 3. With one channel per group, a map of one pixel would become zero."""
@@ -33,6 +35,18 @@ def norm2d(kind: str, n_channels: int) -> nn.Module:
 def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
     """Return the named layers as one sequence."""
     return nn.Sequential(OrderedDict(layers))
+
+
+class Split(nn.Sequential):
+    """A model in two parts: `body` outputs features, and `head` maps them to predictions. All inputs go to the body."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__(OrderedDict(body=body, head=head))
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return the head's outputs for the body's features."""
+        body, head = self.get_submodule("body"), self.get_submodule("head")
+        return head(unwrapped(body(*inputs, **named)))
 
 
 def projected(layers: Mapping[str, nn.Module], features: int, width: int | None) -> nn.Sequential:

@@ -7,7 +7,7 @@ depend on the engine.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -17,19 +17,21 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fedloom.errors import ConfigError
-from fedloom.models.splitting import made_up
+from fedloom.inputs import Inputs, call_arguments, map_inputs
+from fedloom.models.splitting import like
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 REMEDY = "make it a buffer (register_buffer), or an input"
 
 
-def refuse_own_state(module: nn.Module, input_shape: Sequence[int], name: str) -> None:
+def refuse_own_state(module: nn.Module, example: Inputs, name: str) -> None:
     """Raise ConfigError if a forward pass keeps state outside persistent buffers, or changes a buffer in evaluation mode.
 
-    The module is copied and run on dummy inputs. A cache that the first call fills and later calls leave unchanged is accepted if
+    The module is copied and run on two examples. A cache that the first call fills and later calls leave unchanged is accepted if
     it does not depend on the inputs.
     """
-    one, other = made_up(module, input_shape), made_up(module, input_shape).flip(0) * 0.5
+    one = like(example, module)
+    other = map_inputs(lambda v: v.flip(0) * 0.5 if v.is_floating_point() else v.flip(0), one)
     for training in (False, True):
         first, second = (deepcopy(module).train(training) for _ in range(2))
         if not _ran(first, one) or not _ran(second, other):
@@ -75,10 +77,11 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _ran(module: nn.Module, inputs: Tensor) -> bool:
+def _ran(module: nn.Module, inputs: Inputs) -> bool:
     try:
         with torch.random.fork_rng(devices=[]):
-            module(inputs)
+            args, named = call_arguments(module, inputs)
+            module(*args, **named)
     except Exception:
         return False
     return True

@@ -1,21 +1,22 @@
-"""Split a user's module into a body, which outputs features, and a linear head, which outputs logits."""
+"""Split a user's module into a body, which outputs features, and a linear head, which outputs predictions."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedloom.errors import ConfigError
+from fedloom.inputs import Inputs, InputSpec, call_arguments, map_inputs, shapes_of, unwrapped
 
 
-def split(module: nn.Module, n_classes: int, name: str) -> tuple[nn.Module, nn.Linear]:
+def split(module: nn.Module, n_outputs: int, name: str) -> tuple[nn.Module, nn.Linear]:
     """Split `module`, in place, into body and head.
 
-    They are its own `.body` and `.head` if it has both. Otherwise the last nn.Linear with `n_classes` outputs is the head, and an
+    They are its own `.body` and `.head` if it has both. Otherwise the last nn.Linear with `n_outputs` outputs is the head, and an
     Identity replaces it in the body.
 
     Raises:
@@ -23,10 +24,16 @@ def split(module: nn.Module, n_classes: int, name: str) -> tuple[nn.Module, nn.L
     """
     body, head = getattr(module, "body", None), getattr(module, "head", None)
     if isinstance(body, nn.Module) and isinstance(head, nn.Module):
-        if isinstance(head, nn.Linear) and head.out_features == n_classes:
+        if isinstance(head, nn.Linear) and head.out_features == n_outputs:
             return body, head
-        raise ConfigError(f"model {name}: its .head must be an nn.Linear with {n_classes} outputs, not {head}")
-    path, last = _last_linear(module, n_classes, name)
+        raise ConfigError(f"model {name}: its .head must be an nn.Linear with {n_outputs} outputs, not {head}")
+    path = last_linear(module, n_outputs)
+    if path is None:
+        raise ConfigError(
+            f"model {name}: it has no nn.Linear with {n_outputs} outputs as its head; name its .body and .head"
+        )
+    last = module.get_submodule(path)
+    assert isinstance(last, nn.Linear)
     if not path:
         return nn.Identity(), last
     parent, _, child = path.rpartition(".")
@@ -34,47 +41,75 @@ def split(module: nn.Module, n_classes: int, name: str) -> tuple[nn.Module, nn.L
     return module, last
 
 
-def _last_linear(module: nn.Module, n_classes: int, name: str) -> tuple[str, nn.Linear]:
-    for path, part in reversed(list(module.named_modules())):
-        if isinstance(part, nn.Linear) and part.out_features == n_classes:
-            return path, part
-    raise ConfigError(
-        f"model {name}: it has no nn.Linear with {n_classes} outputs as its head; name its .body and .head"
-    )
+def last_linear(module: nn.Module, n_outputs: int) -> str | None:
+    """Return the path of the last nn.Linear with `n_outputs` outputs ("" for the module itself), or None."""
+    found = (p for p, part in module.named_modules() if isinstance(part, nn.Linear) and part.out_features == n_outputs)
+    return max(enumerate(found), default=(0, None))[1]
 
 
-def check_split(module: nn.Module, input_shape: Sequence[int], n_classes: int, name: str) -> None:
-    """Raise ConfigError unless the head applied to the body's features gives the outputs of `module` (in evaluation mode)."""
-    body, head = split(deepcopy(module), n_classes, name)
+def can_split(module: nn.Module, n_outputs: int) -> bool:
+    """Return whether `split` finds a head."""
+    named = all(isinstance(getattr(module, part, None), nn.Module) for part in ("body", "head"))
+    return named or last_linear(module, n_outputs) is not None
+
+
+def check_outputs(module: nn.Module, example: Inputs, n_outputs: int, name: str) -> Tensor:
+    """Return the module's outputs for two examples. Raise ConfigError unless they are (2, ..., n_outputs)."""
     try:
-        logits, features = dry_run(module, input_shape), dry_run(body, input_shape)
+        outputs = dry_run(module, example)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"model {name} fails on inputs of shape (2, *{tuple(input_shape)}): {reason}") from error
-    for what, given in ((name, logits), (f"{name}'s body", features)):
-        if not isinstance(given, Tensor):
-            raise ConfigError(f"model {what} returns a {type(given).__name__}; return one tensor, the logits alone")
-    if logits.shape != (2, n_classes):
+        raise ConfigError(f"model {name} fails on inputs of shape {shapes_of(example)}: {reason}") from error
+    if not isinstance(outputs, Tensor):
+        raise ConfigError(f"model {name} returns a {type(outputs).__name__}; return one tensor, the logits alone")
+    if outputs.ndim < 2 or outputs.shape[0] != 2 or outputs.shape[-1] != n_outputs:
         raise ConfigError(
-            f"model {name} returns shape {tuple(logits.shape)} for 2 examples; return logits (2, {n_classes})"
+            f"model {name} returns shape {tuple(outputs.shape)} for 2 examples; return logits (2, {n_outputs})"
         )
-    if features.shape != (2, head.in_features) or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
-        softmax = torch.allclose(logits.exp().sum(1), torch.ones(2).to(logits), atol=1e-3)
+    return outputs
+
+
+def check_split(module: nn.Module, example: Inputs, n_outputs: int, name: str) -> None:
+    """Raise ConfigError unless the head applied to the body's features gives the outputs of `module` (in evaluation mode)."""
+    logits = check_outputs(module, example, n_outputs, name)
+    body, head = split(deepcopy(module), n_outputs, name)
+    features = dry_run(body, example)
+    if not isinstance(features, Tensor):
+        raise ConfigError(f"model {name}'s body returns a {type(features).__name__}; return one tensor, the features")
+    fits = features.ndim >= 2 and features.shape[0] == 2 and features.shape[-1] == head.in_features
+    if not fits or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
+        softmax = torch.allclose(logits.exp().sum(-1), torch.ones(logits.shape[:-1]).to(logits), atol=1e-3)
         remedy = "return logits, without (log_)softmax at the end" if softmax else "name its .body and .head"
         raise ConfigError(f"model {name}: its output is not {head} applied to features; {remedy}")
 
 
 @torch.no_grad()
-def dry_run(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """Run `module` on two dummy inputs in evaluation mode and return its outputs."""
+def dry_run(module: nn.Module, example: Inputs) -> Any:
+    """Run `module` on two examples in evaluation mode and return its outputs."""
     was_training = module.training
-    outputs: Tensor = module.eval()(made_up(module, input_shape))
+    args, named = call_arguments(module.eval(), like(example, module))
+    outputs = unwrapped(module(*args, **named))
     module.train(was_training)
     return outputs
 
 
-def made_up(module: nn.Module, input_shape: Sequence[int]) -> Tensor:
-    """Return two dummy inputs (2, *input_shape), on the module's device and in its dtype."""
-    weight = next(module.parameters(), torch.empty(0))
-    n = 2 * math.prod(input_shape)
-    return torch.linspace(-1, 1, n, dtype=weight.dtype, device=weight.device).reshape(2, *input_shape)
+def like(example: Inputs, module: nn.Module) -> Inputs:
+    """Return the inputs on the module's device, floating-point ones in its precision."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def moved(value: Tensor) -> Tensor:
+        return value.to(weight.device, weight.dtype if value.is_floating_point() else value.dtype)
+
+    return map_inputs(moved, example)
+
+
+def made_up(spec: InputSpec) -> Inputs:
+    """Return two dummy inputs, for modules that are checked without data."""
+    found: dict[str, Tensor] = {}
+    for field in spec.fields:
+        shape = (2, *field.shape)
+        if field.is_integer:
+            found[field.name] = torch.arange(math.prod(shape)).reshape(shape) % min(field.levels)
+        else:
+            found[field.name] = torch.linspace(-1, 1, math.prod(shape)).reshape(shape)
+    return found[""] if spec.is_single else found

@@ -24,6 +24,7 @@ from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment, GivenObjects
+from fedloom.inputs import map_inputs
 from fedloom.method import Batch, Client, Downlink, Free, Method, PrecomputeFn, Train, trains_of
 from fedloom.methods.registry import load_module, method_class
 from fedloom.nets import Nets, select
@@ -234,13 +235,14 @@ def _difference(a: Tree, b: Tree) -> str:
 def _map_differs(experiment: Experiment, train: Train, once: PrecomputeFn | None) -> str:
     """Return the name of the first tensor whose gradient changes if two clients are mapped with `vmap`, or "" if there is none."""
     modules, lanes = _lanes(experiment, train)
+    objective = experiment.problem.task.objective
 
     def gradient(lane: Tree) -> Any:
         def loss(trained: dict[str, Tensor]) -> Tensor:
             buffers = {
                 name: value.clone() for name, value in lane["buffers"].items()
             }  # BatchNorm modifies them in place
-            nets = Nets(modules, {**lane["fixed"], **trained}, buffers, train.modes)
+            nets = Nets(modules, {**lane["fixed"], **trained}, buffers, train.modes, objective=objective)
             batch = Batch(**lane["batch"])
             if once:
                 batch = batch._replace(precomputed=once(nets, batch, lane["down"], lane["memory"]))
@@ -265,7 +267,7 @@ def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[Tree]]:
         modules, client, _ = experiment.engine.personal(0, Downlink(sent.to(slot)), i)
         rng = Stream("check", i)
         x, y = experiment.data.train(i)
-        batch = Batch(x[:4], y[:4])
+        batch = Batch(map_inputs(lambda v: v[:4], x), y[:4])
         draws = dict(train.draw(batch, problem.task, rng)) if train.draw else {}
         lanes.append(_lane(client, train, {"x": batch.x, "y": batch.y, "draws": draws}, sent.to(slot), rng))
     return modules, lanes

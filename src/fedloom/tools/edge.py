@@ -11,9 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fedloom import tree
 from fedloom.config.parsing import read_toml
@@ -23,12 +26,14 @@ from fedloom.engines.process_memory import peak_process_bytes
 from fedloom.errors import FedloomError
 from fedloom.experiment.build import arithmetic, make_federation, make_problem
 from fedloom.experiment.costs import Costs, pieces, shortened
+from fedloom.inputs import Field, Inputs, InputSpec, map_inputs
 from fedloom.method import Client, Free, Method, Sweep, Task, Turn, init_opts
 from fedloom.methods.registry import load_object
 from fedloom.models import arch
 from fedloom.nets import read_weights
+from fedloom.objectives import from_content
 from fedloom.rng import Stream
-from fedloom.training.batches import Plan, Rows, laid_out
+from fedloom.training.batches import Plan, Rows, laid_out_inputs
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import fresh_modules, run_phases
@@ -125,7 +130,7 @@ def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
 def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: Client, down: Tree) -> dict[str, Any]:
     """Run the local update in a separate process, and return what it measured."""
     x, y = problem.data.train(i)
-    facts = {"task": asdict(problem.task), "turn": turn._asdict(), "arch": problem.arch_of[i]}
+    facts = {"task": _task_facts(problem.task), "turn": turn._asdict(), "arch": problem.arch_of[i]}
     with tempfile.TemporaryDirectory(prefix="fedloom-edge-") as name:
         folder = Path(name)
         (folder / "config.toml").write_text(to_toml(settings), encoding="utf-8")
@@ -156,10 +161,11 @@ def take_turn(folder: Path) -> dict[str, Any]:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
     with arithmetic(settings.model_copy(update={"engine": settings.engine.model_copy(update={"threads": 1})})):
         method = make_method(settings.method)
-        task = Task(**facts["task"] | {"input_shape": tuple(facts["task"]["input_shape"])})
+        task = _task_from(facts["task"])
         turn = Turn(**facts["turn"])
         sent = decode((folder / "turn.safetensors").read_bytes())
-        gradients = Gradients(_modules(settings, method, task, facts["arch"]), bf16=settings.precision == "bf16")
+        modules = _modules(settings, method, task, facts["arch"], sent["rows"]["x"])
+        gradients = Gradients(modules, objective=task.objective, bf16=settings.precision == "bf16")
         weights = read_weights(gradients.modules)
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         blank = Client(weights, method.init_memory(weights, task), opts)
@@ -184,16 +190,29 @@ def take_turn(folder: Path) -> dict[str, Any]:
     }
 
 
-def _modules(settings: Settings, method: Method, task: Task, place: int) -> Any:
+def _task_facts(task: Task) -> dict[str, Any]:
+    """Return the task as JSON values."""
+    plain = {field.name: getattr(task, field.name) for field in fields(task)}
+    return plain | {"objective": task.objective.content(), "spec": [asdict(part) for part in task.spec.fields]}
+
+
+def _task_from(facts: Mapping[str, Any]) -> Task:
+    """Return the task that `_task_facts` describes."""
+    parts = (Field(**part | {"shape": tuple(part["shape"]), "levels": tuple(part["levels"])}) for part in facts["spec"])
+    return Task(**{**facts, "objective": from_content(facts["objective"]), "spec": InputSpec(tuple(parts))})
+
+
+def _modules(settings: Settings, method: Method, task: Task, place: int, x: Inputs) -> Any:
     name = settings.models[place] if settings.models else settings.model.name
     what = load_object(name, "model") if ":" in name else name
     options = {} if settings.models else settings.model.options
-    recipe = arch(what, task.input_shape, task.n_classes, settings.width, options)
+    example = map_inputs(lambda v: v[torch.arange(2) % len(v)], x)
+    recipe = arch(what, task.spec, task.objective, settings.width, options, example=example)
     return fresh_modules(lambda: method.nets(recipe, task), Stream(settings.seed, "init"))
 
 
 def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> ClientContext:
-    x = laid_out({"x": rows["x"]}, channels_last and rows["x"].ndim == 4)["x"]
+    x = laid_out_inputs(rows["x"], channels_last)
     plan = Plan(settings.batch_size, settings.drop_last)
     return ClientContext(rows=Rows(x, rows["y"]), plan=plan, task=task, rng=Stream(settings.seed, "edge"))
 

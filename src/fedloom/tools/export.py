@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import logging
+import math
 import statistics
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from fedloom.errors import FedloomError, RunFolderError, UsageError
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment
 from fedloom.experiment.personal_model import PersonalModel
+from fedloom.inputs import Field, Inputs, map_inputs, n_examples
 
 BATCH = 32  # images in the timed batch
 LEAST, MOST_S = 10, 0.5  # minimum number of runs of a latency measurement, and its duration in seconds
@@ -44,12 +46,13 @@ before = peak_process_bytes()
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = options.inter_op_num_threads = 1
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-name, shape = session.get_inputs()[0].name, json.loads(sys.argv[2])
+inputs = json.loads(sys.argv[2])
 def seconds(n):
-    x, found, end = numpy.zeros([n, *shape], numpy.float32), [], time.perf_counter() + float(sys.argv[4])
+    x = {name: numpy.zeros([n, *shape], kind) for name, (shape, kind) in inputs.items()}
+    found, end = [], time.perf_counter() + float(sys.argv[4])
     while len(found) < int(sys.argv[3]) or time.perf_counter() < end:
         started = time.perf_counter()
-        session.run(None, {name: x})
+        session.run(None, x)
         found.append(time.perf_counter() - started)
     return sorted(found)[len(found) // 2]
 one = seconds(1)
@@ -69,8 +72,9 @@ class Exported:
     rows: int  # number of test examples on which file and torch were compared
     own_rows: bool  # whether these are the client's own; if it has none, they are the common test set
     difference: float  # largest difference between logits
-    same_class: int  # number of examples with the same predicted class
-    accuracy: float | None  # accuracy of the file
+    same_answers: int | None  # number of examples with the same predicted class; None for tasks without classes
+    metric: str  # name of the primary metric
+    value: float | None  # its value for the file
     torch_seconds: float  # for one image
     onnx_seconds: float
     torch_batch_seconds: float  # for BATCH images
@@ -128,10 +132,12 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
     model, used = write(experiment, i, file)
     with arithmetic(experiment.settings):
         x, y = _own_rows(experiment, i)
-    logits, own = _run_onnx(file, x), _torch_logits(model, x.float())
+    logits, own = _run_onnx(file, x), _torch_logits(model, _single(x))
+    objective = experiment.data.objective
+    value = objective.value(objective.scores(logits, y, [len(y)])[0])
     difference = largest_difference(model, x, logits, f"client {i}")
     one, many = _torch_seconds(model, x)
-    probe = _probe(file, x.shape[1:])
+    probe = _probe(file, {name: values[:1] for name, values in _named(x).items()})
     return Exported(
         client=i,
         file=str(file),
@@ -140,8 +146,9 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
         rows=len(y),
         own_rows=experiment.data.n_test(i) > 0,
         difference=difference,
-        same_class=int((logits.argmax(1) == own.argmax(1)).sum()),
-        accuracy=float((logits.argmax(1) == y).double().mean()),
+        same_answers=int((logits.argmax(1) == own.argmax(1)).sum()) if objective.task == "classification" else None,
+        metric=objective.primary.name,
+        value=None if math.isnan(value) else value,
         torch_seconds=one,
         onnx_seconds=probe["one"],
         torch_batch_seconds=many,
@@ -154,7 +161,7 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
 def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, set[str]]:
     """Write both files without comparison. Return the model, and the names of the parameters and buffers that predictions use."""
     model, facts = experiment.personal_model(i).float(), described(experiment, i)
-    used = _write_onnx(model, torch.zeros(2, *experiment.data.input_shape), file, facts)
+    used = _write_onnx(model, map_inputs(torch.zeros_like, _single(experiment.data.example())), file, facts)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
     safetensors.torch.save_file(weights, file.with_suffix(".safetensors"), facts)
     return model, used
@@ -163,8 +170,9 @@ def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, se
 def described(experiment: Experiment, i: int) -> dict[str, str]:
     """Return the file's metadata: the origin of the model, and how to convert an image to its input. Values are text; lists are JSON."""
     data, problem = experiment.data, experiment.problem
-    mean, std = data.normalisation
-    stored = "pixel / 255" if data.is_picture else "value"
+    inputs = [_described_field(part) for part in data.spec.fields]
+    scaled = data.normalisation
+    mean, std = (scaled[""][k] if "" in scaled else {name: pair[k] for name, pair in scaled.items()} for k in (0, 1))
     return {
         "fedloom": __version__,
         "run": experiment.folder.path.resolve().name,
@@ -173,16 +181,46 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
         "data": data.name,
         "client": str(i),
         "rounds": str(experiment.done),
+        "task": json.dumps(data.objective.content()),
         "classes": json.dumps([str(name) for name in data.dataset.classes]),
-        "input": f"float32 (batch, {', '.join(map(str, data.input_shape))}), each channel ({stored} - mean) / std",
+        "input": "; ".join(inputs),
         "input_shape": json.dumps(list(data.input_shape)),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
-        "output": f"float32 (batch, {data.n_classes}) logits, in the order of classes",
+        "output": f"float32 (batch, {data.objective.n_outputs}) {OUTPUTS[data.objective.task]}",
     }
 
 
-def largest_difference(model: PersonalModel, x: Tensor, logits: Tensor, who: str) -> float:
+OUTPUTS = {
+    "classification": "logits, in the order of classes",
+    "multilabel": "logits, in the order of classes (here: labels); above 0 means present",
+    "regression": "values in standard deviations from the mean of the training targets (see task)",
+    "language": "logits of the next token, at every position",
+}
+
+
+def _described_field(part: Field) -> str:
+    """Describe one input in words."""
+    where = f"{part.name}: " if part.name else ""
+    shape = ", ".join(("batch", *map(str, part.shape)))
+    if part.is_integer:
+        return f"{where}int64 ({shape}), {part.kind} ids below {max(part.levels)}"
+    stored = "pixel / 255" if part.kind == "picture" else "value"
+    return f"{where}float32 ({shape}), each channel ({stored} - mean) / std"
+
+
+def _named(x: Inputs) -> dict[str, Tensor]:
+    """Return inputs by their names in the file, in float32."""
+    single = _single(x)
+    return {"input": single} if isinstance(single, Tensor) else single
+
+
+def _single(x: Inputs) -> Inputs:
+    """Return inputs with numbers in float32."""
+    return map_inputs(lambda v: v.float() if v.is_floating_point() else v, x)
+
+
+def largest_difference(model: PersonalModel, x: Inputs, logits: Tensor, who: str) -> float:
     """Return the largest difference between `logits` and torch's on examples `x`.
 
     The tolerance is 1e-5 of the largest logit, or ten times the difference between torch in float32 and in float64 if that is larger,
@@ -191,7 +229,8 @@ def largest_difference(model: PersonalModel, x: Tensor, logits: Tensor, who: str
     Raises:
         ExportError: the difference exceeds the tolerance.
     """
-    own, exact = _torch_logits(model, x.float()), _torch_logits(copy.deepcopy(model).double(), x.double())
+    double = map_inputs(lambda v: v.double() if v.is_floating_point() else v, x)
+    own, exact = _torch_logits(model, _single(x)), _torch_logits(copy.deepcopy(model).double(), double)
     known = exact.abs() < LOWEST
     if not known.any() or not torch.equal(known, logits.abs() < LOWEST):
         raise ExportError(f"{who}: logits are not finite, or not for the same classes in the file and in torch")
@@ -204,21 +243,23 @@ def largest_difference(model: PersonalModel, x: Tensor, logits: Tensor, who: str
     return difference
 
 
-def _own_rows(experiment: Experiment, i: int) -> tuple[Tensor, Tensor]:
+def _own_rows(experiment: Experiment, i: int) -> tuple[Inputs, Tensor]:
     """Return the client's test examples, or the common test set if it has none."""
     data = experiment.data
     return data.test(i) if data.n_test(i) else data.common()
 
 
-def _write_onnx(model: PersonalModel, x: Tensor, file: Path, facts: Mapping[str, str]) -> set[str]:
+def _write_onnx(model: PersonalModel, x: Inputs, file: Path, facts: Mapping[str, str]) -> set[str]:
     """Write the ONNX file. Return the names of the parameters and buffers that predictions use."""
+    named = _named(x)
+    dims = {name: {0: torch.export.Dim("batch")} for name in named}
     with _without_warnings():
         program = torch.onnx.export(
             model,
             (x,),
             dynamo=True,
-            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
-            input_names=["input"],
+            dynamic_shapes={"x": dims if isinstance(x, dict) else dims["input"]},
+            input_names=list(named),
             output_names=["logits"],
             verbose=False,
         )
@@ -245,26 +286,31 @@ def _without_warnings() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _run_onnx(file: Path, x: Tensor) -> Tensor:
+def _run_onnx(file: Path, x: Inputs) -> Tensor:
     """Return logits from ONNX Runtime, in batches of `BATCH`. The last batch is usually smaller, which tests other batch sizes."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    parts = [session.run(None, {"input": part.float().numpy()})[0] for part in torch.split(x, BATCH)]
+    wanted = {given.name for given in session.get_inputs()}  # an input that the model ignores is not in the file
+    named = {name: values for name, values in _named(x).items() if name in wanted}
+    starts = range(0, n_examples(x), BATCH)
+    parts = [session.run(None, {name: v[k : k + BATCH].numpy() for name, v in named.items()})[0] for k in starts]
     return torch.cat([torch.from_numpy(part) for part in parts])
 
 
 @torch.inference_mode()
-def _torch_logits(model: PersonalModel, x: Tensor) -> Tensor:
-    return torch.cat([model(part) for part in torch.split(x, BATCH)])
+def _torch_logits(model: PersonalModel, x: Inputs) -> Tensor:
+    starts = range(0, n_examples(x), BATCH)
+    return torch.cat([model(map_inputs(lambda v, k=k: v[k : k + BATCH], x)) for k in starts])
 
 
 @torch.inference_mode()
-def _torch_seconds(model: PersonalModel, x: Tensor) -> tuple[float, float]:
+def _torch_seconds(model: PersonalModel, x: Inputs) -> tuple[float, float]:
     """Return the seconds for one image and for a batch, on one thread."""
     with torch_threads(1):
-        batch = x[torch.arange(BATCH) % len(x)].float()
-        return _median(lambda: model(batch[:1])), _median(lambda: model(batch))
+        batch = map_inputs(lambda v: v[torch.arange(BATCH) % len(v)], _single(x))
+        one = map_inputs(lambda v: v[:1], batch)
+        return _median(lambda: model(one)), _median(lambda: model(batch))
 
 
 def _median(work: Callable[[], Any]) -> float:
@@ -277,10 +323,11 @@ def _median(work: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
-def _probe(file: Path, shape: Sequence[int]) -> dict[str, float]:
+def _probe(file: Path, inputs: Mapping[str, Tensor]) -> dict[str, float]:
     """Measure time and memory of ONNX Runtime in a separate process."""
     source = f"{inspect.getsource(process_memory)}\n{PROBE}"
-    words = [str(file), json.dumps(list(shape)), str(LEAST), str(MOST_S), str(BATCH)]
+    kinds = {name: (list(v.shape[1:]), "float32" if v.is_floating_point() else "int64") for name, v in inputs.items()}
+    words = [str(file), json.dumps(kinds), str(LEAST), str(MOST_S), str(BATCH)]
     done = subprocess.run([sys.executable, "-P", "-c", source, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ExportError(f"{file} cannot be run: {done.stderr.strip().splitlines()[-1]}")

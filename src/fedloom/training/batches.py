@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom.accelerator import HOST, staged
+from fedloom.inputs import Inputs, map_inputs, tensors_of
 from fedloom.method import Batch
 from fedloom.rng import Stream
 
@@ -19,8 +20,8 @@ GATHERED_BYTES = 1 << 18  # of inputs gathered at once, few enough to stay in th
 class Rows(NamedTuple):
     """A client's examples, the augmentation of their batches (optional), and the device on which they are used."""
 
-    x: Tensor  # (n, ...)
-    y: Tensor  # (n,)
+    x: Inputs  # (n, ...), or several such tensors by name
+    y: Tensor  # (n, ...) targets
     augment: Callable[[Tensor, Stream], Tensor] | None = None
     device: torch.device = HOST
 
@@ -30,20 +31,31 @@ class Rows(NamedTuple):
 
     def batches(self, order: Iterable[Tensor], rng: Stream) -> Iterator[Batch]:
         """Yield the batches. Several small batches are gathered at once, because each call costs more than the copy itself."""
-        room = max(GATHERED_BYTES // max(self.x[:1].nbytes, 1), 1)
+        room = max(GATHERED_BYTES // max(sum(t[:1].nbytes for t in tensors_of(self.x)), 1), 1)
         for some in _together(order, room):
-            index, sizes = torch.cat(some).to(self.x.device), [len(mine) for mine in some]
-            if is_channels_last(self.x):
-                x = self.x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
-            else:
-                x = self.x.index_select(0, index)
-            x, y = staged(x, self.device), staged(self.y.index_select(0, index), self.device)
-            for mine, labels in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True):
-                yield Batch(self.augment(mine, rng) if self.augment else mine, labels)
+            index, sizes = torch.cat(some).to(self.y.device), [len(mine) for mine in some]
+            y = staged(self.y.index_select(0, index), self.device)
+            for mine, targets in zip(self._gathered(index, sizes), torch.split(y, sizes), strict=True):
+                yield Batch(self.augment(mine, rng) if self.augment and isinstance(mine, Tensor) else mine, targets)
+
+    def _gathered(self, index: Tensor, sizes: list[int]) -> Iterable[Inputs]:
+        """Return the inputs of the examples at `index`, in consecutive parts of the given sizes."""
+        if isinstance(self.x, Tensor):
+            return torch.split(staged(_gather(self.x, index), self.device), sizes)
+        parts = {name: torch.split(staged(_gather(v, index), self.device), sizes) for name, v in self.x.items()}
+        return [{name: values[k] for name, values in parts.items()} for k in range(len(sizes))]
 
     def part(self, start: int, stop: int | None = None) -> Batch:
         """Return the examples from `start` to `stop` without augmentation."""
-        return Batch(staged(self.x[start:stop], self.device), staged(self.y[start:stop], self.device))
+        x = map_inputs(lambda values: staged(values[start:stop], self.device), self.x)
+        return Batch(x, staged(self.y[start:stop], self.device))
+
+
+def _gather(values: Tensor, index: Tensor) -> Tensor:
+    """Return the rows at `index`, in the memory layout of `values`."""
+    if is_channels_last(values):
+        return values.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return values.index_select(0, index)
 
 
 def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
@@ -59,9 +71,14 @@ def _together(order: Iterable[Tensor], room: int) -> Iterator[list[Tensor]]:
         yield some
 
 
-def is_channels_last(x: Tensor) -> bool:
-    """Return whether images are stored in channels-last format."""
-    return x.ndim == 4 and x.stride() == _channels_last_stride(x)
+def is_channels_last(x: Inputs) -> bool:
+    """Return whether inputs are images stored in channels-last format."""
+    return isinstance(x, Tensor) and x.ndim == 4 and x.stride() == _channels_last_stride(x)
+
+
+def laid_out_inputs(x: Inputs, channels_last: bool) -> Inputs:
+    """Return inputs with images in the requested memory format; the values do not change."""
+    return laid_out({"x": x}, channels_last)["x"] if isinstance(x, Tensor) else x
 
 
 def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:

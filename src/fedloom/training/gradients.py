@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from fedloom.accelerator import HOST
 from fedloom.errors import MethodError
 from fedloom.method import Batch, Train
-from fedloom.nets import Nets
+from fedloom.nets import CLASSES, Nets
+from fedloom.objectives import Objective
 from fedloom.optim import Params
 from fedloom.training.choose import Convolutions, FastForms
 from fedloom.training.steps import Replace, Step, StepResult
@@ -25,6 +26,7 @@ class Gradients:
         self,
         modules: Mapping[str, nn.Module],
         *,
+        objective: Objective = CLASSES,
         bf16: bool = False,
         device: torch.device = HOST,
         convolutions: Convolutions | None = None,
@@ -33,12 +35,13 @@ class Gradients:
         """Store the modules, and choose the faster forms of a step that may be used with them.
 
         Args:
+            objective: the learning task, which defines `nets.loss`.
             bf16: whether matrix products and convolutions run in bfloat16 (autocast); weights and updates keep their precision.
             device: the device of the modules and all tensors.
             convolutions: how to compute the convolutions of several clients at once; default: as in vmap.
             as_written: whether to run losses operation by operation, without faster forms, so that operations can be counted.
         """
-        self.modules, self.bf16, self.device = modules, bf16, device
+        self.modules, self.objective, self.bf16, self.device = modules, objective, bf16, device
         self.forms = FastForms(modules, bf16=bf16, device=device, convolutions=convolutions, as_written=as_written)
 
     def step(self, train: Train, replace: Replace | None = None) -> Step:
@@ -49,7 +52,7 @@ class Gradients:
             params, batch = place_values(wanted, Batch(**inputs["batch"]))
             if replace:
                 params = replace(params, batch)
-            nets = Nets(self.modules, {**inputs["params"], **params}, inputs["buffers"], train.modes)
+            nets = self.nets({**inputs["params"], **params}, inputs["buffers"], train.modes)
             with self.autocast():
                 loss, logs = with_logs(train.loss(nets, batch, inputs["down"], inputs["memory"]))
             grads = torch.autograd.grad(loss, list(wanted.values()), materialize_grads=True)
@@ -57,6 +60,10 @@ class Gradients:
             return StepResult(dict(zip(wanted, grads, strict=True)), logged)
 
         return plain
+
+    def nets(self, params: Params, buffers: Params, training: Iterable[str] = ()) -> Nets:
+        """Return one client's nets; those in `training` are in training mode."""
+        return Nets(self.modules, params, buffers, training, objective=self.objective)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context in which losses and predictions are computed: bfloat16 autocast, or a null context."""

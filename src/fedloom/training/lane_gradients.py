@@ -10,7 +10,6 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.method import Batch, Interleave, Train
-from fedloom.nets import Nets
 from fedloom.optim import Params
 from fedloom.training.gradients import Gradients, place_values, with_grad, with_logs
 from fedloom.training.precompute import Precomputed, nets_in_train_mode
@@ -38,7 +37,7 @@ class LaneGradients:
                 if replace:
                     params = replace(params, batch)
                 buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
-                nets = Nets(self._gradients.modules, {**i["fixed"], **i["others"], **params}, buffers, train.modes)
+                nets = self._gradients.nets({**i["fixed"], **i["others"], **params}, buffers, train.modes)
                 with self._gradients.autocast():
                     value, logs = with_logs(train.loss(nets, batch, i["down"], i["memory"]))
                 return value, (logs, buffers)
@@ -60,7 +59,7 @@ class LaneGradients:
         def lane(i: Tree) -> tuple[Params, Params]:
             assert phase.precompute is not None
             buffers = {name: buffer.clone() for name, buffer in i["buffers"].items()}
-            nets = Nets(self._gradients.modules, {**i["fixed"], **i["others"], **i["wanted"]}, buffers, modes)
+            nets = self._gradients.nets({**i["fixed"], **i["others"], **i["wanted"]}, buffers, modes)
             with self._gradients.autocast():
                 return dict(phase.precompute(nets, Batch(**i["batch"]), i["down"], i["memory"])), buffers
 

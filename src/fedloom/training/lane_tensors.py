@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from fedloom import tree
+from fedloom.inputs import Inputs, map_inputs
 from fedloom.method import Batch
 from fedloom.rng import Stream
 from fedloom.training.batches import Rows
@@ -45,20 +46,31 @@ class LaneRows:
 
     def __init__(self, lanes: Sequence[Rows]) -> None:
         _, _, self._augment, device = lanes[0]
-        self.x, y = (side_by_side(parts) for parts in ([rows.x for rows in lanes], [rows.y for rows in lanes]))
-        self._rows = Rows(self.x.flatten(0, 1), y.flatten(), None, device)
+        self.x = inputs_side_by_side([rows.x for rows in lanes])
+        y = side_by_side([rows.y for rows in lanes])
+        self._most = y.shape[1]
+        self._rows = Rows(map_inputs(lambda x: x.flatten(0, 1), self.x), y.flatten(0, 1), None, device)
 
     def places(self, lane: int, batches: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return a lane's batches as indices among the examples of all lanes."""
-        return torch.split(torch.cat(list(batches)) + lane * self.x.shape[1], [len(batch) for batch in batches])
+        return torch.split(torch.cat(list(batches)) + lane * self._most, [len(batch) for batch in batches])
 
     def batch(self, places: Tensor, streams: Sequence[Stream]) -> Batch:
-        """Return batches of equal size, one per stream (each stream belongs to a lane), stacked: x (lanes, B, ...), y (lanes, B)."""
-        x, y, *_ = self._rows.batch(places, streams[0])
-        x, y = x.view(len(streams), -1, *x.shape[1:]), y.view(len(streams), -1)
-        if self._augment:
+        """Return batches of equal size, one per stream (each stream belongs to a lane), stacked: x (lanes, B, ...), y (lanes, B, ...)."""
+        flat = self._rows.batch(places, streams[0])
+        x = map_inputs(lambda v: v.view(len(streams), -1, *v.shape[1:]), flat.x)
+        y = flat.y.view(len(streams), -1, *flat.y.shape[1:])
+        if self._augment and isinstance(x, Tensor):
             x = torch.stack([self._augment(own, stream) for own, stream in zip(x, streams, strict=True)])
         return Batch(x, y)
+
+
+def inputs_side_by_side(parts: Sequence[Inputs]) -> Inputs:
+    """Return `side_by_side` of every input tensor."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return side_by_side([part for part in parts if isinstance(part, Tensor)])
+    return {name: side_by_side([part[name] for part in parts if isinstance(part, dict)]) for name in first}
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.accelerator import synchronise
+from fedloom.inputs import unstacked
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Train, Turn
 from fedloom.optim import Params
 from fedloom.training.batches import is_channels_last, laid_out
@@ -130,7 +131,8 @@ class LaneTrain:
         """Return the step's random tensors, stacked."""
         if not self.train.draw:
             return {}
-        lanes = zip(at.batch.x, at.batch.y, [self._streams[k] for k in at.subset.lanes], strict=True)
+        n = len(at.subset.lanes)
+        lanes = zip(unstacked(at.batch.x, n), at.batch.y, [self._streams[k] for k in at.subset.lanes], strict=True)
         task = self._lanes[0].context.task
         return self._here(tree.stack([dict(self.train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes]))
 

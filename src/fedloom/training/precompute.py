@@ -9,7 +9,6 @@ import torch
 
 from fedloom.errors import MethodError
 from fedloom.method import Batch, Interleave, Train
-from fedloom.nets import Nets
 from fedloom.optim import Params
 from fedloom.training.gradients import Gradients, with_grad
 from fedloom.training.steps import Step, StepResult
@@ -74,7 +73,7 @@ def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients,
     """
     assert phase.precompute is not None
     leaves = with_grad(inputs["wanted"])
-    nets = Nets(gradients.modules, {**inputs["params"], **leaves}, inputs["buffers"], nets_in_train_mode(trains))
+    nets = gradients.nets({**inputs["params"], **leaves}, inputs["buffers"], nets_in_train_mode(trains))
     with gradients.autocast():
         values = phase.precompute(nets, Batch(**inputs["batch"]), inputs["down"], inputs["memory"])
     return Precomputed(dict(values), leaves)

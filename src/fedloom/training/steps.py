@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fedloom.errors import MethodError
+from fedloom.inputs import Inputs
 from fedloom.method import Batch, Client, Train
 from fedloom.nets import select
 from fedloom.optim import Params
@@ -46,7 +47,7 @@ class TrainJob:
     order: Sequence[Tensor]  # that client's batches, as indices of examples
     step: Callable[[Replace | None], Step]  # returns the plain step of one client
     clients: Sequence[Client]
-    inputs: Tensor  # x of all clients' examples, stacked and padded: (clients, n, ...)
+    inputs: Inputs  # x of all clients' examples, stacked and padded: (clients, n, ...)
     stacked_step: Callable[[Replace | None], Step] | None = (
         None  # returns the plain step of several clients, if there are several
     )

@@ -11,8 +11,8 @@ from torch import Tensor
 from fedloom import tree
 from fedloom.accelerator import staged
 from fedloom.errors import MethodError
+from fedloom.inputs import Inputs, map_inputs, n_examples
 from fedloom.method import Client, Free, Predictor, Sweep
-from fedloom.nets import Nets
 from fedloom.training.batches import is_channels_last, laid_out
 from fedloom.training.context import LocalWork
 from fedloom.training.gradients import Gradients
@@ -26,7 +26,7 @@ def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
     client, down, rows = work.client, work.down, work.context.rows
     if phase.name not in client.memory:
         raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}']; create it in init_memory")
-    nets = Nets(gradients.modules, **client.weights)
+    nets = gradients.nets(**client.weights)
     total = tree.zeros_like(client.memory[phase.name])
     inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
     with _read_only(phase, inputs), torch.inference_mode():
@@ -40,7 +40,7 @@ def run_free(phase: Free, gradients: Gradients, work: LocalWork) -> Client:
     """Run the phase's own code on all examples."""
     client, down, context, _ = work
     rows = context.rows
-    nets = Nets(gradients.modules, **client.weights)
+    nets = gradients.nets(**client.weights)
     with _read_only(phase, {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory}):
         return phase.run(client, nets, rows.part(0), down, context.rng)
 
@@ -62,14 +62,15 @@ def predict(
     predictor: Predictor,
     gradients: Gradients,
     client: Client,
-    x: Tensor,
+    x: Inputs,
     down: Tree,
     *,
     batch: int = EVAL_BATCH,
 ) -> Tensor:
-    """Return the logits (n, Y) of all examples, computed in evaluation mode and in large batches."""
+    """Return the outputs, such as logits (n, Y), of all examples, computed in evaluation mode and in large batches."""
     weights: Weights = client.weights
-    nets = Nets(gradients.modules, laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
+    nets = gradients.nets(laid_out(weights["params"], is_channels_last(x)), weights["buffers"])
     with gradients.autocast():
-        parts = (staged(part, gradients.device) for part in torch.split(x, batch))
+        starts = range(0, n_examples(x), batch)
+        parts = (map_inputs(lambda v, k=k: staged(v[k : k + batch], gradients.device), x) for k in starts)
         return torch.cat([predictor(nets, part, down, client.memory) for part in parts])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fedloom import tree
 from fedloom.accelerator import generators, staged, synchronise
 from fedloom.errors import DataError
+from fedloom.inputs import map_inputs, shapes_of
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Train, Turn
 from fedloom.optim import Params
 from fedloom.rng import Stream
@@ -99,7 +100,7 @@ def run_phases(
         try:
             client, trained = _run_phase(phase, gradients, LocalWork(client, down, here, turn), lr_scale)
         except Exception as error:
-            before, shape = sum(steps.values()), tuple(here.rows.x.shape)
+            before, shape = sum(steps.values()), shapes_of(here.rows.x)
             error.add_note(
                 f"in phase '{phase.name}', after {before} steps in earlier phases; examples of shape {shape}"
             )
@@ -193,7 +194,7 @@ class LocalTrain:
             order=order,
             step=partial(gradients.step, train),
             clients=[client],
-            inputs=context.rows.x[None],
+            inputs=map_inputs(lambda x: x[None], context.rows.x),
         )
         self.runner = gradients.forms.runner(job, same_bits=same_bits)
 

@@ -73,10 +73,10 @@ def test_options_reach_the_architecture():
         ({"source": "resnet21"}, ["resnet21", "did you mean", "resnet2"]),
         ({"source": "zebra"}, ["zebra", "fedavg_cnn", "vit_tiny"]),
         ({"source": 3}, ["model=3"]),
-        ({"n_classes": 0}, ["n_classes=0"]),
-        ({"n_classes": True}, ["n_classes=True"]),
+        ({"outputs": 0}, ["n_classes=0"]),
+        ({"outputs": True}, ["n_classes=True"]),
         ({"width": 2.5}, ["width=2.5"]),
-        ({"input_shape": (1, 8, -1)}, ["input_shape", "-1"]),
+        ({"inputs": (1, 8, -1)}, ["input_shape", "-1"]),
         ({"source": "resnet8", "input_shape": (64,)}, ["resnet8", "(64,)", "8x8"]),
         ({"source": "resnet8", "input_shape": (1, 4, 8)}, ["resnet8", "(1, 4, 8)", "8x8"]),
         ({"options": {"hiden": 3}}, ["mlp", "hiden", "did you mean 'hidden'"]),
@@ -90,7 +90,7 @@ def test_options_reach_the_architecture():
 )
 def test_invalid_recipes_are_refused_in_one_line(settings, words):
     with pytest.raises(ConfigError) as caught:
-        arch(**{"source": "mlp", "input_shape": SHAPE, "n_classes": 10, **settings})
+        arch(**{"source": "mlp", "inputs": SHAPE, "outputs": 10, **settings})
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message

@@ -28,7 +28,7 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from fedloom import tree
-from fedloom.engines.base import Problem, Reply, Score, ScoreRequest, sum_scores
+from fedloom.engines.base import Problem, Reply, Score, ScoreRequest
 from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.engines.ray.address import check_address, refused
 from fedloom.engines.ray.packing import Packed, Packer, unpack
@@ -49,6 +49,7 @@ from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, WorkerError, is_own_code
 from fedloom.method import Client, Downlink
+from fedloom.objectives import sum_scores
 
 START_S = 180.0  # time limit for workers to start; the first import of torch on a machine is slow
 ATTEMPTS = 3  # attempts at scoring, and the limit on consecutive rounds without a reply

@@ -38,11 +38,12 @@ class GramStepRunner(StepRunner):
 
     def __init__(self, job: TrainJob, replace: GramOutputs, step: Step) -> None:
         super().__init__([name for name in job.names if name not in replace.names], step)
-        lr = job.train.optimizer.plain_lr
+        lr, inputs = job.train.optimizer.plain_lr, job.inputs
         assert lr is not None
+        assert isinstance(inputs, Tensor)
         self._stacked = job.stacked_step is not None
         self._layers = {
-            name: GramLayer([client.weights["params"][name] for client in job.clients], job.inputs, lr)
+            name: GramLayer([client.weights["params"][name] for client in job.clients], inputs, lr)
             for name in replace.names
         }
 
@@ -78,6 +79,8 @@ class GramChoice:
         (x, y, augment, _), client = job.work.context.rows, job.work.client
         if not job.alone or job.train.optimizer.plain_lr is None or augment:
             return ()
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return ()
         params, n_features = client.weights["params"], x[0].numel()
         work = PhaseWork(len(y), sum(map(len, job.order)), len(job.order), len(job.clients))
         fitting = (n for n in job.names if params[n].ndim == 2 and params[n].shape[1] == n_features)
@@ -104,7 +107,7 @@ def accepted(job: TrainJob, names: Sequence[str]) -> tuple[str, ...]:
     Any exception counts as a failed test: a loss that fails for another reason will fail again when it runs as written.
     """
     (client, down, context, _), size = job.work, len(job.order[0])
-    batch = Batch(context.rows.x[:size], context.rows.y[:size])
+    batch = context.rows.part(0, size)
     if job.train.draw:
         batch = batch._replace(draws=job.train.draw(batch, context.task, Stream("trial")))
     params, buffers = client.weights["params"], tree.clone(client.weights["buffers"])

@@ -103,7 +103,10 @@ def kind_of(train: Train, work: LocalWork) -> Any:
 def form_of_batch(batch: Tree) -> Any:
     """Return the shapes of a batch (a tree)."""
     x = batch["x"]
-    return x.shape, x.stride(), _form(batch["draws"]), _form(batch["precomputed"])
+    form: Any = (
+        (x.shape, x.stride()) if isinstance(x, Tensor) else tuple((n, v.shape, v.stride()) for n, v in x.items())
+    )
+    return form, batch["y"].shape, _form(batch["draws"]), _form(batch["precomputed"])
 
 
 def _form(tensors: Mapping[str, Any]) -> Any:

@@ -1,0 +1,221 @@
+"""A data set made from arrays: NumPy, torch or pandas, one input or several, for every learning task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fedloom.data.dataset import Column, Dataset, describe, validated
+from fedloom.data.targets import class_numbers, objective_for
+from fedloom.errors import DataError, suggest
+from fedloom.inputs import KINDS, Inputs, Kind, map_inputs, tensors_of
+
+log = logging.getLogger(__name__)
+
+Array = Tensor | npt.NDArray[Any]
+Given = Array | Mapping[str, Array] | tuple[Array, ...] | Any  # Any: a pandas table
+
+
+def from_arrays(
+    x: Given,
+    y: Any,
+    x_test: Given | None = None,
+    y_test: Any = None,
+    *,
+    name: str = "arrays",
+    task: Literal["classification", "multilabel", "regression", "language"] = "classification",
+    classes: Sequence[str] | None = None,
+    columns: Mapping[str, Sequence[Any] | Column] | None = None,
+    kind: Kind | Mapping[str, Kind] | None = None,
+    vocabulary: int | None = None,
+    loss: Literal["mse", "huber"] = "mse",
+    delta: float = 1.0,
+) -> Dataset:
+    """Return a pool made from NumPy arrays, torch tensors or pandas tables. The arrays are copied.
+
+    Images with channels last, (N, H, W, C), are converted to channels first. Float images with integer values from 0 to
+    255 are converted to uint8. Both are logged.
+
+    Args:
+        x: (N, C, H, W) uint8 images, finite floats of any shape (N, ...), or integers (N, T), which are token ids (0: padding). A
+            dictionary has several such arrays; they are passed to the model by name. A tuple is passed by position.
+        y: targets. Classification: (N,) integers from 0, or names. Multi-label: (N, L) of 0 and 1. Regression: (N,) or (N, M) numbers.
+            Language: (N, T) token ids, the next token at every position, and -100 where there is none.
+        x_test, y_test: official test examples; give both or neither.
+        name: name of the data set, for listings and messages.
+        task: the learning task.
+        classes: names of the classes, labels or targets.
+        columns: further values, one per example each, training examples first.
+        kind: `picture`, `number`, `token` or `category`, for all inputs or by name. Default: by type and shape.
+        vocabulary: number of different tokens, V. Default: one more than the largest in inputs and targets.
+        loss: regression: squared error, or Huber with threshold `delta`, in standard deviations of the target.
+        delta: see `loss`.
+
+    Raises:
+        DataError: arrays have the wrong shape or type, or labels run from 1 to K without `classes` (class 0 would have no examples).
+    """
+    if (x_test is None) != (y_test is None):
+        raise DataError("from_arrays: x_test and y_test must be given together; one of them is missing")
+    kinds = _kinds(kind, x)
+    inputs, n_train = _inputs(x, "x", kinds), len(y)
+    targets = _array(y, "y")
+    if x_test is not None:
+        inputs, targets = _with_test(inputs, _inputs(x_test, "x_test", kinds), targets, _array(y_test, "y_test"))
+    if any(len(values) != len(targets) for values in tensors_of(inputs)):
+        n = len(tensors_of(inputs)[0])
+        raise DataError(f"from_arrays: {n} inputs and {len(targets)} labels; each input must have one label")
+    if task == "classification":
+        targets, classes = class_numbers(targets, classes)
+    values, objective = objective_for(
+        task, _tensor(targets, "y"), n_train, names=classes, vocabulary=vocabulary, loss=loss, delta=delta
+    )
+    levels = None
+    if task == "language" or vocabulary is not None:
+        levels = _vocabularies(inputs, kinds, max(vocabulary or 0, getattr(objective, "vocabulary", 0)))
+    pool = Dataset(
+        name=name,
+        inputs=inputs,
+        targets=values,
+        n_train=n_train,
+        objective=objective,
+        spec=describe(inputs, kinds, levels),
+        columns={key: np.asarray(v) for key, v in (columns or {}).items()},
+    )
+    return validated(pool)
+
+
+def _kinds(kind: Kind | Mapping[str, Kind] | None, x: Given) -> dict[str, Kind]:
+    """Return the kinds that the caller names, by field."""
+    fields = _fields(x)
+    named = dict(kind) if isinstance(kind, Mapping) else dict.fromkeys(fields, kind) if kind else {}
+    for key, value in named.items():
+        if key not in fields:
+            raise DataError(f"from_arrays: kind names input '{key}'{suggest(key, fields)}")
+        if value not in KINDS:
+            raise DataError(f"from_arrays: kind={value}: unknown{suggest(value, KINDS)}")
+    return named
+
+
+def _fields(x: Given) -> dict[str, Any]:
+    """Return the inputs by name; a single array has the name ""."""
+    if isinstance(x, Mapping):
+        if not x or not all(isinstance(key, str) and key for key in x):
+            raise DataError("from_arrays: inputs in a dictionary need names (strings)")
+        return dict(x)
+    return {str(i): values for i, values in enumerate(x)} if isinstance(x, tuple) else {"": x}
+
+
+def _inputs(x: Given, what: str, kinds: Mapping[str, Kind]) -> Inputs:
+    """Return the inputs as tensors."""
+    found = {key: _field(v, f"{what}['{key}']" if key else what, kinds.get(key)) for key, v in _fields(x).items()}
+    return found[""] if list(found) == [""] else found
+
+
+def _with_test(inputs: Inputs, more: Inputs, y: Any, y_test: Any) -> tuple[Inputs, Any]:
+    """Return training and test examples one after another."""
+    if isinstance(inputs, dict) != isinstance(more, dict) or (
+        isinstance(inputs, dict) and isinstance(more, dict) and inputs.keys() != more.keys()
+    ):
+        raise DataError("from_arrays: x and x_test must have the same inputs")
+
+    def joined(a: Tensor, b: Tensor) -> Tensor:
+        if a.is_floating_point() and b.dtype == torch.uint8:  # x was not converted: some of its pixels are not integers
+            b = b.to(a.dtype)
+        if a.shape[1:] != b.shape[1:] or a.is_floating_point() != b.is_floating_point():
+            raise DataError(f"from_arrays: x_test is {_describe(b)} and x is {_describe(a)}; they must agree")
+        return torch.cat([a, b])
+
+    if y.shape[1:] != y_test.shape[1:]:
+        raise DataError(f"from_arrays: y_test has shape {y_test.shape} and y {y.shape}; they must agree")
+    return map_inputs(joined, inputs, more), np.concatenate([y, y_test])
+
+
+def _array(values: Any, what: str) -> npt.NDArray[Any]:
+    """Return targets as an array."""
+    if isinstance(values, Tensor):
+        values = values.detach().cpu().numpy()
+    found = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+    if found.ndim == 0 or len(found) == 0:
+        raise DataError(f"from_arrays: {what} has shape {found.shape}; it must have one row per example")
+    return found
+
+
+def _tensor(values: Any, what: str) -> Tensor:
+    """Return a copy as a tensor, so that later changes to the caller's array do not affect the data set, and vice versa."""
+    try:
+        if isinstance(values, Tensor):
+            return values.detach().cpu().clone()
+        values = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+        return torch.tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"from_arrays: {what} cannot be converted to a tensor ({error})") from error
+
+
+def _field(x: Any, what: str, kind: Kind | None) -> Tensor:
+    tensor = _tensor(x, what)
+    if tensor.ndim < 2 or len(tensor) == 0:
+        raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; it must be (N, ...) with N > 0 examples")
+    if kind in ("token", "category"):
+        return _integers(tensor, what, kind)
+    if kind == "number" and not tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)
+    tensor = tensor if kind == "number" else _as_pictures(tensor, what)
+    if tensor.dtype == torch.uint8:
+        if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
+            raise DataError(
+                f"from_arrays: {what} is {_describe(tensor)}; uint8 images must be (N, C, H, W) with C = 1 or 3 "
+                "(kind='token' for token ids)"
+            )
+    elif kind == "picture":
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; pictures must be uint8")
+    elif not tensor.is_floating_point():
+        return _integers(tensor, what, "token")
+    elif not bool(torch.isfinite(tensor).all()):
+        raise DataError(f"from_arrays: {what} has NaN or infinite values; remove or replace them")
+    return tensor
+
+
+def _as_pictures(tensor: Tensor, what: str) -> Tensor:
+    """Return images with channels first, and pixel values from 0 to 255 as uint8."""
+    if tensor.ndim == 4 and tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3):
+        log.warning("from_arrays: %s is %s; converted from channels last to channels first", what, _describe(tensor))
+        tensor = tensor.permute(0, 3, 1, 2).contiguous()
+    if tensor.is_floating_point() and tensor.ndim == 4 and _are_bytes(tensor):
+        log.warning("from_arrays: %s holds integers from 0 to 255 as %s; converted to uint8", what, _describe(tensor))
+        tensor = tensor.to(torch.uint8)
+    return tensor
+
+
+def _integers(tensor: Tensor, what: str, kind: Kind) -> Tensor:
+    """Return token ids or categories in the smallest integer type that holds them."""
+    if tensor.is_floating_point():
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; {kind} inputs must be integers")
+    if kind == "category" and tensor.ndim != 2:
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; categories must be (N, columns)")
+    low, high = int(tensor.min()), int(tensor.max())
+    if low < 0:
+        raise DataError(f"from_arrays: {what} has the value {low}; {kind} inputs must be 0 or more")
+    small = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if high <= torch.iinfo(t).max)
+    return tensor.to(small)
+
+
+def _vocabularies(inputs: Inputs, kinds: Mapping[str, Kind], size: int) -> dict[str, tuple[int, ...]]:
+    """Return the size of the vocabulary for every field of tokens: at least `size`."""
+    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+    spec = describe(inputs, kinds)
+    return {f.name: (max(size, int(named[f.name].max()) + 1),) for f in spec.fields if f.kind == "token"}
+
+
+def _are_bytes(x: Tensor) -> bool:
+    """Return whether images are pixel values from 0 to 255 stored as floats."""
+    return x.shape[1] in (1, 3) and 1.5 < float(x.max()) <= 255 and float(x.min()) >= 0 and bool((x == x.round()).all())
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
