@@ -80,9 +80,15 @@ def models() -> list[Facts]:
     found = []
     for name, origin in ZOO.origins.items():
         text, options = source_facts.function_facts(origin)
-        facts = {"inputs": sorted(INPUTS[name]), "summary": _first_line(text), "options": options, "description": text}
+        facts = {"inputs": sorted(INPUTS[name]), "summary": _first_line(text), "options": options}
+        facts["description"] = f"{text}\n\n{EVERY_MODEL}"
         found.append({"name": name, **facts})
     return found
+
+
+EVERY_MODEL = """\
+Every model also has the options `weights=FILE.safetensors` (pretrained weights of the body), `lora=RANK` (low-rank adapters on a frozen
+body), `lora_alpha` (default: 2 RANK) and `lora_freeze_a`."""
 
 
 def engines() -> list[Facts]:

@@ -7,12 +7,11 @@ Adapters are parametrisations of torch (`torch.nn.utils.parametrize`): a layer's
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import safetensors
 import safetensors.torch
@@ -25,10 +24,10 @@ from fedloom.errors import ConfigError
 PREFIXES = ("", "body.", "model.", "model.body.", "nets.model.body.")
 """What may precede the names of a body's tensors in a file: a body, a whole model, and files of `fedloom export`."""
 SHOWN = 3
+DEFAULTS: Mapping[str, str | int | float | bool] = {"weights": "", "lora": 0, "lora_alpha": 0.0, "lora_freeze_a": False}
+"""Options of every model (see `Base`)."""
 
 M = TypeVar("M", bound=nn.Module)
-
-log = logging.getLogger(__name__)
 
 
 class LowRank(nn.Module):
@@ -63,6 +62,26 @@ class Base:
     alpha: float | None = None
     freeze_a: bool = False
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> Base:
+        """Return the base for options of a model (`DEFAULTS`). Raise ConfigError for a value that cannot be."""
+        lora, file, alpha = (options.get(key) for key in ("lora", "weights", "lora_alpha"))
+        frozen = options.get("lora_freeze_a", False)
+        if lora is not None and (type(lora) is not int or lora < 1):
+            raise ConfigError(f"model.lora={lora!r}: must be a whole number of at least 1, the rank of the adapters")
+        if file is not None and not (isinstance(file, str | Path) and str(file)):
+            raise ConfigError(f"model.weights={file!r}: must be the name of a safetensors file")
+        if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < math.inf):
+            raise ConfigError(f"model.lora_alpha={alpha!r}: must be a number above 0")
+        if type(frozen) is not bool:
+            raise ConfigError(f"model.lora_freeze_a={frozen!r}: must be true or false")
+        idle = [key for key in ("lora_alpha", "lora_freeze_a") if key in options]
+        if idle and lora is None:
+            raise ConfigError(
+                f"model.{idle[0]}={options[idle[0]]}: has no effect without adapters; set model.lora=RANK"
+            )
+        return cls(weights=None if file is None else str(file), lora=lora or 0, alpha=alpha, freeze_a=frozen)
+
     def prepared(self, body: M) -> M:
         """Return the body with the base's weights and adapters. The body is changed in place."""
         if self.weights is not None:
@@ -73,20 +92,26 @@ class Base:
         return with_adapters(body, self.lora, alpha, freeze_a=self.freeze_a)
 
     def check(self, build: Callable[[], nn.Module], name: str) -> None:
-        """Raise ConfigError if adapters cannot be added to the bodies of `build`, or if a frozen tensor would be random."""
-        if not self.lora:
+        """Raise ConfigError if the bodies of `build` do not fit, or if adapters would be added to a random body."""
+        if self == NO_BASE:
             return
         bases = []
         with torch.random.fork_rng(devices=[]):
             for seed in (0, 1):
                 torch.manual_seed(seed)
                 bases.append(_base(build()))
+        if not self.lora:
+            return
         random = [key for key, tensor in bases[0].items() if not torch.equal(tensor, bases[1][key])]
         if random:
             raise ConfigError(
                 f"model.lora={self.lora}: '{random[0]}' of {name} is random and would stay so, because only adapters are"
                 " trained; set model.weights=FILE.safetensors, or use a model that carries weights"
             )
+
+
+NO_BASE = Base()
+"""Bodies stay as they are built."""
 
 
 def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -> M:
@@ -97,7 +122,9 @@ def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -
     """
     layers = [part for part in body.modules() if isinstance(part, nn.Linear)]
     if not layers:
-        raise ConfigError(f"model.lora={rank}: the model's body has no nn.Linear to adapt; choose another model")
+        raise ConfigError(
+            f"model.lora={rank}: the model's body has no nn.Linear to adapt; choose another model, or add adapters yourself"
+        )
     body.requires_grad_(False)
     for layer in layers:
         adapter = LowRank(layer.weight, rank, alpha, freeze_a=freeze_a)
@@ -171,5 +198,5 @@ def _base(body: nn.Module) -> dict[str, Tensor]:
     return {
         name.replace(".parametrizations.weight.original", ".weight"): p
         for name, p in body.named_parameters()
-        if id(p) not in adapters
+        if not p.requires_grad and id(p) not in adapters
     }

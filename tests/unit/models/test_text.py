@@ -135,6 +135,38 @@ def test_the_lstm_returns_its_output_at_the_last_token():
     assert torch.equal(made(IDS), outputs[[0, 1, 2], [3, 0, 7]])
 
 
+SMALL = {"text_mean": {"dim": 8}, "text_cnn": {"dim": 8, "dropout": 0.0}, "char_lstm": {"dim": 8, "hidden": 16}}
+SMALL |= {
+    "lm_lstm": SMALL["char_lstm"],
+    "text_transformer": {"dim": 16, "hidden": 16},
+    "lm_transformer": {"dim": 16, "hidden": 16},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_learn(name):
+    """Texts have one of two words, anywhere; in sequences, each token is the number of tokens so far."""
+    torch.manual_seed(0)
+    lengths = torch.randint(1, T + 1, (64, 1))
+    if name in SEQUENCES:
+        ids = torch.arange(1, T + 1).repeat(64, 1)
+        targets, n_outputs = ids + 1, T + 2
+    else:
+        ids, targets, n_outputs = torch.randint(3, V, (64, T)), torch.arange(64) % 2, 2
+        ids[torch.arange(64), (torch.rand(64) * lengths[:, 0]).long()] = 1 + targets
+    ids = torch.where(torch.arange(T) < lengths, ids, 0)
+    model = with_head(body(name, **SMALL[name]), n_outputs)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(80):
+        outputs = model(ids)
+        loss = nn.functional.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        loss = loss[ids.flatten() > 0].mean() if name in SEQUENCES else loss.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
 @pytest.mark.parametrize("name", MAPPED)
 def test_mapping_over_two_clients_equals_a_loop(name):
     models = [body(name, seed=seed).double() for seed in (1, 2)]
