@@ -16,17 +16,15 @@ from torch.nn.parameter import UninitializedParameter
 from fedloom.errors import ConfigError, suggest
 from fedloom.inputs import Inputs, InputSpec
 from fedloom.models import lora
+from fedloom.models.fitting import check_fits
 from fedloom.models.layers import Split, refuse_tied, sequence
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
 from fedloom.models.splitting import can_split, check_outputs, check_split, dry_run, made_up, split
-from fedloom.models.zoo import BY_SPEC, KINDS, SEQUENCES, ZOO
+from fedloom.models.zoo import BY_SPEC, ZOO
 from fedloom.objectives import Classification, Objective
 
 Option = str | int | float | bool
 Builder = Callable[..., nn.Module]
-
-SMALLEST_SIDE = 8
-MOST_NAMES = 6  # in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +209,7 @@ def arch(
     if source not in ZOO:
         raise ConfigError(f"model={source}: there is no such model{suggest(source, ZOO)}")
     builder = ZOO[source]
-    _check_inputs(source, spec, objective)
+    check_fits(source, spec, objective)
     _check_options(source, options)
     made = Arch(name=source, build=builder, **facts)
     _ = made.features  # reports impossible combinations of options now, not during a run
@@ -233,35 +231,8 @@ class Facts(TypedDict):
 def _options(source: object, options: Mapping[str, Option]) -> tuple[dict[str, Option], dict[str, Option]]:
     """Split the options into those of every model and the model's own. A user's function receives the options that it names."""
     own = inspect.signature(source).parameters if callable(source) and not isinstance(source, nn.Module) else ()
-    every = {key: value for key, value in options.items() if key in lora.DEFAULTS and key not in own}
+    every = {key: value for key, value in options.items() if key in lora.OPTIONS and key not in own}
     return every, {key: value for key, value in options.items() if key not in every}
-
-
-def _check_inputs(name: str, spec: InputSpec, objective: Objective) -> None:
-    """Raise ConfigError if a model in the zoo does not fit these inputs, or this learning task."""
-    numeric = spec.is_single and not spec.fields[0].is_integer
-    if KINDS[name] == {"picture"} and numeric:
-        if len(spec.shape) != 3 or min(spec.shape[1:]) < SMALLEST_SIDE:
-            raise ConfigError(
-                f"model={name}: needs images (C, H, W) of at least 8x8 pixels, but the inputs have shape {spec.shape}; use mlp or logistic"
-            )
-    elif not spec.kinds <= KINDS[name] or not (spec.is_single or name in BY_SPEC):
-        kinds = " or ".join(f"{kind} inputs" for kind in sorted(KINDS[name]))
-        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}; use {_fitting(spec)}")
-    if (objective.task == "language") != (name in SEQUENCES):
-        has, needs = ("position", "example") if name in SEQUENCES else ("example", "position")
-        raise ConfigError(
-            f"model={name}: has one feature vector per {has}, but the task {objective.task} needs one per {needs}; "
-            f"use {_fitting(spec, objective)}"
-        )
-
-
-def _fitting(spec: InputSpec, objective: Objective | None = None) -> str:
-    """Return the names of the models for such inputs (and task), for messages."""
-    found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
-    if objective:
-        found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
-    return ", ".join([*found[:MOST_NAMES], "or a model of your own"])
 
 
 def option_defaults(name: str) -> dict[str, Option]:
@@ -277,7 +248,7 @@ def _outside(source: Builder, facts: Facts) -> OutsideArch:
     known = () if isinstance(source, nn.Module) else inspect.signature(source).parameters
     for key, _ in facts["options"]:
         if key not in known:
-            close = suggest(key, lora.DEFAULTS)
+            close = suggest(key, lora.OPTIONS)
             raise ConfigError(f"model {name} has no option '{key}': its signature does not name it{close}")
     made = OutsideArch(name=name, build=source, **facts)
     made.check()
@@ -294,7 +265,7 @@ def _check_options(name: str, options: Mapping[str, Option]) -> None:
     defaults = option_defaults(name)
     for key, value in options.items():
         if key not in defaults:
-            raise ConfigError(f"model {name} has no option '{key}'{suggest(key, [*defaults, *lora.DEFAULTS])}")
+            raise ConfigError(f"model {name} has no option '{key}'{suggest(key, [*defaults, *lora.OPTIONS])}")
         default = defaults[key]
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             raise ConfigError(

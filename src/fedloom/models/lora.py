@@ -24,7 +24,7 @@ from fedloom.errors import ConfigError
 PREFIXES = ("", "body.", "model.", "model.body.", "nets.model.body.")
 """What may precede the names of a body's tensors in a file: a body, a whole model, and files of `fedloom export`."""
 SHOWN = 3
-DEFAULTS: Mapping[str, str | int | float | bool] = {"weights": "", "lora": 0, "lora_alpha": 0.0, "lora_freeze_a": False}
+OPTIONS = ("weights", "lora", "lora_alpha", "lora_freeze_a")
 """Options of every model (see `Base`)."""
 
 M = TypeVar("M", bound=nn.Module)
@@ -64,7 +64,7 @@ class Base:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Base:
-        """Return the base for options of a model (`DEFAULTS`). Raise ConfigError for a value that cannot be."""
+        """Return the base for the options of every model (`OPTIONS`). Raise ConfigError for an impossible value."""
         lora, file, alpha = (options.get(key) for key in ("lora", "weights", "lora_alpha"))
         frozen = options.get("lora_freeze_a", False)
         if lora is not None and (type(lora) is not int or lora < 1):
