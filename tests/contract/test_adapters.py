@@ -11,7 +11,7 @@ from fedloom import ConfigError, FedMR, from_arrays
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment
 from fedloom.models import arch
-from fedloom.models.lora import LowRank, merged
+from fedloom.models.lora import LowRank, merge_adapters
 from fedloom.nets import layer_of, read_weights
 from fedloom.rng import Stream
 from fedloom.tools.export import write
@@ -142,7 +142,7 @@ def test_a_personal_model_can_be_merged(experiment, base):
     done = experiment("fedper", **{"model.lora": 2, "model.weights": str(base), "precision": "fp32"})
     done.run()
     model, x = done.personal_model(1), done.data.test(1)[0]
-    plain = merged(model)
+    plain = merge_adapters(model)
     assert torch.equal(plain(x), model(x))
     assert type(plain.nets.model.body.linear) is nn.Linear
     assert "nets.model.body.linear.weight" in plain.state_dict()

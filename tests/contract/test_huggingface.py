@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from contract import assert_close, assert_same, left_by
 from fedloom import ConfigError, from_arrays
-from fedloom.models import arch, merged
+from fedloom.models import arch, merge_adapters
 from fedloom.objectives import Language
 from fedloom.rng import Stream
 from fedloom.wire.messages import Meter
@@ -115,7 +115,7 @@ def test_a_merged_model_is_a_plain_one_again(run, tmp_path):
     done.run()
     model, x = done.personal_model(1), done.data.test(1)[0]
     expected = model(x)
-    parts = merged(model).nets["model"]
+    parts = merge_adapters(model).nets["model"]
     personal = parts.body
     personal.classifier = parts.head
     personal.save_pretrained(tmp_path / "personal")

@@ -54,7 +54,7 @@ class Vectorised(Sequential):
 
         On a GPU, the size of the activations is unknown before a step, so `_group_turns` halves the number if needed.
         """
-        if _is_recurrent(self._gradients[arch].modules):
+        if _is_recurrent(self.modules()[arch]):
             name = self.problem.archs[arch].name
             log.warning("model=%s: clients run one after another, because recurrent layers are slower in lanes", name)
             return 1

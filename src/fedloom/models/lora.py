@@ -132,7 +132,7 @@ def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -
     return body
 
 
-def merged(module: M) -> M:
+def merge_adapters(module: M) -> M:
     """Return a copy in which adapters are part of plain weights, so that it has the names of the model without adapters.
 
     `remove_parametrizations` is not used: it changes the class of a layer, which copies share with the original.

@@ -17,7 +17,7 @@ LARGEST = 50
 """The largest width of an embedding."""
 
 
-class Table(nn.Module):
+class TableBody(nn.Module):
     """Maps numbers (B, D) and categories (B, C) int64 to features (B, width).
 
     Categories are embedded, and the embeddings are concatenated with the numbers.
@@ -63,7 +63,7 @@ def table_mlp(spec: InputSpec, width: int | None = None, *, hidden1: int = 200, 
     _check(spec)
     numbers, categories = spec.of("number"), spec.of("category")
     n_numbers = math.prod(numbers.shape) if numbers else 0
-    return Table(n_numbers, categories.levels if categories else (), (hidden1, width or hidden2))
+    return TableBody(n_numbers, categories.levels if categories else (), (hidden1, width or hidden2))
 
 
 def _check(spec: InputSpec) -> None:

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from fedloom.errors import ConfigError
 from fedloom.models import ZOO
 from fedloom.models.layers import sequence
-from fedloom.models.lora import Base, LowRank, load_base, merged, with_adapters
+from fedloom.models.lora import Base, LowRank, load_base, merge_adapters, with_adapters
 from fedloom.nets import block_of, layer_of, read_weights, units
 
 
@@ -86,7 +86,7 @@ def test_adapters_can_be_mapped_over_clients():
 def test_merging_gives_a_plain_module_and_leaves_the_original_alone():
     body = trained(adapted())
     twin = copy.deepcopy(body)
-    plain = merged(body)
+    plain = merge_adapters(body)
     assert torch.equal(plain(X), body(X))
     assert plain.state_dict().keys() == mlp().state_dict().keys()
     assert type(plain.linear) is nn.Linear
@@ -98,7 +98,7 @@ def test_merging_gives_a_plain_module_and_leaves_the_original_alone():
 
 def test_merging_keeps_other_parametrisations():
     module = nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), trained(adapted()))
-    plain = merged(module)
+    plain = merge_adapters(module)
     assert parametrize.is_parametrized(plain[0])
     assert not parametrize.is_parametrized(plain[1].linear)
     assert torch.equal(plain[0](X), module[0](X))
