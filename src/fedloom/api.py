@@ -75,6 +75,7 @@ def run(
     *,
     data: Dataset | str = "digits",
     model: Model | str | None = None,
+    partition: Any = None,
     progress: bool = True,
     **settings: Any,
 ) -> Run:
@@ -84,6 +85,8 @@ def run(
         method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
         data: a name, or a data set from `fedloom.from_arrays(x, y)`.
         model: a name, an `nn.Module` (its weights are the initial ones), or a class or function that creates one; default fedavg_cnn.
+        partition: a scheme's name, a table of settings (`{"name": "dirichlet", "alpha": 0.5}`), or the partition itself: a
+            `fedloom.data.Partition`, the numbers of each client's examples, or the owner of each example.
         progress: whether to show a live progress line.
         settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`); tables as dictionaries (`partition={"name": "iid"}`)
             or as dotted names (`**{"partition.alpha": 0.5}`).
@@ -101,7 +104,12 @@ def run(
     )
     for key, value in chosen.items():
         set_dotted(values, key, value)
+    if partition is not None:
+        named = isinstance(partition, str | Mapping)
+        set_dotted(values, "partition", partition if named else "given")
+        partition = None if named else partition
     parts = GivenObjects(
+        partition=partition,
         method=method if isinstance(method, Method) else None,
         dataset=data if isinstance(data, Dataset) else None,
         model=None if model is None or isinstance(model, str) else model,
@@ -116,13 +124,16 @@ def resume(
     method: Method | None = None,
     data: Dataset | None = None,
     model: Model | None = None,
+    partition: Any = None,
     progress: bool = True,
 ) -> Run:
     """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
 
     If the run was started with Python objects, pass the same objects again. Everything given by name is read from the folder's config.
     """
-    return _run(Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model)), progress)
+    return _run(
+        Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model, partition=partition)), progress
+    )
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:

@@ -81,6 +81,7 @@ class Objective(ABC):
     names: tuple[str, ...] = ()
     task: ClassVar[str]
     primary: ClassVar[Metric]
+    output_ndim: ClassVar[int] = 2  # dimensions of a model's outputs
     skew: ClassVar[str] = ""  # why there are no strata, for messages
 
     @property
@@ -152,7 +153,8 @@ class Objective(ABC):
 
     def content(self) -> dict[str, Any]:
         """Return the objective as JSON values; `from_content` reads it back."""
-        return {"task": self.task, **asdict(self)}
+        content = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+        return {"task": self.task, **content}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,7 +353,7 @@ class Regression(Objective):
         return {"rmse": scale * math.sqrt(float(se.mean())), "mae": scale * float(ae.mean()), "r2": r2}
 
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
-        found = outputs.double().cpu().numpy() * np.array(self.std) + np.array(self.mean)
+        found: npt.NDArray[Any] = outputs.double().cpu().numpy() * np.array(self.std) + np.array(self.mean)
         return found[:, 0] if len(self.names) == 1 else found
 
     def strata(self, targets: Tensor, n_train: int, bins: int = 10) -> Strata:
@@ -382,6 +384,7 @@ class Language(Objective):
     vocabulary: int  # V
     task = "language"
     primary = Metric("accuracy", percent=True)
+    output_ndim = 3
     skew = "next tokens have no classes to skew"
 
     @property

@@ -230,7 +230,7 @@ def test_a_method_that_masks_nothing_sees_everything(experiment):
 
 def test_an_input_that_is_not_an_image_is_named(experiment):
     data = from_arrays(torch.randn(80, 5).numpy(), (torch.arange(80) % 4).numpy())
-    with pytest.raises(ConfigError, match=r"method=fedrir: needs images \(C, H, W\), but inputs have shape \(5,\)"):
+    with pytest.raises(ConfigError, match=r"method=fedrir: needs images \(C, H, W\), but inputs are number \(5,\)"):
         experiment("fedrir", dataset=data)
 
 

@@ -78,7 +78,7 @@ class _Zero:
     """Nets whose logits give a constant cross-entropy."""
 
     def __init__(self, nets) -> None:
-        self.params = nets.params
+        self.params, self.loss = nets.params, nets.loss
 
     def model(self, x):
         return torch.zeros(len(x), 2)

@@ -270,8 +270,8 @@ AREAS = (
             ),
             Fault(
                 "the first shard of the common rows is scored by every worker",
-                "return x.tensor_split(n)[k], y.tensor_split(n)[k]",
-                "return x.tensor_split(n)[0], y.tensor_split(n)[0]",
+                "return map_inputs(lambda values: values.tensor_split(n)[k], x), y.tensor_split(n)[k]",
+                "return map_inputs(lambda values: values.tensor_split(n)[0], x), y.tensor_split(n)[0]",
                 "fedavg and mlp and processes",
             ),
             Fault(
@@ -447,10 +447,14 @@ AREAS = (
         (
             Fault(
                 "accuracy is the mean over clients, not over examples",
-                "name: sum_scores(scores).accuracy,",
-                "name: float(each.mean()),",
+                "name: number(total.pop(objective.primary.name)),",
+                "name: number(float(each.mean()) + 0 * total.pop(objective.primary.name)),",
             ),
-            Fault("clients without rows count as 0", "each = each[~np.isnan(each)]", "each = np.nan_to_num(each)"),
+            Fault(
+                "clients without rows count as 0",
+                "each = np.array([objective.value(score) for score in scores if score.n_rows])",
+                "each = np.nan_to_num([objective.value(score) for score in scores])",
+            ),
             Fault("the mean of the last ten is that of the first ten", "np.mean(series[-10:])", "np.mean(series[:10])"),
             Fault("the best round on test is shown as the final one", '"final": series[-1],', '"final": max(series),'),
             Fault(
@@ -461,8 +465,8 @@ AREAS = (
             Fault("intervals use the deviation of the population", "points.std(ddof=1)", "points.std()"),
             Fault(
                 "rows without a finite logit count as right",
-                "(logits.argmax(1) == labels) & logits.isfinite().all(1)",
-                "(logits.argmax(1) == labels)",
+                "(outputs.argmax(1) == labels) & outputs.isfinite().all(1)",
+                "(outputs.argmax(1) == labels)",
             ),
             Fault(
                 "logs are not weighted by examples",
@@ -471,8 +475,8 @@ AREAS = (
             ),
             Fault(
                 "general accuracy is that of a client's own rows",
-                'ScoreRequest("general_accuracy", "common")',
-                'ScoreRequest("general_accuracy", "test")',
+                'ScoreRequest("general", "common")',
+                'ScoreRequest("general", "test")',
                 "general",
             ),
         ),

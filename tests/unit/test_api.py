@@ -248,8 +248,8 @@ def test_scores_that_follow_from_others_are_those_one_would_measure(run, partiti
     measured = experiment.engine.score_server(experiment.method.deploy(experiment.server, experiment.problem.task))
     last = done.metrics.iloc[-1]
     assert experiment.problem.one_model
-    assert last["server_accuracy"] == last["general_accuracy"] == measured.accuracy
-    assert measured.rows.sum() == len(experiment.data.partition.common)
+    assert last["server_accuracy"] == last["general_accuracy"] == measured["right"].sum() / measured.n_rows
+    assert measured.n_rows == len(experiment.data.partition.common)
 
 
 def test_equally_many_client_and_common_test_examples_may_differ(run):

@@ -21,7 +21,7 @@ UNUSUAL = {
         "name": "mine", "path": "somewhere", "rows": 77, "image_size": 12, "normalise": "standard", "augment": "flip",
     },
     "partition": {
-        "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer",
+        "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,
         "min_examples": 3, "merge": False, "test_fraction": 0.4,
     },
     "clients": 7, "participation": "0.2-0.9", "cohort": 3, "min_clients": 2, "rounds": 4, "batch_size": 5, "drop_last": True,
@@ -42,6 +42,8 @@ OTHER = UNUSUAL | {
     "precision": "tf32",
 }
 """Settings that conflict with those of another engine."""
+THIRD = UNUSUAL | {"partition": {"name": "extended", "by": "age", "repair": True}}
+"""Settings that conflict with those of another partition."""
 
 
 def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:
@@ -53,7 +55,9 @@ def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:
 
 
 def test_the_unusual_settings_differ_from_the_defaults_in_every_key():
-    default, *unusual = (paths(settings) for settings in (Settings(), make_settings(UNUSUAL), make_settings(OTHER)))
+    default, *unusual = (
+        paths(settings) for settings in (Settings(), make_settings(UNUSUAL), make_settings(OTHER), make_settings(THIRD))
+    )
     same = [key for key in default if all(default[key] == other[key] for other in unusual)]
     assert same == [], "add new keys to UNUSUAL"
 
@@ -150,7 +154,7 @@ MISTAKES = [
     (["participation=half"], ["participation=half", "range"]),
     (["participation=nan"], ["participation=nan"]),
     (["log=tensorbord"], ["log", "tensorbord", "tensorboard"]),
-    (["cohort=11"], ["cohort=11", "10 clients"]),
+    (["clients=10", "cohort=11"], ["cohort=11", "10 clients"]),
     (["eval.valid=1.5"], ["eval.valid=1.5", "below 1"]),
     (["drop_last=perhaps"], ["drop_last=perhaps", "true or false"]),
     (["devices.slowdown=inf"], ["devices.slowdown=inf", "finite"]),

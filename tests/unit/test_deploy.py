@@ -49,6 +49,11 @@ from fedloom.deploy.store import NodeStore
 from fedloom.errors import ConfigError, WireError
 from fedloom.method import Client
 
+DIGITS = {
+    "task": {"task": "classification", "names": list("0123456789")},
+    "inputs": [{"name": "", "shape": [1, 8, 8], "kind": "picture", "levels": []}],
+}
+
 # certificates
 
 
@@ -603,7 +608,7 @@ def process(worker):
 
 def hello(**settings):
     config = to_toml(make_settings({"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp"}}))
-    call = {"config": config, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 30.0}
+    call = {"config": config, **DIGITS, "deadline_s": 30.0}
     return seal(Hello(call=call | {"run": "0" * 16} | settings), {})
 
 

@@ -62,8 +62,8 @@ def test_an_export_reports_its_results(tmp_path):
     run = finished(tmp_path, "fedproto", "mlp")
     file = tmp_path / "client-1.onnx"
     told = export_client(run, 1, file)
-    assert told.rows == told.same_class == run.data.n_test(1)
-    assert told.accuracy == pytest.approx(next(r["personal_accuracy"] for r in run.client_rows if r["client"] == 1))
+    assert told.rows == told.same_answers == run.data.n_test(1)
+    assert told.value == pytest.approx(next(r["personal_accuracy"] for r in run.client_rows if r["client"] == 1))
     assert 0 < told.model_bytes < told.peak_bytes
     assert told.file_bytes == file.stat().st_size > 4 * told.parameters
     assert min(told.torch_seconds, told.onnx_seconds, told.torch_batch_seconds, told.onnx_batch_seconds) > 0

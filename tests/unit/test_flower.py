@@ -22,12 +22,12 @@ from fedloom.deploy.folder import Deployment, create_deployment
 from fedloom.deploy.messages import (
     Assignment,
     Call,
-    Counted,
     Hello,
     NodeFailure,
     Present,
     Scored,
     ScoreMessage,
+    SentScore,
     Trained,
     Turned,
     open_envelope,
@@ -41,6 +41,11 @@ from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
 from small import BRIEF, SMALL, brief, changed, losing
+
+DIGITS = {
+    "task": {"task": "classification", "names": list("0123456789")},
+    "inputs": [{"name": "", "shape": [1, 8, 8], "kind": "picture", "levels": []}],
+}
 
 VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}
 Change = Callable[[str, int, bytes], bytes | LostNode]
@@ -211,7 +216,7 @@ def deepened(answer: bytes) -> bytes:
     flat = safetensors.torch.save({"/".join("a" * 1501): torch.ones(1)}, {"fedloom": "1"})
     parts = [{"name": str(turn.slot), "n_bytes": len(flat), "paths": []} for turn in header.turns]
     text = json.dumps({"header": header.model_dump(), "parts": parts}).encode()
-    return b"".join([b"fedloom1", len(text).to_bytes(8, "little"), text, flat * len(parts)])
+    return b"".join([b"fedloom2", len(text).to_bytes(8, "little"), text, flat * len(parts)])
 
 
 SPOILT: dict[str, tuple[Callable[[bytes], bytes | LostNode], str]] = {
@@ -342,7 +347,7 @@ def test_code_comes_from_the_nodes_own_folder_and_from_nowhere_else(federation, 
     link = Wire(place)
     link_settings = make_settings(values(method="fedavg"))
     text = running.to_toml(link_settings).replace('name = "fedavg"', f'name = "{file}:Mine"')
-    call = {"run": "0" * 16, "config": text, "classes": list("0123456789"), "input_shape": [1, 8, 8], "deadline_s": 5.0}
+    call = {"run": "0" * 16, "config": text, **DIGITS, "deadline_s": 5.0}
     answer = open_envelope(link.workers["node-0"].answer(seal(Hello(call=call), {}))).header
     assert isinstance(answer, NodeFailure)
     assert "code is never received from the server" in answer.reason
@@ -365,7 +370,7 @@ def test_absent_clients_count_no_examples(deployed):
     assert experiment.rows[-1]["personal_accuracy"] == pytest.approx(float(right[ours].double().mean()))
 
 
-def rescored(answer: bytes, change: Callable[[Counted], Counted]) -> bytes:
+def rescored(answer: bytes, change: Callable[[SentScore], SentScore]) -> bytes:
     """Return a node's answer with other counts."""
     header = open_envelope(answer).header
     scores = {i: {name: change(count) for name, count in mine.items()} for i, mine in header.scores.items()}
@@ -381,16 +386,16 @@ SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "nobody": (lambda _: seal(Scored(scores={}), {}), "its scores are missing"),
     "more right than rows": (
-        lambda answer: rescored(answer, lambda count: count.model_copy(update={"right": [n + 1 for n in count.rows]})),
-        "impossible counts",
+        lambda answer: rescored(answer, lambda s: SentScore(sums=s.sums | {"right": [n + 1 for n in s.sums["rows"]]})),
+        "more correct predictions than examples",
     ),
     "too few classes": (
-        lambda answer: rescored(answer, lambda count: Counted(right=count.right[1:], rows=count.rows[1:])),
-        "impossible counts",
+        lambda answer: rescored(answer, lambda s: SentScore(sums={name: v[1:] for name, v in s.sums.items()})),
+        "do not have the sums of this learning task",
     ),
     "more rows than there are": (
-        lambda answer: rescored(answer, lambda _: Counted(right=[10**9] * 10, rows=[10**9] * 10)),
-        "impossible counts",
+        lambda answer: rescored(answer, lambda _: SentScore(sums={"right": [10**9] * 10, "rows": [10**9] * 10})),
+        "more examples than the client has",
     ),
 }
 
@@ -418,8 +423,7 @@ def test_refused_requests_leave_nothing_on_a_node(federation):
     call = Call(
         run="0" * 16,
         config=running.to_toml(make_settings(values())),
-        classes=list("0123456789"),
-        input_shape=[1, 8, 8],
+        **DIGITS,
         deadline_s=5.0,
     )
     stranger = [Assignment(client=3, slot=0, base=0, keep=0)]

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedloom import optim
-from fedloom.engines.scoring import score_of, scores_of
 from fedloom.errors import DataError, MethodError
 from fedloom.inputs import InputSpec
 from fedloom.losses import cross_entropy
@@ -348,19 +347,20 @@ def test_prediction_does_not_depend_on_the_batch():
 
 def test_recalls_count_examples_by_class():
     logits = torch.tensor([[2.0, 1.0], [1.0, 2.0], [1.0, 2.0], [float("nan"), 0.0]])
-    right, n = score_of(logits, torch.tensor([0, 1, 0, 0]), 3)
-    assert right.tolist() == [1, 1, 0]
-    assert n.tolist() == [3, 1, 0]
+    score = Classification.numbered(3).scores(logits, torch.tensor([0, 1, 0, 0]), [4])[0]
+    assert score["right"].tolist() == [1, 1, 0]
+    assert score["rows"].tolist() == [3, 1, 0]
 
 
 def test_examples_of_several_clients_are_counted_by_client():
     logits, labels, sizes = Stream(0).normal((9, 3)), Stream(1).integers(3, (9,)), [4, 0, 5]
     logits[2, 1] = float("inf")
-    together = scores_of(logits, labels, sizes, 3)
+    task = Classification.numbered(3)
+    together = task.scores(logits, labels, sizes)
     apart = zip(logits.split(sizes), labels.split(sizes), strict=True)
     for one, (mine, own) in zip(together, apart, strict=True):
-        assert one.right.tolist() == score_of(mine, own, 3).right.tolist()
-        assert one.rows.tolist() == torch.bincount(own, minlength=3).tolist()
+        assert one == task.scores(mine, own, [len(own)])[0]
+        assert one["rows"].tolist() == torch.bincount(own, minlength=3).tolist()
 
 
 def test_batches_are_augmented_with_a_stream_of_their_own():

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, default_words, output
-from fedloom.data.catalogue import SOURCES
+from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.hub import cache_root, local_folder
 from fedloom.engines import ENGINES, WRAPPERS
 from fedloom.errors import ConfigError, DataError, suggest
@@ -67,12 +67,19 @@ def datasets() -> list[Facts]:
         {
             "name": name,
             "title": source.title,
-            "size": f"{source.channels}x{source.image_size}x{source.image_size}" if source.image_size else "varies",
-            "classes": source.n_classes,
+            "size": _input_size(source),
+            "task": source.task,
+            "classes": source.n_classes or "–",
             "found": _found(name),
         }
         for name, source in SOURCES.items()
     ]
+
+
+def _input_size(source: Source) -> str:
+    if source.image_size == 0:
+        return "numbers"
+    return f"{source.channels}x{source.image_size}x{source.image_size}" if source.image_size else "varies"
 
 
 def models() -> list[Facts]:

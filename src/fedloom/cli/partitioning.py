@@ -57,11 +57,12 @@ def partition_command(words: Sequence[str]) -> int:
 
 
 def _table(federation: Federation) -> Table:
-    p, classes = federation.partition, federation.dataset.classes
-    counts = p.counts(federation.dataset.labels, federation.n_classes)
+    p, groups = federation.partition, federation.dataset.strata()
+    classes, counts = groups.names, p.counts(groups.of, len(groups.names))
+    kind = "class" if federation.objective.task == "classification" else "group"
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("client", "train", "valid", "test", "classes", "largest class"):
-        table.add_column(header, justify="right" if header != "largest class" else "left")
+    for header in ("client", "train", "valid", "test", "classes" if kind == "class" else "groups", f"largest {kind}"):
+        table.add_column(header, justify="left" if header.startswith("largest") else "right")
     n = p.n_clients
     for i in range(n) if n <= SHOWN else [*range(SHOWN - LAST), *range(n - LAST, n)]:
         if n > SHOWN and i == n - LAST:
@@ -88,6 +89,7 @@ def _save(federation: Federation, out: Path) -> None:
 def _draw(federation: Federation, plot: Path) -> None:
     from fedloom.report import plots  # matplotlib is an extra
 
-    counts = federation.partition.counts(federation.dataset.labels, federation.n_classes)
-    figure = plots.partition_figure(counts, federation.dataset.classes)
+    groups = federation.dataset.strata()
+    counts = federation.partition.counts(groups.of, len(groups.names))
+    figure = plots.partition_figure(counts, groups.names)
     save_picture(figure, plot, "plot")

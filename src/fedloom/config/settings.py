@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 DEFAULT_CLIENTS = 10
-OWNERS_KNOWN = ("natural", "file", "own")  # partitions that fix the number of clients
+OWNERS_KNOWN = ("natural", "file", "own", "given")  # partitions that fix the number of clients
 
 
 class Section(BaseModel):
@@ -74,21 +74,31 @@ class DataSettings(Section):
 class PartitionSettings(Section):
     """How examples are split across clients."""
 
-    name: Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own"] = "dirichlet"
-    """Partition scheme. `natural`: by the owner named in a column; `file`: read from `partition.path`; `own`: the split in a PFLlib
-    folder."""
+    name: (
+        Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own", "given"] | None
+    ) = None
+    """Partition scheme. Default: `natural` if a column names the owner of every example, `dirichlet` if targets fall into groups, else
+    `iid`; the run says which. `natural`: by the owner named in a column; `file`: read from `partition.path`; `own`: the split in a PFLlib
+    folder; `given`: passed from Python."""
     alpha: Positive = 0.1
     """Concentration of the Dirichlet distribution; smaller values give more skewed clients."""
     classes_per_client: Count = 2
     """Number of classes per client (pathological, extended)."""
     balance: bool = False
     """Split each class equally among its clients (pathological)."""
+    by: str | None = None
+    """Column whose values take the place of classes (dirichlet, pathological, extended). Default: the targets: classes, the rarest label
+    of each example, or quantile bins of numbers."""
+    bins: Annotated[int, Field(ge=2)] = 10
+    """Number of quantile bins, for targets that are numbers."""
     column: str | None = None
     """Column that names the owner of each example (natural). Default: the column of the known data set, or the only other column."""
     path: Path | None = None
     """File with a partition, written by `fedloom partition` or by hand (file)."""
     min_examples: Count = 10
     """Minimum number of examples per client, before the split into training and test examples."""
+    repair: bool = False
+    """Use the first draw, and move examples from the largest clients to those with fewer than `min_examples`, instead of drawing again."""
     merge: bool = True
     """Pool the official training and test examples before the partition, as is usual in personalised federated learning. With false, only
     the training examples are split across clients."""
@@ -187,7 +197,7 @@ class Settings(Section):
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
     clients: Count | None = None
-    """Number of clients. Default: 10; with partition=natural, file or own, set by the partition."""
+    """Number of clients. Default: 10; with partition=natural, file, own or given, set by the partition."""
     participation: float | str = 1.0
     """Fraction of the clients in each round, above 0 and at most 1. A range such as `0.1-1.0` draws a new fraction in each round."""
     cohort: Count | None = None
@@ -270,7 +280,7 @@ class Settings(Section):
             return values
         partition = values.get("partition", PartitionSettings())
         name = partition.get("name") if isinstance(partition, Mapping) else getattr(partition, "name", partition)
-        return values if name in OWNERS_KNOWN else {**values, "clients": DEFAULT_CLIENTS}
+        return values if name is None or name in OWNERS_KNOWN else {**values, "clients": DEFAULT_CLIENTS}
 
     @model_validator(mode="after")
     def _combinations(self) -> Settings:
@@ -290,12 +300,32 @@ class Settings(Section):
         return self
 
 
+def with_scheme(settings: Settings, scheme: str) -> Settings:
+    """Return the settings with a partition scheme, and the number of clients that it has by default.
+
+    Raises:
+        ValueError: another setting does not apply to the scheme.
+    """
+    partition = settings.partition.model_copy(update={"name": scheme})
+    _check_partition(partition)
+    clients = DEFAULT_CLIENTS if settings.clients is None and scheme not in OWNERS_KNOWN else settings.clients
+    return settings.model_copy(update={"partition": partition, "clients": clients})
+
+
 def _check_partition(partition: PartitionSettings) -> None:
-    """Raise ValueError for a path or a column that the scheme does not use."""
-    for key, owners in (("path", ("file",)), ("column", ("natural", "own"))):
+    """Raise ValueError for a setting that the scheme does not use."""
+    skewed = ("dirichlet", "pathological", "extended")
+    for key, owners in (
+        ("path", ("file",)),
+        ("column", ("natural", "own")),
+        ("by", skewed),
+        ("repair", (*skewed, "quantity")),
+    ):
         value = getattr(partition, key)
-        if value is not None and partition.name not in owners:
-            known = " and ".join(f"partition={name}" for name in owners)
+        known = " and ".join(f"partition={name}" for name in owners)
+        if value and partition.name is None and "dirichlet" not in owners:
+            raise ValueError(f"partition.{key}={value}: applies only to {known}; set partition")
+        if value and partition.name is not None and partition.name not in owners:
             raise ValueError(f"partition.{key}={value}: applies only to {known}, not partition={partition.name}")
 
 

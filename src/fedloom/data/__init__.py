@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fedloom.data.dataset import Dataset as Dataset
     from fedloom.data.federation import Federation as Federation
     from fedloom.data.partition import Partition as Partition
+    from fedloom.data.partition import default_scheme as default_scheme
+    from fedloom.data.partition import given_partition as given_partition
     from fedloom.data.partition import partition as partition
     from fedloom.data.sources import load as load
 

@@ -62,11 +62,11 @@ def from_arrays(
     """
     if (x_test is None) != (y_test is None):
         raise DataError("from_arrays: x_test and y_test must be given together; one of them is missing")
-    kinds = _kinds(kind, x)
-    inputs, n_train = _inputs(x, "x", kinds), len(y)
+    named = _kinds(kind, x)
+    (inputs, kinds), n_train = _inputs(x, "x", named), len(y)
     targets = _array(y, "y")
     if x_test is not None:
-        inputs, targets = _with_test(inputs, _inputs(x_test, "x_test", kinds), targets, _array(y_test, "y_test"))
+        inputs, targets = _with_test(inputs, _inputs(x_test, "x_test", named)[0], targets, _array(y_test, "y_test"))
     if any(len(values) != len(targets) for values in tensors_of(inputs)):
         n = len(tensors_of(inputs)[0])
         raise DataError(f"from_arrays: {n} inputs and {len(targets)} labels; each input must have one label")
@@ -111,10 +111,12 @@ def _fields(x: Given) -> dict[str, Any]:
     return {str(i): values for i, values in enumerate(x)} if isinstance(x, tuple) else {"": x}
 
 
-def _inputs(x: Given, what: str, kinds: Mapping[str, Kind]) -> Inputs:
-    """Return the inputs as tensors."""
-    found = {key: _field(v, f"{what}['{key}']" if key else what, kinds.get(key)) for key, v in _fields(x).items()}
-    return found[""] if list(found) == [""] else found
+def _inputs(x: Given, what: str, kinds: Mapping[str, Kind]) -> tuple[Inputs, dict[str, Kind]]:
+    """Return the inputs as tensors, and the kind of each."""
+    found, told = dict[str, Tensor](), dict[str, Kind]()
+    for key, values in _fields(x).items():
+        found[key], told[key] = _field(values, f"{what}['{key}']" if key else what, kinds.get(key))
+    return (found[""] if list(found) == [""] else found), told
 
 
 def _with_test(inputs: Inputs, more: Inputs, y: Any, y_test: Any) -> tuple[Inputs, Any]:
@@ -157,12 +159,13 @@ def _tensor(values: Any, what: str) -> Tensor:
         raise DataError(f"from_arrays: {what} cannot be converted to a tensor ({error})") from error
 
 
-def _field(x: Any, what: str, kind: Kind | None) -> Tensor:
+def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
+    """Return one input as a tensor, and its kind."""
     tensor = _tensor(x, what)
     if tensor.ndim < 2 or len(tensor) == 0:
         raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; it must be (N, ...) with N > 0 examples")
     if kind in ("token", "category"):
-        return _integers(tensor, what, kind)
+        return _integers(tensor, what, kind), kind
     if kind == "number" and not tensor.is_floating_point():
         tensor = tensor.to(torch.float32)
     tensor = tensor if kind == "number" else _as_pictures(tensor, what)
@@ -175,10 +178,10 @@ def _field(x: Any, what: str, kind: Kind | None) -> Tensor:
     elif kind == "picture":
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; pictures must be uint8")
     elif not tensor.is_floating_point():
-        return _integers(tensor, what, "token")
+        return _integers(tensor, what, "token"), "token"
     elif not bool(torch.isfinite(tensor).all()):
         raise DataError(f"from_arrays: {what} has NaN or infinite values; remove or replace them")
-    return tensor
+    return tensor, "picture" if tensor.dtype == torch.uint8 else "number"
 
 
 def _as_pictures(tensor: Tensor, what: str) -> Tensor:

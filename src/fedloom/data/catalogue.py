@@ -14,9 +14,10 @@ class Source:
 
     `hub` is the Hugging Face repository, and `hub_folder` the folder in it that has the parquet files. Without `hub`, no
     repository with the required split is known, and users must supply the files. `folder` is the local folder (default:
-    the name). `image_size` is the original width and height in pixels; None means that sizes differ, so the user must
-    choose one. `natural` is the column by which `partition=natural` divides the examples. `only` lists the classes to
-    keep, in this order. `normalise` is the default for `Federation`. `embedded` data are part of the package.
+    the name). `image_size` is the original width and height in pixels. None means that sizes differ, so the user must
+    choose one; 0 means that inputs are not images. `natural` is the column by which `partition=natural` divides the
+    examples. `only` lists the classes to keep, in this order. `task` is the learning task. `embedded` data are part of
+    the package.
     """
 
     title: str
@@ -30,7 +31,7 @@ class Source:
     natural: str | None = None
     only: tuple[str, ...] | None = None
     folder: str | None = None
-    normalise: str = "half"
+    task: str = "classification"
     embedded: bool = False
 
 
@@ -58,6 +59,10 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
         "coloured-digits": Source(
             title="the same digits on coloured ground, each client with its own class colours (embedded)",
             n_classes=10, image_size=8, channels=3, classes=_DIGITS, natural="client", embedded=True,
+        ),
+        "diabetes": Source(
+            title="442 diabetes patients, 10 variables, disease progression after a year (embedded; regression)",
+            n_classes=0, image_size=0, channels=0, task="regression", embedded=True,
         ),
         "mnist": Source(
             title="MNIST", n_classes=10, **_GREY, hub="ylecun/mnist", hub_folder="mnist", classes=_DIGITS

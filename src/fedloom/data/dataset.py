@@ -25,7 +25,7 @@ class Dataset:
     Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be
     none. `inputs` are one tensor (N, ...), or several by name; `spec` describes them. Pictures are (N, C, H, W) uint8 (0 .. 255),
     numbers floating point, tokens and categories integers. `targets` are what `objective` says, such as (N,) int64 class labels.
-    `columns` are further values, (N,) each, such as the domain or the writer of each example.
+    `columns` are further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Dataset:
     objective: Objective
     spec: InputSpec
     columns: dict[str, Column] = field(default_factory=dict)
+    normalise: str | None = None
 
     @classmethod
     def labelled(

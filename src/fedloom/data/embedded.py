@@ -1,8 +1,9 @@
-"""Embedded data sets: scikit-learn's digits, and the same digits on coloured backgrounds."""
+"""Embedded data sets: scikit-learn's digits, the same digits on coloured backgrounds, and diabetes (a regression)."""
 
 from __future__ import annotations
 
 import colorsys
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -11,13 +12,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from fedloom.data.arrays import from_arrays
 from fedloom.data.dataset import Column, Dataset
 from fedloom.data.pictures import resized
 from fedloom.data.subset import choose_rows
+from fedloom.errors import DataError
 from fedloom.rng import Stream
 
 DIGITS: Final = Path(__file__).with_name("digits.npz")
 """The file digits.txt in the same folder gives source and licence."""
+DIABETES: Final = DIGITS.with_name("diabetes.npz")
 CLASSES: Final = tuple("0123456789")
 N_CLIENTS: Final = 4
 N_TRAIN: Final = 1400  # of the 1,797 examples, 350 per client; the others are the test set, with random colours
@@ -29,7 +33,9 @@ Rows = npt.NDArray[np.int64]
 
 
 def load_embedded(name: str, image_size: int | None, rows: int | None) -> Dataset:
-    """Return `digits` or `coloured-digits`; `image_size` and `rows` as for `fedloom.data.load`."""
+    """Return `digits`, `coloured-digits` or `diabetes`; `image_size` and `rows` as for `fedloom.data.load`."""
+    if name == "diabetes":
+        return _diabetes(image_size, rows)
     pixels, labels, n_train, columns = _coloured() if name == "coloured-digits" else _digits()
     keep, n_train = choose_rows(name, np.ones(len(labels), dtype=bool), n_train, rows)
     images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
@@ -42,6 +48,16 @@ def load_embedded(name: str, image_size: int | None, rows: int | None) -> Datase
         classes=CLASSES,
         columns=kept,
     )
+
+
+def _diabetes(image_size: int | None, rows: int | None) -> Dataset:
+    if image_size is not None:
+        raise DataError(f"data.image_size={image_size}: data=diabetes has no images; remove it")
+    with np.load(DIABETES) as stored:
+        features, target = stored["features"], stored["target"].astype(np.float64)
+    keep, _ = choose_rows("diabetes", np.ones(len(target), dtype=bool), len(target), rows)
+    made = from_arrays(features[keep], target[keep], name="diabetes", task="regression", classes=["progression"])
+    return replace(made, normalise="standard")
 
 
 def _digits() -> tuple[Pixels, Rows, int, dict[str, Column]]:

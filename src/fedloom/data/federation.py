@@ -37,8 +37,8 @@ class Federation:
     floats. Tokens and categories are never scaled.
     "half" gives (x - 0.5) / 0.5, which maps images to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
     the mean and divides by the standard deviation of each channel of images, or of each feature of other inputs; both
-    are computed over the training examples of the whole pool. "none" changes nothing. Default: "half" for images,
-    "none" for float features.
+    are computed over the training examples of the whole pool. "none" changes nothing. The default is
+    that of the data set, else "half" for images and "none" for float features.
 
     `augment` selects what `augmented` does to training batches: "none", "flip", "crop-flip" (crops after padding with 4
     black pixels) or "resized-crop-flip" (crops of 0.75 to 1 of the area). "resized-crop-flip-once" changes every
@@ -53,7 +53,7 @@ class Federation:
     ) -> None:
         self.is_picture = "picture" in dataset.spec.kinds
         chosen = normalise is not None
-        normalise = normalise or ("half" if self.is_picture else "none")
+        normalise = normalise or dataset.normalise or ("half" if self.is_picture else "none")
         for key, value, known in (("normalise", normalise, NORMALISES), ("augment", augment, AUGMENTS)):
             if value not in known:
                 raise DataError(f"data.{key}={value}: unknown{suggest(value, known)}")
@@ -70,7 +70,7 @@ class Federation:
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
         self._scaling = {f.name: _scale_and_shift(dataset, f, normalise) for f in dataset.spec.fields if _is_scaled(f)}
-        if not chosen and not self.is_picture:
+        if normalise == "none" and not chosen:
             _tell_of_scale(dataset)
         self._common: Batch | None = None
 

@@ -22,7 +22,7 @@ from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
 from fedloom.rng import Stream
 
-SCHEMES: Final = ("iid", "dirichlet", "pathological", "extended", "quantity", "natural", "own", "file")
+SCHEMES: Final = ("iid", "dirichlet", "pathological", "extended", "quantity", "natural", "own", "file", "given")
 _SPLITS = ("train", "valid", "test")
 
 
@@ -31,7 +31,7 @@ class Partition:
     """Example numbers of a `Dataset`: one sorted int64 array per client and split; `common` is the common test set.
 
     No training or validation example belongs to two clients or to a test split.
-    `scheme` describes how the partition was made.
+    `scheme` describes how the partition was made. `owners` are the clients' names, if they have any.
     """
 
     train: tuple[Rows, ...]
@@ -39,6 +39,7 @@ class Partition:
     test: tuple[Rows, ...]
     common: Rows
     scheme: dict[str, Any]
+    owners: tuple[str, ...] = ()
 
     @property
     def n_clients(self) -> int:
@@ -70,9 +71,10 @@ class Partition:
         temporary.replace(path)
 
     def content(self) -> dict[str, Any]:
-        """Return the partition as values for JSON: the lists by split, `common`, `scheme` and `hash`."""
+        """Return the partition as values for JSON: the lists by split, `common`, `scheme`, `hash` and, if known, the names of `clients`."""
         lists: dict[str, Any] = {split: [rows.tolist() for rows in getattr(self, split)] for split in _SPLITS}
-        return lists | {"common": self.common.tolist(), "scheme": self.scheme, "hash": self.hash()}
+        names = {"clients": list(self.owners)} if self.owners else {}
+        return lists | names | {"common": self.common.tolist(), "scheme": self.scheme, "hash": self.hash()}
 
     @classmethod
     def load(cls, path: str | Path, n_rows: int, n_train: int | None = None) -> Partition:
@@ -100,7 +102,8 @@ class Partition:
         if len(common) == 0:
             common = _union(splits["test"]) if any(map(len, splits["test"])) else np.arange(n_train or n_rows, n_rows)
         scheme = content.get("scheme")
-        made = cls(**splits, common=common, scheme=scheme if isinstance(scheme, dict) else {"name": "file"})
+        scheme = scheme if isinstance(scheme, dict) else {"name": "file"}
+        made = cls(**splits, common=common, scheme=scheme, owners=_read_owners(path, content))
         _check_disjoint(made, n_rows, f"partition file {path}")
         if not len(common):
             raise DataError(f"partition file {path}: there are no test examples; add 'test' or 'common'")
@@ -119,8 +122,11 @@ def partition(
     alpha: float = 0.1,
     classes_per_client: int = 2,
     balance: bool = False,
+    by: str | None = None,
+    bins: int = 10,
     column: str | None = None,
     min_examples: int = 10,
+    repair: bool = False,
     merge: bool = True,
     test_fraction: float | None = None,
     valid: float = 0.0,
@@ -139,16 +145,22 @@ def partition(
     Args:
         dataset: the data set to divide.
         clients: number of clients. With "natural", the clients with the most examples are kept; default: all.
-        scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`); "pathological" (`classes_per_client`, `balance`);
+        scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`);
+            "pathological" (`classes_per_client`, `balance`);
             "extended" (`classes_per_client`, `alpha`); "quantity" (`alpha`); "natural" (`column`: one client per value);
             "own" (the data set's own split: `column` gives the client of each training and test example); "file" (`path`).
         alpha: concentration of the Dirichlet distribution.
         classes_per_client: number of classes that each client has.
         balance: see `schemes.pathological`.
+        by: the column whose values take the place of classes in "dirichlet", "pathological" and "extended". Default: the targets:
+            classes, the rarest label of each example, or quantile bins of numbers.
+        bins: number of quantile bins.
         column: default: for "natural", the column of a known data set, such as the domain in Office-Caltech10; for "own",
             "client". With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the
             test examples out.
         min_examples: minimum number of examples of each client, before its test split is taken.
+        repair: use the first draw, and move examples from the largest clients to those below `min_examples`, instead of drawing again
+            until all have enough.
         merge: pool the official training and test examples (see above).
         test_fraction: fraction of each client's examples in its test split.
         valid: fraction of each client's training examples in its validation split.
@@ -173,17 +185,101 @@ def partition(
     if scheme == "natural":
         column = column or _natural_column(dataset)
         settings = {"column": column}
-        dealt = schemes.natural(_owners(dataset, column, n_dealt), clients, min_examples)
+        names, dealt = schemes.natural(_owners(dataset, column, n_dealt), clients, min_examples)
     else:
-        dealer, names = _DEALERS[scheme]
+        names = ()
+        dealer, keys = _DEALERS[scheme]
         choices = {"alpha": alpha, "classes_per_client": classes_per_client, "balance": balance}
-        settings = {name: choices[name] for name in names}
-        labels = _present(dataset.labels[:n_dealt].numpy(), clients, min_examples, settings)
-        dealt = dealer(labels, clients, min_examples, stream, **settings)
+        settings = {name: choices[name] for name in keys}
+        labels = _present(_groups(dataset, scheme, by, bins)[:n_dealt], clients, min_examples, settings)
+        wanted = schemes.Wanted(min_examples, repair and scheme != "iid")
+        dealt = dealer(labels, clients, wanted, stream, **settings)
+        settings |= ({"by": by} if by else {}) | ({"repair": True} if repair else {})
     made = {"name": scheme, **_pool(dataset), "clients": len(dealt), "min_examples": min_examples, **settings}
     made |= {"merge": merge, "test_fraction": fraction, "valid": valid, "seed": seed}
     official = np.arange(dataset.n_train, dataset.n_rows) if has_official and not merge else None
-    return _split(dealt, fraction, valid=valid, official=official, settings=made, stream=stream)
+    return _split(dealt, fraction, valid=valid, official=official, settings=made, stream=stream, owners=names)
+
+
+def default_scheme(dataset: Dataset, merge: bool = True) -> str:
+    """Return the scheme that fits the data: "natural" if a column names the owner of every example, "dirichlet" if targets fall into
+    groups, else "iid"."""
+    column = _natural_column(dataset)
+    dealt = dataset.n_rows if merge else dataset.n_train
+    if column in dataset.columns and not (dataset.columns[column][:dealt] == "").any():
+        return "natural"
+    return "iid" if dataset.objective.strata(dataset.targets, dataset.n_train) is None else "dirichlet"
+
+
+def given_partition(
+    given: Any,
+    dataset: Dataset,
+    *,
+    test_fraction: float | None = None,
+    merge: bool = True,
+    valid: float = 0.0,
+    min_examples: int = 2,
+    seed: int = 0,
+) -> Partition:
+    """Return the partition that Python code gives.
+
+    Args:
+        given: a `Partition`; or, for each client, the numbers of its examples; or the owner of each example.
+        dataset: the data set to divide.
+        test_fraction, merge, valid, seed: see `partition`; they apply unless `given` is a `Partition`.
+        min_examples: owners with fewer examples are left out.
+
+    Raises:
+        DataError: numbers are out of range or repeated, or there is not one owner per example.
+    """
+    if isinstance(given, Partition):
+        _check_disjoint(given, dataset.n_rows, "partition")
+        return given
+    n_dealt = dataset.n_rows if merge else dataset.n_train
+    stream, names = Stream(seed, "partition", "given"), tuple[str, ...]()
+    values = list(given)
+    if values and np.ndim(values[0]) == 0:
+        if len(values) != n_dealt:
+            raise DataError(f"partition: {len(values)} owners for {n_dealt} examples; give one owner per example")
+        names, dealt = schemes.natural(np.asarray(values), None, min_examples)
+    else:
+        dealt = [np.asarray(rows, np.int64) for rows in values]
+        _check_given(dealt, n_dealt)
+    has_official = dataset.n_train < dataset.n_rows
+    fraction = _fraction(test_fraction, merge, merge or not has_official)
+    made = {"name": "given", **_pool(dataset), "clients": len(dealt), "merge": merge, "test_fraction": fraction}
+    official = np.arange(dataset.n_train, dataset.n_rows) if has_official and not merge else None
+    settings = made | {"valid": valid, "seed": seed}
+    return _split(dealt, fraction, valid=valid, official=official, settings=settings, stream=stream, owners=names)
+
+
+def _check_given(dealt: Sequence[Rows], n_rows: int) -> None:
+    """Raise DataError unless every client has an example, and all numbers are in range and different."""
+    every = np.concatenate([np.empty(0, np.int64), *dealt])
+    if not len(dealt) or not all(map(len, dealt)):
+        raise DataError("partition: every client needs at least one example")
+    if every.min() < 0 or every.max() >= n_rows:
+        raise DataError(
+            f"partition: example numbers run from {every.min()} to {every.max()}; they must be 0 to {n_rows - 1}"
+        )
+    if len(np.unique(every)) < len(every):
+        raise DataError("partition: an example belongs to two clients, or twice to one")
+
+
+def _groups(dataset: Dataset, scheme: str, by: str | None, bins: int) -> Rows:
+    """Return the group of each example that a scheme divides: values of a column, or groups by target."""
+    if by is not None:
+        return np.unique(_column(dataset, by, "by"), return_inverse=True)[1].astype(np.int64)
+    if scheme in ("iid", "quantity"):
+        return np.zeros(dataset.n_rows, np.int64)
+    found = dataset.objective.strata(dataset.targets, dataset.n_train, bins)
+    if found is None:
+        raise DataError(
+            f"partition={scheme}: {dataset.objective.skew}; use partition=natural, iid or quantity, or partition.by=COLUMN"
+        )
+    if len(found.names) < 2:
+        raise DataError(f"partition={scheme}: all targets fall into one group; use partition=iid or quantity")
+    return found.of
 
 
 _DEALERS: Final[dict[str, tuple[Callable[..., list[Rows]], tuple[str, ...]]]] = {
@@ -227,6 +323,7 @@ def _split(
     official: Rows | None,
     settings: dict[str, Any],
     stream: Stream,
+    owners: tuple[str, ...] = (),
 ) -> Partition:
     train, held_out, test = [], [], []
     for i, rows in enumerate(dealt):
@@ -236,7 +333,9 @@ def _split(
         held_out.append(validated)
         test.append(tested)
     common = _union(test) if official is None else official
-    return Partition(train=tuple(train), valid=tuple(held_out), test=tuple(test), common=common, scheme=settings)
+    return Partition(
+        train=tuple(train), valid=tuple(held_out), test=tuple(test), common=common, scheme=settings, owners=owners
+    )
 
 
 def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
@@ -284,6 +383,7 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
             "valid": valid,
             "seed": seed,
         },
+        owners=tuple(map(str, values)),
     )
 
 
@@ -319,10 +419,10 @@ def _natural_column(dataset: Dataset) -> str | None:
     return next(iter(dataset.columns)) if len(dataset.columns) == 1 else None
 
 
-def _column(dataset: Dataset, column: str | None) -> npt.NDArray[Any]:
+def _column(dataset: Dataset, column: str | None, key: str = "column") -> npt.NDArray[Any]:
     if column is None or column not in dataset.columns:
         known = ", ".join(dataset.columns) or "none"
-        told = "partition.column: must be given" if column is None else f"partition.column={column}: no such column"
+        told = f"partition.{key}: must be given" if column is None else f"partition.{key}={column}: no such column"
         raise DataError(f"{told}; data={dataset.name} has the columns: {known}")
     return dataset.columns[column]
 
@@ -360,6 +460,17 @@ def _check_settings(
 
 def _union(parts: Sequence[Rows]) -> Rows:
     return np.unique(np.concatenate([np.empty(0, np.int64), *parts]))
+
+
+def _read_owners(path: str | Path, content: dict[str, Any]) -> tuple[str, ...]:
+    names = content.get("clients") or []
+    if (
+        not isinstance(names, list)
+        or not all(isinstance(n, str) for n in names)
+        or len(names) not in (0, len(content["train"]))
+    ):
+        raise DataError(f"partition file {path}: 'clients' must be a list with the name of each client")
+    return tuple(names)
 
 
 def _read_split(path: str | Path, content: dict[str, Any], split: str, n_rows: int) -> tuple[Rows, ...]:

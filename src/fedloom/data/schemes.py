@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,20 @@ Rows = npt.NDArray[np.int64]
 MAX_DRAWS: Final = 2000
 
 
-def iid(labels: Rows, n_clients: int, min_examples: int, stream: Stream) -> list[Rows]:
+class Wanted(NamedTuple):
+    """The examples that every client needs."""
+
+    examples: int
+    repair: bool = False  # move examples between clients instead of drawing again
+
+
+def iid(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream) -> list[Rows]:
     """Split examples at random into equal parts. Sizes differ by at most one, so no redraws are needed to reach `min_examples`."""
     parts = np.array_split(stream.numpy.permutation(len(labels)), n_clients)
     return [np.asarray(part, np.int64) for part in parts]
 
 
-def dirichlet(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
+def dirichlet(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, alpha: float) -> list[Rows]:
     """Split by capped Dirichlet draws, the "practical" setting of PFLlib and FedRIR.
 
     For each class in turn, the clients' shares are drawn from Dirichlet(alpha). The shares of clients that already have
@@ -49,11 +56,11 @@ def dirichlet(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *
             counts[:, c] = cut
         return counts
 
-    return _deal(labels, _accepted(draw, "dirichlet", n_clients, min_examples, "a larger partition.alpha"), stream)
+    return _deal(labels, _accepted(draw, "dirichlet", n_clients, wanted, "a larger partition.alpha"), stream)
 
 
 def pathological(
-    labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, classes_per_client: int, balance: bool
+    labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, classes_per_client: int, balance: bool
 ) -> list[Rows]:
     """Give each client a few classes, the "pathological" setting of PFLlib and FedRIR.
 
@@ -78,13 +85,13 @@ def pathological(
     advice = "another partition.classes_per_client"
     return _deal(
         labels,
-        _accepted(draw, "pathological", n_clients=n_clients, min_examples=min_examples, advice=advice, n_draws=draws),
+        _accepted(draw, "pathological", n_clients=n_clients, wanted=wanted, advice=advice, n_draws=draws),
         stream,
     )
 
 
 def extended(
-    labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, classes_per_client: int, alpha: float
+    labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, classes_per_client: int, alpha: float
 ) -> list[Rows]:
     """Split by extended Dirichlet draws (Li & Lyu, NeurIPS 2023): a few classes per client, Dirichlet(alpha) shares within each class.
 
@@ -109,10 +116,10 @@ def extended(
         return counts
 
     advice = "a larger partition.alpha or partition.classes_per_client"
-    return _deal(labels, _accepted(draw, "extended", n_clients, min_examples, advice), stream)
+    return _deal(labels, _accepted(draw, "extended", n_clients, wanted, advice), stream)
 
 
-def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *, alpha: float) -> list[Rows]:
+def quantity(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, alpha: float) -> list[Rows]:
     """Divide the examples into sizes from one Dirichlet(alpha) draw, and assign examples at random.
 
     Clients then differ in size, not in class distribution.
@@ -122,14 +129,15 @@ def quantity(labels: Rows, n_clients: int, min_examples: int, stream: Stream, *,
         sizes = _cut(stream.numpy.dirichlet(np.full(n_clients, alpha)), len(labels))
         return None if sizes is None else sizes[:, None]
 
-    counts = _accepted(draw, "quantity", n_clients, min_examples, "a larger partition.alpha")
+    counts = _accepted(draw, "quantity", n_clients, wanted, "a larger partition.alpha")
     return _deal(np.zeros_like(labels), counts, stream)
 
 
-def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> list[Rows]:
+def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> tuple[tuple[str, ...], list[Rows]]:
     """Make one client per value of a column, in sorted order; with `n_clients`, only for the values with the most examples.
 
-    Values with fewer than `min_examples` examples are left out. Raise DataError if there are too few values.
+    Values with fewer than `min_examples` examples are left out. Return the clients' values and examples. Raise DataError if there are too
+    few values.
     """
     values, owners = np.unique(column, return_inverse=True)
     sizes = np.bincount(owners, minlength=len(values))
@@ -151,7 +159,8 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
         )
     order = np.argsort(owners, kind="stable")
     groups = np.split(order, np.cumsum(sizes)[:-1])
-    return [groups[v] for v in sorted(large[:n_clients])]
+    chosen = sorted(large[:n_clients])
+    return tuple(str(values[v]) for v in chosen), [groups[v] for v in chosen]
 
 
 def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
@@ -168,18 +177,42 @@ def _accepted(
     draw: Callable[[], Rows | None],
     scheme: str,
     n_clients: int,
-    min_examples: int,
+    wanted: Wanted,
     advice: str,
     n_draws: int = MAX_DRAWS,
 ) -> Rows:
     for _ in range(n_draws):
         counts = draw()
-        if counts is not None and counts.sum(axis=1).min() >= min_examples:
-            return counts
+        if counts is not None and (wanted.repair or counts.sum(axis=1).min() >= wanted.examples):
+            return _repaired(counts, wanted.examples, scheme)
     raise DataError(
-        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={min_examples} examples; "
-        f"try {advice}, or a smaller partition.min_examples"
+        f"partition={scheme} clients={n_clients}: no draw gave each client partition.min_examples={wanted.examples} examples; "
+        f"try {advice}, a smaller partition.min_examples, or partition.repair=true"
     )
+
+
+def _repaired(counts: Rows, min_examples: int, scheme: str) -> Rows:
+    """Return the (K, Y) counts after moving examples from the largest clients to those with fewer than `min_examples`.
+
+    Each move takes examples of the group of which the largest client has most. The number of moved examples is logged.
+    """
+    counts, n_moved = counts.copy(), 0
+    for i in np.flatnonzero(counts.sum(1) < min_examples):
+        while (lacking := min_examples - int(counts[i].sum())) > 0:
+            donor = int(counts.sum(1).argmax())
+            c = int(counts[donor].argmax())
+            n = min(lacking, int(counts[donor, c]), int(counts[donor].sum()) - min_examples)
+            counts[donor, c] -= n
+            counts[i, c] += n
+            n_moved += n
+    if n_moved:
+        log.warning(
+            "partition=%s: moved %d examples so that every client has partition.min_examples=%d",
+            scheme,
+            n_moved,
+            min_examples,
+        )
+    return counts
 
 
 def _deal(labels: Rows, counts: Rows, stream: Stream) -> list[Rows]:

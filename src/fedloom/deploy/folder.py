@@ -26,7 +26,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom.config.parsing import read_toml
-from fedloom.config.settings import Settings, make_method, make_settings, to_toml
+from fedloom.config.settings import Settings, make_method, make_settings, to_toml, with_scheme
 from fedloom.deploy import texts
 from fedloom.deploy.certificates import (
     Identity,
@@ -227,6 +227,9 @@ def deployable(settings: Settings) -> Settings:
     if settings.join.clients:
         raise ConfigError("join.clients: clients cannot join later on devices; include them in `clients` of a new run")
     engine = settings.engine.model_copy(update={"name": "flower"})
+    settings = (
+        settings if settings.partition.name else with_scheme(settings, "dirichlet")
+    )  # the data are not loaded yet
     return settings.model_copy(update={"engine": engine})
 
 

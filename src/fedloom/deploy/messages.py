@@ -1,6 +1,6 @@
 """Messages between the server and a node: a validated JSON header, and trees of tensors in our wire format.
 
-An envelope consists of `fedloom1`, the header's length (8 bytes, little-endian), the header, and the parts in safetensors format, whose
+An envelope consists of `fedloom2`, the header's length (8 bytes, little-endian), the header, and the parts in safetensors format, whose
 lengths are in the header. Nothing is ever unpickled. Anything invalid raises a `WireError` that gives the reason.
 """
 
@@ -96,7 +96,7 @@ class TaskFacts(_Strict):
     @classmethod
     def of(cls, objective: Objective) -> TaskFacts:
         """Return an objective as part of a message."""
-        return cls.model_validate({k: list(v) if isinstance(v, tuple) else v for k, v in objective.content().items()})
+        return cls.model_validate(objective.content())
 
     def objective(self) -> Objective:
         """Return the objective."""

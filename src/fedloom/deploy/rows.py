@@ -97,6 +97,10 @@ class Remote(Federation):
             normalise=settings.data.normalise,
         )  # fmt: skip
 
+    def example(self) -> Inputs:
+        """See `Federation.example`: the server's own examples."""
+        return self._held.rows(np.resize(np.arange(self._held.dataset.n_rows), 2))[0]
+
     def rows(self, index: Any) -> tuple[Inputs, Tensor]:
         """See `Federation.rows`: only for the common test set.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fedloom import accelerator, data, tree
-from fedloom.config.settings import Named, Settings, check_cohort, participation_range
+from fedloom.config.settings import Named, Settings, check_cohort, participation_range, with_scheme
 from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
 from fedloom.experiment.arrivals import check_rules, slowdowns
@@ -49,18 +49,41 @@ def make_dataset(settings: Settings) -> data.Dataset:
     return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows)
 
 
-def make_federation(settings: Settings, dataset: data.Dataset | None = None) -> data.Federation:
-    """Return the clients' examples: the data set, partitioned."""
+def resolved(settings: Settings, dataset: data.Dataset) -> Settings:
+    """Return the settings with the partition scheme that fits the data, if none is set; log it unless it is dirichlet."""
+    if settings.partition.name is not None:
+        return settings
+    scheme = data.default_scheme(dataset, settings.partition.merge)
+    if scheme != "dirichlet":
+        log.warning("partition=%s: chosen, because %s", scheme, WHY[scheme])
+    try:
+        return with_scheme(settings, scheme)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+WHY = {"natural": "a column names the owner of every example", "iid": "targets do not fall into groups"}
+
+
+def make_federation(settings: Settings, dataset: data.Dataset | None = None, given: Any = None) -> data.Federation:
+    """Return the clients' examples: the data set, partitioned. `given`: see `data.given_partition`."""
     dataset = make_dataset(settings) if dataset is None else dataset
-    p = settings.partition
-    partition = data.partition(
-        dataset,
-        settings.clients,
-        scheme=p.name,
-        valid=settings.eval.valid,
-        seed=settings.seed,
-        **p.model_dump(exclude={"name"}),
-    )
+    settings = resolved(settings, dataset)
+    p, valid, seed = settings.partition, settings.eval.valid, settings.seed
+    if p.name == "given":
+        if given is None:
+            raise ConfigError("partition=given: the partition must be passed from Python, fedloom.run(partition=...)")
+        keys = {"test_fraction", "merge", "min_examples"}
+        partition = data.given_partition(given, dataset, valid=valid, seed=seed, **p.model_dump(include=keys))
+    else:
+        partition = data.partition(
+            dataset,
+            settings.clients,
+            scheme=p.name or "dirichlet",
+            valid=valid,
+            seed=seed,
+            **p.model_dump(exclude={"name"}),
+        )
     return data.Federation(dataset, partition, normalise=settings.data.normalise, augment=settings.data.augment)
 
 

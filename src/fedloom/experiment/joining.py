@@ -36,7 +36,11 @@ def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
         save_run(experiment)
     objective = experiment.problem.task.objective
     each = [metrics.newcomer(objective, i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
-    scores = metrics.spread(objective, before, "received") | metrics.spread(objective, after, "joined")
+    primary = f"_{objective.primary.name}"
+    rows = metrics.spread(objective, before, "received") | metrics.spread(objective, after, "joined")
+    scores = {
+        key.replace(primary, "", 1): value for key, value in rows.items()
+    }  # `received`, `joined`: the primary metric
     return {
         "new_clients": {"clients": len(newcomers), "turns": turns, **scores, "each": each},
         "join_seconds": time.perf_counter() - started,

@@ -20,7 +20,15 @@ from fedloom.errors import RunFolderError
 from fedloom.experiment import metrics
 from fedloom.experiment.accounting import Accounting
 from fedloom.experiment.arrivals import Arrivals, RoundRequest
-from fedloom.experiment.build import arithmetic, engine_for, initial_weights, make_federation, make_problem
+from fedloom.experiment.build import (
+    arithmetic,
+    engine_for,
+    initial_weights,
+    make_dataset,
+    make_federation,
+    make_problem,
+    resolved,
+)
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
@@ -44,6 +52,7 @@ class GivenObjects:
     method: Method | None = None
     dataset: data.Dataset | None = None
     model: nn.Module | Callable[..., nn.Module] | None = None
+    partition: Any = None  # see `data.given_partition`
     federation: data.Federation | None = None  # replaces `dataset` and the partition (examples on devices)
     engine: Callable[[Problem], Engine] | None = None
 
@@ -59,10 +68,14 @@ class Experiment:
         if folder is None and settings.out:
             RunFolder.check_free(settings.out)
         with arithmetic(settings):
+            dataset = parts.dataset
+            if parts.federation is None:
+                dataset = make_dataset(settings) if dataset is None else dataset
+                settings = resolved(settings, dataset)
             self.settings = settings
             self.place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
             self.method = parts.method or make_method(settings.method)
-            self.data = parts.federation or make_federation(settings, parts.dataset)
+            self.data = parts.federation or make_federation(settings, dataset, parts.partition)
             self.partition = self.data.partition  # as partitioned, even if a reference method pools the examples
             if self.method.pooled:
                 self.data = self.data.pooled()

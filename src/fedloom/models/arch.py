@@ -130,7 +130,7 @@ class OutsideArch(Arch):
             refuse_tied({self.name: module})  # before the split makes separate copies
             refuse_own_state(module, self.example, self.name)
             checks = check_split if self.has_head else check_outputs
-            checks(module, self.example, self.n_outputs, self.name)
+            checks(module, self.example, self.objective, self.name)
 
     def _parts(self, width: int | None) -> tuple[nn.Module, nn.Linear]:
         body, head = split(self._module(width), self.n_outputs, self.name)
@@ -196,7 +196,7 @@ def arch(
         _check_count("input_shape", side)
     spec = inputs if isinstance(inputs, InputSpec) else InputSpec.plain(shapes)
     objective = outputs if isinstance(outputs, Objective) else Classification.numbered(outputs)
-    facts = Facts(
+    facts = ArchFacts(
         spec=spec,
         objective=objective,
         width=width,
@@ -217,7 +217,7 @@ def arch(
     return made
 
 
-class Facts(TypedDict):
+class ArchFacts(TypedDict):
     """What `Arch` and `OutsideArch` have in common; see there."""
 
     spec: InputSpec
@@ -241,7 +241,7 @@ def option_defaults(name: str) -> dict[str, Option]:
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
 
-def _outside(source: Builder, facts: Facts) -> OutsideArch:
+def _outside(source: Builder, facts: ArchFacts) -> OutsideArch:
     name = type(source).__name__ if isinstance(source, nn.Module) else getattr(source, "__name__", repr(source))
     if not callable(source):
         raise ConfigError(f"model={source!r}: give a name, an nn.Module, or a function that returns one")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import ConfigError
 from fedloom.inputs import Inputs, InputSpec, call_arguments, map_inputs, shapes_of, unwrapped
+from fedloom.objectives import Objective
 
 
 def split(module: nn.Module, n_outputs: int, name: str) -> tuple[nn.Module, nn.Linear]:
@@ -53,8 +54,8 @@ def can_split(module: nn.Module, n_outputs: int) -> bool:
     return named or last_linear(module, n_outputs) is not None
 
 
-def check_outputs(module: nn.Module, example: Inputs, n_outputs: int, name: str) -> Tensor:
-    """Return the module's outputs for two examples. Raise ConfigError unless they are (2, ..., n_outputs)."""
+def check_outputs(module: nn.Module, example: Inputs, objective: Objective, name: str) -> Tensor:
+    """Return the module's outputs for two examples. Raise ConfigError unless they have the shape that the learning task needs."""
     try:
         outputs = dry_run(module, example)
     except Exception as error:
@@ -62,17 +63,17 @@ def check_outputs(module: nn.Module, example: Inputs, n_outputs: int, name: str)
         raise ConfigError(f"model {name} fails on inputs of shape {shapes_of(example)}: {reason}") from error
     if not isinstance(outputs, Tensor):
         raise ConfigError(f"model {name} returns a {type(outputs).__name__}; return one tensor, the logits alone")
-    if outputs.ndim < 2 or outputs.shape[0] != 2 or outputs.shape[-1] != n_outputs:
-        raise ConfigError(
-            f"model {name} returns shape {tuple(outputs.shape)} for 2 examples; return logits (2, {n_outputs})"
-        )
+    n = objective.n_outputs
+    if outputs.ndim != objective.output_ndim or outputs.shape[0] != 2 or outputs.shape[-1] != n:
+        wanted = f"(2, {n})" if objective.output_ndim == 2 else f"(2, T, {n})"
+        raise ConfigError(f"model {name} returns shape {tuple(outputs.shape)} for 2 examples; return logits {wanted}")
     return outputs
 
 
-def check_split(module: nn.Module, example: Inputs, n_outputs: int, name: str) -> None:
+def check_split(module: nn.Module, example: Inputs, objective: Objective, name: str) -> None:
     """Raise ConfigError unless the head applied to the body's features gives the outputs of `module` (in evaluation mode)."""
-    logits = check_outputs(module, example, n_outputs, name)
-    body, head = split(deepcopy(module), n_outputs, name)
+    logits = check_outputs(module, example, objective, name)
+    body, head = split(deepcopy(module), objective.n_outputs, name)
     features = dry_run(body, example)
     if not isinstance(features, Tensor):
         raise ConfigError(f"model {name}'s body returns a {type(features).__name__}; return one tensor, the features")

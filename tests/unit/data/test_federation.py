@@ -9,6 +9,7 @@ import torch
 from fedloom.data import Federation, Partition, from_arrays, load, partition
 from fedloom.data.augment import AUGMENTS
 from fedloom.errors import DataError
+from fedloom.objectives import Classification
 from fedloom.rng import Stream
 
 
@@ -103,7 +104,7 @@ def test_partitions_and_settings_that_do_not_fit_are_refused(pool, made):
     with pytest.raises(DataError, match=r"data\.augment=flop.*'flip'"):
         Federation(pool, made, augment="flop")
     with pytest.raises(DataError, match="labels run from"):
-        Federation(replace(pool, classes=("one",)), made)
+        Federation(replace(pool, objective=Classification(names=("one",))), made)
 
 
 @pytest.mark.parametrize("augment", AUGMENTS)
@@ -133,7 +134,7 @@ def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
     federation = Federation(ramp, partition(ramp, 1, scheme="iid"), normalise=normalise, augment="crop-flip")
     x = federation.rows(np.zeros(300, np.int64))[0]
     out = federation.augmented(x, Stream(0))
-    mean, std = federation.normalisation
+    mean, std = federation.normalisation[""]
     white = x[0, 2, 0, 0]
     inside = out[:, 2] == white
     torch.testing.assert_close(out[:, 2][~inside], torch.full_like(out[:, 2][~inside], -mean[2] / std[2]))

@@ -1,13 +1,16 @@
 """Recipes: their checks, and how a user's module is split."""
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from fedloom.errors import ConfigError
+from fedloom.inputs import Field, InputSpec
 from fedloom.models import Arch, arch, option_defaults
+from fedloom.objectives import MultiLabel
 
 SHAPE = (1, 8, 8)
 
@@ -77,8 +80,8 @@ def test_options_reach_the_architecture():
         ({"outputs": True}, ["n_classes=True"]),
         ({"width": 2.5}, ["width=2.5"]),
         ({"inputs": (1, 8, -1)}, ["input_shape", "-1"]),
-        ({"source": "resnet8", "input_shape": (64,)}, ["resnet8", "(64,)", "8x8"]),
-        ({"source": "resnet8", "input_shape": (1, 4, 8)}, ["resnet8", "(1, 4, 8)", "8x8"]),
+        ({"source": "resnet8", "inputs": (64,)}, ["resnet8", "(64,)", "8x8"]),
+        ({"source": "resnet8", "inputs": (1, 4, 8)}, ["resnet8", "(1, 4, 8)", "8x8"]),
         ({"options": {"hiden": 3}}, ["mlp", "hiden", "did you mean 'hidden'"]),
         ({"source": "logistic", "options": {"hidden": 3}}, ["logistic", "hidden", "known: lora"]),
         ({"options": {"hidden": "3"}}, ["hidden='3'", "int"]),
@@ -159,11 +162,10 @@ def test_functions_and_bare_linear_layers_are_taken():
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        (convolutional_logits, ["convolutional_logits", "no nn.Linear with 10 outputs"]),
         (SoftmaxNet, ["SoftmaxNet", "not Linear"]),
         (Net((3, 8, 8), 10), ["Net", "fails on inputs"]),
-        (Net(SHAPE, 11), ["Net", "no nn.Linear with 10 outputs"]),
-        (lambda depth: nn.Linear(1, depth), ["depth", "input_shape, n_classes, width"]),
+        (Net(SHAPE, 11), ["Net", "shape (2, 11)", "return logits (2, 10)"]),
+        (lambda depth: nn.Linear(1, depth), ["depth", "input_shape, n_classes, n_outputs, width"]),
         (lambda n_classes: n_classes, ["not int", "nn.Module"]),
         (lambda n_classes: nn.Linear(8, n_classes), ["logits (2, 10)"]),
     ],
@@ -174,3 +176,52 @@ def test_modules_that_cannot_be_used_are_refused_in_one_line(source, words):
     message = str(caught.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+def test_a_module_without_a_linear_head_stays_whole():
+    made = arch(convolutional_logits, SHAPE, 10)
+    assert not made.has_head
+    assert made.features == 0
+    assert isinstance(made.model(), nn.Sequential)
+    assert made.model()(torch.zeros(2, *SHAPE)).shape == (2, 10)
+
+
+class Pair(nn.Module):
+    """Two inputs by name, and an output object, as Hugging Face models have."""
+
+    def __init__(self, vocabulary, n_outputs):
+        super().__init__()
+        self.embedding, self.classifier = nn.Embedding(vocabulary, 4), nn.Linear(4, n_outputs)
+
+    def forward(self, ids, attention_mask):
+        mask = attention_mask[:, :, None].to(self.embedding.weight.dtype)
+        mean = (self.embedding(ids) * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return SimpleNamespace(logits=self.classifier(mean))
+
+
+def test_several_inputs_go_by_name_and_logits_are_unwrapped():
+    fields = (
+        Field(name="ids", shape=(3,), kind="token", levels=(7,)),
+        Field(name="attention_mask", shape=(3,), kind="token", levels=(2,)),
+    )
+    made = arch(Pair, InputSpec(fields), MultiLabel(names=("a", "b", "c")))
+    x = {"ids": torch.tensor([[1, 2, 0], [3, 6, 5]]), "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+    model = made.model()
+    whole = Pair(7, 3)
+    head = {f"classifier.{name}": value for name, value in model.head.state_dict().items()}
+    whole.load_state_dict({"embedding.weight": model.body.embedding.weight, **head})
+    assert torch.equal(model(**x), whole(**x).logits)
+    assert (made.features, made.has_vector) == (4, True)
+
+
+def test_outputs_that_are_a_tuple_are_refused_in_one_line():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 10)
+
+        def forward(self, x):
+            return self.linear(x.flatten(1)), x
+
+    with pytest.raises(ConfigError, match="returns a tuple; return one tensor, the logits alone"):
+        arch(Two, SHAPE, 10)
