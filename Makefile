@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: run test types tests test-deploy check clean
+.PHONY: run test types tests test-deploy test-hf check clean
 
 run: $(VENV)/installed  ## the three methods and their plain rivals, on embedded digits
 	$(BIN)/fedloom compare configs/main/fedrir.toml configs/main/fedvtc.toml configs/main/fedmr.toml
@@ -23,6 +23,10 @@ tests: $(VENV)/installed
 
 test-deploy: $(VENV)/installed  ## whole federations on this machine: TLS, node keys, faults (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m deploy tests/deploy
+
+test-hf: $(VENV)/installed  ## models of Hugging Face; installs transformers and peft
+	$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[hf]'
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m hf
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

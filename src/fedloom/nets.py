@@ -159,8 +159,12 @@ def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer (innermost module) that owns a tensor: `model.body.3.weight` belongs to `model.body.3`."""
-    return name.rpartition(".")[0]
+    """Return the layer (innermost module) that owns a tensor: `model.body.3.weight` belongs to `model.body.3`.
+
+    The tensors of a parametrised weight, such as a LoRA adapter's, belong to the layer of the weight.
+    """
+    layer, parametrised, _ = name.partition(".parametrizations.")
+    return layer if parametrised else name.rpartition(".")[0]
 
 
 def block_of(name: str) -> str:

@@ -61,9 +61,10 @@ def test_list_datasets_says_what_is_found(cli, monkeypatch):
 
 
 def test_list_models_and_engines(cli):
-    models = {m["name"]: m["options"] for m in json.loads(cli("list", "models", "--json").out)}
+    models = {m["name"]: m for m in json.loads(cli("list", "models", "--json").out)}
     assert models.keys() == ZOO.keys()
-    assert models["mlp"] == {"hidden": 200}
+    assert models["mlp"]["options"] == {"hidden": 200}
+    assert models["table_mlp"]["inputs"] == ["category", "number"]
     assert "hidden=200" in cli("list", "models", "mlp").out
     engines = {e["name"] for e in json.loads(cli("list", "engines", "--json").out)}
     assert {"auto", "sequential", "debug", "bytes"} <= engines

@@ -49,6 +49,17 @@ class Centring(nn.Module):
         return self.out(self.hidden(x - self.centre).relu())
 
 
+class Recurrent(nn.Module):
+    """Reads the features one after another."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.out = nn.GRU(1, WIDTH, batch_first=True), nn.Linear(WIDTH, N_CLASSES)
+
+    def forward(self, x):
+        return self.out(self.gru(x.unsqueeze(2))[0][:, -1])
+
+
 class Remembering(nn.Module):
     """Adds part of the last batch to the next one."""
 
@@ -258,3 +269,14 @@ def test_a_parameter_without_dimensions_is_one_number(run, method):
             return self.out((self.scale * self.base(x)).relu())
 
     assert run(method, module=Scaled).run()["rounds"] == 2
+
+
+def test_recurrent_models_run_one_client_after_another(run, caplog):
+    runs = {engine: run(module=Recurrent, engine=engine) for engine in ("sequential", "vectorised")}
+    assert caplog.messages == [
+        "model=Recurrent: clients run one after another, because recurrent layers are slower in lanes"
+    ]
+    for done in runs.values():
+        done.run()
+    one, other = (done.personal_model(1).state_dict() for done in runs.values())
+    assert all(torch.equal(one[name], other[name]) for name in one)

@@ -800,3 +800,23 @@ def test_undeployable_settings_are_refused_at_every_step(federation, tmp_path, s
     chosen = values(**settings) | {"out": str(tmp_path / "r")}
     with pytest.raises(ConfigError, match=f"^{reason}"):
         running.prepare(place, chosen, Wire(place), list[str]().append)
+
+
+def test_a_base_is_read_from_the_nodes_own_folder(federation, deployed, tmp_path):
+    base = tmp_path / "base.safetensors"
+    weights = {"linear.weight": torch.linspace(-1, 1, 64 * 12).reshape(12, 64), "linear.bias": torch.zeros(12)}
+    safetensors.torch.save_file(weights, base)
+    settings = {"method": "fedper", "model.lora": 2, "model.weights": str(base)}
+    place = federation("with base", **settings)
+    copies = [place.path / f"node-{k}/code/base.safetensors" for k in (0, 1)]
+    assert all(copy.read_bytes() == base.read_bytes() for copy in copies)
+    chosen = values(**settings) | {"out": str(tmp_path / "based")}
+    experiment = running.prepare(place, chosen, Wire(place), print)
+    experiment.run()
+    assert [row["cohort"] for row in experiment.rows] == [4, 4, 4]
+    simulated = Experiment(make_settings(chosen | {"out": str(tmp_path / "simulated")}))
+    simulated.run()
+    assert tree.equal(experiment.server, simulated.server)
+    copies[1].unlink()
+    with pytest.raises((ConfigError, WireError, UsageError), match=r"this node has no code/base\.safetensors"):
+        running.prepare(place, chosen | {"out": str(tmp_path / "missing")}, Wire(place), print).run()

@@ -17,6 +17,7 @@ from fedloom.data.hub import cache_root, local_folder
 from fedloom.engines import ENGINES, WRAPPERS
 from fedloom.errors import ConfigError, DataError, suggest
 from fedloom.methods import registry, source_facts
+from fedloom.models.zoo import KINDS as INPUTS
 from fedloom.models.zoo import ZOO
 from fedloom.wire.transforms import TRANSFORMS
 
@@ -86,8 +87,15 @@ def models() -> list[Facts]:
     found = []
     for name, origin in ZOO.origins.items():
         text, options = source_facts.function_facts(origin)
-        found.append({"name": name, "summary": _first_line(text), "options": options, "description": text})
+        facts = {"inputs": sorted(INPUTS[name]), "summary": _first_line(text), "options": options}
+        facts["description"] = f"{text}\n\n{EVERY_MODEL}"
+        found.append({"name": name, **facts})
     return found
+
+
+EVERY_MODEL = """\
+Every model also has the options `weights=FILE.safetensors` (pretrained weights of the body), `lora=RANK` (low-rank adapters on a frozen
+body), `lora_alpha` (default: 2 RANK) and `lora_freeze_a`."""
 
 
 def engines() -> list[Facts]:

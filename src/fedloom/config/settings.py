@@ -211,7 +211,9 @@ class Settings(Section):
     drop_last: bool = False
     """Skip the incomplete last batch of each epoch."""
     model: Named = Named(name="fedavg_cnn")
-    """Architecture (see `fedloom list models`), or your own as `my.py:Net`. Its options are `model.KEY`."""
+    """Architecture (see `fedloom list models`), or your own as `my.py:Net`. Its options are `model.KEY`. Every model also has
+    `model.weights=FILE.safetensors` (pretrained weights of the body), `model.lora=RANK` (low-rank adapters on a frozen body),
+    `model.lora_alpha` and `model.lora_freeze_a` (docs/lora.md)."""
     models: tuple[str, ...] = ()
     """Several architectures instead of `model`, assigned to the clients in turn."""
     width: Count | None = None

@@ -239,25 +239,31 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def code_files(settings: Settings) -> list[Path]:
-    """Return the Python files that the settings name (`my.py:Mine`). Nodes keep them in one folder, `code`.
+    """Return the files that the settings name: Python files (`my.py:Mine`) and `model.weights`. Nodes keep them in one folder, `code`.
 
     Raises:
         ConfigError: a file is missing, or two have the same name.
     """
     names = [("method", settings.method.name), ("model", settings.model.name)]
     names += [("models", name) for name in settings.models]
+    files = [(f"{key}={name}", Path(name.rpartition(":")[0])) for key, name in names if ":" in name]
+    if weights := weights_file(settings):
+        files.append((f"model.weights={weights}", weights))
     found: dict[str, Path] = {}
-    for key, name in names:
-        if ":" not in name:
-            continue
-        file = Path(name.rpartition(":")[0])
+    for given, file in files:
         if not file.is_file():
-            raise ConfigError(f"{key}={name}: file {file} does not exist")
+            raise ConfigError(f"{given}: file {file} does not exist")
         if found.setdefault(file.name, file).resolve() != file.resolve():
             raise ConfigError(
                 f"{found[file.name]} and {file}: file names must differ, because nodes keep these files in one folder; rename one"
             )
     return list(found.values())
+
+
+def weights_file(settings: Settings) -> Path | None:
+    """Return the file with a model's pretrained weights, if the settings name one."""
+    weights = settings.model.options.get("weights")
+    return Path(weights) if isinstance(weights, str) and weights.endswith(".safetensors") else None
 
 
 def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedloom.config.settings import Named, Settings, make_method, make_settings
-from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.folder import NodeFile, read_file, weights_file
 from fedloom.deploy.leash import hold
 from fedloom.deploy.messages import (
     Assignment,
@@ -163,12 +163,15 @@ class NodeWorker:
         return NodeRun(problem, engine, stores[0])
 
     def _settings(self, text: str) -> Settings:
-        """Return the run's settings. Python files are taken only from this node's own `code` folder."""
+        """Return the run's settings. Python files and pretrained weights are taken only from this node's own `code` folder."""
         import tomllib
 
         settings = make_settings(tomllib.loads(text))
         method = settings.method.model_copy(update={"name": self._code(settings.method.name)})
-        model: Named = settings.model.model_copy(update={"name": self._code(settings.model.name)})
+        own = {"name": self._code(settings.model.name)}
+        if weights := weights_file(settings):
+            own["weights"] = str(self._own_file(str(weights), weights))
+        model = Named(**{**settings.model.options, **own})
         models = tuple(self._code(name) for name in settings.models)
         return settings.model_copy(update={"method": method, "model": model, "models": models})
 
@@ -176,12 +179,16 @@ class NodeWorker:
         path, colon, what = name.rpartition(":")
         if not colon:
             return name
-        file = self._folder / "code" / Path(path).name
+        return f"{self._own_file(name, Path(path))}:{what}"
+
+    def _own_file(self, name: str, path: Path) -> Path:
+        """Return this node's own copy of a file that the settings name."""
+        file = self._folder / "code" / path.name
         if not file.is_file():
             raise ConfigError(
                 f"{name}: this node has no code/{file.name}; copy the file there (code is never received from the server)"
             )
-        return f"{file}:{what}"
+        return file
 
 
 def serve(folder: Path, pipe: Connection) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import nn
 
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, DeviceBudget, free_bytes
@@ -34,7 +35,9 @@ log = logging.getLogger(__name__)
 
 
 class Vectorised(Sequential):
-    """Trains stacked clients in lanes. If a method cannot be vectorised, clients run one after another, and a warning gives the reason."""
+    """Trains stacked clients in lanes. If a method cannot be vectorised, or a model is recurrent, clients run one after another, and a
+    warning gives the reason.
+    """
 
     def __init__(
         self,
@@ -44,12 +47,19 @@ class Vectorised(Sequential):
         convolutions: Convolutions | None = None,
     ) -> None:
         super().__init__(problem, place, convolutions)
-        self._lanes = [lanes or self._lanes_for(arch) for arch in range(len(problem.archs))]
+        self._lanes = [self._lanes_for(arch, lanes) for arch in range(len(problem.archs))]
 
-    def _lanes_for(self, arch: int) -> int:
-        """Return how many lanes fit in memory. On a GPU, the size of the activations is unknown before a step, so `_group_turns`
-        halves the number if needed.
+    def _lanes_for(self, arch: int, lanes: int | None) -> int:
+        """Return the number of lanes: 1 for a recurrent model, else `lanes`; default: how many fit in memory.
+
+        On a GPU, the size of the activations is unknown before a step, so `_group_turns` halves the number if needed.
         """
+        if _is_recurrent(self.modules()[arch]):
+            name = self.problem.archs[arch].name
+            log.warning("model=%s: clients run one after another, because recurrent layers are slower in lanes", name)
+            return 1
+        if lanes:
+            return lanes
         size, most, room = tree.n_bytes(self.initial(arch)), MOST_LANES, LANES_BYTES
         if self.device != HOST:
             size, most, room = TIMES_WEIGHTS * size, MOST_LANES_ON_DEVICE, free_bytes(self.device) // 2
@@ -115,6 +125,11 @@ class Vectorised(Sequential):
         if self.device != HOST:  # finish all now, so that running out of memory is detected before anything is stored
             done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
+
+
+def _is_recurrent(modules: Mapping[str, nn.Module]) -> bool:
+    """Return whether a module has an LSTM, GRU or RNN of torch. vmap cannot batch them over clients, and takes several times as long."""
+    return any(isinstance(part, nn.RNNBase) for module in modules.values() for part in module.modules())
 
 
 def _given(outcome: UpdateResult) -> UpdateResult:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedloom.models.arch import option_defaults as option_defaults
     from fedloom.models.fedrir import ImageGenerator as ImageGenerator
     from fedloom.models.fedrir import InformationDistillation as InformationDistillation
+    from fedloom.models.lora import merge_adapters as merge_adapters
     from fedloom.models.vtc import VtcDecoder as VtcDecoder
 
 __all__ = sorted(lazy.export(__name__))

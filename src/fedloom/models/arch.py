@@ -16,16 +16,16 @@ from torch.nn.parameter import UninitializedParameter
 
 from fedloom.errors import ConfigError, suggest
 from fedloom.inputs import Inputs, InputSpec
+from fedloom.models import lora
+from fedloom.models.fitting import check_fits
 from fedloom.models.layers import Chain, Split, refuse_tied
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
 from fedloom.models.splitting import can_split, check_outputs, check_split, dry_run, made_up, split
-from fedloom.models.zoo import FLAT, ZOO
+from fedloom.models.zoo import BY_SPEC, ZOO
 from fedloom.objectives import Classification, Objective
 
 Option = str | int | float | bool
 Builder = Callable[..., nn.Module]
-
-SMALLEST_SIDE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class Arch:
         example: two inputs for dry runs.
         width: the requested common feature width; None keeps the architecture's own.
         options: sorted pairs (name, value): hashable, so that recipes can be compared and clients grouped by them.
+        base: pretrained weights and low-rank adapters of the body.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Arch:
     objective: Objective
     width: int | None = None
     options: tuple[tuple[str, Option], ...] = ()
+    base: lora.Base = lora.NO_BASE
     example: Inputs = field(compare=False, repr=False)
 
     @property
@@ -65,7 +67,8 @@ class Arch:
 
     def body(self, width: int | None = None) -> nn.Module:
         """Return a new body with `width` output features; default: the recipe's width, else the architecture's own."""
-        return self.build(zoo_inputs(self.name, self.spec), width or self.width, **dict(self.options))
+        inputs = self.spec if self.name in BY_SPEC else self.spec.shape
+        return self.base.prepared(self.build(inputs, width or self.width, **dict(self.options)))
 
     def head(self, features: int | None = None) -> nn.Linear:
         """Return a new linear head from `features` inputs (default: the features of `body()`) to the outputs."""
@@ -105,7 +108,7 @@ class OutsideArch(Arch):
     """
 
     def model(self) -> nn.Module:
-        return Split(*self._parts(self.width)) if self.has_head else self._module(self.width)
+        return Split(*self._parts(self.width)) if self.has_head else self.base.prepared(self._module(self.width))
 
     @cached_property
     def has_head(self) -> bool:
@@ -132,6 +135,7 @@ class OutsideArch(Arch):
 
     def _parts(self, width: int | None) -> tuple[nn.Module, nn.Linear]:
         body, head = split(self._module(width), self.n_outputs, self.name)
+        body = self.base.prepared(body)
         if width is None or width == head.in_features:
             return body, head
         project = nn.Linear(head.in_features, width)
@@ -178,13 +182,13 @@ def arch(
         inputs: description of the inputs, or a shape: (C, H, W) for pictures, (D,) for flat features.
         outputs: the learning task, or the number of classes.
         width: common feature width; default: the architecture's own.
-        options: the model's own options.
+        options: the model's own options, and those of every model: `weights`, `lora`, `lora_alpha`, `lora_freeze_a`.
         example: two real inputs for dry runs; default: dummy ones.
 
     Raises:
         ConfigError: an unknown name or option, an impossible size, or a module that does not fit inputs and task.
     """
-    options = dict(options or {})
+    every, options = _options(source, options or {})
     sizes = {} if isinstance(outputs, Objective) else {"n_classes": outputs}
     shapes = () if isinstance(inputs, InputSpec) else tuple(inputs)
     for key, value in [*sizes.items(), *({} if width is None else {"width": width}).items()]:
@@ -198,6 +202,7 @@ def arch(
         objective=objective,
         width=width,
         options=tuple(sorted(options.items())),
+        base=lora.Base.of(every),
         example=made_up(spec) if example is None else example,
     )
     if not isinstance(source, str):
@@ -205,10 +210,11 @@ def arch(
     if source not in ZOO:
         raise ConfigError(f"model={source}: there is no such model{suggest(source, ZOO)}")
     builder = ZOO[source]
-    _check_inputs(source, spec)
+    check_fits(source, spec, objective)
     _check_options(source, options)
     made = Arch(name=source, build=builder, **facts)
     _ = made.features  # reports impossible combinations of options now, not during a run
+    made.base.check(made.body, source)
     return made
 
 
@@ -219,24 +225,15 @@ class ArchFacts(TypedDict):
     objective: Objective
     width: int | None
     options: tuple[tuple[str, Option], ...]
+    base: lora.Base
     example: Inputs
 
 
-def zoo_inputs(name: str, spec: InputSpec) -> tuple[int, ...]:
-    """Return the first argument of a builder in the zoo."""
-    return spec.shape
-
-
-def _check_inputs(name: str, spec: InputSpec) -> None:
-    """Raise ConfigError if a model in the zoo does not take these inputs."""
-    numeric = spec.is_single and not spec.fields[0].is_integer
-    if name in FLAT and not numeric:
-        raise ConfigError(f"model={name}: needs pictures or numbers, but the inputs are {spec}; use your own model")
-    if name not in FLAT and (not numeric or len(spec.shape) != 3 or min(spec.shape[1:]) < SMALLEST_SIDE):
-        shown = f"have shape {spec.shape}" if numeric else f"are {spec}"
-        raise ConfigError(
-            f"model={name}: needs images (C, H, W) of at least 8x8 pixels, but the inputs {shown}; use mlp or logistic"
-        )
+def _options(source: object, options: Mapping[str, Option]) -> tuple[dict[str, Option], dict[str, Option]]:
+    """Split the options into those of every model and the model's own. A user's function receives the options that it names."""
+    own = inspect.signature(source).parameters if callable(source) and not isinstance(source, nn.Module) else ()
+    every = {key: value for key, value in options.items() if key in lora.OPTIONS and key not in own}
+    return every, {key: value for key, value in options.items() if key not in every}
 
 
 def option_defaults(name: str) -> dict[str, Option]:
@@ -252,9 +249,11 @@ def _outside(source: Builder, facts: ArchFacts) -> OutsideArch:
     known = () if isinstance(source, nn.Module) else inspect.signature(source).parameters
     for key, _ in facts["options"]:
         if key not in known:
-            raise ConfigError(f"model {name} has no option '{key}': its signature does not name it")
+            close = suggest(key, lora.OPTIONS)
+            raise ConfigError(f"model {name} has no option '{key}': its signature does not name it{close}")
     made = OutsideArch(name=name, build=source, **facts)
     made.check()
+    made.base.check(made.body if made.has_head else made.model, name)
     return made
 
 
@@ -267,8 +266,7 @@ def _check_options(name: str, options: Mapping[str, Option]) -> None:
     defaults = option_defaults(name)
     for key, value in options.items():
         if key not in defaults:
-            hint = suggest(key, defaults) if defaults else "; it has none"
-            raise ConfigError(f"model {name} has no option '{key}'{hint}")
+            raise ConfigError(f"model {name} has no option '{key}'{suggest(key, [*defaults, *lora.OPTIONS])}")
         default = defaults[key]
         if type(value) is not type(default) and not (type(default) is float and type(value) is int):
             raise ConfigError(

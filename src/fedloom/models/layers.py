@@ -78,3 +78,9 @@ def refuse_tied(modules: Mapping[str, nn.Module]) -> None:
                     f"model: '{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported, so use separate ones"
                 )
             names[tensor] = f"{net}.{name}"
+
+
+def check_dropout(dropout: float) -> None:
+    """Raise ConfigError unless `dropout` is a probability below 1."""
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"model option dropout={dropout!r}: must be a number from 0 to below 1")

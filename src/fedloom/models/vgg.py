@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from fedloom.errors import ConfigError
-from fedloom.models.layers import norm2d, sequence
+from fedloom.models.layers import check_dropout, norm2d, sequence
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -20,8 +19,7 @@ def vgg16(
     A pooling layer that would leave no pixel is skipped (8x8 inputs are pooled three times), and the remaining map is averaged to one
     pixel. `dropout=0` leaves the dropout layers out; with them the model cannot be vectorised over clients.
     """
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"model option dropout={dropout!r}: must be a number from 0 to below 1")
+    check_dropout(dropout)
     n_in, side = input_shape[0], min(input_shape[1:])
     layers: dict[str, nn.Module] = {}
     for i, stage in enumerate(STAGES, start=1):

@@ -30,6 +30,7 @@ from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.inputs import Field, Inputs, map_inputs, n_examples
+from fedloom.models.lora import merge_adapters
 
 BATCH = 32  # images in the timed batch
 LEAST, MOST_S = 10, 0.5  # minimum number of runs of a latency measurement, and its duration in seconds
@@ -159,8 +160,11 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
 
 
 def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, set[str]]:
-    """Write both files without comparison. Return the model, and the names of the parameters and buffers that predictions use."""
-    model, facts = experiment.personal_model(i).float(), described(experiment, i)
+    """Write both files without comparison. Return the model, and the names of the parameters and buffers that predictions use.
+
+    LoRA adapters are merged into the weights.
+    """
+    model, facts = merge_adapters(experiment.personal_model(i)).float(), described(experiment, i)
     used = _write_onnx(model, map_inputs(torch.zeros_like, _single(experiment.data.example())), file, facts)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items() if name in used}
     safetensors.torch.save_file(weights, file.with_suffix(".safetensors"), facts)

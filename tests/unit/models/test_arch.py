@@ -83,7 +83,7 @@ def test_options_reach_the_architecture():
         ({"source": "resnet8", "inputs": (64,)}, ["resnet8", "(64,)", "8x8"]),
         ({"source": "resnet8", "inputs": (1, 4, 8)}, ["resnet8", "(1, 4, 8)", "8x8"]),
         ({"options": {"hiden": 3}}, ["mlp", "hiden", "did you mean 'hidden'"]),
-        ({"source": "logistic", "options": {"hidden": 3}}, ["logistic", "hidden", "none"]),
+        ({"source": "logistic", "options": {"hidden": 3}}, ["logistic", "hidden", "known: lora"]),
         ({"options": {"hidden": "3"}}, ["hidden='3'", "int"]),
         ({"options": {"hidden": 0}}, ["hidden=0"]),
         ({"source": "resnet8", "options": {"norm": "layer"}}, ["norm='layer'", "batch", "group"]),

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from fedloom.models import arch
+from fedloom.models.attention import Attention
 from fedloom.models.layers import group_norm
 from fedloom.models.mobilenet import InvertedResidual
-from fedloom.models.patches import Attention
 from fedloom.models.resnet import BasicBlock, PreactivationBottleneck
 
 

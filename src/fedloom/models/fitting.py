@@ -1,0 +1,39 @@
+"""Which models in the zoo fit which inputs and learning tasks."""
+
+from __future__ import annotations
+
+from fedloom.errors import ConfigError
+from fedloom.inputs import InputSpec
+from fedloom.models.zoo import BY_SPEC, KINDS, SEQUENCES, ZOO
+from fedloom.objectives import Objective
+
+SMALLEST_SIDE = 8
+MOST_NAMES = 6  # in a message
+
+
+def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
+    """Raise ConfigError if a model in the zoo does not fit these inputs, or this learning task."""
+    numeric = spec.is_single and not spec.fields[0].is_integer
+    if KINDS[name] == {"picture"} and numeric:
+        if len(spec.shape) != 3 or min(spec.shape[1:]) < SMALLEST_SIDE:
+            raise ConfigError(
+                f"model={name}: needs images (C, H, W) of at least 8x8 pixels, but the inputs have shape {spec.shape}; use mlp or logistic"
+            )
+    elif not spec.kinds <= KINDS[name] or not (spec.is_single or name in BY_SPEC):
+        kinds = " or ".join(f"{kind} inputs" for kind in sorted(KINDS[name]))
+        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}; use {_fitting(spec)}")
+    if (objective.task == "language") != (name in SEQUENCES):
+        has, needs = ("position", "example") if name in SEQUENCES else ("example", "position")
+        raise ConfigError(
+            f"model={name}: has one feature vector per {has}, but the task {objective.task} needs one per {needs}; "
+            f"use {_fitting(spec, objective)}"
+        )
+
+
+def _fitting(spec: InputSpec, objective: Objective | None = None) -> str:
+    """Return the names of the models for such inputs (and task), for messages."""
+    found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
+    if objective:
+        found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
+    own = "a model of your own"
+    return ", ".join([*found[:MOST_NAMES], f"or {own}"]) if found else own
