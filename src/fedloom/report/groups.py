@@ -59,10 +59,8 @@ def shared_primary(records: Sequence[RunRecord]) -> Primary:
     """
     for record in records:
         if record.primary != records[0].primary:
-            one, other = (f"{r.name} ({r.primary.label})" for r in (records[0], record))
-            raise UsageError(
-                f"{one} and {other} are measured by different metrics; report the runs of each learning task separately"
-            )
+            one, other = (f"{printable(str(r.path))} is measured by {r.primary.label}" for r in (records[0], record))
+            raise UsageError(f"{one}, but {other}; report runs with different metrics separately")
     return records[0].primary if records else ACCURACY
 
 
@@ -130,9 +128,12 @@ def _from_rounds(record: RunRecord, measure: str, statistic: str) -> float | Non
 
 def other_metrics(record: RunRecord) -> dict[str, float]:
     """Return the metrics of the task except the primary one, such as `personal_mae`, after the last evaluation."""
-    views = tuple(f"{view}_" for view in VIEWS)
-    primary = tuple(record.primary.measure(view) for view in VIEWS)
-    names = [key for key in record.metrics.columns if key.startswith(views) and not key.startswith(primary)]
+    names = [
+        key
+        for view in VIEWS
+        for key in record.metrics.columns
+        if key.startswith(f"{view}_") and not key.startswith(record.primary.measure(view))
+    ]
     return {name: value for name in names if (value := headline(record, name)) is not None}
 
 

@@ -305,8 +305,12 @@ def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _score_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
-    value = headline(record, measure, statistic)
-    return Cell("") if value is None else Cell(record.primary.text(value, 2), value)
+    value, final = headline(record, measure, statistic), headline(record, measure)
+    if value is None:
+        return Cell("")
+    if statistic == "std" and final is not None:
+        return Cell(record.primary.spread(value, final, 2), value)
+    return Cell(record.primary.text(value, 2), value)
 
 
 def _others(record: RunRecord) -> dict[str, str]:

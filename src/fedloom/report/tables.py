@@ -280,7 +280,7 @@ def _difference_cell(found: Difference | None, primary: Primary, digits: int) ->
 def _paired_caption(columns: Sequence[Sequence[Difference | None]], primary: Primary) -> str:
     caption = "Pairs share data, seed and partition; finished runs only."
     if primary.is_lower_better:
-        caption = f"The sign is turned: positive means a lower {primary.name}, which is better. {caption}"
+        caption = f"Positive is better: {primary.name} is lower than that of the baseline. {caption}"
     if any(found and found.interval for column in columns for found in column):
         return f"{caption} In brackets: 95 % t-interval of the mean; bold if it excludes zero."
     return f"{caption} An interval needs at least {MIN_SEEDS_FOR_INTERVAL} seeds."
