@@ -47,7 +47,7 @@ MISTAKES = {
     "run devices.stragglers=lat": "must be one of wait, drop, late, partial (did you mean 'late'?)",
     "run method=fedmr devices.stragglers=late": "devices.stragglers=late: fedmr cannot aggregate late uplinks",
     "run min_clients=11": "min_clients=11: must be at most 10, the largest cohort",
-    "run eval.target=80": "eval.target=80: must be at most 1",
+    "run eval.target=80": "eval.target=80: must be above 0 and at most 1, because accuracy is a fraction; for 80 %, set 0.8",
     "run seed=-1": "seed=-1: must be at least 0",
     "run partition.alpha=0": "partition.alpha=0: must be above 0",
     "run eval.valid=1": "eval.valid=1: must be below 1",

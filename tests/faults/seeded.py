@@ -459,8 +459,8 @@ AREAS = (
             Fault("the best round on test is shown as the final one", '"final": series[-1],', '"final": max(series),'),
             Fault(
                 "the report shows the best round of an unfinished run",
-                'values.max() if statistic == "best_on_test" else values.iloc[-1]',
-                "values.max()",
+                'primary.best(values) if statistic == "best_on_test" else values.iloc[-1]',
+                "primary.best(values)",
             ),
             Fault("intervals use the deviation of the population", "points.std(ddof=1)", "points.std()"),
             Fault(

@@ -90,9 +90,15 @@ class Finished(NamedTuple):
 
 def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool) -> int:
     """Write the report, print tables and warnings, and return the exit code: 1 if a run learnt nothing."""
-    from fedloom.report import Chapter, read  # imports pandas, which must happen after worker processes are forked
+    from fedloom.report import (
+        Chapter,
+        read,
+        shared_primary,
+    )  # imports pandas, which must happen after worker processes are forked
 
     chapters = [Chapter(read(part.runs), part.title, part.reading) for part in parts]
+    for chapter in chapters:
+        shared_primary(chapter.records)  # raises an error, which `_write_page` would show as a hint
     hint = _write_page(chapters, folder / "report.html")
     runs = [run for part in parts for run in part.runs]
     if as_json:

@@ -23,7 +23,7 @@ from pydantic import (
 from fedloom.config.errors import explain
 from fedloom.errors import ConfigError, suggest
 from fedloom.methods.registry import METHODS, method_class
-from fedloom.ranges import RAY_ADDRESS, Count, Fraction, Positive, Share, Whole
+from fedloom.ranges import RAY_ADDRESS, Count, Fraction, Positive, Whole
 from fedloom.wire import transforms
 
 if TYPE_CHECKING:
@@ -118,8 +118,9 @@ class EvalSettings(Section):
     """Fraction of each client's training examples held out for validation."""
     fitted: bool = False
     """Also score each client's model as its last local update left it."""
-    target: Share | None = None
-    """Target accuracy, such as 0.9. The summary reports the round and the bytes sent when personal models first reached it."""
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Target value of the primary metric, such as 0.9 for accuracy. The summary reports the round and the bytes sent when personal models
+    first reached it."""
 
 
 class DeviceSettings(Section):

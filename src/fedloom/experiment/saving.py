@@ -33,11 +33,17 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def _partition_record(experiment: Experiment) -> Row:
-    """Return the assignment of examples to clients, for `partition.json`."""
+    """Return the assignment of examples to clients, for `partition.json`, and the primary metric, for reports of unfinished runs."""
     strata = experiment.data.dataset.strata()
     n = len(strata.names)
     counts = {split: experiment.partition.counts(strata.of, n, split).tolist() for split in ("train", "test")}
-    return {"classes": list(strata.names), "class_counts": counts, **experiment.partition.content()}
+    primary = experiment.problem.task.objective.metric._asdict()
+    return {
+        "classes": list(strata.names),
+        "class_counts": counts,
+        "primary": primary,
+        **experiment.partition.content(),
+    }
 
 
 def save_run(experiment: Experiment) -> None:
