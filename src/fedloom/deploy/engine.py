@@ -36,12 +36,13 @@ from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink, trains_of
+from fedloom.method import Client, Downlink, Interleave, Train, trains_of
 from fedloom.training.turn import Modules
 from fedloom.tree import Tree
 
 H = TypeVar("H")
 WAIT_S = 1.0  # interval between checks for nodes
+CLOCK_S = 1.0  # how much longer a node may report to have worked than the server waited
 
 
 class LostNode(NamedTuple):
@@ -55,6 +56,7 @@ class Errand(NamedTuple):
 
     number: int
     clients: Mapping[int, int]
+    sent_s: float  # time of the request, by the monotonic clock
 
 
 class Link(Protocol):
@@ -152,13 +154,13 @@ class FlowerEngine(Engine):
         """See `Engine.train`."""
         self._safe = self._pending  # the checkpoint of that round is complete now
         asked = {
-            node: Errand(number, {slot: cohort[slot] for slot in slots})
+            node: Errand(number, {slot: cohort[slot] for slot in slots}, time.monotonic())
             for node, slots in self._by_node(cohort, number + 1).items()
         }
         self._asked = {i for errand in asked.values() for i in errand.clients.values()}
         call = self._call.model_copy(update={"deadline_s": self._call.deadline_s + self._late_s})
         requests = {}
-        for node, (_, slots) in asked.items():
+        for node, (_, slots, _) in asked.items():
             members = [self._member(i, slot, number) for slot, i in slots.items()]
             trees = {"common": down.common}
             if down.each is not None:
@@ -246,15 +248,15 @@ class FlowerEngine(Engine):
             try:
                 if left.pop(turn.slot, None) != turn.client:
                     raise WireError("this update was not requested")
-                self._check(turn)
+                self._check(turn, time.monotonic() - errand.sent_s)
                 yield _reply(letter, turn)
             except WireError as error:
                 self._tell(f"{where}, client {turn.client}: {error}")
         for i in left.values():
             self._tell(f"{where}, client {i}: its update is missing")
 
-    def _check(self, turn: Turned) -> None:
-        """Raise WireError if an update reports impossible values."""
+    def _check(self, turn: Turned, elapsed: float) -> None:
+        """Raise WireError if an update reports impossible values. It was requested `elapsed` seconds ago."""
         if turn.failure:
             raise WireError(turn.failure)
         n_rows, phases = self.problem.data.n_train(turn.client), self.problem.method.phases()
@@ -265,6 +267,14 @@ class FlowerEngine(Engine):
         of_logs = {name.partition(".")[0] for name in turn.logs}
         if strange := {*turn.steps, *turn.phase_seconds, *of_logs} - known:
             raise WireError(f"it reports '{min(strange)}', which is not a phase of the method")
+        most = most_steps(self.problem, turn.client, turn.examples)
+        for name, steps in turn.steps.items():
+            if steps > most.get(name, 0):
+                raise WireError(
+                    f"it reports {steps} steps of phase '{name}', but at most {most.get(name, 0)} are possible"
+                )
+        if max(turn.seconds, sum(turn.phase_seconds.values())) > 1.01 * elapsed + CLOCK_S:
+            raise WireError(f"it reports {turn.seconds:.3g} seconds, but was asked {elapsed:.3g} seconds ago")
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
@@ -332,6 +342,16 @@ class FlowerEngine(Engine):
     def close(self) -> None:
         """See `Engine.close`."""
         self._link.close()
+
+
+def most_steps(problem: Problem, client: int, n_examples: int) -> dict[str, int]:
+    """Return the largest number of steps of each `Train` in a client's local update, by name."""
+    plan, found = problem.plan_of(client), dict[str, int]()
+    for phase in problem.method.phases():
+        if isinstance(phase, Train | Interleave):
+            n_steps = plan.n_steps(n_examples, phase.epochs, phase.steps)
+            found |= {train.name: n_steps for train in trains_of([phase])}
+    return found
 
 
 def _reply(letter: Letter, turn: Turned) -> Reply:

@@ -45,6 +45,7 @@ from fedloom.ranges import NonNegative, Positive, Whole
 Port = Annotated[int, Field(ge=1, le=65535)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
 M = TypeVar("M", bound=BaseModel)
+SCREEN_NORM = 10.0  # default of screen.norm on devices
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -227,7 +228,9 @@ def deployable(settings: Settings) -> Settings:
     if settings.join.clients:
         raise ConfigError("join.clients: clients cannot join later on devices; include them in `clients` of a new run")
     engine = settings.engine.model_copy(update={"name": "flower"})
-    return settings.model_copy(update={"engine": engine})
+    screen = settings.screen
+    screen = screen.model_copy(update={"norm": SCREEN_NORM}) if screen.norm is None else screen
+    return settings.model_copy(update={"engine": engine, "screen": screen})
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -29,8 +29,8 @@ MAX_ROWS = 10_000_000  # per node; the server keeps a label for each
 MAX_LOGS = 100  # per client update; each becomes a column and a plot
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # small enough that table columns and sums do not overflow
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# `phase.log`; names of the run's own metrics have no dot
-LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
+# `phase.log`; names of the run's own metrics have no dot. Names are shown in tables and pages, so markup is not allowed.
+LogName = Annotated[str, Field(pattern=r"^[^.<>&]+\.[^<>&]+$", max_length=128)]
 Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
 MAX_WORDS = 1000  # maximum length of a line of text, in characters
 
