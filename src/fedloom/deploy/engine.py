@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedloom import tree
+from fedloom.deploy.limits import Limits, limits
 from fedloom.deploy.messages import (
     Assignment,
     Call,
@@ -37,6 +39,7 @@ from fedloom.engines.scoring import none
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
 from fedloom.method import Client, Downlink, Interleave, Train, trains_of
+from fedloom.nets import read_weights
 from fedloom.training.turn import Modules
 from fedloom.tree import Tree
 
@@ -173,7 +176,9 @@ class FlowerEngine(Engine):
         self._overdue = {node: errand for node, errand in self._overdue.items() if node not in late}
         turns = [
             (errands[node].number, reply)
-            for node, letter in self._letters({**fresh, **late}, Trained)
+            for node, letter in self._letters(
+                {**fresh, **late}, Trained, {node: limits(len(errands[node].clients), self._paths) for node in errands}
+            )
             for reply in self._replies(node, letter, errands[node])
         ]
         turns.sort(key=lambda turn: (-turn[0], turn[1].slot))
@@ -223,13 +228,21 @@ class FlowerEngine(Engine):
             time.sleep(WAIT_S)
         return {}
 
-    def _letters(self, answers: Mapping[str, bytes | LostNode], kind: type[H]) -> Iterable[tuple[str, Letter]]:
-        """Yield the answers of the expected kind; report the others."""
+    @cached_property
+    def _paths(self) -> list[str]:
+        """Paths of at least as many tensors as a client can send: three times those of the largest architecture."""
+        every = [tree.structure(read_weights(self.problem.modules(arch))) for arch in range(len(self.problem.archs))]
+        return [f"weights/{path}" for path in max(every, key=len)] * 3
+
+    def _letters(
+        self, answers: Mapping[str, bytes | LostNode], kind: type[H], allowed: Mapping[str, Limits]
+    ) -> Iterable[tuple[str, Letter]]:
+        """Yield the answers of the expected kind; report the others. `allowed`: the limits of each node's answer."""
         for node, answer in answers.items():
             try:
                 if isinstance(answer, LostNode):
                     raise WireError(answer.reason)
-                letter = open_envelope(answer)
+                letter = open_envelope(answer, allowed[node])
                 if isinstance(letter.header, NodeFailure):
                     raise WireError(letter.header.reason)
                 if not isinstance(letter.header, kind):
@@ -289,7 +302,8 @@ class FlowerEngine(Engine):
             members = [self._member(i, place, number) for i, place in zip(asked[node], places, strict=True)]
             header = ScoreMessage(call=self._call, number=number, members=members, questions=questions)
             requests[node] = seal(header, {"common": down.common})
-        for node, letter in self._letters(self._answers(requests), Scored):
+        most = {node: limits(len(mine), n_counts=2 * len(mine) * len(asks) * n_classes) for node, mine in asked.items()}
+        for node, letter in self._letters(self._answers(requests), Scored, most):
             for i in asked[node]:
                 try:
                     mine = letter.header.scores[str(i)]
