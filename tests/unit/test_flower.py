@@ -207,9 +207,9 @@ def retold(answer: bytes, **facts: Any) -> bytes:
 
 
 def deepened(answer: bytes) -> bytes:
-    """Return a node's answer with a tensor below very many branches."""
+    """Return a node's answer with a tensor below 40 branches."""
     header = open_envelope(answer).header
-    flat = safetensors.torch.save({"/".join("a" * 1501): torch.ones(1)}, {"fedloom": "1"})
+    flat = safetensors.torch.save({"/".join("a" * 41): torch.ones(1)}, {"fedloom": "1"})
     parts = [{"name": str(turn.slot), "n_bytes": len(flat), "paths": []} for turn in header.turns]
     text = json.dumps({"header": header.model_dump(), "parts": parts}).encode()
     return b"".join([b"fedloom1", len(text).to_bytes(8, "little"), text, flat * len(parts)])
@@ -252,7 +252,7 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes | LostNode], str]] = {
         lambda answer: retold(answer, logs={"personal_accuracy": 1.0, "round": 77}),
         "the header is not valid",
     ),
-    "too deep": (lambda answer: deepened(answer), "a tensor has 1500 branches above it"),
+    "too deep": (lambda answer: deepened(answer), "a tensor has 40 branches above it"),
     "no weights": (lambda answer: seal(open_envelope(answer).header, {}), "has no part"),
 }
 
