@@ -23,7 +23,7 @@ from fedloom.deploy.folder import NodeFile, read_file
 from fedloom.deploy.limits import request_limits
 from fedloom.deploy.messages import NodeFailure, open_envelope, seal
 from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
-from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, require_free, script
 from fedloom.deploy.worker import serve
 from fedloom.errors import ConfigError, WireError
 
@@ -93,9 +93,12 @@ def run_node(folder: Path) -> None:
     for name in ("node.key", "ca.crt", "runtime.secret"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is not a node's folder: {name} is missing")
+    warning = keep_private(folder)
     require_free(node.runtime_port, "is this node already running? To change the port, set runtime_port in node.toml")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if warning:
+        log.warning(warning)
     home = (folder / "flwr").resolve()  # a systemd unit may write only to this folder
     supernode = Service(
         "flower-supernode", supernode_command(folder, node), flower_environment(home), folder / "supernode.log"
