@@ -15,7 +15,8 @@ from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values, make_settings
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
-from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, GivenObjects, OnRound, nothing_learnt
+from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
+from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.method import Method
 from fedloom.methods.registry import method_name

@@ -28,6 +28,7 @@ UNUSUAL = {
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "target": 0.9},
     "devices": {"dropout": 0.1, "slow": 0.2, "slowdown": 8.0, "stragglers": "drop"}, "join": {"clients": 2, "turns": 5},
+    "screen": {"norm": 7.5, "max_share": 0.3},
     "engine": {
         "name": "debug+ray", "threads": 2, "workers": 3, "address": "[::1]:6379", "deadline_s": 9.5,
     },

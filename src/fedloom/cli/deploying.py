@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -57,6 +58,9 @@ def deploy_command(words: Sequence[str]) -> int:
     missing = [name for name in ("flwr", "cryptography") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"fedloom deploy needs {missing[0]}: pip install 'fedloom[flower]'")
+    from fedloom.deploy.services import no_loopback_proxy
+
+    os.environ.update(no_loopback_proxy(os.environ))  # for Flower's HTTP clients in this process
     return STEPS[words[0]](words[1:])
 
 

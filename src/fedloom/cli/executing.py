@@ -13,7 +13,8 @@ from rich.console import Console
 from fedloom.cli.tables import show
 from fedloom.cli.words import output
 from fedloom.errors import UsageError
-from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
+from fedloom.experiment.loop import Experiment, OnRound
+from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.progress import Overall, facts, live
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.tools.compare import Comparison, PlannedRun, execute
@@ -113,6 +114,7 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
         _warn_of_divergence(run_folder)
+        _warn_of_screening(run_folder)
     idle = [run_folder for run_folder in runs if nothing_learnt(RunFolder.open(run_folder).summary())]
     for run_folder in idle:
         print(f"fedloom: error: {run_folder}: {NOTHING_LEARNT}", file=sys.stderr)
@@ -162,10 +164,24 @@ def _warn_of_divergence(folder: Path) -> None:
         for key, value in row.items()
         if "." in key and (value is None or not math.isfinite(value))
     ]
-    for event in run.rows("events.jsonl"):  # metrics do not include rejected uplinks
-        if "not finite" in event.get("reason", ""):
-            found.append((event["round"], f"an uplink was rejected ({event['reason']})"))
+    words = {"rejected": "an uplink was rejected", "unusable log": "a log was left out"}
+    for event in run.rows("events.jsonl"):  # metrics do not include these
+        if event["event"] in words and "not finite" in event.get("reason", ""):
+            found.append((event["round"], f"{words[event['event']]} ({event['reason']})"))
     if found:
         number, what = min(found, key=lambda one: one[0])
         line = f"{folder}: {what} in round {number}; training diverges; try a smaller method.lr"
         print(f"fedloom: warning: {line}", file=sys.stderr)
+
+
+def _warn_of_screening(folder: Path) -> None:
+    """Print a line for each client that was excluded, and for each round that was rolled back."""
+    for event in RunFolder.open(folder).rows("events.jsonl"):
+        if event["event"] == "excluded":
+            who = ", ".join(map(str, event["clients"]))
+            what = f"clients {who} were excluded in round {event['round']}, because {event['reason']}"
+        elif event["event"] == "rolled back":
+            what = f"round {event['round']} was rolled back, because {event['reason']}"
+        else:
+            continue
+        print(f"fedloom: warning: {folder}: {what}; see events.jsonl", file=sys.stderr)

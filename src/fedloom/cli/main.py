@@ -72,7 +72,7 @@ fedloom COMMAND --help shows examples and all keys; --debug shows tracebacks; --
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 130 interrupted."""
+    """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 4 only invalid uplinks, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):  # an unprintable character must not abort a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         if debug:
             traceback.print_exc()
-        return _tell(f"error: {error}{_at(error)}", MISUSED)
+        return _tell(f"error: {error}{_at(error)}", error.exit_code)
     except Exception as error:
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`fedloom list | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

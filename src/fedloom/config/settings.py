@@ -23,7 +23,7 @@ from pydantic import (
 from fedloom.config.errors import explain
 from fedloom.errors import ConfigError, suggest
 from fedloom.methods.registry import METHODS, method_class
-from fedloom.ranges import RAY_ADDRESS, Count, Fraction, Positive, Whole
+from fedloom.ranges import RAY_ADDRESS, Count, Fraction, NonNegative, Positive, Share, Whole
 from fedloom.wire import transforms
 
 if TYPE_CHECKING:
@@ -137,6 +137,18 @@ class DeviceSettings(Section):
     a `partial` update (1/slowdown of the steps)."""
 
 
+class ScreenSettings(Section):
+    """Screening of uplinks before aggregation (docs/devices.md)."""
+
+    norm: NonNegative | None = None
+    """Reject an uplink if one of its parts is more than this many times as large as the median client's, or has impossible statistics.
+    Exclude clients that are rejected repeatedly, and roll back after a round without a valid uplink. 0: off. Default: 10 on devices, 0 in
+    simulations."""
+    max_share: Share | None = None
+    """Largest weight of a client in a mean over examples, as a fraction; at least 1/n for n uplinks. Default: 3/n if nodes have their own
+    data, because the server cannot check their numbers of examples; otherwise 1."""
+
+
 class JoinSettings(Section):
     """Clients that join after training (docs/new-clients.md)."""
 
@@ -225,6 +237,7 @@ class Settings(Section):
     """Score every N rounds, and after the last round."""
     eval: EvalSettings = EvalSettings()
     devices: DeviceSettings = DeviceSettings()
+    screen: ScreenSettings = ScreenSettings()
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"

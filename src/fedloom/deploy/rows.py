@@ -76,6 +76,8 @@ def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[
 class Remote(Federation):
     """The server's view of data on devices: numbers of examples of each class. Only examples of the common test set are available."""
 
+    counts_are_claims = True
+
     def __init__(self, held: Dataset, counts: Counts, settings: Settings) -> None:
         """`held`: the server's own examples. Its test examples are the common test set, or all of them if it has no test examples."""
         refuse_pooled_statistics(settings)

@@ -260,3 +260,10 @@ def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Pro
 def initial_weights(problem: Problem) -> Weights:
     """Return a client's initial weights, for the server's initial state."""
     return read_weights(problem.modules(0))
+
+
+def buffers_policy(method: Method, weights: Weights) -> str | None:
+    """Return whether running statistics travel ("shared") or stay ("private"); None if there are none."""
+    if not weights["buffers"]:
+        return None
+    return "shared" if method.travelling(weights)["buffers"] else "private"

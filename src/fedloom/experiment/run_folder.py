@@ -156,15 +156,18 @@ class RunFolder:
         server: Tree,
         clients: Mapping[int, Tree],
         late: Mapping[int, Tree] | None = None,
+        previous: Tree | None = None,
     ) -> None:
         """Replace the checkpoint atomically; the previous one stays until the new one is complete and on disk.
 
-        `late`: uplinks in flight, by client.
+        `late`: uplinks in flight, by client; `previous`: the server's tree before its last aggregation, to roll back to.
         """
         new, now, old = (self.path / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
         shutil.rmtree(new, ignore_errors=True)
         (new / "clients").mkdir(parents=True)
         (new / "server.safetensors").write_bytes(encode(server))
+        if previous is not None:
+            (new / "previous.safetensors").write_bytes(encode(previous))
         for i, client in clients.items():
             (new / "clients" / f"{i}.safetensors").write_bytes(encode(client))
         for i, message in (late or {}).items():
@@ -199,6 +202,14 @@ class RunFolder:
             return state, server, _messages(whole / "clients")
         except (OSError, ValueError, WireError, RunFolderError) as error:
             raise RunFolderError(f"the checkpoint in {whole} cannot be read: {error}") from None
+
+    def load_previous(self) -> Tree | None:
+        """Return the server's tree before the last aggregation of the newest complete checkpoint, or None if it was not kept."""
+        file = (self._newest() or self.path) / "previous.safetensors"
+        try:
+            return decode(file.read_bytes()) if file.is_file() else None
+        except (OSError, ValueError, WireError) as error:
+            raise RunFolderError(f"the checkpoint in {file.parent} cannot be read: {error}") from None
 
     def load_late(self) -> dict[int, Tree]:
         """Return the uplinks that were in flight at the newest complete checkpoint, by client."""

@@ -52,7 +52,9 @@ def save_run(experiment: Experiment) -> None:
     experiment.folder.write_clients(_table(experiment.client_rows))
     in_flight = {i: late.message for i, late in experiment.intake.flights.items()}
     state = {"round": experiment.done, **experiment.ledger.state(), **experiment.intake.state()}
-    experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight)
+    state["failed_rounds"] = experiment.roll_back.failed
+    previous = experiment.roll_back.previous
+    experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight, previous)
     experiment.saved = experiment.done
 
 
@@ -66,6 +68,9 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
     experiment.intake.restore(state, folder.load_late())
     experiment.rows = [row for row in folder.rows() if row["round"] <= experiment.done]
     experiment.client_rows = _without_nan(folder.read_clients(experiment.done))
+    if previous := folder.load_previous() if saved else None:
+        experiment.roll_back.previous = _restored(experiment.server, previous, "server before its last round")
+    experiment.roll_back.failed = state.get("failed_rounds", 0)
     experiment.server = _restored(experiment.server, server, "server") if saved else experiment.server
     with arithmetic(experiment.settings):
         for i, client in clients.items():
@@ -104,6 +109,7 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         "downlink_bytes": experiment.ledger.total("downlink"),
         "bytes_by_kind": experiment.ledger.kinds,
         **experiment.intake.counts,
+        **experiment.intake.screen.summary(),
         **metrics.cost_to_target(experiment.rows, s.eval.target, objective.primary),
         "seconds": experiment.ledger.train_seconds + experiment.ledger.eval_seconds,
         "train_seconds": experiment.ledger.train_seconds,

@@ -193,6 +193,11 @@ class FedVTC(FedProto):
         sent["variance"] = feature_statistics.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
         return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
 
+    def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
+        """Return FedProto's faults, or a fault of the variance."""
+        fault = super().uplink_fault(uplink, class_counts)
+        return fault or feature_statistics.variance_fault(uplink["variance"], self.covariance)
+
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return FedProto's prototypes, and the variance of all examples around them."""
         after = super().aggregate(server, uplinks, round)
