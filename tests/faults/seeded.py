@@ -381,8 +381,8 @@ AREAS = (
         (
             Fault(
                 "a checkpoint brings back no optimiser states",
-                'experiment.engine.client(i)._asdict(), client, f"client',
-                'experiment.engine.client(i)._asdict(), {**client, "opts": experiment.engine.client(i).opts}, f"client',
+                '_restored(template, client, f"client',
+                '_restored(template, {**client, "opts": template["opts"]}, f"client',
                 "taken_up",
             ),
             Fault(
@@ -393,8 +393,8 @@ AREAS = (
             ),
             Fault(
                 "a resumed run repeats a round",
-                'experiment.done = experiment.saved = state["round"]',
-                'experiment.done = experiment.saved = max(state["round"] - 1, 0)',
+                '_checked_round(experiment, folder, state["round"])',
+                '_checked_round(experiment, folder, max(state["round"] - 1, 0))',
                 "taken_up",
             ),
             Fault(

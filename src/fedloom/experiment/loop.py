@@ -24,14 +24,15 @@ from fedloom.experiment.build import arithmetic, engine_for, initial_weights, ma
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
+from fedloom.experiment.resuming import refuse_damage, resumable
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.experiment.saving import describe_run, refuse_deployed, restore_run, save_run, write_summary
+from fedloom.experiment.saving import buffer_policy, describe_run, refuse_deployed, restore_run, save_run, write_summary
 from fedloom.experiment.server_hooks import ServerSide
 from fedloom.experiment.trackers import Tracker, check_trackers, make_trackers
 from fedloom.experiment.uplink_check import require_finite
 from fedloom.method import Downlink, Method, Round
 from fedloom.rng import Stream
-from fedloom.tree import Tree, Weights
+from fedloom.tree import Tree
 
 Row = dict[str, Any]
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in total, the newest metrics)
@@ -70,7 +71,7 @@ class Experiment:
             weights = initial_weights(self.problem)
             self.hooks = ServerSide(self.problem)
             self.server = self.hooks.init(weights)
-            self._buffers = _policy(self.method, weights)
+            self._buffers = buffer_policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # rounds done, and rounds in the latest checkpoint
         self.rows: list[Row] = []
@@ -94,18 +95,20 @@ class Experiment:
             return folder
         s = self.settings
         folder = RunFolder.create(s.out, f"{s.method.name.rpartition(':')[2]}-{s.data.name}")
+        folder.lock()
         describe_run(self, folder)
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
-        """Resume a run from its latest checkpoint, or from the start if there is none yet."""
-        folder = RunFolder.open(Path(path))
-        if (folder.path / "summary.json").exists():
-            raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
-        refuse_deployed(folder)
-        experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
-        experiment.forget_unsaved()
+    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING, accept_changes: bool = False) -> Experiment:
+        """Resume a run from its latest checkpoint, or from the start if there is none yet.
+
+        `accept_changes`: accept other settings, versions or code, and record them (`fedloom.experiment.resuming`).
+        """
+        with resumable(path, accept_changes) as folder:
+            refuse_deployed(folder)
+            experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+            experiment.forget_unsaved()
         return experiment
 
     @classmethod
@@ -115,6 +118,8 @@ class Experiment:
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
         refuse_deployed(folder)
+        if record := folder.newest_manifest():
+            refuse_damage(folder, record)
         settings = make_settings(read_toml(folder.path / "config.toml"))
         engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
@@ -123,6 +128,8 @@ class Experiment:
         """Remove everything from the folder that was written after the latest checkpoint."""
         if not self.folder.has_checkpoint():  # the run may have stopped before its description was complete
             describe_run(self, self.folder)
+        elif self.folder.resumption:
+            self.folder.facts = self.folder.resumption.facts(self)
         self.folder.keep_rows(self.done)
 
     def run(self, on_round: OnRound | None = None) -> Row:
@@ -148,6 +155,7 @@ class Experiment:
             self.engine.close()
             for tracker in self.trackers:
                 tracker.close()
+            self.folder.unlock()
 
     # one round
 
@@ -285,10 +293,3 @@ NOTHING_LEARNT = "every round was skipped, so the model was never trained; see e
 def nothing_learnt(summary: Mapping[str, Any]) -> bool:
     """Return whether no round of a run had anything to aggregate."""
     return 0 < int(summary.get("rounds", 0)) <= int(summary.get("skipped", 0))
-
-
-def _policy(method: Method, weights: Weights) -> str | None:
-    """Return whether running statistics travel ("shared") or stay ("private"); None if there are none."""
-    if not weights["buffers"]:
-        return None
-    return "shared" if method.travelling(weights)["buffers"] else "private"

@@ -24,6 +24,7 @@ class RunRecord:
     `metrics` has one row per evaluated round, sorted by `round`, with NaN for null. `clients` has one row per (round,
     client), or is None if the folder has no `clients.parquet`. `summary` is None while the run is unfinished.
     `environment` and `partition` are empty if their files are missing. `analysis` is the result of `fedloom analyse`.
+    `manifest` is that of the finished run; it is not checked here (`fedloom verify` does that).
     """
 
     path: Path
@@ -35,6 +36,7 @@ class RunRecord:
     environment: Mapping[str, Any]
     partition: Mapping[str, Any]
     analysis: Mapping[str, Any] = field(default_factory=dict)
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -120,6 +122,7 @@ def _read_run(folder: Path) -> RunRecord:
         environment=_read_json(folder / "environment.json"),
         partition=_read_json(folder / "partition.json"),
         analysis=_read_json(folder / "analysis" / "analysis.json"),
+        manifest=_read_json(folder / "manifest.json"),
     )
 
 
