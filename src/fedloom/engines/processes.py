@@ -24,7 +24,7 @@ from fedloom import tree
 from fedloom.engines.base import Problem, Reply, Score, ScoreRequest, sum_scores
 from fedloom.engines.forwarding import ForwardingEngine
 from fedloom.engines.local import LocalEngine
-from fedloom.engines.process_worker import Job, ScoreJob, ServerJob, Slabs, CohortJob, Worker, listed
+from fedloom.engines.process_worker import CohortJob, Job, ScoreJob, ServerJob, Slabs, Worker, listed
 from fedloom.engines.scoring import merged, shares
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.shared_folders import new_folder
