@@ -1,0 +1,118 @@
+"""The inputs of a model: one tensor, or several tensors by name, and a description of each.
+
+Several tensors are passed to `forward` by name if it has a parameter for each of them. Names that are numbers ("0", "1", from a tuple)
+are positions. Otherwise the dictionary is passed as one argument.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+Inputs = Tensor | dict[str, Tensor]
+"""The inputs of B examples: (B, ...), or several such tensors by name."""
+
+Kind = Literal["picture", "number", "token", "category"]
+KINDS: tuple[str, ...] = get_args(Kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One input tensor.
+
+    Attributes:
+        name: its key in the dictionary of inputs; "" if it is the only one.
+        shape: shape for one example.
+        kind: `picture` (pixels, C H W), `number` (floating point), `token` (integers that index a vocabulary) or `category` (a row of
+            integers, one per categorical column). Tokens and categories are int64 and are never scaled.
+        levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column; otherwise empty.
+    """
+
+    name: str = ""
+    shape: tuple[int, ...]
+    kind: Kind
+    levels: tuple[int, ...] = ()
+
+    @property
+    def is_integer(self) -> bool:
+        """Whether values are indices."""
+        return self.kind in ("token", "category")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """The description of a model's inputs, field by field."""
+
+    fields: tuple[Field, ...]
+
+    @property
+    def is_single(self) -> bool:
+        """Whether inputs are one tensor rather than a dictionary."""
+        return len(self.fields) == 1 and not self.fields[0].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example: of the only tensor, or of the first of several."""
+        return self.fields[0].shape
+
+    @property
+    def kinds(self) -> frozenset[Kind]:
+        """The kinds of all fields."""
+        return frozenset(field.kind for field in self.fields)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether the only input is a picture (C, H, W)."""
+        return self.is_single and self.fields[0].kind == "picture"
+
+    def of(self, kind: Kind) -> Field | None:
+        """Return the first field of a kind, or None."""
+        return next((field for field in self.fields if field.kind == kind), None)
+
+    def __str__(self) -> str:
+        shown = [f"{f.name + ': ' if f.name else ''}{f.kind} {f.shape}" for f in self.fields]
+        return ", ".join(shown)
+
+
+def map_inputs(fn: Callable[..., Tensor], x: Inputs, *others: Inputs) -> Inputs:
+    """Apply `fn` to the tensor, or to each of several tensors."""
+    if isinstance(x, Tensor):
+        return fn(x, *others)
+    return {name: fn(value, *(other[name] for other in others)) for name, value in x.items()}  # type: ignore[index]
+
+
+def tensors_of(x: Inputs) -> list[Tensor]:
+    """Return the tensors of the inputs, in order."""
+    return [x] if isinstance(x, Tensor) else list(x.values())
+
+
+def n_examples(x: Inputs) -> int:
+    """Return the number of examples B."""
+    return len(tensors_of(x)[0])
+
+
+def call_arguments(module: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and the named arguments with which `module` is called on inputs `x`."""
+    if not isinstance(x, Mapping):
+        return (x,), {}
+    if all(name.isdigit() for name in x):
+        return tuple(x.values()), {}
+    inner = getattr(module, "body", module)
+    return ((), dict(x)) if _names(type(inner).forward, tuple(x)) else ((x,), {})
+
+
+@functools.lru_cache(256)
+def _names(forward: Callable[..., Any], names: tuple[str, ...]) -> bool:
+    """Return whether the function has a parameter for every name."""
+    parameters = inspect.signature(forward).parameters
+    return all(name in parameters for name in names)
+
+
+def unwrapped(outputs: Any) -> Any:
+    """Return the `logits` of an output object (as Hugging Face models return), or the outputs themselves."""
+    return outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", outputs)
