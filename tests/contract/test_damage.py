@@ -5,13 +5,15 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 
 from contract import assert_same, left_by
 from fedloom.config.settings import make_settings
-from fedloom.errors import RunFolderError
+from fedloom.errors import RunFolderError, UsageError
 from fedloom.experiment.loop import Experiment
 from fedloom.experiment.verifying import verify
 from small import SMALL, changed, interrupted_after
@@ -96,6 +98,7 @@ REFUSED = {
     "a hyper-parameter added": (edit("config.toml", "[method]", "[method]\nlr = 0.5"), "method.lr=0.5 (was None)"),
     "another batch size": (edit("config.toml", "batch_size = 16", "batch_size = 8"), "batch_size=8 (was 16)"),
     "another seed": (edit("config.toml", "seed = 0", "seed = 1"), "seed=1 (was 0)"),
+    "no settings": (write("config.toml", lambda _: b"rounds = "), "config.toml"),
     "another method": (edit("config.toml", "fedper", "fedrep"), "method.name=fedrep (was fedper)"),
     "fewer rounds": (edit("config.toml", "rounds = 6", "rounds = 3"), "rounds=3 (was 6)"),
     "another environment": (edit("environment.json", '"torch": "', '"torch": "1'), "environment.json"),
@@ -148,7 +151,7 @@ def test_a_damaged_folder_is_refused(cut, damage):
     do(cut)
     pattern = said if ".*" in said else re.escape(said)
     for _ in range(2):  # the first time, nothing was changed and the lock was released
-        with pytest.raises(RunFolderError, match=pattern) as refused:
+        with pytest.raises(UsageError, match=pattern) as refused:
             Experiment.resume(cut)
         assert "\n" not in str(refused.value)
     assert re.search("has no manifest" if damage == "no manifest" else pattern, " ".join(verify(cut).problems))
@@ -252,6 +255,36 @@ def test_edited_code_of_a_method_is_refused(tmp_path):
         Experiment.resume(path)
     own.write_text(METHOD)
     Experiment.resume(path).run()
+
+
+SCRIPT = """
+import sys
+import fedloom
+class Mine(fedloom.FedAvg):
+    "{}"
+if {}:
+    fedloom.resume("run", method=Mine(), progress=False)
+else:
+    def stop(*_):
+        raise KeyboardInterrupt
+    from fedloom.experiment.loop import Experiment, GivenObjects
+    from fedloom.config.settings import make_settings
+    named = dict(method=dict(name="fedavg"), model=dict(name="mlp"), engine=dict(name="sequential"))
+    values = dict(clients=2, rounds=2, checkpoint_every=1, out="run", **named)
+    Experiment(make_settings(values), GivenObjects(method=Mine())).run(stop)
+"""
+
+
+@pytest.mark.slow
+def test_a_main_script_may_change_but_not_its_classes(tmp_path):
+    def run(doc, again):
+        (tmp_path / "train.py").write_text(SCRIPT.format(doc, again))
+        done = subprocess.run([sys.executable, "train.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+        return done.stderr.splitlines()[-1] if done.stderr else ""
+
+    assert run("one", False) == "KeyboardInterrupt"
+    assert "train.py:Mine was changed" in run("two", True)
+    assert run("one", True) == ""
 
 
 def test_other_data_are_refused(experiment, monkeypatch):

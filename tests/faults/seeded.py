@@ -377,6 +377,36 @@ AREAS = (
         ),
     ),
     Area(
+        ("tests/contract/test_damage.py", "tests/unit/test_lock.py"),
+        (
+            Fault("hashes of a checkpoint's files are not compared", "elif hash_of(data) != wanted[1]:", "elif False:"),
+            Fault(
+                "unexpected files of a checkpoint are accepted", "there - manifest", "set() - manifest", "99 or foreign"
+            ),
+            Fault("edited rows are accepted", "elif found != wanted:", "elif False:", "metric or table or number"),
+            Fault(
+                "edited settings are accepted",
+                "if before == after:\n            continue\n        allowed",
+                "if True:\n            continue\n        allowed",
+                "batch",
+            ),
+            Fault("a resumed run takes no lock", "    folder.lock()\n    try:", "    try:", "two_cannot"),
+            Fault("a forked process releases the lock", "if os.getpid() != pid:", "if False:", "forked"),
+        ),
+    ),
+    Area(
+        ("tests/contract/test_worker_faults.py",),
+        (
+            Fault(
+                "workers outlive a killed experiment",
+                "ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)",
+                "pass",
+                "end_with",
+            ),
+            Fault("a lost client keeps what it learnt", "self.restore(i, self._before[i])", "pass", "hangs"),
+        ),
+    ),
+    Area(
         ("tests/contract/test_resume.py", "tests/contract/test_lost_and_late.py"),
         (
             Fault(

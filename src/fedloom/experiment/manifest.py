@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def line_of(row: Row) -> str:
 
 def client_line(row: Row) -> str:
     """Return a row of `clients.parquet` as text that does not depend on the types of the columns; missing values are left out."""
-    clean = {k: v if isinstance(v, str) else float(v) for k, v in row.items() if v is not None}
+    clean = {k: float(v) if isinstance(v, Real) else str(v) for k, v in row.items() if v is not None}
     return json.dumps({k: v for k, v in clean.items() if v == v}, sort_keys=True)  # NaN is a missing value
 
 

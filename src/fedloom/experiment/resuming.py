@@ -163,22 +163,23 @@ def data_facts(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def source_hashes(experiment: Experiment) -> dict[str, str]:
-    """Return the hash of each source file of the method, its bases and its models, by name. Other packages are left out."""
-    files: dict[str, set[Path]] = {}
+    """Return the hash of each source file of the method, its bases and its models, by name. Other packages are left out.
+
+    Of a script that runs as the main program, only the classes count, because the script itself may differ when it resumes the run.
+    """
+    texts: dict[str, set[bytes]] = {}
     for cls in _classes(experiment):
         try:
             file = Path(inspect.getsourcefile(cls) or "")
-        except TypeError:  # a built-in class, or one from a notebook
-            continue
-        if not file.is_file():
+            is_main = cls.__module__ == "__main__"
+            text = inspect.getsource(cls).encode() if is_main else file.read_bytes()
+        except (TypeError, OSError):  # a built-in class, or one from a notebook
             continue
         if file.is_relative_to(HOME):
-            files.setdefault(f"fedloom/{file.relative_to(HOME).as_posix()}", set()).add(file)
+            texts.setdefault(f"fedloom/{file.relative_to(HOME).as_posix()}", set()).add(text)
         elif is_own_code(str(file)):
-            files.setdefault(file.name, set()).add(file)
-    return {
-        name: hash_of(b"".join(sorted(file.read_bytes() for file in found))) for name, found in sorted(files.items())
-    }
+            texts.setdefault(f"{file.name}:{cls.__qualname__}" if is_main else file.name, set()).add(text)
+    return {name: hash_of(b"".join(sorted(found))) for name, found in sorted(texts.items())}
 
 
 def _classes(experiment: Experiment) -> Iterator[type]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedloom.errors import RunFolderError
+from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment.environment import software_versions
 from fedloom.experiment.manifest import MANIFEST, Manifest, file_problems, read_manifest, version_changes
 from fedloom.experiment.resuming import changed_settings
@@ -73,7 +73,10 @@ def _collect(verdict: Verdict, find: Callable[[], Iterator[str]]) -> None:
 
 
 def _problems(folder: RunFolder, record: Manifest, saved: Manifest | None, finished: bool) -> Iterator[str]:
-    strict, free = changed_settings(folder, record)
+    try:
+        strict, free = changed_settings(folder, record)
+    except ConfigError as error:
+        strict, free = [str(error)], []
     for change in [*strict, *free] if finished else strict:  # an unfinished run may be resumed with some other settings
         yield f"{folder.path / 'config.toml'}: was edited: {change}"
     if finished:
