@@ -168,7 +168,7 @@ def test_an_error_in_a_method_names_file_line_client_round_and_phase(files, engi
     assert done.err.startswith(
         "fedloom: error: ZeroDivisionError: division by zero (own.py:9, in loss; in phase 'train'"
     )
-    assert re.search(r"client \d, round 0\)", done.err)
+    assert re.search(r"client \d, round 1\)", done.err)
     assert "--debug" in done.err
     assert done.err.count("\n") == 1
 
@@ -199,7 +199,7 @@ def test_batch_norm_on_single_rows_says_what_to_change(files):
     done = files("run", "model=resnet8", "batch_size=1", "engine=sequential", "out=mine", "--quiet")
     assert done.code == 2
     assert "BatchNorm" in done.err
-    assert "(client 0, round 0)" in done.err
+    assert "(client 0, round 1)" in done.err
     assert done.err.count("\n") == 1
 
 

@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
     config = path / "config.toml"
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
     with pytest.raises(RunFolderError, match="the checkpoint does not match this method and model"):
-        Experiment.resume(path)
+        Experiment.resume(path, accept_changes=True)
 
 
 def test_a_failed_resume_leaves_no_workers(experiment):

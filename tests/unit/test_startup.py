@@ -56,6 +56,8 @@ def test_help_of_settings_needs_pydantic_alone(command):
         ("fedloom compare method=local,fedpro", "method=local,fedproto\vmethod=local,fedprox"),
         ("fedloom run partition=dir", "partition=dirichlet "),
         ("fedloom report --q", "--quiet "),
+        ("fedloom verify --k", "--key "),
+        ("fedloom run --acc", "--accept-changes "),
         ("fedloom deploy se", "server "),
         ("fedloom deploy init --no", "--nodes "),
         ("fedloom deploy run ward method=fedri", "method=fedrir "),

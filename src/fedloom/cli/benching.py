@@ -20,7 +20,7 @@ from fedloom.config.settings import make_settings
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
-from fedloom.experiment.run_folder import environment
+from fedloom.experiment.environment import environment
 from fedloom.methods.registry import load_object
 from fedloom.tools.bench import WORKLOADS, machine_roof, measure, workload
 

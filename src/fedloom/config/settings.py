@@ -185,7 +185,8 @@ class EngineSettings(Section):
     """Ray cluster to join (`ray`): `auto` (the cluster of this machine), HOST:PORT or ray://HOST:PORT. Default: start one on this
     machine."""
     deadline_s: Positive | None = None
-    """Time limit for a worker in a round, in seconds, after which the round continues without it (`ray`). Default: no limit."""
+    """Time limit in seconds, after which the round continues without the client that hangs (`processes`: for each client's local update) or
+    without the clients of the worker (`ray`: for a worker's share of a round). Default: no limit."""
 
     @field_validator("device")
     @classmethod
@@ -301,10 +302,14 @@ class Settings(Section):
         if self.clients is not None:
             check_cohort(self, self.clients)
         last = self.engine.name.rpartition("+")[2]
-        for key in ("address", "deadline_s"):
+        for key, owners in (("address", ["ray"]), ("deadline_s", ["processes", "ray"])):
             value = getattr(self.engine, key)
-            if value is not None and last != "ray":
-                raise ValueError(f"engine.{key}={value}: applies only to engine=ray, not engine={self.engine.name}")
+            could = (
+                [*owners, "auto", "debug", "bytes"] if "processes" in owners else owners
+            )  # `auto` may choose processes
+            if value is not None and last not in could:
+                known = " and ".join(owners)
+                raise ValueError(f"engine.{key}={value}: applies only to engine={known}, not engine={self.engine.name}")
         if self.engine.lanes is not None and last in ("sequential", "ray"):
             raise ValueError(
                 f"engine.lanes={self.engine.lanes}: applies only to engine=processes and vectorised, not {last}"

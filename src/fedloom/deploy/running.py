@@ -33,6 +33,7 @@ from fedloom.engines.base import Problem
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment.build import arithmetic, make_dataset, make_federation
 from fedloom.experiment.loop import Experiment, GivenObjects
+from fedloom.experiment.resuming import resumable
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 from fedloom.objectives import Classification
 
@@ -47,20 +48,23 @@ def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell:
     return _experiment(deployment, settings, run=run, link=link, tell=tell, folder=None)
 
 
-def resume_deployed(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
-    """Resume an interrupted run from its last checkpoint. The nodes restore the client states of that checkpoint."""
-    folder = RunFolder.open(path)
-    if (path / "summary.json").exists():
-        raise RunFolderError(f"{path}: this run is finished and cannot be resumed")
-    try:
-        run = json.loads((path / DEPLOYED).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunFolderError(
-            f"{path}: this run was not made on devices; resume it with: fedloom run --resume {path}"
-        ) from None
-    settings = make_settings(read_toml(path / "config.toml"))
-    experiment = _experiment(deployment, settings, run=run, link=link, tell=tell, folder=folder)
-    experiment.forget_unsaved()
+def resume_deployed(
+    deployment: Deployment, path: Path, link: Link, tell: Tell, accept_changes: bool = False
+) -> Experiment:
+    """Resume an interrupted run from its last checkpoint. The nodes restore the client states of that checkpoint.
+
+    `accept_changes`: see `Experiment.resume`.
+    """
+    with resumable(path, accept_changes) as folder:
+        try:
+            run = json.loads((path / DEPLOYED).read_text(encoding="utf-8"))["run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunFolderError(
+                f"{path}: this run was not made on devices; resume it with: fedloom run --resume {path}"
+            ) from None
+        settings = make_settings(read_toml(path / "config.toml"))
+        experiment = _experiment(deployment, settings, run=run, link=link, tell=tell, folder=folder)
+        experiment.forget_unsaved()
     return experiment
 
 

@@ -43,7 +43,8 @@ def make_engine(
         lanes: number of clients trained side by side in batched operations, in the vectorised engine (default: as many as memory allows, at
             most 64), or in each worker process (default: one client after another).
         address: the Ray cluster to join; default: Ray is started on this machine.
-        deadline_s: seconds that a Ray worker may take for its share of a round; default: no limit.
+        deadline_s: seconds that a worker may take: for one client's local update (`processes`), or for its share of a round (`ray`);
+            default: no limit.
         place: where `sequential` and `vectorised` compute (default: the CPU); on a GPU `auto` is `vectorised`.
         convolutions: how `vectorised` computes convolutions.
 
@@ -75,8 +76,10 @@ def make_engine(
         last = "processes" if many and "debug" not in wrappers else alone  # debug must see in-place changes
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: runs only on Linux; use engine=sequential")
+    if deadline_s is not None and last not in ("processes", "ray"):
+        raise ConfigError(f"engine.deadline_s={deadline_s:g}: needs worker processes, but engine={name} is {last} here")
     engine: Engine = (
-        Processes(problem, workers, lanes)
+        Processes(problem, workers, lanes, deadline_s)
         if last == "processes"
         else Vectorised(problem, lanes, place, _convolutions(convolutions, problem, place))
         if last == "vectorised"

@@ -33,6 +33,7 @@ from fedloom.experiment.build import (
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
+from fedloom.experiment.resuming import refuse_damage, resumable
 from fedloom.experiment.roll_back import RollBack
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.experiment.saving import describe_run, refuse_deployed, restore_run, save_run, write_summary
@@ -110,18 +111,20 @@ class Experiment:
             return folder
         s = self.settings
         folder = RunFolder.create(s.out, f"{s.method.name.rpartition(':')[2]}-{s.data.name}")
+        folder.lock()
         describe_run(self, folder)
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
-        """Resume a run from its latest checkpoint, or from the start if there is none yet."""
-        folder = RunFolder.open(Path(path))
-        if (folder.path / "summary.json").exists():
-            raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
-        refuse_deployed(folder)
-        experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
-        experiment.forget_unsaved()
+    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING, accept_changes: bool = False) -> Experiment:
+        """Resume a run from its latest checkpoint, or from the start if there is none yet.
+
+        `accept_changes`: accept other settings, versions or code, and record them (`fedloom.experiment.resuming`).
+        """
+        with resumable(path, accept_changes) as folder:
+            refuse_deployed(folder)
+            experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+            experiment.forget_unsaved()
         return experiment
 
     @classmethod
@@ -131,6 +134,8 @@ class Experiment:
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
         refuse_deployed(folder)
+        if record := folder.newest_manifest():
+            refuse_damage(folder, record)
         settings = make_settings(read_toml(folder.path / "config.toml"))
         engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
@@ -139,6 +144,8 @@ class Experiment:
         """Remove everything from the folder that was written after the latest checkpoint."""
         if not self.folder.has_checkpoint():  # the run may have stopped before its description was complete
             describe_run(self, self.folder)
+        elif self.folder.resumption:
+            self.folder.facts = self.folder.resumption.facts(self)
         self.folder.keep_rows(self.done)
 
     def run(self, on_round: OnRound | None = None) -> Row:
@@ -164,6 +171,7 @@ class Experiment:
             self.engine.close()
             for tracker in self.trackers:
                 tracker.close()
+            self.folder.unlock()
 
     # one round
 

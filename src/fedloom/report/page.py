@@ -332,5 +332,7 @@ def _result(record: RunRecord) -> dict[str, str]:
         "largest client": f"{units.size(peak)} of tensors at once" if peak else "",
         "partition": _scheme(record),
         "partition hash": _shown(record.partition.get("hash", "")),
+        "digest": _shown(record.manifest.get("digest", "")),
+        "accepted changes": printable("; ".join(map(str, (record.summary or {}).get("accepted_changes", ())))),
     }
     return {key: value for key, value in found.items() if value}

@@ -25,7 +25,8 @@ class RunRecord:
     `metrics` has one row per evaluated round, sorted by `round`, with NaN for null. `clients` has one row per (round,
     client), or is None if the folder has no `clients.parquet`. `summary` is None while the run is unfinished.
     `environment` and `partition` are empty if their files are missing. `analysis` is the result of `fedloom analyse`.
-    `primary` is the metric that the run is measured by.
+    `primary` is the metric that the run is measured by. `manifest` is that of the finished run; it is not checked here
+    (`fedloom verify` does that).
     """
 
     path: Path
@@ -38,6 +39,7 @@ class RunRecord:
     partition: Mapping[str, Any]
     analysis: Mapping[str, Any] = field(default_factory=dict)
     primary: Primary = ACCURACY
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -125,6 +127,7 @@ def _read_run(folder: Path) -> RunRecord:
         partition=partition,
         analysis=_read_json(folder / "analysis" / "analysis.json"),
         primary=read_primary(primary, f"'{folder}'"),
+        manifest=_read_json(folder / "manifest.json"),
     )
 
 

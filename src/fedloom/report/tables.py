@@ -228,6 +228,9 @@ def _summary_caption(groups: Sequence[Group]) -> str:
     if unfinished:
         listed = ", ".join(f"{record.name} ({record.progress})" for record in unfinished)
         notes.append(f"Unfinished: {listed}; counted only where a method has no finished run.")
+    edited = [record.name for g in groups for record in g.records if (record.summary or {}).get("accepted_changes")]
+    if edited:
+        notes.append(f"Resumed with other settings, code or versions: {', '.join(edited)}.")
     return " ".join(notes)
 
 
