@@ -150,9 +150,7 @@ def _inputs(x: Array, what: str) -> Tensor:
         log.warning("from_arrays: %s is %s; converted from channels last to channels first", what, _describe(tensor))
         tensor = tensor.permute(0, 3, 1, 2).contiguous()
     if tensor.is_floating_point() and tensor.ndim == 4 and _are_bytes(tensor):
-        log.warning(
-            "from_arrays: %s holds whole numbers from 0 to 255 as %s; converted to uint8", what, _describe(tensor)
-        )
+        log.warning("from_arrays: %s holds integers from 0 to 255 as %s; converted to uint8", what, _describe(tensor))
         tensor = tensor.to(torch.uint8)
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
