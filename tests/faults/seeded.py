@@ -248,8 +248,14 @@ AREAS = (
         ),
     ),
     Area(
-        ("tests/contract/test_engines.py",),
+        ("tests/contract/test_engines.py", "tests/unit/test_state.py"),
         (
+            Fault(
+                "a worker that opens the file of client states zeroes its first byte",
+                "        _enlarge(path, self.n_bytes)\n",
+                "",
+                "enlarged",
+            ),
             Fault(
                 "lanes walk through the padding of shorter clients",
                 "[_order(phase, lane) for lane in self.here]",
