@@ -91,7 +91,7 @@ class Remote(Federation):
         )  # fmt: skip
 
     def rows(self, index: Any) -> tuple[Tensor, Tensor]:
-        """See `Federation.rows`: only for the common test set.
+        """Return examples of the common test set by index (see `Federation.rows`).
 
         Raises:
             DataError: an example of a client was requested, but clients' examples stay on their devices.
@@ -125,12 +125,12 @@ def _n_clients(settings: Settings) -> int:
 
 def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: folder with this node's data does not exist; set data in node.toml")
+        raise DataError(f"{folder}: the folder with this node's data does not exist; set data in node.toml")
     if len(clients) == 1:
         return [folder]
     for i in clients:
         if not (folder / f"client-{i}").is_dir():
-            raise DataError(f"{folder}: folder 'client-{i}' with the data of client {i} is missing")
+            raise DataError(f"{folder}: the folder 'client-{i}' with the data of client {i} is missing")
     return [folder / f"client-{i}" for i in clients]
 
 
