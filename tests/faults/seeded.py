@@ -1,4 +1,4 @@
-"""Faults that the tests must catch: small changes that leave the code running and its numbers wrong.
+"""Faults that the tests must catch: small changes after which the code still runs, but its numbers are wrong.
 
 Each replaces one piece of text, which must occur exactly once in `src/`; no module is named, so modules may move. `catch.py` applies them
 one at a time to a copy and runs the tests.
@@ -248,8 +248,14 @@ AREAS = (
         ),
     ),
     Area(
-        ("tests/contract/test_engines.py",),
+        ("tests/contract/test_engines.py", "tests/unit/test_state.py"),
         (
+            Fault(
+                "a worker that opens the file of client states zeroes its first byte",
+                "        _enlarge(path, self.n_bytes)\n",
+                "",
+                "enlarged",
+            ),
             Fault(
                 "lanes walk through the padding of shorter clients",
                 "[_order(phase, lane) for lane in self.here]",

@@ -674,7 +674,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def process(worker):
-    """The worker's process as it is now: the one that was started last."""
+    """Return the worker's latest process."""
     return lambda: max(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
 
 

@@ -141,7 +141,7 @@ known: dict[str, Any] = {}
 
 
 def once(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives, made at the first time."""
+    """Return the result of `make`, which is called only once per name."""
     if name not in known:
         known[name] = make()
     return known[name]
@@ -177,7 +177,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "settings"), CASES)
 def test_devices_give_the_numbers_of_the_sequential_engine(deployed, simulated, method, settings):
-    there, here = deployed(method=method, **settings), simulated(method=method, **settings)
+    short = {"method": method, "rounds": 2, "data.rows": 160, **settings}
+    there, here = deployed(**short), simulated(**short)
     assert tree.equal(there.experiment.server, here.server)
     assert scores(there.experiment) == scores(here)
     assert there.said == []
@@ -597,14 +598,15 @@ class StopError(Exception):
     ("method", "settings", "every"),
     [
         ("fedavg", {}, 2),
-        ("fedrir", {"uplink": "topk:0.1,int8"}, 1),
+        ("fedper", {"uplink": "topk:0.1,int8"}, 1),
         ("fedrir", {"uplink": "topk:0.1,int8"}, 2),
         ("fedvtc", BRIEF, 1),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path, method, settings, every):
+    settings = {**settings, "rounds": 5, "checkpoint_every": every, "data.rows": 120}
     place = federation(method=method, **settings)
-    chosen = values(method=method, rounds=5, checkpoint_every=every, **settings) | {"out": str(tmp_path / "run")}
+    chosen = values(method=method, **settings) | {"out": str(tmp_path / "run")}
     said: list[str] = []
 
     def interrupt(done, rounds, row):
@@ -622,7 +624,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(federation, simulated, tmp_path,
         running.resume_deployed(place, tmp_path / "run", Wire(place), said.append).run(interrupt_again)
     again = running.resume_deployed(place, tmp_path / "run", Wire(place), said.append)
     again.run()
-    here = simulated(method=method, rounds=5, checkpoint_every=every, **settings)
+    here = simulated(method=method, **settings)
     assert tree.equal(again.server, here.server)
     assert scores(again) == scores(here)
     assert [row["round"] for row in again.folder.rows()] == [1, 2, 3, 4, 5]
@@ -779,7 +781,7 @@ def test_invalid_examples_are_refused_by_their_node(federation, rows, tmp_path):
     said: list[str] = []
     with pytest.raises(DataError, match="no node can take part"):
         running.prepare(place, values(clients=2) | {"out": str(tmp_path / "run")}, Wire(place), said.append)
-    assert any("nowhere: folder with this node's data does not exist" in line for line in said)
+    assert any("nowhere: the folder with this node's data does not exist" in line for line in said)
     assert any("'zero' is unknown to the server" in line for line in said)
 
 

@@ -100,11 +100,11 @@ class Remote(Federation):
         )  # fmt: skip
 
     def example(self) -> Inputs:
-        """See `Federation.example`: the server's own examples."""
+        """Return two of the server's own examples (see `Federation.example`)."""
         return self._held.rows(np.resize(np.arange(self._held.dataset.n_rows), 2))[0]
 
     def rows(self, index: Any) -> tuple[Inputs, Tensor]:
-        """See `Federation.rows`: only for the common test set.
+        """Return examples of the common test set by index (see `Federation.rows`).
 
         Raises:
             DataError: an example of a client was requested, but clients' examples stay on their devices.
@@ -138,12 +138,12 @@ def _n_clients(settings: Settings) -> int:
 
 def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: folder with this node's data does not exist; set data in node.toml")
+        raise DataError(f"{folder}: the folder with this node's data does not exist; set data in node.toml")
     if len(clients) == 1:
         return [folder]
     for i in clients:
         if not (folder / f"client-{i}").is_dir():
-            raise DataError(f"{folder}: folder 'client-{i}' with the data of client {i} is missing")
+            raise DataError(f"{folder}: the folder 'client-{i}' with the data of client {i} is missing")
     return [folder / f"client-{i}" for i in clients]
 
 

@@ -58,16 +58,7 @@ def make_engine(
     from fedloom.engines.vectorised import Vectorised
 
     place = place or ON_HOST
-    *wrappers, last = name.split("+")
-    if last in WRAPPERS:
-        wrappers, last = [*wrappers, last], "auto"
-    if last == "flower":
-        raise ConfigError("engine=flower: needs a deployed federation; see fedloom deploy --help")
-    for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
-        if word not in known:
-            raise ConfigError(
-                f"engine={name}: there is no engine '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
-            )
+    *wrappers, last = engine_words(name)
     keep_freed_memory()
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
     if last == "auto":
@@ -90,6 +81,21 @@ def make_engine(
     for wrapper in reversed(wrappers):
         engine = WRAPPERS[wrapper](engine)
     return engine
+
+
+def engine_words(name: str) -> list[str]:
+    """Return an engine's wrappers, and the engine itself last. Raise ConfigError if one of them is unknown."""
+    *wrappers, last = name.split("+")
+    if last in WRAPPERS:
+        wrappers, last = [*wrappers, last], "auto"
+    if last == "flower":
+        raise ConfigError("engine=flower: needs a deployed federation; see fedloom deploy --help")
+    for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
+        if word not in known:
+            raise ConfigError(
+                f"engine={name}: there is no engine '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
+            )
+    return [*wrappers, last]
 
 
 def _convolutions(form: ConvolutionForm, problem: Problem, place: DeviceBudget) -> Convolutions | None:

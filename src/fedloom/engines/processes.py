@@ -161,9 +161,9 @@ class Processes(ForwardingEngine):
 
 
 def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]:
-    """Split the positions in the cohort into pieces, each sent as one message. Small pieces come last, so workers finish together.
+    """Split the positions in the cohort into pieces, each sent as one message.
 
-    Clients that a worker trains side by side stay in one piece.
+    Small pieces come last, so workers finish at about the same time. Clients that a worker trains side by side stay in one piece.
     """
     places = sorted(range(len(sizes)), key=lambda place: -sizes[place])
     left = sum(sizes)

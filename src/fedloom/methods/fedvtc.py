@@ -43,7 +43,7 @@ class FedVTC(FedProto):
     features; with `learn_spread`, there is also `spread`. Architectures may differ, but p may not.
 
     Sent: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Kept: all weights (with `share_generator`
-    the generator travels too). A local update has four phases:
+    the generator is sent too). A local update has four phases:
 
     1. fit: train body and head with the cross-entropy plus the distance to the global prototypes.
     2. statistics: a sweep over the client's examples.

@@ -259,7 +259,7 @@ def _outside(source: Builder, facts: ArchFacts) -> OutsideArch:
 
 def _check_count(key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}={value!r}: must be a whole number of at least 1")
+        raise ConfigError(f"{key}={value!r}: must be an integer of at least 1")
 
 
 def _check_options(name: str, options: Mapping[str, Option]) -> None:

@@ -217,8 +217,8 @@ def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None =
     """Plot a partition: examples of each class (rows) at each client (columns), with examples per client above.
 
     `class_counts` has shape (K, Y); `classes` are the Y names. In tasks without classes, they are groups of examples, and `kind` is what
-    to call one. Up to 120 clients and 30 classes are drawn as bubbles with
-    area proportional to the number of examples, larger partitions as shaded cells. Raise DataError if counts or names do not fit.
+    to call one. Up to 120 clients and 30 classes are drawn as bubbles with area proportional to the number of examples, larger
+    partitions as shaded cells. Raise DataError for invalid counts, or a wrong number of names.
     """
     counts = _checked_counts(class_counts)
     n_clients, n_classes = counts.shape

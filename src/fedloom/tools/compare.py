@@ -314,7 +314,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
     seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in listed]
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         shown = ",".join(map(str, listed))
-        raise ConfigError(f"seed={shown}: must be distinct whole numbers of at least 0, such as seed=0,1,2")
+        raise ConfigError(f"seed={shown}: must be distinct integers of at least 0, such as seed=0,1,2")
     return tuple(seeds)
 
 
