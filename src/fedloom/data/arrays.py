@@ -178,7 +178,10 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
     elif kind == "picture":
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; pictures must be uint8")
     elif not tensor.is_floating_point():
-        return _integers(tensor, what, "token"), "token"
+        if int(tensor.min()) >= 0:
+            return _integers(tensor, what, "token"), "token"
+        log.warning("from_arrays: %s is %s with negative values; used as numbers", what, _describe(tensor))
+        return tensor.to(torch.float32), "number"
     elif not bool(torch.isfinite(tensor).all()):
         raise DataError(f"from_arrays: {what} has NaN or infinite values; remove or replace them")
     return tensor, "picture" if tensor.dtype == torch.uint8 else "number"

@@ -34,6 +34,11 @@ def class_numbers(
         )
     if labels.dtype.kind in "UOS" and all(isinstance(label, str) for label in labels.tolist()):
         return _named(labels, classes)
+    if labels.dtype.kind == "b":
+        return labels.astype(np.int64), tuple(classes) if classes is not None else ("False", "True")
+    if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
+        log.warning("from_arrays: y holds integers as %s; used as class labels (task='regression' for numbers)", shown)
+        labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iu":
         raise DataError(
             f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names (task='regression' for numbers)"
