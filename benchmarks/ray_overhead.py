@@ -29,8 +29,9 @@ from fedloom import Client, Downlink, FedAvg, Stream, from_arrays, tree
 from fedloom.config.settings import make_settings
 from fedloom.engines import Engine
 from fedloom.errors import ConfigError, UsageError, suggest
+from fedloom.experiment.environment import environment
 from fedloom.experiment.loop import Experiment, GivenObjects
-from fedloom.experiment.run_folder import RunFolder, environment
+from fedloom.experiment.run_folder import RunFolder
 from workloads import RESULTS, held
 
 DEFAULTS: Mapping[str, str] = MappingProxyType(

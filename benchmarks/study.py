@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedloom.report.plots import accuracy_over_rounds
+from fedloom.report.plots import metric_over_rounds
 from fedloom.report.read import RunRecord, read
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,8 +107,7 @@ def main(name: str, command: str, *folders: str) -> None:
     file.write_text(json.dumps({"command": command, "environment": environment, "runs": runs}) + "\n")
     drawn = [record_of(label, seed, run) for label, seeds in runs.items() for seed, run in seeds.items()]
     one_model = all("server_accuracy" in record.metrics for record in drawn)
-    measure = "server_accuracy" if one_model else "personal_accuracy"
-    accuracy_over_rounds(drawn, measure).savefig(RESULTS / f"{name}.png", dpi=100)
+    metric_over_rounds(drawn, "server" if one_model else "personal").savefig(RESULTS / f"{name}.png", dpi=100)
     print(table(runs))
 
 

@@ -23,7 +23,8 @@ from typing import Any
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, UsageError, suggest
-from fedloom.experiment.run_folder import RunFolder, environment
+from fedloom.experiment.environment import environment
+from fedloom.experiment.run_folder import RunFolder
 from fedloom.tools.bench import MNIST, W4, WORKLOADS, Workload, machine_roof, measure
 
 RESULTS = Path(__file__).parent / "results"

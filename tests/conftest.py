@@ -27,14 +27,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """A script's background jobs ignore Ctrl-C, and so does all that they start; tests of interruptions need it as it is elsewhere."""
+    """Restore the default action of Ctrl-C, which the background jobs of a script ignore: tests of interruptions need it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share something go to one worker: those of Ray, which takes long to start, and those with one reference run."""
+    """Run tests that share something on one worker: the tests of Ray, which starts slowly, and tests that use the same reference run."""
     for item in items:
         if re.search(r"test_ray\.py|[-\[]ray[-\]]", item.nodeid):
             item.add_marker(pytest.mark.xdist_group("ray"))

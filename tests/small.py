@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from fedloom import Downlink, tree
+from fedloom import Client, Downlink, tree
 from fedloom.config.parsing import set_dotted
 from fedloom.engines import Reply
 from fedloom.experiment.build import arithmetic
@@ -99,7 +99,7 @@ def losing(
 
     def fewer(number, cohort, down):
         gone = lost.get(number, ())
-        before = {i: engine.client(i) for i in gone}
+        before = {i: Client(**tree.clone(engine.client(i)._asdict())) for i in gone}
         replies = train(number, cohort, down)
         for i, client in before.items():
             engine.restore(i, client)

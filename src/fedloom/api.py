@@ -15,7 +15,8 @@ from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values, make_settings
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
-from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, GivenObjects, OnRound, nothing_learnt
+from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
+from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.method import Method
 from fedloom.methods.registry import method_name
@@ -126,14 +127,15 @@ def resume(
     model: Model | None = None,
     partition: Any = None,
     progress: bool = True,
+    accept_changes: bool = False,
 ) -> Run:
     """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
 
+    Other settings, versions or code than at the start are refused, unless `accept_changes` is true; the run then records them.
     If the run was started with Python objects, pass the same objects again. Everything given by name is read from the folder's config.
     """
-    return _run(
-        Experiment.resume(folder, GivenObjects(method=method, dataset=data, model=model, partition=partition)), progress
-    )
+    parts = GivenObjects(method=method, dataset=data, model=model, partition=partition)
+    return _run(Experiment.resume(folder, parts, accept_changes), progress)
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@
     │   ├── ConfigError     an unknown key, a wrong type, an impossible combination
     │   ├── DataError       data that are missing, malformed, or too few
     │   ├── RunFolderError  a run folder that is missing, would be overwritten, or cannot be resumed
-    │   └── DivergedError   the server's state is no longer finite
+    │   ├── DivergedError   the server's state is no longer finite
+    │   └── NoValidUplinkError   no uplink of several rounds in a row could be aggregated; exit code 4
     ├── MethodError         a method broke the contract (the message names the rule and the place)
     ├── WireError           bytes that are not a valid message
     └── WorkerError         a worker process exited before it finished its work
@@ -19,6 +20,7 @@ import difflib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import ClassVar
 
 HOME = str(Path(__file__).parent)
 
@@ -28,7 +30,9 @@ class FedloomError(Exception):
 
 
 class UsageError(FedloomError):
-    """An error that the caller can fix. The command line prints it in one line and exits with code 2."""
+    """An error that the caller can fix. The command line prints it in one line and exits with `exit_code`."""
+
+    exit_code: ClassVar[int] = 2
 
 
 class ConfigError(UsageError):
@@ -45,6 +49,12 @@ class RunFolderError(UsageError):
 
 class DivergedError(UsageError):
     """The server's state is no longer finite; none of it was written."""
+
+
+class NoValidUplinkError(UsageError):
+    """No uplink of several rounds in a row could be aggregated; the last checkpoint is unchanged."""
+
+    exit_code: ClassVar[int] = 4
 
 
 class MethodError(FedloomError):

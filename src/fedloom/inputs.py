@@ -121,7 +121,9 @@ def call_arguments(module: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str
         return (x,), {}
     if all(name.isdigit() for name in x):
         return tuple(x.values()), {}
-    inner = getattr(module, "body", module)
+    inner = module
+    while isinstance(entry := getattr(inner, "entry", None), nn.Module):  # see `models.layers.Chain`
+        inner = entry
     return ((), dict(x)) if _names(type(inner).forward, tuple(x)) else ((x,), {})
 
 

@@ -339,6 +339,13 @@ class Method:
         """Return the required length, by path, of the uplink tensors whose first dimension depends on the client's examples."""
         return {}
 
+    def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
+        """Return what is impossible in an uplink's statistics, or "". Called before `aggregate` if uplinks are screened.
+
+        `class_counts`: the client's number of training examples of each class (Y,), or None if the server does not have it.
+        """
+        return ""
+
     # between clients
 
     @property

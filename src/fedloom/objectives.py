@@ -360,6 +360,9 @@ class Regression(Objective):
         """Return quantile bins of the first target, from the training examples; equal edges are merged."""
         values = targets[:, 0].double().numpy()
         edges = np.unique(np.quantile(values[:n_train], np.linspace(0, 1, bins + 1)[1:-1]))
+        edges = edges[edges > values[:n_train].min()]  # no empty first bin
+        if not len(edges):
+            return Strata(np.zeros(len(values), np.int64), ("all",))
         ends = [f"{e * self.std[0] + self.mean[0]:.4g}" for e in edges]
         names = (
             [f"below {ends[0]}", *(f"{a} to {b}" for a, b in zip(ends, ends[1:], strict=False)), f"{ends[-1]} or more"]

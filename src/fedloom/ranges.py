@@ -36,7 +36,7 @@ LIMITS: Final[Mapping[str, tuple[Callable[[Any, Any], bool], str, str]]] = Mappi
 )
 """For each limit: its test, its wording in messages, and its sign in help pages."""
 _PLAIN: Final = MappingProxyType(
-    {"int": "whole number", "float": "number", "bool": "true|false", "str": "text", "Path": "path"}
+    {"int": "integer", "float": "number", "bool": "true|false", "str": "text", "Path": "path"}
 )
 
 
@@ -59,7 +59,7 @@ def check_limits(settings: Any) -> None:
 
 
 def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
-    """Return a type in words: `whole number ≥ 1`, `half|standard|none`; `field` may have further limits."""
+    """Return a type in words: `integer ≥ 1`, `half|standard|none`; `field` may have further limits."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, args))

@@ -36,7 +36,7 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of pages are made and stay blank: drawing takes most of a short run's time. The tests of the report look at them."""
+    """Skip the drawing of a page's figures, which takes most of a short run's time. The tests of the report check figures."""
     save = Figure.savefig
 
     def blank(figure: Figure, file: Any, **how: Any) -> None:

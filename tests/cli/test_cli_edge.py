@@ -89,7 +89,7 @@ def test_mistakes_end_in_one_line(tiny, cli):
 
 
 def test_cost_of_a_turn(tiny):
-    """Two hidden layers by hand; and it is measured in a process that holds torch, and little else.
+    """Compare with two hidden layers computed by hand. Memory is measured in a process that has imported little besides torch.
 
     That process is blind to files that are called as modules are, and to what a method prints.
     """

@@ -35,10 +35,10 @@ class Vector(Method):
 MISTAKES = {
     "rn": "'rn' is not a command (did you mean 'run'?)",
     "run rouns=3": "unknown key 'rouns' (did you mean 'rounds'?)",
-    "run rounds=abc": "rounds=abc: must be a whole number",
-    "run rounds=1.5": "rounds=1.5: must be a whole number",
-    "bench w1 rounds=1.5": "rounds=1.5: must be a whole number",
-    "bench w1 rounds=inf": "rounds=inf: must be a whole number",
+    "run rounds=abc": "rounds=abc: must be an integer",
+    "run rounds=1.5": "rounds=1.5: must be an integer",
+    "bench w1 rounds=1.5": "rounds=1.5: must be an integer",
+    "bench w1 rounds=inf": "rounds=inf: must be an integer",
     "run data=../x": "data=../x: a name may contain only letters",
     "run batch_size=0": "batch_size=0: must be at least 1",
     "run devices.dropout=1": "devices.dropout=1: must be below 1",
@@ -47,7 +47,7 @@ MISTAKES = {
     "run devices.stragglers=lat": "must be one of wait, drop, late, partial (did you mean 'late'?)",
     "run method=fedmr devices.stragglers=late": "devices.stragglers=late: fedmr cannot aggregate late uplinks",
     "run min_clients=11": "min_clients=11: must be at most 10, the largest cohort",
-    "run eval.target=80": "eval.target=80: must be at most 1",
+    "run eval.target=80": "eval.target=80: must be above 0 and at most 1, because accuracy is a fraction; for 80 %, set 0.8",
     "run seed=-1": "seed=-1: must be at least 0",
     "run partition.alpha=0": "partition.alpha=0: must be above 0",
     "run eval.valid=1": "eval.valid=1: must be below 1",
@@ -94,7 +94,7 @@ MISTAKES = {
     "run out=full": "out=full: already exists and is not an empty folder; choose another folder",
     "compare": "method: must name the methods to compare",
     "compare method=fedavg,fedavg": "'fedavg' is given twice",
-    "compare method=fedavg,fedprox seed=a": "seed=a: must be distinct whole numbers",
+    "compare method=fedavg,fedprox seed=a": "seed=a: must be distinct integers",
     "compare method=fedavg,fedprox method.nu=1": "method.nu: none of fedavg, fedprox has this hyper-parameter",
     "compare method=fedavg,fedprox fedprox.nu=1": "fedprox.nu: fedprox has no such hyper-parameter",
     "compare method=fedavg other.x=1": "unknown key 'other'",
@@ -168,7 +168,7 @@ def test_an_error_in_a_method_names_file_line_client_round_and_phase(files, engi
     assert done.err.startswith(
         "fedloom: error: ZeroDivisionError: division by zero (own.py:9, in loss; in phase 'train'"
     )
-    assert re.search(r"client \d, round 0\)", done.err)
+    assert re.search(r"client \d, round 1\)", done.err)
     assert "--debug" in done.err
     assert done.err.count("\n") == 1
 
@@ -199,7 +199,7 @@ def test_batch_norm_on_single_rows_says_what_to_change(files):
     done = files("run", "model=resnet8", "batch_size=1", "engine=sequential", "out=mine", "--quiet")
     assert done.code == 2
     assert "BatchNorm" in done.err
-    assert "(client 0, round 0)" in done.err
+    assert "(client 0, round 1)" in done.err
     assert done.err.count("\n") == 1
 
 

@@ -38,7 +38,7 @@ def test_list_methods(cli):
     shown = cli("list", "methods").out
     assert all(name in shown for name in METHODS)
     fedrir = next(m for m in json.loads(cli("list", "methods", "--json").out) if m["name"] == "fedrir")
-    assert fedrir["travels"] == ["gfe"]
+    assert fedrir["sent"] == ["gfe"]
     assert fedrir["venue"] == "WWW 2025"
     assert fedrir["hyper_parameters"]["mask_ratio"]["default"] == 0.6
 

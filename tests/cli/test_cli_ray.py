@@ -87,7 +87,7 @@ def test_an_interrupted_run_leaves_nothing_running_and_resumes(cli):
     config.write_text(
         config.read_text().replace("rounds = 5000", f"rounds = {n}").replace('name = "ray"', 'name = "sequential"')
     )
-    assert cli("run", "--resume", "cut", "--quiet").code == 0
+    assert cli("run", "--resume", "cut", "--accept-changes", "--quiet").code == 0
     assert (
         cli("run", "method=own.py:Mine", *WORDS, f"rounds={n}", "engine=sequential", "out=whole", "--quiet").code == 0
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from PIL import Image
 
 import fedloom
@@ -105,7 +106,10 @@ def test_help_lists_every_key(cli):
         assert key in done.out
 
 
-def test_an_interrupted_run_says_how_to_resume_and_does(tiny, cli):
+@pytest.mark.parametrize(
+    ("sign", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "ended by SIGTERM")]
+)
+def test_an_interrupted_run_says_how_to_resume_and_does(tiny, cli, sign, code, said):
     words = (
         "rounds=600",
         "clients=4",
@@ -120,14 +124,14 @@ def test_an_interrupted_run_says_how_to_resume_and_does(tiny, cli):
     deadline = time.monotonic() + 60
     while not Path("cut/checkpoint").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    stopped.send_signal(signal.SIGINT)
+    stopped.send_signal(sign)
     _, err = stopped.communicate(timeout=60)
-    assert stopped.returncode == 130
-    assert err.splitlines()[-1] == "fedloom: interrupted; continue with: fedloom run --resume cut"
+    assert stopped.returncode == code
+    assert err.splitlines()[-1] == f"fedloom: {said}; continue with: fedloom run --resume cut"
     config = Path("cut/config.toml")
     done = json.loads(Path("cut/checkpoint/state.json").read_text())["round"]
     config.write_text(config.read_text().replace("rounds = 600", f"rounds = {done + 1}"))
-    resumed = cli("run", "--resume", "cut", "--json")
+    resumed = cli("run", "--resume", "cut", "--accept-changes", "--json")
     assert resumed.code == 0
     assert tiny("run", f"rounds={done + 1}", "out=whole", "--quiet").code == 0
     cut, whole = (

@@ -1,4 +1,4 @@
-"""What runs of a session share: one start of Ray, whose workers are lent to one engine after another, and counts of operations."""
+"""Shared by all runs of a session: one start of Ray, whose workers serve one engine after another, and the counts of operations."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ counted: dict[Any, Costs] = {}
 
 
 class CountedOnce(Costs):
-    """What a problem costs, which takes half of a short run to count: once for all engines, for it is the problem's and not theirs."""
+    """Costs that are counted once for all engines, because they depend only on the problem. Counting takes half of a short run."""
 
     def __init__(self, problem: Problem) -> None:
         p, data = problem, problem.data
@@ -28,7 +28,7 @@ class CountedOnce(Costs):
 
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All runs of these tests count so."""
+    """Use `CountedOnce` in all runs of these tests."""
     monkeypatch.setattr("fedloom.experiment.accounting.Costs", CountedOnce)
 
 
@@ -50,5 +50,5 @@ if importlib.util.find_spec("ray"):
 
     @pytest.fixture(autouse=True)
     def lent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Let `engine=ray` borrow the session's workers."""
+        """Make `engine=ray` use the session's workers."""
         monkeypatch.setattr("fedloom.engines.ray.engine.Cluster", lambda *_: request.getfixturevalue("workers"))

@@ -33,7 +33,7 @@ from fedloom.tree import Tree, Weights
 
 
 class Left(NamedTuple):
-    """Everything that a run leaves behind, without times."""
+    """The results of a run, without times."""
 
     server: Tree
     clients: list[Tree]
@@ -210,7 +210,7 @@ class Remembering(FedAvg):
 
 @dataclass(frozen=True)
 class Perfed(FedAvg):
-    """FedPer: the body travels; the head, its momentum and running statistics stay."""
+    """FedPer: the body is sent; the head, its momentum and the running statistics are kept."""
 
     buffers: Any = "private"
     momentum: float = 0.9

@@ -1,6 +1,6 @@
 """A simulated device. Its tensors report another device, but their numbers are stored on the CPU.
 
-An operation that mixes tensors of both devices fails, as on a GPU. So code that runs here has moved everything it must, and gives
+An operation that mixes tensors of both devices fails, as on a GPU. So code that runs here has moved every tensor that it must, and gives
 the same bits as on the CPU. (The device is called `meta`, the only one besides the CPU that every build of torch knows.)
 """
 

@@ -167,7 +167,7 @@ def test_an_error_says_where_it_happened(experiment):
             run.run()
         notes = "\n".join(caught.value.__notes__)
         assert "in phase 'train', after 0 steps" in notes
-        assert "round 0" in notes
+        assert "round 1" in notes
         assert "client" in notes
 
 

@@ -87,7 +87,7 @@ def test_fine_tuning_before_prediction_augments_like_training(experiment, method
 
 @dataclass(frozen=True)
 class Noting(FedAvg):
-    """Two phases that note what is drawn for them: their own numbers, the order of rows, and which of these are mirrored."""
+    """Two phases that record their random draws: their own numbers, the order of examples, and which examples are mirrored."""
 
     noted: ClassVar[list[tuple[float, list[list[float]]]]] = []
 
@@ -105,11 +105,11 @@ def test_every_round_client_and_phase_has_draws_of_its_own(experiment, float64):
     settings = {"clients": 2, "rounds": 2, "batch_size": 1000, "partition": {"name": "iid"}, "data.augment": "flip"}
     run = experiment(Noting(), **settings)
     run.run()
-    noted = Noting.noted[:8]  # the others are of the end, when memory is counted
+    noted = Noting.noted[:8]  # the others are drawn at the end, when memory is counted
     turns = [noted[start : start + 2] for start in range(0, 8, 2)]
     orders, mirrored = set(), set()
     for turn, (x, _) in zip(turns, [run.data.train(i) for i in (0, 1)] * 2, strict=True):
-        rows = [sorted(row) for row in x.flatten(1).tolist()]  # flips do not change these
+        rows = [sorted(row) for row in x.flatten(1).tolist()]  # flips do not change these images
         for _, seen in turn:
             order = [rows.index(sorted(row)) for row in seen]
             assert sorted(order) == list(range(len(x)))

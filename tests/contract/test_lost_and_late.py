@@ -21,7 +21,7 @@ WEIGHT = "model.head.weight"
 
 
 def factors_of(run):
-    """How many times as long each client takes."""
+    """Return each client's slowdown."""
     return slowdowns(run.settings, run.method, run.problem.task.n_clients)
 
 
@@ -250,7 +250,7 @@ def test_devices_are_the_same_on_every_engine(experiment, method, rule, settings
     assert expected.summary["lost"] > 0
     engine = "processes" if method in ("fedavg", "fedmr") else "debug+bytes+sequential"
     assert_same(left_by(devices(experiment, method, rule, engine, **settings)), expected)
-    if settings != CODED:  # a last bit decides here and there which values top-k takes, or where int8 rounds to
+    if settings != CODED:  # one bit may decide which values top-k selects, or to which integer int8 rounds
         assert_close(left_by(devices(experiment, method, rule, "vectorised", **settings)), expected)
 
 

@@ -1,4 +1,4 @@
-"""Ray: a lost or hung worker loses its clients for one round only; a method's errors end the run; the user's own code travels."""
+"""Ray: a lost or hung worker loses its clients for one round only; a method's errors end the run; workers receive the user's code."""
 
 import os
 import re

@@ -60,7 +60,7 @@ def test_variants_resume_too(experiment, variant):
     [("fedavg", "fedmr_cnn"), ("fedavg", "fedrir_cnn"), ("fedmr", "fedrir_cnn"), ("fedrir", "fedrir_cnn")],
 )
 def test_convolutions_and_running_statistics_are_taken_up_too(experiment, method, model):
-    settings = {**SETTINGS, "rounds": 2, "clients": 3, "cohort": 2, "model": model, "width": 16}
+    settings = {**SETTINGS, "rounds": 2, "clients": 3, "cohort": 2, "model": model, "width": 16, "data.rows": 100}
     whole = left_by(experiment(method, **settings))
     path = interrupted_after(experiment(method, **settings), 1)
     assert_same(left_by(Experiment.resume(path)), whole)
@@ -112,7 +112,7 @@ def test_a_checkpoint_of_another_method_is_named(experiment):
     config = path / "config.toml"
     config.write_text(config.read_text().replace('name = "fedavg"', 'name = "scaffold"'))
     with pytest.raises(RunFolderError, match="the checkpoint does not match this method and model"):
-        Experiment.resume(path)
+        Experiment.resume(path, accept_changes=True)
 
 
 def test_a_failed_resume_leaves_no_workers(experiment):
@@ -169,7 +169,7 @@ def n_lines(folder):
 
 
 def kill_after(folder, engine, rounds, more_s):
-    """Start or resume, let it do so many rounds and a little more, and kill it."""
+    """Start or resume a run, and kill it `more_s` seconds after the next `rounds` rounds."""
     child = subprocess.Popen([sys.executable, "-c", RUN, str(folder), engine])
     goal, patience = n_lines(folder) + rounds, time.monotonic() + 60
     while n_lines(folder) < goal and child.poll() is None and time.monotonic() < patience:

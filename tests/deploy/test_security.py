@@ -1,8 +1,10 @@
 """Requests that are refused: unknown keys, another authority, plaintext, and everything except the node API."""
 
+import os
 import shutil
 import ssl
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -115,3 +117,23 @@ def test_tasks_need_the_secret(running):
     place = read_place(deployment.server, deployment.superlink, "flwr-serverapp", tls=True)
     with place._replace(secret=b"0" * 64).client() as client, pytest.raises(Exception, match=r"401|403"):
         take_task(client, TaskType.SERVER_APP)
+
+
+def test_a_proxy_in_the_environment_is_not_used_on_this_machine(tmp_path):
+    """Nothing listens at the address of the proxy."""
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    words = [
+        "deploy",
+        "up",
+        "--local",
+        "1",
+        "clients=1",
+        "rounds=1",
+        "data.rows=100",
+        f"out={tmp_path / 'run'}",
+        "--quiet",
+    ]
+    command, env = [sys.executable, "-m", "fedloom.cli", *words], {**os.environ, **nowhere}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run/summary.json").is_file()

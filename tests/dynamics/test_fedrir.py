@@ -1,4 +1,4 @@
-"""FedRIR: what each stage trains, what travels, and what is masked."""
+"""FedRIR: what each stage trains, what is sent, and what is masked."""
 
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -167,7 +167,7 @@ def test_nothing_but_gfe_travels(experiment, buffers):
 
 @dataclass(frozen=True)
 class Perfed(FedAvg):
-    """The body travels; the head, Adam's moments and the running statistics stay."""
+    """The body is sent; the head, Adam's moments and the running statistics are kept."""
 
     optimizer: Any = "adam"
     lr: float = 5e-4

@@ -1,4 +1,4 @@
-"""FedVTC: its statistics, its losses with known answers, what each phase touches, and what travels."""
+"""FedVTC: its statistics, its losses with known answers, what each phase changes, and what is sent."""
 
 import logging
 from dataclasses import replace

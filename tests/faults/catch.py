@@ -2,7 +2,7 @@
 
     python tests/faults/catch.py caught.json                  # all that are not in caught.json yet
     python tests/faults/catch.py caught.json "momentum"       # those whose names hold a word, again
-    python tests/faults/catch.py --nearest caught.json        # without the whole suite where the nearest tests pass
+    python tests/faults/catch.py --nearest caught.json        # without the whole suite if the nearest tests pass
     python tests/faults/catch.py --table before.json after.json
 
 The nearest tests run first; the whole suite runs only if these pass. Ends with 1 if a fault was not caught.

@@ -1,4 +1,4 @@
-"""Faults that the tests must catch: small changes that leave the code running and its numbers wrong.
+"""Faults that the tests must catch: small changes after which the code still runs, but its numbers are wrong.
 
 Each replaces one piece of text, which must occur exactly once in `src/`; no module is named, so modules may move. `catch.py` applies them
 one at a time to a copy and runs the tests.
@@ -248,8 +248,14 @@ AREAS = (
         ),
     ),
     Area(
-        ("tests/contract/test_engines.py",),
+        ("tests/contract/test_engines.py", "tests/unit/test_state.py"),
         (
+            Fault(
+                "a worker that opens the file of client states zeroes its first byte",
+                "        _enlarge(path, self.n_bytes)\n",
+                "",
+                "enlarged",
+            ),
             Fault(
                 "lanes walk through the padding of shorter clients",
                 "[_order(phase, lane) for lane in self.here]",
@@ -377,12 +383,42 @@ AREAS = (
         ),
     ),
     Area(
+        ("tests/contract/test_damage.py", "tests/unit/test_lock.py"),
+        (
+            Fault("hashes of a checkpoint's files are not compared", "elif hash_of(data) != wanted[1]:", "elif False:"),
+            Fault(
+                "unexpected files of a checkpoint are accepted", "there - manifest", "set() - manifest", "99 or foreign"
+            ),
+            Fault("edited rows are accepted", "elif found != wanted:", "elif False:", "metric or table or number"),
+            Fault(
+                "edited settings are accepted",
+                "if before == after:\n            continue\n        allowed",
+                "if True:\n            continue\n        allowed",
+                "batch",
+            ),
+            Fault("a resumed run takes no lock", "    folder.lock()\n    try:", "    try:", "two_cannot"),
+            Fault("a forked process releases the lock", "if os.getpid() != pid:", "if False:", "forked"),
+        ),
+    ),
+    Area(
+        ("tests/contract/test_worker_faults.py",),
+        (
+            Fault(
+                "workers outlive a killed experiment",
+                "ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)",
+                "pass",
+                "end_with",
+            ),
+            Fault("a lost client keeps what it learnt", "self.restore(i, self._before[i])", "pass", "hangs"),
+        ),
+    ),
+    Area(
         ("tests/contract/test_resume.py", "tests/contract/test_lost_and_late.py"),
         (
             Fault(
                 "a checkpoint brings back no optimiser states",
-                'experiment.engine.client(i)._asdict(), client, f"client',
-                'experiment.engine.client(i)._asdict(), {**client, "opts": experiment.engine.client(i).opts}, f"client',
+                '_restored(template, client, f"client',
+                '_restored(template, {**client, "opts": template["opts"]}, f"client',
                 "taken_up",
             ),
             Fault(
@@ -393,8 +429,8 @@ AREAS = (
             ),
             Fault(
                 "a resumed run repeats a round",
-                'experiment.done = experiment.saved = state["round"]',
-                'experiment.done = experiment.saved = max(state["round"] - 1, 0)',
+                '_checked_round(experiment, folder, state["round"])',
+                '_checked_round(experiment, folder, max(state["round"] - 1, 0))',
                 "taken_up",
             ),
             Fault(
@@ -459,8 +495,8 @@ AREAS = (
             Fault("the best round on test is shown as the final one", '"final": series[-1],', '"final": max(series),'),
             Fault(
                 "the report shows the best round of an unfinished run",
-                'values.max() if statistic == "best_on_test" else values.iloc[-1]',
-                "values.max()",
+                'primary.best(values) if statistic == "best_on_test" else values.iloc[-1]',
+                "primary.best(values)",
             ),
             Fault("intervals use the deviation of the population", "points.std(ddof=1)", "points.std()"),
             Fault(

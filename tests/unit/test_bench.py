@@ -156,21 +156,26 @@ def test_pfllib_style_fedrir_trains_every_net_and_keeps_private_ones(tmp_path):
         (["w1", "scale=2"], "scale=2: must be above 0 and at most 1"),
         (["w1", "scale=much"], "scale=much: must be a number"),
         (["w1", "rounds=0"], "rounds=0: must be at least 1"),
-        (["w1", "rounds=1.5"], "rounds=1.5: must be a whole number"),
+        (["w1", "rounds=1.5"], "rounds=1.5: must be an integer"),
         (["w1", "engin=sequential"], "unknown key 'engin' (did you mean 'engine'?)"),
         (["w4-mlp", "scale=0.01", "engine=warp"], "there is no engine 'warp'"),
         (
             ["w4-mlp", "scale=0.01", "engine=sequential:8"],
             "engine.lanes=8: applies only to engine=processes and vectorised",
         ),
-        (["w4-mlp", "scale=0.01", "engine=processes:"], "engine.lanes=: must be a whole number"),
-        (["w4-mlp", "scale=0.01", "engine=processes:many"], "engine.lanes=many: must be a whole number"),
+        (["w4-mlp", "scale=0.01", "engine=processes:"], "engine.lanes=: must be an integer"),
+        (["w4-mlp", "scale=0.01", "engine=processes:many"], "engine.lanes=many: must be an integer"),
         (["w4-mlp", "scale=0.01", "precision=fp8"], "precision=fp8: must be one of"),
         (["w1", "rival=nowhere.py:make"], "rival=nowhere.py:make: there is no file nowhere.py"),
         (["w3", "scale=0.001"], "are too few to give each"),
+        (["w1", "w3", "scale=0.001"], "are too few to give each"),
     ],
 )
-def test_mistakes_end_in_one_line(words, message, capsys):
+def test_mistakes_end_in_one_line_before_anything_is_measured(words, message, capsys, monkeypatch):
+    def measured(**_):
+        raise AssertionError
+
+    monkeypatch.setattr("fedloom.cli.benching.machine_roof", measured)
     assert main(["bench", *words]) == 2
     err = capsys.readouterr().err
     assert message in err

@@ -28,6 +28,7 @@ UNUSUAL = {
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "target": 0.9},
     "devices": {"dropout": 0.1, "slow": 0.2, "slowdown": 8.0, "stragglers": "drop"}, "join": {"clients": 2, "turns": 5},
+    "screen": {"norm": 7.5, "max_share": 0.3},
     "engine": {
         "name": "debug+ray", "threads": 2, "workers": 3, "address": "[::1]:6379", "deadline_s": 9.5,
     },
@@ -139,9 +140,9 @@ MISTAKES = [
     (["eval.stride=3"], ["'eval.stride'"]),
     (["data.rowz=3"], ["data.rowz", "'rows'"]),
     (["partition.alfa=3"], ["partition.alfa", "alpha"]),
-    (["rounds=many"], ["rounds=many", "whole number"]),
+    (["rounds=many"], ["rounds=many", "integer"]),
     (["rounds=0"], ["rounds=0", "at least 1"]),
-    (["rounds=2.5"], ["rounds=2.5", "whole number"]),
+    (["rounds=2.5"], ["rounds=2.5", "integer"]),
     (["seed=-1"], ["seed=-1", "at least 0"]),
     (["batch_size=0"], ["batch_size=0", "at least 1"]),
     (["partition.alpha=0"], ["partition.alpha=0", "above 0"]),
@@ -158,7 +159,7 @@ MISTAKES = [
     (["eval.valid=1.5"], ["eval.valid=1.5", "below 1"]),
     (["drop_last=perhaps"], ["drop_last=perhaps", "true or false"]),
     (["devices.slowdown=inf"], ["devices.slowdown=inf", "finite"]),
-    (["rounds=2026-01-31"], ["rounds=2026-01-31", "whole number"]),
+    (["rounds=2026-01-31"], ["rounds=2026-01-31", "integer"]),
 ]
 
 

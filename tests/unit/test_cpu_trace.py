@@ -46,7 +46,7 @@ LOSSES = {
     "cross-entropy": lambda w, x, y: F.cross_entropy(torch.tanh(x @ w.T), y),
     "several results, in place, a constant": several,
     "an inner gradient": inner,
-    "chosen by whole numbers": lambda w, x, y: (x @ w.T).log_softmax(1)[torch.arange(5), y].mean(),
+    "chosen by integers": lambda w, x, y: (x @ w.T).log_softmax(1)[torch.arange(5), y].mean(),
 }
 
 

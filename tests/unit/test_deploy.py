@@ -44,8 +44,17 @@ from fedloom.deploy.local import LocalFederation
 from fedloom.deploy.messages import Assignment, Hello, open_envelope, seal
 from fedloom.deploy.proxy import allowed, make_app, make_server
 from fedloom.deploy.server import is_open, proxy_command, run_server, superlink_command
-from fedloom.deploy.services import Service, end_group, free_ports, leashed, require_free
+from fedloom.deploy.services import (
+    Service,
+    end_group,
+    free_ports,
+    keep_private,
+    leashed,
+    no_loopback_proxy,
+    require_free,
+)
 from fedloom.deploy.store import NodeStore
+from fedloom.deploy.texts import server_unit
 from fedloom.errors import ConfigError, WireError
 from fedloom.method import Client
 
@@ -93,7 +102,7 @@ def folder(tmp_path):
     return tmp_path / "ward"
 
 
-def test_the_folder_has_everything_and_secrets_are_private(folder):
+def test_the_folder_has_everything_and_is_private(folder):
     made = Deployment(folder)
     assert made.file.nodes == {"node-0": [0, 1], "node-1": [2, 3], "node-2": [4, 5, 6]}
     assert made.file.host == "fl.example.org"
@@ -101,8 +110,8 @@ def test_the_folder_has_everything_and_secrets_are_private(folder):
     secret |= {f"node-{k}/{name}" for k in range(3) for name in ("node.key", "runtime.secret")}
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert secret <= files
-    for name in files:
-        assert (stat.S_IMODE((folder / name).stat().st_mode) == 0o600) == (name in secret), name
+    modes = {path: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+    assert {path for path, mode in modes.items() if mode != (0o700 if path.is_dir() else 0o600)} == set()
     assert not list(folder.glob("node-*/ca.key"))
     assert not list(folder.glob("server/ca.key"))
     for node in made.file.nodes:
@@ -175,7 +184,70 @@ def test_paths_with_spaces_are_one_word_of_units_and_commands(tmp_path):
     readme = (tmp_path / "100% my $ward/README.md").read_text()
     assert "fedloom deploy run '100% my $ward' rounds=20" in readme
     assert "scp -r '100% my $ward'/node-0 " in readme
-    assert "Both units run as root" in readme
+    assert "useradd --system fedloom && chown -R fedloom: /etc/fedloom/node-0" in readme
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+@pytest.mark.parametrize("name", ["server/fedloom-server.service", "node-0/fedloom-node.service"])
+def test_units_are_hardened(folder, name):
+    """Systemd's score is 9.0 (unsafe) for a unit without these settings."""
+    command = ["systemd-analyze", "security", "--offline=true", "--threshold=25", "--no-pager", str(folder / name)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-300:] + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("folder", "python", "home"),
+    [("/srv/ward", "/opt/v/bin/python", "true"), ("/home/a/ward", "/opt/p", "read-only"), ("/srv/w", "/root/v/p", "read-only")],
+)  # fmt: skip
+def test_the_units_of_folders_in_a_home_can_read_it(folder, python, home):
+    unit = server_unit(Path(folder), python, "ann")
+    assert f"\nProtectHome={home}\n" in unit
+    assert "\nUser=ann\n" in unit
+    assert "\nUser=fedloom\n" in server_unit(Path(folder), python, "root")
+
+
+def test_files_of_programs_are_private(tmp_path):
+    home = tmp_path / "own"
+    home.mkdir()
+    before = os.umask(0o022)
+    try:
+        service = Service(
+            "writer", ["sh", "-c", f"mkdir {home}/a && echo x > {home}/a/b"], dict(os.environ), home / "log/out.log"
+        )
+        service.start()
+        service.process.wait(20)
+        service.end()
+        assert os.umask(0o022) == 0o022  # this process keeps its own
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in home.rglob("*")}
+    assert modes == {"a": 0o700, "b": 0o600, "log": 0o700, "out.log": 0o600}
+
+
+def test_a_folder_is_closed_to_other_users(tmp_path):
+    (tmp_path / "node").mkdir(mode=0o755)
+    before = os.umask(0o022)
+    try:
+        assert keep_private(tmp_path / "node") == ""
+        assert os.umask(0o022) == 0o077
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "node").stat().st_mode) == 0o700
+    assert "make this user its owner" in keep_private(tmp_path / "nowhere")
+    os.umask(before)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "127.0.0.1,localhost,::1"),
+        ({"no_proxy": "a.org, localhost"}, "a.org,localhost,127.0.0.1,::1"),
+        ({"NO_PROXY": "*"}, "*,127.0.0.1,localhost,::1"),
+    ],
+)
+def test_connections_to_this_machine_use_no_proxy(given, expected):
+    assert no_loopback_proxy(given) == {"NO_PROXY": expected, "no_proxy": expected}
 
 
 def test_nothing_is_overwritten(folder):
@@ -602,7 +674,7 @@ def worker(tmp_path):
 
 @pytest.fixture
 def process(worker):
-    """The worker's process as it is now: the one that was started last."""
+    """Return the worker's latest process."""
     return lambda: max(multiprocessing.active_children(), key=lambda child: int(child.name.rpartition("-")[2]))
 
 

@@ -32,7 +32,7 @@ def exact():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Take every input layer that can be by its Gram matrix; lists the shapes of their weights."""
+    """Use the Gram matrix for every input layer that allows it; return the list of the shapes of their weights."""
     shapes, init = [], GramLayer.__init__
     monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: True)
 
@@ -184,15 +184,15 @@ def test_draws_are_the_same_in_either_form(taken, monkeypatch):
 @pytest.mark.parametrize(
     ("shape", "work", "less"),
     [
-        ((200, 784), PhaseWork(60, 300, 30), True),  # several passes over few rows of MNIST, batches of 10
+        ((200, 784), PhaseWork(60, 300, 30), True),  # several passes over a few examples of MNIST, in batches of 10
         ((200, 784), PhaseWork(60, 60, 6), False),  # one pass: too few steps
-        ((200, 784), PhaseWork(60, 60, 6, lanes=4), True),  # what a step costs beside its products is shared
+        ((200, 784), PhaseWork(60, 60, 6, lanes=4), True),  # the fixed cost of a step is shared
         ((1000, 784), PhaseWork(60, 60, 6), True),  # a larger weight
         (
             (200, 784),
             PhaseWork(600, 600, 60),
             False,
-        ),  # many rows: their inner products take longer than the weight's updates
+        ),  # many examples: their inner products take longer than the updates of the weight
         ((32, 64), PhaseWork(60, 300, 30), False),  # a small layer
     ],
 )

@@ -140,7 +140,7 @@ def test_losses_map_over_clients():
 
 
 def naive_class_decorrelation(a, b, labels):
-    """Row by row and class by class."""
+    """Compute the loss example by example and class by class."""
     away = []
     for value in (a, b):
         away.append(torch.stack([row - value[labels == y].mean(0) for row, y in zip(value, labels, strict=True)]))
@@ -153,7 +153,7 @@ def test_class_decorrelation_equals_the_naive_sum():
     expected = naive_class_decorrelation(a, b, labels).item()
     assert losses.class_decorrelation(a, b, labels, 3).item() == pytest.approx(expected, rel=1e-12)
     assert losses.class_decorrelation(7 * a, b / 3, labels, 5).item() == pytest.approx(expected, rel=1e-12)
-    shifted = a + Stream(3).normal((3, 4))[labels]  # what the class alone moves costs nothing
+    shifted = a + Stream(3).normal((3, 4))[labels]  # variation that the class alone explains costs nothing
     assert losses.class_decorrelation(shifted, b, labels, 3).item() == pytest.approx(expected, rel=1e-9)
 
 

@@ -33,4 +33,4 @@ def test_listings_say_what_a_number_may_be():
     assert types["segment"] == "number > 0, ≤ 1"
     assert types["unit"] == "layer|tensor|block|segment"
     assert types["secure"] == "true|false"
-    assert types["local_epochs"] == "whole number ≥ 1"
+    assert types["local_epochs"] == "integer ≥ 1"

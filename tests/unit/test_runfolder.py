@@ -10,7 +10,7 @@ import torch
 
 from fedloom import tree
 from fedloom.errors import RunFolderError
-from fedloom.experiment import run_folder
+from fedloom.experiment import environment, run_folder
 from fedloom.experiment.run_folder import RunFolder
 
 
@@ -195,15 +195,15 @@ def test_the_commit_is_that_of_this_package_alone(tmp_path, monkeypatch):
 
     if shutil.which("git") is None:
         pytest.skip("needs git")
-    (tmp_path / "run_folder.py").touch()
-    monkeypatch.setattr(run_folder, "__file__", str(tmp_path / "run_folder.py"))
+    (tmp_path / "environment.py").touch()
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))
     git("init")
     git("commit", "--allow-empty", "-m", "theirs")
-    assert run_folder.environment()["commit"] is None
-    git("add", "run_folder.py")
-    assert run_folder.environment()["commit"] == git("rev-parse", "HEAD").strip()
+    assert environment.environment()["commit"] is None
+    git("add", "environment.py")
+    assert environment.environment()["commit"] == git("rev-parse", "HEAD").strip()
 
 
 def test_the_command_can_be_typed_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/bin/fedloom", "run", "label=first try"])
-    assert run_folder.environment()["command"] == "fedloom run 'label=first try'"
+    assert environment.environment()["command"] == "fedloom run 'label=first try'"

@@ -56,6 +56,8 @@ def test_help_of_settings_needs_pydantic_alone(command):
         ("fedloom compare method=local,fedpro", "method=local,fedproto\vmethod=local,fedprox"),
         ("fedloom run partition=dir", "partition=dirichlet "),
         ("fedloom report --q", "--quiet "),
+        ("fedloom verify --k", "--key "),
+        ("fedloom run --acc", "--accept-changes "),
         ("fedloom deploy se", "server "),
         ("fedloom deploy init --no", "--nodes "),
         ("fedloom deploy run ward method=fedri", "method=fedrir "),
@@ -83,7 +85,7 @@ def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, e
 
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")
 def test_worker_processes_load_no_tables_and_no_plots(tmp_path):
-    """They are forked, and hold what is loaded by then."""
+    """Workers are forked, so they contain the modules that are loaded by then."""
     words = [
         "run", "model=mlp", "clients=2", "rounds=1", "data.rows=200", "engine=processes", "engine.workers=2",
         f"out={tmp_path / 'run'}",

@@ -3,7 +3,7 @@
 import torch
 
 from fedloom import tree
-from fedloom.engines.stores import MappedStore
+from fedloom.engines.stores import MappedStore, Slab
 from fedloom.method import Client
 
 KINDS = (0, 1, 0, 0, 1)
@@ -59,3 +59,9 @@ def test_a_client_that_keeps_nothing_is_not_stored(tmp_path):
     store.put(1, nothing)
     assert list(store.changed()) == []
     assert store.get(1) == nothing
+
+
+def test_a_file_that_is_enlarged_keeps_every_byte(tmp_path):
+    """Two workers open the file of client states for the first time at about the same time, and one may have written already."""
+    Slab(tmp_path / "clients", 8).data.fill_(7)
+    assert Slab(tmp_path / "clients", 16).data.tolist() == [7] * 8 + [0] * 8

@@ -20,9 +20,9 @@ from fedloom.config.settings import make_settings
 from fedloom.engines import ENGINES
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, suggest
-from fedloom.experiment.run_folder import environment
+from fedloom.experiment.environment import environment
 from fedloom.methods.registry import load_object
-from fedloom.tools.bench import WORKLOADS, machine_roof, measure, workload
+from fedloom.tools.bench import WORKLOADS, check, machine_roof, measure, workload
 
 EXAMPLES = """\
   fedloom bench                                        all workloads at a small scale, on the engines that suit this machine
@@ -43,7 +43,7 @@ COLUMNS = (
     "of roof",
     "train",
     "equal work",
-    "all it does",
+    "full evaluation",
 )
 
 
@@ -74,19 +74,18 @@ def bench_command(words: Sequence[str]) -> int:
     device = make_settings({"engine": {"device": options.device}}).engine.device
     engines = options.engine.split(",") if options.engine else _default_engines(device)
     rivals = _rivals(options.rival)
+    sizes: dict[str, Any] = {
+        "scale": options.scale,
+        "rounds": options.rounds,
+        "precision": options.precision,
+        "device": device,
+    }
+    for work in chosen.values():
+        check(work, engines, **sizes)
     roof = machine_roof(device=find(device))
     found = {}
     for name, work in chosen.items():
-        found[name] = measure(
-            work,
-            engines,
-            scale=options.scale,
-            rounds=options.rounds,
-            precision=options.precision,
-            device=device,
-            rivals=rivals,
-            roof=roof,
-        )
+        found[name] = measure(work, engines, **sizes, rivals=rivals, roof=roof)
         if not given.json:
             _show(name, found[name])
     if given.json:
@@ -109,7 +108,7 @@ def _options(words: Sequence[str]) -> Options:
 def _number(key: str, text: str, kind: type[int | float]) -> int | float:
     value = parse_value(text)
     if type(value) not in (int, float) or not math.isfinite(value) or kind(value) != value:
-        raise ConfigError(f"{key}={text}: must be a {'whole ' if kind is int else ''}number")
+        raise ConfigError(f"{key}={text}: must be {'an integer' if kind is int else 'a number'}")
     return kind(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from fedloom.cli.executing import Finished, announce, conclude
 from fedloom.cli.running import refuse_several, until_interrupted
-from fedloom.cli.words import Parser, output, read_values, settings_words
+from fedloom.cli.words import Parser, accept_option, output, read_values, settings_words
 from fedloom.config.settings import Values, make_settings
 from fedloom.errors import ConfigError, suggest
 from fedloom.experiment.progress import facts, live
@@ -57,6 +58,9 @@ def deploy_command(words: Sequence[str]) -> int:
     missing = [name for name in ("flwr", "cryptography") if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"fedloom deploy needs {missing[0]}: pip install 'fedloom[flower]'")
+    from fedloom.deploy.services import no_loopback_proxy
+
+    os.environ.update(no_loopback_proxy(os.environ))  # for Flower's HTTP clients in this process
     return STEPS[words[0]](words[1:])
 
 
@@ -115,6 +119,7 @@ def run_step(words: Sequence[str]) -> int:
     parser.add_argument("folder", nargs="?", help="the federation's folder")
     _result_options(parser)
     parser.add_argument("--resume", metavar="RUN", help="folder of an interrupted run, to continue it")
+    accept_option(parser)
     given = parser.read(words)
     given.step = "run"
     deployment = Deployment(_folder(given.folder, "run"))
@@ -173,7 +178,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         experiment = (
             prepare(deployment, values, link, tell)
             if given.resume is None
-            else resume_deployed(deployment, Path(given.resume), link, tell)
+            else resume_deployed(deployment, Path(given.resume), link, tell, given.accept_changes)
         )
     except BaseException:
         link.close()

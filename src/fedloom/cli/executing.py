@@ -13,12 +13,15 @@ from rich.console import Console
 from fedloom.cli.tables import show
 from fedloom.cli.words import output
 from fedloom.errors import UsageError
-from fedloom.experiment.loop import NOTHING_LEARNT, Experiment, OnRound, nothing_learnt
+from fedloom.experiment.loop import Experiment, OnRound
+from fedloom.experiment.manifest import MANIFEST, combined_digest, read_manifest
+from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.progress import Overall, facts, live
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.tools.compare import Comparison, PlannedRun, execute
 
 if TYPE_CHECKING:
+    from fedloom.experiment.signing import Signer
     from fedloom.report import Chapter
 
 
@@ -32,10 +35,10 @@ def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
         experiment.run(progress)
 
 
-def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
+def run_all(wanted: Comparison, folder: Path, quiet: bool, accept_changes: bool = False) -> list[Path]:
     """Run the unfinished runs of a comparison. Unless `quiet`, print the plan and show progress."""
     if quiet:
-        return execute(wanted, folder)
+        return execute(wanted, folder, accept_changes=accept_changes)
     jobs = wanted.jobs(folder)
     rounds = [job.settings.rounds for job in jobs]
     names = [f"[{place}/{len(jobs)}] {job.label}, seed {job.seed}" for place, job in enumerate(jobs, start=1)]
@@ -58,7 +61,24 @@ def run_all(wanted: Comparison, folder: Path, quiet: bool) -> list[Path]:
             shown = "; ".join(f"{topic} {about[topic]}" for topic in ("data", "clients", "steps"))
             console.print(f"{names[jobs.index(job)]}: {shown}", highlight=False, markup=False, soft_wrap=True)
 
-        return execute(wanted, folder, on_run, on_start)
+        return execute(wanted, folder, on_run, on_start, accept_changes)
+
+
+def sign(runs: Sequence[Path], signer: Signer | None, silent: bool) -> None:
+    """Sign finished runs, if there is a signer. Unless `silent`, print the fingerprint of its key."""
+    for folder in runs if signer else ():
+        fingerprint = signer.sign(folder) if signer else ""
+        if not silent:
+            print(f"fedloom: {folder}: signed by {fingerprint}", file=sys.stderr)
+
+
+def _digest(runs: Sequence[Path], folder: Path) -> str:
+    """Return the digest of a run, or of all runs of a comparison, which `fedloom verify` repeats."""
+    records = {run.relative_to(folder).as_posix(): read_manifest(run / MANIFEST) for run in runs}
+    digests = {name: str(record["digest"]) for name, record in records.items() if record}
+    if len(digests) < len(runs):
+        return "none, because an earlier version wrote some runs"
+    return digests["."] if list(runs) == [folder] else f"{combined_digest(digests)} (of all runs)"
 
 
 def _plan(wanted: Comparison, jobs: Sequence[PlannedRun], folder: Path) -> dict[str, str]:
@@ -90,9 +110,15 @@ class Finished(NamedTuple):
 
 def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool) -> int:
     """Write the report, print tables and warnings, and return the exit code: 1 if a run learnt nothing."""
-    from fedloom.report import Chapter, read  # imports pandas, which must happen after worker processes are forked
+    from fedloom.report import (
+        Chapter,
+        read,
+        shared_primary,
+    )  # imports pandas, which must happen after worker processes are forked
 
     chapters = [Chapter(read(part.runs), part.title, part.reading) for part in parts]
+    for chapter in chapters:
+        shared_primary(chapter.records)  # raises an error, which `_write_page` would show as a hint
     hint = _write_page(chapters, folder / "report.html")
     runs = [run for part in parts for run in part.runs]
     if as_json:
@@ -104,9 +130,11 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
         for chapter in chapters:
             _show_chapter(console, chapter)
         console.print(f"folder  {folder}", soft_wrap=True)
+        console.print(f"digest  {_digest(runs, folder)}", soft_wrap=True)
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
         _warn_of_divergence(run_folder)
+        _warn_of_screening(run_folder)
     idle = [run_folder for run_folder in runs if nothing_learnt(RunFolder.open(run_folder).summary())]
     for run_folder in idle:
         print(f"fedloom: error: {run_folder}: {NOTHING_LEARNT}", file=sys.stderr)
@@ -156,10 +184,24 @@ def _warn_of_divergence(folder: Path) -> None:
         for key, value in row.items()
         if "." in key and (value is None or not math.isfinite(value))
     ]
-    for event in run.rows("events.jsonl"):  # metrics do not include rejected uplinks
-        if "not finite" in event.get("reason", ""):
-            found.append((event["round"], f"an uplink was rejected ({event['reason']})"))
+    words = {"rejected": "an uplink was rejected", "unusable log": "a log was left out"}
+    for event in run.rows("events.jsonl"):  # metrics do not include these
+        if event["event"] in words and "not finite" in event.get("reason", ""):
+            found.append((event["round"], f"{words[event['event']]} ({event['reason']})"))
     if found:
         number, what = min(found, key=lambda one: one[0])
         line = f"{folder}: {what} in round {number}; training diverges; try a smaller method.lr"
         print(f"fedloom: warning: {line}", file=sys.stderr)
+
+
+def _warn_of_screening(folder: Path) -> None:
+    """Print a line for each client that was excluded, and for each round that was rolled back."""
+    for event in RunFolder.open(folder).rows("events.jsonl"):
+        if event["event"] == "excluded":
+            who = ", ".join(map(str, event["clients"]))
+            what = f"clients {who} were excluded in round {event['round']}, because {event['reason']}"
+        elif event["event"] == "rolled back":
+            what = f"round {event['round']} was rolled back, because {event['reason']}"
+        else:
+            continue
+        print(f"fedloom: warning: {folder}: {what}; see events.jsonl", file=sys.stderr)

@@ -23,7 +23,7 @@ from fedloom.wire.transforms import TRANSFORMS
 
 Facts = dict[str, Any]
 EXAMPLES = """\
-  fedloom list methods                  all methods with their papers and what travels
+  fedloom list methods                  all methods with their papers, and what they send
   fedloom list methods fedrir           one method with its hyper-parameters
   fedloom list methods my.py:Mine       a method of your own
   fedloom list datasets                 data sets, and where they are on this machine
@@ -160,7 +160,7 @@ def _cell(column: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key}={default_words(each)}" for key, each in value.items()) or "–"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or ("nothing" if column == "travels" else "–")
+        return ", ".join(map(str, value)) or ("nothing" if column == "sent" else "–")
     return "–" if value in (None, "") else str(value)
 
 

@@ -16,7 +16,7 @@ from fedloom.errors import ConfigError, UsageError, suggest
 from fedloom.lazy import resolve
 from fedloom.tools.error_report import notes, one_line
 
-INTERRUPTED, MISUSED, FAILED = 130, 2, 1  # exit codes
+INTERRUPTED, TERMINATED, MISUSED, FAILED = 130, 143, 2, 1  # exit codes
 
 
 class Entry(NamedTuple):
@@ -37,6 +37,9 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "analyse": Entry(
             "fedloom.cli.analysing:analyse_command",
             "analyse generated images, features and the sharpness of the minimum",
+        ),
+        "verify": Entry(
+            "fedloom.cli.verifying:verify_command", "check that run folders hold exactly what their runs wrote"
         ),
         "list": Entry(
             "fedloom.cli.listing:list_command",
@@ -72,7 +75,11 @@ fedloom COMMAND --help shows examples and all keys; --debug shows tracebacks; --
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 130 interrupted."""
+    """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 4 only invalid uplinks, 130 interrupted, 143 ended by
+    SIGTERM.
+
+    `fedloom verify` returns 3 if a folder was damaged or edited.
+    """
     for stream in (sys.stdout, sys.stderr):  # an unprintable character must not abort a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -91,11 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # If Ctrl-C arrives inside `exec` (as in named tuples), Python later exits with the signal although it was caught. This resets that.
         exec("")
         hint = f"; continue with: {interrupt}" if isinstance(interrupt, Interrupted) else ""
+        if isinstance(interrupt, Interrupted) and interrupt.by_sigterm:
+            return _tell(f"ended by SIGTERM{hint}", TERMINATED)
         return _tell(f"interrupted{hint}", INTERRUPTED)
     except UsageError as error:
         if debug:
             traceback.print_exc()
-        return _tell(f"error: {error}{_at(error)}", MISUSED)
+        return _tell(f"error: {error}{_at(error)}", error.exit_code)
     except Exception as error:
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`fedloom list | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,6 +15,7 @@ from fedloom.data import Federation
 from fedloom.errors import DataError
 from fedloom.experiment.build import make_federation
 from fedloom.methods.registry import METHODS
+from fedloom.objectives import Classification
 
 EXAMPLES = """\
   fedloom partition clients=20 partition.alpha=0.1
@@ -57,18 +58,18 @@ def partition_command(words: Sequence[str]) -> int:
 
 
 def _table(federation: Federation) -> Table:
-    p, groups = federation.partition, federation.dataset.strata()
-    classes, counts = groups.names, p.counts(groups.of, len(groups.names))
-    kind = "class" if federation.objective.task == "classification" else "group"
+    p, strata = federation.partition, federation.dataset.strata()
+    counts = p.counts(strata.of, len(strata.names))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for header in ("client", "train", "valid", "test", "classes" if kind == "class" else "groups", f"largest {kind}"):
-        table.add_column(header, justify="left" if header.startswith("largest") else "right")
+    groups = ("classes", "largest class") if _has_classes(federation) else ("groups", "largest group")
+    for header in ("client", "train", "valid", "test", *groups):
+        table.add_column(header, justify="right" if header != groups[1] else "left")
     n = p.n_clients
     for i in range(n) if n <= SHOWN else [*range(SHOWN - LAST), *range(n - LAST, n)]:
         if n > SHOWN and i == n - LAST:
             table.add_row(*["…"] * 6)
         top, rows = int(counts[i].argmax()), counts[i].sum()
-        share = f"{100 * counts[i][top] / rows:.0f} %  {classes[top]}" if rows else "–"
+        share = f"{100 * counts[i][top] / rows:.0f} %  {strata.names[top]}" if rows else "–"
         sizes = (federation.n_train(i), federation.n_valid(i), federation.n_test(i), int((counts[i] > 0).sum()))
         table.add_row(str(i), *map(str, sizes), share)
     sums = [sum(map(len, split)) for split in (p.train, p.valid, p.test)]
@@ -77,6 +78,11 @@ def _table(federation: Federation) -> Table:
         "all", *map(str, sums), str(int((counts.sum(0) > 0).sum())), f"common test set: {len(p.common)} examples"
     )
     return table
+
+
+def _has_classes(federation: Federation) -> bool:
+    """Return whether the groups of examples that the table and the plot show are classes."""
+    return isinstance(federation.objective, Classification)
 
 
 def _save(federation: Federation, out: Path) -> None:
@@ -89,7 +95,7 @@ def _save(federation: Federation, out: Path) -> None:
 def _draw(federation: Federation, plot: Path) -> None:
     from fedloom.report import plots  # matplotlib is an extra
 
-    groups = federation.dataset.strata()
-    counts = federation.partition.counts(groups.of, len(groups.names))
-    figure = plots.partition_figure(counts, groups.names)
+    strata = federation.dataset.strata()
+    counts = federation.partition.counts(strata.of, len(strata.names))
+    figure = plots.partition_figure(counts, strata.names, "class" if _has_classes(federation) else "group")
     save_picture(figure, plot, "plot")

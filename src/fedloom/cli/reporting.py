@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, new_file, output, refuse_empty
 from fedloom.errors import ConfigError, suggest
-from fedloom.report import Waiting, paired_table, read, summary_table, waiting_table, write_page
+from fedloom.report import Waiting, paired_table, read, shared_primary, summary_table, waiting_table, write_page
 from fedloom.report.link_speeds import networks
+from fedloom.report.primary import Primary
 
 EXAMPLES = """\
   fedloom report runs/digits                           one run, or a comparison's folder; writes report.html there
   fedloom report runs/a runs/b runs/c out=abc.html     write a new file; only report.html is overwritten
   fedloom report runs/digits baseline=local            differences from Local instead of FedAvg
   fedloom report runs/digits network=4g,lan target=90 slowdown=19
-                                                       time to 90 % accuracy over networks, with devices 19 times slower;
+                                                       time to 90 % accuracy (or to rmse 90, in runs that are measured by it)
+                                                       over networks, with devices 19 times slower;
                                                        gflops=2 instead of slowdown sets the speed of the device;
                                                        other networks are UP/DOWN/LATENCY: network=2/10/80
 """
@@ -36,8 +39,8 @@ def report_command(words: Sequence[str]) -> int:
     refuse_empty(options)
     folder = Path(folders[0]) if len(folders) == 1 else Path()
     target = _page(options["out"]) if "out" in options else folder / "report.html"
-    waiting = _waiting(options)
     records = read(folders)
+    waiting = _waiting(options, shared_primary(records))
     if not given.quiet:
         console = output()
         show(console, summary_table(records))
@@ -62,17 +65,30 @@ def _page(name: str) -> Path:
     return page
 
 
-def _waiting(options: Mapping[str, str]) -> Waiting | None:
+def _waiting(options: Mapping[str, str], primary: Primary) -> Waiting | None:
     if "network" not in options:
         alone = next((key for key in ("target", "slowdown", "gflops") if key in options), None)
         if alone:
             raise ConfigError(f"{alone}={options[alone]}: needs a network, such as network=4g")
         return None
-    target = _number("target", options["target"], 100) / 100 if "target" in options else None
+    target = _target(options["target"], primary) if "target" in options else None
     if "slowdown" in options and "gflops" in options:
         raise ConfigError(f"gflops={options['gflops']}: conflicts with slowdown={options['slowdown']}; use one of them")
     gflops = _number("gflops", options["gflops"]) if "gflops" in options else None
     return Waiting(networks(options["network"]), _number("slowdown", options.get("slowdown", "1")), gflops, target)
+
+
+def _target(text: str, primary: Primary) -> float:
+    """Return the value of the primary metric given by `target=`: in percent if the metric is shown in percent."""
+    if primary.percent:
+        return _number("target", text, 100) / 100
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(f"target={text}: must be a number, a value of {primary.name}")
+    return value
 
 
 def _number(key: str, text: str, most: float = float("inf")) -> float:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.cli.words import Interrupted, Parser, read_values, settings_words
+from fedloom.cli.words import Interrupted, Parser, accept_option, read_values, settings_words, sign_option
 from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ RUN_EXAMPLES = """\
   fedloom run configs/mnist-fedrir.toml seed=1 --json
   fedloom run method=my.py:Mine model=my.py:Net out=runs/mine
   fedloom run --resume runs/mine                       continue an interrupted run, with the same results bit for bit
+  fedloom run method=fedrir --sign ~/.ssh/id_ed25519   sign the finished run (fedloom verify --key checks it)
 
 """
 COMPARE_EXAMPLES = """\
@@ -49,14 +52,14 @@ def run_command(words: Sequence[str]) -> int:
 
     parser = Parser("run", "Run one experiment and write the results to its folder.", RUN_EXAMPLES + key_help())
     _options(parser, "folder of an interrupted run, to continue it")
-    given = parser.read(words)
-    from fedloom.cli.executing import Finished, conclude, run_one
+    given = _read(parser, words)
+    from fedloom.cli.executing import Finished, conclude, run_one, sign
     from fedloom.config.settings import make_settings
     from fedloom.experiment.loop import Experiment
 
     if given.resume is not None:
         _refuse_settings(given.words, "run")
-        experiment = Experiment.resume(given.resume)
+        experiment = Experiment.resume(given.resume, accept_changes=given.accept_changes)
     else:
         values = read_values(given.words)
         refuse_several(values)
@@ -64,6 +67,7 @@ def run_command(words: Sequence[str]) -> int:
     folder = experiment.folder.path
     label = experiment.settings.label or experiment.settings.method.name
     until_interrupted(lambda: run_one(experiment, label, given.quiet), f"fedloom run --resume {folder}")
+    sign([folder], given.sign, given.quiet or given.json)
     return conclude([Finished([folder])], folder, given.json, given.quiet)
 
 
@@ -72,8 +76,8 @@ def compare_command(words: Sequence[str]) -> int:
     description = "Run several methods on the same partition, initial weights and cohorts, and compare them."
     parser = Parser("compare", description, COMPARE_EXAMPLES + "keys: see fedloom run --help")
     _options(parser, "folder of an interrupted comparison, to continue it")
-    given = parser.read(words)
-    from fedloom.cli.executing import Finished, conclude, run_all
+    given = _read(parser, words)
+    from fedloom.cli.executing import Finished, conclude, run_all, sign
     from fedloom.tools.compare import create_folder, create_folders, plan, reopen
 
     files = [word for word in given.words if "=" not in word]
@@ -92,9 +96,11 @@ def compare_command(words: Sequence[str]) -> int:
 
     def run_parts() -> None:
         for part, comparison in wanted.items():
-            done.append(Finished(run_all(comparison, part, given.quiet), comparison.title, comparison.reading))
+            runs = run_all(comparison, part, given.quiet, given.accept_changes)
+            done.append(Finished(runs, comparison.title, comparison.reading))
 
     until_interrupted(run_parts, f"fedloom compare --resume {folder}")
+    sign([run for part in done for run in part.runs], given.sign, given.quiet or given.json)
     return conclude(done, folder, given.json, given.quiet)
 
 
@@ -116,8 +122,22 @@ def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comp
 def _options(parser: Parser, resume: str) -> None:
     settings_words(parser)
     parser.add_argument("--resume", metavar="FOLDER", help=resume)
+    accept_option(parser)
+    sign_option(parser)
     parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
+
+
+def _read(parser: Parser, words: Sequence[str]) -> Any:
+    """Parse the arguments of `run` or `compare`. `sign` becomes the object that signs, so that a wrong key is refused at once."""
+    given = parser.read(words)
+    if given.accept_changes and given.resume is None:
+        raise ConfigError(f"--accept-changes: applies only to {parser.prog} --resume FOLDER")
+    if given.sign is not None:
+        from fedloom.experiment.signing import Signer
+
+        given.sign = Signer(given.sign)
+    return given
 
 
 def _refuse_settings(words: Sequence[str], command: str) -> None:
@@ -141,7 +161,24 @@ def refuse_several(values: Values) -> None:
 
 
 def until_interrupted(work: Callable[[], Any], again: str) -> None:
+    """Do `work`; raise Interrupted on Ctrl-C, and on SIGTERM, which schedulers and service managers send. `again`: the command that
+    continues the run.
+    """
+    ending: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        ending.append(number)
+        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the end
+        raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()  # others cannot set signal handlers
+    before = signal.signal(signal.SIGTERM, end) if main else None
     try:
         work()
     except KeyboardInterrupt:
-        raise Interrupted(again) from None
+        interrupted = Interrupted(again)
+        interrupted.by_sigterm = bool(ending)
+        raise interrupted from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)

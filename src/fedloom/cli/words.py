@@ -21,7 +21,9 @@ WIDE = 140  # width of output to a file or a pipe, in characters
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C after the run folder was created. The message is the command that continues the run."""
+    """Ctrl-C or SIGTERM after the run folder was created. The message is the command that continues the run."""
+
+    by_sigterm = False
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +60,22 @@ def settings_words(parser: Parser) -> None:
     """Declare `[CONFIG.toml] [key=value ...]`."""
     parser.add_argument(
         "words", nargs="*", metavar="[CONFIG.toml] key=value", help="a config file, and settings that override it"
+    )
+
+
+def accept_option(parser: Parser) -> None:
+    """Declare `--accept-changes`."""
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="resume even though settings, code or versions of fedloom or torch changed; the run records this",
+    )
+
+
+def sign_option(parser: Parser) -> None:
+    """Declare `--sign`."""
+    parser.add_argument(
+        "--sign", metavar="KEY", help="sign each finished run with this private key (Ed25519 or P-384, OpenSSH or PEM)"
     )
 
 

@@ -23,7 +23,7 @@ from pydantic import (
 from fedloom.config.errors import explain
 from fedloom.errors import ConfigError, suggest
 from fedloom.methods.registry import METHODS, method_class
-from fedloom.ranges import RAY_ADDRESS, Count, Fraction, Positive, Share, Whole
+from fedloom.ranges import RAY_ADDRESS, Count, Fraction, NonNegative, Positive, Share, Whole
 from fedloom.wire import transforms
 
 if TYPE_CHECKING:
@@ -118,8 +118,9 @@ class EvalSettings(Section):
     """Fraction of each client's training examples held out for validation."""
     fitted: bool = False
     """Also score each client's model as its last local update left it."""
-    target: Share | None = None
-    """Target accuracy, such as 0.9. The summary reports the round and the bytes sent when personal models first reached it."""
+    target: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    """Target value of the primary metric, such as 0.9 for accuracy. The summary reports the round and the bytes sent when personal models
+    first reached it."""
 
 
 class DeviceSettings(Section):
@@ -134,6 +135,18 @@ class DeviceSettings(Section):
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
     """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them make
     a `partial` update (1/slowdown of the steps)."""
+
+
+class ScreenSettings(Section):
+    """Screening of uplinks before aggregation (docs/devices.md)."""
+
+    norm: NonNegative | None = None
+    """Reject an uplink if one of its parts is more than this many times as large as the median client's, or has impossible statistics.
+    Exclude clients that are rejected repeatedly, and roll back after a round without a valid uplink. 0: off. Default: 10 on devices, 0 in
+    simulations."""
+    max_share: Share | None = None
+    """Largest weight of a client in a mean over examples, as a fraction; at least 1/n for n uplinks. Default: 3/n if nodes have their own
+    data, because the server cannot check their numbers of examples; otherwise 1."""
 
 
 class JoinSettings(Section):
@@ -172,7 +185,8 @@ class EngineSettings(Section):
     """Ray cluster to join (`ray`): `auto` (the cluster of this machine), HOST:PORT or ray://HOST:PORT. Default: start one on this
     machine."""
     deadline_s: Positive | None = None
-    """Time limit for a worker in a round, in seconds, after which the round continues without it (`ray`). Default: no limit."""
+    """Time limit in seconds, after which the round continues without the client that hangs (`processes`: for each client's local update) or
+    without the clients of the worker (`ray`: for a worker's share of a round). Default: no limit."""
 
     @field_validator("device")
     @classmethod
@@ -224,6 +238,7 @@ class Settings(Section):
     """Score every N rounds, and after the last round."""
     eval: EvalSettings = EvalSettings()
     devices: DeviceSettings = DeviceSettings()
+    screen: ScreenSettings = ScreenSettings()
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
@@ -287,10 +302,14 @@ class Settings(Section):
         if self.clients is not None:
             check_cohort(self, self.clients)
         last = self.engine.name.rpartition("+")[2]
-        for key in ("address", "deadline_s"):
+        for key, owners in (("address", ["ray"]), ("deadline_s", ["processes", "ray"])):
             value = getattr(self.engine, key)
-            if value is not None and last != "ray":
-                raise ValueError(f"engine.{key}={value}: applies only to engine=ray, not engine={self.engine.name}")
+            could = (
+                [*owners, "auto", "debug", "bytes"] if "processes" in owners else owners
+            )  # `auto` may choose processes
+            if value is not None and last not in could:
+                known = " and ".join(owners)
+                raise ValueError(f"engine.{key}={value}: applies only to engine={known}, not engine={self.engine.name}")
         if self.engine.lanes is not None and last in ("sequential", "ray"):
             raise ValueError(
                 f"engine.lanes={self.engine.lanes}: applies only to engine=processes and vectorised, not {last}"

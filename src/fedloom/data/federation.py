@@ -48,6 +48,8 @@ class Federation:
     Raise DataError if labels are out of range, or if the partition has example numbers that the data set lacks.
     """
 
+    counts_are_claims = False  # whether the numbers of examples are only reported by clients, and cannot be checked
+
     def __init__(
         self, dataset: Dataset, partition: Partition, *, normalise: str | None = None, augment: str = "none"
     ) -> None:

@@ -485,7 +485,7 @@ def _read_split(path: str | Path, content: dict[str, Any], split: str, n_rows: i
 
 def _read_rows(path: str | Path, rows: object, where: str, n_rows: int) -> Rows:
     if not isinstance(rows, list) or not all(type(row) is int for row in rows):
-        raise DataError(f"partition file {path}: {where} must be a list of whole numbers")
+        raise DataError(f"partition file {path}: {where} must be a list of integers")
     if rows and not (min(rows) >= 0 and max(rows) < n_rows):
         bad = next(row for row in rows if not 0 <= row < n_rows)
         raise DataError(

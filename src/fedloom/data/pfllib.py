@@ -67,7 +67,7 @@ def _read_client(file: Path) -> Client:
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or y.ndim != 1 or len(x) != len(y):
         raise DataError(f"{file}: 'x' and 'y' must be arrays with one label per example (text is not supported)")
     if not np.array_equal(y, y.astype(np.int64)):
-        raise DataError(f"{file}: labels must be whole numbers")
+        raise DataError(f"{file}: labels must be integers")
     return x, y.astype(np.int64)
 
 

@@ -20,9 +20,10 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.limits import request_limits
 from fedloom.deploy.messages import NodeFailure, open_envelope, seal
 from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
-from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, require_free, script
 from fedloom.deploy.worker import serve
 from fedloom.errors import ConfigError, WireError
 
@@ -92,9 +93,12 @@ def run_node(folder: Path) -> None:
     for name in ("node.key", "ca.crt", "runtime.secret"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is not a node's folder: {name} is missing")
+    warning = keep_private(folder)
     require_free(node.runtime_port, "is this node already running? To change the port, set runtime_port in node.toml")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if warning:
+        log.warning(warning)
     home = (folder / "flwr").resolve()  # a systemd unit may write only to this folder
     supernode = Service(
         "flower-supernode", supernode_command(folder, node), flower_environment(home), folder / "supernode.log"
@@ -139,25 +143,25 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
             continue
         try:
             with place.client(task.token) as client, beating(client):
-                _work(client, worker)
+                _work(client, worker, len(node.clients))
         except Exception:  # drop the message, keep the node running
             log.exception("a message could not be answered")
 
 
-def _work(client: RuntimeHttpClient, worker: WorkerProcess) -> None:
+def _work(client: RuntimeHttpClient, worker: WorkerProcess, n_clients: int) -> None:
     time.sleep(SETTLE_S)
     message, context, _, _ = pull_task_input(client)
     try:
         data = content_of(message)
-        answer = worker.answer(data, _deadline(data))
+        answer = worker.answer(data, _deadline(data, n_clients))
     except WireError as error:
         answer = seal(NodeFailure(reason=str(error)), {})
     push_message(client, Message(as_record(answer), reply_to=message), context)
     finish_task(client)
 
 
-def _deadline(data: bytes) -> float:
-    call = getattr(open_envelope(data).header, "call", None)
+def _deadline(data: bytes, n_clients: int) -> float:
+    call = getattr(open_envelope(data, request_limits(n_clients)).header, "call", None)
     return float(call.deadline_s) if call else DEFAULT_DEADLINE_S
 
 

@@ -1,7 +1,7 @@
 """Keys and certificates of a deployed federation: a certificate authority, the server's TLS certificate, and one key per node.
 
 All keys are ECDSA P-384. The authority signs only the server's certificate. Nodes authenticate with their private keys; the server has
-the public keys. Only the owner of a private key file can read it.
+the public keys. Only the owner of a file can read it.
 """
 
 from __future__ import annotations
@@ -79,15 +79,14 @@ def node_key_bytes(key: ec.EllipticCurvePrivateKey) -> tuple[bytes, bytes]:
     return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
-def write_new(path: Path, content: bytes | str, *, secret: bool = False) -> None:
-    """Write a new file. Secret files are readable only by their owner.
+def write_new(path: Path, content: bytes | str) -> None:
+    """Write a new file that only its owner can read.
 
     Raises:
         FileExistsError: the file exists; it is not overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    mode = 0o600 if secret else 0o644
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 

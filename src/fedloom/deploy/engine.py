@@ -18,6 +18,8 @@ from typing import NamedTuple, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fedloom import tree
+from fedloom.deploy.limits import Limits, limits
 from fedloom.deploy.messages import (
     Assignment,
     Call,
@@ -35,12 +37,14 @@ from fedloom.deploy.messages import (
 from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink, trains_of
+from fedloom.method import Client, Downlink, Interleave, Train, trains_of
+from fedloom.nets import read_weights
 from fedloom.training.turn import Modules
 from fedloom.tree import Tree
 
 H = TypeVar("H")
 WAIT_S = 1.0  # interval between checks for nodes
+CLOCK_S = 1.0  # how much longer a node may report to have worked than the server waited
 
 
 class LostNode(NamedTuple):
@@ -54,6 +58,7 @@ class Errand(NamedTuple):
 
     number: int
     clients: Mapping[int, int]
+    sent_s: float  # time of the request, by the monotonic clock
 
 
 class Link(Protocol):
@@ -151,13 +156,13 @@ class FlowerEngine(Engine):
         """See `Engine.train`."""
         self._safe = self._pending  # the checkpoint of that round is complete now
         asked = {
-            node: Errand(number, {slot: cohort[slot] for slot in slots})
+            node: Errand(number, {slot: cohort[slot] for slot in slots}, time.monotonic())
             for node, slots in self._by_node(cohort, number + 1).items()
         }
         self._asked = {i for errand in asked.values() for i in errand.clients.values()}
         call = self._call.model_copy(update={"deadline_s": self._call.deadline_s + self._late_s})
         requests = {}
-        for node, (_, slots) in asked.items():
+        for node, (_, slots, _) in asked.items():
             members = [self._member(i, slot, number) for slot, i in slots.items()]
             trees = {"common": down.common}
             if down.each is not None:
@@ -170,7 +175,9 @@ class FlowerEngine(Engine):
         self._overdue = {node: errand for node, errand in self._overdue.items() if node not in late}
         turns = [
             (errands[node].number, reply)
-            for node, letter in self._letters({**fresh, **late}, Trained)
+            for node, letter in self._letters(
+                {**fresh, **late}, Trained, {node: limits(len(errands[node].clients), self._paths) for node in errands}
+            )
             for reply in self._replies(node, letter, errands[node])
         ]
         turns.sort(key=lambda turn: (-turn[0], turn[1].slot))
@@ -220,13 +227,21 @@ class FlowerEngine(Engine):
             time.sleep(WAIT_S)
         return {}
 
-    def _letters(self, answers: Mapping[str, bytes | LostNode], kind: type[H]) -> Iterable[tuple[str, Letter]]:
-        """Yield the answers of the expected kind; report the others."""
+    @cached_property
+    def _paths(self) -> list[str]:
+        """Paths of at least as many tensors as a client can send: three times those of the largest architecture."""
+        every = [tree.structure(read_weights(self.problem.modules(arch))) for arch in range(len(self.problem.archs))]
+        return [f"weights/{path}" for path in max(every, key=len)] * 3
+
+    def _letters(
+        self, answers: Mapping[str, bytes | LostNode], kind: type[H], allowed: Mapping[str, Limits]
+    ) -> Iterable[tuple[str, Letter]]:
+        """Yield the answers of the expected kind; report the others. `allowed`: the limits of each node's answer."""
         for node, answer in answers.items():
             try:
                 if isinstance(answer, LostNode):
                     raise WireError(answer.reason)
-                letter = open_envelope(answer)
+                letter = open_envelope(answer, allowed[node])
                 if isinstance(letter.header, NodeFailure):
                     raise WireError(letter.header.reason)
                 if not isinstance(letter.header, kind):
@@ -245,15 +260,15 @@ class FlowerEngine(Engine):
             try:
                 if left.pop(turn.slot, None) != turn.client:
                     raise WireError("this update was not requested")
-                self._check(turn)
+                self._check(turn, time.monotonic() - errand.sent_s)
                 yield _reply(letter, turn)
             except WireError as error:
                 self._tell(f"{where}, client {turn.client}: {error}")
         for i in left.values():
             self._tell(f"{where}, client {i}: its update is missing")
 
-    def _check(self, turn: Turned) -> None:
-        """Raise WireError if an update reports impossible values."""
+    def _check(self, turn: Turned, elapsed: float) -> None:
+        """Raise WireError if an update reports impossible values. It was requested `elapsed` seconds ago."""
         if turn.failure:
             raise WireError(turn.failure)
         n_rows, phases = self.problem.data.n_train(turn.client), self.problem.method.phases()
@@ -264,6 +279,14 @@ class FlowerEngine(Engine):
         of_logs = {name.partition(".")[0] for name in turn.logs}
         if strange := {*turn.steps, *turn.phase_seconds, *of_logs} - known:
             raise WireError(f"it reports '{min(strange)}', which is not a phase of the method")
+        most = most_steps(self.problem, turn.client, turn.examples)
+        for name, steps in turn.steps.items():
+            if steps > most.get(name, 0):
+                raise WireError(
+                    f"it reports {steps} steps of phase '{name}', but at most {most.get(name, 0)} are possible"
+                )
+        if max(turn.seconds, sum(turn.phase_seconds.values())) > 1.01 * elapsed + CLOCK_S:
+            raise WireError(f"it reports {turn.seconds:.3g} seconds, but was asked {elapsed:.3g} seconds ago")
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
@@ -278,7 +301,9 @@ class FlowerEngine(Engine):
             members = [self._member(i, place, number) for i, place in zip(asked[node], places, strict=True)]
             header = ScoreMessage(call=self._call, number=number, members=members, questions=questions)
             requests[node] = seal(header, {"common": down.common})
-        for node, letter in self._letters(self._answers(requests), Scored):
+        n_sums = 2 * len(asks) * sum(objective.shapes().values())
+        most = {node: limits(len(mine), n_counts=len(mine) * n_sums) for node, mine in asked.items()}
+        for node, letter in self._letters(self._answers(requests), Scored, most):
             for i in asked[node]:
                 try:
                     mine = letter.header.scores[str(i)]
@@ -330,6 +355,16 @@ class FlowerEngine(Engine):
     def close(self) -> None:
         """See `Engine.close`."""
         self._link.close()
+
+
+def most_steps(problem: Problem, client: int, n_examples: int) -> dict[str, int]:
+    """Return the largest number of steps of each `Train` in a client's local update, by name."""
+    plan, found = problem.plan_of(client), dict[str, int]()
+    for phase in problem.method.phases():
+        if isinstance(phase, Train | Interleave):
+            n_steps = plan.n_steps(n_examples, phase.epochs, phase.steps)
+            found |= {train.name: n_steps for train in trains_of([phase])}
+    return found
 
 
 def _reply(letter: Letter, turn: Turned) -> Reply:

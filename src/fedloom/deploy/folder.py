@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import getpass
 import ipaddress
 import os
 import re
@@ -38,6 +39,7 @@ from fedloom.deploy.certificates import (
     node_key_bytes,
     write_new,
 )
+from fedloom.deploy.services import private_files
 from fedloom.errors import ConfigError, suggest
 from fedloom.experiment.arrivals import check_stragglers
 from fedloom.ranges import NonNegative, Positive, Whole
@@ -45,6 +47,7 @@ from fedloom.ranges import NonNegative, Positive, Whole
 Port = Annotated[int, Field(ge=1, le=65535)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
 M = TypeVar("M", bound=BaseModel)
+SCREEN_NORM = 10.0  # default of screen.norm on devices
 LOOPBACK = ("127.0.0.1", "localhost")
 
 
@@ -138,7 +141,7 @@ def create_deployment(
     ports: Mapping[str, int] | None = None,
     runtime: Sequence[int] = (),
 ) -> Deployment:
-    """Write the folder of a new federation.
+    """Write the folder of a new federation, which only its owner can read.
 
     Args:
         values: tables of the experiment's settings. Its clients are split across the nodes as evenly as possible.
@@ -151,23 +154,24 @@ def create_deployment(
     """
     settings = deployable(make_settings(values))
     check_plan(settings, n_nodes, hosts)
-    _make_empty(path)
     ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
     nodes = _clients_by_node(settings.clients or n_nodes, n_nodes)
     federation = FederationFile(host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], nodes=nodes)
-    authority = new_authority()
-    write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation.model_dump()))
-    write_new(path / "config.toml", to_toml(settings))
-    write_new(path / "authority/ca.key", key_bytes(authority.key), secret=True)
-    write_new(path / "authority/ca.crt", certificate_bytes(authority))
-    _write_server(path, authority, hosts)
-    for place, (name, clients) in enumerate(nodes.items()):
-        port = runtime[place] if runtime else 9094
-        node = NodeFile(name=name, server=federation.address, runtime_port=port, clients=clients)
-        _write_node(path, authority, node, code_files(settings))
-    made = Deployment(path)
-    made.write_flwr_config()
-    write_new(path / "README.md", texts.readme(made.file, path.resolve().name))
+    with private_files():
+        _make_empty(path)
+        authority = new_authority()
+        write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation.model_dump()))
+        write_new(path / "config.toml", to_toml(settings))
+        write_new(path / "authority/ca.key", key_bytes(authority.key))
+        write_new(path / "authority/ca.crt", certificate_bytes(authority))
+        _write_server(path, authority, hosts)
+        for place, (name, clients) in enumerate(nodes.items()):
+            port = runtime[place] if runtime else 9094
+            node = NodeFile(name=name, server=federation.address, runtime_port=port, clients=clients)
+            _write_node(path, authority, node, code_files(settings))
+        made = Deployment(path)
+        made.write_flwr_config()
+        write_new(path / "README.md", texts.readme(made.file, path.resolve().name))
     return made
 
 
@@ -176,32 +180,33 @@ def _write_server(path: Path, authority: Identity, hosts: Sequence[str]) -> None
     server, folder = new_server(authority, list(dict.fromkeys([*hosts, *LOOPBACK]))), path / "server"
     write_new(folder / "ca.crt", certificate_bytes(authority))
     write_new(folder / "server.crt", certificate_bytes(server))
-    write_new(folder / "server.key", key_bytes(server.key), secret=True)
-    write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
+    write_new(folder / "server.key", key_bytes(server.key))
+    write_new(folder / "runtime.secret", secrets.token_hex(32))
     write_new(folder / "app/pyproject.toml", texts.APP_PROJECT)
     write_new(folder / "app/fedloom_app.py", texts.APP_CODE)
-    write_new(folder / "fedloom-server.service", texts.server_unit(path.resolve(), sys.executable))
+    write_new(folder / "fedloom-server.service", texts.server_unit(path.resolve(), sys.executable, getpass.getuser()))
 
 
 def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[Path]) -> None:
     """Write a node's folder, and its public key for the server."""
     folder, (private, public) = path / node.name, node_key_bytes(new_node_key())
     write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node.model_dump()))
-    write_new(folder / "node.key", private, secret=True)
+    write_new(folder / "node.key", private)
     write_new(path / f"server/keys/{node.name}.pub", public)
     write_new(folder / "ca.crt", certificate_bytes(authority))
-    write_new(folder / "runtime.secret", secrets.token_hex(32), secret=True)
+    write_new(folder / "runtime.secret", secrets.token_hex(32))
     write_new(folder / "fedloom-node.service", texts.node_unit(node.name))
     for file in code:
         write_new(folder / "code" / file.name, file.read_bytes())
 
 
 def _make_empty(path: Path) -> None:
-    """Create a folder unless it exists and is empty. Raise ConfigError if it is not empty."""
+    """Create a folder that only its owner can read, or use an empty one. Raise ConfigError if it is not empty."""
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         if not taken:
             path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; choose another folder") from None
     if taken:
@@ -227,10 +232,10 @@ def deployable(settings: Settings) -> Settings:
     if settings.join.clients:
         raise ConfigError("join.clients: clients cannot join later on devices; include them in `clients` of a new run")
     engine = settings.engine.model_copy(update={"name": "flower"})
-    settings = (
-        settings if settings.partition.name else with_scheme(settings, "dirichlet")
-    )  # the data are not loaded yet
-    return settings.model_copy(update={"engine": engine})
+    settings = settings if settings.partition.name else with_scheme(settings, "dirichlet")  # no data are loaded yet
+    screen = settings.screen
+    screen = screen.model_copy(update={"norm": SCREEN_NORM}) if screen.norm is None else screen
+    return settings.model_copy(update={"engine": engine, "screen": screen})
 
 
 def read_config(path: Path) -> dict[str, Any]:

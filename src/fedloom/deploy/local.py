@@ -15,7 +15,7 @@ from typing import Any
 from fedloom.deploy.folder import Deployment, create_deployment
 from fedloom.deploy.grid import LinkError
 from fedloom.deploy.server import is_open
-from fedloom.deploy.services import end_group, flower_environment, free_ports, leashed
+from fedloom.deploy.services import end_group, flower_environment, free_ports, leashed, private_files
 
 START_S = 90.0  # how long the server may take to start on a busy machine
 
@@ -41,7 +41,9 @@ class LocalFederation:
         self._start(node, ["node", str(self.deployment.path / node)])
 
     def _start(self, name: str, words: Sequence[str]) -> None:
-        with self._log(name).open("ab") as out:
+        with private_files():
+            out = self._log(name).open("ab")
+        with out:
             self.processes[name] = subprocess.Popen(
                 leashed([sys.executable, "-P", "-m", "fedloom.cli", "deploy", *words]),
                 env=flower_environment(),

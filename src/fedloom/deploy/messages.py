@@ -11,11 +11,26 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from fedloom import tree
+from fedloom.deploy.limits import (
+    MAX_HEADER,
+    MEMBERS,
+    ONE_CLIENT,
+    PHASES,
+    TENSOR_HEADER,
+    ClassName,
+    Config,
+    Counts,
+    Limits,
+    Name,
+    Path,
+    Sums,
+    Whole,
+)
 from fedloom.engines.base import ScoreRequest
-from fedloom.errors import WireError
+from fedloom.errors import ConfigError, WireError
 from fedloom.inputs import InputSpec
 from fedloom.objectives import Objective, Score, from_content
 from fedloom.ranges import Positive
@@ -23,17 +38,13 @@ from fedloom.tree import Tree
 from fedloom.wire.messages import check_depth, decode, encode
 
 MAGIC = b"fedloom2"
-MAX_HEADER = 64 * 2**20  # bytes
 EMPTY = "/"  # suffix of the path of a branch without tensors
 
 MAX_ROWS = 10_000_000  # per node; the server keeps a label for each
 MAX_LOGS = 100  # per client update; each becomes a column and a plot
-Whole = Annotated[int, Field(ge=0, lt=2**31)]  # small enough that table columns and sums do not overflow
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# `phase.log`; names of the run's own metrics have no dot
-LogName = Annotated[str, Field(pattern=r"^[^.]+\..")]
-Counts = Annotated[list[Whole], Field(max_length=1_000_000)]
-Sums = Annotated[list[Annotated[int, Field(gt=-(2**62), lt=2**62)]], Field(max_length=1_000_000)]
+# `phase.log`; names of the run's own metrics have no dot. Names are shown in tables and pages, so markup is not allowed.
+LogName = Annotated[str, Field(pattern=r"^[^.<>&]+\.[^<>&]+$", max_length=128)]
 MAX_WORDS = 1000  # maximum length of a line of text, in characters
 
 
@@ -43,7 +54,9 @@ def _readable(words: str) -> str:
 
 
 Words = Annotated[str, AfterValidator(_readable)]
-Notes = Annotated[list[Words], Field(max_length=10_000)]
+MAX_NOTES = 100
+Notes = Annotated[list[Words], FailFast(), Field(max_length=MAX_NOTES)]
+MAX_FAULTS = 100  # more faults of a header are not listed, because listing them costs more than finding them
 
 
 class _Strict(BaseModel):
@@ -53,9 +66,9 @@ class _Strict(BaseModel):
 class Part(_Strict):
     """A tree in the envelope: its size in bytes, and the paths of its leaves and empty branches in order."""
 
-    name: str
+    name: Name
     n_bytes: Annotated[int, Field(ge=0)]
-    paths: list[str]
+    paths: Annotated[list[Path], FailFast(), Field(max_length=10_000)]
 
 
 class Assignment(_Strict):
@@ -73,7 +86,7 @@ class Assignment(_Strict):
 class Question(_Strict):
     """A `ScoreRequest` as part of a message."""
 
-    name: str
+    name: Name
     rows: Literal["test", "valid", "common"]
     fitted: bool
 
@@ -86,9 +99,9 @@ class TaskFacts(_Strict):
     """An `Objective` as part of a message."""
 
     task: Literal["classification", "multilabel", "regression", "language"]
-    names: list[str]
-    mean: list[float] = []
-    std: list[float] = []
+    names: Annotated[list[ClassName], FailFast(), Field(max_length=100_000)]
+    mean: Annotated[list[float], FailFast(), Field(max_length=100_000)] = []
+    std: Annotated[list[float], FailFast(), Field(max_length=100_000)] = []
     loss_name: Literal["mse", "huber"] = "mse"
     delta: Positive = 1.0
     vocabulary: Whole = 0
@@ -106,10 +119,10 @@ class TaskFacts(_Strict):
 class InputFacts(_Strict):
     """An input field as part of a message."""
 
-    name: str
-    shape: list[Whole]
+    name: Name
+    shape: Annotated[list[Whole], FailFast(), Field(max_length=16)]
     kind: Literal["picture", "number", "token", "category"]
-    levels: list[Whole]
+    levels: Annotated[list[Whole], FailFast(), Field(max_length=10_000)]
 
     @classmethod
     def of(cls, spec: InputSpec) -> list[InputFacts]:
@@ -121,9 +134,9 @@ class Call(_Strict):
     """The part that all requests share: run, settings as TOML, learning task, inputs, and time limit."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-    config: str
+    config: Config
     task: TaskFacts
-    inputs: list[InputFacts]
+    inputs: Annotated[list[InputFacts], FailFast(), Field(max_length=64)]
     deadline_s: Positive
 
 
@@ -140,7 +153,7 @@ class TrainMessage(_Strict):
     kind: Literal["train"] = "train"
     call: Call
     number: Whole
-    members: list[Assignment]
+    members: Annotated[list[Assignment], FailFast(), Field(max_length=MEMBERS)]
 
 
 class ScoreMessage(_Strict):
@@ -149,17 +162,18 @@ class ScoreMessage(_Strict):
     kind: Literal["score"] = "score"
     call: Call
     number: Whole
-    members: list[Assignment]
-    questions: list[Question]
+    members: Annotated[list[Assignment], FailFast(), Field(max_length=MEMBERS)]
+    questions: Annotated[list[Question], FailFast(), Field(max_length=8)]
 
 
 class Present(_Strict):
     """A node's clients. For nodes with their own data, also the number of examples of each class, by split ("train", "valid", "test")."""
 
     kind: Literal["present"] = "present"
-    clients: list[Whole]
+    clients: Annotated[list[Whole], FailFast(), Field(max_length=MEMBERS)]
     own_rows: bool
-    counts: dict[str, dict[str, Counts]]  # by client (as text) and split
+    # by client (as text) and split
+    counts: Annotated[dict[Name, Annotated[dict[Name, Counts], Field(max_length=3)]], Field(max_length=MEMBERS)]
 
 
 class Turned(_Strict):
@@ -168,9 +182,9 @@ class Turned(_Strict):
     client: Whole
     slot: Whole
     examples: Annotated[Whole, Field(le=MAX_ROWS)] = 0
-    steps: dict[str, Whole] = {}
+    steps: Annotated[dict[Name, Whole], Field(max_length=PHASES)] = {}
     logs: Annotated[dict[LogName, float], Field(max_length=MAX_LOGS)] = {}
-    phase_seconds: dict[str, Seconds] = {}
+    phase_seconds: Annotated[dict[Name, Seconds], Field(max_length=PHASES)] = {}
     seconds: Seconds = 0.0
     diverged: Words = ""
     failure: Words = ""
@@ -180,14 +194,14 @@ class Trained(_Strict):
     """The answer to a `TrainMessage`."""
 
     kind: Literal["trained"] = "trained"
-    turns: list[Turned]
+    turns: Annotated[list[Turned], FailFast(), Field(max_length=MEMBERS)]
     notes: Notes = []
 
 
 class SentScore(_Strict):
     """A score in a message: its integer sums, by name."""
 
-    sums: Annotated[dict[str, Sums], Field(max_length=16)]
+    sums: Annotated[dict[Name, Sums], Field(max_length=8)]
 
     def score(self, objective: Objective, most: Score) -> Score:
         """Return the score.
@@ -211,7 +225,7 @@ class Scored(_Strict):
     """The answer to a `ScoreMessage`: scores by client (as text) and name."""
 
     kind: Literal["scored"] = "scored"
-    scores: dict[str, dict[str, SentScore]]
+    scores: Annotated[dict[Name, Annotated[dict[Name, SentScore], Field(max_length=8)]], Field(max_length=MEMBERS)]
     notes: Notes = []
 
 
@@ -231,26 +245,33 @@ class Letter(NamedTuple):
     """A decoded envelope."""
 
     header: Any  # one of the models above
-    trees: Mapping[str, bytes]  # encoded
+    trees: Mapping[str, memoryview]  # encoded, and copied only when a tree is decoded
     paths: Mapping[str, Sequence[str]]
 
     def tree(self, name: str) -> Tree:
         """Return a part as a tree, with leaves and empty branches in the order sent. Raise WireError if there is no such part."""
         if name not in self.trees:
             raise WireError(f"the message has no part '{name}'")
-        return _in_order(dict(tree.flatten(decode(self.trees[name]))), self.paths[name])
+        data, paths = self.trees[name], self.paths[name]
+        if int.from_bytes(data[:8], "little") > TENSOR_HEADER * (len(paths) + 2):
+            raise WireError(f"part '{_readable(name)}' has a longer list of tensors than its header states")
+        return _in_order(dict(tree.flatten(decode(bytes(data)))), paths)
 
 
 def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
-    """Encode a header and trees as an envelope."""
+    """Encode a header and trees as an envelope. Raise ConfigError if the header is larger than any message may have."""
     encoded = {name: encode(value) for name, value in trees.items()}
     parts = [{"name": name, "n_bytes": len(data), "paths": list(_paths(trees[name]))} for name, data in encoded.items()]
     text = json.dumps({"header": header.model_dump(mode="python"), "parts": parts}).encode()
+    if len(text) > MAX_HEADER:
+        raise ConfigError(
+            f"the header of a message has {len(text)} bytes, but at most {MAX_HEADER} are allowed; put fewer clients on a node"
+        )
     return b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *encoded.values()])
 
 
-def open_envelope(data: bytes) -> Letter:
-    """Decode an envelope.
+def open_envelope(data: bytes, allowed: Limits = ONE_CLIENT) -> Letter:
+    """Decode an envelope whose header is within the limits `allowed`.
 
     Raises:
         WireError: the bytes are not a valid message; the error gives the reason.
@@ -259,32 +280,41 @@ def open_envelope(data: bytes) -> Letter:
         raise WireError(f"{len(data)} bytes are not a fedloom message")
     start = len(MAGIC) + 8
     length = int.from_bytes(data[len(MAGIC) : start], "little")
-    if length > min(MAX_HEADER, len(data) - start):
+    if length > len(data) - start:
         raise WireError(f"the message of {len(data)} bytes is cut off in its header")
+    if length > allowed.n_bytes:
+        raise WireError(f"the header has {length} bytes; at most {allowed.n_bytes} are allowed")
+    header = data[start : start + length]
+    if (n := header.count(b",")) > allowed.commas:
+        raise WireError(f"the header has more than {n} elements; at most {allowed.commas} are allowed")
     try:
-        content = _CONTENT.validate_json(data[start : start + length])
+        content = _CONTENT.validate_json(header)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise WireError(f"the header is not valid: {where}: {first['msg']}") from None
-    return Letter(content.header, *_cut(content.parts, data, start + length))
+        raise WireError(f"the header is not valid: {_first_fault(error)}") from None
+    return Letter(content.header, *_cut(content.parts, memoryview(data)[start + length :]))
+
+
+def _first_fault(error: ValidationError) -> str:
+    if error.error_count() > MAX_FAULTS:
+        return f"more than {MAX_FAULTS} faults"
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{_readable('.'.join(map(str, first['loc'])))[:200]}: {first['msg']}"
 
 
 class _Content(_Strict):
     header: Header
-    parts: list[Part]
+    parts: Annotated[list[Part], FailFast(), Field(max_length=MEMBERS + 4)]
 
 
 _CONTENT = TypeAdapter(_Content)
 
 
-def _cut(parts: Sequence[Part], data: bytes, start: int) -> tuple[dict[str, bytes], dict[str, list[str]]]:
-    if sum(part.n_bytes for part in parts) != len(data) - start:
-        raise WireError(f"the message of {len(data)} bytes is cut off, or longer than its header states")
-    trees: dict[str, bytes] = {}
+def _cut(parts: Sequence[Part], data: memoryview) -> tuple[dict[str, memoryview], dict[str, list[str]]]:
+    if sum(part.n_bytes for part in parts) != len(data):
+        raise WireError("the message is cut off, or longer than its header states")
+    trees: dict[str, memoryview] = {}
     for part in parts:
-        trees[part.name] = data[start : start + part.n_bytes]
-        start += part.n_bytes
+        trees[part.name], data = data[: part.n_bytes], data[part.n_bytes :]
     if len(trees) != len(parts):
         raise WireError("the message has two parts of the same name")
     return trees, {part.name: part.paths for part in parts}

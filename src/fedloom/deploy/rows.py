@@ -76,6 +76,8 @@ def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[
 class Remote(Federation):
     """The server's view of data on devices: numbers of examples of each class. Only examples of the common test set are available."""
 
+    counts_are_claims = True
+
     def __init__(self, held: Dataset, counts: Counts, settings: Settings) -> None:
         """`held`: the server's own examples. Its test examples are the common test set, or all of them if it has no test examples."""
         refuse_pooled_statistics(settings)
@@ -98,11 +100,11 @@ class Remote(Federation):
         )  # fmt: skip
 
     def example(self) -> Inputs:
-        """See `Federation.example`: the server's own examples."""
+        """Return two of the server's own examples (see `Federation.example`)."""
         return self._held.rows(np.resize(np.arange(self._held.dataset.n_rows), 2))[0]
 
     def rows(self, index: Any) -> tuple[Inputs, Tensor]:
-        """See `Federation.rows`: only for the common test set.
+        """Return examples of the common test set by index (see `Federation.rows`).
 
         Raises:
             DataError: an example of a client was requested, but clients' examples stay on their devices.
@@ -136,12 +138,12 @@ def _n_clients(settings: Settings) -> int:
 
 def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"{folder}: folder with this node's data does not exist; set data in node.toml")
+        raise DataError(f"{folder}: the folder with this node's data does not exist; set data in node.toml")
     if len(clients) == 1:
         return [folder]
     for i in clients:
         if not (folder / f"client-{i}").is_dir():
-            raise DataError(f"{folder}: folder 'client-{i}' with the data of client {i} is missing")
+            raise DataError(f"{folder}: the folder 'client-{i}' with the data of client {i} is missing")
     return [folder / f"client-{i}" for i in clients]
 
 

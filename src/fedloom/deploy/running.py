@@ -9,11 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_settings, to_toml
 from fedloom.data import Federation
 from fedloom.deploy.engine import AcceptedUpdates, FlowerEngine, Link, LostNode
 from fedloom.deploy.folder import Deployment, deployable
+from fedloom.deploy.limits import limits
 from fedloom.deploy.messages import (
     MAX_ROWS,
     Call,
@@ -30,6 +33,7 @@ from fedloom.engines.base import Problem
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
 from fedloom.experiment.build import arithmetic, make_dataset, make_federation
 from fedloom.experiment.loop import Experiment, GivenObjects
+from fedloom.experiment.resuming import resumable
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 from fedloom.objectives import Classification
 
@@ -44,20 +48,23 @@ def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell:
     return _experiment(deployment, settings, run=run, link=link, tell=tell, folder=None)
 
 
-def resume_deployed(deployment: Deployment, path: Path, link: Link, tell: Tell) -> Experiment:
-    """Resume an interrupted run from its last checkpoint. The nodes restore the client states of that checkpoint."""
-    folder = RunFolder.open(path)
-    if (path / "summary.json").exists():
-        raise RunFolderError(f"{path}: this run is finished and cannot be resumed")
-    try:
-        run = json.loads((path / DEPLOYED).read_text(encoding="utf-8"))["run"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise RunFolderError(
-            f"{path}: this run was not made on devices; resume it with: fedloom run --resume {path}"
-        ) from None
-    settings = make_settings(read_toml(path / "config.toml"))
-    experiment = _experiment(deployment, settings, run=run, link=link, tell=tell, folder=folder)
-    experiment.forget_unsaved()
+def resume_deployed(
+    deployment: Deployment, path: Path, link: Link, tell: Tell, accept_changes: bool = False
+) -> Experiment:
+    """Resume an interrupted run from its last checkpoint. The nodes restore the client states of that checkpoint.
+
+    `accept_changes`: see `Experiment.resume`.
+    """
+    with resumable(path, accept_changes) as folder:
+        try:
+            run = json.loads((path / DEPLOYED).read_text(encoding="utf-8"))["run"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise RunFolderError(
+                f"{path}: this run was not made on devices; resume it with: fedloom run --resume {path}"
+            ) from None
+        settings = make_settings(read_toml(path / "config.toml"))
+        experiment = _experiment(deployment, settings, run=run, link=link, tell=tell, folder=folder)
+        experiment.forget_unsaved()
     return experiment
 
 
@@ -91,13 +98,17 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
     """Ask the nodes for their clients and data. Return the server's view of the federation, and the part that all requests share."""
     _wait_for(deployment, link, tell)
     held = make_dataset(settings)
-    call = Call(
-        run=run,
-        config=to_toml(settings.model_copy(update={"out": None, "label": None, "log": ()})),
-        task=TaskFacts.of(held.objective),
-        inputs=InputFacts.of(held.spec),
-        deadline_s=deployment.file.deadline_s,
-    )
+    try:
+        call = Call(
+            run=run,
+            config=to_toml(settings.model_copy(update={"out": None, "label": None, "log": ()})),
+            task=TaskFacts.of(held.objective),
+            inputs=InputFacts.of(held.spec),
+            deadline_s=deployment.file.deadline_s,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(f"{first['loc'][0]}: cannot be sent to nodes: {first['msg']}") from None
     present = _introductions(deployment, link.nodes(), link, call, tell)
     own = {node for node, who in present.items() if who.own_rows}
     if not own:
@@ -152,13 +163,14 @@ def _introductions(
 def _introduction(deployment: Deployment, node: str, answer: bytes | LostNode, call: Call) -> Present:
     if isinstance(answer, LostNode):
         raise WireError(answer.reason)
-    header = open_envelope(answer).header
+    clients = deployment.file.nodes[node]
+    header = open_envelope(answer, limits(len(clients), n_counts=3 * len(clients) * len(call.task.names))).header
     if isinstance(header, NodeFailure):
         raise WireError(header.reason)
     if not isinstance(header, Present):
         raise WireError(f"the answer has an unexpected kind ({header.kind})")
-    if header.clients != deployment.file.nodes[node]:
-        raise WireError(f"it has clients {header.clients}, but federation.toml has {deployment.file.nodes[node]}")
+    if header.clients != clients:
+        raise WireError(f"it has clients {header.clients[:20]}, but federation.toml has {clients[:20]}")
     _check_counts(header, call)
     return header
 

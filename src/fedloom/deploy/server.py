@@ -11,7 +11,7 @@ import time
 
 from fedloom.deploy.folder import Deployment
 from fedloom.deploy.grid import LinkError, register_nodes
-from fedloom.deploy.services import Service, ended_by_signals, flower_environment, require_free, script
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, require_free, script
 
 log = logging.getLogger("fedloom.experiment.server_hooks")
 START_S = 60.0  # how long the SuperLink may take to start
@@ -50,7 +50,10 @@ def proxy_hosts(host: str) -> tuple[str, str]:
 
 def run_server(deployment: Deployment) -> None:
     """Run SuperLink and proxy until SIGTERM or Ctrl-C."""
+    warning = keep_private(deployment.path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if warning:
+        log.warning(warning)
     for port in (deployment.file.superlink_port, deployment.file.port):
         require_free(port, "is the server already running? To change ports, edit federation.toml")
     deployment.write_flwr_config()  # ports may have changed, and the folder may have moved

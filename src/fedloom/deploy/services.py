@@ -25,15 +25,49 @@ STEADY_S = 90.0  # after a process has run this long, the pauses start again fro
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
 
 
+OWNER_ONLY = 0o077  # umask: files and folders that only their owner can read
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Within the context, new files and folders of this process are readable only by their owner."""
+    before = os.umask(OWNER_ONLY)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def keep_private(folder: Path) -> str:
+    """Make new files of this process private, and close `folder` to other users. Return a warning if that is not possible, or ""."""
+    os.umask(OWNER_ONLY)
+    try:
+        folder.chmod(0o700)
+    except OSError as error:
+        return f"{folder}: cannot be closed to other users ({error.strerror}); make this user its owner"
+    return ""
+
+
+def no_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that keep connections to this machine away from a proxy in the environment."""
+    names = [name for key in ("NO_PROXY", "no_proxy") for name in environment.get(key, "").split(",")]
+    every = ",".join(dict.fromkeys(name.strip() for name in (*names, *LOOPBACK) if name.strip()))
+    return {"NO_PROXY": every, "no_proxy": every}
+
+
 def flower_environment(home: Path | None = None) -> dict[str, str]:
-    """Return the environment for Flower's programs, with this Python's folder on the path and without telemetry or update checks."""
+    """Return the environment for Flower's programs.
+
+    It has this Python's folder on the path. Telemetry, update checks and a proxy for this machine's own addresses are off.
+    """
     own = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     }
-    return {**os.environ, **own} | ({"FLWR_HOME": str(home)} if home else {})
+    return {**os.environ, **no_loopback_proxy(os.environ), **own} | ({"FLWR_HOME": str(home)} if home else {})
 
 
 def free_ports(n: int) -> list[int]:
@@ -97,9 +131,11 @@ class Service:
 
     def start(self) -> None:
         """Start the program in a new process group."""
-        self._log.parent.mkdir(parents=True, exist_ok=True)
         out: IO[bytes]
-        with self._log.open("ab") as out:
+        with private_files():
+            self._log.parent.mkdir(parents=True, exist_ok=True)
+            out = self._log.open("ab")
+        with out:
             self.process = subprocess.Popen(
                 self._command,
                 env=self._environment,
@@ -107,6 +143,7 @@ class Service:
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                umask=OWNER_ONLY,
             )
         self._started = time.monotonic()
 

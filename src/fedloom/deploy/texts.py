@@ -64,8 +64,8 @@ StartLimitIntervalSec=0
 
 [Service]
 Type=exec
-# The service runs as root unless a user is set here. That user must own {folder}.
-# User=fedloom
+# This user must exist and own {folder}: useradd --system fedloom && chown -R fedloom: FOLDER
+User={user}
 ExecStart={command}
 Restart=always
 RestartSec=5
@@ -75,10 +75,39 @@ RestartMaxDelaySec=60
 KillMode=control-group
 KillSignal=SIGTERM
 TimeoutStopSec=20
-NoNewPrivileges=true
+# Limits of memory and processes; raise them if the programs are stopped.
+# MemoryMax=8G
+TasksMax=512
+LimitNOFILE=4096
+# Only the owner can read what the programs write. Their runtime folder, /run/{name}, is in memory and survives only restarts.
+UMask=0077
+RuntimeDirectory={name}
+RuntimeDirectoryMode=0700
+RuntimeDirectoryPreserve=restart
+# The programs may write only to these folders, and have no privileges.
 ProtectSystem=strict
 ReadWritePaths={folder}
+ProtectHome={home}
 PrivateTmp=true
+PrivateDevices=true
+NoNewPrivileges=true
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectKernelTunables=true
+ProtectKernelModules=true
+ProtectKernelLogs=true
+ProtectControlGroups=true
+ProtectClock=true
+ProtectHostname=true
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+RestrictNamespaces=true
+RestrictSUIDSGID=true
+RestrictRealtime=true
+LockPersonality=true
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallErrorNumber=EPERM
 
 [Install]
 WantedBy=multi-user.target
@@ -114,7 +143,8 @@ Nodes connect to the server at `{address}` over TLS. Each node authenticates wit
    fedloom deploy node /etc/fedloom/{first}      # or use the unit fedloom-node.service
    ```
 
-   Both units run as root unless you set `User=` in them. That user must own the folder.
+   The units run as the user in their `User=` line, which must exist and own the folder:
+   `useradd --system fedloom && chown -R fedloom: /etc/fedloom/{first}`.
 
 5. Run the experiment in `config.toml`. Any key can be overridden on the command line:
 
@@ -138,13 +168,17 @@ For what the server can and cannot see, what happens when a part fails, and how 
 """
 
 
-def server_unit(folder: Path, python: str) -> str:
-    """Return the server's systemd unit."""
+HOMES = ("/home", "/root", "/run/user")  # closed by ProtectHome=true
+
+
+def server_unit(folder: Path, python: str, user: str) -> str:
+    """Return the server's systemd unit, for the user that owns the folder; root is replaced by a user without privileges."""
     place = _unit_word(folder)
     command = f"{_unit_word(python)} -m fedloom.cli deploy server {place.replace('$', '$$')}"
+    in_home = any(Path(home) in Path(word).parents for home in HOMES for word in (folder, python))
     return _UNIT.format(
         file="fedloom-server.service", name="fedloom-server", what="fedloom: SuperLink and proxy of a federation",
-        command=command, folder=place,
+        command=command, folder=place, user="fedloom" if user == "root" else user, home="read-only" if in_home else "true",
     )  # fmt: skip
 
 
@@ -153,7 +187,7 @@ def node_unit(name: str) -> str:
     folder = f"/etc/fedloom/{name}"
     return _UNIT.format(
         file="fedloom-node.service", name="fedloom-node", what=f"fedloom: {name} of a federation",
-        command=f"/opt/fedloom/bin/fedloom deploy node {folder}", folder=folder,
+        command=f"/opt/fedloom/bin/fedloom deploy node {folder}", folder=folder, user="fedloom", home="read-only",
     )  # fmt: skip
 
 

@@ -20,7 +20,9 @@ import torch
 from fedloom.config.settings import Named, Settings, make_method, make_settings
 from fedloom.deploy.folder import NodeFile, read_file, weights_file
 from fedloom.deploy.leash import hold
+from fedloom.deploy.limits import request_limits
 from fedloom.deploy.messages import (
+    MAX_NOTES,
     Assignment,
     Call,
     Hello,
@@ -74,7 +76,7 @@ class NodeWorker:
     def answer(self, data: bytes) -> bytes:
         """Return the answer to a request. Any error becomes an answer with its reason."""
         try:
-            letter = open_envelope(data)
+            letter = open_envelope(data, request_limits(len(self._node.clients)))
             match letter.header:
                 case Hello():
                     return self._present(letter.header)
@@ -108,7 +110,7 @@ class NodeWorker:
                 log.exception("client %d, round %d failed", member.client, request.number + 1)
                 turns.append(Turned(client=member.client, slot=member.slot, failure=_reason(error)))
             log.info("round %d: client %d is done", request.number + 1, member.client)
-        return seal(Trained(turns=turns, notes=site.store.notes), uplinks)
+        return seal(Trained(turns=turns, notes=site.store.notes[:MAX_NOTES]), uplinks)
 
     def _score(self, letter: Letter, request: ScoreMessage) -> bytes:
         site = self._serve(request.call, request.number, request.members)
@@ -118,7 +120,7 @@ class NodeWorker:
         scores = {
             str(i): {name: _sent(score) for name, score in mine.items()} for i, mine in zip(clients, found, strict=True)
         }
-        return seal(Scored(scores=scores, notes=site.store.notes), {})
+        return seal(Scored(scores=scores, notes=site.store.notes[:MAX_NOTES]), {})
 
     def _serve(self, call: Call, number: int, members: Sequence[Assignment]) -> NodeRun:
         site = self._open(call)

@@ -40,6 +40,14 @@ class CohortMember(NamedTuple):
     message: Tree
 
 
+def note_client(error: Exception, i: int, number: int) -> None:
+    """Attach to the error in whose local update it occurred and, if memory was short, what helps."""
+    is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    if is_memory:
+        error.add_note("memory is short; use a smaller batch_size, fewer engine.workers or fewer engine.lanes")
+    error.add_note(f"client {i}, round {number + 1}")
+
+
 class LocalEngine(Engine):
     """The common part of the engines that run in this process; `updates` runs the local updates.
 

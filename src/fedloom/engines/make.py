@@ -43,7 +43,8 @@ def make_engine(
         lanes: number of clients trained side by side in batched operations, in the vectorised engine (default: as many as memory allows, at
             most 64), or in each worker process (default: one client after another).
         address: the Ray cluster to join; default: Ray is started on this machine.
-        deadline_s: seconds that a Ray worker may take for its share of a round; default: no limit.
+        deadline_s: seconds that a worker may take: for one client's local update (`processes`), or for its share of a round (`ray`);
+            default: no limit.
         place: where `sequential` and `vectorised` compute (default: the CPU); on a GPU `auto` is `vectorised`.
         convolutions: how `vectorised` computes convolutions.
 
@@ -57,16 +58,7 @@ def make_engine(
     from fedloom.engines.vectorised import Vectorised
 
     place = place or ON_HOST
-    *wrappers, last = name.split("+")
-    if last in WRAPPERS:
-        wrappers, last = [*wrappers, last], "auto"
-    if last == "flower":
-        raise ConfigError("engine=flower: needs a deployed federation; see fedloom deploy --help")
-    for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
-        if word not in known:
-            raise ConfigError(
-                f"engine={name}: there is no engine '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
-            )
+    *wrappers, last = engine_words(name)
     keep_freed_memory()
     can_fork = "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux"
     if last == "auto":
@@ -75,8 +67,10 @@ def make_engine(
         last = "processes" if many and "debug" not in wrappers else alone  # debug must see in-place changes
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: runs only on Linux; use engine=sequential")
+    if deadline_s is not None and last not in ("processes", "ray"):
+        raise ConfigError(f"engine.deadline_s={deadline_s:g}: needs worker processes, but engine={name} is {last} here")
     engine: Engine = (
-        Processes(problem, workers, lanes)
+        Processes(problem, workers, lanes, deadline_s)
         if last == "processes"
         else Vectorised(problem, lanes, place, _convolutions(convolutions, problem, place))
         if last == "vectorised"
@@ -87,6 +81,21 @@ def make_engine(
     for wrapper in reversed(wrappers):
         engine = WRAPPERS[wrapper](engine)
     return engine
+
+
+def engine_words(name: str) -> list[str]:
+    """Return an engine's wrappers, and the engine itself last. Raise ConfigError if one of them is unknown."""
+    *wrappers, last = name.split("+")
+    if last in WRAPPERS:
+        wrappers, last = [*wrappers, last], "auto"
+    if last == "flower":
+        raise ConfigError("engine=flower: needs a deployed federation; see fedloom deploy --help")
+    for word, known in [*((w, WRAPPERS) for w in wrappers), (last, {**ENGINES, "auto": None})]:
+        if word not in known:
+            raise ConfigError(
+                f"engine={name}: there is no engine '{word}'{suggest(word, [*ENGINES, *WRAPPERS, 'auto'])}"
+            )
+    return [*wrappers, last]
 
 
 def _convolutions(form: ConvolutionForm, problem: Problem, place: DeviceBudget) -> Convolutions | None:

@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 
 from fedloom.engines.base import Reply
-from fedloom.engines.local import CohortMember, LocalEngine
+from fedloom.engines.local import CohortMember, LocalEngine, note_client
+from fedloom.errors import MethodError
 from fedloom.training.turn import UpdateResult, client_update
 
 
@@ -30,6 +31,10 @@ class Sequential(LocalEngine):
         try:
             result = self.with_layout(i, work)
         except Exception as error:
-            error.add_note(f"client {i}, round {number}")
+            note_client(error, i, number)
             raise
+        except SystemExit:  # would end the whole run without a word
+            raise MethodError(
+                f"client {i}, round {number + 1}: the method ended Python; raise an error instead"
+            ) from None
         return self.finish(member, result, started)

@@ -6,6 +6,7 @@ either in this process's memory, or in slabs, which any worker can read and whic
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -65,7 +66,15 @@ class Slab:
     def __init__(self, path: Path, n_bytes: int) -> None:
         """Open the file; create or enlarge it if needed."""
         self.n_bytes = max(n_bytes, 1)
+        _enlarge(path, self.n_bytes)
         self.data = torch.from_file(str(path), shared=True, size=self.n_bytes, dtype=torch.uint8)
+
+
+def _enlarge(path: Path, n_bytes: int) -> None:
+    """Give a file at least this size. If torch enlarges a file, it also zeroes the first byte, which another process may have written."""
+    with path.open("ab") as file:
+        if file.seek(0, os.SEEK_END) < n_bytes:
+            file.truncate(n_bytes)
 
 
 class Store(Protocol):

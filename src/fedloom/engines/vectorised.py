@@ -17,7 +17,7 @@ from torch import nn
 from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, DeviceBudget, free_bytes
 from fedloom.engines.base import Problem, Reply
-from fedloom.engines.local import CohortMember
+from fedloom.engines.local import CohortMember, note_client
 from fedloom.engines.sequential import Sequential
 from fedloom.method import Turn, trains_of
 from fedloom.training.choose import Convolutions
@@ -88,11 +88,9 @@ class Vectorised(Sequential):
             return
         try:
             done, share = self._mapped_turns(number, group)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             self._lanes[arch] = len(group) // 2
-            log.warning(
-                "%d clients side by side exceed the device's memory; using half as many from now on", len(group)
-            )
+            log.warning("%d clients side by side exceed the memory; using half as many from now on", len(group))
         except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             log.warning("clients run one after another, because they cannot be vectorised: %s", reason)
@@ -110,7 +108,7 @@ class Vectorised(Sequential):
         try:
             done = end()
         except Exception as error:
-            error.add_note(f"client {member.client}, round {number}")
+            note_client(error, member.client, number)
             raise
         return self.finish(member, done, started)
 

@@ -5,8 +5,9 @@ One round::
     roster    choose who takes part. Busy clients (still at work, or with an uplink in flight) are not sent the downlink. Lost devices
               and dropped stragglers are sent the downlink, but run no local update.
     (the engine runs the local updates of all others)
-    take      check the replies. Reject invalid uplinks; with `stragglers=late`, put the uplinks of slow clients in flight. Accept the
-              uplinks that are on time and those in flight that are due, and compute their shares.
+    take      check the replies. Reject invalid uplinks, and exclude clients that send them repeatedly; with `stragglers=late`, put the
+              uplinks of slow clients in flight. Accept the uplinks that are on time and those in flight that are due, and compute their
+              shares.
 
 All random numbers depend only on (seed, round, client), so they are the same on every engine and after a resume.
 """
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from fedloom.config.settings import Settings
 from fedloom.engines import Problem, Reply
 from fedloom.errors import ConfigError, WireError
+from fedloom.experiment.screening import LARGEST_LOG, SPAN, STRIKES, Candidate, Screen, capped
 from fedloom.experiment.uplink_check import LateUplink, UplinkCheck, late_uplink
 from fedloom.method import Arrival, Downlink, Method
 from fedloom.rng import Stream
@@ -83,7 +85,8 @@ class Arrivals:
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
         self._min_clients = settings.min_clients
-        self._screen = UplinkCheck(problem)
+        self._check = UplinkCheck(problem)
+        self.screen = Screen(problem, settings.screen)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
         self.flights: dict[
             int, LateUplink
@@ -97,16 +100,17 @@ class Arrivals:
     def roster(self, number: int, cohort: Sequence[int], at_work: Collection[int] = ()) -> Participants:
         """Choose who takes part in round `number`.
 
-        Clients `at_work` for an earlier round, or with an uplink in flight, are not sent the downlink. Lost devices and stragglers to be
-        dropped are sent the downlink, but run no local update.
+        Excluded clients, clients `at_work` for an earlier round and those with an uplink in flight are not sent the downlink. Lost devices
+        and stragglers to be dropped are sent the downlink, but run no local update.
         """
-        busy = [slot for slot, i in enumerate(cohort) if i in self.flights or i in at_work]
-        sent = [slot for slot in range(len(cohort)) if slot not in busy]
+        members = [slot for slot, i in enumerate(cohort) if i not in self.screen.excluded]
+        busy = [slot for slot in members if cohort[slot] in self.flights or cohort[slot] in at_work]
+        sent = [slot for slot in members if slot not in busy]
         lost = [slot for slot in sent if self._is_lost(number, cohort[slot])]
         dropped = [slot for slot in sent if slot not in lost and self._is_late(cohort[slot], "drop")]
-        self._note(number, "busy", [cohort[slot] for slot in busy])
-        self._note(number, "lost", [cohort[slot] for slot in lost], reason="devices.dropout")
-        self._note(number, "late", [cohort[slot] for slot in dropped], reason="dropped")
+        self.note(number, "busy", [cohort[slot] for slot in busy])
+        self.note(number, "lost", [cohort[slot] for slot in lost], reason="devices.dropout")
+        self.note(number, "late", [cohort[slot] for slot in dropped], reason="dropped")
         return Participants(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
 
     def take(self, now: RoundRequest, replies: Sequence[Reply], at_work: Collection[int] = ()) -> AcceptedUplinks:
@@ -121,12 +125,12 @@ class Arrivals:
         on_time, due, refused = self._sort(now, requests, replies)
         n_arrived = len(on_time) + len(due)
         if n_arrived < self._min_clients:
-            self._note(number, "skipped", reason=f"{n_arrived} arrived, min_clients={self._min_clients}")
+            self.note(number, "skipped", reason=f"{n_arrived} arrived, min_clients={self._min_clients}")
             return AcceptedUplinks([], (), refused)
-        uplinks = [reply.uplink for reply in on_time] + [self._screen.rebased(number, late, now.down) for late in due]
+        uplinks = [reply.uplink for reply in on_time] + [self._check.rebased(number, late, now.down) for late in due]
         members = [(reply.client, reply.slot, reply.examples, 0) for reply in on_time]
         members += [(late.client, late.slot, late.examples, number - late.sent) for late in due]
-        return AcceptedUplinks(uplinks, _arrivals(members), refused)
+        return AcceptedUplinks(uplinks, _arrivals(members, self.screen.max_share(len(members))), refused)
 
     def _note_silent(
         self, number: int, requests: Mapping[int, RoundRequest], replies: Sequence[Reply], at_work: Collection[int]
@@ -134,8 +138,8 @@ class Arrivals:
         """Record the clients that did not reply: those still at work are overdue, all others are lost."""
         silent = requests.keys() - {reply.client for reply in replies}
         overdue = {i: requests[i] for i in sorted(silent) if i in at_work}
-        self._note(number, "lost", sorted(silent - overdue.keys()), reason="no reply")
-        self._note(number, "late", sorted(overdue.keys() - self._overdue.keys()), reason="still at work")
+        self.note(number, "lost", sorted(silent - overdue.keys()), reason="no reply")
+        self.note(number, "late", sorted(overdue.keys() - self._overdue.keys()), reason="still at work")
         self._overdue = overdue
 
     def _sort(
@@ -145,16 +149,9 @@ class Arrivals:
 
         With `stragglers=late`, valid replies of slow clients go in flight instead.
         """
-        on_time, due, late, refused = list[Reply](), self._due(now.number), list[int](), set[int]()
-        for reply in replies:
-            request = requests[reply.client]
-            reply = replace(reply, slot=request.working[reply.slot])
-            try:
-                reply = replace(reply, uplink=self._screen.opened(request.number, reply, request.down))
-            except WireError as error:
-                self._note(now.number, "rejected", [reply.client], reason=str(error))
-                refused.add(reply.client)
-                continue
+        on_time, due, late = list[Reply](), self._due(now.number), list[int]()
+        opened, refused = self._opened(now.number, requests, replies)
+        for request, reply in opened:
             if request is not now:
                 due.append(late_uplink(request.number, reply, request.down))
             elif self._is_late(reply.client, "late"):
@@ -163,9 +160,47 @@ class Arrivals:
             else:
                 on_time.append(reply)
         due.sort(key=lambda uplink: (uplink.sent, uplink.slot))
-        self._note(now.number, "landed", [u.client for u in due], sent=[u.sent + 1 for u in due])
-        self._note(now.number, "late", late, reason=f"{self._age} rounds")
-        return on_time, due, frozenset(refused)
+        self.note(now.number, "landed", [u.client for u in due], sent=[u.sent + 1 for u in due])
+        self.note(now.number, "late", late, reason=f"{self._age} rounds")
+        return on_time, due, refused
+
+    def _opened(
+        self, number: int, requests: Mapping[int, RoundRequest], replies: Sequence[Reply]
+    ) -> tuple[list[tuple[RoundRequest, Reply]], frozenset[int]]:
+        """Return the valid replies, decoded, with the requests that they answer; and the rejected clients."""
+        opened, reasons = list[tuple[RoundRequest, Reply]](), dict[int, str]()
+        for reply in replies:
+            request = requests[reply.client]
+            reply = replace(reply, slot=request.working[reply.slot])
+            try:
+                reply = replace(reply, uplink=self._check.opened(request.number, reply, request.down))
+                opened.append((request, reply))
+            except WireError as error:
+                reasons[reply.client] = str(error)
+        reasons |= self.screen.faults(
+            [Candidate(r.client, r.examples, r.uplink, request.down.to(r.slot)) for request, r in opened]
+        )
+        for reply in replies:
+            if reply.client in reasons:
+                self.note(number, "rejected", [reply.client], reason=reasons[reply.client])
+        if len(reasons) < len(replies) or len(replies) == 1:  # otherwise the server's state may be the cause
+            self.note(
+                number,
+                "excluded",
+                self.screen.strike(number, reasons),
+                reason=f"{STRIKES} of their uplinks were rejected within {SPAN} rounds",
+            )
+        return [pair for pair in opened if pair[1].client not in reasons], frozenset(reasons)
+
+    def without_bad_logs(self, number: int, replies: Sequence[Reply]) -> list[Reply]:
+        """Return the replies without logs that cannot be averaged, and record these."""
+        found = []
+        for reply in replies:
+            bad = self.screen.bad_logs(reply.logs)
+            found.append(replace(reply, logs={k: v for k, v in reply.logs.items() if k not in bad}) if bad else reply)
+            reason = f"'{bad[0]}' is not finite, or above {LARGEST_LOG:g}" if bad else ""
+            self.note(number, "unusable log", [reply.client] if bad else [], reason=reason)
+        return found
 
     @property
     def _age(self) -> int:
@@ -193,7 +228,7 @@ class Arrivals:
             del self.flights[late.client]
         return due
 
-    def _note(self, number: int, event: str, clients: Sequence[int] | None = None, **facts: Any) -> None:
+    def note(self, number: int, event: str, clients: Sequence[int] | None = None, **facts: Any) -> None:
         """Record an event of round `number`, unless `clients` is empty."""
         if clients is not None and not clients:
             return
@@ -207,17 +242,22 @@ class Arrivals:
     def state(self) -> Row:
         """Return the state for the checkpoint, without the messages in flight."""
         flights = [asdict(replace(flight, message={})) for flight in self.flights.values()]
-        return {"counts": self.counts, "flights": flights}
+        screen = {"screen": self.screen.state()} if self.screen.on else {}
+        return {"counts": self.counts, "flights": flights, **screen}
 
     def restore(self, state: Mapping[str, Any], messages: Mapping[int, Tree]) -> None:
         """Restore an earlier result of `state`; `messages`: the uplinks in flight, by client."""
         self.counts |= state.get("counts", {})
+        self.screen.restore(state.get("screen", {}))
         flights = [LateUplink(**flight) for flight in state.get("flights", ())]
         self.flights = {f.client: replace(f, message=messages.get(f.client, {})) for f in flights}
 
 
-def _arrivals(members: Sequence[tuple[int, int, int, int]]) -> tuple[Arrival, ...]:
-    """Convert tuples `(client, slot, examples, age)` into arrivals. Shares are proportional to examples / sqrt(1 + age) and sum to 1."""
+def _arrivals(members: Sequence[tuple[int, int, int, int]], max_share: float) -> tuple[Arrival, ...]:
+    """Convert tuples `(client, slot, examples, age)` into arrivals. Shares are proportional to examples / sqrt(1 + age), at most
+    `max_share`, and sum to 1.
+    """
     weights = [examples if age == 0 else examples / math.sqrt(1 + age) for _, _, examples, age in members]
+    weights = capped(weights, max_share)
     whole = sum(weights)
     return tuple(Arrival(i, slot, w / whole, age) for (i, slot, _, age), w in zip(members, weights, strict=True))

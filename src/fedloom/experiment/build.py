@@ -18,7 +18,7 @@ from fedloom.method import Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
 from fedloom.models import Arch, arch
 from fedloom.nets import norm_layers, read_weights, select
-from fedloom.objectives import Classification
+from fedloom.objectives import Classification, Metric
 from fedloom.training.batches import Plan
 from fedloom.tree import Weights
 from fedloom.wire.codec import Codec
@@ -127,11 +127,22 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         slowdowns=slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
     )
     check_rules(settings, method, size)
+    _check_target(settings.eval.target, task.objective.primary)
     _check_needs(settings.method.name, problem)
     _check_nets(problem)
     _check_phases(method)
     _check_messages(problem)
     return problem
+
+
+def _check_target(target: float | None, metric: Metric) -> None:
+    """Raise ConfigError if `eval.target` is not a possible value of the primary metric."""
+    if target is None or not metric.percent or 0 < target <= 1:
+        return
+    remedy = f"for {target:g} %, set {target / 100:g}" if 1 < target <= 100 else "set a fraction, such as 0.8"
+    raise ConfigError(
+        f"eval.target={target:g}: must be above 0 and at most 1, because {metric.name} is a fraction; {remedy}"
+    )
 
 
 def _check_needs(name: str, problem: Problem) -> None:
@@ -249,3 +260,10 @@ def engine_for(settings: Settings, place: accelerator.DeviceBudget, problem: Pro
 def initial_weights(problem: Problem) -> Weights:
     """Return a client's initial weights, for the server's initial state."""
     return read_weights(problem.modules(0))
+
+
+def buffers_policy(method: Method, weights: Weights) -> str | None:
+    """Return whether running statistics travel ("shared") or stay ("private"); None if there are none."""
+    if not weights["buffers"]:
+        return None
+    return "shared" if method.travelling(weights)["buffers"] else "private"

@@ -36,11 +36,8 @@ def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
         save_run(experiment)
     objective = experiment.problem.task.objective
     each = [metrics.newcomer(objective, i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
-    primary = f"_{objective.primary.name}"
-    rows = metrics.spread(objective, before, "received") | metrics.spread(objective, after, "joined")
-    scores = {
-        key.replace(primary, "", 1): value for key, value in rows.items()
-    }  # `received`, `joined`: the primary metric
+    scores = metrics.spread(objective, before, "received") | metrics.spread(objective, after, "joined")
+    scores = {name.replace(f"_{objective.primary.name}", "", 1): value for name, value in scores.items()}
     return {
         "new_clients": {"clients": len(newcomers), "turns": turns, **scores, "each": each},
         "join_seconds": time.perf_counter() - started,

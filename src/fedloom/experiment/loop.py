@@ -22,6 +22,7 @@ from fedloom.experiment.accounting import Accounting
 from fedloom.experiment.arrivals import Arrivals, RoundRequest
 from fedloom.experiment.build import (
     arithmetic,
+    buffers_policy,
     engine_for,
     initial_weights,
     make_dataset,
@@ -32,6 +33,8 @@ from fedloom.experiment.build import (
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
+from fedloom.experiment.resuming import refuse_damage, resumable
+from fedloom.experiment.roll_back import RollBack
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.experiment.saving import describe_run, refuse_deployed, restore_run, save_run, write_summary
 from fedloom.experiment.server_hooks import ServerSide
@@ -39,7 +42,7 @@ from fedloom.experiment.trackers import Tracker, check_trackers, make_trackers
 from fedloom.experiment.uplink_check import require_finite
 from fedloom.method import Downlink, Method, Round
 from fedloom.rng import Stream
-from fedloom.tree import Tree, Weights
+from fedloom.tree import Tree
 
 Row = dict[str, Any]
 OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in total, the newest metrics)
@@ -83,13 +86,14 @@ class Experiment:
             weights = initial_weights(self.problem)
             self.hooks = ServerSide(self.problem)
             self.server = self.hooks.init(weights)
-            self._buffers = _policy(self.method, weights)
+            self._buffers = buffers_policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # rounds done, and rounds in the latest checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
         self.intake = Arrivals(self.problem, settings)
+        self.roll_back = RollBack(self.intake.screen.on)
         self._has_run = False
         try:
             self.scoring = Scoring(self.problem, settings, self.engine)
@@ -107,18 +111,20 @@ class Experiment:
             return folder
         s = self.settings
         folder = RunFolder.create(s.out, f"{s.method.name.rpartition(':')[2]}-{s.data.name}")
+        folder.lock()
         describe_run(self, folder)
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
-        """Resume a run from its latest checkpoint, or from the start if there is none yet."""
-        folder = RunFolder.open(Path(path))
-        if (folder.path / "summary.json").exists():
-            raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
-        refuse_deployed(folder)
-        experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
-        experiment.forget_unsaved()
+    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING, accept_changes: bool = False) -> Experiment:
+        """Resume a run from its latest checkpoint, or from the start if there is none yet.
+
+        `accept_changes`: accept other settings, versions or code, and record them (`fedloom.experiment.resuming`).
+        """
+        with resumable(path, accept_changes) as folder:
+            refuse_deployed(folder)
+            experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+            experiment.forget_unsaved()
         return experiment
 
     @classmethod
@@ -128,6 +134,8 @@ class Experiment:
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
         refuse_deployed(folder)
+        if record := folder.newest_manifest():
+            refuse_damage(folder, record)
         settings = make_settings(read_toml(folder.path / "config.toml"))
         engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
@@ -136,6 +144,8 @@ class Experiment:
         """Remove everything from the folder that was written after the latest checkpoint."""
         if not self.folder.has_checkpoint():  # the run may have stopped before its description was complete
             describe_run(self, self.folder)
+        elif self.folder.resumption:
+            self.folder.facts = self.folder.resumption.facts(self)
         self.folder.keep_rows(self.done)
 
     def run(self, on_round: OnRound | None = None) -> Row:
@@ -161,6 +171,7 @@ class Experiment:
             self.engine.close()
             for tracker in self.trackers:
                 tracker.close()
+            self.folder.unlock()
 
     # one round
 
@@ -177,14 +188,16 @@ class Experiment:
         rng = Stream(self.settings.seed, "server", number)
         uplinks = self.hooks.exchange(accepted.uplinks, number, rng.child("exchange")) if accepted.uplinks else []
         before, round = self.server, Round(number, self.problem.task.n_clients, accepted.arrivals, rng)
+        replies = self.intake.without_bad_logs(number, replies)
         if uplinks:
-            server = self.hooks.aggregate(before, uplinks, round)
-            require_finite(server, number, self.saved)
-            self.server = tree.copy_shared(server, uplinks)  # FedMR's slots share memory with the uplinks
+            self._aggregate(uplinks, round)
+        elif len(replies) == len(accepted.refused) > 1 and self.roll_back.on:
+            self._restore(number, "every uplink was rejected")
         working = [cohort[slot] for slot in members.working]
         absent = set(working).difference(self.engine.asked(working))
         reached = {cohort[slot]: sent.to(slot) for slot in members.sent if cohort[slot] not in absent}
         self._record_round(number, reached, replies, accepted.refused)
+        self.roll_back.check(number, accepted.refused)
         self.done = number + 1
         self.ledger.train_seconds += time.perf_counter() - started
         last = self.done == self.settings.rounds
@@ -195,6 +208,21 @@ class Experiment:
         every = self.settings.checkpoint_every
         if every and (last or self.done % every == 0):
             save_run(self)
+
+    def _aggregate(self, uplinks: Sequence[Tree], round: Round) -> None:
+        """Replace the server's state by the aggregate; if it is not finite, roll back or raise DivergedError."""
+        before, server = self.server, self.hooks.aggregate(self.server, uplinks, round)
+        if self.roll_back.on and (broken := tree.not_finite(server)):
+            self._restore(round.number, f"the server's '{broken}' was not finite after aggregation")
+            return
+        require_finite(server, round.number, self.saved)
+        self.server = tree.copy_shared(server, uplinks)  # FedMR's slots share memory with the uplinks
+        self.roll_back.keep(before)
+
+    def _restore(self, number: int, reason: str) -> None:
+        """Return to the server's state before the latest aggregation, and record why."""
+        self.server = self.roll_back.restored(self.server)
+        self.intake.note(number, "rolled back", reason=reason)
 
     def draw_cohort(self, number: int) -> Sequence[int]:
         """Choose the cohort of round `number`; its size is random if `participation` is a range."""
@@ -291,18 +319,3 @@ class Experiment:
         down = self.hooks.deploy(self.server, self.done)
         with arithmetic(self.settings):
             return PersonalModel(self.method, *self.engine.personal(self.done, self.problem.codec.through(down), i))
-
-
-NOTHING_LEARNT = "every round was skipped, so the model was never trained; see events.jsonl for the reasons"
-
-
-def nothing_learnt(summary: Mapping[str, Any]) -> bool:
-    """Return whether no round of a run had anything to aggregate."""
-    return 0 < int(summary.get("rounds", 0)) <= int(summary.get("skipped", 0))
-
-
-def _policy(method: Method, weights: Weights) -> str | None:
-    """Return whether running statistics travel ("shared") or stay ("private"); None if there are none."""
-    if not weights["buffers"]:
-        return None
-    return "shared" if method.travelling(weights)["buffers"] else "private"

@@ -150,3 +150,11 @@ def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metr
 def number(value: float) -> float | None:
     """Return the value, or None if it is undefined (NaN), such as without examples to score."""
     return None if math.isnan(value) else value
+
+
+NOTHING_LEARNT = "every round was skipped, so the model was never trained; see events.jsonl for the reasons"
+
+
+def nothing_learnt(summary: Mapping[str, Any]) -> bool:
+    """Return whether no round of a run had anything to aggregate."""
+    return 0 < int(summary.get("rounds", 0)) <= int(summary.get("skipped", 0))

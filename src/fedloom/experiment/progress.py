@@ -161,12 +161,21 @@ def _duration(seconds: float) -> str:
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """Return the newest accuracies, and the numbers of lost, late and rejected updates and of skipped rounds so far, as text."""
-    shown = {"personal": row.get("personal_accuracy"), "server": row.get("server_accuracy")}
+    """Return the newest scores, and the numbers of lost, late and rejected updates and of skipped rounds so far, as text."""
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
-    words = [f"{name} {value:.3f}" for name, value in shown.items() if value is not None]
+    words = [_score(view, row) for view in ("personal", "server")]
     words += [f"newcomers {row['joined']}"] if "joined" in row else []
-    return "  ".join(words + [f"{name} {value}" for name, value in amiss.items() if value])
+    return "  ".join([*filter(None, words), *(f"{name} {value}" for name, value in amiss.items() if value)])
+
+
+def _score(view: str, row: Mapping[str, Any]) -> str:
+    """Return a view's primary metric, which is its first one in the row, as text; "" if the row has none."""
+    key, value = next(((key, value) for key, value in row.items() if key.startswith(f"{view}_")), ("", None))
+    if value is None:
+        return ""
+    name = key.removeprefix(f"{view}_")
+    number = f"{value:.3f}" if value == 0 or 0.001 <= value <= 1 else f"{value:.4g}"
+    return f"{view} {number}" if name == "accuracy" else f"{view} {name} {number}"
 
 
 def facts(experiment: Experiment) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """A run's folder. Files are written during the run, so that nothing is lost if it stops.
 
 `config.toml`, `environment.json` and `partition.json` are written at the start, `checkpoint/` and `clients.parquet` every few rounds, and
-`summary.json` at the end. `metrics.jsonl` gets one line per evaluated round, and `events.jsonl` a line if a client is lost, late or
+`summary.json` at the end. `manifest.json` in `checkpoint/` and, at the end, in the folder itself has hashes of all of these
+(`fedloom.experiment.manifest`). `metrics.jsonl` gets one line per evaluated round, and `events.jsonl` a line if a client is lost, late or
 rejected, or a round is skipped. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then
 renamed), and so is the checkpoint's folder.
 """
@@ -11,28 +12,26 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import shlex
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy
-import torch
-
-from fedloom._version import __version__
 from fedloom.errors import RunFolderError, WireError
+from fedloom.experiment import manifest
+from fedloom.experiment.lock import LOCK, FolderLock
+from fedloom.experiment.manifest import MANIFEST, Manifest, Tally
 from fedloom.tree import Tree
 from fedloom.wire.messages import decode, encode
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from fedloom.experiment.resuming import Resumption
+
 LINES = ("metrics.jsonl", "events.jsonl")
+CLIENTS = "clients.parquet"
 
 
 DEPLOYED = "federation.json"  # exists if the run's clients and their states are on devices
@@ -43,6 +42,12 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.facts: Mapping[str, Any] = {}  # what the run depends on, for its manifests
+        self._digest: str | None = None  # of the newest checkpoint's manifest
+        self._tallies = {name: Tally() for name in LINES}  # of the rows written so far
+        self._clients = Tally()
+        self._lock: FolderLock | None = None
+        self.resumption: Resumption | None = None  # the checks of a run that is being resumed
 
     @classmethod
     def create(cls, path: Path | None, name: str) -> RunFolder:
@@ -65,7 +70,7 @@ class RunFolder:
     @staticmethod
     def check_free(path: Path) -> None:
         """Raise RunFolderError if a new run cannot be written to `path`."""
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if path.exists() and (not path.is_dir() or any(file.name != LOCK for file in path.iterdir())):
             started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
             hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
             raise RunFolderError(f"out={path}: already exists and is not an empty folder; choose another folder{hint}")
@@ -77,12 +82,21 @@ class RunFolder:
             raise RunFolderError(f"{path}: is not a run folder, because it has no config.toml")
         return cls(path)
 
+    def lock(self) -> None:
+        """Lock the folder for writing until `unlock`. Raise RunFolderError if it is already being written."""
+        self._lock = FolderLock(self.path)
+
+    def unlock(self) -> None:
+        """Release the lock."""
+        if self._lock:
+            self._lock.release()
+
     # whole files
 
     def write(self, name: str, text: str) -> None:
         """Replace a text file atomically."""
         beside = self.path / f".{name}.tmp"
-        beside.write_text(text, encoding="utf-8")
+        beside.write_bytes(text.encode())
         beside.replace(self.path / name)
 
     def write_json(self, name: str, value: Any) -> None:
@@ -103,17 +117,19 @@ class RunFolder:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         return found
 
-    def write_clients(self, table: pd.DataFrame) -> None:
-        """Replace `clients.parquet`."""
-        beside = self.path / ".clients.parquet.tmp"
+    def write_clients(self, table: pd.DataFrame, rows: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Replace `clients.parquet`. `rows`: the rows of the table, for the manifest; earlier rows must not have changed."""
+        for row in rows[self._clients.count :]:
+            self._clients.add(manifest.client_line(row))
+        beside = self.path / f".{CLIENTS}.tmp"
         table.to_parquet(beside, index=False)
-        beside.replace(self.path / "clients.parquet")
+        beside.replace(self.path / CLIENTS)
 
-    def read_clients(self, upto: int) -> pd.DataFrame:
+    def read_clients(self, upto: float) -> pd.DataFrame:
         """Return the rows of `clients.parquet` up to round `upto`."""
         import pandas as pd
 
-        file = self.path / "clients.parquet"
+        file = self.path / CLIENTS
         try:
             table = pd.read_parquet(file) if file.is_file() else pd.DataFrame({"round": []})
             return table[table["round"] <= upto]
@@ -124,9 +140,10 @@ class RunFolder:
 
     def append(self, row: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
         """Append a line to `metrics.jsonl` or `events.jsonl`; non-finite numbers become null."""
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        line = manifest.line_of(row)
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(clean) + "\n")
+            file.write(line + "\n")
+        self._tallies[name].add(line)
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """Return the lines of `metrics.jsonl` or `events.jsonl`, without a truncated last line."""
@@ -142,8 +159,10 @@ class RunFolder:
         """Remove the lines and events after round `upto` (they will be written again), and return the remaining lines."""
         kept = {name: [row for row in self.rows(name) if row["round"] <= upto] for name in LINES}
         for name, rows in kept.items():
+            lines = [manifest.line_of(row) for row in rows]
+            self._tallies[name] = Tally(lines)
             if rows or name == LINES[0]:
-                self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
+                self.write(name, "".join(line + "\n" for line in lines))
             else:
                 (self.path / name).unlink(missing_ok=True)
         return kept[LINES[0]]
@@ -156,21 +175,30 @@ class RunFolder:
         server: Tree,
         clients: Mapping[int, Tree],
         late: Mapping[int, Tree] | None = None,
+        previous: Tree | None = None,
     ) -> None:
         """Replace the checkpoint atomically; the previous one stays until the new one is complete and on disk.
 
-        `late`: uplinks in flight, by client.
+        `late`: uplinks in flight, by client; `previous`: the server's tree before its last aggregation, to roll back to.
         """
         new, now, old = (self.path / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
+        messages = {"server": server, **{f"clients/{i}": client for i, client in clients.items()}}
+        messages |= {f"late/{i}": message for i, message in (late or {}).items()}
+        messages |= {} if previous is None else {"previous": previous}
+        files = dict[str, list[Any]]()
+
+        def put(name: str, data: bytes) -> None:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_bytes(data)
+            files[name] = manifest.entry(data)
+
         shutil.rmtree(new, ignore_errors=True)
         (new / "clients").mkdir(parents=True)
-        (new / "server.safetensors").write_bytes(encode(server))
-        for i, client in clients.items():
-            (new / "clients" / f"{i}.safetensors").write_bytes(encode(client))
-        for i, message in (late or {}).items():
-            (new / "late").mkdir(exist_ok=True)
-            (new / "late" / f"{i}.safetensors").write_bytes(encode(message))
-        (new / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        for name, message in messages.items():
+            put(f"{name}.safetensors", encode(message))
+        put("state.json", json.dumps(state).encode())
+        record = self._manifest(state["round"], files=files, changed=sorted(clients))
+        (new / MANIFEST).write_text(manifest.to_text(record), encoding="utf-8")
         to_disk()
         if now.exists():  # otherwise `old` is the only complete checkpoint
             shutil.rmtree(old, ignore_errors=True)
@@ -178,6 +206,46 @@ class RunFolder:
         new.rename(now)
         to_disk()
         shutil.rmtree(old, ignore_errors=True)
+        self._digest = record["digest"]
+
+    def finish(self, summary: Mapping[str, Any], rounds: int) -> None:
+        """Write the manifest of the finished run, which names that of the checkpoint, and `summary.json`."""
+        text = json.dumps(summary, indent=2) + "\n"
+        finish = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "summary": manifest.entry(text.encode())}
+        self.write(MANIFEST, manifest.to_text(self._manifest(rounds, finish=finish)))
+        self.write("summary.json", text)
+
+    def _manifest(self, number: int, **what: Any) -> Manifest:
+        rows = {name: tally.entry() for name, tally in self._tallies.items()} | {CLIENTS: self._clients.entry()}
+        content = {"format": manifest.FORMAT, **self.facts, "round": number, "previous": self._digest, "rows": rows}
+        return manifest.sealed(content | what)
+
+    def newest_manifest(self) -> Manifest | None:
+        """Return the manifest of the newest checkpoint, or None if there is none; later manifests name it as the previous one."""
+        whole = self._newest()
+        found = manifest.read_manifest(whole / MANIFEST) if whole else None
+        if whole and not found and not (whole / "state.json").is_file():
+            raise RunFolderError(f"{whole}: has neither {MANIFEST} nor state.json; restore the folder from a copy")
+        self._digest = found["digest"] if found else None
+        return found
+
+    def problems(self, record: Manifest) -> Iterator[str]:
+        """Yield one line for each file that differs from the manifest `record` of the newest checkpoint, or of the finished run."""
+        if "files" in record:
+            yield from self.checkpoint_problems(record)
+        yield from manifest.file_problems(self.path, record["description"])
+        last = math.inf if "finish" in record else record["round"]  # an interrupted run may have newer rows
+        for name in LINES:
+            lines = [manifest.line_of(row) for row in self.rows(name) if row["round"] <= last]
+            yield from manifest.row_problem(self.path / name, lines, record["rows"][name], record["round"])
+        table = self.read_clients(last).to_dict("records")
+        rows = (manifest.client_line({str(k): v for k, v in row.items()}) for row in table)
+        yield from manifest.row_problem(self.path / CLIENTS, rows, record["rows"][CLIENTS], record["round"])
+
+    def checkpoint_problems(self, record: Manifest) -> Iterator[str]:
+        """Yield one line for each file of the newest checkpoint that differs from its manifest `record`."""
+        if whole := self._newest():
+            yield from manifest.checkpoint_problems(whole, record)
 
     def has_checkpoint(self) -> bool:
         """Return whether there is a checkpoint."""
@@ -199,6 +267,14 @@ class RunFolder:
             return state, server, _messages(whole / "clients")
         except (OSError, ValueError, WireError, RunFolderError) as error:
             raise RunFolderError(f"the checkpoint in {whole} cannot be read: {error}") from None
+
+    def load_previous(self) -> Tree | None:
+        """Return the server's tree before the last aggregation of the newest complete checkpoint, or None if it was not kept."""
+        file = (self._newest() or self.path) / "previous.safetensors"
+        try:
+            return decode(file.read_bytes()) if file.is_file() else None
+        except (OSError, ValueError, WireError) as error:
+            raise RunFolderError(f"the checkpoint in {file.parent} cannot be read: {error}") from None
 
     def load_late(self) -> dict[int, Tree]:
         """Return the uplinks that were in flight at the newest complete checkpoint, by client."""
@@ -228,45 +304,3 @@ def _row(text: str, where: str) -> dict[str, Any]:
 
 def _messages(folder: Path) -> dict[int, Tree]:
     return {int(file.stem): decode(file.read_bytes()) for file in folder.glob("*.safetensors")}
-
-
-def environment() -> dict[str, Any]:
-    """Return versions and hardware, for the run's records."""
-    return {
-        "fedloom": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "commit": _commit(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-
-
-def _commit() -> str | None:
-    """Return the commit of the working copy that this package runs from, or None if there is none."""
-    # the package may be in a .venv inside another project's working copy
-    tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
-    return _git("rev-parse", "HEAD") if tracked else None
-
-
-def _git(*words: str) -> str | None:
-    """Return git's output in this package's folder, or None if git fails."""
-    try:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None

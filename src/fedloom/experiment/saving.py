@@ -11,7 +11,9 @@ from fedloom.errors import RunFolderError
 from fedloom.experiment import metrics
 from fedloom.experiment.accounting import Accounting
 from fedloom.experiment.build import arithmetic
-from fedloom.experiment.run_folder import DEPLOYED, RunFolder, environment
+from fedloom.experiment.environment import environment
+from fedloom.experiment.resuming import run_facts
+from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 from fedloom.method import Client
 from fedloom.tree import Tree
 
@@ -30,42 +32,68 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
         "environment.json", environment() | {"device": accelerator.describe_device(experiment.place.device)}
     )
     folder.write("partition.json", json.dumps(_partition_record(experiment)))
+    folder.facts = run_facts(experiment, folder)
 
 
 def _partition_record(experiment: Experiment) -> Row:
-    """Return the assignment of examples to clients, for `partition.json`."""
+    """Return the assignment of examples to clients, for `partition.json`, and the primary metric, for reports of unfinished runs."""
     strata = experiment.data.dataset.strata()
     n = len(strata.names)
     counts = {split: experiment.partition.counts(strata.of, n, split).tolist() for split in ("train", "test")}
-    return {"classes": list(strata.names), "class_counts": counts, **experiment.partition.content()}
+    primary = experiment.problem.task.objective.metric._asdict()
+    return {
+        "classes": list(strata.names),
+        "class_counts": counts,
+        "primary": primary,
+        **experiment.partition.content(),
+    }
 
 
 def save_run(experiment: Experiment) -> None:
     """Write a checkpoint of the experiment."""
     clients = {i: experiment.engine.client(i)._asdict() for i in experiment.engine.changed()}
-    experiment.folder.write_clients(_table(experiment.client_rows))
+    experiment.folder.write_clients(_table(experiment.client_rows), experiment.client_rows)
     in_flight = {i: late.message for i, late in experiment.intake.flights.items()}
     state = {"round": experiment.done, **experiment.ledger.state(), **experiment.intake.state()}
-    experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight)
+    state["failed_rounds"] = experiment.roll_back.failed
+    previous = experiment.roll_back.previous
+    experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight, previous)
     experiment.saved = experiment.done
 
 
 def restore_run(experiment: Experiment, folder: RunFolder) -> None:
     """Restore the experiment from the checkpoint in `folder`, if there is one."""
     _check_partition(experiment, folder)
+    if folder.resumption:
+        folder.resumption.check_data(experiment)
+        folder.resumption.check_code(experiment)
     saved = folder.load_checkpoint()
     state, server, clients = saved if saved else ({"round": 0}, {}, {})
-    experiment.done = experiment.saved = state["round"]
+    experiment.done = experiment.saved = _checked_round(experiment, folder, state["round"])
     experiment.ledger = Accounting(experiment.problem, state)
     experiment.intake.restore(state, folder.load_late())
     experiment.rows = [row for row in folder.rows() if row["round"] <= experiment.done]
     experiment.client_rows = _without_nan(folder.read_clients(experiment.done))
+    if previous := folder.load_previous() if saved else None:
+        experiment.roll_back.previous = _restored(experiment.server, previous, "server before its last round")
+    experiment.roll_back.failed = state.get("failed_rounds", 0)
     experiment.server = _restored(experiment.server, server, "server") if saved else experiment.server
     with arithmetic(experiment.settings):
         for i, client in clients.items():
-            experiment.engine.restore(
-                i, Client(**_restored(experiment.engine.client(i)._asdict(), client, f"client {i}"))
-            )
+            if not 0 <= i < experiment.data.n_clients:
+                raise RunFolderError(
+                    f"{folder.path}: the checkpoint has client {i}, but there are {experiment.data.n_clients} clients"
+                )
+            template = experiment.engine.client(i)._asdict()
+            experiment.engine.restore(i, Client(**_restored(template, client, f"client {i}")))
+
+
+def _checked_round(experiment: Experiment, folder: RunFolder, number: int) -> int:
+    """Return the round of the checkpoint. Raise RunFolderError if the run cannot have been there."""
+    rounds = experiment.settings.rounds
+    if not 0 <= number <= rounds:
+        raise RunFolderError(f"{folder.path}: the checkpoint is of round {number}, but rounds={rounds}; raise rounds")
+    return number
 
 
 def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
@@ -98,6 +126,7 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         "downlink_bytes": experiment.ledger.total("downlink"),
         "bytes_by_kind": experiment.ledger.kinds,
         **experiment.intake.counts,
+        **experiment.intake.screen.summary(),
         **metrics.cost_to_target(experiment.rows, s.eval.target, objective.primary),
         "seconds": experiment.ledger.train_seconds + experiment.ledger.eval_seconds,
         "train_seconds": experiment.ledger.train_seconds,
@@ -108,8 +137,11 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         "partition": experiment.partition.hash(),
         "finished": True,
     }
-    experiment.folder.write_clients(_table(experiment.client_rows))
-    experiment.folder.write_json("summary.json", summary)
+    accepted = [change for resumed in experiment.folder.facts["resumed"] for change in resumed["accepted"]]
+    if accepted:
+        summary["accepted_changes"] = accepted
+    experiment.folder.write_clients(_table(experiment.client_rows), experiment.client_rows)
+    experiment.folder.finish(summary, experiment.done)
     return summary
 
 
@@ -125,6 +157,10 @@ def _restored(template: Tree, saved: Tree, what: str) -> Tree:
     if tree.structure(template) != tree.structure(saved):
         raise RunFolderError(
             f"the checkpoint does not match this method and model (at the {what}); restore the method's file"
+        )
+    if bad := tree.not_finite(saved):
+        raise RunFolderError(
+            f"the checkpoint holds numbers that are not finite (at the {what}, {bad}); restore a copy of the folder"
         )
     return tree.merge(template, saved)  # in the order of the template, including its branches without tensors
 

@@ -56,6 +56,16 @@ def within(found: Tree, form: Form) -> Tensor:
     return ((squares - (sums * means).sum(0)) / n).clamp(min=0)
 
 
+def variance_fault(variance: Tensor, form: Form) -> str:
+    """Return what is impossible in a client's variance, or "". Rounding may make a full covariance slightly negative or asymmetric."""
+    if form != "full":
+        return "'variance' has a negative number" if bool((variance < 0).any()) else ""
+    slack = 1e-4 * variance.abs().max()
+    if bool((variance.diagonal() < -slack).any()):
+        return "'variance' has a negative number on its diagonal"
+    return "'variance' is not symmetric" if bool(((variance - variance.T).abs() > slack).any()) else ""
+
+
 def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
     """Apply the law of total variance over clients: the mean of their variances plus the variance of their class means.
 

@@ -120,6 +120,15 @@ class FedProto(Method):
         """Return the number of the client's classes, each of which has one prototype."""
         return {"prototypes": int((uplink["counts"] > 0).sum())}
 
+    def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
+        """Return a fault if a count is negative, is not whole, or exceeds the client's number of examples of that class."""
+        counts: Tensor = uplink["counts"]
+        if bool(((counts < 0) | (counts != counts.round())).any()):
+            return "'counts' has a number that is not a whole number of at least 0"
+        if class_counts is not None and bool((counts > class_counts).any()):
+            return "'counts' has more examples of a class than the client has"
+        return ""
+
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return mean prototypes, class by class; a class that no client of the cohort has keeps its prototype."""
         shares, local = self.gathered(uplinks)

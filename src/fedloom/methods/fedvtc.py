@@ -43,7 +43,7 @@ class FedVTC(FedProto):
     features; with `learn_spread`, there is also `spread`. Architectures may differ, but p may not.
 
     Sent: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Kept: all weights (with `share_generator`
-    the generator travels too). A local update has four phases:
+    the generator is sent too). A local update has four phases:
 
     1. fit: train body and head with the cross-entropy plus the distance to the global prototypes.
     2. statistics: a sweep over the client's examples.
@@ -192,6 +192,11 @@ class FedVTC(FedProto):
         sent, memory = super().uplink(client, received, down, turn)
         sent["variance"] = feature_statistics.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
         return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
+
+    def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
+        """Return FedProto's faults, or a fault of the variance."""
+        fault = super().uplink_fault(uplink, class_counts)
+        return fault or feature_statistics.variance_fault(uplink["variance"], self.covariance)
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return FedProto's prototypes, and the variance of all examples around them."""

@@ -89,7 +89,7 @@ def method_name(method: type[Method]) -> str:
 
 
 def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
-    """Describe a method: paper, what travels, and hyper-parameters with their defaults and meanings."""
+    """Describe a method: its paper, what is sent, and its hyper-parameters with their defaults and meanings."""
     docs, types = _field_docs(method), get_type_hints(method, include_extras=True)
     paper = getattr(method, "paper", None)
     return {
@@ -99,7 +99,7 @@ def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
         "authors": paper.authors if paper else "",
         "venue": paper.venue if paper else "",
         "url": paper.url if paper else "",
-        "travels": [*method.shared, *method.also_travels],
+        "sent": [*method.shared, *method.also_travels],
         "hyper_parameters": {
             field.name: {
                 "default": field.default,
@@ -123,7 +123,7 @@ def describe_registered(name: str) -> dict[str, Any]:
         "authors": authors,
         "venue": venue,
         "url": url[0] if url else "",
-        "travels": [*facts.constants["shared"], *facts.constants["also_travels"]],
+        "sent": [*facts.constants["shared"], *facts.constants["also_travels"]],
         "hyper_parameters": {
             key: {"default": default, "type": type_words(facts.types[key]), "doc": facts.docs.get(key, "")}
             for key, default in facts.values.items()

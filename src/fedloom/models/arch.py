@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from fedloom.errors import ConfigError, suggest
 from fedloom.inputs import Inputs, InputSpec
 from fedloom.models import lora
 from fedloom.models.fitting import check_fits
-from fedloom.models.layers import Split, refuse_tied, sequence
+from fedloom.models.layers import Chain, Split, refuse_tied
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
 from fedloom.models.splitting import can_split, check_outputs, check_split, dry_run, made_up, split
 from fedloom.models.zoo import BY_SPEC, ZOO
@@ -138,7 +139,7 @@ class OutsideArch(Arch):
         if width is None or width == head.in_features:
             return body, head
         project = nn.Linear(head.in_features, width)
-        return sequence({"backbone": body, "project": project}), nn.Linear(width, self.n_outputs)
+        return Chain(OrderedDict(backbone=body, project=project)), nn.Linear(width, self.n_outputs)
 
     def _module(self, width: int | None) -> nn.Module:
         if isinstance(self.build, nn.Module):
@@ -258,7 +259,7 @@ def _outside(source: Builder, facts: ArchFacts) -> OutsideArch:
 
 def _check_count(key: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{key}={value!r}: must be a whole number of at least 1")
+        raise ConfigError(f"{key}={value!r}: must be an integer of at least 1")
 
 
 def _check_options(name: str, options: Mapping[str, Option]) -> None:

@@ -37,16 +37,28 @@ def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-class Split(nn.Sequential):
-    """A model in two parts: `body` outputs features, and `head` maps them to predictions. All inputs go to the body."""
+class Chain(nn.Sequential):
+    """Modules in sequence; the first one receives all inputs."""
+
+    @property
+    def entry(self) -> nn.Module:
+        """The module that receives the inputs."""
+        return next(self.children())
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Return the last module's output."""
+        first, *others = self.children()
+        x = unwrapped(first(*inputs, **named))
+        for module in others:
+            x = module(x)
+        return x
+
+
+class Split(Chain):
+    """A model in two parts: `body` outputs features, and `head` maps them to predictions."""
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__(OrderedDict(body=body, head=head))
-
-    def forward(self, *inputs: Any, **named: Any) -> Any:
-        """Return the head's outputs for the body's features."""
-        body, head = self.get_submodule("body"), self.get_submodule("head")
-        return head(unwrapped(body(*inputs, **named)))
 
 
 def projected(layers: Mapping[str, nn.Module], features: int, width: int | None) -> nn.Sequential:

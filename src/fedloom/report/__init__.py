@@ -4,6 +4,7 @@
 `pip install 'fedloom[report]'`.
 """
 
+from fedloom.report.groups import shared_primary
 from fedloom.report.looked_at import analysis_grids
 from fedloom.report.page import Chapter, write_chapters, write_page
 from fedloom.report.read import RunRecord, read
@@ -18,6 +19,7 @@ __all__ = [
     "drawn",
     "paired_table",
     "read",
+    "shared_primary",
     "summary_table",
     "waiting_table",
     "write_chapters",

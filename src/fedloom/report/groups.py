@@ -10,6 +10,8 @@ from typing import Any
 
 import pandas as pd
 
+from fedloom.errors import UsageError
+from fedloom.report.primary import ACCURACY, VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
 
 NOT_A_SETTING = ("out", "label")
@@ -47,6 +49,19 @@ def group(records: Sequence[RunRecord]) -> list[Group]:
         members.setdefault(key, []).append(record)
     labels = _labels([(name, settings(runs[0])) for (name, _), runs in members.items()])
     return [Group(label, runs[0].method, tuple(runs)) for label, runs in zip(labels, members.values(), strict=True)]
+
+
+def shared_primary(records: Sequence[RunRecord]) -> Primary:
+    """Return the primary metric of runs that are compared with each other.
+
+    Raises:
+        UsageError: they have different ones.
+    """
+    for record in records:
+        if record.primary != records[0].primary:
+            one, other = (f"{printable(str(r.path))} is measured by {r.primary.label}" for r in (records[0], record))
+            raise UsageError(f"{one}, but {other}; report runs with different metrics separately")
+    return records[0].primary if records else ACCURACY
 
 
 def settings(record: RunRecord) -> dict[str, Any]:
@@ -91,24 +106,35 @@ def headline(record: RunRecord, measure: str, statistic: str = "final") -> float
     if it was not measured.
     """
     known = (record.summary or {}).get(measure)
-    value = known.get(statistic) if isinstance(known, Mapping) else None
+    value = known.get(statistic) if isinstance(known, Mapping) else known if statistic == "final" else None
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     return _from_rounds(record, measure, statistic)
 
 
 def _from_rounds(record: RunRecord, measure: str, statistic: str) -> float | None:
-    values = series(record, measure)
+    values, primary = series(record, measure), record.primary
     if statistic in ("uniform", "std", "worst10"):
         values = series(record, f"{measure}_{statistic}")
     elif statistic == "chosen_on_validation":
-        valid = series(record, "valid_accuracy")
-        values = values[values.index == valid.idxmax()] if len(valid) else valid
+        valid = series(record, primary.measure("valid"))
+        values = values[values.index == (primary.sign * valid).idxmax()] if len(valid) else valid
     if not len(values):
         return None
     if statistic == "last10":
         return float(values.iloc[-10:].mean())
-    return float(values.max() if statistic == "best_on_test" else values.iloc[-1])
+    return float(primary.best(values) if statistic == "best_on_test" else values.iloc[-1])
+
+
+def other_metrics(record: RunRecord) -> dict[str, float]:
+    """Return the metrics of the task except the primary one, such as `personal_mae`, after the last evaluation."""
+    names = [
+        key
+        for view in VIEWS
+        for key in record.metrics.columns
+        if key.startswith(f"{view}_") and not key.startswith(record.primary.measure(view))
+    ]
+    return {name: value for name in names if (value := headline(record, name)) is not None}
 
 
 def run_total(record: RunRecord, key: str) -> float | None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.errors import UsageError
 from fedloom.report import units
-from fedloom.report.groups import flat_settings, group, headline, run_total
+from fedloom.report.groups import flat_settings, group, headline, other_metrics, run_total, shared_primary
 from fedloom.report.looked_at import analysis_grids, pictures
+from fedloom.report.primary import VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
-from fedloom.report.tables import Cell, Grid, not_counted, paired_grid, recall_grid, summary_grid
+from fedloom.report.tables import Cell, Grid, f1_grid, not_counted, paired_grid, recall_grid, summary_grid
 from fedloom.report.waiting import Waiting, waiting_grid
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 FACTS = ("data", "model", "models", "clients", "participation", "cohort", "rounds", "seed", "buffers")
 IN_PLACE_OF = {"participation": "cohort", "model": "models"}
 MEASURES = {
-    "personal_accuracy": "personal",
-    "personal_accuracy_trained": "personal, trained clients only",
-    "personal_accuracy_fitted": "personal, after local training",
-    "general_accuracy": "general",
-    "server_accuracy": "server",
+    ("personal", ""): "personal",
+    ("personal", "trained"): "personal, trained clients only",
+    ("personal", "fitted"): "personal, after local training",
+    ("general", ""): "general",
+    ("server", ""): "server",
 }
 STATISTICS = {
     "final": "final",
@@ -66,7 +67,7 @@ class Detail:
     finished: bool
     progress: str
     command: str
-    accuracies: Grid
+    scores: Grid
     tables: Mapping[str, Mapping[str, str]]
 
 
@@ -78,14 +79,14 @@ def write_page(
     With `waiting`, the report also shows how long the runs would take on devices and networks. `baseline`: see `paired_table`.
 
     Raises:
-        UsageError: there are no records, `baseline` is not among them, matplotlib or Jinja is not installed, or `path` cannot be
-            written.
+        UsageError: there are no records, they have different primary metrics, `baseline` is not among them, matplotlib or Jinja is not
+            installed, or `path` cannot be written.
     """
     _write([Chapter(records)], path, waiting, baseline)
 
 
 def write_chapters(chapters: Sequence[Chapter], path: str | Path) -> None:
-    """Write one page for several comparisons; see `write_page`."""
+    """Write one page for several comparisons, which may have different primary metrics; see `write_page`."""
     _write(chapters, path)
 
 
@@ -145,6 +146,7 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
             paired_grid(records, baseline, digits=2),
             waiting_grid(records, waiting) if waiting else None,
             recall_grid(records),
+            f1_grid(records),
             *analysis_grids(records),
         ],
         "sections": {
@@ -197,20 +199,21 @@ def _scheme(record: RunRecord) -> str:
 def _sections(records: Sequence[RunRecord], prefix: str) -> dict[str, list[Plot]]:
     from fedloom.report import plots
 
+    primary = shared_primary(records)
     band = any(len(g.counted) > 1 for g in group(records))
     range_note = "Line: mean over seeds; band: from the lowest seed to the highest." if band else ""
-    measures = [measure for measure in plots.MEASURES if plots.has_values(records, measure)]
-    accuracy = [(plots.accuracy_over_rounds(records, measure), range_note) for measure in measures]
-    if measures:
+    views = [view for view in VIEWS if plots.has_values(records, primary.measure(view))]
+    curves = [(plots.metric_over_rounds(records, view), range_note) for view in views]
+    if views:
         note = "All clients together, cumulative."
-        accuracy.append((plots.accuracy_over_bytes(records, measures[0]), note))
+        curves.append((plots.metric_over_bytes(records, views[0]), note))
     spread = "Bar: the middle half of the clients; stroke: median; diamond: mean of the worst tenth."
     clients = [(plots.client_spread(records), spread)] if any(r.clients is not None for r in records) else []
     traffic = [(plots.bytes_by_kind(records), "Whole run, all clients together.")]
     sharp = [(plots.sharpness(records), plots.SHARPNESS_NOTE)] if plots.has_sharpness(records) else []
     logs = [(plots.log_over_rounds(records, key), "") for key in plots.log_names(records)]
     return {
-        "Accuracy": _drawn(f"{prefix}accuracy", accuracy),
+        _section(primary): _drawn(f"{prefix}{primary.name}", curves),
         "Clients and traffic": _drawn(
             f"{prefix}clients", clients + (traffic if any(r.summary for r in records) else [])
         ),
@@ -220,13 +223,18 @@ def _sections(records: Sequence[RunRecord], prefix: str) -> dict[str, list[Plot]
     }
 
 
+def _section(primary: Primary) -> str:
+    """Return the title of the section with the curves of the primary metric."""
+    return "Accuracy" if primary.name == "accuracy" else f"Metric: {primary.name}"
+
+
 def _times(records: Sequence[RunRecord], waiting: Waiting | None, prefix: str) -> dict[str, list[Plot]]:
     from fedloom.report import plots
 
     if waiting is None:
         return {}
     note = "Every round waits for its slowest client; the server's own work takes no time."
-    figures = [(plots.accuracy_over_time(records, network, waiting), note) for network in waiting.networks]
+    figures = [(plots.metric_over_time(records, network, waiting), note) for network in waiting.networks]
     return {"Devices and networks": _drawn(f"{prefix}time", figures)}
 
 
@@ -252,7 +260,8 @@ def _partitions(records: Sequence[RunRecord]) -> list[tuple[Figure, str]]:
     found = []
     for digest, sharing in runs.items():
         partition = sharing[0].partition
-        figure = plots.partition_figure(partition["class_counts"]["train"], partition.get("classes"))
+        kind = "class" if sharing[0].primary.name == "accuracy" else "group"
+        figure = plots.partition_figure(partition["class_counts"]["train"], partition.get("classes"), kind)
         users = ", ".join(record.name for record in sharing) if len(sharing) <= 6 else f"{len(sharing)} runs"
         users = "all runs" if len(sharing) == len(records) else users
         found.append((figure, f"{_scheme(sharing[0])} (hash {_shown(digest)[:16]}): {users}."))
@@ -260,14 +269,15 @@ def _partitions(records: Sequence[RunRecord]) -> list[tuple[Figure, str]]:
 
 
 def _detail(record: RunRecord) -> Detail:
+    primary = record.primary
     rows = [
-        (Cell(label), *(_accuracy_cell(record, measure, statistic) for statistic in STATISTICS))
-        for measure, label in MEASURES.items()
-        if headline(record, measure) is not None
+        (Cell(label), *(_score_cell(record, measure, statistic) for statistic in STATISTICS))
+        for place, label in MEASURES.items()
+        if headline(record, measure := primary.measure(*place)) is not None
     ]
     filled = [0, *(place for place in range(1, len(STATISTICS) + 1) if any(row[place].text for row in rows))]
-    headers = ("accuracy (%)", *STATISTICS.values())
-    accuracies = Grid(
+    headers = (primary.label, *STATISTICS.values())
+    scores = Grid(
         title="",
         headers=tuple(headers[place] for place in filled),
         rows=tuple(tuple(row[place] for place in filled) for row in rows),
@@ -275,6 +285,7 @@ def _detail(record: RunRecord) -> Detail:
     )
     tables = {
         "Result": _result(record),
+        "Other metrics": _others(record),
         "Settings": _pairs(record.config),
         "Environment": _pairs(record.environment),
     }
@@ -284,7 +295,7 @@ def _detail(record: RunRecord) -> Detail:
         finished=record.finished,
         progress=record.progress,
         command=command,
-        accuracies=accuracies,
+        scores=scores,
         tables=tables,
     )
 
@@ -293,9 +304,19 @@ def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
     return {printable(key): _shown(value) for key, value in flat_settings(tree).items() if key != "command"}
 
 
-def _accuracy_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
-    value = headline(record, measure, statistic)
-    return Cell("") if value is None else Cell(units.points(value, 2), value)
+def _score_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
+    value, final = headline(record, measure, statistic), headline(record, measure)
+    if value is None:
+        return Cell("")
+    if statistic == "std" and final is not None:
+        return Cell(record.primary.spread(value, final, 2), value)
+    return Cell(record.primary.text(value, 2), value)
+
+
+def _others(record: RunRecord) -> dict[str, str]:
+    """Return the metrics except the primary one after the last evaluation, such as `personal mae`."""
+    found = {key.replace("_", " ", 1): value for key, value in other_metrics(record).items()}
+    return {printable(name): units.significant(value) for name, value in found.items()}
 
 
 def _result(record: RunRecord) -> dict[str, str]:
@@ -311,5 +332,7 @@ def _result(record: RunRecord) -> dict[str, str]:
         "largest client": f"{units.size(peak)} of tensors at once" if peak else "",
         "partition": _scheme(record),
         "partition hash": _shown(record.partition.get("hash", "")),
+        "digest": _shown(record.manifest.get("digest", "")),
+        "accepted changes": printable("; ".join(map(str, (record.summary or {}).get("accepted_changes", ())))),
     }
     return {key: value for key, value in found.items() if value}

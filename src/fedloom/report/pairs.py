@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedloom.errors import UsageError, suggest
-from fedloom.report.groups import Group, headline
+from fedloom.report.groups import Group, headline, shared_primary
 from fedloom.report.read import RunRecord
 from fedloom.report.student import t_quantile
 
@@ -18,7 +18,7 @@ MIN_SEEDS_FOR_INTERVAL = 3
 
 @dataclass(frozen=True)
 class Difference:
-    """`label` minus the baseline, in percentage points (positive: better), over `n_seeds` pairs.
+    """Difference between `label` and the baseline over `n_seeds` pairs, in percentage points or the metric's unit (positive: better).
 
     `interval` is the 95 % t-interval of the mean, or None for fewer than three seeds.
     """
@@ -48,7 +48,9 @@ def choose_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
 def difference(group: Group, baseline: Group, measure: str, statistic: str = "final") -> Difference | None:
     """Return the paired difference in one measure over finished runs with equal data, seed and partition, or None without pairs."""
     ours, theirs = (_by_seed(g, measure, statistic) for g in (group, baseline))
-    points = 100 * np.array([np.mean(ours[key]) - np.mean(theirs[key]) for key in ours if key in theirs])
+    primary = shared_primary((*group.records, *baseline.records))
+    differences = np.array([np.mean(ours[key]) - np.mean(theirs[key]) for key in ours if key in theirs])
+    points = primary.sign * primary.scale * differences
     if not len(points):
         return None
     mean = float(points.mean())

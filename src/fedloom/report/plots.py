@@ -15,9 +15,10 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from fedloom.errors import DataError
-from fedloom.report.groups import Group, group, headline, series
+from fedloom.report.groups import Group, group, headline, series, shared_primary
 from fedloom.report.link_speeds import Network
 from fedloom.report.looked_at import part_of
+from fedloom.report.primary import VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.style import (
     ACCENT,
@@ -41,9 +42,10 @@ Floats = NDArray[np.float64]
 WIDTH, HEIGHT = 4.9, 3.3
 MAX_DOTS = 200
 MAX_BUBBLES = (120, 30)
-MEASURES = ("personal_accuracy", "general_accuracy", "server_accuracy")
 ROUNDS = ("lost", "late", "rejected", "skipped", "virtual_steps")  # cumulative counts of events in rounds
-NOT_A_LOG = (*MEASURES, "round", "valid_accuracy", "uplink_bytes", "downlink_bytes", "cohort", *ROUNDS)
+NOT_A_LOG = ("round", "uplink_bytes", "downlink_bytes", "cohort", *ROUNDS)
+SCORES = tuple(f"{view}_" for view in (*VIEWS, "valid"))  # prefixes of the names of metrics; a log's name has a dot
+SINGLE_GROUP = ["examples"]  # the names of a partition's groups if the task has no groups of examples
 
 
 class Curve(NamedTuple):
@@ -55,53 +57,62 @@ class Curve(NamedTuple):
     high: Floats
 
 
-def accuracy_over_rounds(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
-    """Plot an accuracy in percent over completed rounds: mean over seeds, with a band from the worst seed to the best."""
-    curves = _curves(group(records), lambda record: 100 * series(record, measure))
-    return _curves_figure(records, curves, f"{measure_name(measure)} over rounds", ("round", "accuracy (%)"))
+def metric_over_rounds(records: Sequence[RunRecord], view: str = "personal") -> Figure:
+    """Plot the primary metric over completed rounds: mean over seeds, with a band from the lowest seed to the highest.
+
+    `view` is `personal`, `general` or `server`. Fractions are shown in percent.
+    """
+    primary = shared_primary(records)
+    curves = _curves(group(records), lambda record: _shown(record, primary, view))
+    return _curves_figure(records, curves, f"{_title(primary, view)} over rounds", ("round", primary.label))
 
 
-def accuracy_over_bytes(records: Sequence[RunRecord], measure: str = "personal_accuracy") -> Figure:
-    """Plot an accuracy in percent over the bytes sent so far, up and down, for all clients."""
+def metric_over_bytes(records: Sequence[RunRecord], view: str = "personal") -> Figure:
+    """Plot the primary metric over the bytes sent so far, up and down, for all clients."""
 
     def traffic(record: RunRecord) -> pd.Series:
         return series(record, "uplink_bytes") + series(record, "downlink_bytes")
 
-    title = f"{measure_name(measure)} over traffic"
-    return _accuracy_over(
-        traffic, size, records=records, measure=measure, title=title, axis_name="bytes sent, up and down"
-    )
+    return _metric_over(traffic, size, records=records, view=view, over="traffic", axis_name="bytes sent, up and down")
 
 
-def accuracy_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
-    """Plot personal accuracy in percent over the time that devices on a network would need (see `report.waiting`)."""
-    measure = "personal_accuracy"
-    title = f"{measure_name(measure)} over time, {network.name}"
-    return _accuracy_over(
+def metric_over_time(records: Sequence[RunRecord], network: Network, waiting: Waiting) -> Figure:
+    """Plot the personal metric over the time that devices on a network would need (see `report.waiting`)."""
+    return _metric_over(
         lambda r: elapsed(r, network, waiting),
         duration,
         records=records,
-        measure=measure,
-        title=title,
+        view="personal",
+        over=f"time, {network.name}",
         axis_name="time",
     )
 
 
-def _accuracy_over(
+def _shown(record: RunRecord, primary: Primary, view: str) -> pd.Series[float]:
+    """Return the values of the primary metric as they are shown, by round."""
+    return primary.scale * series(record, primary.measure(view))
+
+
+def _title(primary: Primary, view: str) -> str:
+    return f"{view.capitalize()} {primary.name}"
+
+
+def _metric_over(
     cost: Callable[[RunRecord], pd.Series],
     shown: Callable[[float], str],
     records: Sequence[RunRecord],
-    measure: str,
-    title: str,
+    view: str,
+    over: str,
     axis_name: str,
 ) -> Figure:
-    """Plot an accuracy in percent over a cost; `shown` formats the cost on the axis."""
-    groups = group(records)
-    curves = _curves(groups, lambda record: 100 * series(record, measure))
+    """Plot the primary metric over a cost, which is named `over` in the title; `shown` formats the cost on the axis."""
+    groups, primary = group(records), shared_primary(records)
+    title = f"{_title(primary, view)} over {over}"
+    curves = _curves(groups, lambda record: _shown(record, primary, view))
     costs = _curves(groups, cost)
     curves = {label: _over(curve, costs[label]) for label, curve in curves.items() if label in costs}
     curves = {label: curve for label, curve in curves.items() if len(curve.x)}
-    figure = _curves_figure(records, curves, title, (axis_name, "accuracy (%)"))
+    figure = _curves_figure(records, curves, title, (axis_name, primary.label))
     for axes in figure.axes if curves else ():
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
         if _spans([curve.x[-1] for curve in curves.values()], 20):
@@ -151,8 +162,7 @@ def log_over_rounds(records: Sequence[RunRecord], key: str) -> Figure:
 def log_names(records: Sequence[RunRecord]) -> list[str]:
     """Return the names of the methods' own logs (`train.loss`, `mcsl.kl`), in order of first appearance."""
     columns = dict.fromkeys(key for record in records for key in record.metrics.columns)
-    measures = tuple(f"{measure}_" for measure in MEASURES)
-    own = [key for key in columns if key not in NOT_A_LOG and not key.startswith(measures)]
+    own = [key for key in columns if key not in NOT_A_LOG and not key.startswith(SCORES)]
     return [key for key in own if not key.endswith("_seconds") and has_values(records, key)]
 
 
@@ -161,23 +171,19 @@ def has_values(records: Iterable[RunRecord], key: str) -> bool:
     return any(len(series(record, key)) for record in records)
 
 
-def measure_name(measure: str) -> str:
-    """Return `"Personal accuracy"` for `"personal_accuracy"`."""
-    return measure.replace("_", " ").capitalize()
-
-
 def client_spread(records: Sequence[RunRecord]) -> Figure:
-    """Plot every client's personal accuracy at the last evaluation, for all seeds together.
+    """Plot the primary metric of every client's personal model at the last evaluation, for all seeds together.
 
     The bar spans the middle half, the line is the median, and the diamond is the mean of the worst tenth. At most 200
     dots per method are drawn, evenly spaced in rank.
     """
-    groups = group(records)
+    groups, primary = group(records), shared_primary(records)
     marks = strokes(groups)
     with drawing():
         figure = Figure(figsize=(WIDTH, 1.2 + 0.38 * len(groups)))
-        axes = figure.add_subplot(title="Spread over clients", xlabel="personal accuracy of a client (%)")
-        found = [_draw_spread(axes, place, g, marks[g.label].colour) for place, g in enumerate(groups)]
+        x_label = f"personal {primary.name} of a client{primary.qualifier}"
+        axes = figure.add_subplot(title="Spread over clients", xlabel=x_label)
+        found = [_draw_spread(axes, place, g, primary, marks[g.label].colour) for place, g in enumerate(groups)]
         if not any(found):
             return _not_measured(axes)
         _name_rows(axes, [g.label for g in groups])
@@ -207,11 +213,12 @@ def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
     return figure
 
 
-def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None = None) -> Figure:
+def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None = None, kind: str = "class") -> Figure:
     """Plot a partition: examples of each class (rows) at each client (columns), with examples per client above.
 
-    `class_counts` has shape (K, Y); `classes` are the Y names. Up to 120 clients and 30 classes are drawn as bubbles with
-    area proportional to the number of examples, larger partitions as shaded cells. Raise DataError if counts or names do not fit.
+    `class_counts` has shape (K, Y); `classes` are the Y names. In tasks without classes, they are groups of examples, and `kind` is what
+    to call one. Up to 120 clients and 30 classes are drawn as bubbles with area proportional to the number of examples, larger
+    partitions as shaded cells. Raise DataError for invalid counts, or a wrong number of names.
     """
     counts = _checked_counts(class_counts)
     n_clients, n_classes = counts.shape
@@ -234,7 +241,12 @@ def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None =
         else:
             _draw_shades(main, counts)
         _name_classes(main, names)
-        main.set(xlabel="client", ylabel="class", xlim=(-0.6, n_clients - 0.4), ylim=(n_classes - 0.4, -0.6))
+        main.set(
+            xlabel="client",
+            ylabel="" if names == SINGLE_GROUP else kind,
+            xlim=(-0.6, n_clients - 0.4),
+            ylim=(n_classes - 0.4, -0.6),
+        )
         main.xaxis.set_major_locator(ticker.MaxNLocator(20, integer=True, min_n_ticks=1))
     return figure
 
@@ -308,9 +320,9 @@ def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _draw_spread(axes: Axes, row: int, members: Group, colour: str) -> bool:
+def _draw_spread(axes: Axes, row: int, members: Group, primary: Primary, colour: str) -> bool:
     """Draw one method. Return whether there was anything to draw."""
-    values = _client_accuracies(members)
+    values = _client_values(members, primary)
     if not len(values):
         return False
     low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
@@ -320,22 +332,25 @@ def _draw_spread(axes: Axes, row: int, members: Group, colour: str) -> bool:
     # Multiples of the golden ratio spread the dots evenly and reproducibly.
     heights = row + 0.44 * ((np.arange(len(dots)) * 0.618034) % 1 - 0.5)
     axes.plot(dots, heights, "o", color=colour, markersize=3, markeredgewidth=0, alpha=0.6)
-    worst = [headline(record, "personal_accuracy", "worst10") for record in members.counted]
+    worst = [headline(record, primary.measure("personal"), "worst10") for record in members.counted]
     known = [value for value in worst if value is not None]
     if known:
-        axes.plot([100 * float(np.mean(known))], [row], "D", color=INK, markersize=4.5, markerfacecolor="none")
+        axes.plot(
+            [primary.scale * float(np.mean(known))], [row], "D", color=INK, markersize=4.5, markerfacecolor="none"
+        )
     return True
 
 
-def _client_accuracies(members: Group) -> Floats:
-    """Return the sorted accuracies in percent at each run's last evaluation, shape (clients of all seeds,)."""
+def _client_values(members: Group, primary: Primary) -> Floats:
+    """Return the sorted values, as shown, at each run's last evaluation, shape (clients of all seeds,)."""
     found: list[Floats] = [np.empty(0)]
+    measure = primary.measure("personal")
     for record in members.counted:
-        if record.clients is not None and "personal_accuracy" in record.clients.columns:
-            values = pd.to_numeric(record.clients["personal_accuracy"], errors="coerce")
+        if record.clients is not None and measure in record.clients.columns:
+            values = pd.to_numeric(record.clients[measure], errors="coerce")
             known = record.clients.assign(value=values)[values.notna()]
             last = known[known["round"] == known["round"].max()]
-            found.append(100 * last["value"].to_numpy(dtype=np.float64))
+            found.append(primary.scale * last["value"].to_numpy(dtype=np.float64))
     return np.sort(np.concatenate(found))
 
 

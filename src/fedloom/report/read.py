@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fedloom.errors import RunFolderError
+from fedloom.report.primary import ACCURACY, Primary, read_primary
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -24,6 +25,8 @@ class RunRecord:
     `metrics` has one row per evaluated round, sorted by `round`, with NaN for null. `clients` has one row per (round,
     client), or is None if the folder has no `clients.parquet`. `summary` is None while the run is unfinished.
     `environment` and `partition` are empty if their files are missing. `analysis` is the result of `fedloom analyse`.
+    `primary` is the metric that the run is measured by. `manifest` is that of the finished run; it is not checked here
+    (`fedloom verify` does that).
     """
 
     path: Path
@@ -35,6 +38,8 @@ class RunRecord:
     environment: Mapping[str, Any]
     partition: Mapping[str, Any]
     analysis: Mapping[str, Any] = field(default_factory=dict)
+    primary: Primary = ACCURACY
+    manifest: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -109,17 +114,20 @@ def _natural_order(path: Path) -> list[tuple[int, str]]:
 
 
 def _read_run(folder: Path) -> RunRecord:
-    summary = folder / "summary.json"
+    summary, partition = (_read_json(folder / name) for name in ("summary.json", "partition.json"))
+    primary = summary.get("primary", partition.get("primary"))  # unfinished runs have no summary
     return RunRecord(
         path=folder,
         name=printable(folder.resolve().name),
         config=_read_toml(folder / "config.toml"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
         clients=_read_clients(folder / "clients.parquet"),
-        summary=_read_json(summary) if summary.exists() else None,
+        summary=summary if (folder / "summary.json").exists() else None,
         environment=_read_json(folder / "environment.json"),
-        partition=_read_json(folder / "partition.json"),
+        partition=partition,
         analysis=_read_json(folder / "analysis" / "analysis.json"),
+        primary=read_primary(primary, f"'{folder}'"),
+        manifest=_read_json(folder / "manifest.json"),
     )
 
 

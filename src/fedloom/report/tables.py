@@ -13,8 +13,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.report import units
-from fedloom.report.groups import Group, group, headline, run_total
+from fedloom.report.groups import Group, group, headline, run_total, shared_primary
 from fedloom.report.pairs import MIN_SEEDS_FOR_INTERVAL, Difference, choose_baseline, difference
+from fedloom.report.primary import VIEWS, Primary
 from fedloom.report.read import RunRecord
 
 
@@ -47,11 +48,17 @@ class Column(NamedTuple):
     header: str
     value: Callable[[RunRecord], float | None]
     text: Callable[[float], str]
-    is_score: bool  # larger is better, and the spread over seeds is shown; otherwise it is a cost
+    is_score: (
+        bool  # a value of the primary metric, with its spread over seeds; otherwise a cost, of which less is better
+    )
 
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
-    """Return a table with one row per method (mean ± std over seeds): accuracies in percent, and total traffic and time per run."""
+    """Return a table with one row per method (mean ± std over seeds): the primary metric, and total traffic and time per run.
+
+    Raises:
+        UsageError: the runs have different primary metrics.
+    """
     return drawn(summary_grid(records))
 
 
@@ -61,46 +68,46 @@ def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> T
     The default baseline is FedAvg, or the first method if there is no FedAvg.
 
     Raises:
-        UsageError: `baseline` is not among the runs.
+        UsageError: `baseline` is not among the runs, or the runs have different primary metrics.
     """
     grid = paired_grid(records, baseline)
     return drawn(grid) if grid else None
 
 
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
-    """See `summary_table`. `digits`: decimal places of accuracies. Columns without values are left out."""
-    groups = group(records)
-    columns = [column for column in _columns(digits) if _fills(column, groups)]
-    body = [_column_cells(column, groups, digits) for column in columns]
+    """See `summary_table`. `digits`: decimal places of percentages. Columns without values are left out."""
+    groups, primary = group(records), shared_primary(records)
+    columns = [column for column in _columns(primary, digits) if _fills(column, groups)]
+    body = [_column_cells(column, groups, primary, digits) for column in columns]
     names = [Cell(g.label if g.finished else f"{g.label} (unfinished)") for g in groups]
     rows = tuple(zip(names, *body, strict=True))
     headers = ("Method", *(column.header for column in columns))
-    return Grid(title="Results, accuracy in percent", headers=headers, rows=rows, caption=_summary_caption(groups))
+    return Grid(title=f"Results, {primary.heading}", headers=headers, rows=rows, caption=_summary_caption(groups))
 
 
-def _columns(digits: int) -> list[Column]:
-    def points(value: float) -> str:
-        return units.points(value, digits)
+def _columns(primary: Primary, digits: int) -> list[Column]:
+    def text(value: float) -> str:
+        return primary.text(value, digits)
 
-    def accuracy(header: str, measure: str, statistic: str = "final") -> Column:
-        return Column(header, lambda record: headline(record, measure, statistic), points, True)
+    def score(header: str, view: str, statistic: str = "final", facet: str = "") -> Column:
+        return Column(header, lambda record: headline(record, primary.measure(view, facet), statistic), text, True)
 
     def cost(header: str, key: str, text: Callable[[float], str]) -> Column:
         return Column(header, lambda record: run_total(record, key), text, False)
 
     return [
-        accuracy("personal\nfinal", "personal_accuracy"),
-        accuracy("personal\nlast 10", "personal_accuracy", "last10"),
-        accuracy("personal\nchosen", "personal_accuracy", "chosen_on_validation"),
-        accuracy("personal\nworst 10%", "personal_accuracy", "worst10"),
-        Column("personal\ntrained", _trained, points, True),
-        accuracy("personal\nfitted", "personal_accuracy_fitted"),
-        accuracy("general\nfinal", "general_accuracy"),
-        accuracy("server\nfinal", "server_accuracy"),
+        score("personal\nfinal", "personal"),
+        score("personal\nlast 10", "personal", "last10"),
+        score("personal\nchosen", "personal", "chosen_on_validation"),
+        score("personal\nworst 10%", "personal", "worst10"),
+        Column("personal\ntrained", _trained, text, True),
+        score("personal\nfitted", "personal", facet="fitted"),
+        score("general\nfinal", "general"),
+        score("server\nfinal", "server"),
         Column("rounds\nto target", lambda record: _to_target(record, "rounds"), _rounds, False),
         Column("bytes\nto target", lambda record: _to_target(record, "bytes"), _bytes, False),
-        Column("newcomers\nreceived", lambda record: _newcomers(record, "received"), points, True),
-        Column("newcomers\njoined", lambda record: _newcomers(record, "joined"), points, True),
+        Column("newcomers\nreceived", lambda record: _newcomers(record, "received"), text, True),
+        Column("newcomers\njoined", lambda record: _newcomers(record, "joined"), text, True),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
@@ -108,7 +115,7 @@ def _columns(digits: int) -> list[Column]:
 
 
 def _to_target(record: RunRecord, what: str) -> float | None:
-    """Return the cost until the target accuracy: infinity if the run never reached it, None if it had no target."""
+    """Return the cost until the target: infinity if the run never reached it, None if it had no target."""
     summary = record.summary or {}
     value = summary.get(f"{what}_to_target", math.inf if "target" in summary else None)
     return math.inf if "target" in summary and value is None else value
@@ -127,38 +134,54 @@ def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
 
     Return None if the runs have no recalls, have different classes, or have more than `most` classes (too many for a table).
     """
-    found = {
-        g.label: [run for r in g.counted if (run := (r.summary or {}).get("general_recall"))] for g in group(records)
-    }
-    found = {label: runs for label, runs in found.items() if runs}
-    sizes = {len(run) for runs in found.values() for run in runs}
-    named = {tuple(classes) for r in records if (classes := r.partition.get("classes"))}
-    if len(sizes) != 1 or max(sizes) > most or len(named) > 1:
-        return None
-    names = next(iter(named), None) or range(*sizes)
-    rows = tuple((Cell(label), *map(_recall_cell, zip(*runs, strict=True))) for label, runs in found.items())
     caption = (
         "Personal models on the common test set: fraction of each class's examples that they classify correctly; "
         "mean over clients and seeds."
     )
-    return Grid(
-        title="Recall by class, in percent", headers=("Method", *map(str, names)), rows=rows, caption=caption, heat=True
-    )
+    return _grid_by_name(records, "general_recall", "Recall by class, in percent", caption, most)
 
 
-def _recall_cell(values: Sequence[float | None]) -> Cell:
+def f1_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
+    """Return the F1 of each label, of the clients' models on the common test set, in percent, averaged over seeds.
+
+    Return None if the runs have none, have different labels, or have more than `most` labels (too many for a table).
+    """
+    caption = "Personal models on the common test set: F1 of each label over all clients' predictions; mean over seeds."
+    return _grid_by_name(records, "general_f1", "F1 by label, in percent", caption, most)
+
+
+def _grid_by_name(records: Sequence[RunRecord], measure: str, title: str, caption: str, most: int) -> Grid | None:
+    found = {g.label: [run for r in g.counted if (run := (r.summary or {}).get(measure))] for g in group(records)}
+    found = {label: runs for label, runs in found.items() if runs}
+    sizes = {len(run) for runs in found.values() for run in runs}
+    named = {tuple(names) for r in records if (names := _names(r))}
+    if len(sizes) != 1 or max(sizes) > most or len(named) > 1:
+        return None
+    names = next(iter(named), None) or range(*sizes)
+    rows = tuple((Cell(label), *map(_percent_cell, zip(*runs, strict=True))) for label, runs in found.items())
+    return Grid(title=title, headers=("Method", *map(str, names)), rows=rows, caption=caption, heat=True)
+
+
+def _names(record: RunRecord) -> Sequence[object] | None:
+    """Return the names of the classes or labels; run folders without an objective have them in the partition."""
+    objective = (record.summary or {}).get("objective") or {"names": record.partition.get("classes")}
+    names: Sequence[object] | None = objective.get("names")
+    return names
+
+
+def _percent_cell(values: Sequence[float | None]) -> Cell:
     known = [value for value in values if value is not None]
     return Cell(units.points(statistics.fmean(known), 0), statistics.fmean(known)) if known else EMPTY
 
 
 def _trained(record: RunRecord) -> float | None:
-    """Return the personal accuracy of the clients that have trained, or None if it equals that of all clients."""
-    value = headline(record, "personal_accuracy_trained")
-    return None if value == headline(record, "personal_accuracy") else value
+    """Return the personal metric over clients that have trained, or None if it equals that over all clients."""
+    value = headline(record, record.primary.measure("personal", "trained"))
+    return None if value == headline(record, record.primary.measure("personal")) else value
 
 
 def _newcomers(record: RunRecord, when: str) -> float | None:
-    """Return the accuracy of newcomers on their own examples, with the model that they received or after they joined."""
+    """Return the primary metric of newcomers on their own examples, with the model that they received or after they joined."""
     value = ((record.summary or {}).get("new_clients") or {}).get(when)
     return float(value) if isinstance(value, int | float) else None
 
@@ -167,27 +190,27 @@ def _fills(column: Column, groups: Sequence[Group]) -> bool:
     return any(column.value(record) is not None for g in groups for record in g.counted)
 
 
-def _column_cells(column: Column, groups: Sequence[Group], digits: int) -> list[Cell]:
-    cells = [_mean_cell(column, g, digits) for g in groups]
+def _column_cells(column: Column, groups: Sequence[Group], primary: Primary, digits: int) -> list[Cell]:
+    cells = [_mean_cell(column, g, primary, digits) for g in groups]
     means = [cell.value for cell, g in zip(cells, groups, strict=True) if cell.value is not None and g.finished]
     printed = [column.text(mean) for mean in means]  # values that look the same when printed are treated as equal
     if len(set(printed)) < 2:
         return cells
-    best = column.text(max(means) if column.is_score else min(means))
+    best = column.text(primary.best(means) if column.is_score else min(means))
     return [
         cell._replace(bold=g.finished and cell.value is not None and column.text(cell.value) == best)
         for cell, g in zip(cells, groups, strict=True)
     ]
 
 
-def _mean_cell(column: Column, members: Group, digits: int) -> Cell:
+def _mean_cell(column: Column, members: Group, primary: Primary, digits: int) -> Cell:
     values = [value for record in members.counted if (value := column.value(record)) is not None]
     if not values:
         return EMPTY
     mean = statistics.fmean(values)
     text = column.text(mean)
     if column.is_score and len(values) > 1:
-        text += f" ±{units.points(statistics.stdev(values), digits)}"
+        text += f" ±{primary.spread(statistics.stdev(values), mean, digits)}"
     return Cell(text, mean)
 
 
@@ -205,6 +228,9 @@ def _summary_caption(groups: Sequence[Group]) -> str:
     if unfinished:
         listed = ", ".join(f"{record.name} ({record.progress})" for record in unfinished)
         notes.append(f"Unfinished: {listed}; counted only where a method has no finished run.")
+    edited = [record.name for g in groups for record in g.records if (record.summary or {}).get("accepted_changes")]
+    if edited:
+        notes.append(f"Resumed with other settings, code or versions: {', '.join(edited)}.")
     return " ".join(notes)
 
 
@@ -215,45 +241,49 @@ def not_counted(records: Sequence[RunRecord]) -> str:
 
 
 def paired_grid(records: Sequence[RunRecord], baseline: str | None = None, digits: int = 1) -> Grid | None:
-    """See `paired_table`. `digits`: decimal places."""
-    groups = group(records)
+    """See `paired_table`. `digits`: decimal places of percentage points."""
+    groups, primary = group(records), shared_primary(records)
     base = choose_baseline(groups, baseline)
     others = [g for g in groups if g is not base]
-    measures = ("personal_accuracy", "general_accuracy", "server_accuracy")
-    found = {measure: [difference(g, base, measure) for g in others] for measure in measures}
-    found = {measure: column for measure, column in found.items() if any(column)}
-    rows = [_paired_row(g.label, column, digits) for g, *column in zip(others, *found.values(), strict=True)]
+    found = {view: [difference(g, base, primary.measure(view)) for g in others] for view in VIEWS}
+    found = {view: column for view, column in found.items() if any(column)}
+    rows = [_paired_row(g.label, column, primary, digits) for g, *column in zip(others, *found.values(), strict=True)]
     if not found:
         return None
-    headers = ("Method", "\nseeds", *(f"{measure.split('_')[0]}\nfinal" for measure in found))
-    title = f"Difference to {base.label} in percentage points"
+    headers = ("Method", "\nseeds", *(f"{view}\nfinal" for view in found))
     return Grid(
-        title=title,
+        title=f"Difference to {base.label} in {primary.difference_heading}",
         headers=headers,
         rows=tuple(row for row in rows if row),
-        caption=_paired_caption(list(found.values())),
+        caption=_paired_caption(list(found.values()), primary),
     )
 
 
-def _paired_row(label: str, differences: Sequence[Difference | None], digits: int) -> tuple[Cell, ...]:
+def _paired_row(
+    label: str, differences: Sequence[Difference | None], primary: Primary, digits: int
+) -> tuple[Cell, ...]:
     n_seeds = max((found.n_seeds for found in differences if found), default=0)
     if not n_seeds:
         return ()
-    return (Cell(label), Cell(str(n_seeds), n_seeds), *(_difference_cell(found, digits) for found in differences))
+    cells = [_difference_cell(found, primary, digits) for found in differences]
+    return (Cell(label), Cell(str(n_seeds), n_seeds), *cells)
 
 
-def _difference_cell(found: Difference | None, digits: int) -> Cell:
+def _difference_cell(found: Difference | None, primary: Primary, digits: int) -> Cell:
     if found is None:
         return EMPTY
-    text = f"{found.mean:+.{digits}f}"
-    if found.interval:
-        low, high = found.interval
-        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    numbers = (found.mean, *(found.interval or ()))
+    largest = max(map(abs, numbers))
+    text, *interval = (primary.difference(number, largest, digits) for number in numbers)
+    if interval:
+        text += f" [{', '.join(interval)}]"
     return Cell(text, found.mean, found.clear)
 
 
-def _paired_caption(columns: Sequence[Sequence[Difference | None]]) -> str:
+def _paired_caption(columns: Sequence[Sequence[Difference | None]], primary: Primary) -> str:
     caption = "Pairs share data, seed and partition; finished runs only."
+    if primary.is_lower_better:
+        caption = f"Positive is better: {primary.name} is lower than that of the baseline. {caption}"
     if any(found and found.interval for column in columns for found in column):
         return f"{caption} In brackets: 95 % t-interval of the mean; bold if it excludes zero."
     return f"{caption} An interval needs at least {MIN_SEEDS_FOR_INTERVAL} seeds."

@@ -8,6 +8,15 @@ def points(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
 
 
+def significant(value: float, like: float | None = None) -> str:
+    """Return a number with four significant digits (`"54.30"`), or with the decimal places that `like` would have.
+
+    Digits before the decimal point are never rounded, except in very large numbers, which have an exponent.
+    """
+    exponent = int(f"{value if like is None else like:.3e}".partition("e")[2])
+    return f"{value:.{max(3 - exponent, 0)}f}" if -5 < exponent < 9 else f"{value:.3e}"
+
+
 def size(n_bytes: float) -> str:
     """Return bytes in decimal units: `"950 B"`, `"12.3 MB"`."""
     names = ("B", "kB", "MB", "GB", "TB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import decimal
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from rich.table import Table
 
 from fedloom.errors import ConfigError
 from fedloom.report import units
-from fedloom.report.groups import group, series
+from fedloom.report.groups import group, series, shared_primary
 from fedloom.report.link_speeds import Network
 from fedloom.report.read import RunRecord
 from fedloom.report.tables import EMPTY, Cell, Grid, drawn
 
-MEASURE = "personal_accuracy"
+COMMON_DIGITS = 3  # significant digits of a common target that is not in percent
 
 
 class Waiting(NamedTuple):
@@ -26,7 +27,7 @@ class Waiting(NamedTuple):
     networks: Sequence[Network]
     slowdown: float = 1.0  # factor by which devices compute more slowly than this machine
     gflops: float | None = None  # or their GFLOP/s: time is counted operations / GFLOP/s instead of measured seconds
-    target: float | None = None  # an accuracy in [0, 1]; None: the highest integer percentage that all runs reach
+    target: float | None = None  # a value of the primary metric, as stored; None: see `common_target`
 
 
 def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[float]:
@@ -47,16 +48,28 @@ def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[
 
 
 def common_target(records: Sequence[RunRecord]) -> float:
-    """Return the highest integer percentage of personal accuracy that every run reaches, as a fraction."""
-    best = [series(record, MEASURE).max() for record in records]
-    return math.floor(100 * min(best) + 1e-9) / 100
+    """Return a round value of the personal metric that every run reaches: the worst of the runs' best values, rounded.
+
+    Percentages are rounded to an integer, others to three significant digits, both in the direction that is easier to reach.
+    """
+    primary = shared_primary(records)
+    worst = primary.worst(primary.best(_values(record)) for record in records)
+    if primary.percent:
+        rounded = math.ceil(100 * worst - 1e-9) if primary.is_lower_better else math.floor(100 * worst + 1e-9)
+        return rounded / 100
+    easier = decimal.ROUND_CEILING if primary.is_lower_better else decimal.ROUND_FLOOR
+    return float(decimal.Context(prec=COMMON_DIGITS, rounding=easier).create_decimal(repr(float(worst))))
 
 
 def round_of_target(record: RunRecord, target: float) -> int | None:
-    """Return the first evaluated round with the target accuracy, or None."""
-    values = series(record, MEASURE)
-    there = values[values >= target]
+    """Return the first evaluated round that reaches the target, or None."""
+    values = _values(record)
+    there = values[record.primary.sign * (values - target) >= 0]
     return int(there.index[0]) if len(there) else None
+
+
+def _values(record: RunRecord) -> pd.Series[float]:
+    return series(record, record.primary.measure("personal"))
 
 
 def waiting_table(records: Sequence[RunRecord], waiting: Waiting) -> Table:
@@ -65,11 +78,13 @@ def waiting_table(records: Sequence[RunRecord], waiting: Waiting) -> Table:
 
 
 def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
-    """Return each method's time to the target accuracy on each network, mean over seeds; a dash means that a seed never reaches it.
+    """Return each method's time to the target on each network, mean over seeds; a dash means that a seed never reaches it.
 
     Raises:
-        ConfigError: a run has no accuracy or no client times.
+        ConfigError: a run has no scores or no client times.
+        UsageError: the runs have different primary metrics.
     """
+    primary = shared_primary(records)
     counted = [record for g in group(records) for record in g.counted]
     for record in counted:
         lacking = _lacking(record, waiting)
@@ -93,7 +108,7 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
         *(f"\n{w.name}" for w in waiting.networks),
     )
     return Grid(
-        title=f"Time to {units.points(target)} % personal accuracy",
+        title=f"Time to {primary.target(target)}",
         headers=headers,
         rows=tuple(rows),
         caption=_caption(waiting),
@@ -102,8 +117,8 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
 
 def _lacking(record: RunRecord, waiting: Waiting) -> str:
     """Return what a run lacks for the estimate, or ""."""
-    if not len(series(record, MEASURE)):
-        return "no accuracy yet"
+    if not len(_values(record)):
+        return f"no {record.primary.name} yet"
     if len(elapsed(record, waiting.networks[0], waiting)):
         return ""
     if waiting.gflops is not None and len(elapsed(record, waiting.networks[0], waiting._replace(gflops=None))):

@@ -28,6 +28,7 @@ from fedloom import data
 from fedloom.accelerator import HOST, describe_device, exact, synchronise, torch_threads
 from fedloom.config.settings import Values, make_method, make_settings
 from fedloom.engines import Problem
+from fedloom.engines.make import engine_words
 from fedloom.engines.processes import cores
 from fedloom.errors import ConfigError, WorkerError, suggest
 from fedloom.experiment.build import arithmetic, make_federation, make_problem
@@ -260,7 +261,7 @@ def measure(
         ConfigError: the scale, number of rounds, precision or engine is invalid.
         WorkerError: a rival's process exited.
     """
-    _check(scale, rounds)
+    _check_ranges(scale, rounds)
     with ExitStack() as open_things:
         folder = Path(open_things.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-bench-")))
         dataset = dataset_for(work, scale)
@@ -304,7 +305,20 @@ def _engine(words: str, device: str) -> Values:
     return {"name": name, "device": device, "lanes": lanes if colon else None}
 
 
-def _check(scale: float, rounds: int) -> None:
+def check(
+    work: Workload, engines: Sequence[str], *, scale: float, rounds: int, precision: str = "fp32", device: str = "cpu"
+) -> None:
+    """Raise ConfigError or DataError for arguments of `measure` that are invalid. Nothing is measured."""
+    _check_ranges(scale, rounds)
+    values = {**work.values(scale), "precision": precision}
+    for engine in engines:
+        settings = make_settings({**values, "engine": _engine(engine, device)})
+        engine_words(settings.engine.name)
+    with arithmetic(settings):
+        make_federation(settings, dataset_for(work, scale))
+
+
+def _check_ranges(scale: float, rounds: int) -> None:
     if not 0 < scale <= 1:
         raise ConfigError(f"scale={scale:g}: must be above 0 and at most 1")
     if rounds < 1:

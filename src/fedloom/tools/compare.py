@@ -20,6 +20,7 @@ from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Named, Settings, Values, make_method, make_settings
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
+from fedloom.experiment.lock import FolderLock
 from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.methods.registry import METHODS, method_class
@@ -183,20 +184,29 @@ def reopen(folder: str | Path) -> dict[Path, Comparison]:
 
 
 def execute(
-    comparison: Comparison, folder: Path, on_run: OnRun | None = None, on_start: OnStart | None = None
+    comparison: Comparison,
+    folder: Path,
+    on_run: OnRun | None = None,
+    on_start: OnStart | None = None,
+    accept_changes: bool = False,
 ) -> list[Path]:
-    """Execute the unfinished runs; an interrupted run resumes from its checkpoint. Return the folders of all runs."""
+    """Execute the unfinished runs; an interrupted run resumes from its checkpoint. Return the folders of all runs.
+
+    The folder is locked meanwhile. `accept_changes`: see `Experiment.resume`.
+    """
     jobs = comparison.jobs(folder)
     left = [job for job in jobs if not job.finished]
     dataset = make_dataset(left[0].settings) if left else None
-    for job in left:
-        on_round = on_run(job) if on_run else None
-        parts = GivenObjects(dataset=dataset)
-        started = (job.folder / "config.toml").is_file()
-        experiment = Experiment.resume(job.folder, parts) if started else Experiment(job.settings, parts)
-        if on_start:
-            on_start(job, experiment)
-        experiment.run(on_round)
+    with FolderLock(folder):
+        for job in left:
+            on_round = on_run(job) if on_run else None
+            parts = GivenObjects(dataset=dataset)
+            started = (job.folder / "config.toml").is_file()
+            resumed = Experiment.resume(job.folder, parts, accept_changes) if started else None
+            experiment = resumed or Experiment(job.settings, parts)
+            if on_start:
+                on_start(job, experiment)
+            experiment.run(on_round)
     return [job.folder for job in jobs]
 
 
@@ -304,7 +314,7 @@ def _seeds(value: Any) -> tuple[int, ...]:
     seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in listed]
     if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
         shown = ",".join(map(str, listed))
-        raise ConfigError(f"seed={shown}: must be distinct whole numbers of at least 0, such as seed=0,1,2")
+        raise ConfigError(f"seed={shown}: must be distinct integers of at least 0, such as seed=0,1,2")
     return tuple(seeds)
 
 

@@ -278,7 +278,7 @@ def _write_onnx(model: PersonalModel, x: Inputs, file: Path, facts: Mapping[str,
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Suppress warnings of the exporter, which concern only itself and torchvision, which is not needed."""
+    """Suppress the exporter's warnings. They concern its own code, and torchvision, which is not needed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)

@@ -117,6 +117,11 @@ class Plan(NamedTuple):
         n_steps = len(sizes) * epochs if steps is None else steps
         return islice(every, max(int(n_steps // self.slowdown), 1))
 
+    def n_steps(self, n: int, epochs: int, steps: int | None) -> int:
+        """Return the number of batches that `batches` yields for `n` examples."""
+        whole = len(self._sizes(n)) * epochs if steps is None else steps
+        return whole if self.slowdown == 1 else max(int(whole // self.slowdown), 1)
+
     def _sizes(self, n: int) -> list[int]:
         """Return the size of each batch in one pass over `n` examples."""
         size = min(self.batch_size, n)

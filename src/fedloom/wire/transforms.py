@@ -187,9 +187,7 @@ TRANSFORMS: Mapping[str, Kind] = {
     "bf16": Kind(
         make=lambda: _half("bfloat16"), summary="bfloat16: 8 significant bits, the range of fp32", example="bf16"
     ),
-    "int8": Kind(
-        make=Int8, summary="8-bit whole numbers and one scale per tensor, rounded to the nearest", example="int8"
-    ),
+    "int8": Kind(make=Int8, summary="8-bit integers and one scale per tensor, rounded to the nearest", example="int8"),
     "topk": Kind(
         make=TopK,
         summary="only the largest FRACTION of the differences; the others are added to the next uplink",

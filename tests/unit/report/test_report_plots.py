@@ -30,9 +30,9 @@ def texts(figure: Figure) -> str:
 
 def all_figures(records: list[RunRecord]) -> list[Figure]:
     return [
-        plots.accuracy_over_rounds(records),
-        plots.accuracy_over_rounds(records, "general_accuracy"),
-        plots.accuracy_over_bytes(records),
+        plots.metric_over_rounds(records),
+        plots.metric_over_rounds(records, "general"),
+        plots.metric_over_bytes(records),
         plots.client_spread(records),
         plots.bytes_by_kind(records),
         plots.log_over_rounds(records, "train.loss"),
@@ -41,7 +41,7 @@ def all_figures(records: list[RunRecord]) -> list[Figure]:
 
 def test_lines_are_means_over_seeds_in_percent(comparison: Path) -> None:
     records = read([comparison])
-    (axes,) = plots.accuracy_over_rounds(records).axes
+    (axes,) = plots.metric_over_rounds(records).axes
     lines = {line.get_color(): line for line in axes.get_lines()}
     fedrir = lines[strokes(group(records))["fedrir"].colour]
     assert np.asarray(fedrir.get_ydata())[-1] == pytest.approx(87)
@@ -53,7 +53,7 @@ def test_lines_are_means_over_seeds_in_percent(comparison: Path) -> None:
 def test_a_method_keeps_its_colour(comparison: Path) -> None:
     records = read([comparison])
     colour = strokes(group(records))["fedrir"].colour
-    lines = plots.accuracy_over_rounds(records).axes[0].get_lines()
+    lines = plots.metric_over_rounds(records).axes[0].get_lines()
     assert colour in {line.get_color() for line in lines}
     (axes, _) = plots.bytes_by_kind(records).axes
     assert to_hex(axes.patches[-1].get_facecolor()) == colour
@@ -66,12 +66,12 @@ def test_twelve_methods_are_distinguishable_and_named(tmp_path: Path) -> None:
         Scene(method=f"method{number}", rounds=4, clients=4).write(tmp_path / f"m{number}")
     records = read([tmp_path])
     assert len(set(strokes(group(records)).values())) == 12
-    drawn = texts(plots.accuracy_over_rounds(records))
+    drawn = texts(plots.metric_over_rounds(records))
     assert all(f">method{number}<" in drawn for number in range(12))
 
 
 def test_traffic_is_up_and_down_together(comparison: Path) -> None:
-    (axes,) = plots.accuracy_over_bytes(read([comparison / "fedavg-seed0"])).axes
+    (axes,) = plots.metric_over_bytes(read([comparison / "fedavg-seed0"])).axes
     assert np.asarray(axes.get_lines()[0].get_xdata())[-1] == 30 * (2_400_000 + 2_400_000)
     assert "MB" in texts(axes.get_figure(root=True))
 
@@ -106,7 +106,7 @@ def test_null_client_accuracies_are_left_out(tmp_path: Path) -> None:
 
 def test_a_dollar_is_a_dollar(tmp_path: Path) -> None:
     records = read([Scene(method="$a_1$", rounds=2).write(tmp_path / "run")])
-    assert ">$a_1$<" in texts(plots.accuracy_over_rounds(records))
+    assert ">$a_1$<" in texts(plots.metric_over_rounds(records))
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (10, 3), (120, 10), (500, 10), (5, 100)])
@@ -158,6 +158,6 @@ def test_numbers_on_a_logarithmic_axis_are_plain_text(tmp_path: Path, most: floa
 
 def test_traffic_of_another_size_is_drawn_logarithmically_in_plain_text(tmp_path: Path) -> None:
     scenes = [Scene(), Scene(method="local", uplink_per_round=200_000_000)]
-    figure = plots.accuracy_over_bytes(read([scene.write(tmp_path / scene.method) for scene in scenes]))
+    figure = plots.metric_over_bytes(read([scene.write(tmp_path / scene.method) for scene in scenes]))
     assert figure.axes[0].get_xscale() == "log"
     assert "mathdefault" not in texts(figure)

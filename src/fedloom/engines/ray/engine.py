@@ -30,6 +30,7 @@ from ray.exceptions import RayError, RayTaskError
 from fedloom import tree
 from fedloom.engines.base import Problem, Reply, Score, ScoreRequest
 from fedloom.engines.forwarding import ForwardingEngine
+from fedloom.engines.process_worker import listed
 from fedloom.engines.ray.address import check_address, refused
 from fedloom.engines.ray.packing import Packed, Packer, unpack
 from fedloom.engines.ray.worker import (
@@ -54,7 +55,6 @@ from fedloom.objectives import sum_scores
 START_S = 180.0  # time limit for workers to start; the first import of torch on a machine is slow
 ATTEMPTS = 3  # attempts at scoring, and the limit on consecutive rounds without a reply
 POLL_S = 0.05  # polling interval while there is no worker
-NAMED = 8  # maximum number of clients that a warning lists
 
 log = logging.getLogger(__name__)
 
@@ -207,7 +207,7 @@ class RayEngine(ForwardingEngine):
         replies: list[Reply] = []
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
             if isinstance(answer, LostWorker):
-                clients = _listed([i for _, i in job.members])
+                clients = listed([i for _, i in job.members])
                 log.warning("engine=ray: round %d goes on without %s: %s: %s", number + 1, clients, seat, answer.reason)
             else:
                 replies += [self._commit(done) for done in answer]
@@ -338,11 +338,6 @@ class RayEngine(ForwardingEngine):
             jobs[place][0].restart()
             found[place] = LostWorker(f"no answer in {self._deadline_s:g} s (engine.deadline_s)")
         return found
-
-
-def _listed(clients: Sequence[int]) -> str:
-    more = f" and {len(clients) - NAMED} more" if len(clients) > NAMED else ""
-    return f"client{'s' if len(clients) > 1 else ''} {', '.join(map(str, clients[:NAMED]))}{more}"
 
 
 def _first_line(error: BaseException) -> str:

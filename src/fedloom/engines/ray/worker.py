@@ -17,7 +17,7 @@ from fedloom import tree
 from fedloom._version import __version__
 from fedloom.engines.base import Reply, Score
 from fedloom.engines.local import CohortMember
-from fedloom.engines.processes import portable
+from fedloom.engines.process_worker import portable
 from fedloom.engines.ray.packing import Packed, Packer, unpack
 from fedloom.engines.scoring import Share
 from fedloom.engines.sequential import Sequential

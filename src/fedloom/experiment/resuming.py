@@ -1,0 +1,189 @@
+"""What a run depends on (settings, versions, data, code), recorded in its manifests and compared when the run is resumed."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import platform
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import make_settings
+from fedloom.errors import HOME, ConfigError, RunFolderError, is_own_code
+from fedloom.experiment.environment import software_versions
+from fedloom.experiment.manifest import (
+    DESCRIPTION,
+    Manifest,
+    code_changes,
+    config_changes,
+    entry,
+    hash_of,
+    version_changes,
+)
+from fedloom.experiment.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from fedloom.experiment.loop import Experiment
+
+log = logging.getLogger(__name__)
+
+ACCEPT = "--accept-changes (accept_changes=True in Python)"
+
+
+class Resumption:
+    """The checks of a run that is to be resumed, and the differences that were found.
+
+    `accepted`: differences that need `accept`; `noted`: those that do not.
+    """
+
+    def __init__(self, folder: RunFolder, accept: bool) -> None:
+        """Check the files, settings and versions. Objects are checked later, with `check_code` and `check_data`.
+
+        Raises:
+            RunFolderError: a file is damaged, or a difference was found and `accept` is false.
+        """
+        self.folder, self._accept = folder, accept
+        self.accepted: list[str] = []
+        self.noted: list[str] = []
+        self.before = folder.newest_manifest()
+        if self.before is None:
+            if folder.has_checkpoint():
+                found = (
+                    "its checkpoint has no manifest.json (earlier versions wrote none), so its files cannot be checked"
+                )
+                self._refuse_unless_accepted(found, "to use them unchecked,")
+            return
+        refuse_damage(folder, self.before)
+        self._compare("its config.toml was edited", *changed_settings(folder, self.before))
+        self._compare("other versions", *version_changes(self.before["versions"], software_versions()))
+
+    def check_code(self, experiment: Experiment) -> None:
+        """Raise RunFolderError if a source file of the method or of a model has changed and changes are not accepted."""
+        if self.before:
+            self._compare(
+                "the code of its method or model", code_changes(self.before["code"], source_hashes(experiment))
+            )
+
+    def check_data(self, experiment: Experiment) -> None:
+        """Raise RunFolderError if the data differ from those at the start. This cannot be accepted."""
+        if self.before and self.before["data"] != data_facts(experiment):
+            raise RunFolderError(f"{self.folder.path}: its data differ from those at its start; restore the data")
+
+    def facts(self, experiment: Experiment) -> dict[str, Any]:
+        """Return the facts for the manifests from now on; log the differences."""
+        if self.noted or self.accepted:
+            log.warning("%s: resumed with changes: %s", self.folder.path, "; ".join([*self.accepted, *self.noted]))
+        before = self.before or {}
+        this = {
+            "round": experiment.done,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "versions": software_versions(),
+            "accepted": self.accepted,
+            "noted": self.noted,
+        }
+        kept: dict[str, Any] = {key: before[key] for key in ("run", "description") if key in before}
+        return {**run_facts(experiment, self.folder), **kept, "resumed": [*before.get("resumed", []), this]}
+
+    def _compare(self, what: str, strict: list[str], free: Iterable[str] = ()) -> None:
+        self.noted += free
+        if strict:
+            self._refuse_unless_accepted(f"{what}: {', '.join(strict)}", "undo this, or")
+
+    def _refuse_unless_accepted(self, found: str, remedy: str) -> None:
+        if not self._accept:
+            raise RunFolderError(f"{self.folder.path}: {found}; {remedy} resume with {ACCEPT}")
+        self.accepted.append(found)
+
+
+@contextmanager
+def resumable(path: str | Path, accept: bool) -> Iterator[RunFolder]:
+    """Yield the folder of an interrupted run: locked, and checked as described at `Resumption`. On an error, unlock it.
+
+    Raises:
+        RunFolderError: the run is finished, its folder is being written, or a check failed.
+    """
+    folder = RunFolder.open(Path(path))
+    if (folder.path / "summary.json").exists():
+        raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
+    folder.lock()
+    try:
+        folder.resumption = Resumption(folder, accept)
+        yield folder
+    except BaseException:
+        folder.unlock()
+        raise
+
+
+def refuse_damage(folder: RunFolder, record: Manifest) -> None:
+    """Raise RunFolderError for the first file that differs from the manifest `record`."""
+    problem = next(folder.problems(record), None)
+    if problem:
+        raise RunFolderError(f"{problem}; restore the file from a copy of the folder")
+
+
+def changed_settings(folder: RunFolder, manifest: Manifest) -> tuple[list[str], list[str]]:
+    """Compare the settings in `config.toml` with those in the manifest (see `config_changes`)."""
+    then, now = manifest["config"], read_toml(folder.path / "config.toml")
+    try:
+        return config_changes(
+            *(make_settings(table).model_dump(mode="json", exclude_none=True) for table in (then, now))
+        )
+    except ConfigError:  # one of them was written by another version
+        return config_changes(then, now)
+
+
+def run_facts(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
+    """Return what the numbers of a new run depend on, for its manifests."""
+    description = {name: folder.path / name for name in DESCRIPTION if (folder.path / name).is_file()}
+    return {
+        "run": secrets.token_hex(8),
+        "versions": software_versions(),
+        "config": experiment.settings.model_dump(mode="json", exclude_none=True),
+        "partition": experiment.partition.hash(),
+        "data": data_facts(experiment),
+        "code": source_hashes(experiment),
+        "description": {name: entry(file.read_bytes()) for name, file in description.items()},
+        "resumed": [],
+    }
+
+
+def data_facts(experiment: Experiment) -> dict[str, Any] | None:
+    """Return the number of examples, the classes and a hash of the labels; None if the examples are on devices."""
+    if experiment.partition.scheme.get("name") == "devices":
+        return None
+    dataset = experiment.data.dataset
+    labels = dataset.labels.numpy().tobytes()
+    return {"rows": len(dataset.labels), "classes": list(dataset.classes), "labels": hash_of(labels)}
+
+
+def source_hashes(experiment: Experiment) -> dict[str, str]:
+    """Return the hash of each source file of the method, its bases and its models, by name. Other packages are left out.
+
+    Of a script that runs as the main program, only the classes count, because the script itself may differ when it resumes the run.
+    """
+    texts: dict[str, set[bytes]] = {}
+    for cls in _classes(experiment):
+        try:
+            file = Path(inspect.getsourcefile(cls) or "")
+            is_main = cls.__module__ == "__main__"
+            text = inspect.getsource(cls).encode() if is_main else file.read_bytes()
+        except (TypeError, OSError):  # a built-in class, or one from a notebook
+            continue
+        if file.is_relative_to(HOME):
+            texts.setdefault(f"fedloom/{file.relative_to(HOME).as_posix()}", set()).add(text)
+        elif is_own_code(str(file)):
+            texts.setdefault(f"{file.name}:{cls.__qualname__}" if is_main else file.name, set()).add(text)
+    return {name: hash_of(b"".join(sorted(found))) for name, found in sorted(texts.items())}
+
+
+def _classes(experiment: Experiment) -> Iterator[type]:
+    problem = experiment.problem
+    modules = [net for arch in range(len(problem.archs)) for net in problem.modules(arch).values()]
+    for cls in {type(problem.method), *(type(part) for net in modules for part in net.modules())}:
+        yield from cls.__mro__

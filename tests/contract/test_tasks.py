@@ -1,0 +1,196 @@
+"""Every learning task on every engine, resumed and reported; and every method with every task."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedloom
+from contract import assert_close, assert_same, left_by
+from fedloom.data import Dataset
+from fedloom.errors import ConfigError
+from fedloom.experiment.loop import Experiment, GivenObjects
+from fedloom.methods.registry import METHODS
+from fedloom.report import read, summary_table, write_page
+from small import brief, interrupted_after
+
+N, T, V = 120, 6, 11
+
+
+def dataset(task: str) -> Dataset:
+    """Return a small data set; clients have different numbers of examples."""
+    rng = np.random.default_rng(0)
+    owners = np.repeat([0, 1, 2], [50, 40, 30])
+    if task == "language":
+        starts = rng.integers(V, size=(N, 1))
+        tokens = (starts + np.arange(T + 1)) % V  # counting
+        targets = tokens[:, 1:].copy()
+        targets[::3, -2:] = -100
+        return fedloom.from_arrays(tokens[:, :-1], targets, task="language", columns={"owner": owners})
+    x = rng.normal(size=(N, 5)).astype(np.float32)
+    if task == "classification":
+        return fedloom.from_arrays(x, (x[:, 0] > 0).astype(int), columns={"owner": owners})
+    if task == "multilabel":
+        return fedloom.from_arrays(x, (x[:, :3] > 0).astype(int), task="multilabel", columns={"owner": owners})
+    if task == "regression":
+        return fedloom.from_arrays(x, 3 * x[:, 0] + x[:, 1], task="regression", columns={"owner": owners})
+    if task == "two inputs":
+        words = {"ids": rng.integers(1, V, size=(N, T)), "mask": (rng.random((N, T)) < 0.7).astype(int)}
+        return fedloom.from_arrays(words, (words["ids"][:, 0] > 5).astype(int), columns={"owner": owners})
+    raise ValueError(task)
+
+
+class NextToken(nn.Module):
+    """A recurrent language model."""
+
+    def __init__(self, vocabulary, n_outputs):
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(vocabulary, 4), nn.RNN(4, 6, batch_first=True)
+        self.head = nn.Linear(6, n_outputs)
+
+    def forward(self, ids):
+        return self.head(self.rnn(self.embedding(ids))[0])
+
+
+class MeanOfWords(nn.Module):
+    """A classifier of two inputs."""
+
+    def __init__(self, vocabulary, n_outputs):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(vocabulary, 4), nn.Linear(4, n_outputs)
+
+    def forward(self, ids, mask):
+        weight = mask[..., None].to(self.embedding.weight.dtype)
+        return self.head((self.embedding(ids) * weight).sum(1) / weight.sum(1).clamp(min=1))
+
+
+MODELS: dict[str, Any] = {
+    "classification": "mlp",
+    "multilabel": "mlp",
+    "regression": "mlp",
+    "language": NextToken,
+    "two inputs": MeanOfWords,
+}
+PRIMARY = {"multilabel": "micro_f1", "regression": "rmse"}
+SETTINGS = {"rounds": 2, "batch_size": 16, "partition": "natural", "engine.workers": 2, "precision": "fp64"}
+ENGINES = ("sequential", "vectorised", "processes", "bytes+sequential", "debug+sequential")
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Return a function that makes an experiment with a task."""
+    made = []
+
+    def make_one(task: str, engine: str = "sequential", method: Any = "fedper", **settings: Any) -> Experiment:
+        from fedloom.config.parsing import set_dotted
+        from fedloom.config.settings import make_settings
+
+        values: dict[str, Any] = {}
+        chosen = {**SETTINGS, "method": method, "engine": engine, "out": str(tmp_path / f"run{len(made)}"), **settings}
+        model = MODELS[task]
+        names = {"data": "arrays", "model": model if isinstance(model, str) else model.__name__}
+        for key, value in {**chosen, **names}.items():
+            set_dotted(values, key, value)
+        given = GivenObjects(dataset=dataset(task), model=None if isinstance(model, str) else model)
+        made.append(Experiment(make_settings(values), given))
+        return made[-1]
+
+    return make_one
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_every_engine_gives_the_same_numbers_for_every_task(make, task):
+    reference = left_by(make(task))
+    for engine in ENGINES[1:]:
+        run = left_by(make(task, engine))
+        (assert_close if engine == "vectorised" else assert_same)(run, reference)
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_a_resumed_run_ends_the_same_and_is_reported(make, tmp_path, task):
+    whole = make(task, rounds=3, checkpoint_every=1)
+    expected = left_by(whole)
+    cut = make(task, rounds=3, checkpoint_every=1)
+    folder = interrupted_after(cut, 1)
+    given = GivenObjects(dataset=dataset(task), model=None if isinstance(MODELS[task], str) else MODELS[task])
+    resumed = left_by(Experiment.resume(folder, given))
+    assert resumed.rows == expected.rows
+    name = f"personal_{PRIMARY.get(task, 'accuracy')}"
+    assert expected.summary[name]["final"] == expected.rows[-1][name]
+    records = read([whole.folder.path])
+    assert summary_table(records).row_count == 1
+    write_page(records, tmp_path / "page.html")
+    assert PRIMARY.get(task, "accuracy").replace("_", " ") in (tmp_path / "page.html").read_text().replace("_", " ")
+
+
+FITS = {
+    "fedproto": {"classification", "two inputs"},
+    "fedvtc": set(),  # these inputs are no images
+    "fedrir": set(),
+}
+EVERY = set(MODELS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_a_task_or_refuses_it_in_one_line(make, method):
+    for task in MODELS:
+        settings = {**brief(method), "rounds": 1}
+        if task in FITS.get(method, EVERY):
+            run = make(task, method=method, **settings)
+            row = run.run() and run.rows[-1]
+            assert row[f"personal_{PRIMARY.get(task, 'accuracy')}"] is not None
+        else:
+            with pytest.raises(ConfigError, match=rf"^method={method}: needs .*; .*use another method") as caught:
+                make(task, method=method, **settings)
+            assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression", "two inputs"])
+def test_fedrir_without_a_generator_runs_where_there_is_a_feature_vector(make, task):
+    run = make(task, method={"name": "fedrir", "mcsl": "supervised"})
+    run.run()
+    assert run.rows[-1]["classify.loss"] > 0
+
+
+def test_fedrir_refuses_a_sequence_of_features(make):
+    with pytest.raises(ConfigError, match="needs one feature vector per example"):
+        make("language", method={"name": "fedrir", "mcsl": "supervised"})
+
+
+class Pooled(nn.Module):
+    """A convolutional classifier without a linear head."""
+
+    def __init__(self, n_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(1, n_classes, 3)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+def test_a_model_without_a_head_trains_with_methods_that_need_none(tmp_path):
+    run = fedloom.run("fedavg", model=Pooled, rounds=2, out=str(tmp_path / "run"), progress=False)
+    assert run.summary["personal_accuracy"]["final"] > 0.1
+    with pytest.raises(ConfigError, match=r"method=fedper: needs a model with a linear head.*use a method such as"):
+        fedloom.run("fedper", model=Pooled, out=str(tmp_path / "other"), progress=False)
+
+
+@dataclass(frozen=True)
+class Watched(fedloom.FedAvg):
+    """FedAvg that checks what a batch holds."""
+
+    def loss(self, nets, batch, down, memory):
+        assert batch.x["ids"].dtype == batch.x["mask"].dtype == torch.int64
+        assert batch.y.dtype == torch.int64
+        return super().loss(nets, batch, down, memory)
+
+
+def test_tokens_reach_the_loss_as_integers(tmp_path):
+    data = dataset("two inputs")
+    assert data.inputs["ids"].dtype == torch.uint8  # stored in the smallest type
+    run = fedloom.run(Watched(), data=data, model=MeanOfWords, rounds=1, out=str(tmp_path / "run"), progress=False)
+    assert run.federation.normalisation == {}
+    run.model(0)(run.federation.test(0)[0])
