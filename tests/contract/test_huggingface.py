@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from contract import assert_close, assert_same, left_by
 from fedloom import ConfigError, from_arrays
+from fedloom.inputs import Field, InputSpec
 from fedloom.models import arch, merge_adapters
 from fedloom.objectives import Language
 from fedloom.rng import Stream
@@ -143,28 +144,39 @@ def test_dropout_is_said_to_prevent_lanes(run, caplog):
     assert "clients run one after another, because they cannot be vectorised" in caplog.text
 
 
+def gpt(tied):
+    sizes = {"vocab_size": V, "n_positions": T, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    torch.manual_seed(0)
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    chosen = transformers.GPT2Config(**sizes, **off, bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied)
+    return transformers.GPT2LMHeadModel(chosen)
+
+
 def test_gpt2_needs_untied_weights_and_pefts_adapters():
-    sizes = {
-        "vocab_size": V,
-        "n_positions": T,
-        "n_embd": 8,
-        "n_layer": 1,
-        "n_head": 2,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-    }
-    data = texts()
-    spec = type(data.spec)(data.spec.fields[:1])
-
-    def gpt(tied, **options):
-        module = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, tie_word_embeddings=tied))
-        return arch(module, spec, Language(names=(), vocabulary=V), options=options).model()
-
-    assert gpt(False).head.weight.shape == (V, 8)
+    spec = InputSpec((Field(name="input_ids", shape=(T,), kind="token", levels=(V,)),))
+    task = Language(names=(), vocabulary=V)
+    assert arch(gpt(tied=False), spec, task).model().head.weight.shape == (V, 16)
     with pytest.raises(ConfigError, match="tied weights are not supported"):
-        gpt(True)
+        arch(gpt(tied=True), spec, task)
     with pytest.raises(ConfigError, match=r"has no nn\.Linear to adapt"):
-        gpt(False, lora=2)
+        arch(gpt(tied=False), spec, task, options={"lora": 2})
+
+
+def test_a_language_model_learns_next_tokens(experiment):
+    ids = np.arange(N * T).reshape(N, T) % 7 + 1
+    data = from_arrays({"input_ids": ids}, ids % 7 + 1, name="texts", task="language", kind="token", vocabulary=V)
+    module = gpt(tied=False)
+    run = experiment(
+        dataset=data,
+        module=module,
+        model="own",
+        data="texts",
+        clients=2,
+        rounds=6,
+        **{"partition": "iid", "method.lr": 0.5},
+    )
+    run.run()
+    assert run.rows[-1]["personal_accuracy"] > 0.9
 
 
 def test_the_pages_examples_run(tmp_path, monkeypatch):

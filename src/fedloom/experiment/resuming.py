@@ -154,12 +154,12 @@ def run_facts(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
 
 
 def data_facts(experiment: Experiment) -> dict[str, Any] | None:
-    """Return the number of examples, the classes and a hash of the labels; None if the examples are on devices."""
+    """Return the number of examples, the classes and a hash of the targets; None if the examples are on devices."""
     if experiment.partition.scheme.get("name") == "devices":
         return None
     dataset = experiment.data.dataset
-    labels = dataset.labels.numpy().tobytes()
-    return {"rows": len(dataset.labels), "classes": list(dataset.classes), "labels": hash_of(labels)}
+    labels = dataset.targets.numpy().tobytes()
+    return {"rows": dataset.n_rows, "classes": list(dataset.classes), "labels": hash_of(labels)}
 
 
 def source_hashes(experiment: Experiment) -> dict[str, str]:
