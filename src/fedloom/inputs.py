@@ -122,7 +122,7 @@ def call_arguments(module: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str
     if all(name.isdigit() for name in x):
         return tuple(x.values()), {}
     inner = module
-    while isinstance(entry := getattr(inner, "entry", None), nn.Module):  # see `models.layers.Chain`
+    while isinstance(entry := getattr(inner, "entry", None), nn.Module):  # see `models.layers.InputChain`
         inner = entry
     return ((), dict(x)) if _names(type(inner).forward, tuple(x)) else ((x,), {})
 

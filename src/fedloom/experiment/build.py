@@ -14,12 +14,15 @@ from fedloom.config.settings import Named, Settings, check_cohort, participation
 from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
 from fedloom.experiment.arrivals import check_rules, slowdowns
+from fedloom.inputs import map_inputs
 from fedloom.method import Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
 from fedloom.models import Arch, arch
+from fedloom.models.splitting import dry_run
 from fedloom.nets import norm_layers, read_weights, select
 from fedloom.objectives import Classification, Metric
 from fedloom.training.batches import Plan
+from fedloom.training.turn import ONE_VALUE, TOO_FEW
 from fedloom.tree import Weights
 from fedloom.wire.codec import Codec
 from fedloom.wire.transforms import parse
@@ -130,6 +133,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     _check_target(settings.eval.target, task.objective.primary)
     _check_needs(settings.method.name, problem)
     _check_nets(problem)
+    _check_single_examples(problem)
     _check_phases(method)
     _check_messages(problem)
     return problem
@@ -223,6 +227,27 @@ def _check_nets(problem: Problem) -> None:
         raise ConfigError(
             f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
         )
+
+
+def _check_single_examples(problem: Problem) -> None:
+    """Raise ConfigError if a client's model cannot train on one example (BatchNorm), but one of its batches has only one."""
+    data = problem.data
+    for i in range(data.n_clients):
+        if not (data.n_train(i) == 1 or (problem.plan.batch_size == 1 and data.n_train(i))):
+            continue
+        choice = problem.archs[problem.arch_of[i]]
+        try:
+            with torch.random.fork_rng(devices=[]):
+                dry_run(choice.model().to(torch.get_default_dtype()), map_inputs(lambda x: x[:1], data.example()), True)
+        except ValueError as error:
+            if ONE_VALUE not in str(error):
+                raise
+            why = (
+                "has one training example"
+                if data.n_train(i) == 1
+                else "trains on batches of one example (batch_size=1)"
+            )
+            raise ConfigError(f"client {i} {why}, and model={choice.name}: {TOO_FEW}") from None
 
 
 def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:

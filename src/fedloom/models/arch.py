@@ -18,7 +18,7 @@ from fedloom.errors import ConfigError, suggest
 from fedloom.inputs import Inputs, InputSpec
 from fedloom.models import lora
 from fedloom.models.fitting import check_fits
-from fedloom.models.layers import Chain, Split, refuse_tied
+from fedloom.models.layers import InputChain, Split, refuse_tied
 from fedloom.models.own_state import refuse_old_norms, refuse_own_state
 from fedloom.models.splitting import can_split, check_outputs, check_split, dry_run, made_up, split
 from fedloom.models.zoo import BY_SPEC, ZOO
@@ -139,7 +139,7 @@ class OutsideArch(Arch):
         if width is None or width == head.in_features:
             return body, head
         project = nn.Linear(head.in_features, width)
-        return Chain(OrderedDict(backbone=body, project=project)), nn.Linear(width, self.n_outputs)
+        return InputChain(OrderedDict(backbone=body, project=project)), nn.Linear(width, self.n_outputs)
 
     def _module(self, width: int | None) -> nn.Module:
         if isinstance(self.build, nn.Module):

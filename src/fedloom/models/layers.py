@@ -37,7 +37,7 @@ def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-class Chain(nn.Sequential):
+class InputChain(nn.Sequential):
     """Modules in sequence; the first one receives all inputs."""
 
     @property
@@ -54,7 +54,7 @@ class Chain(nn.Sequential):
         return x
 
 
-class Split(Chain):
+class Split(InputChain):
     """A model in two parts: `body` outputs features, and `head` maps them to predictions."""
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:

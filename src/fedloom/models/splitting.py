@@ -66,8 +66,17 @@ def check_outputs(module: nn.Module, example: Inputs, objective: Objective, name
     n = objective.n_outputs
     if outputs.ndim != objective.output_ndim or outputs.shape[0] != 2 or outputs.shape[-1] != n:
         wanted = f"(2, {n})" if objective.output_ndim == 2 else f"(2, T, {n})"
-        raise ConfigError(f"model {name} returns shape {tuple(outputs.shape)} for 2 examples; return logits {wanted}")
+        hint = _one_logit(outputs, objective)
+        raise ConfigError(
+            f"model {name} returns shape {tuple(outputs.shape)} for 2 examples; return logits {wanted}{hint}"
+        )
     return outputs
+
+
+def _one_logit(outputs: Tensor, objective: Objective) -> str:
+    """Return what to do about a single logit for two classes."""
+    single = objective.task == "classification" and objective.n_outputs == 2 and outputs.shape[-1] == 1
+    return ", or make the data with task='multilabel' and one label" if single else ""
 
 
 def check_split(module: nn.Module, example: Inputs, objective: Objective, name: str) -> None:
@@ -85,10 +94,10 @@ def check_split(module: nn.Module, example: Inputs, objective: Objective, name: 
 
 
 @torch.no_grad()
-def dry_run(module: nn.Module, example: Inputs) -> Any:
-    """Run `module` on two examples in evaluation mode and return its outputs."""
+def dry_run(module: nn.Module, example: Inputs, training: bool = False) -> Any:
+    """Run `module` on examples and return its outputs: in evaluation mode, unless `training` is true."""
     was_training = module.training
-    args, named = call_arguments(module.eval(), like(example, module))
+    args, named = call_arguments(module.train(training), like(example, module))
     outputs = unwrapped(module(*args, **named))
     module.train(was_training)
     return outputs

@@ -28,7 +28,7 @@ from fedloom.training.lane_tensors import LaneBatch, LaneRows, LaneSubset, by_si
 from fedloom.training.precompute import Precomputed, check_precompute
 from fedloom.training.steps import StepRunner, TrainJob, trained_names
 from fedloom.training.sweeps import run_sweep
-from fedloom.training.turn import UpdateResult, check_batch, finish_update
+from fedloom.training.turn import UpdateResult, finish_update
 from fedloom.tree import Tree, Weights
 
 
@@ -210,7 +210,6 @@ class LaneStack:
 
     def _advance(self, at: LaneBatch, lr_scale: float) -> None:
         """Take one step with every member on the next batches of some lanes."""
-        check_batch(at.batch.y.shape[1], [member.train for member in self.members], self.modules)
         shared = self._precompute(at)
         for member in self.members:
             last = member is self.members[-1]

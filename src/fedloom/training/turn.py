@@ -100,6 +100,8 @@ def run_phases(
         try:
             client, trained = _run_phase(phase, gradients, LocalWork(client, down, here, turn), lr_scale)
         except Exception as error:
+            if isinstance(error, ValueError) and ONE_VALUE in str(error):
+                raise DataError(TOO_FEW) from error
             before, shape = sum(steps.values()), shapes_of(here.rows.x)
             error.add_note(
                 f"in phase '{phase.name}', after {before} steps in earlier phases; examples of shape {shape}"
@@ -151,7 +153,6 @@ def _walk_batches(
         ]
         check_precompute(phase, [member.names for member in members])
         for index, batch in zip(order, rows.batches(order, rng.child("augment")), strict=True) if members else ():
-            check_batch(len(batch.y), trains, gradients.modules)
             shared = None
             if isinstance(phase, Interleave) and phase.precompute:
                 shared = precompute(phase, trains, gradients, members[-1].inputs(members[-1].params(), batch))
@@ -257,13 +258,8 @@ def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
             generator.set_state(state)
 
 
-def check_batch(n_rows: int, trains: Sequence[Train], modules: Modules) -> None:
-    """Raise DataError if a net with BatchNorm would be trained on a batch of one example, whose variance is 0."""
-    trained = {net for train in trains for net in train.modes} if n_rows == 1 else ()
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for net in trained for m in modules[net].modules()):
-        raise DataError(
-            "BatchNorm cannot train on a batch of one example; raise partition.min_examples or batch_size, or use model.norm=group"
-        )
+ONE_VALUE = "Expected more than 1 value per channel"  # torch's words
+TOO_FEW = "BatchNorm cannot train on a batch of one example; raise partition.min_examples or batch_size, or use model.norm=group"
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
@@ -273,4 +269,5 @@ def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]
         modules: dict[str, nn.Module] = build()
     for module in modules.values():
         module.to(torch.get_default_dtype())  # a module that a user has built may have another precision
+        module.train()  # a module may override this, for example to keep a layer in evaluation mode
     return modules
