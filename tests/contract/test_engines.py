@@ -468,7 +468,7 @@ CODES = {"Retuned": Retuned, "Uneven": Uneven}
 @pytest.mark.parametrize("method", [*METHODS, *TOYS, *CODES])
 def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
     rounds = 4 if method == "Late" else 2
-    settings = {"rounds": rounds, "batch_size": 4, "cohort": 5, "data.rows": 80, "model.hidden": 8}
+    settings = {"rounds": rounds, "batch_size": 4, "clients": 3, "cohort": 3, "data.rows": 60, "model.hidden": 8}
     seconds, runs = itertools.cycle([1.0, 0.0]), []
     monkeypatch.setattr(step_cache, "shortest_s", lambda *_: next(seconds))  # every replay counts as faster
     monkeypatch.setattr(step_cache, "TRIALS", 5)
