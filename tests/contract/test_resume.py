@@ -21,7 +21,7 @@ from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import METHODS
 from small import BRIEF, brief, interrupted_after
 
-SETTINGS = {"clients": 4, "cohort": 3, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}
+SETTINGS = {"clients": 4, "cohort": 2, "rounds": 3, "data.rows": 160, "checkpoint_every": 1, "engine": "sequential"}
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])

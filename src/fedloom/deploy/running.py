@@ -120,7 +120,7 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
     if own != present.keys():
         others = ", ".join(sorted(present.keys() - own))
         raise ConfigError(
-            f"{', '.join(sorted(own))} have their own data, but {others} use the config's; correct data in node.toml"
+            f"{', '.join(sorted(own))} have their own data, but {others} use the config's; set data in every node.toml or in none"
         )
     counts = {int(i): each for who in present.values() for i, each in who.counts.items()}
     return Remote(held, counts, settings), call
@@ -181,7 +181,7 @@ def _check_counts(header: Present, call: Call) -> None:
         raise WireError("its example counts are not for its own clients")
     for splits in header.counts.values():
         if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.task.names) for c in splits.values()):
-            raise WireError("its example counts are not by split and class")
+            raise WireError("its example counts are not given by split and class")
     n_rows = sum(sum(each) for splits in header.counts.values() for each in splits.values())
     if n_rows > MAX_ROWS:
         raise WireError(f"it reports {n_rows} examples; at most {MAX_ROWS} are allowed")

@@ -217,7 +217,7 @@ def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:
 
 
 def _value(differences: tuple[int, int, int], n: int) -> int:
-    """Evaluate the quadratic through the counts at three consecutive sizes with Newton's formula, exactly in integers."""
+    """Return the value at `n` of the quadratic through the counts at three consecutive sizes (Newton's formula, in exact integers)."""
     first, slope, curve = differences
     away = n - FEWEST
     return first + away * slope + away * (away - 1) // 2 * curve

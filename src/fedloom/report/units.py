@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def points(value: float, digits: int = 1) -> str:
-    """Return an accuracy in [0, 1] in percent, without the sign: `"83.1"`."""
+    """Return an accuracy in [0, 1] in percent, without the percent sign: `"83.1"`."""
     return f"{100 * value:.{digits}f}"
 
 
