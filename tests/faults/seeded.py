@@ -498,6 +498,36 @@ AREAS = (
                 'primary.best(values) if statistic == "best_on_test" else values.iloc[-1]',
                 "primary.best(values)",
             ),
+            Fault(
+                "the largest value is the best, also if lower is better",
+                "min(values) if self.is_lower_better else max(values)",
+                "max(values)",
+            ),
+            Fault(
+                "a positive difference is a larger value, also if lower is better",
+                "primary.sign * primary.scale * differences",
+                "primary.scale * differences",
+            ),
+            Fault(
+                "a target is reached from below, also if lower is better",
+                "record.primary.sign * (values - target) >= 0",
+                "values >= target",
+            ),
+            Fault(
+                "the round is chosen by the largest validation value, also if lower is better",
+                "(primary.sign * valid).idxmax()",
+                "valid.idxmax()",
+            ),
+            Fault(
+                "a common target is rounded to the side that is harder to reach",
+                "decimal.ROUND_CEILING if primary.is_lower_better else decimal.ROUND_FLOOR",
+                "decimal.ROUND_FLOOR if primary.is_lower_better else decimal.ROUND_CEILING",
+            ),
+            Fault(
+                "the worst tenth is the smallest, also if lower is better",
+                'return ordered if metric.better == "higher" else ordered[::-1]',
+                "return ordered",
+            ),
             Fault("intervals use the deviation of the population", "points.std(ddof=1)", "points.std()"),
             Fault(
                 "rows without a finite logit count as right",

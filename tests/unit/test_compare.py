@@ -129,6 +129,15 @@ def test_trouble_shows_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_target_is_checked_against_the_metric_before_anything_is_written(tmp_path):
+    found = plan(from_words(["method=fedavg,local", "eval.target=80", *TINY]))
+    with pytest.raises(
+        ConfigError, match=r"eval\.target=80: must be above 0 and at most 1, because accuracy is a fraction"
+    ):
+        create_folder(found, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_interrupted_comparison_resumes_with_the_same_results(tmp_path):
     words = ["method=local,fedavg", "checkpoint_every=1", "rounds=3", *TINY[1:]]
     found = plan(from_words(words))

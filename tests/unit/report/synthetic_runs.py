@@ -25,7 +25,10 @@ def toml(tree: Mapping[str, Any], prefix: str = "") -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """The results of a synthetic run; `final` is its personal accuracy after the last round."""
+    """The results of a synthetic run; `final` is its personal metric after the last round.
+
+    `primary` is the metric as in `summary.json`; without it, the folder is one of classification that names no metric.
+    """
 
     method: str = "fedavg"
     seed: int = 0
@@ -40,15 +43,26 @@ class Scene:
     uplink_per_round: int = 2_400_000
     settings: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of the summary
+    primary: Mapping[str, Any] = field(default_factory=dict)
 
-    def accuracy(self, number: int) -> float:
-        """Return accuracies that rise to `final`, with a ripple that is zero in the last round."""
+    @property
+    def name(self) -> str:
+        return str(self.primary.get("name", "accuracy"))
+
+    @property
+    def sign(self) -> int:
+        """1 if larger values are better, else -1."""
+        return -1 if self.primary.get("better") == "lower" else 1
+
+    def value(self, number: int) -> float:
+        """Return values that improve to `final`, with a ripple that is zero in the last round."""
         left = (self.rounds - number) / self.rounds
-        return self.final * (1 - 0.75 * left**3) + 0.012 * left * math.sin(3 * number + self.seed)
+        return self.final * (1 - self.sign * 0.75 * left**3) + 0.012 * left * math.sin(3 * number + self.seed)
 
-    def client_accuracy(self, number: int, client: int) -> float:
+    def client_value(self, number: int, client: int) -> float:
         lean = (client * 0.618034 + self.seed * 0.37) % 1 - 0.5
-        return min(max(self.accuracy(number) + 0.3 * lean, 0.0), 1.0)
+        value = self.value(number) + 0.3 * lean
+        return value if self.sign < 0 else min(max(value, 0.0), 1.0)
 
     def counts(self) -> list[list[int]]:
         return [
@@ -61,19 +75,19 @@ class Scene:
         return [self.metrics_row(number) for number in range(1, done + 1)]
 
     def metrics_row(self, number: int) -> Row:
-        value = self.accuracy(number)
+        value, name = self.value(number), self.name
         general = number % 5 == 0 or number == self.rounds
         return {
             "round": number,
-            "personal_accuracy": value,
-            "personal_accuracy_uniform": value - 0.01,
-            "personal_accuracy_std": 0.09,
-            "personal_accuracy_worst10": value - 0.14,
-            "personal_accuracy_trained": value,
-            "valid_accuracy": None,
-            "general_accuracy": 0.6 * value if general else None,
-            "general_accuracy_std": 0.05 if general else None,
-            "server_accuracy": 0.7 * value if self.server else None,
+            f"personal_{name}": value,
+            f"personal_{name}_uniform": value - 0.01,
+            f"personal_{name}_std": 0.09,
+            f"personal_{name}_worst10": value - self.sign * 0.14,
+            f"personal_{name}_trained": value,
+            f"valid_{name}": None,
+            f"general_{name}": 0.6 * value if general else None,
+            f"general_{name}_std": 0.05 if general else None,
+            f"server_{name}": 0.7 * value if self.server else None,
             "personal_recall": [value, None],
             "lost": number,
             "virtual_steps": 10.0 * number,
@@ -92,17 +106,17 @@ class Scene:
                 "examples": 100,
                 "uplink_bytes": 120_000,
                 "train.loss": 0.5,
-                "personal_accuracy": self.client_accuracy(number, client) if number % 5 == 0 else None,
-                "general_accuracy": None,
+                f"personal_{self.name}": self.client_value(number, client) if number % 5 == 0 else None,
+                f"general_{self.name}": None,
             }
             for number in range(self.rounds - 5, self.rounds + 1)
             for client in range(self.clients)
         ]
 
     def summary(self) -> Row:
-        last = self.accuracy(self.rounds)
-        ten = [self.accuracy(number) for number in range(max(self.rounds - 9, 1), self.rounds + 1)]
-        best = max(self.accuracy(number) for number in range(1, self.rounds + 1))
+        last, name = self.value(self.rounds), self.name
+        ten = [self.value(number) for number in range(max(self.rounds - 9, 1), self.rounds + 1)]
+        best = self.sign * max(self.sign * self.value(number) for number in range(1, self.rounds + 1))
         head = {"final": last, "last10": sum(ten) / len(ten), "best_on_test": best, "chosen_on_validation": None}
         up = self.rounds * self.uplink_per_round
         down = self.rounds * 2_400_000
@@ -113,9 +127,10 @@ class Scene:
             "clients": self.clients,
             "rounds": self.rounds,
             "seed": self.seed,
-            "personal_accuracy": head | {"uniform": last - 0.01, "std": 0.09, "worst10": last - 0.14},
-            "general_accuracy": {"final": 0.6 * last, "last10": 0.6 * last},
-            "server_accuracy": {"final": 0.7 * last} if self.server else None,
+            **self.named(),
+            f"personal_{name}": head | {"uniform": last - 0.01, "std": 0.09, "worst10": last - self.sign * 0.14},
+            f"general_{name}": {"final": 0.6 * last, "last10": 0.6 * last},
+            f"server_{name}": {"final": 0.7 * last} if self.server else None,
             "uplink_bytes": up,
             "downlink_bytes": down,
             "bytes_by_kind": {
@@ -127,6 +142,9 @@ class Scene:
             "finished": True,
             **self.extra,
         }
+
+    def named(self) -> Row:
+        return {"primary": dict(self.primary)} if self.primary else {}
 
     def config(self) -> Row:
         method = {"name": self.method, "lr": 0.005, "local_epochs": 1} | dict(self.settings)
@@ -153,6 +171,7 @@ class Scene:
             "scheme": {"name": "dirichlet", "alpha": 0.1},
             "class_counts": {"train": counts, "test": counts},
             "classes": [str(y) for y in range(self.classes)],
+            **self.named(),
         }
         environment = {"fedloom": "0.1", "python": "3.11.4", "torch": "2.13.0", "cores": 8, "commit": "0123abc"}
         (folder / "config.toml").write_text(toml(self.config()))
