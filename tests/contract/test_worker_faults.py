@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from contract import assert_same, left_by
+from fedloom.engines import process_worker
 from fedloom.errors import ConfigError, MethodError, WorkerError
 from fedloom.methods.scaffold import Scaffold
 from small import losing
@@ -42,8 +43,14 @@ def out_of_memory():
     raise MemoryError("no room")
 
 
+def hang_when_sent():
+    """Hang after the client's state is stored, and before its reply is sent."""
+    process_worker.Slabs.put = lambda *_: sleep()  # in this worker process alone
+
+
 FAULTS = {
     "hang": sleep,
+    "hang when sent": hang_when_sent,
     "memory": out_of_memory,
     "allocation": lambda: torch.empty(10**13),
     "exit": lambda: os._exit(7),
@@ -61,13 +68,13 @@ def client_2(experiment, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("lanes", "deadline_s"),
-    [(None, 3), pytest.param(2, 20, marks=pytest.mark.slow)],  # workers import more for lanes, in their first round
+    ("how", "lanes", "deadline_s"),  # for lanes, workers import more in their first round
+    [("hang", None, 3), ("hang when sent", None, 3), pytest.param("hang", 2, 20, marks=pytest.mark.slow)],
 )
-def test_a_client_that_hangs_is_lost_and_the_others_are_not(experiment, caplog, lanes, deadline_s):
+def test_a_client_that_hangs_is_lost_and_the_others_are_not(experiment, caplog, how, lanes, deadline_s):
     """Its worker is replaced, and it keeps the state from before the round, as if its device had been lost."""
     settings = {**SETTINGS, **WORKERS, "engine.deadline_s": deadline_s, "engine.lanes": lanes}
-    left = left_by(experiment(Faulty(how="hang"), **settings))
+    left = left_by(experiment(Faulty(how=how), **settings))
     (said,) = caplog.messages
     found = re.fullmatch(
         r"engine=processes: round 2 goes on without clients? ([\d, ]+): no answer in \d+ s \(engine\.deadline_s\)", said

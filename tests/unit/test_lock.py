@@ -46,12 +46,16 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_forked_process_neither_holds_nor_releases_the_lock(tmp_path):
     first = FolderLock(tmp_path)
+    reader, writer = os.pipe()
     child = os.fork()
     if not child:
         first.release()
+        os.write(writer, b"released")
         time.sleep(60)
         os._exit(0)
     try:
+        os.read(reader, 8)
+        assert (tmp_path / ".lock").exists()
         with pytest.raises(RunFolderError, match="already being written by this process"):
             FolderLock(tmp_path)
         first.release()
@@ -59,6 +63,8 @@ def test_a_forked_process_neither_holds_nor_releases_the_lock(tmp_path):
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
 
 
 def no_locks(handle):
