@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -37,7 +38,7 @@ from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
-from fedloom.deploy import certificates, proxy, server, supernode
+from fedloom.deploy import certificates, proxy, server, superlink_store, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create_deployment, read_file
 from fedloom.deploy.local import LocalFederation
@@ -134,7 +135,7 @@ def test_the_bundle_lists_flower_alone_and_holds_no_code_that_runs(folder):
 
 
 def test_the_superlink_listens_on_the_loopback_alone_and_asks_for_keys(folder):
-    command = superlink_command(Deployment(folder))
+    command = superlink_command(Deployment(folder), folder / "there.db")
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "--enable-supernode-auth" in command
     assert command[command.index("--isolation") + 1] == "process"
@@ -750,3 +751,46 @@ def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when
     assert (taken, task.status.status, task.status.sub_status) == (None, "finished", "failed")
     assert "the run of this message is over" in task.status.details
     assert not state.get_messages_legacy()
+
+
+# the SuperLink's messages
+
+
+def test_messages_are_in_memory_if_the_system_has_a_runtime_folder(folder, tmp_path):
+    own = folder / "server"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "session").mkdir()
+    session = {"XDG_RUNTIME_DIR": str(tmp_path / "session")}
+    service = {"RUNTIME_DIRECTORY": f"{tmp_path / 'run'}:/elsewhere", **session}
+    found = superlink_store.database(own, environment=service)
+    assert found.parent.parent == tmp_path / "run"
+    assert stat.S_IMODE(found.parent.stat().st_mode) == 0o700
+    assert superlink_store.database(own, environment=service) == found
+    assert superlink_store.database(own, environment=session).parent.parent == tmp_path / "session"
+    assert superlink_store.database(folder, environment=service) != found  # another federation
+    for environment, keep in ((service, True), ({}, False), ({"XDG_RUNTIME_DIR": "/nowhere"}, False)):
+        assert superlink_store.database(own, keep=keep, environment=environment) == (own / "superlink.db").resolve()
+
+
+def test_deleted_messages_leave_the_log_and_the_database_is_deleted(tmp_path):
+    file, mark = tmp_path / "superlink.db", b"fedloom1"
+    flower = sqlite3.connect(file)  # stays open, with Flower's settings
+    flower.execute("PRAGMA journal_mode=WAL")
+    flower.execute("PRAGMA synchronous=NORMAL")
+    flower.execute("PRAGMA secure_delete=ON")
+    flower.execute("CREATE TABLE messages (content BLOB)")
+    flower.executemany("INSERT INTO messages VALUES (?)", [(mark * 100,)] * 50)
+    flower.commit()
+    flower.execute("DELETE FROM messages")
+    flower.commit()
+    log = tmp_path / "superlink.db-wal"
+    assert mark in log.read_bytes()
+    superlink_store.truncate(file)
+    assert log.stat().st_size == 0
+    assert mark not in file.read_bytes()
+    flower.execute("BEGIN IMMEDIATE")
+    superlink_store.truncate(file)  # busy
+    flower.close()
+    superlink_store.truncate(tmp_path / "none.db")
+    superlink_store.delete(file)
+    assert list(tmp_path.iterdir()) == []
