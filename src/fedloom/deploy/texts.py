@@ -157,7 +157,7 @@ These commands start the following programs. To start them yourself, set `FLWR_H
 
 ```bash
 flower-superlink --host 127.0.0.1 --port {superlink_port} --enable-supernode-auth --isolation process \\
-  --superexec-auth-secret-file {name}/server/runtime.secret --database :flwr-in-memory: \\
+  --superexec-auth-secret-file {name}/server/runtime.secret --database {name}/server/superlink.db \\
   --ssl-ca-certfile {name}/server/ca.crt --ssl-certfile {name}/server/server.crt --ssl-keyfile {name}/server/server.key
 flwr supernode register {name}/server/keys/{first}.pub fedloom
 flower-supernode --superlink {quoted_address} --root-certificates {first}/ca.crt --isolation process \\
