@@ -489,7 +489,8 @@ def test_the_proxy_reads_nothing_from_strangers(tmp_path, who):
             return await client.post("/v1/fleet/push-object", headers=headers, content=body())
 
     answer = asyncio.run(send())
-    assert (answer.status_code, answer.headers["connection"]) == (401, "close")
+    assert (answer.status_code, answer.headers["connection"]) == (412, "close")
+    assert "its key is not among this federation's keys" in answer.json()["detail"]
     assert proxied.reached == []
 
 
@@ -497,7 +498,7 @@ def test_a_key_may_be_added_and_removed_while_the_proxy_runs(tmp_path, monkeypat
     monkeypatch.setattr(proxy, "REREAD_S", 0.0)
     proxied = Proxied(tmp_path)
     (tmp_path / "keys/node-0.pub").rename(tmp_path / "node-0.pub")
-    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 401
+    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 412
     (tmp_path / "node-0.pub").rename(tmp_path / "keys/node-0.pub")
     assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 201
 

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -126,7 +126,7 @@ class _Forward:
             return _refusal("forbidden", 403)
         key = self._keys.signer(request.headers)
         if key is None:
-            return _refusal("not signed by a node of this federation", 401)
+            return _refusal_of_key() if "flwr-public-key" in request.headers else _refusal("not signed", 401)
         if isinstance(door := request.scope.get(DOOR), Door):
             door.known = True
         body = bytearray()
@@ -160,6 +160,13 @@ class _Forward:
 def _refusal(words: str, status: int) -> Response:
     """Return an answer after which the connection is closed, without reading the body."""
     return PlainTextResponse(words, status, {"connection": "close"})
+
+
+def _refusal_of_key() -> Response:
+    """Return Flower's answer to a node that it cannot activate, so that the SuperNode prints why; after a 401 it ends without a reason."""
+    reason = "its key is not among this federation's keys, or its clock differs by more than five minutes"
+    failed = {"code": 2004, "detail": f"Failed to activate SuperNode: {reason}"}
+    return JSONResponse(failed, 412, {"connection": "close"})
 
 
 class Door(H11Protocol):
