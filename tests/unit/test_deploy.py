@@ -612,11 +612,24 @@ def test_strangers_cannot_take_all_connections(folder, monkeypatch):
         known = [stack.enter_context(connect(folder / "server", port)) for _ in range(2)]
         for each in known:
             assert is_answered(each, request_of(folder, 0))
+        strangers = [stack.enter_context(connect(folder / "server", port)) for _ in range(2)]
+        another = stack.enter_context(connect(folder / "server", port))  # the oldest stranger gives way to it
+        assert is_cut_off(strangers[0], 4)
+        assert not is_cut_off(strangers[1], 0.5)
+        for node in (another, *known):
+            assert is_answered(node, request_of(folder, 0))
+
+
+@pytest.mark.parametrize("limit", ["MAX_UNKNOWN", "PER_ADDRESS"])
+def test_a_node_is_answered_while_strangers_hold_connections(folder, monkeypatch, limit):
+    monkeypatch.setattr(proxy, limit, 3)
+    monkeypatch.setattr(proxy, "PER_NODE", 0 if limit == "PER_ADDRESS" else 8)
+    refused = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 100\r\n\r\nx"
+    with serving(folder / "server") as port, contextlib.ExitStack() as stack:
+        for words in (b"", refused) * 4:
+            stack.enter_context(connect(folder / "server", port)).sendall(words)
         for _ in range(2):
-            stack.enter_context(connect(folder / "server", port))
-        fifth = stack.enter_context(connect(folder / "server", port))
-        assert is_cut_off(fifth, 4)
-        assert is_answered(known[0], request_of(folder, 0))  # nodes keep their connections
+            assert is_answered(stack.enter_context(connect(folder / "server", port)), request_of(folder, 0))
 
 
 def test_the_connection_of_a_stranger_is_closed_without_reading_its_body(folder):

@@ -42,6 +42,7 @@ HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-enco
 TIMEOUT_S = 60.0  # for the SuperLink's answer, and for a body, which has more time if it is large:
 BODY_RATE = 64 * 2**10  # bytes per second that a body must have on average after that
 HEADER_S = 10.0  # for a TLS handshake, and for the whole header of a request
+CLOSE_S = 1.0  # for the other end to read a refusal
 MAX_CONNECTIONS = 800  # with httpx's 100 connections to the SuperLink, below the usual limit of 1024 open files
 MAX_UNKNOWN = 200  # connections without a request that was signed by a node
 MAX_HELD = 2**30  # bytes of all bodies together
@@ -177,22 +178,40 @@ class Door(H11Protocol):
     """
 
     _cut: asyncio.TimerHandle | None = None
+    since = 0.0  # time of the connection
     known = False  # whether a request on this connection was signed by a node
     per_address = PER_ADDRESS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timeout, or close the connection if there are too many."""
+        """Start the timeout, or close the connection if there is no room for it."""
         super().connection_made(transport)
-        if self._too_many():
-            transport.abort()
-        else:
+        self.since = self.loop.time()
+        if self._has_room():
             self._watch()
+        else:
+            transport.abort()
 
-    def _too_many(self) -> bool:
-        doors = [door for door in self.connections if isinstance(door, Door)]
+    def _has_room(self) -> bool:
+        """Return whether this connection is within the limits, after closing the oldest stranger's if it is not.
+
+        A node signs its first request as soon as it is connected, so strangers that hold connections give way to it.
+        """
+        doors = [door for door in self.connections if isinstance(door, Door) and not door.transport.is_closing()]
         same = [door for door in doors if self.client and door.client and door.client[0] == self.client[0]]
-        unknown = sum(not door.known for door in doors)
-        return len(doors) > MAX_CONNECTIONS or len(same) > self.per_address or unknown > MAX_UNKNOWN
+        unknown = [door for door in doors if not door.known]
+        crowded = same if len(same) > self.per_address else doors
+        if crowded is doors and len(doors) <= MAX_CONNECTIONS and len(unknown) <= MAX_UNKNOWN:
+            return True
+        strangers = [door for door in crowded if door is not self and not door.known]
+        if strangers:
+            min(strangers, key=lambda door: door.since).transport.abort()
+        return bool(strangers)
+
+    def on_response_complete(self) -> None:
+        """Do not wait long for the other end to close a connection that this end has closed."""
+        super().on_response_complete()
+        if self.transport.is_closing():
+            self.loop.call_later(CLOSE_S, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
         """Stop the timeout if this completes a header. Start it for part of a header, or for the rest of a refused body."""
