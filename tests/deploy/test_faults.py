@@ -224,14 +224,19 @@ def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation,
     assert tree.equal(experiment.server, without_those_who_did_not_come(experiment, tmp_path / "expected").server)
 
 
-def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path):
-    """Kill SuperLink and proxy together, and restart them after half a minute: the Flower run is lost, but ours continues."""
+@pytest.mark.parametrize("end", [kill_group, end_group], ids=["killed", "stopped"])
+def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path, end):
+    """End SuperLink and proxy together, and restart them after half a minute: the Flower run is lost, but ours continues.
+
+    A server that is stopped deletes its database, so all nodes have to register again.
+    """
     away = []
 
     def fault(done, rounds, row):
         if done == 1:
-            kill_group(federation.processes["server"])
+            end(federation.processes["server"])
             time.sleep(1)  # until its leashed children have ended
+            assert (federation.deployment.server / "superlink.db").is_file() == (end is kill_group)
             server = f"{sys.executable} -m fedloom.cli deploy server {federation.deployment.path}"
             away.append(subprocess.Popen(["sh", "-c", f"sleep 30; exec {server}"], start_new_session=True))
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import subprocess
@@ -15,6 +16,8 @@ import sys
 import threading
 import time
 import tomllib
+from base64 import b64encode
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
@@ -22,8 +25,15 @@ import pytest
 import torch
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key, load_ssh_public_key
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_private_key,
+    load_ssh_private_key,
+    load_ssh_public_key,
+)
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
@@ -37,12 +47,12 @@ from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
-from fedloom.deploy import certificates, proxy, server, supernode
+from fedloom.deploy import certificates, proxy, server, superlink_store, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create_deployment, read_file
 from fedloom.deploy.local import LocalFederation
 from fedloom.deploy.messages import Assignment, Hello, open_envelope, seal
-from fedloom.deploy.proxy import allowed, make_app, make_server
+from fedloom.deploy.proxy import NodeKeys, allowed, make_app, make_server
 from fedloom.deploy.server import is_open, proxy_command, run_server, superlink_command
 from fedloom.deploy.services import (
     Service,
@@ -139,7 +149,7 @@ def test_the_bundle_lists_flower_alone_and_holds_no_code_that_runs(folder):
 
 
 def test_the_superlink_listens_on_the_loopback_alone_and_asks_for_keys(folder):
-    command = superlink_command(Deployment(folder))
+    command = superlink_command(Deployment(folder), folder / "there.db")
     assert command[command.index("--host") + 1] == "127.0.0.1"
     assert "--enable-supernode-auth" in command
     assert command[command.index("--isolation") + 1] == "process"
@@ -356,30 +366,44 @@ def test_nothing_else_may_pass(path):
     assert not allowed("POST", path.encode())
 
 
-class Proxied:
-    """The proxy in front of a server that records its requests."""
+NODE_KEY = certificates.new_node_key()
 
-    def __init__(self, transport: httpx.AsyncBaseTransport | None = None) -> None:
+
+def signed(key=NODE_KEY, age_s=0.0, text=None):
+    """Return the headers of a node's request, as Flower makes them."""
+    timestamp = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
+    signature = key.sign((text or timestamp).encode(), ec.ECDSA(hashes.SHA256()))
+    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    values = {"flwr-public-key": b64encode(pem), "flwr-signature": b64encode(signature)}
+    return {name: value.decode() for name, value in values.items()} | {"flwr-timestamp": timestamp}
+
+
+class Proxied:
+    """The proxy in front of a server that records its requests; requests are signed by its only node."""
+
+    def __init__(self, folder, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.reached: list[tuple[str, bytes, str | None]] = []
         inner = Starlette(routes=[Route("/{path:path}", self.tell, methods=["GET", "POST"])])
         client = httpx.AsyncClient(transport=transport or httpx.ASGITransport(inner))
-        self.app = make_app("https://127.0.0.1:9091", client)
+        (folder / "keys").mkdir()
+        (folder / "keys/node-0.pub").write_bytes(certificates.node_key_bytes(NODE_KEY)[1])
+        self.app = make_app("https://127.0.0.1:9091", client, NodeKeys(folder / "keys"))
 
     async def tell(self, request):
-        self.reached.append((request.url.path, await request.body(), request.headers.get("flwr-signature")))
+        self.reached.append((request.url.path, await request.body(), request.headers.get("x-more")))
         return JSONResponse({"seen": True}, 201, {"x-answer": "1"})
 
-    def ask(self, verb, path, **what):
+    def ask(self, verb, path, headers=None, **what):
         async def send():
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="https://fl") as client:
-                return await client.request(verb, path, **what)
+                return await client.request(verb, path, headers=signed() | (headers or {}), **what)
 
         return asyncio.run(send())
 
 
-def test_the_proxy_hands_on_body_headers_and_answer():
-    proxied = Proxied()
-    answer = proxied.ask("POST", "/v1/fleet/push-object", content=b"\x00\xff", headers={"flwr-signature": "s"})
+def test_the_proxy_hands_on_body_headers_and_answer(tmp_path):
+    proxied = Proxied(tmp_path)
+    answer = proxied.ask("POST", "/v1/fleet/push-object", content=b"\x00\xff", headers={"x-more": "s"})
     assert (answer.status_code, answer.json(), answer.headers["x-answer"]) == (201, {"seen": True}, "1")
     assert proxied.reached == [("/v1/fleet/push-object", b"\x00\xff", "s")]
 
@@ -388,33 +412,34 @@ def test_the_proxy_hands_on_body_headers_and_answer():
     ("verb", "path"),
     [("POST", "/v1/control/start-run"), ("GET", "/v1/fleet/get-run"), ("POST", "/v1/fleet/x?y=1"), ("DELETE", "/")],
 )
-def test_the_proxy_lets_nothing_else_reach_the_server(verb, path):
-    proxied = Proxied()
+def test_the_proxy_lets_nothing_else_reach_the_server(tmp_path, verb, path):
+    proxied = Proxied(tmp_path)
     assert proxied.ask(verb, path).status_code == 403
     assert proxied.reached == []
 
 
-def test_the_proxy_refuses_what_is_too_large():
-    proxied = Proxied()
+def test_the_proxy_refuses_what_is_too_large(tmp_path):
+    proxied = Proxied(tmp_path)
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(65 * 2**20)).status_code == 413
     assert proxied.reached == []
 
 
-def test_the_proxy_waits_for_a_body_no_longer_than_it_must(monkeypatch):
+def test_the_proxy_waits_for_a_body_no_longer_than_it_must(tmp_path, monkeypatch):
     monkeypatch.setattr(proxy, "TIMEOUT_S", 0.05)
 
     async def slowly():
         yield b"x"
         await asyncio.sleep(60)
 
-    proxied = Proxied()
+    proxied = Proxied(tmp_path)
     assert proxied.ask("POST", "/v1/fleet/push-object", content=slowly()).status_code == 408
     assert proxied.reached == []
 
 
-def test_the_proxy_holds_no_more_bodies_than_it_may(monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_HELD", 10)
-    proxied = Proxied()
+@pytest.mark.parametrize("limit", ["MAX_HELD", "MAX_HELD_BY_NODE"])
+def test_the_proxy_holds_no_more_bodies_than_it_may(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(proxy, limit, 10)
+    proxied = Proxied(tmp_path)
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(11)).status_code == 503
     assert (
         proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
@@ -422,11 +447,65 @@ def test_the_proxy_holds_no_more_bodies_than_it_may(monkeypatch):
     assert proxied.ask("POST", "/v1/fleet/push-object", content=bytes(10)).status_code == 201
 
 
-def test_the_proxy_says_when_the_superlink_is_gone():
+def test_the_proxy_says_when_the_superlink_is_gone(tmp_path):
     def refuse(request):
         raise httpx.ConnectError("refused")
 
-    assert Proxied(httpx.MockTransport(refuse)).ask("POST", "/v1/fleet/pull-messages").status_code == 503
+    assert Proxied(tmp_path, httpx.MockTransport(refuse)).ask("POST", "/v1/fleet/pull-messages").status_code == 503
+
+
+def test_a_large_body_has_more_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(proxy, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(proxy, "BODY_RATE", 1000)
+
+    async def slowly(size):
+        for _ in range(10):
+            await asyncio.sleep(0.05)
+            yield bytes(size)
+
+    proxied = Proxied(tmp_path)
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=slowly(100)).status_code == 201
+    assert proxied.ask("POST", "/v1/fleet/push-object", content=slowly(1)).status_code == 408
+
+
+STRANGERS = {
+    "another key": lambda: signed(certificates.new_node_key()),
+    "an old signature": lambda: signed(age_s=306),
+    "a signature of the future": lambda: signed(age_s=-6),
+    "a signature of other words": lambda: signed(text="2020-01-01T00:00:00+00:00"),
+    "no time zone": lambda: signed() | {"flwr-timestamp": "2026-01-01T00:00:00"},
+    "no base64": lambda: signed() | {"flwr-signature": "é"},
+    "no signature": lambda: {"flwr-signature": ""},
+}
+
+
+@pytest.mark.parametrize("who", STRANGERS)
+def test_the_proxy_reads_nothing_from_strangers(tmp_path, who):
+    async def body():
+        raise AssertionError("the body was read")
+        yield b""
+
+    proxied = Proxied(tmp_path)
+    headers = [(name, value.encode()) for name, value in (signed() | STRANGERS[who]()).items()]
+
+    async def send():
+        transport = httpx.ASGITransport(proxied.app)
+        async with httpx.AsyncClient(transport=transport, base_url="https://fl") as client:
+            return await client.post("/v1/fleet/push-object", headers=headers, content=body())
+
+    answer = asyncio.run(send())
+    assert (answer.status_code, answer.headers["connection"]) == (412, "close")
+    assert "its key is not among this federation's keys" in answer.json()["detail"]
+    assert proxied.reached == []
+
+
+def test_a_key_may_be_added_and_removed_while_the_proxy_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(proxy, "REREAD_S", 0.0)
+    proxied = Proxied(tmp_path)
+    (tmp_path / "keys/node-0.pub").rename(tmp_path / "node-0.pub")
+    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 412
+    (tmp_path / "node-0.pub").rename(tmp_path / "keys/node-0.pub")
+    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 201
 
 
 @contextlib.contextmanager
@@ -489,7 +568,7 @@ def test_the_proxy_refuses_a_header_without_an_end(folder):
 
 def test_the_proxy_keeps_connections_that_are_being_answered(folder, monkeypatch):
     monkeypatch.setattr(proxy, "HEADER_S", 0.5)
-    whole = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 1\r\n\r\n"
+    whole = request_of(folder, 1)
     with serving(folder / "server") as port, connect(folder / "server", port) as node:
         for part in (whole[:9], whole[9:]):
             node.sendall(part)
@@ -499,20 +578,70 @@ def test_the_proxy_keeps_connections_that_are_being_answered(folder, monkeypatch
         assert node.recv(1024).startswith(b"HTTP/1.1 503 ")  # there is no SuperLink
 
 
-def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_CONNECTIONS", 2)
-    ask = b"GET / HTTP/1.1\r\nhost: h\r\n\r\n"
+def request_of(folder, length):
+    """Return the header of a request that is signed by node 0."""
+    key = load_ssh_private_key((folder / "node-0/node.key").read_bytes(), None)
+    lines = [f"{name}: {value}" for name, value in signed(key).items()]
+    return "\r\n".join(["POST /v1/fleet/x HTTP/1.1", "host: h", f"content-length: {length}", *lines, "", ""]).encode()
+
+
+def is_answered(connection, header):
+    """Return whether a request without a body is forwarded; there is no SuperLink to answer it."""
+    connection.sendall(header)
+    received = b""
+    while b"does not answer" not in received:
+        if not (more := connection.recv(1024)):
+            return False
+        received += more
+    return received.startswith(b"HTTP/1.1 503 ")
+
+
+@pytest.mark.parametrize("limit", ["MAX_CONNECTIONS", "PER_ADDRESS"])
+def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch, limit):
+    monkeypatch.setattr(proxy, limit, 2)
+    monkeypatch.setattr(proxy, "PER_NODE", 0 if limit == "PER_ADDRESS" else 4)
     with serving(folder / "server") as port, contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(connect(folder / "server", port)) for _ in range(2))
         for each in (first, second):
-            each.sendall(ask)
-            assert each.recv(1024).startswith(b"HTTP/1.1 403 ")
+            assert is_answered(each, request_of(folder, 0))
         third = stack.enter_context(connect(folder / "server", port))
         assert is_cut_off(third, 4)
         first.close()
         with connect(folder / "server", port) as fourth:
-            fourth.sendall(ask)
-            assert fourth.recv(1024).startswith(b"HTTP/1.1 403 ")
+            assert is_answered(fourth, request_of(folder, 0))
+
+
+def test_strangers_cannot_take_all_connections(folder, monkeypatch):
+    monkeypatch.setattr(proxy, "MAX_UNKNOWN", 2)
+    with serving(folder / "server") as port, contextlib.ExitStack() as stack:
+        known = [stack.enter_context(connect(folder / "server", port)) for _ in range(2)]
+        for each in known:
+            assert is_answered(each, request_of(folder, 0))
+        strangers = [stack.enter_context(connect(folder / "server", port)) for _ in range(2)]
+        another = stack.enter_context(connect(folder / "server", port))  # the oldest stranger gives way to it
+        assert is_cut_off(strangers[0], 4)
+        assert not is_cut_off(strangers[1], 0.5)
+        for node in (another, *known):
+            assert is_answered(node, request_of(folder, 0))
+
+
+@pytest.mark.parametrize("limit", ["MAX_UNKNOWN", "PER_ADDRESS"])
+def test_a_node_is_answered_while_strangers_hold_connections(folder, monkeypatch, limit):
+    monkeypatch.setattr(proxy, limit, 3)
+    monkeypatch.setattr(proxy, "PER_NODE", 0 if limit == "PER_ADDRESS" else 8)
+    refused = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 100\r\n\r\nx"
+    with serving(folder / "server") as port, contextlib.ExitStack() as stack:
+        for words in (b"", refused) * 4:
+            stack.enter_context(connect(folder / "server", port)).sendall(words)
+        for _ in range(2):
+            assert is_answered(stack.enter_context(connect(folder / "server", port)), request_of(folder, 0))
+
+
+def test_the_connection_of_a_stranger_is_closed_without_reading_its_body(folder):
+    with serving(folder / "server") as port, connect(folder / "server", port) as stranger:
+        stranger.sendall(b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 100000000\r\n\r\nx")
+        assert stranger.recv(1024).startswith(b"HTTP/1.1 401 ")
+        assert is_cut_off(stranger, 4)
 
 
 def test_a_server_is_open_where_its_proxy_listens(folder):
@@ -755,3 +884,46 @@ def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when
     assert (taken, task.status.status, task.status.sub_status) == (None, "finished", "failed")
     assert "the run of this message is over" in task.status.details
     assert not state.get_messages_legacy()
+
+
+# the SuperLink's messages
+
+
+def test_messages_are_in_memory_if_the_system_has_a_runtime_folder(folder, tmp_path):
+    own = folder / "server"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "session").mkdir()
+    session = {"XDG_RUNTIME_DIR": str(tmp_path / "session")}
+    service = {"RUNTIME_DIRECTORY": f"{tmp_path / 'run'}:/elsewhere", **session}
+    found = superlink_store.database(own, environment=service)
+    assert found.parent.parent == tmp_path / "run"
+    assert stat.S_IMODE(found.parent.stat().st_mode) == 0o700
+    assert superlink_store.database(own, environment=service) == found
+    assert superlink_store.database(own, environment=session).parent.parent == tmp_path / "session"
+    assert superlink_store.database(folder, environment=service) != found  # another federation
+    for environment, keep in ((service, True), ({}, False), ({"XDG_RUNTIME_DIR": "/nowhere"}, False)):
+        assert superlink_store.database(own, keep=keep, environment=environment) == (own / "superlink.db").resolve()
+
+
+def test_deleted_messages_leave_the_log_and_the_database_is_deleted(tmp_path):
+    file, mark = tmp_path / "superlink.db", b"fedloom1"
+    flower = sqlite3.connect(file)  # stays open, with Flower's settings
+    flower.execute("PRAGMA journal_mode=WAL")
+    flower.execute("PRAGMA synchronous=NORMAL")
+    flower.execute("PRAGMA secure_delete=ON")
+    flower.execute("CREATE TABLE messages (content BLOB)")
+    flower.executemany("INSERT INTO messages VALUES (?)", [(mark * 100,)] * 50)
+    flower.commit()
+    flower.execute("DELETE FROM messages")
+    flower.commit()
+    log = tmp_path / "superlink.db-wal"
+    assert mark in log.read_bytes()
+    superlink_store.truncate(file)
+    assert log.stat().st_size == 0
+    assert mark not in file.read_bytes()
+    flower.execute("BEGIN IMMEDIATE")
+    superlink_store.truncate(file)  # busy
+    flower.close()
+    superlink_store.truncate(tmp_path / "none.db")
+    superlink_store.delete(file)
+    assert list(tmp_path.iterdir()) == []

@@ -98,8 +98,14 @@ def server_step(words: Sequence[str]) -> int:
     from fedloom.deploy.folder import Deployment
     from fedloom.deploy.server import run_server
 
-    given = _one_folder("server", "Run a federation's SuperLink and proxy until Ctrl-C.", words)
-    run_server(Deployment(given))
+    parser = _folder_parser("server", "Run a federation's SuperLink and proxy until Ctrl-C.")
+    parser.add_argument(
+        "--keep-store",
+        action="store_true",
+        help="keep the SuperLink's messages on disk, if memory is too small for them",
+    )
+    given = parser.read(words)
+    run_server(Deployment(_folder(given.folder, "server")), keep_store=given.keep_store)
     return 0
 
 
@@ -107,7 +113,8 @@ def node_step(words: Sequence[str]) -> int:
     """Run `fedloom deploy node` and return its exit code."""
     from fedloom.deploy.agent import run_node
 
-    run_node(_one_folder("node", "Run one node on its device until Ctrl-C.", words))
+    parser = _folder_parser("node", "Run one node on its device until Ctrl-C.")
+    run_node(_folder(parser.read(words).folder, "node"))
     return 0
 
 
@@ -207,10 +214,10 @@ def _result_options(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
 
 
-def _one_folder(step: str, purpose: str, words: Sequence[str]) -> Path:
+def _folder_parser(step: str, purpose: str) -> Parser:
     parser = Parser(f"deploy {step}", purpose, f"  fedloom deploy {step} FOLDER\n")
     parser.add_argument("folder", nargs="?", help="folder of the server or the node")
-    return _folder(parser.read(words).folder, step)
+    return parser
 
 
 def _folder(word: str | None, step: str) -> Path:

@@ -8,7 +8,9 @@ import socket
 import ssl
 import threading
 import time
+from pathlib import Path
 
+from fedloom.deploy import superlink_store
 from fedloom.deploy.folder import Deployment
 from fedloom.deploy.grid import LinkError, register_nodes
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, require_free, script
@@ -17,13 +19,13 @@ log = logging.getLogger("fedloom.experiment.server_hooks")
 START_S = 60.0  # how long the SuperLink may take to start
 
 
-def superlink_command(deployment: Deployment) -> list[str]:
+def superlink_command(deployment: Deployment, database: Path) -> list[str]:
     """Return the command line of the SuperLink."""
     own = deployment.server
     return [
         "flower-superlink", "--host", "127.0.0.1", "--port", str(deployment.file.superlink_port), "--enable-supernode-auth",
         "--isolation", "process", "--superexec-auth-secret-file", str(own / "runtime.secret"), "--database",
-        str((own / "superlink.db").resolve()), "--disable-runtime-dependency-installation", "--ssl-ca-certfile", str(own / "ca.crt"),
+        str(database), "--disable-runtime-dependency-installation", "--ssl-ca-certfile", str(own / "ca.crt"),
         "--ssl-certfile", str(own / "server.crt"), "--ssl-keyfile", str(own / "server.key"),
     ]  # fmt: skip
 
@@ -48,8 +50,8 @@ def proxy_hosts(host: str) -> tuple[str, str]:
     return ("0.0.0.0", "127.0.0.1") if address.version == 4 else ("::", "::1")
 
 
-def run_server(deployment: Deployment) -> None:
-    """Run SuperLink and proxy until SIGTERM or Ctrl-C."""
+def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
+    """Run SuperLink and proxy until SIGTERM or Ctrl-C. With `keep_store`, the SuperLink's database is on disk and is kept."""
     warning = keep_private(deployment.path)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if warning:
@@ -58,9 +60,9 @@ def run_server(deployment: Deployment) -> None:
         require_free(port, "is the server already running? To change ports, edit federation.toml")
     deployment.write_flwr_config()  # ports may have changed, and the folder may have moved
     home = (deployment.server / "flwr").resolve()
-    superlink = Service(
-        "flower-superlink", superlink_command(deployment), flower_environment(home), deployment.server / "superlink.log"
-    )
+    store = superlink_store.database(deployment.server, keep=keep_store)
+    command = superlink_command(deployment, store)
+    superlink = Service("flower-superlink", command, flower_environment(home), deployment.server / "superlink.log")
     proxy = Service("proxy", proxy_command(deployment), flower_environment(home), deployment.server / "proxy.log")
     with ended_by_signals() as over:
         superlink.start()
@@ -69,14 +71,27 @@ def run_server(deployment: Deployment) -> None:
             _wait(deployment, superlink, over)
             if not over.is_set():
                 register_nodes(deployment)
-                log.info("the federation is ready at %s", deployment.file.address)
-            while not over.wait(0.5):
-                for service in (superlink, proxy):
-                    if line := service.tend():
-                        log.error(line)
+                log.info("the federation is ready at %s; messages are in %s", deployment.file.address, store.parent)
+            _tend(superlink, proxy, store, over)
         finally:
+            if not keep_store:  # first, because this process may be killed while it waits for the others
+                superlink_store.delete(store)
             proxy.end()
             superlink.end()
+            if not keep_store:
+                superlink_store.delete(store)
+
+
+def _tend(superlink: Service, proxy: Service, store: Path, over: threading.Event) -> None:
+    """Restart the programs if they exit, and truncate the log of the database, until `over` is set."""
+    truncated = time.monotonic()
+    while not over.wait(0.5):
+        for service in (superlink, proxy):
+            if line := service.tend():
+                log.error(line)
+        if time.monotonic() - truncated > superlink_store.TRUNCATE_S:
+            superlink_store.truncate(store)
+            truncated = time.monotonic()
 
 
 def is_open(deployment: Deployment) -> bool:
