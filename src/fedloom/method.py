@@ -270,8 +270,12 @@ class Method:
     pooled: ClassVar[bool] = False  # whether one client holds all examples (an upper reference, not a federated method)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a hyper-parameter outside its limits."""
+        """Raise ValueError for a hyper-parameter outside its limits, and MethodError for a `shared` that is not a tuple."""
         ranges.check_limits(self)
+        shared: object = self.shared
+        if isinstance(shared, str):
+            name = type(self).__name__
+            raise MethodError(f"{name}.shared is a string; write a tuple, with a comma: ('{shared}',)")
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -406,6 +410,8 @@ class Method:
 
 def predict_model(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
     """Return the outputs of `model`, such as logits (B, Y)."""
+    if "model" not in nets.modules:
+        raise MethodError(f"the method has nets {', '.join(nets.modules)} and no 'model'; override `predictors`")
     logits: Tensor = nets.model(x)
     return logits
 

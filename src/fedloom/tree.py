@@ -159,6 +159,15 @@ def unstack(tree: Tree) -> list[Tree]:
     return [map_tree(lambda leaf, i=i: leaf[i], tree) for i in range(n)]
 
 
+def not_tensor(tree: Mapping[str, Any]) -> str:
+    """Describe the first leaf that is not a tensor, such as `'seen' is a list`, or return ""."""
+    leaf: Any
+    for path, leaf in flatten(tree):
+        if not isinstance(leaf, Tensor):
+            return f"'{path}' is {'an' if type(leaf).__name__[0] in 'aeiou' else 'a'} {type(leaf).__name__}"
+    return ""
+
+
 def structure(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Return the shape and dtype of every leaf by path; two trees are compatible if these are equal."""
     return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}

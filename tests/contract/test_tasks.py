@@ -1,6 +1,9 @@
 """Every learning task on every engine, resumed and reported; and every method with every task."""
 
+import string
+import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,3 +197,56 @@ def test_tokens_reach_the_loss_as_integers(tmp_path):
     run = fedloom.run(Watched(), data=data, model=MeanOfWords, rounds=1, out=str(tmp_path / "run"), progress=False)
     assert run.federation.normalisation == {}
     run.model(0)(run.federation.test(0)[0])
+
+
+METHODS_THAT_LEARN = ("fedavg", "fedper", "fedmr")
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_LEARN)
+def test_a_regression_beats_the_mean(tmp_path, method):
+    settings = {"model": "mlp", "clients": 4, "rounds": 8, "method.lr": 0.01, "method.local_epochs": 2}
+    run = fedloom.run(method, data="diabetes", out=str(tmp_path / "run"), progress=False, **settings)
+    assert run.summary["personal_r2"] > 0.2
+    assert run.summary["primary"] == {"name": "rmse", "better": "lower", "percent": False, "unit": ""}
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_LEARN)
+def test_labels_beat_the_best_constant_answer(tmp_path, method):
+    digits = fedloom.data.load("digits")
+    y = digits.labels.numpy()
+    labels = np.stack([y % 2 == 1, y >= 5, np.isin(y, [0, 6, 8, 9])], axis=1).astype(int)
+    data = fedloom.from_arrays(digits.images, labels, task="multilabel", classes=["odd", "large", "loop"])
+    settings = {
+        "model": "mlp",
+        "clients": 4,
+        "rounds": 6,
+        "method.lr": 0.2,
+        "partition": {"name": "dirichlet", "alpha": 5.0},
+    }
+    run = fedloom.run(method, data=data, out=str(tmp_path / "run"), progress=False, **settings)
+    share = labels.mean()
+    assert run.summary["personal_micro_f1"]["final"] > 2 * share / (1 + share) + 0.05
+    assert len(run.summary["personal_f1"]) == 3
+
+
+@pytest.mark.parametrize("method", METHODS_THAT_LEARN)
+def test_next_bytes_beat_the_most_frequent_one(tmp_path, method):
+    blocks, owners = [], []
+    for module in (textwrap, string):
+        source = np.frombuffer(Path(module.__file__).read_bytes()[:4001], np.uint8).astype(np.int64) + 1
+        blocks += [source[k : k + 41] for k in range(0, len(source) - 41, 40)]
+        owners += [module.__name__] * len(range(0, len(source) - 41, 40))
+    tokens = np.stack(blocks)
+    columns = {"module": owners}
+    data = fedloom.from_arrays(tokens[:, :-1], tokens[:, 1:], task="language", vocabulary=257, columns=columns)
+    settings = {
+        "model": NextToken,
+        "rounds": 15,
+        "method.lr": 0.02,
+        "method.optimizer": "adam",
+        "method.local_epochs": 2,
+    }
+    run = fedloom.run(method, data=data, out=str(tmp_path / "run"), progress=False, **settings)
+    most_frequent = np.bincount(tokens[:, 1:].ravel()).max() / tokens[:, 1:].size
+    assert run.summary["personal_accuracy"]["final"] > most_frequent + 0.02
+    assert run.federation.partition.owners == ("string", "textwrap")

@@ -132,3 +132,65 @@ def test_the_methods_of_a_file(tmp_path):
         methods_in(str(file))
     with pytest.raises(ConfigError, match=r"^check=none\.py: there is no file none\.py$"):
         methods_in("none.py")
+
+
+MISTAKES = {
+    "a list in memory": (
+        "    def init_memory(self, weights, task):\n        return {'seen': []}\n",
+        "Own.init_memory: 'seen' is a list; use a tensor of fixed shape",
+    ),
+    "a number in the uplink": (
+        "    def uplink(self, client, received, down, turn):\n"
+        "        up, memory = super().uplink(client, received, down, turn)\n"
+        "        return {**up, 'n': turn.examples}, memory\n",
+        "Own.uplink: in the uplink, 'n' is an int; use a tensor",
+    ),
+    "a number on the server": (
+        "    def init_server(self, weights, task):\n"
+        "        return {**super().init_server(weights, task), 'count': 0}\n",
+        "Own.init_server: 'count' is an int; use a tensor",
+    ),
+    "a key that the server loses": (
+        "    def init_server(self, weights, task):\n"
+        "        return {**super().init_server(weights, task), 'h': torch.zeros(2)}\n",
+        "changes the server's structure: 'h' is missing, but was (2,) float64; return every tensor of init_server",
+    ),
+    "weights of another shape": (
+        "    def aggregate(self, server, uplinks, round):\n"
+        "        new = super().aggregate(server, uplinks, round)\n"
+        "        params = {name: value[:3] for name, value in new['weights']['params'].items()}\n"
+        "        return {'weights': {**new['weights'], 'params': params}}\n",
+        "changes the server's structure: 'weights/params/model.body.linear.weight' is (3, 64) float64, but was (16, 64)",
+    ),
+    "no predictor": (
+        "    shared = ('body', 'head')\n\n"
+        "    def nets(self, arch, task):\n        return {'body': arch.body(), 'head': arch.head()}\n\n"
+        "    def phases(self):\n        return ()\n",
+        "the method has nets body, head and no 'model'; override `predictors`",
+    ),
+    "a missing memory": (
+        LOSS + "        return F.cross_entropy(nets.model(batch.x), batch.y) + memory['previous']\n",
+        "KeyError: 'previous' is missing; a hook must return every key that other hooks read",
+    ),
+    "a wrong signature": (
+        "    def loss(self, nets, batch):\n        return F.cross_entropy(nets.model(batch.x), batch.y)\n",
+        "docs/design.md lists the signatures of all hooks",
+    ),
+    "state on the method": (
+        "    def aggregate(self, server, uplinks, round):\n        self.last = server\n        return server\n",
+        "a method holds hyper-parameters only, so keep state in memory (client) or in the server's tree",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_with_its_remedy(check, mistake):
+    body, words = MISTAKES[mistake]
+    finding = check(body)[CONTRACT]
+    assert finding.kept is False
+    assert words in finding.note
+
+
+def test_a_shared_pattern_without_its_comma_is_named(check):
+    finding = check("    shared = ('model:body')\n")[CLASS]
+    assert "Own.shared is a string; write a tuple, with a comma: ('model:body',)" in finding.note

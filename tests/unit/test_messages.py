@@ -19,9 +19,9 @@ JUNK = {
     "numbers as parts": lambda n: b'{"header":{"kind":"trained","turns":[]},"parts":[' + b"1," * (n // 2) + b"1]}",
     "unknown keys": lambda n: b'{"header":{"kind":"trained","turns":[]' + keys(n) + b'},"parts":[]}',
     "texts as counts": lambda n: (
-        b'{"header":{"kind":"scored","scores":{"0":{"a":{"right":['
+        b'{"header":{"kind":"scored","scores":{"0":{"a":{"sums":{"right":['
         + b'"",' * (n // 3)
-        + b'1],"rows":[]}}}},"parts":[]}'
+        + b'1],"rows":[]}}}}},"parts":[]}'
     ),
     "numbers as notes": lambda n: (
         b'{"header":{"kind":"trained","turns":[],"notes":[' + b"1," * (n // 2) + b'1]},"parts":[]}'
@@ -69,7 +69,7 @@ def test_each_limit_names_what_it_allows():
         open_envelope(envelope(JUNK["numbers as parts"](40_000)))
     with pytest.raises(WireError, match="more than 100 faults"):
         open_envelope(envelope(JUNK["unknown keys"](10_000)))
-    with pytest.raises(WireError, match=r"scores\.0\.a\.right\.0: Input should be a valid integer"):
+    with pytest.raises(WireError, match=r"scores\.0\.a\.sums\.right\.0: Input should be a valid integer"):
         open_envelope(envelope(JUNK["texts as counts"](30_000)))
 
 

@@ -59,6 +59,9 @@ class DataSettings(Section):
     """A known data set (see `fedloom list datasets`), or any name if `data.path` is set."""
     path: Path | None = None
     """Folder with parquet files (train.parquet, test.parquet); for `data=pfllib`, PFLlib's data folder."""
+    task: Literal["classification", "multilabel", "regression", "language"] | None = None
+    """Learning task of your own parquet files: `regression` needs a label column of numbers, `multilabel` one of lists of 0 and 1. Default:
+    classification; named data sets have their own task."""
     rows: Count | None = None
     """Use only this many training examples, drawn once at random; test examples are not affected. Default: all."""
     image_size: Count | None = None

@@ -15,8 +15,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedloom.data.dataset import Dataset, validated
+from fedloom.data.dataset import Dataset, describe, validated
 from fedloom.errors import DataError
+from fedloom.objectives import from_content
 
 
 def load_cached(root: Path, name: str, key: str) -> Dataset | None:
@@ -29,12 +30,13 @@ def load_cached(root: Path, name: str, key: str) -> Dataset | None:
         for column, values in facts["strings"].items():
             columns[column] = np.asarray(values)[columns[column]]
         return validated(
-            Dataset.labelled(
+            Dataset(
                 name=name,
-                images=tensors["images"],
-                labels=tensors["labels"],
+                inputs=tensors["images"],
+                targets=tensors["targets"],
                 n_train=facts["n_train"],
-                classes=tuple(facts["classes"]),
+                objective=from_content(facts["objective"]),
+                spec=describe(tensors["images"]),
                 columns=columns,
             )
         )
@@ -44,7 +46,7 @@ def load_cached(root: Path, name: str, key: str) -> Dataset | None:
 
 def save(root: Path, key: str, dataset: Dataset) -> None:
     """Store the pool under `key`. The write is atomic: readers never see a partial file."""
-    tensors = {"images": dataset.images, "labels": dataset.labels}
+    tensors = {"images": dataset.images, "targets": dataset.targets}
     strings: dict[str, list[str]] = {}
     for name, column in dataset.columns.items():
         if column.dtype.kind == "U":
@@ -53,7 +55,7 @@ def save(root: Path, key: str, dataset: Dataset) -> None:
         tensors["column." + name] = torch.from_numpy(np.ascontiguousarray(column))
     facts = {
         "n_train": dataset.n_train,
-        "classes": dataset.classes,
+        "objective": dataset.objective.content(),
         "columns": list(dataset.columns),
         "strings": strings,
     }

@@ -17,13 +17,14 @@ import torch
 
 from fedloom.data import cache
 from fedloom.data.catalogue import Source
-from fedloom.data.dataset import Column, Dataset, validated
+from fedloom.data.dataset import Column, Dataset, describe, validated
 from fedloom.data.pictures import decode_picture
 from fedloom.data.subset import choose_rows
+from fedloom.data.targets import objective_for
 from fedloom.errors import DataError, suggest
 
 _LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
-_FORMAT = 2  # part of the cache key: increment it when decoding changes
+_FORMAT = 3  # part of the cache key: increment it when decoding changes
 
 
 class ColumnRoles(NamedTuple):
@@ -43,21 +44,34 @@ def read_parquet(
     image_size: int | None,
     rows: int | None,
     cache_root: Path,
+    task: str = "classification",
 ) -> Dataset:
-    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError."""
+    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError.
+
+    `task`: with `regression` the label column has numbers, or lists of numbers; with `multilabel` it has lists of 0 and 1.
+    """
     train, test = files
-    key = _key(name, train + test, image_size, rows, source)
+    key = _key(name, train + test, image_size, rows, source, task)
     stored = cache.load_cached(cache_root, name, key)
     if stored is not None:
         return stored
-    pool = _decode_pool(name, train, test=test, source=source, image_size=image_size, rows=rows)
+    choice = Choice(source, image_size, rows, task)
+    pool = _decode_pool(name, train, test, choice)
     cache.save(cache_root, key, validated(pool))
     return pool
 
 
-def _decode_pool(
-    name: str, train: list[Path], test: list[Path], source: Source | None, image_size: int | None, rows: int | None
-) -> Dataset:
+class Choice(NamedTuple):
+    """What to make of the files."""
+
+    source: Source | None
+    image_size: int | None
+    rows: int | None
+    task: str
+
+
+def _decode_pool(name: str, train: list[Path], test: list[Path], choice: Choice) -> Dataset:
+    source, image_size, rows, task = choice
     layout = _layout(train[0], source)
     facts = [_facts(file, layout) for file in train + test]
     try:
@@ -67,6 +81,8 @@ def _decode_pool(
     if not table.num_rows:
         raise DataError(f"data={name}: {train[0]} has no rows")
     n_train = sum(_open(file).metadata.num_rows for file in train)
+    if task != "classification":
+        return _with_targets(name, table, layout, files=train + test, n_train=n_train, choice=choice)
     labels, classes = _classes(name, table[layout.label], layout.names.get(layout.label), source)
     keep, n_train = choose_rows(name, labels >= 0, n_train, rows)
     encoded = _encoded(train + test, layout.image, keep)
@@ -77,6 +93,33 @@ def _decode_pool(
         n_train=n_train,
         classes=classes,
         columns={c: _column(table[c], layout.names.get(c))[keep] for c in layout.extra},
+    )
+
+
+def _with_targets(
+    name: str, table: Any, layout: ColumnRoles, *, files: list[Path], n_train: int, choice: Choice
+) -> Dataset:
+    """Return the pool with numbers, or lists of numbers, as targets."""
+    column = table[layout.label]
+    if column.null_count:
+        raise DataError(f"data={name}: {column.null_count} examples have no label")
+    try:
+        targets = np.asarray(column.to_pylist(), np.float64 if choice.task == "regression" else np.int64)
+    except (TypeError, ValueError):
+        needed = "numbers, or lists of equal length" if choice.task == "regression" else "lists of 0 and 1"
+        raise DataError(f"data={name} data.task={choice.task}: column '{layout.label}' must have {needed}") from None
+    keep, n_train = choose_rows(name, np.ones(len(targets), dtype=bool), n_train, choice.rows)
+    images = torch.from_numpy(decode_picture(_encoded(files, layout.image, keep), int(keep.sum()), choice.image_size))
+    values, objective = objective_for(choice.task, torch.from_numpy(targets[keep]), n_train, names=None)
+    columns = {c: _column(table[c], layout.names.get(c))[keep] for c in layout.extra}
+    return Dataset(
+        name=name,
+        inputs=images,
+        targets=values,
+        n_train=n_train,
+        objective=objective,
+        spec=describe(images),
+        columns=columns,
     )
 
 
@@ -98,9 +141,11 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _key(name: str, files: list[Path], image_size: int | None, rows: int | None, source: Source | None) -> str:
+def _key(
+    name: str, files: list[Path], image_size: int | None, rows: int | None, source: Source | None, task: str
+) -> str:
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], image_size, rows, repr(source)])
+    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], image_size, rows, repr(source), task])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

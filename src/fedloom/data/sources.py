@@ -17,6 +17,7 @@ def load(
     *,
     image_size: int | None = None,
     rows: int | None = None,
+    task: str | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Return a data set as one pool of examples.
@@ -28,6 +29,7 @@ def load(
         image_size: resize images to this width and height in pixels.
         rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
             ignores classes. Their order in the files is kept, and so are all test examples.
+        task: the learning task of the user's own parquet files; default: classification. Other data sets have their own task.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -38,11 +40,16 @@ def load(
     name = name.lower().replace("_", "-")
     if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
         raise DataError(f"data={name}: a name may contain only letters, digits, '-', '_' and '.'")
+    source = SOURCES.get(name)
+    own = source.task if source else "classification"
+    if task not in (None, own) and (source or name == "pfllib"):
+        raise DataError(f"data.task={task}: data={name} is a {own} data set; remove data.task")
+    if task == "language":
+        raise DataError("data.task=language: files of text are not read yet; pass token ids with fedloom.from_arrays")
     if name == "pfllib":
         if path is None or image_size is not None or rows is not None:
             raise DataError("data=pfllib: needs data.path=FOLDER, and does not support data.image_size or data.rows")
         return pfllib.load_pfllib(path)
-    source = SOURCES.get(name)
     if source and source.embedded and path is None:
         from fedloom.data import embedded
 
@@ -51,4 +58,6 @@ def load(
 
     root = hub.cache_root(cache)
     files = hub.find_files(name, path, root)
-    return parquet.read_parquet(name, files, source, image_size=image_size, rows=rows, cache_root=root)
+    return parquet.read_parquet(
+        name, files, source, image_size=image_size, rows=rows, cache_root=root, task=task or own
+    )

@@ -17,6 +17,7 @@ from torch import nn
 from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.data import Federation
+from fedloom.errors import MethodError
 from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
 from fedloom.nets import read_weights, select
 from fedloom.objectives import Score
@@ -85,7 +86,11 @@ class Problem:
         method = self.method
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         unsent = self.codec.unsent(method.travelling(weights))
-        return Client(weights, method.init_memory(weights, self.task), opts, unsent)
+        memory = method.init_memory(weights, self.task)
+        if wrong := tree.not_tensor(memory):
+            name = type(method).__name__
+            raise MethodError(f"{name}.init_memory: {wrong}; use a tensor of fixed shape, such as torch.zeros(...)")
+        return Client(weights, memory, opts, unsent)
 
     def init_server(self, weights: Weights) -> Tree:
         """Return the server's state before the first round; torch's generator is seeded for methods that sample from it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
+import torch
+
 from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.engines import Problem
@@ -25,7 +27,9 @@ class ServerSide:
 
     def init(self, weights: Weights) -> Tree:
         """Return the server's state before the first round; `weights` are a client's initial weights."""
-        return self._call("init_server", 0, {"weights": weights}, lambda: self._problem.init_server(weights))
+        server = self._call("init_server", 0, {"weights": weights}, lambda: self._problem.init_server(weights))
+        self._check_tensors(server, "init_server")
+        return server
 
     def cohort(self, server: Tree, number: int, size: int) -> list[int]:
         """Return the cohort of round `number`."""
@@ -50,7 +54,16 @@ class ServerSide:
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return the server's next state."""
         inputs = {"server": server, **_named(uplinks)}
-        return self._call("aggregate", round.number, inputs, lambda: self._method.aggregate(server, uplinks, round))
+        new = self._call("aggregate", round.number, inputs, lambda: self._method.aggregate(server, uplinks, round))
+        self._check_tensors(new, "aggregate")
+        before, after = tree.structure(server), tree.structure(new)
+        for path in [*before, *after]:
+            if before.get(path) != after.get(path):
+                raise MethodError(
+                    f"round {round.number}: {self._name}.aggregate changes the server's structure: '{path}' is {_form(after.get(path))}, "
+                    f"but was {_form(before.get(path))}; return every tensor of init_server, with its shape and type"
+                )
+        return new
 
     def logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
         """Return the server's logs for an evaluated round."""
@@ -73,6 +86,14 @@ class ServerSide:
             )
         return down
 
+    @property
+    def _name(self) -> str:
+        return type(self._method).__name__
+
+    def _check_tensors(self, value: Tree, hook: str) -> None:
+        if wrong := tree.not_tensor(value):
+            raise MethodError(f"{self._name}.{hook}: {wrong}; use a tensor, such as torch.tensor(...)")
+
     def _call(self, hook: str, number: int, inputs: Tree, call: Callable[[], T]) -> T:
         before = tree.versions(inputs)
         with own_randomness(Stream(self._problem.seed, "server hook", hook, number), HOST):
@@ -82,6 +103,10 @@ class ServerSide:
             name = f"{type(self._method).__name__}.{hook}"
             raise MethodError(f"round {number}: {name} changes '{changed}' in place; a hook's inputs are read-only")
         return result
+
+
+def _form(value: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if value is None else f"{value[0]} {str(value[1]).removeprefix('torch.')}"
 
 
 def _named(uplinks: Sequence[Tree]) -> Tree:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import re
 import traceback
+from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import NamedTuple
 
 from fedloom.errors import FedloomError, is_own_code
+
+REMEDIES: dict[type[BaseException], str] = {
+    KeyError: " is missing; a hook must return every key that other hooks read, from init_memory and init_server on",
+    FrozenInstanceError: "; a method holds hyper-parameters only, so keep state in memory (client) or in the server's tree",
+    TypeError: "; docs/design.md lists the signatures of all hooks",
+}
+"""What to do about errors that mistakes in a method's hooks often cause."""
 
 
 class CodeLocation(NamedTuple):
@@ -28,7 +36,7 @@ class CodeLocation(NamedTuple):
 def one_line(error: BaseException) -> str:
     """Return a line such as `ZeroDivisionError: division by zero (my.py:12, in loss; in phase 'train' ...; client 0, round 1)`."""
     known = isinstance(error, FedloomError)
-    what = str(error) if known else f"{type(error).__name__}: {error}"
+    what = str(error) if known else f"{type(error).__name__}: {error}{REMEDIES.get(type(error), '')}"
     own = own_place(error)
     places = [own] if own else [] if known else _places(error)[-1:]
     rest = "; ".join([*(f"{place}, in {place.function}" for place in places), *notes(error)])

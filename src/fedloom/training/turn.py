@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.accelerator import generators, staged, synchronise
-from fedloom.errors import DataError
+from fedloom.errors import DataError, MethodError
 from fedloom.inputs import map_inputs, shapes_of
 from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Train, Turn
 from fedloom.optim import Params
@@ -68,6 +68,10 @@ def finish_update(
     """Finish a client's update after its local work: compute its uplink and the state that it keeps."""
     client, down, context, turn = work
     uplink, memory = method.uplink(client, received, down, turn)
+    for what, value in (("uplink", uplink), ("memory", memory)):
+        if wrong := tree.not_tensor(value):
+            name = type(method).__name__
+            raise MethodError(f"{name}.uplink: in the {what}, {wrong}; use a tensor, such as torch.tensor(...)")
     sent, unsent = context.codec.reply(uplink, down, client.unsent, context.rng.child("uplink"))
     client = client._replace(memory=memory, unsent=unsent)
     return UpdateResult(client=client, uplink=sent, turn=turn, logs=logs, seconds=seconds)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.data import Partition, from_arrays, load, partition
+from fedloom.data import Partition, default_scheme, from_arrays, given_partition, load, partition
 from fedloom.errors import DataError
 
 DEALT = {
@@ -252,3 +252,72 @@ def test_owners_that_are_left_out_are_counted(caplog):
     assert (
         "left out 2 of 4 owners, with 7 examples, because each has fewer than partition.min_examples=10" in caplog.text
     )
+
+
+def regression(n=200):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(n, 2)).astype(np.float32)
+    site = rng.integers(0, 4, n).astype(str)
+    return from_arrays(x, 100 * x[:, 0], task="regression", columns={"site": site})
+
+
+def test_numbers_are_divided_by_quantile_bins():
+    data = regression()
+    skewed = partition(data, 4, alpha=0.05, bins=4, min_examples=5)
+    groups = data.strata(4)
+    assert len(groups.names) == 4
+    counts = skewed.counts(groups.of, 4)
+    assert (counts.max(1) / counts.sum(1)).mean() > 0.7
+
+
+def test_a_column_may_take_the_place_of_classes():
+    data = regression()
+    made = partition(data, 4, scheme="pathological", classes_per_client=1, by="site", min_examples=5)
+    sites = [set(data.columns["site"][rows]) for rows in made.train]
+    assert [len(mine) for mine in sites] == [1, 1, 1, 1]
+    assert made.scheme["by"] == "site"
+    with pytest.raises(DataError, match=r"partition\.by=sit: no such column"):
+        partition(data, 4, by="sit")
+
+
+def test_a_repaired_draw_moves_examples_and_says_how_many(caplog):
+    data = regression()
+    made = partition(data, 12, alpha=0.01, min_examples=12, repair=True)
+    sizes = [len(a) + len(b) for a, b in zip(made.train, made.test, strict=True)]
+    assert (min(sizes), sum(sizes)) == (12, 200)
+    assert "moved" in caplog.text
+
+
+def test_the_default_scheme_follows_from_the_data():
+    tokens = np.ones((30, 4), np.int64)
+    assert default_scheme(from_arrays(np.zeros((30, 2)), np.arange(30) % 2)) == "dirichlet"
+    assert default_scheme(from_arrays(tokens, tokens, task="language")) == "iid"
+    owners = {"owner": np.arange(30) % 3}
+    assert default_scheme(from_arrays(tokens, tokens, task="language", columns=owners)) == "natural"
+    with pytest.raises(DataError, match="next tokens have no classes to skew; use partition=natural, iid or quantity"):
+        partition(from_arrays(tokens, tokens, task="language"), 3)
+
+
+def test_owners_keep_their_names(tmp_path):
+    data = regression()
+    made = partition(data, scheme="natural", column="site")
+    assert made.owners == ("0", "1", "2", "3")
+    made.save(tmp_path / "p.json")
+    assert Partition.load(tmp_path / "p.json", data.n_rows).owners == made.owners
+
+
+def test_a_partition_may_be_given():
+    data = regression(40)
+    by_number = given_partition([range(10), range(10, 40)], data, test_fraction=0.5)
+    assert [len(rows) for rows in by_number.train] == [5, 15]
+    by_owner = given_partition(["b"] * 10 + ["a"] * 30, data, test_fraction=0.5)
+    assert (by_owner.owners, [len(rows) for rows in by_owner.train]) == (("a", "b"), [15, 5])
+    assert given_partition(by_owner, data) is by_owner
+    for wrong, message in (
+        ([range(10), range(5, 15)], "belongs to two clients"),
+        ([range(10), range(30, 41)], "they must be 0 to 39"),
+        (["a"] * 39, "39 owners for 40 examples"),
+        ([range(3), []], "at least one example"),
+    ):
+        with pytest.raises(DataError, match=message):
+            given_partition(wrong, data)
