@@ -122,8 +122,8 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
         console = output()
         for chapter in chapters:
             _show_chapter(console, chapter)
-        console.print(f"folder  {folder}", soft_wrap=True)
         console.print(f"digest  {_digest(runs, folder)}", soft_wrap=True)
+        console.print(f"folder  {folder}", soft_wrap=True)
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
         _warn_of_divergence(run_folder)
