@@ -13,7 +13,7 @@ import torch
 from contract import Perfed, assert_same, left_by
 from fedloom import ConfigError, FedAvg, tree
 from fedloom.engines.ray.packing import Packer, unpack
-from fedloom.errors import WorkerError
+from fedloom.errors import MethodError, WorkerError
 from small import losing
 
 ray = pytest.importorskip("ray", reason="Ray is not installed (pip install ray)")
@@ -166,7 +166,7 @@ def test_an_error_of_the_method_is_an_error_of_the_run(experiment, tmp_path, cap
     with pytest.raises(RuntimeError, match="OwnError: 1 and 2") as caught:
         run.run()
     notes = "\n".join(caught.value.__notes__)
-    for words in ("round 0", "in phase 'train'", "in happens_once"):
+    for words in ("round 1", "in phase 'train'", "in happens_once"):
         assert words in notes
     assert not caplog.records
 
@@ -175,7 +175,7 @@ def test_an_error_of_the_method_is_an_error_of_the_run(experiment, tmp_path, cap
 def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, workers, tmp_path, caplog):
     run = experiment(Stumbling(flag=str(tmp_path / "flag"), event="exit"), **ON_RAY)
     pids = [pid_of(actor) for actor in workers.actors]
-    with pytest.raises(SystemExit, match="3"):
+    with pytest.raises(MethodError, match="the method ended Python"):
         run.run()
     assert left_by(experiment(Stumbling(), **ON_RAY)).rows[-1]["cohort"] == 5
     assert [pid_of(actor) for actor in workers.actors] == pids

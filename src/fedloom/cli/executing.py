@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from fedloom.experiment.signing import Signer
     from fedloom.report import Chapter
 
+DIGITS = 32  # of a digest, so that lines stay short
+
 
 def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
     """Run an experiment. Unless `quiet`, print its facts and show progress."""
@@ -73,12 +75,12 @@ def sign(runs: Sequence[Path], signer: Signer | None, silent: bool) -> None:
 
 
 def _digest(runs: Sequence[Path], folder: Path) -> str:
-    """Return the digest of a run, or of all runs of a comparison, which `fedloom verify` repeats."""
+    """Return the start of the digest of a run, or of all runs of a comparison, which `fedloom verify` prints in full."""
     records = {run.relative_to(folder).as_posix(): read_manifest(run / MANIFEST) for run in runs}
     digests = {name: str(record["digest"]) for name, record in records.items() if record}
     if len(digests) < len(runs):
         return "none, because an earlier version wrote some runs"
-    return digests["."] if list(runs) == [folder] else f"{combined_digest(digests)} (of all runs)"
+    return digests["."][:DIGITS] if list(runs) == [folder] else f"{combined_digest(digests)[:DIGITS]} (of all runs)"
 
 
 def _plan(wanted: Comparison, jobs: Sequence[PlannedRun], folder: Path) -> dict[str, str]:
@@ -129,8 +131,8 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
         console = output()
         for chapter in chapters:
             _show_chapter(console, chapter)
-        console.print(f"folder  {folder}", soft_wrap=True)
         console.print(f"digest  {_digest(runs, folder)}", soft_wrap=True)
+        console.print(f"folder  {folder}", soft_wrap=True)
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
         _warn_of_divergence(run_folder)
