@@ -125,7 +125,7 @@ def test_several_inputs_keep_their_names_and_tables_are_taken():
     assert list(from_arrays((np.zeros((3, 1)), np.ones((3, 2))), y).inputs) == ["0", "1"]
     table = from_arrays(pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [4.0, 5.0, 6.0]}), pd.Series([0, 1, 0]))
     assert table.images.tolist() == [[1, 4], [2, 5], [3, 6]]
-    with pytest.raises(DataError, match="kind names input 'idz' .did you mean 'ids'"):
+    with pytest.raises(DataError, match=r"kind names input 'idz' .did you mean 'ids'"):
         from_arrays({"ids": np.array([[1], [2], [3]])}, y, kind={"idz": "token"})
     with pytest.raises(DataError, match="x and x_test must have the same inputs"):
         from_arrays({"ids": np.ones((3, 1))}, y, {"id": np.ones((1, 1))}, y[:1])
