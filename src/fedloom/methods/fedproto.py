@@ -124,7 +124,7 @@ class FedProto(Method):
         """Return a fault if a count is negative, is not whole, or exceeds the client's number of examples of that class."""
         counts: Tensor = uplink["counts"]
         if bool(((counts < 0) | (counts != counts.round())).any()):
-            return "'counts' has a number that is not a whole number of at least 0"
+            return "'counts' has a number that is negative or not an integer"
         if class_counts is not None and bool((counts > class_counts).any()):
             return "'counts' has more examples of a class than the client has"
         return ""
