@@ -27,6 +27,7 @@ from fedloom.rng import Stream
 log = logging.getLogger(__name__)
 
 NORMALISES: Final = ("half", "standard", "none")
+USUAL: Final = {"picture": "half", "number": "none"}
 Batch = tuple[Inputs, Tensor]
 
 
@@ -71,8 +72,13 @@ class Federation:
             dataset = replace(dataset, inputs=images)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
-        self._scaling = {f.name: _scale_and_shift(dataset, f, normalise) for f in dataset.spec.fields if _is_scaled(f)}
-        if normalise == "none" and not chosen:
+        usual = not chosen and dataset.normalise is None  # then every field has the default of its kind
+        self._scaling = {
+            f.name: _scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise)
+            for f in dataset.spec.fields
+            if not f.is_integer
+        }
+        if usual:
             _tell_of_scale(dataset)
         self._common: Batch | None = None
 
@@ -288,10 +294,6 @@ def _check_fits(dataset: Dataset, partition: Partition) -> None:
 
 LARGE = 20.0
 """With unscaled inputs above this value, training at usual learning rates diverges or stalls."""
-
-
-def _is_scaled(part: Field) -> bool:
-    return not part.is_integer
 
 
 def _stored(dataset: Dataset, part: Field) -> Tensor:
