@@ -1,5 +1,6 @@
 """Every learning task on every engine, resumed and reported; and every method with every task."""
 
+import importlib.util
 import string
 import textwrap
 from dataclasses import dataclass
@@ -110,6 +111,13 @@ def test_every_engine_gives_the_same_numbers_for_every_task(make, task):
     for engine in ENGINES[1:]:
         run = left_by(make(task, engine))
         (assert_close if engine == "vectorised" else assert_same)(run, reference)
+
+
+@pytest.mark.xdist_group("ray")
+@pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed (pip install ray)")
+@pytest.mark.parametrize("task", ["language", "two inputs"])
+def test_a_ray_cluster_gives_the_same_numbers(make, task):
+    assert_same(left_by(make(task, "ray")), left_by(make(task)))
 
 
 @pytest.mark.parametrize("task", MODELS)
