@@ -119,7 +119,7 @@ def test_short_memory_names_the_client_and_what_helps(experiment, engine, how):
         run.run()
     notes = [note for note in caught.value.__notes__ if "\n" not in note]
     assert notes[-1] == "client 2, round 2"
-    assert "memory is short; use a smaller batch_size, fewer engine.workers or fewer engine.lanes" in notes
+    assert "out of memory; use a smaller batch_size, fewer engine.workers or fewer engine.lanes" in notes
 
 
 def test_a_worker_that_ends_names_its_clients(experiment):

@@ -239,7 +239,7 @@ def _classes(
         raise DataError(f"data={name}: labels have type {column.dtype}; they must be integers or strings")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(
-            f"data={name}: labels run from {labels.min()} to {labels.max()}; they must be 0 to {len(classes) - 1}"
+            f"data={name}: labels run from {labels.min()} to {labels.max()}; they must be from 0 to {len(classes) - 1}"
         )
     return _only(name, labels.astype(np.int64), classes, source.only if source else None)
 

@@ -1,4 +1,4 @@
-"""Which models in the zoo fit which inputs and learning tasks."""
+"""Checks whether models in the zoo fit the inputs and the learning task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
 
 
 def _fitting(spec: InputSpec, objective: Objective | None = None) -> str:
-    """Return the names of the models for such inputs (and task), for messages."""
+    """Return the names of the models that fit these inputs (and this task), for messages."""
     found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
     if objective:
         found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
