@@ -279,7 +279,7 @@ class Method:
 
     @property
     def needs(self) -> frozenset[Need]:
-        """What the method needs from the data and the model. A run without it ends in one line before anything is trained."""
+        """The method's requirements for the data and the model. If one is not met, the run ends with a one-line error before training."""
         return frozenset()
 
     @property
@@ -324,7 +324,9 @@ class Method:
         sent, mine = down["weights"], self.travelling(weights)
         missing = [f"{kind}/{name}" for kind, part in mine.items() for name in part if name not in sent.get(kind, {})]
         if missing:
-            raise MethodError(f"the downlink lacks {min(missing)} and {len(missing) - 1} more travelling tensors")
+            raise MethodError(
+                f"the downlink must contain all shared weights, but lacks {len(missing)} of them, such as {min(missing)}"
+            )
         return tree.merge(weights, down["weights"])
 
     def phases(self) -> tuple[Phase, ...]:
@@ -344,7 +346,7 @@ class Method:
         return {}
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return what is impossible in an uplink's statistics, or "". Called before `aggregate` if uplinks are screened.
+        """Return why an uplink's statistics are impossible, or "". Called before `aggregate` if uplinks are screened.
 
         `class_counts`: the client's number of training examples of each class (Y,), or None if the server does not have it.
         """

@@ -56,7 +56,7 @@ def test_mistakes_around_a_file_are_named(file, tmp_path):
     with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
         method_class(f"{file}:Mine")
     file.write_text("import sys\nsys.exit(0)")
-    with pytest.raises(ConfigError, match="ends Python when it is imported"):
+    with pytest.raises(ConfigError, match="exits Python when it is imported"):
         method_class(f"{file}:Mine")
 
 

@@ -46,7 +46,7 @@ def read_parquet(
     cache_root: Path,
     task: str = "classification",
 ) -> Dataset:
-    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError.
+    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError for invalid files.
 
     `task`: with `regression` the label column has numbers, or lists of numbers; with `multilabel` it has lists of 0 and 1.
     """
@@ -62,7 +62,7 @@ def read_parquet(
 
 
 class Choice(NamedTuple):
-    """What to make of the files."""
+    """The options for converting files into a pool."""
 
     source: Source | None
     image_size: int | None

@@ -104,7 +104,7 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
 
 
 def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
-    """Return the problem for an engine; check that the method fits the architectures. Raises ConfigError."""
+    """Return the problem for an engine. Raise ConfigError if the method does not fit the architectures."""
     n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
     size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
     task = Task(
