@@ -267,6 +267,7 @@ class Method:
         False  # whether a client keeps its trained copy of the travelling weights for the next round
     )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks of earlier rounds (see `Arrival.age`)
+    needs: ClassVar[tuple[Need, ...]] = ()  # requirements for data and model, with the default hyper-parameters
     pooled: ClassVar[bool] = False  # whether one client holds all examples (an upper reference, not a federated method)
 
     def __post_init__(self) -> None:
@@ -278,9 +279,9 @@ class Method:
             raise MethodError(f"{name}.shared is a string; write a tuple, with a comma: ('{shared}',)")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """The method's requirements for the data and the model. If one is not met, the run ends with a one-line error before training."""
-        return frozenset()
+    def needed(self) -> frozenset[Need]:
+        """The requirements with these hyper-parameters. If one is not met, the run ends with a one-line error before training."""
+        return frozenset(self.needs)
 
     @property
     def remedy(self) -> str:

@@ -26,7 +26,7 @@ class Dataset:
     none. `inputs` are one tensor (N, ...), or several by name; `spec` describes them. Pictures are (N, C, H, W) uint8 (0 .. 255),
     numbers floating point, tokens and categories integers. `targets` have the form that `objective` needs, such as (N,) int64 class
     labels.
-    `columns` are further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
+    `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
     """
 
     name: str
@@ -75,9 +75,9 @@ class Dataset:
     @property
     def labels(self) -> Tensor:
         """The class of each example, (N,) int64. Raise DataError if the task has no classes."""
-        if self.n_classes:
-            return self.targets
-        raise DataError(f"data={self.name}: has no class labels")
+        if not isinstance(self.objective, Classification):
+            raise DataError(f"data={self.name}: needs classes, but the task is {self.objective.task}")
+        return self.targets
 
     @property
     def classes(self) -> tuple[str, ...]:

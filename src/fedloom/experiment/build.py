@@ -151,7 +151,7 @@ def _check_target(target: float | None, metric: Metric) -> None:
 
 def _check_needs(name: str, problem: Problem) -> None:
     """Raise ConfigError if the method needs something that the data or a model lack."""
-    task, needs, remedy = problem.task, problem.method.needs, problem.method.remedy
+    task, needs, remedy = problem.task, problem.method.needed, problem.method.remedy
     classes = isinstance(task.objective, Classification)
     pictures = task.spec.is_single and len(task.spec.shape) == 3 and not task.spec.fields[0].is_integer
     for need, there, what in (
@@ -164,12 +164,12 @@ def _check_needs(name: str, problem: Problem) -> None:
         if needs & {"head", "vector"} and not choice.has_head:
             n = task.objective.n_outputs
             raise ConfigError(
-                f"method={name}: needs a model with a linear head, and model={choice.name} has no nn.Linear with {n} outputs; "
+                f"method={name}: needs a model with a linear head, but model={choice.name} has no nn.Linear with {n} outputs; "
                 "give it one as .head, or use a method such as fedavg"
             )
         if "vector" in needs and not choice.has_vector:
             raise ConfigError(
-                f"method={name}: needs one feature vector per example, and model={choice.name} has one per position; "
+                f"method={name}: needs one feature vector per example, but model={choice.name} has one per position; "
                 "use a method such as fedavg or fedper"
             )
 
