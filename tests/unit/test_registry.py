@@ -43,7 +43,7 @@ def test_a_class_from_a_file(file):
 
 @pytest.mark.parametrize("where", ["number", "dataclass"])
 def test_an_object_that_is_not_a_method_is_named(file, where):
-    with pytest.raises(ConfigError, match=f"method=.*{where}: not a dataclass derived from fedloom.Method"):
+    with pytest.raises(ConfigError, match=f"method=.*{where}: must be a dataclass derived from fedloom.Method"):
         method_class(f"{file}:{where}")
 
 

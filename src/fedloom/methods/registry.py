@@ -69,7 +69,7 @@ def method_class(name: str) -> type[Method]:
     if ":" in name:
         found = load_object(name, "method")
         if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
-            raise ConfigError(f"method={name}: not a dataclass derived from fedloom.Method")
+            raise ConfigError(f"method={name}: must be a dataclass derived from fedloom.Method")
         return found
     if "+" in name:
         from fedloom.methods.composition import composed
