@@ -136,7 +136,7 @@ class DeviceSettings(Section):
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
     """How many times longer a slow client takes per training step."""
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
-    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them make
+    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them run
     a `partial` update (1/slowdown of the steps)."""
 
 
@@ -158,7 +158,7 @@ class JoinSettings(Section):
     clients: Whole = 0
     """Hold out the last N of the `clients` from training. They join after the last round and are scored separately."""
     turns: Count = 10
-    """Local updates that each new client makes on its own. They run the method's phases but leave the shared weights as received."""
+    """Local updates that each new client runs on its own. They run the method's phases but leave the shared weights as received."""
 
 
 class EngineSettings(Section):

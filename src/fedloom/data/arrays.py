@@ -179,8 +179,8 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
             raise DataError(
-                f"from_arrays: {what} is {_describe(tensor)}; uint8 images must be (N, C, H, W) with C = 1 or 3 "
-                "(kind='token' for token ids)"
+                f"from_arrays: {what} is {_describe(tensor)}; uint8 images must be (N, C, H, W) with C = 1 or 3; "
+                "for token ids, set kind='token'"
             )
     elif kind == "picture":
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; pictures must be uint8")

@@ -29,19 +29,21 @@ def class_numbers(
     shown = f"{labels.shape} {labels.dtype}"
     if labels.ndim != 1:
         raise DataError(
-            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names "
-            "(task='multilabel' for columns of 0 and 1, task='language' for next tokens)"
+            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names; "
+            "for columns of 0 and 1, set task='multilabel'; for next tokens, set task='language'"
         )
     if labels.dtype.kind in "UOS" and all(isinstance(label, str) for label in labels.tolist()):
         return _named(labels, classes)
     if labels.dtype.kind == "b":
         return labels.astype(np.int64), tuple(classes) if classes is not None else ("False", "True")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
-        log.warning("from_arrays: y holds integers as %s; used as class labels (task='regression' for numbers)", shown)
+        log.warning(
+            "from_arrays: y holds integers as %s; used as class labels; for numbers, set task='regression'", shown
+        )
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iu":
         raise DataError(
-            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names (task='regression' for numbers)"
+            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names; for numbers, set task='regression'"
         )
     labels = labels.astype(np.int64)
     return labels, tuple(classes) if classes is not None else _numbered(labels)

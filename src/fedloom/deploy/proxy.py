@@ -214,7 +214,7 @@ class Door(H11Protocol):
             self.loop.call_later(CLOSE_S, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Stop the timeout if this completes a header. Start it for part of a header, or for the rest of a refused body."""
+        """Stop the timeout if this completes a header. Start it if part of a header, or of a refused body, has not arrived yet."""
         super().data_received(data)
         if self.scope is not None:
             self.scope[DOOR] = self  # type: ignore[literal-required]

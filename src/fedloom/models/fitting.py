@@ -21,8 +21,8 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
             )
     elif not spec.kinds <= KINDS[name] or not (spec.is_single or name in BY_SPEC):
         kinds = " or ".join(f"{kind} inputs" for kind in sorted(KINDS[name]))
-        hint = " (numbers need kind='number')" if "token" in spec.kinds and "number" in KINDS[name] else ""
-        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}{hint}; use {_fitting(spec)}")
+        hint = "for numbers, set kind='number'; " if "token" in spec.kinds and "number" in KINDS[name] else ""
+        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}; {hint}use {_fitting(spec)}")
     if (objective.task == "language") != (name in SEQUENCES):
         has, needs = ("position", "example") if name in SEQUENCES else ("example", "position")
         raise ConfigError(
