@@ -1,4 +1,4 @@
-"""Partitions: which client has which examples. A scheme draws a partition, or a file contains it; it is saved with a hash."""
+"""Partitions: which client has which examples. A partition is drawn by a scheme or read from a file, and is saved with a hash."""
 
 from __future__ import annotations
 
