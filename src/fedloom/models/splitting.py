@@ -85,7 +85,9 @@ def check_split(module: nn.Module, example: Inputs, objective: Objective, name: 
     body, head = split(deepcopy(module), objective.n_outputs, name)
     features = dry_run(body, example)
     if not isinstance(features, Tensor):
-        raise ConfigError(f"model {name}'s body returns a {type(features).__name__}; return one tensor, the features")
+        raise ConfigError(
+            f"model {name}'s body returns a {type(features).__name__}; return only the features, as one tensor"
+        )
     fits = features.ndim >= 2 and features.shape[0] == 2 and features.shape[-1] == head.in_features
     if not fits or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
         softmax = torch.allclose(logits.exp().sum(-1), torch.ones(logits.shape[:-1]).to(logits), atol=1e-3)
