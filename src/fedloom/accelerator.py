@@ -51,7 +51,7 @@ def find(name: str) -> torch.device:
 
 
 def place(name: str, budget: int | None = None) -> DeviceBudget:
-    """Return the device called `name` with a budget in bytes (default: half of its free memory). Raises ConfigError."""
+    """Return the device called `name` with a budget in bytes (default: half of its free memory). Raise ConfigError if there is none."""
     device = find(name)
     return DeviceBudget(device, int(SHARE_OF_FREE * free_bytes(device)) if budget is None else budget)
 

@@ -64,7 +64,7 @@ class Run:
         return self._experiment.personal_model(i)
 
     def predict(self, client: int | str, inputs: Any) -> npt.NDArray[Any]:
-        """Return a client's predictions for new examples, in the terms of the data.
+        """Return a client's predictions for new examples, as values of the data.
 
         Args:
             client: the client's number, or the name of its owner (`partition=natural`).

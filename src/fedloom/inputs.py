@@ -1,7 +1,7 @@
 """The inputs of a model: one tensor, or several tensors by name, and a description of each.
 
-Several tensors are passed to `forward` by name if it has a parameter for each of them. Names that are numbers ("0", "1", from a tuple)
-are positions. Otherwise the dictionary is passed as one argument.
+Several tensors are passed to `forward` by name if it has a parameter for each of them, or by position if their names are numbers ("0",
+"1", from a tuple). Otherwise the dictionary is passed as one argument.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Field:
 
     Attributes:
         name: its key in the dictionary of inputs; "" if it is the only one.
-        shape: shape for one example.
+        shape: shape of one example.
         kind: `picture` (pixels, C H W), `number` (floating point), `token` (integers that index a vocabulary) or `category` (a row of
             integers, one per categorical column). Tokens and categories are int64 and are never scaled.
         levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column; otherwise empty.

@@ -267,9 +267,7 @@ class Method:
         False  # whether a client keeps its trained copy of the travelling weights for the next round
     )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks of earlier rounds (see `Arrival.age`)
-    needs: ClassVar[
-        tuple[Need, ...]
-    ] = ()  # what the method needs from data and model with its default hyper-parameters
+    needs: ClassVar[tuple[Need, ...]] = ()  # requirements for data and model, with the default hyper-parameters
     pooled: ClassVar[bool] = False  # whether one client holds all examples (an upper reference, not a federated method)
 
     def __post_init__(self) -> None:
@@ -282,7 +280,7 @@ class Method:
 
     @property
     def needed(self) -> frozenset[Need]:
-        """What the method needs with these hyper-parameters. A run without it ends in one line before anything is trained."""
+        """The requirements with these hyper-parameters. If one is not met, the run ends with a one-line error before training."""
         return frozenset(self.needs)
 
     @property
@@ -327,7 +325,9 @@ class Method:
         sent, mine = down["weights"], self.travelling(weights)
         missing = [f"{kind}/{name}" for kind, part in mine.items() for name in part if name not in sent.get(kind, {})]
         if missing:
-            raise MethodError(f"the downlink lacks {min(missing)} and {len(missing) - 1} more travelling tensors")
+            raise MethodError(
+                f"the downlink must contain all shared weights, but lacks {len(missing)} of them, such as {min(missing)}"
+            )
         return tree.merge(weights, down["weights"])
 
     def phases(self) -> tuple[Phase, ...]:
@@ -347,7 +347,7 @@ class Method:
         return {}
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return what is impossible in an uplink's statistics, or "". Called before `aggregate` if uplinks are screened.
+        """Return why an uplink's statistics are impossible, or "". Called before `aggregate` if uplinks are screened.
 
         `class_counts`: the client's number of training examples of each class (Y,), or None if the server does not have it.
         """

@@ -1,4 +1,4 @@
-"""Learning tasks: what the targets are, the loss, and how predictions are scored.
+"""Learning tasks: the form of the targets, the loss, and the scoring of predictions.
 
 Scores are sums of integers, so they add up to the same numbers in any order. Real values are added as `round(v * 2**24)`.
 """
@@ -63,7 +63,7 @@ class Metric(NamedTuple):
 
     name: str
     better: Literal["higher", "lower"] = "higher"
-    percent: bool = False  # whether it is a fraction, to be shown in percent
+    percent: bool = False  # whether it is a fraction, which is shown in percent
     unit: str = ""
 
 
@@ -92,7 +92,7 @@ class Objective(ABC):
     @property
     def n_classes(self) -> int:
         """Number of classes, Y. Raise DataError if the task has no classes."""
-        raise DataError(f"needs classes, and the task is {self.task}")
+        raise DataError(f"needs classes, but the task is {self.task}")
 
     @property
     def metric(self) -> Metric:
@@ -120,25 +120,25 @@ class Objective(ABC):
         """Return the metrics, the primary one first; NaN where they are undefined, such as without examples."""
 
     def by_name(self, score: Score) -> tuple[str, list[float]]:
-        """Return a metric per class or label, and what it is called; NaN for those without examples. Empty if the task has none."""
+        """Return the name of a metric, and its value per class or label; NaN for those without examples. Empty if the task has none."""
         return "", []
 
     @abstractmethod
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
-        """Return the predictions in the terms of the data: class names, label names, numbers in the targets' units, or token ids."""
+        """Return the predictions as values of the data: class names, label names, numbers in the targets' units, or token ids."""
 
     def strata(self, targets: Tensor, n_train: int, bins: int = 10) -> Strata | None:
         """Return groups of examples by target, or None if the task has none.
 
         Args:
             targets: of all examples.
-            n_train: the first `n_train` examples decide what the groups are.
+            n_train: the groups are derived from the first `n_train` examples.
             bins: the largest number of groups for targets that are numbers.
         """
         return None
 
     def excess(self, score: Score, most: Score) -> str:
-        """Return why a device cannot have obtained this score, or "". `most`: the largest `rows` that it may claim."""
+        """Return why a device cannot have obtained this score, or "". `most`: a score with the largest `rows` that it may claim."""
         if np.any(score["rows"] > most["rows"]):
             return "more examples than the client has"
         return ""
@@ -178,7 +178,7 @@ class Classification(Objective):
             return f"labels have shape {tuple(targets.shape)} and type {targets.dtype}; they must be (N,) integers"
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= self.n_classes:
-            return f"labels run from {low} to {high}; they must be 0 to {self.n_classes - 1}"
+            return f"labels run from {low} to {high}; they must be from 0 to {self.n_classes - 1}"
         return ""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class MultiLabel(Objective):
         return found
 
     def strata(self, targets: Tensor, n_train: int, bins: int = 10) -> Strata:
-        """Return the rarest label of each example, by frequency among the training examples; examples without labels are one more group."""
+        """Return the rarest label of each example, by frequency among the training examples; examples without labels form one group."""
         has = targets.bool().numpy()
         counts = has[:n_train].sum(0)
         order = np.argsort(counts, kind="stable")  # the rarest first; ties: the lower index
@@ -313,7 +313,9 @@ class Regression(Objective):
     def checked(self, targets: Tensor) -> str:
         if targets.ndim != 2 or targets.shape[1] != self.n_outputs or not targets.is_floating_point():
             return f"targets have shape {tuple(targets.shape)}; they must be (N, {self.n_outputs}) floating point"
-        return "" if bool(targets.isfinite().all()) else "targets have NaN or infinite values; remove or replace them"
+        return (
+            "" if bool(targets.isfinite().all()) else "targets contain NaN or infinite values; remove or replace them"
+        )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return the mean squared (or Huber) error over examples and targets, in standard deviations."""
@@ -379,7 +381,7 @@ class Regression(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Language(Objective):
-    """The next token at every position: targets (N, T) int64 from 0 to V-1, -100 where there is none; outputs (N, T, V) logits.
+    """The next token at every position: targets (N, T) int64 from 0 to V-1, or -100 if there is none; outputs (N, T, V) logits.
 
     The loss is the cross-entropy, averaged over the tokens of the batch.
     """
@@ -399,7 +401,8 @@ class Language(Objective):
             return f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; they must be (N, T) token ids"
         known = targets[targets != NO_TARGET]
         if len(known) and (int(known.min()) < 0 or int(known.max()) >= self.vocabulary):
-            return f"targets run from {int(known.min())} to {int(known.max())}; they must be 0 to {self.vocabulary - 1}"
+            low, high = int(known.min()), int(known.max())
+            return f"targets run from {low} to {high}; they must be from 0 to {self.vocabulary - 1}"
         return ""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -426,7 +429,7 @@ class Language(Objective):
         return dict.fromkeys(("nll", "right", "tokens", "rows"), 1)
 
     def metrics(self, score: Score) -> dict[str, float]:
-        """Return the next token's `accuracy` and the `perplexity`."""
+        """Return the next-token `accuracy` and the `perplexity`."""
         nll, tokens = float(score["nll"].sum() / UNIT), int(score["tokens"].sum())
         perplexity = math.exp(min(nll / tokens, 700.0)) if tokens else math.nan
         return {"accuracy": _ratio(score["right"].sum(), tokens), "perplexity": perplexity}
@@ -439,7 +442,7 @@ class Language(Objective):
 
     def excess(self, score: Score, most: Score) -> str:
         if np.any(score["right"] > score["tokens"]) or np.any(score["nll"] < 0):
-            return "more correct tokens than tokens"
+            return "more correct predictions than tokens, or a negative log-likelihood"
         return super().excess(score, most)
 
 

@@ -90,7 +90,7 @@ MISTAKES = {
     "run partition.column=who": "partition.column=who: applies only to partition=natural and partition=own; set partition",
     "run out=": "out=: must not be empty",
     "run --resume=": "fedloom run: --resume must not be empty",
-    "run method=ends.py:Mine": "method=ends.py:Mine: ends.py ends Python when it is imported",
+    "run method=ends.py:Mine": "method=ends.py:Mine: ends.py exits Python when it is imported",
     "run out=full": "out=full: already exists and is not an empty folder; choose another folder",
     "compare": "method: must name the methods to compare",
     "compare method=fedavg,fedavg": "'fedavg' is given twice",
@@ -130,7 +130,7 @@ MISTAKES = {
     "check": "give a method",
     "check own.py:Nine": "(did you mean 'Mine'?)",
     "check none.py": "check=none.py: there is no file none.py",
-    "check ends.py": "check=ends.py: ends.py ends Python when it is imported",
+    "check ends.py": "check=ends.py: ends.py exits Python when it is imported",
     "check empty.py": "defines no class derived from fedloom.Method",
 }  # fmt: skip
 

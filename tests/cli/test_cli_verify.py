@@ -62,7 +62,7 @@ def test_a_signature_shows_who_published_a_run(tiny, cli, kind):
     assert cli("verify", "mine", "--key", "mine.key.pub").code == 0
     done = cli("verify", "mine", "--key", "other.key.pub")
     assert done.code == 3
-    assert f"is by another key ({fingerprint}), not by other.key.pub" in done.err
+    assert f"was made with another key ({fingerprint}), not with other.key.pub" in done.err
     edit_with_manifest(Path("mine"))
     done = cli("verify", "mine")
     assert done.code == 3

@@ -228,14 +228,14 @@ def test_other_versions_are_refused_or_recorded(kept, cut, monkeypatch, package,
     monkeypatch.setattr(resuming, "software_versions", lambda: {**there, package: version})
     said = f"{package} {version} (was {there[package]})"
     if refused:
-        with pytest.raises(RunFolderError, match=f"other versions: {re.escape(said)}"):
+        with pytest.raises(RunFolderError, match=f"versions differ: {re.escape(said)}"):
             Experiment.resume(cut)
     left = left_by(Experiment.resume(cut, accept_changes=refused))
     left.summary.pop("accepted_changes", None)
     assert_same(left, kept[1])
     (resumed,) = json.loads((cut / "manifest.json").read_text())["resumed"]
     assert resumed["versions"][package] == version
-    assert resumed["accepted" if refused else "noted"] == [f"other versions: {said}" if refused else said]
+    assert resumed["accepted" if refused else "noted"] == [f"versions differ: {said}" if refused else said]
 
 
 METHOD = """

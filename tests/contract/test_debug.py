@@ -121,7 +121,7 @@ BROKEN = {
     Retyping: r"round 0, client 0: the structure of its state changed at 'memory/n'",
     Exploding: r"round 0, client 0 sends 'weights/params/model\.\S+' \(shape .*\), which is not finite",
     PrivatelyExploding: r"round 0, client 0 keeps 'weights/params/model\.\S+' \(shape .*\), which is not finite",
-    Forgetful: r"the downlink lacks params/\S+ and 1 more travelling tensors",
+    Forgetful: r"the downlink must contain all shared weights, but lacks 2 of them, such as params/\S+",
     Doubled: r"round 0: a cohort must consist of distinct clients from 0 to 3, but is \[1, 1\]",
 }
 

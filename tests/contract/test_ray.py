@@ -94,7 +94,7 @@ def lost_by(caplog):
     """Return the clients that warnings report as lost, by round."""
     found = {}
     for record in caplog.records:
-        said = re.match(r"engine=ray: round (\d+) goes on without clients? ([\d, ]+): worker", record.getMessage())
+        said = re.match(r"engine=ray: round (\d+) continues without clients? ([\d, ]+): worker", record.getMessage())
         assert said, record.getMessage()
         found.setdefault(int(said[1]) - 1, set()).update(int(i) for i in said[2].split(","))
     return found
@@ -175,7 +175,7 @@ def test_an_error_of_the_method_is_an_error_of_the_run(experiment, tmp_path, cap
 def test_a_method_that_exits_ends_the_run_and_no_worker(experiment, workers, tmp_path, caplog):
     run = experiment(Stumbling(flag=str(tmp_path / "flag"), event="exit"), **ON_RAY)
     pids = [pid_of(actor) for actor in workers.actors]
-    with pytest.raises(MethodError, match="the method ended Python"):
+    with pytest.raises(MethodError, match="the method exited Python"):
         run.run()
     assert left_by(experiment(Stumbling(), **ON_RAY)).rows[-1]["cohort"] == 5
     assert [pid_of(actor) for actor in workers.actors] == pids

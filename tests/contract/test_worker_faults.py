@@ -77,7 +77,8 @@ def test_a_client_that_hangs_is_lost_and_the_others_are_not(experiment, caplog, 
     left = left_by(experiment(Faulty(how=how), **settings))
     (said,) = caplog.messages
     found = re.fullmatch(
-        r"engine=processes: round 2 goes on without clients? ([\d, ]+): no answer in \d+ s \(engine\.deadline_s\)", said
+        r"engine=processes: round 2 continues without clients? ([\d, ]+): no answer in \d+ s \(engine\.deadline_s\)",
+        said,
     )
     lost = [int(i) for i in found[1].split(",")]
     assert 2 in lost
@@ -119,7 +120,7 @@ def test_short_memory_names_the_client_and_what_helps(experiment, engine, how):
         run.run()
     notes = [note for note in caught.value.__notes__ if "\n" not in note]
     assert notes[-1] == "client 2, round 2"
-    assert "memory is short; use a smaller batch_size, fewer engine.workers or fewer engine.lanes" in notes
+    assert "out of memory; use a smaller batch_size, fewer engine.workers or fewer engine.lanes" in notes
 
 
 def test_a_worker_that_ends_names_its_clients(experiment):
@@ -133,7 +134,7 @@ def test_a_worker_that_ends_names_its_clients(experiment):
 @pytest.mark.parametrize("engine", ["sequential", "processes"])
 def test_a_method_cannot_end_python(experiment, engine):
     run = experiment(Faulty(how="sys.exit"), **{**SETTINGS, **WORKERS, "engine": engine})
-    with pytest.raises(MethodError, match="client 2, round 2: the method ended Python"):
+    with pytest.raises(MethodError, match="client 2, round 2: the method exited Python"):
         run.run()
 
 

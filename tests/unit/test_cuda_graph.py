@@ -104,7 +104,7 @@ def test_a_recording_that_fails_is_one_line_and_changes_nothing(
     with caplog.at_level(logging.WARNING):
         run.run()
     lines = {record.getMessage() for record in caplog.records}
-    assert lines == {f"steps of a kind run as written, without a CUDA graph: {reason}"}
+    assert lines == {f"one kind of step runs as written, without a CUDA graph: {reason}"}
     monkeypatch.undo()
     plain = experiment("fedavg", **SETTINGS)
     plain.run()

@@ -278,7 +278,7 @@ SPOILT: dict[str, tuple[Callable[[bytes], bytes | LostNode], str]] = {
     ),
     "more time than there was": (
         lambda answer: retold(answer, seconds=1e300),
-        r"it reports 1e\+300 seconds, but was asked",
+        r"it reports 1e\+300 seconds, but the request was sent",
     ),
     "markup in a log's name": (lambda answer: retold(answer, logs={"train.<b>": 1.0}), "the header is not valid"),
     "endless time": (lambda answer: retold(answer, seconds=float("inf")), "the header is not valid"),

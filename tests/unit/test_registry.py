@@ -43,7 +43,7 @@ def test_a_class_from_a_file(file):
 
 @pytest.mark.parametrize("where", ["number", "dataclass"])
 def test_an_object_that_is_not_a_method_is_named(file, where):
-    with pytest.raises(ConfigError, match=f"method=.*{where}: not a dataclass derived from fedloom.Method"):
+    with pytest.raises(ConfigError, match=f"method=.*{where}: must be a dataclass derived from fedloom.Method"):
         method_class(f"{file}:{where}")
 
 
@@ -56,7 +56,7 @@ def test_mistakes_around_a_file_are_named(file, tmp_path):
     with pytest.raises(ConfigError, match="cannot be imported: ModuleNotFoundError"):
         method_class(f"{file}:Mine")
     file.write_text("import sys\nsys.exit(0)")
-    with pytest.raises(ConfigError, match="ends Python when it is imported"):
+    with pytest.raises(ConfigError, match="exits Python when it is imported"):
         method_class(f"{file}:Mine")
 
 

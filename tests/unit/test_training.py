@@ -327,7 +327,10 @@ def test_a_local_update_reports_steps_and_keeps_its_inputs():
 
 def test_a_downlink_that_lacks_a_tensor_is_an_error():
     modules = net()
-    with pytest.raises(MethodError, match=r"the downlink lacks params/model\.0\.weight"):
+    with pytest.raises(
+        MethodError,
+        match=r"the downlink must contain all shared weights, but lacks 1 of them, such as params/model\.0\.weight",
+    ):
         client_update(
             Method(),
             Gradients(modules),

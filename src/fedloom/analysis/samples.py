@@ -204,7 +204,7 @@ def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | N
 def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs | None]:
     """Compare a client's images, and the same number of held-out images, with their nearest training images.
 
-    The numbers must be equal, because a maximum grows with the number of images.
+    Both sets must have the same size, because a maximum grows with the number of images.
     """
     training, _ = subject.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
     real = _shown(subject, training)

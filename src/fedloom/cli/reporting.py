@@ -87,7 +87,7 @@ def _target(text: str, primary: Primary) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ConfigError(f"target={text}: must be a number, a value of {primary.name}")
+        raise ConfigError(f"target={text}: must be a number (a value of {primary.name})")
     return value
 
 

@@ -81,8 +81,8 @@ class PartitionSettings(Section):
         Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own", "given"] | None
     ) = None
     """Partition scheme. Default: `natural` if a column names the owner of every example, `dirichlet` if targets fall into groups, else
-    `iid`; the run says which. `natural`: by the owner named in a column; `file`: read from `partition.path`; `own`: the split in a PFLlib
-    folder; `given`: passed from Python."""
+    `iid`; the run logs which one, unless it is `dirichlet`. `natural`: by the owner named in a column; `file`: read from `partition.path`;
+    `own`: the split in a PFLlib folder; `given`: passed from Python."""
     alpha: Positive = 0.1
     """Concentration of the Dirichlet distribution; smaller values give more skewed clients."""
     classes_per_client: Count = 2
@@ -90,8 +90,8 @@ class PartitionSettings(Section):
     balance: bool = False
     """Split each class equally among its clients (pathological)."""
     by: str | None = None
-    """Column whose values take the place of classes (dirichlet, pathological, extended). Default: the targets: classes, the rarest label
-    of each example, or quantile bins of numbers."""
+    """Column whose values are used instead of classes (dirichlet, pathological, extended). Default: groups by target, which are
+    classes, the rarest label of each example, or quantile bins of numbers."""
     bins: Annotated[int, Field(ge=2)] = 10
     """Number of quantile bins, for targets that are numbers."""
     column: str | None = None
@@ -136,7 +136,7 @@ class DeviceSettings(Section):
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
     """How many times longer a slow client takes per training step."""
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
-    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them make
+    """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them run
     a `partial` update (1/slowdown of the steps)."""
 
 
@@ -158,7 +158,7 @@ class JoinSettings(Section):
     clients: Whole = 0
     """Hold out the last N of the `clients` from training. They join after the last round and are scored separately."""
     turns: Count = 10
-    """Local updates that each new client makes on its own. They run the method's phases but leave the shared weights as received."""
+    """Local updates that each new client runs on its own. They run the method's phases but leave the shared weights as received."""
 
 
 class EngineSettings(Section):

@@ -37,24 +37,24 @@ def from_arrays(
     loss: Literal["mse", "huber"] = "mse",
     delta: float = 1.0,
 ) -> Dataset:
-    """Return a pool made from NumPy arrays, torch tensors or pandas tables. The arrays are copied.
+    """Return a data set made from NumPy arrays, torch tensors or pandas tables. The arrays are copied.
 
     Images with channels last, (N, H, W, C), are converted to channels first. Float images with integer values from 0 to
     255 are converted to uint8. Both are logged.
 
     Args:
         x: (N, C, H, W) uint8 images, finite floats of any shape (N, ...), or integers (N, T), which are token ids (0: padding). A
-            dictionary has several such arrays; they are passed to the model by name. A tuple is passed by position.
+            dictionary of such arrays is passed to the model by name, and a tuple by position.
         y: targets. Classification: (N,) integers from 0, or names. Multi-label: (N, L) of 0 and 1. Regression: (N,) or (N, M) numbers.
-            Language: (N, T) token ids, the next token at every position, and -100 where there is none.
+            Language: (N, T) token ids, the next token at every position, or -100 if there is none.
         x_test, y_test: official test examples; give both or neither.
         name: name of the data set, for listings and messages.
         task: the learning task.
         classes: names of the classes, labels or targets.
-        columns: further values, one per example each, training examples first.
+        columns: further columns by name, with one value for each example, training examples first.
         kind: `picture`, `number`, `token` or `category`, for all inputs or by name. Default: by type and shape.
-        vocabulary: number of different tokens, V. Default: one more than the largest in inputs and targets.
-        loss: regression: squared error, or Huber with threshold `delta`, in standard deviations of the target.
+        vocabulary: number of different tokens, V. Default: one more than the largest token id in inputs and targets.
+        loss: for regression: squared error, or Huber with threshold `delta`, in standard deviations of the target.
         delta: see `loss`.
 
     Raises:
@@ -91,19 +91,19 @@ def from_arrays(
 
 
 def stored_inputs(x: Given, spec: InputSpec) -> Inputs:
-    """Return inputs of new examples as a data set described by `spec` stores them. Raise DataError."""
+    """Return inputs of new examples in the form in which a data set with this `spec` stores them. Raise DataError if that fails."""
     fields = _fields(x)
     known = {part.name: part.kind for part in spec.fields}
     return _inputs(x, "inputs", {key: known[key] for key in fields if key in known})[0]
 
 
 def _kinds(kind: Kind | Mapping[str, Kind] | None, x: Given) -> dict[str, Kind]:
-    """Return the kinds that the caller names, by field."""
+    """Return the kinds that the caller gives, by field."""
     fields = _fields(x)
     named = dict(kind) if isinstance(kind, Mapping) else dict.fromkeys(fields, kind) if kind else {}
     for key, value in named.items():
         if key not in fields:
-            raise DataError(f"from_arrays: kind names input '{key}'{suggest(key, fields)}")
+            raise DataError(f"from_arrays: kind has the unknown input '{key}'{suggest(key, fields)}")
         if value not in KINDS:
             raise DataError(f"from_arrays: kind={value}: unknown{suggest(value, KINDS)}")
     return named
@@ -127,7 +127,7 @@ def _inputs(x: Given, what: str, kinds: Mapping[str, Kind]) -> tuple[Inputs, dic
 
 
 def _with_test(inputs: Inputs, more: Inputs, y: Any, y_test: Any) -> tuple[Inputs, Any]:
-    """Return training and test examples one after another."""
+    """Return the training examples followed by the test examples."""
     if isinstance(inputs, dict) != isinstance(more, dict) or (
         isinstance(inputs, dict) and isinstance(more, dict) and inputs.keys() != more.keys()
     ):
@@ -137,11 +137,11 @@ def _with_test(inputs: Inputs, more: Inputs, y: Any, y_test: Any) -> tuple[Input
         if a.is_floating_point() and b.dtype == torch.uint8:  # x was not converted: some of its pixels are not integers
             b = b.to(a.dtype)
         if a.shape[1:] != b.shape[1:] or a.is_floating_point() != b.is_floating_point():
-            raise DataError(f"from_arrays: x_test is {_describe(b)} and x is {_describe(a)}; they must agree")
+            raise DataError(f"from_arrays: x_test is {_describe(b)} and x is {_describe(a)}; they must match")
         return torch.cat([a, b])
 
     if y.shape[1:] != y_test.shape[1:]:
-        raise DataError(f"from_arrays: y_test has shape {y_test.shape} and y {y.shape}; they must agree")
+        raise DataError(f"from_arrays: y_test has shape {y_test.shape} and y has shape {y.shape}; they must match")
     return map_inputs(joined, inputs, more), np.concatenate([y, y_test])
 
 
@@ -179,8 +179,8 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
     if tensor.dtype == torch.uint8:
         if tensor.ndim != 4 or tensor.shape[1] not in (1, 3):
             raise DataError(
-                f"from_arrays: {what} is {_describe(tensor)}; uint8 images must be (N, C, H, W) with C = 1 or 3 "
-                "(kind='token' for token ids)"
+                f"from_arrays: {what} is {_describe(tensor)}; uint8 images must be (N, C, H, W) with C = 1 or 3; "
+                "for token ids, set kind='token'"
             )
     elif kind == "picture":
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; pictures must be uint8")
@@ -190,7 +190,7 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
         log.warning("from_arrays: %s is %s with negative values; used as numbers", what, _describe(tensor))
         return tensor.to(torch.float32), "number"
     elif not bool(torch.isfinite(tensor).all()):
-        raise DataError(f"from_arrays: {what} has NaN or infinite values; remove or replace them")
+        raise DataError(f"from_arrays: {what} contains NaN or infinite values; remove or replace them")
     return tensor, "picture" if tensor.dtype == torch.uint8 else "number"
 
 

@@ -24,8 +24,9 @@ class Dataset:
 
     Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be
     none. `inputs` are one tensor (N, ...), or several by name; `spec` describes them. Pictures are (N, C, H, W) uint8 (0 .. 255),
-    numbers floating point, tokens and categories integers. `targets` are what `objective` says, such as (N,) int64 class labels.
-    `columns` are further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
+    numbers floating point, tokens and categories integers. `targets` have the form that `objective` needs, such as (N,) int64 class
+    labels.
+    `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
     """
 
     name: str
@@ -68,14 +69,14 @@ class Dataset:
     def images(self) -> Tensor:
         """The inputs, if they are one tensor. Raise DataError if they are several."""
         if not isinstance(self.inputs, Tensor):
-            raise DataError(f"data={self.name}: needs inputs that are one tensor, and they are {self.spec}")
+            raise DataError(f"data={self.name}: needs one input tensor, but the inputs are {self.spec}")
         return self.inputs
 
     @property
     def labels(self) -> Tensor:
         """The class of each example, (N,) int64. Raise DataError if the task has no classes."""
         if not isinstance(self.objective, Classification):
-            raise DataError(f"data={self.name}: needs classes, and the task is {self.objective.task}")
+            raise DataError(f"data={self.name}: needs classes, but the task is {self.objective.task}")
         return self.targets
 
     @property
@@ -135,13 +136,13 @@ def _kind(values: Tensor) -> Kind:
 
 
 def validated(dataset: Dataset) -> Dataset:
-    """Return the data set after checking that inputs, targets and columns agree. Raise DataError if they do not."""
+    """Return the data set after checking that inputs, targets and columns match. Raise DataError if they do not."""
     n = len(dataset.targets)
     lengths = {len(values) for values in tensors_of(dataset.inputs)}
     if lengths != {n} or not 0 < dataset.n_train <= n:
         shown = " and ".join(map(str, sorted(lengths)))
         raise DataError(
-            f"data={dataset.name}: {shown} inputs, {n} labels, {dataset.n_train} training examples; these must agree"
+            f"data={dataset.name}: {shown} inputs, {n} labels, {dataset.n_train} training examples; these numbers must match"
         )
     if problem := dataset.objective.checked(dataset.targets):
         raise DataError(f"data={dataset.name}: {problem}")

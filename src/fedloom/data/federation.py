@@ -202,7 +202,7 @@ class Federation:
         return x, pool.targets.index_select(0, chosen)
 
     def prepared(self, inputs: Inputs) -> Inputs:
-        """Return other inputs, as they are stored in a data set, as model inputs. Raise DataError if they do not fit the data's."""
+        """Return stored inputs of new examples as model inputs. Raise DataError if they do not fit the description of the data's inputs."""
         spec = self.dataset.spec
         named = {"": inputs} if isinstance(inputs, Tensor) else inputs
         if named.keys() != {part.name for part in spec.fields}:

@@ -19,7 +19,7 @@ def cache_root(cache: str | Path | None = None) -> Path:
 
 
 def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Path], list[Path]]:
-    """Return the training and test files of a data set. Download them if they are not on this machine. Raise DataError.
+    """Return the training and test files of a data set. Download them if they are not on this machine. Raise DataError if that fails.
 
     If `path` is given, only that folder is searched. Otherwise `$FEDLOOM_DATA/<name>`, `<cache>/<name>` and the hub are
     tried in this order.

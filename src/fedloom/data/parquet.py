@@ -46,7 +46,7 @@ def read_parquet(
     cache_root: Path,
     task: str = "classification",
 ) -> Dataset:
-    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError.
+    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError for invalid files.
 
     `task`: with `regression` the label column has numbers, or lists of numbers; with `multilabel` it has lists of 0 and 1.
     """
@@ -62,7 +62,7 @@ def read_parquet(
 
 
 class Choice(NamedTuple):
-    """What to make of the files."""
+    """The options for converting files into a pool."""
 
     source: Source | None
     image_size: int | None
@@ -237,7 +237,7 @@ def _classes(
         raise DataError(f"data={name}: labels have type {column.dtype}; they must be integers or strings")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise DataError(
-            f"data={name}: labels run from {labels.min()} to {labels.max()}; they must be 0 to {len(classes) - 1}"
+            f"data={name}: labels run from {labels.min()} to {labels.max()}; they must be from 0 to {len(classes) - 1}"
         )
     return _only(name, labels.astype(np.int64), classes, source.only if source else None)
 

@@ -1,4 +1,4 @@
-"""Partitions: which client has which examples. A scheme draws a partition, or a file contains it; it is saved with a hash."""
+"""Partitions: which client has which examples. A partition is drawn by a scheme or read from a file, and is saved with a hash."""
 
 from __future__ import annotations
 
@@ -152,8 +152,8 @@ def partition(
         alpha: concentration of the Dirichlet distribution.
         classes_per_client: number of classes that each client has.
         balance: see `schemes.pathological`.
-        by: the column whose values take the place of classes in "dirichlet", "pathological" and "extended". Default: the targets:
-            classes, the rarest label of each example, or quantile bins of numbers.
+        by: the column whose values are used instead of classes in "dirichlet", "pathological" and "extended". Default: groups by target,
+            which are classes, the rarest label of each example, or quantile bins of numbers.
         bins: number of quantile bins.
         column: default: for "natural", the column of a known data set, such as the domain in Office-Caltech10; for "own",
             "client". With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the
@@ -221,7 +221,7 @@ def given_partition(
     min_examples: int = 2,
     seed: int = 0,
 ) -> Partition:
-    """Return the partition that Python code gives.
+    """Return a partition that is given in Python.
 
     Args:
         given: a `Partition`; or, for each client, the numbers of its examples; or the owner of each example.
@@ -230,7 +230,7 @@ def given_partition(
         min_examples: owners with fewer examples are left out.
 
     Raises:
-        DataError: numbers are out of range or repeated, or there is not one owner per example.
+        DataError: numbers are out of range or repeated, or the number of owners differs from the number of examples.
     """
     if isinstance(given, Partition):
         _check_disjoint(given, dataset.n_rows, "partition")
@@ -260,7 +260,7 @@ def _check_given(dealt: Sequence[Rows], n_rows: int) -> None:
         raise DataError("partition: every client needs at least one example")
     if every.min() < 0 or every.max() >= n_rows:
         raise DataError(
-            f"partition: example numbers run from {every.min()} to {every.max()}; they must be 0 to {n_rows - 1}"
+            f"partition: example numbers run from {every.min()} to {every.max()}; they must be from 0 to {n_rows - 1}"
         )
     if len(np.unique(every)) < len(every):
         raise DataError("partition: an example belongs to two clients, or twice to one")
@@ -431,10 +431,10 @@ def _owners(dataset: Dataset, column: str | None, n_dealt: int) -> npt.NDArray[A
     """Return the owner of each of the first `n_dealt` examples. Raise DataError if an example has no owner ("")."""
     owners = _column(dataset, column)[:n_dealt]
     if (owners == "").any():
-        nobody = int((owners == "").sum())
+        n_missing = int((owners == "").sum())
         hint = "set partition.merge=false, and partition.test_fraction=0.25 to give each client its own test examples"
         raise DataError(
-            f"partition.column={column}: {nobody} examples of data={dataset.name} have no value there; {hint}"
+            f"partition.column={column}: {n_missing} examples of data={dataset.name} have no value in this column; {hint}"
         )
     return owners
 

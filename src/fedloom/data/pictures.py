@@ -23,7 +23,8 @@ def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_s
 
     Each image is given with its location, for error messages.
 
-    With `image_size`, images are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError.
+    With `image_size`, images are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError if
+    an image cannot be decoded, or sizes differ.
     """
     out: Pixels = np.empty((0, 0, 0, 0), np.uint8)
     for i, (where, pixels) in enumerate(_decoded(pictures, image_size)):
@@ -52,7 +53,7 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
 
 
 def resized(image: Image.Image, image_size: int | None) -> Pixels:
-    """Return one image as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError."""
+    """Return one image as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError if it cannot be decoded."""
     if image.mode.startswith("I;16") or (
         image.mode == "I" and image.format == "PNG"
     ):  # older versions of Pillow open 16-bit PNG files in mode I

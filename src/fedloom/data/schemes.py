@@ -134,7 +134,7 @@ def quantity(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, al
 
 
 def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> tuple[tuple[str, ...], list[Rows]]:
-    """Make one client per value of a column, in sorted order; with `n_clients`, only for the values with the most examples.
+    """Create one client per value of a column, in sorted order; with `n_clients`, only for the values with the most examples.
 
     Values with fewer than `min_examples` examples are left out. Return the clients' values and examples. Raise DataError if there are too
     few values.

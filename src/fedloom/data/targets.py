@@ -1,4 +1,4 @@
-"""Targets of a learning task: checks, class numbers and the objective that describes them."""
+"""Targets of a learning task: their checks, the numbers of classes, and the objective that describes the targets."""
 
 from __future__ import annotations
 
@@ -22,26 +22,28 @@ def class_numbers(
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Return labels from 0 to Y-1, and the names of the classes.
 
-    Labels are integers, or names, whose classes are sorted. (N, 1) is accepted.
+    Labels are integers or names. The classes of names are sorted by name. The shape (N, 1) is accepted.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     shown = f"{labels.shape} {labels.dtype}"
     if labels.ndim != 1:
         raise DataError(
-            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names "
-            "(task='multilabel' for columns of 0 and 1, task='language' for next tokens)"
+            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names; "
+            "for columns of 0 and 1, set task='multilabel'; for next tokens, set task='language'"
         )
     if labels.dtype.kind in "UOS" and all(isinstance(label, str) for label in labels.tolist()):
         return _named(labels, classes)
     if labels.dtype.kind == "b":
         return labels.astype(np.int64), tuple(classes) if classes is not None else ("False", "True")
     if labels.dtype.kind == "f" and np.isfinite(labels).all() and (labels == np.rint(labels)).all():
-        log.warning("from_arrays: y holds integers as %s; used as class labels (task='regression' for numbers)", shown)
+        log.warning(
+            "from_arrays: y holds integers as %s; used as class labels; for numbers, set task='regression'", shown
+        )
         labels = labels.astype(np.int64)
     if labels.dtype.kind not in "iu":
         raise DataError(
-            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names (task='regression' for numbers)"
+            f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names; for numbers, set task='regression'"
         )
     labels = labels.astype(np.int64)
     return labels, tuple(classes) if classes is not None else _numbered(labels)
@@ -57,7 +59,7 @@ def _named(labels: npt.NDArray[Any], classes: Sequence[str] | None) -> tuple[npt
 
 
 def _numbered(labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
-    """Return names for classes 0 to the largest label."""
+    """Return names for the classes from 0 to the largest label."""
     found, most = np.unique(labels).tolist(), int(labels.max())
     if found[0] == 1:
         raise DataError(
@@ -80,14 +82,14 @@ def objective_for(
     loss: Literal["mse", "huber"] = "mse",
     delta: float = 1.0,
 ) -> tuple[Tensor, Objective]:
-    """Return the targets as they are stored, and the objective.
+    """Return the targets in the form in which they are stored, and the objective.
 
     Regression targets are stored in standard deviations from the mean; both are computed over the first `n_train` examples.
     """
     if task not in OBJECTIVES:
         raise DataError(f"task={task}: unknown{suggest(task, OBJECTIVES)}")
     if loss not in ("mse", "huber") or not delta > 0:
-        raise DataError(f"loss={loss}, delta={delta}: must be mse or huber, and delta above 0")
+        raise DataError(f"loss={loss}, delta={delta}: loss must be mse or huber, and delta must be above 0")
     given = tuple(names) if names is not None else ()
     if task == "classification":
         return targets.to(torch.int64), Classification(names=given)
@@ -114,7 +116,7 @@ def _standardised(
         raise DataError(f"task=regression: targets have shape {tuple(targets.shape)}; they must be (N,) or (N, M)")
     values = targets.double()
     if not bool(values.isfinite().all()):
-        raise DataError("task=regression: targets have NaN or infinite values; remove or replace them")
+        raise DataError("task=regression: targets contain NaN or infinite values; remove or replace them")
     mean, std = values[:n_train].mean(0), values[:n_train].std(0, correction=0)
     std = torch.where(std > 0, std, 1.0)
     width = values.shape[1]

@@ -286,7 +286,9 @@ class FlowerEngine(Engine):
                     f"it reports {steps} steps of phase '{name}', but at most {most.get(name, 0)} are possible"
                 )
         if max(turn.seconds, sum(turn.phase_seconds.values())) > 1.01 * elapsed + CLOCK_S:
-            raise WireError(f"it reports {turn.seconds:.3g} seconds, but was asked {elapsed:.3g} seconds ago")
+            raise WireError(
+                f"it reports {turn.seconds:.3g} seconds, but the request was sent {elapsed:.3g} seconds ago"
+            )
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]

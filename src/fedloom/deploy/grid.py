@@ -200,7 +200,7 @@ def _start_run(deployment: Deployment) -> int:
 
 
 def register_nodes(deployment: Deployment) -> None:
-    """Register the nodes' public keys with the SuperLink. Keys that are already registered stay registered. Raise LinkError."""
+    """Register the nodes' public keys with the SuperLink. Registered keys stay registered. Raise LinkError if that fails."""
     environment = flower_environment((deployment.server / "flwr").resolve())
     for node in deployment.file.nodes:
         command = ["flwr", "supernode", "register", str(deployment.public_key(node)), "fedloom", "--format", "json"]

@@ -1,4 +1,4 @@
-"""Limits of messages, so that a small message of junk cannot cost the decoder much time or memory.
+"""Limits of messages, so that a small junk message cannot cost the decoder much time or memory.
 
 Each list, text and table in a header has its own limit, and validation of a list stops at its first fault. A table (a JSON object) with
 many faults is validated to its end, so the number of commas, and thus of elements, is limited before validation.
@@ -12,7 +12,7 @@ from typing import Annotated, NamedTuple, TypeVar
 from pydantic import FailFast, Field
 
 KIB = 2**10
-MAX_HEADER = 4096 * KIB  # bytes, whatever was asked
+MAX_HEADER = 4096 * KIB  # bytes, for every request
 MEMBERS = 4096  # clients in one message
 PHASES = 64
 COMMAS = 16_384  # elements of any message, in addition to those of its clients
@@ -50,7 +50,7 @@ def limits(members: int = 1, paths: Collection[str] = (), n_counts: int = 0) -> 
 
 
 def request_limits(members: int) -> Limits:
-    """Return the limits of a request to a node with `members` clients, which does not have the model's paths yet."""
+    """Return the limits of a request to a node with `members` clients. The node does not have the paths of the model's tensors yet."""
     return Limits(MAX_HEADER, limits(members).commas + 100_000 + 2_000 * members)
 
 

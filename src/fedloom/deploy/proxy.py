@@ -1,10 +1,10 @@
 """The public entry point of a federation: forwards Flower's node API (`/v1/fleet/...`) to the SuperLink, and refuses everything else.
 
-The SuperLink serves its control API on the same port as its node API, without authentication: anyone who reaches it can start runs and
-register nodes. It therefore listens only on the loopback interface. Nodes connect to this proxy, which has the same certificate.
+The SuperLink serves its control API on the same port as its node API, without authentication: anyone who can reach it can start runs
+and register nodes. It therefore listens only on the loopback interface. Nodes connect to this proxy, which has the same certificate.
 
-Flower's nodes sign a timestamp in the headers of every request. The proxy checks this signature before it reads the body, so a stranger
-cannot make it hold a body. The SuperLink checks the signature again.
+Flower's nodes sign a timestamp in the headers of every request. The proxy checks this signature before it reads the body, so a client
+without a key cannot fill its memory with bodies. The SuperLink checks the signature again.
 
 This file is run by its path, so that neither torch nor the rest of fedloom is imported.
 """
@@ -50,10 +50,10 @@ MAX_HELD_BY_NODE = 2**28
 PER_ADDRESS, PER_NODE = (
     16,
     4,
-)  # connections from one address: at least 16, and 4 for each node, because one router may hide all nodes
+)  # connections from one address: at least 16, and 4 for each node, because all nodes may be behind one router
 WINDOW_S = (-5.0, 305.0)  # age of a signed timestamp; the same as Flower's
-DOOR = "fedloom.door"  # where a request finds its connection
-REREAD_S = 1.0  # interval between two looks at the folder of keys
+DOOR = "fedloom.door"  # key of a request's connection in its scope
+REREAD_S = 1.0  # shortest interval between two checks of the folder of keys
 
 
 def allowed(method: str, path: bytes) -> bool:
@@ -83,7 +83,7 @@ class NodeKeys:
             self._seen, self.keys = seen, dict(zip(pems, loaded, strict=True))  # type: ignore[arg-type]
 
     def signer(self, headers: Mapping[str, str]) -> bytes | None:
-        """Return the key of the node that signed a request recently, or None. An unknown key costs no check of a signature."""
+        """Return the key of the node that signed a request recently, or None. With an unknown key, the signature is not checked."""
         self.refresh()
         try:
             pem = b64decode(headers["flwr-public-key"], validate=True)
@@ -110,7 +110,7 @@ def make_app(upstream: str, client: httpx.AsyncClient, keys: NodeKeys) -> Starle
 
 
 class _Forward:
-    """Answer requests of any method."""
+    """Answer requests with any HTTP method."""
 
     def __init__(self, upstream: str, client: httpx.AsyncClient, keys: NodeKeys) -> None:
         self._upstream, self._client, self._keys = upstream, client, keys
@@ -164,7 +164,7 @@ def _refusal(words: str, status: int) -> Response:
 
 
 def _refusal_of_key() -> Response:
-    """Return Flower's answer to a node that it cannot activate, so that the SuperNode prints why; after a 401 it ends without a reason."""
+    """Return Flower's answer to a node that it cannot activate, so that the SuperNode prints the reason; after a 401 it prints none."""
     reason = "its key is not among this federation's keys, or its clock differs by more than five minutes"
     failed = {"code": 2004, "detail": f"Failed to activate SuperNode: {reason}"}
     return JSONResponse(failed, 412, {"connection": "close"})
@@ -192,9 +192,9 @@ class Door(H11Protocol):
             transport.abort()
 
     def _has_room(self) -> bool:
-        """Return whether this connection is within the limits, after closing the oldest stranger's if it is not.
+        """Return whether there is room for this connection. If it exceeds a limit, close the oldest connection of a stranger first.
 
-        A node signs its first request as soon as it is connected, so strangers that hold connections give way to it.
+        A node signs its first request as soon as it is connected, so it replaces strangers that hold connections.
         """
         doors = [door for door in self.connections if isinstance(door, Door) and not door.transport.is_closing()]
         same = [door for door in doors if self.client and door.client and door.client[0] == self.client[0]]
@@ -214,7 +214,7 @@ class Door(H11Protocol):
             self.loop.call_later(CLOSE_S, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Stop the timeout if this completes a header. Start it for part of a header, or for the rest of a refused body."""
+        """Stop the timeout if this completes a header. Start it if part of a header, or of a refused body, has not arrived yet."""
         super().data_received(data)
         if self.scope is not None:
             self.scope[DOOR] = self  # type: ignore[literal-required]

@@ -115,7 +115,7 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
         return make_federation(settings, held), call
     if not isinstance(held.objective, Classification):
         raise ConfigError(
-            f"{', '.join(sorted(own))} have their own data, which must have classes, and data={held.name} is {held.objective.task}"
+            f"{', '.join(sorted(own))} have their own data, which needs classes, but data={held.name} is {held.objective.task}"
         )
     if own != present.keys():
         others = ", ".join(sorted(present.keys() - own))

@@ -172,7 +172,7 @@ class Service:
 
 @contextmanager
 def ended_by_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM, SIGINT and SIGHUP set, so that services can be stopped in order."""
+    """Yield an event that SIGTERM, SIGINT and SIGHUP set, so that services can be stopped in the right order."""
     over = threading.Event()
 
     def finish(number: int, frame: FrameType | None) -> None:

@@ -35,7 +35,7 @@ def database(server: Path, *, keep: bool = False, environment: Mapping[str, str]
 
 
 def truncate(file: Path) -> None:
-    """Move the write-ahead log into the database, and truncate it. Do nothing if the SuperLink is just using it."""
+    """Move the write-ahead log into the database, and truncate it. Do nothing if the SuperLink is currently using it."""
     if not file.is_file():
         return
     try:

@@ -109,7 +109,7 @@ class NodeWorker:
             except Exception as error:
                 log.exception("client %d, round %d failed", member.client, request.number + 1)
                 turns.append(Turned(client=member.client, slot=member.slot, failure=_reason(error)))
-            log.info("round %d: client %d is done", request.number + 1, member.client)
+            log.info("round %d: client %d has finished", request.number + 1, member.client)
         return seal(Trained(turns=turns, notes=site.store.notes[:MAX_NOTES]), uplinks)
 
     def _score(self, letter: Letter, request: ScoreMessage) -> bytes:

@@ -163,7 +163,7 @@ class Engine(ABC):
         return frozenset()
 
     def asked(self, cohort: Sequence[int]) -> Sequence[int]:
-        """Return the members of the latest cohort who were sent the downlink: all except clients of absent devices."""
+        """Return the members of the latest cohort that were sent the downlink: all except clients of absent devices."""
         return cohort
 
     @abstractmethod

@@ -41,10 +41,10 @@ class CohortMember(NamedTuple):
 
 
 def note_client(error: Exception, i: int, number: int) -> None:
-    """Attach to the error in whose local update it occurred and, if memory was short, what helps."""
+    """Add a note to the error with the client and round in which it occurred and, if memory ran out, a remedy."""
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if is_memory:
-        error.add_note("memory is short; use a smaller batch_size, fewer engine.workers or fewer engine.lanes")
+        error.add_note("out of memory; use a smaller batch_size, fewer engine.workers or fewer engine.lanes")
     error.add_note(f"client {i}, round {number + 1}")
 
 

@@ -15,8 +15,8 @@ class Newcomers(Sequential):
     """Runs newcomers one after another, in this process.
 
     A newcomer receives the message that clients use for prediction, and runs local updates alone: the method's own phases, with all
-    travelling weights frozen as received. It sends nothing. Its local updates are numbered from 0, so its learning rate schedule starts
-    at the beginning, as every client's did.
+    travelling weights frozen at the received values. It sends nothing. Its local updates are numbered from 0, so its learning rate
+    schedule starts at the beginning, as for every other client.
     """
 
     def score_received(self, i: int, down: Downlink, ask: ScoreRequest) -> Score:

@@ -1,6 +1,6 @@
-"""Worker processes of `engine=processes`: what runs in them, and the experiment's handle of each.
+"""Worker processes of `engine=processes`: the code that runs in them, and the experiment's handle to each.
 
-A worker gets jobs through its pipe, and answers each with its result or its error. With a deadline, it also sends every client's reply
+A worker receives jobs through its pipe, and answers each with its result or its error. With a deadline, it also sends every client's reply
 as soon as it is finished.
 """
 
@@ -158,7 +158,7 @@ class Worker:
             code = self._process.exitcode
             raise WorkerError(
                 f"a worker process ended while it {self.job} (exit code {code}; -9: killed);"
-                " if memory is short, use a smaller batch_size or fewer engine.workers"
+                " if it ran out of memory, use a smaller batch_size or fewer engine.workers"
             ) from None
 
     def end(self) -> None:
@@ -200,7 +200,7 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
 def _end_with_parent(folder: Path) -> None:
     """End this process, and remove `folder`, when the experiment's process exits for any reason, even during a local update.
 
-    Linux sends the signal. Elsewhere a worker notices at its next job, by the closed pipe.
+    Linux sends a signal. On other systems, a worker finds the pipe closed when it waits for its next job.
     """
     parent = multiprocessing.parent_process()
 
@@ -218,7 +218,7 @@ def _end_with_parent(folder: Path) -> None:
 
 
 def _do(engine: LocalEngine, slabs: Slabs, job: Job, tell: Callable[[Reply], None]) -> Any:
-    """Return the result of a job. Replies that were passed to `tell` are not part of it."""
+    """Return the result of a job, without the replies that were passed to `tell`."""
     down = Downlink(slabs.get(job.common))
     if isinstance(job, ScoreJob):
         return engine.score_part(job.number, down, *job.share)

@@ -143,7 +143,7 @@ class Processes(ForwardingEngine):
     def _give_up(self, worker: Worker) -> list[Job]:
         """Stop a worker that exceeds the deadline. Its current client is lost and keeps its previous state.
 
-        Return a job with the clients that the worker had not begun. Lanes end together, so all of their clients are lost.
+        Return a job with the clients that the worker had not begun. A worker's lanes stop together, so all of their clients are lost.
         """
         self._workers.remove(worker)
         worker.end()
@@ -156,7 +156,7 @@ class Processes(ForwardingEngine):
         clients = [i for _, i, _ in lost]
         for i in clients:
             self.restore(i, self._before[i])
-        log.warning("engine=processes: round %d goes on without %s: %s", job.number + 1, listed(clients), reason)
+        log.warning("engine=processes: round %d continues without %s: %s", job.number + 1, listed(clients), reason)
         return [job._replace(members=rest)] if rest else []
 
 

@@ -33,8 +33,8 @@ class Sequential(LocalEngine):
         except Exception as error:
             note_client(error, i, number)
             raise
-        except SystemExit:  # would end the whole run without a word
+        except SystemExit:  # would end the whole run without a message
             raise MethodError(
-                f"client {i}, round {number + 1}: the method ended Python; raise an error instead"
+                f"client {i}, round {number + 1}: the method exited Python; raise an error instead"
             ) from None
         return self.finish(member, result, started)

@@ -58,7 +58,7 @@ def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
 class Participants(NamedTuple):
     """The clients that take part in a round, as positions in the cohort."""
 
-    sent: list[int]  # members who are sent the downlink
+    sent: list[int]  # members that are sent the downlink
     working: list[int]  # members whose local update is run
 
 

@@ -104,7 +104,7 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
 
 
 def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
-    """Return the problem for an engine; check that the method fits the architectures. Raises ConfigError."""
+    """Return the problem for an engine. Raise ConfigError if the method does not fit the architectures."""
     n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
     size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
     task = Task(
@@ -164,12 +164,12 @@ def _check_needs(name: str, problem: Problem) -> None:
         if needs & {"head", "vector"} and not choice.has_head:
             n = task.objective.n_outputs
             raise ConfigError(
-                f"method={name}: needs a model with a linear head, and model={choice.name} has no nn.Linear with {n} outputs; "
+                f"method={name}: needs a model with a linear head, but model={choice.name} has no nn.Linear with {n} outputs; "
                 "give it one as .head, or use a method such as fedavg"
             )
         if "vector" in needs and not choice.has_vector:
             raise ConfigError(
-                f"method={name}: needs one feature vector per example, and model={choice.name} has one per position; "
+                f"method={name}: needs one feature vector per example, but model={choice.name} has one per position; "
                 "use a method such as fedavg or fedper"
             )
 

@@ -52,7 +52,7 @@ class FolderLock:
 
 
 def _acquire(file: Path, folder: Path) -> int | None:
-    """Return the locked handle of the file; None if the file system has no locks, so that the file's existence is the lock."""
+    """Return the locked handle of the file; None if the file system has no locks, in which case a second file is the lock."""
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)

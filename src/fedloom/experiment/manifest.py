@@ -1,11 +1,11 @@
-"""Manifests of run folders: hashes of what a run wrote, so that damaged or edited files are found before anyone uses them.
+"""Manifests of run folders: hashes of the files of a run, so that damaged or edited files are found before they are used.
 
 `checkpoint/manifest.json` is written together with its checkpoint, and `manifest.json` at the end of the run. Files are listed with their
 size and hash. The three files that grow during the run (`metrics.jsonl`, `events.jsonl`, `clients.parquet`) are listed with the number
 of rows up to the manifest's round and the hash of these rows, because they may have newer rows than the checkpoint.
 
-All hashes are BLAKE2b with 256 bits. A manifest has no secret: it finds accidents, but anybody can edit a file and its manifest
-(`fedloom.experiment.signing` adds a signature).
+All hashes are BLAKE2b with 256 bits. A manifest detects accidental changes, but it contains no secret, so anyone can edit a file and its
+manifest (`fedloom.experiment.signing` adds a signature).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedloom.errors import RunFolderError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-DESCRIPTION = ("environment.json", "partition.json")  # files of the run that never change
+DESCRIPTION = ("environment.json", "partition.json")  # files that do not change during the run
 
 Row = Mapping[str, Any]
 Manifest = dict[str, Any]
@@ -74,7 +74,7 @@ def canonical(value: Any) -> bytes:
 
 
 def sealed(content: Mapping[str, Any]) -> Manifest:
-    """Return the content of a manifest with its own digest."""
+    """Return the content of a manifest, with its digest added."""
     return {**content, "digest": hash_of(canonical(content))}
 
 
@@ -136,7 +136,7 @@ def checkpoint_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
 
 
 def row_problem(file: Path, rows: Iterable[str], wanted: list[Any], upto: int) -> Iterator[str]:
-    """Yield a line if the rows of a growing file, up to round `upto`, differ from their entry."""
+    """Yield one line if the rows of a growing file, up to round `upto`, differ from their entry."""
     found = Tally(rows).entry()
     if found[0] != wanted[0]:
         yield f"{file}: has {found[0]} rows up to round {upto} instead of {wanted[0]}"
@@ -144,7 +144,7 @@ def row_problem(file: Path, rows: Iterable[str], wanted: list[Any], upto: int) -
         yield f"{file}: rows up to round {upto} were changed after the run wrote them"
 
 
-# differences between a run at its start and now
+# differences between the start of a run and now
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

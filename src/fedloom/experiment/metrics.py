@@ -129,7 +129,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
 
 
 def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
-    """Return the metrics besides the primary one, after the last round."""
+    """Return the metrics except the primary one, after the last round."""
     names = list(objective.metrics(objective.none()))[1:]
     last = rows[-1] if rows else {}
     wanted = (f"{view}_{name}" for view in VIEWS for name in names)

@@ -60,7 +60,7 @@ class Resumption:
             return
         refuse_damage(folder, self.before)
         self._compare("its config.toml was edited", *changed_settings(folder, self.before))
-        self._compare("other versions", *version_changes(self.before["versions"], software_versions()))
+        self._compare("versions differ", *version_changes(self.before["versions"], software_versions()))
 
     def check_code(self, experiment: Experiment) -> None:
         """Raise RunFolderError if a source file of the method or of a model has changed and changes are not accepted."""
@@ -70,7 +70,7 @@ class Resumption:
             )
 
     def check_data(self, experiment: Experiment) -> None:
-        """Raise RunFolderError if the data differ from those at the start. This cannot be accepted."""
+        """Raise RunFolderError if the data differ from those at the start. Such a difference cannot be accepted."""
         if self.before and self.before["data"] != data_facts(experiment):
             raise RunFolderError(f"{self.folder.path}: its data differ from those at its start; restore the data")
 
@@ -103,7 +103,7 @@ class Resumption:
 
 @contextmanager
 def resumable(path: str | Path, accept: bool) -> Iterator[RunFolder]:
-    """Yield the folder of an interrupted run: locked, and checked as described at `Resumption`. On an error, unlock it.
+    """Lock and check (see `Resumption`) the folder of an interrupted run, and yield it. On an error, unlock it.
 
     Raises:
         RunFolderError: the run is finished, its folder is being written, or a check failed.
@@ -139,7 +139,7 @@ def changed_settings(folder: RunFolder, manifest: Manifest) -> tuple[list[str], 
 
 
 def run_facts(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
-    """Return what the numbers of a new run depend on, for its manifests."""
+    """Return the facts on which the numbers of a new run depend, for its manifests."""
     description = {name: folder.path / name for name in DESCRIPTION if (folder.path / name).is_file()}
     return {
         "run": secrets.token_hex(8),
@@ -165,7 +165,7 @@ def data_facts(experiment: Experiment) -> dict[str, Any] | None:
 def source_hashes(experiment: Experiment) -> dict[str, str]:
     """Return the hash of each source file of the method, its bases and its models, by name. Other packages are left out.
 
-    Of a script that runs as the main program, only the classes count, because the script itself may differ when it resumes the run.
+    In a script that runs as the main program, only the classes count, because the script itself may differ when it resumes the run.
     """
     texts: dict[str, set[bytes]] = {}
     for cls in _classes(experiment):

@@ -1,7 +1,7 @@
-"""Screens decoded uplinks: rejects impossible statistics and updates that are much larger than those of other clients.
+"""Screening of decoded uplinks: rejects impossible statistics, and updates that are much larger than those of other clients.
 
-Screening is on if `screen.norm` is above 0, as it is on devices by default. It cannot detect a hostile update of ordinary size
-(docs/devices.md gives the remaining damage).
+Screening is on if `screen.norm` is above 0, which is the default on devices. It cannot detect a hostile update of ordinary size
+(docs/devices.md describes the remaining damage).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
 
 
 class Screen:
-    """The screening rules of one experiment, and what they have to remember between rounds."""
+    """The screening rules of one experiment, and their state, which is kept between rounds."""
 
     def __init__(self, problem: Problem, rules: ScreenSettings) -> None:
         self._problem, self._rules = problem, rules
@@ -74,7 +74,7 @@ class Screen:
         return {client: reason for client, reason in found.items() if reason}
 
     def _content_fault(self, one: Candidate) -> str:
-        """Return what is impossible in an uplink, or ""."""
+        """Return why an uplink's values are impossible, or ""."""
         first = self._reported.get(one.client, one.examples)
         if one.examples != first:
             return f"it reports {one.examples} training examples, but reported {first} before"
@@ -85,7 +85,7 @@ class Screen:
         return self._problem.method.uplink_fault(one.uplink, held if int(held.sum()) else None)
 
     def _usual(self, measured: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
-        """Return the lower median of the sizes and of the examples, by part; in small cohorts, those of earlier rounds."""
+        """Return the lower median of the sizes and of the examples, by part; if the cohort is small, the medians of earlier rounds."""
         usual = {}
         for part in dict.fromkeys(part for mine in measured for part in mine):
             every = [mine[part] for mine in measured if part in mine]

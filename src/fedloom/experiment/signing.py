@@ -1,6 +1,6 @@
-"""Signatures of finished runs: whoever has the public key can check who published the numbers, and that nobody edited them since.
+"""Signatures of finished runs. With the public key, anyone can check who published the numbers, and that they have not been edited since.
 
-`manifest.sig` has a signature of the digest of the run's `manifest.json`, with an Ed25519 or P-384 key.
+`manifest.sig` contains a signature of the digest of the run's `manifest.json`, with an Ed25519 or P-384 key.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment.manifest import MANIFEST, read_manifest
 
 SIGNATURE = "manifest.sig"
-CONTEXT = b"fedloom run "  # signed before the digest, so that the signature has no other meaning
+CONTEXT = b"fedloom run "  # precedes the digest, so that the signature is not valid for anything else
 
 
 class Signer:
@@ -45,7 +45,7 @@ def check_signature(folder: Path, digest: str, key: str | Path | None = None) ->
 
     Raises:
         ConfigError: cryptography is not installed, or the file has no public key.
-        RunFolderError: the signature is missing although `key` is given, is not by `key`, or does not match.
+        RunFolderError: the signature is missing although `key` is given, was made with another key, or does not match.
     """
     file = folder / SIGNATURE
     if key is None and not file.is_file():
@@ -69,7 +69,7 @@ def check_signature(folder: Path, digest: str, key: str | Path | None = None) ->
     except (OSError, ValueError, KeyError, TypeError, UnsupportedAlgorithm) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from None
     if wanted is not None and _text(verifier) != wanted:
-        raise RunFolderError(f"{file}: is by another key ({key_fingerprint(public)}), not by {key}")
+        raise RunFolderError(f"{file}: was made with another key ({key_fingerprint(public)}), not with {key}")
     return key_fingerprint(public)
 
 

@@ -1,4 +1,4 @@
-"""Verification of run folders: whether a folder, finished or not, holds exactly what its run wrote. Nothing is changed."""
+"""Verification of run folders: checks that a folder, finished or not, holds exactly what its run wrote. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def _collect(verdict: Verdict, find: Callable[[], Iterator[str]]) -> None:
-    """Add all problems, the last of which may be an error that ends the search."""
+    """Add all problems that `find` yields, and the error that ends its search, if any."""
     try:
         for problem in find():
             verdict.problems.append(problem)
@@ -92,6 +92,6 @@ def _notes(record: Manifest) -> list[str]:
     """Return the versions that differ from this installation, and the changes that were accepted when the run was resumed."""
     strict, free = version_changes(software_versions(), record["versions"])
     accepted = [f"resumed in round {one['round']}: {change}" for one in record["resumed"] for change in one["accepted"]]
-    return [f"written by other versions than this installation has: {', '.join([*strict, *free])}"] * bool(
+    return [f"written with versions that differ from this installation: {', '.join([*strict, *free])}"] * bool(
         strict or free
     ) + accepted

@@ -57,7 +57,7 @@ def within(found: Tree, form: Form) -> Tensor:
 
 
 def variance_fault(variance: Tensor, form: Form) -> str:
-    """Return what is impossible in a client's variance, or "". Rounding may make a full covariance slightly negative or asymmetric."""
+    """Return why a client's variance is impossible, or "". Rounding may make a full covariance slightly negative or asymmetric."""
     if form != "full":
         return "'variance' has a negative number" if bool((variance < 0).any()) else ""
     slack = 1e-4 * variance.abs().max()

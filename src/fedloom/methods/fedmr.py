@@ -124,7 +124,7 @@ class FedMR(Method):
         alike = {"slot_cosine": tree.mean_cosine(models)}
         if self.first_stage_patience:
             alike["first_stage"] = float(self.averages(server, round.number))
-        if self.secure:  # the server does not know which slot a unit came from
+        if self.secure:  # the server cannot determine which slot a unit came from
             return alike
         moved = [tree.sub(m, slots[a.slot]["params"]) for m, a in zip(models, round.arrivals, strict=True)]
         return alike | {"update_cosine": tree.mean_cosine(moved)}

@@ -213,7 +213,7 @@ class FedRIR(Method):
 
     @property
     def remedy(self) -> str:
-        """How to use the method on inputs that are no images."""
+        """How to use the method on inputs that are not images."""
         return "set method.mcsl=supervised, or " if self.generates else ""
 
     @property

@@ -42,8 +42,8 @@ class FedVTC(FedProto):
     Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) outputs logits, and `generator` (psi_k) generates images from
     features; with `learn_spread`, there is also `spread`. Architectures may differ, but p may not.
 
-    Sent: prototypes, counts and a variance up, and their aggregates c, n, sigma down. Kept: all weights (with `share_generator`
-    the generator is sent too). A local update has four phases:
+    Sent: prototypes, counts and a variance in uplinks, and their aggregates c, n, sigma in downlinks. Kept: all weights (with
+    `share_generator`, the generator is sent too). A local update has four phases:
 
     1. fit: train body and head with the cross-entropy plus the distance to the global prototypes.
     2. statistics: a sweep over the client's examples.

@@ -55,7 +55,7 @@ def load_module(file: Path, setting: str) -> ModuleType:
         spec.loader.exec_module(module)
     except SystemExit as leaving:  # uncaught, it would end the program
         raise ConfigError(
-            f'{setting}: {file} ends Python when it is imported; put the code that does so under `if __name__ == "__main__":`'
+            f'{setting}: {file} exits Python when it is imported; put the code that does so under `if __name__ == "__main__":`'
         ) from leaving
     except Exception as error:
         raise ConfigError(f"{setting}: {file} cannot be imported: {type(error).__name__}: {error}") from error
@@ -69,7 +69,7 @@ def method_class(name: str) -> type[Method]:
     if ":" in name:
         found = load_object(name, "method")
         if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
-            raise ConfigError(f"method={name}: not a dataclass derived from fedloom.Method")
+            raise ConfigError(f"method={name}: must be a dataclass derived from fedloom.Method")
         return found
     if "+" in name:
         from fedloom.methods.composition import composed

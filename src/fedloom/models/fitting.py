@@ -1,4 +1,4 @@
-"""Which models in the zoo fit which inputs and learning tasks."""
+"""Checks whether models in the zoo fit the inputs and the learning task."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
             )
     elif not spec.kinds <= KINDS[name] or not (spec.is_single or name in BY_SPEC):
         kinds = " or ".join(f"{kind} inputs" for kind in sorted(KINDS[name]))
-        hint = " (numbers need kind='number')" if "token" in spec.kinds and "number" in KINDS[name] else ""
-        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}{hint}; use {_fitting(spec)}")
+        hint = "for numbers, set kind='number'; " if "token" in spec.kinds and "number" in KINDS[name] else ""
+        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}; {hint}use {_fitting(spec)}")
     if (objective.task == "language") != (name in SEQUENCES):
         has, needs = ("position", "example") if name in SEQUENCES else ("example", "position")
         raise ConfigError(
@@ -32,7 +32,7 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
 
 
 def _fitting(spec: InputSpec, objective: Objective | None = None) -> str:
-    """Return the names of the models for such inputs (and task), for messages."""
+    """Return the names of the models that fit these inputs (and this task), for messages."""
     found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
     if objective:
         found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA; Hu et al., ICLR 2022) for the linear layers of a body, and the pretrained weights below them.
+"""Low-rank adapters (LoRA; Hu et al., ICLR 2022) for the linear layers of a body, and the body's pretrained weights.
 
-Adapters are parametrisations of torch (`torch.nn.utils.parametrize`): a layer's class stays a subclass of its own, so code that reads
-`layer.weight` works, such as torch's fast path for transformer encoders. Parametrised modules cannot be pickled.
+Adapters are torch's parametrisations (`torch.nn.utils.parametrize`): the class of an adapted layer is a subclass of its original class,
+so code that reads `layer.weight` works, such as torch's fast path for transformer encoders. Parametrised modules cannot be pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from fedloom.errors import ConfigError
 
 PREFIXES = ("", "body.", "model.", "model.body.", "nets.model.body.")
-"""What may precede the names of a body's tensors in a file: a body, a whole model, and files of `fedloom export`."""
+"""Possible prefixes of the names of a body's tensors in a file: those of a body, of a whole model, and of files of `fedloom export`."""
 SHOWN = 3
 OPTIONS = ("weights", "lora", "lora_alpha", "lora_freeze_a")
 """Options of every model (see `Base`)."""
@@ -48,12 +48,12 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """What is done to every new body: load pretrained weights, freeze it, add adapters.
+    """The preparation of every new body: load pretrained weights, freeze the body, and add adapters.
 
     Attributes:
-        weights: a safetensors file with the body's weights; None: those that the body is built with.
+        weights: a safetensors file with the body's weights; None: keep the weights that the body is built with.
         lora: rank of the adapters; 0: no adapters, and the body is trained as usual.
-        alpha: adapters are multiplied by alpha / rank; None: 2 rank.
+        alpha: adapters are multiplied by alpha / rank; None: alpha is twice the rank.
         freeze_a: whether `a` stays at its initial value, which is the same for all clients (FFA-LoRA; Sun et al., ICLR 2024).
     """
 
@@ -64,7 +64,7 @@ class Base:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Base:
-        """Return the base for the options of every model (`OPTIONS`). Raise ConfigError for an impossible value."""
+        """Return the base that these options of a model describe (`OPTIONS`). Raise ConfigError for an invalid value."""
         lora, file, alpha = (options.get(key) for key in ("lora", "weights", "lora_alpha"))
         frozen = options.get("lora_freeze_a", False)
         if lora is not None and (type(lora) is not int or lora < 1):
@@ -105,8 +105,8 @@ class Base:
         random = [key for key, tensor in bases[0].items() if not torch.equal(tensor, bases[1][key])]
         if random:
             raise ConfigError(
-                f"model.lora={self.lora}: '{random[0]}' of {name} is random and would stay so, because only adapters are"
-                " trained; set model.weights=FILE.safetensors, or use a model that carries weights"
+                f"model.lora={self.lora}: '{random[0]}' of {name} is random and would stay random, because only adapters"
+                " are trained; set model.weights=FILE.safetensors, or use a model with pretrained weights"
             )
 
 
@@ -133,7 +133,7 @@ def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -
 
 
 def merge_adapters(module: M) -> M:
-    """Return a copy in which adapters are part of plain weights, so that it has the names of the model without adapters.
+    """Return a copy in which adapters are merged into the weights, so that its tensors have the names of the model without adapters.
 
     `remove_parametrizations` is not used: it changes the class of a layer, which copies share with the original.
     """
@@ -165,7 +165,7 @@ def load_base(body: nn.Module, file: str | Path) -> None:
     if missing:
         kept = sorted(stored)
         raise ConfigError(
-            f"model.weights={file}: {_some(missing)} of the model's body not found; the file has {_some(kept)}"
+            f"model.weights={file}: {_some(missing)} of the model's body not found; the file contains {_some(kept)}"
         )
     for name, tensor in wanted.items():
         if stored[prefix + name].shape != tensor.shape:
@@ -193,7 +193,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _base(body: nn.Module) -> dict[str, Tensor]:
-    """Return a body's frozen parameters below the adapters, with the names that they have without adapters."""
+    """Return a body's frozen parameters, except those of adapters, under the names that they have without adapters."""
     adapters = {id(p) for part in body.modules() if isinstance(part, LowRank) for p in part.parameters()}
     return {
         name.replace(".parametrizations.weight.original", ".weight"): p

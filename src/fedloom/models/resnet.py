@@ -115,7 +115,7 @@ def resnet20(
     """FedMR's ResNet-20: pre-activation bottlenecks [2, 2, 2] of 16, 32, 64 (x4) channels: 219,482 parameters on CIFAR-10.
 
     The last norm and ReLU belong to the pre-activation design. FedMR's released code has that norm but never applies it:
-    `final_norm=False` computes the same as that code (218,970 parameters, without the 512 unused ones). Initial
+    `final_norm=False` gives the same results as that code (218,970 parameters, without the 512 unused ones). Initial
     weights also follow that code: He-normal convolutions by fan-out, norm weights 0.5.
     """
     stages, features = _stages(PreactivationBottleneck, 16, (16, 32, 64), (2, 2, 2), norm)

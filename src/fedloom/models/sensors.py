@@ -1,4 +1,4 @@
-"""Models of signals: windows (B, C, T) of C channels with T time steps each."""
+"""Models for signals: windows (B, C, T) of C channels with T time steps each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def har_cnn(spec: InputSpec, width: int | None = None, *, linear: bool = True) -
     """Return PFLlib's HARCNN: two Conv1d (32 and 64 filters of 9 steps) with pooling, then linear layers of 1024 and 512 (or `width`).
     2,253,958 parameters with its head for C=9, T=128 (UCI HAR) and 6 classes.
 
-    `linear=false` leaves the linear layers out: 21,120 parameters without the head.
+    With `linear=false`, the model has no linear layers: 21,120 parameters without the head.
     """
     field = spec.fields[0]
     if not spec.is_single or field.kind != "number" or len(field.shape) != 2 or field.shape[1] < SHORTEST:

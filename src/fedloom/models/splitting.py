@@ -17,7 +17,7 @@ from fedloom.objectives import Objective
 def split(module: nn.Module, n_outputs: int, name: str) -> tuple[nn.Module, nn.Linear]:
     """Split `module`, in place, into body and head.
 
-    They are its own `.body` and `.head` if it has both. Otherwise the last nn.Linear with `n_outputs` outputs is the head, and an
+    They are the module's `.body` and `.head` if it has both. Otherwise the last nn.Linear with `n_outputs` outputs is the head, and an
     Identity replaces it in the body.
 
     Raises:
@@ -62,7 +62,7 @@ def check_outputs(module: nn.Module, example: Inputs, objective: Objective, name
         reason = str(error).partition("\n")[0]
         raise ConfigError(f"model {name} fails on inputs of shape {shapes_of(example)}: {reason}") from error
     if not isinstance(outputs, Tensor):
-        raise ConfigError(f"model {name} returns a {type(outputs).__name__}; return one tensor, the logits alone")
+        raise ConfigError(f"model {name} returns a {type(outputs).__name__}; return only the logits, as one tensor")
     n = objective.n_outputs
     if outputs.ndim != objective.output_ndim or outputs.shape[0] != 2 or outputs.shape[-1] != n:
         wanted = f"(2, {n})" if objective.output_ndim == 2 else f"(2, T, {n})"
@@ -74,9 +74,9 @@ def check_outputs(module: nn.Module, example: Inputs, objective: Objective, name
 
 
 def _one_logit(outputs: Tensor, objective: Objective) -> str:
-    """Return what to do about a single logit for two classes."""
+    """Return a hint if the model returns a single logit for two classes, or ""."""
     single = objective.task == "classification" and objective.n_outputs == 2 and outputs.shape[-1] == 1
-    return ", or make the data with task='multilabel' and one label" if single else ""
+    return ", or create the data set with task='multilabel' and one label" if single else ""
 
 
 def check_split(module: nn.Module, example: Inputs, objective: Objective, name: str) -> None:
@@ -85,7 +85,9 @@ def check_split(module: nn.Module, example: Inputs, objective: Objective, name: 
     body, head = split(deepcopy(module), objective.n_outputs, name)
     features = dry_run(body, example)
     if not isinstance(features, Tensor):
-        raise ConfigError(f"model {name}'s body returns a {type(features).__name__}; return one tensor, the features")
+        raise ConfigError(
+            f"model {name}'s body returns a {type(features).__name__}; return only the features, as one tensor"
+        )
     fits = features.ndim >= 2 and features.shape[0] == 2 and features.shape[-1] == head.in_features
     if not fits or not torch.allclose(head(features), logits, rtol=1e-3, atol=1e-5):
         softmax = torch.allclose(logits.exp().sum(-1), torch.ones(logits.shape[:-1]).to(logits), atol=1e-3)

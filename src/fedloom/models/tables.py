@@ -1,4 +1,4 @@
-"""Models of tables: columns of numbers (B, D), columns of categories (B, C), or both."""
+"""Models for tables: columns of numbers (B, D), columns of categories (B, C), or both."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TableBody(nn.Module):
         self.layers = sequence(layers)
 
     def forward(self, numbers: Tensor | None = None, categories: Tensor | None = None) -> Tensor:
-        """Return features (B, width). A table without numbers may be passed its categories as the first argument."""
+        """Return features (B, width). If the table has no numbers, the categories may be the first argument."""
         if not self.n_numbers and categories is None:
             numbers, categories = None, numbers
         parts = [] if numbers is None else [numbers]
@@ -57,7 +57,7 @@ def table_mlp(spec: InputSpec, width: int | None = None, *, hidden1: int = 200, 
     """Return a perceptron on a table's numbers and on embeddings of its categories (Guo & Berkhahn, 2016), with two hidden layers of
     `hidden1` and `hidden2` (or `width`).
 
-    A column with n levels has an embedding of n + 1 rows, of which row 0 is for unknown levels, and of width (n + 1) / 2, at most 50.
+    A column with n levels has an embedding with n + 1 rows, where row 0 is for unknown levels, and with width (n + 1) / 2, at most 50.
     Inputs are `numbers` (D,), `categories` (C,), or both.
     """
     _check(spec)

@@ -1,4 +1,4 @@
-"""Models of texts: token ids (B, T) int64 to features (B, D), or to features of every position (B, T, D) for language models.
+"""Models for texts. They map token ids (B, T) int64 to features (B, D) or, for language models, to features of every position (B, T, D).
 
 Id 0 is padding, which follows a text's tokens; every other id is a token. V, the size of the vocabulary, counts all ids. The numbers of
 parameters include the linear head. All models run under torch.func.vmap, so they use neither EmbeddingBag nor packed sequences.
@@ -73,8 +73,8 @@ class Transformer(nn.Module):
 
     Args:
         length: the largest T, which is the number of learnt positions.
-        pool: `mean` over tokens or `first` token, (B, dim); `none`: every position (B, T, dim), which attends only to itself and to those
-            before it.
+        pool: `mean` over tokens or `first` token, (B, dim); `none`: every position (B, T, dim), which attends only to itself and to
+            earlier positions.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ def text_cnn(spec: InputSpec, width: int | None = None, *, dim: int = 64, dropou
     """Return Kim's CNN (EMNLP 2014): 100 filters each of 3, 4 and 5 tokens, the maximum over time, dropout. 718,304 parameters for
     V=10,000 and Y=4.
 
-    PFLlib's has 16,999,904 parameters (dim=512, V=32,000) and dropout 0.8. `dropout=0` leaves the dropout layer out; with it the model
-    cannot be vectorised over clients.
+    PFLlib's has 16,999,904 parameters (dim=512, V=32,000) and dropout 0.8. `dropout=0` leaves out the dropout layer, which cannot be
+    vectorised over clients.
     """
     check_dropout(dropout)
     vocabulary, _ = _tokens(spec, "text_cnn")
@@ -144,8 +144,8 @@ def char_lstm(
 ) -> nn.Sequential:
     """Return LEAF's character LSTM (Caldas et al., 2018): the output at the last token. 819,920 parameters for V=Y=80.
 
-    torch's LSTM has two bias vectors per layer. With one, as in TensorFlow, there are 2,048 fewer: 817,872 for LEAF's V=80, and the 820,522
-    that papers quote for TensorFlow Federated's V=90 (here 822,570).
+    torch's LSTM has two bias vectors per layer. With one, as in TensorFlow, the model has 2,048 fewer parameters: 817,872 for LEAF's V=80,
+    and 820,522 for TensorFlow Federated's V=90, the number in papers (here 822,570).
     """
     vocabulary, _ = _tokens(spec, "char_lstm")
     return projected({"lstm": LSTM(vocabulary, dim, hidden, layers, every=False)}, hidden, width)

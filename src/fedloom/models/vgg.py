@@ -17,7 +17,7 @@ def vgg16(
     """Return VGG-16 with two fully connected layers of 4096 (the second: `width`), as in FedMR: 33.6 M parameters on CIFAR-10.
 
     A pooling layer that would leave no pixel is skipped (8x8 inputs are pooled three times), and the remaining map is averaged to one
-    pixel. `dropout=0` leaves the dropout layers out; with them the model cannot be vectorised over clients.
+    pixel. `dropout=0` leaves out the dropout layers, which cannot be vectorised over clients.
     """
     check_dropout(dropout)
     n_in, side = input_shape[0], min(input_shape[1:])

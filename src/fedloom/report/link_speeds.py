@@ -50,7 +50,7 @@ def _network(word: str) -> Network:
     except ValueError:
         hint = suggest(word, NETWORKS)
         raise ConfigError(
-            f"network={word}: must be a known one or UP/DOWN/LATENCY in Mbit/s, Mbit/s, ms, such as 5/20/60{hint}"
+            f"network={word}: must be a known network, or UP/DOWN/LATENCY in Mbit/s, Mbit/s, ms, such as 5/20/60{hint}"
         ) from None
     if not (0 < up < float("inf") and 0 < down < float("inf") and 0 <= latency < float("inf")):
         raise ConfigError(f"network={word}: rates must be above 0 and the latency at least 0")

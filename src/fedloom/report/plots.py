@@ -68,7 +68,7 @@ def metric_over_rounds(records: Sequence[RunRecord], view: str = "personal") -> 
 
 
 def metric_over_bytes(records: Sequence[RunRecord], view: str = "personal") -> Figure:
-    """Plot the primary metric over the bytes sent so far, up and down, for all clients."""
+    """Plot the primary metric over the bytes sent so far, in both directions, for all clients."""
 
     def traffic(record: RunRecord) -> pd.Series:
         return series(record, "uplink_bytes") + series(record, "downlink_bytes")
@@ -191,7 +191,7 @@ def client_spread(records: Sequence[RunRecord]) -> Figure:
 
 
 def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
-    """Plot the bytes of a whole run, up and down: one bar per method and kind of content, mean over seeds."""
+    """Plot the bytes of a whole run, in both directions: one bar per method and kind of content, mean over seeds."""
     groups = group(records)
     marks = strokes(groups)
     traffic = {g.label: _kinds(g) for g in groups}

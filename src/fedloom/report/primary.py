@@ -1,4 +1,4 @@
-"""The primary metric of runs: its name, the direction in which it is better, and how its values are written."""
+"""The primary metric of runs: its name, whether higher or lower is better, and the format of its values."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Primary(NamedTuple):
 
     @property
     def qualifier(self) -> str:
-        """What to add to the metric's name on an axis: `" (%)"`, or `" (mg/dl, lower is better)"`."""
+        """The text after the metric's name on an axis: `" (%)"`, or `" (mg/dl, lower is better)"`."""
         parts = ["%" if self.percent else self.unit, "lower is better" if self.is_lower_better else ""]
         text = ", ".join(part for part in parts if part)
         return f" ({text})" if text else ""

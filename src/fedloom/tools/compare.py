@@ -285,7 +285,7 @@ def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[s
 def _tables(tables: Any, where: str) -> dict[str, Values]:
     prefix = f"{where}." if where else ""
     if not isinstance(tables, Mapping):
-        raise ConfigError(f"{where}={tables}: is a table of tables, [{prefix}NAME]")
+        raise ConfigError(f"{where}={tables}: must consist of tables, such as [{prefix}NAME]")
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise ConfigError(f"{prefix}{name}={table}: is a table; set {prefix}{name}.KEY=VALUE")

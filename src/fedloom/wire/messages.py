@@ -61,7 +61,7 @@ def _load(data: bytes) -> dict[str, Tensor]:
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     version = (header.get("__metadata__") or {}).get("fedloom")
     if version != VERSION:
-        raise WireError(f"the message has version {version}, but must have fedloom's version {VERSION}")
+        raise WireError(f"the message has version {version}, but this fedloom needs version {VERSION}")
     check_depth(flat)
     for path, after in pairwise(sorted(name.split("/") for name in flat)):
         if after[: len(path)] == path:

@@ -254,7 +254,7 @@ def parse(words: Sequence[str], way: str) -> Chains:
         part, step = part or WEIGHTS, _step(named, way)
         before = chains.get(part, ())
         if part == COUNTS:
-            raise ValueError(f"'{word}': counts cannot be transformed, because they describe the other numbers")
+            raise ValueError(f"'{word}': counts cannot be transformed, because they must stay exact")
         if part != WEIGHTS and not isinstance(step, Half | Int8):
             raise ValueError(f"'{word}': {named.partition(':')[0]} works only on differences of weights")
         if before and before[-1].place >= step.place:

@@ -30,7 +30,7 @@ def test_own_features_keep_their_type_and_read_only_arrays_are_fine():
     ("changed", "message"),
     [
         ({"x": np.full((3, 2), np.nan)}, "NaN or infinite"),
-        ({"x": np.ones((3, 2), np.uint8)}, "kind='token' for token ids"),
+        ({"x": np.ones((3, 2), np.uint8)}, "for token ids, set kind='token'"),
         ({"x": np.zeros((3, 8, 8), np.uint8)}, r"\(N, C, H, W\)"),
         ({"x": np.zeros((3, 8, 8, 4), np.uint8)}, r"\(N, C, H, W\)"),
         ({"y": np.array([1, 2, 3])}, r"labels run from 1 to 3; subtract 1, or name all classes"),
@@ -39,10 +39,10 @@ def test_own_features_keep_their_type_and_read_only_arrays_are_fine():
         ({"x": np.ones((2, 2))}, "2 inputs and 3 labels"),
         ({"y": np.array([0.5, 1.0, 1.0])}, "integers from 0"),
         ({"y": np.array([0, -1, 1])}, "labels run from -1"),
-        ({"classes": ["only"]}, "they must be 0 to 0"),
+        ({"classes": ["only"]}, "they must be from 0 to 0"),
         ({"columns": {"writer": ["a"]}}, "column 'writer'"),
         ({"x_test": np.ones((1, 2))}, "must be given together"),
-        ({"x_test": np.ones((1, 3)), "y_test": np.array([0])}, "must agree"),
+        ({"x_test": np.ones((1, 3)), "y_test": np.array([0])}, "must match"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(changed, message):
@@ -125,7 +125,7 @@ def test_several_inputs_keep_their_names_and_tables_are_taken():
     assert list(from_arrays((np.zeros((3, 1)), np.ones((3, 2))), y).inputs) == ["0", "1"]
     table = from_arrays(pd.DataFrame({"a": [1.0, 2.0, 3.0], "b": [4.0, 5.0, 6.0]}), pd.Series([0, 1, 0]))
     assert table.images.tolist() == [[1, 4], [2, 5], [3, 6]]
-    with pytest.raises(DataError, match=r"kind names input 'idz' .did you mean 'ids'"):
+    with pytest.raises(DataError, match=r"kind has the unknown input 'idz' .did you mean 'ids'"):
         from_arrays({"ids": np.array([[1], [2], [3]])}, y, kind={"idz": "token"})
     with pytest.raises(DataError, match="x and x_test must have the same inputs"):
         from_arrays({"ids": np.ones((3, 1))}, y, {"id": np.ones((1, 1))}, y[:1])
@@ -153,5 +153,5 @@ def test_a_regression_is_standardised_by_its_training_targets():
     assert (data.objective.mean, data.objective.std, data.classes) == ((2.0,), (1.0,), ("age",))
     assert data.targets[:, 0].tolist() == [-1, 1, 3, 0]
     assert "1 targets; 2 train + 2 test" in repr(data)
-    with pytest.raises(DataError, match="needs classes, and the task is regression"):
+    with pytest.raises(DataError, match="needs classes, but the task is regression"):
         _ = data.labels

@@ -315,7 +315,7 @@ def test_a_partition_may_be_given():
     assert given_partition(by_owner, data) is by_owner
     for wrong, message in (
         ([range(10), range(5, 15)], "belongs to two clients"),
-        ([range(10), range(30, 41)], "they must be 0 to 39"),
+        ([range(10), range(30, 41)], "they must be from 0 to 39"),
         (["a"] * 39, "39 owners for 40 examples"),
         ([range(3), []], "at least one example"),
     ):

@@ -186,7 +186,7 @@ def test_invalid_files_are_refused(tmp_path, write_parquet, grey):
     with pytest.raises(DataError, match="row 0 of the pool: not an image"):
         load("mine", tmp_path)
     write_parquet(file, grey(2), [0, 10])
-    with pytest.raises(DataError, match="labels run from 0 to 10; they must be 0 to 9"):
+    with pytest.raises(DataError, match="labels run from 0 to 10; they must be from 0 to 9"):
         load("mnist", tmp_path)
 
 

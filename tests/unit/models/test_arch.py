@@ -223,5 +223,5 @@ def test_outputs_that_are_a_tuple_are_refused_in_one_line():
         def forward(self, x):
             return self.linear(x.flatten(1)), x
 
-    with pytest.raises(ConfigError, match="returns a tuple; return one tensor, the logits alone"):
+    with pytest.raises(ConfigError, match="returns a tuple; return only the logits, as one tensor"):
         arch(Two, SHAPE, 10)

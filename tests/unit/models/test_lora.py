@@ -143,7 +143,7 @@ def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path):
         "there is no such file": None,
         "safetensors file": b"nonsense",
         "'linear.weight' has shape (5, 4), but the model needs (6, 4)": mlp(hidden=5).state_dict(),
-        "'linear.weight', 'linear.bias' of the model's body not found; the file has 'a', 'b', 'c' and 1 more": {
+        "'linear.weight', 'linear.bias' of the model's body not found; the file contains 'a', 'b', 'c' and 1 more": {
             name: torch.ones(1) for name in "abcd"
         },
     }

@@ -193,8 +193,8 @@ def test_the_command_reads_targets_in_units_of_the_metric(
     assert "Time to a personal rmse of 120.5" in report(regression, "network=lan", "target=120.5")[1]
     assert "Time to 90.0 % personal micro_f1" in report(multilabel, "network=lan", "target=90")[1]
     for words, message in (
-        ((regression, "network=lan", "target=fast"), "target=fast: must be a number, a value of rmse"),
-        ((regression, "network=lan", "target=nan"), "target=nan: must be a number, a value of rmse"),
+        ((regression, "network=lan", "target=fast"), "target=fast: must be a number (a value of rmse)"),
+        ((regression, "network=lan", "target=nan"), "target=nan: must be a number (a value of rmse)"),
         ((multilabel, "network=lan", "target=900"), "target=900: must be a number above 0 and at most 100"),
         ((regression, multilabel), "is measured by rmse (lower is better), but"),
         ((regression, multilabel, "--quiet"), "report runs with different metrics separately"),

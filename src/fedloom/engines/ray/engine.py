@@ -69,7 +69,7 @@ class Cluster:
     """Workers on a Ray cluster."""
 
     def __init__(self, address: str | None, workers: int | None, most: int) -> None:
-        """Start Ray on this machine, or join the cluster at `address`; one worker per core, or `workers` of them, but at most `most`.
+        """Start Ray on this machine, or join the cluster at `address`. Use one worker per core, or `workers` workers, but at most `most`.
 
         If the program has already joined a cluster, use that one and leave it running.
         """
@@ -104,7 +104,7 @@ def _connect(address: str | None, n_cpus: int | None) -> None:
 
 
 class Seat:
-    """One worker, as one experiment sees it."""
+    """An experiment's handle to one worker."""
 
     def __init__(self, number: int, actor: Any, shared: Shared) -> None:
         self._number, self._actor, self._shared = number, actor, shared
@@ -208,7 +208,9 @@ class RayEngine(ForwardingEngine):
         for (seat, job), answer in zip(jobs, self._run(down, jobs), strict=True):
             if isinstance(answer, LostWorker):
                 clients = listed([i for _, i in job.members])
-                log.warning("engine=ray: round %d goes on without %s: %s: %s", number + 1, clients, seat, answer.reason)
+                log.warning(
+                    "engine=ray: round %d continues without %s: %s: %s", number + 1, clients, seat, answer.reason
+                )
             else:
                 replies += [self._commit(done) for done in answer]
         self._empty_rounds = 0 if replies else self._empty_rounds + 1
@@ -275,7 +277,7 @@ class RayEngine(ForwardingEngine):
                 try:
                     found += [seat] if seat.is_ready() else []
                 except ConfigError as error:
-                    log.warning("%s; other workers do its work", error)
+                    log.warning("%s; other workers take over its clients", error)
             if found:
                 return found
             time.sleep(POLL_S)

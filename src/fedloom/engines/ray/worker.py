@@ -143,7 +143,7 @@ class Post:
 
 
 class RayWorker:
-    """The actor. It may work for several experiments."""
+    """The actor. Several experiments may use it."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)

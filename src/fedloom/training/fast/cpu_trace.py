@@ -60,7 +60,7 @@ def trace(step: Step, inputs: Tree) -> Step:
 
 
 class TraceMode(DispatchMode):  # type: ignore[no-untyped-call]
-    """Records every operation that runs while the mode is active in a graph, including those of autograd."""
+    """Records in a graph every operation that runs while the mode is active, including those of autograd."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

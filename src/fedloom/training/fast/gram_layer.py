@@ -201,7 +201,7 @@ class GramLayer:
 
 
 class Outputs(Tensor):
-    """A layer's outputs for a batch, in place of its weight: `linear` applied to the batch returns them; other uses raise FormError."""
+    """A layer's outputs for a batch, instead of its weight: `linear` applied to the batch returns them; other uses raise FormError."""
 
     plain: Tensor
     rows: Tensor | None

@@ -29,7 +29,7 @@ from fedloom.tree import Tree
 log = logging.getLogger(__name__)
 
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
-TRIALS = 30  # steps of a kind before a replay is tested
+TRIALS = 30  # steps of one kind before a replay is tested
 REPEATS = 5  # timings of each form
 MOST_KINDS = 256  # a loss that is recreated in every local update would otherwise add kinds indefinitely
 MOST_RECORDINGS = 16  # each uses device memory; the most frequent kinds of step are recorded first
@@ -192,7 +192,7 @@ def faster_replay(
 def _say(device: torch.device, why: str) -> None:
     """Log one line on a CUDA device; log nothing on the CPU, where a replay saves less time."""
     if device != HOST:
-        log.warning("steps of a kind run as written, without a CUDA graph: %s", why.splitlines()[0])
+        log.warning("one kind of step runs as written, without a CUDA graph: %s", why.splitlines()[0])
 
 
 def _varied(leaf: Tensor) -> Tensor:
