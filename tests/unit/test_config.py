@@ -18,7 +18,8 @@ from fedloom.methods.registry import METHODS
 UNUSUAL = {
     "method": {"name": "fedprox", "mu": 0.5},
     "data": {
-        "name": "mine", "path": "somewhere", "task": "regression", "rows": 77, "image_size": 12, "normalise": "standard", "augment": "flip",
+        "name": "mine", "path": "somewhere", "task": "regression", "owner": "folder", "rows": 77, "image_size": 12,
+        "normalise": "standard", "augment": "flip",
     },
     "partition": {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,
