@@ -106,6 +106,14 @@ MISTAKES = {
         PAIR, {"p/metadata.jsonl": '{"file_name": "1.png", "label": [1, 0]}\n{"file_name": "2.png", "label": [1]}\n'},
         "data.task=multilabel", "column 'label' must have 0 and 1, or lists of 0 and 1",
     ),
+    "numbers for classes": (
+        PAIR, {"p/metadata.csv": HEAD + "1.png,1\n2.png,0.5\n"}, "",
+        "column 'label' has numbers with fractions, not names of classes; set data.task=regression",
+    ),
+    "lists for classes": (
+        PAIR, {"p/metadata.jsonl": '{"file_name": "1.png", "label": [1, 0]}\n'}, "",
+        "column 'label' has lists, not names of classes; set data.task=multilabel",
+    ),
     "a language": (PAIR, {}, "data.task=language", "data.task=language: files of text are not read yet"),
 }  # fmt: skip
 

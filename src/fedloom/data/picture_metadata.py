@@ -70,8 +70,19 @@ class Metadata(NamedTuple):
             if column not in labels
         }
         if task == "classification":
+            self._check_labels(labels[0], values[labels[0]])
             return _classes(values[labels[0]], others)
         return self._numbers({column: values[column] for column in labels}, others, task)
+
+    def _check_labels(self, column: str, labels: Sequence[Any]) -> None:
+        """Raise DataError if the labels of a classification are lists, or numbers that are not whole."""
+        are_lists = any(isinstance(label, list | dict) for label in labels)
+        are_numbers = all(map(_is_number, labels)) and not all(float(label).is_integer() for label in labels)
+        if are_lists or are_numbers:
+            what, task = ("lists", "multilabel") if are_lists else ("numbers with fractions", "regression")
+            raise DataError(
+                f"{self.files[0]}: column '{column}' has {what}, not names of classes; set data.task={task}"
+            )
 
     def _label_columns(self, values: dict[str, list[Any]], task: str) -> list[str]:
         """Return the columns of targets: the one with a usual name, else all that fit the task."""
@@ -104,7 +115,10 @@ class Metadata(NamedTuple):
 
 def read_metadata(folder: Path, splits: Collection[str]) -> Metadata | None:
     """Return the metadata files in a folder and in its split folders; None if there are none. Raise DataError."""
-    places = [folder, *sorted(place for place in folder.iterdir() if place.name.lower() in splits)]
+    try:
+        places = [folder, *sorted(place for place in folder.iterdir() if place.name.lower() in splits)]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
     files = [place / name for place in places for name in NAMES if (place / name).is_file()]
     if not files:
         return None

@@ -277,3 +277,10 @@ def test_devices_read_the_same_layouts_and_may_lack_classes(write):
     assert (flat.n_train, flat.n_rows, flat.classes) == (2, 2, ("cat", "dog"))
     split = on_devices._read(write("training/dog/1.png", "val/cat/2.png", "val/dog/3.png", root="split"), settings)
     assert (split.n_train, split.n_rows, split.classes) == (1, 3, ("cat", "dog"))
+    csv = "file_name,label\n1.png,emu\n2.png,cat\n"
+    assert on_devices._read(write("1.png", "2.png", root="listed", metadata_csv=csv), settings).classes == (
+        "cat",
+        "emu",
+    )
+    with pytest.raises(DataError, match=r"empty: has neither train\.parquet nor pictures in folders named by class"):
+        on_devices._read(write(root="empty", notes_txt="none"), settings)
