@@ -183,7 +183,7 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
             raise ConfigError(
                 f"{key}: the method was given as an object; set the value there, {type(method).__name__}(...)"
             )
-        if isinstance(data, Dataset) and key in ("data.rows", "data.path", "data.image_size", "data.task"):
+        if isinstance(data, Dataset) and key in [f"data.{k}" for k in ("rows", "path", "image_size", "task", "owner")]:
             raise ConfigError(f"{key}: the data were given as an object; change the data there")
 
 

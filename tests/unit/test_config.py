@@ -18,7 +18,8 @@ from fedloom.methods.registry import METHODS
 UNUSUAL = {
     "method": {"name": "fedprox", "mu": 0.5},
     "data": {
-        "name": "mine", "path": "somewhere", "task": "regression", "rows": 77, "image_size": 12, "normalise": "standard", "augment": "flip",
+        "name": "mine", "path": "somewhere", "task": "regression", "owner": "folder", "rows": 77, "image_size": 12,
+        "normalise": "standard", "augment": "flip",
     },
     "partition": {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,
@@ -107,6 +108,7 @@ def test_every_key_is_documented():
         (["method=fedprox", "method.mu=1e-2"], {"method": {"name": "fedprox", "mu": 0.01}}),
         (["method=fedprox", "method.mu=1", "method=fedavg"], {"method": {"name": "fedavg"}}),
         (["data=mnist", "data.rows=5", "data.path=x", "data=cifar10"], {"data": {"rows": 5, "name": "cifar10"}}),
+        (["data=mine", "data.path=x", "data.owner=folder", "data=cifar10"], {"data": {"name": "cifar10"}}),
         (
             ["partition=natural", "partition.column=writer", "partition.merge=false", "partition=iid"],
             {"partition": {"merge": False, "name": "iid"}},

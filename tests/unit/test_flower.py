@@ -700,8 +700,9 @@ def test_local_updates_are_recorded_and_undone(tmp_path):
 
 
 @pytest.fixture
-def rows(tmp_path) -> Callable[..., Path]:
+def rows(tmp_path, monkeypatch) -> Callable[..., Path]:
     """Return a function that writes digits as images into folders named by class."""
+    monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "cache"))
     digits = load("digits")
 
     def write(folder: str, chosen: slice, *split: str) -> Path:

@@ -58,10 +58,14 @@ class DataSettings(Section):
     name: str = "digits"
     """A known data set (see `fedloom list datasets`), or any name if `data.path` is set."""
     path: Path | None = None
-    """Folder with parquet files (train.parquet, test.parquet); for `data=pfllib`, PFLlib's data folder."""
+    """Folder with parquet files (train.parquet, test.parquet), or pictures in folders named by class (docs/tasks.md); for `data=pfllib`,
+    PFLlib's data folder."""
     task: Literal["classification", "multilabel", "regression", "language"] | None = None
-    """Learning task of your own parquet files: `regression` needs a label column of numbers, `multilabel` one of lists of 0 and 1. Default:
-    classification; named data sets have their own task."""
+    """Learning task of your own parquet files: `regression` needs a label column of numbers, `multilabel` one of lists of 0 and 1. Folders
+    of pictures need metadata.csv. Default: classification; named data sets have their own task."""
+    owner: Literal["folder"] | None = None
+    """`folder`: the upper folders of your folder of pictures are domains (root/domain/class/picture). They become the column `domain`, by
+    which `partition=natural` divides. Default: the upper folders are classes."""
     rows: Count | None = None
     """Use only this many training examples, drawn once at random; test examples are not affected. Default: all."""
     image_size: Count | None = None

@@ -29,7 +29,12 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
         if not folder.is_dir():
             raise DataError(f"data.path={path}: folder does not exist")
         if not (files := split_files(folder))[0]:
-            raise DataError(f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet")
+            hint = (
+                f"; if it holds pictures, use a name of your own (data=mine), not data={name}"
+                if name in SOURCES
+                else ""
+            )
+            raise DataError(f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet{hint}")
         return files
     if (found := local_folder(name, cache)) is not None:
         return split_files(found)

@@ -1,4 +1,4 @@
-"""Load a data set by name: embedded data, a folder of parquet files, PFLlib's files, or a download from the hub."""
+"""Load a data set by name: embedded data, a folder of parquet files or pictures, PFLlib's files, or a download from the hub."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def load(
     image_size: int | None = None,
     rows: int | None = None,
     task: str | None = None,
+    owner: str | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Return a data set as one pool of examples.
@@ -25,11 +26,13 @@ def load(
     Args:
         name: a name in `SOURCES`, "pfllib", or a name for the user's own files; `-` and `_` are equivalent.
         path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...).
-            Default: search `$FEDLOOM_DATA`, then the cache, then the hub (extra `fedloom[hub]`).
+            Default: search `$FEDLOOM_DATA`, then the cache, then the hub (extra `fedloom[hub]`). With a name of your own, also a folder of
+            pictures (see `picture_folders`).
         image_size: resize images to this width and height in pixels.
         rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
             ignores classes. Their order in the files is kept, and so are all test examples.
-        task: the learning task of the user's own parquet files; default: classification. Other data sets have their own task.
+        task: the learning task of the user's own files; default: classification. Other data sets have their own task.
+        owner: "folder": the upper folders of a folder of pictures are domains; they become the column `domain`.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -46,6 +49,18 @@ def load(
         raise DataError(f"data.task={task}: data={name} is a {own} data set; remove data.task")
     if task == "language":
         raise DataError("data.task=language: files of text are not read yet; pass token ids with fedloom.from_arrays")
+    if path is not None and source is None and name != "pfllib":
+        from fedloom.data import picture_folders  # Pillow is slow to import
+
+        if picture_folders.is_picture_folder(path):
+            return picture_folders.read_pictures(
+                name, Path(path), where=f"data.path={path}", image_size=image_size, cache_root=hub.cache_root(cache),
+                rows=rows, task=task or own, owner=owner,
+            )  # fmt: skip
+    if owner is not None:
+        raise DataError(
+            f"data.owner={owner}: data={name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
+        )
     if name == "pfllib":
         if path is None or image_size is not None or rows is not None:
             raise DataError("data=pfllib: needs data.path=FOLDER, and does not support data.image_size or data.rows")

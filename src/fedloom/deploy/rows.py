@@ -14,15 +14,15 @@ from torch import Tensor
 from fedloom import data
 from fedloom.config.settings import Settings
 from fedloom.data import Dataset, Federation, Partition
+from fedloom.data.hub import cache_root
 from fedloom.data.partition import hold_out
-from fedloom.data.pictures import decode_picture
+from fedloom.data.picture_folders import read_pictures
 from fedloom.deploy.messages import Call
 from fedloom.errors import ConfigError, DataError
 from fedloom.inputs import Inputs
 from fedloom.rng import Stream
 
 Counts = Mapping[int, Mapping[str, Sequence[int]]]  # by client and split, per class
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 SPLITS = ("train", "valid", "test")
 NONE = np.empty(0, np.int64)
 
@@ -31,8 +31,8 @@ def read_own(folder: Path, clients: Sequence[int], settings: Settings, call: Cal
     """Return a node's own examples as a federation in which clients of other nodes have none.
 
     `folder` has the client's data or, for several clients, one folder `client-<number>` per client. Data are parquet files
-    (train.parquet, and test.parquet if any) or images in folders named by class, which may be in `train` and `test`. Without test
-    examples, a fraction of the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
+    (train.parquet, and test.parquet if any) or a folder of pictures (see `fedloom.data.picture_folders`). Without test examples,
+    a fraction of the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
 
     Args:
         folder: see above.
@@ -151,20 +151,14 @@ def _read(folder: Path, settings: Settings) -> Dataset:
     d = settings.data
     if any(folder.rglob("train*.parquet")):
         return data.load(d.name, folder, image_size=d.image_size)
-    train, test = folder / "train", folder / "test"
-    parts = [_pictures(place) for place in ((train, test) if train.is_dir() else (folder,)) if place.is_dir()]
-    if not parts[0]:
-        raise DataError(f"{folder}: has neither train.parquet nor folders of images named by class")
-    files = [file for part in parts for file in part]
-    classes = tuple(sorted({file.parent.name for file in files}))
-    encoded = ((str(file), file.read_bytes()) for file in files)
-    images = torch.from_numpy(decode_picture(encoded, len(files), d.image_size))
-    labels = torch.tensor([classes.index(file.parent.name) for file in files])
-    return Dataset.labelled(name=d.name, images=images, labels=labels, n_train=len(parts[0]), classes=classes)
-
-
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*/*") if file.suffix.lower() in PICTURES)
+    return read_pictures(
+        d.name,
+        folder,
+        where=str(folder),
+        image_size=d.image_size,
+        cache_root=cache_root(),
+        needs_every_class=False,
+    )
 
 
 def _renamed(pool: Dataset, classes: Sequence[str]) -> Tensor:

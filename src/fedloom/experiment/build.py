@@ -49,7 +49,7 @@ def arithmetic(settings: Settings) -> Iterator[None]:
 def make_dataset(settings: Settings) -> data.Dataset:
     """Return the data set that the settings name."""
     d = settings.data
-    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task)
+    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task, owner=d.owner)
 
 
 def resolved(settings: Settings, dataset: data.Dataset) -> Settings:
