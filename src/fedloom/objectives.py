@@ -399,7 +399,7 @@ class Language(Objective):
             return f"targets have shape {tuple(targets.shape)} and type {targets.dtype}; they must be (N, T) token ids"
         known = targets[targets != NO_TARGET]
         if len(known) and (int(known.min()) < 0 or int(known.max()) >= self.vocabulary):
-            return f"targets run from {int(known.min())} to {int(known.max())}; they must be 0 to {self.vocabulary - 1}"
+            return f"targets run from {int(known.min())} to {int(known.max())}; they must be 0 to {self.vocabulary - 1}, or -100 for none"
         return ""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
