@@ -26,7 +26,14 @@ EXAMPLES = """\
 needs: pip install 'fedloom[export]'
 """
 COLUMNS = ("file", "parameters", "same class", "difference")
-TIMES = ("torch\n1 example", "onnx\n1 example", f"torch\n{BATCH} examples", f"onnx\n{BATCH} examples", "memory", "of it model")
+TIMES = (
+    "torch\n1 example",
+    "onnx\n1 example",
+    f"torch\n{BATCH} examples",
+    f"onnx\n{BATCH} examples",
+    "memory",
+    "of it model",
+)
 
 
 def export_command(words: Sequence[str]) -> int:

@@ -172,9 +172,10 @@ def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, se
 
 
 def described(experiment: Experiment, i: int) -> dict[str, str]:
-    """Return the file's metadata: the origin of the model, and how to convert an image to its input. Values are text; lists are JSON."""
+    """Return the file's metadata: the origin of the model, and how to convert an example to its input. Values are text; lists are JSON."""
     data, problem = experiment.data, experiment.problem
     inputs = [_described_field(part) for part in data.spec.fields]
+    positions = "positions, " * (data.objective.output_ndim - 2)
     scaled = data.normalisation
     mean, std = (scaled[""][k] if "" in scaled else {name: pair[k] for name, pair in scaled.items()} for k in (0, 1))
     return {
@@ -191,7 +192,7 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
         "input_shape": json.dumps(list(data.input_shape)),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
-        "output": f"float32 (batch, {data.objective.n_outputs}) {OUTPUTS[data.objective.task]}",
+        "output": f"float32 (batch, {positions}{data.objective.n_outputs}) {OUTPUTS[data.objective.task]}",
     }
 
 
@@ -260,7 +261,7 @@ def _write_onnx(model: PersonalModel, x: Inputs, file: Path, facts: Mapping[str,
     with _without_warnings():
         program = torch.onnx.export(
             model,
-            (x,),
+            kwargs={"x": x},  # a dictionary among the positional arguments would be taken for keyword arguments
             dynamo=True,
             dynamic_shapes={"x": dims if isinstance(x, dict) else dims["input"]},
             input_names=list(named),
