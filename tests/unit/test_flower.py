@@ -184,6 +184,34 @@ def test_devices_give_the_numbers_of_the_sequential_engine(deployed, simulated, 
     assert there.said == []
 
 
+def test_devices_learn_numbers_as_well_as_classes(deployed, simulated):
+    regression = {
+        "method": "fedper",
+        "data": {"name": "diabetes"},
+        "model": "mlp",
+        "rounds": 2,
+        "eval.general_every": 1,
+    }
+    there, here = deployed(**regression), simulated(**regression)
+    assert tree.equal(there.experiment.server, here.server)
+    assert scores(there.experiment) == scores(here)
+    assert "personal_rmse" in here.rows[-1]
+    assert there.said == []
+
+
+def test_impossible_sums_of_errors_count_no_examples(deployed):
+    def negative(answer: bytes) -> bytes:
+        return rescored(answer, lambda score: SentScore(sums=score.sums | {"se": [-1]}))
+
+    ran = deployed(
+        lambda node, n, answer: negative(answer) if (node, n) == ("node-1", 4) else answer,
+        method="fedper",
+        data={"name": "diabetes"},
+        model="mlp",
+    )
+    assert any("impossible counts: a negative sum" in line for line in ran.said), ran.said
+
+
 def test_architectures_may_differ_and_cohorts_may_be_small(deployed, simulated):
     several = {"method": "fedvtc", "models": ["mlp", "fedrir_cnn"], "width": 16, "cohort": 2, "rounds": 4, **BRIEF}
     there, here = deployed(**several), simulated(**several)

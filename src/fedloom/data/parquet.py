@@ -51,11 +51,11 @@ def read_parquet(
     `task`: with `regression` the label column has numbers, or lists of numbers; with `multilabel` it has lists of 0 and 1.
     """
     train, test = files
-    key = _key(name, train + test, image_size, rows, source, task)
+    choice = Choice(source, image_size, rows, task)
+    key = _key(name, train + test, choice)
     stored = cache.load_cached(cache_root, name, key)
     if stored is not None:
         return stored
-    choice = Choice(source, image_size, rows, task)
     pool = _decode_pool(name, train, test, choice)
     cache.save(cache_root, key, validated(pool))
     return pool
@@ -141,11 +141,9 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _key(
-    name: str, files: list[Path], image_size: int | None, rows: int | None, source: Source | None, task: str
-) -> str:
+def _key(name: str, files: list[Path], choice: Choice) -> str:
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], image_size, rows, repr(source), task])
+    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], *map(repr, choice)])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fedloom import tree
 from fedloom.config.settings import ScreenSettings
 from fedloom.engines import Problem
+from fedloom.objectives import Classification
 from fedloom.tree import Tree
 
 COHORT = 4  # with fewer uplinks in a round, sizes are compared with those of earlier rounds
@@ -114,8 +115,10 @@ class Screen:
 
     @cached_property
     def _class_counts(self) -> Tensor:
-        """Each client's number of training examples of each class (K, Y); 0 if the server does not have it."""
+        """Each client's number of training examples of each class (K, Y); 0 if the server does not have it, or the task has no classes."""
         data = self._problem.data
+        if not isinstance(data.objective, Classification):
+            return torch.zeros(data.n_clients, 1)
         return torch.as_tensor(data.partition.counts(data.dataset.labels, data.n_classes, "train"))
 
     def max_share(self, n: int) -> float:
