@@ -14,10 +14,11 @@ class HeavyBall(Method):
 
     def init_server(self, weights, task):
         server = super().init_server(weights, task)
-        return server | {"movement": tree.zeros_like(server["weights"])}
+        return server | {"movement": tree.zeros_like(server["weights"]["params"])}
 
     def aggregate(self, server, uplinks, round):
         average = tree.mean([up["weights"] for up in uplinks], round.shares)
-        step = tree.sub(average, server["weights"])
+        params = server["weights"]["params"]
+        step = tree.sub(average["params"], params)
         movement = tree.add(step, server["movement"], self.beta)
-        return {"weights": tree.add(server["weights"], movement), "movement": movement}
+        return {"weights": average | {"params": tree.add(params, movement)}, "movement": movement}

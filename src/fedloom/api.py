@@ -80,7 +80,12 @@ class Run:
 
         data, owners = self.federation, self.federation.partition.owners
         if isinstance(client, str) and client not in owners:
-            raise ConfigError(f"client={client}: no such owner{suggest(client, owners)}")
+            known = (
+                suggest(client, owners)
+                if owners
+                else f"; clients have no names here, so give a number below {data.n_clients}"
+            )
+            raise ConfigError(f"client={client}: no such owner{known}")
         i = owners.index(client) if isinstance(client, str) else client
         if not 0 <= i < data.n_clients:
             raise ConfigError(f"client={client}: must be from 0 to {data.n_clients - 1}")

@@ -402,7 +402,7 @@ class Language(Objective):
         known = targets[targets != NO_TARGET]
         if len(known) and (int(known.min()) < 0 or int(known.max()) >= self.vocabulary):
             low, high = int(known.min()), int(known.max())
-            return f"targets run from {low} to {high}; they must be from 0 to {self.vocabulary - 1}"
+            return f"targets run from {low} to {high}; they must be from 0 to {self.vocabulary - 1}, or -100 for none"
         return ""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

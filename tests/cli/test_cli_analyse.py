@@ -61,6 +61,15 @@ def test_parts_are_replaced_one_by_one(cli):
     assert {"features-own.png", "samples.png"} <= both["pictures"].keys()
 
 
+def test_parts_that_need_classes_are_skipped_in_a_regression(cli):
+    cli("run", "data=diabetes", "model=logistic", "clients=3", "rounds=1", "partition=iid", "out=numbers", "--quiet")
+    done = cli("analyse", "numbers")
+    assert done.code == 0
+    assert "numbers: skipped features: needs classes, but data=diabetes is regression" in done.out
+    assert "numbers: skipped samples: needs classes" in done.out
+    assert json.loads(Path("numbers/analysis/analysis.json").read_text())["sharpness"]["loss"] > 0
+
+
 def test_curves_of_a_comparison(cli):
     cli("compare", "method=fedavg,local,fedmr", *SMALL, "out=all", "--quiet")
     done = cli("analyse", "all", "--only", "sharpness")

@@ -69,8 +69,12 @@ def test_every_engine_gives_the_same_numbers(run, model, caplog):
 def test_data_that_no_built_in_model_takes_are_refused(experiment):
     x = {"text": ids(), "age": Stream(0).normal((N, 1)).numpy()}
     pool = from_arrays(x, np.arange(N) % Y, name="both", kind={"text": "token"}, vocabulary=V)
-    with pytest.raises(ConfigError, match=r"model=mlp: .*text: token .*age: number .*; use a model of your own$"):
-        experiment(dataset=pool, model={"name": "mlp"}, data="own", partition="iid", clients=3)
+    for model, kind in (("mlp", "number"), ("table_mlp", "category")):
+        message = (
+            rf"model={model}: .*text: token .*age: number .* kind={{'text': '{kind}'}}\); use a model of your own$"
+        )
+        with pytest.raises(ConfigError, match=message):
+            experiment(dataset=pool, model={"name": model}, data="own", partition="iid", clients=3)
 
 
 @pytest.mark.parametrize(

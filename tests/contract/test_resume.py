@@ -9,14 +9,17 @@ import sys
 import time
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import fedloom
 from contract import TOYS, assert_same, left_by, untimed
 from fedloom import tree
+from fedloom.config.settings import make_settings
 from fedloom.data import load, partition
-from fedloom.errors import RunFolderError
+from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import METHODS
 from small import BRIEF, brief, interrupted_after
@@ -201,3 +204,41 @@ def test_a_run_that_is_killed_again_and_again_ends_the_same(tmp_path, engine, ti
     timeless = [table[sorted(c for c in table if "seconds" not in c)] for table in tables]
     pd.testing.assert_frame_equal(*timeless)
     assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
+
+
+def numbers(shift=0.0, **options):
+    draws = np.random.default_rng(0)
+    x, y = draws.normal(size=(40, 3)).astype("float32"), draws.normal(size=40)
+    return fedloom.from_arrays(x + np.float32(shift), y, name="mine", task="regression", **options)
+
+
+def test_a_run_with_objects_of_python_needs_the_same_objects_again(tmp_path):
+    net, dealt = torch.nn.Linear(3, 1), [range(16), range(16, 40)]
+    names = {"data": "mine", "model": "Linear", "partition": "given", "engine": "sequential"}
+    values = {key: {"name": name} for key, name in names.items()} | {"rounds": 3, "checkpoint_every": 1}
+
+    def make(out):
+        chosen = make_settings({**values, "out": str(tmp_path / out)})
+        return Experiment(chosen, GivenObjects(dataset=numbers(), model=net, partition=dealt))
+
+    whole = make("whole").run()
+    path = interrupted_after(make("cut"), 1)
+    given = {"data": numbers(), "model": net, "partition": dealt}
+    for left_out in given:
+        objects = {key: value for key, value in given.items() if key != left_out}
+        with pytest.raises(
+            RunFolderError, match=rf"not in its folder: {left_out}; .*resume\(FOLDER, {left_out}=\.\.\.\)"
+        ):
+            fedloom.resume(path, progress=False, **objects)
+    with pytest.raises(RunFolderError, match=r"not in its folder: data, model, partition; in Python, use"):
+        Experiment.reopen(path)
+    for other in (numbers(shift=1), numbers(loss="huber"), numbers(classes=["height"])):
+        with pytest.raises(RunFolderError, match="its data differ from those at its start"):
+            fedloom.resume(path, progress=False, **{**given, "data": other})
+    done = fedloom.resume(path, progress=False, **given)
+    assert done.summary["personal_rmse"] == whole["personal_rmse"]
+
+
+def test_a_given_partition_contradicts_another_number_of_clients():
+    with pytest.raises(ConfigError, match="clients=3: the given partition has 2 clients; remove clients"):
+        fedloom.run(data=numbers(), model="mlp", partition=[range(16), range(16, 40)], clients=3, progress=False)

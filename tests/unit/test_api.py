@@ -317,3 +317,7 @@ def test_predictions_name_classes_and_owners(run):
     assert (done.predict("eve", x) == done.predict(2, x)).all()
     with pytest.raises(UsageError, match="client=adam: no such owner"):
         done.predict("adam", x)
+    with pytest.raises(
+        UsageError, match="client=ann: no such owner; clients have no names here, so give a number below 2"
+    ):
+        run("local", data=data, model="mlp", rounds=1, partition="iid", clients=2).predict("ann", x)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
 from fedloom.config.settings import make_settings
-from fedloom.experiment.loop import Experiment
+from fedloom.data import from_arrays
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.method import predict_model
 from fedloom.methods.registry import METHODS
 from fedloom.tools.export import ExportError, described, export_client, largest_difference, write
 from small import brief, changed
 
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 
@@ -39,8 +41,6 @@ def quick(monkeypatch):
 
 
 def logits_of(file, x):
-    import onnxruntime
-
     return torch.from_numpy(onnxruntime.InferenceSession(str(file)).run(None, {"input": x.numpy()})[0])
 
 
@@ -57,6 +57,30 @@ def test_the_file_computes_what_torch_computes(method, tmp_path):
     assert torch.equal(logits_of(file, x[:1]).argmax(1), model(x[:1]).argmax(1))  # any number of examples
     assert largest_difference(model, x, logits_of(file, x), method) < 1e-3
     assert torch.equal(logits_of(file, x).argmax(1), model(x).argmax(1))
+
+
+def test_a_model_of_several_inputs_is_exported_with_their_names(tmp_path):
+    draws = np.random.default_rng(0)
+    x = {"numbers": draws.normal(size=(60, 2)).astype("float32"), "categories": draws.integers(0, 4, (60, 3))}
+    table = from_arrays(x, draws.normal(size=60), name="table", task="regression", kind={"categories": "category"})
+    names = {"model": "table_mlp", "data": "table", "partition": "iid", "engine": "sequential"}
+    values = {key: {"name": name} for key, name in names.items()} | {"clients": 2, "rounds": 1, "out": tmp_path / "run"}
+    run = Experiment(make_settings(values), GivenObjects(dataset=table))
+    run.run()
+    file = tmp_path / "client-0.onnx"
+    told = export_client(run, 0, file)  # compares outputs
+    assert (told.metric, told.rows) == ("rmse", run.data.n_test(0))
+    session = onnxruntime.InferenceSession(str(file))
+    assert [given.name for given in session.get_inputs()] == ["numbers", "categories"]
+
+
+def test_the_output_of_a_language_model_has_positions(tmp_path):
+    ids = np.random.default_rng(0).integers(1, 9, (40, 5))
+    texts = from_arrays(ids[:, :-1], ids[:, 1:], name="texts", task="language")
+    names = {"model": "lm_lstm", "data": "texts", "partition": "iid", "engine": "sequential"}
+    values = {key: {"name": name} for key, name in names.items()} | {"clients": 2, "rounds": 1, "out": tmp_path / "run"}
+    run = Experiment(make_settings(values), GivenObjects(dataset=texts))
+    assert described(run, 0)["output"] == "float32 (batch, positions, 9) logits of the next token, at every position"
 
 
 def test_an_export_reports_its_results(tmp_path):

@@ -28,7 +28,7 @@ def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any
     """Analyse one run, write `analysis.json` and images to `RUN/analysis/`, and return the contents of the file.
 
     Results of earlier analyses are kept, except for those of `parts`, which are replaced. A part that does not apply to the method
-    (no generator, no server model) is recorded with the reason.
+    (no generator, no server model) or to the data (no classes, tokens) is recorded with the reason.
 
     Raises:
         RunFolderError: the run has no checkpoint, or its folder is not writable.
@@ -48,7 +48,8 @@ def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any
         subject = Subject(experiment)
         for part in parts:
             tell(part)
-            numbers, drawn = WORK[part](subject)
+            reason = subject.unsuitable(classes=part != "sharpness")
+            numbers, drawn = ({"left_out": reason}, {}) if reason else WORK[part](subject)
             _write_pictures(folder.path, drawn)
             kept = {name: about for name, about in record["pictures"].items() if about["part"] != part}
             new = {name: {"part": part, "title": title, "note": note} for name, (_, title, note) in drawn.items()}

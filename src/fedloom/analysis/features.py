@@ -86,7 +86,6 @@ def same_rows(subject: Subject) -> Table | None:
 
 
 def _table(subject: Subject, parts: list[tuple[int, Any]]) -> Table:
-    subject.check_classes()
     found: list[dict[str, Tensor]] = []
     labels: list[Tensor] = []
     for i, rows in parts:

@@ -8,7 +8,6 @@ import numpy as np
 from torch import Tensor
 
 from fedloom.data.schemes import Rows
-from fedloom.errors import ConfigError
 from fedloom.experiment.loop import Experiment
 from fedloom.method import Downlink
 from fedloom.nets import Nets, read_weights
@@ -73,14 +72,16 @@ class Subject:
         return self.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))
 
     def rows(self, index: Rows) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of examples. Raise ConfigError unless inputs are one tensor of images or numbers."""
+        """Return inputs and targets of examples."""
         x, y = self.data.rows(index)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise ConfigError(f"analyse: needs images or numbers, but data={self.data.name} has {self.data.spec}")
+        assert isinstance(x, Tensor)  # see `unsuitable`
         return x, y
 
-    def check_classes(self) -> None:
-        """Raise ConfigError if the learning task has no classes."""
-        task = self.task.objective.task
-        if not isinstance(self.task.objective, Classification):
-            raise ConfigError(f"analyse: features and samples need classes, but data={self.data.name} is {task}")
+    def unsuitable(self, *, classes: bool) -> str:
+        """Return why the data cannot be analysed, or "". `classes`: whether the analysis needs classes."""
+        spec, task = self.data.spec, self.task.objective.task
+        if not spec.is_single or spec.fields[0].is_integer:
+            return f"needs images or numbers, but data={self.data.name} has {spec}"
+        if classes and not isinstance(self.task.objective, Classification):
+            return f"needs classes, but data={self.data.name} is {task}"
+        return ""

@@ -26,7 +26,14 @@ EXAMPLES = """\
 needs: pip install 'fedloom[export]'
 """
 COLUMNS = ("file", "parameters", "same class", "difference")
-TIMES = ("torch\n1 image", "onnx\n1 image", f"torch\n{BATCH} images", f"onnx\n{BATCH} images", "memory", "of it model")
+TIMES = (
+    "torch\n1 example",
+    "onnx\n1 example",
+    f"torch\n{BATCH} examples",
+    f"onnx\n{BATCH} examples",
+    "memory",
+    "of it model",
+)
 
 
 def export_command(words: Sequence[str]) -> int:
@@ -105,7 +112,7 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
     )
     console.print(
         f"{method} after {experiment.done} rounds; {found[0].metric}, and difference of the outputs from torch, on {rows}; "
-        "times: median, one thread; memory: peak of a fresh ONNX Runtime process for one image",
+        "times: median, one thread; memory: peak of a fresh ONNX Runtime process for one example",
         soft_wrap=True,
     )
     console.print(f"folder  {folder}", soft_wrap=True)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from fedloom.data.dataset import Column, Dataset, describe, validated
-from fedloom.data.targets import class_numbers, objective_for
+from fedloom.data.targets import check_options, class_numbers, objective_for
 from fedloom.errors import DataError, suggest
 from fedloom.inputs import KINDS, Inputs, InputSpec, Kind, map_inputs, tensors_of
+from fedloom.objectives import Language, Objective
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +63,10 @@ def from_arrays(
     """
     if (x_test is None) != (y_test is None):
         raise DataError("from_arrays: x_test and y_test must be given together; one of them is missing")
+    check_options(task, classes, vocabulary, loss, delta)
     named = _kinds(kind, x)
-    (inputs, kinds), n_train = _inputs(x, "x", named), len(y)
-    targets = _array(y, "y")
+    (inputs, kinds), targets = _inputs(x, "x", named), _array(y, "y")
+    n_train = len(targets)
     if x_test is not None:
         inputs, targets = _with_test(inputs, _inputs(x_test, "x_test", named)[0], targets, _array(y_test, "y_test"))
     if any(len(values) != len(targets) for values in tensors_of(inputs)):
@@ -75,16 +77,15 @@ def from_arrays(
     values, objective = objective_for(
         task, _tensor(targets, "y"), n_train, names=classes, vocabulary=vocabulary, loss=loss, delta=delta
     )
-    levels = None
-    if task == "language" or vocabulary is not None:
-        levels = _vocabularies(inputs, kinds, max(vocabulary or 0, getattr(objective, "vocabulary", 0)))
+    if task == "language":
+        _check_positions(inputs, kinds, values)
     pool = Dataset(
         name=name,
         inputs=inputs,
         targets=values,
         n_train=n_train,
         objective=objective,
-        spec=describe(inputs, kinds, levels),
+        spec=describe(inputs, kinds, _vocabularies(inputs, kinds, vocabulary, objective)),
         columns={key: np.asarray(v) for key, v in (columns or {}).items()},
     )
     return validated(pool)
@@ -149,9 +150,20 @@ def _array(values: Any, what: str) -> npt.NDArray[Any]:
     """Return targets as an array."""
     if isinstance(values, Tensor):
         values = values.detach().cpu().numpy()
-    found = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+    found = _numpy(values, what)
     if found.ndim == 0 or len(found) == 0:
         raise DataError(f"from_arrays: {what} has shape {found.shape}; it must have one row per example")
+    return found
+
+
+def _numpy(values: Any, what: str) -> npt.NDArray[Any]:
+    """Return any array, table or list as an array of NumPy. Raise DataError if its rows have different lengths."""
+    try:
+        found: npt.NDArray[Any] = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+    except ValueError:
+        raise DataError(
+            f"from_arrays: {what} has rows of different lengths; pad token ids with 0, and give labels as columns of 0 and 1"
+        ) from None
     return found
 
 
@@ -160,17 +172,30 @@ def _tensor(values: Any, what: str) -> Tensor:
     try:
         if isinstance(values, Tensor):
             return values.detach().cpu().clone()
-        values = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
+        values = _numpy(values, what)
+        if values.dtype.kind in _CONTENT:
+            raise DataError(
+                f"from_arrays: {what} holds {_CONTENT[values.dtype.kind]}; convert tables of numbers with .astype(float), categories to "
+                "integers (pandas: .astype('category').cat.codes), texts to token ids"
+            )
         return torch.tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(f"from_arrays: {what} cannot be converted to a tensor ({error})") from error
+
+
+_CONTENT = {"O": "text or other objects", "U": "text", "S": "text", "M": "dates", "m": "time differences"}
 
 
 def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
     """Return one input as a tensor, and its kind."""
     tensor = _tensor(x, what)
     if tensor.ndim < 2 or len(tensor) == 0:
-        raise DataError(f"from_arrays: {what} has shape {tuple(tensor.shape)}; it must be (N, ...) with N > 0 examples")
+        hint = "; for one value per example, reshape it to (N, 1)" if tensor.ndim == 1 and len(tensor) else ""
+        raise DataError(
+            f"from_arrays: {what} has shape {tuple(tensor.shape)}; it must be (N, ...) with N > 0 examples{hint}"
+        )
+    if tensor.is_complex():
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; split it into real and imaginary numbers")
     if kind in ("token", "category"):
         return _integers(tensor, what, kind), kind
     if kind == "number" and not tensor.is_floating_point():
@@ -218,11 +243,35 @@ def _integers(tensor: Tensor, what: str, kind: Kind) -> Tensor:
     return tensor.to(small)
 
 
-def _vocabularies(inputs: Inputs, kinds: Mapping[str, Kind], size: int) -> dict[str, tuple[int, ...]]:
-    """Return the size of the vocabulary for every field of tokens: at least `size`."""
-    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
-    spec = describe(inputs, kinds)
-    return {f.name: (max(size, int(named[f.name].max()) + 1),) for f in spec.fields if f.kind == "token"}
+def _vocabularies(
+    inputs: Inputs, kinds: Mapping[str, Kind], vocabulary: int | None, objective: Objective
+) -> dict[str, tuple[int, ...]] | None:
+    """Return the size of the vocabulary for every field of tokens; None for the default.
+
+    Raise DataError if a given `vocabulary` is too small, or if neither inputs nor targets are tokens.
+    """
+    least = objective.vocabulary if isinstance(objective, Language) else 0
+    if vocabulary is None and not least:
+        return None
+    named, spec = ({"": inputs} if isinstance(inputs, Tensor) else inputs), describe(inputs, kinds)
+    sizes = {f.name: int(named[f.name].max()) + 1 for f in spec.fields if f.kind == "token"}
+    if vocabulary is not None and not (sizes or least):
+        raise DataError(
+            f"from_arrays: vocabulary={vocabulary}: needs token inputs, but the inputs are {spec}; remove it"
+        )
+    most = max([least, *sizes.values()])
+    if vocabulary is not None and most > vocabulary:
+        raise DataError(f"from_arrays: vocabulary={vocabulary}: too small for token {most - 1}; set at least {most}")
+    return {name: (max(size, least, vocabulary or 0),) for name, size in sizes.items()}
+
+
+def _check_positions(inputs: Inputs, kinds: Mapping[str, Kind], targets: Tensor) -> None:
+    """Raise DataError if the only input is tokens, and there is not one target per token."""
+    if isinstance(inputs, Tensor) and kinds[""] == "token" and inputs.shape != targets.shape:
+        raise DataError(
+            f"from_arrays: x has shape {tuple(inputs.shape)} and y {tuple(targets.shape)}; task=language needs one next token per "
+            "position, such as x=blocks[:, :-1] and y=blocks[:, 1:]"
+        )
 
 
 def _are_bytes(x: Tensor) -> bool:

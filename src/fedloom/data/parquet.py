@@ -221,6 +221,11 @@ def _classes(
     """Return labels 0 .. Y-1 (-1 for classes to leave out) and the names of the Y classes."""
     if values.null_count:
         raise DataError(f"data={name}: {values.null_count} examples have no label")
+    if pa.types.is_nested(values.type) or pa.types.is_floating(values.type):
+        raise DataError(
+            f"data={name}: labels have type {values.type}; they must be integers or strings (data.task=regression for numbers, "
+            "data.task=multilabel for lists of 0 and 1)"
+        )
     column = _column(values, None)
     classes: tuple[str, ...]
     if np.issubdtype(column.dtype, np.integer):

@@ -206,8 +206,10 @@ def default_scheme(dataset: Dataset, merge: bool = True) -> str:
     groups, else "iid"."""
     column = _natural_column(dataset)
     dealt = dataset.n_rows if merge else dataset.n_train
-    if column in dataset.columns and not (dataset.columns[column][:dealt] == "").any():
-        return "natural"
+    if column in dataset.columns:
+        owners = dataset.columns[column][:dealt]
+        if not (owners == "").any() and 2 * len(np.unique(owners)) <= dealt:  # else it numbers the examples
+            return "natural"
     return "iid" if dataset.objective.strata(dataset.targets, dataset.n_train) is None else "dirichlet"
 
 
@@ -421,7 +423,11 @@ def _natural_column(dataset: Dataset) -> str | None:
 
 def _column(dataset: Dataset, column: str | None, key: str = "column") -> npt.NDArray[Any]:
     if column is None or column not in dataset.columns:
-        known = ", ".join(dataset.columns) or "none"
+        if not dataset.columns:
+            given = "" if column is None else f"={column}"
+            other = "partition=iid" if key == "column" else "remove it"
+            raise DataError(f"partition.{key}{given}: data={dataset.name} has no columns; {other}")
+        known = ", ".join(dataset.columns)
         told = f"partition.{key}: must be given" if column is None else f"partition.{key}={column}: no such column"
         raise DataError(f"{told}; data={dataset.name} has the columns: {known}")
     return dataset.columns[column]

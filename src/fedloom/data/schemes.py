@@ -145,7 +145,12 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
     if n_clients is not None and n_clients > len(large):
         raise DataError(
             f"clients={n_clients}: only {len(large)} of the column's {len(values)} values have at least "
-            f"partition.min_examples={min_examples} examples; set clients to at most {len(large)}"
+            f"partition.min_examples={min_examples} examples; "
+            + (
+                f"set clients to at most {len(large)}"
+                if len(large)
+                else "choose another column or partition, such as iid"
+            )
         )
     if len(large) == 0:
         raise DataError(

@@ -72,6 +72,18 @@ def _numbered(labels: npt.NDArray[np.int64]) -> tuple[str, ...]:
     return tuple(str(c) for c in range(most + 1))
 
 
+def check_options(task: str, classes: Any, vocabulary: int | None, loss: str, delta: float) -> None:
+    """Raise DataError for options that do not apply to the task."""
+    if isinstance(classes, str):
+        raise DataError(f"from_arrays: classes={classes!r}: must be a list of names, such as [{classes!r}]")
+    if task in OBJECTIVES and task != "regression" and loss != "mse":
+        raise DataError(f"from_arrays: loss={loss}: applies only to task=regression, not task={task}; remove it")
+    if delta != 1.0 and loss == "mse":
+        raise DataError(f"from_arrays: delta={delta:g}: applies only to loss=huber; set loss='huber', or remove delta")
+    if vocabulary is not None and not (isinstance(vocabulary, int | np.integer) and vocabulary >= 1):
+        raise DataError(f"from_arrays: vocabulary={vocabulary!r}: must be an integer of at least 1")
+
+
 def objective_for(
     task: str,
     targets: Tensor,
@@ -95,6 +107,8 @@ def objective_for(
         return targets.to(torch.int64), Classification(names=given)
     if task == "regression":
         return _standardised(targets, n_train, given, loss, delta)
+    if task == "multilabel" and targets.is_floating_point() and bool(((targets == 0) | (targets == 1)).all()):
+        targets = targets.to(torch.uint8)
     if targets.ndim != 2 or targets.is_floating_point() or (targets.dtype == torch.bool and task == "language"):
         needed = "(N, L) of 0 and 1" if task == "multilabel" else "(N, T) integers"
         raise DataError(f"task={task}: targets are {tuple(targets.shape)} {targets.dtype}; they must be {needed}")

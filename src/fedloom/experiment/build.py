@@ -78,6 +78,10 @@ def make_federation(settings: Settings, dataset: data.Dataset | None = None, giv
             raise ConfigError("partition=given: the partition must be passed from Python, fedloom.run(partition=...)")
         keys = {"test_fraction", "merge", "min_examples"}
         partition = data.given_partition(given, dataset, valid=valid, seed=seed, **p.model_dump(include=keys))
+        if settings.clients not in (None, partition.n_clients):
+            raise ConfigError(
+                f"clients={settings.clients}: the given partition has {partition.n_clients} clients; remove clients"
+            )
     else:
         partition = data.partition(
             dataset,

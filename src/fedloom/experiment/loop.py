@@ -33,7 +33,7 @@ from fedloom.experiment.build import (
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
-from fedloom.experiment.resuming import refuse_damage, resumable
+from fedloom.experiment.resuming import refuse_damage, refuse_missing_objects, resumable
 from fedloom.experiment.roll_back import RollBack
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.experiment.saving import describe_run, refuse_deployed, restore_run, save_run, write_summary
@@ -58,6 +58,12 @@ class GivenObjects:
     partition: Any = None  # see `data.given_partition`
     federation: data.Federation | None = None  # replaces `dataset` and the partition (examples on devices)
     engine: Callable[[Problem], Engine] | None = None
+
+    @property
+    def names(self) -> set[str]:
+        """Names of the settings that are given as objects."""
+        given = {"data": self.dataset or self.federation, "model": self.model, "partition": self.partition}
+        return {name for name, value in given.items() if value is not None}
 
 
 NOTHING = GivenObjects()
@@ -123,7 +129,9 @@ class Experiment:
         """
         with resumable(path, accept_changes) as folder:
             refuse_deployed(folder)
-            experiment = cls(make_settings(read_toml(folder.path / "config.toml")), parts, folder)
+            settings = make_settings(read_toml(folder.path / "config.toml"))
+            refuse_missing_objects(path, settings, parts.names, "resume it there with the same objects, {call}")
+            experiment = cls(settings, parts, folder)
             experiment.forget_unsaved()
         return experiment
 
@@ -137,6 +145,7 @@ class Experiment:
         if record := folder.newest_manifest():
             refuse_damage(folder, record)
         settings = make_settings(read_toml(folder.path / "config.toml"))
+        refuse_missing_objects(path, settings, parts.names, "in Python, use the finished run, such as run.model(0)")
         engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
 

@@ -6,14 +6,18 @@ import inspect
 import logging
 import platform
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
 
 from fedloom.config.parsing import read_toml
-from fedloom.config.settings import make_settings
+from fedloom.config.settings import Settings, make_settings
+from fedloom.data import SOURCES
+from fedloom.data.hub import cache_root, local_folder
 from fedloom.errors import HOME, ConfigError, RunFolderError, is_own_code
 from fedloom.experiment.environment import software_versions
 from fedloom.experiment.manifest import (
@@ -26,6 +30,8 @@ from fedloom.experiment.manifest import (
     version_changes,
 )
 from fedloom.experiment.run_folder import RunFolder
+from fedloom.inputs import tensors_of
+from fedloom.models.zoo import ZOO
 
 if TYPE_CHECKING:
     from fedloom.experiment.loop import Experiment
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACCEPT = "--accept-changes (accept_changes=True in Python)"
+SAMPLED: Final = 1000  # inputs that are hashed to identify the data
 
 
 class Resumption:
@@ -71,7 +78,7 @@ class Resumption:
 
     def check_data(self, experiment: Experiment) -> None:
         """Raise RunFolderError if the data differ from those at the start. Such a difference cannot be accepted."""
-        if self.before and self.before["data"] != data_facts(experiment):
+        if self.before and _differ(self.before["data"], data_facts(experiment)):
             raise RunFolderError(f"{self.folder.path}: its data differ from those at its start; restore the data")
 
     def facts(self, experiment: Experiment) -> dict[str, Any]:
@@ -154,12 +161,47 @@ def run_facts(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
 
 
 def data_facts(experiment: Experiment) -> dict[str, Any] | None:
-    """Return the number of examples, the classes and a hash of the targets; None if the examples are on devices."""
+    """Return facts that identify the data; None if the examples are on devices.
+
+    They are the number of examples, the classes, the task, and hashes of the targets and of the first `SAMPLED` inputs.
+    """
     if experiment.partition.scheme.get("name") == "devices":
         return None
     dataset = experiment.data.dataset
     labels = dataset.targets.numpy().tobytes()
-    return {"rows": dataset.n_rows, "classes": list(dataset.classes), "labels": hash_of(labels)}
+    content = dataset.objective.content()
+    inputs = b"".join(bytes(t[:SAMPLED].contiguous().view(torch.uint8).numpy()) for t in tensors_of(dataset.inputs))
+    return {
+        "rows": dataset.n_rows,
+        "classes": list(dataset.classes),
+        "task": {key: value for key, value in content.items() if key not in ("names", "mean", "std")},
+        "labels": hash_of(labels),
+        "inputs": hash_of(inputs),
+    }
+
+
+def _differ(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> bool:
+    """Return whether a fact about the data has changed. Facts that an earlier version did not record are not compared."""
+    if before is None or now is None:
+        return before is not now
+    return any(now.get(key) != value for key, value in before.items())
+
+
+def refuse_missing_objects(path: str | Path, settings: Settings, has: Collection[str], remedy: str) -> None:
+    """Raise RunFolderError if a run was started with Python objects that are needed again and are not in `has`."""
+    name = settings.data.name.lower().replace("_", "-")
+    needed = {
+        "data": settings.data.path is None and name not in SOURCES and local_folder(name, cache_root()) is None,
+        "model": ":" not in settings.model.name and settings.model.name not in ZOO,
+        "partition": settings.partition.name == "given",
+    }
+    missing = [key for key, is_needed in needed.items() if is_needed and key not in has]
+    if missing:
+        call = f"fedloom.resume(FOLDER, {', '.join(f'{key}=...' for key in missing)})"
+        raise RunFolderError(
+            f"{path}: the run was started in Python with objects that are not in its folder: {', '.join(missing)}; "
+            + remedy.format(call=call)
+        )
 
 
 def source_hashes(experiment: Experiment) -> dict[str, str]:

@@ -21,8 +21,10 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
             )
     elif not spec.kinds <= KINDS[name] or not (spec.is_single or name in BY_SPEC):
         kinds = " or ".join(f"{kind} inputs" for kind in sorted(KINDS[name]))
-        hint = "for numbers, set kind='number'; " if "token" in spec.kinds and "number" in KINDS[name] else ""
-        raise ConfigError(f"model={name}: needs {kinds}, but the inputs are {spec}; {hint}use {_fitting(spec)}")
+        hint = _kind_hint(name, spec)
+        raise ConfigError(
+            f"model={name}: needs {kinds}, but the inputs are {spec}{hint}; use {_fitting(spec, objective)}"
+        )
     if (objective.task == "language") != (name in SEQUENCES):
         has, needs = ("position", "example") if name in SEQUENCES else ("example", "position")
         raise ConfigError(
@@ -31,10 +33,19 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
         )
 
 
-def _fitting(spec: InputSpec, objective: Objective | None = None) -> str:
-    """Return the names of the models that fit these inputs (and this task), for messages."""
+def _kind_hint(name: str, spec: InputSpec) -> str:
+    """Return how `from_arrays` makes integers something else than tokens, if the model takes that; else ""."""
+    tokens = spec.of("token")
+    kind = next((kind for kind in ("category", "number") if kind in KINDS[name]), "")
+    if tokens is None or not kind:
+        return ""
+    setting = f"{{'{tokens.name}': '{kind}'}}" if tokens.name else f"'{kind}'"
+    return f" (integers are tokens unless from_arrays is called with kind={setting})"
+
+
+def _fitting(spec: InputSpec, objective: Objective) -> str:
+    """Return the names of the models for such inputs and this task, for messages."""
     found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
-    if objective:
-        found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
+    found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
     own = "a model of your own"
     return ", ".join([*found[:MOST_NAMES], f"or {own}"]) if found else own

@@ -32,7 +32,7 @@ from fedloom.experiment.personal_model import PersonalModel
 from fedloom.inputs import Field, Inputs, map_inputs, n_examples
 from fedloom.models.lora import merge_adapters
 
-BATCH = 32  # images in the timed batch
+BATCH = 32  # examples in the timed batch
 LEAST, MOST_S = 10, 0.5  # minimum number of runs of a latency measurement, and its duration in seconds
 ROUNDING, TIMES_ROUNDING = (
     1e-5,
@@ -64,7 +64,7 @@ print(json.dumps({"one": one, "batch": seconds(int(sys.argv[5])), "before": befo
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The facts of one exported model. Seconds are medians on one thread; memory is that of a fresh process for one image."""
+    """The facts of one exported model. Seconds are medians on one thread; memory is that of a fresh process for one example."""
 
     client: int
     file: str
@@ -76,9 +76,9 @@ class Exported:
     same_answers: int | None  # number of examples with the same predicted class; None for tasks without classes
     metric: str  # name of the primary metric
     value: float | None  # its value for the file
-    torch_seconds: float  # for one image
+    torch_seconds: float  # for one example
     onnx_seconds: float
-    torch_batch_seconds: float  # for BATCH images
+    torch_batch_seconds: float  # for BATCH examples
     onnx_batch_seconds: float
     peak_bytes: int  # of the process
     model_bytes: int  # part of it for the model: weights, buffers, and ONNX Runtime's working memory
@@ -172,9 +172,10 @@ def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, se
 
 
 def described(experiment: Experiment, i: int) -> dict[str, str]:
-    """Return the file's metadata: the origin of the model, and how to convert an image to its input. Values are text; lists are JSON."""
+    """Return the file's metadata: the origin of the model, and how to convert an example to its input. Values are text; lists are JSON."""
     data, problem = experiment.data, experiment.problem
     inputs = [_described_field(part) for part in data.spec.fields]
+    positions = "positions, " * (data.objective.output_ndim - 2)
     scaled = data.normalisation
     mean, std = (scaled[""][k] if "" in scaled else {name: pair[k] for name, pair in scaled.items()} for k in (0, 1))
     return {
@@ -191,7 +192,7 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
         "input_shape": json.dumps(list(data.input_shape)),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
-        "output": f"float32 (batch, {data.objective.n_outputs}) {OUTPUTS[data.objective.task]}",
+        "output": f"float32 (batch, {positions}{data.objective.n_outputs}) {OUTPUTS[data.objective.task]}",
     }
 
 
@@ -260,7 +261,7 @@ def _write_onnx(model: PersonalModel, x: Inputs, file: Path, facts: Mapping[str,
     with _without_warnings():
         program = torch.onnx.export(
             model,
-            (x,),
+            kwargs={"x": x},  # a dictionary among the positional arguments would be taken for keyword arguments
             dynamo=True,
             dynamic_shapes={"x": dims if isinstance(x, dict) else dims["input"]},
             input_names=list(named),
@@ -310,7 +311,7 @@ def _torch_logits(model: PersonalModel, x: Inputs) -> Tensor:
 
 @torch.inference_mode()
 def _torch_seconds(model: PersonalModel, x: Inputs) -> tuple[float, float]:
-    """Return the seconds for one image and for a batch, on one thread."""
+    """Return the seconds for one example and for a batch, on one thread."""
     with torch_threads(1):
         batch = map_inputs(lambda v: v[torch.arange(BATCH) % len(v)], _single(x))
         one = map_inputs(lambda v: v[:1], batch)

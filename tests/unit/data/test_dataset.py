@@ -35,7 +35,7 @@ def test_own_features_keep_their_type_and_read_only_arrays_are_fine():
         ({"x": np.zeros((3, 8, 8, 4), np.uint8)}, r"\(N, C, H, W\)"),
         ({"y": np.array([1, 2, 3])}, r"labels run from 1 to 3; subtract 1, or name all classes"),
         ({"x": np.zeros((0, 2))}, "it must be"),
-        ({"x": np.array([["a"], ["b"], ["c"]])}, "cannot be converted to a tensor"),
+        ({"x": np.array([["a"], ["b"], ["c"]])}, "holds text; convert"),
         ({"x": np.ones((2, 2))}, "2 inputs and 3 labels"),
         ({"y": np.array([0.5, 1.0, 1.0])}, "integers from 0"),
         ({"y": np.array([0, -1, 1])}, "labels run from -1"),
@@ -102,6 +102,70 @@ def test_integers_are_tokens_unless_some_are_negative(caplog):
     numbers = from_arrays(np.array([[1, -3], [2, 0], [3, 4]]), y)
     assert (numbers.images.dtype, numbers.spec.fields[0].kind) == (torch.float32, "number")
     assert "negative values; used as numbers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "options", "message"),
+    [
+        (["a b", "c", "d"], [0, 1, 0], {}, r"x holds text; convert .* texts to token ids"),
+        (
+            np.array([[1.0, True], [2.0, False]], object),
+            [0, 1],
+            {},
+            r"x holds text or other objects; .*\.astype\(float\)",
+        ),
+        ([[1, 2], [3]], [0, 1], {}, "x has rows of different lengths; pad token ids with 0"),
+        (np.ones((2, 1)), [["hot"], []], {"task": "multilabel"}, "y has rows of different lengths"),
+        (np.ones((2, 1)), ["1.5", "2"], {"task": "regression"}, "y holds text"),
+        (np.ones((2, 1)), np.array(["2020", "2021"], "M8[Y]"), {"task": "regression"}, "y holds dates"),
+        (np.ones(2), [0, 1], {}, r"x has shape \(2,\).* reshape it to \(N, 1\)"),
+        (np.ones((2, 1), complex), [0, 1], {}, "x is .* complex128; split it into real and imaginary numbers"),
+        (np.ones((2, 1)), [0, 1], {"loss": "huber"}, "loss=huber: applies only to task=regression"),
+        (np.ones((2, 1)), [0, 1], {"task": "regression", "delta": 2.0}, "delta=2: applies only to loss=huber"),
+        (
+            np.ones((2, 1)),
+            [0, 1],
+            {"task": "regression", "classes": "price"},
+            r"classes='price': must be a list .*\['price'\]",
+        ),
+        (
+            np.ones((2, 1)),
+            [0, 1],
+            {"vocabulary": 3},
+            r"vocabulary=3: needs token inputs, but the inputs are number \(1,\)",
+        ),
+        ([[1, 6], [2, 3]], [0, 1], {"vocabulary": 3}, "vocabulary=3: too small for token 6; set at least 7"),
+        (
+            [[1, 2], [2, 1]],
+            [[2, 5], [1, 0]],
+            {"task": "language", "vocabulary": 3},
+            "too small for token 5; set at least 6",
+        ),
+        (
+            [[1, 2], [2, 1]],
+            [[2, 5], [1, 0]],
+            {"vocabulary": 0, "task": "language"},
+            "vocabulary=0: must be an integer of at least 1",
+        ),
+        (
+            [[1, 2, 1], [2, 1, 1]],
+            [[2, 1], [1, 1]],
+            {"task": "language"},
+            r"x has shape \(2, 3\) and y \(2, 2\); .*one next token per",
+        ),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused_with_the_remedy(x, y, options, message):
+    with pytest.raises(DataError, match=message) as refused:
+        from_arrays(x, y, **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_labels_of_a_multilabel_task_may_be_floats():
+    pool = from_arrays(np.ones((2, 1)), np.array([[0.0, 1.0], [1.0, 1.0]]), task="multilabel")
+    assert pool.targets.tolist() == [[0, 1], [1, 1]]
+    with pytest.raises(DataError, match=r"must be .N, L. of 0 and 1"):
+        from_arrays(np.ones((2, 1)), np.array([[0.5, 1.0], [1.0, 1.0]]), task="multilabel")
 
 
 def test_labels_may_be_names_booleans_columns_or_whole_floats(caplog):

@@ -278,6 +278,9 @@ def test_a_column_may_take_the_place_of_classes():
     assert made.scheme["by"] == "site"
     with pytest.raises(DataError, match=r"partition\.by=sit: no such column"):
         partition(data, 4, by="sit")
+    bare = from_arrays(np.zeros((40, 2)), np.arange(40), name="bare", task="regression")
+    with pytest.raises(DataError, match=r"partition\.by=sit: data=bare has no columns; remove it"):
+        partition(bare, 4, by="sit")
 
 
 def test_a_repaired_draw_moves_examples_and_says_how_many(caplog):
@@ -294,6 +297,10 @@ def test_the_default_scheme_follows_from_the_data():
     assert default_scheme(from_arrays(tokens, tokens, task="language")) == "iid"
     owners = {"owner": np.arange(30) % 3}
     assert default_scheme(from_arrays(tokens, tokens, task="language", columns=owners)) == "natural"
+    numbered = from_arrays(tokens, tokens, task="language", columns={"id": np.arange(len(tokens))})
+    assert default_scheme(numbered) == "iid"
+    with pytest.raises(DataError, match="choose another column or partition"):
+        partition(numbered, 2, scheme="natural", column="id")
     with pytest.raises(DataError, match="next tokens have no classes to skew; use partition=natural, iid or quantity"):
         partition(from_arrays(tokens, tokens, task="language"), 3)
 

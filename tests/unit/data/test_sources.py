@@ -185,6 +185,10 @@ def test_invalid_files_are_refused(tmp_path, write_parquet, grey):
     write_parquet(file, [b"not a picture"], [0])
     with pytest.raises(DataError, match="row 0 of the pool: not an image"):
         load("mine", tmp_path)
+    for labels in ([0.5, 1.5], [[0, 1], [1, 1]]):
+        write_parquet(file, grey(2), labels)
+        with pytest.raises(DataError, match=r"must be integers or strings \(data.task=regression for numbers"):
+            load("mine", tmp_path)
     write_parquet(file, grey(2), [0, 10])
     with pytest.raises(DataError, match="labels run from 0 to 10; they must be from 0 to 9"):
         load("mnist", tmp_path)
