@@ -14,6 +14,7 @@ from fedloom.experiment.screening import Candidate, Screen, capped, sizes_of
 from fedloom.method import Method
 from fedloom.methods.fedproto import FedProto
 from fedloom.methods.fedvtc import FedVTC
+from fedloom.objectives import Classification
 
 
 class Partition:
@@ -30,6 +31,7 @@ def screen_of(method=None, claims=False, known=True, **rules):
         partition=Partition(),
         dataset=SimpleNamespace(labels=None),
         n_classes=2,
+        objective=Classification.numbered(2),
     )
     problem = SimpleNamespace(method=method or Method(), data=data)
     return Screen(problem, make_settings({"screen": {"norm": 10.0, **rules}}).screen)
