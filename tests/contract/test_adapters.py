@@ -191,8 +191,8 @@ def test_a_function_may_have_options_of_the_same_name(run):
     ("settings", "words"),
     [
         ({"model.lora": 2}, "is random.*set model.weights=FILE.safetensors"),
-        ({"model.lora": 0}, "model.lora=0: must be a whole number of at least 1"),
-        ({"model.lora": "two"}, "model.lora='two': must be a whole number of at least 1"),
+        ({"model.lora": 0}, "model.lora=0: must be an integer of at least 1"),
+        ({"model.lora": "two"}, "model.lora='two': must be an integer of at least 1"),
         ({"model.lora_alpha": 4}, "model.lora_alpha=4: has no effect without adapters; set model.lora=RANK"),
         ({"model.lora_freeze_a": True}, "model.lora_freeze_a=True: has no effect without adapters"),
         ({"model.lora": 2, "model.lora_alpha": 0}, "model.lora_alpha=0: must be a number above 0"),

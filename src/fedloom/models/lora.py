@@ -68,7 +68,7 @@ class Base:
         lora, file, alpha = (options.get(key) for key in ("lora", "weights", "lora_alpha"))
         frozen = options.get("lora_freeze_a", False)
         if lora is not None and (type(lora) is not int or lora < 1):
-            raise ConfigError(f"model.lora={lora!r}: must be a whole number of at least 1, the rank of the adapters")
+            raise ConfigError(f"model.lora={lora!r}: must be an integer of at least 1, the rank of the adapters")
         if file is not None and not (isinstance(file, str | Path) and str(file)):
             raise ConfigError(f"model.weights={file!r}: must be the name of a safetensors file")
         if alpha is not None and (type(alpha) not in (int, float) or not 0 < alpha < math.inf):
