@@ -64,6 +64,8 @@ def from_arrays(
     if (x_test is None) != (y_test is None):
         raise DataError("from_arrays: x_test and y_test must be given together; one of them is missing")
     check_options(task, classes, vocabulary, loss, delta)
+    if classes is None and task in ("multilabel", "regression"):
+        classes = _column_names(y)
     named = _kinds(kind, x)
     (inputs, kinds), targets = _inputs(x, "x", named), _array(y, "y")
     n_train = len(targets)
@@ -89,6 +91,14 @@ def from_arrays(
         columns={key: np.asarray(v) for key, v in (columns or {}).items()},
     )
     return validated(pool)
+
+
+def _column_names(y: Any) -> Sequence[str] | None:
+    """Return the names of the columns of a pandas table, or of a single column; None if there are none."""
+    if hasattr(y, "columns"):
+        return [str(column) for column in y.columns]
+    name = getattr(y, "name", None)
+    return None if name is None else [str(name)]
 
 
 def stored_inputs(x: Given, spec: InputSpec) -> Inputs:

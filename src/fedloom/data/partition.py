@@ -210,7 +210,8 @@ def default_scheme(dataset: Dataset, merge: bool = True) -> str:
         owners = dataset.columns[column][:dealt]
         if not (owners == "").any() and 2 * len(np.unique(owners)) <= dealt:  # else it numbers the examples
             return "natural"
-    return "iid" if dataset.objective.strata(dataset.targets, dataset.n_train) is None else "dirichlet"
+    strata = dataset.objective.strata(dataset.targets, dataset.n_train)
+    return "iid" if strata is None or len(strata.names) < 2 else "dirichlet"
 
 
 def given_partition(

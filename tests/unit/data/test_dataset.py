@@ -219,3 +219,12 @@ def test_a_regression_is_standardised_by_its_training_targets():
     assert "1 targets; 2 train + 2 test" in repr(data)
     with pytest.raises(DataError, match="needs classes, but the task is regression"):
         _ = data.labels
+
+
+def test_targets_take_the_names_of_their_columns():
+    import pandas as pd
+
+    x, table = np.zeros((3, 2), np.float32), pd.DataFrame({"rent": [1.0, 2.0, 3.0], "size": [3.0, 1.0, 2.0]})
+    assert from_arrays(x, table, task="regression").classes == ("rent", "size")
+    assert from_arrays(x, table["rent"], task="regression").classes == ("rent",)
+    assert from_arrays(x, table, task="regression", classes=["a", "b"]).classes == ("a", "b")

@@ -295,6 +295,7 @@ def test_the_default_scheme_follows_from_the_data():
     tokens = np.ones((30, 4), np.int64)
     assert default_scheme(from_arrays(np.zeros((30, 2)), np.arange(30) % 2)) == "dirichlet"
     assert default_scheme(from_arrays(tokens, tokens, task="language")) == "iid"
+    assert default_scheme(from_arrays(np.zeros((30, 2)), np.ones(30), task="regression")) == "iid"
     owners = {"owner": np.arange(30) % 3}
     assert default_scheme(from_arrays(tokens, tokens, task="language", columns=owners)) == "natural"
     numbered = from_arrays(tokens, tokens, task="language", columns={"id": np.arange(len(tokens))})
