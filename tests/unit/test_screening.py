@@ -115,7 +115,12 @@ def prototypes(counts, **more):
 
 
 @pytest.mark.parametrize(
-    ("counts", "reason"), [([-1.0, 0.0], "negative or not an integer"), ([2.5, 0.0], "negative or not an integer"), ([11.0, 0.0], "more examples"),
+    ("counts", "reason"),
+    [
+        ([-1.0, 0.0], "negative or not an integer"),
+        ([2.5, 0.0], "negative or not an integer"),
+        ([11.0, 0.0], "more examples"),
+    ],
                            ([5.0, 1.0], "more examples")],
 )  # fmt: skip
 def test_impossible_counts_are_refused(counts, reason):
