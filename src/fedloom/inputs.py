@@ -30,7 +30,8 @@ class Field:
         shape: shape for one example.
         kind: `picture` (pixels, C H W), `number` (floating point), `token` (integers that index a vocabulary) or `category` (a row of
             integers, one per categorical column). Tokens and categories are int64 and are never scaled.
-        levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column; otherwise empty.
+        levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column (ids 1 to that
+            number; 0 is an unknown level); otherwise empty.
     """
 
     name: str = ""

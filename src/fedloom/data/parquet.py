@@ -23,7 +23,7 @@ from fedloom.data.subset import choose_rows
 from fedloom.data.targets import objective_for
 from fedloom.errors import DataError, suggest
 
-_LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
+LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
 _FORMAT = 3  # part of the cache key: increment it when decoding changes
 
 
@@ -51,11 +51,11 @@ def read_parquet(
     `task`: with `regression` the label column has numbers, or lists of numbers; with `multilabel` it has lists of 0 and 1.
     """
     train, test = files
-    key = _key(name, train + test, image_size, rows, source, task)
+    choice = Choice(source, image_size, rows, task)
+    key = _key(name, train + test, choice)
     stored = cache.load_cached(cache_root, name, key)
     if stored is not None:
         return stored
-    choice = Choice(source, image_size, rows, task)
     pool = _decode_pool(name, train, test, choice)
     cache.save(cache_root, key, validated(pool))
     return pool
@@ -141,9 +141,8 @@ def _line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _key(
-    name: str, files: list[Path], image_size: int | None, rows: int | None, source: Source | None, task: str
-) -> str:
+def _key(name: str, files: list[Path], choice: Choice) -> str:
+    source, image_size, rows, task = choice
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], image_size, rows, repr(source), task])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
@@ -157,12 +156,17 @@ def _layout(file: Path, source: Source | None) -> ColumnRoles:
             f"{file}: no column has images (binary, or a struct with 'bytes'); its columns are {schema.names}"
         )
     image = next((c for c in ("image", "img") if c in pictures), pictures[0])
-    wanted = (source.label, *_LABELS) if source else _LABELS
+    wanted = (source.label, *LABELS) if source else LABELS
     label = next((c for c in wanted if c in schema.names), None)
     if label is None:
-        raise DataError(f"{file}: no label column, such as {', '.join(_LABELS)}; its columns are {schema.names}")
+        raise DataError(f"{file}: no label column, such as {', '.join(LABELS)}; its columns are {schema.names}")
     extra = tuple(f.name for f in schema if f.name not in (image, label) and _is_plain(f.type))
     return ColumnRoles(image, label, extra, _hub_names(schema))
+
+
+def has_pictures(file: Path) -> bool:
+    """Return whether a column of the file has encoded images."""
+    return any(_is_picture(field.type) for field in _open(file).schema_arrow)
 
 
 def _is_picture(kind: Any) -> bool:
