@@ -14,7 +14,8 @@ from torch import nn
 from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values, make_settings
 from fedloom.data import Dataset
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, suggest
+from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
 from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.personal_model import PersonalModel
@@ -22,10 +23,12 @@ from fedloom.method import Method
 from fedloom.methods.registry import method_name
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import pandas as pd
 
 log = logging.getLogger(__name__)
 
+AT_ONCE = 512  # examples in one batch of predictions
 Model = nn.Module | Callable[..., nn.Module]
 
 
@@ -59,6 +62,32 @@ class Run:
         Inputs must be normalised as in training; `run.federation.test(i)` returns such inputs.
         """
         return self._experiment.personal_model(i)
+
+    def predict(self, client: int | str, inputs: Any) -> npt.NDArray[Any]:
+        """Return a client's predictions for new examples, in the terms of the data.
+
+        Args:
+            client: the client's number, or the name of its owner (`partition=natural`).
+            inputs: raw inputs like those of `fedloom.from_arrays`, (N, ...); they are normalised as in training.
+
+        Returns:
+            Class names (N,); tuples of label names (N,); numbers in the targets' units, (N,) or (N, M); token ids or names (N, T).
+        """
+        import torch
+
+        from fedloom.data.arrays import stored_inputs
+        from fedloom.inputs import map_inputs, n_examples
+
+        data, owners = self.federation, self.federation.partition.owners
+        if isinstance(client, str) and client not in owners:
+            raise ConfigError(f"client={client}: no such owner{suggest(client, owners)}")
+        i = owners.index(client) if isinstance(client, str) else client
+        if not 0 <= i < data.n_clients:
+            raise ConfigError(f"client={client}: must be from 0 to {data.n_clients - 1}")
+        with arithmetic(self._experiment.settings), torch.inference_mode():
+            x, model = data.prepared(stored_inputs(inputs, data.spec)), self.model(i)
+            parts = [map_inputs(lambda v, k=k: v[k : k + AT_ONCE], x) for k in range(0, n_examples(x), AT_ONCE)]
+            return data.objective.answer(torch.cat([model(part) for part in parts]))  # type: ignore[no-any-return]
 
     @property
     def federation(self) -> Any:

@@ -267,6 +267,9 @@ class Method:
         False  # whether a client keeps its trained copy of the travelling weights for the next round
     )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks of earlier rounds (see `Arrival.age`)
+    needs: ClassVar[
+        tuple[Need, ...]
+    ] = ()  # what the method needs from data and model with its default hyper-parameters
     pooled: ClassVar[bool] = False  # whether one client holds all examples (an upper reference, not a federated method)
 
     def __post_init__(self) -> None:
@@ -278,9 +281,9 @@ class Method:
             raise MethodError(f"{name}.shared is a string; write a tuple, with a comma: ('{shared}',)")
 
     @property
-    def needs(self) -> frozenset[Need]:
-        """What the method needs from the data and the model. A run without it ends in one line before anything is trained."""
-        return frozenset()
+    def needed(self) -> frozenset[Need]:
+        """What the method needs with these hyper-parameters. A run without it ends in one line before anything is trained."""
+        return frozenset(self.needs)
 
     @property
     def remedy(self) -> str:

@@ -95,8 +95,13 @@ def zeros_like(tree: Tree) -> Tree:
 
 
 def add(a: Tree, b: Tree, scale: float = 1.0) -> Tree:
-    """Return `a + scale * b`."""
-    return map_tree(lambda x, y: x + scale * y, a, b)
+    """Return `a + scale * b`. Integer leaves (counters) are rounded, so they keep their type."""
+
+    def added(x: Tensor, y: Tensor) -> Tensor:
+        total = x + scale * y
+        return total if x.is_floating_point() else total.round().to(x.dtype)
+
+    return map_tree(added, a, b)
 
 
 def sub(a: Tree, b: Tree) -> Tree:

@@ -290,3 +290,30 @@ def test_a_run_on_devices_is_not_taken_for_one_whose_clients_are_here(run):
     (done.folder / "summary.json").unlink()
     with pytest.raises(fedloom.RunFolderError, match="fedloom deploy run --resume"):
         fedloom.resume(done.folder, progress=False)
+
+
+def test_predictions_are_in_the_terms_of_the_data(run):
+    done = run("fedper", data="diabetes", model="mlp", clients=3, rounds=2)
+    stored = done.federation.dataset
+    rows = done.federation.partition.test[1]
+    said = done.predict(1, stored.images[rows].numpy())
+    inside = done.federation.test(1)[0]
+    expected = done.model(1)(inside)[:, 0].double() * stored.objective.std[0] + stored.objective.mean[0]
+    assert said.tolist() == pytest.approx(expected.tolist())
+    assert 25 < said.mean() < 346
+    with pytest.raises(UsageError, match="client=3: must be from 0 to 2"):
+        done.predict(3, stored.images[:1].numpy())
+    with pytest.raises(UsageError, match=r"inputs: must be number .10,., like those of data=diabetes"):
+        done.predict(0, stored.images[:1, :4].numpy())
+
+
+def test_predictions_name_classes_and_owners(run):
+    x = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
+    names = np.where(x[:, 0] > 0, "yes", "no")
+    owners = np.array(["ann", "bob", "eve"])[np.arange(60) % 3]
+    data = fedloom.from_arrays(x, names, columns={"owner": owners})
+    done = run("local", data=data, model="mlp", rounds=3, partition="natural")
+    assert set(done.predict("eve", x[:1000])) <= {"yes", "no"}
+    assert (done.predict("eve", x) == done.predict(2, x)).all()
+    with pytest.raises(UsageError, match="client=adam: no such owner"):
+        done.predict("adam", x)

@@ -1,5 +1,6 @@
 """Batches and phases: a client's local update."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -280,7 +281,11 @@ def test_running_statistics_move_in_training_and_stay_the_clients_own():
 
 def test_a_single_example_cannot_train_a_batch_norm():
     with pytest.raises(DataError, match="BatchNorm cannot train on a batch of one example"):
-        work(Train("fit", loss, ("model",), SGD), modules=net(*BATCH_NORM), n=1)
+        work(
+            Train("fit", loss, ("model",), SGD),
+            modules={"model": net(*copy.deepcopy(BATCH_NORM))["model"].train()},
+            n=1,
+        )
     work(Train("fit", loss, ("model",), SGD), n=1)
 
 

@@ -155,3 +155,9 @@ def test_copy_shared_copies_leaves_that_share_memory():
         leaf.fill_(7)
     assert tree.equal(after, before)
     assert not tree.equal(server, before)
+
+
+def test_counters_stay_integers_when_a_fraction_is_added():
+    found = tree.add({"n": torch.tensor(3)}, {"n": torch.tensor(5)}, 0.7)
+    assert (found["n"].dtype, found["n"].item()) == (torch.int64, 6)  # 6.5 to the even integer
+    assert tree.not_tensor({"a": torch.zeros(1), "b": {"c": 3}}) == "'b/c' is an int"

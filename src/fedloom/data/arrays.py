@@ -14,7 +14,7 @@ from torch import Tensor
 from fedloom.data.dataset import Column, Dataset, describe, validated
 from fedloom.data.targets import class_numbers, objective_for
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import KINDS, Inputs, Kind, map_inputs, tensors_of
+from fedloom.inputs import KINDS, Inputs, InputSpec, Kind, map_inputs, tensors_of
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +88,13 @@ def from_arrays(
         columns={key: np.asarray(v) for key, v in (columns or {}).items()},
     )
     return validated(pool)
+
+
+def stored_inputs(x: Given, spec: InputSpec) -> Inputs:
+    """Return inputs of new examples as a data set described by `spec` stores them. Raise DataError."""
+    fields = _fields(x)
+    known = {part.name: part.kind for part in spec.fields}
+    return _inputs(x, "inputs", {key: known[key] for key in fields if key in known})[0]
 
 
 def _kinds(kind: Kind | Mapping[str, Kind] | None, x: Given) -> dict[str, Kind]:

@@ -74,9 +74,9 @@ class Dataset:
     @property
     def labels(self) -> Tensor:
         """The class of each example, (N,) int64. Raise DataError if the task has no classes."""
-        if self.n_classes:
-            return self.targets
-        raise DataError(f"data={self.name}: has no class labels")
+        if not isinstance(self.objective, Classification):
+            raise DataError(f"data={self.name}: needs classes, and the task is {self.objective.task}")
+        return self.targets
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -20,13 +20,14 @@ from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, tensors_of
+from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, shapes_of, tensors_of
 from fedloom.objectives import Objective
 from fedloom.rng import Stream
 
 log = logging.getLogger(__name__)
 
 NORMALISES: Final = ("half", "standard", "none")
+USUAL: Final = {"picture": "half", "number": "none"}
 Batch = tuple[Inputs, Tensor]
 
 
@@ -71,8 +72,13 @@ class Federation:
             dataset = replace(dataset, inputs=images)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
-        self._scaling = {f.name: _scale_and_shift(dataset, f, normalise) for f in dataset.spec.fields if _is_scaled(f)}
-        if normalise == "none" and not chosen:
+        usual = not chosen and dataset.normalise is None  # then every field has the default of its kind
+        self._scaling = {
+            f.name: _scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise)
+            for f in dataset.spec.fields
+            if not f.is_integer
+        }
+        if usual:
             _tell_of_scale(dataset)
         self._common: Batch | None = None
 
@@ -189,16 +195,37 @@ class Federation:
         pool = self.dataset
         chosen = torch.as_tensor(index, dtype=torch.int64).to(pool.targets.device)
         if isinstance(pool.inputs, Tensor):
-            return self._field(pool.spec.fields[0], pool.inputs, chosen), pool.targets.index_select(0, chosen)
-        x = {part.name: self._field(part, pool.inputs[part.name], chosen) for part in pool.spec.fields}
+            x: Inputs = self._scaled(pool.spec.fields[0], pool.inputs.index_select(0, chosen))
+        else:
+            fields = pool.spec.fields
+            x = {part.name: self._scaled(part, pool.inputs[part.name].index_select(0, chosen)) for part in fields}
         return x, pool.targets.index_select(0, chosen)
 
-    def _field(self, part: Field, values: Tensor, chosen: Tensor) -> Tensor:
-        """Return one input tensor of the chosen examples."""
+    def prepared(self, inputs: Inputs) -> Inputs:
+        """Return other inputs, as they are stored in a data set, as model inputs. Raise DataError if they do not fit the data's."""
+        spec = self.dataset.spec
+        named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+        if named.keys() != {part.name for part in spec.fields}:
+            raise DataError(f"inputs: must be {spec}, like those of data={self.name}")
+        for part in spec.fields:
+            values = named[part.name]
+            if tuple(values.shape[1:]) != part.shape or (values.dtype == torch.uint8) < (part.kind == "picture"):
+                raise DataError(
+                    f"inputs: must be {spec}, like those of data={self.name}, but have shape {shapes_of(inputs)}"
+                )
+            if part.is_integer and bool((values.to(torch.int64) >= torch.tensor(part.levels)).any()):
+                raise DataError(
+                    f"inputs: {part.kind} values must be below {max(part.levels)}, but one is {int(values.max())}"
+                )
+        found = {part.name: self._scaled(part, named[part.name]) for part in spec.fields}
+        return found[""] if spec.is_single else found
+
+    def _scaled(self, part: Field, values: Tensor) -> Tensor:
+        """Return one stored input tensor as a model input."""
         dtype = torch.get_default_dtype()
         if part.is_integer:
-            return values.index_select(0, chosen).to(torch.int64)
-        x = values.index_select(0, chosen).to(dtype)
+            return values.to(torch.int64)
+        x = values.to(dtype)
         scale, shift = self._scaling[part.name]
         # expanded to the shape of an example: with broadcasting, addcmul gives identical results but takes four times as long
         shift, scale = (value.to(dtype).expand(part.shape).contiguous() for value in (shift, scale))
@@ -288,10 +315,6 @@ def _check_fits(dataset: Dataset, partition: Partition) -> None:
 
 LARGE = 20.0
 """With unscaled inputs above this value, training at usual learning rates diverges or stalls."""
-
-
-def _is_scaled(part: Field) -> bool:
-    return not part.is_integer
 
 
 def _stored(dataset: Dataset, part: Field) -> Tensor:

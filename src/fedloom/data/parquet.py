@@ -142,9 +142,8 @@ def _line(error: Exception) -> str:
 
 
 def _key(name: str, files: list[Path], choice: Choice) -> str:
-    source, image_size, rows, task = choice
     facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], image_size, rows, repr(source), task])
+    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], *map(repr, choice)])
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

@@ -32,7 +32,7 @@ from fedloom.deploy.limits import (
 from fedloom.engines.base import ScoreRequest
 from fedloom.errors import ConfigError, WireError
 from fedloom.inputs import InputSpec
-from fedloom.objectives import Objective, Score, from_content
+from fedloom.objectives import Objective, Score
 from fedloom.ranges import Positive
 from fedloom.tree import Tree
 from fedloom.wire.messages import check_depth, decode, encode
@@ -110,10 +110,6 @@ class TaskFacts(_Strict):
     def of(cls, objective: Objective) -> TaskFacts:
         """Return an objective as part of a message."""
         return cls.model_validate(objective.content())
-
-    def objective(self) -> Objective:
-        """Return the objective."""
-        return from_content(self.model_dump(exclude_unset=True))
 
 
 class InputFacts(_Strict):

@@ -153,7 +153,7 @@ def _check_target(target: float | None, metric: Metric) -> None:
 
 def _check_needs(name: str, problem: Problem) -> None:
     """Raise ConfigError if the method needs something that the data or a model lack."""
-    task, needs, remedy = problem.task, problem.method.needs, problem.method.remedy
+    task, needs, remedy = problem.task, problem.method.needed, problem.method.remedy
     classes = isinstance(task.objective, Classification)
     pictures = task.spec.is_single and len(task.spec.shape) == 3 and not task.spec.fields[0].is_integer
     for need, there, what in (

@@ -24,17 +24,13 @@ class FedBABU(FedAvgFT):
     """The weights that fine-tuning updates."""
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
+    needs: ClassVar[tuple[Need, ...]] = ("head",)
     paper: ClassVar[Paper] = Paper(
         "FedBABU: Toward enhanced representation for federated image classification",
         "Oh, Kim, Yun",
         "ICLR 2022",
         "https://arxiv.org/abs/2106.06042",
     )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """A head."""
-        return frozenset({"head"})
 
     def phases(self) -> tuple[Phase, ...]:
         """Return a phase that trains only the body."""

@@ -17,6 +17,7 @@ class FedPer(Method):
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
     accepts_late: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("head",)
     paper: ClassVar[Paper] = Paper(
         "Federated learning with personalization layers",
         "Arivazhagan, Aggarwal, Singh, Choudhary",
@@ -27,8 +28,3 @@ class FedPer(Method):
     def predictors(self) -> dict[str, Predictor]:
         """Return the client's predictor; there is no server model, because no head reaches the server."""
         return {"personal": predict_model}
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """A head."""
-        return frozenset({"head"})

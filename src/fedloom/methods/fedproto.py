@@ -51,17 +51,13 @@ class FedProto(Method):
 
     shared: ClassVar[tuple[str, ...]] = ()
     also_travels: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
+    needs: ClassVar[tuple[Need, ...]] = ("classes", "vector", "head")
     paper: ClassVar[Paper] = Paper(
         "FedProto: Federated prototype learning across heterogeneous clients",
         "Tan, Long, Liu, Zhou, Lu, Jiang, Zhang",
         "AAAI 2022",
         "https://arxiv.org/abs/2105.00243",
     )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Classes, a feature vector per example, and a head."""
-        return frozenset({"classes", "vector", "head"})
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return an architecture's body and head; all bodies must have the same number of features."""

@@ -22,17 +22,13 @@ class FedRep(FedPer):
     head_epochs: Count = 10
     """Passes that update the head, before the body's `local_epochs`."""
 
+    needs: ClassVar[tuple[Need, ...]] = ("head",)
     paper: ClassVar[Paper] = Paper(
         "Exploiting shared representations for personalized federated learning",
         "Collins, Hassani, Mokhtari, Shakkottai",
         "ICML 2021",
         "https://arxiv.org/abs/2102.07078",
     )
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """A head."""
-        return frozenset({"head"})
 
     def phases(self) -> tuple[Phase, ...]:
         """Return a phase that trains the head, then one that trains the body."""

@@ -70,6 +70,7 @@ class FedRIR(Method):
 
     shared: ClassVar[tuple[str, ...]] = ("gfe",)
     accepts_late: ClassVar[bool] = True
+    needs: ClassVar[tuple[Need, ...]] = ("pictures", "vector", "head")
     paper: ClassVar[Paper] = Paper(
         "FedRIR: Rethinking information representation in federated learning",
         "Huang, Shao, Yang, Lu, Zhang",
@@ -201,7 +202,7 @@ class FedRIR(Method):
         return logits
 
     @property
-    def needs(self) -> frozenset[Need]:
+    def needed(self) -> frozenset[Need]:
         """A feature vector per example and a head; images if there is a stage 1, and classes to decorrelate within them."""
         needs: set[Need] = {"vector", "head"}
         if self.generates:

@@ -96,6 +96,7 @@ class FedVTC(FedProto):
     """Whether the generators travel and are averaged, or stay with their clients."""
 
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
+    needs: ClassVar[tuple[Need, ...]] = ("classes", "pictures", "vector", "head")
     paper: ClassVar[Paper] = Paper(
         "Bridging generalization gap of heterogeneous federated clients using generative models",
         "Niu, Dong, Qin",
@@ -104,11 +105,6 @@ class FedVTC(FedProto):
     )
 
     # initial state
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Classes, images, a feature vector per example, and a head."""
-        return frozenset({"classes", "pictures", "vector", "head"})
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return body and head of any architecture, and a generator for its features."""

@@ -100,6 +100,7 @@ def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
         "venue": paper.venue if paper else "",
         "url": paper.url if paper else "",
         "sent": [*method.shared, *method.also_travels],
+        "needs": list(method.needs),
         "hyper_parameters": {
             field.name: {
                 "default": field.default,
@@ -124,6 +125,7 @@ def describe_registered(name: str) -> dict[str, Any]:
         "venue": venue,
         "url": url[0] if url else "",
         "sent": [*facts.constants["shared"], *facts.constants["also_travels"]],
+        "needs": list(facts.constants["needs"]),
         "hyper_parameters": {
             key: {"default": default, "type": type_words(facts.types[key]), "doc": facts.docs.get(key, "")}
             for key, default in facts.values.items()

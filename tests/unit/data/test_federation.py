@@ -214,3 +214,16 @@ def test_large_unnormalised_features_are_logged(caplog):
         "inputs run from 0 to 2100 and are used without scaling; to scale them, set data.normalise=standard"
         in caplog.text
     )
+
+
+def test_pictures_and_numbers_together_have_their_own_defaults():
+    images, ages = np.full((4, 1, 8, 8), 255, np.uint8), np.array([[1.0], [2.0], [3.0], [4.0]])
+    data = from_arrays({"image": images, "age": ages}, np.array([0, 1, 0, 1]))
+    made = partition(data, 1, scheme="iid", min_examples=2)
+    x, _ = Federation(data, made).rows(np.arange(4))
+    assert x["image"].mean().item() == pytest.approx(1.0)  # half: white is 1
+    assert x["age"][:, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+    x, _ = Federation(data, made, normalise="standard").rows(np.arange(4))
+    assert x["age"].mean().item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(DataError, match=r"data.augment=flip: needs images, but inputs are image: picture"):
+        Federation(data, made, augment="flip")
