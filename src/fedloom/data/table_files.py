@@ -123,7 +123,7 @@ def _scanned(file: Path, separator: str, encoding: str) -> tuple[list[str], npt.
     names: list[str] = []
     lines: list[int] = []
     with _opened(file, encoding) as stream:
-        reader, line = csv.reader(stream, delimiter=separator, skipinitialspace=True), 1
+        reader, line = csv.reader(_ended(stream, file), delimiter=separator, skipinitialspace=True), 1
         for fields in reader:
             if fields and not names:
                 names = _checked_names([field.strip() for field in fields], f"{file}, line {line}")
@@ -138,6 +138,16 @@ def _scanned(file: Path, separator: str, encoding: str) -> tuple[list[str], npt.
     if not names:
         raise DataError(f"{file}: is empty")
     return names, np.array(lines, np.int64)
+
+
+def _ended(stream: TextIO, file: Path) -> Iterator[str]:
+    """Yield the lines of a file. Raise DataError if one ends in a carriage return alone, which parsers treat in different ways."""
+    for number, line in enumerate(stream, start=1):
+        if line.endswith("\r"):
+            raise DataError(
+                f"{file}, line {number}: ends in a carriage return without a line feed; convert the line ends"
+            )
+        yield line
 
 
 def _checked_names(names: list[str], where: str) -> list[str]:

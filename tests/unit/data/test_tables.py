@@ -1,16 +1,27 @@
 """The user's own tables: types of columns, roles, missing values, splits; files of a few rows."""
 
+import csv
 import gzip
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fedloom.data import TableOptions, load
+from fedloom.config.settings import make_settings
+from fedloom.data import Federation, TableOptions, default_scheme, load, partition
+from fedloom.data.dataset import validated
+from fedloom.data.table_files import read_files
+from fedloom.deploy.rows import read_own
 from fedloom.errors import DataError
+from fedloom.inputs import InputSpec
+from fedloom.models.zoo import ZOO
 
 
 @pytest.fixture
@@ -408,8 +419,6 @@ def test_options_and_files_that_do_not_fit(tmp_path):
 
 
 def test_the_inputs_of_a_federation_are_standardised(table):
-    from fedloom.data import Federation, partition
-
     pool = table(column("v", [3.5, 1, 2, 2, 7, 9, 1, 1]))
     federation = Federation(pool, partition(pool, 1, scheme="iid", min_examples=2, seed=0))
     x = federation.rows(np.arange(8))[0]
@@ -421,3 +430,45 @@ def test_a_clean_table_logs_one_line(table, caplog):
     with caplog.at_level(logging.INFO):
         table(column("v", [3, 1, 2, 2]))
     assert len(caplog.records) == 1
+
+
+@given(
+    st.lists(st.tuples(st.text("ab ,;\"'\n\\#é1", max_size=4), st.text('ab,"\n ', max_size=4)), min_size=1, max_size=5)
+)
+def test_text_is_read_as_it_was_written(tmp_path_factory, cells):
+    file = tmp_path_factory.mktemp("text") / "t.csv"
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream, quoting=csv.QUOTE_ALL, lineterminator="\n")
+        writer.writerows([("x", "y"), *cells])
+    raw = read_files([file], [], None)
+    assert raw.frame.to_numpy().tolist() == [[x.strip(), y.strip()] for x, y in cells]
+    assert raw.lines.tolist() == [2 + sum("".join(c).count("\n") + 1 for c in cells[:i]) for i in range(len(cells))]
+
+
+def test_carriage_returns_alone_are_refused(table):
+    with pytest.raises(DataError, match=r"line 1: ends in a carriage return without a line feed"):
+        table("v,label\r1,a\r2,b\r")
+    assert table("v,label\r\n3,a\r\n1,b\r\n2,a\r\n2,b\r\n").input_shape == (1,)
+
+
+def test_nodes_do_not_read_tables(tmp_path):
+    write(tmp_path / "train.parquet", v=pa.array([3, 1, 2, 2]), label=pa.array([0, 1, 0, 1]))
+    task = SimpleNamespace(names=("0", "1"), task="classification")
+    call = SimpleNamespace(task=task, inputs=[SimpleNamespace(shape=(1,))])
+    with pytest.raises(DataError, match=r"no column of train\.parquet has images; nodes do not read tables yet"):
+        read_own(tmp_path, [0], make_settings({"data": {"name": "mine"}, "clients": 1}), call)
+
+
+def test_a_column_called_client_names_the_owners(table):
+    pool = table("v,client,job,label\n" + "3,7,x,a\n1,8,y,b\n2,7,x,b\n2,8,y,a\n" * 4, by="job")
+    assert default_scheme(pool) == "natural"
+    assert partition(pool, None, scheme="natural", min_examples=2).owners == ("7", "8")
+
+
+def test_the_highest_category_has_an_embedding(table):
+    pool = table("job,label\n" + "x,a\ny,b\nz,a\n" * 4)
+    body = ZOO["table_mlp"](pool.spec, hidden1=4, hidden2=3)
+    assert body(categories=pool.inputs["categories"].long()).shape == (12, 3)
+    levels = replace(pool, spec=InputSpec((replace(pool.spec.fields[0], levels=(2,)),)))
+    with pytest.raises(DataError, match="category values must be from 0 to 2"):
+        validated(levels)
