@@ -44,6 +44,11 @@ class Field:
         """Whether values are indices."""
         return self.kind in ("token", "category")
 
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The numbers that indices must be below: of all tokens, or by column for categories, of which 0 is an unknown level."""
+        return tuple(n + 1 for n in self.levels) if self.kind == "category" else self.levels
+
 
 @dataclass(frozen=True)
 class InputSpec:

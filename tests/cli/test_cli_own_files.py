@@ -5,6 +5,11 @@ import json
 import numpy as np
 import pytest
 
+import fedloom
+from fedloom import data
+from fedloom.errors import DataError
+from fedloom.methods.registry import METHODS
+
 ROWS = [
     (20 + i % 7 + i % 3 / 2, ("nurse", "clerk", "cook")[i % 3], "yes" if i % 3 == 1 else "no", f"h{i % 2}")
     for i in range(40)
@@ -65,6 +70,17 @@ def test_regression_on_a_table(cli, patients, tmp_path):
     done = cli("run", *WORDS, patients, *words)
     assert done.code == 0, done.err
     assert "personal_rmse" in json.loads((tmp_path / "done" / "summary.json").read_text())
+
+
+def test_predictions_for_rows_of_a_table(patients, tmp_path):
+    pool = data.load("mine", tmp_path / "patients.csv", table=data.TableOptions(label="ill", drop=("hospital",)))
+    words = {"clients": 2, "partition": "iid", "rounds": 30, "engine": "sequential", "out": tmp_path / "done"}
+    run = fedloom.run(METHODS["fedavg"](lr=0.3), data=pool, model="table_mlp", **words)
+    some = {name: values[:6].numpy() for name, values in pool.inputs.items()}
+    assert run.predict(0, some).tolist() == ["no", "yes", "no"] * 2
+    some["categories"] = some["categories"] + 1
+    with pytest.raises(DataError, match="category values must be below 4, but one is 4"):
+        run.predict(0, some)
 
 
 def test_a_run_on_arrays(cli, tmp_path):
