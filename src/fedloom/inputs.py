@@ -30,7 +30,8 @@ class Field:
         shape: shape of one example.
         kind: `picture` (pixels, C H W), `number` (floating point), `token` (integers that index a vocabulary) or `category` (a row of
             integers, one per categorical column). Tokens and categories are int64 and are never scaled.
-        levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column; otherwise empty.
+        levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column (ids 1 to that
+            number; 0 is an unknown level); otherwise empty.
     """
 
     name: str = ""
@@ -42,6 +43,11 @@ class Field:
     def is_integer(self) -> bool:
         """Whether values are indices."""
         return self.kind in ("token", "category")
+
+    @property
+    def bounds(self) -> tuple[int, ...]:
+        """The numbers that indices must be below: of all tokens, or by column for categories, of which 0 is an unknown level."""
+        return tuple(n + 1 for n in self.levels) if self.kind == "category" else self.levels
 
 
 @dataclass(frozen=True)

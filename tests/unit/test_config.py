@@ -20,6 +20,8 @@ UNUSUAL = {
     "data": {
         "name": "mine", "path": "somewhere", "task": "regression", "owner": "folder", "rows": 77, "image_size": 12,
         "normalise": "standard", "augment": "flip",
+        "label": "income", "columns": ["age", "job"], "drop": ["id"], "split": "fold", "missing": "fill", "missing_values": ["-9"],
+        "decimal": ",", "encoding": "latin-1",
     },
     "partition": {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,

@@ -120,9 +120,9 @@ def prototypes(counts, **more):
         ([-1.0, 0.0], "negative or not an integer"),
         ([2.5, 0.0], "negative or not an integer"),
         ([11.0, 0.0], "more examples"),
+        ([5.0, 1.0], "more examples"),
     ],
-                           ([5.0, 1.0], "more examples")],
-)  # fmt: skip
+)
 def test_impossible_counts_are_refused(counts, reason):
     assert reason in screen_of(FedProto()).faults([prototypes(counts)])[0]
 

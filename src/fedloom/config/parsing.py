@@ -17,7 +17,23 @@ SECTIONS = tuple(
     for name, field in Settings.model_fields.items()
     if isinstance(field.default, Section) and "name" in type(field.default).model_fields
 )
-LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType({"data": ("path", "owner"), "partition": ("path", "column")})
+LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "data": (
+            "path",
+            "owner",
+            "label",
+            "columns",
+            "drop",
+            "split",
+            "missing",
+            "missing_values",
+            "decimal",
+            "encoding",
+        ),
+        "partition": ("path", "column"),
+    }
+)
 """Tables whose keys keep their meaning when another name is chosen, except for the keys listed here."""
 
 

@@ -34,6 +34,11 @@ DEFAULT_CLIENTS = 10
 OWNERS_KNOWN = ("natural", "file", "own", "given")  # partitions that fix the number of clients
 
 
+def comma_separated(text: str) -> tuple[str, ...]:
+    """Return the words of a list that is separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 class Section(BaseModel):
     """A read-only table of settings. Unknown keys are errors."""
 
@@ -58,14 +63,35 @@ class DataSettings(Section):
     name: str = "digits"
     """A known data set (see `fedloom list datasets`), or any name if `data.path` is set."""
     path: Path | None = None
-    """Folder with parquet files (train.parquet, test.parquet), or pictures in folders named by class (docs/tasks.md); for `data=pfllib`,
-    PFLlib's data folder."""
+    """Your own file or folder: a table (.csv, .tsv, also .gz, or .parquet), arrays (.npz, or a folder with x.npy and y.npy), a folder
+    with train and test files (train.csv, test.csv; train.parquet, test.parquet), or pictures in folders named by class (docs/tasks.md);
+    for `data=pfllib`, PFLlib's data folder."""
     task: Literal["classification", "multilabel", "regression", "language"] | None = None
-    """Learning task of your own parquet files: `regression` needs a label column of numbers, `multilabel` one of lists of 0 and 1. Folders
-    of pictures need metadata.csv. Default: classification; named data sets have their own task."""
+    """Learning task of your own files: `regression` needs labels that are numbers, `multilabel` lists or columns of 0 and 1. Default: for
+    tables, by the label column; otherwise classification. Folders of pictures need metadata.csv for other tasks. Named data
+    sets have their own task."""
     owner: Literal["folder"] | None = None
     """`folder`: the upper folders of your folder of pictures are domains (root/domain/class/picture). They become the column `domain`, by
     which `partition=natural` divides. Default: the upper folders are classes."""
+    label: str | None = None
+    """Label column of a table, or several, separated by commas (multilabel, regression). Default: the only column with a usual name, such
+    as `label`, `class`, `target` or `y`."""
+    columns: tuple[str, ...] = ()
+    """Input columns of a table, also those that look like identifiers. Default: all other columns."""
+    drop: tuple[str, ...] = ()
+    """Columns of a table that are not used."""
+    split: str | None = None
+    """Column of a table with the values train, valid and test. Default: a column of this name, if it has these values."""
+    missing: Literal["refuse", "drop", "fill"] = "refuse"
+    """What to do if inputs of a table are missing: `refuse`; `drop` their rows; `fill`: numbers with the training mean and a further column
+    of 0 and 1, categories with a level of their own."""
+    missing_values: tuple[str, ...] = ()
+    """Further values of a table that mean a missing value, such as -9. Always: the empty value and `?`; in columns of numbers, also NA,
+    N/A, NaN, nan, null and None."""
+    decimal: Literal[".", ","] | None = None
+    """Decimal sign of a table's numbers; the other one of `.` and `,` separates thousands. Default: `.`, and no thousands separators."""
+    encoding: str | None = None
+    """Encoding of a table in a text file, such as latin-1. Default: UTF-8."""
     rows: Count | None = None
     """Use only this many training examples, drawn once at random; test examples are not affected. Default: all."""
     image_size: Count | None = None
@@ -76,6 +102,11 @@ class DataSettings(Section):
     augment: str = "none"
     """Augmentation of training batches: `none`, `flip`, `crop-flip`, `resized-crop-flip` or `resized-crop-flip-once` (each example once,
     before training; test examples too)."""
+
+    @field_validator("columns", "drop", "missing_values", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return comma_separated(str(value)) if isinstance(value, str | int | float) else value
 
 
 class PartitionSettings(Section):
@@ -270,7 +301,7 @@ class Settings(Section):
     @field_validator("models", "log", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        return comma_separated(value) if isinstance(value, str) else value
 
     @field_validator("uplink", "downlink", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fedloom.data.arrays import from_arrays as from_arrays
     from fedloom.data.dataset import Dataset as Dataset
     from fedloom.data.federation import Federation as Federation
+    from fedloom.data.layouts import TableOptions as TableOptions
     from fedloom.data.partition import Partition as Partition
     from fedloom.data.partition import default_scheme as default_scheme
     from fedloom.data.partition import given_partition as given_partition

@@ -230,7 +230,13 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
 
 
 def _as_pictures(tensor: Tensor, what: str) -> Tensor:
-    """Return images with channels first, and pixel values from 0 to 255 as uint8."""
+    """Return images with channels first, without an alpha channel, and pixel values from 0 to 255 as uint8."""
+    if tensor.ndim == 3 and tensor.dtype == torch.uint8:
+        log.warning("from_arrays: %s is %s; used as images with one channel", what, _describe(tensor))
+        tensor = tensor[:, None]
+    if tensor.ndim == 4 and tensor.dtype == torch.uint8 and tensor.shape[3] == 4 and tensor.shape[1] not in (1, 3):
+        log.warning("from_arrays: %s is %s; its fourth channel (alpha) is dropped", what, _describe(tensor))
+        tensor = tensor[..., :3]
     if tensor.ndim == 4 and tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3):
         log.warning("from_arrays: %s is %s; converted from channels last to channels first", what, _describe(tensor))
         tensor = tensor.permute(0, 3, 1, 2).contiguous()

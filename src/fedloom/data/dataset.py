@@ -160,10 +160,9 @@ def _check_integers(dataset: Dataset) -> None:
         if not part.is_integer:
             continue
         values = named[part.name]
-        most = torch.tensor(part.levels)
-        if bool((values < 0).any()) or bool((values.to(torch.int64) >= most).any()):
+        if bool((values < 0).any()) or bool((values.to(torch.int64) >= torch.tensor(part.bounds)).any()):
             where = f"input '{part.name}'" if part.name else "inputs"
             raise DataError(
                 f"data={dataset.name}: {where} run from {int(values.min())} to {int(values.max())}; "
-                f"{part.kind} values must be from 0 to {max(part.levels) - 1}"
+                f"{part.kind} values must be from 0 to {max(part.bounds) - 1}"
             )

@@ -213,9 +213,9 @@ class Federation:
                 raise DataError(
                     f"inputs: must be {spec}, like those of data={self.name}, but have shape {shapes_of(inputs)}"
                 )
-            if part.is_integer and bool((values.to(torch.int64) >= torch.tensor(part.levels)).any()):
+            if part.is_integer and bool((values.to(torch.int64) >= torch.tensor(part.bounds)).any()):
                 raise DataError(
-                    f"inputs: {part.kind} values must be below {max(part.levels)}, but one is {int(values.max())}"
+                    f"inputs: {part.kind} values must be below {max(part.bounds)}, but one is {int(values.max())}"
                 )
         found = {part.name: self._scaled(part, named[part.name]) for part in spec.fields}
         return found[""] if spec.is_single else found

@@ -26,14 +26,15 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
     """
     if path is not None:
         folder = Path(path).expanduser()
+        if folder.is_file():
+            raise DataError(
+                f"data.path={path}: is a file, and data={name} is a known data set; use another name: data=mine"
+            )
         if not folder.is_dir():
             raise DataError(f"data.path={path}: folder does not exist")
         if not (files := split_files(folder))[0]:
-            hint = (
-                f"; if it holds pictures, use a name of your own (data=mine), not data={name}"
-                if name in SOURCES
-                else ""
-            )
+            own = "; nor train.csv, x.npy or folders of pictures"
+            hint = f"; for your own files, use another name (data=mine), not data={name}" if name in SOURCES else own
             raise DataError(f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet{hint}")
         return files
     if (found := local_folder(name, cache)) is not None:

@@ -23,7 +23,7 @@ from fedloom.data.subset import choose_rows
 from fedloom.data.targets import objective_for
 from fedloom.errors import DataError, suggest
 
-_LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
+LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
 _FORMAT = 3  # part of the cache key: increment it when decoding changes
 
 
@@ -155,12 +155,17 @@ def _layout(file: Path, source: Source | None) -> ColumnRoles:
             f"{file}: no column has images (binary, or a struct with 'bytes'); its columns are {schema.names}"
         )
     image = next((c for c in ("image", "img") if c in pictures), pictures[0])
-    wanted = (source.label, *_LABELS) if source else _LABELS
+    wanted = (source.label, *LABELS) if source else LABELS
     label = next((c for c in wanted if c in schema.names), None)
     if label is None:
-        raise DataError(f"{file}: no label column, such as {', '.join(_LABELS)}; its columns are {schema.names}")
+        raise DataError(f"{file}: no label column, such as {', '.join(LABELS)}; its columns are {schema.names}")
     extra = tuple(f.name for f in schema if f.name not in (image, label) and _is_plain(f.type))
     return ColumnRoles(image, label, extra, _hub_names(schema))
+
+
+def has_pictures(file: Path) -> bool:
+    """Return whether a column of the file has encoded images."""
+    return any(_is_picture(field.type) for field in _open(file).schema_arrow)
 
 
 def _is_picture(kind: Any) -> bool:

@@ -416,9 +416,11 @@ def _pool(dataset: Dataset) -> dict[str, Any]:
 
 
 def _natural_column(dataset: Dataset) -> str | None:
-    """Return the column by which a known data set is divided. For an unknown data set, return its only column, or None."""
+    """Return the column by which a known data set is divided. For an unknown data set, return `client`, its only column, or None."""
     if dataset.name in SOURCES:
         return SOURCES[dataset.name].natural
+    if "client" in dataset.columns:
+        return "client"
     return next(iter(dataset.columns)) if len(dataset.columns) == 1 else None
 
 

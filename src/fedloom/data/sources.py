@@ -1,13 +1,15 @@
-"""Load a data set by name: embedded data, a folder of parquet files or pictures, PFLlib's files, or a download from the hub."""
+"""Load a data set: embedded data, the user's own files, PFLlib's files, or a download from the hub."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.data import hub, pfllib
+from fedloom.data import hub, layouts, pfllib
 from fedloom.data.catalogue import SOURCES
 from fedloom.data.dataset import Dataset
+from fedloom.data.layouts import TableOptions
 from fedloom.errors import DataError
 
 
@@ -19,20 +21,24 @@ def load(
     rows: int | None = None,
     task: str | None = None,
     owner: str | None = None,
+    table: TableOptions | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Return a data set as one pool of examples.
 
     Args:
         name: a name in `SOURCES`, "pfllib", or a name for the user's own files; `-` and `_` are equivalent.
-        path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...).
-            Default: search `$FEDLOOM_DATA`, then the cache, then the hub (extra `fedloom[hub]`). With a name of your own, also a folder of
-            pictures (see `picture_folders`).
+        path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...); a table
+            (.csv, .tsv, also .gz, or .parquet) or a folder with `train.csv` and `test.csv`; an .npz file or a folder with `x.npy` and
+            `y.npy`; a folder of pictures (see `picture_folders`). Default: search `$FEDLOOM_DATA`, then the cache, then the hub
+            (extra `fedloom[hub]`).
         image_size: resize images to this width and height in pixels.
         rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
             ignores classes. Their order in the files is kept, and so are all test examples.
-        task: the learning task of the user's own files; default: classification. Other data sets have their own task.
+        task: the learning task of the user's own files; default: for tables, by the label column, otherwise classification. Other data
+            sets have their own task.
         owner: "folder": the upper folders of a folder of pictures are domains; they become the column `domain`.
+        table: how to read a table.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -47,32 +53,114 @@ def load(
     own = source.task if source else "classification"
     if task not in (None, own) and (source or name == "pfllib"):
         raise DataError(f"data.task={task}: data={name} is a {own} data set; remove data.task")
-    if task == "language":
-        raise DataError("data.task=language: files of text are not read yet; pass token ids with fedloom.from_arrays")
-    if path is not None and source is None and name != "pfllib":
-        from fedloom.data import picture_folders  # Pillow is slow to import
-
-        if picture_folders.is_picture_folder(path):
-            return picture_folders.read_pictures(
-                name, Path(path), where=f"data.path={path}", image_size=image_size, cache_root=hub.cache_root(cache),
-                rows=rows, task=task or own, owner=owner,
-            )  # fmt: skip
-    if owner is not None:
+    if owner is not None and (source or name == "pfllib" or path is None):
         raise DataError(
             f"data.owner={owner}: data={name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
         )
     if name == "pfllib":
+        _refuse_options(name, table)
         if path is None or image_size is not None or rows is not None:
             raise DataError("data=pfllib: needs data.path=FOLDER, and does not support data.image_size or data.rows")
         return pfllib.load_pfllib(path)
     if source and source.embedded and path is None:
+        _refuse_options(name, table)
         from fedloom.data import embedded
 
         return embedded.load_embedded(name, image_size, rows)
+    root = hub.cache_root(cache)
+    options = table or TableOptions()
+    asked = _Asked(name=name, image_size=image_size, rows=rows, task=task, owner=owner, table=options, cache=root)
+    return _own_files(asked, Path(path).expanduser()) if path and not source else _files(asked, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What to load; see `load`."""
+
+    name: str
+    image_size: int | None
+    rows: int | None
+    task: str | None
+    owner: str | None
+    table: TableOptions
+    cache: Path
+
+
+def _own_files(asked: _Asked, place: Path) -> Dataset:
+    """Return the data set in the user's own file or folder, by its layout."""
+    if (arrays := layouts.find_arrays(place)) is not None:
+        _refuse_options(asked.name, asked.table, asked.image_size)
+        from fedloom.data import array_files
+
+        _refuse_owner(asked)
+        return array_files.read_arrays(asked.name, arrays, task=asked.task, rows=asked.rows)
+    tables = layouts.find_tables(place)
+    if tables is None:
+        from fedloom.data import picture_folders  # Pillow is slow to import
+
+        if picture_folders.is_picture_folder(place):
+            return _pictures(asked, place)
+    _refuse_owner(asked)
+    return _files(asked, place, tables)
+
+
+def _pictures(asked: _Asked, place: Path) -> Dataset:
+    """Return the data set in a folder of pictures."""
+    from fedloom.data.picture_folders import read_pictures
+
+    _refuse_options(asked.name, asked.table)
+    if asked.task == "language":
+        raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
+    return read_pictures(
+        asked.name,
+        place,
+        where=f"data.path={place}",
+        image_size=asked.image_size,
+        cache_root=asked.cache,
+        rows=asked.rows,
+        task=asked.task or "classification",
+        owner=asked.owner,
+    )
+
+
+def _refuse_owner(asked: _Asked) -> None:
+    """Raise DataError if `data.owner` is set, but the files are not a folder of pictures."""
+    if asked.owner is not None:
+        raise DataError(
+            f"data.owner={asked.owner}: data={asked.name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
+        )
+
+
+def _files(asked: _Asked, path: str | Path | None, files: layouts.Files | None = None) -> Dataset:
+    """Return the data set in files of tables or of pictures. Default: the parquet files that `hub.find_files` finds."""
+    name, source = asked.name, SOURCES.get(asked.name)
+    files = files or hub.find_files(name, path, asked.cache)
     from fedloom.data import parquet  # pyarrow is slow to import
 
-    root = hub.cache_root(cache)
-    files = hub.find_files(name, path, root)
-    return parquet.read_parquet(
-        name, files, source, image_size=image_size, rows=rows, cache_root=root, task=task or own
-    )
+    if source or (files[0][0].suffix == ".parquet" and parquet.has_pictures(files[0][0])):
+        _refuse_options(name, asked.table)
+        if asked.task == "language":
+            raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
+        return parquet.read_parquet(
+            name,
+            files,
+            source,
+            image_size=asked.image_size,
+            rows=asked.rows,
+            cache_root=asked.cache,
+            task=asked.task or (source.task if source else "classification"),
+        )
+    _refuse_options(name, None, asked.image_size)
+    from fedloom.data import tables  # pandas is slow to import
+
+    return tables.read_table(name, files, asked.table, task=asked.task, rows=asked.rows)
+
+
+def _refuse_options(name: str, table: TableOptions | None, image_size: int | None = None) -> None:
+    """Raise DataError for options that the data set does not have."""
+    if image_size is not None:
+        raise DataError(f"data.image_size={image_size}: data={name} has no image files; remove it")
+    for key, value in (vars(table) if table else {}).items():
+        if key not in ("owner", "by") and value != getattr(TableOptions(), key):
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            raise DataError(f"data.{key}={shown}: applies only to tables (.csv, .tsv, .parquet), not to data={name}")

@@ -150,7 +150,10 @@ def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
 def _read(folder: Path, settings: Settings) -> Dataset:
     d = settings.data
     if any(folder.rglob("train*.parquet")):
-        return data.load(d.name, folder, image_size=d.image_size)
+        pool = data.load(d.name, folder, image_size=d.image_size)
+        if not pool.spec.is_picture:
+            raise DataError(f"{folder}: no column of train.parquet has images; nodes do not read tables yet")
+        return pool
     return read_pictures(
         d.name,
         folder,

@@ -48,15 +48,17 @@ def arithmetic(settings: Settings) -> Iterator[None]:
 
 def make_dataset(settings: Settings) -> data.Dataset:
     """Return the data set that the settings name."""
-    d = settings.data
-    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task, owner=d.owner)
+    d, p = settings.data, settings.partition
+    keys = {"label", "columns", "drop", "split", "missing", "missing_values", "decimal", "encoding"}
+    table = data.TableOptions(**d.model_dump(include=keys), owner=p.column, by=p.by)
+    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task, owner=d.owner, table=table)
 
 
 def resolved(settings: Settings, dataset: data.Dataset) -> Settings:
     """Return the settings with the partition scheme that fits the data, if none is set; log it unless it is dirichlet."""
     if settings.partition.name is not None:
         return settings
-    scheme = data.default_scheme(dataset, settings.partition.merge)
+    scheme = "dirichlet" if settings.partition.by else data.default_scheme(dataset, settings.partition.merge)
     if scheme != "dirichlet":
         log.warning("partition=%s: chosen, because %s", scheme, WHY[scheme])
     try:

@@ -209,7 +209,7 @@ def _described_field(part: Field) -> str:
     where = f"{part.name}: " if part.name else ""
     shape = ", ".join(("batch", *map(str, part.shape)))
     if part.is_integer:
-        return f"{where}int64 ({shape}), {part.kind} ids below {max(part.levels)}"
+        return f"{where}int64 ({shape}), {part.kind} ids below {max(part.bounds)}"
     stored = "pixel / 255" if part.kind == "picture" else "value"
     return f"{where}float32 ({shape}), each channel ({stored} - mean) / std"
 

@@ -31,8 +31,8 @@ def test_own_features_keep_their_type_and_read_only_arrays_are_fine():
     [
         ({"x": np.full((3, 2), np.nan)}, "NaN or infinite"),
         ({"x": np.ones((3, 2), np.uint8)}, "for token ids, set kind='token'"),
-        ({"x": np.zeros((3, 8, 8), np.uint8)}, r"\(N, C, H, W\)"),
-        ({"x": np.zeros((3, 8, 8, 4), np.uint8)}, r"\(N, C, H, W\)"),
+        ({"x": np.zeros((3, 2, 8, 8), np.uint8)}, r"\(N, C, H, W\)"),
+        ({"x": np.zeros((3, 8, 8, 5), np.uint8)}, r"\(N, C, H, W\)"),
         ({"y": np.array([1, 2, 3])}, r"labels run from 1 to 3; subtract 1, or name all classes"),
         ({"x": np.zeros((0, 2))}, "it must be"),
         ({"x": np.array([["a"], ["b"], ["c"]])}, "holds text; convert"),

@@ -1,0 +1,88 @@
+"""Find the files of the user's own tables and arrays. This module reads none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedloom.errors import DataError
+
+TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
+ARRAYS = (".npz", ".npy")
+_TESTS = ("test", "valid", "validation")
+
+Files = tuple[list[Path], list[Path]]
+"""Training files and test files."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """How to read a table. See the settings `data.*` of the same names.
+
+    `owner` is the column that names the owner of each example (`partition.column`); `by` a column to keep for the partition
+    (`partition.by`).
+    """
+
+    label: str | None = None
+    columns: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    split: str | None = None
+    missing: Literal["refuse", "drop", "fill"] = "refuse"
+    missing_values: tuple[str, ...] = ()
+    decimal: Literal[".", ","] | None = None
+    encoding: str | None = None
+    owner: str | None = None
+    by: str | None = None
+
+
+def find_tables(place: Path) -> Files | None:
+    """Return the files of a table: `place` itself, or train.csv and test.csv in a folder. Return None for other folders.
+
+    Parquet files in a folder are found by `hub.split_files`.
+    """
+    if place.is_dir():
+        found = _beside(place, "train")
+        return (found, _tests(place)) if found else None
+    known = (*TEXT_TABLES, ".parquet")
+    if not place.name.lower().endswith(known):
+        if place.is_file():
+            raise DataError(f"data.path={place}: unknown kind of file; use {', '.join(known)}, .npz or a folder")
+        return None
+    _check_exists(place)
+    whole = place.name.lower().startswith("train.")
+    if place.suffix == ".parquet":
+        test = place.with_name("test.parquet")
+        return [place], [test] if whole and test.is_file() else []
+    return [place], _tests(place.parent) if whole else []
+
+
+def find_arrays(place: Path) -> Path | None:
+    """Return an .npz file, or a folder with x.npy and y.npy. Return None if `place` is neither."""
+    if place.is_dir():
+        return place if (place / "x.npy").is_file() else None
+    if place.suffix.lower() == ".npz":
+        _check_exists(place)
+        return place
+    if place.suffix.lower() == ".npy":
+        raise DataError(
+            f"data.path={place}: one array is not enough; give a folder with x.npy and y.npy, or an .npz file"
+        )
+    return None
+
+
+def _check_exists(place: Path) -> None:
+    if not place.is_file():
+        raise DataError(f"data.path={place}: file does not exist")
+
+
+def _tests(folder: Path) -> list[Path]:
+    return next((found for name in _TESTS if (found := _beside(folder, name))), [])
+
+
+def _beside(folder: Path, stem: str) -> list[Path]:
+    """Return the text table of a split in a folder, if there is one. Raise DataError if there are several."""
+    found = [folder / (stem + suffix) for suffix in TEXT_TABLES if (folder / (stem + suffix)).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{folder}: has both {found[0].name} and {found[1].name}; remove one of them")
+    return found

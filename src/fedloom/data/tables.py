@@ -1,0 +1,282 @@
+"""The user's own tables: which column is what, and the data set made of them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+import torch
+
+from fedloom.data.dataset import Column, Dataset, describe, validated
+from fedloom.data.layouts import Files, TableOptions
+from fedloom.data.parquet import LABELS
+from fedloom.data.subset import choose_rows
+from fedloom.data.table_columns import TableColumn, check_levels, looks_like_id, typed
+from fedloom.data.table_files import RawTable, read_files
+from fedloom.data.table_targets import labelled
+from fedloom.data.targets import objective_for
+from fedloom.errors import DataError, suggest
+from fedloom.inputs import Inputs
+
+log = logging.getLogger(__name__)
+
+_TRAIN = ("train", "training")
+_VALID = ("valid", "validation", "val", "dev")
+_TEST = ("test", "testing", "eval", "evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Roles:
+    """The names of the columns, by what they are for."""
+
+    labels: tuple[str, ...]
+    owner: str | None
+    inputs: tuple[str, ...]
+    chosen: bool  # the user lists the input columns
+
+
+def read_table(name: str, files: Files, options: TableOptions, *, task: str | None, rows: int | None) -> Dataset:
+    """Return the data set in the files of a table.
+
+    Inputs are `numbers` (N, D) float32 and `categories` (N, C) integers, or the numbers alone as one tensor. A category is 1 or more; 0
+    stands for values that the table does not have.
+
+    Args:
+        name: name of the data set.
+        files: training and test files.
+        options: see `TableOptions`.
+        task: learning task; default: by the label column.
+        rows: number of training examples to keep.
+
+    Raises:
+        DataError: the files are malformed, a column has no clear type, or values are missing.
+    """
+    raw = read_files(*files, options.encoding)
+    raw, roles = _divided(raw, options)
+    file = _title(raw)
+    columns = [_typed(raw, column, options) for column in roles.inputs]
+    columns = [column for column in columns if _is_input(column, raw.n_train, file, roles.chosen)]
+    if not columns:
+        raise DataError(f"{file}: no input columns are left; the others are labels, owners, dropped or empty")
+    labels = [_typed(raw, column, options) for column in roles.labels]
+    _refuse_missing(raw, labels, "labels must be present; remove these rows")
+    known = _known(raw, columns, options.missing)
+    keep, n_train = choose_rows(name, known, raw.n_train, rows)
+    if not n_train:
+        raise DataError(f"{file}: no training example is without missing values; set data.missing=fill")
+    targets, names, task = labelled(labels, task, file)
+    values, objective = objective_for(task, torch.from_numpy(targets[keep]), n_train, names=names)
+    inputs, kinds, levels = _inputs(columns, keep, n_train, file)
+    pool = Dataset(
+        name=name,
+        inputs=inputs,
+        targets=values,
+        n_train=n_train,
+        objective=objective,
+        spec=describe(inputs, kinds, levels),
+        columns={c: _names(raw, c)[keep] for c in dict.fromkeys((roles.owner, options.by)) if c},
+        normalise="standard",
+    )
+    _tell(file, pool, columns, roles)
+    return validated(pool)
+
+
+def _title(raw: RawTable) -> str:
+    return " + ".join(file.name for file in raw.files)
+
+
+def _divided(raw: RawTable, options: TableOptions) -> tuple[RawTable, _Roles]:
+    """Return the table with training rows first, and the roles of its columns."""
+    names, file = [str(name) for name in raw.frame.columns], _title(raw)
+    _check_named(names, options, file)
+    split = options.split or _split_column(raw, options)
+    owner = options.owner or ("client" if "client" in names and "client" not in options.columns else None)
+    labels = _labels(names, options, file)
+    taken = [*labels, *options.drop, *(column for column in (split, owner) if column)]
+    column, count = Counter([*taken, *options.columns]).most_common(1)[0]
+    if count > 1:
+        raise DataError(
+            f"{file}: column '{column}' is named more than once; it can be in one of data.label, data.columns, data.drop, "
+            "data.split and partition.column"
+        )
+    inputs = options.columns or tuple(name for name in names if name not in taken)
+    roles = _Roles(labels=labels, owner=owner, inputs=inputs, chosen=bool(options.columns))
+    return (_by_split(raw, split) if split else raw), roles
+
+
+def _check_named(names: Sequence[str], options: TableOptions, file: str) -> None:
+    """Raise DataError if the user names a column that does not exist."""
+    wanted: dict[str, tuple[str | None, ...]] = {
+        "data.label": _listed(options),
+        "data.columns": options.columns,
+        "data.drop": options.drop,
+        "data.split": (options.split,),
+        "partition.column": (options.owner,),
+        "partition.by": (options.by,),
+    }
+    for key, columns in wanted.items():
+        for column in columns:
+            if column and column not in names:
+                raise DataError(f"{key}={column}: {file} has no such column{suggest(column, names)}")
+
+
+def _listed(options: TableOptions) -> tuple[str, ...]:
+    return tuple(part.strip() for part in options.label.split(",") if part.strip()) if options.label else ()
+
+
+def _labels(names: list[str], options: TableOptions, file: str) -> tuple[str, ...]:
+    """Return the label columns: those that the user names, or the only one with a usual name."""
+    if listed := _listed(options):
+        return listed
+    found = [name for name in names if name in LABELS and name not in (*options.drop, *options.columns)]
+    if len(found) == 1:
+        return (found[0],)
+    why = f"{' and '.join(found)} could all be labels" if found else f"no column is called {', '.join(LABELS)}"
+    raise DataError(f"{file}: {why}; set data.label to one of its columns: {', '.join(names)}")
+
+
+def _split_column(raw: RawTable, options: TableOptions) -> str | None:
+    """Return "split" if a column has this name and names the split of every row."""
+    named = (*options.columns, *options.drop, *_listed(options), options.owner)
+    if "split" not in raw.frame.columns or "split" in named or raw.n_train < len(raw.frame):
+        return None
+    words = {str(value).lower() for value in raw.frame["split"].unique()}
+    return "split" if words <= {*_TRAIN, *_VALID, *_TEST} and words & set(_TRAIN) else None
+
+
+def _by_split(raw: RawTable, column: str) -> RawTable:
+    """Return the rows by split, training rows first. Without test rows, validation rows are the test set."""
+    if raw.n_train < len(raw.frame):
+        raise DataError(f"data.split={column}: {_title(raw)} already has a test file; remove data.split, or the file")
+    words = np.char.lower(_names(raw, column))
+    known = (*_TRAIN, *_VALID, *_TEST)
+    for row, word in enumerate(words.tolist()):
+        if word not in known:
+            raise DataError(f"{raw.place(row)}, column '{column}': '{word}' is no split; use train, valid or test")
+    valid, test = np.isin(words, _VALID), np.isin(words, _TEST)
+    if not test.any():
+        valid, test = test, valid
+    if valid.any():
+        log.warning(
+            "%s: %d validation rows are used as training examples; to hold out validation examples, set eval.valid",
+            _title(raw),
+            valid.sum(),
+        )
+    if test.all():
+        raise DataError(f"data.split={column}: {_title(raw)} has no training rows")
+    order = np.concatenate([np.flatnonzero(~test), np.flatnonzero(test)])
+    return raw.taken(order, int((~test).sum()))
+
+
+def _names(raw: RawTable, column: str) -> Column:
+    """Return a column's values as text; they may not be missing."""
+    values = raw.frame[column]
+    if values.dtype == np.float64:
+        words = ["" if np.isnan(v) else str(int(v)) if v == np.rint(v) else str(v) for v in values.tolist()]
+    else:
+        words = ["" if pd.isna(value) else str(value) for value in values.tolist()]
+    if "" in words:
+        raise DataError(f"{raw.place(words.index(''))}, column '{column}': has no value, but every row needs one")
+    return np.array(words, np.str_)
+
+
+def _typed(raw: RawTable, column: str, options: TableOptions) -> TableColumn:
+    return typed(
+        column,
+        raw.frame[column],
+        file=_title(raw),
+        decimal=options.decimal,
+        missing_values=options.missing_values,
+    )
+
+
+def _is_input(column: TableColumn, n_train: int, file: str, chosen: bool) -> bool:
+    """Return whether a column is used. Say why if it is not."""
+    if column.missing.all():
+        log.warning("%s, column '%s': is empty; dropped", file, column.name)
+        return False
+    why = None if chosen else looks_like_id(column, n_train)
+    if why:
+        log.warning(
+            "%s, column '%s': %s, like an identifier; dropped (to use it, list all input columns in data.columns)",
+            file,
+            column.name,
+            why,
+        )
+        return False
+    check_levels(column, file)
+    return True
+
+
+def _known(raw: RawTable, columns: Sequence[TableColumn], missing: str) -> npt.NDArray[np.bool_]:
+    """Return which rows to keep. Raise DataError if values are missing and `missing` is "refuse"."""
+    if missing == "refuse":
+        _refuse_missing(raw, columns, "set data.missing=drop (rows) or fill, or data.drop=COLUMN")
+    lacking: npt.NDArray[np.bool_] = np.any([column.missing for column in columns], axis=0)
+    if missing == "drop" and lacking.any():
+        log.warning("%s: %s rows with missing values are dropped", _title(raw), f"{int(lacking.sum()):,}")
+        return ~lacking
+    return np.ones(len(lacking), dtype=bool)
+
+
+def _refuse_missing(raw: RawTable, columns: Sequence[TableColumn], remedy: str) -> None:
+    lacking = np.stack([column.missing for column in columns], axis=1)
+    places = [f"{raw.place(row)}, column '{columns[i].name}'" for row, i in np.argwhere(lacking)[:3].tolist()]
+    if places:
+        raise DataError(f"{'; '.join(places)}: no value; {int(lacking.sum()):,} missing values in all; {remedy}")
+
+
+def _inputs(
+    columns: Sequence[TableColumn], keep: npt.NDArray[np.bool_], n_train: int, file: str
+) -> tuple[Inputs, dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return the inputs, their kinds, and the numbers of levels."""
+    numbers = [part for c in columns if c.kind == "number" for part in _filled(c, keep, n_train, file)]
+    categories = [_with_missing(column) for column in columns if column.kind == "category"]
+    inputs: dict[str, torch.Tensor] = {}
+    if numbers:
+        inputs["numbers"] = torch.from_numpy(np.stack(numbers, axis=1))
+    if not categories:
+        return inputs["numbers"], {"": "number"}, {}
+    ids = np.stack([column.values[keep] + 1 for column in categories], axis=1)
+    levels = tuple(len(column.levels) for column in categories)
+    inputs["categories"] = torch.from_numpy(ids.astype(np.uint8 if max(levels) < 256 else np.int16))
+    return inputs, {"numbers": "number", "categories": "category"}, {"categories": levels}
+
+
+def _filled(column: TableColumn, keep: npt.NDArray[np.bool_], n_train: int, file: str) -> list[npt.NDArray[np.float32]]:
+    """Return a column of numbers; if values are missing, the training mean in their place, and a column of 0 and 1 that marks them."""
+    values, lacking = column.values[keep], column.missing[keep]
+    if np.nanmax(np.abs(column.values)) > np.finfo(np.float32).max:
+        raise DataError(f"{file}, column '{column.name}': has a number too large for float32; rescale it")
+    if not lacking.any():
+        return [values.astype(np.float32)]
+    present = values[:n_train][~lacking[:n_train]]
+    mean = present.mean() if len(present) else 0.0
+    return [np.where(lacking, mean, values).astype(np.float32), lacking.astype(np.float32)]
+
+
+def _with_missing(column: TableColumn) -> TableColumn:
+    """Return a column of categories in which a missing value has its own level, the first one."""
+    if not column.missing.any():
+        return column
+    return replace(column, values=column.values + 1, levels=("", *column.levels))
+
+
+def _tell(file: str, pool: Dataset, columns: Sequence[TableColumn], roles: _Roles) -> None:
+    """Log what was understood."""
+    n_test, kinds = pool.n_rows - pool.n_train, [str(column.kind) for column in columns]
+    found = [f"{pool.n_rows:,} rows" + (f" ({pool.n_train:,} train + {n_test:,} test)" if n_test else "")]
+    for kind, plural in (("number", "numbers"), ("category", "categories")):
+        if n := kinds.count(kind):
+            found.append(f"{n} {plural if n > 1 else kind}")
+    what = f"{pool.n_classes} classes" if pool.objective.task == "classification" else pool.objective.task
+    found.append(f"label {', '.join(roles.labels)} ({what})")
+    if roles.owner:
+        found.append(f"owner {roles.owner} ({len(np.unique(pool.columns[roles.owner])):,})")
+    log.warning("%s: %s", file, ", ".join(found))
