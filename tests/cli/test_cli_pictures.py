@@ -56,7 +56,7 @@ MISTAKES = {
     "an owner without pictures": ((), {}, "data=digits data.owner=folder", "data.owner=folder: data=digits is not a folder of pictures"),
     "an unknown owner": (PAIR, {}, "data.owner=who", "data.owner=who: must be one of folder"),
     "a known name": (
-        ("p/cat/1.png",), {}, "data=digits data.path=p", "if it holds pictures, use a name of your own (data=mine), not data=digits",
+        ("p/cat/1.png",), {}, "data=digits data.path=p", "for your own files, use another name (data=mine), not data=digits",
     ),
     "no picture": ((), {"p/cat/1.png": "x"}, "", "p/cat/1.png: not an image that Pillow can read"),
     "sizes": (("p/cat/1.png", "p/cat/large.png"), {}, "", "images differ in size (4x4 and, in p/cat/large.png, 6x6); set one size"),

@@ -93,7 +93,7 @@ def test_other_tasks(tmp_path):
         ({"x": X, "y": Y[:3]}, r"'x' has shape \(4, 2\) and 'y' \(3,\); give one label per input"),
         ({"x": X, "y": Y + 1}, r"mine\.npz: labels run from 1 to 2.*x is 'x'"),
         ({"x": X, "y": Y, "x_test": X}, "x_test and y_test must be given together"),
-        ({"x": X * np.nan, "y": Y}, "has NaN or infinite values"),
+        ({"x": X * np.nan, "y": Y}, "contains NaN or infinite values"),
         ({"x": X, "y": Y, "client": Y[:2]}, r"'client' has shape \(2,\); it must be \(4,\)"),
         ({"x": np.float64(1), "y": Y}, r"'x' has shape \(\)"),
     ],
