@@ -258,3 +258,16 @@ def test_next_bytes_beat_the_most_frequent_one(tmp_path, method):
     most_frequent = np.bincount(tokens[:, 1:].ravel()).max() / tokens[:, 1:].size
     assert run.summary["personal_accuracy"]["final"] > most_frequent + 0.02
     assert run.federation.partition.owners == ("string", "textwrap")
+
+
+@pytest.mark.parametrize("task", ["multilabel", "regression"])
+def test_fedrir_as_in_the_paper_runs_on_images_in_other_tasks(tmp_path, task):
+    digits = fedloom.data.load("digits", rows=200)
+    y = digits.labels.numpy()
+    targets = np.stack([y % 2, y >= 5], axis=1).astype(int) if task == "multilabel" else y.astype(float)
+    data = fedloom.from_arrays(digits.images, targets, task=task)
+    settings = {"model": "mlp", "width": 16, "clients": 3, "rounds": 1, "partition": "iid"}
+    run = fedloom.run("fedrir", data=data, out=str(tmp_path / "run"), progress=False, **settings)
+    assert run.metrics["mcsl.reconstruction"].iloc[-1] > 0
+    with pytest.raises(ConfigError, match=rf"method=fedvtc: needs classes, but data=arrays is {task}"):
+        fedloom.run("fedvtc", data=data, out=str(tmp_path / "other"), progress=False, **settings)
