@@ -172,15 +172,19 @@ def test_workers_end_with_their_experiment(tmp_path, sign, code):
     words = ["model=mlp", "clients=2", "rounds=3", "method.local_epochs=100000", "engine=processes", "engine.workers=2"]
     command = [sys.executable, "-m", "fedloom.cli", "run", *words, f"out={tmp_path / 'run'}", "--quiet"]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while len(workers := children(parent.pid)) < 2 and time.monotonic() < until:
-        time.sleep(0.1)
-    time.sleep(2)
-    assert len(workers) == 2
-    folders = [*Path("/dev/shm").glob(f"fedloom-{parent.pid}-*"), *Path("/tmp").glob(f"fedloom-{parent.pid}-*")]
-    assert len(folders) == 1
-    parent.send_signal(sign)
-    _, err = parent.communicate(timeout=30)
+    try:
+        until = time.monotonic() + 60
+        while len(workers := children(parent.pid)) < 2 and time.monotonic() < until:
+            time.sleep(0.1)
+        time.sleep(2)
+        workers = children(parent.pid)  # short-lived helpers have ended
+        assert len(workers) == 2
+        folders = [*Path("/dev/shm").glob(f"fedloom-{parent.pid}-*"), *Path("/tmp").glob(f"fedloom-{parent.pid}-*")]
+        assert len(folders) == 1
+        parent.send_signal(sign)
+        _, err = parent.communicate(timeout=30)
+    finally:
+        parent.kill()  # a run that a failed test leaves behind takes gigabytes
     assert parent.returncode == code
     assert err.count("\n") == (1 if sign == signal.SIGTERM else 0)
     until = time.monotonic() + 5

@@ -147,9 +147,9 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
 
 def _check_target(target: float | None, metric: Metric) -> None:
     """Raise ConfigError if `eval.target` is not a possible value of the primary metric."""
-    if target is not None and target <= 0:
+    if target is not None and target <= 0 and not metric.percent:
         raise ConfigError(f"eval.target={target:g}: must be above 0")
-    if target is None or not metric.percent or target <= 1:
+    if target is None or not metric.percent or 0 < target <= 1:
         return
     remedy = f"for {target:g} %, set {target / 100:g}" if 1 < target <= 100 else "set a fraction, such as 0.8"
     raise ConfigError(
