@@ -244,7 +244,8 @@ class LogSoftmax(Reporting):
 
 
 @pytest.mark.parametrize(
-    ("wrapper", "message"), [(Pair, "returns a tuple; return only the logits, as one tensor"), (LogSoftmax, "return logits, without")]
+    ("wrapper", "message"),
+    [(Pair, "returns a tuple; return only the logits, as one tensor"), (LogSoftmax, "return logits, without")],
 )
 def test_outputs_that_are_not_logits_are_refused_with_a_remedy(run, wrapper, message):
     with pytest.raises(ConfigError, match=message):
