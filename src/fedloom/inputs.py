@@ -102,6 +102,11 @@ def tensors_of(x: Inputs) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else list(x.values())
 
 
+def named_tensors(x: Inputs) -> dict[str, Tensor]:
+    """Return the tensors of the inputs by name; a single tensor has the name ""."""
+    return {"": x} if isinstance(x, Tensor) else x
+
+
 def shapes_of(x: Inputs) -> str:
     """Return the shapes of the inputs, for messages."""
     if isinstance(x, Tensor):

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedloom.data.dataset import Column, Dataset, describe, validated
 from fedloom.data.targets import check_options, class_numbers, objective_for
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import KINDS, Inputs, InputSpec, Kind, map_inputs, tensors_of
+from fedloom.inputs import KINDS, Inputs, InputSpec, Kind, map_inputs, named_tensors, tensors_of
 from fedloom.objectives import Language, Objective
 
 log = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ def _vocabularies(
     least = objective.vocabulary if isinstance(objective, Language) else 0
     if vocabulary is None and not least:
         return None
-    named, spec = ({"": inputs} if isinstance(inputs, Tensor) else inputs), describe(inputs, kinds)
+    named, spec = named_tensors(inputs), describe(inputs, kinds)
     sizes = {f.name: int(named[f.name].max()) + 1 for f in spec.fields if f.kind == "token"}
     if vocabulary is not None and not (sizes or least):
         raise DataError(

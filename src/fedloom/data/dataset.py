@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import DataError
-from fedloom.inputs import Field, Inputs, InputSpec, Kind, tensors_of
+from fedloom.inputs import Field, Inputs, InputSpec, Kind, named_tensors, tensors_of
 from fedloom.objectives import Classification, Objective, Strata
 
 Column = npt.NDArray[Any]
@@ -116,9 +116,8 @@ def describe(
             floating point is numbers.
         levels: sizes of vocabularies and numbers of levels. Default: one more than the largest value.
     """
-    named = {"": inputs} if isinstance(inputs, Tensor) else inputs
     fields = []
-    for name, values in named.items():
+    for name, values in named_tensors(inputs).items():
         kind = (kinds or {}).get(name) or _kind(values)
         known = (levels or {}).get(name)
         if known is None and kind == "token":
@@ -155,7 +154,7 @@ def validated(dataset: Dataset) -> Dataset:
 
 def _check_integers(dataset: Dataset) -> None:
     """Raise DataError if a token or a category is not below its number of levels."""
-    named = {"": dataset.inputs} if isinstance(dataset.inputs, Tensor) else dataset.inputs
+    named = named_tensors(dataset.inputs)
     for part in dataset.spec.fields:
         if not part.is_integer:
             continue

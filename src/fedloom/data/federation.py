@@ -20,7 +20,7 @@ from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, shapes_of, tensors_of
+from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, named_tensors, shapes_of, tensors_of
 from fedloom.objectives import Objective
 from fedloom.rng import Stream
 
@@ -85,9 +85,8 @@ class Federation:
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for other processes, with examples as arrays, which pickle protocol 5 can share without a copy."""
         pool = self.dataset
-        fields = {"": pool.inputs} if isinstance(pool.inputs, Tensor) else pool.inputs
         rows = {
-            name: t if t.dtype is torch.bfloat16 else t.numpy() for name, t in fields.items()
+            name: t if t.dtype is torch.bfloat16 else t.numpy() for name, t in named_tensors(pool.inputs).items()
         }  # NumPy has no bfloat16
         none = torch.empty(0)
         dataset = replace(pool, inputs=none, targets=none)
@@ -204,7 +203,7 @@ class Federation:
     def prepared(self, inputs: Inputs) -> Inputs:
         """Return stored inputs of new examples as model inputs. Raise DataError if they do not fit the description of the data's inputs."""
         spec = self.dataset.spec
-        named = {"": inputs} if isinstance(inputs, Tensor) else inputs
+        named = named_tensors(inputs)
         if named.keys() != {part.name for part in spec.fields}:
             raise DataError(f"inputs: must be {spec}, like those of data={self.name}")
         for part in spec.fields:
@@ -319,7 +318,7 @@ LARGE = 20.0
 
 def _stored(dataset: Dataset, part: Field) -> Tensor:
     """Return one field of all examples, as stored."""
-    return dataset.inputs if isinstance(dataset.inputs, Tensor) else dataset.inputs[part.name]
+    return named_tensors(dataset.inputs)[part.name]
 
 
 def _tell_of_scale(dataset: Dataset) -> None:

@@ -10,6 +10,12 @@ from fedloom.errors import DataError
 
 TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 ARRAYS = (".npz", ".npy")
+SPLIT_WORDS = {
+    "train": "train", "training": "train",
+    "validation": "valid", "valid": "valid", "dev": "valid", "val": "valid",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+"""Names of splits, in folders and columns, in any case, and the split that each one means."""
 _TESTS = ("test", "valid", "validation")
 
 Files = tuple[list[Path], list[Path]]

@@ -177,8 +177,7 @@ def partition(
         return _from_file(dataset, clients, path, valid)
     if scheme == "own":
         return _own(dataset, clients, column or "client", valid, seed)
-    has_official = dataset.n_train < dataset.n_rows
-    fraction = _fraction(test_fraction, merge, merge or not has_official)
+    fraction = _fraction(dataset, test_fraction, merge)
     n_dealt = dataset.n_rows if merge else dataset.n_train
     stream = Stream(seed, "partition", scheme)
     settings: dict[str, Any]
@@ -197,8 +196,7 @@ def partition(
         settings |= ({"by": by} if by else {}) | ({"repair": True} if repair else {})
     made = {"name": scheme, **_pool(dataset), "clients": len(dealt), "min_examples": min_examples, **settings}
     made |= {"merge": merge, "test_fraction": fraction, "valid": valid, "seed": seed}
-    official = np.arange(dataset.n_train, dataset.n_rows) if has_official and not merge else None
-    return _split(dealt, fraction, valid=valid, official=official, settings=made, stream=stream, owners=names)
+    return _split(dataset, dealt, made, stream, names)
 
 
 def default_scheme(dataset: Dataset, merge: bool = True) -> str:
@@ -248,12 +246,9 @@ def given_partition(
     else:
         dealt = [np.asarray(rows, np.int64) for rows in values]
         _check_given(dealt, n_dealt)
-    has_official = dataset.n_train < dataset.n_rows
-    fraction = _fraction(test_fraction, merge, merge or not has_official)
+    fraction = _fraction(dataset, test_fraction, merge)
     made = {"name": "given", **_pool(dataset), "clients": len(dealt), "merge": merge, "test_fraction": fraction}
-    official = np.arange(dataset.n_train, dataset.n_rows) if has_official and not merge else None
-    settings = made | {"valid": valid, "seed": seed}
-    return _split(dealt, fraction, valid=valid, official=official, settings=settings, stream=stream, owners=names)
+    return _split(dataset, dealt, made | {"valid": valid, "seed": seed}, stream, names)
 
 
 def _check_given(dealt: Sequence[Rows], n_rows: int) -> None:
@@ -294,7 +289,8 @@ _DEALERS: Final[dict[str, tuple[Callable[..., list[Rows]], tuple[str, ...]]]] = 
 }
 
 
-def _fraction(test_fraction: float | None, merge: bool, must_split: bool) -> float:
+def _fraction(dataset: Dataset, test_fraction: float | None, merge: bool) -> float:
+    must_split = merge or dataset.n_train == dataset.n_rows
     fraction = (0.25 if merge else 0.0) if test_fraction is None else test_fraction
     if not 0 <= fraction < 1 or (fraction == 0 and must_split):
         allowed = "above 0 (there is no other test set) and below 1" if must_split else "at least 0 and below 1"
@@ -320,24 +316,20 @@ def _present(labels: Rows, clients: int | None, min_examples: int, settings: dic
 
 
 def _split(
-    dealt: Sequence[Rows],
-    fraction: float,
-    valid: float,
-    official: Rows | None,
-    settings: dict[str, Any],
-    stream: Stream,
-    owners: tuple[str, ...] = (),
+    dataset: Dataset, dealt: Sequence[Rows], scheme: dict[str, Any], stream: Stream, owners: tuple[str, ...]
 ) -> Partition:
+    """Hold out each client's test and validation examples, as the settings in `scheme` say."""
     train, held_out, test = [], [], []
     for i, rows in enumerate(dealt):
-        kept, tested = hold_out(rows, fraction, stream.child("test", i))
-        kept, validated = hold_out(kept, valid, stream.child("valid", i))
+        kept, tested = hold_out(rows, scheme["test_fraction"], stream.child("test", i))
+        kept, validated = hold_out(kept, scheme["valid"], stream.child("valid", i))
         train.append(kept)
         held_out.append(validated)
         test.append(tested)
-    common = _union(test) if official is None else official
+    has_official = not scheme["merge"] and dataset.n_train < dataset.n_rows
+    common = np.arange(dataset.n_train, dataset.n_rows) if has_official else _union(test)
     return Partition(
-        train=tuple(train), valid=tuple(held_out), test=tuple(test), common=common, scheme=settings, owners=owners
+        train=tuple(train), valid=tuple(held_out), test=tuple(test), common=common, scheme=scheme, owners=owners
     )
 
 

@@ -13,7 +13,8 @@ import torch
 
 from fedloom.data import cache
 from fedloom.data.dataset import Dataset, describe, validated
-from fedloom.data.picture_layout import SPLIT_WORDS, Layout, find_layout
+from fedloom.data.layouts import SPLIT_WORDS
+from fedloom.data.picture_layout import Layout, find_layout
 from fedloom.data.picture_metadata import Metadata, Targets, counted, read_metadata
 from fedloom.data.pictures import decode_picture
 from fedloom.data.subset import choose_rows

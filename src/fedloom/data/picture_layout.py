@@ -9,15 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from fedloom.data.layouts import SPLIT_WORDS
 from fedloom.data.picture_metadata import Metadata, Parts
 from fedloom.errors import DataError
 
-SPLIT_WORDS = {
-    "train": "train", "training": "train",
-    "validation": "valid", "valid": "valid", "dev": "valid", "val": "valid",
-    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
-}  # fmt: skip
-"""Names of split folders, in any case, and the split that each one means."""
 _SKIPPED = ("__MACOSX",)
 
 

@@ -53,10 +53,8 @@ def load(
     own = source.task if source else "classification"
     if task not in (None, own) and (source or name == "pfllib"):
         raise DataError(f"data.task={task}: data={name} is a {own} data set; remove data.task")
-    if owner is not None and (source or name == "pfllib" or path is None):
-        raise DataError(
-            f"data.owner={owner}: data={name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
-        )
+    if source or name == "pfllib" or path is None:
+        _refuse_owner(name, owner)
     if name == "pfllib":
         _refuse_options(name, table)
         if path is None or image_size is not None or rows is not None:
@@ -92,7 +90,7 @@ def _own_files(asked: _Asked, place: Path) -> Dataset:
         _refuse_options(asked.name, asked.table, asked.image_size)
         from fedloom.data import array_files
 
-        _refuse_owner(asked)
+        _refuse_owner(asked.name, asked.owner)
         return array_files.read_arrays(asked.name, arrays, task=asked.task, rows=asked.rows)
     tables = layouts.find_tables(place)
     if tables is None:
@@ -100,7 +98,7 @@ def _own_files(asked: _Asked, place: Path) -> Dataset:
 
         if picture_folders.is_picture_folder(place):
             return _pictures(asked, place)
-    _refuse_owner(asked)
+    _refuse_owner(asked.name, asked.owner)
     return _files(asked, place, tables)
 
 
@@ -109,8 +107,7 @@ def _pictures(asked: _Asked, place: Path) -> Dataset:
     from fedloom.data.picture_folders import read_pictures
 
     _refuse_options(asked.name, asked.table)
-    if asked.task == "language":
-        raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
+    _refuse_texts(asked.task)
     return read_pictures(
         asked.name,
         place,
@@ -123,12 +120,18 @@ def _pictures(asked: _Asked, place: Path) -> Dataset:
     )
 
 
-def _refuse_owner(asked: _Asked) -> None:
+def _refuse_owner(name: str, owner: str | None) -> None:
     """Raise DataError if `data.owner` is set, but the files are not a folder of pictures."""
-    if asked.owner is not None:
+    if owner is not None:
         raise DataError(
-            f"data.owner={asked.owner}: data={asked.name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
+            f"data.owner={owner}: data={name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
         )
+
+
+def _refuse_texts(task: str | None) -> None:
+    """Raise DataError for task=language, which files of pictures do not have."""
+    if task == "language":
+        raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
 
 
 def _files(asked: _Asked, path: str | Path | None, files: layouts.Files | None = None) -> Dataset:
@@ -139,8 +142,7 @@ def _files(asked: _Asked, path: str | Path | None, files: layouts.Files | None =
 
     if source or (files[0][0].suffix == ".parquet" and parquet.has_pictures(files[0][0])):
         _refuse_options(name, asked.table)
-        if asked.task == "language":
-            raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
+        _refuse_texts(asked.task)
         return parquet.read_parquet(
             name,
             files,

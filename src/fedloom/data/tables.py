@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from fedloom.data.dataset import Column, Dataset, describe, validated
-from fedloom.data.layouts import Files, TableOptions
+from fedloom.data.layouts import SPLIT_WORDS, Files, TableOptions
 from fedloom.data.parquet import LABELS
 from fedloom.data.subset import choose_rows
 from fedloom.data.table_columns import TableColumn, check_levels, looks_like_id, typed
@@ -25,10 +25,6 @@ from fedloom.errors import DataError, suggest
 from fedloom.inputs import Inputs
 
 log = logging.getLogger(__name__)
-
-_TRAIN = ("train", "training")
-_VALID = ("valid", "validation", "val", "dev")
-_TEST = ("test", "testing", "eval", "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +143,7 @@ def _split_column(raw: RawTable, options: TableOptions) -> str | None:
     if "split" not in raw.frame.columns or "split" in named or raw.n_train < len(raw.frame):
         return None
     words = {str(value).lower() for value in raw.frame["split"].unique()}
-    return "split" if words <= {*_TRAIN, *_VALID, *_TEST} and words & set(_TRAIN) else None
+    return "split" if words <= set(SPLIT_WORDS) and "train" in map(SPLIT_WORDS.get, words) else None
 
 
 def _by_split(raw: RawTable, column: str) -> RawTable:
@@ -155,11 +151,11 @@ def _by_split(raw: RawTable, column: str) -> RawTable:
     if raw.n_train < len(raw.frame):
         raise DataError(f"data.split={column}: {_title(raw)} already has a test file; remove data.split, or the file")
     words = np.char.lower(_names(raw, column))
-    known = (*_TRAIN, *_VALID, *_TEST)
     for row, word in enumerate(words.tolist()):
-        if word not in known:
+        if word not in SPLIT_WORDS:
             raise DataError(f"{raw.place(row)}, column '{column}': '{word}' is no split; use train, valid or test")
-    valid, test = np.isin(words, _VALID), np.isin(words, _TEST)
+    splits = np.array([SPLIT_WORDS[word] for word in words.tolist()])
+    valid, test = splits == "valid", splits == "test"
     if not test.any():
         valid, test = test, valid
     if valid.any():
