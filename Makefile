@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+# The tests start hundreds of processes. Without cached bytecode, each of them compiles torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: run test types tests test-deploy test-hf check clean
 
