@@ -81,13 +81,14 @@ def from_arrays(
     )
     if task == "language":
         _check_positions(inputs, kinds, values)
-    pool = Dataset(
+    pool = Dataset.described(
         name=name,
         inputs=inputs,
         targets=values,
         n_train=n_train,
         objective=objective,
-        spec=describe(inputs, kinds, _vocabularies(inputs, kinds, vocabulary, objective)),
+        kinds=kinds,
+        levels=_vocabularies(inputs, kinds, vocabulary, objective),
         columns={key: np.asarray(v) for key, v in (columns or {}).items()},
     )
     return validated(pool)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fedloom.data.dataset import Dataset, describe, validated
+from fedloom.data.dataset import Dataset, validated
 from fedloom.errors import DataError
 from fedloom.objectives import from_content
 
@@ -30,13 +30,12 @@ def load_cached(root: Path, name: str, key: str) -> Dataset | None:
         for column, values in facts["strings"].items():
             columns[column] = np.asarray(values)[columns[column]]
         return validated(
-            Dataset(
+            Dataset.described(
                 name=name,
                 inputs=tensors["images"],
                 targets=tensors["targets"],
                 n_train=facts["n_train"],
                 objective=from_content(facts["objective"]),
-                spec=describe(tensors["images"]),
                 columns=columns,
             )
         )

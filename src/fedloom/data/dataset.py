@@ -50,14 +50,35 @@ class Dataset:
         columns: Mapping[str, Column] | None = None,
     ) -> Dataset:
         """Return a pool of pictures (uint8) or numbers (floating point), with one class per example."""
+        objective = Classification(names=tuple(classes))
+        return cls.described(
+            name=name, inputs=images, targets=labels, n_train=n_train, objective=objective, columns=columns
+        )
+
+    @classmethod
+    def described(
+        cls,
+        *,
+        name: str,
+        inputs: Inputs,
+        targets: Tensor,
+        n_train: int,
+        objective: Objective,
+        kinds: Mapping[str, Kind] | None = None,
+        levels: Mapping[str, tuple[int, ...]] | None = None,
+        columns: Mapping[str, Column] | None = None,
+        normalise: str | None = None,
+    ) -> Dataset:
+        """Return a pool with the description of its inputs; `kinds` and `levels` as for `describe`."""
         return cls(
             name=name,
-            inputs=images,
-            targets=labels,
+            inputs=inputs,
+            targets=targets,
             n_train=n_train,
-            objective=Classification(names=tuple(classes)),
-            spec=describe(images),
+            objective=objective,
+            spec=describe(inputs, kinds, levels),
             columns=dict(columns or {}),
+            normalise=normalise,
         )
 
     @property

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 from fedloom.data.catalogue import SOURCES, Source
+from fedloom.data.layouts import TEST_NAMES
 from fedloom.errors import DataError, suggest
 
-_TEST_NAMES = ("test", "valid", "validation")
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
 
 
@@ -68,7 +68,7 @@ def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
         )
     if not places:
         return [], []
-    tests = (_shards(places[0], split) for split in _TEST_NAMES)
+    tests = (_shards(places[0], split) for split in TEST_NAMES)
     return _shards(places[0], "train"), next((files for files in tests if files), [])
 
 
@@ -105,7 +105,7 @@ def _download(name: str, source: Source, target: Path, first: Path) -> Path:
         from huggingface_hub import snapshot_download
 
         # The folder gets its final name when complete; an interrupted download continues in the partial folder.
-        wanted = [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *_TEST_NAMES)]
+        wanted = [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *TEST_NAMES)]
         snapshot_download(repo_id=source.hub, repo_type="dataset", allow_patterns=wanted, local_dir=partial)
         if not split_files(partial)[0]:
             raise DataError(f"data={name}: hub repository {source.hub} no longer has {wanted[0]}; {advice}")

@@ -16,7 +16,8 @@ SPLIT_WORDS = {
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 """Names of splits, in folders and columns, in any case, and the split that each one means."""
-_TESTS = ("test", "valid", "validation")
+TEST_NAMES = ("test", "valid", "validation")
+"""Names of test files, in order of preference."""
 
 Files = tuple[list[Path], list[Path]]
 """Training files and test files."""
@@ -83,7 +84,7 @@ def _check_exists(place: Path) -> None:
 
 
 def _tests(folder: Path) -> list[Path]:
-    return next((found for name in _TESTS if (found := _beside(folder, name))), [])
+    return next((found for name in TEST_NAMES if (found := _beside(folder, name))), [])
 
 
 def _beside(folder: Path, stem: str) -> list[Path]:

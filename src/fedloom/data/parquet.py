@@ -17,7 +17,7 @@ import torch
 
 from fedloom.data import cache
 from fedloom.data.catalogue import Source
-from fedloom.data.dataset import Column, Dataset, describe, validated
+from fedloom.data.dataset import Column, Dataset, validated
 from fedloom.data.pictures import decode_picture
 from fedloom.data.subset import choose_rows
 from fedloom.data.targets import objective_for
@@ -112,14 +112,8 @@ def _with_targets(
     images = torch.from_numpy(decode_picture(_encoded(files, layout.image, keep), int(keep.sum()), choice.image_size))
     values, objective = objective_for(choice.task, torch.from_numpy(targets[keep]), n_train, names=None)
     columns = {c: _column(table[c], layout.names.get(c))[keep] for c in layout.extra}
-    return Dataset(
-        name=name,
-        inputs=images,
-        targets=values,
-        n_train=n_train,
-        objective=objective,
-        spec=describe(images),
-        columns=columns,
+    return Dataset.described(
+        name=name, inputs=images, targets=values, n_train=n_train, objective=objective, columns=columns
     )
 
 

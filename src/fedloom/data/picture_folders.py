@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fedloom.data import cache
-from fedloom.data.dataset import Dataset, describe, validated
+from fedloom.data.dataset import Dataset, validated
 from fedloom.data.layouts import SPLIT_WORDS
 from fedloom.data.picture_layout import Layout, find_layout
 from fedloom.data.picture_metadata import Metadata, Targets, counted, read_metadata
@@ -26,10 +26,9 @@ log = logging.getLogger(__name__)
 _FORMAT = 1  # part of the cache key: increment it when decoding changes
 
 
-def is_picture_folder(path: str | Path | None) -> bool:
-    """Return whether `path` is a folder in which, down to one level below, there are no parquet files."""
-    folder = None if path is None else Path(path).expanduser()
-    return folder is not None and folder.is_dir() and not any(any(folder.glob(p)) for p in ("*.parquet", "*/*.parquet"))
+def is_picture_folder(folder: Path) -> bool:
+    """Return whether `folder` is a folder in which, down to one level below, there are no parquet files."""
+    return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
 
 
 def read_pictures(
@@ -77,14 +76,8 @@ def _decoded(
 ) -> Dataset:
     images = torch.from_numpy(decode_picture(((str(file), _bytes(file)) for file in files), len(files), image_size))
     values, objective = objective_for(task, torch.from_numpy(targets.values), n_train, names=targets.names)
-    return Dataset(
-        name=name,
-        inputs=images,
-        targets=values,
-        n_train=n_train,
-        objective=objective,
-        spec=describe(images),
-        columns=targets.columns,
+    return Dataset.described(
+        name=name, inputs=images, targets=values, n_train=n_train, objective=objective, columns=targets.columns
     )
 
 

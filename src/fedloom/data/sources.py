@@ -50,9 +50,8 @@ def load(
     if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
         raise DataError(f"data={name}: a name may contain only letters, digits, '-', '_' and '.'")
     source = SOURCES.get(name)
-    own = source.task if source else "classification"
-    if task not in (None, own) and (source or name == "pfllib"):
-        raise DataError(f"data.task={task}: data={name} is a {own} data set; remove data.task")
+    if (source or name == "pfllib") and task not in (None, usual := source.task if source else "classification"):
+        raise DataError(f"data.task={task}: data={name} is a {usual} data set; remove data.task")
     if source or name == "pfllib" or path is None:
         _refuse_owner(name, owner)
     if name == "pfllib":
@@ -150,7 +149,7 @@ def _files(asked: _Asked, path: str | Path | None, files: layouts.Files | None =
             image_size=asked.image_size,
             rows=asked.rows,
             cache_root=asked.cache,
-            task=asked.task or (source.task if source else "classification"),
+            task=asked.task or "classification",
         )
     _refuse_options(name, None, asked.image_size)
     from fedloom.data import tables  # pandas is slow to import

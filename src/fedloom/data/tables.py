@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 
-from fedloom.data.dataset import Column, Dataset, describe, validated
+from fedloom.data.dataset import Column, Dataset, validated
 from fedloom.data.layouts import SPLIT_WORDS, Files, TableOptions
 from fedloom.data.parquet import LABELS
 from fedloom.data.subset import choose_rows
@@ -69,13 +69,14 @@ def read_table(name: str, files: Files, options: TableOptions, *, task: str | No
     targets, names, task = labelled(labels, task, file)
     values, objective = objective_for(task, torch.from_numpy(targets[keep]), n_train, names=names)
     inputs, kinds, levels = _inputs(columns, keep, n_train, file)
-    pool = Dataset(
+    pool = Dataset.described(
         name=name,
         inputs=inputs,
         targets=values,
         n_train=n_train,
         objective=objective,
-        spec=describe(inputs, kinds, levels),
+        kinds=kinds,
+        levels=levels,
         columns={c: _names(raw, c)[keep] for c in dict.fromkeys((roles.owner, options.by)) if c},
         normalise="standard",
     )
