@@ -35,6 +35,7 @@ class Keys:
 CONVENTIONS = (
     Keys(x="x_train", y="y_train", x_test="x_test", y_test="y_test"),
     Keys(x="x", y="y", x_test="x_test", y_test="y_test"),
+    Keys(x="X_train", y="y_train", x_test="X_test", y_test="y_test"),
     Keys(x="X", y="y"),
     Keys(x="data", y="target"),
     Keys(x="data", y="labels"),

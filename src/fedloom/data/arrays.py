@@ -40,12 +40,14 @@ def from_arrays(
 ) -> Dataset:
     """Return a data set made from NumPy arrays, torch tensors or pandas tables. The arrays are copied.
 
-    Images with channels last, (N, H, W, C), are converted to channels first. Float images with integer values from 0 to
-    255 are converted to uint8. Both are logged.
+    Images with channels last, (N, H, W, C), are converted to channels first, alpha channels are dropped, and float images with
+    integer values from 0 to 255 are converted to uint8. Float images from 0 to 1 are scaled to [-1, 1] by default, as uint8 images are.
+    All of this is logged.
 
     Args:
         x: (N, C, H, W) uint8 images, finite floats of any shape (N, ...), or integers (N, T), which are token ids (0: padding). A
-            dictionary of such arrays is passed to the model by name, and a tuple by position.
+            dictionary of such arrays is passed to the model by name, and a tuple by position. The columns of a pandas table become
+            `numbers` and `categories`, like those of a parquet file, unless `kind` is given; they are standardised by default.
         y: targets. Classification: (N,) integers from 0, or names. Multi-label: (N, L) of 0 and 1. Regression: (N,) or (N, M) numbers.
             Language: (N, T) token ids, the next token at every position, or -100 if there is none.
         x_test, y_test: official test examples; give both or neither.
@@ -66,11 +68,20 @@ def from_arrays(
     check_options(task, classes, vocabulary, loss, delta)
     if classes is None and task in ("multilabel", "regression"):
         classes = _column_names(y)
-    named = _kinds(kind, x)
-    (inputs, kinds), targets = _inputs(x, "x", named), _array(y, "y")
-    n_train = len(targets)
-    if x_test is not None:
-        inputs, targets = _with_test(inputs, _inputs(x_test, "x_test", named)[0], targets, _array(y_test, "y_test"))
+    targets = _array(y, "y")
+    n_train, levels, normalise = len(targets), None, None
+    if hasattr(x, "columns") and kind is None:
+        from fedloom.data.frames import read_frame  # pandas is slow to import
+
+        (inputs, kinds, levels), normalise = read_frame(x, x_test), "standard"
+        targets = targets if x_test is None else _joined_targets(targets, _array(y_test, "y_test"))
+    else:
+        named = _kinds(kind, x)
+        inputs, kinds = _inputs(x, "x", named)
+        if x_test is not None:
+            inputs = _with_test(inputs, _inputs(x_test, "x_test", named)[0])
+            targets = _joined_targets(targets, _array(y_test, "y_test"))
+        normalise = _usual_scale(inputs, kinds)
     if any(len(values) != len(targets) for values in tensors_of(inputs)):
         n = len(tensors_of(inputs)[0])
         raise DataError(f"from_arrays: {n} inputs and {len(targets)} labels; each input must have one label")
@@ -88,8 +99,9 @@ def from_arrays(
         n_train=n_train,
         objective=objective,
         kinds=kinds,
-        levels=_vocabularies(inputs, kinds, vocabulary, objective),
+        levels=_vocabularies(inputs, kinds, vocabulary, objective) if levels is None else levels,
         columns={key: np.asarray(v) for key, v in (columns or {}).items()},
+        normalise=normalise,
     )
     return validated(pool)
 
@@ -138,8 +150,8 @@ def _inputs(x: Given, what: str, kinds: Mapping[str, Kind]) -> tuple[Inputs, dic
     return (found[""] if list(found) == [""] else found), told
 
 
-def _with_test(inputs: Inputs, more: Inputs, y: Any, y_test: Any) -> tuple[Inputs, Any]:
-    """Return the training examples followed by the test examples."""
+def _with_test(inputs: Inputs, more: Inputs) -> Inputs:
+    """Return the inputs of the training examples, followed by those of the test examples."""
     if isinstance(inputs, dict) != isinstance(more, dict) or (
         isinstance(inputs, dict) and isinstance(more, dict) and inputs.keys() != more.keys()
     ):
@@ -152,16 +164,39 @@ def _with_test(inputs: Inputs, more: Inputs, y: Any, y_test: Any) -> tuple[Input
             raise DataError(f"from_arrays: x_test is {_describe(b)} and x is {_describe(a)}; they must match")
         return torch.cat([a, b])
 
+    return map_inputs(joined, inputs, more)
+
+
+def _joined_targets(y: npt.NDArray[Any], y_test: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the targets of the training examples, followed by those of the test examples."""
     if y.shape[1:] != y_test.shape[1:]:
         raise DataError(f"from_arrays: y_test has shape {y_test.shape} and y has shape {y.shape}; they must match")
-    return map_inputs(joined, inputs, more), np.concatenate([y, y_test])
+    if (y.dtype.kind in "OUS") != (y_test.dtype.kind in "OUS"):
+        raise DataError(f"from_arrays: y_test has type {y_test.dtype} and y has type {y.dtype}; they must match")
+    return np.concatenate([y, y_test])
+
+
+def _usual_scale(inputs: Inputs, kinds: Mapping[str, Kind]) -> str | None:
+    """Return "half" for float images from 0 to 1, which are then scaled like uint8 images; otherwise None."""
+    if not isinstance(inputs, Tensor) or kinds[""] != "number" or inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
+        return None
+    if float(inputs.min()) < 0 or not 0 < float(inputs.max()) <= 1:
+        return None
+    log.warning(
+        "from_arrays: x holds images from 0 to 1; scaled to [-1, 1], as uint8 images are; to use them unchanged, set "
+        "data.normalise=none"
+    )
+    return "half"
 
 
 def _array(values: Any, what: str) -> npt.NDArray[Any]:
     """Return targets as an array."""
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype is torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
     found = _numpy(values, what)
+    if found.dtype.kind == "S":
+        found = np.char.decode(found, "utf-8", "replace")
     if found.ndim == 0 or len(found) == 0:
         raise DataError(f"from_arrays: {what} has shape {found.shape}; it must have one row per example")
     return found
@@ -235,9 +270,10 @@ def _as_pictures(tensor: Tensor, what: str) -> Tensor:
     if tensor.ndim == 3 and tensor.dtype == torch.uint8:
         log.warning("from_arrays: %s is %s; used as images with one channel", what, _describe(tensor))
         tensor = tensor[:, None]
-    if tensor.ndim == 4 and tensor.dtype == torch.uint8 and tensor.shape[3] == 4 and tensor.shape[1] not in (1, 3):
-        log.warning("from_arrays: %s is %s; its fourth channel (alpha) is dropped", what, _describe(tensor))
-        tensor = tensor[..., :3]
+    if tensor.ndim == 4 and tensor.dtype == torch.uint8 and 4 in (tensor.shape[1], tensor.shape[3]):
+        if not {1, 3} & {tensor.shape[1], tensor.shape[3]}:
+            log.warning("from_arrays: %s is %s; its fourth channel (alpha) is dropped", what, _describe(tensor))
+            tensor = tensor[..., :3] if tensor.shape[3] == 4 else tensor[:, :3]
     if tensor.ndim == 4 and tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3):
         log.warning("from_arrays: %s is %s; converted from channels last to channels first", what, _describe(tensor))
         tensor = tensor.permute(0, 3, 1, 2).contiguous()

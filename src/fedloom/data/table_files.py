@@ -203,12 +203,12 @@ def _parquet(file: Path) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{file}: cannot be read as a parquet file ({reason})") from error
     names = _checked_names([name.strip() for name in table.column_names], str(file))
-    columns = {name: _own_type(table.column(i), file, name) for i, name in enumerate(names)}
+    columns = {name: own_type(table.column(i), file, name) for i, name in enumerate(names)}
     return pd.DataFrame(columns), np.arange(1, table.num_rows + 1)
 
 
-def _own_type(values: Any, file: Path, name: str) -> pd.Series[Any]:
-    """Return a parquet column as float64, text or categorical values."""
+def own_type(values: Any, file: Path | str, name: str) -> pd.Series[Any]:
+    """Return a column of pyarrow as float64, text or categorical values."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         found: pd.Series[Any] = values.to_pandas()

@@ -9,10 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.data.table_columns import MAX_LEVELS, TableColumn
+from fedloom.data.targets import MANY
 from fedloom.errors import DataError
-
-MANY = 20
-"""Up to this number of different whole numbers, labels are classes by default."""
 
 Targets = tuple[npt.NDArray[Any], tuple[str, ...], str]
 """Targets, the names of classes, labels or targets, and the task."""

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from fedloom.data.table_files import RawTable, read_files
 from fedloom.data.table_targets import labelled
 from fedloom.data.targets import objective_for
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import Inputs
+from fedloom.inputs import Inputs, Kind
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +67,7 @@ def read_table(name: str, files: Files, options: TableOptions, *, task: str | No
         raise DataError(f"{file}: no training example is without missing values; set data.missing=fill")
     targets, names, task = labelled(labels, task, file)
     values, objective = objective_for(task, torch.from_numpy(targets[keep]), n_train, names=names)
-    inputs, kinds, levels = _inputs(columns, keep, n_train, file)
+    inputs, kinds, levels = column_inputs(columns, keep, n_train, file)
     pool = Dataset.described(
         name=name,
         inputs=inputs,
@@ -229,10 +228,12 @@ def _refuse_missing(raw: RawTable, columns: Sequence[TableColumn], remedy: str) 
         raise DataError(f"{'; '.join(places)}: no value; {int(lacking.sum()):,} missing values in all; {remedy}")
 
 
-def _inputs(
-    columns: Sequence[TableColumn], keep: npt.NDArray[np.bool_], n_train: int, file: str
-) -> tuple[Inputs, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Return the inputs, their kinds, and the numbers of levels."""
+TypedInputs = tuple[Inputs, dict[str, Kind], dict[str, tuple[int, ...]]]
+"""Inputs, their kinds, and the numbers of levels."""
+
+
+def column_inputs(columns: Sequence[TableColumn], keep: npt.NDArray[np.bool_], n_train: int, file: str) -> TypedInputs:
+    """Return `numbers` and `categories` of the rows to keep, or the numbers alone as one tensor."""
     numbers = [part for c in columns if c.kind == "number" for part in _filled(c, keep, n_train, file)]
     categories = [_with_missing(column) for column in columns if column.kind == "category"]
     inputs: dict[str, torch.Tensor] = {}

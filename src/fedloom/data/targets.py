@@ -16,6 +16,11 @@ from fedloom.objectives import OBJECTIVES, Classification, Language, MultiLabel,
 
 log = logging.getLogger(__name__)
 
+MANY = 20
+"""Up to this number of different whole numbers, labels are classes by default."""
+MAX_CLASSES = 1000
+"""Most classes without names."""
+
 
 def class_numbers(
     labels: npt.NDArray[Any], classes: Sequence[str] | None
@@ -46,7 +51,19 @@ def class_numbers(
             f"from_arrays: y is {shown}; labels must be (N,) integers from 0 or names; for numbers, set task='regression'"
         )
     labels = labels.astype(np.int64)
+    if classes is None:
+        _refuse_numbers(labels)
     return labels, tuple(classes) if classes is not None else _numbered(labels)
+
+
+def _refuse_numbers(labels: npt.NDArray[np.int64]) -> None:
+    """Raise DataError if labels look like numbers that are to be predicted, not like classes."""
+    n = len(np.unique(labels))
+    if int(labels.max()) >= MAX_CLASSES or (n > MANY and 2 * n > len(labels)):
+        raise DataError(
+            f"from_arrays: y has {n:,} different values up to {int(labels.max()):,} in {len(labels):,} examples, too many for classes; "
+            "set task='regression', or name the classes with classes="
+        )
 
 
 def _named(labels: npt.NDArray[Any], classes: Sequence[str] | None) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:

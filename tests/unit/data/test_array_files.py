@@ -18,7 +18,15 @@ def saved(folder, **arrays):
 
 @pytest.mark.parametrize(
     ("x", "y"),
-    [("x_train", "y_train"), ("x", "y"), ("X", "y"), ("data", "target"), ("data", "labels"), ("images", "labels")],
+    [
+        ("x_train", "y_train"),
+        ("X_train", "y_train"),
+        ("x", "y"),
+        ("X", "y"),
+        ("data", "target"),
+        ("data", "labels"),
+        ("images", "labels"),
+    ],
 )
 def test_names_of_arrays(tmp_path, x, y):
     pool = load("mine", saved(tmp_path, **{x: X, y: Y}))
@@ -54,6 +62,8 @@ def test_an_alpha_channel_is_dropped(caplog):
     rgba = np.arange(2 * 5 * 6 * 4, dtype=np.uint8).reshape(2, 5, 6, 4)
     assert np.array_equal(from_arrays(rgba, [0, 1]).images.numpy(), rgba[..., :3].transpose(0, 3, 1, 2))
     assert "alpha) is dropped" in caplog.text
+    first = rgba.transpose(0, 3, 1, 2)
+    assert np.array_equal(from_arrays(first, [0, 1]).images.numpy(), first[:, :3])
 
 
 def test_a_folder_of_npy_files(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.data import from_arrays
+from fedloom.data import Federation, from_arrays, partition
 from fedloom.errors import DataError
 
 
@@ -76,6 +76,76 @@ def test_float_pixels_become_bytes_and_other_floats_stay(caplog):
     assert "converted to uint8" in caplog.text
     for other in (pixels / 255, pixels + 0.5, pixels * 2, pixels - 128):
         assert from_arrays(other, np.array([0, 1, 0])).images.dtype == torch.float64
+
+
+def test_float_images_from_0_to_1_are_scaled_like_bytes(caplog):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 4, 4)).astype(np.uint8)
+    y = np.array([0, 1, 0, 1])
+    pools = from_arrays(pixels, y), from_arrays((pixels / 255).astype(np.float32), y)
+    assert "x holds images from 0 to 1; scaled to [-1, 1]" in caplog.text
+    (a, _), (b, _) = (Federation(pool, partition(pool, 1, scheme="iid", min_examples=2)).train(0) for pool in pools)
+    torch.testing.assert_close(a, b)
+    assert from_arrays(pixels / 255 - 0.5, y).normalise is None
+    assert from_arrays(pixels.reshape(4, -1) / 255, y).normalise is None
+
+
+def test_tables_of_pandas_become_numbers_and_categories():
+    import pandas as pd
+
+    table = pd.DataFrame({
+        "age": [30, 41, 52, 63, 74], "smokes": [True, False, True, False, True], "city": list("babab"),
+        "size": pd.Categorical(list("SLSLL"), ["S", "M", "L"]), "weight": pd.array([1.5, 2, 3, 4, 5], "Float64"),
+    })  # fmt: skip
+    before = table.copy(deep=True)
+    data = from_arrays(table[:4], [0, 1, 1, 0], table[4:], [1])
+    pd.testing.assert_frame_equal(table, before)
+    assert data.inputs["numbers"].tolist() == [[30, 1, 1.5], [41, 0, 2], [52, 1, 3], [63, 0, 4], [74, 1, 5]]
+    assert data.inputs["categories"].tolist() == [[2, 1], [1, 3], [2, 1], [1, 3], [2, 3]]
+    assert (data.spec.of("category").levels, data.normalise, data.n_train) == ((2, 3), "standard", 4)
+    data.inputs["numbers"].zero_()
+    assert table["age"].tolist() == [30, 41, 52, 63, 74]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"a": [1.0, np.nan, 2.0]}, r"x, row 1, column 'a': no value; 1 missing values in the column; fill or drop"),
+        ({"a": ["x", "y", "z"]}, "column 'a': has 3 different values in 3 rows, which looks like free text.*; drop it"),
+        ({"a": [1, "x", 2.5]}, "column 'a': has values of several types"),
+        ({"a": np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "M8[s]")}, "column 'a': has dates"),
+        ({"a": [[1], [2], [3]]}, "column 'a' has type list"),
+        ({}, r"x has shape \(0, 0\)"),
+    ],
+)
+def test_columns_of_pandas_that_do_not_fit_are_refused(columns, message):
+    import pandas as pd
+
+    with pytest.raises(DataError, match=message) as refused:
+        from_arrays(pd.DataFrame(columns), [0, 1, 1])
+    assert "\n" not in str(refused.value)
+
+
+def test_tables_for_training_and_test_have_the_same_columns():
+    import pandas as pd
+
+    table = pd.DataFrame({"a": [1.0, 2.0], "b": [1.0, 3.0]})
+    with pytest.raises(DataError, match="x_test must have the columns of x: a, b"):
+        from_arrays(table, [0, 1], table[["b", "a"]], [0, 1])
+    with pytest.raises(DataError, match="must both be tables"):
+        from_arrays(table, [0, 1], table.to_numpy(), [0, 1])
+    with pytest.raises(DataError, match=r"y_test has type .* they must match"):
+        from_arrays(table, [0, 1], table, ["0", "1"])
+
+
+def test_labels_that_look_like_numbers_are_refused(caplog):
+    x = np.zeros((60, 2), np.float32)
+    with pytest.raises(DataError, match=r"y has 60 different values .* set task='regression', or name the classes"):
+        from_arrays(x, np.arange(60))
+    with pytest.raises(DataError, match=r"up to 1,970 in 60 examples, too many for classes"):
+        from_arrays(x, np.repeat([0, 1970], 30))
+    assert from_arrays(x, np.arange(60), classes=[f"c{i}" for i in range(60)]).n_classes == 60
+    assert from_arrays(x, np.array([b"no", b"yes"] * 30)).classes == ("no", "yes")
+    assert from_arrays(x, torch.zeros(60, dtype=torch.bfloat16), task="regression").objective.mean == (0.0,)
 
 
 @pytest.mark.parametrize("kind", ["array", "read-only", "tensor"])

@@ -1,0 +1,66 @@
+"""Columns of pandas tables as inputs, by the rules for parquet files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from fedloom.data.table_columns import TableColumn, check_levels, typed
+from fedloom.data.table_files import own_type
+from fedloom.data.tables import TypedInputs, column_inputs
+from fedloom.errors import DataError
+
+
+def read_frame(x: Any, x_test: Any) -> TypedInputs:
+    """Return the inputs in the columns of a pandas table and of a table of test examples (None: none).
+
+    Every column is used, also one that looks like an identifier. Raise DataError if a value is missing, if a column has no clear type, or
+    if the tables have different columns.
+    """
+    whole = _whole(x, x_test)
+    columns = [_typed(whole, str(name)) for name in whole.columns]
+    for column in columns:
+        if column.missing.any():
+            row = int(np.flatnonzero(column.missing)[0])
+            raise DataError(
+                f"from_arrays: x, row {row}, column '{column.name}': no value; {int(column.missing.sum()):,} missing values in the "
+                "column; fill or drop them (pandas: fillna, dropna)"
+            )
+    return column_inputs(columns, np.ones(len(whole), dtype=bool), len(x), "from_arrays: x")
+
+
+def _whole(x: Any, x_test: Any) -> pd.DataFrame:
+    """Return the rows of both tables, with text as names of columns."""
+    frames = [x] if x_test is None else [x, x_test]
+    for frame in frames:
+        if not isinstance(frame, pd.DataFrame):
+            raise DataError("from_arrays: x and x_test must both be tables (pandas.DataFrame)")
+    names = [str(name) for name in x.columns]
+    if len(set(names)) < len(names):
+        raise DataError("from_arrays: x has two columns of the same name; rename one")
+    if x_test is not None and [str(name) for name in x_test.columns] != names:
+        raise DataError(f"from_arrays: x_test must have the columns of x: {', '.join(names)}")
+    if not len(x) or not names:
+        raise DataError(f"from_arrays: x has shape {x.shape}; it must have rows and columns")
+    whole: pd.DataFrame = pd.concat(frames, ignore_index=True)
+    whole.columns = pd.Index(names)
+    return whole
+
+
+def _typed(whole: pd.DataFrame, name: str) -> TableColumn:
+    """Return a column with its type. A column of pandas' categories may have any number of levels."""
+    try:
+        values = pa.chunked_array([pa.Array.from_pandas(whole[name])])
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"from_arrays: x, column '{name}': has values of several types ({reason})") from error
+    try:
+        column = typed(name, own_type(values, "from_arrays: x", name), file="from_arrays: x")
+        if not isinstance(whole[name].dtype, pd.CategoricalDtype):
+            check_levels(column, "from_arrays: x")
+    except DataError as error:
+        raise DataError(str(error).replace(f"set data.drop={name}", "drop it")) from None
+    return column
