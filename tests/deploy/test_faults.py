@@ -207,7 +207,7 @@ def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation,
         os.kill(number, signal.SIGKILL)
 
     faults = {
-        1: lambda: kill_program(b"proxy.py", own),
+        1: lambda: kill_program(b"fedloom.deploy.proxy", own),
         3: lambda: kill_program(b"flower-superlink", own),
         5: kill_worker,
     }

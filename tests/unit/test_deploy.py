@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import tomllib
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from cryptography import x509
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -47,12 +48,13 @@ from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
-from fedloom.deploy import certificates, proxy, server, superlink_store, supernode
+from fedloom.deploy import certificates, doors, node_keys, proxy, server, superlink_store, supernode
 from fedloom.deploy.agent import WorkerProcess
 from fedloom.deploy.folder import Deployment, NodeFile, create_deployment, read_file
 from fedloom.deploy.local import LocalFederation
 from fedloom.deploy.messages import Assignment, Hello, open_envelope, seal
-from fedloom.deploy.proxy import NodeKeys, allowed, make_app, make_server
+from fedloom.deploy.node_keys import KeyRing, key_line, read_key
+from fedloom.deploy.proxy import allowed, make_app, make_server
 from fedloom.deploy.server import is_open, proxy_command, run_server, superlink_command
 from fedloom.deploy.services import (
     Service,
@@ -169,7 +171,7 @@ def test_the_superlink_listens_on_the_loopback_alone_and_asks_for_keys(folder):
 )
 def test_the_proxy_listens_where_nodes_look_for_it(tmp_path, host, listens, address):
     made = create_deployment(tmp_path / "ward", {"clients": 1}, 1, [host])
-    assert proxy_command(made)[3] == listens
+    assert proxy_command(made)[4] == listens
     assert read_file(tmp_path / "ward/node-0/node.toml", NodeFile, "a node's folder").server == address
     assert f"at `{address}`" in (tmp_path / "ward/README.md").read_text()
 
@@ -385,9 +387,9 @@ class Proxied:
         self.reached: list[tuple[str, bytes, str | None]] = []
         inner = Starlette(routes=[Route("/{path:path}", self.tell, methods=["GET", "POST"])])
         client = httpx.AsyncClient(transport=transport or httpx.ASGITransport(inner))
-        (folder / "keys").mkdir()
+        (folder / "keys").mkdir(parents=True)
         (folder / "keys/node-0.pub").write_bytes(certificates.node_key_bytes(NODE_KEY)[1])
-        self.app = make_app("https://127.0.0.1:9091", client, NodeKeys(folder / "keys"))
+        self.app = make_app("https://127.0.0.1:9091", client, KeyRing(folder / "keys"))
 
     async def tell(self, request):
         self.reached.append((request.url.path, await request.body(), request.headers.get("x-more")))
@@ -468,14 +470,15 @@ def test_a_large_body_has_more_time(tmp_path, monkeypatch):
     assert proxied.ask("POST", "/v1/fleet/push-object", content=slowly(1)).status_code == 408
 
 
+UNKNOWN, CLOCK, INVALID = "its key is not among", "its clock differs", "its signature is not valid"
 STRANGERS = {
-    "another key": lambda: signed(certificates.new_node_key()),
-    "an old signature": lambda: signed(age_s=306),
-    "a signature of the future": lambda: signed(age_s=-6),
-    "a signature of other words": lambda: signed(text="2020-01-01T00:00:00+00:00"),
-    "no time zone": lambda: signed() | {"flwr-timestamp": "2026-01-01T00:00:00"},
-    "no base64": lambda: signed() | {"flwr-signature": "é"},
-    "no signature": lambda: {"flwr-signature": ""},
+    "another key": (lambda: signed(certificates.new_node_key()), UNKNOWN),
+    "an old signature": (lambda: signed(age_s=306), CLOCK),
+    "a signature of the future": (lambda: signed(age_s=-6), CLOCK),
+    "a signature of other words": (lambda: signed(text="2020-01-01T00:00:00+00:00"), INVALID),
+    "no time zone": (lambda: signed() | {"flwr-timestamp": "2026-01-01T00:00:00"}, INVALID),
+    "no base64": (lambda: signed() | {"flwr-signature": "é"}, INVALID),
+    "no signature": (lambda: {"flwr-signature": ""}, INVALID),
 }
 
 
@@ -486,7 +489,7 @@ def test_the_proxy_reads_nothing_from_strangers(tmp_path, who):
         yield b""
 
     proxied = Proxied(tmp_path)
-    headers = [(name, value.encode()) for name, value in (signed() | STRANGERS[who]()).items()]
+    headers = [(name, value.encode()) for name, value in (signed() | STRANGERS[who][0]()).items()]
 
     async def send():
         transport = httpx.ASGITransport(proxied.app)
@@ -495,17 +498,92 @@ def test_the_proxy_reads_nothing_from_strangers(tmp_path, who):
 
     answer = asyncio.run(send())
     assert (answer.status_code, answer.headers["connection"]) == (412, "close")
-    assert "its key is not among this federation's keys" in answer.json()["detail"]
+    assert STRANGERS[who][1] in answer.json()["detail"]
     assert proxied.reached == []
 
 
 def test_a_key_may_be_added_and_removed_while_the_proxy_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(proxy, "REREAD_S", 0.0)
+    monkeypatch.setattr(node_keys, "REREAD_S", 0.0)
     proxied = Proxied(tmp_path)
     (tmp_path / "keys/node-0.pub").rename(tmp_path / "node-0.pub")
     assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 412
     (tmp_path / "node-0.pub").rename(tmp_path / "keys/node-0.pub")
     assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 201
+
+
+def twin(headers):
+    """Return the headers with the second valid signature of an ECDSA signature, which anyone can compute."""
+    order = int("ffffffffffffffffffffffffffffffffffffffffffffffffc7634d81f4372ddf581a0db248b0a77aecec196accc52973", 16)
+    r, s = decode_dss_signature(b64decode(headers["flwr-signature"]))
+    return headers | {"flwr-signature": b64encode(encode_dss_signature(r, order - s)).decode()}
+
+
+def test_a_signed_request_is_accepted_once(tmp_path):
+    proxied, headers = Proxied(tmp_path), signed()
+    assert proxied.ask("POST", "/v1/fleet/push-object", headers).status_code == 201
+    for again in (headers, twin(headers)):
+        answer = proxied.ask("POST", "/v1/fleet/pull-object", again)
+        assert (answer.status_code, answer.text) == (401, "the request was sent before")
+    assert proxied.ask("POST", "/v1/fleet/push-object", twin(signed())).status_code == 201
+    assert len(proxied.reached) == 2
+
+
+def test_requests_are_remembered_as_long_as_they_are_valid_and_no_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(node_keys, "MAX_REMEMBERED", 2)
+    proxied = Proxied(tmp_path)
+    codes = [proxied.ask("POST", "/v1/fleet/push-object").status_code for _ in range(3)]
+    assert codes == [201, 201, 503]
+    monkeypatch.setattr(node_keys, "REMEMBERED_S", 0.0)
+    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 201
+
+
+def test_a_key_is_accepted_until_it_expires(tmp_path):
+    proxied = Proxied(tmp_path)
+    file, public = tmp_path / "keys/node-0.pub", certificates.node_key_bytes(NODE_KEY)[1]
+    file.write_bytes(key_line(public, datetime.now(UTC) + timedelta(seconds=60)))
+    assert read_key(file).node == "node-0"
+    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 201
+    file.write_bytes(key_line(public, datetime.now(UTC) - timedelta(seconds=1)))
+    answer = Proxied(tmp_path / "other").ask("POST", "/v1/fleet/push-object")
+    assert answer.status_code == 201
+    ring = KeyRing(tmp_path / "keys")
+    assert "its key expired on" in ring.signer(signed()).reason
+
+
+@pytest.mark.parametrize("content", [b"", b"ssh-ed25519 AAAA", b"junk\n", b"{until}"])
+def test_a_broken_key_file_shuts_out_no_other_node(tmp_path, capsys, content):
+    proxied = Proxied(tmp_path)
+    public = certificates.node_key_bytes(NODE_KEY)[1].strip()
+    (tmp_path / "keys/broken.pub").write_bytes(content.replace(b"{until}", public + b" until=tomorrow"))
+    with pytest.raises(ValueError, match=r"broken.pub: is not"):
+        read_key(tmp_path / "keys/broken.pub")
+    assert proxied.ask("POST", "/v1/fleet/push-object").status_code == 201
+    assert "ignored: " in capsys.readouterr().err
+
+
+def test_a_body_must_keep_a_lowest_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(proxy, "STEP_S", 0.2)
+    monkeypatch.setattr(proxy, "GRACE_S", 0.2)
+    monkeypatch.setattr(proxy, "LOWEST_RATE", 1000)  # 200 bytes in each 0.2 s
+
+    async def body(sizes):
+        for size in sizes:
+            yield bytes(size)
+            await asyncio.sleep(0.1)
+
+    proxied = Proxied(tmp_path)
+    for sizes, status in (([900] * 8, 201), ([300, *[20] * 8], 408), ([1] * 8, 408), ([20] * 2, 201)):
+        assert proxied.ask("POST", "/v1/fleet/push-object", content=body(sizes)).status_code == status, sizes
+
+
+def test_the_superlink_may_take_longer_than_a_body(tmp_path, monkeypatch):
+    monkeypatch.setattr(proxy, "TIMEOUT_S", 0.1)
+
+    async def slow(request):
+        await asyncio.sleep(0.3)
+        return httpx.Response(200)
+
+    assert Proxied(tmp_path, httpx.MockTransport(slow)).ask("POST", "/v1/fleet/pull-messages").status_code == 200
 
 
 @contextlib.contextmanager
@@ -550,7 +628,7 @@ REFUSED = b"POST /no HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\n"
     ids=["no handshake", "nothing", "half a header", "an answer and a part of a body"],
 )
 def test_the_proxy_cuts_off_connections_without_a_complete_header(folder, monkeypatch, tls, words):
-    monkeypatch.setattr(proxy, "HEADER_S", 0.5)
+    monkeypatch.setattr(doors, "HEADER_S", 0.5)
     with serving(folder / "server") as port, connect(folder / "server", port, tls=tls) as silent:
         silent.sendall(words)
         if words == REFUSED:  # part of its body comes after the answer
@@ -566,8 +644,42 @@ def test_the_proxy_refuses_a_header_without_an_end(folder):
         assert endless.recv(1024).startswith(b"HTTP/1.1 400 ")
 
 
+@pytest.mark.parametrize("limit", ["MAX_HANDSHAKES", "HANDSHAKES_PER_ADDRESS"])
+def test_unfinished_handshakes_shut_nobody_out(folder, monkeypatch, limit):
+    monkeypatch.setattr(doors, limit, 3)
+    with serving(folder / "server") as port, contextlib.ExitStack() as stack:
+        raw = [stack.enter_context(connect(folder / "server", port, tls=False)) for _ in range(9)]
+        assert is_cut_off(raw[0], 4)
+        assert is_answered(stack.enter_context(connect(folder / "server", port)), request_of(folder, 0))
+        assert not is_cut_off(raw[-1], 0.3)
+
+
+def test_what_arrives_with_the_end_of_a_handshake_is_answered(folder):
+    context = ssl.create_default_context(cafile=str(folder / "server/ca.crt"))
+    with serving(folder / "server") as port, socket.create_connection(("127.0.0.1", port), 20) as raw:
+        arrived, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        end = context.wrap_bio(arrived, sent, server_hostname="127.0.0.1")
+        while True:
+            try:
+                end.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                raw.sendall(sent.read())
+                arrived.write(raw.recv(65536))
+        end.write(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+        raw.sendall(sent.read())  # the client's last message and its request, at once
+        arrived.write(raw.recv(65536))
+        received = b""
+        while b"403" not in received:
+            try:
+                received += end.read(1024)
+            except ssl.SSLWantReadError:
+                arrived.write(raw.recv(65536))
+        assert received.startswith(b"HTTP/1.1 403 ")
+
+
 def test_the_proxy_keeps_connections_that_are_being_answered(folder, monkeypatch):
-    monkeypatch.setattr(proxy, "HEADER_S", 0.5)
+    monkeypatch.setattr(doors, "HEADER_S", 0.5)
     whole = request_of(folder, 1)
     with serving(folder / "server") as port, connect(folder / "server", port) as node:
         for part in (whole[:9], whole[9:]):
@@ -598,8 +710,8 @@ def is_answered(connection, header):
 
 @pytest.mark.parametrize("limit", ["MAX_CONNECTIONS", "PER_ADDRESS"])
 def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch, limit):
-    monkeypatch.setattr(proxy, limit, 2)
-    monkeypatch.setattr(proxy, "PER_NODE", 0 if limit == "PER_ADDRESS" else 4)
+    monkeypatch.setattr(doors, limit, 2)
+    monkeypatch.setattr(doors, "PER_NODE", 0 if limit == "PER_ADDRESS" else 4)
     with serving(folder / "server") as port, contextlib.ExitStack() as stack:
         first, second = (stack.enter_context(connect(folder / "server", port)) for _ in range(2))
         for each in (first, second):
@@ -612,7 +724,7 @@ def test_the_proxy_cuts_off_connections_beyond_its_limit(folder, monkeypatch, li
 
 
 def test_strangers_cannot_take_all_connections(folder, monkeypatch):
-    monkeypatch.setattr(proxy, "MAX_UNKNOWN", 2)
+    monkeypatch.setattr(doors, "MAX_UNKNOWN", 2)
     with serving(folder / "server") as port, contextlib.ExitStack() as stack:
         known = [stack.enter_context(connect(folder / "server", port)) for _ in range(2)]
         for each in known:
@@ -627,8 +739,8 @@ def test_strangers_cannot_take_all_connections(folder, monkeypatch):
 
 @pytest.mark.parametrize("limit", ["MAX_UNKNOWN", "PER_ADDRESS"])
 def test_a_node_is_answered_while_strangers_hold_connections(folder, monkeypatch, limit):
-    monkeypatch.setattr(proxy, limit, 3)
-    monkeypatch.setattr(proxy, "PER_NODE", 0 if limit == "PER_ADDRESS" else 8)
+    monkeypatch.setattr(doors, limit, 3)
+    monkeypatch.setattr(doors, "PER_NODE", 0 if limit == "PER_ADDRESS" else 8)
     refused = b"POST /v1/fleet/x HTTP/1.1\r\nhost: h\r\ncontent-length: 100\r\n\r\nx"
     with serving(folder / "server") as port, contextlib.ExitStack() as stack:
         for words in (b"", refused) * 4:

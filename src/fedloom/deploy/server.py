@@ -13,7 +13,7 @@ from pathlib import Path
 from fedloom.deploy import superlink_store
 from fedloom.deploy.folder import Deployment
 from fedloom.deploy.grid import LinkError, register_nodes
-from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, require_free, script
+from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, module, require_free
 
 log = logging.getLogger("fedloom.experiment.server_hooks")
 START_S = 60.0  # how long the SuperLink may take to start
@@ -34,7 +34,7 @@ def proxy_command(deployment: Deployment) -> list[str]:
     """Return the command line of the proxy."""
     file = deployment.file
     listens, _ = proxy_hosts(file.host)
-    return [*script("proxy"), listens, str(file.port), str(file.superlink_port), str(deployment.server)]
+    return [*module("proxy"), listens, str(file.port), str(file.superlink_port), str(deployment.server)]
 
 
 def proxy_hosts(host: str) -> tuple[str, str]:

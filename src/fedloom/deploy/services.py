@@ -97,6 +97,11 @@ def leashed(command: Sequence[str]) -> list[str]:
     return [*script("leash"), *command]
 
 
+def module(name: str) -> list[str]:
+    """Return the first words of a command that runs a module of this package, without the current folder on its path."""
+    return [sys.executable, "-P", "-m", f"fedloom.deploy.{name}"]
+
+
 def script(name: str) -> list[str]:
     """Return the first words of a command that runs a module of this package by its path, without importing fedloom."""
     return [sys.executable, "-P", str(Path(__file__).with_name(f"{name}.py"))]
