@@ -303,7 +303,7 @@ def test_predictions_are_in_the_terms_of_the_data(run):
     assert 25 < said.mean() < 346
     with pytest.raises(UsageError, match="client=3: must be from 0 to 2"):
         done.predict(3, stored.images[:1].numpy())
-    with pytest.raises(UsageError, match=r"inputs: must be number .10,., like those of data=diabetes"):
+    with pytest.raises(UsageError, match=r"inputs: must be number .10,., as in training"):
         done.predict(0, stored.images[:1, :4].numpy())
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedloom.data.dataset import Column, Dataset, describe, validated
+from fedloom.data.preprocess import Part
 from fedloom.data.targets import check_options, class_numbers, objective_for
 from fedloom.errors import DataError, suggest
 from fedloom.inputs import KINDS, Inputs, InputSpec, Kind, map_inputs, named_tensors, tensors_of
@@ -69,11 +70,13 @@ def from_arrays(
     if classes is None and task in ("multilabel", "regression"):
         classes = _column_names(y)
     targets = _array(y, "y")
-    n_train, levels, normalise = len(targets), None, None
+    n_train, kinds, parts = len(targets), dict[str, Kind](), tuple[Part, ...]()
+    normalise: str | None = None
     if hasattr(x, "columns") and kind is None:
         from fedloom.data.frames import read_frame  # pandas is slow to import
 
-        (inputs, kinds, levels), normalise = read_frame(x, x_test), "standard"
+        (inputs, parts), normalise = read_frame(x, x_test), "standard"
+        kinds = {part.name: part.kind for part in parts}
         targets = targets if x_test is None else _joined_targets(targets, _array(y_test, "y_test"))
     else:
         named = _kinds(kind, x)
@@ -99,9 +102,10 @@ def from_arrays(
         n_train=n_train,
         objective=objective,
         kinds=kinds,
-        levels=_vocabularies(inputs, kinds, vocabulary, objective) if levels is None else levels,
+        levels=_vocabularies(inputs, kinds, vocabulary, objective),
         columns={key: np.asarray(v) for key, v in (columns or {}).items()},
         normalise=normalise,
+        parts=parts,
     )
     return validated(pool)
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fedloom.data.preprocess import NumberInput, Part, PictureInput, Preprocess, Scaling, TableFormat, part_of
 from fedloom.errors import DataError
 from fedloom.inputs import Field, Inputs, InputSpec, Kind, named_tensors, tensors_of
 from fedloom.objectives import Classification, Objective, Strata
@@ -27,6 +28,7 @@ class Dataset:
     numbers floating point, tokens and categories integers. `targets` have the form that `objective` needs, such as (N,) int64 class
     labels.
     `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
+    `parts` say how raw values become `inputs`, field by field; by default they come from arrays. `table` says how a table was read.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Dataset:
     spec: InputSpec
     columns: dict[str, Column] = field(default_factory=dict)
     normalise: str | None = None
+    parts: tuple[Part, ...] = ()
+    table: TableFormat | None = None
 
     @classmethod
     def labelled(
@@ -68,17 +72,21 @@ class Dataset:
         levels: Mapping[str, tuple[int, ...]] | None = None,
         columns: Mapping[str, Column] | None = None,
         normalise: str | None = None,
+        parts: tuple[Part, ...] = (),
+        table: TableFormat | None = None,
     ) -> Dataset:
-        """Return a pool with the description of its inputs; `kinds` and `levels` as for `describe`."""
+        """Return a pool with the description of its inputs, from `parts` or, as in `describe`, from `kinds` and `levels`."""
         return cls(
             name=name,
             inputs=inputs,
             targets=targets,
             n_train=n_train,
             objective=objective,
-            spec=describe(inputs, kinds, levels),
+            spec=InputSpec(tuple(part.field for part in parts)) if parts else describe(inputs, kinds, levels),
             columns=dict(columns or {}),
             normalise=normalise,
+            parts=parts,
+            table=table,
         )
 
     @property
@@ -114,6 +122,18 @@ class Dataset:
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one input: (C, H, W) for pictures, (D,) for flat features; of the first one if there are several."""
         return self.spec.shape
+
+    def preprocess(self, scaling: Mapping[str, Scaling] | None = None) -> Preprocess:
+        """Return how raw values become model inputs. `scaling`: of each picture and number field, by name; default: none."""
+        parts = self.parts or tuple(map(part_of, self.spec.fields))
+        given = scaling or {}
+        scaled = tuple(
+            part.scaled(given[part.name])
+            if isinstance(part, PictureInput | NumberInput) and part.name in given
+            else part
+            for part in parts
+        )
+        return Preprocess(data=self.name, inputs=scaled, objective=self.objective, table=self.table)
 
     def strata(self, bins: int = 10) -> Strata:
         """Return groups of examples by target: classes, rarest labels or quantile bins; one group if the task has none."""

@@ -18,9 +18,10 @@ from fedloom.data import augment as augmentation
 from fedloom.data.augment import AUGMENTS
 from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
+from fedloom.data.preprocess import Preprocess, Scaling, model_input
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, named_tensors, shapes_of, tensors_of
+from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, named_tensors, tensors_of
 from fedloom.objectives import Objective
 from fedloom.rng import Stream
 
@@ -73,7 +74,7 @@ class Federation:
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
         usual = not chosen and dataset.normalise is None  # then every field has the default of its kind
-        self._scaling = {
+        self._scaling: dict[str, Scaling] = {
             f.name: _scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise)
             for f in dataset.spec.fields
             if not f.is_integer
@@ -202,33 +203,16 @@ class Federation:
 
     def prepared(self, inputs: Inputs) -> Inputs:
         """Return stored inputs of new examples as model inputs. Raise DataError if they do not fit the description of the data's inputs."""
-        spec = self.dataset.spec
-        named = named_tensors(inputs)
-        if named.keys() != {part.name for part in spec.fields}:
-            raise DataError(f"inputs: must be {spec}, like those of data={self.name}")
-        for part in spec.fields:
-            values = named[part.name]
-            if tuple(values.shape[1:]) != part.shape or (values.dtype == torch.uint8) < (part.kind == "picture"):
-                raise DataError(
-                    f"inputs: must be {spec}, like those of data={self.name}, but have shape {shapes_of(inputs)}"
-                )
-            if part.is_integer and bool((values.to(torch.int64) >= torch.tensor(part.bounds)).any()):
-                raise DataError(
-                    f"inputs: {part.kind} values must be below {max(part.bounds)}, but one is {int(values.max())}"
-                )
-        found = {part.name: self._scaled(part, named[part.name]) for part in spec.fields}
-        return found[""] if spec.is_single else found
+        return self.preprocess.prepared(inputs)
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How raw values become model inputs."""
+        return self.dataset.preprocess(self._scaling)
 
     def _scaled(self, part: Field, values: Tensor) -> Tensor:
         """Return one stored input tensor as a model input."""
-        dtype = torch.get_default_dtype()
-        if part.is_integer:
-            return values.to(torch.int64)
-        x = values.to(dtype)
-        scale, shift = self._scaling[part.name]
-        # expanded to the shape of an example: with broadcasting, addcmul gives identical results but takes four times as long
-        shift, scale = (value.to(dtype).expand(part.shape).contiguous() for value in (shift, scale))
-        return torch.addcmul(shift, x, scale)
+        return model_input(part, values, self._scaling.get(part.name))
 
     def on(self, device: torch.device) -> Federation:
         """Return a federation whose examples are stored and normalised on a device."""

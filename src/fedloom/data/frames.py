@@ -29,7 +29,7 @@ def read_frame(x: Any, x_test: Any) -> TypedInputs:
                 f"from_arrays: x, row {row}, column '{column.name}': no value; {int(column.missing.sum()):,} missing values in the "
                 "column; fill or drop them (pandas: fillna, dropna)"
             )
-    return column_inputs(columns, np.ones(len(whole), dtype=bool), len(x), "from_arrays: x")
+    return column_inputs(columns, len(x), "from_arrays: x")
 
 
 def _whole(x: Any, x_test: Any) -> pd.DataFrame:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedloom.data import hub, layouts, pfllib
 from fedloom.data.catalogue import SOURCES
 from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import TableOptions
+from fedloom.data.preprocess import part_of
 from fedloom.errors import DataError
 
 
@@ -63,11 +64,17 @@ def load(
         _refuse_options(name, table)
         from fedloom.data import embedded
 
-        return embedded.load_embedded(name, image_size, rows)
+        return _resized(embedded.load_embedded(name, image_size, rows), image_size)
     root = hub.cache_root(cache)
     options = table or TableOptions()
     asked = _Asked(name=name, image_size=image_size, rows=rows, task=task, owner=owner, table=options, cache=root)
-    return _own_files(asked, Path(path).expanduser()) if path and not source else _files(asked, path)
+    pool = _own_files(asked, Path(path).expanduser()) if path and not source else _files(asked, path)
+    return _resized(pool, image_size)
+
+
+def _resized(pool: Dataset, image_size: int | None) -> Dataset:
+    """Return the data set, with the fact that pictures of other sizes are resized."""
+    return pool if image_size is None else replace(pool, parts=tuple(part_of(f, resize=True) for f in pool.spec.fields))
 
 
 @dataclass(frozen=True, kw_only=True)

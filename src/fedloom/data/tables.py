@@ -15,13 +15,22 @@ import torch
 from fedloom.data.dataset import Column, Dataset, validated
 from fedloom.data.layouts import SPLIT_WORDS, Files, TableOptions
 from fedloom.data.parquet import LABELS
+from fedloom.data.preprocess import (
+    LARGEST,
+    CategoryColumn,
+    CategoryInput,
+    NumberColumn,
+    NumberInput,
+    Part,
+    TableFormat,
+)
 from fedloom.data.subset import choose_rows
 from fedloom.data.table_columns import TableColumn, check_levels, looks_like_id, typed
 from fedloom.data.table_files import RawTable, read_files
 from fedloom.data.table_targets import labelled
 from fedloom.data.targets import objective_for
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import Inputs, Kind
+from fedloom.inputs import Inputs
 
 log = logging.getLogger(__name__)
 
@@ -67,15 +76,23 @@ def read_table(name: str, files: Files, options: TableOptions, *, task: str | No
         raise DataError(f"{file}: no training example is without missing values; set data.missing=fill")
     targets, names, task = labelled(labels, task, file)
     values, objective = objective_for(task, torch.from_numpy(targets[keep]), n_train, names=names)
-    inputs, kinds, levels = column_inputs(columns, keep, n_train, file)
+    columns = [replace(column, values=column.values[keep]) for column in columns]
+    inputs, parts = column_inputs(columns, n_train, file, fills=options.missing == "fill")
+    used = {column.name for column in columns}
     pool = Dataset.described(
         name=name,
         inputs=inputs,
         targets=values,
         n_train=n_train,
         objective=objective,
-        kinds=kinds,
-        levels=levels,
+        parts=parts,
+        table=TableFormat(
+            labels=roles.labels,
+            others=tuple(str(c) for c in raw.frame.columns if c not in used),
+            missing_values=options.missing_values,
+            decimal=options.decimal,
+            encoding=options.encoding,
+        ),
         columns={c: _names(raw, c)[keep] for c in dict.fromkeys((roles.owner, options.by)) if c},
         normalise="standard",
     )
@@ -228,35 +245,39 @@ def _refuse_missing(raw: RawTable, columns: Sequence[TableColumn], remedy: str) 
         raise DataError(f"{'; '.join(places)}: no value; {int(lacking.sum()):,} missing values in all; {remedy}")
 
 
-TypedInputs = tuple[Inputs, dict[str, Kind], dict[str, tuple[int, ...]]]
-"""Inputs, their kinds, and the numbers of levels."""
+TypedInputs = tuple[Inputs, tuple[Part, ...]]
+"""Inputs, and how they were made from columns."""
 
 
-def column_inputs(columns: Sequence[TableColumn], keep: npt.NDArray[np.bool_], n_train: int, file: str) -> TypedInputs:
-    """Return `numbers` and `categories` of the rows to keep, or the numbers alone as one tensor."""
-    numbers = [part for c in columns if c.kind == "number" for part in _filled(c, keep, n_train, file)]
+def column_inputs(columns: Sequence[TableColumn], n_train: int, file: str, *, fills: bool = False) -> TypedInputs:
+    """Return `numbers` and `categories`, or the numbers alone as one tensor. `fills`: whether missing numbers become the training mean."""
+    numbers = [column for column in columns if column.kind == "number"]
     categories = [_with_missing(column) for column in columns if column.kind == "category"]
-    inputs: dict[str, torch.Tensor] = {}
+    inputs, parts = dict[str, torch.Tensor](), list[Part]()
     if numbers:
-        inputs["numbers"] = torch.from_numpy(np.stack(numbers, axis=1))
-    if not categories:
-        return inputs["numbers"], {"": "number"}, {}
-    ids = np.stack([column.values[keep] + 1 for column in categories], axis=1)
-    levels = tuple(len(column.levels) for column in categories)
-    inputs["categories"] = torch.from_numpy(ids.astype(np.uint8 if max(levels) < 256 else np.int16))
-    return inputs, {"numbers": "number", "categories": "category"}, {"categories": levels}
+        made = [_number_column(column, n_train, file, fills=fills) for column in numbers]
+        stored = [values for c, column in zip(made, numbers, strict=True) for values in c.filled(column.values)]
+        name = "numbers" if categories else ""
+        inputs[name] = torch.from_numpy(np.stack(stored, axis=1))
+        parts.append(NumberInput(name=name, shape=(len(stored),), columns=tuple(made)))
+    if categories:
+        levels = tuple(len(column.levels) for column in categories)
+        named = tuple(CategoryColumn(name=column.name, levels=column.levels) for column in categories)
+        parts.append(CategoryInput(name="categories", shape=(len(levels),), levels=levels, columns=named))
+        ids = np.stack([column.values + 1 for column in categories], axis=1)
+        inputs["categories"] = torch.from_numpy(ids.astype(np.uint8 if max(levels) < 256 else np.int16))
+    return (inputs if categories else inputs[""]), tuple(parts)
 
 
-def _filled(column: TableColumn, keep: npt.NDArray[np.bool_], n_train: int, file: str) -> list[npt.NDArray[np.float32]]:
-    """Return a column of numbers; if values are missing, the training mean in their place, and a column of 0 and 1 that marks them."""
-    values, lacking = column.values[keep], column.missing[keep]
-    if np.nanmax(np.abs(column.values)) > np.finfo(np.float32).max:
+def _number_column(column: TableColumn, n_train: int, file: str, *, fills: bool) -> NumberColumn:
+    """Return how a column of numbers is made: if values are missing, the training mean replaces them, and a further column marks them."""
+    values, lacking = column.values, column.missing
+    if (~lacking).any() and np.nanmax(np.abs(values)) > LARGEST:
         raise DataError(f"{file}, column '{column.name}': has a number too large for float32; rescale it")
-    if not lacking.any():
-        return [values.astype(np.float32)]
     present = values[:n_train][~lacking[:n_train]]
-    mean = present.mean() if len(present) else 0.0
-    return [np.where(lacking, mean, values).astype(np.float32), lacking.astype(np.float32)]
+    fill = (float(present.mean()) if len(present) else 0.0) if fills else None
+    words = (column.levels[0], column.levels[1]) if column.levels else ()
+    return NumberColumn(name=column.name, words=words, fill=fill, marked=bool(lacking.any()))
 
 
 def _with_missing(column: TableColumn) -> TableColumn:

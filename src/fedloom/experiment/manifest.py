@@ -22,7 +22,7 @@ from fedloom.errors import RunFolderError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-DESCRIPTION = ("environment.json", "partition.json")  # files that do not change during the run
+DESCRIPTION = ("environment.json", "partition.json", "preprocess.json")  # files that do not change during the run
 
 Row = Mapping[str, Any]
 Manifest = dict[str, Any]

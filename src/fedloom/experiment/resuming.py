@@ -18,6 +18,7 @@ from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_settings
 from fedloom.data import SOURCES
 from fedloom.data.hub import cache_root, local_folder
+from fedloom.data.preprocess import PREPROCESS, Preprocess
 from fedloom.errors import HOME, ConfigError, RunFolderError, is_own_code
 from fedloom.experiment.environment import software_versions
 from fedloom.experiment.manifest import (
@@ -80,6 +81,11 @@ class Resumption:
         """Raise RunFolderError if the data differ from those at the start. Such a difference cannot be accepted."""
         if self.before and _differ(self.before["data"], data_facts(experiment)):
             raise RunFolderError(f"{self.folder.path}: its data differ from those at its start; restore the data")
+        file = self.folder.path / PREPROCESS
+        if file.is_file() and (changed := Preprocess.read(file).differences(experiment.data.preprocess)):
+            raise RunFolderError(
+                f"{file}: differs from the data ({', '.join(changed)}); restore the data and the settings data.*"
+            )
 
     def facts(self, experiment: Experiment) -> dict[str, Any]:
         """Return the facts for the manifests from now on; log the differences."""

@@ -1,9 +1,9 @@
 """A run's folder. Files are written during the run, so that nothing is lost if it stops.
 
-`config.toml`, `environment.json` and `partition.json` are written at the start, `checkpoint/` and `clients.parquet` every few rounds, and
-`summary.json` at the end. `manifest.json` in `checkpoint/` and, at the end, in the folder itself has hashes of all of these
-(`fedloom.experiment.manifest`). `metrics.jsonl` gets one line per evaluated round, and `events.jsonl` a line if a client is lost, late or
-rejected, or a round is skipped. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then
+`config.toml`, `environment.json`, `partition.json` and `preprocess.json` are written at the start, `checkpoint/` and `clients.parquet`
+every few rounds, and `summary.json` at the end. `manifest.json` in `checkpoint/` and, at the end, in the folder itself has hashes of all
+of these (`fedloom.experiment.manifest`). `metrics.jsonl` gets one line per evaluated round, and `events.jsonl` a line if a client is lost,
+late or rejected, or a round is skipped. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then
 renamed), and so is the checkpoint's folder.
 """
 

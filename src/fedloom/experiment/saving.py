@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom import accelerator, tree
 from fedloom.config.settings import to_toml
+from fedloom.data.preprocess import PREPROCESS
 from fedloom.errors import RunFolderError
 from fedloom.experiment import metrics
 from fedloom.experiment.accounting import Accounting
@@ -26,12 +27,13 @@ Row = dict[str, Any]
 
 
 def describe_run(experiment: Experiment, folder: RunFolder) -> None:
-    """Write the run's description: settings, environment and partition."""
+    """Write the run's description: settings, environment, partition, and how raw values become model inputs."""
     folder.write("config.toml", to_toml(experiment.settings))
     folder.write_json(
         "environment.json", environment() | {"device": accelerator.describe_device(experiment.place.device)}
     )
     folder.write("partition.json", json.dumps(_partition_record(experiment)))
+    folder.write(PREPROCESS, experiment.data.preprocess.text())
     folder.facts = run_facts(experiment, folder)
 
 
