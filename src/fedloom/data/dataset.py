@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedloom.data.preprocess import NumberInput, Part, PictureInput, Preprocess, Scaling, TableFormat, part_of
+from fedloom.data.preprocess import NumberInput, Part, PictureInput, Preprocess, Scaling, TableFormat, array_part
 from fedloom.errors import DataError
 from fedloom.inputs import Field, Inputs, InputSpec, Kind, named_tensors, tensors_of
 from fedloom.objectives import Classification, Objective, Strata
@@ -125,7 +125,7 @@ class Dataset:
 
     def preprocess(self, scaling: Mapping[str, Scaling] | None = None) -> Preprocess:
         """Return how raw values become model inputs. `scaling`: of each picture and number field, by name; default: none."""
-        parts = self.parts or tuple(map(part_of, self.spec.fields))
+        parts = self.parts or tuple(map(array_part, self.spec.fields))
         given = scaling or {}
         scaled = tuple(
             part.scaled(given[part.name])

@@ -244,7 +244,7 @@ class Preprocess(_Strict):
             raise DataError(f"{place}: cannot be read ({error.strerror})") from None
 
 
-def part_of(field: Field, resize: bool = False) -> Part:
+def array_part(field: Field, resize: bool = False) -> Part:
     """Return the part of an input that comes from arrays or pictures. `resize`: see `PictureInput`."""
     name, shape = field.name, field.shape
     if field.kind == "picture":

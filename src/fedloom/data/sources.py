@@ -10,7 +10,7 @@ from fedloom.data import hub, layouts, pfllib
 from fedloom.data.catalogue import SOURCES
 from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import TableOptions
-from fedloom.data.preprocess import part_of
+from fedloom.data.preprocess import array_part
 from fedloom.errors import DataError
 
 
@@ -74,7 +74,7 @@ def load(
 
 def _resized(pool: Dataset, image_size: int | None) -> Dataset:
     """Return the data set, with the fact that pictures of other sizes are resized."""
-    return pool if image_size is None else replace(pool, parts=tuple(part_of(f, resize=True) for f in pool.spec.fields))
+    return pool if image_size is None else replace(pool, parts=tuple(array_part(f, resize=True) for f in pool.spec.fields))
 
 
 @dataclass(frozen=True, kw_only=True)
