@@ -74,7 +74,9 @@ def load(
 
 def _resized(pool: Dataset, image_size: int | None) -> Dataset:
     """Return the data set, with the fact that pictures of other sizes are resized."""
-    return pool if image_size is None else replace(pool, parts=tuple(array_part(f, resize=True) for f in pool.spec.fields))
+    return (
+        pool if image_size is None else replace(pool, parts=tuple(array_part(f, resize=True) for f in pool.spec.fields))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
