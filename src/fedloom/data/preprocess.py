@@ -89,23 +89,29 @@ class _Part(_Strict):
 
 
 class _Scaled(_Part):
-    """An input that is scaled: one scale and shift for all values, for each channel, or for each value of an example."""
+    """An input that is scaled: one scale and shift for all values, for each channel, or for each value of an example.
+
+    With `own`, there are that many scalings, one after another: the first for examples that belong to no client, then one per client.
+    """
 
     scale: Numbers = (1.0,)
     shift: Numbers = (0.0,)
+    own: Annotated[int, Limits(ge=0, le=2**24)] = 0
 
-    def scaling(self) -> Scaling:
-        """Return scale and shift as tensors."""
-        return self._tensor(self.scale), self._tensor(self.shift)
+    def scaling(self, client: int | None = None) -> Scaling:
+        """Return scale and shift as tensors; `client`: whose scaling, if each client has its own."""
+        place = 0 if client is None else client + 1
+        return self._tensor(self.scale, place), self._tensor(self.shift, place)
 
-    def scaled(self, scaling: Scaling) -> Self:
-        """Return the part with another scaling."""
+    def scaled(self, scaling: Scaling, own: int = 0) -> Self:
+        """Return the part with another scaling; with `own`, both tensors have that many entries."""
         scale, shift = (tuple(value.reshape(-1).tolist()) for value in scaling)
-        return self.model_copy(update={"scale": scale, "shift": shift})
+        return self.model_copy(update={"scale": scale, "shift": shift, "own": own})
 
-    def _tensor(self, values: tuple[float, ...]) -> Tensor:
+    def _tensor(self, values: tuple[float, ...], place: int) -> Tensor:
         found = torch.tensor(values, dtype=torch.float64)
-        if len(values) == 1:
+        found = found.reshape(self.own, -1)[place] if self.own else found
+        if len(found) == 1:
             return found[0]
         return found.reshape(-1, 1, 1) if len(self.shape) == 3 else found.reshape(self.shape)
 
@@ -191,11 +197,11 @@ class Preprocess(_Strict):
         """The description of the model's inputs."""
         return InputSpec(tuple(part.field for part in self.inputs))
 
-    def prepared(self, stored: Inputs) -> Inputs:
-        """Return stored inputs of new examples as model inputs. Raise DataError if they do not fit the description of the inputs."""
+    def prepared(self, stored: Inputs, client: int | None = None) -> Inputs:
+        """Return stored inputs of a client's new examples (None: of no client) as model inputs. Raise DataError if they do not fit."""
         check_stored(self.spec, stored)
         named = named_tensors(stored)
-        found = {part.name: model_input(part.field, named[part.name], _scaling(part)) for part in self.inputs}
+        found = {part.name: model_input(part.field, named[part.name], _scaling(part, client)) for part in self.inputs}
         return found[""] if self.spec.is_single else found
 
     def differences(self, other: Preprocess) -> list[str]:
@@ -282,8 +288,8 @@ def check_stored(spec: InputSpec, inputs: Inputs) -> None:
             )
 
 
-def _scaling(part: Part) -> Scaling | None:
-    return part.scaling() if isinstance(part, _Scaled) else None
+def _scaling(part: Part, client: int | None) -> Scaling | None:
+    return part.scaling(client) if isinstance(part, _Scaled) else None
 
 
 def _objective(content: Mapping[str, Any]) -> Objective:
@@ -306,7 +312,8 @@ def _problem(part: Part) -> str:
     """Return what is wrong with a part that was read from a file, or ""."""
     if isinstance(part, _Scaled):
         size = math.prod(part.shape)
-        lengths = {1, part.shape[0] if len(part.shape) == 3 else size}
+        each = {1, part.shape[0] if len(part.shape) == 3 else size}
+        lengths = {n * max(part.own, 1) for n in each}
         if len(part.scale) not in lengths or len(part.shift) not in lengths:
             return f"has {len(part.scale)} scales and {len(part.shift)} shifts for the shape {part.shape}"
     if isinstance(part, PictureInput) and (len(part.shape) != 3 or part.shape[0] not in (1, 3)):

@@ -67,6 +67,16 @@ def test_tables_record_columns_levels_and_fill_values(people):
     }  # fmt: skip
 
 
+def test_each_client_can_have_its_own_scaling(people):
+    part = people.preprocess().inputs[0]
+    stacked = part.scaled((torch.arange(9.0).reshape(3, 3), torch.zeros(3, 3)), own=3)
+    preprocess = people.preprocess().model_copy(update={"inputs": (stacked, *people.preprocess().inputs[1:])})
+    preprocess = Preprocess.parse(preprocess.text(), "file")
+    stored = {"numbers": torch.ones(1, 3), "categories": torch.ones(1, 1, dtype=torch.uint8)}
+    assert preprocess.prepared(stored)["numbers"].tolist() == [[0, 1, 2]]
+    assert preprocess.prepared(stored, 1)["numbers"].tolist() == [[6, 7, 8]]
+
+
 def test_resizing_is_recorded():
     assert load("digits", image_size=12, rows=20).preprocess().inputs[0].resize
     assert not load("digits", rows=20).preprocess().inputs[0].resize
