@@ -63,6 +63,17 @@ class Run:
         """
         return self._experiment.personal_model(i)
 
+    def shared_model(self, client: int = 0) -> PersonalModel:
+        """Return the shared body with one linear classifier for all clients: `model(x)` gives scores (B, Y).
+
+        The classifier is fitted on the features of all clients' training examples, from sums (see `eval.shared_head`). Unlike `model`,
+        it knows the classes of all clients. `client` matters only if clients keep parts of the body, such as BatchNorm's statistics.
+
+        Raises:
+            ConfigError: the run was made without `eval.shared_head`.
+        """
+        return self._experiment.shared_model(client)
+
     def predict(self, client: int | str, inputs: Any) -> npt.NDArray[Any]:
         """Return a client's predictions for new examples, as values of the data.
 

@@ -394,6 +394,13 @@ class Method:
         """
         return {"personal": predict_model, "server": predict_model}
 
+    def shared_features(self) -> Predictor | None:
+        """Return the function (nets, x, down, memory) -> features (B, D) of the body that travels, or None if no body travels.
+
+        `eval.shared_head` fits one classifier for all clients on these features. The default is the body of `model`.
+        """
+        return model_features if {"model", "model:body", "model:-head", "model:-norm"} & {*self.shared} else None
+
     # helpers for methods
 
     def travelling(self, weights: Weights) -> Weights:
@@ -417,6 +424,12 @@ def predict_model(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
         raise MethodError(f"the method has nets {', '.join(nets.modules)} and no 'model'; override `predictors`")
     logits: Tensor = nets.model(x)
     return logits
+
+
+def model_features(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
+    """Return the features of the body of `model`, (B, D)."""
+    features: Tensor = nets.model.body(x)
+    return features
 
 
 def trains_of(phases: Iterable[Phase]) -> list[Train]:

@@ -30,7 +30,7 @@ class Net:
     def __init__(
         self, module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], training: bool
     ) -> None:
-        self.module, self.training, self._buffers = module, training, buffers
+        self.module, self.training, self._params, self._buffers = module, training, params, buffers
         self._tensors = {**params, **buffers}
 
     def __call__(self, *inputs: Any) -> Any:
@@ -46,6 +46,19 @@ class Net:
             if tensors[name] is not buffer:  # the module assigned to this buffer
                 self._assign(name, buffer, tensors[name])
         return outputs
+
+    @property
+    def body(self) -> Net:
+        """The model's body: `nets.model.body(x)` returns features (B, D)."""
+        return self._part("body")
+
+    def _part(self, name: str) -> Net:
+        start = len(name) + 1
+        params, buffers = (
+            {key[start:]: value for key, value in part.items() if key.startswith(name + ".")}
+            for part in (self._params, self._buffers)
+        )
+        return Net(self.module.get_submodule(name), params, buffers, self.training)
 
     def _assign(self, name: str, buffer: Tensor, value: Tensor) -> None:
         """Copy what the module assigned to a buffer (`self.centre = ...`) into the client's tensor."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -171,3 +172,13 @@ def test_only_the_folder_of_a_comparison_is_reopened(tmp_path):
     (tmp_path / "config.toml").touch()
     with pytest.raises(RunFolderError, match="single run"):
         reopen(tmp_path)
+
+
+def test_the_shared_head_is_left_out_where_clients_share_no_body(tmp_path, caplog):
+    comparison = plan(from_words(["method=local,fedper", "eval.shared_head=true", *TINY]))
+    assert [job.settings.eval.shared_head for job in comparison.jobs(tmp_path)] == [False, True]
+    comparison.check()
+    assert "eval.shared_head: not for local" in caplog.text
+    assert plan(tomllib.loads(comparison.toml())).base["eval"]["shared_head"] is True
+    with pytest.raises(ConfigError, match="in no row do clients share a body"):
+        plan(from_words(["method=local,fedproto", "eval.shared_head=true", *TINY])).check()

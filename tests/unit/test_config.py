@@ -29,7 +29,7 @@ UNUSUAL = {
     },
     "clients": 7, "participation": "0.2-0.9", "cohort": 3, "min_clients": 2, "rounds": 4, "batch_size": 5, "drop_last": True,
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
-    "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "target": 0.9},
+    "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "shared_head": True, "target": 0.9},
     "devices": {"dropout": 0.1, "slow": 0.2, "slowdown": 8.0, "stragglers": "drop"}, "join": {"clients": 2, "turns": 5},
     "screen": {"norm": 7.5, "max_share": 0.3},
     "engine": {

@@ -145,15 +145,16 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
 
 def _show_chapter(console: Console, chapter: Chapter) -> None:
     """Print a comparison: its title, its tables and how to read them."""
-    from fedloom.report import paired_table, summary_table
+    from fedloom.report import generalisation_table, paired_table, summary_table
 
     if chapter.title:
         console.print(chapter.title, style="bold")
     show(console, summary_table(chapter.records))
-    paired = paired_table(chapter.records) if len(chapter.records) > 1 else None
-    if paired is not None:
-        console.print()
-        show(console, paired)
+    more = [paired_table(chapter.records), generalisation_table(chapter.records)] if len(chapter.records) > 1 else []
+    for table in more:
+        if table is not None:
+            console.print()
+            show(console, table)
     if chapter.reading:
         console.print(f"\n{chapter.reading}")
     console.print()

@@ -9,7 +9,16 @@ from pathlib import Path
 from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, new_file, output, refuse_empty
 from fedloom.errors import ConfigError, suggest
-from fedloom.report import Waiting, paired_table, read, shared_primary, summary_table, waiting_table, write_page
+from fedloom.report import (
+    Waiting,
+    generalisation_table,
+    paired_table,
+    read,
+    shared_primary,
+    summary_table,
+    waiting_table,
+    write_page,
+)
 from fedloom.report.link_speeds import networks
 from fedloom.report.primary import Primary
 
@@ -45,12 +54,11 @@ def report_command(words: Sequence[str]) -> int:
         console = output()
         show(console, summary_table(records))
         paired = paired_table(records, options.get("baseline")) if len(records) > 1 else None
-        if paired is not None:
-            console.print()
-            show(console, paired)
-        if waiting is not None:
-            console.print()
-            show(console, waiting_table(records, waiting))
+        further = [paired, generalisation_table(records), waiting_table(records, waiting) if waiting else None]
+        for table in further:
+            if table is not None:
+                console.print()
+                show(console, table)
         console.print()
     write_page(records, target, waiting, options.get("baseline"))
     print(f"report  {target}")

@@ -156,6 +156,10 @@ class EvalSettings(Section):
     """Fraction of each client's training examples held out for validation."""
     fitted: bool = False
     """Also score each client's model as its last local update left it."""
+    shared_head: bool = False
+    """Also fit one linear classifier for all clients on the features of the shared body, and score it whenever personal models are scored
+    on the common test set (`shared_head_accuracy`). Cost of each fit: one pass over all training examples, and an uplink of
+    8 (D(D+1)/2 + D Y + Y) bytes from each client for D features and Y classes, reported as `shared_head_bytes`."""
     target: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Target value of the primary metric, such as 0.9 for accuracy. The summary reports the round and the bytes sent when personal models
     first reached it."""

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import nn
 
@@ -48,8 +48,11 @@ class ScoreRequest(NamedTuple):
     """A client's model to score, and the examples to score it on."""
 
     name: str  # the key of the result
-    rows: str  # "test" | "valid" | "common"
+    rows: str  # "train" | "test" | "valid" | "common"
     fitted: bool = False  # score the model from the client's latest local update, not from the downlink
+    head: Literal["own", "sums", "shared"] = "own"
+    """`own`: the personal predictor. On the features that clients share, before `adapt`: `sums`: return `shared_head.feature_sums`
+    instead of a score; `shared`: predict with the classifier in the downlink."""
 
 
 @dataclass(frozen=True, kw_only=True)

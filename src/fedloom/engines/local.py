@@ -15,9 +15,10 @@ from fedloom import tree
 from fedloom.accelerator import HOST, ON_HOST, DeviceBudget
 from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.scoring import Scorer, common_part
+from fedloom.engines.shared_head import KEY, head_outputs
 from fedloom.engines.stores import MappedStore, MemoryStore, Store
 from fedloom.engines.transfer import DeviceStore, Mover, moved
-from fedloom.errors import DataError
+from fedloom.errors import DataError, MethodError
 from fedloom.inputs import Inputs
 from fedloom.method import Client, Downlink, Method, Predictor, Turn
 from fedloom.nets import read_weights
@@ -170,20 +171,29 @@ class LocalEngine(Engine):
         message = moved(down.common, self.device)
         scorers = [self.scorer(ask, message, part) for ask in asks]
         same = self.received(clients[0], message) if self.problem.one_model and len(clients) else None
+        makes: dict[str, Callable[[int], Client]] = {
+            "fitted": self.load,
+            "own": lambda i: same or self.adapted(number, message, i),
+            "shared": lambda i: same or self.received(i, message),
+        }
+        kinds = ["fitted" if ask.fitted else "own" if ask.head == "own" else "shared" for ask in asks]
         for i in clients:
-            fitted = self.load(i) if any(ask.fitted for ask in asks) else None
-            received = same or self.adapted(number, message, i)
-            for ask, scorer in zip(asks, scorers, strict=True):
-                scorer.add(i, fitted if ask.fitted and fitted else received)
+            ready = {kind: makes[kind](i) for kind in set(kinds)}
+            for kind, scorer in zip(kinds, scorers, strict=True):
+                scorer.add(i, ready[kind])
         found = {ask.name: scorer.scores() for ask, scorer in zip(asks, scorers, strict=True)}
         return [{name: scores[i] for name, scores in found.items()} for i in clients]
 
     def scorer(self, ask: ScoreRequest, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
-        """Return a scorer of clients' personal predictors."""
-        predictor = self.problem.method.predictors()["personal"]
+        """Return a scorer of clients' personal predictors, or of the features that they share."""
+        method = self.problem.method
+        predictor = method.predictors()["personal"] if ask.head == "own" else method.shared_features()
+        if predictor is None:
+            raise MethodError(f"{type(method).__name__}: its clients share no features")
 
         def outputs(i: int, client: Client, x: Inputs) -> Tensor:
-            return self._predict(predictor, i, client, x, message)
+            found = self._predict(predictor, i, client, x, message)
+            return head_outputs(found, message[KEY]) if ask.head == "shared" else found
 
         return Scorer(ask, self.data, outputs, part)
 

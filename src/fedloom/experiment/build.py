@@ -138,6 +138,8 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     check_rules(settings, method, size)
     _check_target(settings.eval.target, task.objective.primary)
     _check_needs(settings.method.name, problem)
+    if settings.eval.shared_head and (reason := no_shared_features(problem)):
+        raise ConfigError(f"eval.shared_head=true: {reason}; remove eval.shared_head")
     _check_nets(problem)
     _check_single_examples(problem)
     _check_phases(method)
@@ -180,6 +182,17 @@ def _check_needs(name: str, problem: Problem) -> None:
                 f"method={name}: needs one feature vector per example, but model={choice.name} has one per position; "
                 "use a method such as fedavg or fedper"
             )
+
+
+def no_shared_features(problem: Problem) -> str:
+    """Return why `eval.shared_head` cannot fit a classifier on features that clients share, or ""."""
+    name, objective = type(problem.method).__name__, problem.task.objective
+    if problem.method.shared_features() is None:
+        return f"clients of {name} share no body whose features could be used"
+    if not isinstance(objective, Classification):
+        return f"needs classes, but data={problem.data.name} is {objective.task}"
+    lacking = next((arch.name for arch in problem.archs if not arch.has_vector), None)
+    return f"model={lacking} has no body with one feature vector per example" if lacking else ""
 
 
 def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from fedloom.config.settings import Settings
+from fedloom.data import Partition
 from fedloom.engines import Engine, Problem, ScoreRequest
 from fedloom.experiment import metrics
+from fedloom.experiment.shared_head import SharedHead
 from fedloom.method import Downlink
-from fedloom.objectives import Score, sum_scores
+from fedloom.objectives import Classification, Score, sum_scores
 from fedloom.rng import Stream
 
 log = logging.getLogger(__name__)
@@ -24,14 +26,20 @@ Scores = dict[str, list[Score]]
 class Scoring:
     """The evaluations of one experiment."""
 
-    def __init__(self, problem: Problem, settings: Settings, engine: Engine) -> None:
+    def __init__(self, problem: Problem, settings: Settings, engine: Engine, partition: Partition) -> None:
+        """`partition`: as partitioned, even if the method pools the examples."""
         self._problem, self._settings, self._engine = problem, settings, engine
+        self.head = SharedHead(problem, engine) if settings.eval.shared_head else None
         data = problem.data
         self._own_tests = any(data.n_test(i) for i in range(data.n_clients))
         tests, common = data.partition.test, data.partition.common
         self._tests_are_common = np.array_equal(np.sort(np.concatenate(tests)), np.sort(common))
         self._warned = False
         self.clients: Sequence[int] = _sample(problem.task.n_clients, settings)
+        self._held = None
+        if isinstance(problem.task.objective, Classification):
+            counts = partition.counts(data.dataset.labels, problem.task.n_classes, "train")
+            self._held = counts[list(self.clients)] > 0
 
     def asks(self, general: bool) -> list[ScoreRequest]:
         """Return the score requests for every client. If no client has test examples, personal predictors are scored on the common ones."""
@@ -49,7 +57,11 @@ class Scoring:
 
     def score(self, number: int, down: Downlink, general: bool) -> Scores:
         """Score all requests after `number` rounds; `down` is the method's current `deploy` message."""
-        scores = self._engine.score(number, self._problem.codec.through(down), self.clients, self.asks(general))
+        message, asks = self._problem.codec.through(down), self.asks(general)
+        if general and self.head:
+            message = self.head.fit(number, message)
+            asks += self.head.asks("common")
+        scores = self._engine.score(number, message, self.clients, asks)
         found = {name: [score[name] for score in scores] for name in scores[0]}
         if general and not self._own_tests:
             found["general"] = found["personal"]
@@ -66,9 +78,11 @@ class Scoring:
             row |= metrics.alone(objective, sum_scores(found["valid"]), "valid")
         row |= {f"{view}_{objective.primary.name}": None for view in ("general", "server")}
         row |= metrics.by_name(objective, found["personal"], "personal")
-        if "general" in found:
-            row |= metrics.over_clients(objective, found["general"], "general")
-            row |= metrics.by_name(objective, found["general"], "general")
+        for view in ("general", "shared_head"):
+            if view in found:
+                row |= metrics.over_clients(objective, found[view], view)
+                row |= metrics.by_held(objective, found[view], self._held, view) if self._held is not None else {}
+                row |= metrics.by_name(objective, found[view], view)
         if self._problem.has_server_model:
             score = self._server(down, found)
             row |= metrics.alone(objective, score, "server") | metrics.by_name(objective, [score], "server")

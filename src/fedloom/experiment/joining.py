@@ -24,10 +24,12 @@ def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
     started, joining = time.perf_counter(), Newcomers(experiment.problem, experiment.place)
     down = experiment.problem.codec.through(experiment.hooks.deploy(experiment.server, experiment.done))
     request, turns = experiment.scoring.asks(general=False)[0], experiment.settings.join.turns
-    before, after = list[Score](), list[Score]()
+    head, before, after, shared = experiment.scoring.head, list[Score](), list[Score](), list[Score]()
+    with_head = head.fit(experiment.done, down) if head else down
     newcomers = range(experiment.problem.task.n_clients, experiment.data.n_clients)
     for i in newcomers:
         before.append(joining.score_received(i, down, request))
+        shared += [joining.score_received(i, with_head, ask) for ask in (head.asks(request.rows) if head else ())]
         experiment.engine.restore(i, joining.join(i, down, turns))
         after.append(joining.score(experiment.done, down, [i], [request])[0][request.name])
         if on_round:
@@ -37,6 +39,7 @@ def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
     objective = experiment.problem.task.objective
     each = [metrics.newcomer(objective, i, *scores) for i, *scores in zip(newcomers, before, after, strict=True)]
     scores = metrics.spread(objective, before, "received") | metrics.spread(objective, after, "joined")
+    scores |= metrics.spread(objective, shared, "shared_head")
     scores = {name.replace(f"_{objective.primary.name}", "", 1): value for name, value in scores.items()}
     return {
         "new_clients": {"clients": len(newcomers), "turns": turns, **scores, "each": each},

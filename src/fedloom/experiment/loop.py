@@ -16,7 +16,7 @@ from fedloom import accelerator, data, tree
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, participation_range
 from fedloom.engines import Engine, Problem, Reply
-from fedloom.errors import RunFolderError
+from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment import metrics
 from fedloom.experiment.accounting import Accounting
 from fedloom.experiment.arrivals import Arrivals, RoundRequest
@@ -102,7 +102,7 @@ class Experiment:
         self.roll_back = RollBack(self.intake.screen.on)
         self._has_run = False
         try:
-            self.scoring = Scoring(self.problem, settings, self.engine)
+            self.scoring = Scoring(self.problem, settings, self.engine, self.partition)
             self.folder = self._open(folder)
             config = settings.model_dump(mode="json")
             self.trackers: list[Tracker] = make_trackers(settings.log, self.folder.path, config)
@@ -297,6 +297,8 @@ class Experiment:
         row: Row = {"round": self.done, **self.scoring.row(found, down, self.ledger.trained)}
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
+        if general and self.scoring.head:
+            row["shared_head_bytes"] = self.scoring.head.uplink_bytes
         row |= {
             "cohort": n_arrived,
             **self.intake.counts,
@@ -319,7 +321,7 @@ class Experiment:
                 now[i] = {"round": self.done, "client": i}
                 self.client_rows.append(now[i])
             objective = self.problem.task.objective
-            for view in ("personal", "general"):
+            for view in ("personal", "general", "shared_head"):
                 if view in found:
                     now[i][f"{view}_{objective.primary.name}"] = objective.value(found[view][place])
 
@@ -328,3 +330,17 @@ class Experiment:
         down = self.hooks.deploy(self.server, self.done)
         with arithmetic(self.settings):
             return PersonalModel(self.method, *self.engine.personal(self.done, self.problem.codec.through(down), i))
+
+    def shared_model(self, i: int) -> PersonalModel:
+        """Return the body that client `i` receives, with one classifier for all clients (`eval.shared_head`), as a plain module.
+
+        Raises:
+            ConfigError: the run does not fit this classifier.
+        """
+        if self.scoring.head is None:
+            raise ConfigError(
+                "eval.shared_head=false: the run fits no classifier on shared features; set eval.shared_head=true"
+            )
+        down = self.problem.codec.through(self.hooks.deploy(self.server, self.done))
+        with arithmetic(self.settings):
+            return self.scoring.head.model(self.done, down, i)

@@ -16,6 +16,8 @@ Row = dict[str, Any]
 
 VIEWS = ("personal", "general", "server")
 """The models that are scored: clients' own on their own examples and on the common test set, and the server's."""
+MORE_VIEWS = ("shared_head",)
+"""Views of some runs only: the classifier on shared features, on the common test set."""
 FITTED = "_fitted"  # suffix of the scores of clients' models as their last local update left them
 
 
@@ -71,6 +73,19 @@ def over_clients(objective: Objective, scores: Sequence[Score], view: str) -> Ro
     return row | {f"{view}_{name}_std": number(float(np.std([m[name] for m in each])))}
 
 
+def by_held(objective: Objective, scores: Sequence[Score], held: npt.NDArray[np.bool_], view: str) -> Row:
+    """Split the primary metric on the common test set by whether a client holds training examples of a class.
+
+    Returns `_held` and `_not_held`: means over the clients that have such classes; None if there are none. `held`: (clients, classes).
+    """
+    row: Row = {}
+    for facet, classes in (("held", held), ("not_held", ~held)):
+        parts = [Score({n: v * mine for n, v in s.sums.items()}) for s, mine in zip(scores, classes, strict=True)]
+        each = [objective.value(part) for part in parts if part.n_rows]
+        row[f"{view}_{objective.primary.name}_{facet}"] = number(float(np.mean(each))) if each else None
+    return row
+
+
 def alone(objective: Objective, score: Score, view: str) -> Row:
     """Return the metrics of one score."""
     return {f"{view}_{name}": number(value) for name, value in objective.metrics(score).items()}
@@ -96,8 +111,8 @@ def newcomer(objective: Objective, client: int, received: Score, joined: Score) 
     return {"client": client, "received": number(objective.value(received)), "joined": number(objective.value(joined))}
 
 
-BY_NAME = tuple(f"{view}_{what}" for what in ("recall", "f1") for view in VIEWS)
-FACETS = ("uniform", "std", "worst10", "trained")
+BY_NAME = tuple(f"{view}_{what}" for what in ("recall", "f1") for view in (*VIEWS, *MORE_VIEWS))
+FACETS = ("uniform", "std", "worst10", "trained", "held", "not_held")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
@@ -112,7 +127,8 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
     known = [value for value in valid if value is not None]
     chosen = rows[valid.index(best(known))] if known else None
     found: Row = {}
-    for name in headlines(metric):
+    more = [name for view in MORE_VIEWS if any((name := f"{view}_{metric.name}") in row for row in rows)]
+    for name in (*headlines(metric), *more):
         series = [row[name] for row in rows if row.get(name) is not None]
         if not series:
             found[name] = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.inputs import Inputs, map_inputs
-from fedloom.method import Client, Method
+from fedloom.method import Client, Method, Predictor
 from fedloom.nets import Nets, write_weights
 from fedloom.tree import Tree
 
@@ -17,11 +17,14 @@ from fedloom.tree import Tree
 class PersonalModel(nn.Module):
     """A client's personal predictor: `model(x)` returns logits (B, Y) for normalised inputs (B, ...)."""
 
-    def __init__(self, method: Method, modules: Any, client: Client, down: Tree) -> None:
+    def __init__(
+        self, method: Method, modules: Any, client: Client, down: Tree, predictor: Predictor | None = None
+    ) -> None:
+        """`predictor`: default, the method's personal predictor."""
         super().__init__()
         write_weights(modules, client.weights)
         self.nets = nn.ModuleDict(modules).requires_grad_(False)  # for prediction only
-        self._predictor, self._down, self._memory = method.predictors()["personal"], down, client.memory
+        self._predictor, self._down, self._memory = predictor or method.predictors()["personal"], down, client.memory
         self.eval()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:

@@ -123,6 +123,7 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         "primary": objective.metric._asdict(),
         **metrics.summarise(experiment.rows, objective.primary),
         **metrics.others(experiment.rows, objective),
+        **({"shared_head_bytes": experiment.scoring.head.uplink_bytes} if experiment.scoring.head else {}),
         **joined,
         "uplink_bytes": experiment.ledger.total("uplink"),
         "downlink_bytes": experiment.ledger.total("downlink"),

@@ -11,7 +11,7 @@ from fedloom.method import Method
 SERVER_HALF = ("init_server", "cohort", "downlink", "exchanges", "exchange", "aggregate", "server_logs", "deploy")
 CLIENT_HALF = (
     "nets", "init_memory", "receive", "phases", "loss", "uplink", "adapt", "predictors", "travelling", "local_optimizer", "lr_scale",
-    "shared", "keeps_shared", "ragged", "uplink_fault",
+    "shared", "keeps_shared", "ragged", "uplink_fault", "shared_features",
 )  # fmt: skip
 BASIC = {field.name for field in dataclasses.fields(Method)}  # hyper-parameters of local training
 

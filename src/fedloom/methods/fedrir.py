@@ -201,6 +201,15 @@ class FedRIR(Method):
         logits: Tensor = nets.head(torch.cat(list(self.features(nets, x).values()), 1))
         return logits
 
+    def shared_features(self) -> Predictor:
+        """Return f_g, the features of gfe."""
+        return self.common_features
+
+    def common_features(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
+        """Return f_g (B, D)."""
+        features: Tensor = nets.gfe(x)
+        return features
+
     @property
     def needed(self) -> frozenset[Need]:
         """A feature vector per example and a head; images if there is a stage 1, and classes to decorrelate within them."""

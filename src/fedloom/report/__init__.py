@@ -4,6 +4,7 @@
 `pip install 'fedloom[report]'`.
 """
 
+from fedloom.report.generalisation import generalisation_table
 from fedloom.report.groups import shared_primary
 from fedloom.report.looked_at import analysis_grids
 from fedloom.report.page import Chapter, write_chapters, write_page
@@ -17,6 +18,7 @@ __all__ = [
     "Waiting",
     "analysis_grids",
     "drawn",
+    "generalisation_table",
     "paired_table",
     "read",
     "shared_primary",

@@ -102,8 +102,8 @@ def series(record: RunRecord, key: str) -> pd.Series[float]:
 def headline(record: RunRecord, measure: str, statistic: str = "final") -> float | None:
     """Return one number that represents a run, from its summary or, if it is not there, from the rounds so far.
 
-    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std` or `worst10`. Return None
-    if it was not measured.
+    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std`, `worst10`, `held` or `not_held`.
+    Return None if it was not measured.
     """
     known = (record.summary or {}).get(measure)
     value = known.get(statistic) if isinstance(known, Mapping) else known if statistic == "final" else None
@@ -114,7 +114,7 @@ def headline(record: RunRecord, measure: str, statistic: str = "final") -> float
 
 def _from_rounds(record: RunRecord, measure: str, statistic: str) -> float | None:
     values, primary = series(record, measure), record.primary
-    if statistic in ("uniform", "std", "worst10"):
+    if statistic in ("uniform", "std", "worst10", "held", "not_held"):
         values = series(record, f"{measure}_{statistic}")
     elif statistic == "chosen_on_validation":
         valid = series(record, primary.measure("valid"))

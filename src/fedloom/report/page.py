@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedloom.errors import UsageError
 from fedloom.report import units
+from fedloom.report.generalisation import generalisation_grid
 from fedloom.report.groups import flat_settings, group, headline, other_metrics, run_total, shared_primary
 from fedloom.report.looked_at import analysis_grids, pictures
 from fedloom.report.primary import VIEWS, Primary
@@ -31,6 +32,7 @@ MEASURES = {
     ("personal", "fitted"): "personal, after local training",
     ("general", ""): "general",
     ("server", ""): "server",
+    ("shared_head", ""): "shared head",
 }
 STATISTICS = {
     "final": "final",
@@ -40,6 +42,8 @@ STATISTICS = {
     "uniform": "mean over clients",
     "std": "std over clients",
     "worst10": "worst 10 %",
+    "held": "classes held",
+    "not_held": "classes not held",
 }
 
 
@@ -144,6 +148,7 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
         "grids": [
             summary_grid(records, digits=2),
             paired_grid(records, baseline, digits=2),
+            generalisation_grid(records, digits=2),
             waiting_grid(records, waiting) if waiting else None,
             recall_grid(records),
             f1_grid(records),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pandas as pd
 
 from fedloom.errors import UsageError, suggest
 from fedloom.report.groups import Group, headline, shared_primary
@@ -55,6 +56,29 @@ def difference(group: Group, baseline: Group, measure: str, statistic: str = "fi
         return None
     mean = float(points.mean())
     return Difference(group.label, len(points), mean, _interval(mean, points))
+
+
+def worse_off(record: RunRecord, rival: RunRecord) -> float | None:
+    """Return the fraction of clients whose personal model is worse in `record` than in `rival`, after the last evaluation of each.
+
+    Equal values do not count as worse. Return None if the runs do not form a pair, or without values for any common client.
+    """
+    if _pair_key(record) != _pair_key(rival):
+        return None
+    primary = shared_primary((record, rival))
+    ours, theirs = (_last_by_client(one, primary.measure("personal")) for one in (record, rival))
+    both = ours.index.intersection(theirs.index)
+    return float((primary.sign * (ours[both] - theirs[both]) < 0).mean()) if len(both) else None
+
+
+def _last_by_client(record: RunRecord, measure: str) -> pd.Series[float]:
+    """Return each client's value after the last evaluation, by client; empty if there are none."""
+    table = record.clients
+    if table is None or measure not in table.columns:
+        return pd.Series(dtype="float64")
+    scored = table[table[measure].notna()]
+    values: pd.Series[float] = scored[scored["round"] == scored["round"].max()].set_index("client")[measure]
+    return values
 
 
 def _interval(mean: float, points: np.ndarray) -> tuple[float, float] | None:

@@ -77,12 +77,18 @@ def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> T
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
     """See `summary_table`. `digits`: decimal places of percentages. Columns without values are left out."""
     groups, primary = group(records), shared_primary(records)
-    columns = [column for column in _columns(primary, digits) if _fills(column, groups)]
+    columns = _columns(primary, digits)
+    return filled_grid(f"Results, {primary.heading}", columns, groups, digits, _summary_caption(groups))
+
+
+def filled_grid(title: str, columns: Sequence[Column], groups: Sequence[Group], digits: int, caption: str) -> Grid:
+    """Return one row per group (mean ± std over seeds), without the columns that have no values."""
+    primary = shared_primary([record for g in groups for record in g.records])
+    columns = [column for column in columns if _fills(column, groups)]
     body = [_column_cells(column, groups, primary, digits) for column in columns]
     names = [Cell(g.label if g.finished else f"{g.label} (unfinished)") for g in groups]
-    rows = tuple(zip(names, *body, strict=True))
     headers = ("Method", *(column.header for column in columns))
-    return Grid(title=f"Results, {primary.heading}", headers=headers, rows=rows, caption=_summary_caption(groups))
+    return Grid(title=title, headers=headers, rows=tuple(zip(names, *body, strict=True)), caption=caption)
 
 
 def _columns(primary: Primary, digits: int) -> list[Column]:

@@ -7,6 +7,7 @@ that are the same in the whole comparison. Only the method and its hyper-paramet
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from fedloom.experiment.lock import FolderLock
 from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.methods.registry import METHODS, method_class
+
+log = logging.getLogger(__name__)
 
 FILE = "compare.toml"
 VARIED = ("uplink", "downlink")  # settings of the run that may differ between rows
@@ -71,7 +74,7 @@ class Comparison:
     def jobs(self, folder: Path) -> list[PlannedRun]:
         """Return all runs, ordered by seed, so that an interrupted comparison has complete seeds."""
         return [
-            PlannedRun(row.label, seed, self._settings(row, seed, folder / f"{row.label}-seed{seed}"))
+            PlannedRun(row.label, seed, self._run_settings(row, seed, folder / f"{row.label}-seed{seed}"))
             for seed in self.seeds
             for row in self.rows
         ]
@@ -82,11 +85,12 @@ class Comparison:
         Raises:
             UsageError: the error that the run would raise.
         """
+        self._check_shared_head()
         dataset = make_dataset(self._settings(self.rows[0], self.seeds[0]))
         for seed in self.seeds:
             federation = make_federation(self._settings(self.rows[0], seed), dataset)
             for row in self.rows if seed == self.seeds[0] else ():
-                settings = self._settings(row, seed)
+                settings = self._run_settings(row, seed)
                 with arithmetic(settings):
                     problem = make_problem(settings, make_method(settings.method), federation)
                     place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
@@ -104,6 +108,23 @@ class Comparison:
     def _settings(self, row: Row, seed: int, out: str | Path | None = None) -> Settings:
         own = {**row.run, "method": row.method, "seed": seed, "label": row.label, "out": out}
         return make_settings({**self.base, **own})
+
+    def _run_settings(self, row: Row, seed: int, out: str | Path | None = None) -> Settings:
+        """Return the settings of one run: without `eval.shared_head` if its clients share no body."""
+        settings = self._settings(row, seed, out)
+        if not settings.eval.shared_head or make_method(settings.method).shared_features() is not None:
+            return settings
+        return settings.model_copy(update={"eval": settings.eval.model_copy(update={"shared_head": False})})
+
+    def _check_shared_head(self) -> None:
+        """Log the rows without a shared body if `eval.shared_head` is set. Raise ConfigError if all rows are."""
+        if not self._settings(self.rows[0], self.seeds[0]).eval.shared_head:
+            return
+        lacking = [row.label for row in self.rows if not self._run_settings(row, self.seeds[0]).eval.shared_head]
+        if len(lacking) == len(self.rows):
+            raise ConfigError("eval.shared_head=true: in no row do clients share a body; remove eval.shared_head")
+        if lacking:
+            log.warning("eval.shared_head: not for %s, whose clients share no body", ", ".join(lacking))
 
 
 def plan(values: Mapping[str, Any]) -> Comparison:

@@ -1,0 +1,94 @@
+"""How well models do beyond the classes and clients they were trained on, and which clients a method leaves worse off."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+
+from rich.table import Table
+
+from fedloom.report import units
+from fedloom.report.groups import Group, group, headline, shared_primary
+from fedloom.report.pairs import worse_off
+from fedloom.report.primary import Primary
+from fedloom.report.read import RunRecord
+from fedloom.report.tables import Column, Grid, drawn, filled_grid
+
+RIVALS = ("local", "fedavg")
+"""Methods that leave a client worse off if its own model is less accurate than with them."""
+NOTES = {
+    "not_held": "Held, not held: common test examples of the classes that a client has, or has not, among its training examples.",
+    "shared_head": "Shared head: one linear classifier for all clients on the features of the shared body.",
+    "worse": "Worse off: clients whose personal model is worse than with the other method, same data and seed.",
+}
+
+
+def generalisation_table(records: Sequence[RunRecord]) -> Table | None:
+    """Return the table of `generalisation_grid` for the terminal, or None if it has no values."""
+    grid = generalisation_grid(records)
+    return drawn(grid) if grid else None
+
+
+def generalisation_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid | None:
+    """Return a table with one row per method: accuracy by classes held and not held, with the shared head, and clients worse off.
+
+    Columns without values are left out; return None if none is left.
+    """
+    groups, primary = group(records), shared_primary(records)
+    columns = [*_scores(primary, digits), *_worse_off(groups, digits)]
+    grid = filled_grid(f"Generalisation, {primary.heading}", columns, groups, digits, "")
+    if len(grid.headers) < 2:
+        return None
+    text = " ".join(grid.headers).replace("\n", " ")
+    shown = {"not_held": "not held" in text, "shared_head": "shared head" in text, "worse": "worse off" in text}
+    return Grid(
+        title=grid.title,
+        headers=grid.headers,
+        rows=grid.rows,
+        caption=" ".join(NOTES[name] for name, is_shown in shown.items() if is_shown),
+    )
+
+
+def _scores(primary: Primary, digits: int) -> list[Column]:
+    def text(value: float) -> str:
+        return primary.text(value, digits)
+
+    def score(header: str, view: str, statistic: str = "final") -> Column:
+        return Column(header, lambda record: headline(record, primary.measure(view), statistic), text, True)
+
+    return [
+        score("general\nheld", "general", "held"),
+        score("general\nnot held", "general", "not_held"),
+        score("shared head\ngeneral", "shared_head"),
+        score("shared head\nnot held", "shared_head", "not_held"),
+        Column("shared head\nnewcomers", _newcomers, text, True),
+    ]
+
+
+def _newcomers(record: RunRecord) -> float | None:
+    value = ((record.summary or {}).get("new_clients") or {}).get("shared_head")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _worse_off(groups: Sequence[Group], digits: int) -> list[Column]:
+    """Return one column for each rival among the groups: the fraction of clients that are worse off."""
+    found = []
+    for name in RIVALS:
+        rival = next((g for g in groups if name in (g.label, g.method)), None)
+        if rival is not None:
+            text = lambda value: units.points(value, digits)  # noqa: E731
+            found.append(Column(f"worse off\nthan {rival.label}", _than(rival), text, False))
+    return found
+
+
+def _than(rival: Group) -> Callable[[RunRecord], float | None]:
+    """Return a function of a run: the mean fraction of clients that are worse off than in the rival's runs with the same data and seed."""
+
+    def fraction(record: RunRecord) -> float | None:
+        if record in rival.records or not record.finished:
+            return None
+        found = [worse_off(record, other) for other in rival.records if other.finished]
+        known = [value for value in found if value is not None]
+        return statistics.fmean(known) if known else None
+
+    return fraction
