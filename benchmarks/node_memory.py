@@ -27,7 +27,9 @@ PARTS = ("superlink", "proxy", "supernode")
 def by_part(pid: int, role: str) -> Counter[str]:
     """Return the megabytes of a process and its descendants, by program."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
-    part = next((name for name in PARTS if f"{name}.py" in words or f"flower-{name}" in words), role)
+    part = next(
+        (name for name in PARTS if any(f"{word}{name}" in words for word in ("deploy/", "deploy.", "flower-"))), role
+    )
     size, children = pss_and_children(pid)
     return sum((by_part(child, role) for child in children), Counter({part: size // 1_000_000}))
 

@@ -13,7 +13,7 @@ import pytest
 
 from fedloom.deploy.agent import supernode_command
 from fedloom.deploy.certificates import certificate_bytes, new_authority, new_node_key, node_key_bytes
-from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.files import NodeFile, read_file
 from fedloom.deploy.services import end_group, flower_environment, free_ports
 
 pytestmark = pytest.mark.deploy

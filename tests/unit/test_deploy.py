@@ -5,6 +5,7 @@ import contextlib
 import ipaddress
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import socket
@@ -49,8 +50,10 @@ from starlette.routing import Route
 from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
 from fedloom.deploy import certificates, doors, node_keys, proxy, server, superlink_store, supernode
-from fedloom.deploy.agent import WorkerProcess
-from fedloom.deploy.folder import Deployment, NodeFile, create_deployment, read_file
+from fedloom.deploy.agent import WorkerProcess, answer_within, run_node
+from fedloom.deploy.budget import Patience, check_size, resident_mib
+from fedloom.deploy.files import Budget, NodeFile, read_file
+from fedloom.deploy.folder import Deployment, create_deployment
 from fedloom.deploy.local import LocalFederation
 from fedloom.deploy.messages import Assignment, Hello, open_envelope, seal
 from fedloom.deploy.node_keys import KeyRing, key_line, read_key
@@ -906,8 +909,8 @@ def test_flower_is_on_the_machine():
 def worker(tmp_path):
     """Start a node's worker process; return it and its number. The method `hang` never returns, and `die` exits the process."""
     values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
-    place = create_deployment(tmp_path / "federation", values, 1)
-    started = WorkerProcess(place.path / "node-0", threading.Event())
+    place = create_deployment(tmp_path / "federation", values, 1, demo=True)
+    started = WorkerProcess(place.path / "node-0", threading.Event(), Budget())
     started.tend()
     yield started
     started.end()
@@ -926,31 +929,74 @@ def hello(**settings):
 
 
 def test_a_worker_that_is_killed_while_idle_is_replaced(worker, process):
-    assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
+    assert open_envelope(worker.answer(hello(), Patience(60))).header.clients == [0]
     killed = process()
     killed.kill()
     killed.join(5)
     worker.tend()
-    assert open_envelope(worker.answer(hello(), 60)).header.clients == [0]
+    assert open_envelope(worker.answer(hello(), Patience(60))).header.clients == [0]
 
 
 def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker, process):
     before = process().pid
     os.kill(before, signal.SIGSTOP)
-    assert "did not answer within 0.5 s" in open_envelope(worker.answer(hello(), 0.5)).header.reason
+    assert "did not answer within 0.5 s" in open_envelope(worker.answer(hello(), Patience(0.5))).header.reason
     worker.tend()
     assert process().pid != before
     os.kill(process().pid, signal.SIGKILL)
-    assert "ended during the request (exit code -9)" in open_envelope(worker.answer(hello(), 60)).header.reason
+    assert (
+        "ended during the request (exit code -9)" in open_envelope(worker.answer(hello(), Patience(60))).header.reason
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start from nothing")
 def test_agent_and_worker_share_most_of_their_memory(worker, process):
     """A device of 1 GB has no room for torch twice."""
-    open_envelope(worker.answer(hello(), 60))
+    open_envelope(worker.answer(hello(), Patience(60)))
     lines = Path(f"/proc/{process().pid}/smaps_rollup").read_text().splitlines()
     kb = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
     assert kb["Private_Dirty"] + kb["Private_Clean"] < 0.5 * kb["Rss"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_uses_more_memory_than_its_owner_allows_is_replaced(worker, process, monkeypatch):
+    assert resident_mib(os.getpid()) > 50
+    assert resident_mib(2**22 + 1) == 0
+    monkeypatch.setattr(worker, "_budget", Budget(memory_mib=20))
+    before = process().pid
+    reason = open_envelope(worker.answer(hello(), Patience(60))).header.reason
+    assert re.match(r"the worker used \d+ MiB of memory and was replaced \(budget.memory_mib=20; the owner of", reason)
+    worker.tend()
+    assert process().pid != before
+
+
+@pytest.mark.parametrize(
+    ("seconds", "deadline_s", "message"),
+    [
+        (0.3, 60.0, "within 0.3 s and was replaced (budget.seconds=0.3; the owner of this node sets it in node.toml)"),
+        (60.0, 0.3, "within 0.3 s and was replaced"),
+    ],
+)
+def test_the_time_of_a_request_is_limited_by_the_nodes_owner(worker, process, seconds, deadline_s, message):
+    os.kill(process().pid, signal.SIGSTOP)
+    node = NodeFile(name="n", server="s", runtime_port=1, clients=[0], budget=Budget(seconds=seconds))
+    reason = open_envelope(answer_within(worker, hello(deadline_s=deadline_s), node)).header.reason
+    assert reason == f"the worker did not answer {message}"
+
+
+def test_the_size_of_messages_is_limited_by_the_nodes_owner(worker):
+    node = NodeFile(name="n", server="s", runtime_port=1, clients=[0], budget=Budget(message_mib=1e-3))
+    with pytest.raises(ConfigError, match=r"^budget.message_mib=0.001: the request has .* MiB; the owner of this node"):
+        answer_within(worker, hello(), node)
+    with pytest.raises(ConfigError, match=r"the answer has 3.0 MiB"):
+        check_size(Budget(message_mib=2.0), 3 * 2**20, "answer")
+
+
+def test_a_node_without_its_data_folder_does_not_start(folder):
+    with pytest.raises(
+        ConfigError, match=r"^data=data: the folder .*node-0/data does not exist; set data in .*node.toml$"
+    ):
+        run_node(folder / "node-0")
 
 
 def test_a_port_in_use_is_a_one_line_error(tmp_path):

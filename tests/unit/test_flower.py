@@ -3,14 +3,17 @@
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import safetensors.torch
+import tomli_w
 import torch
 from PIL import Image
 
@@ -30,6 +33,7 @@ from fedloom.deploy.messages import (
     ScoreMessage,
     SentScore,
     Trained,
+    TrainMessage,
     Turned,
     open_envelope,
     seal,
@@ -116,7 +120,7 @@ def federation(tmp_path) -> Callable[..., Deployment]:
     """Return a function that creates a federation's folder, with two nodes by default."""
 
     def make(name: str = "federation", nodes: int = 2, **settings: Any) -> Deployment:
-        return create_deployment(tmp_path / name, values(**settings), nodes)
+        return create_deployment(tmp_path / name, values(**settings), nodes, demo=True)
 
     return make
 
@@ -721,6 +725,73 @@ def rows(tmp_path, monkeypatch) -> Callable[..., Path]:
 def name_data(node: Path, data: Path) -> None:
     file = node / "node.toml"
     file.write_text(file.read_text().replace('data = "config"', f'data = "{data}"'))
+
+
+def call_for(place: Deployment, settings: Mapping[str, Any] = MappingProxyType({})) -> Call:
+    """Return the common part of requests for a run of the federation's config, with other settings."""
+    config = tomllib.loads((place.path / "config.toml").read_text()) | dict(settings)
+    return Call.model_validate({"run": "0" * 16, "config": tomli_w.dumps(config), **DIGITS, "deadline_s": 60.0})
+
+
+def limit(node: Path, line: str) -> None:
+    file = node / "node.toml"
+    key = line.split(" =")[0]
+    file.write_text("".join(re.sub(rf"^{key} = .*", line, old) for old in file.read_text().splitlines(keepends=True)))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("rounds = 1", "budget.rounds=1: the run has 3 rounds; the owner of this node sets it in node.toml"),
+        ("parameters = 100", "budget.parameters=100: the nets have 910 parameters; the owner of this node sets it in node.toml"),
+        ("steps = 1", "budget.steps=1: client 2 would take 2 steps in a round; the owner of this node sets it in node.toml"),
+    ],
+)  # fmt: skip
+def test_a_node_refuses_a_run_above_its_budget_in_one_line(federation, tmp_path, line, reason):
+    place = federation(**{"data.rows": 160})
+    limit(place.path / "node-1", line)
+    said: list[str] = []
+    settings = values(**{"data.rows": 160}) | {"out": str(tmp_path / "run")}
+    experiment = running.prepare(place, settings, Wire(place), said.append)
+    assert said == [f"node-1: {reason}"]
+    experiment.run()
+    assert {line.partition(": ")[2] for line in said[1:]} <= {reason, f"scores of client 2: {reason}"}
+    assert [row["cohort"] for row in experiment.rows] == [2, 2, 2]
+
+
+def test_a_config_can_name_only_folders_that_the_nodes_owner_listed(federation, rows, tmp_path):
+    mine = rows("mine", slice(0, 200))
+    (tmp_path / "link").symlink_to(mine)
+    place = federation()
+    worker = NodeWorker(place.path / "node-0")
+    call = call_for(place, {"data": {"name": "mine", "path": str(mine)}})
+
+    def answer() -> Any:
+        return open_envelope(NodeWorker(place.path / "node-0").answer(seal(Hello(call=call), {}))).header
+
+    for listed in ("[]", f'["{tmp_path}/min"]', f'["{mine}/0"]', '["mine"]'):
+        limit(place.path / "node-0", f"folders = {listed}")
+        assert answer().reason == (
+            f"data.path={mine}: is not in a folder that this node may read for a run; "
+            "its owner can add it to folders in node.toml"
+        )
+    for listed in (f'["{tmp_path}/link"]', f'["/nowhere", "{tmp_path}"]', '["../../mine"]'):
+        limit(place.path / "node-0", f"folders = {listed}")
+        assert "data.path" not in getattr(answer(), "reason", "")
+    assert worker._node.folders == []
+
+
+@pytest.mark.parametrize("same", ["client", "slot"])
+def test_a_request_names_each_client_once(federation, same):
+    place = federation()
+    members = [Assignment(client=0, slot=0, base=0, keep=0), Assignment(client=1, slot=1, base=0, keep=0)]
+    twice = [members[0], members[1].model_copy(update={same: 0})]
+    request = seal(TrainMessage(call=call_for(place), number=0, members=twice), {"common": {}})
+    reason = open_envelope(NodeWorker(place.path / "node-0").answer(request)).header.reason
+    assert "the request names a client or a slot twice" in reason
+    late = seal(TrainMessage(call=call_for(place), number=3, members=members), {"common": {}})
+    reason = open_envelope(NodeWorker(place.path / "node-0").answer(late)).header.reason
+    assert "round 4: the run has 3 rounds" in reason
 
 
 def test_examples_on_devices_stay_there(federation, rows, tmp_path):

@@ -80,11 +80,14 @@ def init_step(words: Sequence[str]) -> int:
         metavar="HOST[,HOST]",
         help="host names or addresses of the server; nodes connect to the first",
     )
+    parser.add_argument(
+        "--demo", action="store_true", help="nodes use the examples of the config instead of their own (for tests)"
+    )
     given = parser.read(words)
     folder = _folder(given.folder, "init")
-    made = create_deployment(
-        folder, _one_experiment(read_values(given.words)), given.nodes, [h.strip() for h in given.address.split(",")]
-    )
+    hosts = [h.strip() for h in given.address.split(",")]
+    values = _one_experiment(read_values(given.words))
+    made = create_deployment(folder, values, given.nodes, hosts, demo=given.demo)
     console = output()
     console.print(f"folder  {folder}", soft_wrap=True)
     for node, clients in made.file.nodes.items():

@@ -19,7 +19,8 @@ from flwr.supercore.constant import TaskType
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
-from fedloom.deploy.folder import NodeFile, read_file
+from fedloom.deploy.budget import Patience, check_size, overdraft, patience
+from fedloom.deploy.files import Budget, NodeFile, read_file
 from fedloom.deploy.limits import request_limits
 from fedloom.deploy.messages import NodeFailure, open_envelope, seal
 from fedloom.deploy.runtime import beating, finish_task, read_place, take_task
@@ -38,9 +39,9 @@ DEFAULT_DEADLINE_S = 600.0
 class WorkerProcess:
     """The agent's handle to the worker process. Client states are on disk, so the process can be replaced at any time."""
 
-    def __init__(self, folder: Path, over: threading.Event) -> None:
+    def __init__(self, folder: Path, over: threading.Event, budget: Budget) -> None:
         """`over`: set when the node must stop, even while the worker is busy."""
-        self._folder, self._over = folder, over
+        self._folder, self._over, self._budget = folder, over, budget
         self._process: Any = None
         self._pipe: Connection | None = None
 
@@ -57,16 +58,21 @@ class WorkerProcess:
             self._process.start()
             theirs.close()
 
-    def answer(self, data: bytes, deadline_s: float) -> bytes:
-        """Send a request to the worker and return its answer. If the worker dies or misses the deadline, stop it and return a failure."""
+    def answer(self, data: bytes, allowed: Patience) -> bytes:
+        """Send a request to the worker and return its answer.
+
+        If the worker dies, misses the deadline or uses too much memory, stop it and return a failure.
+        """
         assert self._pipe is not None
         try:
             self._pipe.send_bytes(data)
-            until = time.monotonic() + deadline_s
+            until, reason = time.monotonic() + allowed.seconds, ""
             while not self._over.is_set() and time.monotonic() < until:
+                if reason := overdraft(self._budget, self._process.pid):
+                    break
                 if self._pipe.poll(POLL_S):
                     return self._pipe.recv_bytes()
-            reason = f"the worker did not answer within {deadline_s:g} s and was replaced"
+            reason = reason or f"the worker did not answer within {allowed.seconds:g} s and was replaced{allowed.limit}"
         except (EOFError, OSError):
             self._process.join(5)
             reason = f"the worker ended during the request (exit code {self._process.exitcode}) and was replaced"
@@ -93,6 +99,7 @@ def run_node(folder: Path) -> None:
     for name in ("node.key", "ca.crt", "runtime.secret"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is not a node's folder: {name} is missing")
+    _check_owner(folder, node)
     warning = keep_private(folder)
     require_free(node.runtime_port, "is this node already running? To change the port, set runtime_port in node.toml")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -105,7 +112,7 @@ def run_node(folder: Path) -> None:
     )
     with ended_by_signals() as over:
         supernode.start()
-        worker = WorkerProcess(folder, over)
+        worker = WorkerProcess(folder, over, node.budget)
         gc.freeze()  # otherwise the next garbage collection would copy memory shared with the worker
         log.info("%s: clients %s; server %s", node.name, ", ".join(map(str, node.clients)), node.server)
         try:
@@ -113,6 +120,16 @@ def run_node(folder: Path) -> None:
         finally:
             worker.end()
             supernode.end()
+
+
+def _check_owner(folder: Path, node: NodeFile) -> None:
+    """Raise ConfigError for settings of the node's owner that cannot be kept."""
+    if node.data != "config" and not (folder / node.data).is_dir():
+        raise ConfigError(
+            f"data={node.data}: the folder {folder / node.data} does not exist; set data in {folder / 'node.toml'}"
+        )
+    if node.budget.memory_mib is not None and sys.platform != "linux":
+        raise ConfigError(f"budget.memory_mib={node.budget.memory_mib}: can be enforced only on Linux; remove it")
 
 
 def supernode_command(folder: Path, node: NodeFile) -> list[str]:
@@ -143,26 +160,30 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
             continue
         try:
             with place.client(task.token) as client, beating(client):
-                _work(client, worker, len(node.clients))
+                _work(client, worker, node)
         except Exception:  # drop the message, keep the node running
             log.exception("a message could not be answered")
 
 
-def _work(client: RuntimeHttpClient, worker: WorkerProcess, n_clients: int) -> None:
+def _work(client: RuntimeHttpClient, worker: WorkerProcess, node: NodeFile) -> None:
     time.sleep(SETTLE_S)
     message, context, _, _ = pull_task_input(client)
     try:
-        data = content_of(message)
-        answer = worker.answer(data, _deadline(data, n_clients))
-    except WireError as error:
+        answer = answer_within(worker, content_of(message), node)
+    except (WireError, ConfigError) as error:
         answer = seal(NodeFailure(reason=str(error)), {})
     push_message(client, Message(as_record(answer), reply_to=message), context)
     finish_task(client)
 
 
-def _deadline(data: bytes, n_clients: int) -> float:
-    call = getattr(open_envelope(data, request_limits(n_clients)).header, "call", None)
-    return float(call.deadline_s) if call else DEFAULT_DEADLINE_S
+def answer_within(worker: WorkerProcess, data: bytes, node: NodeFile) -> bytes:
+    """Return the worker's answer to a request. Raise ConfigError if one of them is larger than the node's budget allows."""
+    check_size(node.budget, len(data), "request")
+    call = getattr(open_envelope(data, request_limits(len(node.clients))).header, "call", None)
+    deadline_s = float(call.deadline_s) if call else DEFAULT_DEADLINE_S
+    answer = worker.answer(data, patience(node.budget, deadline_s))
+    check_size(node.budget, len(answer), "answer")
+    return answer
 
 
 def as_record(data: bytes) -> RecordDict:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom import tree
+from fedloom.deploy.budget import most_steps
 from fedloom.deploy.limits import Limits, limits
 from fedloom.deploy.messages import (
     Assignment,
@@ -37,7 +38,7 @@ from fedloom.deploy.messages import (
 from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
-from fedloom.method import Client, Downlink, Interleave, Train, trains_of
+from fedloom.method import Client, Downlink, trains_of
 from fedloom.nets import read_weights
 from fedloom.training.turn import Modules
 from fedloom.tree import Tree
@@ -357,16 +358,6 @@ class FlowerEngine(Engine):
     def close(self) -> None:
         """See `Engine.close`."""
         self._link.close()
-
-
-def most_steps(problem: Problem, client: int, n_examples: int) -> dict[str, int]:
-    """Return the largest number of steps of each `Train` in a client's local update, by name."""
-    plan, found = problem.plan_of(client), dict[str, int]()
-    for phase in problem.method.phases():
-        if isinstance(phase, Train | Interleave):
-            n_steps = plan.n_steps(n_examples, phase.epochs, phase.steps)
-            found |= {train.name: n_steps for train in trains_of([phase])}
-    return found
 
 
 def _reply(letter: Letter, turn: Turned) -> Reply:

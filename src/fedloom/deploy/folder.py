@@ -18,13 +18,11 @@ import os
 import re
 import secrets
 import sys
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, to_toml, with_scheme
@@ -39,47 +37,14 @@ from fedloom.deploy.certificates import (
     node_key_bytes,
     write_new,
 )
+from fedloom.deploy.files import FederationFile, NodeFile, read_file
 from fedloom.deploy.services import private_files
-from fedloom.errors import ConfigError, suggest
+from fedloom.errors import ConfigError
 from fedloom.experiment.arrivals import check_stragglers
-from fedloom.ranges import NonNegative, Positive, Whole
 
-Port = Annotated[int, Field(ge=1, le=65535)]
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
-M = TypeVar("M", bound=BaseModel)
 SCREEN_NORM = 10.0  # default of screen.norm on devices
 LOOPBACK = ("127.0.0.1", "localhost")
-
-
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class FederationFile(_File):
-    """Contents of `federation.toml`."""
-
-    host: str
-    port: Port
-    superlink_port: Port
-    deadline_s: Positive = 600.0
-    late_s: Positive = 3600.0
-    join_s: NonNegative = 120.0
-    nodes: dict[str, list[Whole]]
-
-    @property
-    def address(self) -> str:
-        """Address that nodes connect to."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class NodeFile(_File):
-    """Contents of `node.toml`."""
-
-    name: str
-    server: str
-    runtime_port: Port
-    clients: list[Whole]
-    data: str = "config"
 
 
 class Deployment:
@@ -117,22 +82,6 @@ class Deployment:
         file.write_text(texts.flwr_config(self.superlink, self.server / "ca.crt"), encoding="utf-8")
 
 
-def read_file(path: Path, model: type[M], what: str) -> M:
-    """Read a TOML file into a model. Raise ConfigError if it is missing or invalid."""
-    if not path.is_file():
-        raise ConfigError(f"{path.parent} is not {what}: {path.name} is missing")
-    try:
-        return model.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        hint = suggest(key, model.model_fields) if first["type"] == "extra_forbidden" else ""
-        reason = "unknown key" if hint else first["msg"].lower()
-        raise ConfigError(f"{path}: {key}: {reason}{hint}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from None
-
-
 def create_deployment(
     path: Path,
     values: Mapping[str, Any],
@@ -140,6 +89,8 @@ def create_deployment(
     hosts: Sequence[str] = LOOPBACK,
     ports: Mapping[str, int] | None = None,
     runtime: Sequence[int] = (),
+    *,
+    demo: bool = False,
 ) -> Deployment:
     """Write the folder of a new federation, which only its owner can read.
 
@@ -148,6 +99,7 @@ def create_deployment(
         hosts: host names or addresses of the server; nodes connect to the first.
         ports: `proxy` and `superlink`; default 9092 and 9091.
         runtime: a port for the processes of each node; default 9094, because each node is on a separate machine.
+        demo: the nodes use the examples that the config gives their clients, instead of their own.
 
     Raises:
         ConfigError: the folder is not empty, or a value is invalid.
@@ -157,6 +109,7 @@ def create_deployment(
     ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
     nodes = _clients_by_node(settings.clients or n_nodes, n_nodes)
     federation = FederationFile(host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], nodes=nodes)
+    data: dict[str, Any] = {"data": "config", "folders": named_paths(settings)} if demo else {}
     with private_files():
         _make_empty(path)
         authority = new_authority()
@@ -167,7 +120,7 @@ def create_deployment(
         _write_server(path, authority, hosts)
         for place, (name, clients) in enumerate(nodes.items()):
             port = runtime[place] if runtime else 9094
-            node = NodeFile(name=name, server=federation.address, runtime_port=port, clients=clients)
+            node = NodeFile(name=name, server=federation.address, runtime_port=port, clients=clients, **data)
             _write_node(path, authority, node, code_files(settings))
         made = Deployment(path)
         made.write_flwr_config()
@@ -190,7 +143,7 @@ def _write_server(path: Path, authority: Identity, hosts: Sequence[str]) -> None
 def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[Path]) -> None:
     """Write a node's folder, and its public key for the server."""
     folder, (private, public) = path / node.name, node_key_bytes(new_node_key())
-    write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node.model_dump()))
+    write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node.model_dump(exclude_none=True)))
     write_new(folder / "node.key", private)
     write_new(path / f"server/keys/{node.name}.pub", public)
     write_new(folder / "ca.crt", certificate_bytes(authority))
@@ -271,6 +224,11 @@ def weights_file(settings: Settings) -> Path | None:
     """Return the file with a model's pretrained weights, if the settings name one."""
     weights = settings.model.options.get("weights")
     return Path(weights) if isinstance(weights, str) and weights.endswith(".safetensors") else None
+
+
+def named_paths(settings: Settings) -> list[str]:
+    """Return the absolute paths of the files and folders with examples that the settings name."""
+    return [str(path.resolve()) for path in (settings.data.path, settings.partition.path) if path]
 
 
 def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:

@@ -82,7 +82,7 @@ def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | Non
     federation: LocalFederation | None = None
     try:
         deployment = create_deployment(
-            place, values, n_nodes, ports={"proxy": proxy, "superlink": superlink}, runtime=runtime
+            place, values, n_nodes, ports={"proxy": proxy, "superlink": superlink}, runtime=runtime, demo=True
         )
         federation = LocalFederation(deployment)
         federation.start_server()

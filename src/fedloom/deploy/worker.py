@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import torch
 
 from fedloom.config.settings import Named, Settings, make_method, make_settings
-from fedloom.deploy.folder import NodeFile, read_file, weights_file
+from fedloom.deploy.budget import check_problem, check_settings
+from fedloom.deploy.files import NodeFile, read_file
+from fedloom.deploy.folder import weights_file
 from fedloom.deploy.leash import hold
 from fedloom.deploy.limits import request_limits
 from fedloom.deploy.messages import (
@@ -45,7 +47,7 @@ from fedloom.deploy.store import NodeStore
 from fedloom.engines.base import Problem, Reply, Score
 from fedloom.engines.local import CohortMember as CohortMember
 from fedloom.engines.sequential import Sequential
-from fedloom.errors import ConfigError, WireError
+from fedloom.errors import ConfigError, UsageError, WireError
 from fedloom.experiment.build import make_federation, make_problem
 from fedloom.method import Downlink
 from fedloom.tools.error_report import one_line
@@ -85,6 +87,9 @@ class NodeWorker:
                 case ScoreMessage():
                     return self._score(letter, letter.header)
             raise WireError(f"a message of kind '{letter.header.kind}' is not a request")
+        except UsageError as error:
+            log.error("the request was refused: %s", error)
+            return seal(NodeFailure(reason=_reason(error)), {})
         except Exception as error:
             log.exception("the request failed")
             return seal(NodeFailure(reason=_reason(error)), {})
@@ -97,6 +102,8 @@ class NodeWorker:
 
     def _train(self, letter: Letter, request: TrainMessage) -> bytes:
         site = self._serve(request.call, request.number, request.members)
+        if request.number >= site.problem.task.rounds:
+            raise WireError(f"round {request.number + 1}: the run has {site.problem.task.rounds} rounds")
         common = letter.tree("common")
         turns, uplinks = [], {}
         for member in request.members:
@@ -127,6 +134,8 @@ class NodeWorker:
         strangers = [member.client for member in members if member.client not in self._node.clients]
         if strangers:
             raise WireError(f"client {strangers[0]} is not on {self._node.name}")
+        if len({m.client for m in members}) < len(members) or len({m.slot for m in members}) < len(members):
+            raise WireError("the request names a client or a slot twice")
         site.store.turn_to(number, members)
         return site
 
@@ -140,6 +149,7 @@ class NodeWorker:
 
     def _make(self, call: Call) -> NodeRun:
         settings = self._settings(call.config)
+        check_settings(self._node, self._folder, settings)
         torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
         torch.set_num_threads(settings.engine.threads)
         method = make_method(settings.method)
@@ -155,6 +165,7 @@ class NodeWorker:
                 f"method={settings.method.name}: cannot be deployed, because it pools the examples of all clients"
             )
         problem = make_problem(settings, method, federation)
+        check_problem(self._node.budget, problem, self._node.clients)
         engine, stores = Sequential(problem), list[NodeStore]()
 
         def keep(blank: Any) -> NodeStore:
