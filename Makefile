@@ -9,7 +9,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: run test types tests test-deploy test-hf check clean
 
 run: $(VENV)/installed  ## the three methods and their plain rivals, on embedded digits
-	$(BIN)/fedloom compare configs/main/fedrir.toml configs/main/fedvtc.toml configs/main/fedmr.toml
+	$(BIN)/fedloom demo
 
 test: $(VENV)/installed  ## style, types, layers, tests
 	$(BIN)/ruff check .

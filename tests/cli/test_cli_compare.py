@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fedloom import config
+from fedloom.cli.running import DEMO
+from fedloom.config.parsing import read_toml
+from fedloom.tools.compare import plan
+
 STUDY = """
 seed = [0, 1]
 rounds = 2
@@ -91,16 +96,22 @@ def test_report_of_a_comparison(tiny, cli):
     assert cli("report", "both", "baseline=fedmr").code == 2
 
 
+SHORT = 'rounds = 2\nclients = 4\nmodel = {name = "mlp", hidden = 8}\ndata.rows = 200\n'
+"""The settings of `tiny` in a file, because arguments that change results leave out the reading."""
+
+
 def two_files():
     Path("one.toml").write_text(
-        'method = ["local", "fedavg"]\ntitle = "Alone or together"\nreading = "Together is better."\n'
+        f'{SHORT}method = ["local", "fedavg"]\ntitle = "Alone or together"\nreading = "Together is better."\n'
     )
-    Path("two.toml").write_text('method = ["fedavg", "fedprox"]\nseed = [0, 1]\nreading = """Both\nare alike."""\n')
+    Path("two.toml").write_text(
+        f'''{SHORT}method = ["fedavg", "fedprox"]\nseed = [0, 1]\nreading = """Both\nare alike."""\n'''
+    )
 
 
-def test_several_files_are_several_comparisons_in_one_report(tiny, cli):
+def test_several_files_are_several_comparisons_in_one_report(cli):
     two_files()
-    done = tiny("compare", "one.toml", "two.toml", "out=all")
+    done = cli("compare", "one.toml", "two.toml", "out=all", "engine=sequential")
     assert done.code == 0, done.err
     order = [
         done.out.index(text)
@@ -118,9 +129,38 @@ def test_several_files_are_several_comparisons_in_one_report(tiny, cli):
     assert len(ids) == len(set(ids))
 
 
-def test_several_comparisons_are_resumed_together(tiny, cli):
+def test_a_reading_is_left_out_if_arguments_change_the_results(cli):
     two_files()
-    tiny("compare", "one.toml", "two.toml", "out=all", "--quiet")
+    done = cli("compare", "one.toml", "seed=1", "out=one")
+    assert "Together is better." not in done.out
+    assert "reading of the results is left out, because the command line has seed=1." in done.out
+
+
+def test_the_demo_has_three_comparisons_of_its_own(cli):
+    folder = Path(config.__file__).parent / "demo"
+    for name in DEMO:
+        comparison = plan(read_toml(folder / f"{name}.toml"))
+        assert comparison.seeds == (0, 1, 2)
+        assert comparison.title
+        assert comparison.reading
+        assert len(comparison.jobs(Path())) >= 12
+    assert {path.stem for path in folder.iterdir()} == set(DEMO)
+    assert cli("demo", "own.toml").err == (
+        "fedloom: error: 'own.toml': fedloom demo has its own config files; expected key=value, such as seed=0\n"
+    )
+    assert cli("demo", "rounds=0").err.startswith("fedloom: error: rounds=0")
+
+
+@pytest.mark.slow
+def test_the_demo_writes_one_report_of_three_comparisons(cli):
+    done = cli("demo", "rounds=1", "seed=0", "out=demo")
+    assert done.code == 0, done.err
+    assert {path.name for path in Path("demo").iterdir()} == {*DEMO, "report.html"}
+
+
+def test_several_comparisons_are_resumed_together(cli):
+    two_files()
+    cli("compare", "one.toml", "two.toml", "out=all", "engine=sequential", "--quiet")
     kept = Path("all/one/local-seed0/summary.json").stat().st_mtime_ns
     shutil.rmtree("all/two/fedprox-seed1")
     done = cli("compare", "--resume", "all")

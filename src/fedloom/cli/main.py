@@ -33,6 +33,9 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
             "fedloom.cli.running:compare_command",
             "compare several methods on the same clients, with paired differences",
         ),
+        "demo": Entry(
+            "fedloom.cli.running:demo_command", "compare the three methods with simpler ones, on embedded data"
+        ),
         "report": Entry("fedloom.cli.reporting:report_command", "write tables and one HTML page from run folders"),
         "analyse": Entry(
             "fedloom.cli.analysing:analyse_command",
@@ -67,6 +70,7 @@ usage: fedloom COMMAND ...
 {commands}
 
 start with:
+  fedloom demo
   fedloom run method=fedavg rounds=5
   fedloom compare method=local,fedavg,fedrir seed=0,1,2 rounds=20
   fedloom list methods

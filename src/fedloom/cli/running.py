@@ -1,13 +1,15 @@
-"""The commands `fedloom run` and `fedloom compare`."""
+"""The commands `fedloom run`, `fedloom compare` and `fedloom demo`."""
 
 from __future__ import annotations
 
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedloom import config
 from fedloom.cli.words import Interrupted, Parser, accept_option, read_values, settings_words, sign_option
 from fedloom.errors import ConfigError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from fedloom.config.settings import Values
     from fedloom.tools.compare import Comparison
 
+DEMO = ("fedrir", "fedvtc", "fedmr")  # config files in fedloom/config/demo
 RUN_EXAMPLES = """\
   fedloom run                                          FedAvg on scikit-learn's digits, 10 clients with skewed labels
   fedloom run method=fedrir method.lr=1e-3 rounds=50 partition.alpha=0.5
@@ -42,6 +45,12 @@ an ablation study (study.toml), each variant a row of the table:
 
 method.KEY=VALUE sets a hyper-parameter of every method that has it; METHOD.KEY=VALUE sets it for one method. All other keys are
 those of fedloom run, and apply to all methods.
+
+"""
+DEMO_EXAMPLES = """\
+  fedloom demo                                         three comparisons, three to four minutes on two cores
+  fedloom demo seed=0 rounds=5                         a first look, in half a minute
+  fedloom demo out=runs/demo                           into this folder
 
 """
 
@@ -78,7 +87,7 @@ def compare_command(words: Sequence[str]) -> int:
     _options(parser, "folder of an interrupted comparison, to continue it")
     given = _read(parser, words)
     from fedloom.cli.executing import Finished, conclude, run_all, sign
-    from fedloom.tools.compare import create_folder, create_folders, plan, reopen
+    from fedloom.tools.compare import create_folder, create_folders, reopen
 
     files = [word for word in given.words if "=" not in word]
     if given.resume is not None:
@@ -88,9 +97,8 @@ def compare_command(words: Sequence[str]) -> int:
         wanted = create_folders(*_several(files, given.words))
         folder = next(iter(wanted)).parent
     else:
-        values = read_values(given.words)
-        comparison = plan(values)
-        folder = create_folder(comparison, values.get("out"))
+        comparison, out = _planned(given.words)
+        folder = create_folder(comparison, out)
         wanted = {folder: comparison}
     done: list[Finished] = []
 
@@ -104,10 +112,25 @@ def compare_command(words: Sequence[str]) -> int:
     return conclude(done, folder, given.json, given.quiet)
 
 
+def demo_command(words: Sequence[str]) -> int:
+    """Run `fedloom demo`, which compares the three methods with their rivals on embedded data, and return its exit code."""
+    description = (
+        "Compare FedRIR, FedVTC and FedMR with simpler methods, on data that fedloom contains. "
+        "key=value settings apply to all three comparisons."
+    )
+    parser = Parser("demo", description, DEMO_EXAMPLES + "keys: see fedloom run --help")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings that override the config files")
+    _outputs(parser)
+    given = parser.read(words)
+    for word in given.words:
+        if "=" not in word:
+            raise ConfigError(f"'{word}': fedloom demo has its own config files; expected key=value, such as seed=0")
+    folder = Path(config.__file__).parent / "demo"
+    return compare_command([*(str(folder / f"{name}.toml") for name in DEMO), *words])
+
+
 def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comparison], str | None]:
     """Return one comparison per config file, by file name, and `out`. The same `key=value` words override each file."""
-    from fedloom.tools.compare import plan
-
     rest = [word for word in words if "=" in word]
     names = [Path(file).stem for file in files]
     for name in names:
@@ -115,8 +138,22 @@ def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comp
             raise ConfigError(
                 f"'{name}': two config files have this name, and each comparison needs its own folder; rename one"
             )
-    values = [read_values([file, *rest]) for file in files]
-    return {name: plan(value) for name, value in zip(names, values, strict=True)}, read_values(rest).get("out")
+    made = {name: _planned([file, *rest])[0] for name, file in zip(names, files, strict=True)}
+    return made, read_values(rest).get("out")
+
+
+def _planned(words: Sequence[str]) -> tuple[Comparison, str | None]:
+    """Return a comparison and `out`. If arguments change the results, the config file's `reading` no longer describes them."""
+    from fedloom.tools.compare import plan
+
+    values = read_values(words)
+    comparison, changes = plan(values), [w for w in words if "=" in w and not w.startswith(("out=", "engine", "log="))]
+    if comparison.reading and changes and not any(word.startswith("reading=") for word in changes):
+        left_out = (
+            f"The config file's reading of the results is left out, because the command line has {' '.join(changes)}."
+        )
+        comparison = replace(comparison, reading=left_out)
+    return comparison, values.get("out")
 
 
 def _options(parser: Parser, resume: str) -> None:
@@ -124,6 +161,10 @@ def _options(parser: Parser, resume: str) -> None:
     parser.add_argument("--resume", metavar="FOLDER", help=resume)
     accept_option(parser)
     sign_option(parser)
+    _outputs(parser)
+
+
+def _outputs(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
 
