@@ -17,8 +17,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -74,8 +75,35 @@ def is_own_code(file: str) -> bool:
     return not (file.startswith((HOME, sys.prefix, sys.base_prefix, "<")) or "site-packages" in file)
 
 
+MOST_NEAR = 5  # suggestions at once
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the nearest known word, or the list of known words if none is near."""
+    """Return `" (did you mean 'x'?)"` for the nearest known words, or the list of known words if none is near."""
     names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
-    return f" (did you mean '{near[0]}'?)" if near else f"; known: {', '.join(names)}"
+    near = _near(normal(word), {name: normal(name) for name in names})
+    return did_you_mean(near) or f"; known: {', '.join(names)}"
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return `" (did you mean 'x' or 'y'?)"`, or "" if there are no names."""
+    *first, last = [f"'{name}'" for name in names] or [""]
+    return f" (did you mean {', '.join(first)}{' or ' if first else ''}{last}?)" if names else ""
+
+
+def normal(word: str) -> str:
+    """Return a word in lower case and without `-`, `_` and spaces, which users often confuse."""
+    return re.sub(r"[-_\s]", "", word.lower())
+
+
+def _near(word: str, known: Mapping[str, str]) -> list[str]:
+    """Return the names that equal `word`, begin with it, contain it or resemble it. `known`: each name with its normal form."""
+    short = len(word) < 3  # too many names contain such a word
+    for fits in (word.__eq__, lambda other: other.startswith(word), lambda other: word in other):
+        near = [name for name, other in known.items() if fits(other)]
+        if 0 < len(near) <= MOST_NEAR:
+            return near
+        if short:
+            break
+    close = difflib.get_close_matches(word, list(known.values()), n=1, cutoff=0.6)
+    return [name for name, other in known.items() if other in close][:1]

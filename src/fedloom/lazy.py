@@ -101,3 +101,12 @@ class Registry(Mapping[str, T_co], Generic[T_co]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.origins
+
+
+def classes_in(file: Path) -> list[str]:
+    """Return the names of the derived classes in a Python file, which is not run; none if it cannot be read."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return []
+    return [node.name for node in tree.body if isinstance(node, ast.ClassDef) and node.bases]

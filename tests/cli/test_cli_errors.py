@@ -79,7 +79,7 @@ MISTAKES = {
     "run method=none.py:Mine": "there is no file none.py",
     "run fedavg": "did you mean method=fedavg?",
     "run none.toml": "config file none.toml does not exist",
-    "run own.py": "own.py cannot be read as a TOML file",
+    "run own.py": "did you mean method=own.py:Mine?",
     "run fedprox.mu=1": "[fedprox]: tables named after a method work only with `fedloom compare`",
     "run typo.toml": "unknown key 'partition.alhpa' (did you mean 'alpha'?)",
     "run typo.toml other.toml": "only one config file can be given",

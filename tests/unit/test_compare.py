@@ -81,7 +81,7 @@ def test_own_methods_are_called_by_their_class(tmp_path):
         (("method=fedavg", "method.lr=x"), "method.lr=x: must be a number"),
         (("method=fedavg,local", "seed=1,1"), "distinct integers"),
         (("method=v", "variant.v.method=4"), "must be the name of a method"),
-        (("method=a/b", 'variant."a/b".method=fedavg'), "no method or variant|letters, digits"),
+        (("method=a/b", 'variant."a/b".method=fedavg'), "no such method or variant|letters, digits"),
     ],
 )
 def test_invalid_input_is_refused(words, message):

@@ -61,8 +61,8 @@ def test_mistakes_around_a_file_are_named(file, tmp_path):
 
 
 def test_an_unknown_name_is_named():
-    with pytest.raises(ConfigError, match=r"method=fedpro: there is no such method \(did you mean 'fedprox'\?\)"):
-        method_class("fedpro")
+    with pytest.raises(ConfigError, match=r"method=fedprx: there is no such method \(did you mean 'fedprox'\?\)"):
+        method_class("fedprx")
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -29,7 +29,7 @@ def test_nothing_is_overwritten(folder):
 
 def test_a_file_in_the_way_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunFolderError, match="already exists"):
+    with pytest.raises(RunFolderError, match="is a file"):
         RunFolder.create(tmp_path / "file", "x")
     with pytest.raises(RunFolderError, match="out="):
         RunFolder.create(tmp_path / "file" / "below", "x")

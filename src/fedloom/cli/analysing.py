@@ -30,7 +30,7 @@ current folder.
 
 def analyse_command(words: Sequence[str]) -> int:
     """Run `fedloom analyse` and return its exit code."""
-    parser = Parser("analyse", "Analyse the models of finished runs (needs fedloom[analyse]).", EXAMPLES)
+    parser = Parser("analyse", "Analyse the models of finished runs (needs fedloom[analyse]).", EXAMPLES, ["out"])
     parser.add_argument("words", nargs="*", metavar="RUN", help="a run folder, or a folder of run folders")
     parser.add_argument("--only", metavar="PARTS", help="parts to analyse, such as features,samples; default: all")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")

@@ -65,7 +65,7 @@ KEYS: Mapping[str, str | int | float] = asdict(Options())
 def bench_command(words: Sequence[str]) -> int:
     """Run `fedloom bench` and return its exit code."""
     known = "\n".join(f"  {name:<8}  {work.title}" for name, work in WORKLOADS.items())
-    parser = Parser("bench", "Compare the speed of the engines on this machine.", EXAMPLES + known)
+    parser = Parser("bench", "Compare the speed of the engines on this machine.", EXAMPLES + known, KEYS)
     parser.add_argument("words", nargs="*", metavar="WORKLOAD|key=value", help=f"keys: {', '.join(KEYS)}")
     parser.add_argument("--json", action="store_true", help="print JSON, with versions and hardware")
     given = parser.read(words)

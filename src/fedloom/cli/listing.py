@@ -10,6 +10,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from fedloom.cli.mistakes import list_instead
 from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, default_words, output
 from fedloom.data.catalogue import SOURCES, Source
@@ -39,8 +40,7 @@ def list_command(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.read(words)
     if given.what not in KINDS:
-        wrong = f"'{given.what}' cannot be listed{suggest(given.what, KINDS)}" if given.what else "choose one of"
-        raise ConfigError(f"fedloom list: {wrong}" + ("" if given.what else f" {', '.join(KINDS)}"))
+        raise ConfigError(f"fedloom list: {_wrong(given.what)}")
     facts = KINDS[given.what]()
     if given.name is not None:
         facts = [_one(given.what, given.name, facts)]
@@ -54,6 +54,14 @@ def list_command(words: Sequence[str]) -> int:
     else:
         _show_all(facts)
     return 0
+
+
+def _wrong(what: str | None) -> str:
+    """Return what is wrong with the kind of things to list, and what to write."""
+    if not what:
+        return f"choose one of {', '.join(KINDS)}"
+    right = list_instead(what)
+    return f"'{what}' cannot be listed" + (f"; write fedloom list {right}" if right else suggest(what, KINDS))
 
 
 def methods() -> list[Facts]:
@@ -126,6 +134,8 @@ def _one(what: str, name: str, facts: Sequence[Facts]) -> Facts:
     if what == "methods" and (":" in name or "+" in name):
         return registry.describe_method(name, registry.method_class(name))
     found = next((fact for fact in facts if fact["name"] == name), None)
+    if found is None and what == "methods":
+        raise ConfigError(registry.no_such_method(name))
     if found is None:
         raise ConfigError(f"there is no {what[:-1]} '{name}'{suggest(name, [fact['name'] for fact in facts])}")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -16,6 +17,7 @@ from fedloom.errors import ConfigError, UsageError, suggest
 from fedloom.lazy import resolve
 from fedloom.tools.error_report import notes, one_line
 
+LONG_WORD, LONG_LINE = 240, 1600  # characters; longer ones are cut in messages
 INTERRUPTED, TERMINATED, MISUSED, FAILED = 130, 143, 2, 1  # exit codes
 
 
@@ -113,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # the reader closed the pipe (`fedloom list | head`)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return FAILED
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return _tell(f"error: {error.filename}: the name of a file or folder is too long", MISUSED)
         if debug:
             traceback.print_exc()
         hint = "" if debug else " [--debug shows the traceback]"
@@ -129,13 +133,20 @@ def _dispatch(words: list[str]) -> int:
         print(f"fedloom {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        raise ConfigError(f"'{words[0]}' is not a command{suggest(words[0], COMMANDS)}")
+        from fedloom.cli.mistakes import command_instead
+
+        right = command_instead(words)
+        hint = f"; write {right}" if right else suggest(words[0], COMMANDS)
+        raise ConfigError(f"'{words[0]}' is not a command{hint}")
     call: Command = resolve(COMMANDS[words[0]].origin)
     return call(words[1:])
 
 
 def _tell(line: str, code: int) -> int:
-    print(f"fedloom: {' '.join(line.split())}", file=sys.stderr)
+    words = [word if len(word) <= LONG_WORD else f"{word[:60]}…{word[-30:]}" for word in line.split()]
+    text = " ".join(words)
+    text = text if len(text) <= LONG_LINE else f"{text[:300]} … {text[-LONG_LINE // 2 :]}"  # the remedy is at the end
+    print(f"fedloom: {text}", file=sys.stderr)
     return code
 
 

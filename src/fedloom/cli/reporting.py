@@ -37,7 +37,7 @@ OPTIONS = ("out", "baseline", "network", "target", "slowdown", "gflops")
 
 def report_command(words: Sequence[str]) -> int:
     """Run `fedloom report` and return its exit code."""
-    parser = Parser("report", "Write tables and one HTML page from run folders, finished or not.", EXAMPLES)
+    parser = Parser("report", "Write tables and one HTML page from run folders, finished or not.", EXAMPLES, OPTIONS)
     parser.add_argument("words", nargs="*", metavar="RUN", help="a run folder, or a folder of run folders")
     parser.add_argument("--quiet", action="store_true", help="print no tables, only write the page")
     given = parser.read(words)

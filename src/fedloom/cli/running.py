@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom import config
+from fedloom.cli.mistakes import refuse_mistakes
 from fedloom.cli.words import Interrupted, Parser, accept_option, read_values, settings_words, sign_option
 from fedloom.errors import ConfigError
 
@@ -89,6 +90,8 @@ def compare_command(words: Sequence[str]) -> int:
     from fedloom.cli.executing import Finished, conclude, run_all, sign
     from fedloom.tools.compare import create_folder, create_folders, reopen
 
+    if given.resume is None:
+        refuse_mistakes(given.words)
     files = [word for word in given.words if "=" not in word]
     if given.resume is not None:
         _refuse_settings(given.words, "compare")

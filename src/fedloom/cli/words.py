@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedloom.errors import ConfigError, suggest
-from fedloom.methods import CLASSES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,9 +26,15 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that raises ConfigError instead of exiting. Options and other arguments may be mixed."""
+    """An argparse parser that raises ConfigError instead of exiting. Options and other arguments may be mixed.
 
-    def __init__(self, command: str, description: str, examples: str) -> None:
+    `keys`: the keys that the command takes as `key=value`; None if these are settings of a run.
+    """
+
+    def __init__(
+        self, command: str, description: str, examples: str, keys: Collection[str] | None = frozenset()
+    ) -> None:
+        self.keys = keys
         super().__init__(
             prog=f"fedloom {command}",
             description=description,
@@ -41,23 +46,49 @@ class Parser(argparse.ArgumentParser):
     def read(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse arguments into a namespace."""
         known = [option for action in self._actions for option in action.option_strings]
-        for word in words:
+        for place, word in enumerate(words):
             option = word.partition("=")[0]
             if option.startswith("--") and option not in known:
-                raise ConfigError(f"{self.prog} has no option {option}{suggest(option, [*known, '--debug'])}")
+                key = self._key(option)
+                hint = suggest(option, [*known, "--debug"])
+                if key and not (key != option[2:] and "did you mean" in hint):
+                    hint = f"; write {self._setting(key, _value(words[place:]))}"
+                raise ConfigError(f"{self.prog} has no option {option}{hint}")
         given = self.parse_intermixed_args(words)
         for action in self._actions:
             if action.option_strings and getattr(given, action.dest, None) == "":  # probably an unset shell variable
                 raise ConfigError(f"{self.prog}: {action.option_strings[0]} must not be empty")
         return given
 
+    def _key(self, option: str) -> str:
+        """Return the key that was written as an option, such as `rounds` for `--rounds`, or ""."""
+        word = option.removeprefix("--")
+        if self.keys is not None:
+            return word if word in self.keys else ""
+        from fedloom.config.hints import meant
+
+        return next(iter(meant(word)), "").strip("-")
+
+    def _setting(self, key: str, text: str) -> str:
+        from fedloom.config.hints import instead
+
+        return (self.keys is None and instead(key, text)) or f"{key}={text}"
+
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing the usage and exiting."""
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+def _value(words: Sequence[str]) -> str:
+    """Return the value of an option: `5` for `--rounds 5` or `--rounds=5`, `VALUE` if there is none."""
+    _, equals, text = words[0].partition("=")
+    after = [word for word in words[1:2] if not word.startswith("--") and "=" not in word]
+    return text if equals else (after or ["VALUE"])[0]
+
+
 def settings_words(parser: Parser) -> None:
     """Declare `[CONFIG.toml] [key=value ...]`."""
+    parser.keys = None
     parser.add_argument(
         "words", nargs="*", metavar="[CONFIG.toml] key=value", help="a config file, and settings that override it"
     )
@@ -81,17 +112,15 @@ def sign_option(parser: Parser) -> None:
 
 def read_values(words: Sequence[str]) -> Values:
     """Return the tables of values given by a config file and `key=value` arguments."""
+    from fedloom.cli.mistakes import refuse_mistakes
     from fedloom.config.parsing import from_words, read_toml
 
+    refuse_mistakes(words)
     files = [word for word in words if "=" not in word]
     if len(files) > 1:
         raise ConfigError(
             f"'{files[1]}': only one config file can be given, and '{files[0]}' is one; remove one of them"
         )
-    for file in files:
-        if Path(file).suffix != ".toml" and not Path(file).is_file():
-            hint = f"; did you mean method={file}?" if file in CLASSES else ""
-            raise ConfigError(f"'{file}': expected key=value, such as rounds=20, or a config file{hint}")
     values = read_toml(files[0]) if files else {}
     return from_words([word for word in words if "=" in word], values)
 

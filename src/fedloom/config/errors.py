@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from fedloom.config.hints import as_number, near_keys
 from fedloom.errors import suggest
 from fedloom.methods.registry import METHODS
 from fedloom.ranges import LIMITS
@@ -46,13 +47,13 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
             f"[{key}]: tables named after a method work only with `fedloom compare`; use [method] or method.KEY=VALUE"
         )
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key '{key}'{suggest(where[-1], _known(root, where[:-1]))}"
+        return f"unknown key '{key}'{near_keys(key, _known(root, where[:-1]))}"
     message = _plainly(first)
     if not where:  # a check of several keys, whose message names them
         return (
             prefix + message if re.match(r"[\w.]+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
         )
-    return f"{key.removesuffix('.name')}={_shown(first['input'])}: {message}"
+    return f"{key.removesuffix('.name')}={_shown(first['input'])}: {message}{as_number(first['input'])}"
 
 
 def _plainly(error: ErrorDetails) -> str:

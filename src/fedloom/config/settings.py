@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from fedloom.config.errors import explain
-from fedloom.errors import ConfigError, suggest
+from fedloom.config.hints import near_keys
+from fedloom.errors import ConfigError
 from fedloom.methods.registry import METHODS, method_class
 from fedloom.ranges import RAY_ADDRESS, Count, Fraction, NonNegative, Positive, Share, Whole
 from fedloom.wire import transforms
@@ -327,7 +328,9 @@ class Settings(Section):
     def _participation(cls, value: float | str) -> float | str:
         low, high = participation_range(value)
         if not 0 < low <= high <= 1:
-            raise ValueError("must be above 0 and at most 1, or a range like 0.1-1.0")
+            raise ValueError(
+                "must be above 0 and at most 1, or a range like 0.1-1.0; cohort=N sets the number of clients"
+            )
         return value
 
     @model_validator(mode="before")
@@ -451,7 +454,7 @@ def make_method(choice: Named) -> Method:
     for key in choice.options.keys() - fields:
         owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
         have = f"; methods that have it: {', '.join(owners)}"
-        hint = have if 0 < len(owners) < 5 else suggest(key, fields)
+        hint = have if 0 < len(owners) < 5 else near_keys(f"method.{key}", fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
         return TypeAdapter(cls).validate_python(choice.options)

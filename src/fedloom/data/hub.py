@@ -41,8 +41,15 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
         return split_files(found)
     source = SOURCES.get(name)
     if source is None:
-        raise DataError(f"data={name}: unknown data set; give its folder with data.path=FOLDER{suggest(name, SOURCES)}")
+        raise DataError(f"data={name}: unknown data set; {_place(name)}{suggest(name, SOURCES)}")
     return split_files(_download(name, source, cache / (source.folder or name), _folders(name, cache)[0]))
+
+
+def _place(name: str) -> str:
+    """Return what to write for an unknown data set, which may be the name of a file or folder."""
+    if Path(name).exists():
+        return f"for your own files, write data=mine data.path={name}"
+    return "give its folder with data.path=FOLDER"
 
 
 def local_folder(name: str, cache: Path) -> Path | None:

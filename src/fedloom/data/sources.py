@@ -47,9 +47,10 @@ def load(
     """
     if image_size is not None and not 1 <= image_size <= 1024:
         raise DataError(f"data.image_size={image_size}: must be from 1 to 1024 (pixels)")
-    name = name.lower().replace("_", "-")
+    given, name = name, name.lower().replace("_", "-")
     if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
-        raise DataError(f"data={name}: a name may contain only letters, digits, '-', '_' and '.'")
+        own = f"; for your own files, write data=mine data.path={given}" if Path(given).exists() else ""
+        raise DataError(f"data={given}: a name may contain only letters, digits, '-', '_' and '.'{own}")
     source = SOURCES.get(name)
     if (source or name == "pfllib") and task not in (None, usual := source.task if source else "classification"):
         raise DataError(f"data.task={task}: data={name} is a {usual} data set; remove data.task")

@@ -73,14 +73,27 @@ class RunFolder:
         if path.exists() and (not path.is_dir() or any(file.name != LOCK for file in path.iterdir())):
             started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
             hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
-            raise RunFolderError(f"out={path}: already exists and is not an empty folder; choose another folder{hint}")
+            state = "already exists and is not an empty folder" if path.is_dir() else "is a file"
+            raise RunFolderError(f"out={path}: {state}; choose another folder{hint}")
 
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Open an existing run's folder."""
         if not (path / "config.toml").is_file():
-            raise RunFolderError(f"{path}: is not a run folder, because it has no config.toml")
+            raise RunFolderError(f"{path}: is not a run folder, because {cls._lack(path)}")
         return cls(path)
+
+    @staticmethod
+    def _lack(path: Path) -> str:
+        """Return why `path` is not a run folder, and which folder it may stand for."""
+        if not path.exists():
+            return "it does not exist"
+        if path.is_file():
+            return (
+                f"it is a file{f'; give its folder, {path.parent}' if (path.parent / 'config.toml').is_file() else ''}"
+            )
+        several = (path / "compare.toml").is_file() or any(path.glob("*/config.toml"))
+        return f"it has no config.toml{'; give one of the run folders in it' if several else ''}"
 
     def lock(self) -> None:
         """Lock the folder for writing until `unlock`. Raise RunFolderError if it is already being written."""

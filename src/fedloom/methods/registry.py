@@ -8,12 +8,13 @@ import importlib.util
 import inspect
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from fedloom.errors import ConfigError, suggest
-from fedloom.lazy import Registry
+from fedloom.errors import ConfigError, normal, suggest
+from fedloom.lazy import Registry, classes_in
 from fedloom.methods import CLASSES, source_facts
 from fedloom.ranges import type_words
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 METHODS: Registry[type[Method]] = Registry({name: f"fedloom.methods.{name}:{cls}" for name, cls in CLASSES.items()})
 """The registered methods; each is imported at lookup."""
+
+
+ELSEWHERE = (
+    "APFL", "CCVR", "ClusteredSampling", "FD", "FedAdagrad", "FedAdam", "FedALA", "FedAMP", "FedAS",
+    "FedAvgM", "FedBuff", "FedCP", "FedCross", "FedDBE", "FedDyn", "FedExP", "FedFomo", "FedGen", "FedGH",
+    "FedKD", "FedLC", "FedMut", "FedNova", "FedNTD", "FedOpt", "FedPAC", "FedPHP", "FedRoD", "FedTGP",
+    "FedType", "FedYogi", "FML", "GPFL", "IFCA", "LG-FedAvg", "MOON", "Per-FedAvg", "pFedMe",
+)  # fmt: skip
+"""Methods of other papers, so that a request for one is not taken for a misspelt name. Those that are registered are ignored."""
 
 
 def load_object(where: str, key: str) -> Any:
@@ -77,10 +87,23 @@ def method_class(name: str) -> type[Method]:
         server, _, client = name.partition("+")
         return composed(method_class(server), method_class(client))
     if name not in METHODS:
-        raise ConfigError(
-            f"method={name}: there is no such method{suggest(name, METHODS)}; write your own method as my.py:Mine"
-        )
+        raise ConfigError(no_such_method(name))
     return METHODS[name]
+
+
+def no_such_method(name: str, others: Iterable[str] = ()) -> str:
+    """Return what is wrong with the name of a method, and what to write instead. `others`: the names of a comparison's variants."""
+    own = "write your own method as my.py:Mine"
+    known = {normal(each) for each in METHODS}
+    file = Path(name if name.endswith(".py") else f"{name}.py")
+    found = [] if normal(name) in known else classes_in(file)
+    if found or name.endswith(".py"):
+        return f"method={name}: must name a class of the file, as method={file}:{found[0] if found else 'Mine'}"
+    if normal(name) in {normal(each) for each in ELSEWHERE} - known:
+        return f"method={name}: not available; available: {', '.join(METHODS)}; or {own}"
+    variants = list(others)
+    what = "method or variant" if variants else "method"
+    return f"method={name}: there is no such {what}{suggest(name, [*METHODS, *variants])}; {own}"
 
 
 def method_name(method: type[Method]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TypedDict
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from fedloom.errors import ConfigError, suggest
 from fedloom.inputs import Inputs, InputSpec
+from fedloom.lazy import classes_in
 from fedloom.models import lora
 from fedloom.models.fitting import check_fits
 from fedloom.models.layers import InputChain, Split, refuse_tied
@@ -208,7 +210,10 @@ def arch(
     if not isinstance(source, str):
         return _outside(source, facts)
     if source not in ZOO:
-        raise ConfigError(f"model={source}: there is no such model{suggest(source, ZOO)}")
+        if source.endswith(".py"):
+            name = next(iter(classes_in(Path(source))), "Net")
+            raise ConfigError(f"model={source}: must name a class of the file, as model={source}:{name}")
+        raise ConfigError(f"model={source}: there is no such model{suggest(source, ZOO)}; or your own as my.py:Net")
     builder = ZOO[source]
     check_fits(source, spec, objective)
     _check_options(source, options)

@@ -98,8 +98,10 @@ def read(paths: Iterable[str | Path]) -> list[RunRecord]:
 
 def _run_folders(path: Path) -> list[Path]:
     if not path.is_dir():
-        state = "is not a folder" if path.exists() else "does not exist"
-        raise RunFolderError(f"run folder '{path}' {state}")
+        inside = (path.parent / "config.toml").is_file()
+        state = "is a file" if path.exists() else "does not exist"
+        hint = f"; give its folder, {path.parent}" if path.exists() and inside else ""
+        raise RunFolderError(f"run folder '{path}' {state}{hint}")
     inner = [child for child in path.iterdir() if (child / "config.toml").is_file()]
     if inner:
         return sorted(inner, key=_natural_order)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedloom import accelerator
+from fedloom.config.hints import near_keys
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Named, Settings, Values, make_method, make_settings
 from fedloom.errors import ConfigError, RunFolderError, suggest
@@ -24,11 +25,12 @@ from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_
 from fedloom.experiment.lock import FolderLock
 from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.methods.registry import METHODS, method_class
+from fedloom.methods.registry import METHODS, method_class, no_such_method
 
 log = logging.getLogger(__name__)
 
 FILE = "compare.toml"
+OWN_KEYS = ("variant", "title", "reading")  # keys of a comparison that a run does not have
 VARIED = ("uplink", "downlink")  # settings of the run that may differ between rows
 OnRun = Callable[["PlannedRun"], OnRound | None]  # called before a run is prepared
 OnStart = Callable[["PlannedRun", Experiment], None]  # called when a run is ready, before its first round
@@ -147,6 +149,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     variants = _tables(values.get("variant", {}), "variant")
     names = _listed(table.get("name", list(variants)), "method")
     if not names:
+        _split(values, set(METHODS))  # raises for an unknown key, such as `methods`, which is the likelier mistake
         raise ConfigError(
             "method: must name the methods to compare, such as method=fedavg,fedrir; [variant.NAME] tables add variants"
         )
@@ -238,8 +241,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
     if name in variants:
         _check_variant(name, method)
     elif ":" not in name and "+" not in name and name not in METHODS:
-        known = [*METHODS, *variants]
-        raise ConfigError(f"method={name}: no method or variant has this name{suggest(name, known)}")
+        raise ConfigError(no_such_method(name, variants))
     shared = {key: value for key, value in common.items() if key in _fields(method)}
     table = own.get(_label(method), {})
     _check_keys(_label(method), method, table)
@@ -297,9 +299,7 @@ def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[s
     base = {key: value for key, value in rest.items() if key in Settings.model_fields}
     own = {key: value for key, value in rest.items() if key not in base and key in methods}
     for key in rest.keys() - base.keys() - own.keys():
-        raise ConfigError(
-            f"unknown key '{key}'{suggest(key, [*Settings.model_fields, 'variant', 'title', 'reading', *methods])}"
-        )
+        raise ConfigError(f"unknown key '{key}'{near_keys(key, [*Settings.model_fields, *OWN_KEYS, *methods])}")
     return base, _tables(own, "")
 
 

@@ -103,5 +103,5 @@ def test_folders_that_are_not_runs_are_a_one_line_error(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="neither a run folder"):
         read([tmp_path])
     (tmp_path / "file").touch()
-    with pytest.raises(RunFolderError, match="is not a folder"):
+    with pytest.raises(RunFolderError, match="is a file"):
         read([tmp_path / "file"])
