@@ -152,6 +152,7 @@ LossFn = Callable[[Nets, Batch, Tree, Tree], "Tensor | tuple[Tensor, Logs]"]
 DrawFn = Callable[[Batch, Task, Stream], Mapping[str, Tensor]]
 PrecomputeFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
 Predictor = Callable[[Nets, Any, Tree, Tree], Tensor]
+Combines = Literal["mean", "sums", "individual"]
 Need = Literal["classes", "pictures", "vector", "head"]
 """What a method may need: class labels, pictures as inputs, one feature vector per example, a model with a linear head."""
 
@@ -267,6 +268,7 @@ class Method:
         False  # whether a client keeps its trained copy of the travelling weights for the next round
     )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks of earlier rounds (see `Arrival.age`)
+    combines: ClassVar[Combines] = "mean"  # what `aggregate` uses of uplinks (see `sums`)
     needs: ClassVar[tuple[Need, ...]] = ()  # requirements for data and model, with the default hyper-parameters
     pooled: ClassVar[bool] = False  # whether one client holds all examples (an upper reference, not a federated method)
 
@@ -365,6 +367,19 @@ class Method:
         return uplinks
 
     # server, after a round
+
+    def sums(self, uplink: Tree) -> Tree:
+        """Return the tensors that `aggregate` only adds up over clients, with the same shapes for every client.
+
+        With `combines`, a method states what `aggregate` needs: "mean", the mean of the uplinks, so the uplink itself is returned; "sums",
+        the total of what this hook returns; "individual", each uplink. A method that overrides `aggregate` must set `combines`, else
+        `aggregate=RULE` is refused.
+        """
+        return uplink
+
+    def from_sums(self, total: Tree, n: int) -> Tree:
+        """Return one uplink that stands for all: n times this uplink aggregate as n uplinks whose `sums` add up to `total`."""
+        return tree.map_tree(lambda leaf: leaf / n, total)
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return the server's next state from the uplinks that arrived (at least one), in cohort order."""

@@ -205,7 +205,7 @@ def test_in_a_secure_round_the_server_receives_what_clients_exchanged(experiment
 
 
 def test_a_secure_exchange_and_differences_do_not_go_together(experiment):
-    with pytest.raises(ConfigError, match="uplink: FedMR lets clients exchange parts of uplinks"):
+    with pytest.raises(ConfigError, match="uplink=int8: fedmr lets clients exchange parts of uplinks"):
         experiment("fedmr", uplink="int8", **{"method.secure": True})
 
 

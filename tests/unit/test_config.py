@@ -36,7 +36,7 @@ UNUSUAL = {
         "name": "debug+ray", "threads": 2, "workers": 3, "address": "[::1]:6379", "deadline_s": 9.5,
     },
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
-    "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"],
+    "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"], "aggregate": "clip:2",
 }  # fmt: skip
 
 

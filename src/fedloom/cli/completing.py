@@ -9,6 +9,7 @@ from typing import Any
 
 import argcomplete
 
+from fedloom.combining.rules import RULES
 from fedloom.data.catalogue import SOURCES
 from fedloom.engines import ENGINES, WRAPPERS
 from fedloom.methods import source_facts
@@ -25,6 +26,7 @@ NAMES: Mapping[str, Iterable[str]] = {
     "engine": [*ENGINES, *WRAPPERS, "auto"],
     "uplink": TRANSFORMS,
     "downlink": TRANSFORMS,
+    "aggregate": RULES,
 }
 """Names that can follow `KEY=`."""
 STEPS = ("init", "server", "node", "run", "up")  # of `fedloom deploy`

@@ -13,6 +13,7 @@ from rich.table import Table
 from fedloom.cli.mistakes import list_instead
 from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, default_words, output
+from fedloom.combining.rules import RULES
 from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.hub import cache_root, local_folder
 from fedloom.engines import ENGINES, WRAPPERS
@@ -34,7 +35,9 @@ EXAMPLES = """\
 
 def list_command(words: Sequence[str]) -> int:
     """Run `fedloom list` and return its exit code."""
-    parser = Parser("list", "List methods, data sets, models, engines or transforms, with their options.", EXAMPLES)
+    parser = Parser(
+        "list", "List methods, data sets, models, engines, transforms or rules, with their options.", EXAMPLES
+    )
     parser.add_argument("what", nargs="?", metavar="|".join(KINDS), help="what to list")
     parser.add_argument("name", nargs="?", help="show one of them in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -125,8 +128,20 @@ def transforms() -> list[Facts]:
     ]
 
 
+def rules() -> list[Facts]:
+    """Return the facts of every robust rule."""
+    return [{"name": name, "example": kind.example, "summary": kind.summary} for name, kind in RULES.items()]
+
+
 KINDS: Mapping[str, Callable[[], list[Facts]]] = MappingProxyType(
-    {"methods": methods, "datasets": datasets, "models": models, "engines": engines, "transforms": transforms}
+    {
+        "methods": methods,
+        "datasets": datasets,
+        "models": models,
+        "engines": engines,
+        "transforms": transforms,
+        "rules": rules,
+    }
 )
 
 

@@ -48,7 +48,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         ),
         "list": Entry(
             "fedloom.cli.listing:list_command",
-            "list methods, data sets, models, engines or transforms, with their options",
+            "list methods, data sets, models, engines, transforms or rules, with their options",
         ),
         "cost": Entry(
             "fedloom.cli.costing:cost_command", "measure a client's local update, and check if it fits a small device"

@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedloom.combining.rules import parse_rule
 from fedloom.config.errors import explain
 from fedloom.config.hints import near_keys
 from fedloom.errors import ConfigError
@@ -300,6 +301,9 @@ class Settings(Section):
     `PART/fp16`."""
     downlink: tuple[str, ...] = ()
     """Transforms of the weights in downlinks, such as `fp16`."""
+    aggregate: str | None = None
+    """Robust rule that combines the uplinks instead of their mean (see `fedloom list rules`), such as `trimmed:0.2`. It bounds what a
+    minority of hostile clients can do (docs/security.md). Default: the method's mean."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Experiment trackers that also receive the metrics. Each needs the fedloom extra of the same name."""
 
@@ -315,6 +319,13 @@ class Settings(Section):
         if isinstance(words, list | tuple) and all(isinstance(word, str) for word in words):
             transforms.parse(words, str(info.field_name))
         return words
+
+    @field_validator("aggregate")
+    @classmethod
+    def _aggregate(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_rule(value)
+        return value
 
     @field_validator("out", mode="before")
     @classmethod

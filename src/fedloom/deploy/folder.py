@@ -40,7 +40,7 @@ from fedloom.deploy.certificates import (
 from fedloom.deploy.files import FederationFile, NodeFile, read_file
 from fedloom.deploy.services import private_files
 from fedloom.errors import ConfigError
-from fedloom.experiment.arrivals import check_stragglers
+from fedloom.experiment.exclusions import refuse_exclusions
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
 SCREEN_NORM = 10.0  # default of screen.norm on devices
@@ -179,7 +179,7 @@ def deployable(settings: Settings) -> Settings:
         raise ConfigError(
             f"method={name}: cannot be deployed, because its clients exchange parts of their uplinks and devices connect only to the server"
         )
-    check_stragglers(settings, method)
+    refuse_exclusions(settings, method)
     if method.pooled:
         raise ConfigError(f"method={name}: cannot be deployed, because it pools the examples of all clients")
     if settings.join.clients:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from fedloom.config.settings import Settings
 from fedloom.engines import Problem, Reply
 from fedloom.errors import ConfigError, WireError
+from fedloom.experiment.combination import Combination
 from fedloom.experiment.screening import LARGEST_LOG, SPAN, STRIKES, Candidate, Screen, capped
 from fedloom.experiment.uplink_check import LateUplink, UplinkCheck, late_uplink
 from fedloom.method import Arrival, Downlink, Method
@@ -39,17 +40,8 @@ def slowdowns(settings: Settings, method: Method, n_clients: int) -> tuple[float
     return tuple(devices.slowdown if i in slow else 1.0 for i in range(n_clients))
 
 
-def check_stragglers(settings: Settings, method: Method) -> None:
-    """Raise ConfigError if the settings require late uplinks and the method cannot use them."""
-    if settings.devices.stragglers == "late" and not method.accepts_late:
-        raise ConfigError(
-            f"devices.stragglers=late: {settings.method.name} cannot aggregate late uplinks; use wait, drop or partial"
-        )
-
-
-def check_rules(settings: Settings, method: Method, max_cohort: int) -> None:
-    """Raise ConfigError for rules that this method or this federation cannot satisfy."""
-    check_stragglers(settings, method)
+def check_min_clients(settings: Settings, max_cohort: int) -> None:
+    """Raise ConfigError if no round can have `min_clients` uplinks."""
     least = settings.min_clients
     if least > max_cohort:
         raise ConfigError(f"min_clients={least}: must be at most {max_cohort}, the largest cohort")
@@ -77,6 +69,7 @@ class AcceptedUplinks(NamedTuple):
     uplinks: list[Tree]
     arrivals: tuple[Arrival, ...]
     refused: frozenset[int]  # clients whose reply was rejected
+    down: Downlink  # of this round, decoded
 
 
 class Arrivals:
@@ -85,6 +78,8 @@ class Arrivals:
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
         self._min_clients = settings.min_clients
+        self._least = Combination.of(settings, problem.method).least
+        self._rule = settings.aggregate
         self._check = UplinkCheck(problem)
         self.screen = Screen(problem, settings.screen)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
@@ -114,7 +109,7 @@ class Arrivals:
         return Participants(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
 
     def take(self, now: RoundRequest, replies: Sequence[Reply], at_work: Collection[int] = ()) -> AcceptedUplinks:
-        """Return the uplinks to aggregate in this round, decoded; none if fewer than `min_clients` arrived.
+        """Return the uplinks to aggregate in this round, decoded; none if fewer arrived than `min_clients` or the rule need.
 
         `now` is this round's request. `replies` are encoded, and may answer earlier requests. Clients `at_work` may reply in a later round.
         """
@@ -124,13 +119,17 @@ class Arrivals:
         self._pass_time([reply for reply in replies if requests[reply.client] is now])
         on_time, due, refused = self._sort(now, requests, replies)
         n_arrived = len(on_time) + len(due)
-        if n_arrived < self._min_clients:
-            self.note(number, "skipped", reason=f"{n_arrived} arrived, min_clients={self._min_clients}")
-            return AcceptedUplinks([], (), refused)
+        if n_arrived < max(self._min_clients, self._least):
+            needed = f"min_clients={self._min_clients}"
+            if n_arrived >= self._min_clients:
+                needed = f"aggregate={self._rule} needs {self._least}"
+            self.note(number, "skipped", reason=f"{n_arrived} arrived, {needed}")
+            return AcceptedUplinks([], (), refused, now.down)
         uplinks = [reply.uplink for reply in on_time] + [self._check.rebased(number, late, now.down) for late in due]
         members = [(reply.client, reply.slot, reply.examples, 0) for reply in on_time]
         members += [(late.client, late.slot, late.examples, number - late.sent) for late in due]
-        return AcceptedUplinks(uplinks, _arrivals(members, self.screen.max_share(len(members))), refused)
+        arrivals = _arrivals(members, self.screen.max_share(len(members)))
+        return AcceptedUplinks(uplinks, arrivals, refused, now.down)
 
     def _note_silent(
         self, number: int, requests: Mapping[int, RoundRequest], replies: Sequence[Reply], at_work: Collection[int]

@@ -13,7 +13,8 @@ from fedloom import accelerator, data, tree
 from fedloom.config.settings import Named, Settings, check_cohort, participation_range, with_scheme
 from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
-from fedloom.experiment.arrivals import check_rules, slowdowns
+from fedloom.experiment.arrivals import check_min_clients, slowdowns
+from fedloom.experiment.exclusions import refuse_exclusions
 from fedloom.inputs import map_inputs
 from fedloom.method import Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
@@ -135,7 +136,8 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         keep_fitted=settings.eval.fitted,
         slowdowns=slowdowns(settings, method, n) if settings.devices.stragglers == "partial" else (),
     )
-    check_rules(settings, method, size)
+    check_min_clients(settings, size)
+    refuse_exclusions(settings, method, size)
     _check_target(settings.eval.target, task.objective.primary)
     _check_needs(settings.method.name, problem)
     if settings.eval.shared_head and (reason := no_shared_features(problem)):
@@ -143,7 +145,6 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     _check_nets(problem)
     _check_single_examples(problem)
     _check_phases(method)
-    _check_messages(problem)
     return problem
 
 
@@ -218,15 +219,6 @@ def _check_phases(method: Method) -> None:
         twice = {name for name in names if names.count(name) > 1}
         if twice:
             raise MethodError(f"{type(method).__name__}: two phases are called '{min(twice)}'; rename one")
-
-
-def _check_messages(problem: Problem) -> None:
-    """Raise ConfigError if uplinks are differences and clients exchange parts of them: the base of a difference would be unknown."""
-    if problem.codec.uplink and problem.method.exchanges:
-        raise ConfigError(
-            f"uplink: {type(problem.method).__name__} lets clients exchange parts of uplinks before the upload, so the server cannot"
-            " determine the base of a difference; leave uplink empty"
-        )
 
 
 def _check_nets(problem: Problem) -> None:

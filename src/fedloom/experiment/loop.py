@@ -30,6 +30,7 @@ from fedloom.experiment.build import (
     make_problem,
     resolved,
 )
+from fedloom.experiment.combination import Combination
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
@@ -99,6 +100,7 @@ class Experiment:
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
         self.intake = Arrivals(self.problem, settings)
+        self.combination = Combination.of(settings, self.method)
         self.roll_back = RollBack(self.intake.screen.on)
         self._has_run = False
         try:
@@ -199,7 +201,7 @@ class Experiment:
         before, round = self.server, Round(number, self.problem.task.n_clients, accepted.arrivals, rng)
         replies = self.intake.without_bad_logs(number, replies)
         if uplinks:
-            self._aggregate(uplinks, round)
+            self._aggregate(*self.combination.combined(uplinks, round, accepted.down))
         elif len(replies) == len(accepted.refused) > 1 and self.roll_back.on:
             self._restore(number, "every uplink was rejected")
         working = [cohort[slot] for slot in members.working]

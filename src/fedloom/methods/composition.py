@@ -8,7 +8,18 @@ import inspect
 from fedloom.errors import ConfigError
 from fedloom.method import Method
 
-SERVER_HALF = ("init_server", "cohort", "downlink", "exchanges", "exchange", "aggregate", "server_logs", "deploy")
+SERVER_HALF = (
+    "init_server",
+    "cohort",
+    "downlink",
+    "exchanges",
+    "exchange",
+    "sums",
+    "from_sums",
+    "aggregate",
+    "server_logs",
+    "deploy",
+)
 CLIENT_HALF = (
     "nets", "init_memory", "receive", "phases", "loss", "uplink", "adapt", "predictors", "travelling", "local_optimizer", "lr_scale",
     "shared", "keeps_shared", "ragged", "uplink_fault", "shared_features",

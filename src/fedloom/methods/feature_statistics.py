@@ -85,6 +85,40 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
     return torch.einsum("ky,kp->p", shares, inside) + torch.einsum("ky,kyp->p", shares, away.square())
 
 
+def raw_squares(variance: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
+    """Return a client's weighted sum of squares around 0, which adds up over clients, with the shape of its variance.
+
+    Args:
+        variance: the client's variance.
+        means: (Y, p), its class means.
+        weights: (Y,), its weight in each class; 0 where it has no examples.
+    """
+    if form == "class":
+        return weights[:, None] * (variance + means.square())
+    return weights.sum() * variance + _of_means(means, weights, form)
+
+
+def variance_of(squares: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
+    """Invert `raw_squares` for totals over clients: return the variance around the class means, without negative variances.
+
+    The arguments are as in `raw_squares`, but are totals; `means` are the totals' class means. A class with weight 0 has variance 0.
+    """
+    if form == "class":
+        held = (weights > 0)[:, None]
+        return held * (squares / torch.where(held, weights[:, None], 1) - means.square()).clamp(min=0)
+    variance = (squares - _of_means(means, weights, form)) / weights.sum().clamp(min=1)
+    if form == "pooled":
+        return variance.clamp(min=0)
+    values, vectors = torch.linalg.eigh((variance + variance.T) / 2)
+    positive: Tensor = vectors * values.clamp(min=0) @ vectors.T
+    return positive
+
+
+def _of_means(means: Tensor, weights: Tensor, form: Form) -> Tensor:
+    weighted = weights[:, None] * means
+    return weighted.T @ means if form == "full" else (weighted * means).sum(0)
+
+
 def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
     """Return the standard deviations, at least `floor`; for `full`, the Cholesky factor of the covariance.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.errors import ConfigError
-from fedloom.method import Downlink, Method, Paper, Round, Task
+from fedloom.method import Combines, Downlink, Method, Paper, Round, Task
 from fedloom.nets import units
 from fedloom.ranges import Count, Fraction, Positive, Share, Whole
 from fedloom.rng import Stream
@@ -49,6 +49,7 @@ class FedMR(Method):
     secure: bool = False
     """Whether clients exchange units before the upload, so that the server never sees one client's whole model."""
 
+    combines: ClassVar[Combines] = "individual"
     paper: ClassVar[Paper] = Paper(
         "Is aggregation the only choice? Federated learning via layer-wise model recombination",
         "Hu, Yue, Xie, Chen, Huang, Wei, Lian, Liu, Chen",

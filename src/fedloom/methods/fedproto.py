@@ -15,6 +15,7 @@ from fedloom.method import (
     Architecture,
     Batch,
     Client,
+    Combines,
     Downlink,
     Logs,
     Method,
@@ -51,6 +52,7 @@ class FedProto(Method):
 
     shared: ClassVar[tuple[str, ...]] = ()
     also_travels: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
+    combines: ClassVar[Combines] = "sums"
     needs: ClassVar[tuple[Need, ...]] = ("classes", "vector", "head")
     paper: ClassVar[Paper] = Paper(
         "FedProto: Federated prototype learning across heterogeneous clients",
@@ -124,6 +126,22 @@ class FedProto(Method):
         if class_counts is not None and bool((counts > class_counts).any()):
             return "'counts' has more examples of a class than the client has"
         return ""
+
+    def sums(self, uplink: Tree) -> Tree:
+        """Return counts (Y,), weights in each class (Y,), and weighted class means (Y, p), in float64; 0 for classes not held."""
+        _, local = self.gathered([uplink])
+        weights = self.weights_of([uplink])[0].double()
+        return {"counts": uplink["counts"].double(), "held": weights, "sums": weights[:, None] * local[0].double()}
+
+    def from_sums(self, total: Tree, n: int) -> Tree:
+        """Return the mean prototypes of the classes with a weight of at least 1/2 (noise may have been added), and counts divided by n."""
+        held = self.in_total(total)
+        return {"prototypes": total["sums"][held] / total["held"][held, None], "counts": total["counts"] * held / n}
+
+    def in_total(self, total: Tree) -> Tensor:
+        """Return whether a class has examples, according to totals over clients: (Y,)."""
+        enough: Tensor = (total["held"] >= 0.5) & (total["counts"] >= 0.5)
+        return enough
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return mean prototypes, class by class; a class that no client of the cohort has keeps its prototype."""

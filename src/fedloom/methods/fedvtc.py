@@ -15,6 +15,7 @@ from fedloom.method import (
     Architecture,
     Batch,
     Client,
+    Combines,
     Downlink,
     Logs,
     Need,
@@ -96,6 +97,7 @@ class FedVTC(FedProto):
     """Whether the generators travel and are averaged, or stay with their clients."""
 
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
+    combines: ClassVar[Combines] = "sums"
     needs: ClassVar[tuple[Need, ...]] = ("classes", "pictures", "vector", "head")
     paper: ClassVar[Paper] = Paper(
         "Bridging generalization gap of heterogeneous federated clients using generative models",
@@ -193,6 +195,25 @@ class FedVTC(FedProto):
         """Return FedProto's faults, or a fault of the variance."""
         fault = super().uplink_fault(uplink, class_counts)
         return fault or feature_statistics.variance_fault(uplink["variance"], self.covariance)
+
+    def sums(self, uplink: Tree) -> Tree:
+        """Return FedProto's sums and the weighted sum of squares, in float64; and the generator if it is shared."""
+        found = super().sums(uplink)
+        _, local = self.gathered([uplink])
+        variance, means = uplink["variance"].double(), local[0].double()
+        found["squares"] = feature_statistics.raw_squares(variance, means, found["held"], self.covariance)
+        return found | {"weights": uplink["weights"]} if self.share_generator else found
+
+    def from_sums(self, total: Tree, n: int) -> Tree:
+        """Return FedProto's uplink with the variance of all examples, and the mean generator if it is shared."""
+        found, held = super().from_sums(total, n), self.in_total(total)
+        means = torch.zeros_like(total["sums"])
+        means[held] = found["prototypes"]
+        weights = total["held"] * held
+        found["variance"] = feature_statistics.variance_of(total["squares"], means, weights, self.covariance)
+        if self.share_generator:
+            found["weights"] = tree.map_tree(lambda leaf: leaf / n, total["weights"])
+        return found
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return FedProto's prototypes, and the variance of all examples around them."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedloom import tree
-from fedloom.method import Batch, Client, Downlink, Method, Paper, Round, Task, Turn
+from fedloom.method import Batch, Client, Combines, Downlink, Method, Paper, Round, Task, Turn
 from fedloom.nets import Nets
 from fedloom.ranges import Positive
 from fedloom.tree import Tree, Weights
@@ -29,6 +29,7 @@ class Scaffold(Method):
     """The server's step size (the paper's global eta)."""
 
     also_travels: ClassVar[tuple[str, ...]] = ("control",)
+    combines: ClassVar[Combines] = "mean"
     paper: ClassVar[Paper] = Paper(
         "SCAFFOLD: stochastic controlled averaging for federated learning",
         "Karimireddy, Kale, Mohri, Reddi, Stich, Suresh",

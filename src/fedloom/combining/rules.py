@@ -1,0 +1,114 @@
+"""The robust rules that settings can name. Their computation is in `fedloom.combining.robust`; this module needs no torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+from fedloom.errors import suggest
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleKind:
+    """A rule that can be named in the settings."""
+
+    summary: str
+    example: str
+    number: str = ""  # name of the number after the colon
+    allowed: Callable[[float], bool] = bool
+    limits: str = ""  # `allowed` in words
+    least: Callable[[float], int] = lambda _: 1  # the fewest uplinks that the rule can combine
+
+
+def _is_count(number: float) -> bool:
+    return number >= 1 and number == int(number)
+
+
+def _for_krum(hostile: float) -> int:
+    return 2 * int(hostile) + 3
+
+
+RULES: Mapping[str, RuleKind] = MappingProxyType(
+    {
+        "median": RuleKind(summary="the median of each coordinate", example="median"),
+        "trimmed": RuleKind(
+            summary="the mean of each coordinate without the largest and the smallest FRACTION of its values",
+            example="trimmed:0.2",
+            number="FRACTION",
+            allowed=lambda fraction: 0 < fraction < 0.5,
+            limits="above 0 and below 0.5",
+        ),
+        "krum": RuleKind(
+            summary="the one uplink that is closest to its neighbours, with at most F hostile clients",
+            example="krum:1",
+            number="F",
+            allowed=_is_count,
+            limits="an integer of at least 1",
+            least=_for_krum,
+        ),
+        "multikrum": RuleKind(
+            summary="the mean of the uplinks without the F that are farthest from their neighbours",
+            example="multikrum:1",
+            number="F",
+            allowed=_is_count,
+            limits="an integer of at least 1",
+            least=_for_krum,
+        ),
+        "geometric": RuleKind(
+            summary="the geometric median: the point with the smallest mean distance to the uplinks",
+            example="geometric",
+        ),
+        "norm-bound": RuleKind(
+            summary="the mean, after differences of more than C times the median size are shortened to that size",
+            example="norm-bound:1",
+            number="C",
+            allowed=lambda bound: bound > 0,
+            limits="above 0",
+        ),
+        "clip": RuleKind(
+            summary="centred clipping: steps from the median towards the mean, each uplink limited to C times the median distance",
+            example="clip:1",
+            number="C",
+            allowed=lambda bound: bound > 0,
+            limits="above 0",
+        ),
+    }
+)
+
+
+class Rule(NamedTuple):
+    """A rule, and its number (0 if it has none)."""
+
+    name: str
+    number: float
+
+    @property
+    def least(self) -> int:
+        """The fewest uplinks that the rule can combine."""
+        return RULES[self.name].least(self.number)
+
+
+def parse_rule(word: str) -> Rule:
+    """Parse a rule, such as `median` or `trimmed:0.2`.
+
+    Raises:
+        ValueError: the word is wrong; the message gives the allowed values.
+    """
+    name, _, text = word.partition(":")
+    if name not in RULES:
+        known = ", ".join(kind.example for kind in RULES.values())
+        raise ValueError(f"unknown rule '{name}'{suggest(name, RULES) or f'; choose one of {known}'}")
+    kind = RULES[name]
+    form = f"{name}:{kind.number}" if kind.number else name
+    try:
+        number = float(text) if kind.number else 0.0
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (":" in word) != bool(kind.number):
+        raise ValueError(f"'{word}' is not of the form {form}, such as {kind.example}")
+    if kind.number and not kind.allowed(number):
+        raise ValueError(f"{kind.number} of {form} must be {kind.limits}")
+    return Rule(name, number)
