@@ -101,7 +101,7 @@ class Run:
         if not 0 <= i < data.n_clients:
             raise ConfigError(f"client={client}: must be from 0 to {data.n_clients - 1}")
         with arithmetic(self._experiment.settings), torch.inference_mode():
-            x, model = data.prepared(stored_inputs(inputs, data.spec)), self.model(i)
+            x, model = data.prepared(stored_inputs(inputs, data.spec), i), self.model(i)
             parts = [map_inputs(lambda v, k=k: v[k : k + AT_ONCE], x) for k in range(0, n_examples(x), AT_ONCE)]
             return data.objective.answer(torch.cat([model(part) for part in parts]))  # type: ignore[no-any-return]
 

@@ -203,7 +203,7 @@ def test_tokens_reach_the_loss_as_integers(tmp_path):
     data = dataset("two inputs")
     assert data.inputs["ids"].dtype == torch.uint8  # stored in the smallest type
     run = fedloom.run(Watched(), data=data, model=MeanOfWords, rounds=1, out=str(tmp_path / "run"), progress=False)
-    assert run.federation.normalisation == {}
+    assert run.federation.normalisation(0) == {}
     run.model(0)(run.federation.test(0)[0])
 
 

@@ -195,7 +195,7 @@ def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | N
     nearness, standard = _joined(near), _joined(far) if far else None
     numbers: dict[str, Any] = {"made": _nearness(nearness), "held_out": _nearness(standard) if standard else None}
     if found[0][1].sources is not None:
-        rebuilt = [likeness(_shown(subject, made.images), _shown(subject, made.sources)) for _, made in found]
+        rebuilt = [likeness(_shown(subject, i, made.images), _shown(subject, i, made.sources)) for i, made in found]
         numbers["rebuilt"] = _nearness(_joined(rebuilt))
     numbers["classifier"] = _recognised(subject, found)
     return Findings(numbers, sheets, nearness, standard)
@@ -207,22 +207,22 @@ def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs
     Both sets must have the same size, because a maximum grows with the number of images.
     """
     training, _ = subject.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
-    real = _shown(subject, training)
-    mine = pairs(_shown(subject, made.images), real)
-    blocks = {} if made.sources is None else {"real": _shown(subject, made.sources)}
+    real = _shown(subject, i, training)
+    mine = pairs(_shown(subject, i, made.images), real)
+    blocks = {} if made.sources is None else {"real": _shown(subject, i, made.sources)}
     blocks |= {"rebuilt" if blocks else "made": mine.images, "nearest in training": mine.nearest}
     sheet = Sheet(i, blocks, made.labels)
     held_out = subject.some(subject.data.partition.test[i], len(made.labels), "held out", i)
     if not len(held_out):
         return sheet, mine, None
-    reference = pairs(_shown(subject, subject.rows(held_out)[0]), real)
+    reference = pairs(_shown(subject, i, subject.rows(held_out)[0]), real)
     some = subject.rng("as many", i).permutation(len(made.labels))[: len(held_out)]
     return sheet, Pairs(*(part[some] for part in mine)), reference
 
 
-def _shown(subject: Subject, x: Tensor | None) -> Tensor:
+def _shown(subject: Subject, i: int, x: Tensor | None) -> Tensor:
     assert x is not None
-    return subject.data.pictures(x)
+    return subject.data.pictures(x, i)
 
 
 def _joined(groups: Sequence[Pairs | Likeness]) -> Likeness:

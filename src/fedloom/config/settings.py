@@ -98,9 +98,10 @@ class DataSettings(Section):
     """Use only this many training examples, drawn once at random; test examples are not affected. Default: all."""
     image_size: Count | None = None
     """Resize images to this width and height in pixels. Default: no resizing."""
-    normalise: Literal["half", "standard", "none"] | None = None
-    """Normalisation of inputs. `half`: images to [-1, 1]; `standard`: mean 0 and standard deviation 1 per channel; `none`: unchanged.
-    Default: half for images."""
+    normalise: Literal["half", "standard", "own", "none"] | None = None
+    """Normalisation of inputs. `half`: images to [-1, 1]; `standard`: mean 0 and standard deviation 1 per channel or feature, over the
+    training examples of all clients; `own`: the same, over each client's own; `none`: unchanged. Default: standard for tables, half for
+    images."""
     augment: str = "none"
     """Augmentation of training batches: `none`, `flip`, `crop-flip`, `resized-crop-flip` or `resized-crop-flip-once` (each example once,
     before training; test examples too)."""

@@ -123,12 +123,15 @@ class Dataset:
         """Shape of one input: (C, H, W) for pictures, (D,) for flat features; of the first one if there are several."""
         return self.spec.shape
 
-    def preprocess(self, scaling: Mapping[str, Scaling] | None = None) -> Preprocess:
-        """Return how raw values become model inputs. `scaling`: of each picture and number field, by name; default: none."""
+    def preprocess(self, scaling: Mapping[str, Scaling] | None = None, own: int = 0) -> Preprocess:
+        """Return how raw values become model inputs.
+
+        `scaling`: of each picture and number field, by name; default: none. `own`: the number of its entries, if each client has its own.
+        """
         parts = self.parts or tuple(map(array_part, self.spec.fields))
         given = scaling or {}
         scaled = tuple(
-            part.scaled(given[part.name])
+            part.scaled(given[part.name], own)
             if isinstance(part, PictureInput | NumberInput) and part.name in given
             else part
             for part in parts

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,16 +18,13 @@ from fedloom.data.augment import AUGMENTS
 from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
 from fedloom.data.preprocess import Preprocess, Scaling, model_input
+from fedloom.data.scaling import NORMALISES, USUAL, owners_of, scale_and_shift, tell_of_scale
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
 from fedloom.inputs import Field, Inputs, InputSpec, map_inputs, named_tensors, tensors_of
 from fedloom.objectives import Objective
 from fedloom.rng import Stream
 
-log = logging.getLogger(__name__)
-
-NORMALISES: Final = ("half", "standard", "none")
-USUAL: Final = {"picture": "half", "number": "none"}
 Batch = tuple[Inputs, Tensor]
 
 
@@ -39,7 +35,8 @@ class Federation:
     floats. Tokens and categories are never scaled.
     "half" gives (x - 0.5) / 0.5, which maps images to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
     the mean and divides by the standard deviation of each channel of images, or of each feature of other inputs; both
-    are computed over the training examples of the whole pool. "none" changes nothing. The default is
+    are computed over the training examples of the whole pool. "own" does the same with each client's own training examples; examples of
+    the common test set that belong to no client are scaled like those of "standard". "none" changes nothing. The default is
     that of the data set, else "half" for images and "none" for float features.
 
     `augment` selects what `augmented` does to training batches: "none", "flip", "crop-flip" (crops after padding with 4
@@ -67,6 +64,11 @@ class Federation:
             )
         if chosen and normalise != "none" and not dataset.spec.kinds & {"picture", "number"}:
             raise DataError(f"data.normalise={normalise}: applies to images and numbers, but inputs are {dataset.spec}")
+        if normalise == "own" and augment == "crop-flip":
+            raise DataError(
+                "data.augment=crop-flip: pads with black, which data.normalise=own makes different for every client; use "
+                "resized-crop-flip"
+            )
         _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
             images = augmentation.once(dataset.images, Stream("augment once", dataset.name))
@@ -75,12 +77,13 @@ class Federation:
         self.normalise, self.augment = normalise, augment
         usual = not chosen and dataset.normalise is None  # then every field has the default of its kind
         self._scaling: dict[str, Scaling] = {
-            f.name: _scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise)
+            f.name: scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise, partition)
             for f in dataset.spec.fields
             if not f.is_integer
         }
+        self._owner_of = owners_of(dataset, partition) if normalise == "own" else None
         if usual:
-            _tell_of_scale(dataset)
+            tell_of_scale(dataset)
         self._common: Batch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,18 +132,18 @@ class Federation:
         """Shape of one input: (C, H, W) for images, (D,) for flat features; of the first one if there are several."""
         return self.dataset.input_shape
 
-    @property
-    def normalisation(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Mean and standard deviation per channel or feature, of each image or number field by name ("" if inputs are one tensor).
+    def normalisation(self, client: int) -> dict[str, tuple[list[float], list[float]]]:
+        """Return mean and standard deviation per channel or feature, of each image or number field by name ("" if inputs are one tensor).
 
-        An input is (v - mean) / std; v is pixel / 255 for images, else the stored value."""
+        An input of the client is (v - mean) / std; v is pixel / 255 for images, else the stored value."""
         found = {}
         for part in self.spec.fields:
             if part.name in self._scaling:
-                scale, shift = self._scaling[part.name]
+                scale, shift = self._scaling_of(part, client)
                 std = 1 / (scale * (255 if part.kind == "picture" else 1))
                 mean = -shift * std
-                shown = (value.reshape(-1).expand(part.shape[0]).tolist() for value in (mean, std))
+                width = part.shape[0] if len(part.shape) == 3 else math.prod(part.shape)
+                shown = (value.reshape(-1).expand(width).tolist() for value in (mean, std))
                 found[part.name] = (next(shown), next(shown))
         return found
 
@@ -194,25 +197,37 @@ class Federation:
         """Return the examples with the given numbers, like `train`, as new contiguous tensors."""
         pool = self.dataset
         chosen = torch.as_tensor(index, dtype=torch.int64).to(pool.targets.device)
+        owners = None if self._owner_of is None else self._owner_of.index_select(0, chosen)
         if isinstance(pool.inputs, Tensor):
-            x: Inputs = self._scaled(pool.spec.fields[0], pool.inputs.index_select(0, chosen))
+            x: Inputs = self._scaled(pool.spec.fields[0], pool.inputs.index_select(0, chosen), owners)
         else:
             fields = pool.spec.fields
-            x = {part.name: self._scaled(part, pool.inputs[part.name].index_select(0, chosen)) for part in fields}
+            x = {
+                part.name: self._scaled(part, pool.inputs[part.name].index_select(0, chosen), owners) for part in fields
+            }
         return x, pool.targets.index_select(0, chosen)
 
-    def prepared(self, inputs: Inputs) -> Inputs:
-        """Return stored inputs of new examples as model inputs. Raise DataError if they do not fit the description of the data's inputs."""
-        return self.preprocess.prepared(inputs)
+    def prepared(self, inputs: Inputs, client: int) -> Inputs:
+        """Return stored inputs of a client's new examples as model inputs. Raise DataError if they do not fit `spec`."""
+        return self.preprocess.prepared(inputs, client)
 
     @property
     def preprocess(self) -> Preprocess:
         """How raw values become model inputs."""
-        return self.dataset.preprocess(self._scaling)
+        return self.dataset.preprocess(self._scaling, 0 if self._owner_of is None else self.n_clients + 1)
 
-    def _scaled(self, part: Field, values: Tensor) -> Tensor:
-        """Return one stored input tensor as a model input."""
-        return model_input(part, values, self._scaling.get(part.name))
+    def _scaled(self, part: Field, values: Tensor, owners: Tensor | None) -> Tensor:
+        """Return one stored input tensor as a model input; `owners` (n,) as in `owners_of`."""
+        if owners is None or part.is_integer:
+            return model_input(part, values, self._scaling.get(part.name))
+        dtype = torch.get_default_dtype()
+        scale, shift = (value.index_select(0, owners).to(dtype) for value in self._scaling[part.name])
+        return torch.addcmul(shift, values.to(dtype), scale)
+
+    def _scaling_of(self, part: Field, client: int) -> tuple[Tensor, Tensor]:
+        """Return the scale and shift of a client's inputs."""
+        scale, shift = self._scaling[part.name]
+        return (scale, shift) if self._owner_of is None else (scale[client + 1], shift[client + 1])
 
     def on(self, device: torch.device) -> Federation:
         """Return a federation whose examples are stored and normalised on a device."""
@@ -221,6 +236,7 @@ class Federation:
         inputs = map_inputs(lambda t: t.to(device), pool.inputs)
         other.dataset = replace(pool, inputs=inputs, targets=pool.targets.to(device))
         other._scaling = {name: (a.to(device), b.to(device)) for name, (a, b) in self._scaling.items()}
+        other._owner_of = None if self._owner_of is None else self._owner_of.to(device)
         other._common = None
         return other
 
@@ -237,10 +253,10 @@ class Federation:
         """Whether `augmented` changes anything."""
         return self.augment in ("flip", "crop-flip", "resized-crop-flip")
 
-    def pictures(self, x: Tensor) -> Tensor:
-        """Convert inputs (n, ...) from `rows` back to images, with black 0 and white 1. Values outside are clipped."""
+    def pictures(self, x: Tensor, client: int) -> Tensor:
+        """Convert a client's inputs (n, ...) from `rows` back to images, with black 0 and white 1. Values outside are clipped."""
         unit = 255 if self.is_picture else 1.0
-        scale, shift = self._scaling[""]
+        scale, shift = self._scaling_of(self.spec.fields[0], client)
         return ((x - shift.to(x.dtype)) / (scale.to(x.dtype) * unit)).clamp(0, 1)
 
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
@@ -294,53 +310,3 @@ def _check_fits(dataset: Dataset, partition: Partition) -> None:
         raise DataError(
             f"partition: has example numbers {low} to {high}, but data={dataset.name} has 0 to {dataset.n_rows - 1}"
         )
-
-
-LARGE = 20.0
-"""With unscaled inputs above this value, training at usual learning rates diverges or stalls."""
-
-
-def _stored(dataset: Dataset, part: Field) -> Tensor:
-    """Return one field of all examples, as stored."""
-    return named_tensors(dataset.inputs)[part.name]
-
-
-def _tell_of_scale(dataset: Dataset) -> None:
-    """Warn if large features are used without scaling by default."""
-    for part in dataset.spec.fields:
-        if part.kind != "number":
-            continue
-        values = _stored(dataset, part)
-        low, high = float(values.min()), float(values.max())
-        if max(abs(low), abs(high)) > LARGE:
-            log.warning(
-                "data=%s: inputs run from %g to %g and are used without scaling; to scale them, set data.normalise=standard",
-                dataset.name,
-                low,
-                high,
-            )
-
-
-def _scale_and_shift(dataset: Dataset, part: Field, normalise: str) -> tuple[Tensor, Tensor]:
-    """Return float64 a and b such that an input is a * stored + b. They are scalars or broadcast over (n, ...)."""
-    unit = 1 / 255 if part.kind == "picture" else 1.0
-    if normalise == "standard":
-        mean, std = _moments(_stored(dataset, part)[: dataset.n_train])
-        std = torch.where(std > 0, std, 1 / unit)
-        return 1 / std, -mean / std
-    scale, shift = (2 * unit, -1.0) if normalise == "half" else (unit, 0.0)
-    return torch.tensor(scale, dtype=torch.float64), torch.tensor(shift, dtype=torch.float64)
-
-
-def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation in stored units and float64, per channel of (N, C, H, W), else per feature."""
-    over = (0, 2, 3) if images.ndim == 4 else (0,)
-    shape = (-1, 1, 1) if images.ndim == 4 else images.shape[1:]
-    n = images.numel() // images.shape[1] if images.ndim == 4 else len(images)
-    total = squares = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(images), 256):  # float64 sums of bytes and of their squares are exact, in any order
-        chunk = images[start : start + 256].double()
-        total = total + chunk.sum(over)
-        squares = squares + chunk.square().sum(over)
-    mean = total / n
-    return mean.reshape(shape), (squares / n - mean.square()).clamp(min=0).sqrt().reshape(shape)

@@ -92,7 +92,10 @@ class Remote(Federation):
                 end += len(mine)
         partition = _partition(parts, common)
         shown = replace(held, inputs=held.images[:1].expand(end, *held.input_shape), targets=torch.cat(labels))
-        super().__init__(shown, partition, normalise=settings.data.normalise)
+        chosen = settings.data.normalise
+        super().__init__(
+            shown, partition, normalise="none" if chosen == "own" else chosen
+        )  # clients' examples are not here
         self._held = Federation(
             held,
             Partition(train=(NONE,), valid=(NONE,), test=(NONE,), common=common, scheme={}),
@@ -118,7 +121,9 @@ class Remote(Federation):
 def refuse_pooled_statistics(settings: Settings) -> None:
     """Raise ConfigError for settings that need the examples of all clients in one place."""
     if settings.data.normalise == "standard":
-        raise ConfigError("data.normalise=standard: needs the examples of all clients; on devices use half or none")
+        raise ConfigError(
+            "data.normalise=standard: needs the examples of all clients; on devices use own, half or none"
+        )
     if settings.data.augment == "resized-crop-flip-once":
         raise ConfigError(
             "data.augment=resized-crop-flip-once: needs the examples of all clients; on devices use resized-crop-flip"

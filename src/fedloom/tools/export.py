@@ -176,7 +176,7 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
     data, problem = experiment.data, experiment.problem
     inputs = [_described_field(part) for part in data.spec.fields]
     positions = "positions, " * (data.objective.output_ndim - 2)
-    scaled = data.normalisation
+    scaled = data.normalisation(i)
     mean, std = (scaled[""][k] if "" in scaled else {name: pair[k] for name, pair in scaled.items()} for k in (0, 1))
     return {
         "fedloom": __version__,

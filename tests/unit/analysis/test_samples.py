@@ -90,10 +90,11 @@ def test_findings_compare_as_many_held_out_images(vtc):
     assert [sheet.client for sheet in found.sheets] == [0, 1]
 
 
-@pytest.mark.parametrize("normalise", ["half", "standard", "none"])
+@pytest.mark.parametrize("normalise", ["half", "standard", "own", "none"])
 def test_pictures_undo_the_normalisation(experiment, normalise):
     data = Subject(experiment("fedavg", precision="fp32", **{"data.normalise": normalise})).data
-    x, _ = data.rows([0, 5])
-    stored = data.dataset.images[[0, 5]].float() / 255
-    assert torch.allclose(data.pictures(x), stored, atol=1e-5)
-    assert float(data.pictures(x * 100).max()) <= 1
+    chosen = data.partition.train[0][:2]
+    x, _ = data.rows(chosen)
+    stored = data.dataset.images[chosen].float() / 255
+    assert torch.allclose(data.pictures(x, 0), stored, atol=1e-5)
+    assert float(data.pictures(x * 100, 0).max()) <= 1

@@ -1,5 +1,6 @@
 """From stored examples to inputs: normalisation, augmentation, pooling."""
 
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from fedloom.data import Federation, Partition, from_arrays, load, partition
 from fedloom.data.augment import AUGMENTS
+from fedloom.data.preprocess import Preprocess
 from fedloom.errors import DataError
 from fedloom.objectives import Classification
 from fedloom.rng import Stream
@@ -65,6 +67,42 @@ def test_standard_normalisation_uses_the_pools_training_examples(made):
     inputs, _ = Federation(pool, made, normalise="standard").rows(np.arange(600))
     torch.testing.assert_close(inputs.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(inputs.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-5, rtol=0)
+
+
+def test_own_normalisation_uses_each_clients_training_examples():
+    x = np.array([[0, 5], [2, 5], [8, 5], [100, 0.1], [104, 0.1], [90, 0.1], [51, 8]])
+    pool = from_arrays(x[:6], [0, 1, 0, 1, 0, 1], x[6:], [1], name="two")
+    rows = [np.array(part, np.int64) for part in ([0, 1], [3, 4], [], [], [2], [5], [6])]
+    made = Partition(train=tuple(rows[:2]), valid=tuple(rows[2:4]), test=tuple(rows[4:6]), common=rows[6], scheme={})
+    data = Federation(pool, made, normalise="own")
+    assert data.train(0)[0].tolist() == [[-1, 0], [1, 0]]  # mean 1, standard deviation 1; a constant becomes 0
+    assert data.test(0)[0].tolist() == [[7, 0]]
+    torch.testing.assert_close(data.train(1)[0], torch.tensor([[-1.0, 0], [1, 0]]))
+    torch.testing.assert_close(data.test(1)[0], torch.tensor([[-6.0, 0]]))
+    together = data.train_of([0, 1])
+    assert all(torch.equal(together[i][0], data.train(i)[0]) for i in (0, 1))
+    pooled = x[:6].mean(0), x[:6].std(0)
+    torch.testing.assert_close(data.common()[0].numpy(), ((x[6:] - pooled[0]) / pooled[1]).astype(np.float32))
+    assert data.prepared(torch.tensor([[102.0, 0.1]]), 1).tolist() == [[0, 0]]
+    stored = Preprocess.parse(data.preprocess.text(), "file")
+    assert torch.equal(stored.prepared(pool.images[:2], 0), data.train(0)[0])
+    torch.testing.assert_close(stored.prepared(pool.images[6:]), data.common()[0])
+    assert data.normalisation(0)[""] == ([1, 5], [1, 1])
+    again = pickle.loads(pickle.dumps(data, protocol=5))
+    assert torch.equal(again.test(1)[0], data.test(1)[0])
+    assert torch.equal(data.on(torch.device("cpu")).test(1)[0], data.test(1)[0])
+
+
+def test_own_normalisation_of_images_is_by_channel(pool, made):
+    data = Federation(pool, made, normalise="own")
+    x, _ = data.train(3)
+    torch.testing.assert_close(x.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(x.std(correction=0), torch.tensor(1.0))
+    with pytest.raises(DataError, match=r"data\.augment=crop-flip: pads with black"):
+        Federation(pool, made, normalise="own", augment="crop-flip")
+    shared = replace(made, test=(made.test[0],) * 5)
+    with pytest.raises(DataError, match="is in the test splits of two clients"):
+        Federation(pool, shared, normalise="own")
 
 
 def test_user_features_are_not_normalised_unless_asked():
@@ -134,7 +172,7 @@ def test_crops_shift_by_up_to_four_pixels_over_black(ramp, normalise):
     federation = Federation(ramp, partition(ramp, 1, scheme="iid"), normalise=normalise, augment="crop-flip")
     x = federation.rows(np.zeros(300, np.int64))[0]
     out = federation.augmented(x, Stream(0))
-    mean, std = federation.normalisation[""]
+    mean, std = federation.normalisation(0)[""]
     white = x[0, 2, 0, 0]
     inside = out[:, 2] == white
     torch.testing.assert_close(out[:, 2][~inside], torch.full_like(out[:, 2][~inside], -mean[2] / std[2]))
@@ -184,18 +222,18 @@ def test_digits_end_to_end():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8])
-@pytest.mark.parametrize("normalise", ["half", "standard", "none"])
+@pytest.mark.parametrize("normalise", ["half", "standard", "own", "none"])
 def test_nothing_that_a_federation_does_writes_into_its_pool(dtype, normalise):
     """Normalisation must not write to the pool itself, which may share memory with a user's array."""
     x = (torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 200).to(dtype)
     pool = from_arrays(x, torch.arange(40) % 4)
     before = pool.images.clone()
-    augment = "crop-flip" if dtype == torch.uint8 else "none"
+    augment = "crop-flip" if dtype == torch.uint8 and normalise != "own" else "none"
     federation = Federation(pool, partition(pool, 2, scheme="iid"), normalise=normalise, augment=augment)
     rows, _ = federation.train(0)
     federation.augmented(rows, Stream(0))
     federation.common()
-    federation.pictures(rows)
+    federation.pictures(rows, 0)
     assert torch.equal(pool.images, before)
     if normalise == "standard":
         every = torch.cat([federation.train(i)[0] for i in range(2)] + [federation.test(i)[0] for i in range(2)])

@@ -18,8 +18,8 @@ from fedloom.config.settings import make_settings
 from fedloom.data import Federation, TableOptions, default_scheme, load, partition
 from fedloom.data.dataset import validated
 from fedloom.data.table_files import read_files
-from fedloom.deploy.rows import read_own
-from fedloom.errors import DataError
+from fedloom.deploy.rows import Remote, read_own
+from fedloom.errors import ConfigError, DataError
 from fedloom.inputs import InputSpec
 from fedloom.models.zoo import ZOO
 
@@ -457,6 +457,26 @@ def test_nodes_do_not_read_tables(tmp_path):
     call = SimpleNamespace(task=task, inputs=[SimpleNamespace(shape=(1,))])
     with pytest.raises(DataError, match=r"no column of train\.parquet has images; nodes do not read tables yet"):
         read_own(tmp_path, [0], make_settings({"data": {"name": "mine"}, "clients": 1}), call)
+
+
+def test_nodes_scale_their_own_images_by_themselves(tmp_path, write_parquet, grey):
+    """`data.normalise=own` on a node gives the inputs that the same client has in a simulation."""
+    pictures, labels = grey(8, 4), [0, 1] * 4
+    write_parquet(tmp_path / "train.parquet", pictures[:6], labels[:6])
+    write_parquet(tmp_path / "test.parquet", pictures[6:], labels[6:])
+    call = SimpleNamespace(
+        task=SimpleNamespace(names=("0", "1"), task="classification"), inputs=[SimpleNamespace(shape=(1, 4, 4))]
+    )
+    settings = make_settings({"data": {"name": "mine", "normalise": "own"}, "clients": 3})
+    data = read_own(tmp_path, [1], settings, call)
+    x = np.stack(pictures) / 255
+    expected = ((x - x[:6].mean()) / x[:6].std())[:, None].astype(np.float32)
+    torch.testing.assert_close(data.train(1)[0], torch.from_numpy(expected[:6]))
+    torch.testing.assert_close(data.test(1)[0], torch.from_numpy(expected[6:]))
+    server = Remote(replace(data.dataset, n_train=6), {1: {"train": [3, 3], "valid": [0, 0], "test": [1, 1]}}, settings)
+    torch.testing.assert_close(server.common()[0], data.test(1)[0])
+    with pytest.raises(ConfigError, match="on devices use own, half or none"):
+        read_own(tmp_path, [1], make_settings({"data": {"name": "mine", "normalise": "standard"}, "clients": 3}), call)
 
 
 def test_a_column_called_client_names_the_owners(table):
