@@ -145,3 +145,17 @@ def test_a_report_is_an_html_page_and_no_other_file(cli, tiny):
     assert done.code == 2
     assert "out=t.csv: must be an HTML page, such as t.html" in done.err
     assert not Path("t.csv").exists()
+
+
+def test_schema_is_printed_or_written_to_a_new_file(cli):
+    printed = cli("schema")
+    assert json.loads(printed.out)["$schema"].startswith("https://json-schema.org/")
+    assert cli("schema", "out=s.json").out == "s.json\n"
+    assert Path("s.json").read_text() == printed.out
+    for words, message in (
+        (["out=s.json"], "the file exists"),
+        (["out="], "must not be empty"),
+        (["x"], "expected out=FILE.json"),
+    ):
+        done = cli("schema", *words)
+        assert (done.code, message in done.err) == (2, True)

@@ -50,6 +50,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
             "fedloom.cli.listing:list_command",
             "list methods, data sets, models, engines, transforms or rules, with their options",
         ),
+        "schema": Entry("fedloom.cli.schema:schema_command", "print the JSON schema of config files, for editors"),
         "cost": Entry(
             "fedloom.cli.costing:cost_command", "measure a client's local update, and check if it fits a small device"
         ),
