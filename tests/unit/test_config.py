@@ -21,7 +21,7 @@ UNUSUAL = {
         "name": "mine", "path": "somewhere", "task": "regression", "owner": "folder", "rows": 77, "image_size": 12,
         "normalise": "standard", "augment": "flip",
         "label": "income", "columns": ["age", "job"], "drop": ["id"], "split": "fold", "missing": "fill", "missing_values": ["-9"],
-        "decimal": ",", "encoding": "latin-1",
+        "decimal": ",", "encoding": "latin-1", "factor": "code", "factor_clients": 5,
     },
     "partition": {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,

@@ -77,6 +77,8 @@ def _features(subject: Subject) -> Found:
             title,
             "First two principal components, with the fraction of variance explained by each.",
         )
+    if factor := features.measure_factor(subject):
+        numbers["factor"] = factor
     return numbers or {"left_out": "fewer than two clients have test examples"}, drawn
 
 

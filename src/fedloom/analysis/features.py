@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ Numbers = npt.NDArray[np.int64]
 
 OWN_ROWS = 40  # examples of each client
 SAME_ROWS = 60  # common examples, the same for all clients
+FACTOR_ROWS = 500  # common examples for the probes of a known client factor
+FORMS = ("linear", "mlp")
+FACTOR_CLIENTS = 8  # maximum number of clients with these probes, evenly spaced
 
 
 class Table(NamedTuple):
@@ -125,6 +129,37 @@ def measure_features(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
     }
 
 
+def measure_factor(subject: Subject) -> dict[str, dict[str, float]] | None:
+    """Return how well a known client factor and the class can be read from features, for each kind; None without a known factor.
+
+    The examples are common test examples, whose factor is random. For each client, linear and MLP probes are fitted on its features of one
+    half of the examples and scored on the other half, and vice versa; values are means over clients. `factor_from_class` is the accuracy of
+    a linear probe that sees only the label.
+    """
+    dataset, rng = subject.data.dataset, subject.rng("probe", "factor")
+    rows = subject.some(subject.data.partition.common, FACTOR_ROWS, "factor")
+    if not dataset.factor or len(rows) < 2:
+        return None
+    require_sklearn()
+    x, y = subject.rows(rows)
+    answers = {"factor": np.asarray(dataset.columns[dataset.factor][rows]), "class": y.numpy()}
+    first = _half(rows, rng)
+    places = np.linspace(0, len(subject.clients) - 1, min(len(subject.clients), FACTOR_CLIENTS)).round()
+    each: dict[str, list[dict[str, float]]] = {}
+    for i in (subject.clients[int(place)] for place in places):
+        for name, found in features_of(subject.method, subject.owner(i), x).items():
+            z = found.double().numpy()
+            each.setdefault(name, []).append(
+                {f"{what}_{form}": probe(z, a, first, form) for what, a in answers.items() for form in FORMS}
+            )
+    common = {f"{what}_chance": _chance(a) for what, a in answers.items()}
+    common["factor_from_class"] = probe(np.eye(dataset.n_classes)[answers["class"]], answers["factor"], first)
+    return {
+        name: {key: float(np.mean([one[key] for one in found])) for key in found[0]} | common
+        for name, found in each.items()
+    }
+
+
 def require_sklearn() -> None:
     """Raise UsageError if scikit-learn is not installed."""
     try:
@@ -133,19 +168,31 @@ def require_sklearn() -> None:
         raise UsageError("analyse features needs scikit-learn: pip install 'fedloom[analyse]'") from missing
 
 
-def probe(x: Floats, answers: Numbers, first: npt.NDArray[np.bool_]) -> float:
-    """Return the accuracy of a linear probe: the mean of fitting on the half `first` and scoring on the other, and vice versa."""
-    from sklearn.linear_model import RidgeClassifierCV
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+def probe(x: Floats, answers: Numbers, first: npt.NDArray[np.bool_], form: str = "linear") -> float:
+    """Return the accuracy of a probe: the mean of fitting on the half `first` and scoring on the other, and vice versa.
 
+    `form`: `linear`, a ridge classifier; `mlp`, a network with one hidden layer of 64 units. Both see standardised features.
+    """
     found = []
     for half in (first, ~first):
         if len(np.unique(answers[half])) < 2:
             return _chance(answers)
-        model = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(-2, 4, 7)))
-        found.append(float((model.fit(x[half], answers[half]).predict(x[~half]) == answers[~half]).mean()))
+        model = _probe_model(form)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the MLP stops after a fixed number of epochs
+            found.append(float((model.fit(x[half], answers[half]).predict(x[~half]) == answers[~half]).mean()))
     return float(np.mean(found))
+
+
+def _probe_model(form: str) -> Any:
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    if form == "linear":
+        return make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=np.logspace(-2, 4, 7)))
+    return make_pipeline(StandardScaler(), MLPClassifier((64,), max_iter=100, random_state=0))
 
 
 def _half(rows: Numbers, rng: Stream) -> npt.NDArray[np.bool_]:

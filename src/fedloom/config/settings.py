@@ -106,6 +106,12 @@ class DataSettings(Section):
     """Augmentation of training batches: `none`, `flip`, `crop-flip`, `resized-crop-flip` or `resized-crop-flip-once` (each example once,
     before training; test examples too)."""
 
+    factor: Literal["code", "tint", "nuisance", "rotation"] | None = None
+    """Give the images a client factor that is known exactly (docs/data.md): `code`: each client has its own code from classes to background
+    colours; `tint`: one colour per client; `nuisance`: random colours; `rotation`: one angle per client. Default: none."""
+    factor_clients: Annotated[int, Field(ge=2)] | None = None
+    """Number of clients that `data.factor` divides the training examples among. Default: 4."""
+
     @field_validator("columns", "drop", "missing_values", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
@@ -370,6 +376,10 @@ class Settings(Section):
         if self.engine.lanes is not None and last in ("sequential", "ray"):
             raise ValueError(
                 f"engine.lanes={self.engine.lanes}: applies only to engine=processes and vectorised, not {last}"
+            )
+        if self.data.factor_clients is not None and self.data.factor is None:
+            raise ValueError(
+                f"data.factor_clients={self.data.factor_clients}: needs data.factor, such as data.factor=code"
             )
         _check_partition(self.partition)
         _check_device(self)

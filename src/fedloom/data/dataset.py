@@ -29,6 +29,7 @@ class Dataset:
     labels.
     `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
     `parts` say how raw values become `inputs`, field by field; by default they come from arrays. `table` says how a table was read.
+    `factor` names the column with a known client factor, if there is one; `changed` has the same images with another value of it.
     """
 
     name: str
@@ -41,6 +42,8 @@ class Dataset:
     normalise: str | None = None
     parts: tuple[Part, ...] = ()
     table: TableFormat | None = None
+    factor: str = ""
+    changed: Tensor | None = None
 
     @classmethod
     def labelled(

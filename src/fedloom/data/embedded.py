@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -11,9 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import Tensor
 
 from fedloom.data.arrays import from_arrays
 from fedloom.data.dataset import Column, Dataset
+from fedloom.data.factors import coded, hues, other_values, painted
 from fedloom.data.pictures import resized
 from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError
@@ -25,8 +26,6 @@ DIABETES: Final = DIGITS.with_name("diabetes.npz")
 CLASSES: Final = tuple("0123456789")
 N_CLIENTS: Final = 4
 N_TRAIN: Final = 1400  # of the 1,797 examples, 350 per client; the others are the test set, with random colours
-HOLDS: Final = 0.9  # probability that a training example has its class's colour
-HUES: Final = np.array([colorsys.hsv_to_rgb(i / 10, 1, 200 / 255) for i in range(10)])  # (10, 3) in [0, 1]
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
@@ -38,16 +37,19 @@ def load_embedded(name: str, image_size: int | None, rows: int | None) -> Datase
         return _diabetes(image_size, rows)
     pixels, labels, n_train, columns = _coloured() if name == "coloured-digits" else _digits()
     keep, n_train = choose_rows(name, np.ones(len(labels), dtype=bool), n_train, rows)
-    images = np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]])
-    kept = {key: column[keep] for key, column in columns.items()}
-    return Dataset.labelled(
+
+    def images(pixels: Pixels) -> Tensor:
+        return torch.from_numpy(np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]]))
+
+    pool = Dataset.labelled(
         name=name,
-        images=torch.from_numpy(images),
+        images=images(pixels[0]),
         labels=torch.from_numpy(labels[keep]),
         n_train=n_train,
         classes=CLASSES,
-        columns=kept,
+        columns={key: column[keep] for key, column in columns.items()},
     )
+    return replace(pool, factor="colour", changed=images(pixels[1])) if len(pixels) > 1 else pool
 
 
 def _diabetes(image_size: int | None, rows: int | None) -> Dataset:
@@ -60,13 +62,15 @@ def _diabetes(image_size: int | None, rows: int | None) -> Dataset:
     return replace(made, normalise="standard")
 
 
-def _digits() -> tuple[Pixels, Rows, int, dict[str, Column]]:
+def _digits() -> tuple[list[Pixels], Rows, int, dict[str, Column]]:
     ink, labels = _ink()
-    return np.rint(ink * (255 / 16)).astype(np.uint8), labels, len(labels), {}
+    return [np.rint(ink * (255 / 16)).astype(np.uint8)], labels, len(labels), {}
 
 
-def _coloured() -> tuple[Pixels, Rows, int, dict[str, Column]]:
+def _coloured() -> tuple[list[Pixels], Rows, int, dict[str, Column]]:
     """Return white digits on coloured backgrounds. The colour indicates the class, with a different code for each client.
+
+    This is the factor `code` (see `factors.with_factor`), with these fixed choices.
 
     All draws come from `Stream("coloured-digits")`, so the pixels are the same in every run. A run's seed affects the same
     things as for other data sets: splits, weights and batches.
@@ -78,23 +82,18 @@ def _coloured() -> tuple[Pixels, Rows, int, dict[str, Column]]:
        any of the ten, uniformly.
     4. A pixel with ink intensity v in [0, 1] becomes v white + (1 - v) colour; colours are hsv(c / 10, 1, 200 / 255).
 
-    The column `client` is "0" to "3", and "" for test examples, which have no owner; `colour` is c.
+    The column `client` is "0" to "3", and "" for test examples, which have no owner; `colour` is c. The second pictures have another
+    colour.
     """
     ink, labels = _ink()
     stream = Stream("coloured-digits")
     order = stream.child("order").numpy.permutation(len(labels))
     ink, labels = ink[order] / 16, labels[order]
     owner = np.arange(N_TRAIN) % N_CLIENTS
-    maps = np.stack([stream.child("map", i).numpy.permutation(10) for i in range(N_CLIENTS)])
-    draws = stream.child("colour").numpy
-    colour = draws.integers(0, 10, len(labels))
-    wanted = maps[owner, labels[:N_TRAIN]]
-    another = (wanted + draws.integers(1, 10, N_TRAIN)) % 10
-    colour[:N_TRAIN] = np.where(draws.random(N_TRAIN) < HOLDS, wanted, another)
-    ground = HUES[colour][:, None, None, :]
-    pictures = ink[..., None] + (1 - ink[..., None]) * ground
+    colour, n_colours = coded(owner, labels, len(CLASSES), N_CLIENTS, stream)
+    pictures = [painted(ink, hues(n_colours)[c]) for c in (colour, other_values(colour, n_colours, stream))]
     clients = np.concatenate([owner.astype(str), np.full(len(labels) - N_TRAIN, "")])
-    return np.rint(pictures * 255).astype(np.uint8), labels, N_TRAIN, {"client": clients, "colour": colour}
+    return pictures, labels, N_TRAIN, {"client": clients, "colour": colour}
 
 
 def _ink() -> tuple[npt.NDArray[np.float64], Rows]:

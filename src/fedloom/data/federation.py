@@ -71,8 +71,12 @@ class Federation:
             )
         _check_fits(validated(dataset), partition)
         if augment == "resized-crop-flip-once":
-            images = augmentation.once(dataset.images, Stream("augment once", dataset.name))
-            dataset = replace(dataset, inputs=images)
+            images, changed = (
+                None if pool is None else augmentation.once(pool, Stream("augment once", dataset.name))
+                for pool in (dataset.images, dataset.changed)
+            )
+            assert images is not None
+            dataset = replace(dataset, inputs=images, changed=changed)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
         usual = not chosen and dataset.normalise is None  # then every field has the default of its kind
@@ -229,12 +233,22 @@ class Federation:
         scale, shift = self._scaling[part.name]
         return (scale, shift) if self._owner_of is None else (scale[client + 1], shift[client + 1])
 
+    @property
+    def changed(self) -> Federation | None:
+        """The same federation with another value of each example's client factor; None if the data have no known factor."""
+        if self.dataset.changed is None:
+            return None
+        other = copy.copy(self)
+        other.dataset, other._common = replace(self.dataset, inputs=self.dataset.changed, changed=None), None
+        return other
+
     def on(self, device: torch.device) -> Federation:
         """Return a federation whose examples are stored and normalised on a device."""
         other = copy.copy(self)
         pool = self.dataset
         inputs = map_inputs(lambda t: t.to(device), pool.inputs)
-        other.dataset = replace(pool, inputs=inputs, targets=pool.targets.to(device))
+        changed = None if pool.changed is None else pool.changed.to(device)
+        other.dataset = replace(pool, inputs=inputs, targets=pool.targets.to(device), changed=changed)
         other._scaling = {name: (a.to(device), b.to(device)) for name, (a, b) in self._scaling.items()}
         other._owner_of = None if self._owner_of is None else self._owner_of.to(device)
         other._common = None
@@ -245,7 +259,11 @@ class Federation:
         """Memory that `on` needs, in bytes: the stored pool, and the common test set as inputs."""
         pool, wide = self.dataset, torch.get_default_dtype().itemsize
         example = sum(math.prod(part.shape) * (8 if part.is_integer else wide) for part in pool.spec.fields)
-        stored = sum(t.numel() * t.element_size() for t in (*tensors_of(pool.inputs), pool.targets))
+        stored = sum(
+            t.numel() * t.element_size()
+            for t in (*tensors_of(pool.inputs), pool.targets, pool.changed)
+            if t is not None
+        )
         return stored + len(self.partition.common) * example
 
     @property

@@ -408,7 +408,12 @@ def _pool(dataset: Dataset) -> dict[str, Any]:
 
 
 def _natural_column(dataset: Dataset) -> str | None:
-    """Return the column by which a known data set is divided. For an unknown data set, return `client`, its only column, or None."""
+    """Return the column by which a data set is divided: `client` if it has a known client factor, or that of a known data set.
+
+    For an unknown data set, return `client`, its only column, or None.
+    """
+    if dataset.factor:
+        return "client"
     if dataset.name in SOURCES:
         return SOURCES[dataset.name].natural
     if "client" in dataset.columns:

@@ -186,6 +186,8 @@ def deployable(settings: Settings) -> Settings:
         raise ConfigError("join.clients: clients cannot join later on devices; include them in `clients` of a new run")
     if settings.eval.shared_head:
         raise ConfigError("eval.shared_head=true: devices do not send sums of features yet; remove eval.shared_head")
+    if settings.data.factor:
+        raise ConfigError(f"data.factor={settings.data.factor}: devices have their own data; remove data.factor")
     engine = settings.engine.model_copy(update={"name": "flower"})
     settings = settings if settings.partition.name else with_scheme(settings, "dirichlet")  # no data are loaded yet
     screen = settings.screen

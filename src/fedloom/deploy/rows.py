@@ -91,7 +91,8 @@ class Remote(Federation):
                 labels.append(torch.from_numpy(mine))
                 end += len(mine)
         partition = _partition(parts, common)
-        shown = replace(held, inputs=held.images[:1].expand(end, *held.input_shape), targets=torch.cat(labels))
+        inputs = held.images[:1].expand(end, *held.input_shape)
+        shown = replace(held, inputs=inputs, targets=torch.cat(labels), changed=None)  # devices have no changed images
         chosen = settings.data.normalise
         super().__init__(
             shown, partition, normalise="none" if chosen == "own" else chosen

@@ -48,7 +48,7 @@ class ScoreRequest(NamedTuple):
     """A client's model to score, and the examples to score it on."""
 
     name: str  # the key of the result
-    rows: str  # "train" | "test" | "valid" | "common"
+    rows: str  # "train" | "test" | "valid" | "common" | "changed": own test examples with another client factor
     fitted: bool = False  # score the model from the client's latest local update, not from the downlink
     head: Literal["own", "sums", "shared"] = "own"
     """`own`: the personal predictor. On the features that clients share, before `adapt`: `sums`: return `shared_head.feature_sums`

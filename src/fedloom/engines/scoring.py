@@ -26,7 +26,8 @@ class Scorer:
 
     def __init__(self, ask: ScoreRequest, data: Federation, predict: Predict, part: tuple[int, int]) -> None:
         """`part=(k, n)`: use only the k-th of n pieces of the common test examples."""
-        self._ask, self._data, self._predict, self._part = ask, data, predict, part
+        changed = data.changed if ask.rows == "changed" else None
+        self._ask, self._data, self._predict, self._part = ask, changed or data, predict, part
         self._last: Client | None = None
         self._score: Score | None = None  # of the latest model on the common test examples
         self._n_rows = 0  # number of own examples that are waiting
@@ -52,7 +53,8 @@ class Scorer:
         return self._scores
 
     def _rows(self, i: int) -> np.ndarray[Any, Any]:
-        rows: tuple[np.ndarray[Any, Any], ...] = getattr(self._data.partition, self._ask.rows)
+        split = "test" if self._ask.rows == "changed" else self._ask.rows
+        rows: tuple[np.ndarray[Any, Any], ...] = getattr(self._data.partition, split)
         return rows[i]
 
     def _common(self, i: int, client: Client) -> Score:

@@ -52,22 +52,37 @@ def make_dataset(settings: Settings) -> data.Dataset:
     d, p = settings.data, settings.partition
     keys = {"label", "columns", "drop", "split", "missing", "missing_values", "decimal", "encoding"}
     table = data.TableOptions(**d.model_dump(include=keys), owner=p.column, by=p.by)
-    return data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task, owner=d.owner, table=table)
+    pool = data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task, owner=d.owner, table=table)
+    return data.with_factor(pool, d.factor, d.factor_clients or FACTOR_CLIENTS) if d.factor else pool
 
 
 def resolved(settings: Settings, dataset: data.Dataset) -> Settings:
     """Return the settings with the partition scheme that fits the data, if none is set; log it unless it is dirichlet."""
     if settings.partition.name is not None:
         return settings
+    if dataset.factor and not settings.partition.by:
+        log.warning(
+            "partition=natural partition.merge=false: chosen, because clients differ in a known factor, and test examples have no owner"
+        )
+        fraction = settings.partition.test_fraction
+        given = {"merge": False, "test_fraction": FACTOR_TEST_FRACTION if fraction is None else fraction}
+        settings = settings.model_copy(update={"partition": settings.partition.model_copy(update=given)})
+        return _with_scheme(settings, "natural")
     scheme = "dirichlet" if settings.partition.by else data.default_scheme(dataset, settings.partition.merge)
     if scheme != "dirichlet":
         log.warning("partition=%s: chosen, because %s", scheme, WHY[scheme])
+    return _with_scheme(settings, scheme)
+
+
+def _with_scheme(settings: Settings, scheme: str) -> Settings:
     try:
         return with_scheme(settings, scheme)
     except ValueError as error:
         raise ConfigError(str(error)) from None
 
 
+FACTOR_CLIENTS = 4  # default of data.factor_clients
+FACTOR_TEST_FRACTION = 0.25  # of each client's examples, with its own factor
 WHY = {"natural": "a column names the owner of every example", "iid": "targets do not fall into groups"}
 
 

@@ -51,6 +51,8 @@ class Scoring:
             asks.append(ScoreRequest("fitted", own, fitted=True))
         if any(map(len, self._problem.data.partition.valid)):
             asks.append(ScoreRequest("valid", "valid"))
+        if self._own_tests and self._problem.data.changed is not None:
+            asks.append(ScoreRequest("changed", "changed"))
         if general and self._own_tests:
             asks.append(ScoreRequest("general", "common"))
         return asks
@@ -74,6 +76,8 @@ class Scoring:
         row = metrics.spread(objective, found["personal"], "personal", known)
         if "fitted" in found:
             row |= metrics.spread(objective, found["fitted"], "personal", known, suffix=metrics.FITTED)
+        if "changed" in found:
+            row |= metrics.spread(objective, found["changed"], "changed")
         if "valid" in found:
             row |= metrics.alone(objective, sum_scores(found["valid"]), "valid")
         row |= {f"{view}_{objective.primary.name}": None for view in ("general", "server")}

@@ -323,7 +323,7 @@ class Experiment:
                 now[i] = {"round": self.done, "client": i}
                 self.client_rows.append(now[i])
             objective = self.problem.task.objective
-            for view in ("personal", "general", "shared_head"):
+            for view in ("personal", "general", *metrics.MORE_VIEWS):
                 if view in found:
                     now[i][f"{view}_{objective.primary.name}"] = objective.value(found[view][place])
 

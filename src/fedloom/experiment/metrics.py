@@ -16,8 +16,9 @@ Row = dict[str, Any]
 
 VIEWS = ("personal", "general", "server")
 """The models that are scored: clients' own on their own examples and on the common test set, and the server's."""
-MORE_VIEWS = ("shared_head",)
-"""Views of some runs only: the classifier on shared features, on the common test set."""
+MORE_VIEWS = ("shared_head", "changed")
+"""Views of some runs only: the classifier on shared features, on the common test set; and clients' own models on their own examples
+with another client factor."""
 FITTED = "_fitted"  # suffix of the scores of clients' models as their last local update left them
 
 

@@ -18,6 +18,7 @@ RIVALS = ("local", "fedavg")
 """Methods that leave a client worse off if its own model is less accurate than with them."""
 NOTES = {
     "not_held": "Held, not held: common test examples of the classes that a client has, or has not, among its training examples.",
+    "changed": "Factor changed: clients' own test examples with another value of the client factor, such as the colour.",
     "shared_head": "Shared head: one linear classifier for all clients on the features of the shared body.",
     "worse": "Worse off: clients whose personal model is worse than with the other method, same data and seed.",
 }
@@ -40,12 +41,12 @@ def generalisation_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid |
     if len(grid.headers) < 2:
         return None
     text = " ".join(grid.headers).replace("\n", " ")
-    shown = {"not_held": "not held" in text, "shared_head": "shared head" in text, "worse": "worse off" in text}
+    words = {"not_held": "not held", "changed": "changed", "shared_head": "shared head", "worse": "worse off"}
     return Grid(
         title=grid.title,
         headers=grid.headers,
         rows=grid.rows,
-        caption=" ".join(NOTES[name] for name, is_shown in shown.items() if is_shown),
+        caption=" ".join(NOTES[name] for name, word in words.items() if word in text),
     )
 
 
@@ -59,6 +60,7 @@ def _scores(primary: Primary, digits: int) -> list[Column]:
     return [
         score("general\nheld", "general", "held"),
         score("general\nnot held", "general", "not_held"),
+        score("factor\nchanged", "changed"),
         score("shared head\ngeneral", "shared_head"),
         score("shared head\nnot held", "shared_head", "not_held"),
         Column("shared head\nnewcomers", _newcomers, text, True),

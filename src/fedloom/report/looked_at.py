@@ -20,6 +20,15 @@ FEATURES = {
     "class_silhouette": "silhouette\nof classes",
     "client_silhouette": "silhouette\nof clients",
 }
+FACTOR = {
+    "factor_linear": "factor\nlinear",
+    "factor_mlp": "factor\nMLP",
+    "factor_from_class": "factor from\nclass only",
+    "factor_chance": "factor\nby chance",
+    "class_linear": "class\nlinear",
+    "class_mlp": "class\nMLP",
+    "class_chance": "class\nby chance",
+}
 ROWS = {"own": "own examples", "same": "same examples"}
 
 
@@ -33,7 +42,9 @@ class Picture(NamedTuple):
 
 def analysis_grids(records: Sequence[RunRecord]) -> list[Grid]:
     """Return one table for each part that was analysed."""
-    return [grid for grid in (_features(records), _samples(records), _sharpness(records)) if grid.rows]
+    return [
+        grid for grid in (_features(records), _factor(records), _samples(records), _sharpness(records)) if grid.rows
+    ]
 
 
 def pictures(record: RunRecord) -> Iterator[Picture]:
@@ -81,6 +92,24 @@ def _features(records: Sequence[RunRecord]) -> Grid:
     )
     return Grid(
         title="Linear probes on features", headers=("Features", *FEATURES.values()), rows=tuple(rows), caption=caption
+    )
+
+
+def _factor(records: Sequence[RunRecord]) -> Grid:
+    rows = [
+        (
+            Cell(f"{record.name} · {printable(name)}"),
+            *(_percent(part_of(record, "features", "factor", name).get(key)) for key in FACTOR),
+        )
+        for record in records
+        for name in part_of(record, "features", "factor")
+    ]
+    caption = (
+        "Accuracy in percent of probes for the known client factor and for the class, on common test examples in each client's nets; "
+        "mean over clients."
+    )
+    return Grid(
+        title="Client factor in features", headers=("Features", *FACTOR.values()), rows=tuple(rows), caption=caption
     )
 
 

@@ -33,6 +33,7 @@ MEASURES = {
     ("general", ""): "general",
     ("server", ""): "server",
     ("shared_head", ""): "shared head",
+    ("changed", ""): "client factor changed",
 }
 STATISTICS = {
     "final": "final",

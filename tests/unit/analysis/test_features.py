@@ -117,3 +117,23 @@ def test_a_missing_scikit_learn_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     with pytest.raises(UsageError, match=r"needs scikit-learn: pip install 'fedloom\[analyse\]'"):
         measured(one_hot(CLASSES))
+
+
+def test_a_known_client_factor_is_read_from_the_features_that_hold_it(experiment, monkeypatch):
+    monkeypatch.setattr(features, "FACTOR_ROWS", 120)
+    settings = {"data": {"name": "coloured-digits", "rows": None}, "partition": {"name": "natural", "merge": False}}
+    run = experiment("fedavg", **settings, clients=None, rounds=1, **{"model.hidden": 16})
+    run.run()
+    subject = Subject(run)
+    monkeypatch.setattr(features, "features_of", lambda _, __, x: {"colour": x[:, :, 0, 0], "ink": x.amin((1, 2))})
+    found = features.measure_factor(subject)
+    assert found["colour"]["factor_mlp"] > 0.6
+    assert found["colour"]["class_linear"] < 0.3
+    assert found["colour"]["factor_from_class"] < 0.3
+    assert 0.1 <= found["colour"]["factor_chance"] < 0.25
+
+
+def test_there_are_no_probes_without_a_known_factor(experiment):
+    run = experiment("fedavg", rounds=1)
+    run.run()
+    assert features.measure_factor(Subject(run)) is None
