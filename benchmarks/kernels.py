@@ -31,7 +31,7 @@ def shares(name: str) -> dict[str, float]:
         values = WORKLOADS[name].values(scale) | {"engine": {"name": "sequential"}, "out": Path(folder) / "run"}
         run = Stepped(make_settings(values), GivenObjects(dataset=dataset_for(WORKLOADS[name], scale)))
         cohort = run.next_cohort()[:TURNS]
-        down = run.method.downlink(run.server, cohort)
+        down = run.hooks.downlink(run.server, 0, cohort)
         for number in range(2):
             run.engine.train(number, cohort, down)
         with torch.profiler.profile() as profile:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedloom import Client, Downlink, FedAvg, Stream, from_arrays, tree
+from fedloom import Client, Downlink, FedAvg, Round, Stream, from_arrays, tree
 from fedloom.config.settings import make_settings
 from fedloom.engines import Engine
 from fedloom.errors import ConfigError, UsageError, suggest
@@ -50,7 +50,7 @@ class Echo(FedAvg):
         """Return no phases."""
         return ()
 
-    def downlink(self, server: tree.Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: tree.Tree, cohort: Sequence[int], round: Round) -> Downlink:
         """Return a tensor for each member."""
         each = [{"own": torch.full((FLOATS,), float(i))} for i in cohort]
         return Downlink({"weights": server["weights"]}, each)
@@ -123,7 +123,7 @@ def in_turn(
     for number in range(WARM_UP + int(options["rounds"])):
         chosen = Stream(0, "cohort", number).permutation(run.problem.task.n_clients)[:COHORT]
         cohort = sorted(chosen.tolist())
-        down = run.method.downlink(run.server, cohort)
+        down = run.hooks.downlink(run.server, 0, cohort)
         names = list(engines)
         for name in names[number % len(names) :] + names[: number % len(names)]:
             before = processor_s(os.getpid())

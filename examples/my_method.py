@@ -12,8 +12,8 @@ class HeavyBall(Method):
     beta: float = 0.7
     """Momentum: fraction of the last movement that is added to the new one."""
 
-    def init_server(self, weights, task):
-        server = super().init_server(weights, task)
+    def init_server(self, weights, task, round):
+        server = super().init_server(weights, task, round)
         return server | {"movement": tree.zeros_like(server["weights"]["params"])}
 
     def aggregate(self, server, uplinks, round):

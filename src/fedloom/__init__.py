@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from fedloom.errors import WireError as WireError
     from fedloom.method import Batch as Batch
     from fedloom.method import Client as Client
+    from fedloom.method import ClientData as ClientData
     from fedloom.method import Downlink as Downlink
-    from fedloom.method import Free as Free
     from fedloom.method import Interleave as Interleave
     from fedloom.method import Method as Method
     from fedloom.method import Paper as Paper
     from fedloom.method import Round as Round
+    from fedloom.method import Set as Set
     from fedloom.method import Sweep as Sweep
     from fedloom.method import Task as Task
     from fedloom.method import Train as Train

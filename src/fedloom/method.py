@@ -1,8 +1,8 @@
 """The contract between a federated method and the framework. `Method` itself is FedAvg; override only what your paper changes.
 
 A method is a frozen dataclass that contains only hyper-parameters. Its hooks are pure functions of trees of tensors. Local
-work is declared as data (`Train`, `Interleave`, `Sweep`, `Free`), so an engine can run it in a loop, vectorise it over clients, or send
-it to another process.
+work is declared as data (`Train`, `Interleave`, `Sweep`, `Set`), so an engine can run it in a loop, vectorise it over clients, or send
+it to another process. `docs/contract.md` describes every hook with an example.
 
 The hooks that one round calls, in order (`server` is any tree, `weights` as in `fedloom.nets`)::
 
@@ -11,13 +11,14 @@ The hooks that one round calls, in order (`server` is any tree, `weights` as in 
     client  exchange                                          among clients, if `exchanges` is true
     server  aggregate                                         over the uplinks that arrived
     score   deploy -> receive -> adapt -> predictors          in evaluated rounds, on temporary copies
+    end     downlink -> receive -> phases -> uplink -> finish after the last round, with all clients, if `finish` is overridden
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor, nn
 
@@ -101,13 +102,23 @@ class Batch(NamedTuple):
     precomputed: Mapping[str, Tensor] = {}  # the tensors that the `Interleave`'s `precompute` returned for this batch
 
 
-class Turn(NamedTuple):
+@dataclass(frozen=True)
+class Turn:
     """One client's local update in one round."""
 
     number: int  # the round, from 0
     last: int  # the number of the last round
     examples: int  # n_k, the client's training examples
-    steps: Mapping[str, int] = {}  # optimiser steps taken, by phase
+    steps: Mapping[str, int] = field(default_factory=dict)  # optimiser steps taken, by phase
+    _: KW_ONLY
+    closing: bool = False  # whether this is the exchange after the last round (see `Method.finish`)
+
+
+class ClientData(NamedTuple):
+    """What a client knows about its own training examples before the first round."""
+
+    examples: int  # n_k
+    class_counts: Tensor  # (Y,) examples of each class, in the default dtype; (0,) if the learning task has no classes
 
 
 class Arrival(NamedTuple):
@@ -119,13 +130,26 @@ class Arrival(NamedTuple):
     age: int = 0  # rounds since the downlink was sent to it
 
 
-class Round(NamedTuple):
-    """The server's information about a round: the arrivals, in cohort order, and a random stream for the server."""
+BindFn = Callable[[Weights], Nets]
 
-    number: int
+
+def _no_nets(weights: Weights) -> Nets:
+    raise MethodError("round.nets: not available in this hook; use it in aggregate, finish, server_logs or deploy")
+
+
+@dataclass(frozen=True)
+class Round:
+    """The server's information about a round, for all server hooks, and a random stream for their draws."""
+
+    number: int  # from 0; in `deploy`, the number of rounds done
     n_clients: int  # K, the clients of the whole federation
-    arrivals: tuple[Arrival, ...]
-    rng: Stream
+    arrivals: tuple[Arrival, ...]  # in cohort order; empty in hooks that are called before the uplinks arrive
+    rng: Stream  # a separate stream for each hook and round
+    _: KW_ONLY
+    examples: tuple[int, ...] = ()  # n_k of all K clients, known before the first round
+    nets: BindFn = (
+        _no_nets  # weights -> the nets of the first architecture and of `server_nets`, to train on the server
+    )
 
     @property
     def shares(self) -> list[float]:
@@ -136,15 +160,16 @@ class Round(NamedTuple):
 class Downlink(NamedTuple):
     """The server's message: a common tree for the whole cohort and, optionally, one tree per member in cohort order.
 
-    A member's tree is merged into the common tree and replaces leaves with the same path.
+    A member's tree is merged into the common tree and replaces leaves with the same path. In the result of `deploy`, `each` has one tree
+    for every client of the federation, by the client's number.
     """
 
     common: Tree = {}
     each: Sequence[Tree] | None = None
 
     def to(self, slot: int) -> Tree:
-        """Return the whole message to the member at position `slot` of the cohort."""
-        return self.common if self.each is None else tree.merge(self.common, self.each[slot])
+        """Return the whole message to the member at position `slot` of the cohort; a client that has joined later has no own tree."""
+        return self.common if self.each is None or slot >= len(self.each) else tree.merge(self.common, self.each[slot])
 
 
 Logs = dict[str, Tensor]
@@ -158,10 +183,24 @@ Need = Literal["classes", "pictures", "vector", "head"]
 
 
 @dataclass(frozen=True)
-class Train:
-    """Minimise a loss over the client's training examples."""
+class NamedPhase:
+    """The common part of all phases. Phases of one local update have different names."""
 
     name: str
+    _: KW_ONLY
+    when: Callable[[Turn], bool] | None = (
+        None  # whether to run in this local update; default: in every round, but not in the closing exchange
+    )
+
+    def works_in(self, turn: Turn) -> bool:
+        """Return whether the phase runs in this local update."""
+        return not turn.closing if self.when is None else self.when(turn)
+
+
+@dataclass(frozen=True)
+class Train(NamedPhase):
+    """Minimise a loss over the client's training examples."""
+
     loss: LossFn  # (nets, batch, down, memory) -> 0-d loss, or (loss, {name: 0-d tensor to log})
     params: tuple[str, ...]  # patterns of parameters to update (`fedloom.nets.select`)
     optimizer: Optimizer
@@ -173,7 +212,6 @@ class Train:
     train_mode: tuple[str, ...] | None = (
         None  # the nets in training mode (default: those it trains); all others are in evaluation mode
     )
-    when: Callable[[Turn], bool] | None = None  # whether to run in this local update (default: always)
 
     def __post_init__(self) -> None:
         """Raise MethodError if the phase would take no step."""
@@ -185,21 +223,17 @@ class Train:
         """Names of the nets in training mode."""
         return self.train_mode if self.train_mode is not None else tuple(p.partition(":")[0] for p in self.params)
 
-    def works_in(self, turn: Turn) -> bool:
-        """Return whether the phase runs in this local update."""
-        return self.when is None or self.when(turn)
-
 
 @dataclass(frozen=True)
-class Interleave:
+class Interleave(NamedPhase):
     """Several `Train`s that alternate on every batch, in order. Their own `epochs` and `steps` are ignored.
 
     `precompute` computes what several members need from a batch, before the first member steps; members read it from
     `batch.precomputed`. During `precompute`, a net is in training mode if any member puts it in training mode. Gradients flow through its
     result in the last member only, so only the last member may train the parameters that it depends on; the others see constants.
+    A member's own `when` may skip it in a local update.
     """
 
-    name: str
     members: tuple[Train, ...]
     epochs: int = 1
     _: KW_ONLY
@@ -213,24 +247,37 @@ class Interleave:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(NamedPhase):
     """Visit every example once, in evaluation mode and without gradients, to fill `memory[name]`, which starts from zeros."""
 
-    name: str
     step: Callable[[Nets, Batch, Tree, Tree, Tree], Tree]  # (nets, batch, accumulated, down, memory) -> accumulated
 
 
 @dataclass(frozen=True)
-class Free:
-    """An arbitrary local computation. It runs on every engine but is never vectorised."""
+class Set(NamedPhase):
+    """Compute the client's weights from its weights, the downlink and its memory, without its examples."""
 
-    name: str
-    run: Callable[
-        [Client, Nets, Batch, Tree, Stream], Client
-    ]  # (client, nets, all its examples, down, stream) -> client
+    weights: Callable[
+        [Weights, Tree, Tree], Weights
+    ]  # (weights, down, memory) -> weights, with the same names and shapes
 
 
-Phase = Train | Interleave | Sweep | Free
+Phase = Train | Interleave | Sweep | Set
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def server_side(hook: F) -> F:
+    """Mark a hook of `Method` as one of the server's half of a composed method."""
+    hook.side = "server"  # type: ignore[attr-defined]
+    return hook
+
+
+def client_side(hook: F) -> F:
+    """Mark a hook of `Method` as one of the clients' half of a composed method."""
+    hook.side = "client"  # type: ignore[attr-defined]
+    return hook
 
 
 class Paper(NamedTuple):
@@ -292,30 +339,41 @@ class Method:
 
     # initial state
 
+    @client_side
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Build and return a client's nets. Called once per architecture and process, never inside a loss."""
         return {"model": arch.model()}
 
-    def init_memory(self, weights: Weights, task: Task) -> Tree:
+    @server_side
+    def server_nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
+        """Build and return nets that only the server has; `arch` is the first architecture. `init_server` receives their weights, too."""
+        return {}
+
+    @client_side
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return a client's initial memory, which it keeps in addition to its weights, with its full structure."""
         return {}
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
-        """Return the server's state before the first round; `weights` are a client's initial weights."""
+    @server_side
+    def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
+        """Return the server's state before the first round; `weights` are the initial weights of a client and of `server_nets`."""
         return {"weights": self.travelling(weights)}
 
     # server, before a round
 
-    def cohort(self, server: Tree, task: Task, size: int, rng: Stream) -> Sequence[int]:
+    @server_side
+    def cohort(self, server: Tree, task: Task, size: int, round: Round) -> Sequence[int]:
         """Choose the clients of a round: `size` of them, drawn uniformly without replacement."""
-        return sorted(rng.permutation(task.n_clients)[:size].tolist())
+        return sorted(round.rng.permutation(task.n_clients)[:size].tolist())
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    @server_side
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
         """Return the message to the cohort."""
         return Downlink({"weights": server["weights"]})
 
     # client
 
+    @client_side
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
         """Return the weights from which the client starts its local update. Every travelling tensor must be replaced."""
         if not self.shared:
@@ -332,22 +390,27 @@ class Method:
             )
         return tree.merge(weights, down["weights"])
 
+    @client_side
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases of a local update, the same in every round; a phase's `when` may skip it."""
         return (Train("train", self.loss, ("model",), self.local_optimizer(), epochs=self.local_epochs),)
 
+    @client_side
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor | tuple[Tensor, Logs]:
         """Return the mean loss of `model`: cross-entropy for classes; see `fedloom.objectives`."""
         return nets.loss(nets.model(batch.x), batch.y)
 
+    @client_side
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Return the client's uplink and its memory for the next local update."""
         return {"weights": self.travelling(client.weights)}, client.memory
 
+    @client_side
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
         """Return the required length, by path, of the uplink tensors whose first dimension depends on the client's examples."""
         return {}
 
+    @client_side
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
         """Return why an uplink's statistics are impossible, or "". Called before `aggregate` if uplinks are screened.
 
@@ -358,16 +421,19 @@ class Method:
     # between clients
 
     @property
+    @server_side
     def exchanges(self) -> bool:
         """Whether clients exchange parts of their uplinks before the server sees them. On devices this needs an encrypted relay."""
         return False
 
+    @server_side
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
         """Return what the server sees instead of the uplinks that arrived: the same number of trees, but no longer one per client."""
         return uplinks
 
     # server, after a round
 
+    @server_side
     def sums(self, uplink: Tree) -> Tree:
         """Return the tensors that `aggregate` only adds up over clients, with the same shapes for every client.
 
@@ -377,14 +443,26 @@ class Method:
         """
         return uplink
 
+    @server_side
     def from_sums(self, total: Tree, n: int) -> Tree:
         """Return one uplink that stands for all: n times this uplink aggregate as n uplinks whose `sums` add up to `total`."""
         return tree.map_tree(lambda leaf: leaf / n, total)
 
+    @server_side
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return the server's next state from the uplinks that arrived (at least one), in cohort order."""
         return {"weights": tree.mean([up["weights"] for up in uplinks], round.shares)}
 
+    @server_side
+    def finish(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """Return the server's final state, with the same structure, from the uplinks of the closing exchange.
+
+        If a method overrides this hook, all clients run one more local update after the last round, of which only the phases run whose
+        `when` is true for it (`Turn.closing`), and send its `uplink`.
+        """
+        return server
+
+    @server_side
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
         """Return finite numbers that describe an evaluated round, computed from the server *before* it and the uplinks.
 
@@ -394,14 +472,20 @@ class Method:
 
     # prediction
 
-    def deploy(self, server: Tree, task: Task) -> Downlink:
-        """Return the message that any client would receive to make predictions now."""
-        return self.downlink(server, ())
+    @server_side
+    def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
+        """Return the message that clients would receive to make predictions now.
 
+        It may contain `each`, with one tree for every client. Clients that join later and the server's own model use `common` alone.
+        """
+        return Downlink(self.downlink(server, (), round).common)
+
+    @client_side
     def adapt(self) -> tuple[Phase, ...]:
         """Return the phases to run before predicting, on a copy that is discarded."""
         return ()
 
+    @client_side
     def predictors(self) -> dict[str, Predictor]:
         """Return the predictors, (nets, x, down, memory) -> outputs, such as logits (B, Y).
 
@@ -409,6 +493,7 @@ class Method:
         """
         return {"personal": predict_model, "server": predict_model}
 
+    @client_side
     def shared_features(self) -> Predictor | None:
         """Return the function (nets, x, down, memory) -> features (B, D) of the body that travels, or None if no body travels.
 
@@ -418,16 +503,19 @@ class Method:
 
     # helpers for methods
 
+    @client_side
     def travelling(self, weights: Weights) -> Weights:
         """Return the client's weights that travel: those named by `shared`, with or without buffers."""
         return select(weights, self.shared, buffers=self.buffers == "shared")
 
+    @client_side
     def local_optimizer(self, lr: float | None = None) -> Optimizer:
         """Return the optimiser that the hyper-parameters describe, with learning rate `lr` if given."""
         if self.optimizer == "adam":
             return optim.adam(lr or self.lr, weight_decay=self.weight_decay)
         return optim.sgd(lr or self.lr, self.momentum, self.weight_decay)
 
+    @client_side
     def lr_scale(self, number: int) -> float:
         """Return the factor that multiplies the learning rate in round `number`."""
         return self.lr_decay**number
@@ -447,12 +535,30 @@ def model_features(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
     return features
 
 
+def predict_with(net: str) -> Predictor:
+    """Return the predictor whose outputs are those of the net `net`."""
+
+    def predict(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
+        outputs: Tensor = getattr(nets, net)(x)
+        return outputs
+
+    return predict
+
+
 def trains_of(phases: Iterable[Phase]) -> list[Train]:
     """Return every `Train` among the phases, including the members of each `Interleave`."""
     found: list[Train] = []
     for phase in phases:
         found += [phase] if isinstance(phase, Train) else list(phase.members) if isinstance(phase, Interleave) else []
     return found
+
+
+def active_trains(phase: Phase, turn: Turn) -> list[Train]:
+    """Return every `Train` of a phase that takes steps in this local update."""
+    if not phase.works_in(turn) or isinstance(phase, Sweep | Set):
+        return []
+    members = (phase,) if isinstance(phase, Train) else phase.members
+    return [train for train in members if train is phase or train.when is None or train.when(turn)]
 
 
 def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
@@ -467,7 +573,7 @@ def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
 def without(phases: Iterable[Phase], weights: Weights, frozen: Weights) -> tuple[Phase, ...]:
     """Return the phases without training the tensors in `frozen`; leave out a `Train` that has nothing left to train.
 
-    A net whose tensors are all frozen, running statistics included, is in evaluation mode. `Sweep` and `Free` phases stay as they are.
+    A net whose tensors are all frozen, running statistics included, is in evaluation mode. `Sweep` and `Set` phases stay as they are.
     """
     free = {kind: [name for name in part if name not in frozen[kind]] for kind, part in weights.items()}
     nets = {name.partition(".")[0] for names in free.values() for name in names}
@@ -479,7 +585,7 @@ def without(phases: Iterable[Phase], weights: Weights, frozen: Weights) -> tuple
 
     found: list[Phase] = []
     for phase in phases:
-        if isinstance(phase, Sweep | Free):
+        if isinstance(phase, Sweep | Set):
             found.append(phase)
             continue
         members = [reduced(train) for train in trains_of([phase])]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad
 
 from fedloom.errors import MethodError, suggest
 from fedloom.inputs import call_arguments, unwrapped
@@ -30,7 +30,7 @@ class Net:
     def __init__(
         self, module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], training: bool
     ) -> None:
-        self.module, self.training, self._params, self._buffers = module, training, params, buffers
+        self.module, self.training, self._buffers = module, training, buffers
         self._tensors = {**params, **buffers}
 
     def __call__(self, *inputs: Any) -> Any:
@@ -47,18 +47,17 @@ class Net:
                 self._assign(name, buffer, tensors[name])
         return outputs
 
-    @property
-    def body(self) -> Net:
-        """The model's body: `nets.model.body(x)` returns features (B, D)."""
-        return self._part("body")
-
-    def _part(self, name: str) -> Net:
-        start = len(name) + 1
-        params, buffers = (
-            {key[start:]: value for key, value in part.items() if key.startswith(name + ".")}
-            for part in (self._params, self._buffers)
-        )
-        return Net(self.module.get_submodule(name), params, buffers, self.training)
+    def __getattr__(self, name: str) -> Net:
+        """Return a part of the module, such as `nets.model.body`, bound to the same tensors and in the same mode."""
+        part = self.__dict__["module"]._modules.get(name) if "module" in self.__dict__ else None
+        if part is None:
+            raise AttributeError(f"the net has no part '{name}'")
+        buffers, start = self._buffers, len(name) + 1
+        tensors = {key[start:]: value for key, value in self._tensors.items() if key.startswith(name + ".")}
+        own = {key[start:]: buffers[key] for key in buffers if key.startswith(name + ".")}
+        net = Net(part, {key: value for key, value in tensors.items() if key not in own}, own, self.training)
+        self.__dict__[name] = net
+        return net
 
     def _assign(self, name: str, buffer: Tensor, value: Tensor) -> None:
         """Copy what the module assigned to a buffer (`self.centre = ...`) into the client's tensor."""
@@ -118,6 +117,25 @@ class Nets:
     def with_params(self, params: Mapping[str, Tensor]) -> Nets:
         """Return the same nets in the same mode, with the parameters in `params` instead of their own."""
         return self._like({**self.params, **params}, self.buffers, self.training)
+
+    def renamed(self, net: str, other: str) -> dict[str, Tensor]:
+        """Return the parameters of `net`, named as those of the net `other`, which has the same form."""
+        start = net + "."
+        return {other + name[len(net) :]: p for name, p in self.params.items() if name.startswith(start)}
+
+    def gradient(self, error: Callable[[Nets], Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
+        """Return the gradient of `error(nets)` with respect to the parameters that the patterns match (`select`).
+
+        Running statistics that `error` changes are those of a copy. The gradient is differentiable; use `nets.frozen.gradient(...)` for
+        constants.
+        """
+
+        def value(params: dict[str, Tensor]) -> Tensor:
+            buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
+            return error(self._like({**self.params, **params}, buffers, self.training))
+
+        found: dict[str, Tensor] = grad(value)(select({"params": dict(self.params)}, patterns)["params"])
+        return found
 
     @functools.cached_property
     def frozen(self) -> Nets:

@@ -7,13 +7,14 @@ and states are dictionaries of tensors by name. `scale` multiplies the learning 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fedloom import tree
+from fedloom.rng import Stream
 from fedloom.tree import Tree
 
 Params = dict[str, Tensor]
@@ -85,6 +86,48 @@ def adam(
         torch._foreach_addcdiv_(values, mean, spread, -lr * scale / (1 - beta1**n))
 
     return Optimizer(init, step)
+
+
+def clamped(inner: Optimizer, low: float, high: float) -> Optimizer:
+    """Return an optimiser that clamps every parameter to [low, high] after each step of `inner`."""
+
+    def step(grads: Params, state: Tree, params: Params, scale: float = 1.0) -> None:
+        inner.step(grads, state, params, scale)
+        torch._foreach_clamp_min_(list(params.values()), low)
+        torch._foreach_clamp_max_(list(params.values()), high)
+
+    return Optimizer(inner.init, step)
+
+
+def fit(
+    loss: Callable[..., Tensor],
+    params: Params,
+    optimizer: Optimizer,
+    batches: Iterable[Sequence[Tensor]],
+    state: Tree | None = None,
+) -> tuple[Params, Tree]:
+    """Take one step per batch, for training on the server. Return the trained parameters and the optimiser's state.
+
+    Args:
+        loss: (params, *batch) -> 0-d tensor.
+        params: the initial parameters, which are not changed.
+        batches: the tensors of each batch; see `minibatches`.
+        state: the optimiser's state from an earlier call; default: a new one.
+    """
+    params = {name: p.detach().clone() for name, p in params.items()}
+    state = optimizer.init(params) if state is None else tree.clone(state)
+    for batch in batches:
+        wanted = {name: p.detach().requires_grad_() for name, p in params.items()}
+        grads = torch.autograd.grad(loss(wanted, *batch), list(wanted.values()), materialize_grads=True)
+        optimizer.step(dict(zip(wanted, grads, strict=True)), state, params, 1.0)
+    return params, state
+
+
+def minibatches(tensors: Sequence[Tensor], size: int, epochs: int, rng: Stream) -> Iterator[tuple[Tensor, ...]]:
+    """Yield batches of up to `size` rows of all tensors, which have equal lengths, in a new random order per epoch."""
+    for _ in range(epochs):
+        for index in torch.split(rng.permutation(len(tensors[0])), size):
+            yield tuple(values[index] for values in tensors)
 
 
 def _along(factors: Tensor, values: Tensor) -> Tensor:

@@ -178,6 +178,17 @@ def structure(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
 
 
+def mismatch(expected: Tree, found: Tree) -> str:
+    """Describe the first leaf whose name, shape or type differs, such as `'h' is missing, but was (2,) float32`, or return ""."""
+
+    def form(value: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+        return "missing" if value is None else f"{value[0]} {str(value[1]).removeprefix('torch.')}"
+
+    before, after = structure(expected), structure(found)
+    wrong = next((path for path in [*before, *after] if before.get(path) != after.get(path)), None)
+    return "" if wrong is None else f"'{wrong}' is {form(after.get(wrong))}, but was {form(before.get(wrong))}"
+
+
 def equal(a: Tree, b: Tree) -> bool:
     """Return whether two trees have the same structure and the same numbers (NaN equals NaN), in any order of keys."""
     other = dict(flatten(b))

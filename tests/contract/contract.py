@@ -13,12 +13,13 @@ from torch import Tensor
 from fedloom import (
     Batch,
     Client,
+    ClientData,
     Downlink,
     FedAvg,
     FedMR,
-    Free,
     Interleave,
     Nets,
+    Set,
     Stream,
     Sweep,
     Task,
@@ -84,7 +85,7 @@ def assert_close(one: Left, other: Left) -> None:
 class ClassMeans(FedAvg):
     """Sweeps for the classes' counts and mean inputs; the server keeps the mean over all examples."""
 
-    def init_memory(self, weights: Weights, task: Task) -> Tree:
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         return {"sweep": self.blank(task)}
 
     def blank(self, task: Task) -> Tree:
@@ -93,8 +94,8 @@ class ClassMeans(FedAvg):
             "sum": torch.zeros(task.n_classes, int(torch.tensor(task.input_shape).prod())),
         }
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
-        return super().init_server(weights, task) | {"statistics": self.blank(task)}
+    def init_server(self, weights: Weights, task: Task, round: Any) -> Tree:
+        return super().init_server(weights, task, round) | {"statistics": self.blank(task)}
 
     def phases(self) -> tuple[Phase, ...]:
         return (*super().phases(), Sweep("sweep", self.count))
@@ -117,26 +118,55 @@ class ClassMeans(FedAvg):
 
 @dataclass(frozen=True)
 class Counting(FedAvg):
-    """Free work with a known result: every parameter becomes the client's number of examples."""
+    """A Set phase with a known result: every parameter becomes the client's number of examples."""
+
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
+        return {"n": data.class_counts.sum()}
 
     def phases(self) -> tuple[Phase, ...]:
-        return (Free("count", self.count),)
+        return (Set("count", self.count),)
 
-    def count(self, client: Client, nets: Nets, rows: Batch, down: Tree, rng: Stream) -> Client:
-        params = {name: torch.full_like(p, len(rows.y)) for name, p in client.weights["params"].items()}
-        return client._replace(weights={**client.weights, "params": params})
+    def count(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
+        return {**weights, "params": {name: p * 0 + memory["n"] for name, p in weights["params"].items()}}
 
 
 @dataclass(frozen=True)
-class Noisy(FedAvg):
-    """Random free work, drawn from the client's own stream."""
+class Closing(FedAvg):
+    """After the last round, all clients send their mean inputs, and each predicts with the model plus a shift of its own."""
+
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
+        return {"mean": {"sum": torch.zeros(()), "n": torch.zeros(())}}
+
+    def init_server(self, weights: Weights, task: Task, round: Any) -> Tree:
+        return super().init_server(weights, task, round) | {"means": torch.zeros(task.n_clients)}
 
     def phases(self) -> tuple[Phase, ...]:
-        return (Free("noise", self.shake), *super().phases())
+        return (*super().phases(), Sweep("mean", self.visit, when=self.is_closing))
 
-    def shake(self, client: Client, nets: Nets, rows: Batch, down: Tree, rng: Stream) -> Client:
-        params = {name: p + 0.01 * rng.normal(p.shape).to(p) for name, p in client.weights["params"].items()}
-        return client._replace(weights={**client.weights, "params": params})
+    def is_closing(self, turn: Turn) -> bool:
+        return turn.closing
+
+    def visit(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
+        return {"sum": total["sum"] + nets.model.body(batch.x).sum(), "n": total["n"] + len(batch.y)}
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        if not turn.closing:
+            return super().uplink(client, received, down, turn)
+        return {"mean": client.memory["mean"]["sum"] / client.memory["mean"]["n"].clamp(min=1)}, client.memory
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Any) -> Tree:
+        return {**server, **super().aggregate(server, uplinks, round)}
+
+    def finish(self, server: Tree, uplinks: Sequence[Tree], round: Any) -> Tree:
+        means = server["means"].clone()
+        for arrival, uplink in zip(round.arrivals, uplinks, strict=True):
+            means[arrival.client] = uplink["mean"]
+        return {**server, "means": means}
+
+    def deploy(self, server: Tree, task: Task, round: Any) -> Downlink:
+        params = server["weights"]["params"]
+        each = [{"weights": {"params": {n: p + m for n, p in params.items()}}} for m in server["means"]]
+        return Downlink({"weights": server["weights"]}, each)
 
 
 @dataclass(frozen=True)
@@ -200,7 +230,7 @@ class Sharing(FedAvg):
 class Remembering(FedAvg):
     """Each client remembers its last two models; storing one moves the other."""
 
-    def init_memory(self, weights: Weights, task: Task) -> Tree:
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         return {"newer": dict(weights["params"]), "older": dict(weights["params"])}
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
@@ -228,14 +258,14 @@ class Perfed(FedAvg):
 class Differing(FedAvg):
     """Every member of the cohort receives a different model: the server's, with a head scaled by its position."""
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Any) -> Downlink:
         heads = [
             {n: p * (1 + 0.1 * slot) for n, p in server["weights"]["params"].items() if ".head." in n}
             for slot in range(len(cohort))
         ]
         return Downlink({"weights": server["weights"]}, [{"weights": {"params": head}} for head in heads])
 
-    def deploy(self, server: Tree, task: Task) -> Downlink:
+    def deploy(self, server: Tree, task: Task, round: Any) -> Downlink:
         return Downlink({"weights": server["weights"]})
 
 
@@ -243,10 +273,10 @@ class Differing(FedAvg):
 class Late(FedAvg):
     """The downlink gains a branch after the first round, and the loss a term, whose form changes above a certain value."""
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
-        return super().init_server(weights, task) | {"rounds": torch.zeros(())}
+    def init_server(self, weights: Weights, task: Task, round: Any) -> Tree:
+        return super().init_server(weights, task, round) | {"rounds": torch.zeros(())}
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Any) -> Downlink:
         late = {"pull": {"to": server["rounds"]}} if server["rounds"] > 0 else {}
         return Downlink({"weights": server["weights"], **late})
 
@@ -283,5 +313,5 @@ class Secure(FedMR):
 
 TOYS = {
     cls.__name__: cls
-    for cls in (ClassMeans, Counting, Noisy, Meta, Sharing, Remembering, Perfed, Differing, Late, Namesake, Secure)
+    for cls in (ClassMeans, Counting, Closing, Meta, Sharing, Remembering, Perfed, Differing, Late, Namesake, Secure)
 }

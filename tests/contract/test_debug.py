@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from fedloom import ConfigError, Downlink, FedAvg, FedRIR, Free, Local, MethodError, Sweep, Train, tree
+from fedloom import ConfigError, Downlink, FedAvg, FedRIR, Local, MethodError, Set, Sweep, Train, tree
 from fedloom.losses import cross_entropy
 from fedloom.nets import write_weights
 
@@ -50,7 +50,7 @@ class Growing(Local):
 class Retyping(Local):
     """Its memory changes its dtype."""
 
-    def init_memory(self, weights, task):
+    def init_memory(self, weights, task, data):
         return {"n": torch.zeros(2, dtype=torch.float32)}
 
     def uplink(self, client, received, down, turn):
@@ -79,7 +79,7 @@ COMMON = torch.zeros(1, dtype=torch.float64)
 class Entangled(FedAvg):
     """All clients remember the same tensor, and write to it."""
 
-    def init_memory(self, weights, task):
+    def init_memory(self, weights, task, data):
         return {"common": COMMON}
 
     def uplink(self, client, received, down, turn):
@@ -99,8 +99,8 @@ class Misnaming(FedAvg):
 class Forgetful(FedAvg):
     """Sends half of the model."""
 
-    def downlink(self, server, cohort):
-        down = super().downlink(server, cohort)
+    def downlink(self, server, cohort, round):
+        down = super().downlink(server, cohort, round)
         half = dict(list(down.common["weights"]["params"].items())[:2])
         return down._replace(common={"weights": {"params": half, "buffers": {}}})
 
@@ -109,7 +109,7 @@ class Forgetful(FedAvg):
 class Doubled(FedAvg):
     """Draws a client twice."""
 
-    def cohort(self, server, task, size, rng):
+    def cohort(self, server, task, size, round):
         return [1, 1]
 
 
@@ -205,7 +205,7 @@ class LogsInPlace(FedAvg):
 class SweepsInPlace(FedAvg):
     """Halves the examples that it visits."""
 
-    def init_memory(self, weights, task):
+    def init_memory(self, weights, task, data):
         return {"seen": {"n": torch.zeros(())}}
 
     def phases(self):
@@ -218,22 +218,41 @@ class SweepsInPlace(FedAvg):
 
 @dataclass(frozen=True)
 class WorksInPlace(FedAvg):
-    """Halves its examples in free work."""
+    """Halves the received weights in a Set phase."""
 
     def phases(self):
-        return Free("work", self.work), *super().phases()
+        return Set("work", self.work), *super().phases()
 
-    def work(self, client, nets, rows, down, stream):
-        rows.x.mul_(0.5)
-        return client
+    def work(self, weights, down, memory):
+        next(iter(down["weights"]["params"].values())).mul_(0.5)
+        return weights
+
+
+@dataclass(frozen=True)
+class SetsLess(FedAvg):
+    """Loses a tensor in a Set phase."""
+
+    def phases(self):
+        return Set("work", self.work), *super().phases()
+
+    def work(self, weights, down, memory):
+        return {**weights, "params": dict(list(weights["params"].items())[1:])}
 
 
 @dataclass(frozen=True)
 class DeploysEach(FedAvg):
-    """Has every client predict with its own weights."""
+    """Has a message for one client too few."""
 
-    def deploy(self, server, task):
-        return Downlink({}, [self.downlink(server, ()).common] * task.n_clients)
+    def deploy(self, server, task, round):
+        return Downlink({}, [self.downlink(server, (), round).common] * (task.n_clients - 1))
+
+
+@dataclass(frozen=True)
+class SendsToOne(FedAvg):
+    """Has a message for one member of the cohort only."""
+
+    def downlink(self, server, cohort, round):
+        return Downlink({}, [super().downlink(server, cohort, round).common])
 
 
 IN_PLACE = {
@@ -241,8 +260,10 @@ IN_PLACE = {
     WritesIntoUplinks: "WritesIntoUplinks.aggregate changes 'uplink 0/weights/params/.*' in place",
     LogsInPlace: "LogsInPlace.server_logs changes 'uplink 0/weights/params/.*' in place",
     SweepsInPlace: "phase 'seen' changes 'rows/x' in place",
-    WorksInPlace: "phase 'work' changes 'rows/x' in place",
-    DeploysEach: "DeploysEach.deploy returns `each`",
+    WorksInPlace: "phase 'work' changes '(weights|down/weights)/params/.*' in place",
+    SetsLess: "phase 'work' must return all weights .* 'params/model.body.*' is missing",
+    SendsToOne: "round 0: SendsToOne.downlink returns `each` with 1 trees for a cohort of",
+    DeploysEach: "DeploysEach.deploy returns `each` with 3 trees; it must have one for each of the 4 clients",
 }
 
 
@@ -257,8 +278,8 @@ def test_inputs_of_hooks_are_read_only_on_every_engine(experiment, method, engin
 class RandomStart(FedAvg):
     """Draws part of the server's state from torch's own generator."""
 
-    def init_server(self, weights, task):
-        return super().init_server(weights, task) | {"net": torch.randn(3)}
+    def init_server(self, weights, task, round):
+        return super().init_server(weights, task, round) | {"net": torch.randn(3)}
 
     def aggregate(self, server, uplinks, round):
         return super().aggregate(server, uplinks, round) | {"net": server["net"] + torch.randn(3)}

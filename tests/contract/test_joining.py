@@ -62,7 +62,7 @@ def test_travelling_weights_are_frozen_and_private_ones_are_trained(experiment, 
     learning = {"join.turns": 8, "rounds": 2, "data.rows": 600, "method.lr": 8e-3 if name == "fedrir" else 0.1}
     run = experiment(name, **{**SETTINGS, **learning, **brief(name)})
     found = run.run()["new_clients"]
-    down = run.method.deploy(run.server, run.problem.task)
+    down = run.hooks.deploy(run.server, run.done)
     for i in (4, 5):
         _, client, _ = run.engine.personal(2, down, i)
         if run.method.shared and not run.method.adapt():
@@ -82,7 +82,7 @@ def test_a_newcomers_head_learns_on_the_body_that_it_received(experiment):
     run = experiment("fedper", **settings)
     run.run()
     modules = run.problem.modules(0)
-    down = run.method.deploy(run.server, run.problem.task).common["weights"]
+    down = run.hooks.deploy(run.server, run.done).common["weights"]
     write_weights(modules, tree.merge(run.problem.initial(5, read_weights(modules)).weights, down))
     model, (x, y) = modules["model"], run.data.train(5)
     head = list(model.head.requires_grad_().parameters())
@@ -99,7 +99,7 @@ def test_running_statistics_move_where_they_stay_and_only_there(experiment, name
     choice = {"model": "fedrir_cnn", "width": 16} if name == "fedrir" else {"model": "resnet8"}
     run = experiment(name, **{**SETTINGS, **choice, "rounds": 1, "data.rows": 160, "partition": {"name": "iid"}})
     run.run()
-    down = run.method.deploy(run.server, run.problem.task)
+    down = run.hooks.deploy(run.server, run.done)
     _, client, _ = run.engine.personal(1, down, 4)
     initial = run.problem.initial(4, read_weights(run.problem.modules(0))).weights
     net = "gfe" if name == "fedrir" else "model"
@@ -144,7 +144,7 @@ def test_local_updates_of_a_newcomer_count_from_0(experiment):
 def test_newcomers_receive_the_decoded_downlink(experiment):
     run = experiment("fedper", **SETTINGS, downlink="int8")
     run.run()
-    exact = run.method.deploy(run.server, run.problem.task)
+    exact = run.hooks.deploy(run.server, run.done)
     arrived = run.problem.codec.through(exact).common["weights"]["params"]
     _, client, _ = run.engine.personal(3, run.problem.codec.through(exact), 5)
     for name, p in arrived.items():

@@ -182,7 +182,7 @@ def test_clients_that_diverge_return_to_their_earlier_state(experiment, engine):
 class Sick(FedAvg):
     """Sends finite tensors, and remembers non-finite ones."""
 
-    def init_memory(self, weights, task):
+    def init_memory(self, weights, task, data):
         return {"turns": torch.zeros(1)}
 
     def uplink(self, client, received, down, turn):

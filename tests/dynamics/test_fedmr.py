@@ -102,7 +102,7 @@ def test_a_model_takes_its_own_place_and_not_that_of_a_lost_client(weights):
 def test_each_member_gets_the_slot_of_its_place(weights):
     method = FedMR()
     server = {"slots": tree.stack(models(weights))}
-    down = method.downlink(server, [7, 3, 9])
+    down = method.downlink(server, [7, 3, 9], Round(0, 20, (), Stream(0)))
     for slot in range(3):
         assert tree.equal(down.to(slot)["weights"], models(weights)[slot])
 
@@ -160,7 +160,7 @@ def test_two_clients_with_two_units_can_still_hide(weights):
 def test_a_secure_round_deploys_the_same_model(experiment):
     runs = [experiment("fedmr", rounds=1, **{"method.secure": secure, "method.lr": 0.1}) for secure in (False, True)]
     plain, secure = (run.run() and run for run in runs)
-    deployed = [run.method.deploy(run.server, run.problem.task).common for run in (plain, secure)]
+    deployed = [run.hooks.deploy(run.server, run.done).common for run in (plain, secure)]
     tree.map_tree(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13) or a, *deployed)
     one, other = plain.ledger.kinds, secure.ledger.kinds
     for way in ("uplink", "downlink"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom import Batch, FedVTC, Local, Nets, Stream, Task, Turn, from_arrays, tree
+from fedloom import Batch, ClientData, FedVTC, Local, Nets, Round, Stream, Task, Turn, from_arrays, tree
 from fedloom.inputs import InputSpec
 from fedloom.method import Client, init_opts
 from fedloom.methods import feature_statistics
@@ -60,17 +60,20 @@ class Setting(NamedTuple):
         return self._replace(client=self.worked(self.method.phases()[1:2])[0])
 
 
+DATA, ROUND = ClientData(24, torch.tensor([12.0, 12.0, 0.0, 0.0])), Round(0, 1, (), Stream(0))
+
+
 def setting(model="resnet8", **options):
     method, choice = FedVTC(**QUICK, **options), arch(model, TASK.input_shape, Y, P)
     modules = fresh_modules(lambda: method.nets(choice, TASK), Stream(0))
     weights = read_weights(modules)
     opts = init_opts((*method.phases(), *method.adapt()), weights)
-    client = Client(weights, method.init_memory(weights, TASK), opts)
+    client = Client(weights, method.init_memory(weights, TASK, DATA), opts)
     rows = Rows(Stream(0).normal((24, 1, 8, 8)), Stream(1).integers(2, (24,)))
-    server = method.init_server(weights, TASK)
+    server = method.init_server(weights, TASK, ROUND)
     server["prototypes"], server["counts"] = Stream(3).normal((Y, P)), torch.tensor([5.0, 7.0, 0.0, 2.0])
     server["variance"] = server["variance"] + (0.5 * torch.eye(P) if method.covariance == "full" else 0.5)
-    return Setting(method, modules, client, rows, method.downlink(server, ()).common)
+    return Setting(method, modules, client, rows, method.downlink(server, (), ROUND).common)
 
 
 def covariance_of(z, y, form):

@@ -203,7 +203,7 @@ def test_fedmr_that_stays_in_its_first_stage_is_fedavg_with_equal_weights(experi
     plain = experiment(EqualWeights(), **settings)
     mixed.run()
     plain.run()
-    down = mixed.method.deploy(mixed.server, mixed.problem.task)
+    down = mixed.hooks.deploy(mixed.server, mixed.done)
     for a, b in zip(tree.leaves(down.common["weights"]), tree.leaves(plain.server["weights"]), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
 

@@ -216,5 +216,5 @@ def test_fedmr_keeps_the_mean_of_the_models(settle):
     assert slots.shape == (2, 2)
     expected = (1 - (1 - ETA * A) ** E) * B
     np.testing.assert_allclose(np.sort(slots.numpy(), 0), np.sort(expected, 0), atol=1e-12)
-    deployed = run.method.deploy(run.server, run.problem.task).common["weights"]["params"]["model.w"]
+    deployed = run.hooks.deploy(run.server, run.done).common["weights"]["params"]["model.w"]
     assert near(deployed, expected.mean(0), 1e-12)

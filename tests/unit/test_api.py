@@ -245,7 +245,7 @@ def test_settings_of_what_was_given_as_an_object_are_refused(run, setting):
 def test_scores_that_follow_from_others_are_those_one_would_measure(run, partition):
     done = run("fedavg", partition=partition)
     experiment = Experiment.reopen(done.folder)
-    measured = experiment.engine.score_server(experiment.method.deploy(experiment.server, experiment.problem.task))
+    measured = experiment.engine.score_server(experiment.hooks.deploy(experiment.server, experiment.done))
     last = done.metrics.iloc[-1]
     assert experiment.problem.one_model
     assert last["server_accuracy"] == last["general_accuracy"] == measured["right"].sum() / measured.n_rows

@@ -125,7 +125,7 @@ def test_pfllib_style_loop_computes_what_the_engine_computes(method, tmp_path):
         cohort = mine.next_cohort()
         times = rival.round(cohort), mine.round(cohort)
         assert all(t.train > 0 and t.score > 0 and t.extra >= 0 for t in times)
-    server = mine.method.deploy(mine.server, mine.problem.task).common["weights"]["params"]
+    server = mine.hooks.deploy(mine.server, mine.done).common["weights"]["params"]
     theirs = {f"model.{name}": p.detach() for name, p in rival.server.named_parameters()}
     assert theirs.keys() == server.keys()
     assert all(torch.allclose(theirs[name], p, atol=1e-6) for name, p in server.items())

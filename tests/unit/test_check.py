@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from fedloom import Free, Method
+from fedloom import Method
 
 SEEN = []
 
@@ -115,13 +115,6 @@ def test_why_a_loss_cannot_be_mapped(check, line, reason):
     assert "own.py:15" in found[MAPPED].note
 
 
-def test_free_work_is_never_vectorised(check):
-    found = check(
-        "    def phases(self):\n        return (Free('rest', lambda client, nets, rows, down, rng: client),)\n"
-    )
-    assert found[MAPPED].note == "runs, but is never vectorised: phase 'rest' is a Free phase"
-
-
 def test_the_methods_of_a_file(tmp_path):
     file = tmp_path / "own.py"
     file.write_text("from fedloom import FedAvg, Method\nclass A(Method): pass\nclass B(FedAvg): pass\n")
@@ -136,7 +129,7 @@ def test_the_methods_of_a_file(tmp_path):
 
 MISTAKES = {
     "a list in memory": (
-        "    def init_memory(self, weights, task):\n        return {'seen': []}\n",
+        "    def init_memory(self, weights, task, data):\n        return {'seen': []}\n",
         "Own.init_memory: 'seen' is a list; use a tensor of fixed shape",
     ),
     "a number in the uplink": (
@@ -146,13 +139,13 @@ MISTAKES = {
         "Own.uplink: in the uplink, 'n' is an int; use a tensor",
     ),
     "a number on the server": (
-        "    def init_server(self, weights, task):\n"
-        "        return {**super().init_server(weights, task), 'count': 0}\n",
+        "    def init_server(self, weights, task, round):\n"
+        "        return {**super().init_server(weights, task, round), 'count': 0}\n",
         "Own.init_server: 'count' is an int; use a tensor",
     ),
     "a key that the server loses": (
-        "    def init_server(self, weights, task):\n"
-        "        return {**super().init_server(weights, task), 'h': torch.zeros(2)}\n",
+        "    def init_server(self, weights, task, round):\n"
+        "        return {**super().init_server(weights, task, round), 'h': torch.zeros(2)}\n",
         "changes the server's structure: 'h' is missing, but was (2,) float64; return every tensor of init_server",
     ),
     "weights of another shape": (

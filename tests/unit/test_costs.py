@@ -135,17 +135,20 @@ def test_lanes_share_the_time_of_a_phase(tmp_path):
 def test_work_that_cannot_be_counted_does_not_end_a_run(tmp_path, caplog):
     from dataclasses import dataclass
 
-    from fedloom import Free, Method
+    from fedloom import Method, Sweep
 
     @dataclass(frozen=True)
     class Whole(Method):
         def phases(self):
-            return (Free("all", self.work),)
+            return (Sweep("all", self.work),)
 
-        def work(self, client, nets, rows, down, rng):
-            if len(rows.y) < 10:
+        def init_memory(self, weights, task, data):
+            return {"all": {"n": torch.zeros(())}}
+
+        def work(self, nets, batch, total, down, memory):
+            if len(batch.y) < 10:
                 raise ValueError("too few rows")
-            return client
+            return {"n": total["n"] + len(batch.y)}
 
     values = TINY | {"model": {"name": "mlp", "hidden": 8}, "out": tmp_path / "run"}
     summary = Experiment(make_settings(values), GivenObjects(method=Whole())).run()

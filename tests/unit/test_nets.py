@@ -203,3 +203,45 @@ def test_tied_weights_are_refused():
 def test_an_unknown_net_is_named(modules):
     with pytest.raises(AttributeError, match=r"there is no net 'modle' \(did you mean 'model'\?\)"):
         _ = Nets(modules, **read_weights(modules)).modle
+
+
+def test_parts_of_a_net_use_the_clients_tensors_and_the_nets_mode():
+    """Body and head give the net's outputs; in training mode, the body's running statistics change in place."""
+    modules, x = {"model": arch("fedrir_cnn", (1, 28, 28), 3, 8).model()}, torch.randn(4, 1, 28, 28)
+    weights = read_weights(modules)
+    nets = Nets(modules, **weights)
+    torch.testing.assert_close(nets.model.head(nets.model.body(x)), nets.model(x))
+    before = {name: b.clone() for name, b in weights["buffers"].items()}
+    Nets(modules, **weights, training=("model",)).model.body(x)
+    changed = {name for name, b in weights["buffers"].items() if not torch.equal(b, before[name])}
+    assert changed == set(before)
+    with pytest.raises(AttributeError, match="the net has no part 'tail'"):
+        _ = nets.model.tail
+
+
+def test_a_gradient_inside_a_loss_changes_no_running_statistics(modules, weights):
+    """The gradient is that of autograd, and differentiable; frozen nets give constants."""
+    modules = {"model": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))}
+    weights = read_weights(modules)
+    x, before = torch.randn(5, 3), {name: b.clone() for name, b in weights["buffers"].items()}
+    params = {name: p.requires_grad_() for name, p in weights["params"].items()}
+
+    def error(nets):
+        return nets.model(x).pow(3).mean()
+
+    nets = Nets(modules, params, weights["buffers"], training=("model",))
+    found = nets.gradient(error, ("model:0",))
+    assert all(torch.equal(b, before[name]) for name, b in weights["buffers"].items())
+    expected = torch.autograd.grad(error(nets), [params["model.0.weight"], params["model.0.bias"]])
+    assert list(found) == ["model.0.weight", "model.0.bias"]
+    for mine, other in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(mine, other)
+    assert found["model.0.weight"].requires_grad
+    assert not nets.frozen.gradient(error, ("model:0",))["model.0.weight"].requires_grad
+
+
+def test_parameters_under_the_names_of_another_net(modules, weights):
+    nets = Nets(modules, **weights)
+    renamed = nets.renamed("other", "model")
+    assert renamed.keys() == {"model.weight", "model.bias"}
+    assert renamed["model.bias"] is weights["params"]["other.bias"]

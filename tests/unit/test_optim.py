@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fedloom import optim, tree
+from fedloom import Stream, optim, tree
 
 SETTINGS = {
     "sgd": (optim.sgd(0.1), torch.optim.SGD, {"lr": 0.1}),
@@ -75,3 +75,33 @@ def test_scale_multiplies_the_learning_rate(name):
     half, _ = optimizer.update(grads, optimizer.init(start()), start(), 0.5)
     for key, p in start().items():
         torch.testing.assert_close(half[key] - p, (whole[key] - p) / 2, rtol=1e-12, atol=1e-15)
+
+
+def test_clamped_parameters_stay_in_their_range():
+    params = {"a": torch.tensor([0.2, 0.9, 0.5])}
+    optimizer = optim.clamped(optim.sgd(1.0), 0.0, 1.0)
+    optimizer.step({"a": torch.tensor([0.5, -0.5, 0.1])}, optimizer.init(params), params, 1.0)
+    torch.testing.assert_close(params["a"], torch.tensor([0.0, 1.0, 0.4]))
+
+
+def test_fit_is_the_optimiser_over_the_batches_and_keeps_its_state():
+    """On (p - t)^2 / 2 with momentum, as computed by hand; the inputs do not change."""
+    before, targets = {"p": torch.tensor(0.0)}, [(torch.tensor(1.0),), (torch.tensor(2.0),)]
+
+    def loss(params, target):
+        return (params["p"] - target).square() / 2
+
+    after, state = optim.fit(loss, before, optim.sgd(0.5, 0.5), targets)
+    assert before["p"] == 0
+    assert float(after["p"]) == 0.5 + 0.5 * (1.5 + 0.5)  # velocities -1, then -0.5 - 1.5
+    again, _ = optim.fit(loss, after, optim.sgd(0.5, 0.5), targets[:1], state)
+    assert float(again["p"]) == 1.5 - 0.5 * (0.5 * -2.0 + 0.5)
+
+
+def test_minibatches_visit_every_row_once_per_epoch():
+    rows = torch.arange(5), 10 * torch.arange(5)
+    found = list(optim.minibatches(rows, 2, 3, Stream(0)))
+    assert [len(x) for x, _ in found] == [2, 2, 1] * 3
+    assert all(torch.equal(10 * x, y) for x, y in found)
+    for epoch in range(3):
+        assert sorted(torch.cat([x for x, _ in found[3 * epoch : 3 * epoch + 3]]).tolist()) == list(range(5))

@@ -30,7 +30,7 @@ def test_the_number_of_slow_clients_is_rounded(slow, n, expected):
 
 def arrivals_of(run, *found):
     """Return the round's arrivals from replies `(slot, examples)` and uplinks in flight `(client, slot, examples, sent)`."""
-    sent = run.problem.codec.send(run.method.downlink(run.server, ()))
+    sent = run.problem.codec.send(run.hooks.downlink(run.server, 0, ()))
     uplink = {"weights": sent.common["weights"]}
     replies, flights = (sorted(facts for facts in found if len(facts) == n) for n in (2, 4))
     run.intake.flights |= {

@@ -43,7 +43,7 @@ class Subject:
 
     def owner(self, i: int) -> Owner:
         """Return client `i` after `receive` and `adapt`."""
-        modules, client, message = self._engine.personal(self.round, self.down, i)
+        modules, client, message = self._engine.personal(self.round, Downlink(self.down.to(i)), i)
         nets = Nets(modules, **client.weights, objective=self.task.objective)
         return Owner(nets, message, client.memory)
 

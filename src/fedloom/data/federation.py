@@ -175,6 +175,11 @@ class Federation:
         """
         return self.rows(self.partition.train[i])
 
+    def train_targets(self, i: int) -> Tensor:
+        """Return the targets (n, ...) of client `i`'s training examples."""
+        targets = self.dataset.targets
+        return targets.index_select(0, torch.as_tensor(self.partition.train[i], dtype=torch.int64).to(targets.device))
+
     def train_of(self, clients: Sequence[int]) -> list[Batch]:
         """Return `train` of several clients, contiguous in memory."""
         x, y = self.rows(np.concatenate([self.partition.train[i] for i in clients]))

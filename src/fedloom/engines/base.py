@@ -12,15 +12,27 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.data import Federation
 from fedloom.errors import MethodError
-from fedloom.method import Architecture, Client, Downlink, Method, Task, init_opts, predict_model
+from fedloom.method import (
+    Architecture,
+    Arrival,
+    Client,
+    ClientData,
+    Downlink,
+    Method,
+    Round,
+    Task,
+    init_opts,
+    predict_model,
+)
 from fedloom.nets import read_weights, select
-from fedloom.objectives import Score
+from fedloom.objectives import Classification, Objective, Score
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan
 from fedloom.training.turn import Modules, fresh_modules, own_randomness
@@ -89,16 +101,41 @@ class Problem:
         method = self.method
         opts = init_opts((*method.phases(), *method.adapt()), weights)
         unsent = self.codec.unsent(method.travelling(weights))
-        memory = method.init_memory(weights, self.task)
+        return Client(weights, self.memory(client, weights), opts, unsent)
+
+    def memory(self, client: int, weights: Weights) -> Tree:
+        """Return the initial memory of a client with these initial weights."""
+        method = self.method
+        if type(method).init_memory is Method.init_memory:
+            return {}
+        known = client_data(self.data.train_targets(client), self.task.objective)
+        memory = method.init_memory(weights, self.task, known)
         if wrong := tree.not_tensor(memory):
             name = type(method).__name__
             raise MethodError(f"{name}.init_memory: {wrong}; use a tensor of fixed shape, such as torch.zeros(...)")
-        return Client(weights, memory, opts, unsent)
+        return memory
 
     def init_server(self, weights: Weights) -> Tree:
         """Return the server's state before the first round; torch's generator is seeded for methods that sample from it."""
+        weights = tree.merge(weights, read_weights(self.server_modules()))
         with own_randomness(Stream(self.seed, "init_server"), HOST):
-            return self.method.init_server(weights, self.task)
+            return self.method.init_server(weights, self.task, self.round("init_server", 0))
+
+    def server_modules(self) -> dict[str, nn.Module]:
+        """Return fresh modules of the nets that only the server has, with their initial weights."""
+        return fresh_modules(
+            lambda: self.method.server_nets(self.archs[0], self.task), Stream(self.seed, "server nets")
+        )
+
+    def round(self, purpose: str, number: int, arrivals: tuple[Arrival, ...] = ()) -> Round:
+        """Return the server's information about a round for the hook `purpose`."""
+        n, rng = self.task.n_clients, Stream(self.seed, purpose, number)
+        return Round(number, n, arrivals, rng, examples=self.examples)
+
+    @cached_property
+    def examples(self) -> tuple[int, ...]:
+        """The number of training examples of every client that trains; 0 if the server does not know it."""
+        return tuple(self.data.n_train(i) for i in range(self.task.n_clients))
 
     def stream(self, number: int, client: int, purpose: str) -> Stream:
         """Return a client's stream for one purpose in one round."""
@@ -145,6 +182,14 @@ class Problem:
         if self.keeps_all:
             return weights
         return select(weights, self.method.shared, buffers=self.method.buffers == "shared", rest=True)
+
+
+def client_data(targets: Tensor, objective: Objective) -> ClientData:
+    """Return what a client knows about its training examples; `targets` are theirs."""
+    counts = torch.zeros(0)
+    if isinstance(objective, Classification):
+        counts = torch.bincount(targets.cpu(), minlength=objective.n_classes).to(torch.get_default_dtype())
+    return ClientData(len(targets), counts)
 
 
 class Engine(ABC):
@@ -203,4 +248,4 @@ class Engine(ABC):
         """Release workers and files."""
 
 
-__all__ = ["Engine", "Problem", "Reply", "Score", "ScoreRequest"]
+__all__ = ["Engine", "Problem", "Reply", "Score", "ScoreRequest", "client_data"]

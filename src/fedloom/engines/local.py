@@ -254,7 +254,7 @@ class LocalEngine(Engine):
         p, arch = self.problem, self.problem.arch_of[i]
         key = arch, torch.get_default_dtype()
         if key in self._blanks:
-            return self._blanks[key]
+            return self._blanks[key]._replace(memory=p.memory(i, self._initial[arch]))
         client = p.initial(i, self._initial[arch])
         client = client._replace(weights=p.kept(client.weights))
         if p.same_init:

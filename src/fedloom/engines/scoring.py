@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.data import Federation
-from fedloom.engines.base import ScoreRequest
+from fedloom.engines.base import Engine, ScoreRequest
 from fedloom.engines.shared_head import feature_sums
 from fedloom.inputs import Inputs, map_inputs
-from fedloom.method import Client
+from fedloom.method import Client, Downlink
 from fedloom.objectives import Score, sum_scores
 
 ROWS_AT_ONCE = 8192  # approximate number of own examples of consecutive clients to gather for one pass
@@ -75,6 +75,15 @@ class Scorer:
             self._scores[waiting[0]] = feature_sums(outputs, y, objective.n_classes, self._data.n_clients)
         else:
             self._scores |= zip(waiting, objective.scores(outputs, y, sizes), strict=True)
+
+
+def score_clients(
+    engine: Engine, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
+) -> list[dict[str, Score]]:
+    """Score clients as `Engine.score` does. `down.each` is by client: then there is one request per client, with its own message."""
+    if down.each is None:
+        return engine.score(number, down, clients, asks)
+    return [engine.score(number, Downlink(down.to(i)), [i], asks)[0] for i in clients]
 
 
 class Share(NamedTuple):

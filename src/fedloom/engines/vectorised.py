@@ -19,7 +19,7 @@ from fedloom.accelerator import HOST, ON_HOST, DeviceBudget, free_bytes
 from fedloom.engines.base import Problem, Reply
 from fedloom.engines.local import CohortMember, note_client
 from fedloom.engines.sequential import Sequential
-from fedloom.method import Turn, trains_of
+from fedloom.method import Turn, active_trains
 from fedloom.training.choose import Convolutions
 from fedloom.training.lanes import CannotMapError, client_updates
 from fedloom.training.turn import UpdateResult
@@ -73,10 +73,12 @@ class Vectorised(Sequential):
     def _groups(self, number: int, members: Sequence[CohortMember]) -> list[list[CohortMember]]:
         """Group clients of one architecture with the same phases and similar numbers of examples, up to the number of lanes."""
         alike: dict[tuple[int, tuple[str, ...]], list[CohortMember]] = {}
-        p, trains = self.problem, trains_of(self.problem.method.phases())
+        p, phases = self.problem, self.problem.method.phases()
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
-            turn = Turn(number, p.task.rounds - 1, p.data.n_train(member.client))
-            work = tuple(train.name for train in trains if train.works_in(turn))
+            last = p.task.rounds - 1
+            turn = Turn(number, last, p.data.n_train(member.client), closing=number > last)
+            work = tuple(phase.name for phase in phases if phase.works_in(turn))
+            work += tuple(train.name for phase in phases for train in active_trains(phase, turn))
             alike.setdefault((p.arch_of[member.client], work), []).append(member)
         sizes = [(mine, self._lanes[arch]) for (arch, _), mine in alike.items()]
         return [mine[start : start + lanes] for mine, lanes in sizes for start in range(0, len(mine), lanes)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedloom.combining.additive import Additive
 from fedloom.combining.robust import combine_robustly
@@ -46,4 +46,4 @@ class Combination:
         vectors = Additive(self.method, uplinks, down.common)
         one = vectors.stand_in(combine_robustly(self.rule, vectors))
         equal = tuple(arrival._replace(share=1 / len(uplinks)) for arrival in round.arrivals)
-        return [one] * len(uplinks), round._replace(arrivals=equal)
+        return [one] * len(uplinks), replace(round, arrivals=equal)

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from fedloom import tree
 from fedloom.engines.base import Problem
 from fedloom.inputs import map_inputs, tensors_of
-from fedloom.method import Client, Downlink, Free, Phase, Sweep, Turn, trains_of
+from fedloom.method import Client, Downlink, Phase, Set, Sweep, Turn, active_trains
 from fedloom.nets import frozen_parameters, read_weights
 from fedloom.rng import Stream
 from fedloom.training.batches import Plan, Rows
@@ -57,7 +57,8 @@ class Costs:
         method, task = self.problem.method, self.problem.task
         server = self.problem.init_server(read_weights(self._gradients[0].modules))
         # a copy, because a server may store one model per member of a cohort
-        return Downlink(tree.clone(method.downlink(server, list(range(task.max_cohort))).to(0)))
+        down = method.downlink(server, list(range(task.max_cohort)), self.problem.round("downlink", 0))
+        return Downlink(tree.clone(down.to(0)))
 
     def received(self, i: int) -> Client:
         """Return client `i` with its initial state, after the first downlink."""
@@ -76,9 +77,9 @@ class Costs:
 
     def _flops(self, i: int, number: int) -> dict[str, float]:
         p, n = self.problem, self.problem.data.n_train(i)
-        turn = Turn(number, p.task.rounds - 1, n)
+        turn = Turn(number, p.task.rounds - 1, n, closing=number >= p.task.rounds)
         phases = p.method.phases()
-        active = tuple(train.works_in(turn) for train in trains_of(phases))
+        active = tuple((phase.works_in(turn), len(active_trains(phase, turn))) for phase in phases)
         key = p.arch_of[i], n, p.plan_of(i), active
         if key not in self._turns:
             self._turns[key] = {
@@ -117,9 +118,9 @@ class Costs:
     def busiest(self, i: int) -> Turn:
         """Return client `i`'s first local update in which the number of active phases is largest."""
         p = self.problem
-        trains, rounds = trains_of(p.method.phases()), p.task.rounds
+        phases, rounds = p.method.phases(), p.task.rounds
         turns = (Turn(number, rounds - 1, p.data.n_train(i)) for number in range(rounds))
-        return max(turns, key=lambda turn: sum(train.works_in(turn) for train in trains))
+        return max(turns, key=lambda turn: sum(len(active_trains(phase, turn)) for phase in phases))
 
     def peak_bytes(self, i: int) -> dict[str, int]:
         """Return the peak memory of client `i`'s tensors in bytes, by phase; the peak of the local update is their maximum.
@@ -200,12 +201,12 @@ class Live(DispatchMode):  # type: ignore[no-untyped-call]
 
 def shortened(phase: Phase, steps: int) -> Phase:
     """Return the phase with the given number of steps; a phase without steps is returned unchanged."""
-    return phase if isinstance(phase, Sweep | Free) else dataclasses.replace(phase, steps=steps)
+    return phase if isinstance(phase, Sweep | Set) else dataclasses.replace(phase, steps=steps)
 
 
 def pieces(phase: Phase, plan: Plan, n: int) -> Mapping[int, int]:
     """Return how often a phase processes batches of each size, for a client with `n` examples: `{examples: times}`."""
-    if isinstance(phase, Free):
+    if isinstance(phase, Set):
         return {n: 1}
     if isinstance(phase, Sweep):
         return Counter(min(EVAL_BATCH, n - start) for start in range(0, n, EVAL_BATCH))

@@ -11,6 +11,7 @@ import numpy as np
 from fedloom.config.settings import Settings
 from fedloom.data import Partition
 from fedloom.engines import Engine, Problem, ScoreRequest
+from fedloom.engines.scoring import score_clients
 from fedloom.experiment import metrics
 from fedloom.experiment.shared_head import SharedHead
 from fedloom.method import Downlink
@@ -63,7 +64,7 @@ class Scoring:
         if general and self.head:
             message = self.head.fit(number, message)
             asks += self.head.asks("common")
-        scores = self._engine.score(number, message, self.clients, asks)
+        scores = score_clients(self._engine, number, message, self.clients, asks)
         found = {name: [score[name] for score in scores] for name in scores[0]}
         if general and not self._own_tests:
             found["general"] = found["personal"]
@@ -103,7 +104,7 @@ class Scoring:
     def _server(self, down: Downlink, found: Scores) -> Score:
         """Return the server's score. It is derived from the clients' scores if all clients predict with the server's model."""
         data = self._problem.data
-        if self._problem.one_model:
+        if self._problem.one_model and down.each is None:
             scored, n_common, known = found["personal"], len(data.partition.common), None
             if "general" in found or not self._own_tests:
                 known = found.get("general", scored)[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
@@ -68,6 +68,18 @@ class GivenObjects:
 
 
 NOTHING = GivenObjects()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exchange:
+    """What one exchange with a cohort brought."""
+
+    round: Round
+    uplinks: Sequence[Tree]  # those to aggregate
+    down: Downlink  # as the cohort decoded it
+    replies: Sequence[Reply]
+    refused: frozenset[int]  # clients whose reply was rejected
+    reached: Mapping[int, Tree]  # what each client was sent
 
 
 class Experiment:
@@ -188,37 +200,56 @@ class Experiment:
 
     def run_round(self, number: int) -> None:
         """Run round `number`: send the downlink, train, aggregate and record; evaluate and save if due."""
-        started = time.perf_counter()
-        cohort = self.draw_cohort(number)
+        started, before = time.perf_counter(), self.server
+        done = self._exchange(number, self.draw_cohort(number))
+        if done.uplinks:
+            self._aggregate(*self.combination.combined(done.uplinks, done.round, done.down))
+        elif len(done.replies) == len(done.refused) > 1 and self.roll_back.on:
+            self._restore(number, "every uplink was rejected")
+        self._record_round(number, done)
+        self.roll_back.check(number, done.refused)
+        self.done = number + 1
+        last = self.done == self.settings.rounds
+        if last and self.hooks.finishes:
+            self._finish()
+        self.ledger.train_seconds += time.perf_counter() - started
+        if last or self.done % self.settings.eval_every == 0:
+            logs = self.hooks.logs(before, done.uplinks, done.round) if done.uplinks else {}
+            valid = [reply for reply in done.replies if reply.client not in done.refused]
+            self._evaluate(valid, len(done.uplinks), logs)
+        every = self.settings.checkpoint_every
+        if every and (last or self.done % every == 0):
+            save_run(self)
+
+    def _exchange(self, number: int, cohort: Sequence[int]) -> Exchange:
+        """Send the downlink to a cohort, run its local updates, and collect the uplinks that the server accepts."""
         down = self.hooks.downlink(self.server, number, cohort)
         self.problem.codec.check_downlink(down)
         sent = self.problem.codec.send(down)
         members = self.intake.roster(number, cohort, self.engine.busy())
         replies = self._train(number, cohort, sent, members.working)
         accepted = self.intake.take(RoundRequest(number, cohort, sent, members.working), replies, self.engine.busy())
-        rng = Stream(self.settings.seed, "server", number)
-        uplinks = self.hooks.exchange(accepted.uplinks, number, rng.child("exchange")) if accepted.uplinks else []
-        before, round = self.server, Round(number, self.problem.task.n_clients, accepted.arrivals, rng)
-        replies = self.intake.without_bad_logs(number, replies)
-        if uplinks:
-            self._aggregate(*self.combination.combined(uplinks, round, accepted.down))
-        elif len(replies) == len(accepted.refused) > 1 and self.roll_back.on:
-            self._restore(number, "every uplink was rejected")
+        round = self.hooks.round("server", number, accepted.arrivals)
+        uplinks = self.hooks.exchange(accepted.uplinks, number, round.rng.child("exchange")) if accepted.uplinks else []
         working = [cohort[slot] for slot in members.working]
         absent = set(working).difference(self.engine.asked(working))
-        reached = {cohort[slot]: sent.to(slot) for slot in members.sent if cohort[slot] not in absent}
-        self._record_round(number, reached, replies, accepted.refused)
-        self.roll_back.check(number, accepted.refused)
-        self.done = number + 1
-        self.ledger.train_seconds += time.perf_counter() - started
-        last = self.done == self.settings.rounds
-        if last or self.done % self.settings.eval_every == 0:
-            logs = self.hooks.logs(before, uplinks, round) if uplinks else {}
-            valid = [reply for reply in replies if reply.client not in accepted.refused]
-            self._evaluate(valid, len(uplinks), logs)
-        every = self.settings.checkpoint_every
-        if every and (last or self.done % every == 0):
-            save_run(self)
+        return Exchange(
+            round=round,
+            uplinks=uplinks,
+            down=accepted.down,
+            replies=self.intake.without_bad_logs(number, replies),
+            refused=accepted.refused,
+            reached={cohort[slot]: sent.to(slot) for slot in members.sent if cohort[slot] not in absent},
+        )
+
+    def _finish(self) -> None:
+        """Run the closing exchange with all clients, and let the method compute its final server state. It counts to the last round."""
+        done = self._exchange(self.done, range(self.problem.task.n_clients))
+        if done.uplinks:
+            server = self.hooks.finish(self.server, done.uplinks, done.round)
+            require_finite(server, self.done, self.saved)
+            self.server = tree.copy_shared(server, done.uplinks)
+        self._record_round(self.done, done)
 
     def _aggregate(self, uplinks: Sequence[Tree], round: Round) -> None:
         """Replace the server's state by the aggregate; if it is not finite, roll back or raise DivergedError."""
@@ -250,30 +281,26 @@ class Experiment:
         theirs = Downlink(down.common, None if down.each is None else [down.each[slot] for slot in working])
         return self.engine.train(number, [cohort[slot] for slot in working], theirs)
 
-    def _record_round(
-        self, number: int, messages: Mapping[int, Tree], replies: Sequence[Reply], refused: Collection[int]
-    ) -> None:
-        """Record the events, bytes and local updates of a round.
-
-        `messages`: what each client was sent; `refused`: clients whose reply was rejected.
-        """
+    def _record_round(self, number: int, done: Exchange) -> None:
+        """Record the events, bytes and local updates of a round. The closing exchange is added to the rows of the last round."""
+        replies, refused, row = done.replies, done.refused, min(number + 1, self.settings.rounds)
         for event in self.intake.events:
             self.folder.append(event, "events.jsonl")
         self.intake.events.clear()
-        sent = {i: self.ledger.count("downlink", message) for i, message in messages.items()}
+        sent = {i: self.ledger.count("downlink", message) for i, message in done.reached.items()}
         replied = {reply.client for reply in replies}
         for i, n_bytes in sent.items():
             if i not in replied:
-                self.client_rows.append({"round": number + 1, "client": i, "downlink_bytes": n_bytes})
+                self._add_client_row({"round": row, "client": i, "downlink_bytes": n_bytes})
         for reply in replies:
-            flops = self.ledger.turn(reply, number, reply.client not in refused)
+            flops = self.ledger.turn(reply, number, number < self.settings.rounds and reply.client not in refused)
             relayed = 0  # exchanged parts go through a relay: up once, and down to other clients
             if self.method.exchanges:
                 relayed = self.ledger.count("uplink", reply.uplink, "exchange")
                 self.ledger.count("downlink", reply.uplink, "exchange")
-            self.client_rows.append(
+            self._add_client_row(
                 {
-                    "round": number + 1,
+                    "round": row,
                     "client": reply.client,
                     "examples": reply.examples,
                     "steps": sum(reply.steps.values()),
@@ -286,6 +313,21 @@ class Experiment:
                     **reply.logs,
                 }
             )
+
+    def _add_client_row(self, row: Row) -> None:
+        """Append a client's row of a round, or add its numbers to the row that this round already has (the closing exchange)."""
+        latest = takewhile(lambda other: other["round"] == row["round"], reversed(self.client_rows))
+        known = (
+            next((other for other in latest if other["client"] == row["client"]), None)
+            if self.done == self.settings.rounds
+            else None
+        )
+        if known is None:
+            self.client_rows.append(row)
+            return
+        for name, value in row.items():
+            summed = name in known and name not in ("round", "client", "examples")
+            known[name] = known[name] + value if summed else value
 
     # scoring
 
@@ -331,7 +373,8 @@ class Experiment:
         """Return client `i`'s personal predictor with the current state, as a plain module in evaluation mode."""
         down = self.hooks.deploy(self.server, self.done)
         with arithmetic(self.settings):
-            return PersonalModel(self.method, *self.engine.personal(self.done, self.problem.codec.through(down), i))
+            received = Downlink(self.problem.codec.through(down).to(i))
+            return PersonalModel(self.method, *self.engine.personal(self.done, received, i))
 
     def shared_model(self, i: int) -> PersonalModel:
         """Return the body that client `i` receives, with one classifier for all clients (`eval.shared_head`), as a plain module.

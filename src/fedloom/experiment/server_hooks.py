@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from typing import TypeVar
 
-import torch
+from torch import nn
 
 from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.engines import Problem
 from fedloom.errors import MethodError
-from fedloom.method import Downlink, Round
+from fedloom.method import Arrival, Downlink, Method, Round
+from fedloom.nets import Nets
 from fedloom.rng import Stream
 from fedloom.training.turn import own_randomness
 from fedloom.tree import Tree, Weights
@@ -25,6 +28,18 @@ class ServerSide:
     def __init__(self, problem: Problem) -> None:
         self._problem, self._method = problem, problem.method
 
+    def round(self, purpose: str, number: int, arrivals: tuple[Arrival, ...] = ()) -> Round:
+        """Return the server's information about a round for the hook `purpose`."""
+        return replace(self._problem.round(purpose, number, arrivals), nets=self._bound)
+
+    def _bound(self, weights: Weights) -> Nets:
+        """Return the server's nets with these weights, in evaluation mode."""
+        return Nets(self._modules, weights["params"], weights["buffers"], objective=self._problem.task.objective)
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {**self._problem.modules(0), **self._problem.server_modules()}
+
     def init(self, weights: Weights) -> Tree:
         """Return the server's state before the first round; `weights` are a client's initial weights."""
         server = self._call("init_server", 0, {"weights": weights}, lambda: self._problem.init_server(weights))
@@ -33,8 +48,8 @@ class ServerSide:
 
     def cohort(self, server: Tree, number: int, size: int) -> list[int]:
         """Return the cohort of round `number`."""
-        task, rng = self._problem.task, Stream(self._problem.seed, "cohort", number)
-        drawn = self._call("cohort", number, {"server": server}, lambda: self._method.cohort(server, task, size, rng))
+        task, round = self._problem.task, self.round("cohort", number)
+        drawn = self._call("cohort", number, {"server": server}, lambda: self._method.cohort(server, task, size, round))
         members = [int(i) for i in drawn]
         if len(set(members)) != len(members) or not all(0 <= i < task.n_clients for i in members):
             raise MethodError(
@@ -44,7 +59,13 @@ class ServerSide:
 
     def downlink(self, server: Tree, number: int, cohort: Sequence[int]) -> Downlink:
         """Return the message to the cohort of round `number`."""
-        return self._call("downlink", number, {"server": server}, lambda: self._method.downlink(server, cohort))
+        round = self.round("downlink", number)
+        down = self._call("downlink", number, {"server": server}, lambda: self._method.downlink(server, cohort, round))
+        if down.each is not None and len(down.each) != len(cohort):
+            raise MethodError(
+                f"round {number}: {self._name}.downlink returns `each` with {len(down.each)} trees for a cohort of {len(cohort)}"
+            )
+        return down
 
     def exchange(self, uplinks: Sequence[Tree], number: int, rng: Stream) -> list[Tree]:
         """Return what the server sees of the uplinks after clients have exchanged parts of them."""
@@ -55,14 +76,27 @@ class ServerSide:
         """Return the server's next state."""
         inputs = {"server": server, **_named(uplinks)}
         new = self._call("aggregate", round.number, inputs, lambda: self._method.aggregate(server, uplinks, round))
-        self._check_tensors(new, "aggregate")
-        before, after = tree.structure(server), tree.structure(new)
-        for path in [*before, *after]:
-            if before.get(path) != after.get(path):
-                raise MethodError(
-                    f"round {round.number}: {self._name}.aggregate changes the server's structure: '{path}' is {_form(after.get(path))}, "
-                    f"but was {_form(before.get(path))}; return every tensor of init_server, with its shape and type"
-                )
+        return self._checked(server, new, "aggregate", round.number)
+
+    @property
+    def finishes(self) -> bool:
+        """Whether the method has a closing exchange after the last round."""
+        return type(self._method).finish is not Method.finish
+
+    def finish(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """Return the server's final state."""
+        inputs = {"server": server, **_named(uplinks)}
+        new = self._call("finish", round.number, inputs, lambda: self._method.finish(server, uplinks, round))
+        return self._checked(server, new, "finish", round.number)
+
+    def _checked(self, server: Tree, new: Tree, hook: str, number: int) -> Tree:
+        """Return the server's new state. Raise MethodError unless it has the structure of the state before."""
+        self._check_tensors(new, hook)
+        if wrong := tree.mismatch(server, new):
+            raise MethodError(
+                f"round {number}: {self._name}.{hook} changes the server's structure: {wrong}; "
+                "return every tensor of init_server, with its shape and type"
+            )
         return new
 
     def logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
@@ -71,18 +105,16 @@ class ServerSide:
         return self._call("server_logs", round.number, inputs, lambda: self._method.server_logs(server, uplinks, round))
 
     def deploy(self, server: Tree, number: int) -> Downlink:
-        """Return the message that any client would receive in order to predict after `number` rounds.
+        """Return the messages that clients would receive in order to predict after `number` rounds; `each` is by client.
 
         Raises:
-            MethodError: `deploy` returned one message per client; scoring cannot use these messages, because the experiment chooses which
-                clients to score.
+            MethodError: `deploy` returned `each`, but not one tree for every client.
         """
-        task = self._problem.task
-        down = self._call("deploy", number, {"server": server}, lambda: self._method.deploy(server, task))
-        if down.each is not None:
-            name = type(self._method).__name__
+        task, round = self._problem.task, self.round("deploy", number)
+        down = self._call("deploy", number, {"server": server}, lambda: self._method.deploy(server, task, round))
+        if down.each is not None and len(down.each) != task.n_clients:
             raise MethodError(
-                f"{name}.deploy returns `each`, one tree per client; it must return one `common` tree for all"
+                f"{self._name}.deploy returns `each` with {len(down.each)} trees; it must have one for each of the {task.n_clients} clients"
             )
         return down
 
@@ -103,10 +135,6 @@ class ServerSide:
             name = f"{type(self._method).__name__}.{hook}"
             raise MethodError(f"round {number}: {name} changes '{changed}' in place; a hook's inputs are read-only")
         return result
-
-
-def _form(value: tuple[tuple[int, ...], torch.dtype] | None) -> str:
-    return "missing" if value is None else f"{value[0]} {str(value[1]).removeprefix('torch.')}"
 
 
 def _named(uplinks: Sequence[Tree]) -> Tree:

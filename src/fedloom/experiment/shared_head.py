@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.engines import Engine, Problem, Score, ScoreRequest
+from fedloom.engines.scoring import score_clients
 from fedloom.engines.shared_head import KEY, feature_sums_bytes, fitted_head, head_outputs, summed
 from fedloom.errors import DivergedError
 from fedloom.experiment.personal_model import PersonalModel
@@ -39,7 +40,7 @@ class SharedHead:
         if self._last[0] != number:
             self._last = number, self._fitted(number, down)
         head = self._last[1]
-        return down if head is None else Downlink({**down.common, KEY: head})
+        return down if head is None else Downlink({**down.common, KEY: head}, down.each)
 
     def asks(self, rows: str) -> list[ScoreRequest]:
         """Return the request to score the latest classifier; none if there is none."""
@@ -52,7 +53,7 @@ class SharedHead:
             DivergedError: there is no classifier, because features are not finite or too large.
         """
         p, method = self._problem, self._problem.method
-        message, features = self.fit(number, down).common, method.shared_features()
+        message, features = self.fit(number, down).to(i), method.shared_features()
         if KEY not in message or features is None:
             raise DivergedError(f"after round {number}, features are not finite or too large; try a smaller method.lr")
         modules, client = p.modules(p.arch_of[i]), self._engine.client(i)
@@ -69,7 +70,8 @@ class SharedHead:
         n, request = self._problem.task.n_clients, ScoreRequest("sums", "train", head="sums")
         self.uplink_bytes = 0
         for start in range(0, n, AT_ONCE):
-            scores = self._engine.score(number, down, range(start, min(start + AT_ONCE, n)), [request])
+            clients = range(start, min(start + AT_ONCE, n))
+            scores = score_clients(self._engine, number, down, clients, [request])
             sums = [score["sums"] for score in scores if score["sums"].n_rows]  # none for a client without examples
             self.uplink_bytes += sum(map(feature_sums_bytes, sums))
             total = [summed([*total, *sums])] if total or sums else []

@@ -28,7 +28,7 @@ class UplinkForms:
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._initial: dict[int, Weights] = {}  # by architecture
-        self._known: dict[tuple[int, object], UplinkForm] = {}
+        self._known: dict[tuple[int, object, bool], UplinkForm] = {}
         self._last: tuple[Tree, object] = {}, ()  # the latest downlink and its structure: many clients share one
 
     def of(self, number: int, i: int, down: Tree) -> UplinkForm:
@@ -36,7 +36,8 @@ class UplinkForms:
         p, arch = self._problem, self._problem.arch_of[i]
         if self._last[0] is not down:
             self._last = down, tuple(tree.structure(down).items())
-        key = arch, self._last[1]
+        last = p.task.rounds - 1
+        key = arch, self._last[1], number > last
         if key not in self._known:
             if arch not in self._initial:
                 self._initial[arch] = read_weights(p.modules(arch))
@@ -45,8 +46,9 @@ class UplinkForms:
             phases = p.method.phases()
             names = [phase.name for phase in phases if isinstance(phase, Interleave)]
             names += [train.name for train in trains_of(phases)]
-            turn = Turn(number, p.task.rounds - 1, 1, dict.fromkeys(names, 1))
+            turn = Turn(number, last, 1, dict.fromkeys(names, 1), closing=number > last)
             uplink, _ = p.method.uplink(client._replace(weights=received), received, down, turn)
-            travels, _ = p.codec.reply(uplink, down, client.unsent, Stream())
+            codec = p.codec.only(uplink) if turn.closing else p.codec
+            travels, _ = codec.reply(uplink, down, client.unsent, Stream())
             self._known[key] = UplinkForm(uplink, travels, tree.structure(travels))
         return self._known[key]

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedloom.method import Method, Paper, Task
-from fedloom.rng import Stream
+from fedloom.method import Method, Paper, Round, Task
 from fedloom.tree import Tree
 
 
@@ -22,6 +21,6 @@ class Centralised(Method):
     pooled: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper("(no federation)", "", "upper reference")
 
-    def cohort(self, server: Tree, task: Task, size: int, rng: Stream) -> Sequence[int]:
+    def cohort(self, server: Tree, task: Task, size: int, round: Round) -> Sequence[int]:
         """Return the one client that has all examples."""
         return [0]

@@ -8,22 +8,15 @@ import inspect
 from fedloom.errors import ConfigError
 from fedloom.method import Method
 
-SERVER_HALF = (
-    "init_server",
-    "cohort",
-    "downlink",
-    "exchanges",
-    "exchange",
-    "sums",
-    "from_sums",
-    "aggregate",
-    "server_logs",
-    "deploy",
-)
-CLIENT_HALF = (
-    "nets", "init_memory", "receive", "phases", "loss", "uplink", "adapt", "predictors", "travelling", "local_optimizer", "lr_scale",
-    "shared", "keeps_shared", "ragged", "uplink_fault", "shared_features",
-)  # fmt: skip
+
+def half(side: str) -> tuple[str, ...]:
+    """Return the names of `Method` that belong to one half, `server` or `client`; each hook says itself to which."""
+    found = ((name, getattr(value, "fget", value)) for name, value in vars(Method).items())
+    return tuple(name for name, hook in found if getattr(hook, "side", None) == side)
+
+
+SERVER_HALF = half("server")
+CLIENT_HALF = (*half("client"), "shared", "keeps_shared")
 BASIC = {field.name for field in dataclasses.fields(Method)}  # hyper-parameters of local training
 
 

@@ -9,7 +9,18 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fedloom import losses
-from fedloom.method import Architecture, Batch, Method, Paper, Phase, Predictor, Task, Train, predict_model
+from fedloom.method import (
+    Architecture,
+    Batch,
+    Method,
+    Paper,
+    Phase,
+    Predictor,
+    Task,
+    Train,
+    predict_model,
+    predict_with,
+)
 from fedloom.nets import Nets
 from fedloom.ranges import Count, NonNegative
 from fedloom.tree import Tree
@@ -49,15 +60,9 @@ class Ditto(Method):
 
     def personal_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """Return the cross-entropy of v_k plus the pull; the pull covers parameters, not running statistics."""
-        received = {f"personal{name.removeprefix('model')}": p for name, p in down["weights"]["params"].items()}
-        error = nets.loss(nets.personal(batch.x), batch.y)
-        return error + self.mu / 2 * losses.squared_distance(nets.params, received)
+        error, received = nets.loss(nets.personal(batch.x), batch.y), down["weights"]["params"]
+        return error + self.mu / 2 * losses.squared_distance(nets.renamed("personal", "model"), received)
 
     def predictors(self) -> dict[str, Predictor]:
         """Return v_k as the client's predictor and w as the server's."""
-        return {"personal": self.predict_personal, "server": predict_model}
-
-    def predict_personal(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return logits (B, Y) of v_k."""
-        logits: Tensor = nets.personal(x)
-        return logits
+        return {"personal": predict_with("personal"), "server": predict_model}

@@ -24,8 +24,9 @@ class FedASAM(Method):
     T = |w| + eta. It then computes the gradient there and applies it to w. Sent: the whole model, both ways. Kept: nothing. With
     rho = 0 it is FedAvg.
 
-    As in the released code, T is 1 for tensors that are not named `weight`. Unlike in the released code, running statistics come from the
-    second pass only. The paper's averaging of models over rounds (SWA) is not included.
+    As in the released code, T is 1 for tensors without `weight` in their own name (`in_proj_weight` and `weight_ih_l0` have it).
+    Unlike in the released code, running statistics come from the second pass only. The paper's averaging of
+    models over rounds (SWA) is not included.
     """
 
     rho: NonNegative = 0.5
@@ -49,15 +50,14 @@ class FedASAM(Method):
 
     def ascent(self, nets: Nets, batch: Batch) -> Params:
         """Return e for every parameter of the model."""
-        here = {name: p.detach() for name, p in nets.params.items() if name.startswith("model.")}
-
-        def error(params: Params) -> Tensor:
-            buffers = {name: buffer.clone() for name, buffer in nets.buffers.items()}
-            outputs = Nets(nets.modules, params, buffers, nets.training).model(batch.x)
-            return nets.loss(outputs, batch.y)
-
-        slopes: Params = torch.func.grad(error)(here)
-        scales = {n: p.abs() + self.eta if n.endswith(".weight") else torch.ones_like(p) for n, p in here.items()}
+        slopes = nets.frozen.gradient(lambda here: here.loss(here.model(batch.x), batch.y), ("model",))
+        here = {name: nets.params[name].detach() for name in slopes}
+        scales = {n: p.abs() + self.eta if is_weight(n) else torch.ones_like(p) for n, p in here.items()}
         scaled = {name: scales[name] * slope for name, slope in slopes.items()}
         length = torch.stack([s.square().sum() for s in scaled.values()]).sum().sqrt()
         return {name: self.rho * scales[name] * s / (length + 1e-16) for name, s in scaled.items()}
+
+
+def is_weight(name: str) -> bool:
+    """Return whether a tensor's own name contains `weight`: `weight`, `weight_ih_l0`, `in_proj_weight`."""
+    return "weight" in name.rpartition(".")[2]

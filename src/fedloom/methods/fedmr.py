@@ -63,14 +63,14 @@ class FedMR(Method):
         if self.first_stage_patience > self.first_stage_rounds:
             raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
+    def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
         """Return K stacked slots: every leaf is (K, ...). With patience, also the best similarity and the number of rounds since then."""
         slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
         if not self.first_stage_patience:
             return slots
         return slots | {"stage": {"best": torch.tensor(-1.0, dtype=torch.float64), "rounds": torch.tensor(0)}}
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
         """Return slot i for the i-th member."""
         return Downlink(each=[{"weights": slot} for slot in tree.unstack(server["slots"])[: len(cohort)]])
 
@@ -143,7 +143,7 @@ class FedMR(Method):
         size = max(round(self.segment * len(tensors)), 1)
         return [tensors[start : start + size] for start in range(0, len(tensors), size)]
 
-    def deploy(self, server: Tree, task: Task) -> Downlink:
+    def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
         """Return the equal-weight mean of the slots (w_glb)."""
         return Downlink({"weights": tree.mean(tree.unstack(server["slots"]))})
 

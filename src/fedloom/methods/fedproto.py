@@ -15,6 +15,7 @@ from fedloom.method import (
     Architecture,
     Batch,
     Client,
+    ClientData,
     Combines,
     Downlink,
     Logs,
@@ -70,16 +71,16 @@ class FedProto(Method):
             )
         return {"body": arch.body(), "head": arch.head()}
 
-    def init_memory(self, weights: Weights, task: Task) -> Tree:
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return zero counts (Y,) and sums of features (Y, p) by class, in float64."""
         counts = torch.zeros(task.n_classes, dtype=torch.float64)
         return {"statistics": {"counts": counts, "sums": counts.new_zeros(task.n_classes, task.width)}}
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
+    def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
         """Return zero prototypes (Y, p) and example counts (Y,); a class with count 0 has no prototype yet."""
         return {"prototypes": torch.zeros(task.n_classes, task.width), "counts": torch.zeros(task.n_classes)}
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
         """Return all prototypes and counts."""
         return Downlink(dict(server))
 

@@ -15,6 +15,7 @@ from fedloom.method import (
     Architecture,
     Batch,
     Client,
+    ClientData,
     Combines,
     Downlink,
     Logs,
@@ -113,14 +114,14 @@ class FedVTC(FedProto):
         nets = super().nets(arch, task) | {"generator": VtcDecoder(task.width, task.input_shape, self.generator_form)}
         return nets | {"spread": Spread(task.width)} if self.learn_spread else nets
 
-    def init_memory(self, weights: Weights, task: Task) -> Tree:
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return zero counts, sums and squares of the features."""
         return {"statistics": feature_statistics.zeros(self.covariance, task.n_classes, task.width)}
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
+    def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
         """Return FedProto's prototypes and counts, the variance, and the generator if it is shared."""
         variance = torch.zeros(feature_statistics.shape(self.covariance, task.n_classes, task.width))
-        server = super().init_server(weights, task) | {"variance": variance}
+        server = super().init_server(weights, task, round) | {"variance": variance}
         return server | {"weights": self.travelling(weights)} if self.share_generator else server
 
     def travelling(self, weights: Weights) -> Weights:
@@ -131,7 +132,7 @@ class FedVTC(FedProto):
         """Return the client's own weights, with the received generator if it is shared."""
         return tree.merge(weights, down["weights"]) if self.share_generator else weights
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
         """Return c, n, and sigma with its floor applied: standard deviations, or the lower triangular factor of a full covariance."""
         sent = {key: value for key, value in server.items() if key != "variance"}
         return Downlink(

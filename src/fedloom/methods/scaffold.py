@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedloom import tree
-from fedloom.method import Batch, Client, Combines, Downlink, Method, Paper, Round, Task, Turn
+from fedloom.method import Batch, Client, ClientData, Combines, Downlink, Method, Paper, Round, Task, Turn
 from fedloom.nets import Nets
 from fedloom.ranges import Positive
 from fedloom.tree import Tree, Weights
@@ -43,16 +43,16 @@ class Scaffold(Method):
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
             raise ValueError("scaffold needs plain SGD; use optimizer=sgd, momentum=0, weight_decay=0")
 
-    def init_memory(self, weights: Weights, task: Task) -> Tree:
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return c_i = 0."""
         return {"control": tree.zeros_like(self.travelling(weights)["params"])}
 
-    def init_server(self, weights: Weights, task: Task) -> Tree:
+    def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
         """Return the model and c = 0."""
         control = tree.zeros_like(self.travelling(weights)["params"])
-        return super().init_server(weights, task) | {"control": control}
+        return super().init_server(weights, task, round) | {"control": control}
 
-    def downlink(self, server: Tree, cohort: Sequence[int]) -> Downlink:
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
         """Return x and c."""
         return Downlink({"weights": server["weights"], "control": server["control"]})
 

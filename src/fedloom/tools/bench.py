@@ -184,7 +184,7 @@ class Stepped(Experiment):
     def _score(self) -> float:
         """Return the time for one accuracy per client. A full evaluation scores more, such as the server's model."""
         started = time.perf_counter()
-        down = self.method.deploy(self.server, self.problem.task)
+        down = self.hooks.deploy(self.server, self.done)
         personal = self.scoring.asks(general=False)[:1]
         self.engine.score(self.done, down, range(self.data.n_clients), personal)
         synchronise(self.place.device)

@@ -25,7 +25,7 @@ from fedloom.errors import ConfigError
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.inputs import map_inputs
-from fedloom.method import Batch, Client, Downlink, Free, Method, PrecomputeFn, Train, trains_of
+from fedloom.method import Batch, Client, Downlink, Method, PrecomputeFn, Train, trains_of
 from fedloom.methods.registry import load_module, method_class
 from fedloom.nets import Nets, select
 from fedloom.rng import Stream
@@ -190,9 +190,6 @@ class _Trial:
         if method.pooled:
             return Finding(rule, None, "nothing to map: one client has all examples")
         phases = method.phases()
-        free = [phase.name for phase in phases if isinstance(phase, Free)]
-        if free:
-            return Finding(rule, None, f"runs, but is never vectorised: phase '{free[0]}' is a Free phase")
         with arithmetic(experiment.settings):
             for train, once in [
                 (train, getattr(phase, "precompute", None)) for phase in phases for train in trains_of([phase])
@@ -261,7 +258,7 @@ def _map_differs(experiment: Experiment, train: Train, once: PrecomputeFn | None
 
 def _lanes(experiment: Experiment, train: Train) -> tuple[Any, list[Tree]]:
     problem, members = experiment.problem, _largest(experiment.data)
-    sent = problem.method.downlink(experiment.server, members)
+    sent = experiment.hooks.downlink(experiment.server, 0, members)
     lanes = []
     for slot, i in enumerate(members):
         modules, client, _ = experiment.engine.personal(0, Downlink(sent.to(slot)), i)

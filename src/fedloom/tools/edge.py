@@ -22,12 +22,13 @@ from fedloom import tree
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, to_toml
 from fedloom.engines import Problem
+from fedloom.engines.base import client_data
 from fedloom.engines.process_memory import peak_process_bytes
 from fedloom.errors import FedloomError
 from fedloom.experiment.build import arithmetic, make_federation, make_problem
 from fedloom.experiment.costs import Costs, pieces, shortened
 from fedloom.inputs import Field, Inputs, InputSpec, map_inputs
-from fedloom.method import Client, Free, Method, Sweep, Task, Turn, init_opts
+from fedloom.method import Client, Method, Set, Sweep, Task, Turn, init_opts
 from fedloom.methods.registry import load_object
 from fedloom.models import arch
 from fedloom.nets import read_weights
@@ -130,7 +131,7 @@ def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
 def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: Client, down: Tree) -> dict[str, Any]:
     """Run the local update in a separate process, and return what it measured."""
     x, y = problem.data.train(i)
-    facts = {"task": _task_facts(problem.task), "turn": turn._asdict(), "arch": problem.arch_of[i]}
+    facts = {"task": _task_facts(problem.task), "turn": asdict(turn), "arch": problem.arch_of[i]}
     with tempfile.TemporaryDirectory(prefix="fedloom-edge-") as name:
         folder = Path(name)
         (folder / "config.toml").write_text(to_toml(settings), encoding="utf-8")
@@ -168,7 +169,8 @@ def take_turn(folder: Path) -> dict[str, Any]:
         gradients = Gradients(modules, objective=task.objective, bf16=settings.precision == "bf16")
         weights = read_weights(gradients.modules)
         opts = init_opts((*method.phases(), *method.adapt()), weights)
-        blank = Client(weights, method.init_memory(weights, task), opts)
+        known = client_data(sent["rows"]["y"], task.objective)
+        blank = Client(weights, method.init_memory(weights, task, known), opts)
         client = Client(**tree.merge(blank._asdict(), sent["client"]))  # empty branches are not encoded
         down = sent.get("down", {})
         try:
@@ -225,11 +227,11 @@ def _timed(
     for phase in method.phases():
         steps = sum(pieces(phase, site.plan, turn.examples).values())
         timed = min(steps, TIMED_STEPS)
-        if not isinstance(phase, Sweep | Free):
+        if not isinstance(phase, Sweep | Set):
             run_phases((shortened(phase, 1),), gradients, client, down, site, turn=turn)
         started = time.process_time()
         client = run_phases((shortened(phase, timed),), gradients, client, down, site, turn=turn)[0]
-        whole = isinstance(phase, Sweep | Free)
+        whole = isinstance(phase, Sweep | Set)
         seconds[phase.name] = (time.process_time() - started) * (1 if whole else steps / timed)
     return client, seconds
 

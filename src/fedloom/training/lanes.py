@@ -18,7 +18,7 @@ from torch import Tensor
 from fedloom import tree
 from fedloom.accelerator import synchronise
 from fedloom.inputs import unstacked
-from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Train, Turn
+from fedloom.method import Batch, Client, Interleave, Method, Phase, Set, Sweep, Train, active_trains
 from fedloom.optim import Params
 from fedloom.training.batches import is_channels_last, laid_out
 from fedloom.training.context import ClientContext, LocalWork
@@ -27,8 +27,8 @@ from fedloom.training.lane_gradients import LaneGradients
 from fedloom.training.lane_tensors import LaneBatch, LaneRows, LaneSubset, by_size, stack_differing
 from fedloom.training.precompute import Precomputed, check_precompute
 from fedloom.training.steps import StepRunner, TrainJob, trained_names
-from fedloom.training.sweeps import run_sweep
-from fedloom.training.turn import UpdateResult, finish_update
+from fedloom.training.sweeps import run_set, run_sweep
+from fedloom.training.turn import UpdateResult, finish_update, turn_of
 from fedloom.tree import Tree, Weights
 
 
@@ -78,8 +78,8 @@ def client_updates(
 def _received(method: Method, client: Client, sent: Tree, context: ClientContext, number: int) -> LocalWork:
     """Return the inputs of one client's local update, with the weights from which it starts."""
     down = context.codec.received(sent)
-    turn = Turn(number, context.task.rounds - 1, len(context.rows.y))
-    return LocalWork(client._replace(weights=method.receive(client.weights, down, client.memory)), down, context, turn)
+    received = method.receive(client.weights, down, client.memory)
+    return LocalWork(client._replace(weights=received), down, context, turn_of(number, context))
 
 
 def _laid_out(lane: LocalWork) -> LocalWork:
@@ -98,14 +98,11 @@ def _run_phase(
     phase: Phase, gradients: Gradients, lanes: list[LocalWork], lr_scale: float, logs: list[dict[str, float]]
 ) -> list[Callable[[], LocalWork]]:
     """Run a phase. Return one function per lane; calling it returns the lane after the phase."""
-    if isinstance(phase, Free):
-        raise CannotMapError(f"phase '{phase.name}' is Free")
-    if isinstance(phase, Sweep):
-        swept = [run_sweep(phase, gradients, lane) for lane in lanes]
-        return [partial(_same, lane._replace(client=client)) for lane, client in zip(lanes, swept, strict=True)]
-    trains = (phase,) if isinstance(phase, Train) else phase.members
-    active = [train for train in trains if train.works_in(lanes[0].turn)]
-    if not active:
+    if isinstance(phase, Sweep | Set) and phase.works_in(lanes[0].turn):
+        done = [run_set(phase, lane) if isinstance(phase, Set) else run_sweep(phase, gradients, lane) for lane in lanes]
+        return [partial(_same, lane._replace(client=client)) for lane, client in zip(lanes, done, strict=True)]
+    active = active_trains(phase, lanes[0].turn)
+    if isinstance(phase, Sweep | Set) or not active:
         return [partial(_same, lane) for lane in lanes]
     return LaneStack(phase, active, gradients, lanes).run(lr_scale, logs)
 
@@ -263,7 +260,7 @@ class LaneStack:
         kept = {member.train.name: mine(member.state) for member in self.members if member.train.keep_state}
         client = lane.client._replace(weights=weights, opts={**lane.client.opts, **kept})
         steps = {**lane.turn.steps, **{member.train.name: n_steps for member in self.members}}
-        return lane._replace(client=client, turn=lane.turn._replace(steps=steps))
+        return lane._replace(client=client, turn=replace(lane.turn, steps=steps))
 
 
 def _order(phase: Train | Interleave, lane: LocalWork) -> list[Tensor]:

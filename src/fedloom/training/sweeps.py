@@ -1,4 +1,4 @@
-"""Passes over a client's examples without optimiser steps: the phases `Sweep` and `Free`, and prediction."""
+"""Passes over a client's examples without optimiser steps: the phases `Sweep` and `Set`, and prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedloom import tree
 from fedloom.accelerator import staged
 from fedloom.errors import MethodError
 from fedloom.inputs import Inputs, map_inputs, n_examples
-from fedloom.method import Client, Free, Predictor, Sweep
+from fedloom.method import Client, Predictor, Set, Sweep
 from fedloom.training.batches import is_channels_last, laid_out
 from fedloom.training.context import LocalWork
 from fedloom.training.gradients import Gradients
@@ -36,25 +36,33 @@ def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
     return client._replace(memory={**client.memory, phase.name: tree.clone(total)})
 
 
-def run_free(phase: Free, gradients: Gradients, work: LocalWork) -> Client:
-    """Run the phase's own code on all examples."""
-    client, down, context, _ = work
-    rows = context.rows
-    nets = gradients.nets(**client.weights)
-    with _read_only(phase, {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory}):
-        return phase.run(client, nets, rows.part(0), down, context.rng)
+def run_set(phase: Set, work: LocalWork) -> Client:
+    """Replace the client's weights by those that the phase computes.
+
+    Raises:
+        MethodError: the new weights have other names, shapes or types.
+    """
+    client, down = work.client, work.down
+    weights = client.weights
+    with _read_only(phase, {"weights": weights, "down": down, "memory": client.memory}), torch.no_grad():
+        new = phase.weights(weights, down, client.memory)
+    if wrong := tree.mismatch(weights, new):
+        raise MethodError(
+            f"phase '{phase.name}' must return all weights with their names, shapes and types, but {wrong}"
+        )
+    params = laid_out(new["params"], is_channels_last(work.context.rows.x))
+    buffers = {name: new["buffers"][name].clone() for name in weights["buffers"]}  # later phases write into them
+    return client._replace(weights={"params": {name: params[name] for name in weights["params"]}, "buffers": buffers})
 
 
 @contextmanager
-def _read_only(phase: Sweep | Free, inputs: Tree) -> Iterator[None]:
+def _read_only(phase: Sweep | Set, inputs: Tree) -> Iterator[None]:
     """Raise MethodError if a phase writes to tensors that later phases or other clients read."""
     before = tree.versions(inputs)
     yield
     changed = tree.changed_since(before, inputs)
     if changed:
-        raise MethodError(
-            f"phase '{phase.name}' changes '{changed}' in place; examples, downlink and memory are read-only"
-        )
+        raise MethodError(f"phase '{phase.name}' changes '{changed}' in place; its inputs are read-only")
 
 
 @torch.inference_mode()

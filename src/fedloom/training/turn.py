@@ -20,7 +20,7 @@ from fedloom import tree
 from fedloom.accelerator import generators, staged, synchronise
 from fedloom.errors import DataError, MethodError
 from fedloom.inputs import map_inputs, shapes_of
-from fedloom.method import Batch, Client, Free, Interleave, Method, Phase, Sweep, Train, Turn
+from fedloom.method import Batch, Client, Interleave, Method, Phase, Set, Sweep, Train, Turn, active_trains
 from fedloom.optim import Params
 from fedloom.rng import Stream
 from fedloom.training.batches import is_channels_last, laid_out
@@ -28,7 +28,7 @@ from fedloom.training.context import ClientContext, LocalWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.precompute import Precomputed, check_precompute, precompute
 from fedloom.training.steps import FormError, TrainJob, trained_names
-from fedloom.training.sweeps import run_free, run_sweep
+from fedloom.training.sweeps import run_set, run_sweep
 from fedloom.tree import Tree, Weights
 
 Modules = Mapping[str, nn.Module]
@@ -50,7 +50,7 @@ def client_update(
 ) -> UpdateResult:
     """Run one client's update in round `number`, from the message `sent` to the client to its uplink. Inputs are not changed."""
     down = context.codec.received(sent)
-    turn = Turn(number, context.task.rounds - 1, len(context.rows.y))
+    turn = turn_of(number, context)
     received = method.receive(client.weights, down, client.memory)
     start = client._replace(weights=received)
     scale, seconds = method.lr_scale(number), dict[str, float]()
@@ -58,8 +58,14 @@ def client_update(
     worked, steps, logs = run_phases(
         phases, gradients, start, down, context, turn=turn, lr_scale=scale, seconds=seconds
     )
-    work = LocalWork(worked, down, context, turn._replace(steps=steps))
+    work = LocalWork(worked, down, context, replace(turn, steps=steps))
     return finish_update(method, work, received, logs=logs, seconds=seconds)
+
+
+def turn_of(number: int, context: ClientContext) -> Turn:
+    """Return the facts about a client's local update in round `number`, before it starts."""
+    last = context.task.rounds - 1
+    return Turn(number, last, len(context.rows.y), closing=number > last)
 
 
 def finish_update(
@@ -72,7 +78,8 @@ def finish_update(
         if wrong := tree.not_tensor(value):
             name = type(method).__name__
             raise MethodError(f"{name}.uplink: in the {what}, {wrong}; use a tensor, such as torch.tensor(...)")
-    sent, unsent = context.codec.reply(uplink, down, client.unsent, context.rng.child("uplink"))
+    codec = context.codec.only(uplink) if turn.closing else context.codec
+    sent, unsent = codec.reply(uplink, down, client.unsent, context.rng.child("uplink"))
     client = client._replace(memory=memory, unsent=unsent)
     return UpdateResult(client=client, uplink=sent, turn=turn, logs=logs, seconds=seconds)
 
@@ -124,11 +131,13 @@ def _run_phase(
     phase: Phase, gradients: Gradients, work: LocalWork, lr_scale: float
 ) -> tuple[Client, Sequence[LocalTrain]]:
     """Run a phase. Return the resulting client, and each `Train` that took steps. The client's buffers are changed in place."""
-    if isinstance(phase, Sweep | Free):
+    if not phase.works_in(work.turn):
+        return work.client, ()
+    if isinstance(phase, Set):
+        return run_set(phase, work), ()
+    if isinstance(phase, Sweep):
         with own_randomness(work.context.rng, work.context.rows.device):
-            if isinstance(phase, Sweep):
-                return run_sweep(phase, gradients, work), ()
-            return run_free(phase, gradients, work), ()
+            return run_sweep(phase, gradients, work), ()
     buffers = work.client.weights["buffers"]
     before = tree.clone(buffers)
     try:
@@ -150,7 +159,7 @@ def _walk_batches(
     rows, rng = context.rows, context.rng
     weights = {**client.weights, "params": dict(client.weights["params"])}
     order = list(context.plan.batches(len(rows.y), phase.epochs, phase.steps, rng.child("batches")))
-    trains = [t for t in ((phase,) if isinstance(phase, Train) else phase.members) if t.works_in(turn)]
+    trains = active_trains(phase, turn)
     with own_randomness(rng, rows.device):
         members = [
             LocalTrain(t, gradients, work, weights, phase=phase, order=order, same_bits=same_bits) for t in trains

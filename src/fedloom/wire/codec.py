@@ -28,6 +28,10 @@ class Codec(NamedTuple):
     uplink: Chains = {}
     downlink: Chains = {}
 
+    def only(self, uplink: Tree) -> Codec:
+        """Return the codec with only the uplink transforms whose part is in `uplink`: the closing exchange may omit parts."""
+        return self._replace(uplink={part: chain for part, chain in self.uplink.items() if part in uplink})
+
     # server
 
     def send(self, down: Downlink) -> Downlink:

@@ -1,0 +1,67 @@
+"""The examples of `docs/contract.md`: each is a method that runs, and the hook it describes is called."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from fedloom import Method
+
+PAGE = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
+EXAMPLES = dict(re.findall(r"^### (\w+)[^\n]*\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
+PRELUDE = """
+from dataclasses import dataclass
+from typing import ClassVar
+import torch
+from torch import nn
+from fedloom import Downlink, Interleave, Method, Set, Sweep, Train, optim, tree
+from fedloom.method import predict_model, predict_with
+from fedloom.nets import select
+called = set()
+"""
+HELPERS = {"travelling", "local_optimizer", "lr_scale", "needed", "remedy"}
+"""Names of `Method` that are not hooks: helpers, and properties for messages."""
+
+
+def hooks():
+    """Return the names of the hooks of `Method`."""
+    return {
+        name
+        for name, value in vars(Method).items()
+        if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
+    } - HELPERS
+
+
+def test_the_page_has_an_example_of_every_hook():
+    assert set(EXAMPLES) - {"draw"} | {"exchanges", "from_sums"} == hooks()
+
+
+@pytest.mark.parametrize("hook", EXAMPLES)
+def test_an_example_runs(experiment, hook):
+    body = "".join(f"    {line}\n" if line else "\n" for line in EXAMPLES[hook].splitlines())
+    names: dict = {}
+    exec(f"{PRELUDE}\n@dataclass(frozen=True)\nclass Mine(Method):\n{body}", names)
+    mine, calls = names["Mine"], []
+    own = vars(mine)[hook]
+
+    def watched(*args, **kwargs):
+        calls.append(hook)
+        return own(*args, **kwargs)
+
+    setattr(mine, hook, watched)
+    run = experiment(
+        mine(),
+        **{
+            "data.rows": 80,
+            "clients": 3,
+            "rounds": 1 + (hook == "phases"),
+            "screen.norm": 100,
+            "eval.shared_head": hook == "shared_features",
+            "aggregate": "median" if hook == "sums" else None,
+            "engine": "debug+sequential",
+        },
+    )
+    run.run()
+    assert calls
+    assert run.rows[-1]["personal_accuracy"] > 0
