@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom import Method
+from fedloom import Method, tree
 
 PAGE = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^### (\w+)[^\n]*\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
@@ -58,10 +58,13 @@ def test_an_example_runs(experiment, hook):
             "rounds": 1 + (hook == "phases"),
             "screen.norm": 100,
             "eval.shared_head": hook == "shared_features",
-            "aggregate": "median" if hook == "sums" else None,
             "engine": "debug+sequential",
         },
     )
     run.run()
+    if hook == "sums":  # called with a robust rule only
+        sent, method = {"weights": run.server["weights"]}, run.method
+        total = tree.add(method.sums(sent), method.sums(sent))
+        assert tree.equal(method.from_sums(total, 2)["weights"]["params"], sent["weights"]["params"])
     assert calls
     assert run.rows[-1]["personal_accuracy"] > 0
