@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from fedloom import losses as losses
     from fedloom import tree as tree
     from fedloom.api import Run as Run
+    from fedloom.api import load_data as load_data
+    from fedloom.api import open as open
     from fedloom.api import resume as resume
     from fedloom.api import run as run
     from fedloom.data import Dataset as Dataset

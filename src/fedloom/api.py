@@ -7,20 +7,26 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
 from fedloom.config.parsing import set_dotted
-from fedloom.config.settings import Values, make_settings
-from fedloom.data import Dataset
-from fedloom.errors import ConfigError, suggest
-from fedloom.experiment.build import arithmetic
+from fedloom.config.settings import Settings, Values, make_settings
+from fedloom.data import SOURCES, Dataset, Federation
+from fedloom.data.absent import absent_data
+from fedloom.data.preprocess import PREPROCESS
+from fedloom.errors import ConfigError
+from fedloom.experiment.build import make_dataset
 from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
 from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.personal_model import PersonalModel
+from fedloom.experiment.predictions import AT_ONCE, Predictions
+from fedloom.experiment.run_folder import RunFolder
 from fedloom.method import Method
 from fedloom.methods.registry import method_name
+from fedloom.objectives import Objective
+from fedloom.tools.export import Exported, export_client, needs, targets
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -28,19 +34,41 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-AT_ONCE = 512  # examples in one batch of predictions
 Model = nn.Module | Callable[..., nn.Module]
 
 
 class Run:
-    """A finished run."""
+    """A run: its settings, tables and models."""
 
-    def __init__(self, experiment: Experiment, summary: Values) -> None:
-        self._experiment = experiment
+    def __init__(
+        self, experiment: Experiment, summary: Values, with_data: Callable[[], Experiment] | None = None
+    ) -> None:
+        """`with_data`: return the run with its data, if `experiment` is without."""
+        self._experiment, self._reopen = experiment, with_data
         self.summary = summary
-        """The contents of `summary.json`."""
+        """The contents of `summary.json`; empty if the run is not finished."""
         self.folder: Path = experiment.folder.path
         """The folder with all files of the run."""
+        self._predictions = Predictions(experiment, lambda: self._whole)
+
+    @cached_property
+    def _whole(self) -> Experiment:
+        return self._reopen() if self._reopen else self._experiment
+
+    @property
+    def finished(self) -> bool:
+        """Whether all rounds are done."""
+        return bool(self.summary)
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the run."""
+        return self._experiment.settings
+
+    @property
+    def objective(self) -> Objective:
+        """The learning task, with the names of classes, labels or targets."""
+        return self._experiment.data.objective
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
@@ -56,12 +84,50 @@ class Run:
 
         return pd.DataFrame(self._experiment.client_rows)
 
-    def model(self, i: int) -> PersonalModel:
-        """Return client `i`'s personal model in evaluation mode, adapted by the method: `model(x)` gives logits (B, Y).
+    @property
+    def federation(self) -> Federation:
+        """The clients' examples. Raise UsageError if the data of an opened run are missing."""
+        return self._whole.data
 
-        Inputs must be normalised as in training; `run.federation.test(i)` returns such inputs.
+    def predict(self, client: int | str, inputs: Any, *, batch: int = AT_ONCE, adapt: bool = True) -> npt.NDArray[Any]:
+        """Return a model's predictions for new raw data, as values of the data.
+
+        Args:
+            client: the client's number, the name of its owner (`partition=natural`), or "server" for the server's model.
+            inputs: one example or several. For tables, a file, a pandas table or a dictionary of columns; columns are found by name. For
+                pictures, files, pictures of Pillow or uint8 arrays. Otherwise arrays as in training, or an .npy or .npz file.
+            batch: number of examples that are computed at once.
+            adapt: some methods adapt a model to the client's own examples before it predicts; they need the run's data. False: predict
+                without this.
+
+        Returns:
+            Class names (N,); tuples of label names (N,); numbers in the targets' units, (N,) or (N, M); token ids or names (N, T).
+
+        Raises:
+            UsageError: inputs do not fit the run, there is no such client, or the run's data are needed and missing.
         """
-        return self._experiment.personal_model(i)
+        return self._predictions.predict(client, inputs, adapt, batch)
+
+    def predict_proba(
+        self, client: int | str, inputs: Any, *, batch: int = AT_ONCE, adapt: bool = True
+    ) -> pd.DataFrame:
+        """Return the probability of each class or label, one row per example. Arguments as for `predict`."""
+        return self._predictions.probabilities(client, inputs, adapt, batch)
+
+    def score(self, client: int | str, data: Any, *, batch: int = AT_ONCE, adapt: bool = True) -> dict[str, float]:
+        """Return the metrics of a model on new raw data with targets, the primary metric first.
+
+        `data`: a table with the label columns of training, a folder with one folder of pictures for each class, a pair of inputs and
+        targets, or a data set whose inputs were made as in training. Other arguments as for `predict`.
+        """
+        return self._predictions.score(client, data, adapt, batch)
+
+    def model(self, client: int | str, *, adapt: bool = True) -> PersonalModel:
+        """Return a model in evaluation mode; `client` and `adapt` as for `predict`. `model(x)` gives outputs, such as logits (B, Y).
+
+        Inputs are tensors as in training, like those of `run.federation.test(i)`; `model.preprocess` makes them from raw data.
+        """
+        return self._predictions.model(client, adapt)
 
     def shared_model(self, client: int = 0) -> PersonalModel:
         """Return the shared body with one linear classifier for all clients: `model(x)` gives scores (B, Y).
@@ -74,45 +140,24 @@ class Run:
         """
         return self._experiment.shared_model(client)
 
-    def predict(self, client: int | str, inputs: Any) -> npt.NDArray[Any]:
-        """Return a client's predictions for new examples, as values of the data.
+    def export(self, client: int = 0, out: str | Path | None = None) -> Exported:
+        """Write a client's model as an ONNX file, compared with torch on the client's examples. It needs the run's data.
 
-        Args:
-            client: the client's number, or the name of its owner (`partition=natural`).
-            inputs: raw inputs like those of `fedloom.from_arrays`, (N, ...); they are normalised as in training.
-
-        Returns:
-            Class names (N,); tuples of label names (N,); numbers in the targets' units, (N,) or (N, M); token ids or names (N, T).
+        `out`: folder of the file; default: `export` in the run's folder. Files are never overwritten.
         """
-        import torch
-
-        from fedloom.data.arrays import stored_inputs
-        from fedloom.inputs import map_inputs, n_examples
-
-        data, owners = self.federation, self.federation.partition.owners
-        if isinstance(client, str) and client not in owners:
-            known = (
-                suggest(client, owners)
-                if owners
-                else f"; clients have no names here, so give a number below {data.n_clients}"
-            )
-            raise ConfigError(f"client={client}: no such owner{known}")
-        i = owners.index(client) if isinstance(client, str) else client
-        if not 0 <= i < data.n_clients:
-            raise ConfigError(f"client={client}: must be from 0 to {data.n_clients - 1}")
-        with arithmetic(self._experiment.settings), torch.inference_mode():
-            x, model = data.prepared(stored_inputs(inputs, data.spec), i), self.model(i)
-            parts = [map_inputs(lambda v, k=k: v[k : k + AT_ONCE], x) for k in range(0, n_examples(x), AT_ONCE)]
-            return data.objective.answer(torch.cat([model(part) for part in parts]))  # type: ignore[no-any-return]
-
-    @property
-    def federation(self) -> Any:
-        """The clients' examples (`fedloom.data.Federation`)."""
-        return self._experiment.data
+        needs()
+        folder = self.folder / "export" if out is None else Path(out)
+        (i, file), *_ = targets(folder, [client]).items()
+        return export_client(self._whole, i, file)
 
     def __repr__(self) -> str:
+        s = self.settings
+        if not self.finished:
+            return (
+                f"<Run {s.method.name} on {s.data.name}, {self._experiment.done} of {s.rounds} rounds; {self.folder}>"
+            )
         found = {k: v["final"] for k, v in self.summary.items() if isinstance(v, dict) and "final" in v}
-        scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in found.items() if value is not None)
         return f"<Run {self.summary['method']} on {self.summary['data']}, {self.summary['rounds']} rounds: {scores}; {self.folder}>"
 
 
@@ -183,6 +228,71 @@ def resume(
     return _run(Experiment.resume(folder, parts, accept_changes), progress)
 
 
+def open(
+    folder: str | Path,
+    *,
+    method: Method | None = None,
+    data: Dataset | None = None,
+    model: Model | None = None,
+) -> Run:
+    """Open the folder of a run, finished or not, to predict with its latest checkpoint. Files of the run do not change.
+
+    The run's data are read only if they are needed: for `federation`, `export`, and methods that adapt models before they predict.
+
+    Args:
+        folder: the run's folder.
+        method, model: the objects that the run was started with, if they were objects.
+        data: the data set that the run was started with, if it was an object and is needed.
+
+    Raises:
+        RunFolderError: the folder has no checkpoint, or a file was damaged.
+    """
+    place = Path(folder).expanduser()
+    parts = GivenObjects(method=method, dataset=data, model=model)
+
+    def with_data() -> Experiment:
+        return Experiment.reopen(place, parts)
+
+    if data is not None or not (place / PREPROCESS).is_file():  # earlier versions wrote no such file
+        return Run(with_data(), RunFolder.open(place).summary())
+    absent = GivenObjects(method=method, model=model, federation=absent_data(place))
+    return Run(Experiment.reopen(place, absent), RunFolder.open(place).summary(), with_data)
+
+
+def load_data(
+    name: str | Path,
+    *,
+    label: str | None = None,
+    task: Literal["classification", "multilabel", "regression", "language"] | None = None,
+    split: str | None = None,
+    owner: str | None = None,
+    missing: Literal["refuse", "drop", "fill"] = "refuse",
+    **options: Any,
+) -> Dataset:
+    """Return a data set, by its name or from your own file or folder.
+
+    Args:
+        name: a known name (`fedloom list datasets`), or a file or folder (docs/data.md).
+        label: the label column of a table, or several, separated by commas.
+        task: the learning task; default: by the labels.
+        split: the column of a table that says train or test.
+        owner: the column of a table that names the owner of each example, or "folder" for pictures in one folder per owner.
+        missing: what to do if values of a table are missing.
+        options: other settings `data.KEY`, such as `image_size=32`, and `name=` for the data set; `path` is not one of them.
+
+    Raises:
+        UsageError: the data are missing or malformed, or an option is unknown.
+    """
+    known = str(name).lower().replace("_", "-") in SOURCES
+    by_folder = owner == "folder"
+    values: Values = {"label": label, "task": task, "split": split, "missing": missing, **options}
+    values |= {"name": str(name)} if known else {"path": str(name), "name": options.get("name", "mine")}
+    values |= {"owner": owner} if by_folder else {}
+    given = {"data": {key: value for key, value in values.items() if value is not None}}
+    partition = {"name": "natural", "column": owner} if owner and not by_folder else {}
+    return make_dataset(make_settings({**given, **({"partition": partition} if partition else {})}))
+
+
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for a method or data of the wrong type, and for settings of a method or data given as an object."""
     if not isinstance(method, Method | str):
@@ -220,4 +330,4 @@ def _method_table(method: Method | str) -> str | Mapping[str, Any]:
     return method if isinstance(method, str) else {"name": method_name(type(method)), **dataclasses.asdict(method)}
 
 
-__all__ = ["OnRound", "Run", "resume", "run"]
+__all__ = ["OnRound", "Run", "load_data", "open", "resume", "run"]

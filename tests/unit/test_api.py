@@ -315,9 +315,85 @@ def test_predictions_name_classes_and_owners(run):
     done = run("local", data=data, model="mlp", rounds=3, partition="natural")
     assert set(done.predict("eve", x[:1000])) <= {"yes", "no"}
     assert (done.predict("eve", x) == done.predict(2, x)).all()
-    with pytest.raises(UsageError, match="client=adam: no such owner"):
+    with pytest.raises(UsageError, match="client=adam: no such client"):
         done.predict("adam", x)
-    with pytest.raises(
-        UsageError, match="client=ann: no such owner; clients have no names here, so give a number below 2"
-    ):
+    with pytest.raises(UsageError, match="client=ann: no such client; give a number from 0 to 1, or server"):
         run("local", data=data, model="mlp", rounds=1, partition="iid", clients=2).predict("ann", x)
+
+
+TABLE = "age,job,smokes,income\n" + "".join(
+    f"{20 + 7 * i % 40},{('nurse', 'clerk', 'smith')[i % 3]},{('yes', 'no')[i % 2]},{('low', 'high')[i * i % 3 % 2]}\n"
+    for i in range(60)
+)
+
+
+@pytest.fixture
+def people(tmp_path):
+    (tmp_path / "people.csv").write_text(TABLE)
+    return tmp_path / "people.csv"
+
+
+def test_a_finished_run_predicts_from_its_folder_without_the_data(run, people, tmp_path):
+    data = fedloom.load_data(people, label="income")
+    done = run("fedavg", data=data, model="table_mlp", partition="iid")
+    for what in ((done.folder / "partition.json"), people):
+        assert what.is_file()
+    table = pd.read_csv(people)
+    opened = fedloom.open(done.folder)
+    assert opened.finished
+    assert opened.settings == done.settings.model_copy(update={"engine": opened.settings.engine})
+    for client in (0, 2, "server"):
+        assert (opened.predict(client, people) == done.predict(client, people)).all()
+    said = opened.predict(1, table.drop(columns="income"), batch=7)
+    chances = opened.predict_proba(1, table)
+    assert list(chances.columns) == ["high", "low"]
+    assert chances.sum(axis=1).to_numpy() == pytest.approx(np.ones(60))
+    assert (chances.idxmax(axis=1) == said).all()
+    assert opened.score(1, people) == {"accuracy": pytest.approx(np.mean(said == table["income"]))}
+    assert opened.predict(0, {"age": 33, "job": "nurse", "smokes": "no"}).shape == (1,)
+    assert opened.metrics.shape == done.metrics.shape
+    x = done.federation.rows([3])[0]
+    model = opened.model(0)
+    for name, values in model.preprocess(table.iloc[3:4]).items():
+        assert torch.equal(values, x[name])
+    for raw in (table.to_numpy()[:2, :1].astype(np.uint8), ["nurse"], {"numbers": torch.ones(1, 2, dtype=torch.uint8)}):
+        with pytest.raises(UsageError, match=r"for raw values, use run\.predict"):
+            model(raw)
+    with pytest.raises(UsageError, match=r"not in its folder: data; open it in Python with the same objects"):
+        opened.federation  # noqa: B018
+    assert fedloom.open(done.folder, data=data).federation.n_clients == 3
+
+
+def test_methods_that_adapt_need_the_data_or_to_be_told_not_to_adapt(run, people):
+    data = fedloom.load_data(people, label="income")
+    done = run("fedavg_ft", data=data, model="table_mlp", partition="iid")
+    opened = fedloom.open(done.folder)
+    with pytest.raises(UsageError, match=r"FedAvgFT adapts models .* adapt=False"):
+        opened.predict(0, people)
+    plain = opened.predict_proba(0, people, adapt=False)
+    assert np.array_equal(plain, done.predict_proba(0, people, adapt=False))
+    assert not np.array_equal(plain, done.predict_proba(0, people))
+    whole = fedloom.open(done.folder, data=data)
+    assert np.array_equal(whole.predict_proba(0, people), done.predict_proba(0, people))
+    named = run("fedavg_ft", model="mlp")  # the data have a name, so they are found
+    again = fedloom.open(named.folder)
+    digits = fedloom.load_data("digits").images[:5]
+    assert np.array_equal(again.predict_proba(1, digits), named.predict_proba(1, digits))
+
+
+def test_the_servers_model_and_tasks_without_probabilities(run, people):
+    done = run("local", data="diabetes", model="mlp")
+    x = fedloom.load_data("diabetes").images[:2]
+    with pytest.raises(UsageError, match="client=server: Local has no server model"):
+        done.predict("server", x)
+    with pytest.raises(UsageError, match="task=regression has none; use predict"):
+        done.predict_proba(0, x)
+    with pytest.raises(UsageError, match="batch=0: must be at least 1"):
+        done.predict(0, x, batch=0)
+    with pytest.raises(UsageError, match=r"unknown key 'data\.lable'"):
+        fedloom.load_data(people, lable="income")
+    with pytest.raises(UsageError, match="is not a run folder"):
+        fedloom.open(people.parent)
+    (done.folder / "preprocess.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"preprocess\.json: (is not|has)"):
+        fedloom.open(done.folder)

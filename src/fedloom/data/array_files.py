@@ -61,6 +61,17 @@ def read_arrays(name: str, place: Path, *, task: str | None, rows: int | None) -
     return _made(name, place, found, task=task or "classification", rows=rows)
 
 
+def input_array(file: Path) -> Any:
+    """Return the inputs in an .npy file, or those in an .npz file by the usual names. Raise DataError if there are none."""
+    found = _reading(file)
+    if not isinstance(found, dict):
+        return found
+    name = next((name for keys in CONVENTIONS for name in (keys.x_test, keys.x) if name in found), None)
+    if name is None and len(found) > 1:
+        raise DataError(f"{file}: has the arrays {', '.join(found)}; call the inputs x")
+    return found[name or next(iter(found))]
+
+
 def _reading(file: Path) -> Any:
     """Return the array in an .npy file, or the arrays in an .npz file by name."""
     try:

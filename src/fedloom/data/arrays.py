@@ -118,8 +118,8 @@ def _column_names(y: Any) -> Sequence[str] | None:
     return None if name is None else [str(name)]
 
 
-def stored_inputs(x: Given, spec: InputSpec) -> Inputs:
-    """Return inputs of new examples in the form in which a data set with this `spec` stores them. Raise DataError if that fails."""
+def arrays_as_inputs(x: Given, spec: InputSpec) -> Inputs:
+    """Return arrays of new examples in the form in which a data set with this `spec` stores them. Raise DataError if that fails."""
     fields = _fields(x)
     known = {part.name: part.kind for part in spec.fields}
     return _inputs(x, "inputs", {key: known[key] for key in fields if key in known})[0]

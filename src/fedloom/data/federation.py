@@ -47,6 +47,7 @@ class Federation:
     Raise DataError if labels are out of range, or if the partition has example numbers that the data set lacks.
     """
 
+    has_examples = True  # whether the examples themselves can be read
     counts_are_claims = False  # whether the numbers of examples are only reported by clients, and cannot be checked
 
     def __init__(
@@ -215,10 +216,6 @@ class Federation:
                 part.name: self._scaled(part, pool.inputs[part.name].index_select(0, chosen), owners) for part in fields
             }
         return x, pool.targets.index_select(0, chosen)
-
-    def prepared(self, inputs: Inputs, client: int) -> Inputs:
-        """Return stored inputs of a client's new examples as model inputs. Raise DataError if they do not fit `spec`."""
-        return self.preprocess.prepared(inputs, client)
 
     @property
     def preprocess(self) -> Preprocess:

@@ -32,6 +32,14 @@ def read_frame(x: Any, x_test: Any) -> TypedInputs:
     return column_inputs(columns, len(x), "from_arrays: x")
 
 
+def frame_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """Return a pandas table with the types that `table_files.read_files` gives: text, float64 or categories."""
+    names = [str(name) for name in table.columns]
+    if len(set(names)) < len(names):
+        raise DataError("inputs: two columns have the same name; rename one")
+    return pd.DataFrame({name: _own(table.iloc[:, i], name, "inputs") for i, name in enumerate(names)})
+
+
 def _whole(x: Any, x_test: Any) -> pd.DataFrame:
     """Return the rows of both tables, with text as names of columns."""
     frames = [x] if x_test is None else [x, x_test]
@@ -53,14 +61,18 @@ def _whole(x: Any, x_test: Any) -> pd.DataFrame:
 def _typed(whole: pd.DataFrame, name: str) -> TableColumn:
     """Return a column with its type. A column of pandas' categories may have any number of levels."""
     try:
-        values = pa.chunked_array([pa.Array.from_pandas(whole[name])])
-    except (pa.ArrowException, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"from_arrays: x, column '{name}': has values of several types ({reason})") from error
-    try:
-        column = typed(name, own_type(values, "from_arrays: x", name), file="from_arrays: x")
+        column = typed(name, _own(whole[name], name, "from_arrays: x"), file="from_arrays: x")
         if not isinstance(whole[name].dtype, pd.CategoricalDtype):
             check_levels(column, "from_arrays: x")
     except DataError as error:
         raise DataError(str(error).replace(f"set data.drop={name}", "drop it")) from None
     return column
+
+
+def _own(values: pd.Series[Any], name: str, where: str) -> pd.Series[Any]:
+    """Return a column as `own_type` does. Raise DataError if its values have several types."""
+    try:
+        return own_type(pa.chunked_array([pa.Array.from_pandas(values)]), where, name)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{where}, column '{name}': has values of several types ({reason})") from error

@@ -197,6 +197,19 @@ class Preprocess(_Strict):
         """The description of the model's inputs."""
         return InputSpec(tuple(part.field for part in self.inputs))
 
+    def encode(self, raw: Any, client: int | None = None) -> Inputs:
+        """Return raw values of a client's new examples (None: of no client) as model inputs.
+
+        `raw`: see `raw_inputs.stored_inputs`. Raise DataError if it does not fit.
+        """
+        return self.prepared(self.stored(raw), client)
+
+    def stored(self, raw: Any) -> Inputs:
+        """Return raw values of new examples in the form in which those of training are stored."""
+        from fedloom.data.raw_inputs import stored_inputs  # pandas and Pillow are slow to import
+
+        return stored_inputs(self, raw)
+
     def prepared(self, stored: Inputs, client: int | None = None) -> Inputs:
         """Return stored inputs of a client's new examples (None: of no client) as model inputs. Raise DataError if they do not fit."""
         check_stored(self.spec, stored)

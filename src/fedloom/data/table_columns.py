@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,6 +115,20 @@ def _from_words(
             f"{file}, column '{name}': has dates ({present[0]}); derive numbers from it, or set data.drop={name}"
         )
     return _category(name, codes, words, blank)
+
+
+def number_of(word: str, decimal: str | None, blank: Collection[str]) -> float | None:
+    """Return the number that a word stands for: NaN if it is missing, 0 or 1 for false and true, None if it is no number."""
+    if word in blank or word in NO_NUMBER:
+        return math.nan
+    if (plain := _plain(word, decimal)) is not None:
+        return float(plain)
+    return next((float(pair.index(word.lower())) for pair in _TRUTH if word.lower() in pair), None)
+
+
+def is_number(word: str) -> bool:
+    """Return whether a word is a number as Python writes it."""
+    return _NUMBER.fullmatch(word) is not None
 
 
 def _plain(word: str, decimal: str | None) -> str | None:

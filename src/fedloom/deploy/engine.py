@@ -340,7 +340,7 @@ class FlowerEngine(Engine):
         """Raise ConfigError: client states never leave their device."""
         raise ConfigError(f"client {i} is on {self._node_of[i]}; its state never leaves that device")
 
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+    def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
         """Raise ConfigError, like `client`."""
         raise ConfigError(f"client {i}'s model is on {self._node_of[i]}, and never leaves that device")
 

@@ -236,8 +236,14 @@ class Engine(ABC):
     def restore(self, i: int, client: Client) -> None:
         """Restore the state that `client(i)` returned earlier (when a run is resumed)."""
 
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
-        """Return client `i`'s personal predictor after `receive` and `adapt`: modules, weights and memory, and its downlink."""
+    def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
+        """Return client `i`'s personal predictor after `receive` and, with `adapt`, the method's `adapt` phases: modules, weights and
+        memory, and its downlink.
+        """
+        raise NotImplementedError
+
+    def server(self, down: Downlink) -> tuple[Modules, Client, Tree]:
+        """Return the server's predictor, like `personal`."""
         raise NotImplementedError
 
     def modules(self) -> Sequence[Modules]:

@@ -17,9 +17,13 @@ class ForwardingEngine(Engine):
         super().__init__(problem)
         self.inner = inner
 
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+    def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
         """See `Engine.personal`."""
-        return self.inner.personal(number, down, i)
+        return self.inner.personal(number, down, i, adapt)
+
+    def server(self, down: Downlink) -> tuple[Modules, Client, Tree]:
+        """See `Engine.server`."""
+        return self.inner.server(down)
 
     def client(self, i: int) -> Client:
         """See `Engine.client`."""

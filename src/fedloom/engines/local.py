@@ -219,16 +219,26 @@ class LocalEngine(Engine):
         x, y = common_part(self.data, part)
         if not len(y):
             return p.task.objective.none()
-        blank = p.initial(0, self._initial[p.arch_of[0]])
-        blank = Client(**moved(blank._asdict(), self.device))
-        server = blank._replace(weights=Method.receive(p.method, blank.weights, message, blank.memory))
-        outputs = self._predict(p.method.predictors()["server"], 0, server, x, message)
+        outputs = self._predict(p.method.predictors()["server"], 0, self._server(message), x, message)
         return p.task.objective.scores(outputs, y, [len(y)])[0]
 
-    def personal(self, number: int, down: Downlink, i: int) -> tuple[Modules, Client, Tree]:
+    def _server(self, message: Tree) -> Client:
+        """Return a client with the server's own weights."""
+        p = self.problem
+        blank = p.initial(0, self._initial[p.arch_of[0]])
+        blank = Client(**moved(blank._asdict(), self.device))
+        return blank._replace(weights=Method.receive(p.method, blank.weights, message, blank.memory))
+
+    def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
         """See `Engine.personal`."""
-        client = self.adapted(number, moved(down.common, self.device), i)
+        message = moved(down.common, self.device)
+        client = self.adapted(number, message, i) if adapt else self.received(i, message)
         return self.problem.modules(self.problem.arch_of[i]), Client(**moved(client._asdict(), HOST)), down.common
+
+    def server(self, down: Downlink) -> tuple[Modules, Client, Tree]:
+        """See `Engine.server`."""
+        client = self._server(moved(down.common, self.device))
+        return self.problem.modules(self.problem.arch_of[0]), Client(**moved(client._asdict(), HOST)), down.common
 
     def modules(self) -> Sequence[Modules]:
         """See `Engine.modules`."""

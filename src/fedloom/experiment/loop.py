@@ -63,8 +63,9 @@ class GivenObjects:
     @property
     def names(self) -> set[str]:
         """Names of the settings that are given as objects."""
-        given = {"data": self.dataset or self.federation, "model": self.model, "partition": self.partition}
-        return {name for name, value in given.items() if value is not None}
+        given = {"data": self.dataset, "model": self.model, "partition": self.partition}
+        whole = {"data", "partition"} if self.federation is not None else set[str]()
+        return whole | {name for name, value in given.items() if value is not None}
 
 
 NOTHING = GivenObjects()
@@ -159,7 +160,12 @@ class Experiment:
         if record := folder.newest_manifest():
             refuse_damage(folder, record)
         settings = make_settings(read_toml(folder.path / "config.toml"))
-        refuse_missing_objects(path, settings, parts.names, "in Python, use the finished run, such as run.model(0)")
+        refuse_missing_objects(
+            path,
+            settings,
+            parts.names,
+            "open it in Python with the same objects, fedloom.open(FOLDER, data=...)",
+        )
         engine = settings.engine.model_copy(update={"name": "sequential", "device": "cpu"})
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
 
@@ -369,12 +375,32 @@ class Experiment:
                 if view in found:
                     now[i][f"{view}_{objective.primary.name}"] = objective.value(found[view][place])
 
-    def personal_model(self, i: int) -> PersonalModel:
-        """Return client `i`'s personal predictor with the current state, as a plain module in evaluation mode."""
+    def personal_model(self, i: int, adapt: bool = True) -> PersonalModel:
+        """Return client `i`'s personal predictor with the current state, as a plain module in evaluation mode.
+
+        `adapt`: whether to run the method's `adapt` phases, which need the client's examples.
+        """
         down = self.hooks.deploy(self.server, self.done)
         with arithmetic(self.settings):
             received = Downlink(self.problem.codec.through(down).to(i))
-            return PersonalModel(self.method, *self.engine.personal(self.done, received, i))
+            found = self.engine.personal(self.done, received, i, adapt)
+            return self._described(PersonalModel(self.method, *found), i)
+
+    def server_model(self) -> PersonalModel:
+        """Return the server's predictor with the current state, as a plain module. Raise RunFolderError if there is none."""
+        if not self.problem.has_server_model:
+            raise RunFolderError(
+                f"client=server: {type(self.method).__name__} has no server model; name a client by its number"
+            )
+        down = self.hooks.deploy(self.server, self.done)
+        with arithmetic(self.settings):
+            found = self.engine.server(down)
+            return self._described(PersonalModel(self.method, *found, self.method.predictors()["server"]), None)
+
+    def _described(self, model: PersonalModel, client: int | None) -> PersonalModel:
+        """Return a model that can convert raw values."""
+        model.encode = partial(self.data.preprocess.encode, client=client)
+        return model
 
     def shared_model(self, i: int) -> PersonalModel:
         """Return the body that client `i` receives, with one classifier for all clients (`eval.shared_head`), as a plain module.
@@ -388,4 +414,4 @@ class Experiment:
             )
         down = self.problem.codec.through(self.hooks.deploy(self.server, self.done))
         with arithmetic(self.settings):
-            return self.scoring.head.model(self.done, down, i)
+            return self._described(self.scoring.head.model(self.done, down, i), i)

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedloom import tree
-from fedloom.inputs import Inputs, map_inputs
+from fedloom.errors import DataError
+from fedloom.inputs import Inputs, map_inputs, tensors_of
 from fedloom.method import Client, Method, Predictor
 from fedloom.nets import Nets, write_weights
 from fedloom.tree import Tree
 
 
 class PersonalModel(nn.Module):
-    """A client's personal predictor: `model(x)` returns logits (B, Y) for normalised inputs (B, ...)."""
+    """A predictor of a client or of the server: `model(x)` returns logits (B, Y) for inputs (B, ...) as in training.
+
+    `encode` turns raw values into such inputs (see `Preprocess.encode`).
+    """
+
+    encode: Callable[[Any], Inputs]
 
     def __init__(
         self, method: Method, modules: Any, client: Client, down: Tree, predictor: Predictor | None = None
@@ -27,6 +34,10 @@ class PersonalModel(nn.Module):
         self._predictor, self._down, self._memory = predictor or method.predictors()["personal"], down, client.memory
         self.eval()
 
+    def preprocess(self, inputs: Any) -> Inputs:
+        """Return raw values, like those of `Run.predict`, as inputs of this model."""
+        return self.encode(inputs)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
         """Apply a change of precision or device to the predictor's other inputs as well."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -34,7 +45,12 @@ class PersonalModel(nn.Module):
         return self
 
     def forward(self, x: Inputs) -> Tensor:
-        """Return outputs, such as logits (B, Y)."""
+        """Return outputs, such as logits (B, Y). Raise DataError for raw values."""
+        if not isinstance(x, Tensor | dict) or any(_is_raw(v) for v in tensors_of(x)):
+            raise DataError(
+                "the model takes tensors as in training, such as run.federation.test(i); for raw values, use run.predict, or convert them "
+                "with model.preprocess"
+            )
         modules = dict(self.nets.items())
         params = {f"{net}.{name}": p for net, module in modules.items() for name, p in module.named_parameters()}
         buffers = {f"{net}.{name}": b for net, module in modules.items() for name, b in module.named_buffers()}
@@ -42,3 +58,7 @@ class PersonalModel(nn.Module):
         dtype = next(iter(params.values())).dtype
         x = map_inputs(lambda v: v.to(dtype) if v.is_floating_point() else v, x)
         return self._predictor(nets, x, self._down, self._memory)
+
+
+def _is_raw(values: Any) -> bool:
+    return not isinstance(values, Tensor) or values.dtype == torch.uint8

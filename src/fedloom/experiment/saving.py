@@ -100,9 +100,9 @@ def _checked_round(experiment: Experiment, folder: RunFolder, number: int) -> in
 
 def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
     """Raise RunFolderError if the partition differs from the run's own: examples used for training could become test examples."""
-    at_start, now = folder.partition(), _partition_record(experiment)
-    if experiment.partition.scheme.get("name") == "devices":
+    if experiment.partition.scheme.get("name") == "devices" or not experiment.data.has_examples:
         return  # devices may hold other examples by now, or be absent
+    at_start, now = folder.partition(), _partition_record(experiment)
     if any(at_start[key] != now[key] for key in ("classes", "class_counts", "hash") if key in at_start):
         raise RunFolderError(
             f"{folder.path}: its data or partition differ from those at its start; restore the data and the partition's file"
