@@ -22,10 +22,10 @@ from hostile_uplinks import ATTACKS, VALUES, Attack, Hostile
 RULES = (None, "median", "trimmed:0.25", "krum:2", "multikrum:2", "geometric", "norm-bound:1", "clip:1")
 CHOSEN = ("none", "x 1e6", "x -10", "x -3", "x -1")
 SKEWS: dict[str, dict[str, Any]] = {
-    "iid": {"name": "iid"},
-    "Dirichlet 0.5": {"name": "dirichlet", "alpha": 0.5},
-    "Dirichlet 0.1": {"name": "dirichlet", "alpha": 0.1},
-    "two classes each": {"name": "pathological", "classes_per_client": 2},
+    "iid": {"partition": {"name": "iid"}},
+    "Dirichlet 0.5": {"partition": {"name": "dirichlet", "alpha": 0.5}},
+    "Dirichlet 0.1": {"partition": {"name": "dirichlet", "alpha": 0.1}},
+    "two classes each, 10 clients": {"partition": {"name": "pathological", "classes_per_client": 2}, "clients": 10},
 }
 
 
@@ -58,7 +58,7 @@ def main() -> None:
             )
     print("| fedavg, no attack |", " | ".join(SKEWS), "|")
     for rule in RULES:
-        cells = [accuracies("fedavg", rule, ATTACKS["none"], partition=skew) for skew in SKEWS.values()]
+        cells = [accuracies("fedavg", rule, ATTACKS["none"], **skew) for skew in SKEWS.values()]
         print(f"| {rule} |", " | ".join(cells), "|", flush=True)
 
 

@@ -129,20 +129,24 @@ class FedProto(Method):
         return ""
 
     def sums(self, uplink: Tree) -> Tree:
-        """Return counts (Y,), weights in each class (Y,), and weighted class means (Y, p), in float64; 0 for classes not held."""
+        """Return counts (Y,) and weighted class means (Y, p), 0 for classes not held, in float64. If clients have equal weights, also
+        whether a class is held, as 1 or 0 (Y,).
+        """
         _, local = self.gathered([uplink])
         weights = self.weights_of([uplink])[0].double()
-        return {"counts": uplink["counts"].double(), "held": weights, "sums": weights[:, None] * local[0].double()}
+        found = {"counts": uplink["counts"].double(), "sums": weights[:, None] * local[0].double()}
+        return found if self.prototype_mean == "weighted" else found | {"held": weights}
 
     def from_sums(self, total: Tree, n: int) -> Tree:
         """Return the mean prototypes of the classes with a weight of at least 1/2 (noise may have been added), and counts divided by n."""
-        held = self.in_total(total)
-        return {"prototypes": total["sums"][held] / total["held"][held, None], "counts": total["counts"] * held / n}
+        weights = self.total_weights(total)
+        held = weights > 0
+        return {"prototypes": total["sums"][held] / weights[held, None], "counts": total["counts"] * held / n}
 
-    def in_total(self, total: Tree) -> Tensor:
-        """Return whether a class has examples, according to totals over clients: (Y,)."""
-        enough: Tensor = (total["held"] >= 0.5) & (total["counts"] >= 0.5)
-        return enough
+    def total_weights(self, total: Tree) -> Tensor:
+        """Return the total weight of each class (Y,); 0 for classes with a weight or a count below 1/2."""
+        weights: Tensor = total.get("held", total["counts"])
+        return weights * ((weights >= 0.5) & (total["counts"] >= 0.5))
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return mean prototypes, class by class; a class that no client of the cohort has keeps its prototype."""

@@ -202,15 +202,15 @@ class FedVTC(FedProto):
         found = super().sums(uplink)
         _, local = self.gathered([uplink])
         variance, means = uplink["variance"].double(), local[0].double()
-        found["squares"] = feature_statistics.raw_squares(variance, means, found["held"], self.covariance)
+        weights = self.weights_of([uplink])[0].double()
+        found["squares"] = feature_statistics.raw_squares(variance, means, weights, self.covariance)
         return found | {"weights": uplink["weights"]} if self.share_generator else found
 
     def from_sums(self, total: Tree, n: int) -> Tree:
         """Return FedProto's uplink with the variance of all examples, and the mean generator if it is shared."""
-        found, held = super().from_sums(total, n), self.in_total(total)
+        found, weights = super().from_sums(total, n), self.total_weights(total)
         means = torch.zeros_like(total["sums"])
-        means[held] = found["prototypes"]
-        weights = total["held"] * held
+        means[weights > 0] = found["prototypes"]
         found["variance"] = feature_statistics.variance_of(total["squares"], means, weights, self.covariance)
         if self.share_generator:
             found["weights"] = tree.map_tree(lambda leaf: leaf / n, total["weights"])
