@@ -138,6 +138,7 @@ def combined(word, rows, received=0.0):
         ("trimmed:0.4", [[0, 0], [1, 1], [3, 3], [9, 9]], [2, 2]),  # two values are left
         ("krum:1", [[0, 0], [1, 0], [1, 1], [2, 1], [50, 50]], [1, 0]),
         ("multikrum:1", [[0, 0], [2, 0], [0, 2], [2, 2], [50, 50]], [1, 1]),
+        ("multikrum:3", [[0, 0], [2, 0], [0, 2], [2, 2], [50, 50]], [1, 1]),  # five uplinks support F = 1
         ("geometric", [[0, 0], [4, 0], [0, 4], [4, 4]], [2, 2]),
         ("geometric", [[1, 1], [1, 1], [1, 1], [7, 9]], [1, 1]),  # a majority at one point
         ("geometric", [[0, 0], [2, 0], [1, 3**0.5]], [1, 3**-0.5]),  # the Fermat point of an equilateral triangle

@@ -49,7 +49,7 @@ class Additive:
         return rows.clamp(-LARGEST, LARGEST)
 
     def stand_in(self, mean: Mapping[str, Tensor], n: int | None = None) -> Tree:
-        """Return the uplink that stands for `n` uplinks (default: those given), if this is the mean of their additive tensors by path (d,)."""
+        """Return the uplink that stands for `n` uplinks (default: those given); `mean`: that of their additive tensors, by path (d,)."""
         n = self.n if n is None else n
         total = {}
         for path, leaf in self._structure.items():

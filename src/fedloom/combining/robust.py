@@ -52,13 +52,14 @@ def trimmed_mean(rows: Tensor, fraction: float) -> Tensor:
 
 def krum_weights(inner: Tensor, hostile: float) -> Tensor:
     """Return the weights of Krum (Blanchard et al., NeurIPS 2017): 1 for the uplink with the lowest score."""
-    return _selected(inner, _krum_scores(inner, int(hostile)).argsort(stable=True)[:1])
+    return _selected(inner, _krum_scores(inner, _supported(inner, hostile)).argsort(stable=True)[:1])
 
 
 def multikrum_weights(inner: Tensor, hostile: float) -> Tensor:
     """Return equal weights for the n - F uplinks with the lowest scores of Krum."""
-    scores = _krum_scores(inner, int(hostile))
-    return _selected(inner, scores.argsort(stable=True)[: len(scores) - int(hostile)])
+    least = _supported(inner, hostile)
+    scores = _krum_scores(inner, least)
+    return _selected(inner, scores.argsort(stable=True)[: len(scores) - least])
 
 
 def geometric_weights(inner: Tensor, _: float) -> Tensor:
@@ -136,6 +137,11 @@ def _distances(inner: Tensor, a: Tensor) -> Tensor:
     """Return the distances of the n uplinks from the point c + sum_k a_k (x_k - c): (n,)."""
     from_a = torch.eye(len(inner), dtype=inner.dtype)[:-1] - a
     return ((from_a @ inner) * from_a).sum(1).clamp(min=0).sqrt()
+
+
+def _supported(inner: Tensor, hostile: float) -> int:
+    """Return F, or the largest F that n uplinks support: fewer arrive once screening has excluded hostile clients."""
+    return min(int(hostile), (len(inner) - 1 - 3) // 2)
 
 
 def _krum_scores(inner: Tensor, hostile: int) -> Tensor:

@@ -20,7 +20,8 @@ class RuleKind:
     number: str = ""  # name of the number after the colon
     allowed: Callable[[float], bool] = bool
     limits: str = ""  # `allowed` in words
-    least: Callable[[float], int] = lambda _: 1  # the fewest uplinks that the rule can combine
+    cohort: Callable[[float], int] = lambda _: 1  # the smallest cohort with which the rule does what it promises
+    least: int = 1  # the fewest uplinks that it can combine
 
 
 def _is_count(number: float) -> bool:
@@ -47,7 +48,8 @@ RULES: Mapping[str, RuleKind] = MappingProxyType(
             number="F",
             allowed=_is_count,
             limits="an integer of at least 1",
-            least=_for_krum,
+            cohort=_for_krum,
+            least=_for_krum(1),
         ),
         "multikrum": RuleKind(
             summary="the mean of the uplinks without the F that are farthest from their neighbours",
@@ -55,7 +57,8 @@ RULES: Mapping[str, RuleKind] = MappingProxyType(
             number="F",
             allowed=_is_count,
             limits="an integer of at least 1",
-            least=_for_krum,
+            cohort=_for_krum,
+            least=_for_krum(1),
         ),
         "geometric": RuleKind(
             summary="the geometric median: the point with the smallest mean distance to the uplinks",
@@ -86,9 +89,14 @@ class Rule(NamedTuple):
     number: float
 
     @property
+    def cohort(self) -> int:
+        """The smallest cohort with which the rule does what it promises."""
+        return RULES[self.name].cohort(self.number)
+
+    @property
     def least(self) -> int:
         """The fewest uplinks that the rule can combine."""
-        return RULES[self.name].least(self.number)
+        return RULES[self.name].least
 
 
 def parse_rule(word: str) -> Rule:

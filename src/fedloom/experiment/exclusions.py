@@ -29,8 +29,8 @@ class UplinkPlan(NamedTuple):
 
     @property
     def least(self) -> int:
-        """The fewest uplinks that the rule can combine."""
-        return self.rule.least if self.rule else 1
+        """The smallest cohort with which the rule does what it promises."""
+        return self.rule.cohort if self.rule else 1
 
 
 class Exclusion(NamedTuple):
@@ -39,7 +39,7 @@ class Exclusion(NamedTuple):
     setting: str  # with its key, as users write it
     other: str
     applies: Callable[[UplinkPlan], bool]
-    reason: str  # may name {method}, {least} uplinks and the largest {cohort}
+    reason: str  # may name the {method}, the {least} cohort of a rule, and the largest {cohort}
 
 
 def _rule(plan: UplinkPlan, *names: str) -> bool:

@@ -145,8 +145,9 @@ class FedProto(Method):
 
     def total_weights(self, total: Tree) -> Tensor:
         """Return the total weight of each class (Y,); 0 for classes with a weight or a count below 1/2."""
-        weights: Tensor = total.get("held", total["counts"])
-        return weights * ((weights >= 0.5) & (total["counts"] >= 0.5))
+        counts: Tensor = total["counts"]
+        weights: Tensor = total.get("held", counts)
+        return weights * ((weights >= 0.5) & (counts >= 0.5))
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return mean prototypes, class by class; a class that no client of the cohort has keeps its prototype."""
