@@ -15,7 +15,7 @@ from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Settings, Values, make_settings
 from fedloom.data import SOURCES, Dataset, Federation
 from fedloom.data.absent import absent_data
-from fedloom.data.preprocess import PREPROCESS
+from fedloom.data.preprocess import PREPROCESS, Preprocess
 from fedloom.errors import ConfigError
 from fedloom.experiment.build import make_dataset
 from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
@@ -69,6 +69,16 @@ class Run:
     def objective(self) -> Objective:
         """The learning task, with the names of classes, labels or targets."""
         return self._experiment.data.objective
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How raw values become model inputs (`preprocess.json`)."""
+        return self._experiment.data.preprocess
+
+    @property
+    def n_clients(self) -> int:
+        """Number of clients, including those that joined after training."""
+        return self._experiment.data.n_clients
 
     @cached_property
     def metrics(self) -> pd.DataFrame:

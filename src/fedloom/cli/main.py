@@ -54,6 +54,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "cost": Entry(
             "fedloom.cli.costing:cost_command", "measure a client's local update, and check if it fits a small device"
         ),
+        "predict": Entry("fedloom.cli.predicting:predict_command", "predict new files with a model of a run"),
         "export": Entry("fedloom.cli.exporting:export_command", "export a client's model as an ONNX file for a device"),
         "partition": Entry(
             "fedloom.cli.partitioning:partition_command",
