@@ -61,6 +61,7 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
             "split a data set across clients, show the partition, save it to a file",
         ),
         "deploy": Entry("fedloom.cli.deploying:deploy_command", "run a method on real devices with Flower"),
+        "new": Entry("fedloom.cli.new:new_command", "write the files with which a method of your own begins"),
         "check": Entry("fedloom.cli.checking:check_command", "check that your own method follows the contract"),
         "bench": Entry("fedloom.cli.benching:bench_command", "compare the speed of the engines on this machine"),
     }
