@@ -124,9 +124,10 @@ class PartitionSettings(Section):
     name: (
         Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own", "given"] | None
     ) = None
-    """Partition scheme. Default: `natural` if a column names the owner of every example, `dirichlet` if targets fall into groups, else
-    `iid`; the run logs which one, unless it is `dirichlet`. `natural`: by the owner named in a column; `file`: read from `partition.path`;
-    `own`: the split in a PFLlib folder; `given`: passed from Python."""
+    """Partition scheme. Default: `own` if examples overlap (windows of a text), `natural` if a column names the owner of every example,
+    `dirichlet` if targets fall into groups, else `iid`; the run logs which one, unless it is `dirichlet`. `natural`: by the owner named in
+    a column; `file`: read from `partition.path`; `own`: the data set's own split of each owner's examples (PFLlib, LEAF, har); `given`:
+    passed from Python."""
     alpha: Positive = 0.1
     """Concentration of the Dirichlet distribution; smaller values give more skewed clients."""
     classes_per_client: Count = 2

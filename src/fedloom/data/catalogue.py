@@ -17,7 +17,9 @@ class Source:
     the name). `image_size` is the original width and height in pixels. None means that sizes differ, so the user must
     choose one; 0 means that inputs are not images. `natural` is the column by which `partition=natural` divides the
     examples. `only` lists the classes to keep, in this order. `task` is the learning task. `embedded` data are part of
-    the package.
+    the package. `inputs` describes inputs that are not images. `reader` is the import path of the function that reads the files, unless
+    they are parquet, IDX or LEAF's JSON; `is_table` says whether it takes the options of tables. `files` is the file on the hub, or the
+    start of the names of IDX files. `get` says which files to put into the folder. `terms` is the licence, or what is known of it.
     """
 
     title: str
@@ -33,6 +35,12 @@ class Source:
     folder: str | None = None
     task: str = "classification"
     embedded: bool = False
+    inputs: str = ""
+    reader: str = ""
+    is_table: bool = False
+    files: str = ""
+    get: str = ""
+    terms: str = ""
 
 
 _DIGITS = tuple("0123456789")
@@ -71,7 +79,11 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
             title="Fashion-MNIST", n_classes=10, **_GREY,
             hub="zalando-datasets/fashion_mnist", hub_folder="fashion_mnist", classes=_FASHION,
         ),
-        "emnist": Source(title="EMNIST, balanced split", n_classes=47, **_GREY),
+        "emnist": Source(
+            title="EMNIST, balanced split", n_classes=47, **_GREY, classes=_DIGITS + _UPPER + tuple("abdefghnqrt"),
+            files="emnist-balanced-", terms="public domain (NIST)",
+            get="put emnist-balanced-{train,test}-{images-idx3,labels-idx1}-ubyte.gz (nist.gov, EMNIST)",
+        ),
         "femnist": Source(
             title="FEMNIST (LEAF), by writer", n_classes=62, **_GREY, hub="flwrlabs/femnist",
             label="character", classes=_DIGITS + _UPPER + _LOWER, natural="writer_id",

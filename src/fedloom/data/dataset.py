@@ -28,6 +28,7 @@ class Dataset:
     numbers floating point, tokens and categories integers. `targets` have the form that `objective` needs, such as (N,) int64 class
     labels.
     `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
+    `overlaps` says how examples of one owner overlap, such as windows of a text; random splits, which would leak, are then refused.
     `parts` say how raw values become `inputs`, field by field; by default they come from arrays. `table` says how a table was read.
     `factor` names the column with a known client factor, if there is one; `changed` has the same images with another value of it.
     """
@@ -40,6 +41,7 @@ class Dataset:
     spec: InputSpec
     columns: dict[str, Column] = field(default_factory=dict)
     normalise: str | None = None
+    overlaps: str = ""
     parts: tuple[Part, ...] = ()
     table: TableFormat | None = None
     factor: str = ""

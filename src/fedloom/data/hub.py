@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fedloom.data.catalogue import SOURCES, Source
-from fedloom.data.layouts import TEST_NAMES
+from fedloom.data.layouts import TEST_NAMES, find_idx, find_leaf
 from fedloom.errors import DataError, suggest
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
@@ -54,8 +54,21 @@ def _place(name: str) -> str:
 
 def local_folder(name: str, cache: Path) -> Path | None:
     """Return the folder in `$FEDLOOM_DATA` or the cache that has the data set's files, or None."""
-    found = (folder for folder in _folders(name, cache) if folder.is_dir() and split_files(folder)[0])
-    return next(found, None)
+    return next((folder for folder in _folders(name, cache) if folder.is_dir() and _has_files(name, folder)), None)
+
+
+def _has_files(name: str, folder: Path) -> bool:
+    """Return whether a folder has files of the data set."""
+    reads_others = name in SOURCES and SOURCES[name].reader and any(folder.iterdir())
+    return bool(reads_others or split_files(folder)[0] or find_idx(folder) or find_leaf(folder))
+
+
+def fetched(name: str, source: Source, cache: Path, path: str | Path | None) -> Path:
+    """Return the folder of a data set that is not on this machine, after a download. Raise DataError if there is none."""
+    if path is not None:
+        what = "is a file; give its folder" if Path(path).expanduser().is_file() else "folder does not exist"
+        raise DataError(f"data.path={path}: {what}")
+    return _download(name, source, cache / (source.folder or name), _folders(name, cache)[0])
 
 
 def _folders(name: str, cache: Path) -> list[Path]:
@@ -104,7 +117,8 @@ def _aliases(name: str, source: Source | None) -> list[str]:
 
 def _download(name: str, source: Source, target: Path, first: Path) -> Path:
     places = " or ".join(str(folder) for folder in dict.fromkeys((first, target)))
-    advice = f"put train.parquet (and test.parquet) into {places}, or give a folder with data.path=FOLDER"
+    wanted_files = source.get or "put train.parquet (and test.parquet)"
+    advice = f"{wanted_files} into {places}, or give a folder with data.path=FOLDER"
     if source.hub is None:
         raise DataError(f"data={name}: not found, and it has no known hub repository; {advice}")
     partial = target.with_name(target.name + ".part")
@@ -112,9 +126,10 @@ def _download(name: str, source: Source, target: Path, first: Path) -> Path:
         from huggingface_hub import snapshot_download
 
         # The folder gets its final name when complete; an interrupted download continues in the partial folder.
-        wanted = [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *TEST_NAMES)]
+        wanted = [source.files] if source.files else []
+        wanted = wanted or [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *TEST_NAMES)]
         snapshot_download(repo_id=source.hub, repo_type="dataset", allow_patterns=wanted, local_dir=partial)
-        if not split_files(partial)[0]:
+        if not (any(partial.glob(source.files)) if source.files else split_files(partial)[0]):
             raise DataError(f"data={name}: hub repository {source.hub} no longer has {wanted[0]}; {advice}")
         partial.replace(target)
     except ImportError:

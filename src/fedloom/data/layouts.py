@@ -1,4 +1,4 @@
-"""Find the files of the user's own tables and arrays. This module reads none of them."""
+"""Find files by their layout: tables, arrays, IDX files and LEAF's JSON. This module reads none of them."""
 
 from __future__ import annotations
 
@@ -43,6 +43,19 @@ class TableOptions:
     by: str | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to load; see `fedloom.data.load`."""
+
+    name: str
+    image_size: int | None = None
+    rows: int | None = None
+    task: str | None = None
+    owner: str | None = None
+    table: TableOptions = TableOptions()
+    cache: Path
+
+
 def find_tables(place: Path) -> Files | None:
     """Return the files of a table: `place` itself, or train.csv and test.csv in a folder. Return None for other folders.
 
@@ -76,6 +89,22 @@ def find_arrays(place: Path) -> Path | None:
             f"data.path={place}: one array is not enough; give a folder with x.npy and y.npy, or an .npz file"
         )
     return None
+
+
+def find_idx(folder: Path, prefix: str = "") -> list[Path]:
+    """Return the IDX files of images in a folder whose names start with `prefix`; none if it has none."""
+    return sorted(file for file in folder.glob(f"{prefix}*idx3-ubyte*") if file.suffix in ("", ".gz", ".idx3-ubyte"))
+
+
+def find_leaf(folder: Path) -> dict[str, list[Path]]:
+    """Return LEAF's JSON files of each split, `train` and `test`, or of `all_data`; nothing if the folder has another layout."""
+    for root in (folder, folder / "data"):
+        found = {name: sorted((root / name).glob("*.json")) for name in ("train", "test", "all_data")}
+        if found["train"]:
+            return {name: found[name] for name in ("train", "test") if found[name]}
+        if found["all_data"]:
+            return {"train": found["all_data"]}
+    return {}
 
 
 def _check_exists(place: Path) -> None:

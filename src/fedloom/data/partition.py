@@ -144,7 +144,7 @@ def partition(
 
     Args:
         dataset: the data set to divide.
-        clients: number of clients. With "natural", the clients with the most examples are kept; default: all.
+        clients: number of clients. With "natural" and "own", the clients with the most (training) examples are kept; default: all.
         scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`);
             "pathological" (`classes_per_client`, `balance`);
             "extended" (`classes_per_client`, `alpha`); "quantity" (`alpha`); "natural" (`column`: one client per value);
@@ -155,9 +155,8 @@ def partition(
         by: the column whose values are used instead of classes in "dirichlet", "pathological" and "extended". Default: groups by target,
             which are classes, the rarest label of each example, or quantile bins of numbers.
         bins: number of quantile bins.
-        column: default: for "natural", the column of a known data set, such as the domain in Office-Caltech10; for "own",
-            "client". With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the
-            test examples out.
+        column: default: the column of a known data set, such as the domain in Office-Caltech10; for "own", otherwise "client".
+            With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the test examples out.
         min_examples: minimum number of examples of each client, before its test split is taken.
         repair: use the first draw, and move examples from the largest clients to those below `min_examples`, instead of drawing again
             until all have enough.
@@ -176,8 +175,9 @@ def partition(
     if scheme == "file":
         return _from_file(dataset, clients, path, valid)
     if scheme == "own":
-        return _own(dataset, clients, column or "client", valid, seed)
+        return _own(dataset, clients, column or _natural_column(dataset) or "client", valid, seed)
     fraction = _fraction(dataset, test_fraction, merge)
+    _refuse_leaks(dataset, scheme, merge=merge, fraction=fraction, valid=valid)
     n_dealt = dataset.n_rows if merge else dataset.n_train
     stream = Stream(seed, "partition", scheme)
     settings: dict[str, Any]
@@ -200,9 +200,11 @@ def partition(
 
 
 def default_scheme(dataset: Dataset, merge: bool = True) -> str:
-    """Return the scheme that fits the data: "natural" if a column names the owner of every example, "dirichlet" if targets fall into
-    groups, else "iid"."""
+    """Return the scheme that fits the data: "own" if examples overlap, "natural" if a column names the owner of every example,
+    "dirichlet" if targets fall into groups, else "iid"."""
     column = _natural_column(dataset)
+    if dataset.overlaps and column in dataset.columns:
+        return "own"
     dealt = dataset.n_rows if merge else dataset.n_train
     if column in dataset.columns:
         owners = dataset.columns[column][:dealt]
@@ -247,6 +249,7 @@ def given_partition(
         dealt = [np.asarray(rows, np.int64) for rows in values]
         _check_given(dealt, n_dealt)
     fraction = _fraction(dataset, test_fraction, merge)
+    _refuse_leaks(dataset, "given", merge=merge, fraction=fraction, valid=valid)
     made = {"name": "given", **_pool(dataset), "clients": len(dealt), "merge": merge, "test_fraction": fraction}
     return _split(dataset, dealt, made | {"valid": valid, "seed": seed}, stream, names)
 
@@ -345,17 +348,39 @@ def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
     return np.sort(shuffled[n_apart:]), np.sort(shuffled[:n_apart])
 
 
-def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed: int) -> Partition:
-    values, owners = np.unique(_column(dataset, column), return_inverse=True)
-    if clients not in (None, len(values)):
+def _refuse_leaks(dataset: Dataset, scheme: str, *, merge: bool, fraction: float, valid: float) -> None:
+    """Raise DataError if examples overlap, and a random split would put parts of test examples into training examples."""
+    key = (
+        "partition.merge=true"
+        if merge
+        else f"partition.test_fraction={fraction:g}"
+        if fraction
+        else f"eval.valid={valid:g}"
+    )
+    if dataset.overlaps and (merge or fraction or valid):
+        other = "leave it at 0" if scheme == "own" else "use partition=own, the split in time of each owner"
         raise DataError(
-            f"clients={clients}: data={dataset.name} has its own split for {len(values)} clients; leave out `clients`"
+            f"{key} with partition={scheme}: in data={dataset.name}, {dataset.overlaps}, so a random split would leak test examples into "
+            f"training; {other}"
         )
-    is_train = np.arange(dataset.n_rows) < dataset.n_train
-    mine = [
-        (np.flatnonzero((owners == i) & is_train), np.flatnonzero((owners == i) & ~is_train))
-        for i in range(len(values))
-    ]
+
+
+def _largest(owners: Rows, n_train: int, n: int) -> Rows:
+    """Return the numbers of the n owners with the most training examples, in order; the first of equal ones."""
+    return np.sort(np.argsort(-np.bincount(owners[:n_train], minlength=int(owners.max()) + 1), kind="stable")[:n])
+
+
+def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed: int) -> Partition:
+    _refuse_leaks(dataset, "own", merge=False, fraction=0, valid=valid)
+    values, owners = np.unique(_column(dataset, column), return_inverse=True)
+    if clients is not None and clients > len(values):
+        raise DataError(
+            f"clients={clients}: data={dataset.name} has its own split for {len(values)} clients; leave out `clients`, or give fewer"
+        )
+    kept = _largest(owners, dataset.n_train, clients or len(values))
+    by_owner = np.split(np.argsort(owners, kind="stable"), np.cumsum(np.bincount(owners))[:-1])
+    mine = [np.split(by_owner[i], [np.searchsorted(by_owner[i], dataset.n_train)]) for i in kept]
+    values, is_train = values[kept], np.arange(dataset.n_rows) < dataset.n_train
     for value, (rows, _) in zip(values, mine, strict=True):
         if len(rows) == 0:
             raise DataError(f"partition=own: client '{value}' of column '{column}' has no training examples")
@@ -369,7 +394,7 @@ def _own(dataset: Dataset, clients: int | None, column: str, valid: float, seed:
         train=tuple(rows for rows, _ in parts),
         valid=tuple(rows for _, rows in parts),
         test=tuple(rows for _, rows in mine),
-        common=np.arange(dataset.n_train, dataset.n_rows),
+        common=np.sort(np.concatenate([rows for _, rows in mine])),
         scheme={
             "name": "own",
             **_pool(dataset),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import zipfile
 from dataclasses import replace
@@ -64,11 +65,27 @@ def _read_client(file: Path) -> Client:
     if not isinstance(content, dict) or not {"x", "y"} <= set(content):
         raise DataError(f"{file}: expected a dictionary with 'x' and 'y'")
     x, y = content["x"], content["y"]
+    if isinstance(x, list) and x and isinstance(x[0], list | tuple):
+        x = _token_ids(file, x)
     if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray) or y.ndim != 1 or len(x) != len(y):
-        raise DataError(f"{file}: 'x' and 'y' must be arrays with one label per example (text is not supported)")
+        raise DataError(f"{file}: 'x' and 'y' must be arrays with one label per example")
     if not np.array_equal(y, y.astype(np.int64)):
         raise DataError(f"{file}: labels must be integers")
     return x, y.astype(np.int64)
+
+
+def _token_ids(file: Path, x: list[Any]) -> npt.NDArray[np.int64]:
+    """Return texts as token ids (n, T). PFLlib stores a list of ids and its length for each text; lengths count padding and are dropped."""
+    texts = [row[0] if isinstance(row, list | tuple) and len(row) == 2 else None for row in x]
+    width = len(texts[0]) if texts and isinstance(texts[0], list) else 0
+    if not width or any(
+        not isinstance(ids, list) or len(ids) != width or any(type(i) is not int or not 0 <= i < 2**31 for i in ids)
+        for ids in texts
+    ):
+        raise DataError(
+            f"{file}: texts must be pairs of a list of token ids and its length; all lists must have the same length"
+        )
+    return np.array(texts, np.int64)
 
 
 def _join(path: str | Path, clients: list[Client]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,7 +155,10 @@ class _Array:
     def built(self) -> Any:
         _, shape, dtype, is_fortran, raw = self.state
         if dtype.code == "O8":
-            return [_built(item) for item in raw]
+            items, width = [_built(item) for item in raw], math.prod(shape[1:])
+            if len(shape) < 2 or is_fortran or not 0 < len(items) == width * shape[0]:
+                return items
+            return [items[k : k + width] for k in range(0, len(items), width)]
         flat = np.frombuffer(raw, dtype.numeric())
         return np.array(flat.reshape(shape, order="F" if is_fortran else "C"), flat.dtype.newbyteorder("="))
 

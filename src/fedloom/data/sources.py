@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from fedloom import lazy
 from fedloom.data import hub, layouts, pfllib
-from fedloom.data.catalogue import SOURCES
+from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.dataset import Dataset
-from fedloom.data.layouts import TableOptions
+from fedloom.data.layouts import Request, TableOptions
 from fedloom.data.preprocess import array_part
 from fedloom.errors import DataError
 
@@ -31,7 +32,8 @@ def load(
         name: a name in `SOURCES`, "pfllib", or a name for the user's own files; `-` and `_` are equivalent.
         path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...); a table
             (.csv, .tsv, also .gz, or .parquet) or a folder with `train.csv` and `test.csv`; an .npz file or a folder with `x.npy` and
-            `y.npy`; a folder of pictures (see `picture_folders`). Default: search `$FEDLOOM_DATA`, then the cache, then the hub
+            `y.npy`; a folder of pictures (see `picture_folders`), of IDX files or of LEAF's JSON. Default: search
+            `$FEDLOOM_DATA`, then the cache, then the hub
             (extra `fedloom[hub]`).
         image_size: resize images to this width and height in pixels.
         rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
@@ -68,9 +70,10 @@ def load(
         return _resized(embedded.load_embedded(name, image_size, rows), image_size)
     root = hub.cache_root(cache)
     options = table or TableOptions()
-    asked = _Asked(name=name, image_size=image_size, rows=rows, task=task, owner=owner, table=options, cache=root)
-    pool = _own_files(asked, Path(path).expanduser()) if path and not source else _files(asked, path)
-    return _resized(pool, image_size)
+    asked = Request(name=name, image_size=image_size, rows=rows, task=task, owner=owner, table=options, cache=root)
+    if source is not None:
+        return _resized(_named(asked, source, path), image_size)
+    return _resized(_own_files(asked, Path(path).expanduser()) if path else _files(asked, path), image_size)
 
 
 def _resized(pool: Dataset, image_size: int | None) -> Dataset:
@@ -80,20 +83,22 @@ def _resized(pool: Dataset, image_size: int | None) -> Dataset:
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What to load; see `load`."""
+def _named(asked: Request, source: Source, path: str | Path | None) -> Dataset:
+    """Return a known data set, from files in any layout in which it is published."""
+    place = hub.local_folder(asked.name, asked.cache) if path is None else Path(path).expanduser()
+    if place is not None and (layouts.find_idx(place) or layouts.find_leaf(place)):
+        return _special(asked, place)
+    if source.reader:
+        _refuse_options(asked.name, None, asked.image_size)
+        if not source.is_table:
+            _refuse_options(asked.name, asked.table)
+        if place is None or not place.is_dir():
+            place = hub.fetched(asked.name, source, asked.cache, path)
+        return lazy.resolve(source.reader)(asked, place)  # type: ignore[no-any-return]
+    return _files(asked, path)
 
-    name: str
-    image_size: int | None
-    rows: int | None
-    task: str | None
-    owner: str | None
-    table: TableOptions
-    cache: Path
 
-
-def _own_files(asked: _Asked, place: Path) -> Dataset:
+def _own_files(asked: Request, place: Path) -> Dataset:
     """Return the data set in the user's own file or folder, by its layout."""
     if (arrays := layouts.find_arrays(place)) is not None:
         _refuse_options(asked.name, asked.table, asked.image_size)
@@ -101,6 +106,8 @@ def _own_files(asked: _Asked, place: Path) -> Dataset:
 
         _refuse_owner(asked.name, asked.owner)
         return array_files.read_arrays(asked.name, arrays, task=asked.task, rows=asked.rows)
+    if layouts.find_idx(place) or layouts.find_leaf(place):
+        return _special(asked, place)
     tables = layouts.find_tables(place)
     if tables is None:
         from fedloom.data import picture_folders  # Pillow is slow to import
@@ -111,7 +118,23 @@ def _own_files(asked: _Asked, place: Path) -> Dataset:
     return _files(asked, place, tables)
 
 
-def _pictures(asked: _Asked, place: Path) -> Dataset:
+def _special(asked: Request, place: Path) -> Dataset:
+    """Return the data set in a folder of LEAF's JSON or of IDX files."""
+    from fedloom.data import idx, leaf
+
+    _refuse_options(asked.name, asked.table, asked.image_size)
+    _refuse_owner(asked.name, asked.owner)
+    if asked.task not in (None, "classification"):
+        raise DataError(f"data.task={asked.task}: {place} has classes; remove data.task")
+    source = SOURCES.get(asked.name)
+    classes = source.classes if source else None
+    if layouts.find_idx(place):
+        return idx.read_idx_folder(asked, place, source.files if source else "", classes)
+    column = source.natural if source and source.natural else "client"
+    return leaf.read_leaf(asked, place, classes=classes, column=column)
+
+
+def _pictures(asked: Request, place: Path) -> Dataset:
     """Return the data set in a folder of pictures."""
     from fedloom.data.picture_folders import read_pictures
 
@@ -143,7 +166,7 @@ def _refuse_texts(task: str | None) -> None:
         raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
 
 
-def _files(asked: _Asked, path: str | Path | None, files: layouts.Files | None = None) -> Dataset:
+def _files(asked: Request, path: str | Path | None, files: layouts.Files | None = None) -> Dataset:
     """Return the data set in files of tables or of pictures. Default: the parquet files that `hub.find_files` finds."""
     name, source = asked.name, SOURCES.get(asked.name)
     files = files or hub.find_files(name, path, asked.cache)

@@ -83,7 +83,11 @@ def _with_scheme(settings: Settings, scheme: str) -> Settings:
 
 FACTOR_CLIENTS = 4  # default of data.factor_clients
 FACTOR_TEST_FRACTION = 0.25  # of each client's examples, with its own factor
-WHY = {"natural": "a column names the owner of every example", "iid": "targets do not fall into groups"}
+WHY = {
+    "own": "examples overlap, so only their own split keeps test examples apart",
+    "natural": "a column names the owner of every example",
+    "iid": "targets do not fall into groups",
+}
 
 
 def make_federation(settings: Settings, dataset: data.Dataset | None = None, given: Any = None) -> data.Federation:
