@@ -209,6 +209,7 @@ class Train(NamedPhase):
     steps: int | None = None  # number of steps, instead of epochs
     draw: DrawFn | None = None  # (batch, task, stream) -> the step's random tensors, drawn outside vectorised code
     keep_state: bool = False  # whether the optimiser's state is kept between rounds
+    balanced: bool = False  # draw examples with replacement, so that each of the client's classes is equally likely
     train_mode: tuple[str, ...] | None = (
         None  # the nets in training mode (default: those it trains); all others are in evaluation mode
     )
@@ -238,6 +239,7 @@ class Interleave(NamedPhase):
     epochs: int = 1
     _: KW_ONLY
     steps: int | None = None
+    balanced: bool = False  # see `Train`
     precompute: PrecomputeFn | None = None  # (nets, batch without draws, down, memory) -> {name: tensor}
 
     def __post_init__(self) -> None:

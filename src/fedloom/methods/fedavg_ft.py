@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from fedloom.method import Paper, Phase, Train
+from fedloom.method import Need, Paper, Phase, Train
 from fedloom.methods.fedavg import FedAvg
 from fedloom.ranges import Count, NonNegative
 
@@ -21,6 +21,8 @@ class FedAvgFT(FedAvg):
     """Passes over the client's training examples before it predicts."""
     tuning_lr: NonNegative = 0.0
     """Learning rate of fine-tuning; 0: the same as `lr`."""
+    control: Literal["none", "same-steps-balanced"] = "none"
+    """Control arm: fine-tune for as many steps on batches in which the client's classes are equally frequent."""
 
     paper: ClassVar[Paper] = Paper(
         "FedAvg with fine tuning: local updates lead to representation learning",
@@ -32,4 +34,14 @@ class FedAvgFT(FedAvg):
     def adapt(self) -> tuple[Phase, ...]:
         """Return a phase of plain training of the received model."""
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
-        return (Train("tune", self.loss, ("model",), optimizer, epochs=self.tuning_epochs),)
+        return (Train("tune", self.loss, ("model",), optimizer, epochs=self.tuning_epochs, balanced=self.is_balanced),)
+
+    @property
+    def is_balanced(self) -> bool:
+        """Whether fine-tuning draws the client's classes equally often."""
+        return self.control == "same-steps-balanced"
+
+    @property
+    def needed(self) -> frozenset[Need]:
+        """The method's needs, and classes to balance them."""
+        return super().needed | ({"classes"} if self.is_balanced else set())

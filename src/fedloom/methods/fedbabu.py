@@ -40,4 +40,4 @@ class FedBABU(FedAvgFT):
         """Return a phase that fine-tunes the whole model, its body or its head."""
         part = "model" if self.tuned == "model" else f"model:{self.tuned}"
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
-        return (Train("tune", self.loss, (part,), optimizer, epochs=self.tuning_epochs),)
+        return (Train("tune", self.loss, (part,), optimizer, epochs=self.tuning_epochs, balanced=self.is_balanced),)

@@ -67,6 +67,9 @@ class FedRIR(Method):
     f_cs within classes, the released code's loss, or none."""
     idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
+    control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
+    """Control arm: all steps of both stages train gfe, csfe and head by the cross-entropy on the client's examples, plainly or on batches
+    in which its classes are equally frequent. There are no generator and no q."""
 
     shared: ClassVar[tuple[str, ...]] = ("gfe",)
     accepts_late: ClassVar[bool] = True
@@ -79,8 +82,10 @@ class FedRIR(Method):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a loss over masked pixels if nothing is masked."""
+        """Raise ValueError for a loss over masked pixels if nothing is masked, and a control arm if no step is extra."""
         super().__post_init__()
+        if self.control != "none" and self.steps_per_batch == 1:
+            raise ValueError(f"control={self.control}: these settings take no more steps than plain training")
         if self.loss_region == "masked" and (self.mcsl != "masked" or self.mask_ratio == 0):
             raise ValueError("loss_region=masked needs mcsl=masked and a mask_ratio above 0")
 
@@ -96,6 +101,8 @@ class FedRIR(Method):
         if self.mcsl == "off":
             return {"gfe": gfe, "head": arch.head()}
         nets: dict[str, nn.Module] = {"gfe": gfe, "csfe": arch.body(2 * d), "head": arch.head(2 * d)}
+        if self.control != "none":
+            return nets
         if self.generates:
             nets["generator"] = ImageGenerator(d, task.input_shape)
         if self.predicts:
@@ -106,6 +113,9 @@ class FedRIR(Method):
         """Return stage 1 (if there is one) and stage 2."""
         optimizer, epochs = self.local_optimizer(), self.local_epochs
         train = partial(Train, optimizer=optimizer, epochs=epochs, keep_state=self.keep_optimizer)
+        if self.control != "none":
+            more, balanced = epochs * self.steps_per_batch, self.control == "same-steps-balanced"
+            return (train("classify", self.plain_loss, ("gfe", "csfe", "head"), epochs=more, balanced=balanced),)
         first = train("mcsl", self.mcsl_loss, ("csfe", "generator"), draw=self.draw_mask)
         classifier: tuple[str, ...] = ("gfe", "csfe", "head") if self.mcsl == "supervised" else ("gfe", "head")
         if self.predicts and self.idm_mode == "released":
@@ -154,7 +164,8 @@ class FedRIR(Method):
         if self.mcsl == "off":
             return {"f_g": nets.gfe(x)}
         specific = nets.csfe(x).chunk(2, 1)[0]
-        return {"f_g": nets.gfe(x), "f_cs": specific if self.mcsl == "supervised" else specific.detach()}
+        is_trained = self.mcsl == "supervised" or self.control != "none"
+        return {"f_g": nets.gfe(x), "f_cs": specific if is_trained else specific.detach()}
 
     def both(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> dict[str, Tensor]:
         """Return the features that both steps on a batch use."""
@@ -182,6 +193,10 @@ class FedRIR(Method):
         else:
             information = self.information(nets, common, specific, batch)
         return error + self.idm_weight * information, {"cross_entropy": error, "information": information}
+
+    def plain_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """Return the loss of head([f_g, f_cs]) alone, for the control arms."""
+        return nets.loss(self.predict(nets, batch.x, down, memory), batch.y)
 
     def information(self, nets: Nets, common: Tensor, specific: Tensor, batch: Batch) -> Tensor:
         """Return the information term computed with q, in nats per feature; the bound is clamped at 0, its value for independence."""
@@ -216,7 +231,7 @@ class FedRIR(Method):
         needs: set[Need] = {"vector", "head"}
         if self.generates:
             needs.add("pictures")
-        if self.informs and self.idm_mode == "decorrelated":
+        if (self.informs and self.idm_mode == "decorrelated") or self.control == "same-steps-balanced":
             needs.add("classes")
         return frozenset(needs)
 
@@ -224,6 +239,11 @@ class FedRIR(Method):
     def remedy(self) -> str:
         """How to use the method on inputs that are not images."""
         return "set method.mcsl=supervised, or " if self.generates else ""
+
+    @property
+    def steps_per_batch(self) -> int:
+        """The optimiser steps on each batch of an epoch, in both stages together."""
+        return 1 + self.generates + (self.predicts and self.idm_mode != "released")
 
     @property
     def generates(self) -> bool:

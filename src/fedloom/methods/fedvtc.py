@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
@@ -94,6 +94,9 @@ class FedVTC(FedProto):
     """The weights that fine-tuning updates."""
     finetune_mix: bool = True
     """Whether each batch of synthetic examples is combined with a batch of real ones, with equal weight."""
+    control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
+    """Control arm: the generator's steps and the fine-tuning steps train the classifier on the client's own examples instead, plainly or on
+    batches in which its classes are equally frequent. There is no generator."""
     share_generator: bool = False
     """Whether the generators travel and are averaged, or stay with their clients."""
 
@@ -107,10 +110,18 @@ class FedVTC(FedProto):
         "https://arxiv.org/abs/2508.01669",
     )
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for options of the generator in a control arm, which has none."""
+        super().__post_init__()
+        if self.control != "none" and (self.share_generator or self.learn_spread):
+            raise ValueError(f"control={self.control} has no generator; leave out share_generator and learn_spread")
+
     # initial state
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return body and head of any architecture, and a generator for its features."""
+        if self.control != "none":
+            return super().nets(arch, task)
         nets = super().nets(arch, task) | {"generator": VtcDecoder(task.width, task.input_shape, self.generator_form)}
         return nets | {"spread": Spread(task.width)} if self.learn_spread else nets
 
@@ -148,6 +159,8 @@ class FedVTC(FedProto):
         generator = Train(
             "generator", self.generator_loss, nets, adam, self.generator_epochs, draw=self.draw_latents, keep_state=True
         )
+        if self.control != "none":
+            generator = self.on_real_examples(Train("more", self.loss, (), fit.optimizer, self.generator_epochs))
         first = (fit, Sweep("statistics", self.statistics), generator)
         return (*first, self.finetuning()) if self.finetune == "every" else first
 
@@ -161,7 +174,19 @@ class FedVTC(FedProto):
         optimizer = self.local_optimizer(self.finetune_lr or self.lr)
         when = self.finetunes if self.finetune == "every" else None
         tune = partial(Train, "finetune", self.finetune_loss, nets, optimizer, draw=self.draw_latents)
-        return tune(steps=self.finetune_steps, train_mode=(), when=when)
+        tuning = tune(steps=self.finetune_steps, train_mode=(), when=when)
+        return tuning if self.control == "none" else replace(self.on_real_examples(tuning), params=nets)
+
+    def on_real_examples(self, train: Train) -> Train:
+        """Return a phase that trains the classifier for as many steps with the cross-entropy on real examples (`control`)."""
+        balanced = self.control == "same-steps-balanced"
+        loss, nets = self.plain_loss, ("body", "head")
+        return replace(train, loss=loss, params=nets, draw=None, train_mode=nets, balanced=balanced)
+
+    def plain_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """Return the cross-entropy on real examples; 0 without prototypes, like `finetune_loss`, so that no more steps have an effect."""
+        ready: Tensor = (down["counts"] > 0).any()
+        return nets.loss(self.predict(nets, batch.x, down, memory), batch.y) * ready
 
     def finetunes(self, turn: Turn) -> bool:
         """Return whether this local update includes fine-tuning."""

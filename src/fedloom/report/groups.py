@@ -14,7 +14,7 @@ from fedloom.errors import UsageError
 from fedloom.report.primary import ACCURACY, VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
 
-NOT_A_SETTING = ("out", "label")
+NOT_A_SETTING = ("out", "label", "method.control")  # a control arm is named in the label
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,23 @@ class Group:
 def group(records: Sequence[RunRecord]) -> list[Group]:
     """Group `records` by method and settings, in order of first appearance.
 
-    The label of a group is the `label` setting of its runs, or its method. If groups have the same label, the settings in which they
-    differ are added.
+    The label of a group is the `label` setting of its runs, or its method; a control arm is marked as such. If groups have the same label,
+    the settings in which they differ are added.
     """
     members: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
-        name = str(record.fact("label") or record.method)
+        name = str(record.fact("label") or record.method) + _control(record)
         key = (name, json.dumps(settings(record), sort_keys=True, default=str))
         members.setdefault(key, []).append(record)
     labels = _labels([(name, settings(runs[0])) for (name, _), runs in members.items()])
     return [Group(label, runs[0].method, tuple(runs)) for label, runs in zip(labels, members.values(), strict=True)]
+
+
+def _control(record: RunRecord) -> str:
+    """Return a mark for a control arm (`method.control`), or ""."""
+    method = record.config.get("method")
+    control = method.get("control", "none") if isinstance(method, Mapping) else "none"
+    return "" if control == "none" else f" (control: {control})"
 
 
 def shared_primary(records: Sequence[RunRecord]) -> Primary:

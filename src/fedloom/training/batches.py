@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom.accelerator import HOST, staged
 from fedloom.inputs import Inputs, map_inputs, tensors_of
-from fedloom.method import Batch
+from fedloom.method import Batch, Interleave, Train
 from fedloom.rng import Stream
 
 GATHERED_BYTES = 1 << 18  # of inputs gathered at once, few enough to stay in the processor's cache until they are used
@@ -104,14 +104,19 @@ class Plan(NamedTuple):
     drop_last: bool = False
     slowdown: float = 1.0  # a slow device takes 1/slowdown of its steps (at least one)
 
-    def batches(self, n: int, epochs: int, steps: int | None, rng: Stream) -> Iterator[Tensor]:
+    def batches(
+        self, n: int, epochs: int, steps: int | None, rng: Stream, *, classes: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """Yield the indices of each batch's examples, with a new permutation per epoch. A slow device skips the last batches.
+
+        With `classes`, the class of each example (n,), examples are drawn with replacement instead, so that every class that the client
+        holds is equally likely.
 
         A batch is never larger than the client's set of examples. With `drop_last`, an incomplete last batch is skipped. Otherwise, a last
         batch of one example is merged into the batch before it, because BatchNorm cannot train on one example.
         """
         sizes = self._sizes(n)
-        every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng)
+        every = self._batches(n, sizes, epochs if steps is None else -(-steps // len(sizes)), rng, classes)
         if steps is None and self.slowdown == 1:
             return every
         n_steps = len(sizes) * epochs if steps is None else steps
@@ -132,6 +137,22 @@ class Plan(NamedTuple):
             sizes.append(rest)
         return sizes
 
-    def _batches(self, n: int, sizes: list[int], epochs: int, rng: Stream) -> Iterator[Tensor]:
+    def _batches(self, n: int, sizes: list[int], epochs: int, rng: Stream, classes: Tensor | None) -> Iterator[Tensor]:
         for _ in range(epochs):
-            yield from rng.permutation(n)[: sum(sizes)].split_with_sizes(sizes)
+            order = rng.permutation(n)[: sum(sizes)] if classes is None else _balanced(classes, sum(sizes), rng)
+            yield from order.split_with_sizes(sizes)
+
+
+def _balanced(classes: Tensor, n: int, rng: Stream) -> Tensor:
+    """Draw `n` indices of examples with replacement: first a class, uniformly among those that occur, then one of its examples."""
+    counts = classes.cpu().bincount()
+    counts = counts[counts > 0]
+    by_class, starts = classes.cpu().argsort(stable=True), counts.cumsum(0) - counts
+    chosen = rng.integers(len(counts), (n,))
+    return by_class[starts[chosen] + rng.integers(2**31, (n,)) % counts[chosen]]
+
+
+def phase_batches(phase: Train | Interleave, plan: Plan, rows: Rows, rng: Stream) -> list[Tensor]:
+    """Return the indices of the examples in each batch of a phase."""
+    classes = rows.y if phase.balanced else None
+    return list(plan.batches(len(rows.y), phase.epochs, phase.steps, rng.child("batches"), classes=classes))

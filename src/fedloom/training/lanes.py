@@ -20,7 +20,7 @@ from fedloom.accelerator import synchronise
 from fedloom.inputs import unstacked
 from fedloom.method import Batch, Client, Interleave, Method, Phase, Set, Sweep, Train, active_trains
 from fedloom.optim import Params
-from fedloom.training.batches import is_channels_last, laid_out
+from fedloom.training.batches import is_channels_last, laid_out, phase_batches
 from fedloom.training.context import ClientContext, LocalWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.lane_gradients import LaneGradients
@@ -160,7 +160,9 @@ class LaneStack:
             lane._replace(context=replace(lane.context, rng=lane.context.rng.child(phase.name))) for lane in lanes
         ]
         self.rows = LaneRows([lane.context.rows for lane in lanes])
-        self.orders = [_order(phase, lane) for lane in self.here]
+        self.orders = [
+            phase_batches(phase, lane.context.plan, lane.context.rows, lane.context.rng) for lane in self.here
+        ]
         weights = [lane.client.weights for lane in lanes]
         names = [trained_names(train, weights[0]) for train in trains]
         check_precompute(phase, names)
@@ -261,12 +263,6 @@ class LaneStack:
         client = lane.client._replace(weights=weights, opts={**lane.client.opts, **kept})
         steps = {**lane.turn.steps, **{member.train.name: n_steps for member in self.members}}
         return lane._replace(client=client, turn=replace(lane.turn, steps=steps))
-
-
-def _order(phase: Train | Interleave, lane: LocalWork) -> list[Tensor]:
-    """Return a lane's batches, as indices of its examples."""
-    rows, plan, rng = lane.context.rows, lane.context.plan, lane.context.rng
-    return list(plan.batches(len(rows.y), phase.epochs, phase.steps, rng.child("batches")))
 
 
 def _around(lane: LocalWork, trained: set[str]) -> Tree:

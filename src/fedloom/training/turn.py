@@ -23,7 +23,7 @@ from fedloom.inputs import map_inputs, shapes_of
 from fedloom.method import Batch, Client, Interleave, Method, Phase, Set, Sweep, Train, Turn, active_trains
 from fedloom.optim import Params
 from fedloom.rng import Stream
-from fedloom.training.batches import is_channels_last, laid_out
+from fedloom.training.batches import is_channels_last, laid_out, phase_batches
 from fedloom.training.context import ClientContext, LocalWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.precompute import Precomputed, check_precompute, precompute
@@ -158,7 +158,7 @@ def _walk_batches(
     client, _, context, turn = work
     rows, rng = context.rows, context.rng
     weights = {**client.weights, "params": dict(client.weights["params"])}
-    order = list(context.plan.batches(len(rows.y), phase.epochs, phase.steps, rng.child("batches")))
+    order = phase_batches(phase, context.plan, rows, rng)
     trains = active_trains(phase, turn)
     with own_randomness(rng, rows.device):
         members = [
