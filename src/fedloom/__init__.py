@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedloom.api import open as open
     from fedloom.api import resume as resume
     from fedloom.api import run as run
+    from fedloom.comparison import compare as compare
     from fedloom.data import Dataset as Dataset
     from fedloom.data import Partition as Partition
     from fedloom.data import from_arrays as from_arrays

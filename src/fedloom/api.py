@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -196,25 +197,9 @@ def run(
         UsageError: unknown or contradictory settings, or missing data.
     """
     _check_given(method, data, model, settings)
-    values: Values = {}
-    chosen = {**settings, "method": _method_table(method), "data": data.name if isinstance(data, Dataset) else data}
-    chosen |= (
-        {}
-        if model is None
-        else {"model": model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)}
-    )
-    for key, value in chosen.items():
-        set_dotted(values, key, value)
-    if partition is not None:
-        named = isinstance(partition, str | Mapping)
-        set_dotted(values, "partition", partition if named else "given")
-        partition = None if named else partition
-    parts = GivenObjects(
-        partition=partition,
-        method=method if isinstance(method, Method) else None,
-        dataset=data if isinstance(data, Dataset) else None,
-        model=None if model is None or isinstance(model, str) else model,
-    )
+    values, parts = given_objects(data, model, partition, settings)
+    set_dotted(values, "method", _method_table(method))
+    parts = replace(parts, method=method if isinstance(method, Method) else None)
     experiment = Experiment(make_settings(values), parts)
     return _run(experiment, progress)
 
@@ -257,16 +242,20 @@ def open(
     Raises:
         RunFolderError: the folder has no checkpoint, or a file was damaged.
     """
-    place = Path(folder).expanduser()
-    parts = GivenObjects(method=method, dataset=data, model=model)
+    return reopened(Path(folder).expanduser(), GivenObjects(method=method, dataset=data, model=model))
+
+
+def reopened(folder: Path, parts: GivenObjects) -> Run:
+    """Return the run in a folder; its data are read when they are needed. `parts`: the objects that the run was started with."""
 
     def with_data() -> Experiment:
-        return Experiment.reopen(place, parts)
+        return Experiment.reopen(folder, parts)
 
-    if data is not None or not (place / PREPROCESS).is_file():  # earlier versions wrote no such file
-        return Run(with_data(), RunFolder.open(place).summary())
-    absent = GivenObjects(method=method, model=model, federation=absent_data(place))
-    return Run(Experiment.reopen(place, absent), RunFolder.open(place).summary(), with_data)
+    summary = RunFolder.open(folder).summary()
+    if not (folder / PREPROCESS).is_file():  # earlier versions wrote no such file
+        return Run(with_data(), summary)
+    absent = replace(parts, dataset=None, partition=None, federation=absent_data(folder))
+    return Run(Experiment.reopen(folder, absent), summary, with_data)
 
 
 def load_data(
@@ -301,6 +290,27 @@ def load_data(
     given = {"data": {key: value for key, value in values.items() if value is not None}}
     partition = {"name": "natural", "column": owner} if owner and not by_folder else {}
     return make_dataset(make_settings({**given, **({"partition": partition} if partition else {})}))
+
+
+def given_objects(
+    data: Dataset | str, model: Model | str | None, partition: Any, settings: Mapping[str, Any]
+) -> tuple[Values, GivenObjects]:
+    """Return the settings, and the objects that replace some of them."""
+    values: Values = {}
+    chosen: dict[str, Any] = {**settings, "data": data.name if isinstance(data, Dataset) else data}
+    if model is not None:
+        chosen["model"] = model if isinstance(model, str) else getattr(model, "__name__", type(model).__name__)
+    for key, value in chosen.items():
+        set_dotted(values, key, value)
+    if partition is not None:
+        named = isinstance(partition, str | Mapping)
+        set_dotted(values, "partition", partition if named else "given")
+        partition = None if named else partition
+    return values, GivenObjects(
+        partition=partition,
+        dataset=data if isinstance(data, Dataset) else None,
+        model=None if model is None or isinstance(model, str) else model,
+    )
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:

@@ -397,3 +397,31 @@ def test_the_servers_model_and_tasks_without_probabilities(run, people):
     (done.folder / "preprocess.json").write_text("{}")
     with pytest.raises(UsageError, match=r"preprocess\.json: (is not|has)"):
         fedloom.open(done.folder)
+
+
+def test_a_comparison_in_python(people, tmp_path):
+    data = fedloom.load_data(people, label="income")
+    common = {"model": "table_mlp", "clients": 2, "rounds": 1, "partition": "iid", "progress": False}
+    methods = {"fedavg": "fedavg", "near": fedloom.FedProx(mu=0.5)}
+    found = fedloom.compare(methods, data=data, seeds=[0, 1], out=tmp_path / "c", **common)
+    assert list(found.runs) == ["fedavg-seed0", "near-seed0", "fedavg-seed1", "near-seed1"]
+    assert found.folder == tmp_path / "c"
+    assert list(found.table.index) == ["fedavg", "near"]
+    first = np.mean([found.runs[f"near-seed{s}"].summary["personal_accuracy"]["final"] for s in (0, 1)])
+    assert found.table.loc["near", "personal final"] == pytest.approx(first)
+    assert found.pairs.loc["near", "seeds"] == 2
+    run = found.runs["near-seed1"]
+    assert run.settings.method.options["mu"] == 0.5
+    assert len(run.predict(1, people)) == 60
+    assert run.federation.n_clients == 2
+    for wrong, message in (
+        (["fedavg", "fedavg"], "two have the same name"),
+        (fedloom.FedAvg(), "must be a list of methods"),
+        ([Shrunken()], "Shrunken is not registered"),
+        (["fedawg"], "did you mean 'fedavg'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            fedloom.compare(wrong, data=data, out=tmp_path / "d", **common)
+    with pytest.raises(UsageError, match=r"use seeds=\[\.\.\.\]"):
+        fedloom.compare(["fedavg"], seed=1)
+    assert not (tmp_path / "d").exists()

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from fedloom.config.settings import Named, Settings, Values, make_method, make_s
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
 from fedloom.experiment.lock import FolderLock
-from fedloom.experiment.loop import Experiment, GivenObjects, OnRound
+from fedloom.experiment.loop import NOTHING, Experiment, GivenObjects, OnRound
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.methods.registry import METHODS, method_class, no_such_method
 
@@ -81,20 +81,20 @@ class Comparison:
             for row in self.rows
         ]
 
-    def check(self) -> None:
+    def check(self, parts: GivenObjects = NOTHING) -> None:
         """Check the data, partition, model and engine of every row, so that errors appear before the first run.
 
         Raises:
             UsageError: the error that the run would raise.
         """
         self._check_shared_head()
-        dataset = make_dataset(self._settings(self.rows[0], self.seeds[0]))
+        dataset = parts.dataset or make_dataset(self._settings(self.rows[0], self.seeds[0]))
         for seed in self.seeds:
-            federation = make_federation(self._settings(self.rows[0], seed), dataset)
+            federation = make_federation(self._settings(self.rows[0], seed), dataset, parts.partition)
             for row in self.rows if seed == self.seeds[0] else ():
                 settings = self._run_settings(row, seed)
                 with arithmetic(settings):
-                    problem = make_problem(settings, make_method(settings.method), federation)
+                    problem = make_problem(settings, make_method(settings.method), federation, parts.model)
                     place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
                     engine_for(settings, place, problem).close()
 
@@ -171,10 +171,13 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     return comparison
 
 
-def create_folder(comparison: Comparison, out: str | Path | None = None) -> Path:
-    """Create the folder of a comparison. Default: a folder in `runs/`, named after the time and the data set."""
+def create_folder(comparison: Comparison, out: str | Path | None = None, parts: GivenObjects = NOTHING) -> Path:
+    """Create the folder of a comparison. Default: a folder in `runs/`, named after the time and the data set.
+
+    `parts`: objects that replace the data, the model and the partition in the settings.
+    """
     settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
-    comparison.check()
+    comparison.check(parts)
     text = comparison.toml()
     folder = RunFolder.create(settings.out, f"compare-{settings.data.name}")
     folder.write(FILE, text)
@@ -213,18 +216,19 @@ def execute(
     on_run: OnRun | None = None,
     on_start: OnStart | None = None,
     accept_changes: bool = False,
+    *,
+    given: GivenObjects = NOTHING,
 ) -> list[Path]:
     """Execute the unfinished runs; an interrupted run resumes from its checkpoint. Return the folders of all runs.
 
-    The folder is locked meanwhile. `accept_changes`: see `Experiment.resume`.
+    The folder is locked meanwhile. `accept_changes`: see `Experiment.resume`. `given`: as for `create_folder`.
     """
     jobs = comparison.jobs(folder)
     left = [job for job in jobs if not job.finished]
-    dataset = make_dataset(left[0].settings) if left else None
+    parts = given if given.dataset or not left else replace(given, dataset=make_dataset(left[0].settings))
     with FolderLock(folder):
         for job in left:
             on_round = on_run(job) if on_run else None
-            parts = GivenObjects(dataset=dataset)
             started = (job.folder / "config.toml").is_file()
             resumed = Experiment.resume(job.folder, parts, accept_changes) if started else None
             experiment = resumed or Experiment(job.settings, parts)

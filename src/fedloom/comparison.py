@@ -1,0 +1,136 @@
+"""Comparisons of several methods in Python, `fedloom.compare(...)`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedloom.api import Model, Run, given_objects, reopened
+from fedloom.config.settings import Values
+from fedloom.data import Dataset
+from fedloom.errors import ConfigError
+from fedloom.experiment.loop import OnRound
+from fedloom.experiment.progress import Overall, live
+from fedloom.method import Method
+from fedloom.methods.registry import METHODS, method_name
+from fedloom.tools.compare import PlannedRun, create_folder, execute, plan
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from fedloom.report.tables import Grid
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Finished runs of several methods on the same partition, initial weights and cohorts.
+
+    `runs`: the runs by the names of their folders, such as `fedavg-seed0`.
+    """
+
+    folder: Path
+    runs: Mapping[str, Run] = field(repr=False)
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per method (mean over seeds): the primary metric (fractions from 0 to 1), bytes and seconds."""
+        from fedloom.report import read
+        from fedloom.report.tables import summary_grid
+
+        return _frame(summary_grid(read([run.folder for run in self.runs.values()])))
+
+    @property
+    def pairs(self) -> pd.DataFrame:
+        """One row per method: the mean difference to FedAvg (or to the first method) with the same seed, in percentage points or the metric's unit; positive is better."""
+        from fedloom.report import read
+        from fedloom.report.tables import paired_grid
+
+        grid = paired_grid(read([run.folder for run in self.runs.values()]))
+        if grid is None:
+            raise ConfigError("compare: a single method has no pairs; compare at least two")
+        return _frame(grid)
+
+
+def compare(
+    methods: Sequence[Method | str] | Mapping[str, Method | str],
+    *,
+    data: Dataset | str = "digits",
+    seeds: Sequence[int] = (0,),
+    model: Model | str | None = None,
+    partition: Any = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Compared:
+    """Run several methods on the same data, once per seed, and return the runs.
+
+    Args:
+        methods: names (`"fedavg"`, `"my.py:Mine"`) or registered methods as objects (`fedloom.FedRIR(lr=1e-3)`); in a dictionary, by the
+            names of the rows.
+        data, model, partition, progress: as for `fedloom.run`.
+        seeds: the seeds.
+        settings: as for `fedloom.run`; they apply to all methods. `out` is the folder of the comparison.
+
+    Raises:
+        UsageError: unknown or contradictory settings, or missing data.
+    """
+    out = settings.pop("out", None)
+    if "seed" in settings:
+        raise ConfigError(f"seed={settings['seed']}: a comparison takes several; use seeds=[...]")
+    values, parts = given_objects(data, model, partition, settings)
+    comparison = plan(values | _rows(methods) | {"seed": list(seeds)})
+    folder = create_folder(comparison, out, parts)
+    jobs = comparison.jobs(folder)
+    if progress:
+        with live("compare", None, done=0) as shown:
+            execute(comparison, folder, lambda job: _told(shown, jobs, job), given=parts)
+    else:
+        execute(comparison, folder, given=parts)
+    return Compared(folder, {job.folder.name: reopened(job.folder, parts) for job in jobs})
+
+
+def _rows(methods: Sequence[Method | str] | Mapping[str, Method | str]) -> Values:
+    """Return the methods as the settings `method` and `variant`."""
+    if isinstance(methods, Method):
+        raise ConfigError("methods: must be a list of methods, such as ['local', 'fedavg']")
+    named = methods.split(",") if isinstance(methods, str) else methods
+    rows = named if isinstance(named, Mapping) else {_label(method): method for method in named}
+    if len(rows) < len(named):
+        raise ConfigError("methods: two have the same name; give a dictionary with different names")
+    variants = {label: _variant(method) for label, method in rows.items() if label != method}
+    return {"method": {"name": list(rows)}, **({"variant": variants} if variants else {})}
+
+
+def _label(method: Method | str) -> str:
+    return method_name(type(method)) if isinstance(method, Method) else method
+
+
+def _variant(method: Method | str) -> Values:
+    if isinstance(method, str):
+        return {"method": method}
+    name = method_name(type(method))
+    if name not in METHODS:
+        raise ConfigError(f"methods: {name} is not registered; give it as 'my.py:{name}'")
+    return {"method": name, **{key: value for key, value in dataclasses.asdict(method).items() if value is not None}}
+
+
+def _told(shown: Any, jobs: Sequence[PlannedRun], job: PlannedRun) -> OnRound:
+    """Return the function that shows the progress of one run of a comparison."""
+    place, rounds = jobs.index(job), job.settings.rounds
+
+    def on_round(done: int, n_rounds: int, row: Mapping[str, Any]) -> None:
+        overall = Overall(place * rounds + done, len(jobs) * rounds)
+        shown(done, n_rounds, row, f"[{place + 1}/{len(jobs)}] {job.label}, seed {job.seed}", overall)
+
+    return on_round
+
+
+def _frame(grid: Grid) -> pd.DataFrame:
+    """Return a table of a report with numbers instead of text."""
+    import pandas as pd
+
+    names = [" ".join(header.split()) for header in grid.headers]
+    rows = [[cell.text if i == 0 else cell.value for i, cell in enumerate(row)] for row in grid.rows]
+    return pd.DataFrame(rows, columns=names).set_index(names[0])
