@@ -44,7 +44,10 @@ class Compared:
 
     @property
     def pairs(self) -> pd.DataFrame:
-        """One row per method: the mean difference to FedAvg (or to the first method) with the same seed, in percentage points or the metric's unit; positive is better."""
+        """One row per method: the mean difference to FedAvg, or to the first method, with the same seed. Positive is better.
+
+        Differences are in percentage points, or in the metric's unit.
+        """
         from fedloom.report import read
         from fedloom.report.tables import paired_grid
 
