@@ -42,6 +42,7 @@ def list_command(words: Sequence[str]) -> int:
     parser.add_argument("name", nargs="?", help="show one of them in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
     given = parser.read(words)
+    given.what = {"data": "datasets"}.get(given.what, given.what)
     if given.what not in KINDS:
         raise ConfigError(f"fedloom list: {_wrong(given.what)}")
     facts = KINDS[given.what]()
@@ -81,6 +82,8 @@ def datasets() -> list[Facts]:
             "size": _input_size(source),
             "task": source.task,
             "classes": source.n_classes or "–",
+            "owners": source.natural or "–",
+            "terms": source.terms or "see its page",
             "found": _found(name),
         }
         for name, source in SOURCES.items()
@@ -89,7 +92,7 @@ def datasets() -> list[Facts]:
 
 def _input_size(source: Source) -> str:
     if source.image_size == 0:
-        return "numbers"
+        return source.inputs
     return f"{source.channels}x{source.image_size}x{source.image_size}" if source.image_size else "varies"
 
 

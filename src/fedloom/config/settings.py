@@ -75,6 +75,8 @@ class DataSettings(Section):
     owner: Literal["folder"] | None = None
     """`folder`: the upper folders of your folder of pictures are domains (root/domain/class/picture). They become the column `domain`, by
     which `partition=natural` divides. Default: the upper folders are classes."""
+    features: bool = False
+    """For `data=har`: the 561 published features of each window, instead of its nine signals."""
     label: str | None = None
     """Label column of a table, or several, separated by commas (multilabel, regression). Default: the only column with a usual name, such
     as `label`, `class`, `target` or `y`."""

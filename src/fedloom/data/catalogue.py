@@ -56,21 +56,52 @@ _DOMAINNET10 = (
 
 _GREY: dict[str, Any] = {"image_size": 28, "channels": 1}
 _SMALL: dict[str, Any] = {"image_size": 32, "channels": 3}
+_NO_IMAGES: dict[str, Any] = {"image_size": 0, "channels": 0}
+_UCI = "CC BY 4.0 (UCI)"
 _MIXED: dict[str, Any] = {"image_size": None, "channels": 3, "natural": "domain"}
 
 SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
     {
         "digits": Source(
             title="scikit-learn's 1,797 handwritten digits (embedded)",
-            n_classes=10, image_size=8, channels=1, classes=_DIGITS, embedded=True,
+            n_classes=10, image_size=8, channels=1, classes=_DIGITS, embedded=True, terms=_UCI,
         ),
         "coloured-digits": Source(
             title="the same digits on coloured ground, each client with its own class colours (embedded)",
-            n_classes=10, image_size=8, channels=3, classes=_DIGITS, natural="client", embedded=True,
+            n_classes=10, image_size=8, channels=3, classes=_DIGITS, natural="client", embedded=True, terms=_UCI,
         ),
         "diabetes": Source(
             title="442 diabetes patients, 10 variables, disease progression after a year (embedded; regression)",
-            n_classes=0, image_size=0, channels=0, task="regression", embedded=True,
+            n_classes=0, **_NO_IMAGES, inputs="numbers (10)", task="regression", embedded=True,
+            terms="none stated; distributed by scikit-learn (BSD)",
+        ),
+        "breast-cancer": Source(
+            title="569 tumours, 30 features of cell nuclei (embedded)",
+            n_classes=2, **_NO_IMAGES, inputs="numbers (30)", embedded=True, terms=_UCI,
+        ),
+        "adult": Source(
+            title="Adult: income above 50,000 dollars, from the US census of 1994",
+            n_classes=2, **_NO_IMAGES, inputs="table (12)", reader="fedloom.data.uci:read_adult", is_table=True, terms=_UCI,
+            get="put adult.data and adult.test (archive.ics.uci.edu/dataset/2)",
+        ),
+        "heart-disease": Source(
+            title="Heart disease in four hospitals, 740 patients (rows and features of FLamby)",
+            n_classes=2, **_NO_IMAGES, inputs="numbers (13)", natural="hospital",
+            reader="fedloom.data.uci:read_heart_disease", is_table=True,
+            terms="CC BY 4.0 (UCI); name the investigators Janosi, Steinbrunn, Pfisterer and Detrano",
+            get="put processed.{cleveland,hungarian,switzerland,va}.data (archive.ics.uci.edu/dataset/45)",
+        ),
+        "har": Source(
+            title="Human activity with smartphones, 30 persons",
+            n_classes=6, **_NO_IMAGES, inputs="signals (9, 128)", natural="subject", reader="fedloom.data.har:read_har",
+            terms="CC BY 4.0 (UCI); the README in the archive prohibits commercial use",
+            get="put the folder of 'UCI HAR Dataset.zip' (archive.ics.uci.edu/dataset/240)",
+        ),
+        "shakespeare": Source(
+            title="Shakespeare (LEAF), by role: the next character after 80 characters",
+            n_classes=80, **_NO_IMAGES, inputs="characters (80)", natural="client", hub="flwrlabs/shakespeare",
+            files="shakespeare.csv", reader="fedloom.data.shakespeare:read_shakespeare", terms="BSD 2-clause (LEAF); text: public domain",
+            get="put shakespeare.csv (hub: flwrlabs/shakespeare), or LEAF's train and test folders",
         ),
         "mnist": Source(
             title="MNIST", n_classes=10, **_GREY, hub="ylecun/mnist", hub_folder="mnist", classes=_DIGITS
@@ -87,6 +118,7 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
         "femnist": Source(
             title="FEMNIST (LEAF), by writer", n_classes=62, **_GREY, hub="flwrlabs/femnist",
             label="character", classes=_DIGITS + _UPPER + _LOWER, natural="writer_id",
+            terms="BSD 2-clause (LEAF); NIST: public domain",
         ),
         "cifar10": Source(
             title="CIFAR-10", n_classes=10, **_SMALL, hub="uoft-cs/cifar10", hub_folder="plain_text", classes=_CIFAR10
@@ -110,10 +142,10 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
         "office-caltech10": Source(
             title="Office-Caltech10, four domains", n_classes=10, **_MIXED, classes=_OFFICE
         ),
-        "domainnet": Source(title="DomainNet, six domains", n_classes=345, **_MIXED, hub="wltjr1007/DomainNet"),
+        "domainnet": Source(title="DomainNet, six domains", n_classes=345, **_MIXED, hub="wltjr1007/DomainNet", terms="research only"),
         "domainnet10": Source(
             title="DomainNet, six domains, ten classes", n_classes=10, **_MIXED,
-            hub="wltjr1007/DomainNet", only=_DOMAINNET10, folder="domainnet",
+            hub="wltjr1007/DomainNet", terms="research only", only=_DOMAINNET10, folder="domainnet",
         ),
     }
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Embedded data sets: scikit-learn's digits, the same digits on coloured backgrounds, and diabetes (a regression)."""
+"""Embedded data sets: scikit-learn's digits, the same digits on coloured backgrounds, diabetes (a regression) and breast cancer."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from fedloom.rng import Stream
 DIGITS: Final = Path(__file__).with_name("digits.npz")
 """The file digits.txt in the same folder gives source and licence."""
 DIABETES: Final = DIGITS.with_name("diabetes.npz")
+BREAST_CANCER: Final = DIGITS.with_name("breast_cancer.npz")
 CLASSES: Final = tuple("0123456789")
 N_CLIENTS: Final = 4
 N_TRAIN: Final = 1400  # of the 1,797 examples, 350 per client; the others are the test set, with random colours
@@ -32,9 +33,9 @@ Rows = npt.NDArray[np.int64]
 
 
 def load_embedded(name: str, image_size: int | None, rows: int | None) -> Dataset:
-    """Return `digits`, `coloured-digits` or `diabetes`; `image_size` and `rows` as for `fedloom.data.load`."""
-    if name == "diabetes":
-        return _diabetes(image_size, rows)
+    """Return `digits`, `coloured-digits`, `diabetes` or `breast-cancer`; `image_size` and `rows` as for `fedloom.data.load`."""
+    if name in ("diabetes", "breast-cancer"):
+        return _patients(name, image_size, rows)
     pixels, labels, n_train, columns = _coloured() if name == "coloured-digits" else _digits()
     keep, n_train = choose_rows(name, np.ones(len(labels), dtype=bool), n_train, rows)
 
@@ -52,13 +53,21 @@ def load_embedded(name: str, image_size: int | None, rows: int | None) -> Datase
     return replace(pool, factor="colour", changed=images(pixels[1])) if len(pixels) > 1 else pool
 
 
-def _diabetes(image_size: int | None, rows: int | None) -> Dataset:
+def _patients(name: str, image_size: int | None, rows: int | None) -> Dataset:
     if image_size is not None:
-        raise DataError(f"data.image_size={image_size}: data=diabetes has no images; remove it")
-    with np.load(DIABETES) as stored:
-        features, target = stored["features"], stored["target"].astype(np.float64)
-    keep, _ = choose_rows("diabetes", np.ones(len(target), dtype=bool), len(target), rows)
-    made = from_arrays(features[keep], target[keep], name="diabetes", task="regression", classes=["progression"])
+        raise DataError(f"data.image_size={image_size}: data={name} has no images; remove it")
+    is_diabetes = name == "diabetes"
+    with np.load(DIABETES if is_diabetes else BREAST_CANCER) as stored:
+        features = stored["features"]
+        target = stored["target"].astype(np.float64) if is_diabetes else stored["labels"].astype(np.int64)
+    keep, _ = choose_rows(name, np.ones(len(target), dtype=bool), len(target), rows)
+    made = from_arrays(
+        features[keep],
+        target[keep],
+        name=name,
+        task="regression" if is_diabetes else "classification",
+        classes=["progression"] if is_diabetes else ["malignant", "benign"],
+    )
     return replace(made, normalise="standard")
 
 

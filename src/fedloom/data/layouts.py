@@ -52,6 +52,7 @@ class Request:
     rows: int | None = None
     task: str | None = None
     owner: str | None = None
+    features: bool = False
     table: TableOptions = TableOptions()
     cache: Path
 

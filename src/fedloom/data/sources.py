@@ -23,6 +23,7 @@ def load(
     rows: int | None = None,
     task: str | None = None,
     owner: str | None = None,
+    features: bool = False,
     table: TableOptions | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
@@ -41,6 +42,7 @@ def load(
         task: the learning task of the user's own files; default: for tables, by the label column, otherwise classification. Other data
             sets have their own task.
         owner: "folder": the upper folders of a folder of pictures are domains; they become the column `domain`.
+        features: for `har`: the published features instead of the signals.
         table: how to read a table.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
@@ -56,6 +58,8 @@ def load(
     source = SOURCES.get(name)
     if (source or name == "pfllib") and task not in (None, usual := source.task if source else "classification"):
         raise DataError(f"data.task={task}: data={name} is a {usual} data set; remove data.task")
+    if features and name != "har":
+        raise DataError(f"data.features=true: applies only to data=har, not to data={name}")
     if source or name == "pfllib" or path is None:
         _refuse_owner(name, owner)
     if name == "pfllib":
@@ -70,7 +74,16 @@ def load(
         return _resized(embedded.load_embedded(name, image_size, rows), image_size)
     root = hub.cache_root(cache)
     options = table or TableOptions()
-    asked = Request(name=name, image_size=image_size, rows=rows, task=task, owner=owner, table=options, cache=root)
+    asked = Request(
+        name=name,
+        image_size=image_size,
+        rows=rows,
+        task=task,
+        owner=owner,
+        features=features,
+        table=options,
+        cache=root,
+    )
     if source is not None:
         return _resized(_named(asked, source, path), image_size)
     return _resized(_own_files(asked, Path(path).expanduser()) if path else _files(asked, path), image_size)

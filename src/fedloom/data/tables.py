@@ -61,7 +61,11 @@ def read_table(name: str, files: Files, options: TableOptions, *, task: str | No
     Raises:
         DataError: the files are malformed, a column has no clear type, or values are missing.
     """
-    raw = read_files(*files, options.encoding)
+    return table_dataset(name, read_files(*files, options.encoding), options, task=task, rows=rows)
+
+
+def table_dataset(name: str, raw: RawTable, options: TableOptions, *, task: str | None, rows: int | None) -> Dataset:
+    """Return the data set in the rows of a table; see `read_table`."""
     raw, roles = _divided(raw, options)
     file = _title(raw)
     columns = [_typed(raw, column, options) for column in roles.inputs]

@@ -52,7 +52,8 @@ def make_dataset(settings: Settings) -> data.Dataset:
     d, p = settings.data, settings.partition
     keys = {"label", "columns", "drop", "split", "missing", "missing_values", "decimal", "encoding"}
     table = data.TableOptions(**d.model_dump(include=keys), owner=p.column, by=p.by)
-    pool = data.load(d.name, d.path, image_size=d.image_size, rows=d.rows, task=d.task, owner=d.owner, table=table)
+    options = d.model_dump(include={"image_size", "rows", "task", "owner", "features"})
+    pool = data.load(d.name, d.path, table=table, **options)
     return data.with_factor(pool, d.factor, d.factor_clients or FACTOR_CLIENTS) if d.factor else pool
 
 
