@@ -39,6 +39,12 @@ def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
 
 
+def gaussian_kl_by_feature(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) of each feature in nats, mean over the batch: (D,); both (B, D)."""
+    mean, log_variance = wide(mean), wide(log_variance)
+    return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean(0)
+
+
 def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
     """Return -log N(target; mean, exp(log_variance)) without its constant, in nats: mean over batch and features; all (B, D)."""
     mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
@@ -63,6 +69,37 @@ def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | No
     every = (mean - target.mean(0)).square() + target.var(0, correction=0)
     rest = every if other is None else (mean - target[other]).square()
     return ((rest - own) / (2 * log_variance.exp())).mean()
+
+
+def within_classes(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values (B, D) minus the mean of their class in the batch, and the variance of their class in the batch (B, D).
+
+    `labels`: (B,) classes. A class with one example has differences and variances of 0.
+    """
+    values = wide(values)
+    same = (labels[:, None] == labels).to(values.dtype)
+    shares = same / same.sum(1, keepdim=True)
+    away = values - shares @ values
+    return away, shares @ away.square()
+
+
+def vclub_within(mean: Tensor, log_variance: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    """Return vCLUB within classes: a bound on the mutual information given the class, in nats per feature (see `vclub`).
+
+    Other examples are those of the same class in the batch. `mean` and `log_variance` predict `target` minus the mean of its class, so
+    information about the class costs nothing; all are (B, D). `labels`: see `within_classes`.
+    """
+    mean, log_variance = wide(mean), wide(log_variance)
+    away, variance = within_classes(target, labels)
+    rest = mean.square() + variance  # mean_j (m - c_j)^2 over the class, whose mean is 0
+    return ((rest - (mean - away).square()) / (2 * log_variance.exp())).mean()
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Return values (B, D) with mean 0 and standard deviation 1 over the batch; a constant feature becomes 0."""
+    values = wide(values)
+    away = values - values.mean(0)
+    return away / away.square().mean(0).sqrt().clamp(min=1e-6)
 
 
 def class_decorrelation(a: Tensor, b: Tensor, labels: Tensor, n_classes: int) -> Tensor:

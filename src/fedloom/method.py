@@ -210,14 +210,16 @@ class Train(NamedPhase):
     draw: DrawFn | None = None  # (batch, task, stream) -> the step's random tensors, drawn outside vectorised code
     keep_state: bool = False  # whether the optimiser's state is kept between rounds
     balanced: bool = False  # draw examples with replacement, so that each of the client's classes is equally likely
+    repeats: int = 1  # optimiser steps on each batch
     train_mode: tuple[str, ...] | None = (
         None  # the nets in training mode (default: those it trains); all others are in evaluation mode
     )
 
     def __post_init__(self) -> None:
         """Raise MethodError if the phase would take no step."""
-        if self.epochs < 1 or (self.steps is not None and self.steps < 1):
-            raise MethodError(f"phase '{self.name}': epochs={self.epochs}, steps={self.steps}: must be at least 1")
+        if self.epochs < 1 or self.repeats < 1 or (self.steps is not None and self.steps < 1):
+            counts = f"epochs={self.epochs}, steps={self.steps}, repeats={self.repeats}"
+            raise MethodError(f"phase '{self.name}': {counts}: must be at least 1")
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -246,6 +248,10 @@ class Interleave(NamedPhase):
         """Raise MethodError if the phase would take no step."""
         if not self.members or self.epochs < 1 or (self.steps is not None and self.steps < 1):
             raise MethodError(f"phase '{self.name}': needs members, and epochs or steps of at least 1")
+        if self.precompute and self.members[-1].repeats > 1:
+            raise MethodError(
+                f"phase '{self.name}': with `precompute`, the last member can take only one step per batch"
+            )
 
 
 @dataclass(frozen=True)

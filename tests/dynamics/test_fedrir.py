@@ -6,7 +6,21 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from fedloom import Batch, Client, ConfigError, FedAvg, FedRIR, Interleave, Stream, Task, Train, Turn, from_arrays, tree
+from fedloom import (
+    Batch,
+    Client,
+    ConfigError,
+    FedAvg,
+    FedRIR,
+    Interleave,
+    Stream,
+    Task,
+    Train,
+    Turn,
+    from_arrays,
+    losses,
+    tree,
+)
 from fedloom.inputs import InputSpec
 from fedloom.method import init_opts, trains_of
 from fedloom.models import arch
@@ -346,3 +360,89 @@ def test_whole_images_move_csfes_running_statistics_in_training_mode_alone(mode)
     (params, buffers), _ = worked(method, method.phases()[1:])
     assert params == {"gfe", "head", "idm"}
     assert buffers == ({"gfe", "csfe"} if mode == "training" else {"gfe"})
+
+
+# options of the information term and of the posterior
+
+
+def test_q_takes_its_steps_on_every_batch_and_the_classifier_one(experiment):
+    run = experiment("fedrir", **{"method.q_steps": 3}, rounds=1)
+    rounds = spied(run)
+    run.run()
+    for reply in rounds[0].replies:
+        assert reply.steps["idm"] == 3 * reply.steps["classify"] == 3 * reply.steps["mcsl"]
+
+
+def test_more_steps_fit_q_better():
+    losses = []
+    for n in (1, 8):
+        _, logs = worked(replace(FedRIR(lr=1e-2), q_steps=n), replace(FedRIR(lr=1e-2), q_steps=n).phases()[1:])
+        losses.append(logs["idm.loss"])
+    assert losses[1] < losses[0]
+
+
+def test_repeated_steps_are_the_same_in_lanes(experiment):
+    settings = {"method.q_steps": 2, "method.idm_mode": "vclub_class", "method.standardise": True, "rounds": 1}
+    one, other = (experiment("fedrir", **settings, engine=engine) for engine in ("sequential", "vectorised"))
+    for run in (one, other):
+        run.run()
+    assert other.rows[-1]["idm.loss"] == pytest.approx(one.rows[-1]["idm.loss"], rel=1e-8)
+    assert other.rows[-1]["classify.information"] == pytest.approx(one.rows[-1]["classify.information"], rel=1e-8)
+
+
+def test_a_standardised_bound_does_not_depend_on_the_scale_of_f_cs():
+    found = []
+    for scale in (1e-3, 1.0):
+        for method in (FedRIR(standardise=True), FedRIR(standardise=False)):
+            modules, client = made(method)
+            params = client.weights["params"]
+            nets = Nets(modules, params, client.weights["buffers"])
+            mean, specific = Stream(0).normal((20, 16)), Stream(1).normal((20, 16)) * scale
+            found.append(method.information(nets, mean, specific, Batch(rows().x, rows().y)).item())
+            loss = method.q_loss(nets, Batch(rows().x, rows().y, {}, {"f_g": mean, "f_cs": specific}), {}, {}).item()
+            found.append(loss)
+    assert found[:2] == pytest.approx(found[4:6])
+    assert found[3] != pytest.approx(found[7], rel=1e-3)
+
+
+def test_the_bound_within_classes_ignores_what_the_class_explains():
+    y = torch.arange(20) % 2
+    log_variance = torch.zeros(20, 4)
+    by_class = torch.where(y[:, None] == 0, -3.0, 5.0).expand(20, 4)
+    assert losses.vclub(by_class, log_variance, by_class).item() > 1
+    assert losses.vclub_within(torch.zeros(20, 4), log_variance, by_class, y).item() == pytest.approx(0)
+    noise = Stream(0).normal((20, 4))
+    away = noise - torch.stack([noise[y == label].mean(0) for label in y])
+    other = torch.stack([((away[i] - away[y == y[i]]) ** 2).mean(0) for i in range(20)])
+    found = losses.vclub_within(away, log_variance, by_class + noise, y)  # q predicts every example exactly
+    assert found.item() == pytest.approx((other / 2).mean().item())
+
+
+def test_free_bits_stop_the_pull_on_a_small_kl():
+    small, large = (torch.full((5, 3), value).requires_grad_() for value in (0.1, 2.0))
+    for mean, is_pulled in ((small, False), (large, True)):
+        kl = losses.gaussian_kl_by_feature(mean, torch.zeros(5, 3))
+        kl.clamp(min=0.5).sum().backward()
+        assert bool(mean.grad.any()) == is_pulled
+    assert losses.gaussian_kl_by_feature(large, torch.zeros(5, 3)).sum().item() == pytest.approx(
+        losses.gaussian_kl(large, torch.zeros(5, 3)).item()
+    )
+    method = FedRIR(free_bits=0.5)
+    modules, client = made(method)
+    nets = Nets(modules, client.weights["params"], client.weights["buffers"])
+    batch = Batch(rows().x, rows().y, method.draw_mask(Batch(rows().x, rows().y), TASK, Stream(3)))
+    loss, logs = method.mcsl_loss(nets, batch, {}, {})
+    assert loss.item() >= logs["reconstruction"].item() + 0.1 * 16 * 0.5 - 1e-9
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"q_steps": 2, "idm_mode": "decorrelated"},
+        {"standardise": True, "idm_mode": "none"},
+        {"free_bits": 0.1, "mcsl": "supervised"},
+    ],
+)
+def test_an_option_without_effect_is_refused(settings):
+    with pytest.raises(ValueError, match="needs"):
+        FedRIR(**settings)

@@ -22,7 +22,7 @@ def most_steps(problem: Problem, client: int, n_examples: int, phases: Sequence[
     for phase in problem.method.phases() if phases is None else phases:
         if isinstance(phase, Train | Interleave):
             n_steps = plan.n_steps(n_examples, phase.epochs, phase.steps)
-            found |= {train.name: n_steps for train in trains_of([phase])}
+            found |= {train.name: n_steps * train.repeats for train in trains_of([phase])}
     return found
 
 

@@ -14,7 +14,7 @@ from fedloom.errors import ConfigError
 from fedloom.method import Architecture, Batch, Interleave, Logs, Method, Need, Paper, Phase, Predictor, Task, Train
 from fedloom.models.fedrir import ImageGenerator, InformationDistillation
 from fedloom.nets import Nets
-from fedloom.ranges import Fraction, NonNegative, Positive, Whole
+from fedloom.ranges import Count, Fraction, NonNegative, Positive, Whole
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
@@ -58,15 +58,21 @@ class FedRIR(Method):
     """Side of a masked patch in pixels; 0 means 4, or 2 for images under 28 pixels."""
     kl_weight: NonNegative = 0.1
     """Weight of the KL divergence in stage 1."""
+    free_bits: NonNegative = 0.0
+    """KL divergence of a feature, in nats, that costs nothing: the loss of stage 1 counts at least this much for each of the D features."""
     rec_reduction: Literal["mean", "sum"] = "mean"
     """Whether the squared error is a mean over the pixels of an image (released code), or a sum, like the KL divergence over features."""
     loss_region: Literal["all", "masked"] = "all"
     """Pixels that are included in the squared error."""
-    idm_mode: Literal["vclub", "vclub_sampled", "decorrelated", "released", "none"] = "vclub"
-    """The information term: the bound over all pairs of examples, the bound over one sampled pair per example, the correlation of f_g and
-    f_cs within classes, the released code's loss, or none."""
+    idm_mode: Literal["vclub", "vclub_sampled", "vclub_class", "decorrelated", "released", "none"] = "vclub"
+    """The information term: the bound over all pairs of examples, the bound over one sampled pair per example, the bound within classes,
+    the correlation of f_g and f_cs within classes, the released code's loss, or none."""
     idm_weight: NonNegative = 1.0
     """Weight w of the information term in stage 2."""
+    q_steps: Count = 1
+    """Steps that fit q on each batch, before its bound is used once."""
+    standardise: bool = False
+    """Whether q and the bound see f_cs with mean 0 and standard deviation 1 over the batch, so that its scale does not limit the bound."""
     control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
     """Control arm: all steps of both stages train gfe, csfe and head by the cross-entropy on the client's examples, plainly or on batches
     in which its classes are equally frequent. There are no generator and no q."""
@@ -88,6 +94,13 @@ class FedRIR(Method):
             raise ValueError(f"control={self.control}: these settings take no more steps than plain training")
         if self.loss_region == "masked" and (self.mcsl != "masked" or self.mask_ratio == 0):
             raise ValueError("loss_region=masked needs mcsl=masked and a mask_ratio above 0")
+        for key, is_set in (("q_steps", self.q_steps > 1), ("standardise", self.standardise)):
+            if is_set and not self.fits_q:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} needs a bound: idm_mode=vclub, vclub_sampled or vclub_class"
+                )
+        if self.free_bits and not self.generates:
+            raise ValueError(f"free_bits={self.free_bits:g} needs mcsl=masked or unmasked")
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return gfe and csfe of any architecture, and the other nets for its number of features D and the image size."""
@@ -123,8 +136,9 @@ class FedRIR(Method):
         modes = (*classifier, "csfe") if self.generates and self.csfe_mode == "training" else classifier
         classify = train("classify", self.loss, classifier, draw=self.draw_pairs, train_mode=modes)
         second: Phase = classify
-        if self.predicts and self.idm_mode != "released":
-            second = Interleave("distil", (train("idm", self.q_loss, ("idm",)), classify), epochs, precompute=self.both)
+        if self.fits_q:
+            fit_q = train("idm", self.q_loss, ("idm",), repeats=self.q_steps)
+            second = Interleave("distil", (fit_q, classify), epochs, precompute=self.both)
         return (first, second) if self.generates else (second,)
 
     # stage 1: masked client-specific learning
@@ -155,7 +169,10 @@ class FedRIR(Method):
             error = error * (1 - stays) / share
         reconstruction = error.mean() if self.rec_reduction == "mean" else error.sum((1, 2, 3)).mean()
         kl = losses.gaussian_kl(mean, log_variance)
-        return reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
+        logs = {"reconstruction": reconstruction, "kl": kl}
+        if self.free_bits:
+            kl = losses.gaussian_kl_by_feature(mean, log_variance).clamp(min=self.free_bits).sum()
+        return reconstruction + self.kl_weight * kl, logs
 
     # stage 2: classification with information distillation
 
@@ -174,7 +191,14 @@ class FedRIR(Method):
     def q_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
         """Return -log q(f_cs | f_g), the loss that fits q before each use of q. No gradient flows to f_g or f_cs."""
         mean, log_variance = nets.idm(batch.precomputed["f_g"])
-        return losses.gaussian_nll(mean, log_variance, batch.precomputed["f_cs"])
+        target = self.target(batch.precomputed["f_cs"])
+        if self.idm_mode == "vclub_class":
+            target = losses.within_classes(target, batch.y)[0]
+        return losses.gaussian_nll(mean, log_variance, target)
+
+    def target(self, specific: Tensor) -> Tensor:
+        """Return what q predicts: f_cs, standardised if this is set."""
+        return losses.standardised(specific) if self.standardise else specific
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
         """Sample a second example for each example, for the sampled bound."""
@@ -205,7 +229,12 @@ class FedRIR(Method):
             # the sum over features, without the factor 1/2 of the likelihood
             return 2 * common.shape[1] * losses.gaussian_nll(mean, log_variance, specific)
         mean, log_variance = nets.frozen.idm(common)
-        return losses.vclub(mean, log_variance, specific, batch.draws.get("other")).clamp(min=0)
+        target = self.target(specific)
+        if self.idm_mode == "vclub_class":
+            bound = losses.vclub_within(mean, log_variance, target, batch.y)
+        else:
+            bound = losses.vclub(mean, log_variance, target, batch.draws.get("other"))
+        return bound.clamp(min=0)
 
     def predictors(self) -> dict[str, Predictor]:
         """Return the client's predictor, head([f_g, f_cs]). There is no server model, because csfe and head never leave a client."""
@@ -231,7 +260,7 @@ class FedRIR(Method):
         needs: set[Need] = {"vector", "head"}
         if self.generates:
             needs.add("pictures")
-        if (self.informs and self.idm_mode == "decorrelated") or self.control == "same-steps-balanced":
+        if (self.informs and self.idm_mode in ("decorrelated", "vclub_class")) or self.control == "same-steps-balanced":
             needs.add("classes")
         return frozenset(needs)
 
@@ -243,7 +272,12 @@ class FedRIR(Method):
     @property
     def steps_per_batch(self) -> int:
         """The optimiser steps on each batch of an epoch, in both stages together."""
-        return 1 + self.generates + (self.predicts and self.idm_mode != "released")
+        return 1 + self.generates + self.q_steps * self.fits_q
+
+    @property
+    def fits_q(self) -> bool:
+        """Whether q has steps of its own."""
+        return self.predicts and self.idm_mode != "released"
 
     @property
     def generates(self) -> bool:

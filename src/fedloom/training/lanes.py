@@ -204,7 +204,7 @@ class LaneStack:
         for member in self.members:
             for name, sums in member.sums.items():
                 for noted, plan, value in zip(logs, plans, sums.tolist(), strict=True):
-                    noted[f"{member.train.name}.{name}"] = value / len(plan)
+                    noted[f"{member.train.name}.{name}"] = value / (len(plan) * member.train.repeats)
         return [partial(self._lane, k, len(plan)) for k, plan in enumerate(plans)]
 
     def _advance(self, at: LaneBatch, lr_scale: float) -> None:
@@ -212,7 +212,8 @@ class LaneStack:
         shared = self._precompute(at)
         for member in self.members:
             last = member is self.members[-1]
-            self._step(member, at, lr_scale, shared if last or shared is None else shared.detached())
+            for _ in range(member.train.repeats):
+                self._step(member, at, lr_scale, shared if last or shared is None else shared.detached())
 
     def _step(self, member: LaneTrain, at: LaneBatch, lr_scale: float, shared: Precomputed | None) -> None:
         """Take one step with one member on some lanes; see `LocalTrain.step`."""
@@ -261,7 +262,7 @@ class LaneStack:
         weights = {"params": params, "buffers": mine(self.buffers)}
         kept = {member.train.name: mine(member.state) for member in self.members if member.train.keep_state}
         client = lane.client._replace(weights=weights, opts={**lane.client.opts, **kept})
-        steps = {**lane.turn.steps, **{member.train.name: n_steps for member in self.members}}
+        steps = {**lane.turn.steps, **{member.train.name: n_steps * member.train.repeats for member in self.members}}
         return lane._replace(client=client, turn=replace(lane.turn, steps=steps))
 
 

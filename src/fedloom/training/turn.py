@@ -171,7 +171,8 @@ def _walk_batches(
                 shared = precompute(phase, trains, gradients, members[-1].inputs(members[-1].params(), batch))
             for member in members:
                 last = member is members[-1]
-                member.step(index, batch, lr_scale, shared if last or shared is None else shared.detached())
+                for _ in range(member.train.repeats):
+                    member.step(index, batch, lr_scale, shared if last or shared is None else shared.detached())
     for member in members:
         weights["params"].update(member.runner.finished())
     kept = {member.train.name: member.state for member in members if member.train.keep_state}
