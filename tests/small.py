@@ -30,9 +30,17 @@ BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
 """Short fine-tuning for FedVTC, long enough to compare two runs."""
 
 
+QUICK_SERVER = {
+    "fedtgp": {"method.server_epochs": 3},
+    "fedgen": {"method.server_steps": 3, "method.n_synthetic": 8},
+    "ccvr": {"method.calibration_epochs": 1, "method.virtual_features": 10, "width": 8},
+}
+"""Short training on the server, long enough to compare two runs."""
+
+
 def brief(method: str) -> dict[str, Any]:
-    """Return `BRIEF` if the method uses it."""
-    return BRIEF if method == "fedvtc" else {}
+    """Return the settings that make a method's runs short."""
+    return BRIEF if method == "fedvtc" else QUICK_SERVER.get(method, {})
 
 
 def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:

@@ -491,7 +491,20 @@ def by_gram_matrix(monkeypatch):
     return begin
 
 
-WITHOUT_GRAM_LAYERS = {"fedasam", "fedmr", "fedprox", "fedrir", "scaffold", "Counting", "Sharing", "Perfed", "Secure"}
+WITHOUT_GRAM_LAYERS = {
+    "Counting",
+    "Perfed",
+    "Secure",
+    "Sharing",
+    "fedasam",
+    "fedmr",
+    "fedmut",
+    "fedpac",
+    "fedprox",
+    "fedrir",
+    "moon",
+    "scaffold",
+}
 """Their losses read weights, their optimisers are not plain SGD, or they take no steps."""
 
 

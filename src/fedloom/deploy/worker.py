@@ -102,7 +102,7 @@ class NodeWorker:
 
     def _train(self, letter: Letter, request: TrainMessage) -> bytes:
         site = self._serve(request.call, request.number, request.members)
-        if request.number >= site.problem.task.rounds:
+        if request.number >= site.problem.n_exchanges:
             raise WireError(f"round {request.number + 1}: the run has {site.problem.task.rounds} rounds")
         common = letter.tree("common")
         turns, uplinks = [], {}

@@ -132,6 +132,11 @@ class Problem:
         n, rng = self.task.n_clients, Stream(self.seed, purpose, number)
         return Round(number, n, arrivals, rng, examples=self.examples)
 
+    @property
+    def n_exchanges(self) -> int:
+        """The number of exchanges of a run: its rounds, and the closing one if the method overrides `finish`."""
+        return self.task.rounds + (type(self.method).finish is not Method.finish)
+
     @cached_property
     def examples(self) -> tuple[int, ...]:
         """The number of training examples of every client that trains; 0 if the server does not know it."""

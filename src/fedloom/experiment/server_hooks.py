@@ -13,7 +13,7 @@ from fedloom import tree
 from fedloom.accelerator import HOST
 from fedloom.engines import Problem
 from fedloom.errors import MethodError
-from fedloom.method import Arrival, Downlink, Method, Round
+from fedloom.method import Arrival, Downlink, Round
 from fedloom.nets import Nets
 from fedloom.rng import Stream
 from fedloom.training.turn import own_randomness
@@ -81,7 +81,7 @@ class ServerSide:
     @property
     def finishes(self) -> bool:
         """Whether the method has a closing exchange after the last round."""
-        return type(self._method).finish is not Method.finish
+        return self._problem.n_exchanges > self._problem.task.rounds
 
     def finish(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return the server's final state."""

@@ -9,21 +9,30 @@ from typing import TYPE_CHECKING
 from fedloom import lazy
 
 if TYPE_CHECKING:
+    from fedloom.methods.ccvr import CCVR as CCVR
     from fedloom.methods.centralised import Centralised as Centralised
     from fedloom.methods.ditto import Ditto as Ditto
+    from fedloom.methods.fedala import FedALA as FedALA
     from fedloom.methods.fedasam import FedASAM as FedASAM
     from fedloom.methods.fedavg import FedAvg as FedAvg
     from fedloom.methods.fedavg_ft import FedAvgFT as FedAvgFT
     from fedloom.methods.fedbabu import FedBABU as FedBABU
     from fedloom.methods.fedbn import FedBN as FedBN
+    from fedloom.methods.fedexp import FedExP as FedExP
+    from fedloom.methods.fedgen import FedGen as FedGen
     from fedloom.methods.fedmr import FedMR as FedMR
+    from fedloom.methods.fedmut import FedMut as FedMut
+    from fedloom.methods.fedpac import FedPAC as FedPAC
     from fedloom.methods.fedper import FedPer as FedPer
     from fedloom.methods.fedproto import FedProto as FedProto
     from fedloom.methods.fedprox import FedProx as FedProx
     from fedloom.methods.fedrep import FedRep as FedRep
     from fedloom.methods.fedrir import FedRIR as FedRIR
+    from fedloom.methods.fedrod import FedRoD as FedRoD
+    from fedloom.methods.fedtgp import FedTGP as FedTGP
     from fedloom.methods.fedvtc import FedVTC as FedVTC
     from fedloom.methods.local import Local as Local
+    from fedloom.methods.moon import Moon as Moon
     from fedloom.methods.scaffold import Scaffold as Scaffold
 
 _ORIGINS = lazy.export(__name__)
