@@ -230,7 +230,7 @@ def test_clients_are_scored_with_the_decoded_downlink_and_the_server_with_its_ow
 
 
 PARTS = [
-    *((method, "prototypes" if method in ("fedproto", "fedvtc") else "weights") for method in METHODS),
+    *((method, "prototypes" if method in ("fedproto", "fedtgp", "fedvtc") else "weights") for method in METHODS),
     ("scaffold", "control"),
     ("fedvtc", "variance"),
 ]
