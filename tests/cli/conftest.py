@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
-from matplotlib.figure import Figure
 
 from fedloom.cli import main
+from fedloom.report import style
 
 TINY = (
     "rounds=2",
@@ -37,15 +36,7 @@ Cli = Callable[..., Result]
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the drawing of a page's figures, which takes most of a short run's time. The tests of the report check figures."""
-    save = Figure.savefig
-
-    def blank(figure: Figure, file: Any, **how: Any) -> None:
-        if isinstance(file, io.StringIO):
-            file.write("<svg></svg>")
-        else:
-            save(figure, file, **how)
-
-    monkeypatch.setattr(Figure, "savefig", blank)
+    monkeypatch.setattr(style, "plain_svg", lambda _: "<svg></svg>")
 
 
 @pytest.fixture

@@ -93,9 +93,9 @@ def _save(federation: Federation, out: Path) -> None:
 
 
 def _draw(federation: Federation, plot: Path) -> None:
-    from fedloom.report import plots  # matplotlib is an extra
+    from fedloom.report.partition_plots import partition_figure  # matplotlib is an extra
 
     strata = federation.dataset.strata()
     counts = federation.partition.counts(strata.of, len(strata.names))
-    figure = plots.partition_figure(counts, strata.names, "class" if _has_classes(federation) else "group")
+    figure = partition_figure(counts, strata.names, "class" if _has_classes(federation) else "group")
     save_picture(figure, plot, "plot")

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from fedloom.errors import UsageError
 from fedloom.report import units
+from fedloom.report.facts import scheme, settings_in_words, shown
 from fedloom.report.generalisation import generalisation_grid
-from fedloom.report.groups import flat_settings, group, headline, other_metrics, run_total, shared_primary
+from fedloom.report.groups import flat_settings, headline, other_metrics, run_total
 from fedloom.report.looked_at import analysis_grids, pictures
-from fedloom.report.primary import VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.tables import Cell, Grid, f1_grid, not_counted, paired_grid, recall_grid, summary_grid
 from fedloom.report.waiting import Waiting, waiting_grid
 
-if TYPE_CHECKING:
-    from fedloom.report.style import Figure
-
-FACTS = ("data", "model", "models", "clients", "participation", "cohort", "rounds", "seed", "buffers")
-IN_PLACE_OF = {"participation": "cohort", "model": "models"}
 MEASURES = {
     ("personal", ""): "personal",
     ("personal", "trained"): "personal, trained clients only",
@@ -54,14 +48,6 @@ class Chapter(NamedTuple):
     records: Sequence[RunRecord]
     title: str = ""
     reading: str = ""
-
-
-class Plot(NamedTuple):
-    """A figure on the page: its SVG, the note below it, and whether it has the full width."""
-
-    svg: str
-    note: str
-    wide: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +126,12 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
     import markupsafe
 
     records = chapter.records
-    sections = {**_sections(records, prefix), **_times(records, waiting, prefix)}
+    from fedloom.report.page_figures import sections  # matplotlib is an extra
+
     return {
         "title": chapter.title or _title(records),
         "reading": chapter.reading,
-        "facts": _facts(records),
+        "facts": settings_in_words(records),
         "unfinished": [record for record in records if not record.finished],
         "grids": [
             summary_grid(records, digits=2),
@@ -156,9 +143,12 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
             *analysis_grids(records),
         ],
         "sections": {
-            title: [{"svg": markupsafe.Markup(plot.svg), "note": plot.note, "wide": plot.wide} for plot in section]
-            for title, section in sections.items()
-            if section
+            section.title: {
+                "note": section.note,
+                "figures": [plot._asdict() | {"svg": markupsafe.Markup(plot.svg)} for plot in section.plots],
+            }
+            for section in sections(records, waiting, prefix)
+            if section.plots
         },
         "looked_at": [(record.name, list(pictures(record))) for record in records if record.analysis],
         "details": [_detail(record) for record in records],
@@ -168,110 +158,6 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
 def _title(records: Sequence[RunRecord]) -> str:
     methods = list(dict.fromkeys(record.method for record in records))
     return " · ".join(methods) if len(methods) <= 6 else f"{len(methods)} methods"
-
-
-def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
-    """Return the settings of the runs: for each setting, all of its different values."""
-    facts = {key: _listed(_fact(record, key) for record in records) for key in FACTS}
-    facts["partition"] = _listed(_scheme(record) for record in records)
-    facts["runs"] = str(len(records))
-    return {key: value for key, value in facts.items() if value}
-
-
-def _fact(record: RunRecord, key: str) -> Any:
-    """Return a setting of a run, or None if another setting replaces it."""
-    return None if record.fact(IN_PLACE_OF.get(key, "")) else record.fact(key)
-
-
-def _listed(values: Iterator[Any]) -> str:
-    return ", ".join(dict.fromkeys(_shown(value) for value in values if value not in (None, "", [])))
-
-
-def _shown(value: object) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    return printable(text)
-
-
-def _scheme(record: RunRecord) -> str:
-    scheme = record.partition.get("scheme")
-    if not isinstance(scheme, Mapping):
-        return ""
-    known = ("name", "seed", "clients", "data", "n_train", "n_rows")  # shown elsewhere
-    rest = {key: value for key, value in flat_settings(scheme).items() if key not in known}
-    parts = [_shown(scheme.get("name", "")), *(f"{key}={_shown(value)}" for key, value in rest.items())]
-    return " ".join(parts).strip()
-
-
-def _sections(records: Sequence[RunRecord], prefix: str) -> dict[str, list[Plot]]:
-    from fedloom.report import plots
-
-    primary = shared_primary(records)
-    band = any(len(g.counted) > 1 for g in group(records))
-    range_note = "Line: mean over seeds; band: from the lowest seed to the highest." if band else ""
-    views = [view for view in VIEWS if plots.has_values(records, primary.measure(view))]
-    curves = [(plots.metric_over_rounds(records, view), range_note) for view in views]
-    if views:
-        note = "All clients together, cumulative."
-        curves.append((plots.metric_over_bytes(records, views[0]), note))
-    spread = "Bar: the middle half of the clients; stroke: median; diamond: mean of the worst tenth."
-    clients = [(plots.client_spread(records), spread)] if any(r.clients is not None for r in records) else []
-    traffic = [(plots.bytes_by_kind(records), "Whole run, all clients together.")]
-    sharp = [(plots.sharpness(records), plots.SHARPNESS_NOTE)] if plots.has_sharpness(records) else []
-    logs = [(plots.log_over_rounds(records, key), "") for key in plots.log_names(records)]
-    return {
-        _section(primary): _drawn(f"{prefix}{primary.name}", curves),
-        "Clients and traffic": _drawn(
-            f"{prefix}clients", clients + (traffic if any(r.summary for r in records) else [])
-        ),
-        "Partition": _drawn(f"{prefix}partition", _partitions(records)),
-        "Sharpness": _drawn(f"{prefix}sharpness", sharp),
-        "Logs": _drawn(f"{prefix}log", logs),
-    }
-
-
-def _section(primary: Primary) -> str:
-    """Return the title of the section with the curves of the primary metric."""
-    return "Accuracy" if primary.name == "accuracy" else f"Metric: {primary.name}"
-
-
-def _times(records: Sequence[RunRecord], waiting: Waiting | None, prefix: str) -> dict[str, list[Plot]]:
-    from fedloom.report import plots
-
-    if waiting is None:
-        return {}
-    note = "Every round waits for its slowest client; the server's own work takes no time."
-    figures = [(plots.metric_over_time(records, network, waiting), note) for network in waiting.networks]
-    return {"Devices and networks": _drawn(f"{prefix}time", figures)}
-
-
-def _drawn(name: str, figures: Sequence[tuple[Figure, str]]) -> list[Plot]:
-    from fedloom.report import style
-
-    found = []
-    for place, (figure, note) in enumerate(figures):
-        title = next((axes.get_title(loc="left") for axes in figure.axes), name)
-        drawn = style.svg(figure, f"{name}{place}", f"{title}. {note}")
-        found.append(Plot(drawn, note, figure.get_size_inches()[0] > 7))
-    return found
-
-
-def _partitions(records: Sequence[RunRecord]) -> list[tuple[Figure, str]]:
-    """Return one figure for each different partition."""
-    from fedloom.report import plots
-
-    runs: dict[str, list[RunRecord]] = {}
-    for record in records:
-        if (record.partition.get("class_counts") or {}).get("train"):
-            runs.setdefault(str(record.partition.get("hash", record.name)), []).append(record)
-    found = []
-    for digest, sharing in runs.items():
-        partition = sharing[0].partition
-        kind = "class" if sharing[0].primary.name == "accuracy" else "group"
-        figure = plots.partition_figure(partition["class_counts"]["train"], partition.get("classes"), kind)
-        users = ", ".join(record.name for record in sharing) if len(sharing) <= 6 else f"{len(sharing)} runs"
-        users = "all runs" if len(sharing) == len(records) else users
-        found.append((figure, f"{_scheme(sharing[0])} (hash {_shown(digest)[:16]}): {users}."))
-    return found
 
 
 def _detail(record: RunRecord) -> Detail:
@@ -307,7 +193,8 @@ def _detail(record: RunRecord) -> Detail:
 
 
 def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
-    return {printable(key): _shown(value) for key, value in flat_settings(tree).items() if key != "command"}
+    known = {key: value for key, value in flat_settings(tree).items() if key != "command" and value not in ("", [])}
+    return {printable(key): shown(value) for key, value in known.items()}
 
 
 def _score_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
@@ -336,9 +223,9 @@ def _result(record: RunRecord) -> dict[str, str]:
         "local training": f"{flops / 1e9:.3g} GFLOP a round" if flops else "",
         "not counted": not_counted([record]),
         "largest client": f"{units.size(peak)} of tensors at once" if peak else "",
-        "partition": _scheme(record),
-        "partition hash": _shown(record.partition.get("hash", "")),
-        "digest": _shown(record.manifest.get("digest", "")),
+        "partition": scheme(record),
+        "partition hash": shown(record.partition.get("hash", "")),
+        "digest": shown(record.manifest.get("digest", "")),
         "accepted changes": printable("; ".join(map(str, (record.summary or {}).get("accepted_changes", ())))),
     }
     return {key: value for key, value in found.items() if value}

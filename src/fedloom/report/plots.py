@@ -6,46 +6,53 @@ figures of the same records. If a quantity was not measured, the figure states t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from fedloom.errors import DataError
 from fedloom.report.groups import Group, group, headline, series, shared_primary
 from fedloom.report.link_speeds import Network
 from fedloom.report.looked_at import part_of
 from fedloom.report.primary import VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
 from fedloom.report.style import (
-    ACCENT,
     INK,
     MUTED,
+    NAME_LETTERS,
+    SERIES,
     Axes,
     Figure,
     Stroke,
-    colors,
+    blank,
     drawing,
+    figure_of,
+    framed,
     label_ends,
+    names_margin,
     shorten,
     strokes,
+    text_width,
     ticker,
 )
-from fedloom.report.units import duration, size
+from fedloom.report.units import duration, significant, size
 from fedloom.report.waiting import Waiting, elapsed
 
 Floats = NDArray[np.float64]
 
-WIDTH, HEIGHT = 4.9, 3.3
+WIDTH, HEIGHT = 4.9, 3.1
+LOG_SIZE = (3.2, 2.3)  # figures of logs, in inches
 MAX_DOTS = 200
-MAX_BUBBLES = (120, 30)
+STEPS = (1, 2, 2.5, 5, 10)  # between ticks
+MIN_SPAN = 10.0  # percentage points that an axis shows at least, so that noise does not look like progress
+MIN_SPAN_OF_VALUE = 0.1  # the same for other quantities, as a fraction of the largest value
+SAME = 0.012  # lines that are closer than this fraction of the axis are drawn as one, in alternating colours
 ROUNDS = ("lost", "late", "rejected", "skipped", "virtual_steps")  # cumulative counts of events in rounds
 NOT_A_LOG = ("round", "uplink_bytes", "downlink_bytes", "cohort", *ROUNDS)
-SCORES = tuple(f"{view}_" for view in (*VIEWS, "valid"))  # prefixes of the names of metrics; a log's name has a dot
-SINGLE_GROUP = ["examples"]  # the names of a partition's groups if the task has no groups of examples
+SCORES = tuple(f"{view}_" for view in (*VIEWS, "valid", "shared_head"))  # of names of metrics; a log's name has a dot
 
 
 class Curve(NamedTuple):
@@ -57,14 +64,41 @@ class Curve(NamedTuple):
     high: Floats
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """The title, the names of the axes, and the scales of a figure of curves. `over` ends the title, except above bars."""
+
+    title: str
+    axis_names: tuple[str, str]
+    over: str = ""
+    percent: bool = False
+    shape: tuple[float, float] = (WIDTH, HEIGHT)
+    x_log: bool = False
+    y_log: bool = False
+
+
 def metric_over_rounds(records: Sequence[RunRecord], view: str = "personal") -> Figure:
     """Plot the primary metric over completed rounds: mean over seeds, with a band from the lowest seed to the highest.
 
-    `view` is `personal`, `general` or `server`. Fractions are shown in percent.
+    `view` is `personal`, `general` or `server`. Fractions are shown in percent. If all runs were evaluated once, draw bars.
     """
     primary = shared_primary(records)
     curves = _curves(group(records), lambda record: _shown(record, primary, view))
-    return _curves_figure(records, curves, f"{_title(primary, view)} over rounds", ("round", primary.label))
+    look = _over_rounds(_title(primary, view), primary)
+    return _curves_figure(curves, strokes(group(records)), look)
+
+
+def views_over_rounds(records: Sequence[RunRecord]) -> Figure:
+    """Plot the primary metric of one method over rounds, with one line for each of the models that are scored."""
+    (members,), primary = group(records), shared_primary(records)
+    curves: dict[str, Curve] = {}
+    for view in VIEWS:
+        found = _curves([members], lambda record, view=view: _shown(record, primary, view))  # type: ignore[misc]
+        if found:
+            (curves[view],) = found.values()
+    marks = {view: Stroke(SERIES[place], "-") for view, place in zip(VIEWS, (0, 1, 3), strict=True)}
+    title = f"{primary.name[:1].upper()}{primary.name[1:]}"
+    return _curves_figure(curves, marks, _over_rounds(title, primary))
 
 
 def metric_over_bytes(records: Sequence[RunRecord], view: str = "personal") -> Figure:
@@ -88,6 +122,10 @@ def metric_over_time(records: Sequence[RunRecord], network: Network, waiting: Wa
     )
 
 
+def _over_rounds(title: str, primary: Primary) -> Look:
+    return Look(title=title, axis_names=("round", primary.label), over=" over rounds", percent=primary.percent)
+
+
 def _shown(record: RunRecord, primary: Primary, view: str) -> pd.Series[float]:
     """Return the values of the primary metric as they are shown, by round."""
     return primary.scale * series(record, primary.measure(view))
@@ -107,17 +145,19 @@ def _metric_over(
 ) -> Figure:
     """Plot the primary metric over a cost, which is named `over` in the title; `shown` formats the cost on the axis."""
     groups, primary = group(records), shared_primary(records)
-    title = f"{_title(primary, view)} over {over}"
     curves = _curves(groups, lambda record: _shown(record, primary, view))
     costs = _curves(groups, cost)
     curves = {label: _over(curve, costs[label]) for label, curve in curves.items() if label in costs}
     curves = {label: curve for label, curve in curves.items() if len(curve.x)}
-    figure = _curves_figure(records, curves, title, (axis_name, primary.label))
+    x_log = _spans([curve.x[-1] for curve in curves.values()], 20)
+    title = f"{_title(primary, view)} over {over}"
+    look = Look(title=title, axis_names=(axis_name, primary.label), percent=primary.percent, x_log=x_log)
+    figure = _curves_figure(curves, strokes(groups), look, bars=False)
     for axes in figure.axes if curves else ():
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
-        if _spans([curve.x[-1] for curve in curves.values()], 20):
-            axes.set_xscale("log")
+        if x_log:
             axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+        else:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=STEPS))
         axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: shown(x) if x >= 0 else ""))
     return figure
 
@@ -142,7 +182,8 @@ def sharpness(records: Sequence[RunRecord]) -> Figure:
         if lines:
             x, each = np.asarray(next(part["distances"] for part in found if "distances" in part)), np.asarray(lines)
             curves[g.label] = Curve(x, each.mean(0), each.min(0), each.max(0))
-    figure = _curves_figure(records, curves, "Loss around the server's model", ("distance", "cross-entropy"))
+    look = Look(title="Loss around the server's model", axis_names=("distance", "cross-entropy"))
+    figure = _curves_figure(curves, strokes(group(records)), look)
     for axes in figure.axes if curves else ():
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
     return figure
@@ -151,9 +192,10 @@ def sharpness(records: Sequence[RunRecord]) -> Figure:
 def log_over_rounds(records: Sequence[RunRecord], key: str) -> Figure:
     """Plot one logged quantity over rounds, averaged over each round's cohort, for the methods that log it."""
     curves = _curves(group(records), lambda record: series(record, key))
-    figure = _curves_figure(records, curves, shorten(printable(key), 40), ("round", ""), (4.0, 2.7))
-    if _spans([value for curve in curves.values() for value in curve.low], 200):
-        figure.axes[0].set_yscale("log")
+    y_log = _spans([value for curve in curves.values() for value in curve.low], 200)
+    look = Look(title=shorten(printable(key), 36), axis_names=("round", ""), shape=LOG_SIZE, y_log=y_log)
+    figure = _curves_figure(curves, strokes(group(records)), look)
+    if y_log:
         for axis_format in (figure.axes[0].yaxis.set_major_formatter, figure.axes[0].yaxis.set_minor_formatter):
             axis_format(ticker.LogFormatter(minor_thresholds=(2, 0.5)))  # the default formatter writes TeX
     return figure
@@ -180,14 +222,16 @@ def client_spread(records: Sequence[RunRecord]) -> Figure:
     groups, primary = group(records), shared_primary(records)
     marks = strokes(groups)
     with drawing():
-        figure = Figure(figsize=(WIDTH, 1.2 + 0.38 * len(groups)))
         x_label = f"personal {primary.name} of a client{primary.qualifier}"
-        axes = figure.add_subplot(title="Spread over clients", xlabel=x_label)
+        names = [g.label for g in groups]
+        axes = _rows_axes(names, 0.38, title="Spread over clients", xlabel=x_label)
         found = [_draw_spread(axes, place, g, primary, marks[g.label].colour) for place, g in enumerate(groups)]
         if not any(found):
             return _not_measured(axes)
-        _name_rows(axes, [g.label for g in groups])
-    return figure
+        if primary.percent:
+            axes.set_xlim(-2, 102)
+        _name_rows(axes, names)
+    return figure_of(axes)
 
 
 def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
@@ -196,58 +240,24 @@ def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
     marks = strokes(groups)
     traffic = {g.label: _kinds(g) for g in groups}
     rows = [(label, kind) for label, kinds in traffic.items() for kind in kinds]
+    names = [f"{shorten(label, 12)} · {shorten(printable(kind), 11)}" for label, kind in rows]
     with drawing():
-        figure = Figure(figsize=(WIDTH, 1.0 + 0.25 * len(rows)))
         if not rows:
-            return _not_measured(figure.add_subplot(title="Bytes by kind"))
-        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+            return _not_measured(framed((WIDTH, 1.5), (0.3, 0.3, 0.4, 0.3), title="Bytes by kind"))
+        figure = blank((WIDTH, 0.6 + 0.25 * len(rows)))
+        height, left = figure.get_size_inches()[1], _rows_margin(names)
+        width = (WIDTH - left - 0.1) / 2
         largest = max(max(traffic[label][kind]) for label, kind in rows)
-        for side, (axes, title) in enumerate(zip(panels, ("Uplink by kind", "Downlink"), strict=True)):
+        for side, title in enumerate(("Uplink", "Downlink")):
+            box = ((left + side * width) / WIDTH, 0.1 / height, 0.93 * width / WIDTH, 1 - 0.5 / height)
+            axes = figure.add_axes(box, title=title, xticks=[])
             widths = [traffic[label][kind][side] for label, kind in rows]
             bars = axes.barh(range(len(rows)), widths, 0.62, color=[marks[label].colour for label, _ in rows])
             axes.bar_label(bars, [size(width) if width else "" for width in widths], padding=3, fontsize=8)
-            axes.set(title=title, xlim=(0, 1.5 * largest or 1), xticks=[])
-            _name_rows(axes, [f"{shorten(label, 18)} · {printable(kind)}" for label, kind in rows])
+            axes.set_xlim(0, 1.6 * largest or 1)
+            _name_rows(axes, names)
             axes.tick_params(left=False, labelleft=not side)
             axes.spines["bottom"].set_visible(False)
-    return figure
-
-
-def partition_figure(class_counts: ArrayLike, classes: Sequence[object] | None = None, kind: str = "class") -> Figure:
-    """Plot a partition: examples of each class (rows) at each client (columns), with examples per client above.
-
-    `class_counts` has shape (K, Y); `classes` are the Y names. In tasks without classes, they are groups of examples, and `kind` is what
-    to call one. Up to 120 clients and 30 classes are drawn as bubbles with area proportional to the number of examples, larger
-    partitions as shaded cells. Raise DataError for invalid counts, or a wrong number of names.
-    """
-    counts = _checked_counts(class_counts)
-    n_clients, n_classes = counts.shape
-    names = [str(name) for name in (range(n_classes) if classes is None else classes)]
-    if len(names) != n_classes:
-        raise DataError(f"classes has {len(names)} names, but class_counts has {n_classes} classes")
-    few = n_clients <= MAX_BUBBLES[0] and n_classes <= MAX_BUBBLES[1]
-    width = min(max(1.6 + 0.19 * n_clients, WIDTH), 10.8) if few else 10.8
-    with drawing():
-        figure = Figure(figsize=(width, min(2.0 + 0.21 * n_classes, 6.5)))
-        top, main = figure.subplots(2, 1, sharex=True, height_ratios=[1, max(2.5, 0.3 * min(n_classes, 20))])
-        top.stairs(counts.sum(axis=1), np.arange(n_clients + 1) - 0.5, fill=True, color=ACCENT, alpha=0.55)
-        top.set(title="Training examples", ylabel="examples", ylim=(0, None))
-        top.yaxis.set_major_locator(ticker.MaxNLocator(2, integer=True))
-        top.tick_params(bottom=False)
-        if few:
-            note = f"largest bubble: {counts.max():.0f} examples"
-            top.set_title(note, loc="right", color=MUTED, fontsize=8, fontweight="normal")
-            _draw_bubbles(main, counts, cell_points=72 * min((width - 1.4) / n_clients, 0.21))
-        else:
-            _draw_shades(main, counts)
-        _name_classes(main, names)
-        main.set(
-            xlabel="client",
-            ylabel="" if names == SINGLE_GROUP else kind,
-            xlim=(-0.6, n_clients - 0.4),
-            ylim=(n_classes - 0.4, -0.6),
-        )
-        main.xaxis.set_major_locator(ticker.MaxNLocator(20, integer=True, min_n_ticks=1))
     return figure
 
 
@@ -268,33 +278,121 @@ def _over(curve: Curve, other: Curve) -> Curve:
     return Curve(other.mean[theirs], curve.mean[ours], curve.low[ours], curve.high[ours])
 
 
-def _curves_figure(
-    records: Sequence[RunRecord],
-    curves: Mapping[str, Curve],
-    title: str,
-    axis_names: tuple[str, str],
-    shape: tuple[float, float] = (WIDTH, HEIGHT),
-) -> Figure:
-    marks = strokes(group(records))
+def _curves_figure(curves: Mapping[str, Curve], marks: Mapping[str, Stroke], look: Look, bars: bool = True) -> Figure:
+    """Draw curves with their names at their ends. `bars`: whether to draw bars instead if each curve is one point of the same round."""
+    only = {tuple(curve.x) for curve in curves.values()}
+    if bars and len(only) == 1 and len(next(iter(only))) == 1:
+        return _bars_figure(curves, marks, look)
+    (width, height), letters = look.shape, NAME_LETTERS if look.shape[0] > LOG_SIZE[0] else NAME_LETTERS // 2
     with drawing():
-        figure = Figure(figsize=(shape[0], max(shape[1], 0.9 + 0.2 * len(curves))))
-        axes = figure.add_subplot(title=title, xlabel=axis_names[0], ylabel=axis_names[1])
+        limits = _y_range(curves.values(), look.percent) if curves else (0, 1)
+        y_ticks = ticker.MaxNLocator(6, steps=STEPS)
+        numbers = ["0.001"] if look.y_log else [_number(y, 0) for y in y_ticks.tick_values(*limits)]
+        margins = (
+            text_width(numbers) + (0.35 if look.axis_names[1] else 0.15),
+            names_margin(curves, letters),
+            0.38,
+            0.5,
+        )
+        axes = framed((width, max(height, 0.9 + 0.2 * len(curves))), margins, title=look.title + look.over)
+        axes.set(xlabel=look.axis_names[0], ylabel=look.axis_names[1])
         if not curves:
             return _not_measured(axes)
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.set(xscale="log" if look.x_log else "linear", yscale="log" if look.y_log else "linear")
+        if not look.x_log:
+            axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=STEPS, integer=True, min_n_ticks=1))
+        if not look.y_log:
+            axes.yaxis.set_major_locator(y_ticks)
+            axes.yaxis.set_major_formatter(_number)
+            axes.set_ylim(*limits)
+        drawn = _alternating(curves, marks, axes.get_ylim())
         for label, curve in curves.items():
-            _draw_curve(axes, curve, marks[label])
-        axes.autoscale_view()
-        label_ends(axes, {label: (curve.x[-1], curve.mean[-1]) for label, curve in curves.items()}, marks)
-    return figure
+            _draw_curve(axes, curve, drawn[label])
+        if drawn != marks:
+            figure_of(axes).set_label("Lines that lie on each other alternate in colour.")
+        axes.autoscale_view(scaley=look.y_log)
+        label_ends(axes, {label: (curve.x[-1], curve.mean[-1]) for label, curve in curves.items()}, marks, letters)
+    return figure_of(axes)
+
+
+def _number(value: float, _: float) -> str:
+    """Return the label of a tick."""
+    return f"{0.0 if abs(value) < 1e-12 else value:.4g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _y_range(curves: Iterable[Curve], percent: bool) -> tuple[float, float]:
+    """Return the limits of the y axis. They span at least `MIN_SPAN` percentage points or `MIN_SPAN_OF_VALUE` of the largest value."""
+    known = list(curves)
+    low, high = (float(fn([fn(ends) for ends in found])) for fn, found in (
+        (min, [curve.low for curve in known]), (max, [curve.high for curve in known]),
+    ))  # fmt: skip
+    least = MIN_SPAN if percent else MIN_SPAN_OF_VALUE * max(abs(low), abs(high)) or 1.0
+    middle, span = (low + high) / 2, max(1.08 * (high - low), least)
+    if percent:  # the axis does not show values that cannot be
+        middle = min(max(middle, span / 2 - 1), 101 - span / 2)
+    return middle - span / 2, middle + span / 2
+
+
+def _alternating(
+    curves: Mapping[str, Curve], marks: Mapping[str, Stroke], limits: tuple[float, float]
+) -> dict[str, Stroke]:
+    """Return the strokes of curves, with alternating dashes for curves that lie on each other, which would hide all but the last."""
+    bundles: list[list[str]] = []
+    for label, curve in curves.items():
+        bundle = next((names for names in bundles if _same(curves[names[0]], curve, limits)), None)
+        if bundle is None:
+            bundles.append([label])
+        else:
+            bundle.append(label)
+    found = dict(marks)
+    for names in (bundle for bundle in bundles if len(bundle) > 1):
+        for place, label in enumerate(names):
+            dashes = (3.0 * (len(names) - place), (3.0, 3.0 * (len(names) - 1)))
+            found[label] = marks[label]._replace(dash=dashes)
+    return found
+
+
+def _same(one: Curve, other: Curve, limits: tuple[float, float]) -> bool:
+    """Return whether two curves cannot be distinguished on an axis with these limits."""
+    if len(one.x) < 2 or not np.array_equal(one.x, other.x):
+        return False
+    return bool(np.abs(one.mean - other.mean).max() < SAME * (limits[1] - limits[0]))
+
+
+def _bars_figure(curves: Mapping[str, Curve], marks: Mapping[str, Stroke], look: Look) -> Figure:
+    """Draw one bar per curve, which has one point: the mean over seeds, with a stroke from the lowest seed to the highest."""
+    labels, values = list(curves), [float(curve.mean[0]) for curve in curves.values()]
+    number = next(iter(curves.values())).x[0]
+    title = f"{look.title}, {look.axis_names[0]} {number:g}"
+    least, most = min(0.0, *(c.low[0] for c in curves.values())), max(0.0, *(c.high[0] for c in curves.values()))
+    with drawing():
+        axes = _rows_axes(labels, 0.3, look.shape[0], title=title, xlabel=look.axis_names[1])
+        axes.barh(range(len(labels)), values, 0.62, color=[marks[label].colour for label in labels])
+        for row, (value, curve) in enumerate(zip(values, curves.values(), strict=True)):
+            axes.hlines(row, curve.low[0], curve.high[0], color=INK, linewidth=1.2)
+            text = f" {value:.1f}" if look.percent else f" {significant(value)}"
+            axes.text(max(curve.high[0], 0), row, text, fontsize=8, verticalalignment="center")
+        axes.set_xlim(1.25 * least, most + 0.25 * (most - least) if most > least else 1)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=STEPS))
+        _name_rows(axes, labels)
+    return figure_of(axes)
+
+
+def _rows_axes(names: Sequence[str], row: float, width: float = WIDTH, **labels: str) -> Axes:
+    """Return the axes of a figure with one named row of height `row`, in inches, for each of `names`."""
+    return framed((width, 1.0 + row * len(names)), (_rows_margin(names), 0.15, 0.38, 0.5), **labels)
+
+
+def _rows_margin(names: Iterable[str]) -> float:
+    return text_width(shorten(name, 30) for name in names) + 0.15
 
 
 def _draw_curve(axes: Axes, curve: Curve, mark: Stroke) -> None:
-    if len(curve.x) == 1:  # a line needs two points
-        axes.plot(curve.x, curve.mean, "o", color=mark.colour)
-        axes.vlines(curve.x, curve.low, curve.high, color=mark.colour)
+    if curve.x[0] == curve.x[-1]:  # one point, or nothing was sent
+        axes.plot(curve.x[-1:], curve.mean[-1:], "o", color=mark.colour)
+        axes.vlines(curve.x[-1], curve.low[-1], curve.high[-1], color=mark.colour)
     else:
-        axes.plot(curve.x, curve.mean, mark.dash, color=mark.colour)
+        axes.plot(curve.x, curve.mean, linestyle=mark.dash, color=mark.colour, dash_capstyle="butt")
         axes.fill_between(curve.x, curve.low, curve.high, color=mark.colour, alpha=0.16, linewidth=0)
 
 
@@ -307,9 +405,7 @@ def _spans(values: Iterable[float], ratio: float) -> bool:
 def _not_measured(axes: Axes) -> Figure:
     axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=MUTED)
     axes.set(xticks=[], yticks=[])
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    return figure
+    return figure_of(axes)
 
 
 def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
@@ -365,43 +461,3 @@ def _kinds(members: Group) -> dict[str, tuple[float, float]]:
     return dict(
         sorted(((kind, (mean("uplink", kind), mean("downlink", kind))) for kind in kinds), key=lambda row: -sum(row[1]))
     )
-
-
-def _checked_counts(class_counts: ArrayLike) -> Floats:
-    try:
-        counts = np.asarray(class_counts, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"class_counts must be numbers of shape (clients, classes): {error}") from error
-    if counts.ndim != 2 or not counts.size:
-        raise DataError(f"class_counts must have shape (clients, classes), not {counts.shape}")
-    if not np.isfinite(counts).all() or counts.min() < 0:
-        raise DataError("class_counts must be counts: finite and not negative")
-    return counts
-
-
-def _draw_bubbles(axes: Axes, counts: Floats, cell_points: float) -> None:
-    n_levels = 24  # one marker per size level keeps the SVG small
-    largest = counts.max() or 1.0
-    levels = np.ceil(n_levels * np.sqrt(counts / largest)).astype(int)
-    for level in range(1, n_levels + 1):
-        clients, classes = np.nonzero(levels == level)
-        if len(clients):
-            diameter = max(0.98 * cell_points * level / n_levels, 1.2)
-            axes.plot(clients, classes, "o", color=ACCENT, markersize=diameter, markeredgewidth=0)
-
-
-def _draw_shades(axes: Axes, counts: Floats) -> None:
-    clear, full = (colors.to_rgba(ACCENT, alpha) for alpha in (0, 1))
-    shades = colors.LinearSegmentedColormap.from_list("shades", [clear, full])
-    norm = colors.PowerNorm(0.5, 0, counts.max() or 1.0)  # square-root scale, so that small counts are visible
-    image = axes.imshow(counts.T, aspect="auto", interpolation="none", cmap=shades, norm=norm)
-    figure = axes.get_figure(root=True)
-    assert figure is not None
-    bar = figure.colorbar(image, ax=axes, label="examples", pad=0.01, fraction=0.04)
-    bar.solids.set_rasterized(True)  # type: ignore[union-attr]
-    axes.grid(visible=False)
-
-
-def _name_classes(axes: Axes, names: Sequence[str]) -> None:
-    step = math.ceil(len(names) / 30)
-    axes.set_yticks(range(0, len(names), step), [shorten(printable(name), 16) for name in names[::step]])

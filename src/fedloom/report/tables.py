@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedloom.report import units
+from fedloom.report.facts import local_training
 from fedloom.report.groups import Group, group, headline, run_total, shared_primary
 from fedloom.report.pairs import MIN_SEEDS_FOR_INTERVAL, Difference, choose_baseline, difference
 from fedloom.report.primary import VIEWS, Primary
@@ -222,7 +223,7 @@ def _mean_cell(column: Column, members: Group, primary: Primary, digits: int) ->
 
 def _summary_caption(groups: Sequence[Group]) -> str:
     counts = {g.label: len(g.counted) for g in groups}
-    notes = []
+    notes = [training] if (training := local_training(groups)) else []
     if max(counts.values()) > 1:
         distinct = set(counts.values())
         listed = str(*distinct) if len(distinct) == 1 else ", ".join(f"{label} {n}" for label, n in counts.items())

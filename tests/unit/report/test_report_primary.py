@@ -19,6 +19,7 @@ from fedloom.report import Chapter, Waiting, plots, read, shared_primary, write_
 from fedloom.report.groups import group, headline, other_metrics
 from fedloom.report.link_speeds import Network
 from fedloom.report.pairs import difference
+from fedloom.report.partition_plots import partition_figure
 from fedloom.report.primary import ACCURACY, Primary
 from fedloom.report.tables import Cell, f1_grid, paired_grid, recall_grid, summary_grid
 from fedloom.report.units import significant
@@ -312,8 +313,8 @@ def test_the_spread_over_clients_marks_the_largest_tenth(sugar: Path) -> None:
 
 @pytest.mark.parametrize(("names", "label"), [(["below 25", "25 or more"], "group"), (["examples"], "")])
 def test_groups_of_examples_are_not_called_classes(names: list[str], label: str) -> None:
-    figure = plots.partition_figure(np.ones((3, len(names))), names, "group")
-    assert figure.axes[1].get_ylabel() == label
+    figure = partition_figure(np.ones((3, len(names))), names, "group")
+    assert figure.axes[-1].get_ylabel() == label
     assert names[0] in texts(figure)
 
 
