@@ -454,3 +454,84 @@ def test_deviations_of_a_covariance_are_those_of_its_factor():
         feature_statistics.standard_deviations(variance, 0.1, "full"), labels, "full"
     )
     torch.testing.assert_close(feature_statistics.own_deviations(variance, 0.1, labels, "full"), through)
+
+
+# options of the generator
+
+
+def test_images_are_reconstructed_from_prototypes_if_this_is_set():
+    s = setting(latent="prototype", matching_weight=0.0).with_statistics()
+    draws = s.method.draw_latents(Batch(s.rows.x, s.rows.y), TASK, Stream(4)) | {"noise": torch.zeros(24, P)}
+    known = (s.down["counts"][s.rows.y] > 0)[:, None]
+    means = torch.where(known, s.down["prototypes"][s.rows.y], s.nets.body(s.rows.x))
+    _, logs = s.method.generator_loss(s.nets, Batch(s.rows.x, s.rows.y, draws), s.down, s.client.memory)
+    expected = (s.nets.generator(means) - s.rows.x).square().mean()
+    assert logs["reconstruction"].item() == pytest.approx(expected.item())
+    nobody = s.down | {"counts": torch.zeros(Y)}
+    assert torch.equal(s.method.centre(means, s.rows.y, nobody), means)  # without prototypes: the features
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_reconstruction_and_kl_reach_the_body_only_if_it_learns(learns):
+    s = setting(encoder_learns=learns).with_statistics()
+    after, logs = s.worked([s.method.phases()[2]])
+    touched = parts_of(s.client._asdict(), after._asdict())
+    assert touched == [{"generator", "body"} if learns else {"generator"}, set()]
+    assert ("generator.cross_entropy" in logs) == learns
+    if not learns:
+        return
+    params = {name: p.clone().requires_grad_() for name, p in s.client.weights["params"].items()}
+    nets = Nets(s.modules, params, s.client.weights["buffers"])
+    batch = Batch(s.rows.x, s.rows.y)
+    batch = batch._replace(draws=s.method.draw_latents(batch, TASK, Stream(4)))
+    _, logs = s.method.generator_loss(nets, batch, s.down, s.client.memory)
+    body = [p for name, p in params.items() if name.startswith("body.")]
+    for term, reaches in (("reconstruction", True), ("kl", True), ("matching", False)):
+        grads = torch.autograd.grad(logs[term], body, allow_unused=True, retain_graph=True)
+        assert any(grad is not None and bool(grad.any()) for grad in grads) == reaches, term
+
+
+def test_generators_are_shared_for_some_rounds_and_then_private(experiment):
+    always, some = (
+        experiment(
+            FedVTC(share_generator=True, share_rounds=n, **QUICK), rounds=3, width=P, engine="debug+bytes+sequential"
+        )
+        for n in (0, 2)
+    )
+    rounds = spied(some)
+    for run in (always, some):
+        run.run()
+    assert ["weights" in one.replies[0].uplink for one in rounds] == [True, True, False]
+    assert ["weights" in one.down.common for one in rounds] == [True, True, False]
+    kept, shared = (tree.n_bytes(run.server["weights"]) for run in (some, always))
+    assert kept == shared
+    sent = [run.ledger.kinds["uplink"]["weights"] for run in (some, always)]
+    assert sent[0] * 3 == sent[1] * 2
+    assert not tree.equal(some.engine.client(0).weights, some.engine.client(1).weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"share_rounds": 2}, "needs share_generator=true"),
+        ({"share_rounds": 2, "share_generator": True, "finetune": "end"}, "use finetune=every"),
+        ({"control": "same-steps", "latent": "prototype"}, "leave out latent"),
+        ({"control": "same-steps", "encoder_learns": True}, "leave out encoder_learns"),
+    ],
+)
+def test_options_of_the_generator_without_effect_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        FedVTC(**options)
+
+
+@pytest.mark.parametrize("options", [{"latent": "prototype"}, {"encoder_learns": True}])
+def test_the_options_can_be_lanes(experiment, caplog, options):
+    one, other = (
+        experiment(FedVTC(**QUICK, **options), rounds=2, width=P, engine=engine)
+        for engine in ("sequential", "vectorised")
+    )
+    for run in (one, other):
+        run.run()
+    assert "one after another" not in caplog.text
+    for key in ("generator.reconstruction", "finetune.loss"):
+        assert other.rows[-1][key] == pytest.approx(one.rows[-1][key], rel=1e-7)

@@ -32,7 +32,7 @@ from fedloom.methods import feature_statistics
 from fedloom.methods.fedproto import FedProto
 from fedloom.models.vtc import Spread, VtcDecoder
 from fedloom.nets import Nets, select
-from fedloom.ranges import Count, NonNegative, Positive
+from fedloom.ranges import Count, NonNegative, Positive, Whole
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
@@ -70,12 +70,17 @@ class FedVTC(FedProto):
     """Whether the client learns its own sigma_k, as a factor on the empirical one, together with psi_k."""
     generator_form: Literal["linear", "conv"] = "linear"
     """The first layer of psi: a linear map to small images, or a transposed convolution of one pixel."""
+    latent: Literal["features", "prototype"] = "features"
+    """The mean of the latent from which an image is reconstructed: its own features z, or its class's global prototype c_y, if any."""
+    encoder_learns: bool = False
+    """Whether the generator phase also trains the body, so that reconstruction and KL have a gradient into it. The phase then adds the
+    cross-entropy of the client's head, which stays as it is; matching never trains the body."""
     generator_epochs: Count = 1
     """Passes over the client's training examples that update the generator."""
     generator_lr: Positive = 1e-3
     """The generator's learning rate (Adam, with moments kept between rounds)."""
     kl_weight: NonNegative = 0.1
-    """Weight of KL(N(z, sigma_k^2) || N(c_y, sigma^2)) per feature; it has a gradient only with `learn_spread`."""
+    """Weight of KL(N(z, sigma_k^2) || N(c_y, sigma^2)) per feature; it has a gradient only with `learn_spread` or `encoder_learns`."""
     matching: Literal["mean", "mahalanobis", "real", "cycle"] = "mean"
     """The target of g_k(psi_k(v)): c for class means, c per example in units of sigma, class means of real examples, or v itself."""
     matching_weight: NonNegative = 1.0
@@ -99,6 +104,8 @@ class FedVTC(FedProto):
     batches in which its classes are equally frequent. There is no generator."""
     share_generator: bool = False
     """Whether the generators travel and are averaged, or stay with their clients."""
+    share_rounds: Whole = 0
+    """Number of rounds in which they travel; afterwards, every client goes on with its own. 0: all rounds."""
 
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
     combines: ClassVar[Combines] = "sums"
@@ -111,10 +118,19 @@ class FedVTC(FedProto):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for options of the generator in a control arm, which has none."""
+        """Raise ValueError for options of the generator that have no effect."""
         super().__post_init__()
-        if self.control != "none" and (self.share_generator or self.learn_spread):
-            raise ValueError(f"control={self.control} has no generator; leave out share_generator and learn_spread")
+        used = {"share_generator": self.share_generator, "learn_spread": self.learn_spread}
+        used |= {"encoder_learns": self.encoder_learns, "latent": self.latent != "features"}
+        if self.control != "none" and any(used.values()):
+            name = next(name for name, is_used in used.items() if is_used)
+            raise ValueError(f"control={self.control} has no generator; leave out {name}")
+        if self.share_rounds and not self.share_generator:
+            raise ValueError(f"share_rounds={self.share_rounds} needs share_generator=true")
+        if self.share_rounds and self.finetune == "end":
+            raise ValueError(
+                f"share_rounds={self.share_rounds}: with finetune=end, new clients would have no generator; use finetune=every"
+            )
 
     # initial state
 
@@ -141,11 +157,22 @@ class FedVTC(FedProto):
 
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
         """Return the client's own weights, with the received generator if it is shared."""
-        return tree.merge(weights, down["weights"]) if self.share_generator else weights
+        return tree.merge(weights, down["weights"]) if "weights" in down else weights
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return c, n, and sigma with its floor applied: standard deviations, or the lower triangular factor of a full covariance."""
-        sent = {key: value for key, value in server.items() if key != "variance"}
+        """Return c, n, and sigma with its floor applied: standard deviations, or the lower triangular factor of a full covariance; and the
+        generator, if it is shared in this round.
+        """
+        left_out = {"variance", "weights"} if 0 < self.share_rounds <= round.number else {"variance"}
+        return self.message(server, left_out)
+
+    def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
+        """Return the downlink, with the latest shared generator for clients that join later; predictions do not use it."""
+        return self.message(server, {"variance"})
+
+    def message(self, server: Tree, left_out: set[str]) -> Downlink:
+        """Return the server's state and sigma, without some entries."""
+        sent = {key: value for key, value in server.items() if key not in left_out}
         return Downlink(
             sent
             | {"spread": feature_statistics.standard_deviations(server["variance"], self.spread_floor, self.covariance)}
@@ -155,9 +182,15 @@ class FedVTC(FedProto):
         """Return fit, statistics, generator, and fine-tuning if it is part of local updates."""
         fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
         nets = ("generator", "spread") if self.learn_spread else ("generator",)
-        adam = optim.adam(self.generator_lr)
         generator = Train(
-            "generator", self.generator_loss, nets, adam, self.generator_epochs, draw=self.draw_latents, keep_state=True
+            "generator",
+            self.generator_loss,
+            (*nets, "body") if self.encoder_learns else nets,
+            optim.adam(self.generator_lr),
+            self.generator_epochs,
+            draw=self.draw_latents,
+            keep_state=True,
+            train_mode=nets,
         )
         if self.control != "none":
             generator = self.on_real_examples(Train("more", self.loss, (), fit.optimizer, self.generator_epochs))
@@ -215,7 +248,7 @@ class FedVTC(FedProto):
         """Return prototypes of the classes held, counts, the variance, and the generator if it is shared."""
         sent, memory = super().uplink(client, received, down, turn)
         sent["variance"] = feature_statistics.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
-        return sent | {"weights": self.travelling(client.weights)} if self.share_generator else sent, memory
+        return sent | {"weights": self.travelling(client.weights)} if "weights" in down else sent, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
         """Return FedProto's faults, or a fault of the variance."""
@@ -229,7 +262,7 @@ class FedVTC(FedProto):
         variance, means = uplink["variance"].double(), local[0].double()
         weights = self.weights_of([uplink])[0].double()
         found["squares"] = feature_statistics.raw_squares(variance, means, weights, self.covariance)
-        return found | {"weights": uplink["weights"]} if self.share_generator else found
+        return found | {"weights": uplink["weights"]} if "weights" in uplink else found
 
     def from_sums(self, total: Tree, n: int) -> Tree:
         """Return FedProto's uplink with the variance of all examples, and the mean generator if it is shared."""
@@ -237,7 +270,7 @@ class FedVTC(FedProto):
         means = torch.zeros_like(total["sums"])
         means[weights > 0] = found["prototypes"]
         found["variance"] = feature_statistics.variance_of(total["squares"], means, weights, self.covariance)
-        if self.share_generator:
+        if "weights" in total:
             found["weights"] = tree.map_tree(lambda leaf: leaf / n, total["weights"])
         return found
 
@@ -251,7 +284,8 @@ class FedVTC(FedProto):
             variance = torch.where(weights.sum(0)[:, None] > 0, variance, server["variance"])
         after["variance"] = variance
         if self.share_generator:
-            after["weights"] = tree.mean([up["weights"] for up in uplinks], round.shares)
+            sent = [up["weights"] for up in uplinks if "weights" in up]
+            after["weights"] = tree.mean(sent, round.shares) if sent else server["weights"]
         return after
 
     # phase 3: generator
@@ -263,20 +297,31 @@ class FedVTC(FedProto):
         return {"noise": rng.normal((len(batch.y), p)), "latent_noise": rng.normal((n, p)), "class_choice": choice}
 
     def generator_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the reconstruction error of x from z + sigma_k eps, plus the KL term and the distribution matching; the frozen
-        body computes z.
+        """Return the reconstruction error of x from z + sigma_k eps (or c_y + sigma_k eps), plus the KL term and the distribution
+        matching. The body that computes z is frozen, unless it learns.
         """
         z = nets.body(batch.x)
         spread = self.own_spread(nets, batch.y, memory).to(z.dtype)
-        image = nets.generator(z + spread * batch.draws["noise"])
+        image = nets.generator(self.centre(z, batch.y, down) + spread * batch.draws["noise"])
         reconstruction = (image - batch.x).square().mean()
         kl = self.kl(z, spread, batch.y, down)
         loss, logs = reconstruction + self.kl_weight * kl, {"reconstruction": reconstruction, "kl": kl}
+        if self.encoder_learns:
+            logs["cross_entropy"] = nets.loss(nets.head(z), batch.y)
+            loss = loss + logs["cross_entropy"]
         if not self.matching_weight:  # skipping the matching saves half of the step's work
             return loss, logs
         labels, latents = self.latents(batch.draws, down)
-        matching = self.match(nets.body(nets.generator(latents)), latents, labels=labels, z=z, y=batch.y, down=down)
+        made = (nets.frozen if self.encoder_learns else nets).body(nets.generator(latents))
+        matching = self.match(made, latents, labels=labels, z=z.detach(), y=batch.y, down=down)
         return loss + self.matching_weight * matching, logs | {"matching": matching}
+
+    def centre(self, z: Tensor, labels: Tensor, down: Tree) -> Tensor:
+        """Return the mean of the latents from which examples are reconstructed: (B, p)."""
+        if self.latent == "features":
+            return z
+        known = (down["counts"][labels] > 0)[:, None]
+        return torch.where(known, down["prototypes"][labels].to(z.dtype), z)
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
         """Return sigma_k for each example: (B, p)."""
