@@ -46,7 +46,7 @@ OTHER = UNUSUAL | {
     "precision": "tf32",
 }
 """Settings that conflict with those of another engine."""
-THIRD = UNUSUAL | {"partition": {"name": "extended", "by": "age", "repair": True}}
+THIRD = UNUSUAL | {"partition": {"name": "extended", "by": "age", "repair": True, "class_floor": 2}}
 """Settings that conflict with those of another partition."""
 
 

@@ -149,6 +149,9 @@ class PartitionSettings(Section):
     """Minimum number of examples per client, before the split into training and test examples."""
     repair: bool = False
     """Use the first draw, and move examples from the largest clients to those with fewer than `min_examples`, instead of drawing again."""
+    class_floor: Whole = 0
+    """Minimum number of training examples of every class that each client has; missing ones are moved from the clients with the most
+    (dirichlet, pathological, extended)."""
     merge: bool = True
     """Pool the official training and test examples before the partition, as is usual in personalised federated learning. With false, only
     the training examples are split across clients."""
@@ -409,6 +412,7 @@ def _check_partition(partition: PartitionSettings) -> None:
         ("column", ("natural", "own")),
         ("by", skewed),
         ("repair", (*skewed, "quantity")),
+        ("class_floor", skewed),
     ):
         value = getattr(partition, key)
         known = " and ".join(f"partition={name}" for name in owners)

@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,6 +127,7 @@ def partition(
     column: str | None = None,
     min_examples: int = 10,
     repair: bool = False,
+    class_floor: int = 0,
     merge: bool = True,
     test_fraction: float | None = None,
     valid: float = 0.0,
@@ -162,6 +163,8 @@ def partition(
             until all have enough.
         merge: pool the official training and test examples (see above).
         test_fraction: fraction of each client's examples in its test split.
+        class_floor: minimum number of training examples of every class (or value of `by`) that each client has after the split. Missing
+            ones are moved from the clients with the most training examples of the class ("dirichlet", "pathological", "extended").
         valid: fraction of each client's training examples in its validation split.
         path: partition file.
         seed: seed of all draws.
@@ -196,7 +199,11 @@ def partition(
         settings |= ({"by": by} if by else {}) | ({"repair": True} if repair else {})
     made = {"name": scheme, **_pool(dataset), "clients": len(dealt), "min_examples": min_examples, **settings}
     made |= {"merge": merge, "test_fraction": fraction, "valid": valid, "seed": seed}
-    return _split(dataset, dealt, made, stream, names)
+    if not class_floor:
+        return _split(dataset, dealt, made, stream, names)
+    split = _split(dataset, dealt, made | {"class_floor": class_floor}, stream, names)
+    train = schemes.with_floor(split.train, _groups(dataset, scheme, by, bins), class_floor, stream.child("floor"))
+    return replace(split, train=train)
 
 
 def default_scheme(dataset: Dataset, merge: bool = True) -> str:

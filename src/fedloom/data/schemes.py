@@ -168,6 +168,34 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
     return tuple(str(values[v]) for v in chosen), [groups[v] for v in chosen]
 
 
+def with_floor(train: tuple[Rows, ...], groups: Rows, floor: int, stream: Stream) -> tuple[Rows, ...]:
+    """Move training examples between clients until each has at least `floor` of every group that occurs among them.
+
+    An example is moved from the client that has the most of the group at that time. Raise DataError if a group is too small.
+
+    Args:
+        train: the numbers of each client's training examples.
+        groups: (N,), the group of each example of the data set, such as its class.
+    """
+    clients = [list(rows) for rows in train]
+    for value in np.unique(groups[np.concatenate(train)]):
+        held = [[int(row) for row in rows if groups[row] == value] for rows in clients]
+        if sum(map(len, held)) < floor * len(clients):
+            raise DataError(
+                f"partition.class_floor={floor}: {len(clients)} clients need {floor * len(clients)} training examples of each class, but "
+                f"class {value} has only {sum(map(len, held))}; choose a smaller number"
+            )
+        rng = stream.child(int(value)).numpy
+        for i in range(len(clients)):
+            while len(held[i]) < floor:
+                donor = max(range(len(clients)), key=lambda k: len(held[k]))
+                row = held[donor].pop(int(rng.integers(len(held[donor]))))
+                clients[donor].remove(row)
+                clients[i].append(row)
+                held[i].append(row)
+    return tuple(np.sort(np.array(rows, np.int64)) for rows in clients)
+
+
 def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
     """Return integers that are proportional to the shares and sum to `total`, or None if all shares are 0."""
     size = shares.sum()

@@ -329,3 +329,23 @@ def test_a_partition_may_be_given():
     ):
         with pytest.raises(DataError, match=message):
             given_partition(wrong, data)
+
+
+@pytest.mark.parametrize("scheme", ["dirichlet", "pathological", "extended"])
+def test_a_floor_gives_every_client_examples_of_every_class(scheme):
+    data = load("digits")
+    without, made = (partition(data, 10, scheme=scheme, class_floor=n) for n in (0, 5))
+    counts, before = (p.counts(data.labels, 10) for p in (made, without))
+    assert counts.min() >= 5 > before.min()
+    assert (counts.sum(0) == before.sum(0)).all()
+    assert all(np.array_equal(a, b) for a, b in zip(made.test, without.test, strict=True))
+    assert sorted(np.concatenate(made.train)) == sorted(np.concatenate(without.train))
+    assert made.hash() == partition(data, 10, scheme=scheme, class_floor=5).hash() != without.hash()
+    assert (before[before > counts] > 5).all(), "only clients with enough give examples away"
+
+
+def test_a_floor_that_is_too_high_is_refused():
+    with pytest.raises(
+        DataError, match=r"partition.class_floor=50: 6 clients need 300 training examples of each class"
+    ):
+        partition(load("digits"), 6, class_floor=50)
