@@ -80,6 +80,20 @@ class DataSettings(Section):
     label: str | None = None
     """Label column of a table, or several, separated by commas (multilabel, regression). Default: the only column with a usual name, such
     as `label`, `class`, `target` or `y`."""
+    text: tuple[str, ...] = ()
+    """Column of a table that has texts, or several, which are joined. The texts are then the only inputs."""
+    tokens: Literal["words", "chars", "bytes", "basic-english"] | None = None
+    """Tokens of texts: words, characters, bytes, or words by the rules of torchtext's `basic_english`. Default: words; bytes for
+    `data.task=language`."""
+    case: Literal["lower", "keep"] | None = None
+    """Whether letters of texts become lower-case. Default: `lower` for words, otherwise `keep`."""
+    vocabulary: Count | Path | None = None
+    """Largest number of different tokens of texts, with 4 special ones; or a file with one word per line. Default: 10000."""
+    min_count: Count | None = None
+    """How often a token must occur in the training texts to be in the vocabulary. Default: 2; 1 for characters."""
+    length: Count | None = None
+    """Number of tokens of a text: longer ones are cut at the end. Default: the 95th percentile of the training texts, at most 256. For
+    `data.task=language`, the length of a block; default: 80."""
     columns: tuple[str, ...] = ()
     """Input columns of a table, also those that look like identifiers. Default: all other columns."""
     drop: tuple[str, ...] = ()
@@ -114,7 +128,7 @@ class DataSettings(Section):
     factor_clients: Annotated[int, Field(ge=2)] | None = None
     """Number of clients that `data.factor` divides the training examples among. Default: 4."""
 
-    @field_validator("columns", "drop", "missing_values", mode="before")
+    @field_validator("columns", "drop", "missing_values", "text", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return comma_separated(str(value)) if isinstance(value, str | int | float) else value
@@ -126,7 +140,7 @@ class PartitionSettings(Section):
     name: (
         Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own", "given"] | None
     ) = None
-    """Partition scheme. Default: `own` if examples overlap (windows of a text), `natural` if a column names the owner of every example,
+    """Partition scheme. Default: `own` if every owner's examples are split in time (texts, har), `natural` if a column names every owner,
     `dirichlet` if targets fall into groups, else `iid`; the run logs which one, unless it is `dirichlet`. `natural`: by the owner named in
     a column; `file`: read from `partition.path`; `own`: the data set's own split of each owner's examples (PFLlib, LEAF, har); `given`:
     passed from Python."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fedloom.data.factors import with_factor as with_factor
     from fedloom.data.federation import Federation as Federation
     from fedloom.data.layouts import TableOptions as TableOptions
+    from fedloom.data.layouts import TextOptions as TextOptions
     from fedloom.data.partition import Partition as Partition
     from fedloom.data.partition import default_scheme as default_scheme
     from fedloom.data.partition import given_partition as given_partition

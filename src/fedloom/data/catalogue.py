@@ -18,7 +18,8 @@ class Source:
     choose one; 0 means that inputs are not images. `natural` is the column by which `partition=natural` divides the
     examples. `only` lists the classes to keep, in this order. `task` is the learning task. `embedded` data are part of
     the package. `inputs` describes inputs that are not images. `reader` is the import path of the function that reads the files, unless
-    they are parquet, IDX or LEAF's JSON; `is_table` says whether it takes the options of tables. `files` is the file on the hub, or the
+    they are parquet, IDX or LEAF's JSON; `is_table` and `is_text` say whether it takes the options of tables
+    and of texts. `files` is the file on the hub, or the
     start of the names of IDX files. `get` says which files to put into the folder. `terms` is the licence, or what is known of it.
     """
 
@@ -38,6 +39,7 @@ class Source:
     inputs: str = ""
     reader: str = ""
     is_table: bool = False
+    is_text: bool = False
     files: str = ""
     get: str = ""
     terms: str = ""
@@ -102,6 +104,12 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
             n_classes=80, **_NO_IMAGES, inputs="characters (80)", natural="client", hub="flwrlabs/shakespeare",
             files="shakespeare.csv", reader="fedloom.data.shakespeare:read_shakespeare", terms="BSD 2-clause (LEAF); text: public domain",
             get="put shakespeare.csv (hub: flwrlabs/shakespeare), or LEAF's train and test folders",
+        ),
+        "ag-news": Source(
+            title="AG News: topic of a news item", n_classes=4, **_NO_IMAGES, inputs="words", hub="fancyzhx/ag_news",
+            classes=("World", "Sports", "Business", "Sci/Tech"), reader="fedloom.data.ag_news:read_ag_news", is_text=True,
+            terms="unknown; research, not commercial", get="put train-00000-of-00001.parquet and test-00000-of-00001.parquet (hub: "
+            "fancyzhx/ag_news)",
         ),
         "mnist": Source(
             title="MNIST", n_classes=10, **_GREY, hub="ylecun/mnist", hub_folder="mnist", classes=_DIGITS

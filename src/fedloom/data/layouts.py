@@ -43,6 +43,25 @@ class TableOptions:
     by: str | None = None
 
 
+Tokens = Literal["words", "chars", "bytes", "basic-english"]
+Case = Literal["lower", "keep"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """How texts become tokens. See the settings `data.*` of the same names."""
+
+    text: tuple[str, ...] = ()
+    tokens: Tokens | None = None
+    case: Case | None = None
+    vocabulary: int | Path | None = None
+    min_count: int | None = None
+    length: int | None = None
+
+
+NO_TEXT = TextOptions()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What to load; see `fedloom.data.load`."""
@@ -54,6 +73,7 @@ class Request:
     owner: str | None = None
     features: bool = False
     table: TableOptions = TableOptions()
+    texts: TextOptions = NO_TEXT
     cache: Path
 
 
@@ -106,6 +126,21 @@ def find_leaf(folder: Path) -> dict[str, list[Path]]:
         if found["all_data"]:
             return {"train": found["all_data"]}
     return {}
+
+
+def find_texts(place: Path) -> list[Path]:
+    """Return a .txt file, or the .txt files below a folder, sorted, if they are more than half of its files.
+
+    Hidden files and folders are left out.
+    """
+    if place.is_file():
+        return [place] if place.suffix.lower() == ".txt" else []
+    found, n_others = list[Path](), 0
+    for file in place.rglob("*") if place.is_dir() else ():
+        if file.is_file() and not any(p.startswith((".", "__MACOSX")) for p in file.relative_to(place).parts):
+            found += [file] if file.suffix.lower() == ".txt" else []
+            n_others += file.suffix.lower() != ".txt"
+    return sorted(found) if len(found) > n_others else []
 
 
 def _check_exists(place: Path) -> None:

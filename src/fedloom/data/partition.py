@@ -207,10 +207,10 @@ def partition(
 
 
 def default_scheme(dataset: Dataset, merge: bool = True) -> str:
-    """Return the scheme that fits the data: "own" if examples overlap, "natural" if a column names the owner of every example,
-    "dirichlet" if targets fall into groups, else "iid"."""
+    """Return the scheme that fits the data: "own" if examples overlap or texts are split in time, "natural" if a column names
+    the owner of every example, "dirichlet" if targets fall into groups, else "iid"."""
     column = _natural_column(dataset)
-    if dataset.overlaps and column in dataset.columns:
+    if column in dataset.columns and (dataset.overlaps or _is_split_in_time(dataset, column)):
         return "own"
     dealt = dataset.n_rows if merge else dataset.n_train
     if column in dataset.columns:
@@ -353,6 +353,12 @@ def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
     n_apart = min(math.ceil(len(rows) * fraction - 1e-9), len(rows) - 1)
     shuffled = stream.numpy.permutation(np.sort(rows))
     return np.sort(shuffled[n_apart:]), np.sort(shuffled[:n_apart])
+
+
+def _is_split_in_time(dataset: Dataset, column: str) -> bool:
+    """Return whether blocks of text (task=language) have test blocks of the same owners."""
+    owners, n = dataset.columns[column], dataset.n_train
+    return dataset.objective.task == "language" and n < dataset.n_rows and set(owners[n:]) <= set(owners[:n])
 
 
 def _refuse_leaks(dataset: Dataset, scheme: str, *, merge: bool, fraction: float, valid: float) -> None:

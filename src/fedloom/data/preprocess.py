@@ -20,6 +20,7 @@ from pydantic import Field as Limits
 from torch import Tensor
 
 from fedloom._version import __version__
+from fedloom.data.text import TextCoder
 from fedloom.errors import DataError
 from fedloom.inputs import Field, Inputs, InputSpec, named_tensors, shapes_of
 from fedloom.objectives import OBJECTIVES, Objective, Regression
@@ -143,10 +144,11 @@ class CategoryInput(_Part):
 
 
 class TokenInput(_Part):
-    """Token ids below `vocabulary`."""
+    """Token ids below `vocabulary`. `text`: how texts become ids; None: ids come from arrays."""
 
     kind: Literal["token"] = "token"
     vocabulary: Annotated[int, Limits(ge=1, lt=2**31)]
+    text: TextCoder | None = None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -335,6 +337,12 @@ def _problem(part: Part) -> str:
         width = sum(1 + column.marked for column in part.columns)
         if part.shape != (width,):
             return f"has {width} columns for the shape {part.shape}"
+    if (
+        isinstance(part, TokenInput)
+        and part.text
+        and (part.vocabulary, part.shape) != (part.text.size, (part.text.length,))
+    ):
+        return "has another vocabulary or length than its texts"
     if isinstance(part, CategoryInput):
         if part.shape != (len(part.levels),):
             return f"has levels of {len(part.levels)} columns for the shape {part.shape}"

@@ -22,7 +22,9 @@ from fedloom.data.preprocess import (
     PictureInput,
     Preprocess,
     TableFormat,
+    TokenInput,
 )
+from fedloom.data.text import TextCoder
 from fedloom.errors import DataError, suggest
 from fedloom.inputs import Inputs, tensors_of
 
@@ -62,12 +64,15 @@ def stored_inputs(preprocess: Preprocess, raw: Any) -> Inputs:
     Args:
         preprocess: see `Preprocess`.
         raw: for tables: a file (.csv, .tsv, also .gz, or .parquet), a pandas table, or a dictionary with values or lists by column. For
-            pictures: files, pictures of Pillow, or uint8 arrays (H, W), (H, W, C) or (C, H, W), one or several. Otherwise arrays as in
+            pictures: files, pictures of Pillow, or uint8 arrays (H, W), (H, W, C) or (C, H, W), one or several.
+            For texts: one or several strings, text files, or a table. Otherwise arrays as in
             training, one example or several, or an .npy or .npz file.
     """
     if is_table(preprocess):
         return table_inputs(preprocess, table_rows(preprocess, raw))
     first = preprocess.inputs[0]
+    if isinstance(first, TokenInput) and first.text is not None and not _are_ids(raw):
+        return first.text.stored(_raw_texts(first.text, preprocess, raw))
     if isinstance(first, PictureInput) and len(preprocess.inputs) == 1:
         return torch.from_numpy(np.stack([_picture(first, *named) for named in _pictures(first, raw)]))
     return _arrays(preprocess, raw)
@@ -212,6 +217,45 @@ def _words(series: pd.Series[Any]) -> tuple[npt.NDArray[np.int64], list[str]]:
         return series.cat.codes.to_numpy().astype(np.int64), [str(level) for level in series.cat.categories]
     codes, found = pd.factorize(series)
     return codes.astype(np.int64), [str(word) for word in found]
+
+
+# texts
+
+
+def _are_ids(raw: Any) -> bool:
+    """Return whether raw inputs are arrays of token ids."""
+    return isinstance(raw, np.ndarray | Tensor) and (isinstance(raw, Tensor) or raw.dtype.kind in "iu")
+
+
+def _raw_texts(coder: TextCoder, preprocess: Preprocess, raw: Any) -> list[tuple[str, ...]]:
+    """Return texts: one or several strings, text files, or the columns of a table."""
+    if isinstance(raw, Path) or (isinstance(raw, str) and _names_file(raw)):
+        raw = [Path(raw)]
+    if isinstance(raw, str):
+        raw = [raw]
+    if isinstance(raw, list | tuple | np.ndarray) and len(raw) and all(isinstance(text, Path) for text in raw):
+        if all(file.suffix.lower() == ".txt" for file in raw):
+            from fedloom.data.text_sets import read_text
+
+            return [(read_text(file.expanduser()),) for file in raw]
+    elif hasattr(raw, "to_list") and not hasattr(raw, "columns"):
+        raw = raw.to_list()
+    if isinstance(raw, list | tuple | np.ndarray) and len(raw) and all(isinstance(text, str) for text in raw):
+        return [(str(text),) for text in raw]
+    if not coder.columns:
+        raise DataError(f"inputs: are {type(raw).__name__}; give a text, a list of texts, or text files (.txt)")
+    rows = table_rows(preprocess, raw)
+    parts = []
+    for name in coder.columns:
+        codes, words = column_words(rows, name)
+        parts.append([words[code] if code >= 0 else "" for code in codes.tolist()])
+    return list(zip(*parts, strict=True))
+
+
+def _names_file(text: str) -> bool:
+    """Return whether a string is the name of a file of text or of a table, and not a text itself."""
+    is_name = len(text) < 4096 and text.lower().endswith((".txt", ".csv", ".tsv", ".gz", ".parquet"))
+    return is_name and Path(text).expanduser().is_file()
 
 
 # pictures

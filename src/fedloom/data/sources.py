@@ -10,7 +10,7 @@ from fedloom import lazy
 from fedloom.data import hub, layouts, pfllib
 from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.dataset import Dataset
-from fedloom.data.layouts import Request, TableOptions
+from fedloom.data.layouts import NO_TEXT, Request, TableOptions, TextOptions
 from fedloom.data.preprocess import array_part
 from fedloom.errors import DataError
 
@@ -25,6 +25,7 @@ def load(
     owner: str | None = None,
     features: bool = False,
     table: TableOptions | None = None,
+    texts: TextOptions | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Return a data set as one pool of examples.
@@ -44,6 +45,7 @@ def load(
         owner: "folder": the upper folders of a folder of pictures are domains; they become the column `domain`.
         features: for `har`: the published features instead of the signals.
         table: how to read a table.
+        texts: how to read texts.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -82,8 +84,10 @@ def load(
         owner=owner,
         features=features,
         table=options,
+        texts=texts or NO_TEXT,
         cache=root,
     )
+    _check_texts(asked, path)
     if source is not None:
         return _resized(_named(asked, source, path), image_size)
     return _resized(_own_files(asked, Path(path).expanduser()) if path else _files(asked, path), image_size)
@@ -105,6 +109,8 @@ def _named(asked: Request, source: Source, path: str | Path | None) -> Dataset:
         _refuse_options(asked.name, None, asked.image_size)
         if not source.is_table:
             _refuse_options(asked.name, asked.table)
+        if asked.texts.text:
+            raise DataError(f"data.text={','.join(asked.texts.text)}: data={asked.name} is a known data set; remove it")
         if place is None or not place.is_dir():
             place = hub.fetched(asked.name, source, asked.cache, path)
         return lazy.resolve(source.reader)(asked, place)  # type: ignore[no-any-return]
@@ -121,7 +127,11 @@ def _own_files(asked: Request, place: Path) -> Dataset:
         return array_files.read_arrays(asked.name, arrays, task=asked.task, rows=asked.rows)
     if layouts.find_idx(place) or layouts.find_leaf(place):
         return _special(asked, place)
+    if layouts.find_texts(place) and not place.is_dir():
+        return _text_files(asked, place)
     tables = layouts.find_tables(place)
+    if tables is None and layouts.find_texts(place) and not hub.split_files(place)[0]:
+        return _text_files(asked, place)
     if tables is None:
         from fedloom.data import picture_folders  # Pillow is slow to import
 
@@ -145,6 +155,30 @@ def _special(asked: Request, place: Path) -> Dataset:
         return idx.read_idx_folder(asked, place, source.files if source else "", classes)
     column = source.natural if source and source.natural else "client"
     return leaf.read_leaf(asked, place, classes=classes, column=column)
+
+
+def _text_files(asked: Request, place: Path) -> Dataset:
+    """Return the data set in text files."""
+    from fedloom.data.text_sets import read_text_folder
+
+    _refuse_options(asked.name, asked.table, asked.image_size)
+    _refuse_owner(asked.name, asked.owner)
+    if asked.texts.text:
+        raise DataError(f"data.text={','.join(asked.texts.text)}: {place} has text files, not a table; remove it")
+    return read_text_folder(asked, place, asked.texts)
+
+
+def _check_texts(asked: Request, path: str | Path | None) -> None:
+    """Raise DataError if an option of texts is set, but the data have none."""
+    if asked.texts == NO_TEXT or asked.texts.text:
+        return
+    source = SOURCES.get(asked.name)
+    if (source and source.is_text) or (source is None and path and layouts.find_texts(Path(path).expanduser())):
+        return
+    key, value = next((k, v) for k, v in vars(asked.texts).items() if v not in (None, ()))
+    raise DataError(
+        f"data.{key}={value}: applies to texts; set data.text=COLUMN for a table, or give text files (.txt)"
+    )
 
 
 def _pictures(asked: Request, place: Path) -> Dataset:
@@ -176,7 +210,7 @@ def _refuse_owner(name: str, owner: str | None) -> None:
 def _refuse_texts(task: str | None) -> None:
     """Raise DataError for task=language, which files of pictures do not have."""
     if task == "language":
-        raise DataError("data.task=language: files of text are not read yet; pass token ids in an .npz file")
+        raise DataError("data.task=language: needs texts; set data.text=COLUMN for a table, or give text files (.txt)")
 
 
 def _files(asked: Request, path: str | Path | None, files: layouts.Files | None = None) -> Dataset:
@@ -200,7 +234,7 @@ def _files(asked: Request, path: str | Path | None, files: layouts.Files | None 
     _refuse_options(name, None, asked.image_size)
     from fedloom.data import tables  # pandas is slow to import
 
-    return tables.read_table(name, files, asked.table, task=asked.task, rows=asked.rows)
+    return tables.read_table(name, files, asked.table, task=asked.task, rows=asked.rows, texts=asked.texts)
 
 
 def _refuse_options(name: str, table: TableOptions | None, image_size: int | None = None) -> None:

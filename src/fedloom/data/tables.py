@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from fedloom.data.dataset import Column, Dataset, validated
-from fedloom.data.layouts import SPLIT_WORDS, Files, TableOptions
+from fedloom.data.layouts import NO_TEXT, SPLIT_WORDS, Files, TableOptions, TextOptions
 from fedloom.data.parquet import LABELS
 from fedloom.data.preprocess import (
     LARGEST,
@@ -29,6 +29,7 @@ from fedloom.data.table_columns import TableColumn, check_levels, looks_like_id,
 from fedloom.data.table_files import RawTable, read_files
 from fedloom.data.table_targets import labelled
 from fedloom.data.targets import objective_for
+from fedloom.data.text_sets import Documents, coded_texts, language_set, tell
 from fedloom.errors import DataError, suggest
 from fedloom.inputs import Inputs
 
@@ -45,7 +46,15 @@ class _Roles:
     chosen: bool  # the user lists the input columns
 
 
-def read_table(name: str, files: Files, options: TableOptions, *, task: str | None, rows: int | None) -> Dataset:
+def read_table(
+    name: str,
+    files: Files,
+    options: TableOptions,
+    *,
+    task: str | None,
+    rows: int | None,
+    texts: TextOptions = NO_TEXT,
+) -> Dataset:
     """Return the data set in the files of a table.
 
     Inputs are `numbers` (N, D) float32 and `categories` (N, C) integers, or the numbers alone as one tensor. A category is 1 or more; 0
@@ -57,32 +66,51 @@ def read_table(name: str, files: Files, options: TableOptions, *, task: str | No
         options: see `TableOptions`.
         task: learning task; default: by the label column.
         rows: number of training examples to keep.
+        texts: the columns that have texts, which are then the only inputs, as token ids.
 
     Raises:
         DataError: the files are malformed, a column has no clear type, or values are missing.
     """
-    return table_dataset(name, read_files(*files, options.encoding), options, task=task, rows=rows)
+    return table_dataset(name, read_files(*files, options.encoding), options, task=task, rows=rows, texts=texts)
 
 
-def table_dataset(name: str, raw: RawTable, options: TableOptions, *, task: str | None, rows: int | None) -> Dataset:
+def table_dataset(
+    name: str,
+    raw: RawTable,
+    options: TableOptions,
+    *,
+    task: str | None,
+    rows: int | None,
+    texts: TextOptions = NO_TEXT,
+) -> Dataset:
     """Return the data set in the rows of a table; see `read_table`."""
-    raw, roles = _divided(raw, options)
+    if texts.text and options.columns:
+        raise DataError(
+            f"data.columns={','.join(options.columns)}: with data.text, the texts are the only inputs; remove it"
+        )
+    if texts.text and task == "language":
+        return _language(name, raw, options, rows=rows, texts=texts)
+    raw, roles = _divided(raw, replace(options, columns=texts.text) if texts.text else options, texts)
     file = _title(raw)
-    columns = [_typed(raw, column, options) for column in roles.inputs]
+    columns = [] if texts.text else [_typed(raw, column, options) for column in roles.inputs]
     columns = [column for column in columns if _is_input(column, raw.n_train, file, roles.chosen)]
-    if not columns:
+    if not columns and not texts.text:
         raise DataError(f"{file}: no input columns are left; the others are labels, owners, dropped or empty")
     labels = [_typed(raw, column, options) for column in roles.labels]
     _refuse_missing(raw, labels, "labels must be present; remove these rows")
-    known = _known(raw, columns, options.missing)
+    known = _known_texts(raw, texts.text, options.missing) if texts.text else _known(raw, columns, options.missing)
     keep, n_train = choose_rows(name, known, raw.n_train, rows)
     if not n_train:
         raise DataError(f"{file}: no training example is without missing values; set data.missing=fill")
     targets, names, task = labelled(labels, task, file)
     values, objective = objective_for(task, torch.from_numpy(targets[keep]), n_train, names=names)
     columns = [replace(column, values=column.values[keep]) for column in columns]
-    inputs, parts = column_inputs(columns, n_train, file, fills=options.missing == "fill")
-    used = {column.name for column in columns}
+    inputs, parts = (
+        _text_inputs(raw, keep, n_train, texts)
+        if texts.text
+        else column_inputs(columns, n_train, file, fills=options.missing == "fill")
+    )
+    used = set(texts.text) if texts.text else {column.name for column in columns}
     pool = Dataset.described(
         name=name,
         inputs=inputs,
@@ -98,20 +126,62 @@ def table_dataset(name: str, raw: RawTable, options: TableOptions, *, task: str 
             encoding=options.encoding,
         ),
         columns={c: _names(raw, c)[keep] for c in dict.fromkeys((roles.owner, options.by)) if c},
-        normalise="standard",
+        normalise=None if texts.text else "standard",
     )
+    if texts.text:
+        return tell(pool)
     _tell(file, pool, columns, roles)
     return validated(pool)
+
+
+def _language(name: str, raw: RawTable, options: TableOptions, *, rows: int | None, texts: TextOptions) -> Dataset:
+    """Return blocks of the texts in a table; every row is a document."""
+    names, file = [str(name) for name in raw.frame.columns], _title(raw)
+    _check_named(names, replace(options, columns=texts.text), file, "data.text")
+    split = options.split or _split_column(raw, options)
+    raw = _by_split(raw, split) if split else raw
+    owner = options.owner or ("client" if "client" in names else None)
+    known = _known_texts(raw, texts.text, options.missing)
+    documents = Documents(
+        texts=_texts(raw, known, texts.text),
+        owners=_names(raw, owner)[known].tolist() if owner else None,
+        is_test=np.flatnonzero(known) >= raw.n_train,
+    )
+    return language_set(name, documents, texts, rows=rows)
+
+
+def _text_inputs(raw: RawTable, keep: npt.NDArray[np.bool_], n_train: int, texts: TextOptions) -> TypedInputs:
+    ids, part = coded_texts(_texts(raw, keep, texts.text), n_train, texts)
+    return ids, (part,)
+
+
+def _texts(raw: RawTable, keep: npt.NDArray[np.bool_], columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the texts of the rows to keep, one part per column."""
+    parts = [["" if pd.isna(v) else str(v) for v in raw.frame[column][keep].tolist()] for column in columns]
+    return list(zip(*parts, strict=True))
+
+
+def _known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDArray[np.bool_]:
+    """Return the rows with text in any of the columns. Raise DataError if others are not to be dropped."""
+    everything = np.ones(len(raw.frame), dtype=bool)
+    known = np.array([any(part.strip() for part in parts) for parts in _texts(raw, everything, columns)])
+    if not known.all() and missing != "drop":
+        place, n = raw.place(int((~known).argmax())), int((~known).sum())
+        raise DataError(
+            f"{place}, column '{columns[0]}': no text; {n:,} rows without text in all; set data.missing=drop (rows)"
+        )
+    return known
 
 
 def _title(raw: RawTable) -> str:
     return " + ".join(file.name for file in raw.files)
 
 
-def _divided(raw: RawTable, options: TableOptions) -> tuple[RawTable, _Roles]:
+def _divided(raw: RawTable, options: TableOptions, texts: TextOptions = NO_TEXT) -> tuple[RawTable, _Roles]:
     """Return the table with training rows first, and the roles of its columns."""
     names, file = [str(name) for name in raw.frame.columns], _title(raw)
-    _check_named(names, options, file)
+    key = "data.text" if texts.text else "data.columns"
+    _check_named(names, options, file, key)
     split = options.split or _split_column(raw, options)
     owner = options.owner or ("client" if "client" in names and "client" not in options.columns else None)
     labels = _labels(names, options, file)
@@ -119,7 +189,7 @@ def _divided(raw: RawTable, options: TableOptions) -> tuple[RawTable, _Roles]:
     column, count = Counter([*taken, *options.columns]).most_common(1)[0]
     if count > 1:
         raise DataError(
-            f"{file}: column '{column}' is named more than once; it can be in one of data.label, data.columns, data.drop, "
+            f"{file}: column '{column}' is named more than once; it can be in one of data.label, data.text, data.columns, data.drop, "
             "data.split and partition.column"
         )
     inputs = options.columns or tuple(name for name in names if name not in taken)
@@ -127,11 +197,11 @@ def _divided(raw: RawTable, options: TableOptions) -> tuple[RawTable, _Roles]:
     return (_by_split(raw, split) if split else raw), roles
 
 
-def _check_named(names: Sequence[str], options: TableOptions, file: str) -> None:
+def _check_named(names: Sequence[str], options: TableOptions, file: str, inputs: str) -> None:
     """Raise DataError if the user names a column that does not exist."""
     wanted: dict[str, tuple[str | None, ...]] = {
         "data.label": _listed(options),
-        "data.columns": options.columns,
+        inputs: options.columns,
         "data.drop": options.drop,
         "data.split": (options.split,),
         "partition.column": (options.owner,),

@@ -53,7 +53,8 @@ def make_dataset(settings: Settings) -> data.Dataset:
     keys = {"label", "columns", "drop", "split", "missing", "missing_values", "decimal", "encoding"}
     table = data.TableOptions(**d.model_dump(include=keys), owner=p.column, by=p.by)
     options = d.model_dump(include={"image_size", "rows", "task", "owner", "features"})
-    pool = data.load(d.name, d.path, table=table, **options)
+    texts = data.TextOptions(**d.model_dump(include={"text", "tokens", "case", "vocabulary", "min_count", "length"}))
+    pool = data.load(d.name, d.path, table=table, texts=texts, **options)
     return data.with_factor(pool, d.factor, d.factor_clients or FACTOR_CLIENTS) if d.factor else pool
 
 
@@ -85,7 +86,7 @@ def _with_scheme(settings: Settings, scheme: str) -> Settings:
 FACTOR_CLIENTS = 4  # default of data.factor_clients
 FACTOR_TEST_FRACTION = 0.25  # of each client's examples, with its own factor
 WHY = {
-    "own": "examples overlap, so only their own split keeps test examples apart",
+    "own": "every owner's examples are already split in time",
     "natural": "a column names the owner of every example",
     "iid": "targets do not fall into groups",
 }

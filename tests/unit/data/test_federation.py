@@ -83,7 +83,7 @@ def test_own_normalisation_uses_each_clients_training_examples():
     assert all(torch.equal(together[i][0], data.train(i)[0]) for i in (0, 1))
     pooled = x[:6].mean(0), x[:6].std(0)
     torch.testing.assert_close(data.common()[0].numpy(), ((x[6:] - pooled[0]) / pooled[1]).astype(np.float32))
-    assert data.prepared(torch.tensor([[102.0, 0.1]]), 1).tolist() == [[0, 0]]
+    assert data.preprocess.prepared(torch.tensor([[102.0, 0.1]]), 1).tolist() == [[0, 0]]
     stored = Preprocess.parse(data.preprocess.text(), "file")
     assert torch.equal(stored.prepared(pool.images[:2], 0), data.train(0)[0])
     torch.testing.assert_close(stored.prepared(pool.images[6:]), data.common()[0])
