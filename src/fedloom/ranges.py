@@ -67,6 +67,8 @@ def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
         return " or ".join(type_words(part) for part in args if part is not type(None))
     if origin is tuple:
         return f"list of {type_words(args[0])}"
+    if origin is dict:
+        return f"table of {type_words(args[1])}"
     plain = args[0] if origin is Annotated else annotation
     words = _PLAIN.get(getattr(plain, "__name__", ""), str(plain)) if get_origin(plain) is None else type_words(plain)
     limits = [*_limits(annotation), *(_named(field.metadata) if field else ())]

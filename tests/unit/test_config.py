@@ -38,6 +38,7 @@ UNUSUAL = {
     },
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
     "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"], "aggregate": "clip:2",
+    "privacy": {"noise": 1.5, "epsilon": 3.0, "delta": 1e-4, "clip": 0.5, "clips": {"control": 2.0}, "adapt": 0.6},
 }  # fmt: skip
 
 

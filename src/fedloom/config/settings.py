@@ -220,6 +220,31 @@ class ScreenSettings(Section):
     data, because the server cannot check their numbers of examples; otherwise 1."""
 
 
+class PrivacySettings(Section):
+    """Differential privacy of clients: the server shortens what clients send, adds it up, and adds noise (docs/security.md)."""
+
+    noise: NonNegative | None = None
+    """Noise multiplier: the standard deviation of the noise, in units of `privacy.clip`. Default: no privacy, unless `privacy.epsilon` is
+    set."""
+    epsilon: Positive | None = None
+    """Privacy budget for an observer who does not know the cohorts. With `privacy.noise`, the run ends before the round that would exceed
+    it; otherwise the noise is chosen so that all rounds together stay within it."""
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Probability with which the bound epsilon may fail. Default: 1 / N^1.1 for N clients."""
+    clip: Positive = 1.0
+    """Largest norm of a client's differences; longer ones are shortened to it."""
+    clips: dict[str, Positive] = {}
+    """Largest norms of the other parts of an uplink, such as `control` (SCAFFOLD), or `counts` and `sums` (FedProto). Default: 1 for
+    `buffers` (running statistics); the others have none and must be set."""
+    adapt: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Change all these norms during the run, so that this fraction of clients is not shortened, such as 0.5. Default: they are fixed."""
+
+    @property
+    def on(self) -> bool:
+        """Whether the run is private."""
+        return self.noise is not None or self.epsilon is not None
+
+
 class JoinSettings(Section):
     """Clients that join after training (docs/new-clients.md)."""
 
@@ -310,6 +335,7 @@ class Settings(Section):
     eval: EvalSettings = EvalSettings()
     devices: DeviceSettings = DeviceSettings()
     screen: ScreenSettings = ScreenSettings()
+    privacy: PrivacySettings = PrivacySettings()
     join: JoinSettings = JoinSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
@@ -403,6 +429,7 @@ class Settings(Section):
             )
         _check_partition(self.partition)
         _check_device(self)
+        _check_privacy(self.privacy)
         return self
 
 
@@ -449,6 +476,13 @@ def _check_device(settings: Settings) -> None:
         raise ValueError(f"engine.device_bytes={engine.device_bytes}: needs a GPU; set engine.device=cuda")
     if settings.precision == "tf32" and not on_gpu:
         raise ValueError("precision=tf32: needs a GPU; set engine.device=cuda")
+
+
+def _check_privacy(privacy: PrivacySettings) -> None:
+    """Raise ValueError for a setting without effect."""
+    for key in ("delta", "clip", "clips", "adapt"):
+        if not privacy.on and getattr(privacy, key) != PrivacySettings.model_fields[key].default:
+            raise ValueError(f"privacy.{key}: has no effect without privacy.noise or privacy.epsilon; set one of them")
 
 
 def check_cohort(settings: Settings, n_clients: int) -> None:

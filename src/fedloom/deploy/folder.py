@@ -180,6 +180,8 @@ def deployable(settings: Settings) -> Settings:
             f"method={name}: cannot be deployed, because its clients exchange parts of their uplinks and devices connect only to the server"
         )
     refuse_exclusions(settings, method)
+    if settings.privacy.on:
+        raise ConfigError("privacy: cannot be deployed yet, because nodes have the seed, from which the noise follows")
     if method.pooled:
         raise ConfigError(f"method={name}: cannot be deployed, because it pools the examples of all clients")
     if settings.join.clients:

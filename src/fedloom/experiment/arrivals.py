@@ -19,10 +19,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
+from fedloom.combining.rules import parse_rule
 from fedloom.config.settings import Settings
 from fedloom.engines import Problem, Reply
 from fedloom.errors import ConfigError, WireError
-from fedloom.experiment.combination import Combination
 from fedloom.experiment.screening import LARGEST_LOG, SPAN, STRIKES, Candidate, Screen, capped
 from fedloom.experiment.uplink_check import LateUplink, UplinkCheck, late_uplink
 from fedloom.method import Arrival, Downlink, Method
@@ -77,9 +77,9 @@ class Arrivals:
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
-        self._min_clients = settings.min_clients
-        self._least = Combination.of(settings, problem.method).least
-        self._rule = settings.aggregate
+        private, self._rule = settings.privacy.on, settings.aggregate
+        self._min_clients = 0 if private else settings.min_clients
+        self._least = parse_rule(self._rule).least if self._rule else 0
         self._check = UplinkCheck(problem)
         self.screen = Screen(problem, settings.screen)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)

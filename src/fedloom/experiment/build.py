@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from fedloom import accelerator, data, tree
-from fedloom.config.settings import Named, Settings, check_cohort, participation_range, with_scheme
+from fedloom.config.settings import Named, Settings, check_cohort, with_scheme
 from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
 from fedloom.experiment.arrivals import check_min_clients, slowdowns
 from fedloom.experiment.exclusions import refuse_exclusions
+from fedloom.experiment.private import cohort_size
 from fedloom.inputs import map_inputs
 from fedloom.method import Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
@@ -133,8 +134,8 @@ def make_archs(settings: Settings, federation: data.Federation, model: Any = Non
 
 def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
     """Return the problem for an engine. Raise ConfigError if the method does not fit the architectures."""
-    n, archs = _training_clients(settings, method, federation), make_archs(settings, federation, model)
-    size = settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
+    n, archs = training_clients(settings, method, federation), make_archs(settings, federation, model)
+    size = n if settings.privacy.on else cohort_size(settings, n)
     task = Task(
         n_clients=n,
         max_cohort=size,
@@ -217,7 +218,7 @@ def no_shared_features(problem: Problem) -> str:
     return f"model={lacking} has no body with one feature vector per example" if lacking else ""
 
 
-def _training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
+def training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
     """Return the number of clients that train: all except those that join afterwards."""
     joining = settings.join.clients
     if joining and method.pooled:

@@ -1,49 +1,68 @@
-"""Applies the robust rule in the settings to the uplinks of a round, before the method aggregates them."""
+"""What the server aggregates in a round: the uplinks, or one that stands for all of them (`combination_of`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from fedloom.combining.additive import Additive
 from fedloom.combining.robust import combine_robustly
-from fedloom.combining.rules import Rule, parse_rule
-from fedloom.config.settings import Settings
+from fedloom.combining.rules import Rule
 from fedloom.errors import MethodError
 from fedloom.method import Downlink, Method, Round
 from fedloom.tree import Tree
 
 
-@dataclass(frozen=True)
 class Combination:
-    """The robust rule of an experiment, or none."""
+    """Leaves the uplinks as they are."""
 
-    method: Method
-    rule: Rule | None
+    always = False  # whether a round without uplinks is aggregated, too
+    shows_uplinks = True  # whether `server_logs` may see them
 
-    @classmethod
-    def of(cls, settings: Settings, method: Method) -> Combination:
-        """Return the rule that the settings name."""
-        return cls(method, parse_rule(settings.aggregate) if settings.aggregate else None)
-
-    @property
-    def least(self) -> int:
-        """The fewest uplinks that can be combined."""
-        return self.rule.least if self.rule else 1
+    def cohort(self, number: int) -> list[int] | None:
+        """Return the cohort of round `number`, or None if the method chooses it."""
+        return None
 
     def combined(self, uplinks: Sequence[Tree], round: Round, down: Downlink) -> tuple[Sequence[Tree], Round]:
-        """Return what to aggregate: the uplinks; or, with a rule, as many references to one that stands for all, with equal shares.
+        """Return what to aggregate. `down` is the decoded downlink of the round."""
+        return uplinks, round
 
-        `down` is the decoded downlink of the round.
-        """
-        if self.rule is None:
-            return uplinks, round
-        if down.each is not None:
-            raise MethodError(
-                f"{type(self.method).__name__}: a rule cannot combine the uplinks of clients that received different weights;"
-                ' set combines to "individual" in the class'
-            )
-        vectors = Additive(self.method, uplinks, down.common)
-        one = vectors.stand_in(combine_robustly(self.rule, vectors))
+    def events(self) -> list[dict[str, Any]]:
+        """Return lines about the latest round for events.jsonl, without the round."""
+        return []
+
+    def state(self) -> dict[str, Any]:
+        """Return the state for the checkpoint."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore an earlier result of `state`."""
+
+    def summary(self) -> dict[str, Any]:
+        """Return facts for the run's summary."""
+        return {}
+
+
+class RobustCombination(Combination):
+    """Combines the uplinks by a robust rule."""
+
+    def __init__(self, method: Method, rule: Rule) -> None:
+        self._method, self._rule = method, rule
+
+    def combined(self, uplinks: Sequence[Tree], round: Round, down: Downlink) -> tuple[Sequence[Tree], Round]:
+        """Return as many references to one uplink as there are uplinks, with equal shares."""
+        vectors = Additive(self._method, uplinks, received_by_all(self._method, down))
+        one = vectors.stand_in(combine_robustly(self._rule, vectors))
         equal = tuple(arrival._replace(share=1 / len(uplinks)) for arrival in round.arrivals)
         return [one] * len(uplinks), replace(round, arrivals=equal)
+
+
+def received_by_all(method: Method, down: Downlink) -> Tree:
+    """Return the message that all clients received. Raise MethodError if they received different messages."""
+    if down.each is not None:
+        raise MethodError(
+            f"{type(method).__name__}: a rule cannot combine the uplinks of clients that received different weights;"
+            ' set combines to "individual" in the class'
+        )
+    return down.common

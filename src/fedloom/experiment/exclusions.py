@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fedloom.combining.rules import Rule, parse_rule
-from fedloom.config.settings import Settings
+from fedloom.config.settings import Settings, participation_range
 from fedloom.errors import ConfigError
 from fedloom.method import Method
 from fedloom.wire.transforms import TopK, parse
@@ -28,6 +28,11 @@ class UplinkPlan(NamedTuple):
         return parse_rule(self.settings.aggregate) if self.settings.aggregate else None
 
     @property
+    def private(self) -> bool:
+        """Whether noise is added to the sum of uplinks."""
+        return self.settings.privacy.on
+
+    @property
     def least(self) -> int:
         """The smallest cohort with which the rule does what it promises."""
         return self.rule.cohort if self.rule else 1
@@ -42,6 +47,15 @@ class Exclusion(NamedTuple):
     reason: str  # may name the {method}, the {least} cohort of a rule, and the largest {cohort}
 
 
+def _shares(method: Method) -> bool:
+    return not method.pooled and bool(method.shared or method.also_travels)
+
+
+def _has_range(settings: Settings) -> bool:
+    low, high = participation_range(settings.participation)
+    return settings.cohort is None and low < high
+
+
 def _rule(plan: UplinkPlan, *names: str) -> bool:
     return plan.rule is not None and (not names or plan.rule.name in names)
 
@@ -53,7 +67,72 @@ def says_how_it_combines(method: type[Method]) -> bool:
     return any("combines" in vars(cls) for cls in order[: aggregates + 1])
 
 
+_CLOSING = "{method} has a closing exchange (finish), in which the server uses each uplink; use another method"
+_NO_STATEMENT = (
+    "{method} overrides aggregate, but does not state what it needs of the uplinks;"
+    ' set combines to "mean", "sums" or "individual" in the class'
+)
 EXCLUSIONS: tuple[Exclusion, ...] = (
+    Exclusion(
+        "privacy.noise=Z",
+        "methods that use each uplink individually (FedMR)",
+        lambda plan: plan.private and plan.method.combines == "individual",
+        "{method} uses each uplink individually, so there is no sum to which noise could be added; use another method",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "methods without a mean of several uplinks (Local, Centralised)",
+        lambda plan: plan.private and not _shares(plan.method),
+        "{method} has no uplinks to add up; use another method",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "methods that override `aggregate` without setting `combines`",
+        lambda plan: plan.private and not says_how_it_combines(type(plan.method)),
+        _NO_STATEMENT,
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "methods that choose their own cohorts (`Method.cohort`), because epsilon holds for independent draws",
+        lambda plan: plan.private and type(plan.method).cohort is not Method.cohort,
+        "{method} chooses its own cohorts, but epsilon holds only for cohorts that are drawn independently; use another method",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "methods with a closing exchange (`Method.finish`), which sees each uplink",
+        lambda plan: plan.private and type(plan.method).finish is not Method.finish,
+        _CLOSING,
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "`aggregate=RULE`, because a rule depends on all uplinks in a way that no noise covers",
+        lambda plan: plan.private and _rule(plan),
+        "the result of a rule can change by more than the noise covers; leave aggregate empty (privacy.clip bounds each client, too)",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "`screen.norm` and `screen.max_share`, because screening one client depends on the others",
+        lambda plan: plan.private and bool(plan.settings.screen.norm or plan.settings.screen.max_share),
+        "screening depends on the other clients in a way that no noise covers; set screen.norm=0 and leave screen.max_share empty",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "`devices.stragglers=late`, because a client in flight cannot be drawn",
+        lambda plan: plan.private and plan.settings.devices.stragglers == "late",
+        "clients in flight cannot be drawn, but epsilon holds only for independent draws; use stragglers=wait, drop or partial",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "`min_clients` above 1, because a skipped round reveals how many clients there were",
+        lambda plan: plan.private and plan.settings.min_clients > 1,
+        "a skipped round would reveal the size of the cohort; leave min_clients at 1",
+    ),
+    Exclusion(
+        "privacy.noise=Z",
+        "a range of `participation`, because the accountant needs one probability",
+        lambda plan: plan.private and _has_range(plan.settings),
+        "needs one probability with which a client is drawn; set participation to a number, or set cohort",
+    ),
     Exclusion(
         "devices.stragglers=late",
         "methods that cannot aggregate late uplinks (`accepts_late`)",
@@ -87,17 +166,26 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(
         "aggregate=RULE",
         "methods without a mean of several uplinks (Local, Centralised)",
-        lambda plan: _rule(plan) and (plan.method.pooled or not (plan.method.shared or plan.method.also_travels)),
+        lambda plan: _rule(plan) and not _shares(plan.method),
         "{method} has no uplinks to combine; leave aggregate empty",
     ),
     Exclusion(
         "aggregate=RULE",
         "methods that override `aggregate` without setting `combines`",
         lambda plan: _rule(plan) and not says_how_it_combines(type(plan.method)),
-        (
-            "{method} overrides aggregate, but does not state what it needs of the uplinks;"
-            ' set combines to "mean", "sums" or "individual" in the class'
-        ),
+        _NO_STATEMENT,
+    ),
+    Exclusion(
+        "aggregate=RULE",
+        "methods with a closing exchange (`Method.finish`), which sees each uplink",
+        lambda plan: _rule(plan) and type(plan.method).finish is not Method.finish,
+        _CLOSING,
+    ),
+    Exclusion(
+        "aggregate=RULE",
+        "`screen.max_share`, because all clients have the same weight",
+        lambda plan: _rule(plan) and plan.settings.screen.max_share is not None,
+        "gives all clients the same weight; leave screen.max_share empty",
     ),
     Exclusion(
         "aggregate=krum:F, multikrum:F",
@@ -131,6 +219,8 @@ def refuse_exclusions(settings: Settings, method: Method, max_cohort: int | None
 
 def _words(settings: Settings, key: str) -> str:
     value: object = settings
+    if key == "privacy.noise" and settings.privacy.noise is None:
+        key = "privacy.epsilon"
     for name in key.split("."):
         value = getattr(value, name)
     return f"{key}={','.join(value) if isinstance(value, tuple) else value}"

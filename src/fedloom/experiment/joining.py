@@ -33,7 +33,7 @@ def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
         experiment.engine.restore(i, joining.join(i, down, turns))
         after.append(joining.score(experiment.done, down, [i], [request])[0][request.name])
         if on_round:
-            on_round(experiment.done, experiment.settings.rounds, {"joined": f"{len(after)}/{len(newcomers)}"})
+            on_round(experiment.done, experiment.rounds, {"joined": f"{len(after)}/{len(newcomers)}"})
     if experiment.settings.checkpoint_every:
         save_run(experiment)
     objective = experiment.problem.task.objective

@@ -29,11 +29,12 @@ from fedloom.experiment.build import (
     make_federation,
     make_problem,
     resolved,
+    training_clients,
 )
-from fedloom.experiment.combination import Combination
 from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
+from fedloom.experiment.private import combination_of, rounds_within_budget, with_noise
 from fedloom.experiment.resuming import refuse_damage, refuse_missing_objects, resumable
 from fedloom.experiment.roll_back import RollBack
 from fedloom.experiment.run_folder import RunFolder
@@ -102,10 +103,15 @@ class Experiment:
             self.partition = self.data.partition  # as partitioned, even if a reference method pools the examples
             if self.method.pooled:
                 self.data = self.data.pooled()
-            self.problem = make_problem(settings, self.method, self.data, parts.model)
+            n = training_clients(settings, self.method, self.data)
+            self.settings = settings = with_noise(settings, self.method, n)
+            self.rounds = rounds_within_budget(settings, n)
+            brief = settings.model_copy(update={"rounds": self.rounds})
+            self.problem = make_problem(brief, self.method, self.data, parts.model)
             weights = initial_weights(self.problem)
             self.hooks = ServerSide(self.problem)
             self.server = self.hooks.init(weights)
+            self.combination = combination_of(settings, self.problem, lambda: self.hooks.downlink(self.server, 0, [0]))
             self._buffers = buffers_policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # rounds done, and rounds in the latest checkpoint
@@ -113,7 +119,6 @@ class Experiment:
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
         self.intake = Arrivals(self.problem, settings)
-        self.combination = Combination.of(settings, self.method)
         self.roll_back = RollBack(self.intake.screen.on)
         self._has_run = False
         try:
@@ -183,7 +188,7 @@ class Experiment:
         Raises:
             RunFolderError: the experiment has already run. Its state may differ from the latest checkpoint, e.g. after a failed round.
         """
-        rounds = self.settings.rounds
+        rounds = self.rounds
         if self._has_run:
             raise RunFolderError(
                 f"{self.folder.path}: this experiment has already run; resume its folder in a new experiment"
@@ -208,19 +213,21 @@ class Experiment:
         """Run round `number`: send the downlink, train, aggregate and record; evaluate and save if due."""
         started, before = time.perf_counter(), self.server
         done = self._exchange(number, self.draw_cohort(number))
-        if done.uplinks:
+        if done.uplinks or self.combination.always:
             self._aggregate(*self.combination.combined(done.uplinks, done.round, done.down))
+            self.intake.events += [{"round": number + 1, **facts} for facts in self.combination.events()]
         elif len(done.replies) == len(done.refused) > 1 and self.roll_back.on:
             self._restore(number, "every uplink was rejected")
         self._record_round(number, done)
         self.roll_back.check(number, done.refused)
         self.done = number + 1
-        last = self.done == self.settings.rounds
+        last = self.done == self.rounds
         if last and self.hooks.finishes:
             self._finish()
         self.ledger.train_seconds += time.perf_counter() - started
         if last or self.done % self.settings.eval_every == 0:
-            logs = self.hooks.logs(before, done.uplinks, done.round) if done.uplinks else {}
+            shown = done.uplinks and self.combination.shows_uplinks
+            logs = self.hooks.logs(before, done.uplinks, done.round) if shown else {}
             valid = [reply for reply in done.replies if reply.client not in done.refused]
             self._evaluate(valid, len(done.uplinks), logs)
         every = self.settings.checkpoint_every
@@ -274,6 +281,8 @@ class Experiment:
 
     def draw_cohort(self, number: int) -> Sequence[int]:
         """Choose the cohort of round `number`; its size is random if `participation` is a range."""
+        if (drawn := self.combination.cohort(number)) is not None:
+            return drawn
         rng = Stream(self.settings.seed, "cohort", number)
         low, high = participation_range(self.settings.participation)
         fraction = low + (high - low) * float(rng.child("size").numpy.random())
@@ -289,7 +298,7 @@ class Experiment:
 
     def _record_round(self, number: int, done: Exchange) -> None:
         """Record the events, bytes and local updates of a round. The closing exchange is added to the rows of the last round."""
-        replies, refused, row = done.replies, done.refused, min(number + 1, self.settings.rounds)
+        replies, refused, row = done.replies, done.refused, min(number + 1, self.rounds)
         for event in self.intake.events:
             self.folder.append(event, "events.jsonl")
         self.intake.events.clear()
@@ -299,7 +308,7 @@ class Experiment:
             if i not in replied:
                 self._add_client_row({"round": row, "client": i, "downlink_bytes": n_bytes})
         for reply in replies:
-            flops = self.ledger.turn(reply, number, number < self.settings.rounds and reply.client not in refused)
+            flops = self.ledger.turn(reply, number, number < self.rounds and reply.client not in refused)
             relayed = 0  # exchanged parts go through a relay: up once, and down to other clients
             if self.method.exchanges:
                 relayed = self.ledger.count("uplink", reply.uplink, "exchange")
@@ -325,7 +334,7 @@ class Experiment:
         latest = takewhile(lambda other: other["round"] == row["round"], reversed(self.client_rows))
         known = (
             next((other for other in latest if other["client"] == row["client"]), None)
-            if self.done == self.settings.rounds
+            if self.done == self.rounds
             else None
         )
         if known is None:
@@ -341,7 +350,7 @@ class Experiment:
         """Score the clients and the server, and write a row of metrics."""
         started = time.perf_counter()
         every = self.settings.eval.general_every
-        general = self.done == self.settings.rounds or bool(every and self.done % every == 0)
+        general = self.done == self.rounds or bool(every and self.done % every == 0)
         down = self.hooks.deploy(self.server, self.done)
         found = self.scoring.score(self.done, down, general)
         row: Row = {"round": self.done, **self.scoring.row(found, down, self.ledger.trained)}

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedloom.experiment.costs import pieces
+from fedloom.experiment.private import cohort_size
 from fedloom.method import trains_of
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def facts(experiment: Experiment) -> dict[str, str]:
         "data": f"{settings.data.name}, {sum(sizes):,} training examples",
         "clients": f"{task.n_clients}, {_cohort(experiment)} in a round",
         "steps": f"about {_steps(experiment, sizes):,} in a round",
-        "rounds": f"{settings.rounds}{done}",
+        "rounds": f"{experiment.rounds}{done}",
         "engine": type(experiment.engine).__name__.lower(),
         "folder": str(experiment.folder.path),
     }
@@ -195,13 +196,15 @@ def facts(experiment: Experiment) -> dict[str, str]:
 
 def _cohort(experiment: Experiment) -> str:
     task, settings = experiment.problem.task, experiment.settings
+    if settings.privacy.on:
+        return f"about {cohort_size(settings, task.n_clients)}"
     if settings.cohort is None and "-" in str(settings.participation):
         return f"at most {task.max_cohort}"
     return "all" if task.max_cohort == task.n_clients else str(task.max_cohort)
 
 
 def _steps(experiment: Experiment, sizes: Sequence[int]) -> int:
-    """Return the optimiser steps of a full cohort in a round, for clients of average size."""
+    """Return the optimiser steps of the largest cohort (with privacy, one of expected size) in a round, for clients of average size."""
     problem = experiment.problem
     steps = 0
     for n, n_clients in Counter(sizes).items():
@@ -209,4 +212,4 @@ def _steps(experiment: Experiment, sizes: Sequence[int]) -> int:
             trains = len(trains_of([phase]))
             if n and trains:
                 steps += n_clients * trains * sum(pieces(phase, problem.plan, n).values())
-    return round(steps * problem.task.max_cohort / problem.task.n_clients)
+    return round(steps * cohort_size(experiment.settings, problem.task.n_clients) / problem.task.n_clients)

@@ -57,6 +57,7 @@ def save_run(experiment: Experiment) -> None:
     experiment.folder.write_clients(_table(experiment.client_rows), experiment.client_rows)
     in_flight = {i: late.message for i, late in experiment.intake.flights.items()}
     state = {"round": experiment.done, **experiment.ledger.state(), **experiment.intake.state()}
+    state |= experiment.combination.state()
     state["failed_rounds"] = experiment.roll_back.failed
     previous = experiment.roll_back.previous
     experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight, previous)
@@ -74,6 +75,7 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
     experiment.done = experiment.saved = _checked_round(experiment, folder, state["round"])
     experiment.ledger = Accounting(experiment.problem, state)
     experiment.intake.restore(state, folder.load_late())
+    experiment.combination.restore(state)
     experiment.rows = [row for row in folder.rows() if row["round"] <= experiment.done]
     experiment.client_rows = _without_nan(folder.read_clients(experiment.done))
     if previous := folder.load_previous() if saved else None:
@@ -130,6 +132,7 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         "bytes_by_kind": experiment.ledger.kinds,
         **experiment.intake.counts,
         **experiment.intake.screen.summary(),
+        **experiment.combination.summary(),
         **metrics.cost_to_target(experiment.rows, s.eval.target, objective.primary),
         "seconds": experiment.ledger.train_seconds + experiment.ledger.eval_seconds,
         "train_seconds": experiment.ledger.train_seconds,

@@ -178,6 +178,7 @@ def _detail(record: RunRecord) -> Detail:
     tables = {
         "Result": _result(record),
         "Other metrics": _others(record),
+        **({"Privacy": _pairs(privacy)} if (privacy := (record.summary or {}).get("privacy")) else {}),
         "Settings": _pairs(record.config),
         "Environment": _pairs(record.environment),
     }

@@ -115,10 +115,17 @@ def _columns(primary: Primary, digits: int) -> list[Column]:
         Column("bytes\nto target", lambda record: _to_target(record, "bytes"), _bytes, False),
         Column("newcomers\nreceived", lambda record: _newcomers(record, "received"), text, True),
         Column("newcomers\njoined", lambda record: _newcomers(record, "joined"), text, True),
+        Column("\nepsilon", _epsilon, lambda value: f"{value:.3g}", False),
         cost("\nuplink", "uplink_bytes", units.size),
         cost("\ndownlink", "downlink_bytes", units.size),
         cost("\ntime", "seconds", units.duration),
     ]
+
+
+def _epsilon(record: RunRecord) -> float | None:
+    """Return what a private run spent, for an observer who does not know the cohorts; infinity without noise."""
+    privacy = (record.summary or {}).get("privacy")
+    return None if privacy is None else math.inf if privacy["epsilon"] is None else float(privacy["epsilon"])
 
 
 def _to_target(record: RunRecord, what: str) -> float | None:

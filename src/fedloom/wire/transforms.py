@@ -197,7 +197,7 @@ TRANSFORMS: Mapping[str, Kind] = {
     ),
     "gaussian": Kind(
         make=Gaussian,
-        summary="differences clipped to norm CLIP, plus normal noise of standard deviation NOISE x CLIP",
+        summary="differences clipped to norm CLIP, plus normal noise of standard deviation NOISE x CLIP, which follows from the seed",
         example="gaussian:1.0:0.01",
         numbers=("CLIP", "NOISE"),
         ways=("uplink",),

@@ -1,0 +1,208 @@
+"""Runs with client-level differential privacy: Poisson cohorts, noisy sums, and what they spend (docs/security.md)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedloom import tree
+from fedloom.combining.additive import Additive
+from fedloom.combining.budget import Releases, noise_for, require_accountant
+from fedloom.combining.privacy import BUFFERS, PARAMETERS, NoisySum, group_of
+from fedloom.combining.rules import parse_rule
+from fedloom.config.settings import Settings, participation_range
+from fedloom.engines import Problem
+from fedloom.errors import ConfigError
+from fedloom.experiment.combination import Combination, RobustCombination, received_by_all
+from fedloom.experiment.exclusions import refuse_exclusions
+from fedloom.experiment.uplink_forms import UplinkForms
+from fedloom.method import Arrival, Downlink, Method, Round
+from fedloom.nets import read_weights
+from fedloom.rng import Stream
+from fedloom.tree import Tree
+
+log = logging.getLogger(__name__)
+FEW_CLIENTS, LOUD = 50, 10.0  # with fewer clients, or louder noise, a line warns at the start
+UNCOVERED = (
+    "scores and losses of clients (clients.parquet) and their means (metrics.jsonl)",
+    "numbers of examples, steps and seconds (clients.parquet) and who took part (events.jsonl)",
+    "the partition (partition.json)",
+    "the choice of hyper-parameters by earlier runs",
+)
+
+
+def cohort_size(settings: Settings, n: int) -> int:
+    """Return the size of the largest cohort of `n` clients; with privacy, the expected size."""
+    return settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
+
+
+def with_noise(settings: Settings, method: Method, n: int) -> Settings:
+    """Return the settings with the noise and delta of a private run of `n` clients, if they leave them open."""
+    p = settings.privacy
+    if not p.on:
+        return settings
+    refuse_exclusions(settings, method)
+    require_accountant()
+    if n < FEW_CLIENTS:
+        log.warning("privacy: with %d clients, a bound that fails with probability below 1/%d promises little", n, n)
+    delta = p.delta or n**-1.1
+    noise = p.noise
+    if noise is None and p.epsilon is not None:
+        noise = noise_for(p.epsilon, cohort_size(settings, n) / n, delta, settings.rounds)
+    return settings.model_copy(update={"privacy": p.model_copy(update={"noise": noise, "delta": delta})})
+
+
+def rounds_within_budget(settings: Settings, n: int) -> int:
+    """Return how many of the rounds the privacy budget allows: all of them without a budget."""
+    p = settings.privacy
+    if not p.on or p.epsilon is None:
+        return settings.rounds
+    allowed = _releases(settings, n).within(p.epsilon, settings.rounds)
+    if not allowed:
+        raise ConfigError(
+            f"privacy.epsilon={p.epsilon:g}: privacy.noise={p.noise:g} spends more in the first round; use more noise, or a smaller cohort"
+        )
+    if allowed < settings.rounds:
+        log.warning("privacy.epsilon=%g: allows %d rounds of %d", p.epsilon, allowed, settings.rounds)
+    return allowed
+
+
+def _releases(settings: Settings, n: int) -> Releases:
+    p = settings.privacy
+    return Releases(p.noise or 0.0, cohort_size(settings, n) / n, p.delta or n**-1.1)
+
+
+def combination_of(settings: Settings, problem: Problem, downlink: Callable[[], Downlink]) -> Combination:
+    """Return what the settings do with the uplinks of a round. `downlink` returns a message to a cohort of one client."""
+    if settings.privacy.on:
+        return PrivateCombination(settings, problem, downlink())
+    if settings.aggregate:
+        return RobustCombination(problem.method, parse_rule(settings.aggregate))
+    return Combination()
+
+
+class PrivateCombination(Combination):
+    """Replaces the uplinks by their noisy sum, which is divided by the expected size of a cohort."""
+
+    always = True  # a round without uplinks releases noise: it must not reveal that nobody took part
+    shows_uplinks = False
+
+    def __init__(self, settings: Settings, problem: Problem, down: Downlink) -> None:
+        self._problem, self._n = problem, problem.task.n_clients
+        self._forms = UplinkForms(problem)
+        self._releases = _releases(settings, self._n)
+        self._rounds = settings.rounds
+        received = received_by_all(problem.method, problem.codec.arrived(problem.codec.send(down)))
+        sums = problem.method.sums(self._template(0, received))
+        self._sum = NoisySum(
+            noise=self._releases.noise,
+            bounds=_bounds(settings, sums),
+            expected=cohort_size(settings, self._n),
+            quantile=settings.privacy.adapt,
+        )
+        self._scale, self._released = 1.0, 0
+        self._turns = [0] * self._n  # releases to which each client has contributed
+        self._arrived = 0
+        self._warn(sums)
+
+    def _warn(self, sums: Tree) -> None:
+        method = self._problem.method
+        floats = [leaf.numel() for _, leaf in tree.flatten(sums) if leaf.is_floating_point()]
+        ratio = self._sum.noise_to_bound(sum(floats))
+        if ratio > LOUD:
+            log.warning(
+                "privacy: the noise of a round has %.0f times the norm that a client may have at most, so little can be learnt; "
+                "use more clients in a round (about %d), or fewer shared parameters",
+                ratio,
+                math.ceil(self._sum.expected * ratio / LOUD),
+            )
+        if BUFFERS in self._sum.bounds:
+            log.warning(
+                "privacy: running statistics are shared with noise; set method.buffers=private, or use GroupNorm"
+            )
+        if type(method).server_logs is not Method.server_logs:
+            log.warning("privacy: the server's logs compare uplinks, and are left out")
+
+    def cohort(self, number: int) -> list[int]:
+        """Return a Poisson sample: each client is drawn independently, with the same probability."""
+        drawn = Stream(self._problem.seed, "poisson cohort", number).numpy.random(self._n) < self._releases.rate
+        return [i for i, is_in in enumerate(drawn.tolist()) if is_in]
+
+    def combined(self, uplinks: Sequence[Tree], round: Round, down: Downlink) -> tuple[Sequence[Tree], Round]:
+        """Return references to one uplink, as many as the expected size of a cohort."""
+        m, received = self._sum.expected, received_by_all(self._problem.method, down)
+        vectors = Additive(self._problem.method, uplinks, received, like=self._template(round.number, received))
+        mean, self._scale = self._sum.release(vectors, self._scale, round.rng.child("privacy"))
+        self._released += 1
+        self._arrived = len(uplinks)
+        for arrival in round.arrivals:
+            self._turns[arrival.client] += 1
+        anonymous = tuple(Arrival(client=-1, slot=slot, share=1 / m) for slot in range(m))
+        return [vectors.stand_in(mean, m)] * m, replace(round, arrivals=anonymous, examples=())
+
+    def _template(self, number: int, received: Tree) -> Tree:
+        return self._forms.of(number, 0, received).uplink
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return a line with the bounds of the next release, and the number of uplinks in this one."""
+        return [{"event": "released", "arrived": self._arrived, "bounds": self._bounds_now()}]
+
+    def _bounds_now(self) -> dict[str, float]:
+        return {group: self._scale * bound for group, bound in self._sum.bounds.items()}
+
+    def state(self) -> dict[str, Any]:
+        """Return the scale of the bounds, and what has been spent."""
+        return {"privacy": {"scale": self._scale, "released": self._released, "turns": self._turns}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore an earlier result of `state`."""
+        if saved := state.get("privacy"):
+            self._scale, self._released, self._turns = saved["scale"], saved["released"], list(saved["turns"])
+
+    def summary(self) -> dict[str, Any]:
+        """Return what was spent, for whom it holds, and what it does not cover."""
+        spent = self._releases.epsilon(self._released), self._releases.epsilon_known(max(self._turns))
+        epsilon, known = (value if math.isfinite(value) else None for value in spent)
+        facts = {
+            "unit": "client: all of its contributions are there, or are zero",
+            "protects": "the models of others and of the server" if self._has_private_state else "every model",
+            "epsilon": epsilon,
+            "epsilon_known_cohorts": known,
+            "delta": self._releases.delta,
+            "noise": self._releases.noise,
+            "rate": self._releases.rate,
+            "releases": self._released,
+            "bounds": self._bounds_now(),
+            "epsilon_holds_if": "the seed, events.jsonl and clients.parquet stay secret",
+            "epsilon_known_cohorts_holds_if": "the seed stays secret, because the noise follows from it",
+            "uncovered": list(UNCOVERED),
+            "stopped": "privacy budget" if self._released < self._rounds else None,
+        }
+        return {"privacy": facts}
+
+    @property
+    def _has_private_state(self) -> bool:
+        """Whether clients keep weights that the server does not have: their own users can learn about the client from them."""
+        weights = read_weights(self._problem.modules(0))
+        shared = self._problem.method.travelling(weights)
+        return sum(map(len, weights.values())) > sum(map(len, shared.values()))
+
+
+def _bounds(settings: Settings, sums: Tree) -> dict[str, float]:
+    """Return the largest norm of each group of tensors."""
+    given = dict(settings.privacy.clips)
+    groups = list(dict.fromkeys(group_of(path) for path, leaf in tree.flatten(sums) if leaf.is_floating_point()))
+    if unknown := sorted(given.keys() - set(groups) | given.keys() & {PARAMETERS}):
+        raise ConfigError(
+            f"privacy.clips.{unknown[0]}: {settings.method.name} adds up {', '.join(groups)}; the norm of weights is privacy.clip"
+        )
+    bounds = {PARAMETERS: settings.privacy.clip, BUFFERS: 1.0} | given
+    if missing := [group for group in groups if group not in bounds]:
+        raise ConfigError(
+            f"privacy.clips: {settings.method.name} also adds up {', '.join(missing)}; set the largest norm that a client may have, "
+            f"such as privacy.clips.{missing[0]}=10"
+        )
+    return {group: bounds[group] for group in groups}
