@@ -1,6 +1,7 @@
 """Private runs: Poisson cohorts, releases without uplinks, budgets, and equal numbers on engines and after a resume."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -74,17 +75,20 @@ def test_cohorts_are_poisson_samples_and_a_round_without_clients_releases_noise(
     assert summary["skipped"] == 0
 
 
-def test_the_noise_is_that_of_the_sum_over_the_expected_cohort(experiment):
-    """The server is at the origin plus noise: uplinks that are all shortened to almost nothing leave the noise alone."""
-    run = experiment("fedavg", rounds=1, **{"privacy.noise": 50.0, "privacy.clip": 1e-3})
-    before = tree.clone(run.server)
-    run.run()
-    moved = tree.sub(run.server["weights"]["params"], before["weights"]["params"])
-    noise = torch.cat([leaf.flatten() for leaf in tree.leaves(moved)])
-    assert float(noise.std()) == pytest.approx(50 * 1e-3 / 4, rel=0.1)
+def test_the_noise_is_that_of_the_sum_over_the_expected_cohort_and_differs_from_round_to_round(experiment):
+    """Uplinks that are all shortened to almost nothing leave the noise alone."""
+    run, states = experiment("fedavg", rounds=2, **{"privacy.noise": 50.0, "privacy.clip": 1e-3}), []
+    states.append(tree.clone(run.server))
+    run.run(lambda *_: states.append(tree.clone(run.server)))
+    noises = [
+        torch.cat([leaf.flatten() for leaf in tree.leaves(tree.sub(after["weights"], before["weights"]))])
+        for before, after in pairwise(states)
+    ]
+    assert [float(noise.std()) for noise in noises] == pytest.approx([50 * 1e-3 / 4] * 2, rel=0.1)
+    assert abs(float(torch.cosine_similarity(*noises, dim=0))) < 0.1
 
 
-def test_a_run_ends_with_its_budget(experiment):
+def test_a_run_ends_with_its_budget(experiment, caplog):
     spent = Releases(1.0, 1.0, 0.1)
     settings = {**ALL, "rounds": 5, "privacy.delta": 0.1, "privacy.epsilon": spent.epsilon(2) + 0.01}
     run = experiment("fedavg", **settings)
@@ -92,6 +96,7 @@ def test_a_run_ends_with_its_budget(experiment):
     assert (summary["rounds"], summary["privacy"]["stopped"]) == (2, "privacy budget")
     assert summary["privacy"]["epsilon"] <= settings["privacy.epsilon"]
     assert [row["round"] for row in run.rows] == [1, 2]
+    assert any("allows 2 rounds of 5" in line for line in caplog.messages)
     assert run.rows[-1]["general_accuracy"] is not None  # the last round is scored as such
     with pytest.raises(ConfigError, match=r"privacy.epsilon=0.01: privacy.noise=1 spends more in the first round"):
         experiment("fedavg", **{**settings, "privacy.epsilon": 0.01})
@@ -115,12 +120,12 @@ def test_what_a_client_keeps_is_not_protected_from_its_own_users(experiment):
 
 
 def test_loud_noise_few_clients_and_running_statistics_are_reported(experiment, caplog):
-    experiment("fedavg", model="resnet8", **ALL)
+    experiment("fedavg", model="resnet8", **ALL).combination.announce()
     said = " ".join(caplog.messages)
-    assert "with 4 clients, a bound that fails with probability below 1/4" in said
+    assert "a bound that may fail with probability 1/4 says little about 4 clients" in said
     assert "times the norm that a client may have at most, so little can be learnt" in said
     assert "set method.buffers=private" in said
-    experiment("fedproto", **ALL, **CLIPS)
+    experiment("fedproto", **ALL, **CLIPS).combination.announce()
     assert "privacy: the server's logs compare uplinks, and are left out" in caplog.messages
 
 

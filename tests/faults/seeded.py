@@ -547,6 +547,50 @@ AREAS = (
             ),
         ),
     ),
+    Area(
+        ("tests/unit/test_privacy.py", "tests/contract/test_private_runs.py"),
+        (
+            Fault(
+                "a private sum is divided by the number of clients that arrived",
+                "* noise) / self.expected",
+                "* noise) / max(uplinks.n, 1)",
+            ),
+            Fault(
+                "clients are not clipped",
+                "kept = 1 / ratios[group].clamp(min=1.0)",
+                "kept = torch.ones_like(ratios[group])",
+            ),
+            Fault("adaptive clipping moves away from the quantile", "-RATE * (within", "RATE * (within"),
+            Fault("the noise is for one group only", "self._deviation * math.sqrt(len(bounds))", "self._deviation"),
+            Fault("all rounds have the same noise", 'round.rng.child("privacy")', 'Stream(0, "privacy")'),
+            Fault(
+                "known cohorts are those of the average client",
+                "epsilon_known(max(self._turns))",
+                "epsilon_known(sum(self._turns) // len(self._turns))",
+            ),
+        ),
+    ),
+    Area(
+        ("tests/unit/test_combining.py",),
+        (
+            Fault(
+                "Krum adds up the distances to all others",
+                "[:, : len(among) - hostile - 2]",
+                "[:, : len(among) - 1]",
+            ),
+            Fault("only the smallest values are trimmed", "[cut : n - cut]", "[cut:]"),
+            Fault(
+                "the geometric median starts at the mean",
+                "a = torch.zeros(len(inner), dtype=inner.dtype)\n    scale",
+                "a = torch.full((len(inner),), 1 / (len(inner) - 1), dtype=inner.dtype)\n    scale",
+            ),
+            Fault(
+                "a class with noise instead of examples has a prototype",
+                "(weights >= 0.5) & (counts >= 0.5)",
+                "weights != 0",
+            ),
+        ),
+    ),
 )
 
 

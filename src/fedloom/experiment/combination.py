@@ -20,6 +20,9 @@ class Combination:
     always = False  # whether a round without uplinks is aggregated, too
     shows_uplinks = True  # whether `server_logs` may see them
 
+    def announce(self) -> None:
+        """Log what may surprise, before the first round."""
+
     def cohort(self, number: int) -> list[int] | None:
         """Return the cohort of round `number`, or None if the method chooses it."""
         return None

@@ -195,6 +195,7 @@ class Experiment:
             )
         self._has_run = True
         try:
+            self.combination.announce()
             with arithmetic(self.settings):
                 for number in range(self.done, rounds):
                     self.run_round(number)

@@ -46,8 +46,6 @@ def with_noise(settings: Settings, method: Method, n: int) -> Settings:
         return settings
     refuse_exclusions(settings, method)
     require_accountant()
-    if n < FEW_CLIENTS:
-        log.warning("privacy: with %d clients, a bound that fails with probability below 1/%d promises little", n, n)
     delta = p.delta or n**-1.1
     noise = p.noise
     if noise is None and p.epsilon is not None:
@@ -65,8 +63,6 @@ def rounds_within_budget(settings: Settings, n: int) -> int:
         raise ConfigError(
             f"privacy.epsilon={p.epsilon:g}: privacy.noise={p.noise:g} spends more in the first round; use more noise, or a smaller cohort"
         )
-    if allowed < settings.rounds:
-        log.warning("privacy.epsilon=%g: allows %d rounds of %d", p.epsilon, allowed, settings.rounds)
     return allowed
 
 
@@ -94,7 +90,7 @@ class PrivateCombination(Combination):
         self._problem, self._n = problem, problem.task.n_clients
         self._forms = UplinkForms(problem)
         self._releases = _releases(settings, self._n)
-        self._rounds = settings.rounds
+        self._rounds, self._budget = settings.rounds, settings.privacy.epsilon or math.inf
         received = received_by_all(problem.method, problem.codec.arrived(problem.codec.send(down)))
         sums = problem.method.sums(self._template(0, received))
         self._sum = NoisySum(
@@ -106,12 +102,18 @@ class PrivateCombination(Combination):
         self._scale, self._released = 1.0, 0
         self._turns = [0] * self._n  # releases to which each client has contributed
         self._arrived = 0
-        self._warn(sums)
+        self._numbers = sum(leaf.numel() for leaf in tree.leaves(sums) if leaf.is_floating_point())
 
-    def _warn(self, sums: Tree) -> None:
-        method = self._problem.method
-        floats = [leaf.numel() for _, leaf in tree.flatten(sums) if leaf.is_floating_point()]
-        ratio = self._sum.noise_to_bound(sum(floats))
+    def announce(self) -> None:
+        """Log what may surprise in a private run: little protection, little learning, fewer rounds, no server logs."""
+        method, rounds = self._problem.method, self._problem.task.rounds
+        if self._n < FEW_CLIENTS:
+            log.warning(
+                "privacy: a bound that may fail with probability 1/%d says little about %d clients", self._n, self._n
+            )
+        if rounds < self._rounds:
+            log.warning("privacy.epsilon=%g: allows %d rounds of %d", self._budget, rounds, self._rounds)
+        ratio = self._sum.noise_to_bound(self._numbers)
         if ratio > LOUD:
             log.warning(
                 "privacy: the noise of a round has %.0f times the norm that a client may have at most, so little can be learnt; "
