@@ -8,10 +8,11 @@ import torch
 
 from contract import ClassMeans, assert_close, assert_same, left_by
 from fedloom import FedAvg, Scaffold, tree
+from fedloom.combining.rules import parse_rule
 from fedloom.config.settings import make_settings
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, MethodError
-from fedloom.experiment.combination import Combination
+from fedloom.experiment.combination import RobustCombination
 from fedloom.experiment.exclusions import EXCLUSIONS, refuse_exclusions
 from fedloom.experiment.loop import Experiment
 from fedloom.method import Downlink, Round
@@ -38,7 +39,7 @@ def test_equal_uplinks_combine_to_what_the_method_aggregates(experiment, method)
     run.hooks.aggregate = twice
     run.run()
     ((server, one, round),) = aggregated
-    again, _ = run.combination.combined([one] * 4, round, run.method.downlink(server, range(4)))
+    again, _ = run.combination.combined([one] * 4, round, run.method.downlink(server, range(4), round))
     tree.map_tree(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12) or a, again[0], one)
     assert tree.structure(run.server) == tree.structure(server)
 
@@ -115,7 +116,7 @@ def test_hooks_for_logs_see_the_uplinks_of_all_clients(experiment):
 
 
 def test_clients_that_received_different_weights_cannot_be_combined():
-    combination = Combination.of(make_settings({"aggregate": "median"}), FedAvg())
+    combination = RobustCombination(FedAvg(), parse_rule("median"))
     with pytest.raises(MethodError, match=r'FedAvg: a rule cannot combine .* set combines to "individual"'):
         combination.combined([{}], Round(0, 1, (), Stream(0)), Downlink(each=[{}]))
 
