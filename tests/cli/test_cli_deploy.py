@@ -35,6 +35,28 @@ def test_a_folder_is_made_and_its_steps_are_shown(cli):
         (["init", "w", "--nodes", "99"], "--nodes 99"),
         (["init", "w", "--address", "fl.example.org:9092"], "--address fl.example.org:9092: must be a host name"),
         (["init", "w", "clients=3", "model=nonet.py:Net"], "model=nonet.py:Net: file nonet.py does not exist"),
+        (["join"], "give a folder"),
+        (["join", "Site"], "--name Site: must have at most 63 lower-case letters"),
+        (["join", "s", "--authority", "x"], "--authority: is used only with --finish"),
+        (["join", "s", "--finish", "none.join"], "none.join: there is no such file"),
+        (["join", "s", "--finish", "none.join", "--name", "s"], "--name: is used only without --finish"),
+        (["admit", "w", "a.csr"], "--clients"),
+        (["admit", "w", "a.csr", "--clients", "0"], "a.csr: cannot be read: No such file"),
+        (["admit", "w", "--clients", "0"], "give a node's request"),
+        (
+            ["admit", "w", "a.csr", "--clients", "x"],
+            "--clients x: must be numbers or ranges of clients, such as 5,6 or 0-3",
+        ),
+        (["admit", "w", "a.csr", "--clients", "0", "--authority", ""], "--authority must not be empty"),
+        (["revoke", "w"], "give the name of a node"),
+        (["revoke", "w", "a"], "w is not a federation's folder"),
+        (["rotate", "w"], "give a node's request"),
+        (["rotate", "w", "server"], "w is not a federation's folder"),
+        (
+            ["rotate", "w", "a.csr", "--address", "h"],
+            "--address: is used only with: fedloom deploy rotate FOLDER server",
+        ),
+        (["audit", "w"], "w is not a federation's folder"),
     ],
 )
 def test_mistakes_end_in_one_line(cli, words, message):
@@ -55,9 +77,46 @@ def test_a_folder_that_is_taken_is_noticed_before_anything_starts(cli):
 def test_help_names_every_step(cli):
     shown = cli("deploy", "--help")
     assert shown.code == 0
-    for step in ("init", "server", "node", "run", "up"):
+    for step in ("init", "server", "node", "run", "up", "join", "admit", "revoke", "rotate", "audit"):
         assert f"fedloom deploy {step}" in shown.out
         assert cli("deploy", step, "--help").code == 0
+
+
+def shown(done):
+    """Return the lines of a command's output by their first word."""
+    assert (done.code, done.err) == (0, "")
+    return {line.split()[0]: line.split(maxsplit=1)[1] for line in done.out.splitlines()}
+
+
+def test_a_node_joins_is_renewed_and_revoked(cli):
+    assert cli("deploy", "init", "ward", "clients=4", "--nodes", "0").code == 0
+    asked = shown(cli("deploy", "join", "site-1"))
+    admission = ("deploy", "admit", "ward", asked["request"], "--clients", "0-2,3")
+    refused = cli(*admission)
+    assert (refused.code, refused.err.count("\n")) == (2, 1)
+    assert f"with --fingerprint {asked['fingerprint']}" in refused.err
+    made = shown(cli(*admission, "--fingerprint", asked["fingerprint"]))
+    assert made["node"] == "site-1 admitted; clients 0, 1, 2, 3"
+    taking = ("deploy", "join", "site-1", "--finish", made["answer"], "--authority", made["authority"])
+    assert "start the node: fedloom deploy node site-1" in shown(cli(*taking))["next"]
+    assert "data=data: the folder site-1/data does not exist" in cli("deploy", "node", "site-1").err
+    new = shown(cli("deploy", "rotate", "site-1"))
+    renewal = ("deploy", "rotate", "ward", new["request"], "--fingerprint", new["fingerprint"])
+    assert "has a new key; the old one is valid for a day" in shown(cli(*renewal))["node"]
+    assert "has this key already" in shown(cli(*renewal))["node"]
+    assert "restart the node: fedloom deploy node site-1" in shown(cli(*taking))["next"]
+    assert "restart the server" in shown(cli("deploy", "rotate", "ward", "server"))["next"]
+    assert "site-1 is revoked" in shown(cli("deploy", "revoke", "ward", "site-1"))["node"]
+    assert shown(cli("deploy", "revoke", "ward", "site-1"))["node"] == "site-1 was revoked before"
+    log = cli("deploy", "audit", "ward").out
+    assert [line.split()[1] for line in log.splitlines()[:-1]] == [
+        "create",
+        "admit",
+        "rotate",
+        "rotate",
+        "revoke",
+        "revoke",
+    ]
 
 
 def test_a_run_without_a_server_says_how_to_start_it(cli):

@@ -50,7 +50,7 @@ from starlette.routing import Route
 from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
 from fedloom.deploy import certificates, doors, node_keys, proxy, server, superlink_store, supernode
-from fedloom.deploy.agent import WorkerProcess, answer_within, run_node
+from fedloom.deploy.agent import WorkerProcess, answer_within, refusal, run_node
 from fedloom.deploy.budget import Patience, check_size, resident_mib
 from fedloom.deploy.files import Budget, NodeFile, read_file
 from fedloom.deploy.folder import Deployment, create_deployment
@@ -141,7 +141,7 @@ def test_the_folder_has_everything_and_is_private(folder):
     unit = (folder / "node-1/fedloom-node.service").read_text()
     assert "Restart=always" in unit
     assert "RestartMaxDelaySec=60" in unit
-    assert "fedloom deploy node /etc/fedloom/node-1" in unit
+    assert 'ExecStart="/opt/fedloom/bin/python" -m fedloom.cli deploy node "/etc/fedloom/node-1"' in unit
     assert "fl.example.org:9092" in (folder / "README.md").read_text()
 
 
@@ -278,7 +278,7 @@ def test_nothing_is_overwritten(folder):
     ("values", "nodes", "hosts", "message"),
     [
         ({"clients": 2}, 3, ["h"], "--nodes 3: must be from 1 to the number of clients"),
-        ({"clients": 2}, 0, ["h"], "--nodes 0"),
+        ({"clients": 2}, -1, ["h"], "--nodes -1"),
         ({"clients": 2}, 1, ["no host"], "--address no host"),
         ({"clients": 2}, 1, ["fl.example.org:9092"], "--address fl.example.org:9092: must be .*, without a port"),
         ({"clients": 2}, 1, ["h", "192.0.2.7:9092"], "--address 192.0.2.7:9092"),
@@ -759,6 +759,52 @@ def test_the_connection_of_a_stranger_is_closed_without_reading_its_body(folder)
         assert is_cut_off(stranger, 4)
 
 
+MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
+
+
+@contextlib.contextmanager
+def nginx(folder, conf, *words):
+    """Run nginx with our config, or only check it."""
+    load = f"load_module {MODULE};" if MODULE.is_file() else ""
+    (folder / "main.conf").write_text(
+        f"{load} daemon off; master_process off; pid {folder}/pid; error_log stderr warn; events {{}}\n{conf}"
+    )
+    command = ["nginx", "-e", "stderr", "-c", str(folder / "main.conf"), *words]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="needs nginx")
+def test_nginx_hands_on_connections_and_limits_them(tmp_path):
+    outer = free_ports(1)[0]
+    made = create_deployment(tmp_path / "my ward", {"clients": 2}, 0, ports={"proxy": outer}, nginx=True)
+    assert (made.file.listen, made.door) == (f"127.0.0.1:{outer + 1}", ("127.0.0.1", "127.0.0.1", outer + 1))
+    assert proxy_command(made)[4:6] == ["127.0.0.1", str(outer + 1)]
+    with nginx(tmp_path, f'include "{made.server}/fedloom-nginx.conf";', "-t") as check:
+        assert b"test is successful" in check.communicate(timeout=20)[1]
+    with serving(made.server) as port, contextlib.ExitStack() as stack:
+        conf = (made.server / "fedloom-nginx.conf").read_text().replace(made.file.listen, f"127.0.0.1:{port}")
+        stack.enter_context(nginx(tmp_path, re.sub(r"listen \[::\].*", "", conf)))
+        assert wait_for(lambda: is_listening(outer), 20)
+        inside = [stack.enter_context(connect(made.server, outer)) for _ in range(16)]
+        inside[-1].sendall(b"GET / HTTP/1.1\r\nhost: h\r\n\r\n")
+        assert inside[-1].recv(1024).startswith(b"HTTP/1.1 403 ")
+        with pytest.raises(OSError, match=r".*"):
+            connect(made.server, outer).recv(1)
+
+
+def is_listening(port):
+    try:
+        socket.create_connection(("127.0.0.1", port), 1).close()
+    except OSError:
+        return False
+    return True
+
+
 def test_a_server_is_open_where_its_proxy_listens(folder):
     made = Deployment(folder)
     try:
@@ -990,6 +1036,16 @@ def test_the_size_of_messages_is_limited_by_the_nodes_owner(worker):
         answer_within(worker, hello(), node)
     with pytest.raises(ConfigError, match=r"the answer has 3.0 MiB"):
         check_size(Budget(message_mib=2.0), 3 * 2**20, "answer")
+
+
+def test_a_node_says_why_the_server_refuses_it(tmp_path):
+    log = tmp_path / "supernode.log"
+    log.write_text("INFO: fine\n")
+    assert refusal(log) == ""
+    log.write_text("x" * 9000 + "\nERROR\n[code: 2004] Failed to activate SuperNode: its key is not known\nINFO: end\n")
+    assert refusal(log) == "; Failed to activate SuperNode: its key is not known"
+    log.write_text(log.read_text() + "INFO: connected again\n" * 200)
+    assert refusal(log) == ""
 
 
 def test_a_node_without_its_data_folder_does_not_start(folder):

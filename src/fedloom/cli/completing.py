@@ -29,7 +29,11 @@ NAMES: Mapping[str, Iterable[str]] = {
     "aggregate": RULES,
 }
 """Names that can follow `KEY=`."""
-STEPS = ("init", "server", "node", "run", "up")  # of `fedloom deploy`
+STEPS: Mapping[str, str] = {
+    **dict.fromkeys(("init", "server", "node", "run", "up"), "fedloom.cli.deploying"),
+    **dict.fromkeys(("join", "admit", "revoke", "rotate", "audit"), "fedloom.cli.admitting"),
+}
+"""The steps of `fedloom deploy`, with their modules."""
 
 
 def complete(commands: Mapping[str, str]) -> None:
@@ -47,7 +51,7 @@ def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> arg
         if command != chosen:
             continue
         if command == "deploy" and step in STEPS:
-            origin = f"{origin.partition(':')[0]}:{step}_step"
+            origin = f"{STEPS[step]}:{step}_step"
         added = list(source_facts.calls(origin, "add_argument"))
         for words, about in added:
             if words and words[0].startswith("--"):

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
+from fedloom.cli.admitting import admit_step, audit_step, join_step, revoke_step, rotate_step
 from fedloom.cli.executing import Finished, announce, conclude
 from fedloom.cli.running import refuse_several, until_interrupted
 from fedloom.cli.words import Parser, accept_option, output, read_values, settings_words
@@ -45,6 +46,12 @@ fedloom deploy: run a method on real devices with Flower (needs fedloom[flower])
   fedloom deploy run FOLDER [CONFIG.toml] [key=value ...]   on the server: run one experiment on the nodes
   fedloom deploy up --local N [CONFIG.toml] [key=value ...]  on this machine: start everything, run one experiment, stop
 
+  fedloom deploy join FOLDER                           on a device: make a key and a request to join, or take the answer
+  fedloom deploy admit FOLDER REQUEST --clients LIST   on the server: admit a node by its request
+  fedloom deploy revoke FOLDER NODE                    on the server: refuse a node from now on
+  fedloom deploy rotate FOLDER [REQUEST | server]      on a device or the server: replace keys and certificates
+  fedloom deploy audit FOLDER                          on the server: show who was admitted, revoked or renewed
+
 Each step has --help. docs/deployment.md explains how to set up three machines."""
 
 
@@ -73,7 +80,9 @@ def init_step(words: Sequence[str]) -> int:
     )
     parser.add_argument("folder", nargs="?", help="the new folder")
     settings_words(parser)
-    parser.add_argument("--nodes", type=int, default=3, metavar="N", help="number of devices [3]")
+    parser.add_argument(
+        "--nodes", type=int, default=3, metavar="N", help="number of devices [3]; 0: all join by requests"
+    )
     parser.add_argument(
         "--address",
         default="127.0.0.1",
@@ -83,11 +92,12 @@ def init_step(words: Sequence[str]) -> int:
     parser.add_argument(
         "--demo", action="store_true", help="nodes use the examples of the config instead of their own (for tests)"
     )
+    parser.add_argument("--nginx", action="store_true", help="write a config for nginx in front of the server's proxy")
     given = parser.read(words)
     folder = _folder(given.folder, "init")
     hosts = [h.strip() for h in given.address.split(",")]
     values = _one_experiment(read_values(given.words))
-    made = create_deployment(folder, values, given.nodes, hosts, demo=given.demo)
+    made = create_deployment(folder, values, given.nodes, hosts, demo=given.demo, nginx=given.nginx)
     console = output()
     console.print(f"folder  {folder}", soft_wrap=True)
     for node, clients in made.file.nodes.items():
@@ -167,7 +177,18 @@ def up_step(words: Sequence[str]) -> int:
 
 
 STEPS: Mapping[str, Callable[[Sequence[str]], int]] = MappingProxyType(
-    {"init": init_step, "server": server_step, "node": node_step, "run": run_step, "up": up_step}
+    {
+        "init": init_step,
+        "server": server_step,
+        "node": node_step,
+        "run": run_step,
+        "up": up_step,
+        "join": join_step,
+        "admit": admit_step,
+        "revoke": revoke_step,
+        "rotate": rotate_step,
+        "audit": audit_step,
+    }
 )
 
 

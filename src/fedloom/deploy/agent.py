@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import logging
 import multiprocessing
+import re
 import sys
 import threading
 import time
@@ -20,6 +21,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from fedloom.deploy.budget import Patience, check_size, overdraft, patience
+from fedloom.deploy.certificates import expiry
 from fedloom.deploy.files import Budget, NodeFile, read_file
 from fedloom.deploy.limits import request_limits
 from fedloom.deploy.messages import NodeFailure, open_envelope, seal
@@ -34,6 +36,7 @@ SETTLE_S = 0.4  # Flower announces a task before the whole message has arrived; 
 MESSAGE = "fedloom"  # name of the record with the envelope
 WHOLE = 4 * 2**20  # largest envelope that is sent in one piece, in bytes
 DEFAULT_DEADLINE_S = 600.0
+LAST_BYTES = 2000  # of the SuperNode's log, in which it writes why it ends
 
 
 class WorkerProcess:
@@ -100,11 +103,13 @@ def run_node(folder: Path) -> None:
         if not (folder / name).is_file():
             raise ConfigError(f"{folder} is not a node's folder: {name} is missing")
     _check_owner(folder, node)
-    warning = keep_private(folder)
+    warnings = [keep_private(folder)]
+    if (folder / "node.crt").is_file():  # of a node that joined by a request
+        warnings.append(expiry(folder / "node.crt", f"fedloom deploy rotate {folder}"))
     require_free(node.runtime_port, "is this node already running? To change the port, set runtime_port in node.toml")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    if warning:
+    for warning in filter(None, warnings):
         log.warning(warning)
     home = (folder / "flwr").resolve()  # a systemd unit may write only to this folder
     supernode = Service(
@@ -149,7 +154,7 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
     while not over.is_set():
         worker.tend()
         if line := supernode.tend():
-            log.error(line)
+            log.error("%s%s", line, refusal(folder / "supernode.log"))
         try:
             task = take_task(tasks, TaskType.CLIENT_APP)
         except httpx.HTTPError:
@@ -163,6 +168,14 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
                 _work(client, worker, node)
         except Exception:  # drop the message, keep the node running
             log.exception("a message could not be answered")
+
+
+def refusal(file: Path) -> str:
+    """Return why the server refused this node, by the end of the SuperNode's log, or ""."""
+    with file.open("rb") as log_file:
+        log_file.seek(max(0, file.stat().st_size - LAST_BYTES))
+        found = re.findall(r"\[code: \d+\] (.+)", log_file.read().decode(errors="replace"))
+    return f"; {found[-1].strip()}" if found else ""
 
 
 def _work(client: RuntimeHttpClient, worker: WorkerProcess, node: NodeFile) -> None:

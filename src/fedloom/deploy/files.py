@@ -1,8 +1,11 @@
-"""Contents of `federation.toml` and `node.toml`."""
+"""Contents of `federation.toml`, of `node.toml`, and of the answer to a node that joins."""
 
 from __future__ import annotations
 
+import json
+import re
 import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -12,6 +15,7 @@ from fedloom.errors import ConfigError, suggest
 from fedloom.ranges import Count, NonNegative, Positive, Whole
 
 Port = Annotated[int, Field(ge=1, le=65535)]
+MAX_FILE = 64 * 2**10  # characters of a certificate or a request
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -25,6 +29,7 @@ class FederationFile(_File):
     host: str
     port: Port
     superlink_port: Port
+    listen: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[0-9.]+):[0-9]{1,5}$")] | None = None
     deadline_s: Positive = 600.0
     late_s: Positive = 3600.0
     join_s: NonNegative = 120.0
@@ -57,6 +62,35 @@ class NodeFile(_File):
     data: str = "data"
     folders: list[str] = []
     budget: Budget = Budget()
+
+
+class JoinFile(_File):
+    """The operator's answer to a node's request, with the certificates of the node and of the federation's authority (PEM)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+    server: Annotated[str, Field(pattern=r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$", max_length=300)]
+    clients: Annotated[list[Whole], Field(min_length=1, max_length=4096)]
+    authority: Annotated[str, Field(max_length=MAX_FILE)]
+    certificate: Annotated[str, Field(max_length=MAX_FILE)]
+
+
+def with_nodes(text: str, nodes: Mapping[str, Sequence[int]]) -> str:
+    """Return the text of `federation.toml` with other nodes. All other lines are kept, with their comments.
+
+    Raises:
+        ConfigError: the nodes are not in a table `[nodes]`.
+    """
+    lines = text.splitlines(keepends=True)
+    start = next((n for n, line in enumerate(lines) if line.split("#")[0].strip() == "[nodes]"), None)
+    if start is None:
+        raise ConfigError("federation.toml: nodes: must be a table [nodes] with one line per node")
+    rest = next((n for n in range(start + 1, len(lines)) if re.match(r"\s*\[[A-Za-z]", lines[n])), len(lines))
+    keys = {name: name if re.fullmatch(r"[\w-]+", name, re.ASCII) else json.dumps(name) for name in nodes}
+    table = [f"{keys[name]} = {list(clients)}\n" for name, clients in nodes.items()]
+    made = "".join([*lines[: start + 1], *table, *lines[rest:]])
+    if tomllib.loads(made) != tomllib.loads(text) | {"nodes": {name: list(each) for name, each in nodes.items()}}:
+        raise ConfigError("federation.toml: nodes: must be a table [nodes] with one line per node")
+    return made
 
 
 def read_file(path: Path, model: type[M], what: str) -> M:

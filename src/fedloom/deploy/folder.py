@@ -4,9 +4,11 @@
 
     federation.toml   addresses, deadlines, the clients of each node
     config.toml       settings of the experiment, as for `fedloom run`
-    server/           for the server: certificate, key, public keys of the nodes, app/ (the bundle), fedloom-server.service
+    server/           for the server: certificate, key, app/ (the bundle), fedloom-server.service, and
+        keys/         public keys of the nodes; those that are no longer valid are in revoked/
+        audit.jsonl   who was admitted, revoked or given a new key
     node-0/ ...       for that device: node.toml, its private key, the authority's certificate, fedloom-node.service
-    authority/        key of the authority: keep it offline; it is needed only for a new server certificate
+    authority/        key of the authority: keep it offline; it is needed to admit nodes and for a new server certificate
     README.md         instructions
 """
 
@@ -19,17 +21,23 @@ import re
 import secrets
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, to_toml, with_scheme
 from fedloom.deploy import texts
+from fedloom.deploy.audit import AuditLog
 from fedloom.deploy.certificates import (
+    WARN,
     Identity,
     certificate_bytes,
+    expiry,
+    fingerprint_of,
     key_bytes,
     new_authority,
     new_node_key,
@@ -38,6 +46,7 @@ from fedloom.deploy.certificates import (
     write_new,
 )
 from fedloom.deploy.files import FederationFile, NodeFile, read_file
+from fedloom.deploy.node_keys import read_key
 from fedloom.deploy.services import private_files
 from fedloom.errors import ConfigError
 from fedloom.experiment.exclusions import refuse_exclusions
@@ -45,6 +54,7 @@ from fedloom.experiment.exclusions import refuse_exclusions
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
 SCREEN_NORM = 10.0  # default of screen.norm on devices
 LOOPBACK = ("127.0.0.1", "localhost")
+REVOKED = "revoked"  # folder of the keys that are no longer valid: NAME-FINGERPRINT.pub
 
 
 class Deployment:
@@ -56,15 +66,55 @@ class Deployment:
         self.server = path / "server"
         self.file = read_file(path / "federation.toml", FederationFile, "a federation's folder")
         _check_roster(path, self.file.nodes)
-        own = (self.server / "ca.crt", self.server / "runtime.secret")
-        for file in (*own, *map(self.public_key, self.file.nodes)):
+        missing = [self.public_key(node) for node in self.file.nodes if node not in self.revoked()]
+        for file in (self.server / "ca.crt", self.server / "runtime.secret", *missing):
             if not os.access(file, os.R_OK):
                 raise ConfigError(f"{file}: is missing or not readable by this user; the server needs it")
+
+    def revoked(self) -> list[str]:
+        """Return the nodes whose keys were revoked, and whose clients no other node has."""
+        old = {file.stem.rpartition("-")[0] for file in (self.server / REVOKED).glob("*.pub")}
+        return [node for node in self.file.nodes if node in old and not self.public_key(node).is_file()]
+
+    def active(self) -> list[str]:
+        """Return the nodes that have a key."""
+        revoked = self.revoked()
+        return [node for node in self.file.nodes if node not in revoked]
+
+    def expiring(self) -> list[str]:
+        """Return warnings of certificates and keys that expire soon. Raise ConfigError if the server's certificate has expired."""
+        own = expiry(self.server / "server.crt", f"fedloom deploy rotate {self.path} server")
+        now, keys = datetime.now(UTC), [read_key(self.public_key(node)) for node in self.active()]
+        soon = [key for key in keys if not key.is_valid(now + WARN)]
+        return [
+            *([own] if own else []),
+            *(
+                f"{key.node}: its key expires on {key.until:%Y-%m-%d}; it needs a new one (deploy rotate)"
+                for key in soon
+            ),
+        ]
+
+    def check_complete(self) -> None:
+        """Raise ConfigError if a client is on no node."""
+        every = {i for clients in self.file.nodes.values() for i in clients}
+        if missing := sorted(set(range(max(every, default=0) + 1)) - every):
+            raise ConfigError(
+                f"{self.path}: client {missing[0]} is on no node; admit one with: "
+                f"fedloom deploy admit {self.path} REQUEST --clients {','.join(map(str, missing))}"
+            )
 
     @property
     def superlink(self) -> str:
         """Address of the SuperLink, which is reachable only on the server itself."""
         return f"127.0.0.1:{self.file.superlink_port}"
+
+    @property
+    def door(self) -> tuple[str, str, int]:
+        """Address on which the proxy listens, address by which this machine connects to it, and its port."""
+        if self.file.listen is None:
+            return *proxy_hosts(self.file.host), self.file.port
+        host, _, port = self.file.listen.rpartition(":")
+        return *proxy_hosts(host.strip("[]")), int(port)
 
     @property
     def n_clients(self) -> int:
@@ -91,15 +141,18 @@ def create_deployment(
     runtime: Sequence[int] = (),
     *,
     demo: bool = False,
+    nginx: bool = False,
 ) -> Deployment:
     """Write the folder of a new federation, which only its owner can read.
 
     Args:
         values: tables of the experiment's settings. Its clients are split across the nodes as evenly as possible.
+        n_nodes: the nodes whose keys are made here; 0: all nodes will join by requests.
         hosts: host names or addresses of the server; nodes connect to the first.
         ports: `proxy` and `superlink`; default 9092 and 9091.
         runtime: a port for the processes of each node; default 9094, because each node is on a separate machine.
         demo: the nodes use the examples that the config gives their clients, instead of their own.
+        nginx: write a config for nginx in front of the proxy, which then listens on the next port of the loopback interface.
 
     Raises:
         ConfigError: the folder is not empty, or a value is invalid.
@@ -108,20 +161,29 @@ def create_deployment(
     check_plan(settings, n_nodes, hosts)
     ports = {"proxy": 9092, "superlink": 9091, **(ports or {})}
     nodes = _clients_by_node(settings.clients or n_nodes, n_nodes)
-    federation = FederationFile(host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], nodes=nodes)
+    listen = f"127.0.0.1:{ports['proxy'] + 1}" if nginx else None
+    federation = FederationFile(
+        host=hosts[0], port=ports["proxy"], superlink_port=ports["superlink"], listen=listen, nodes=nodes
+    )
     data: dict[str, Any] = {"data": "config", "folders": named_paths(settings)} if demo else {}
     with private_files():
-        _make_empty(path)
+        make_empty(path)
         authority = new_authority()
-        write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation.model_dump()))
+        write_new(path / "federation.toml", texts.FEDERATION + tomli_w.dumps(federation.model_dump(exclude_none=True)))
+        if listen:
+            conf = texts.nginx_conf(path.resolve(), ports["proxy"], listen, settings.clients or 0)
+            write_new(path / "server/fedloom-nginx.conf", conf)
         write_new(path / "config.toml", to_toml(settings))
         write_new(path / "authority/ca.key", key_bytes(authority.key))
         write_new(path / "authority/ca.crt", certificate_bytes(authority))
         _write_server(path, authority, hosts)
+        audit = AuditLog(path / "server/audit.jsonl")
+        audit.append("create", "", fingerprint_of(authority.certificate.public_key()))  # type: ignore[arg-type]
         for place, (name, clients) in enumerate(nodes.items()):
             port = runtime[place] if runtime else 9094
             node = NodeFile(name=name, server=federation.address, runtime_port=port, clients=clients, **data)
-            _write_node(path, authority, node, code_files(settings))
+            key = _write_node(path, authority, node, code_files(settings))
+            audit.append("admit", name, fingerprint_of(key), clients=clients)
         made = Deployment(path)
         made.write_flwr_config()
         write_new(path / "README.md", texts.readme(made.file, path.resolve().name))
@@ -140,20 +202,22 @@ def _write_server(path: Path, authority: Identity, hosts: Sequence[str]) -> None
     write_new(folder / "fedloom-server.service", texts.server_unit(path.resolve(), sys.executable, getpass.getuser()))
 
 
-def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[Path]) -> None:
-    """Write a node's folder, and its public key for the server."""
-    folder, (private, public) = path / node.name, node_key_bytes(new_node_key())
+def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[Path]) -> EllipticCurvePublicKey:
+    """Write a node's folder, and its public key for the server. Return the key."""
+    folder, key = path / node.name, new_node_key()
+    private, public = node_key_bytes(key)
     write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node.model_dump(exclude_none=True)))
     write_new(folder / "node.key", private)
     write_new(path / f"server/keys/{node.name}.pub", public)
     write_new(folder / "ca.crt", certificate_bytes(authority))
     write_new(folder / "runtime.secret", secrets.token_hex(32))
-    write_new(folder / "fedloom-node.service", texts.node_unit(node.name))
+    write_new(folder / "fedloom-node.service", texts.node_unit(node.name, Path("/etc/fedloom") / node.name))
     for file in code:
         write_new(folder / "code" / file.name, file.read_bytes())
+    return key.public_key()
 
 
-def _make_empty(path: Path) -> None:
+def make_empty(path: Path) -> None:
     """Create a folder that only its owner can read, or use an empty one. Raise ConfigError if it is not empty."""
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
@@ -230,6 +294,19 @@ def weights_file(settings: Settings) -> Path | None:
     return Path(weights) if isinstance(weights, str) and weights.endswith(".safetensors") else None
 
 
+def proxy_hosts(host: str) -> tuple[str, str]:
+    """Return the address on which the proxy of `host` listens, and the address by which this machine connects to it."""
+    if host == "localhost":
+        return "127.0.0.1", "127.0.0.1"
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "0.0.0.0", "127.0.0.1"
+    if address.is_loopback:
+        return host, host
+    return ("0.0.0.0", "127.0.0.1") if address.version == 4 else ("::", "::1")
+
+
 def named_paths(settings: Settings) -> list[str]:
     """Return the absolute paths of the files and folders with examples that the settings name."""
     return [str(path.resolve()) for path in (settings.data.path, settings.partition.path) if path]
@@ -241,12 +318,19 @@ def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK
         raise ConfigError(
             "clients: set the number of clients; with partition=natural, file or own it is not known in advance"
         )
-    if not 1 <= n_nodes <= settings.clients:
-        raise ConfigError(f"--nodes {n_nodes}: must be from 1 to the number of clients ({settings.clients})")
+    if not 0 <= n_nodes <= settings.clients:
+        raise ConfigError(
+            f"--nodes {n_nodes}: must be from 1 to the number of clients ({settings.clients}), or 0 if all nodes will join"
+        )
+    check_hosts(hosts)
+    code_files(settings)
+
+
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raise ConfigError if one of them is neither a host name nor an address."""
     for host in hosts:
         if not HOST.fullmatch(host) and not is_ipv6(host):
             raise ConfigError(f"--address {host}: must be a host name or an IP address, without a port")
-    code_files(settings)
 
 
 def is_ipv6(host: str) -> bool:
@@ -258,13 +342,13 @@ def is_ipv6(host: str) -> bool:
 
 
 def _check_roster(path: Path, nodes: Mapping[str, Sequence[int]]) -> None:
-    every = [i for clients in nodes.values() for i in clients]
-    if not every or sorted(every) != list(range(len(every))):
+    every = sorted(i for clients in nodes.values() for i in clients)
+    if len(set(every)) < len(every) or not all(nodes.values()):
         raise ConfigError(
-            f"{path / 'federation.toml'}: nodes: each client from 0 to K - 1 must be on one node, but they are {sorted(every)}"
+            f"{path / 'federation.toml'}: nodes: each client must be on one node, and each node must have one; found {every}"
         )
 
 
 def _clients_by_node(clients: int, n_nodes: int) -> dict[str, list[int]]:
-    bounds = [clients * k // n_nodes for k in range(n_nodes + 1)]
+    bounds = [clients * k // max(n_nodes, 1) for k in range(n_nodes + 1)]
     return {f"node-{k}": list(range(bounds[k], bounds[k + 1])) for k in range(n_nodes)}

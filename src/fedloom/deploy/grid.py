@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import TypeVar
 
 import httpx
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 from flwr.app import Message
 from flwr.common.serde import run_from_proto
 from flwr.proto.runtime_pb2 import PullTaskInputRequest
@@ -23,6 +22,7 @@ from flwr.superlink.grid import HttpGrid
 from fedloom.deploy.agent import as_record, content_of
 from fedloom.deploy.engine import LostNode
 from fedloom.deploy.folder import Deployment
+from fedloom.deploy.node_keys import KeyRing
 from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
 from fedloom.deploy.services import flower_environment
 from fedloom.errors import UsageError, WireError
@@ -48,7 +48,7 @@ class GridLink:
     def __init__(self, deployment: Deployment, tell: Callable[[str], None]) -> None:
         """Start a Flower run. Raise LinkError if no SuperLink answers."""
         self._deployment, self._tell = deployment, tell
-        self._names = {_pem(deployment.public_key(node).read_bytes()): node for node in deployment.file.nodes}
+        self._ring = KeyRing(deployment.server / "keys")
         self._ids: dict[str, int] = {}
         # late nodes and their time limits, by message
         self._overdue: dict[str, tuple[str, float]] = {}
@@ -62,12 +62,12 @@ class GridLink:
         return self._with_retries(self._online)
 
     def _online(self) -> Sequence[str]:
-        now = time.time()
-        self._ids = {
-            self._names[info.public_key.decode()]: info.node_id
-            for info in self._grid.get_nodes()
-            if info.online_until > now and info.public_key.decode() in self._names
-        }
+        self._ring.refresh()
+        now, keys = time.time(), self._ring.keys
+        here = [info for info in self._grid.get_nodes() if info.online_until > now and info.public_key in keys]
+        here.sort(key=lambda info: not keys[info.public_key].is_previous)  # a node's new key counts, if both are online
+        ids = {keys[info.public_key].node: info.node_id for info in here}
+        self._ids = {node: number for node, number in ids.items() if node in self._deployment.file.nodes}
         return sorted(self._ids)
 
     def exchange(
@@ -199,17 +199,6 @@ def _start_run(deployment: Deployment) -> int:
         ) from None
 
 
-def register_nodes(deployment: Deployment) -> None:
-    """Register the nodes' public keys with the SuperLink. Registered keys stay registered. Raise LinkError if that fails."""
-    environment = flower_environment((deployment.server / "flwr").resolve())
-    for node in deployment.file.nodes:
-        command = ["flwr", "supernode", "register", str(deployment.public_key(node)), "fedloom", "--format", "json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        text = f"{done.stdout} {done.stderr}"
-        if '"success": true' not in text and "already" not in text.lower():
-            raise LinkError(f"{node}'s key could not be registered: {' '.join(text.split())[-300:]}")
-
-
 def _answer(reply: Message) -> bytes | LostNode:
     if reply.has_error():
         return LostNode(
@@ -219,10 +208,6 @@ def _answer(reply: Message) -> bytes | LostNode:
         return content_of(reply)
     except WireError as error:
         return LostNode(str(error))
-
-
-def _pem(openssh: bytes) -> str:
-    return load_ssh_public_key(openssh).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
 
 def _short(error: BaseException) -> str:

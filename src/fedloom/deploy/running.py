@@ -71,6 +71,7 @@ def resume_deployed(
 def _experiment(
     deployment: Deployment, settings: Settings, run: str, link: Link, tell: Tell, folder: RunFolder | None
 ) -> Experiment:
+    deployment.check_complete()
     if settings.clients != deployment.n_clients:
         raise ConfigError(
             f"clients={settings.clients}: must be {deployment.n_clients}, the number of clients on the nodes of {deployment.path}"
@@ -128,7 +129,14 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
 
 def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
     """Wait for all nodes for a limited time. Raise ConfigError if none is online."""
-    wanted, until, told = set(deployment.file.nodes), time.monotonic() + deployment.file.join_s, False
+    for warning in deployment.expiring():
+        tell(warning)
+    for node in deployment.revoked():
+        clients = ", ".join(map(str, deployment.file.nodes[node]))
+        tell(f"{node} is revoked; its clients ({clients}) do not take part until another node is admitted with them")
+    wanted, until, told = set(deployment.active()), time.monotonic() + deployment.file.join_s, False
+    if not wanted:
+        raise ConfigError(f"{deployment.path}: no node is admitted; see {deployment.path / 'README.md'}")
     while (missing := wanted - set(link.nodes())) and time.monotonic() < until:
         if not told:
             tell(f"waiting up to {deployment.file.join_s:g} s for {', '.join(sorted(missing))}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import socket
 import ssl
@@ -10,12 +9,15 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
+
 from fedloom.deploy import superlink_store
 from fedloom.deploy.folder import Deployment
-from fedloom.deploy.grid import LinkError, register_nodes
+from fedloom.deploy.grid import LinkError
+from fedloom.deploy.roster import Roster
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, module, require_free
 
-log = logging.getLogger("fedloom.experiment.server_hooks")
+log = logging.getLogger("fedloom.server")
 START_S = 60.0  # how long the SuperLink may take to start
 
 
@@ -32,31 +34,18 @@ def superlink_command(deployment: Deployment, database: Path) -> list[str]:
 
 def proxy_command(deployment: Deployment) -> list[str]:
     """Return the command line of the proxy."""
-    file = deployment.file
-    listens, _ = proxy_hosts(file.host)
-    return [*module("proxy"), listens, str(file.port), str(file.superlink_port), str(deployment.server)]
-
-
-def proxy_hosts(host: str) -> tuple[str, str]:
-    """Return the address on which the proxy of `host` listens, and the address by which this machine connects to it."""
-    if host == "localhost":
-        return "127.0.0.1", "127.0.0.1"
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        return "0.0.0.0", "127.0.0.1"
-    if address.is_loopback:
-        return host, host
-    return ("0.0.0.0", "127.0.0.1") if address.version == 4 else ("::", "::1")
+    listens, _, port = deployment.door
+    return [*module("proxy"), listens, str(port), str(deployment.file.superlink_port), str(deployment.server)]
 
 
 def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
     """Run SuperLink and proxy until SIGTERM or Ctrl-C. With `keep_store`, the SuperLink's database is on disk and is kept."""
-    warning = keep_private(deployment.path)
+    warnings = [keep_private(deployment.path), *deployment.expiring()]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if warning:
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for warning in filter(None, warnings):
         log.warning(warning)
-    for port in (deployment.file.superlink_port, deployment.file.port):
+    for port in (deployment.file.superlink_port, deployment.door[2]):
         require_free(port, "is the server already running? To change ports, edit federation.toml")
     deployment.write_flwr_config()  # ports may have changed, and the folder may have moved
     home = (deployment.server / "flwr").resolve()
@@ -69,10 +58,11 @@ def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
         proxy.start()
         try:
             _wait(deployment, superlink, over)
+            roster = Roster(deployment)
             if not over.is_set():
-                register_nodes(deployment)
+                _update(roster)
                 log.info("the federation is ready at %s; messages are in %s", deployment.file.address, store.parent)
-            _tend(superlink, proxy, store, over)
+            _tend(superlink, proxy, store, roster, over)
         finally:
             if not keep_store:  # first, because this process may be killed while it waits for the others
                 superlink_store.delete(store)
@@ -82,24 +72,34 @@ def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
                 superlink_store.delete(store)
 
 
-def _tend(superlink: Service, proxy: Service, store: Path, over: threading.Event) -> None:
-    """Restart the programs if they exit, and truncate the log of the database, until `over` is set."""
+def _tend(superlink: Service, proxy: Service, store: Path, roster: Roster, over: threading.Event) -> None:
+    """Restart the programs if they exit, truncate the log of the database, and register changed keys, until `over` is set."""
     truncated = time.monotonic()
     while not over.wait(0.5):
         for service in (superlink, proxy):
             if line := service.tend():
                 log.error(line)
+        if superlink.process is not None:
+            _update(roster)
         if time.monotonic() - truncated > superlink_store.TRUNCATE_S:
             superlink_store.truncate(store)
             truncated = time.monotonic()
 
 
+def _update(roster: Roster) -> None:
+    """Register changed keys, now or, if the SuperLink does not answer, with the next call."""
+    try:
+        for line in roster.update():
+            log.info(line)
+    except httpx.HTTPError as error:
+        log.warning("the SuperLink does not answer yet (%s)", type(error).__name__)
+
+
 def is_open(deployment: Deployment) -> bool:
     """Return whether SuperLink and proxy both answer with a valid certificate."""
     context = ssl.create_default_context(cafile=str(deployment.server / "ca.crt"))
-    file = deployment.file
     try:
-        for place in (("127.0.0.1", file.superlink_port), (proxy_hosts(file.host)[1], file.port)):
+        for place in (("127.0.0.1", deployment.file.superlink_port), deployment.door[1:]):
             with (
                 socket.create_connection(place, 2) as raw,
                 context.wrap_socket(raw, server_hostname="127.0.0.1"),

@@ -1,4 +1,4 @@
-"""Flower's SuperNode with two corrections to its loop.
+"""Flower's SuperNode with three corrections to its loop.
 
 It checks for messages twice a second. Flower's own loop waits a constant three seconds after each check that found nothing. Such
 waits would take up most of a round, because each round has two messages, one for training and one for scoring.
@@ -7,12 +7,17 @@ A message whose run ends while its parts are fetched is dropped together with it
 the end of a run raises a `BaseException`, which skips that clean-up: the task then remains without a message, and blocks the node for ten
 minutes.
 
+The process exits when the loop ends, for example because the server refuses the node's key from now on. Flower's own process stays alive
+without a connection, because a thread of its local server does not end; the agent would never restart it.
+
 If a later version of Flower has a different loop, the first correction has no effect (rounds take longer), and the test of the second
 fails.
 
 This file is run by its path, so that neither torch nor the rest of fedloom is imported.
 """
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -55,3 +60,5 @@ if __name__ == "__main__":
     loop.time = SimpleNamespace(sleep=quick_sleep)  # type: ignore
     loop._pull_and_store_message = cleaning(loop._pull_and_store_message)
     flower_supernode()
+    sys.stdout.flush()
+    os._exit(1)
