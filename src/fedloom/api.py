@@ -259,7 +259,7 @@ def reopened(folder: Path, parts: GivenObjects) -> Run:
 
 
 def load_data(
-    name: str | Path,
+    path_or_name: str | Path,
     *,
     label: str | None = None,
     task: Literal["classification", "multilabel", "regression", "language"] | None = None,
@@ -271,7 +271,7 @@ def load_data(
     """Return a data set, by its name or from your own file or folder.
 
     Args:
-        name: a known name (`fedloom list datasets`), or a file or folder (docs/data.md).
+        path_or_name: a known name (`fedloom list datasets`), or a file or folder (docs/data.md).
         label: the label column of a table, or several, separated by commas.
         task: the learning task; default: by the labels.
         split: the column of a table that says train or test.
@@ -282,10 +282,10 @@ def load_data(
     Raises:
         UsageError: the data are missing or malformed, or an option is unknown.
     """
-    known = str(name).lower().replace("_", "-") in SOURCES
+    known = str(path_or_name).lower().replace("_", "-") in SOURCES
     by_folder = owner == "folder"
     values: Values = {"label": label, "task": task, "split": split, "missing": missing, **options}
-    values |= {"name": str(name)} if known else {"path": str(name), "name": options.get("name", "mine")}
+    values |= {"name": str(path_or_name)} if known else {"path": str(path_or_name), "name": options.get("name", "mine")}
     values |= {"owner": owner} if by_folder else {}
     given = {"data": {key: value for key, value in values.items() if value is not None}}
     partition = {"name": "natural", "column": owner} if owner and not by_folder else {}

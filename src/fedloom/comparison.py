@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedloom.api import Model, Run, given_objects, reopened
+from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
@@ -83,7 +84,13 @@ def compare(
     if "seed" in settings:
         raise ConfigError(f"seed={settings['seed']}: a comparison takes several; use seeds=[...]")
     values, parts = given_objects(data, model, partition, settings)
-    comparison = plan(values | _rows(methods) | {"seed": list(seeds)})
+    rows = _rows(methods)
+    for key in settings:
+        if key.startswith("method.") and any(isinstance(method, Method) for method in _listed(methods)):
+            raise ConfigError(f"{key}: a method was given as an object; set the value there, or give names of methods")
+    for key, value in {**rows, "seed": list(seeds)}.items():
+        set_dotted(values, key, value)
+    comparison = plan(values)
     folder = create_folder(comparison, out, parts)
     jobs = comparison.jobs(folder)
     if progress:
@@ -98,12 +105,18 @@ def _rows(methods: Sequence[Method | str] | Mapping[str, Method | str]) -> Value
     """Return the methods as the settings `method` and `variant`."""
     if isinstance(methods, Method):
         raise ConfigError("methods: must be a list of methods, such as ['local', 'fedavg']")
-    named = methods.split(",") if isinstance(methods, str) else methods
+    named = methods if isinstance(methods, Mapping) else _listed(methods)
     rows = named if isinstance(named, Mapping) else {_label(method): method for method in named}
     if len(rows) < len(named):
         raise ConfigError("methods: two have the same name; give a dictionary with different names")
     variants = {label: _variant(method) for label, method in rows.items() if label != method}
-    return {"method": {"name": list(rows)}, **({"variant": variants} if variants else {})}
+    return {"method.name": list(rows), **({"variant": variants} if variants else {})}
+
+
+def _listed(methods: Any) -> list[Any]:
+    if isinstance(methods, str):
+        return methods.split(",")
+    return list(methods.values() if isinstance(methods, Mapping) else methods)
 
 
 def _label(method: Method | str) -> str:

@@ -422,6 +422,10 @@ def test_a_comparison_in_python(people, tmp_path):
     ):
         with pytest.raises(UsageError, match=message):
             fedloom.compare(wrong, data=data, out=tmp_path / "d", **common)
+    with pytest.raises(UsageError, match=r"method\.lr: a method was given as an object"):
+        fedloom.compare(methods, data=data, **common, **{"method.lr": 0.02})
+    named = fedloom.compare(["fedavg"], data=data, out=tmp_path / "e", **common, **{"method.lr": 0.02})
+    assert named.runs["fedavg-seed0"].settings.method.options["lr"] == 0.02
     with pytest.raises(UsageError, match=r"use seeds=\[\.\.\.\]"):
         fedloom.compare(["fedavg"], seed=1)
     assert not (tmp_path / "d").exists()
