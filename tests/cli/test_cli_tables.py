@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 
@@ -74,6 +75,9 @@ def test_results_fit_sixty_columns(tiny, monkeypatch):
     assert max(map(len, done.out.splitlines())) <= 60
     for word in ("personal", "worst", "10%", "server", "downlink", "±", "time"):
         assert word in done.out
+    assert len(re.findall(r"^(?:local|fedavg) +\d+\.\d ±\d", done.out, re.MULTILINE)) >= 2, (
+        "a number and its spread stay on one line"
+    )
 
 
 @pytest.mark.parametrize("words", ["list methods fedrir", "run --help", "list methods"])

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedloom.cli.tables import show
-from fedloom.cli.words import Parser, new_file, output, refuse_empty
+from fedloom.cli.words import Parser, new_file, output, refuse_empty, save_picture, save_text, with_suffix
 from fedloom.errors import ConfigError, suggest
 from fedloom.report import (
+    RunRecord,
     Waiting,
     generalisation_table,
     paired_table,
@@ -19,12 +20,16 @@ from fedloom.report import (
     waiting_table,
     write_page,
 )
+from fedloom.report.exports import FORMATS, clients_text, summary_text
 from fedloom.report.link_speeds import networks
 from fedloom.report.primary import Primary
 
 EXAMPLES = """\
   fedloom report runs/digits                           one run, or a comparison's folder; writes report.html there
   fedloom report runs/a runs/b runs/c out=abc.html     write a new file; only report.html is overwritten
+  fedloom report runs/digits out=table.tex             the tables as .tex, .md, .csv or .json instead of the page
+  fedloom report runs/digits clients=clients.csv plot=curves.pdf
+                                                       one row per client, in the same formats; the curves as .svg, .pdf or .png
   fedloom report runs/digits baseline=local            differences from Local instead of FedAvg
   fedloom report runs/digits network=4g,lan target=90 slowdown=19
                                                        time to 90 % accuracy (or to rmse 90, in runs that are measured by it)
@@ -32,7 +37,9 @@ EXAMPLES = """\
                                                        gflops=2 instead of slowdown sets the speed of the device;
                                                        other networks are UP/DOWN/LATENCY: network=2/10/80
 """
-OPTIONS = ("out", "baseline", "network", "target", "slowdown", "gflops")
+PAGES = ("html", "htm")
+PICTURES = ("svg", "pdf", "png")
+OPTIONS = ("out", "clients", "plot", "baseline", "network", "target", "slowdown", "gflops")
 
 
 def report_command(words: Sequence[str]) -> int:
@@ -42,14 +49,14 @@ def report_command(words: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="print no tables, only write the page")
     given = parser.read(words)
     folders = [word for word in given.words if not _is_option(word)]
-    options = dict(word.split("=", 1) for word in given.words if _is_option(word))
+    options = _options([word for word in given.words if _is_option(word)])
     if not folders:
         raise ConfigError("fedloom report: give the folder of a run, such as runs/digits")
-    refuse_empty(options)
-    folder = Path(folders[0]) if len(folders) == 1 else Path()
-    target = _page(options["out"]) if "out" in options else folder / "report.html"
+    targets = _targets(options, Path(folders[0]) if len(folders) == 1 else Path())
     records = read(folders)
     waiting = _waiting(options, shared_primary(records))
+    if waiting and not any(path.suffix[1:].lower() in PAGES for path in targets.values()) and given.quiet:
+        raise ConfigError(f"network={options['network']}: only the page and the printed tables have times; remove it")
     if not given.quiet:
         console = output()
         show(console, summary_table(records))
@@ -60,17 +67,57 @@ def report_command(words: Sequence[str]) -> int:
                 console.print()
                 show(console, table)
         console.print()
-    write_page(records, target, waiting, options.get("baseline"))
-    print(f"report  {target}")
+    for key, target in targets.items():
+        _write(key, target, records, waiting, options.get("baseline"))
     return 0
 
 
-def _page(name: str) -> Path:
-    """Return the file given by `out=`. Raise ConfigError if it is not an HTML page."""
-    page = new_file(name, "out", made=True)
-    if page.suffix.lower() not in (".html", ".htm"):
-        raise ConfigError(f"out={name}: must be an HTML page, such as {page.stem}.html")
-    return page
+def _options(words: Sequence[str]) -> dict[str, str]:
+    """Return the options by name. Raise ConfigError if one is empty or given twice."""
+    options: dict[str, str] = {}
+    for word in words:
+        key, _, text = word.partition("=")
+        if key in options:
+            raise ConfigError(f"{word}: {key} is given twice; run fedloom report once for each file")
+        options[key] = text
+    refuse_empty(options)
+    return options
+
+
+def _targets(options: Mapping[str, str], folder: Path) -> dict[str, Path]:
+    """Return the files to write, by key; `report.html` in the folder if none was given.
+
+    Raises:
+        ConfigError: a file exists, has a suffix that does not fit, or is named twice.
+    """
+    kinds = {"out": (*PAGES, *FORMATS), "clients": tuple(FORMATS), "plot": PICTURES}
+    targets = {
+        key: with_suffix(new_file(options[key], key, made=key == "out"), key, known)
+        for key, known in kinds.items()
+        if key in options
+    }
+    if len({path.resolve() for path in targets.values()}) < len(targets):
+        raise ConfigError(f"clients={options['clients']}: is also the file of out; choose another name")
+    return targets or {"out": folder / "report.html"}
+
+
+def _write(key: str, target: Path, records: Sequence[RunRecord], waiting: Waiting | None, baseline: str | None) -> None:
+    """Write one file, and print its name."""
+    kind = target.suffix[1:].lower()
+    if kind in PAGES:
+        write_page(records, target, waiting, baseline)
+    elif key == "plot":
+        from fedloom.report.plots import main_curves
+        from fedloom.report.style import drawing
+
+        with drawing():
+            save_picture(main_curves(records), target, key)
+    else:
+        text = clients_text(records, kind) if key == "clients" else summary_text(records, kind, baseline)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_text(text, target, key)
+    name = "report" if kind in PAGES else "table" if key == "out" else key
+    print(f"{name:<7} {target}")
 
 
 def _waiting(options: Mapping[str, str], primary: Primary) -> Waiting | None:

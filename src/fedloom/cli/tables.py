@@ -12,7 +12,7 @@ from rich.table import Table
 
 
 class Widths(NamedTuple):
-    """Minimum width of a column (its longest word) and preferred width (its longest line), in characters."""
+    """Minimum width of a column (its longest word or number) and preferred width (its longest line), in characters."""
 
     least: int
     most: int
@@ -33,9 +33,11 @@ def show(console: Console, table: Table) -> None:
 
 def _widths(console: Console, table: Table, place: int) -> Widths:
     column = table.columns[place]
-    cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
-    most = max(cell.maximum for cell in cells)
-    return Widths(most if column.no_wrap else max(cell.minimum for cell in cells), most)
+    head, *cells = [Measurement.get(console, console.options, cell) for cell in (column.header, *column.cells)]
+    most = max(cell.maximum for cell in (head, *cells))
+    if column.justify == "right":  # numbers stay on one line: 82.2 ±8.7
+        return Widths(max([head.minimum, *(cell.maximum for cell in cells)]), most)
+    return Widths(most if column.no_wrap else max(cell.minimum for cell in (head, *cells)), most)
 
 
 def _split(table: Table, widths: Sequence[Widths], room: int) -> list[list[int]]:

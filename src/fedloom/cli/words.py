@@ -171,10 +171,26 @@ def new_picture(value: str, key: str) -> Path:
     """Like `new_file`, for an image. Raise ConfigError for formats that matplotlib cannot write."""
     from fedloom.report.style import Figure  # matplotlib is an extra
 
-    path, known = new_file(value, key), Figure().canvas.get_supported_filetypes()
-    if path.suffix[1:].lower() not in known:
-        raise ConfigError(f"{key}={value}: must end in one of {', '.join(f'.{kind}' for kind in known)}")
+    return with_suffix(new_file(value, key), key, list(Figure().canvas.get_supported_filetypes()))
+
+
+def with_suffix(path: Path, key: str, kinds: Sequence[str]) -> Path:
+    """Return `path`. Raise ConfigError if its suffix is not one of `kinds`."""
+    if path.suffix[1:].lower() not in kinds:
+        raise ConfigError(f"{key}={path}: must end in one of {', '.join(f'.{kind}' for kind in kinds)}")
     return path
+
+
+def save_text(text: str, target: Path, key: str) -> None:
+    """Write a text file atomically. Raise ConfigError about `key` if the target cannot be written."""
+    draft = target.with_name(f".{target.name}.tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(target)
+    except OSError as error:
+        raise ConfigError(f"{key}={target}: cannot be written: {error.strerror}") from None
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def save_picture(figure: Any, target: Path, key: str) -> None:

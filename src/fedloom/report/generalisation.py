@@ -36,7 +36,7 @@ def generalisation_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid |
     Columns without values are left out; return None if none is left.
     """
     groups, primary = group(records), shared_primary(records)
-    columns = [*_scores(primary, digits), *_worse_off(groups, digits)]
+    columns = generalisation_columns(groups, primary, digits)
     grid = filled_grid(f"Generalisation, {primary.heading}", columns, groups, digits, "")
     if len(grid.headers) < 2:
         return None
@@ -48,6 +48,11 @@ def generalisation_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid |
         rows=grid.rows,
         caption=" ".join(NOTES[name] for name, word in words.items() if word in text),
     )
+
+
+def generalisation_columns(groups: Sequence[Group], primary: Primary, digits: int) -> list[Column]:
+    """Return all columns of `generalisation_grid`."""
+    return [*_scores(primary, digits), *_worse_off(groups, digits)]
 
 
 def _scores(primary: Primary, digits: int) -> list[Column]:

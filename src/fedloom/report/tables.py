@@ -78,7 +78,7 @@ def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> T
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
     """See `summary_table`. `digits`: decimal places of percentages. Columns without values are left out."""
     groups, primary = group(records), shared_primary(records)
-    columns = _columns(primary, digits)
+    columns = summary_columns(primary, digits)
     return filled_grid(f"Results, {primary.heading}", columns, groups, digits, _summary_caption(groups))
 
 
@@ -92,7 +92,9 @@ def filled_grid(title: str, columns: Sequence[Column], groups: Sequence[Group], 
     return Grid(title=title, headers=headers, rows=tuple(zip(names, *body, strict=True)), caption=caption)
 
 
-def _columns(primary: Primary, digits: int) -> list[Column]:
+def summary_columns(primary: Primary, digits: int) -> list[Column]:
+    """Return all columns of the summary. `digits`: decimal places of percentages."""
+
     def text(value: float) -> str:
         return primary.text(value, digits)
 
