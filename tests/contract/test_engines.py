@@ -502,7 +502,6 @@ WITHOUT_GRAM_LAYERS = {
     "fedpac",
     "fedprox",
     "fedrir",
-    "moon",
     "scaffold",
 }
 """Their losses read weights, their optimisers are not plain SGD, or they take no steps."""

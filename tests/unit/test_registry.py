@@ -6,8 +6,9 @@ import inspect
 import pytest
 
 import fedloom
+from fedloom.cli import listing
 from fedloom.errors import ConfigError
-from fedloom.methods.registry import METHODS, describe_method, load_object, method_class, method_name
+from fedloom.methods.registry import METHODS, describe_method, installed_methods, load_object, method_class, method_name
 
 MINE = """
 from dataclasses import dataclass
@@ -95,3 +96,48 @@ def test_registered_methods_are_public_and_sorted():
     assert {cls.__name__ for cls in METHODS.values()} <= set(fedloom.__all__)
     with pytest.raises(TypeError):
         METHODS["mine"] = fedloom.Method
+
+
+def test_methods_of_files_and_of_modules_compose(file, tmp_path, monkeypatch):
+    """Each half may be a registered name, a file's class or a module's class."""
+    (tmp_path / "mymodule.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert method_class("mymodule:Mine")(strength=3).strength == 3
+    for name in (f"fedmr+{file}:Mine", "fedmr+mymodule:Mine"):
+        mixed = method_class(name)()
+        assert mixed.strength == 0.5
+        assert mixed.unit == "layer"
+    assert method_class(f"{file}:Mine+fedprox")().mu == 0.01
+    with pytest.raises(
+        ConfigError, match=r"method=mymodule:Mien: mymodule defines no 'Mien' \(did you mean 'Mine'\?\)"
+    ):
+        method_class("mymodule:Mien")
+    with pytest.raises(ConfigError, match=r"method=nomodule\.x:Mine: the module nomodule\.x cannot be imported"):
+        method_class("nomodule.x:Mine")
+
+
+def test_a_path_may_contain_a_plus(tmp_path):
+    folder = tmp_path / "a+b"
+    folder.mkdir()
+    (folder / "my.py").write_text(MINE)
+    assert method_class(f"{folder}/my.py:Mine").__name__ == "Mine"
+
+
+def test_installed_packages_offer_methods(tmp_path, monkeypatch):
+    """A package with an entry point is found by name, is listed, and does not hide a registered method."""
+    (tmp_path / "theirs.py").write_text(MINE)
+    info = tmp_path / "theirs-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[fedloom.methods]\ntheirs = theirs:Mine\nfedavg = theirs:Mine\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    installed_methods.cache_clear()
+    try:
+        assert method_class("theirs").__name__ == "Mine"
+        assert method_class("fedavg").__name__ == "FedAvg"
+        assert method_class("fedmr+theirs")().strength == 0.5
+        listed = {facts["name"]: facts["summary"] for facts in listing.methods()}
+        assert listed["theirs"] == "Mine, for a test."
+        assert listed["fedavg"] != listed["theirs"]
+    finally:
+        installed_methods.cache_clear()

@@ -69,8 +69,10 @@ def _wrong(what: str | None) -> str:
 
 
 def methods() -> list[Facts]:
-    """Return the facts of every registered method."""
-    return [registry.describe_registered(name) for name in registry.METHODS]
+    """Return the facts of every registered method, and of those that installed packages offer."""
+    found = [registry.describe_registered(name) for name in registry.METHODS]
+    others = sorted(registry.installed_methods().keys() - registry.METHODS.keys())
+    return found + [registry.describe_method(name, registry.method_class(name)) for name in others]
 
 
 def datasets() -> list[Facts]:

@@ -50,6 +50,7 @@ from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, UsageError, WireError
 from fedloom.experiment.build import make_federation, make_problem
 from fedloom.method import Downlink
+from fedloom.methods.registry import halves
 from fedloom.tools.error_report import one_line
 from fedloom.tree import merge
 
@@ -180,7 +181,8 @@ class NodeWorker:
         import tomllib
 
         settings = make_settings(tomllib.loads(text))
-        method = settings.method.model_copy(update={"name": self._code(settings.method.name)})
+        parts = [self._code(half) for half in halves(settings.method.name) if half]
+        method = settings.method.model_copy(update={"name": "+".join(parts)})
         own = {"name": self._code(settings.model.name)}
         if weights := weights_file(settings):
             own["weights"] = str(self._own_file(str(weights), weights))

@@ -12,12 +12,17 @@ if TYPE_CHECKING:
     from fedloom.methods.ccvr import CCVR as CCVR
     from fedloom.methods.centralised import Centralised as Centralised
     from fedloom.methods.ditto import Ditto as Ditto
+    from fedloom.methods.fedadagrad import FedAdagrad as FedAdagrad
+    from fedloom.methods.fedadam import FedAdam as FedAdam
     from fedloom.methods.fedala import FedALA as FedALA
     from fedloom.methods.fedasam import FedASAM as FedASAM
     from fedloom.methods.fedavg import FedAvg as FedAvg
     from fedloom.methods.fedavg_ft import FedAvgFT as FedAvgFT
+    from fedloom.methods.fedavgm import FedAvgM as FedAvgM
     from fedloom.methods.fedbabu import FedBABU as FedBABU
     from fedloom.methods.fedbn import FedBN as FedBN
+    from fedloom.methods.fedcp import FedCP as FedCP
+    from fedloom.methods.feddbe import FedDBE as FedDBE
     from fedloom.methods.fedexp import FedExP as FedExP
     from fedloom.methods.fedgen import FedGen as FedGen
     from fedloom.methods.fedmr import FedMR as FedMR
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
     from fedloom.methods.fedrod import FedRoD as FedRoD
     from fedloom.methods.fedtgp import FedTGP as FedTGP
     from fedloom.methods.fedvtc import FedVTC as FedVTC
+    from fedloom.methods.fedyogi import FedYogi as FedYogi
+    from fedloom.methods.gpfl import GPFL as GPFL
     from fedloom.methods.local import Local as Local
     from fedloom.methods.moon import Moon as Moon
     from fedloom.methods.scaffold import Scaffold as Scaffold

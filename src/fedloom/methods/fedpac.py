@@ -35,8 +35,8 @@ from fedloom.tree import Tree, Weights
 class FedPAC(FedProto):
     """FedPAC (Xu, Tong, Huang; ICLR 2023): personalisation with feature alignment and classifier collaboration.
 
-    Sent, up: the body, the trained head, FedProto's prototypes and counts, and statistics of the received body's features: h (Y, p),
-    with row p_y mean_y, and a variance V. Down: the mean body, the prototypes, and a head of the client's own. Kept: nothing else. A
+    Sent: up, the body, the trained head, FedProto's prototypes and counts, and statistics of the received body's features: h (Y, p),
+    with row p_y mean_y, and a variance V; down, the mean body, the prototypes, and a head of the client's own. Kept: nothing else. A
     local update collects h and V, trains the head alone, then the body alone with FedProto's distance to the prototypes, and collects
     new prototypes. For every client i of the cohort, the server combines the heads of the cohort with weights a >= 0 with sum 1 that
     minimise a' P a, with P = diag(V) + A A' and rows A_j = h_i - h_j: a bias-variance trade-off of the combination.

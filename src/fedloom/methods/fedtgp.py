@@ -35,10 +35,10 @@ class PrototypeNet(nn.Module):
 class FedTGP(FedProto):
     """FedTGP (Zhang, Liu, Hua, Cao; AAAI 2024): trainable global prototypes with adaptive-margin-enhanced contrastive learning.
 
-    Clients and messages are those of FedProto. The server has a net that makes one prototype per class. Each round, it trains the net
-    to classify the clients' prototypes by their distance d to the global ones: the cross-entropy of logits -(d + delta [own class]).
-    The margin delta is the largest gap between the classes of this round, at most `margin`; a class's gap is the distance of its mean
-    prototype to the nearest other one.
+    Sent: prototypes and counts, both ways. Kept: all weights. Clients are those of FedProto. The server has a net that makes one
+    prototype per class. Each round, it trains the net to classify the clients' prototypes by their distance d to the global ones: the
+    cross-entropy of logits -(d + delta [own class]). The margin delta is the largest gap between the classes of this round, at most
+    `margin`; a class's gap is the distance of its mean prototype to the nearest other one.
 
     Difference from the released code: a class that no client has sent yet is hidden from the clients.
     """

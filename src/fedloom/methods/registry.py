@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
+import importlib.metadata
 import importlib.util
 import inspect
 import sys
@@ -73,22 +75,56 @@ def load_module(file: Path, setting: str) -> ModuleType:
 
 
 def method_class(name: str) -> type[Method]:
-    """Return a method's class from its name, from `file.py:Class`, or from `server+client`, the names of two methods to compose."""
+    """Return a method's class.
+
+    `name`: the name of a registered or installed method; `path/to/file.py:Class`; `package.module:Class`; or `server+client`, two of these.
+    """
     from fedloom.method import Method
 
-    if ":" in name:
-        found = load_object(name, "method")
-        if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
-            raise ConfigError(f"method={name}: must be a dataclass derived from fedloom.Method")
-        return found
-    if "+" in name:
+    server, client = halves(name)
+    if client:
         from fedloom.methods.composition import composed
 
-        server, _, client = name.partition("+")
         return composed(method_class(server), method_class(client))
-    if name not in METHODS:
+    if name in METHODS:
+        return METHODS[name]
+    where = installed_methods().get(name, name)
+    if ":" not in where:
         raise ConfigError(no_such_method(name))
-    return METHODS[name]
+    path = where.rpartition(":")[0]
+    found = load_object(where, "method") if "/" in path or path.endswith(".py") else _imported(where, f"method={name}")
+    if not (inspect.isclass(found) and issubclass(found, Method) and dataclasses.is_dataclass(found)):
+        raise ConfigError(f"method={name}: must be a dataclass derived from fedloom.Method")
+    return found
+
+
+def halves(name: str) -> tuple[str, str]:
+    """Split `server+client`; the second half is empty if the name is that of one method. The path of a file may contain `+`."""
+    for place in (i for i, letter in enumerate(name) if letter == "+"):
+        server, client = name[:place], name[place + 1 :]
+        if ":" in server or "/" not in server:
+            return server, client
+    return name, ""
+
+
+@functools.cache
+def installed_methods() -> dict[str, str]:
+    """Return the methods that installed packages offer, by name, as `package.module:Class` (entry points `fedloom.methods`)."""
+    return {entry.name: entry.value for entry in importlib.metadata.entry_points(group="fedloom.methods")}
+
+
+def _imported(where: str, setting: str) -> Any:
+    """Return the object of an installed module, from `package.module:NAME`."""
+    path, _, name = where.rpartition(":")
+    try:
+        module = importlib.import_module(path)
+    except Exception as error:
+        raise ConfigError(
+            f"{setting}: the module {path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if not hasattr(module, name):
+        raise ConfigError(f"{setting}: {path} defines no '{name}'{suggest(name, vars(module))}")
+    return getattr(module, name)
 
 
 def no_such_method(name: str, others: Iterable[str] = ()) -> str:

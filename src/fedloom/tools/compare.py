@@ -25,7 +25,7 @@ from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_
 from fedloom.experiment.lock import FolderLock
 from fedloom.experiment.loop import NOTHING, Experiment, GivenObjects, OnRound
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.methods.registry import METHODS, method_class, no_such_method
+from fedloom.methods.registry import METHODS, installed_methods, method_class, no_such_method
 
 log = logging.getLogger(__name__)
 
@@ -244,7 +244,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
     run = {key: variant.pop(key) for key in VARIED if key in variant}
     if name in variants:
         _check_variant(name, method)
-    elif ":" not in name and "+" not in name and name not in METHODS:
+    elif ":" not in name and "+" not in name and name not in METHODS and name not in installed_methods():
         raise ConfigError(no_such_method(name, variants))
     shared = {key: value for key, value in common.items() if key in _fields(method)}
     table = own.get(_label(method), {})

@@ -1,0 +1,23 @@
+"""FedYogi: FedAdam with a mean square that moves by bounded steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedloom.methods.fedadam import FedAdam
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedYogi(FedAdam):
+    """FedYogi (Reddi et al., ICLR 2021, algorithm 2): v <- v - (1 - beta2) D^2 sign(v - D^2).
+
+    Sent: the whole model, both ways. Kept: nothing. All else is FedAdam's. A coordinate that no longer changes keeps its v, whereas
+    FedAdam's v decays to 0 and its steps grow.
+    """
+
+    def second(self, v: Tensor, d: Tensor) -> Tensor:
+        """Return the next v, which is never negative."""
+        square = d.square()
+        return v - (1 - self.beta2) * square * (v - square).sign()
