@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom import Batch, ConfigError, FedProto, Nets, Round, Stream, from_arrays
+from fedloom import Batch, ConfigError, FedProto, Nets, Round, Stream, from_arrays, tree
 from fedloom.method import Arrival
 from fedloom.models import arch
 from fedloom.nets import read_weights
@@ -122,3 +122,24 @@ def test_the_log_is_the_mean_cosine_class_by_class():
     logs = FedProto().server_logs({}, uplinks, round_of(0, 1))
     assert logs == pytest.approx({"prototype_cosine": 0.5})  # orthogonal, equal, and held by one client only
     assert FedProto().server_logs({}, uplinks[:1], round_of(0)) == {}
+
+
+def test_three_rules_of_prediction(experiment):
+    """The nearest prototype of all classes, of the client's own classes, or the head."""
+    run = experiment("fedproto", clients=3, rounds=2, **{"partition.alpha": 0.1, "data.rows": 120})
+    run.run()
+    x, own = run.data.test(0)[0].double(), run.data.train(0)[1].bincount(minlength=10) > 0
+    assert not own.all()
+    outputs = {}
+    for rule in ("prototypes", "own_prototypes", "head"):
+        other = experiment(
+            "fedproto", clients=3, rounds=2, **{"partition.alpha": 0.1, "data.rows": 120, "method.predict_by": rule}
+        )
+        other.run()
+        assert tree.equal(other.server, run.server)
+        outputs[rule] = other.personal_model(0)(x)
+    assert own[outputs["own_prototypes"].argmax(1)].all()
+    torch.testing.assert_close(outputs["own_prototypes"][:, own], outputs["prototypes"][:, own])
+    client = run.engine.client(0)
+    nets = Nets(run.problem.modules(0), **client.weights)
+    torch.testing.assert_close(outputs["head"], nets.head(nets.body(x)))

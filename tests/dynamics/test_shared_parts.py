@@ -162,3 +162,25 @@ def test_fedbabus_server_predicts_with_the_common_head(experiment):
     accuracy = (torch.func.functional_call(model, state, (x,)).argmax(1) == y).double().mean().item()
     assert [run.rows[-1]["server_accuracy"] for run in runs] == [pytest.approx(accuracy)] * 2
     assert runs[0].rows[-1]["personal_accuracy"] > accuracy
+
+
+def test_fedrep_refits_heads_on_copies_before_predictions(experiment):
+    """The re-fitted head is better on the client's training examples, and the kept head does not change."""
+    plain, refit = (experiment("fedrep", rounds=1, clients=3, **{"method.head_epochs": 1, **extra, "data.rows": 90})
+                    for extra in ({}, {"method.final_head_epochs": 20}))  # fmt: skip
+    losses = []
+    for run in (plain, refit):
+        run.run()
+        x, y = run.data.train(0)
+        losses.append(float(torch.nn.functional.cross_entropy(run.personal_model(0)(x.double()).detach(), y)))
+    assert losses[1] < losses[0]
+    kept = [run.engine.client(0).weights["params"]["model.head.weight"] for run in (plain, refit)]
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize(
+    ("method", "same", "warned"), [("fedbabu", False, True), ("fedbabu", True, False), ("fedper", False, False)]
+)
+def test_different_fixed_heads_are_reported(experiment, caplog, method, same, warned):
+    experiment(method, same_init=same)
+    assert ("same_init=false: each client keeps its own random 'model.head.weight'" in caplog.text) == warned

@@ -167,6 +167,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     _check_nets(problem)
     _check_single_examples(problem)
     _check_phases(method)
+    _warn_different_starts(problem)
     return problem
 
 
@@ -283,6 +284,19 @@ def _check_single_examples(problem: Problem) -> None:
                 else "trains on batches of one example (batch_size=1)"
             )
             raise ConfigError(f"client {i} {why}, and model={choice.name}: {TOO_FEW}") from None
+
+
+def _warn_different_starts(problem: Problem) -> None:
+    """Log one line if clients have different initial weights that are neither sent nor trained (FedBABU's heads)."""
+    method = problem.method
+    if problem.same_init or not method.shared:
+        return
+    params = read_weights(problem.modules(0))
+    moving = set(select(params, method.shared)["params"])
+    moving |= {n for train in trains_of(method.phases()) for n in select(params, train.params)["params"]}
+    if fixed := [name for name in params["params"] if name not in moving]:
+        message = "same_init=false: each client keeps its own random '%s', which %s neither sends nor trains; set same_init=true"
+        log.warning(message, fixed[0], type(method).__name__)
 
 
 def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:

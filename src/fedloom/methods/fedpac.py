@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -53,6 +53,8 @@ class FedPAC(FedProto):
     """Learning rate of the head."""
     head_epochs: Count = 1
     """Passes that update the head, before the body's `local_epochs`."""
+    predict_by: Literal["head"] = "head"
+    """Clients predict with their combined head."""
 
     shared: ClassVar[tuple[str, ...]] = ("body",)
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "head", "mixture", "variance")
@@ -143,11 +145,6 @@ class FedPAC(FedProto):
         """Return FedProto's log, and the mean weight of a client's own head in its combination (`own_head`)."""
         own = [float(self.head_shares(uplinks, place)[place]) for place in range(len(uplinks))]
         return {**super().server_logs(server, uplinks, round), "own_head": sum(own) / len(own)}
-
-    def predict(self, nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
-        """Return the logits (B, Y) of the received body and head."""
-        logits: Tensor = nets.head(nets.body(x))
-        return logits
 
     def shared_features(self) -> Predictor:
         """Return the body's features."""

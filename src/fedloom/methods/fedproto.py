@@ -35,7 +35,7 @@ from fedloom.ranges import NonNegative
 from fedloom.tree import Tree, Weights
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FedProto(Method):
     """FedProto (Tan et al., AAAI 2022): prototypes couple models of different architectures that have the same feature width.
 
@@ -50,6 +50,9 @@ class FedProto(Method):
     """Weight lambda of the mean squared distance between an example's features and its class's global prototype."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
     """Weight of a client in a class's mean: its number of examples of the class, or the same for all clients that have the class."""
+
+    predict_by: Literal["prototypes", "own_prototypes", "head"] = "prototypes"
+    """How a client predicts: the nearest global prototype, the nearest one of its own classes (released code), or its own head."""
 
     shared: ClassVar[tuple[str, ...]] = ()
     also_travels: ClassVar[tuple[str, ...]] = ("prototypes", "counts")
@@ -185,7 +188,12 @@ class FedProto(Method):
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return minus the distances to the global prototypes (B, Y); a class without a prototype is never chosen."""
-        features = losses.wide(nets.body(x))
+        """Return minus the distances to the global prototypes (B, Y), where a class without a prototype is never chosen, or the logits."""
+        if self.predict_by == "head":
+            logits: Tensor = nets.head(nets.body(x))
+            return logits
+        features, known = losses.wide(nets.body(x)), down["counts"] > 0
+        if self.predict_by == "own_prototypes":
+            known = known & (memory["statistics"]["counts"] > 0)
         distance = (features[:, None] - down["prototypes"].to(features.dtype)).norm(dim=2)
-        return torch.where(down["counts"] > 0, -distance, torch.finfo(features.dtype).min)
+        return torch.where(known, -distance, torch.finfo(features.dtype).min)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from fedloom.method import Need, Paper, Phase, Train
 from fedloom.methods.fedper import FedPer
-from fedloom.ranges import Count
+from fedloom.ranges import Count, Whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,9 @@ class FedRep(FedPer):
     head_epochs: Count = 10
     """Passes that update the head, before the body's `local_epochs`."""
 
+    final_head_epochs: Whole = 0
+    """Passes that re-fit the head to the received body before predictions, on a copy (the last round of the released code: 10); 0: none."""
+
     needs: ClassVar[tuple[Need, ...]] = ("head",)
     paper: ClassVar[Paper] = Paper(
         "Exploiting shared representations for personalized federated learning",
@@ -35,3 +38,9 @@ class FedRep(FedPer):
         head = Train("head", self.loss, ("model:head",), self.local_optimizer(), epochs=self.head_epochs)
         body = Train("body", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs)
         return head, body
+
+    def adapt(self) -> tuple[Phase, ...]:
+        """Return a phase that re-fits the head, if there are epochs for it."""
+        if not self.final_head_epochs:
+            return ()
+        return (Train("refit", self.loss, ("model:head",), self.local_optimizer(), epochs=self.final_head_epochs),)

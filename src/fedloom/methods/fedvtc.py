@@ -55,6 +55,8 @@ class FedVTC(FedProto):
        copy before predicting.
     """
 
+    predict_by: Literal["head"] = "head"
+    """Clients predict with their own head."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
     """Weight of a client in a class's mean and variance: its number of examples of the class, or the same for all clients that have it."""
     prototype_weight: NonNegative = 1.0
@@ -373,8 +375,3 @@ class FedVTC(FedProto):
             error = (error + nets.loss(self.predict(nets, batch.x, down, memory), batch.y)) / 2
         ready: Tensor = (down["counts"] > 0).any() & (memory["statistics"]["counts"] > 0).any()
         return error * ready
-
-    def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return logits (B, Y) of the client's own model instead of choosing the nearest prototype; there is no server model."""
-        logits: Tensor = nets.head(nets.body(x))
-        return logits
