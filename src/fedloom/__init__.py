@@ -11,12 +11,12 @@ from fedloom._version import __version__ as __version__
 if TYPE_CHECKING:
     from fedloom import losses as losses
     from fedloom import tree as tree
-    from fedloom.api import Run as Run
-    from fedloom.api import load_data as load_data
-    from fedloom.api import open as open
-    from fedloom.api import resume as resume
-    from fedloom.api import run as run
-    from fedloom.comparison import compare as compare
+    from fedloom.api.comparison import compare as compare
+    from fedloom.api.runs import Run as Run
+    from fedloom.api.runs import load_data as load_data
+    from fedloom.api.runs import open as open
+    from fedloom.api.runs import resume as resume
+    from fedloom.api.runs import run as run
     from fedloom.data import Dataset as Dataset
     from fedloom.data import Partition as Partition
     from fedloom.data import from_arrays as from_arrays

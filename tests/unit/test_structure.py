@@ -14,7 +14,7 @@ MOST_POSITIONAL = 5
 MOST_FIELDS = 4
 PHASES = {"Train": 5}  # of the contract: Train(name, loss, nets, optimizer, epochs) reads as a sentence
 TOP_LEVEL = {
-    "__init__", "_version", "accelerator", "api", "errors", "inputs", "lazy", "losses", "method", "nets", "objectives", "optim",
+    "__init__", "_version", "accelerator", "errors", "inputs", "lazy", "losses", "method", "nets", "objectives", "optim",
     "ranges", "rng", "tree",
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from fedloom.cli.words import Parser, new_file, refuse_empty
 from fedloom.errors import ConfigError, suggest
 
 if TYPE_CHECKING:
-    from fedloom.api import Run
+    from fedloom.api.runs import Run
 
 EXAMPLES = """\
   fedloom predict runs/mine people.csv client=3        a table: one line per row, with the prediction of client 3's model
@@ -37,7 +37,7 @@ def predict_command(words: Sequence[str]) -> int:
     if len(plain) < 2:
         raise ConfigError("fedloom predict: give the folder of a run and files, such as runs/mine people.csv client=0")
     target = new_file(options["out"], "out") if "out" in options else None
-    from fedloom.api import open as open_run
+    from fedloom.api.runs import open as open_run
 
     run = open_run(plain[0])
     if "client" not in options:

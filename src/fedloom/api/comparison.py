@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.api import Model, Run, given_objects, reopened
+from fedloom.api.runs import Model, Run, given_objects, reopened
 from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values
 from fedloom.data import Dataset
