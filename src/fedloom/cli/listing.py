@@ -208,6 +208,6 @@ def _show_one(fact: Facts) -> None:
     for header in ("hyper-parameter", "default", "type", "meaning"):
         table.add_column(header, no_wrap=header == "hyper-parameter", overflow="fold")
     for name, each in fact["hyper_parameters"].items():
-        table.add_row(f"method.{name}", default_words(each["default"]), each["type"], each["doc"])
+        table.add_row(f"method.{name}", default_words(each["default"]), each["type"].replace("|", " | "), each["doc"])
     console.print()
     show(console, table)
