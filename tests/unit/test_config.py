@@ -22,7 +22,8 @@ UNUSUAL = {
         "normalise": "standard", "augment": "flip",
         "label": "income", "columns": ["age", "job"], "drop": ["id"], "split": "fold", "missing": "fill", "missing_values": ["-9"],
         "decimal": ",", "encoding": "latin-1", "factor": "code", "factor_clients": 5,
-        "features": True, "text": ["title", "body"], "tokens": "chars", "case": "lower", "vocabulary": 500, "min_count": 3, "length": 20,
+        "features": True, "revision": "0123456789" * 4,
+        "text": ["title", "body"], "tokens": "chars", "case": "lower", "vocabulary": 500, "min_count": 3, "length": 20,
     },
     "partition": {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,

@@ -63,7 +63,8 @@ class DataSettings(Section):
     """The data set, and how examples become model inputs."""
 
     name: str = "digits"
-    """A known data set (see `fedloom list datasets`), or any name if `data.path` is set."""
+    """A known data set (see `fedloom list datasets`), any name if `data.path` is set, or `hub:OWNER/NAME[:CONFIG]` for a data set of the
+    Hugging Face hub."""
     path: Path | None = None
     """Your own file or folder: a table (.csv, .tsv, also .gz, or .parquet), arrays (.npz, or a folder with x.npy and y.npy), a folder
     with train and test files (train.csv, test.csv; train.parquet, test.parquet), or pictures in folders named by class (docs/tasks.md);
@@ -75,6 +76,8 @@ class DataSettings(Section):
     owner: Literal["folder"] | None = None
     """`folder`: the upper folders of your folder of pictures are domains (root/domain/class/picture). They become the column `domain`, by
     which `partition=natural` divides. Default: the upper folders are classes."""
+    revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
+    """For `data=hub:OWNER/NAME[:CONFIG]`: the commit of the files. Default: the newest one, which the run writes into its config.toml."""
     features: bool = False
     """For `data=har`: the 561 published features of each window, instead of its nine signals."""
     label: str | None = None

@@ -29,6 +29,7 @@ class Dataset:
     labels.
     `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
     `overlaps` says how examples of one owner overlap, such as windows of a text; random splits, which would leak, are then refused.
+    `revision` is the commit of the hub's files, for `data=hub:OWNER/NAME`.
     `parts` say how raw values become `inputs`, field by field; by default they come from arrays. `table` says how a table was read.
     `factor` names the column with a known client factor, if there is one; `changed` has the same images with another value of it.
     """
@@ -42,6 +43,7 @@ class Dataset:
     columns: dict[str, Column] = field(default_factory=dict)
     normalise: str | None = None
     overlaps: str = ""
+    revision: str = ""
     parts: tuple[Part, ...] = ()
     table: TableFormat | None = None
     factor: str = ""

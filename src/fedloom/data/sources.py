@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedloom import lazy
-from fedloom.data import hub, layouts, pfllib
+from fedloom.data import hub, hub_repository, layouts, pfllib
 from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import NO_TEXT, Request, TableOptions, TextOptions
@@ -24,6 +24,7 @@ def load(
     task: str | None = None,
     owner: str | None = None,
     features: bool = False,
+    revision: str | None = None,
     table: TableOptions | None = None,
     texts: TextOptions | None = None,
     cache: str | Path | None = None,
@@ -31,7 +32,8 @@ def load(
     """Return a data set as one pool of examples.
 
     Args:
-        name: a name in `SOURCES`, "pfllib", or a name for the user's own files; `-` and `_` are equivalent.
+        name: a name in `SOURCES`, "pfllib", "hub:OWNER/NAME[:CONFIG]" (see `hub_repository`), or a name for the user's own
+            files; `-` and `_` are equivalent.
         path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...); a table
             (.csv, .tsv, also .gz, or .parquet) or a folder with `train.csv` and `test.csv`; an .npz file or a folder with `x.npy` and
             `y.npy`; a folder of pictures (see `picture_folders`), of IDX files or of LEAF's JSON. Default: search
@@ -44,6 +46,7 @@ def load(
             sets have their own task.
         owner: "folder": the upper folders of a folder of pictures are domains; they become the column `domain`.
         features: for `har`: the published features instead of the signals.
+        revision: for `hub:OWNER/NAME`: the commit of the files; default: the newest one.
         table: how to read a table.
         texts: how to read texts.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
@@ -53,6 +56,27 @@ def load(
     """
     if image_size is not None and not 1 <= image_size <= 1024:
         raise DataError(f"data.image_size={image_size}: must be from 1 to 1024 (pixels)")
+    if name.startswith(hub_repository.PREFIX):
+        if path is not None:
+            raise DataError(
+                f"data.path={path}: data={name} is downloaded from the hub; remove data.path, or use another name"
+            )
+        repository = hub_repository.parsed_repository(name)
+        place, commit = hub_repository.repository_files(repository, revision, hub.cache_root(cache))
+        pool = load(
+            repository.file_name,
+            place,
+            image_size=image_size,
+            rows=rows,
+            task=task,
+            owner=owner,
+            table=table,
+            texts=texts,
+            cache=cache,
+        )
+        return replace(pool, revision=commit)
+    if revision is not None:
+        raise DataError(f"data.revision={revision}: applies only to data=hub:OWNER/NAME; remove it")
     given, name = name, name.lower().replace("_", "-")
     if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
         own = f"; for your own files, write data=mine data.path={given}" if Path(given).exists() else ""
@@ -64,6 +88,8 @@ def load(
         raise DataError(f"data.features=true: applies only to data=har, not to data={name}")
     if source or name == "pfllib" or path is None:
         _refuse_owner(name, owner)
+    if texts not in (None, NO_TEXT) and (source or name == "pfllib"):
+        _check_source_texts(name, source, texts or NO_TEXT)
     if name == "pfllib":
         _refuse_options(name, table)
         if path is None or image_size is not None or rows is not None:
@@ -109,8 +135,6 @@ def _named(asked: Request, source: Source, path: str | Path | None) -> Dataset:
         _refuse_options(asked.name, None, asked.image_size)
         if not source.is_table:
             _refuse_options(asked.name, asked.table)
-        if asked.texts.text:
-            raise DataError(f"data.text={','.join(asked.texts.text)}: data={asked.name} is a known data set; remove it")
         if place is None or not place.is_dir():
             place = hub.fetched(asked.name, source, asked.cache, path)
         return lazy.resolve(source.reader)(asked, place)  # type: ignore[no-any-return]
@@ -121,6 +145,7 @@ def _own_files(asked: Request, place: Path) -> Dataset:
     """Return the data set in the user's own file or folder, by its layout."""
     if (arrays := layouts.find_arrays(place)) is not None:
         _refuse_options(asked.name, asked.table, asked.image_size)
+        _refuse_text_columns(asked, place)
         from fedloom.data import array_files
 
         _refuse_owner(asked.name, asked.owner)
@@ -145,6 +170,7 @@ def _special(asked: Request, place: Path) -> Dataset:
     """Return the data set in a folder of LEAF's JSON or of IDX files."""
     from fedloom.data import idx, leaf
 
+    _refuse_text_columns(asked, place)
     _refuse_options(asked.name, asked.table, asked.image_size)
     _refuse_owner(asked.name, asked.owner)
     if asked.task not in (None, "classification"):
@@ -163,28 +189,42 @@ def _text_files(asked: Request, place: Path) -> Dataset:
 
     _refuse_options(asked.name, asked.table, asked.image_size)
     _refuse_owner(asked.name, asked.owner)
-    if asked.texts.text:
-        raise DataError(f"data.text={','.join(asked.texts.text)}: {place} has text files, not a table; remove it")
+    _refuse_text_columns(asked, place)
     return read_text_folder(asked, place, asked.texts)
 
 
 def _check_texts(asked: Request, path: str | Path | None) -> None:
-    """Raise DataError if an option of texts is set, but the data have none."""
-    if asked.texts == NO_TEXT or asked.texts.text:
+    """Raise DataError if an option of texts is set, but the user's own data have none."""
+    if asked.texts == NO_TEXT or asked.name in SOURCES or asked.texts.text:
         return
-    source = SOURCES.get(asked.name)
-    if (source and source.is_text) or (source is None and path and layouts.find_texts(Path(path).expanduser())):
-        return
-    key, value = next((k, v) for k, v in vars(asked.texts).items() if v not in (None, ()))
-    raise DataError(
-        f"data.{key}={value}: applies to texts; set data.text=COLUMN for a table, or give text files (.txt)"
-    )
+    if not (path and layouts.find_texts(Path(path).expanduser())):
+        raise DataError(
+            f"{_first(asked.texts)}: applies to texts; set data.text=COLUMN for a table, or give text files (.txt)"
+        )
+
+
+def _check_source_texts(name: str, source: Source | None, texts: TextOptions) -> None:
+    """Raise DataError if an option of texts is set that a known data set does not have."""
+    if texts.text or source is None or not source.is_text:
+        raise DataError(f"{_first(texts)}: does not apply to data={name}; remove it")
+
+
+def _refuse_text_columns(asked: Request, place: Path) -> None:
+    """Raise DataError if `data.text` is set, but the files are no table."""
+    if asked.texts.text:
+        raise DataError(f"{_first(asked.texts)}: {place} is no table with columns of text; remove it")
+
+
+def _first(texts: TextOptions) -> str:
+    key, value = next((k, v) for k, v in vars(texts).items() if v not in (None, ()))
+    return f"data.{key}={','.join(value) if isinstance(value, tuple) else value}"
 
 
 def _pictures(asked: Request, place: Path) -> Dataset:
     """Return the data set in a folder of pictures."""
     from fedloom.data.picture_folders import read_pictures
 
+    _refuse_text_columns(asked, place)
     _refuse_options(asked.name, asked.table)
     _refuse_texts(asked.task)
     return read_pictures(
@@ -221,6 +261,7 @@ def _files(asked: Request, path: str | Path | None, files: layouts.Files | None 
 
     if source or (files[0][0].suffix == ".parquet" and parquet.has_pictures(files[0][0])):
         _refuse_options(name, asked.table)
+        _refuse_text_columns(asked, files[0][0])
         _refuse_texts(asked.task)
         return parquet.read_parquet(
             name,

@@ -53,14 +53,20 @@ def make_dataset(settings: Settings) -> data.Dataset:
     d, p = settings.data, settings.partition
     keys = {"label", "columns", "drop", "split", "missing", "missing_values", "decimal", "encoding"}
     table = data.TableOptions(**d.model_dump(include=keys), owner=p.column, by=p.by)
-    options = d.model_dump(include={"image_size", "rows", "task", "owner", "features"})
+    options = d.model_dump(include={"image_size", "rows", "task", "owner", "features", "revision"})
     texts = data.TextOptions(**d.model_dump(include={"text", "tokens", "case", "vocabulary", "min_count", "length"}))
     pool = data.load(d.name, d.path, table=table, texts=texts, **options)
     return data.with_factor(pool, d.factor, d.factor_clients or FACTOR_CLIENTS) if d.factor else pool
 
 
 def resolved(settings: Settings, dataset: data.Dataset) -> Settings:
-    """Return the settings with the partition scheme that fits the data, if none is set; log it unless it is dirichlet."""
+    """Return the settings with the revision of data from the hub, and the partition scheme that fits the data, if none is set.
+
+    A scheme that is chosen is logged, unless it is dirichlet.
+    """
+    if dataset.revision and settings.data.revision is None:
+        log.warning("data.revision=%s: the newest one", dataset.revision)
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"revision": dataset.revision})})
     if settings.partition.name is not None:
         return settings
     if dataset.factor and not settings.partition.by:

@@ -15,6 +15,7 @@ from torch import nn
 from fedloom import accelerator, data, tree
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_method, make_settings, participation_range
+from fedloom.data.hub_repository import file_name_of
 from fedloom.engines import Engine, Problem, Reply
 from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment import metrics
@@ -136,7 +137,7 @@ class Experiment:
             restore_run(self, folder)
             return folder
         s = self.settings
-        folder = RunFolder.create(s.out, f"{s.method.name.rpartition(':')[2]}-{s.data.name}")
+        folder = RunFolder.create(s.out, f"{s.method.name.rpartition(':')[2]}-{file_name_of(s.data.name)}")
         folder.lock()
         describe_run(self, folder)
         return folder

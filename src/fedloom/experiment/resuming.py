@@ -18,6 +18,7 @@ from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_settings
 from fedloom.data import SOURCES
 from fedloom.data.hub import cache_root, local_folder
+from fedloom.data.hub_repository import PREFIX
 from fedloom.data.preprocess import PREPROCESS, Preprocess
 from fedloom.errors import HOME, ConfigError, RunFolderError, is_own_code
 from fedloom.experiment.environment import software_versions
@@ -197,7 +198,10 @@ def refuse_missing_objects(path: str | Path, settings: Settings, has: Collection
     """Raise RunFolderError if a run was started with Python objects that are needed again and are not in `has`."""
     name = settings.data.name.lower().replace("_", "-")
     needed = {
-        "data": settings.data.path is None and name not in SOURCES and local_folder(name, cache_root()) is None,
+        "data": settings.data.path is None
+        and name not in SOURCES
+        and not name.startswith(PREFIX)
+        and local_folder(name, cache_root()) is None,
         "model": ":" not in settings.model.name and settings.model.name not in ZOO,
         "partition": settings.partition.name == "given",
     }

@@ -20,6 +20,7 @@ from fedloom import accelerator
 from fedloom.config.hints import near_keys
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Named, Settings, Values, make_method, make_settings
+from fedloom.data.hub_repository import file_name_of
 from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
 from fedloom.experiment.lock import FolderLock
@@ -179,7 +180,7 @@ def create_folder(comparison: Comparison, out: str | Path | None = None, parts: 
     settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
     comparison.check(parts)
     text = comparison.toml()
-    folder = RunFolder.create(settings.out, f"compare-{settings.data.name}")
+    folder = RunFolder.create(settings.out, f"compare-{file_name_of(settings.data.name)}")
     folder.write(FILE, text)
     return folder.path
 

@@ -228,7 +228,7 @@ def test_ag_news_has_named_classes(tmp_path):
     assert (pool.n_train, pool.n_rows, pool.classes) == (16, 24, ("World", "Sports", "Business", "Sci/Tech"))
     assert pool.labels.tolist()[:5] == [0, 1, 2, 3, 0]
     assert pool.parts[0].text.words[:3] == ("news", "of", "train")
-    with pytest.raises(DataError, match=r"data\.text=body: data=ag-news is a known data set"):
+    with pytest.raises(DataError, match=r"data\.text=body: does not apply to data=ag-news"):
         load("ag-news", tmp_path, texts=TextOptions(text=("body",)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"has neither train\.parquet"):

@@ -1,0 +1,163 @@
+"""Any data set on the Hugging Face hub, `data=hub:OWNER/NAME[:CONFIG]`: its parquet files, tables or pictures, at one revision.
+
+Only data files are downloaded. Loading scripts are never run. Files are kept in the cache by revision, which is the hash of a commit, so
+a run with `data.revision` needs no network after the first download.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+from fedloom.errors import DataError, suggest
+
+PREFIX: Final = "hub:"
+PICTURES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+_TABLES: Final = (".csv", ".csv.gz", ".tsv", ".tsv.gz")
+_LISTS: Final = ("metadata.csv", "metadata.jsonl")
+_NAME = re.compile(r"hub:(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A repository of the hub; `config` is the folder of files to read, if there are several."""
+
+    name: str
+    config: str | None
+
+    @property
+    def shown(self) -> str:
+        """The value of `data`."""
+        return f"{PREFIX}{self.name}" + (f":{self.config}" if self.config else "")
+
+    @property
+    def mark(self) -> str:
+        """The name of the empty file that says that all files have been downloaded."""
+        return f".complete-{self.config}" if self.config else ".complete"
+
+    @property
+    def file_name(self) -> str:
+        """The name in file names."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.shown.lower())
+
+
+def parsed_repository(name: str) -> Repository:
+    """Return the repository that `hub:OWNER/NAME[:CONFIG]` names. Raise DataError if the form is another."""
+    found = _NAME.fullmatch(name)
+    if found is None or ".." in name:
+        raise DataError(
+            f"data={name}: must have the form hub:OWNER/NAME or hub:OWNER/NAME:CONFIG, such as hub:uoft-cs/cifar10"
+        )
+    return Repository(name=found["repository"], config=found["config"])
+
+
+def repository_files(repository: Repository, revision: str | None, cache: Path) -> tuple[Path, str]:
+    """Return the folder or file with the data, and the revision. Files are downloaded unless they are in the cache.
+
+    Raise DataError if the download fails, or the repository has no data files that can be read.
+    """
+    if revision is not None and not _COMMIT.fullmatch(revision):
+        raise DataError(f"data.revision={revision}: must be the hash of a commit, 40 digits of 0-9 and a-f")
+    home = cache / "hub" / repository.name.replace("/", "--")
+    if revision is None or not (home / revision / repository.mark).exists():
+        revision = _download(repository, revision, home)
+    return _place(repository, home / revision), revision
+
+
+def _download(repository: Repository, revision: str | None, home: Path) -> str:
+    """Download the data files of a revision (None: the newest one), and return it."""
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+
+        info = HfApi().dataset_info(repository.name, revision=revision)
+        sha, names = str(info.sha), [str(file.rfilename) for file in info.siblings or ()]
+        if not _COMMIT.fullmatch(sha):
+            raise DataError(f"data={repository.shown}: the hub gives the revision {sha!r}, which is no commit")
+        folder = home / sha
+        if not (folder / repository.mark).exists():
+            wanted = _chosen(repository, names)
+            partial = home / f"{sha}.part"
+            snapshot_download(
+                repo_id=repository.name, repo_type="dataset", revision=sha, allow_patterns=wanted, local_dir=partial
+            )
+            (partial / repository.mark).touch()
+            if folder.exists():  # another configuration of this revision
+                _merge(partial, folder)
+            else:
+                partial.replace(folder)
+    except ImportError:
+        raise DataError(f"data={repository.shown}: needs `pip install fedloom[hub]`") from None
+    except DataError:
+        raise
+    except Exception as error:  # the hub's client raises many kinds of errors when offline
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        kept = sorted(p.parent.name for p in home.glob(f"*/{repository.mark}") if not p.parent.name.endswith(".part"))
+        hint = f"; downloaded are data.revision={', '.join(kept)}" if kept else ""
+        raise DataError(f"data={repository.shown}: download failed ({reason}){hint}") from error
+    return sha
+
+
+def _merge(partial: Path, folder: Path) -> None:
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        target = folder / file.relative_to(partial)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+
+
+def _chosen(repository: Repository, names: Sequence[str]) -> list[str]:
+    """Return the data files to download: parquet files, else tables, else pictures, below the folder of the configuration."""
+    kinds: tuple[tuple[str, ...], ...] = ((".parquet",), _TABLES, (*PICTURES, *_LISTS))
+    files = [name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
+    for suffixes in kinds:
+        found = [name for name in files if name.lower().endswith(suffixes)]
+        if suffixes == _TABLES and all(PurePosixPath(name).name in _LISTS for name in found):
+            continue
+        if found:
+            return _of_config(repository, found, is_table=suffixes != kinds[2])
+    script = next((name for name in names if name.endswith(".py")), None)
+    why = f"; its script {script} is not run" if script else ""
+    raise DataError(
+        f"data={repository.shown}: has no parquet files, tables or pictures{why}; download the data yourself (data.path)"
+    )
+
+
+def _of_config(repository: Repository, found: Sequence[str], *, is_table: bool) -> list[str]:
+    config = repository.config
+    folders = sorted({str(PurePosixPath(name).parent) for name in found}) if is_table else []
+    if config:
+        mine = [name for name in found if config in PurePosixPath(name).parts[:-1]]
+        if not mine:
+            raise DataError(f"data={repository.shown}: has no configuration '{config}'{suggest(config, folders)}")
+        return mine
+    if len(folders) > 1:
+        raise DataError(
+            f"data={repository.shown}: has several configurations ({', '.join(folders[:8])}); name one: {repository.shown}:{folders[-1]}"
+        )
+    return list(found)
+
+
+def _place(repository: Repository, folder: Path) -> Path:
+    """Return the folder with the data files, or the only table."""
+    if repository.config:
+        folders = [path for path in folder.rglob(repository.config) if path.is_dir()]
+        folder = folders[0] if folders else folder
+    tables = [file for file in sorted(folder.rglob("*")) if file.name.lower().endswith((*_TABLES, ".parquet"))]
+    tables = [
+        file
+        for file in tables
+        if file.name not in _LISTS and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
+    if not tables:
+        return folder
+    if len(tables) == 1 and not tables[0].name.startswith("train"):
+        return tables[0]
+    return tables[0].parent
+
+
+def file_name_of(name: str) -> str:
+    """Return the name of a data set in file names."""
+    return parsed_repository(name).file_name if name.startswith(PREFIX) else name
