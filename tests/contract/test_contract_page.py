@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedloom import Method, tree
+from fedloom.methods.registry import METHODS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "contract.md").read_text(encoding="utf-8")
 EXAMPLES = dict(re.findall(r"^### (\w+)[^\n]*\n.*?^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE))
@@ -68,3 +69,19 @@ def test_an_example_runs(experiment, hook):
         assert tree.equal(method.from_sums(total, 2)["weights"]["params"], sent["weights"]["params"])
     assert calls
     assert run.rows[-1]["personal_accuracy"] > 0
+
+
+ONE_METHOD = {"exchange", "exchanges", "finish", "keeps_shared", "pooled", "ragged", "remedy", "server_nets"}
+"""Names of `Method` that only one built-in method (with its subclasses) defines so far."""
+
+
+def test_every_name_of_the_contract_has_two_users():
+    """A user overrides or reads the name; the engine uses the others itself. A name that loses its last user should go."""
+    chosen = [cls for name in METHODS for cls in METHODS[name].__mro__ if issubclass(cls, Method) and cls is not Method]
+    texts = {cls.__name__: (vars(cls), inspect.getsource(cls)) for cls in chosen}
+    names = hooks() | {"shared", "keeps_shared", "accepts_late", "needs", "combines", "pooled", "remedy"}
+    users = {
+        n: [c for c, (own, text) in texts.items() if n in own or f".{n}(" in text or f".{n}\n" in text] for n in names
+    }
+    assert {name for name, mine in users.items() if len(mine) == 1} <= ONE_METHOD
+    assert not [name for name, mine in users.items() if not mine]

@@ -240,6 +240,18 @@ class SetsLess(FedAvg):
 
 
 @dataclass(frozen=True)
+class KeepsInPlace(FedAvg):
+    """Adds to its memory in place in `uplink`."""
+
+    def init_memory(self, weights, task, data):
+        return {"n": torch.zeros(())}
+
+    def uplink(self, client, received, down, turn):
+        client.memory["n"].add_(1)
+        return super().uplink(client, received, down, turn)
+
+
+@dataclass(frozen=True)
 class DeploysEach(FedAvg):
     """Has a message for one client too few."""
 
@@ -261,6 +273,7 @@ IN_PLACE = {
     LogsInPlace: "LogsInPlace.server_logs changes 'uplink 0/weights/params/.*' in place",
     SweepsInPlace: "phase 'seen' changes 'rows/x' in place",
     WorksInPlace: "phase 'work' changes '(weights|down/weights)/params/.*' in place",
+    KeepsInPlace: "KeepsInPlace.uplink changes 'memory/n' in place",
     SetsLess: "phase 'work' must return all weights .* 'params/model.body.*' is missing",
     SendsToOne: "round 0: SendsToOne.downlink returns `each` with 1 trees for a cohort of",
     DeploysEach: "DeploysEach.deploy returns `each` with 3 trees; it must have one for each of the 4 clients",

@@ -13,7 +13,7 @@ from fedloom.errors import FedloomError, is_own_code
 REMEDIES: dict[type[BaseException], str] = {
     KeyError: " is missing; a hook must return every key that other hooks read, from init_memory and init_server on",
     FrozenInstanceError: "; a method holds hyper-parameters only, so keep state in memory (client) or in the server's tree",
-    TypeError: "; docs/design.md lists the signatures of all hooks",
+    TypeError: "; docs/contract.md describes all hooks",
 }
 """What to do about errors that mistakes in a method's hooks often cause."""
 

@@ -29,7 +29,7 @@ def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
     nets = gradients.nets(**client.weights)
     total = tree.zeros_like(client.memory[phase.name])
     inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
-    with _read_only(phase, inputs), torch.inference_mode():
+    with read_only(f"phase '{phase.name}'", inputs), torch.inference_mode():
         for start in range(0, len(rows.y), EVAL_BATCH):
             batch = rows.part(start, start + EVAL_BATCH)
             total = phase.step(nets, batch, total, down, client.memory)
@@ -44,7 +44,10 @@ def run_set(phase: Set, work: LocalWork) -> Client:
     """
     client, down = work.client, work.down
     weights = client.weights
-    with _read_only(phase, {"weights": weights, "down": down, "memory": client.memory}), torch.no_grad():
+    with (
+        read_only(f"phase '{phase.name}'", {"weights": weights, "down": down, "memory": client.memory}),
+        torch.no_grad(),
+    ):
         new = phase.weights(weights, down, client.memory)
     if wrong := tree.mismatch(weights, new):
         raise MethodError(
@@ -56,13 +59,13 @@ def run_set(phase: Set, work: LocalWork) -> Client:
 
 
 @contextmanager
-def _read_only(phase: Sweep | Set, inputs: Tree) -> Iterator[None]:
-    """Raise MethodError if a phase writes to tensors that later phases or other clients read."""
+def read_only(what: str, inputs: Tree) -> Iterator[None]:
+    """Raise MethodError if `what`, a phase or a hook, writes to tensors that later phases or other clients read."""
     before = tree.versions(inputs)
     yield
     changed = tree.changed_since(before, inputs)
     if changed:
-        raise MethodError(f"phase '{phase.name}' changes '{changed}' in place; its inputs are read-only")
+        raise MethodError(f"{what} changes '{changed}' in place; its inputs are read-only")
 
 
 @torch.inference_mode()

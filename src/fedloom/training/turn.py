@@ -28,7 +28,7 @@ from fedloom.training.context import ClientContext, LocalWork
 from fedloom.training.gradients import Gradients
 from fedloom.training.precompute import Precomputed, check_precompute, precompute
 from fedloom.training.steps import FormError, TrainJob, trained_names
-from fedloom.training.sweeps import run_set, run_sweep
+from fedloom.training.sweeps import read_only, run_set, run_sweep
 from fedloom.tree import Tree, Weights
 
 Modules = Mapping[str, nn.Module]
@@ -73,7 +73,9 @@ def finish_update(
 ) -> UpdateResult:
     """Finish a client's update after its local work: compute its uplink and the state that it keeps."""
     client, down, context, turn = work
-    uplink, memory = method.uplink(client, received, down, turn)
+    inputs = {"memory": client.memory, "weights": client.weights, "received": received, "down": down}
+    with read_only(f"{type(method).__name__}.uplink", inputs):
+        uplink, memory = method.uplink(client, received, down, turn)
     for what, value in (("uplink", uplink), ("memory", memory)):
         if wrong := tree.not_tensor(value):
             name = type(method).__name__
