@@ -88,7 +88,7 @@ def find_tables(place: Path) -> Files | None:
     known = (*TEXT_TABLES, ".parquet")
     if not place.name.lower().endswith(known):
         if place.is_file():
-            raise DataError(f"data.path={place}: unknown kind of file; use {', '.join(known)}, .npz or a folder")
+            raise DataError(f"data.path={place}: unknown kind of file; use {', '.join(known)}, .npz, .txt or a folder")
         return None
     _check_exists(place)
     whole = place.name.lower().startswith("train.")
