@@ -88,13 +88,11 @@ def _default_target(folders: Sequence[str]) -> Path:
 def _write_curves(records: Sequence[RunRecord], target: Path) -> Path | None:
     """Plot the sharpness curves of all runs in one figure, and return its file. Return None if no run has such curves."""
     from fedloom.report import plots
-    from fedloom.report.style import drawing
 
     if not plots.has_sharpness(records):
         return None
     figure = plots.sharpness(records)
-    with drawing():
-        save_picture(figure, target, "out")
+    save_picture(figure, target, "out")
     return target
 
 

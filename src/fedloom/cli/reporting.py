@@ -108,10 +108,8 @@ def _write(key: str, target: Path, records: Sequence[RunRecord], waiting: Waitin
         write_page(records, target, waiting, baseline)
     elif key == "plot":
         from fedloom.report.plots import main_curves
-        from fedloom.report.style import drawing
 
-        with drawing():
-            save_picture(main_curves(records), target, key)
+        save_picture(main_curves(records), target, key)
     else:
         text = clients_text(records, kind) if key == "clients" else summary_text(records, kind, baseline)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -195,9 +195,12 @@ def save_text(text: str, target: Path, key: str) -> None:
 
 def save_picture(figure: Any, target: Path, key: str) -> None:
     """Write a matplotlib figure atomically. Raise ConfigError about `key` if the target cannot be written."""
+    from fedloom.report.style import drawing
+
     draft = target.with_name(f".{target.stem}.tmp{target.suffix}")
     try:
-        figure.savefig(draft)
+        with drawing():
+            figure.savefig(draft)
         draft.replace(target)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}={target}: {str(error).splitlines()[0]}") from None
