@@ -46,3 +46,14 @@ windows = (waves + rng.normal(0, 0.3, (400, 3, 64))).astype(np.float32)
 names = np.array([f"person-{i}" for i in person])
 np.savez(folder / "windows.npz", x=windows, y=np.array(["rest", "walk", "run"])[activity], client=names)
 np.save(folder / "new-windows.npy", windows[:2])
+
+# Texts: 400 short reviews by four people, most of them with a word for what they think.
+words = {"good": ["good", "great", "lovely", "superb"], "bad": ["bad", "poor", "boring", "weak"]}
+opinion = rng.choice(["good", "bad"], 400)
+things, said = rng.choice(["film", "book", "song", "play"], 400), [rng.choice([*words[o], "long"]) for o in opinion]
+texts = [f"I thought the {thing} was {word}." for thing, word in zip(things, said, strict=True)]
+writers = rng.choice(["ann", "bob", "eve", "tom"], 400)
+pd.DataFrame({"client": writers, "text": texts, "opinion": opinion}).to_csv(folder / "reviews.csv", index=False)
+pd.DataFrame({"text": ["I thought the song was lovely.", "A boring book!"]}).to_csv(
+    folder / "new-reviews.csv", index=False
+)

@@ -322,6 +322,9 @@ class Method:
     keeps_shared: ClassVar[bool] = (
         False  # whether a client keeps its trained copy of the travelling weights for the next round
     )
+    uses_rounds: ClassVar[bool] = (
+        False  # whether a hook depends on `Task.rounds` or `Turn.last`; such runs cannot go on longer
+    )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks of earlier rounds (see `Arrival.age`)
     combines: ClassVar[Combines] = "mean"  # what `aggregate` uses of uplinks (see `sums`)
     needs: ClassVar[tuple[Need, ...]] = ()  # requirements for data and model, with the default hyper-parameters

@@ -159,7 +159,10 @@ def test_unresumable_runs_are_refused(tiny, cli):
     Path("foreign").mkdir()
     assert "finished" in cli("run", "--resume", "mine").err
     assert "not a run folder" in cli("run", "--resume", "foreign").err
-    assert "takes all settings from the folder" in cli("run", "--resume", "mine", "rounds=3").err
+    assert (
+        "takes all settings from the folder, except a higher rounds=N" in cli("run", "--resume", "mine", "seed=3").err
+    )
+    assert "rounds=x: must be one number of rounds" in cli("run", "--resume", "mine", "rounds=x").err
 
 
 def test_the_entry_point():

@@ -21,6 +21,9 @@ from fedloom.config.settings import make_settings
 from fedloom.data import load, partition
 from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment.loop import Experiment, GivenObjects
+from fedloom.experiment.manifest import read_manifest
+from fedloom.experiment.verifying import verify
+from fedloom.methods import FedAvg
 from fedloom.methods.registry import METHODS
 from small import BRIEF, brief, interrupted_after
 
@@ -242,3 +245,47 @@ def test_a_run_with_objects_of_python_needs_the_same_objects_again(tmp_path):
 def test_a_given_partition_contradicts_another_number_of_clients():
     with pytest.raises(ConfigError, match="clients=3: the given partition has 2 clients; remove clients"):
         fedloom.run(data=numbers(), model="mlp", partition=[range(16), range(16, 40)], clients=3, progress=False)
+
+
+class Ending(FedAvg):
+    """A method that depends on the number of rounds."""
+
+    uses_rounds = True
+
+
+def test_a_finished_run_goes_on_longer_with_the_same_results(experiment):
+    whole = experiment("fedper", **SETTINGS)
+    whole.run()
+    short = experiment("fedper", **{**SETTINGS, "rounds": 2})
+    short.run()
+    path = short.folder.path
+    (path / "manifest.sig").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"this run is finished; .* set rounds=N"):
+        Experiment.resume(path)
+    with pytest.raises(ConfigError, match=r"rounds=2: .* has 2 rounds already; give a higher number"):
+        Experiment.resume(path, rounds=2)
+    assert (path / "summary.json").is_file()
+    longer = Experiment.resume(path, rounds=3)
+    summary = longer.run()
+    assert tree.equal(longer.server, whole.server)
+    assert all(tree.equal(longer.engine.client(i)._asdict(), whole.engine.client(i)._asdict()) for i in range(4))
+    same = [key for key in whole.rows[-1] if "accuracy" in key or key == "round"]
+    assert [longer.rows[-1][key] for key in same] == [whole.rows[-1][key] for key in same]
+    assert (summary["rounds"], longer.settings.rounds, len(longer.rows)) == (3, 3, 3)
+    record = read_manifest(path / "manifest.json")
+    assert record["resumed"][-1]["noted"] == ["rounds=3 (was 2)"]
+    assert not (path / "manifest.sig").exists()
+    assert not verify(path).problems
+
+
+def test_runs_that_depend_on_their_number_of_rounds_do_not_go_on(experiment):
+    done = experiment(Ending(), **{**SETTINGS, "rounds": 1})
+    done.run()
+    before = sorted(file.name for file in done.folder.path.iterdir())
+    with pytest.raises(ConfigError, match=r"rounds=2: Ending depends on the number of rounds \(1\); start a new run"):
+        Experiment.resume(done.folder.path, GivenObjects(method=Ending()), rounds=2)
+    joined = experiment("fedper", **{**SETTINGS, "rounds": 1, "join.clients": 1})
+    joined.run()
+    with pytest.raises(ConfigError, match=r"rounds=2: clients join after the last round"):
+        Experiment.resume(joined.folder.path, rounds=2)
+    assert sorted(file.name for file in done.folder.path.iterdir()) == before

@@ -429,3 +429,26 @@ def test_a_comparison_in_python(people, tmp_path):
     with pytest.raises(UsageError, match=r"use seeds=\[\.\.\.\]"):
         fedloom.compare(["fedavg"], seed=1)
     assert not (tmp_path / "d").exists()
+
+
+def test_texts_are_predicted_and_continued(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for name in ("ann", "bob"):
+        (tmp_path / "texts" / f"{name}.txt").write_text("abcd " * 200)
+    data = fedloom.load_data(tmp_path / "texts", task="language", length=12)
+    common = {"progress": False, "engine": {"name": "sequential"}, "method.lr": 0.02, "method.optimizer": "adam"}
+    run = fedloom.run("fedavg", data=data, model="lm_lstm", rounds=4, out=tmp_path / "lm", **common)
+    opened = fedloom.open(run.folder)
+    assert opened.generate("bob", "abcd ab", 8) == "abcd abcd abcd "
+    drawn = opened.generate("server", "abcd", 20, temperature=3.0, seed=1)
+    assert drawn == opened.generate("server", "abcd", 20, temperature=3.0, seed=1)
+    assert drawn != opened.generate("server", "abcd", 20, temperature=3.0, seed=2)
+    with pytest.raises(UsageError, match="n must be at least 1"):
+        opened.generate("bob", "a", 0)
+    rows = "".join(f"{'good nice fine' if i % 2 else 'bad sad poor'} {'abc'[i % 3]},{i % 2}\n" for i in range(80))
+    (tmp_path / "reviews.csv").write_text("words,label\n" + rows)
+    reviews = fedloom.load_data(tmp_path / "reviews.csv", text="words", label="label", tokens="words")
+    run = fedloom.run("fedavg", data=reviews, model="text_mean", clients=2, rounds=4, out=tmp_path / "t", **common)
+    assert fedloom.open(run.folder).predict(0, ["nice and fine", "how sad"]).tolist() == ["1", "0"]
+    with pytest.raises(UsageError, match=r"needs a run with data\.task=language"):
+        run.generate(0, "good")

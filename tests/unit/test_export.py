@@ -10,6 +10,7 @@ import torch
 
 from fedloom.config.settings import make_settings
 from fedloom.data import from_arrays
+from fedloom.data.preprocess import Preprocess
 from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.method import predict_model
 from fedloom.methods.registry import METHODS
@@ -113,6 +114,8 @@ def test_the_metadata_turn_a_picture_into_an_input(tmp_path):
     facts = onnxruntime.InferenceSession(str(tmp_path / "model.onnx")).get_modelmeta().custom_metadata_map
     assert facts.items() >= described(run, 0).items()
     assert (facts["method"], facts["client"], json.loads(facts["input_shape"])) == ("fedproto", "0", [1, 8, 8])
+    preprocess = Preprocess.parse(facts["preprocess.json"], "metadata")
+    assert (preprocess.spec.shape, preprocess.objective.names) == ((1, 8, 8), tuple("0123456789"))
     assert json.loads(facts["classes"]) == [str(digit) for digit in range(10)]
     mean, std = (torch.tensor(json.loads(facts[key]))[:, None, None] for key in ("mean", "std"))
     pixels = run.data.dataset.images[torch.as_tensor(run.data.partition.test[0])] / 255

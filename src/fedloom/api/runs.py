@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -133,6 +133,18 @@ class Run:
         """
         return self._predictions.score(client, data, adapt, batch)
 
+    def generate(self, client: int | str, text: str, n: int = 80, *, temperature: float = 0.0, seed: int = 0) -> str:
+        """Return a text and its continuation by a language model.
+
+        Args:
+            client: as for `predict`.
+            text: the beginning.
+            n: the largest number of new tokens (words, characters or bytes); the text ends earlier at the token for an end.
+            temperature: 0 takes the most probable token; above 0, tokens are drawn, and a higher value makes them more random.
+            seed: fixes the draws.
+        """
+        return self._predictions.generate(client, text, n=n, temperature=temperature, seed=seed)
+
     def model(self, client: int | str, *, adapt: bool = True) -> PersonalModel:
         """Return a model in evaluation mode; `client` and `adapt` as for `predict`. `model(x)` gives outputs, such as logits (B, Y).
 
@@ -213,14 +225,17 @@ def resume(
     partition: Any = None,
     progress: bool = True,
     accept_changes: bool = False,
+    rounds: int | None = None,
 ) -> Run:
     """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
+
+    With a higher number of `rounds`, a finished run goes on longer. It keeps the scores of its former last round.
 
     Other settings, versions or code than at the start are refused, unless `accept_changes` is true; the run then records them.
     If the run was started with Python objects, pass the same objects again. Everything given by name is read from the folder's config.
     """
     parts = GivenObjects(method=method, dataset=data, model=model, partition=partition)
-    return _run(Experiment.resume(folder, parts, accept_changes), progress)
+    return _run(Experiment.resume(folder, parts, accept_changes, rounds), progress)
 
 
 def open(
@@ -262,6 +277,7 @@ def load_data(
     path_or_name: str | Path,
     *,
     label: str | None = None,
+    text: str | Sequence[str] | None = None,
     task: Literal["classification", "multilabel", "regression", "language"] | None = None,
     split: str | None = None,
     owner: str | None = None,
@@ -273,6 +289,7 @@ def load_data(
     Args:
         path_or_name: a known name (`fedloom list datasets`), or a file or folder (docs/data.md).
         label: the label column of a table, or several, separated by commas.
+        text: the column of a table with texts, or several.
         task: the learning task; default: by the labels.
         split: the column of a table that says train or test.
         owner: the column of a table that names the owner of each example, or "folder" for pictures in one folder per owner.
@@ -284,7 +301,7 @@ def load_data(
     """
     known = str(path_or_name).lower().replace("_", "-") in SOURCES
     by_folder = owner == "folder"
-    values: Values = {"label": label, "task": task, "split": split, "missing": missing, **options}
+    values: Values = {"label": label, "text": text, "task": task, "split": split, "missing": missing, **options}
     values |= {"name": str(path_or_name)} if known else {"path": str(path_or_name), "name": options.get("name", "mine")}
     values |= {"owner": owner} if by_folder else {}
     given = {"data": {key: value for key, value in values.items() if value is not None}}

@@ -25,6 +25,7 @@ RUN_EXAMPLES = """\
   fedloom run configs/mnist-fedrir.toml seed=1 --json
   fedloom run method=my.py:Mine model=my.py:Net out=runs/mine
   fedloom run --resume runs/mine                       continue an interrupted run, with the same results bit for bit
+  fedloom run --resume runs/mine rounds=40             go on longer, also if the run is finished
   fedloom run method=fedrir --sign ~/.ssh/id_ed25519   sign the finished run (fedloom verify --key checks it)
 
 """
@@ -68,8 +69,9 @@ def run_command(words: Sequence[str]) -> int:
     from fedloom.experiment.loop import Experiment
 
     if given.resume is not None:
-        _refuse_settings(given.words, "run")
-        experiment = Experiment.resume(given.resume, accept_changes=given.accept_changes)
+        experiment = Experiment.resume(
+            given.resume, accept_changes=given.accept_changes, rounds=_more_rounds(given.words)
+        )
     else:
         values = read_values(given.words)
         refuse_several(values)
@@ -184,10 +186,22 @@ def _read(parser: Parser, words: Sequence[str]) -> Any:
     return given
 
 
+def _more_rounds(words: Sequence[str]) -> int | None:
+    """Return N of `rounds=N`, the only setting that a resumed run takes."""
+    _refuse_settings([word for word in words if not word.startswith("rounds=")], "run")
+    if not words:
+        return None
+    text = words[-1].removeprefix("rounds=")
+    if len(words) > 1 or not text.isdecimal():
+        raise ConfigError(f"{words[-1]}: must be one number of rounds")
+    return int(text)
+
+
 def _refuse_settings(words: Sequence[str], command: str) -> None:
     if words:
+        but = ", except a higher rounds=N" if command == "run" else ""
         raise ConfigError(
-            f"'{words[0]}': fedloom {command} --resume takes all settings from the folder; remove this argument"
+            f"'{words[0]}': fedloom {command} --resume takes all settings from the folder{but}; remove this argument"
         )
 
 

@@ -75,6 +75,13 @@ class TextCoder(BaseModel):
         places = self._places
         return [token if isinstance(token, int) else places.get(token, UNKNOWN) for token in tokens]
 
+    def text_of(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids from 4, as the continuation of another text."""
+        if self.tokens == "bytes":
+            return bytes(i - N_SPECIAL for i in ids).decode("utf-8", "replace")
+        words = [self.words[i - N_SPECIAL] for i in ids]
+        return "".join(words) if self.tokens == "chars" else "".join(f" {word}" for word in words)
+
     @functools.cached_property
     def _places(self) -> dict[str, int]:
         return {word: i for i, word in enumerate(self.words, start=N_SPECIAL)}

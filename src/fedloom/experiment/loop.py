@@ -36,10 +36,10 @@ from fedloom.experiment.evaluation import Scores, Scoring
 from fedloom.experiment.joining import join_newcomers
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.experiment.private import combination_of, rounds_within_budget, with_noise
-from fedloom.experiment.resuming import refuse_damage, refuse_missing_objects, resumable
+from fedloom.experiment.resuming import check_longer, longer, refuse_damage, refuse_missing_objects, resumable
 from fedloom.experiment.roll_back import RollBack
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.experiment.saving import describe_run, refuse_deployed, restore_run, save_run, write_summary
+from fedloom.experiment.saving import describe_run, extend_run, refuse_deployed, restore_run, save_run, write_summary
 from fedloom.experiment.server_hooks import ServerSide
 from fedloom.experiment.trackers import Tracker, check_trackers, make_trackers
 from fedloom.experiment.uplink_check import require_finite
@@ -143,16 +143,27 @@ class Experiment:
         return folder
 
     @classmethod
-    def resume(cls, path: str | Path, parts: GivenObjects = NOTHING, accept_changes: bool = False) -> Experiment:
+    def resume(
+        cls,
+        path: str | Path,
+        parts: GivenObjects = NOTHING,
+        accept_changes: bool = False,
+        rounds: int | None = None,
+    ) -> Experiment:
         """Resume a run from its latest checkpoint, or from the start if there is none yet.
 
         `accept_changes`: accept other settings, versions or code, and record them (`fedloom.experiment.resuming`).
+        `rounds`: a higher number of rounds; a finished run then goes on longer.
         """
-        with resumable(path, accept_changes) as folder:
+        with resumable(path, accept_changes, rounds) as folder:
             refuse_deployed(folder)
-            settings = make_settings(read_toml(folder.path / "config.toml"))
+            before = make_settings(read_toml(folder.path / "config.toml"))
+            settings = longer(before, rounds, path)
             refuse_missing_objects(path, settings, parts.names, "resume it there with the same objects, {call}")
             experiment = cls(settings, parts, folder)
+            check_longer(experiment, before.rounds)
+            if rounds is not None:
+                extend_run(experiment, before.rounds)
             experiment.forget_unsaved()
         return experiment
 

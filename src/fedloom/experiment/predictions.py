@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom.data.preprocess import TokenInput
+from fedloom.data.text import END, PADDING, START, UNKNOWN, packed, stream
 from fedloom.errors import ConfigError, UsageError, suggest
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.loop import Experiment
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.inputs import Inputs, map_inputs, n_examples
 from fedloom.objectives import Classification, MultiLabel, Objective
+from fedloom.rng import Stream
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -112,6 +116,33 @@ class Predictions:
         with arithmetic(self._experiment.settings):
             outputs = self._computed(model, preprocess.prepared(stored, self.number(client)), batch)
         return self.objective.metrics(self.objective.scores(outputs, targets, [len(targets)])[0])
+
+    def generate(self, client: int | str, text: str, *, n: int = 80, temperature: float = 0.0, seed: int = 0) -> str:
+        """Return the text and its continuation (see `Run.generate`)."""
+        part = self._experiment.data.preprocess.inputs[0]
+        coder = part.text if isinstance(part, TokenInput) else None
+        if self.objective.task != "language" or coder is None:
+            raise ConfigError(
+                "generate: needs a run with data.task=language on texts (data.text=COLUMN, or text files)"
+            )
+        if n < 1 or not 0 <= temperature < math.inf:
+            raise ConfigError(
+                f"generate: n={n}, temperature={temperature}: n must be at least 1, and temperature 0 or more"
+            )
+        model, rng = self.model(client), Stream(seed, "generate").numpy
+        ids, found = coder.numbered(stream([text], coder.tokens, coder.case)) or [END], list[int]()
+        with arithmetic(self._experiment.settings):
+            for _ in range(n):
+                window = [*ids, *found][-coder.length :]
+                x = packed([window], coder.length, coder.size).to(torch.int64)
+                logits = self._computed(model, x, 1)[0, len(window) - 1].double()
+                logits[[PADDING, UNKNOWN, START]] = -math.inf
+                chances = (logits / temperature).softmax(0).numpy() if temperature else None
+                best = int(logits.argmax()) if chances is None else int(rng.choice(len(chances), p=chances))
+                if best == END:
+                    break
+                found.append(best)
+        return text + coder.text_of(found)
 
     def _computed(self, model: PersonalModel, x: Inputs, batch: int) -> Tensor:
         starts = range(0, n_examples(x), batch)

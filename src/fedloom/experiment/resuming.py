@@ -33,6 +33,7 @@ from fedloom.experiment.manifest import (
 )
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.inputs import tensors_of
+from fedloom.method import Method
 from fedloom.models.zoo import ZOO
 
 if TYPE_CHECKING:
@@ -116,15 +117,19 @@ class Resumption:
 
 
 @contextmanager
-def resumable(path: str | Path, accept: bool) -> Iterator[RunFolder]:
-    """Lock and check (see `Resumption`) the folder of an interrupted run, and yield it. On an error, unlock it.
+def resumable(path: str | Path, accept: bool, rounds: int | None = None) -> Iterator[RunFolder]:
+    """Lock and check (see `Resumption`) the folder of a run, and yield it. On an error, unlock it.
+
+    `rounds`: a higher number of rounds, with which a finished run goes on.
 
     Raises:
         RunFolderError: the run is finished, its folder is being written, or a check failed.
     """
     folder = RunFolder.open(Path(path))
-    if (folder.path / "summary.json").exists():
-        raise RunFolderError(f"{path}: this run is finished; there is nothing to resume")
+    if (folder.path / "summary.json").exists() and rounds is None:
+        raise RunFolderError(
+            f"{path}: this run is finished; there is nothing to resume (to go on longer, set rounds=N)"
+        )
     folder.lock()
     try:
         folder.resumption = Resumption(folder, accept)
@@ -132,6 +137,32 @@ def resumable(path: str | Path, accept: bool) -> Iterator[RunFolder]:
     except BaseException:
         folder.unlock()
         raise
+
+
+def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings:
+    """Return the settings with more rounds. Raise ConfigError if the run cannot go on longer."""
+    if rounds is None:
+        return settings
+    if rounds <= settings.rounds:
+        raise ConfigError(f"rounds={rounds}: {path} has {settings.rounds} rounds already; give a higher number")
+    if settings.join.clients:
+        raise ConfigError(f"rounds={rounds}: clients join after the last round (join.clients); start a new run")
+    if settings.privacy.noise is not None or settings.privacy.epsilon is not None:
+        raise ConfigError(f"rounds={rounds}: the privacy budget was set for {settings.rounds} rounds; start a new run")
+    return make_settings(settings.model_dump(exclude_none=True) | {"rounds": rounds})
+
+
+def check_longer(experiment: Experiment, before: int) -> None:
+    """Raise ConfigError if what the method does depends on the number of rounds, which was `before`."""
+    method, rounds = experiment.method, experiment.settings.rounds
+    if rounds != before and (method.uses_rounds or type(method).finish is not Method.finish):
+        raise ConfigError(
+            f"rounds={rounds}: {type(method).__name__} depends on the number of rounds ({before}); start a new run"
+        )
+    if rounds != before and not experiment.folder.has_checkpoint():
+        raise ConfigError(
+            f"rounds={rounds}: the run has no checkpoint to go on from (checkpoint_every=0); start a new run"
+        )
 
 
 def refuse_damage(folder: RunFolder, record: Manifest) -> None:

@@ -13,8 +13,10 @@ from fedloom.experiment import metrics
 from fedloom.experiment.accounting import Accounting
 from fedloom.experiment.build import arithmetic
 from fedloom.experiment.environment import environment
+from fedloom.experiment.manifest import MANIFEST
 from fedloom.experiment.resuming import run_facts
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
+from fedloom.experiment.signing import SIGNATURE
 from fedloom.method import Client
 from fedloom.tree import Tree
 
@@ -35,6 +37,16 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
     folder.write("partition.json", json.dumps(_partition_record(experiment)))
     folder.write(PREPROCESS, experiment.data.preprocess.text())
     folder.facts = run_facts(experiment, folder)
+
+
+def extend_run(experiment: Experiment, before: int) -> None:
+    """Write the higher number of rounds, and remove what says that the run is finished: its summary, manifest and signature."""
+    folder = experiment.folder
+    folder.write("config.toml", to_toml(experiment.settings))
+    for name in ("summary.json", SIGNATURE, MANIFEST):
+        (folder.path / name).unlink(missing_ok=True)
+    if folder.resumption:
+        folder.resumption.noted.append(f"rounds={experiment.settings.rounds} (was {before})")
 
 
 def _partition_record(experiment: Experiment) -> Row:

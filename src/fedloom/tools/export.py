@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fedloom._version import __version__
 from fedloom.accelerator import torch_threads
+from fedloom.data.preprocess import PREPROCESS
 from fedloom.engines import process_memory
 from fedloom.errors import FedloomError, RunFolderError, UsageError
 from fedloom.experiment.build import arithmetic
@@ -192,6 +193,7 @@ def described(experiment: Experiment, i: int) -> dict[str, str]:
         "input_shape": json.dumps(list(data.input_shape)),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
+        PREPROCESS: data.preprocess.text(),
         "output": f"float32 (batch, {positions}{data.objective.n_outputs}) {OUTPUTS[data.objective.task]}",
     }
 
