@@ -1,4 +1,4 @@
-"""Make the small files of docs/your-data.md: a table, pictures and sensor windows.
+"""Make the small files of docs/your-data.md: a table, pictures, sensor windows and texts.
 
 usage: python examples/make_files.py [FOLDER]
 """

@@ -57,3 +57,10 @@ run = fedloom.run(
     **{"method.lr": 0.05, "model.linear": False},
 )
 print(run.predict("person-0", "my-data/new-windows.npy"))
+
+# %% Texts in a column of a table.
+reviews = fedloom.load_data("my-data/reviews.csv", text="text", label="opinion")
+run = fedloom.run(
+    "fedper", data=reviews, model="text_mean", rounds=8, progress=False, out=out / "reviews", **{"method.lr": 2}
+)
+print(run.predict("ann", ["I thought the song was lovely.", "A boring book!"]))

@@ -17,7 +17,7 @@ HOME = Path(__file__).parent.parent
 PAGE = (HOME / "docs" / "your-data.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(python|bash)\n(.*?)```", PAGE, re.DOTALL)
 COMMANDS = [line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()]
-CHANCE = {"risk": 0.5, "shapes": 1 / 3, "windows": 1 / 3}
+CHANCE = {"risk": 0.5, "shapes": 1 / 3, "windows": 1 / 3, "reviews": 0.5}
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_the_first_section_with_one_round(place, capsys, monkeypatch):
 
 
 def test_every_key_on_the_page_is_accepted_and_every_section_has_a_prediction():
-    assert sum(" predict " in command for command in COMMANDS) == PAGE.count("fedloom predict ") == 4
+    assert sum(" predict " in command for command in COMMANDS) == PAGE.count("fedloom predict ") == 5
     assert all("centralised" in command for command in COMMANDS if " compare " in command)
 
 
@@ -79,3 +79,4 @@ def test_the_script(place, capsys, monkeypatch):
     printed = execute("python examples/your_data.py out", capsys, monkeypatch)
     assert "['square']" in printed
     assert "['walk' 'walk']" in printed
+    assert "['good' 'bad']" in printed
