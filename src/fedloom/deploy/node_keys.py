@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
+from fedloom.errors import ConfigError
+
 PREVIOUS = ".previous"  # suffix of a node's name in the file name of its previous key
 UNTIL = "until="
 WINDOW_S = (-5.0, 305.0)  # age of a signed timestamp; the same as Flower's
@@ -53,7 +55,7 @@ class NodeKey(NamedTuple):
 
 
 def read_key(file: Path) -> NodeKey:
-    """Read a file with a public key. Raise ValueError if it has none, or OSError if it cannot be read."""
+    """Read a file with a public key. Raise ConfigError if it has none, or OSError if it cannot be read."""
     content = file.read_bytes()
     try:
         public = load_ssh_public_key(content)
@@ -61,9 +63,9 @@ def read_key(file: Path) -> NodeKey:
         words = comment[0].split() if comment else []
         until = [datetime.fromisoformat(word.removeprefix(UNTIL)) for word in words if word.startswith(UNTIL)]
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ValueError(f"{file}: is not a public key in OpenSSH format ({error})") from None
+        raise ConfigError(f"{file}: is not a public key in OpenSSH format ({error})") from None
     if not isinstance(public, ec.EllipticCurvePublicKey) or any(end.tzinfo is None for end in until):
-        raise ValueError(f"{file}: is not an ECDSA key, or the end of its validity has no time zone")
+        raise ConfigError(f"{file}: is not an ECDSA key, or the end of its validity has no time zone")
     return NodeKey(file.stem.removesuffix(PREVIOUS), public, min(until, default=None), file)
 
 
@@ -151,6 +153,6 @@ def _read_or_report(file: Path) -> NodeKey | None:
         return read_key(file)
     except FileNotFoundError:  # removed meanwhile
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ConfigError) as error:
         print(f"ignored: {error}", file=sys.stderr, flush=True)
         return None
