@@ -13,14 +13,17 @@ from fedloom.config.settings import make_settings
 from fedloom.engines.wrappers import Wrapper
 from fedloom.errors import ConfigError, MethodError
 from fedloom.experiment.combination import RobustCombination
-from fedloom.experiment.exclusions import EXCLUSIONS, refuse_exclusions
+from fedloom.experiment.exclusions import EXCLUSIONS, refuse_exclusions, says_how_it_combines
 from fedloom.experiment.loop import Experiment
 from fedloom.method import Downlink, Round
 from fedloom.methods.registry import METHODS, method_class
 from fedloom.rng import Stream
 from small import SMALL, brief, changed, interrupted_after
 
-MEANS = [name for name in METHODS if method_class(name).combines == "mean" and name not in ("local", "centralised")]
+MEANS = [
+    "fedavg",
+    *(name for name in METHODS if "aggregate" in vars(method_class(name)) and method_class(name).combines == "mean"),
+]
 ROUNDS = {"clients": 6, "aggregate": "geometric"}
 
 
@@ -139,6 +142,10 @@ def test_settings_that_exclude_each_other_are_refused_in_one_line(experiment, me
         experiment(method, **dict(word.split("=") for word in words.split()))
     assert str(caught.value).startswith(REFUSED[method, words])
     assert "\n" not in str(caught.value)
+
+
+def test_all_methods_state_what_they_need_of_the_uplinks():
+    assert [name for name in METHODS if not says_how_it_combines(method_class(name))] == []
 
 
 def test_a_method_that_overrides_aggregate_must_state_what_it_needs():

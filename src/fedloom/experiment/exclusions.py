@@ -75,7 +75,7 @@ _NO_STATEMENT = (
 EXCLUSIONS: tuple[Exclusion, ...] = (
     Exclusion(
         "privacy.noise=Z",
-        "methods that use each uplink individually (FedMR)",
+        "methods that use each uplink individually (`combines`), such as FedMR",
         lambda plan: plan.private and plan.method.combines == "individual",
         "{method} uses each uplink individually, so there is no sum to which noise could be added; use another method",
     ),
@@ -150,7 +150,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     Exclusion(
         "aggregate=RULE",
-        "methods that use each uplink individually (FedMR)",
+        "methods that use each uplink individually (`combines`), such as FedMR",
         lambda plan: _rule(plan) and plan.method.combines == "individual",
         "{method} uses each uplink individually; set screen.norm, or use another method, such as fedavg",
     ),

@@ -14,6 +14,7 @@ from fedloom.method import (
     Architecture,
     Batch,
     Client,
+    Combines,
     Downlink,
     Logs,
     Method,
@@ -69,6 +70,7 @@ class FedDBE(Method):
 
     also_travels: ClassVar[tuple[str, ...]] = ("mean",)
     needs: ClassVar[tuple[Need, ...]] = ("vector", "head")
+    combines: ClassVar[Combines] = "mean"
     paper: ClassVar[Paper] = Paper(
         "Eliminating domain bias for federated learning in representation space",
         "Zhang, Hua, Cao, Wang, Song, Xue, Ma, Guan",
