@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import fedloom
@@ -76,11 +77,10 @@ def test_predictions_for_rows_of_a_table(patients, tmp_path):
     pool = data.load("mine", tmp_path / "patients.csv", table=data.TableOptions(label="ill", drop=("hospital",)))
     words = {"clients": 2, "partition": "iid", "rounds": 30, "engine": "sequential", "out": tmp_path / "done"}
     run = fedloom.run(METHODS["fedavg"](lr=0.3), data=pool, model="table_mlp", **words)
-    some = {name: values[:6].numpy() for name, values in pool.inputs.items()}
-    assert run.predict(0, some).tolist() == ["no", "yes", "no"] * 2
-    some["categories"] = some["categories"] + 1
-    with pytest.raises(DataError, match="category values must be below 4, but one is 4"):
-        run.predict(0, some)
+    rows = pd.read_csv(tmp_path / "patients.csv").head(6)
+    assert run.predict(0, rows).tolist() == ["no", "yes", "no"] * 2
+    with pytest.raises(DataError, match="the columns do not form a table"):
+        run.predict(0, {name: values[:6].numpy() for name, values in pool.inputs.items()})  # stored, not raw
 
 
 def test_a_run_on_arrays(cli, tmp_path):
