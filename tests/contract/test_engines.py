@@ -500,6 +500,7 @@ WITHOUT_GRAM_LAYERS = {
     "fedmr",
     "fedmut",
     "fedpac",
+    "fedrir_moments",
     "fedprox",
     "fedrir",
     "scaffold",

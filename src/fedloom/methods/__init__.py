@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fedloom.methods.fedprox import FedProx as FedProx
     from fedloom.methods.fedrep import FedRep as FedRep
     from fedloom.methods.fedrir import FedRIR as FedRIR
+    from fedloom.methods.fedrir_moments import FedRIRMoments as FedRIRMoments
     from fedloom.methods.fedrod import FedRoD as FedRoD
     from fedloom.methods.fedtgp import FedTGP as FedTGP
     from fedloom.methods.fedvtc import FedVTC as FedVTC

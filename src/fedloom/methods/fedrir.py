@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
@@ -206,7 +207,12 @@ class FedRIR(Method):
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Return the loss of head([f_g, f_cs]) (cross-entropy for classes) plus idm_weight times the information term."""
-        features = batch.precomputed or self.features(nets, batch.x)
+        return self.loss_of(batch.precomputed or self.features(nets, batch.x), nets, batch, down)
+
+    def loss_of(
+        self, features: Mapping[str, Tensor], nets: Nets, batch: Batch, down: Tree
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return `loss` and its logs for the batch's features."""
         outputs = nets.head(torch.cat(list(features.values()), 1))
         error = nets.loss(outputs, batch.y)
         if not self.informs:
