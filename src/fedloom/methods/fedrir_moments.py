@@ -38,6 +38,11 @@ class FedRIRMoments(FedRIR):
     combines: ClassVar[Combines] = "individual"
     needs: ClassVar[tuple[Need, ...]] = (*FedRIR.needs, "classes")
 
+    @property
+    def needed(self) -> frozenset[Need]:
+        """FedRIR's needs, and classes."""
+        return super().needed | {"classes"}
+
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return zero counts, sums and squares of f_g by class."""
         return {"moments": feature_statistics.zeros("class", task.n_classes, task.width)}
