@@ -52,14 +52,14 @@ def connects(folder, *, wait_s=25.0, plaintext=False):
 def test_an_unregistered_key_is_refused(stranger):
     private, _ = node_key_bytes(new_node_key())
     (stranger / "node.key").write_bytes(private)
-    inside, printed = connects(stranger)
+    inside, printed = connects(stranger, wait_s=90.0)
     assert not inside, printed
     assert "Failed to activate SuperNode" in printed, printed
 
 
 def test_a_server_of_another_authority_is_refused(stranger):
     (stranger / "ca.crt").write_bytes(certificate_bytes(new_authority()))
-    inside, printed = connects(stranger)
+    inside, printed = connects(stranger, wait_s=90.0)
     assert not inside, printed
     assert "certificate" in printed.lower(), printed
 
