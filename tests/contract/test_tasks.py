@@ -141,6 +141,7 @@ FITS = {
     "fedproto": {"classification", "two inputs"},
     "fedvtc": set(),  # these inputs are no images
     "fedrir": set(),
+    "fedrir_moments": set(),
 }
 EVERY = set(MODELS)
 
