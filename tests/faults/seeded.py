@@ -95,7 +95,7 @@ AREAS = (
             ),
             Fault(
                 "FedProto predicts classes that have no prototype",
-                'torch.where(down["counts"] > 0, -distance, torch.finfo(features.dtype).min)',
+                "torch.where(known, -distance, torch.finfo(features.dtype).min)",
                 "-distance",
             ),
             Fault(
@@ -162,8 +162,8 @@ AREAS = (
             ),
             Fault(
                 "Ditto pushes the personal model away",
-                "error + self.mu / 2 * losses.squared_distance(nets.params, received)",
-                "error - self.mu / 2 * losses.squared_distance(nets.params, received)",
+                'error + self.mu / 2 * losses.squared_distance(nets.renamed("personal", "model"), received)',
+                'error - self.mu / 2 * losses.squared_distance(nets.renamed("personal", "model"), received)',
             ),
             Fault("FedASAM climbs down", "nets.params[name] + e[name]", "nets.params[name] - e[name]"),
         ),
@@ -178,7 +178,11 @@ AREAS = (
                 "add(moves, values, alpha=-weight_decay)",
             ),
             Fault("Adam's mean is not corrected for its start", "-lr * scale / (1 - beta1**n)", "-lr * scale"),
-            Fault("a turn has one epoch too many", "for _ in range(epochs):", "for _ in range(epochs + 1):"),
+            Fault(
+                "a turn has one epoch too many",
+                "for _ in range(epochs):\n            order =",
+                "for _ in range(epochs + 1):\n            order =",
+            ),
             Fault("an incomplete last batch is dropped", "elif rest and not self.drop_last:", "elif False:"),
             Fault(
                 "a sweep begins with the statistics of the round before",
@@ -235,8 +239,8 @@ AREAS = (
             ),
             Fault(
                 "the server draws the same in every round",
-                'Stream(self.settings.seed, "server", number)',
-                'Stream(self.settings.seed, "server")',
+                "n, rng = self.task.n_clients, Stream(self.seed, purpose, number)",
+                "n, rng = self.task.n_clients, Stream(self.seed, purpose)",
                 "server_draws",
             ),
             Fault(
@@ -258,8 +262,9 @@ AREAS = (
             ),
             Fault(
                 "lanes walk through the padding of shorter clients",
-                "[_order(phase, lane) for lane in self.here]",
-                "[_order(phase, max(self.here, key=lambda lane: len(lane.context.rows.y))) for lane in self.here]",
+                "phase_batches(phase, lane.context.plan, lane.context.rows, lane.context.rng) for lane in self.here",
+                "phase_batches(phase, lane.context.plan, max((one.context.rows for one in self.here), key=lambda rows: len(rows.y)),"
+                " lane.context.rng) for lane in self.here",
                 "fedavg and mlp and vectorised",
             ),
             Fault(
