@@ -11,7 +11,7 @@ from PIL import Image
 HEAD = "file_name,label\n"
 PAIR = ("p/1.png", "p/2.png")
 MISTAKES = {
-    "no pictures": ((), {"p/cat/notes.txt": "x"}, "", "data.path=p: has neither train.parquet nor pictures in folders"),
+    "no pictures": ((), {"p/cat/notes.pdf": "x"}, "", "data.path=p: has neither train.parquet nor pictures in folders"),
     "no classes": (PAIR, {}, "", "data.path=p: '1.png' is not of the form CLASS/PICTURE; move the pictures, or add metadata.csv"),
     "no classes in a split": (
         ("p/train/1.png", "p/test/2.png"), {}, "", "data.path=p: 'train/1.png' is not of the form CLASS/PICTURE",
@@ -114,7 +114,7 @@ MISTAKES = {
         PAIR, {"p/metadata.jsonl": '{"file_name": "1.png", "label": [1, 0]}\n'}, "",
         "column 'label' has lists, not names of classes; set data.task=multilabel",
     ),
-    "a language": (PAIR, {}, "data.task=language", "data.task=language: files of text are not read yet"),
+    "a language": (PAIR, {}, "data.task=language", "data.task=language: needs texts; set data.text=COLUMN for a table, or give text files (.txt)"),
 }  # fmt: skip
 
 

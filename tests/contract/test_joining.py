@@ -38,6 +38,7 @@ ALL_TRAVELS = {
     "fedasam",
     "fedavg",
     "fedavgm",
+    "fedyogi",
     "fedbn",
     "fedexp",
     "fedgen",

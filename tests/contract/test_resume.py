@@ -233,7 +233,7 @@ def test_a_run_with_objects_of_python_needs_the_same_objects_again(tmp_path):
             RunFolderError, match=rf"not in its folder: {left_out}; .*resume\(FOLDER, {left_out}=\.\.\.\)"
         ):
             fedloom.resume(path, progress=False, **objects)
-    with pytest.raises(RunFolderError, match=r"not in its folder: data, model, partition; in Python, use"):
+    with pytest.raises(RunFolderError, match=r"not in its folder: data, model, partition; open it in Python with"):
         Experiment.reopen(path)
     for other in (numbers(shift=1), numbers(loss="huber"), numbers(classes=["height"])):
         with pytest.raises(RunFolderError, match="its data differ from those at its start"):

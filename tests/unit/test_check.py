@@ -62,7 +62,7 @@ def test_a_downlink_that_is_changed_in_place_is_found(check):
         "        return super().uplink(client, received, down, turn)\n"
     )
     assert found[-1].kept is False
-    assert "changed in place" in found[CONTRACT].note
+    assert "in place; its inputs are read-only" in found[CONTRACT].note
 
 
 def test_a_private_net_in_the_uplink_is_found(check):
@@ -167,7 +167,7 @@ MISTAKES = {
     ),
     "a wrong signature": (
         "    def loss(self, nets, batch):\n        return F.cross_entropy(nets.model(batch.x), batch.y)\n",
-        "docs/design.md lists the signatures of all hooks",
+        "docs/contract.md describes all hooks",
     ),
     "state on the method": (
         "    def aggregate(self, server, uplinks, round):\n        self.last = server\n        return server\n",
