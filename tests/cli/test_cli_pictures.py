@@ -114,7 +114,7 @@ MISTAKES = {
         PAIR, {"p/metadata.jsonl": '{"file_name": "1.png", "label": [1, 0]}\n'}, "",
         "column 'label' has lists, not names of classes; set data.task=multilabel",
     ),
-    "a language": (PAIR, {}, "data.task=language", "data.task=language: needs texts; set data.text=COLUMN for a table, or give text files (.txt)"),
+    "a language": (PAIR, {}, "data.task=language", "data.task=language: needs texts; set data.text=COLUMN"),
 }  # fmt: skip
 
 

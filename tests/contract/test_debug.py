@@ -151,7 +151,7 @@ def test_a_client_that_changes_without_working_is_named(experiment):
 
 def test_a_broken_rule_is_named_on_any_inner_engine(experiment):
     run = experiment(Scribbler(), engine="debug")
-    with pytest.raises(MethodError, match="changes .* in place"):
+    with pytest.raises(MethodError, match=r"changes .* in place"):
         run.run()
 
 
