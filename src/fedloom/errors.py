@@ -75,6 +75,11 @@ def is_own_code(file: str) -> bool:
     return not (file.startswith((HOME, sys.prefix, sys.base_prefix, "<")) or "site-packages" in file)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 MOST_NEAR = 5  # suggestions at once
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedloom.errors import ConfigError, suggest
+from fedloom.errors import ConfigError, first_line, suggest
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -203,6 +203,6 @@ def save_picture(figure: Any, target: Path, key: str) -> None:
             figure.savefig(draft)
         draft.replace(target)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={target}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{key}={target}: {first_line(error)}") from None
     finally:
         draft.unlink(missing_ok=True)

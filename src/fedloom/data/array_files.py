@@ -14,7 +14,7 @@ import numpy.typing as npt
 from fedloom.data.arrays import from_arrays
 from fedloom.data.dataset import Dataset
 from fedloom.data.subset import choose_rows
-from fedloom.errors import DataError
+from fedloom.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def _reading(file: Path) -> Any:
             loaded = np.load(stream, allow_pickle=False)
             return {key: loaded[key] for key in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "allow_pickle" in reason:
             reason = "it has Python objects, which are not read; save numbers or fixed-width text"
         raise DataError(f"{file}: cannot be read as arrays: {reason}") from error

@@ -11,7 +11,7 @@ import pyarrow as pa
 from fedloom.data.table_columns import TableColumn, check_levels, typed
 from fedloom.data.table_files import own_type
 from fedloom.data.tables import TypedInputs, column_inputs
-from fedloom.errors import DataError
+from fedloom.errors import DataError, first_line
 
 
 def read_frame(x: Any, x_test: Any) -> TypedInputs:
@@ -74,5 +74,4 @@ def _own(values: pd.Series[Any], name: str, where: str) -> pd.Series[Any]:
     try:
         return own_type(pa.chunked_array([pa.Array.from_pandas(values)]), where, name)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{where}, column '{name}': has values of several types ({reason})") from error
+        raise DataError(f"{where}, column '{name}': has values of several types ({first_line(error)})") from error

@@ -16,7 +16,7 @@ from fedloom.data.arrays import from_arrays
 from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import Request
 from fedloom.data.subset import choose_rows
-from fedloom.errors import DataError
+from fedloom.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ def _numbers(file: Path, width: int) -> npt.NDArray[np.float32]:
     except FileNotFoundError:
         raise DataError(f"{file}: file does not exist") from None
     except (OSError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise DataError(f"{file}: must have {width} numbers in every line ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{file}: must have {width} numbers in every line ({first_line(error)})") from error
     if found.shape[1] != width or not np.isfinite(found).all():
         raise DataError(f"{file}: must have {width} numbers in every line, without gaps")
     return np.ascontiguousarray(found, np.float32)

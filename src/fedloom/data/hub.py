@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.layouts import TEST_NAMES, find_idx, find_leaf
-from fedloom.errors import DataError, suggest
+from fedloom.errors import DataError, first_line, suggest
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
 
@@ -137,6 +137,5 @@ def _download(name: str, source: Source, target: Path, first: Path) -> Path:
     except DataError:
         raise
     except Exception as error:  # the hub's client raises many kinds of errors when offline
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise DataError(f"data={name}: download of {source.hub} failed ({reason[0]}); {advice}") from error
+        raise DataError(f"data={name}: download of {source.hub} failed ({first_line(error)}); {advice}") from error
     return target

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
 
-from fedloom.errors import DataError, suggest
+from fedloom.errors import DataError, first_line, suggest
 
 PREFIX: Final = "hub:"
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -94,10 +94,9 @@ def _download(repository: Repository, revision: str | None, home: Path) -> str:
     except DataError:
         raise
     except Exception as error:  # the hub's client raises many kinds of errors when offline
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         kept = sorted(p.parent.name for p in home.glob(f"*/{repository.mark}") if not p.parent.name.endswith(".part"))
         hint = f"; downloaded are data.revision={', '.join(kept)}" if kept else ""
-        raise DataError(f"data={repository.shown}: download failed ({reason}){hint}") from error
+        raise DataError(f"data={repository.shown}: download failed ({first_line(error)}){hint}") from error
     return sha
 
 

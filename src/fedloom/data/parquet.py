@@ -21,7 +21,7 @@ from fedloom.data.dataset import Column, Dataset, validated
 from fedloom.data.pictures import decode_picture
 from fedloom.data.subset import choose_rows
 from fedloom.data.targets import objective_for
-from fedloom.errors import DataError, suggest
+from fedloom.errors import DataError, first_line, suggest
 
 LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
 _FORMAT = 3  # part of the cache key: increment it when decoding changes
@@ -77,7 +77,7 @@ def _decode_pool(name: str, train: list[Path], test: list[Path], choice: Choice)
     try:
         table = pa.concat_tables(facts, promote_options="permissive")
     except pa.ArrowException as error:
-        raise DataError(f"data={name}: the files have different columns ({_line(error)})") from error
+        raise DataError(f"data={name}: the files have different columns ({first_line(error)})") from error
     if not table.num_rows:
         raise DataError(f"data={name}: {train[0]} has no rows")
     n_train = sum(_open(file).metadata.num_rows for file in train)
@@ -127,12 +127,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as a parquet file ({_line(error)})") from error
-
-
-def _line(error: Exception) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{file}: cannot be read as a parquet file ({first_line(error)})") from error
 
 
 def _key(name: str, files: list[Path], choice: Choice) -> str:

@@ -16,7 +16,7 @@ from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import Request
 from fedloom.data.subset import choose_rows
 from fedloom.data.windows import ALPHABET, OVERLAP, char_ids, split_windows
-from fedloom.errors import DataError
+from fedloom.errors import DataError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def read_shakespeare(asked: Request, folder: Path) -> Dataset:
             f"{file}: file does not exist; give its folder, or LEAF's folder with train/*.json and test/*.json"
         ) from None
     except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise DataError(f"{file}: must have the columns {', '.join(COLUMNS)} ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{file}: must have the columns {', '.join(COLUMNS)} ({first_line(error)})") from error
     if not roles:
         raise DataError(f"{file}: has no rows")
     inputs, labels = np.concatenate(x), np.concatenate(y).astype(np.int64)

@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedloom.errors import DataError
+from fedloom.errors import DataError, first_line
 
 _SEPARATORS = ",;\t|"
 
@@ -180,8 +180,7 @@ def _reading(file: Path, encoding: str) -> Iterator[None]:
     except LookupError as error:
         raise DataError(f"data.encoding={encoding}: unknown encoding; use utf-8, latin-1 or another one") from error
     except (OSError, EOFError, zlib.error, csv.Error, pd.errors.ParserError, UnicodeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file}: cannot be read as a table ({reason})") from error
+        raise DataError(f"{file}: cannot be read as a table ({first_line(error)})") from error
 
 
 def _bad_line(file: Path, encoding: str) -> int:
@@ -200,8 +199,7 @@ def _parquet(file: Path) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"{file}: cannot be read as a parquet file ({reason})") from error
+        raise DataError(f"{file}: cannot be read as a parquet file ({first_line(error)})") from error
     names = _checked_names([name.strip() for name in table.column_names], str(file))
     columns = {name: own_type(table.column(i), file, name) for i, name in enumerate(names)}
     return pd.DataFrame(columns), np.arange(1, table.num_rows + 1)

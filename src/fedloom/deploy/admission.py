@@ -37,7 +37,7 @@ from fedloom.deploy.files import MAX_FILE, JoinFile, read_file, with_nodes
 from fedloom.deploy.folder import LOOPBACK, REVOKED, Deployment, check_hosts
 from fedloom.deploy.node_keys import PREVIOUS, NodeKey, key_line, read_key
 from fedloom.deploy.services import private_files
-from fedloom.errors import ConfigError
+from fedloom.errors import ConfigError, first_line
 from fedloom.experiment.lock import FolderLock
 
 OVERLAP = timedelta(hours=24)  # how long a replaced key stays valid
@@ -182,7 +182,7 @@ def _read(file: Path) -> NodeRequest:
     except OSError as error:
         raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"{file}: is not a valid request of a node: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{file}: is not a valid request of a node: {first_line(error)}") from None
 
 
 def _compare(deployment: Deployment, action: str, asked: NodeRequest, given: str | None) -> None:

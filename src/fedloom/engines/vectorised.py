@@ -19,6 +19,7 @@ from fedloom.accelerator import HOST, ON_HOST, DeviceBudget, free_bytes
 from fedloom.engines.base import Problem, Reply
 from fedloom.engines.local import CohortMember, note_client
 from fedloom.engines.sequential import Sequential
+from fedloom.errors import first_line
 from fedloom.method import Turn, active_trains
 from fedloom.training.choose import Convolutions
 from fedloom.training.lanes import CannotMapError, client_updates
@@ -94,8 +95,7 @@ class Vectorised(Sequential):
             self._lanes[arch] = len(group) // 2
             log.warning("%d clients side by side exceed the memory; using half as many from now on", len(group))
         except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            log.warning("clients run one after another, because they cannot be vectorised: %s", reason)
+            log.warning("clients run one after another, because they cannot be vectorised: %s", first_line(error))
             self._lanes[arch] = 1
         else:
             for member, end in zip(group, done, strict=True):

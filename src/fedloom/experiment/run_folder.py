@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.errors import RunFolderError, WireError
+from fedloom.errors import RunFolderError, WireError, first_line
 from fedloom.experiment import manifest
 from fedloom.experiment.lock import LOCK, FolderLock
 from fedloom.experiment.manifest import MANIFEST, Manifest, Tally
@@ -147,7 +147,7 @@ class RunFolder:
             table = pd.read_parquet(file) if file.is_file() else pd.DataFrame({"round": []})
             return table[table["round"] <= upto]
         except (OSError, ValueError, TypeError, KeyError) as error:  # pyarrow's errors are ValueErrors
-            raise RunFolderError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
+            raise RunFolderError(f"{file} cannot be read: {first_line(error)}") from None
 
     # metrics, line by line
 
