@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from fedloom.cli.tables import show
-from fedloom.cli.words import Parser, new_picture, output, save_picture
+from fedloom.cli.words import Parser, new_picture, output, plain_and_options, save_picture
 from fedloom.errors import ConfigError, suggest
 from fedloom.experiment.progress import Overall, live
 from fedloom.report import RunRecord, analysis_grids, drawn, read
@@ -26,11 +26,12 @@ Results are written to RUN/analysis/, where they replace an earlier analysis of 
 sets the file for the sharpness curves of all runs. Default: analysis-sharpness.png, in the folder if only one was given, otherwise in the
 current folder.
 """
+OPTIONS = ("out",)
 
 
 def analyse_command(words: Sequence[str]) -> int:
     """Run `fedloom analyse` and return its exit code."""
-    parser = Parser("analyse", "Analyse the models of finished runs (needs fedloom[analyse]).", EXAMPLES, ["out"])
+    parser = Parser("analyse", "Analyse the models of finished runs (needs fedloom[analyse]).", EXAMPLES, OPTIONS)
     parser.add_argument("words", nargs="*", metavar="RUN", help="a run folder, or a folder of run folders")
     parser.add_argument("--only", metavar="PARTS", help="parts to analyse, such as features,samples; default: all")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables")
@@ -63,14 +64,10 @@ def analyse_command(words: Sequence[str]) -> int:
 
 
 def _folders(words: Sequence[str]) -> tuple[list[str], Path | None]:
-    folders = [word for word in words if not word.startswith("out=")]
-    outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
+    folders, options = plain_and_options(words, OPTIONS)
     if not folders:
         raise ConfigError("fedloom analyse: give the folder of a run, such as runs/digits")
-    for word in folders:
-        if "=" in word and not Path(word).exists():
-            raise ConfigError(f"unknown key '{word.partition('=')[0]}'{suggest(word.partition('=')[0], ['out'])}")
-    return folders, new_picture(outs[-1], "out") if outs else None
+    return folders, new_picture(options["out"], "out") if options else None
 
 
 def _parts(only: str | None, known: Sequence[str]) -> list[str]:

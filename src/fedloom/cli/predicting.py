@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedloom.cli.words import Parser, new_file, refuse_empty
-from fedloom.errors import ConfigError, suggest
+from fedloom.cli.words import Parser, new_file, plain_and_options, save_text
+from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedloom.api.runs import Run
@@ -46,29 +46,17 @@ def predict_command(words: Sequence[str]) -> int:
         raise ConfigError(
             "fedloom predict: a language model predicts the next token; generate text in Python with run.generate"
         )
-    rows = list(_rows(run, plain[1:], options))
+    text = _csv(list(_rows(run, plain[1:], options)))
     if target is None:
-        _write(sys.stdout, rows)
+        sys.stdout.write(text)
     else:
-        with target.open("x", encoding="utf-8", newline="") as stream:
-            _write(stream, rows)
+        save_text(text, target, "out")
     return 0
 
 
 def _divided(words: Sequence[str], client: str | None) -> tuple[list[str], dict[str, str]]:
     """Return the folder and files, and the options."""
-    plain, options = list[str](), dict[str, str]()
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals or Path(word).exists():
-            plain.append(word)
-            continue
-        if key not in KEYS:
-            raise ConfigError(f"{word}: fedloom predict has no key '{key}'{suggest(key, KEYS)}")
-        if key in options:
-            raise ConfigError(f"{key}={value}: is given twice")
-        options[key] = value
-    refuse_empty(options)
+    plain, options = plain_and_options(words, KEYS, "fedloom predict has no key")
     if client is not None:
         if "client" in options:
             raise ConfigError(f"--client {client}: client={options['client']} is given too; remove one of them")
@@ -107,7 +95,9 @@ def _answers(run: Run, client: int | str, file: str, adapt: bool) -> Iterator[di
             yield {"prediction": found, **each}
 
 
-def _write(stream: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
+    return stream.getvalue()

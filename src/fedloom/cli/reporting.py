@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedloom.cli.tables import show
-from fedloom.cli.words import Parser, new_file, output, refuse_empty, save_picture, save_text, with_suffix
-from fedloom.errors import ConfigError, suggest
+from fedloom.cli.words import Parser, new_file, output, plain_and_options, save_picture, save_text, with_suffix
+from fedloom.errors import ConfigError
 from fedloom.report import (
     RunRecord,
     Waiting,
@@ -48,8 +48,7 @@ def report_command(words: Sequence[str]) -> int:
     parser.add_argument("words", nargs="*", metavar="RUN", help="a run folder, or a folder of run folders")
     parser.add_argument("--quiet", action="store_true", help="print no tables, only write the page")
     given = parser.read(words)
-    folders = [word for word in given.words if not _is_option(word)]
-    options = _options([word for word in given.words if _is_option(word)])
+    folders, options = plain_and_options(given.words, OPTIONS)
     if not folders:
         raise ConfigError("fedloom report: give the folder of a run, such as runs/digits")
     targets = _targets(options, Path(folders[0]) if len(folders) == 1 else Path())
@@ -70,18 +69,6 @@ def report_command(words: Sequence[str]) -> int:
     for key, target in targets.items():
         _write(key, target, records, waiting, options.get("baseline"))
     return 0
-
-
-def _options(words: Sequence[str]) -> dict[str, str]:
-    """Return the options by name. Raise ConfigError if one is empty or given twice."""
-    options: dict[str, str] = {}
-    for word in words:
-        key, _, text = word.partition("=")
-        if key in options:
-            raise ConfigError(f"{word}: {key} is given twice; run fedloom report once for each file")
-        options[key] = text
-    refuse_empty(options)
-    return options
 
 
 def _targets(options: Mapping[str, str], folder: Path) -> dict[str, Path]:
@@ -152,10 +139,3 @@ def _number(key: str, text: str, most: float = float("inf")) -> float:
     if not 0 < value <= most or value == float("inf"):
         raise ConfigError(f"{key}={text}: must be a number above 0" + (f" and at most {most:g}" if most < 1e9 else ""))
     return value
-
-
-def _is_option(word: str) -> bool:
-    key, equals, _ = word.partition("=")
-    if equals and key not in OPTIONS and not Path(word).exists():
-        raise ConfigError(f"unknown key '{key}'{suggest(key, OPTIONS)}")
-    return bool(equals) and key in OPTIONS

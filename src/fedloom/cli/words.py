@@ -149,6 +149,31 @@ def refuse_empty(options: Mapping[str, str]) -> None:
             raise ConfigError(f"{key}=: must not be empty")
 
 
+def plain_and_options(
+    words: Sequence[str], keys: Sequence[str], unknown: str = "unknown key"
+) -> tuple[list[str], dict[str, str]]:
+    """Divide arguments into plain words, such as folders, and `key=value` options by key. An existing file may contain `=`.
+
+    `unknown`: how the error about another key begins.
+
+    Raises:
+        ConfigError: a key is unknown, is given twice or has no value.
+    """
+    plain, options = list[str](), dict[str, str]()
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or (key not in keys and Path(word).exists()):
+            plain.append(word)
+        elif key not in keys:
+            raise ConfigError(f"{unknown} '{key}'{suggest(key, keys)}")
+        elif key in options:
+            raise ConfigError(f"{word}: {key} is given twice; remove one of them")
+        else:
+            options[key] = value
+    refuse_empty(options)
+    return plain, options
+
+
 def new_file(value: str, key: str, made: bool = False) -> Path:
     """Return the path of a new output file, checked before any work starts. Existing files are never overwritten.
 
