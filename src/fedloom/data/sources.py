@@ -56,52 +56,8 @@ def load(
     """
     if image_size is not None and not 1 <= image_size <= 1024:
         raise DataError(f"data.image_size={image_size}: must be from 1 to 1024 (pixels)")
-    if name.startswith(hub_repository.PREFIX):
-        if path is not None:
-            raise DataError(
-                f"data.path={path}: data={name} is downloaded from the hub; remove data.path, or use another name"
-            )
-        repository = hub_repository.parsed_repository(name)
-        place, commit = hub_repository.repository_files(repository, revision, hub.cache_root(cache))
-        pool = load(
-            repository.file_name,
-            place,
-            image_size=image_size,
-            rows=rows,
-            task=task,
-            owner=owner,
-            table=table,
-            texts=texts,
-            cache=cache,
-        )
-        return replace(pool, revision=commit)
-    if revision is not None:
-        raise DataError(f"data.revision={revision}: applies only to data=hub:OWNER/NAME; remove it")
-    given, name = name, name.lower().replace("_", "-")
-    if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
-        own = f"; for your own files, write data=mine data.path={given}" if Path(given).exists() else ""
-        raise DataError(f"data={given}: a name may contain only letters, digits, '-', '_' and '.'{own}")
-    source = SOURCES.get(name)
-    if (source or name == "pfllib") and task not in (None, usual := source.task if source else "classification"):
-        raise DataError(f"data.task={task}: data={name} is a {usual} data set; remove data.task")
-    if features and name != "har":
+    if features and name.lower() != "har":
         raise DataError(f"data.features=true: applies only to data=har, not to data={name}")
-    if source or name == "pfllib" or path is None:
-        _refuse_owner(name, owner)
-    if texts not in (None, NO_TEXT) and (source or name == "pfllib"):
-        _check_source_texts(name, source, texts or NO_TEXT)
-    if name == "pfllib":
-        _refuse_options(name, table)
-        if path is None or image_size is not None or rows is not None:
-            raise DataError("data=pfllib: needs data.path=FOLDER, and does not support data.image_size or data.rows")
-        return pfllib.load_pfllib(path)
-    if source and source.embedded and path is None:
-        _refuse_options(name, table)
-        from fedloom.data import embedded
-
-        return _resized(embedded.load_embedded(name, image_size, rows), image_size)
-    root = hub.cache_root(cache)
-    options = table or TableOptions()
     asked = Request(
         name=name,
         image_size=image_size,
@@ -109,14 +65,53 @@ def load(
         task=task,
         owner=owner,
         features=features,
-        table=options,
+        table=table or TableOptions(),
         texts=texts or NO_TEXT,
-        cache=root,
+        cache=hub.cache_root(cache),
     )
+    if not name.startswith(hub_repository.PREFIX):
+        if revision is not None:
+            raise DataError(f"data.revision={revision}: applies only to data=hub:OWNER/NAME; remove it")
+        return _loaded(asked, path)
+    if path is not None:
+        raise DataError(
+            f"data.path={path}: data={name} is downloaded from the hub; remove data.path, or use another name"
+        )
+    repository = hub_repository.parsed_repository(name)
+    place, commit = hub_repository.repository_files(repository, revision, asked.cache)
+    return replace(_loaded(replace(asked, name=repository.file_name), place), revision=commit)
+
+
+def _loaded(asked: Request, path: str | Path | None) -> Dataset:
+    """Return the data set that `load` describes, unless it is on the hub by its own name."""
+    given, name = asked.name, asked.name.lower().replace("_", "-")
+    if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
+        own = f"; for your own files, write data=mine data.path={given}" if Path(given).exists() else ""
+        raise DataError(f"data={given}: a name may contain only letters, digits, '-', '_' and '.'{own}")
+    asked, source = replace(asked, name=name), SOURCES.get(name)
+    known = source is not None or name == "pfllib"
+    if known and asked.task not in (None, usual := source.task if source else "classification"):
+        raise DataError(f"data.task={asked.task}: data={name} is a {usual} data set; remove data.task")
+    if known or path is None:
+        _refuse_owner(name, asked.owner)
+    if known and asked.texts != NO_TEXT:
+        _check_source_texts(name, source, asked.texts)
+    if name == "pfllib":
+        _refuse_options(name, asked.table)
+        if path is None or asked.image_size is not None or asked.rows is not None:
+            raise DataError("data=pfllib: needs data.path=FOLDER, and does not support data.image_size or data.rows")
+        return pfllib.load_pfllib(path)
+    if source and source.embedded and path is None:
+        _refuse_options(name, asked.table)
+        from fedloom.data import embedded
+
+        return _resized(embedded.load_embedded(name, asked.image_size, asked.rows), asked.image_size)
     _check_texts(asked, path)
     if source is not None:
-        return _resized(_named(asked, source, path), image_size)
-    return _resized(_own_files(asked, Path(path).expanduser()) if path else _files(asked, path), image_size)
+        found = _named(asked, source, path)
+    else:
+        found = _own_files(asked, Path(path).expanduser()) if path else _files(asked, path)
+    return _resized(found, asked.image_size)
 
 
 def _resized(pool: Dataset, image_size: int | None) -> Dataset:

@@ -99,6 +99,7 @@ def test_configurations_are_folders(repository):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("hub:o/people", {"features": True}, "data.features=true: applies only to data=har, not to data=hub:o/people"),
         ("hub:people", {}, "must have the form hub:OWNER/NAME"),
         ("hub:o/../x", {}, "must have the form"),
         ("hub:o/n:../x", {}, "must have the form"),
