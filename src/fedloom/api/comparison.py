@@ -13,11 +13,10 @@ from fedloom.config.parsing import set_dotted
 from fedloom.config.settings import Values
 from fedloom.data import Dataset
 from fedloom.errors import ConfigError
-from fedloom.experiment.loop import OnRound
-from fedloom.experiment.progress import Overall, live
+from fedloom.experiment.progress import live
 from fedloom.method import Method
 from fedloom.methods.registry import METHODS, method_name
-from fedloom.tools.compare import PlannedRun, create_folder, execute, plan
+from fedloom.tools.compare import create_folder, execute, plan, progress_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -95,7 +94,7 @@ def compare(
     jobs = comparison.jobs(folder)
     if progress:
         with live("compare", None, done=0) as shown:
-            execute(comparison, folder, lambda job: _told(shown, jobs, job), given=parts)
+            execute(comparison, folder, progress_of(jobs, shown), given=parts)
     else:
         execute(comparison, folder, given=parts)
     return Compared(folder, {job.folder.name: reopened(job.folder, parts) for job in jobs})
@@ -130,17 +129,6 @@ def _variant(method: Method | str) -> Values:
     if name not in METHODS:
         raise ConfigError(f"methods: {name} is not registered; give it as 'my.py:{name}'")
     return {"method": name, **{key: value for key, value in dataclasses.asdict(method).items() if value is not None}}
-
-
-def _told(shown: Any, jobs: Sequence[PlannedRun], job: PlannedRun) -> OnRound:
-    """Return the function that shows the progress of one run of a comparison."""
-    place, rounds = jobs.index(job), job.settings.rounds
-
-    def on_round(done: int, n_rounds: int, row: Mapping[str, Any]) -> None:
-        overall = Overall(place * rounds + done, len(jobs) * rounds)
-        shown(done, n_rounds, row, f"[{place + 1}/{len(jobs)}] {job.label}, seed {job.seed}", overall)
-
-    return on_round
 
 
 def _frame(grid: Grid) -> pd.DataFrame:

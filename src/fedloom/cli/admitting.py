@@ -152,7 +152,7 @@ def audit_step(words: Sequence[str]) -> int:
     from fedloom.deploy.folder import Deployment
 
     parser = _parser("audit", "On the server: check and show who was admitted, revoked or renewed.", AUDIT_EXAMPLES)
-    log = AuditLog(Deployment(_folder(parser.read(words), "audit")).server / "audit.jsonl")
+    log = AuditLog.of(Deployment(_folder(parser.read(words), "audit")).path)
     console = output()
     for line in log.read():
         known = ("time", "by", "action", "node", "fingerprint", "previous")

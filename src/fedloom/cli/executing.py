@@ -6,19 +6,19 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 
 from fedloom.cli.tables import show
 from fedloom.cli.words import output
 from fedloom.errors import UsageError
-from fedloom.experiment.loop import Experiment, OnRound
+from fedloom.experiment.loop import Experiment
 from fedloom.experiment.manifest import MANIFEST, combined_digest, read_manifest
 from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
-from fedloom.experiment.progress import Overall, facts, live
+from fedloom.experiment.progress import facts, live
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.tools.compare import Comparison, PlannedRun, execute
+from fedloom.tools.compare import Comparison, PlannedRun, execute, progress_of, title_of
 
 if TYPE_CHECKING:
     from fedloom.experiment.signing import Signer
@@ -42,28 +42,17 @@ def run_all(wanted: Comparison, folder: Path, quiet: bool, accept_changes: bool 
     if quiet:
         return execute(wanted, folder, accept_changes=accept_changes)
     jobs = wanted.jobs(folder)
-    rounds = [job.settings.rounds for job in jobs]
-    names = [f"[{place}/{len(jobs)}] {job.label}, seed {job.seed}" for place, job in enumerate(jobs, start=1)]
     announce(_plan(wanted, jobs, folder))
     console = Console(stderr=True)
     finished = sum(job.settings.rounds for job in jobs if job.finished)
     with live("compare", console, done=finished) as progress:
 
-        def on_run(job: PlannedRun) -> OnRound:
-            place = jobs.index(job)
-            before = sum(rounds[:place])
-
-            def on_round(done: int, n_rounds: int, row: Mapping[str, Any]) -> None:
-                progress(done, n_rounds, row, names[place], Overall(before + done, sum(rounds)))
-
-            return on_round
-
         def on_start(job: PlannedRun, experiment: Experiment) -> None:
             about = facts(experiment)
             shown = "; ".join(f"{topic} {about[topic]}" for topic in ("data", "clients", "steps"))
-            console.print(f"{names[jobs.index(job)]}: {shown}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"{title_of(jobs, job)}: {shown}", highlight=False, markup=False, soft_wrap=True)
 
-        return execute(wanted, folder, on_run, on_start, accept_changes)
+        return execute(wanted, folder, progress_of(jobs, progress), on_start, accept_changes)
 
 
 def sign(runs: Sequence[Path], signer: Signer | None, silent: bool) -> None:

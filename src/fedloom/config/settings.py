@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedloom.combining.rules import parse_rule
+from fedloom.combining.rules import Rule, parse_rule
 from fedloom.config.errors import explain
 from fedloom.config.hints import near_keys
 from fedloom.errors import ConfigError
@@ -375,6 +375,11 @@ class Settings(Section):
         if isinstance(words, list | tuple) and all(isinstance(word, str) for word in words):
             transforms.parse(words, str(info.field_name))
         return words
+
+    @property
+    def rule(self) -> Rule | None:
+        """The robust rule that `aggregate` names, or None."""
+        return parse_rule(self.aggregate) if self.aggregate else None
 
     @field_validator("aggregate")
     @classmethod

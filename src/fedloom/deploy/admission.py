@@ -89,9 +89,7 @@ def admit(
         signer = _authority(deployment, authority)
         certificate, before = new_node(signer, asked), before and asked.name in active
         if not before:
-            AuditLog(deployment.server / "audit.jsonl").append(
-                "admit", asked.name, fingerprint_of(asked.key), clients=list(clients)
-            )
+            AuditLog.of(deployment.path).append("admit", asked.name, fingerprint_of(asked.key), clients=list(clients))
             line = key_line(openssh(asked.key), certificate.not_valid_after_utc)
             replace_file(deployment.public_key(asked.name), line)  # it exists if this command was interrupted
             _write_nodes(deployment, _with_node(deployment.file.nodes, asked.name, clients))
@@ -114,7 +112,7 @@ def rotate_node(path: Path, request: Path, given: str | None, authority: Path | 
         certificate = new_node(signer, asked)
         if not before:
             current, previous = read_key(deployment.public_key(asked.name)), _previous(deployment, asked.name)
-            AuditLog(deployment.server / "audit.jsonl").append(
+            AuditLog.of(deployment.path).append(
                 "rotate", asked.name, fingerprint_of(asked.key), replaced=fingerprint_of(current.public)
             )
             if previous.is_file() and read_key(previous).public != current.public:
@@ -140,7 +138,7 @@ def revoke(path: Path, name: str) -> list[str]:
         files = [file for file in (deployment.public_key(name), _previous(deployment, name)) if file.is_file()]
         prints = [fingerprint_of(read_key(file).public) for file in files]
         for each in prints:
-            AuditLog(deployment.server / "audit.jsonl").append("revoke", name, each)
+            AuditLog.of(deployment.path).append("revoke", name, each)
         _retire(deployment, reversed(files))  # the current key last, so that an interrupted command can be repeated
     return prints
 
@@ -158,7 +156,7 @@ def rotate_server(path: Path, hosts: Sequence[str] = (), authority: Path | None 
         current = [*names.get_values_for_type(x509.DNSName), *map(str, names.get_values_for_type(x509.IPAddress))]
         first = [deployment.file.host] if deployment.file.host in current and not hosts else []
         made = new_server(signer, list(dict.fromkeys([*first, *(hosts or current), *LOOPBACK])))
-        AuditLog(deployment.server / "audit.jsonl").append(
+        AuditLog.of(deployment.path).append(
             "rotate", "server", fingerprint_of(made.key.public_key()), replaced=fingerprint_of(_public(old))
         )
         replace_file(deployment.server / "server.key", key_bytes(made.key))
@@ -194,7 +192,7 @@ def _compare(deployment: Deployment, action: str, asked: NodeRequest, given: str
             f"compare it with the owner of the node, then repeat the command with --fingerprint {own}"
         )
     if given.strip() != own:
-        AuditLog(deployment.server / "audit.jsonl").append(action, asked.name, own, refused=f"fingerprint {given[:60]}")
+        AuditLog.of(deployment.path).append(action, asked.name, own, refused=f"fingerprint {given[:60]}")
         raise ConfigError(f"--fingerprint {given}: the request has {own}; it is not from the owner of {asked.name}")
 
 

@@ -24,6 +24,11 @@ class AuditLog:
     def __init__(self, file: Path) -> None:
         self._file = file
 
+    @classmethod
+    def of(cls, federation: Path) -> AuditLog:
+        """Return the log of the federation in a folder."""
+        return cls(federation / "server" / "audit.jsonl")
+
     def read(self) -> list[Mapping[str, Any]]:
         """Return the lines. Raise ConfigError if one of them does not continue the line before it."""
         return self._read()[0]

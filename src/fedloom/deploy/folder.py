@@ -177,7 +177,7 @@ def create_deployment(
         write_new(path / "authority/ca.key", key_bytes(authority.key))
         write_new(path / "authority/ca.crt", certificate_bytes(authority))
         _write_server(path, authority, hosts)
-        audit = AuditLog(path / "server/audit.jsonl")
+        audit = AuditLog.of(path)
         audit.append("create", "", fingerprint_of(authority.certificate.public_key()))  # type: ignore[arg-type]
         for place, (name, clients) in enumerate(nodes.items()):
             port = runtime[place] if runtime else 9094

@@ -19,7 +19,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
-from fedloom.combining.rules import parse_rule
 from fedloom.config.settings import Settings
 from fedloom.engines import Problem, Reply
 from fedloom.errors import ConfigError, WireError
@@ -77,9 +76,8 @@ class Arrivals:
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
-        private, self._rule = settings.privacy.on, settings.aggregate
-        self._min_clients = 0 if private else settings.min_clients
-        self._least = parse_rule(self._rule).least if self._rule else 0
+        self._min_clients = 0 if settings.privacy.on else settings.min_clients
+        self._least, self._rule = settings.rule.least if settings.rule else 0, settings.aggregate
         self._check = UplinkCheck(problem)
         self.screen = Screen(problem, settings.screen)
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fedloom.combining.rules import Rule, parse_rule
+from fedloom.combining.rules import Rule
 from fedloom.config.settings import Settings, participation_range
 from fedloom.errors import ConfigError
 from fedloom.method import Method
@@ -25,7 +25,7 @@ class UplinkPlan(NamedTuple):
     @property
     def rule(self) -> Rule | None:
         """The robust rule."""
-        return parse_rule(self.settings.aggregate) if self.settings.aggregate else None
+        return self.settings.rule
 
     @property
     def private(self) -> bool:

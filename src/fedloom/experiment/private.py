@@ -12,7 +12,6 @@ from fedloom import tree
 from fedloom.combining.additive import Additive
 from fedloom.combining.budget import Releases, noise_for, require_accountant
 from fedloom.combining.privacy import BUFFERS, PARAMETERS, NoisySum, group_of
-from fedloom.combining.rules import parse_rule
 from fedloom.config.settings import Settings, participation_range
 from fedloom.engines import Problem
 from fedloom.errors import ConfigError
@@ -75,9 +74,7 @@ def combination_of(settings: Settings, problem: Problem, downlink: Callable[[], 
     """Return what the settings do with the uplinks of a round. `downlink` returns a message to a cohort of one client."""
     if settings.privacy.on:
         return PrivateCombination(settings, problem, downlink())
-    if settings.aggregate:
-        return RobustCombination(problem.method, parse_rule(settings.aggregate))
-    return Combination()
+    return RobustCombination(problem.method, settings.rule) if settings.rule else Combination()
 
 
 class PrivateCombination(Combination):

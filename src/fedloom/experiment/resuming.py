@@ -33,7 +33,6 @@ from fedloom.experiment.manifest import (
 )
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.inputs import tensors_of
-from fedloom.method import Method
 from fedloom.models.zoo import ZOO
 
 if TYPE_CHECKING:
@@ -147,7 +146,7 @@ def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings
         raise ConfigError(f"rounds={rounds}: {path} has {settings.rounds} rounds already; give a higher number")
     if settings.join.clients:
         raise ConfigError(f"rounds={rounds}: clients join after the last round (join.clients); start a new run")
-    if settings.privacy.noise is not None or settings.privacy.epsilon is not None:
+    if settings.privacy.on:
         raise ConfigError(f"rounds={rounds}: the privacy budget was set for {settings.rounds} rounds; start a new run")
     return make_settings(settings.model_dump(exclude_none=True) | {"rounds": rounds})
 
@@ -155,7 +154,7 @@ def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings
 def check_longer(experiment: Experiment, before: int) -> None:
     """Raise ConfigError if what the method does depends on the number of rounds, which was `before`."""
     method, rounds = experiment.method, experiment.settings.rounds
-    if rounds != before and (method.uses_rounds or type(method).finish is not Method.finish):
+    if rounds != before and (method.uses_rounds or experiment.hooks.finishes):
         raise ConfigError(
             f"rounds={rounds}: {type(method).__name__} depends on the number of rounds ({before}); start a new run"
         )

@@ -6,7 +6,6 @@ import logging
 
 from torch import Tensor
 
-from fedloom import tree
 from fedloom.engines import Engine, Problem, Score, ScoreRequest
 from fedloom.engines.scoring import score_clients
 from fedloom.engines.shared_head import KEY, feature_sums_bytes, fitted_head, head_outputs, summed
@@ -14,7 +13,7 @@ from fedloom.errors import DivergedError
 from fedloom.experiment.personal_model import PersonalModel
 from fedloom.inputs import Inputs
 from fedloom.method import Downlink
-from fedloom.nets import Nets, read_weights
+from fedloom.nets import Nets
 from fedloom.tree import Tree
 
 AT_ONCE = 32  # clients whose sums are held at the same time
@@ -52,18 +51,15 @@ class SharedHead:
         Raises:
             DivergedError: there is no classifier, because features are not finite or too large.
         """
-        p, method = self._problem, self._problem.method
+        method = self._problem.method
         message, features = self.fit(number, down).to(i), method.shared_features()
         if KEY not in message or features is None:
             raise DivergedError(f"after round {number}, features are not finite or too large; try a smaller method.lr")
-        modules, client = p.modules(p.arch_of[i]), self._engine.client(i)
-        whole = tree.merge(p.initial(i, read_weights(modules)).weights, client.weights)
-        received = client._replace(weights=method.receive(whole, message, client.memory))
 
         def predict(nets: Nets, x: Inputs, down: Tree, memory: Tree) -> Tensor:
             return head_outputs(features(nets, x, down, memory), down[KEY])
 
-        return PersonalModel(method, modules, received, message, predict)
+        return PersonalModel(method, *self._engine.personal(number, Downlink(message), i, adapt=False), predict)
 
     def _fitted(self, number: int, down: Downlink) -> Tree | None:
         total: list[Score] = []

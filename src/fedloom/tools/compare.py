@@ -25,6 +25,7 @@ from fedloom.errors import ConfigError, RunFolderError, suggest
 from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
 from fedloom.experiment.lock import FolderLock
 from fedloom.experiment.loop import NOTHING, Experiment, GivenObjects, OnRound
+from fedloom.experiment.progress import Overall, Show
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.methods.registry import METHODS, installed_methods, method_class, no_such_method
 
@@ -170,6 +171,23 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     )
     comparison.jobs(Path())  # refuses settings that no run can have
     return comparison
+
+
+def progress_of(jobs: Sequence[PlannedRun], shown: Show) -> OnRun:
+    """Return the function that returns, for a run of a comparison, the function that shows its progress and that of the whole."""
+    rounds = [job.settings.rounds for job in jobs]
+
+    def on_run(job: PlannedRun) -> OnRound:
+        place = jobs.index(job)
+        before, name = sum(rounds[:place]), title_of(jobs, job)
+        return lambda done, n_rounds, row: shown(done, n_rounds, row, name, Overall(before + done, sum(rounds)))
+
+    return on_run
+
+
+def title_of(jobs: Sequence[PlannedRun], job: PlannedRun) -> str:
+    """Return the place and the name of a run of a comparison, such as `[2/6] fedavg, seed 0`."""
+    return f"[{jobs.index(job) + 1}/{len(jobs)}] {job.label}, seed {job.seed}"
 
 
 def create_folder(comparison: Comparison, out: str | Path | None = None, parts: GivenObjects = NOTHING) -> Path:
