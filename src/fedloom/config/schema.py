@@ -115,7 +115,7 @@ def _hyper_parameters(name: str) -> Schema:
 
 
 def _models() -> dict[str, Schema]:
-    """Return the options of every architecture; their types are those of their defaults."""
+    """Return the options of every architecture. Each option has the type of its default."""
     found = {}
     for name, origin in ZOO.origins.items():
         options = source_facts.function_facts(origin)[1]

@@ -184,7 +184,7 @@ def write_new(path: Path, content: bytes | str) -> None:
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Write a file that only its owner can read, atomically. An existing file is replaced."""
+    """Write a file atomically that only its owner can read. Replace an existing file."""
     draft = path.with_name(f".{path.name}.tmp")
     draft.unlink(missing_ok=True)
     write_new(draft, content)

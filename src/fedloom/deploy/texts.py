@@ -171,7 +171,7 @@ Nodes connect to the server at `{address}` over TLS. Each node authenticates wit
    fedloom deploy run {name} --resume runs/FOLDER     # continue an interrupted run
    ```
 
-These commands start the following programs. To start them yourself, set `FLWR_HOME={name}/server/flwr`:
+These commands start the programs below. To start a program yourself, first set `FLWR_HOME={name}/server/flwr`:
 
 ```bash
 flower-superlink --host 127.0.0.1 --port {superlink_port} --enable-supernode-auth --isolation process \\
