@@ -67,7 +67,7 @@ def says_how_it_combines(method: type[Method]) -> bool:
     return any("combines" in vars(cls) for cls in order[: aggregates + 1])
 
 
-_CLOSING = "{method} has a closing exchange (finish), in which the server uses each uplink; use another method"
+_CLOSING = "{method} has a final exchange (finish), in which the server uses each uplink; use another method"
 _NO_STATEMENT = (
     "{method} overrides aggregate, but does not state what it needs of the uplinks;"
     ' set combines to "mean", "sums" or "individual" in the class'
@@ -99,7 +99,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     Exclusion(
         "privacy.noise=Z",
-        "methods with a closing exchange (`Method.finish`), which sees each uplink",
+        "methods with a final exchange (`Method.finish`), in which the server uses each uplink",
         lambda plan: plan.private and type(plan.method).finish is not Method.finish,
         _CLOSING,
     ),
@@ -177,7 +177,7 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
     ),
     Exclusion(
         "aggregate=RULE",
-        "methods with a closing exchange (`Method.finish`), which sees each uplink",
+        "methods with a final exchange (`Method.finish`), in which the server uses each uplink",
         lambda plan: _rule(plan) and type(plan.method).finish is not Method.finish,
         _CLOSING,
     ),
