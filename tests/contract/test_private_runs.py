@@ -162,14 +162,14 @@ class Choosing(FedAvg):
 
 
 class Closing(FedAvg):
-    """Has a closing exchange."""
+    """Has a final exchange."""
 
     def finish(self, server, uplinks, round):
         return server
 
 
 @pytest.mark.parametrize(
-    ("method", "reason"), [(Choosing(), "chooses its own cohorts"), (Closing(), "has a closing exchange")]
+    ("method", "reason"), [(Choosing(), "chooses its own cohorts"), (Closing(), "has a final exchange")]
 )
 def test_methods_that_see_more_than_the_sum_are_refused(experiment, method, reason):
     with pytest.raises(ConfigError, match=reason):
