@@ -1,8 +1,8 @@
 """Device selection and deterministic arithmetic on a CPU or a CUDA device. Only this module and `training/fast/cuda_graph.py` need a GPU.
 
-All random numbers are drawn on the host, from the same streams as in a CPU run, and then moved to the device. Batches, masks,
-noise and latents are therefore identical on both. Modules with their own randomness (Dropout) are the exception: they use the device's
-generator, which is seeded.
+All random numbers are drawn on the host, from the same streams as in a CPU run, and then moved to the device. Batches, masks, noise and
+latents are therefore the same on the CPU and the device. The exception is modules with their own randomness (Dropout): they use the
+device's generator, which is seeded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from fedloom.errors import ConfigError
 
 HOST = torch.device("cpu")
-SHARE_OF_FREE = 0.5  # fraction of the free memory for data and clients' states; training steps use the rest
+SHARE_OF_FREE = 0.5  # fraction of the free memory for data and client states; training steps use the rest
 
 
 class DeviceBudget(NamedTuple):
-    """A device to compute on, and its memory budget."""
+    """A device for computations, and its memory budget."""
 
     device: torch.device = HOST
-    budget: int = 0  # bytes of the device's memory that data and clients' states may use between local updates
+    budget: int = 0  # bytes of the device's memory that data and client states may use between local updates
 
 
 ON_HOST = DeviceBudget()
@@ -51,13 +51,17 @@ def find(name: str) -> torch.device:
 
 
 def place(name: str, budget: int | None = None) -> DeviceBudget:
-    """Return the device called `name` with a budget in bytes (default: half of its free memory). Raise ConfigError if there is none."""
+    """Return the device called `name` with a memory budget in bytes (default: half of its free memory).
+
+    Raises:
+        ConfigError: there is no such device.
+    """
     device = find(name)
     return DeviceBudget(device, int(SHARE_OF_FREE * free_bytes(device)) if budget is None else budget)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes of a CUDA device's memory that are free or reserved by torch but unused; 0 for any other device."""
+    """Return the number of bytes of a CUDA device's memory that are free, or reserved but not used by torch; 0 for any other device."""
     if device.type != "cuda":
         return 0
     held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -65,7 +69,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def describe_device(device: torch.device) -> str:
-    """Describe the device for the run's records: name, memory and CUDA version."""
+    """Return a description of the device for the records of a run: name, memory and CUDA version."""
     if device.type != "cuda":
         return str(device)
     facts = torch.cuda.get_device_properties(device)
@@ -80,7 +84,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def shortest_s(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Return the shortest time of several repetitions, in seconds. A first, untimed run lets libraries choose their algorithms."""
+    """Return the shortest time of several repetitions, in seconds. A first untimed run lets libraries choose their algorithms."""
     work()
     times = []
     for _ in range(repeats):
@@ -93,7 +97,7 @@ def shortest_s(work: Callable[[], Any], device: torch.device, repeats: int) -> f
 
 
 def staged(x: Tensor, device: torch.device) -> Tensor:
-    """Move `x` to the device. From the host, copy through pinned memory so that the copy is asynchronous."""
+    """Return `x` on the device. A copy from the host goes through pinned memory, so that it is asynchronous."""
     if x.device == device:
         return x
     if device.type == "cuda":
@@ -102,14 +106,14 @@ def staged(x: Tensor, device: torch.device) -> Tensor:
 
 
 def generators(device: torch.device) -> list[torch.Generator]:
-    """Return the generators that modules with their own randomness (Dropout) draw from."""
+    """Return the generators used by modules with their own randomness (Dropout)."""
     own = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
     return [torch.default_generator, *own]
 
 
 @contextmanager
 def torch_threads(n: int) -> Iterator[None]:
-    """Within the context, torch uses `n` threads for an operation on the CPU."""
+    """Use `n` threads for operations of torch on the CPU within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try:
@@ -126,16 +130,16 @@ def exact(device: torch.device, tf32: bool = False) -> Iterator[None]:
         return
     os.environ.setdefault(
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-    )  # read when cuBLAS starts; without it, cuBLAS sums may vary
+    )  # read when cuBLAS starts; without it, sums in cuBLAS may vary
     with torch.cuda.device(device), strict(tf32):
         yield
 
 
 @contextmanager
 def strict(tf32: bool) -> Iterator[None]:
-    """Compute in full float32 precision (with `tf32`, products in TF32), so that equal inputs always give bit-identical results.
+    """Compute in full float32 precision (with `tf32`, compute products in TF32), so that equal inputs always give bit-identical results.
 
-    An operation without a deterministic form on the device causes a warning.
+    A warning is issued for an operation without a deterministic form on the device.
     """
     cudnn, filled = torch.backends.cudnn, cast(Any, torch.utils.deterministic)
     products, on = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()

@@ -8,7 +8,7 @@
     │   ├── DataError       data that are missing, malformed, or too few
     │   ├── RunFolderError  a run folder that is missing, would be overwritten, or cannot be resumed
     │   ├── DivergedError   the server's state is no longer finite
-    │   └── NoValidUplinkError   no uplink of several rounds in a row could be aggregated; exit code 4
+    │   └── NoValidUplinkError   no uplink in several consecutive rounds could be aggregated; exit code 4
     ├── MethodError         a method broke the contract (the message names the rule and the place)
     ├── WireError           bytes that are not a valid message
     └── WorkerError         a worker process exited before it finished its work
@@ -49,11 +49,11 @@ class RunFolderError(UsageError):
 
 
 class DivergedError(UsageError):
-    """The server's state is no longer finite; none of it was written."""
+    """The server's state is no longer finite. None of it was written to disk."""
 
 
 class NoValidUplinkError(UsageError):
-    """No uplink of several rounds in a row could be aggregated; the last checkpoint is unchanged."""
+    """No uplink in several consecutive rounds could be aggregated. The last checkpoint is unchanged."""
 
     exit_code: ClassVar[int] = 4
 
@@ -71,7 +71,7 @@ class WorkerError(FedloomError):
 
 
 def is_own_code(file: str) -> bool:
-    """Return whether a source file is the user's own: part of neither fedloom nor an installed package."""
+    """Return whether a source file is the user's own, that is, part of neither fedloom nor an installed package."""
     return not (file.startswith((HOME, sys.prefix, sys.base_prefix, "<")) or "site-packages" in file)
 
 
@@ -80,11 +80,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-MOST_NEAR = 5  # suggestions at once
+MOST_NEAR = 5  # maximum number of suggestions
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return `" (did you mean 'x'?)"` for the nearest known words, or the list of known words if none is near."""
+    """Return `" (did you mean 'x'?)"` for the nearest known words, or the list of known words if none is similar."""
     names = sorted(known)
     near = _near(normal(word), {name: normal(name) for name in names})
     return did_you_mean(near) or f"; known: {', '.join(names)}"
@@ -102,7 +102,7 @@ def normal(word: str) -> str:
 
 
 def _near(word: str, known: Mapping[str, str]) -> list[str]:
-    """Return the names that equal `word`, begin with it, contain it or resemble it. `known`: each name with its normal form."""
+    """Return the names that equal `word`, begin with it, contain it or resemble it. `known` maps each name to its normal form."""
     short = len(word) < 3  # too many names contain such a word
     for fits in (word.__eq__, lambda other: other.startswith(word), lambda other: word in other):
         near = [name for name, other in known.items() if fits(other)]

@@ -1,7 +1,7 @@
 """The inputs of a model: one tensor, or several tensors by name, and a description of each.
 
-Several tensors are passed to `forward` by name if it has a parameter for each of them, or by position if their names are numbers ("0",
-"1", from a tuple). Otherwise the dictionary is passed as one argument.
+Several tensors are passed to `forward` by name if it has a parameter for each of them, or by position if their names are the numbers "0",
+"1", ... (from a tuple). Otherwise, the dictionary is passed as one argument.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """One input tensor.
+    """A description of one input tensor.
 
     Attributes:
-        name: its key in the dictionary of inputs; "" if it is the only one.
+        name: the tensor's key in the dictionary of inputs, or "" if it is the only tensor.
         shape: shape of one example.
-        kind: `picture` (pixels, C H W), `number` (floating point), `token` (integers that index a vocabulary) or `category` (a row of
-            integers, one per categorical column). Tokens and categories are int64 and are never scaled.
-        levels: tokens: (V,), the size of the vocabulary; categories: the number of levels of each column (ids 1 to that
-            number; 0 is an unknown level); otherwise empty.
+        kind: `picture` (an image's pixels, C H W), `number` (floating point), `token` (integers that index a vocabulary) or
+            `category` (a row of integers, one per categorical column). Tokens and categories are int64 and are never scaled.
+        levels: for tokens, (V,) with the size V of the vocabulary; for categories, the number of levels of each column, whose ids
+            are 1 to that number (0 is an unknown level); otherwise empty.
     """
 
     name: str = ""
@@ -41,24 +41,24 @@ class Field:
 
     @property
     def is_integer(self) -> bool:
-        """Whether values are indices."""
+        """Whether the values are indices."""
         return self.kind in ("token", "category")
 
     @property
     def bounds(self) -> tuple[int, ...]:
-        """The numbers that indices must be below: of all tokens, or by column for categories, of which 0 is an unknown level."""
+        """The exclusive upper bounds of indices: one for all tokens, or one per column of categories, in which 0 is an unknown level."""
         return tuple(n + 1 for n in self.levels) if self.kind == "category" else self.levels
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """The description of a model's inputs, field by field."""
+    """A description of a model's inputs, with one field per tensor."""
 
     fields: tuple[Field, ...]
 
     @classmethod
     def plain(cls, shape: Sequence[int]) -> InputSpec:
-        """Return the description of one tensor: a picture if `shape` is (C, H, W), else numbers."""
+        """Return the description of one tensor: an image if `shape` is (C, H, W), otherwise numbers."""
         return cls((Field(shape=tuple(shape), kind="picture" if len(shape) == 3 else "number"),))
 
     @property
@@ -68,7 +68,7 @@ class InputSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one example: of the only tensor, or of the first of several."""
+        """Shape of one example, for the only tensor or the first of several."""
         return self.fields[0].shape
 
     @property
@@ -78,11 +78,11 @@ class InputSpec:
 
     @property
     def is_picture(self) -> bool:
-        """Whether the only input is a picture (C, H, W)."""
+        """Whether the only input is an image (C, H, W)."""
         return self.is_single and self.fields[0].kind == "picture"
 
     def of(self, kind: Kind) -> Field | None:
-        """Return the first field of a kind, or None."""
+        """Return the first field of a kind, or None if there is none."""
         return next((field for field in self.fields if field.kind == kind), None)
 
     def __str__(self) -> str:
@@ -108,7 +108,7 @@ def named_tensors(x: Inputs) -> dict[str, Tensor]:
 
 
 def shapes_of(x: Inputs) -> str:
-    """Return the shapes of the inputs, for messages."""
+    """Return the shapes of the inputs in words, for messages."""
     if isinstance(x, Tensor):
         return str(tuple(x.shape))
     return ", ".join(f"{name} {tuple(value.shape)}" for name, value in x.items())
@@ -127,7 +127,7 @@ def n_examples(x: Inputs) -> int:
 
 
 def call_arguments(module: nn.Module, x: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the named arguments with which `module` is called on inputs `x`."""
+    """Return the positional and the named arguments for calling `module` on the inputs `x`."""
     if not isinstance(x, Mapping):
         return (x,), {}
     if all(name.isdigit() for name in x):

@@ -21,10 +21,10 @@ def resolve(origin: str) -> Any:
 
 
 def export(package: str) -> dict[str, str]:
-    """Let `package` import the names in its `if TYPE_CHECKING:` block when they are first used, and its submodules likewise.
+    """Make `package` import the names in its `if TYPE_CHECKING:` block, and its submodules, when they are first used.
 
-    That block is the only list of exports: type checkers and editors read it too. `from package.other import *` exports the names of
-    that package's block. If a submodule and an exported object have the same name, the object wins.
+    That block is the only list of exports; type checkers and editors also read it. `from package.other import *` exports the names in the
+    block of that package. If a submodule and an exported object have the same name, the name refers to the object.
 
     Returns:
         The module of each name.
@@ -50,7 +50,7 @@ def export(package: str) -> dict[str, str]:
         def __dir__(self) -> list[str]:
             return sorted({*super().__dir__(), *origins})
 
-        def __reduce__(self) -> tuple[Any, ...]:  # pickled functions may refer to the module
+        def __reduce__(self) -> tuple[Any, ...]:  # a pickled function may refer to the module
             return importlib.import_module, (package,)
 
     module.__class__ = Lazy
@@ -84,7 +84,7 @@ def _origins(file: Path) -> dict[str, str]:
 
 
 class Registry(Mapping[str, T_co], Generic[T_co]):
-    """A read-only table of objects by name. Each is imported from its origin, `module:name`, at lookup."""
+    """A read-only table of objects by name. Each object is imported from its origin, `module:name`, when it is looked up."""
 
     def __init__(self, origins: Mapping[str, str]) -> None:
         self.origins = origins
@@ -104,7 +104,7 @@ class Registry(Mapping[str, T_co], Generic[T_co]):
 
 
 def classes_in(file: Path) -> list[str]:
-    """Return the names of the derived classes in a Python file, which is not run; none if it cannot be read."""
+    """Return the names of the derived classes in a Python file without running it; return an empty list if the file cannot be read."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):

@@ -10,13 +10,15 @@ from torch import Tensor
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy in nats; `logits` (B, Y), `labels` (B,) integers below Y."""
+    """Return the mean cross-entropy of `logits` (B, Y) in nats. `labels` (B,) are integers below Y."""
     return F.cross_entropy(logits, labels)
 
 
 def wide(values: Tensor) -> Tensor:
-    """Return the values in at least single precision: 16-bit outputs (`precision=bf16`) lose too much precision when squared, summed or
-    subtracted."""
+    """Return the values in single or higher precision.
+
+    With `precision=bf16`, outputs have 16 bits and lose too much precision when they are squared, summed or subtracted.
+    """
     return values if values.element_size() >= 4 else values.float()
 
 
@@ -26,7 +28,7 @@ def one_hot(labels: Tensor, n_classes: int) -> Tensor:
 
 
 def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
-    """Return the squared Euclidean distance between `a` and `b` over the tensors whose names are in both (at least one)."""
+    """Return the squared Euclidean distance between `a` and `b` over all tensor names that both contain (at least one)."""
     common = [name for name in a if name in b]
     if not common:
         raise ValueError("squared_distance needs at least one name that both inputs share")
@@ -34,19 +36,19 @@ def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor
 
 
 def gaussian_kl(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) in nats: summed over features, mean over the batch; both (B, D)."""
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) in nats, summed over features and averaged over the batch; both are (B, D)."""
     mean, log_variance = wide(mean), wide(log_variance)
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).sum(1).mean()
 
 
 def gaussian_kl_by_feature(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) of each feature in nats, mean over the batch: (D,); both (B, D)."""
+    """Return KL(N(mean, exp(log_variance)) || N(0, 1)) in nats for each feature, averaged over the batch (D,); both are (B, D)."""
     mean, log_variance = wide(mean), wide(log_variance)
     return -0.5 * (1 + log_variance - mean.square() - log_variance.exp()).mean(0)
 
 
 def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
-    """Return -log N(target; mean, exp(log_variance)) without its constant, in nats: mean over batch and features; all (B, D)."""
+    """Return -log N(target; mean, exp(log_variance)) without its constant, in nats, averaged over batch and features; all are (B, D)."""
     mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
     return 0.5 * ((target - mean).square() / log_variance.exp() + log_variance).mean()
 
@@ -54,14 +56,14 @@ def gaussian_nll(mean: Tensor, log_variance: Tensor, target: Tensor) -> Tensor:
 def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | None = None) -> Tensor:
     """Return vCLUB, the variational contrastive log-ratio upper bound on the mutual information (Cheng et al., ICML 2020).
 
-    It measures how much better q(target_i | input_i) explains its own target than the targets of other examples:
-    mean_i [log q(c_i | g_i) - mean_j log q(c_j | g_i)], in nats per feature (mean over the D features; multiply by D for the
-    whole bound). It is about 0 for independent variables and positive for dependent ones; a poor q makes it negative.
+    The bound measures how much better q(target_i | input_i) explains its own target than the targets of other examples. It is mean_i [log
+    q(c_i | g_i) - mean_j log q(c_j | g_i)], in nats per feature (a mean over the D features; multiply it by D to obtain the whole bound).
+    It is about 0 for independent variables and positive for dependent variables. If q is poor, it is negative.
 
     Args:
-        mean, log_variance: (B, D), q's prediction for each example.
-        target: (B, D), the true values c_i.
-        other: (B,) indices j, one drawn per example (the paper's sampled bound); None means all examples.
+        mean, log_variance: q's prediction for each example (B, D).
+        target: the true values c_i (B, D).
+        other: indices j (B,), one drawn per example (the paper's sampled bound); None means all examples.
     """
     mean, log_variance, target = wide(mean), wide(log_variance), wide(target)
     own = (mean - target).square()
@@ -72,9 +74,9 @@ def vclub(mean: Tensor, log_variance: Tensor, target: Tensor, other: Tensor | No
 
 
 def within_classes(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values (B, D) minus the mean of their class in the batch, and the variance of their class in the batch (B, D).
+    """Return values (B, D) minus their class means in the batch, and the variances of their classes in the batch (B, D).
 
-    `labels`: (B,) classes. A class with one example has differences and variances of 0.
+    `labels` are classes (B,). For a class with one example, the differences and variances are 0.
     """
     values = wide(values)
     same = (labels[:, None] == labels).to(values.dtype)
@@ -86,17 +88,17 @@ def within_classes(values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def vclub_within(mean: Tensor, log_variance: Tensor, target: Tensor, labels: Tensor) -> Tensor:
     """Return vCLUB within classes: a bound on the mutual information given the class, in nats per feature (see `vclub`).
 
-    Other examples are those of the same class in the batch. `mean` and `log_variance` predict `target` minus the mean of its class, so
-    information about the class costs nothing; all are (B, D). `labels`: see `within_classes`.
+    Here, the other examples are those of the same class in the batch. `mean` and `log_variance` predict `target` minus its class mean, so
+    information about the class does not increase the bound. All three are (B, D). For `labels`, see `within_classes`.
     """
     mean, log_variance = wide(mean), wide(log_variance)
     away, variance = within_classes(target, labels)
-    rest = mean.square() + variance  # mean_j (m - c_j)^2 over the class, whose mean is 0
+    rest = mean.square() + variance  # mean_j (m - c_j)^2 over the class; the mean of the centred targets is 0
     return ((rest - (mean - away).square()) / (2 * log_variance.exp())).mean()
 
 
 def standardised(values: Tensor) -> Tensor:
-    """Return values (B, D) with mean 0 and standard deviation 1 over the batch; a constant feature becomes 0."""
+    """Return the values (B, D), scaled to mean 0 and standard deviation 1 over the batch. A constant feature becomes 0."""
     values = wide(values)
     away = values - values.mean(0)
     return away / away.square().mean(0).sqrt().clamp(min=1e-6)
@@ -105,14 +107,15 @@ def standardised(values: Tensor) -> Tensor:
 def class_decorrelation(a: Tensor, b: Tensor, labels: Tensor, n_classes: int) -> Tensor:
     """Return a measure of the correlation of `a` and `b` within classes: ||Cov(a', b')||^2 / (D mean(a'^2) mean(b'^2)).
 
-    Here a' = a - mean_y a and b' = b - mean_y b, where mean_y is the mean over the examples of the same class in the batch; the norm is
-    the Frobenius norm. The measure does not depend on the scale of `a` or `b`. It is 0 if they are uncorrelated within every class, 1 if
-    they are equal and white, and D if a single factor determines all features. Correlation that the class explains is not counted.
+    Here, a' = a - mean_y a and b' = b - mean_y b, where mean_y is the mean over the examples of the same class in the batch, and the norm
+    is the Frobenius norm. The measure does not depend on the scale of `a` or `b`. It is 0 if they are uncorrelated within every class, 1
+    if they are equal and white, and D if a single factor determines all features. Correlation that is explained by the class is not
+    counted.
 
     Args:
-        a, b: (B, D).
-        labels: (B,) integers below `n_classes`. A class with one example adds nothing.
-        n_classes: Y.
+        a, b: features (B, D).
+        labels: integers (B,) below `n_classes`. A class with one example contributes nothing.
+        n_classes: number of classes Y.
     """
     member = one_hot(labels, n_classes).to(wide(a).dtype)
     counts = member.sum(0).clamp(min=1)[:, None]

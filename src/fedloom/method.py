@@ -1,10 +1,10 @@
 """The contract between a federated method and the framework. `Method` itself is FedAvg; override only what your paper changes.
 
-A method is a frozen dataclass that contains only hyper-parameters. Its hooks are pure functions of trees of tensors. Local
-work is declared as data (`Train`, `Interleave`, `Sweep`, `Set`), so an engine can run it in a loop, vectorise it over clients, or send
+A method is a frozen dataclass that contains only hyper-parameters. Its hooks are pure functions of trees of tensors. A client's local
+update is declared as data (`Train`, `Interleave`, `Sweep`, `Set`), so an engine can run it in a loop, vectorise it over clients, or send
 it to another process. `docs/contract.md` describes every hook with an example.
 
-The hooks that one round calls, in order (`server` is any tree, `weights` as in `fedloom.nets`)::
+One round calls these hooks in this order. `server` is any tree; `weights` has the form described in `fedloom.nets`::
 
     server  cohort -> downlink
     client  receive -> phases (loss, draw) -> uplink          run by the engine, in any process or on a device
@@ -64,13 +64,13 @@ class Architecture(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """Read-only facts about the problem."""
+    """Read-only facts about the learning problem."""
 
     n_clients: int
     max_cohort: int  # the largest number of clients in a round
     objective: Objective
     spec: InputSpec
-    width: int  # features D of the first architecture (the same for all of them if clients differ)
+    width: int  # number of features D of the first architecture
     rounds: int
 
     @property
@@ -80,7 +80,7 @@ class Task:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) for images; of the first one if there are several."""
+        """Shape of one example's input, such as (C, H, W) for images. If there are several inputs, the shape of the first."""
         return self.spec.shape
 
 
@@ -89,45 +89,45 @@ class Client(NamedTuple):
 
     weights: Weights
     memory: Tree
-    opts: Tree  # optimiser states, by phase, of the phases with `keep_state`
-    unsent: Tree = {}  # residuals that lossy uplink compression has not sent yet, by kind (`fedloom.wire.codec`)
+    opts: Tree  # optimiser states of the phases with `keep_state`, by name of the phase
+    unsent: Tree = {}  # residuals that lossy compression of uplinks has not sent yet, by kind (`fedloom.wire.codec`)
 
 
 class Batch(NamedTuple):
     """One batch of a client's examples."""
 
     x: Any  # (B, ...) normalised inputs; a dictionary of such tensors if there are several
-    y: Tensor  # (B, ...) targets: labels (B,) for classes; see `fedloom.objectives`
+    y: Tensor  # (B, ...) targets, such as class labels (B,); see `fedloom.objectives`
     draws: Mapping[str, Tensor] = {}  # the tensors that the phase's `draw` returned for this batch
     precomputed: Mapping[str, Tensor] = {}  # the tensors that the `Interleave`'s `precompute` returned for this batch
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One client's local update in one round."""
+    """Facts about one client's local update in one round."""
 
     number: int  # the round, from 0
     last: int  # the number of the last round
-    examples: int  # n_k, the client's training examples
-    steps: Mapping[str, int] = field(default_factory=dict)  # optimiser steps taken, by phase
+    examples: int  # n_k, the number of the client's training examples
+    steps: Mapping[str, int] = field(default_factory=dict)  # number of optimiser steps taken, by name of the phase
     _: KW_ONLY
-    closing: bool = False  # whether this is the exchange after the last round (see `Method.finish`)
+    closing: bool = False  # whether this is the final exchange, after the last round (see `Method.finish`)
 
 
 class ClientData(NamedTuple):
     """What a client knows about its own training examples before the first round."""
 
     examples: int  # n_k
-    class_counts: Tensor  # (Y,) examples of each class, in the default dtype; (0,) if the learning task has no classes
+    class_counts: Tensor  # (Y,) number of examples of each class, in the default dtype; (0,) without classes
 
 
 class Arrival(NamedTuple):
     """A client whose uplink reached the server."""
 
     client: int
-    slot: int  # its position in the cohort
-    share: float  # its weight in aggregation: its fraction of the examples (less if it is late); shares sum to 1
-    age: int = 0  # rounds since the downlink was sent to it
+    slot: int  # the client's position in the cohort
+    share: float  # the client's weight in the aggregation: its fraction of the examples (less if late); shares sum to 1
+    age: int = 0  # number of rounds since the downlink was sent to the client
 
 
 BindFn = Callable[[Weights], Nets]
@@ -141,12 +141,12 @@ def _no_nets(weights: Weights) -> Nets:
 class Round:
     """The server's information about a round, for all server hooks, and a random stream for their draws."""
 
-    number: int  # from 0; in `deploy`, the number of rounds done
-    n_clients: int  # K, the clients of the whole federation
+    number: int  # from 0; in `deploy`, the number of completed rounds
+    n_clients: int  # K, the number of clients in the whole federation
     arrivals: tuple[Arrival, ...]  # in cohort order; empty in hooks that are called before the uplinks arrive
     rng: Stream  # a separate stream for each hook and round
     _: KW_ONLY
-    examples: tuple[int, ...] = ()  # n_k of all K clients, known before the first round
+    examples: tuple[int, ...] = ()  # the numbers n_k of all K clients, known before the first round
     nets: BindFn = (
         _no_nets  # weights -> the nets of the first architecture and of `server_nets`, to train on the server
     )
@@ -161,14 +161,14 @@ class Downlink(NamedTuple):
     """The server's message: a common tree for the whole cohort and, optionally, one tree per member in cohort order.
 
     A member's tree is merged into the common tree and replaces leaves with the same path. In the result of `deploy`, `each` has one tree
-    for every client of the federation, by the client's number.
+    for every client of the federation, indexed by the client's number.
     """
 
     common: Tree = {}
     each: Sequence[Tree] | None = None
 
     def to(self, slot: int) -> Tree:
-        """Return the whole message to the member at position `slot` of the cohort; a client that has joined later has no own tree."""
+        """Return the complete message to the member at position `slot` of the cohort. A client that joined later receives `common` only."""
         return self.common if self.each is None or slot >= len(self.each) else tree.merge(self.common, self.each[slot])
 
 
@@ -179,17 +179,17 @@ PrecomputeFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
 Predictor = Callable[[Nets, Any, Tree, Tree], Tensor]
 Combines = Literal["mean", "sums", "individual"]
 Need = Literal["classes", "pictures", "vector", "head"]
-"""What a method may need: class labels, pictures as inputs, one feature vector per example, a model with a linear head."""
+"""A requirement of a method: class labels, images as inputs, one feature vector per example, or a model with a linear head."""
 
 
 @dataclass(frozen=True)
 class NamedPhase:
-    """The common part of all phases. Phases of one local update have different names."""
+    """The common part of all phases. The phases of one local update must have different names."""
 
     name: str
     _: KW_ONLY
     when: Callable[[Turn], bool] | None = (
-        None  # whether to run in this local update; default: in every round, but not in the closing exchange
+        None  # whether to run in this local update; default: in every round, but not in the final exchange
     )
 
     def works_in(self, turn: Turn) -> bool:
@@ -216,7 +216,7 @@ class Train(NamedPhase):
     )
 
     def __post_init__(self) -> None:
-        """Raise MethodError if the phase would take no step."""
+        """Raise MethodError if the phase would take no steps."""
         if self.epochs < 1 or self.repeats < 1 or (self.steps is not None and self.steps < 1):
             counts = f"epochs={self.epochs}, steps={self.steps}, repeats={self.repeats}"
             raise MethodError(f"phase '{self.name}': {counts}: must be at least 1")
@@ -231,10 +231,10 @@ class Train(NamedPhase):
 class Interleave(NamedPhase):
     """Several `Train`s that alternate on every batch, in order. Their own `epochs` and `steps` are ignored.
 
-    `precompute` computes what several members need from a batch, before the first member steps; members read it from
-    `batch.precomputed`. During `precompute`, a net is in training mode if any member puts it in training mode. Gradients flow through its
-    result in the last member only, so only the last member may train the parameters that it depends on; the others see constants.
-    A member's own `when` may skip it in a local update.
+    `precompute` computes what several members need from a batch, before the first member takes its step. Members read the result from
+    `batch.precomputed`. During `precompute`, a net is in training mode if any member puts it in training mode. Gradients flow through the
+    result in the last member only. Therefore, only the last member may train the parameters on which the result depends; for all other
+    members, the result is constant. A member's own `when` may skip the member in a local update.
     """
 
     members: tuple[Train, ...]
@@ -245,7 +245,7 @@ class Interleave(NamedPhase):
     precompute: PrecomputeFn | None = None  # (nets, batch without draws, down, memory) -> {name: tensor}
 
     def __post_init__(self) -> None:
-        """Raise MethodError if the phase would take no step."""
+        """Raise MethodError if the phase would take no steps."""
         if not self.members or self.epochs < 1 or (self.steps is not None and self.steps < 1):
             raise MethodError(f"phase '{self.name}': needs members, and epochs or steps of at least 1")
         if self.precompute and self.members[-1].repeats > 1:
@@ -277,13 +277,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def server_side(hook: F) -> F:
-    """Mark a hook of `Method` as one of the server's half of a composed method."""
+    """Mark a hook of `Method` as part of the server's half of a composed method."""
     hook.side = "server"  # type: ignore[attr-defined]
     return hook
 
 
 def client_side(hook: F) -> F:
-    """Mark a hook of `Method` as one of the clients' half of a composed method."""
+    """Mark a hook of `Method` as part of the clients' half of a composed method."""
     hook.side = "client"  # type: ignore[attr-defined]
     return hook
 
@@ -299,36 +299,36 @@ class Paper(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """FedAvg, and the base class of every method."""
+    """FedAvg, which is also the base class of every method."""
 
     lr: Positive = 0.05
     """Learning rate of the local optimiser."""
     momentum: Fraction = 0.0
     """Momentum (SGD only)."""
     weight_decay: NonNegative = 0.0
-    """L2 penalty, added to the gradient."""
+    """Coefficient of the L2 penalty, which is added to the gradient."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """Local optimiser. Its state is reset every round unless the method keeps it."""
+    """Local optimiser. Its state is reset every round unless the method keeps the state."""
     lr_decay: Share = 1.0
-    """Factor on the learning rate after every round."""
+    """Factor by which the learning rate is multiplied after every round."""
     local_epochs: Count = 1
     """Passes over the client's training examples in a round."""
     buffers: Literal["shared", "private"] = "shared"
-    """shared: BatchNorm's running statistics travel with the shared nets and are averaged; private: they stay with the client."""
+    """If shared, BatchNorm's running statistics are sent with the shared nets and averaged. If private, they stay with the client."""
 
     paper: ClassVar[Paper]
-    shared: ClassVar[tuple[str, ...]] = ("model",)  # patterns of the weights that travel (`fedloom.nets.select`)
-    also_travels: ClassVar[tuple[str, ...]] = ()  # names of message contents other than "weights", for listings
+    shared: ClassVar[tuple[str, ...]] = ("model",)  # patterns of the weights that are sent (`fedloom.nets.select`)
+    also_travels: ClassVar[tuple[str, ...]] = ()  # names of what messages contain in addition to weights, for listings
     keeps_shared: ClassVar[bool] = (
-        False  # whether a client keeps its trained copy of the travelling weights for the next round
+        False  # whether a client keeps its trained copy of the shared weights for the next round
     )
     uses_rounds: ClassVar[bool] = (
-        False  # whether a hook depends on `Task.rounds` or `Turn.last`; such runs cannot go on longer
+        False  # whether a hook depends on `Task.rounds` or `Turn.last`; such runs cannot be extended
     )
-    accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks of earlier rounds (see `Arrival.age`)
-    combines: ClassVar[Combines] = "mean"  # what `aggregate` uses of uplinks (see `sums`)
+    accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks from earlier rounds (`Arrival.age`)
+    combines: ClassVar[Combines] = "mean"  # what `aggregate` uses from the uplinks (see `sums`)
     needs: ClassVar[tuple[Need, ...]] = ()  # requirements for data and model, with the default hyper-parameters
-    pooled: ClassVar[bool] = False  # whether one client holds all examples (an upper reference, not a federated method)
+    pooled: ClassVar[bool] = False  # whether one client holds all examples (not a federated method)
 
     def __post_init__(self) -> None:
         """Raise ValueError for a hyper-parameter outside its limits, and MethodError for a `shared` that is not a tuple."""
@@ -340,29 +340,29 @@ class Method:
 
     @property
     def needed(self) -> frozenset[Need]:
-        """The requirements with these hyper-parameters. If one is not met, the run ends with a one-line error before training."""
+        """The method's requirements with these hyper-parameters. If one is not met, the run ends with a one-line error before training."""
         return frozenset(self.needs)
 
     @property
     def remedy(self) -> str:
-        """Settings of the method that need less, for messages; ends with ", or "."""
+        """Settings of the method with which it has fewer requirements, for error messages. A non-empty text ends with ", or "."""
         return ""
 
     # initial state
 
     @client_side
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Build and return a client's nets. Called once per architecture and process, never inside a loss."""
+        """Build and return a client's nets. This hook is called once per architecture and process, and never inside a loss."""
         return {"model": arch.model()}
 
     @server_side
     def server_nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Build and return nets that only the server has; `arch` is the first architecture. `init_server` receives their weights, too."""
+        """Build and return nets that only the server has; `arch` is the first architecture. `init_server` also receives their weights."""
         return {}
 
     @client_side
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return a client's initial memory, which it keeps in addition to its weights, with its full structure."""
+        """Return a client's initial memory with its full structure. A client keeps its memory between rounds, in addition to its weights."""
         return {}
 
     @server_side
@@ -374,7 +374,7 @@ class Method:
 
     @server_side
     def cohort(self, server: Tree, task: Task, size: int, round: Round) -> Sequence[int]:
-        """Choose the clients of a round: `size` of them, drawn uniformly without replacement."""
+        """Choose the clients of a round: `size` clients, drawn uniformly without replacement."""
         return sorted(round.rng.permutation(task.n_clients)[:size].tolist())
 
     @server_side
@@ -386,7 +386,7 @@ class Method:
 
     @client_side
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
-        """Return the weights from which the client starts its local update. Every travelling tensor must be replaced."""
+        """Return the weights from which the client starts its local update. Every shared tensor must be replaced by a received tensor."""
         if not self.shared:
             return weights
         if "weights" not in down:
@@ -403,7 +403,7 @@ class Method:
 
     @client_side
     def phases(self) -> tuple[Phase, ...]:
-        """Return the phases of a local update, the same in every round; a phase's `when` may skip it."""
+        """Return the phases of a local update. They are the same in every round, but a phase's `when` may skip the phase."""
         return (Train("train", self.loss, ("model",), self.local_optimizer(), epochs=self.local_epochs),)
 
     @client_side
@@ -423,9 +423,10 @@ class Method:
 
     @client_side
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return why an uplink's statistics are impossible, or "". Called before `aggregate` if uplinks are screened.
+        """Return the reason why an uplink's statistics are impossible, or "". If uplinks are screened, this hook is called before
+        `aggregate`.
 
-        `class_counts`: the client's number of training examples of each class (Y,), or None if the server does not have it.
+        `class_counts` is the client's number of training examples of each class (Y,), or None if the server does not have these numbers.
         """
         return ""
 
@@ -434,29 +435,32 @@ class Method:
     @property
     @server_side
     def exchanges(self) -> bool:
-        """Whether clients exchange parts of their uplinks before the server sees them. On devices this needs an encrypted relay."""
+        """Whether clients exchange parts of their uplinks before the server sees them. On real devices, this requires an encrypted relay."""
         return False
 
     @server_side
     def exchange(self, uplinks: Sequence[Tree], rng: Stream) -> Sequence[Tree]:
-        """Return what the server sees instead of the uplinks that arrived: the same number of trees, but no longer one per client."""
+        """Return the trees that replace the uplinks that arrived: the same number of trees, but no longer one tree per client."""
         return uplinks
 
     # server, after a round
 
     @server_side
     def sums(self, uplink: Tree) -> Tree:
-        """Return the tensors that `aggregate` only adds up over clients, with the same shapes for every client.
+        """Return the tensors that `aggregate` only adds up over clients. They have the same shapes for every client.
 
-        With `combines`, a method states what `aggregate` needs: "mean", the mean of the uplinks, so the uplink itself is returned; "sums",
-        the total of what this hook returns; "individual", each uplink. A method that overrides `aggregate` must set `combines`, else
-        `aggregate=RULE` is refused.
+        In `combines`, a method states what `aggregate` needs: the mean of the uplinks ("mean"; this hook then returns the uplink itself),
+        the total of what this hook returns ("sums"), or each uplink ("individual"). If a method overrides `aggregate` but does not set
+        `combines`, `aggregate=RULE` is refused.
         """
         return uplink
 
     @server_side
     def from_sums(self, total: Tree, n: int) -> Tree:
-        """Return one uplink that stands for all: n times this uplink aggregate as n uplinks whose `sums` add up to `total`."""
+        """Return one uplink that represents all uplinks.
+
+        Aggregating n copies of it has the same result as aggregating n uplinks whose `sums` add up to `total`.
+        """
         return tree.map_tree(lambda leaf: leaf / n, total)
 
     @server_side
@@ -466,10 +470,10 @@ class Method:
 
     @server_side
     def finish(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the server's final state, with the same structure, from the uplinks of the closing exchange.
+        """Return the server's final state, with the same structure, from the uplinks of the final exchange.
 
-        If a method overrides this hook, all clients run one more local update after the last round, of which only the phases run whose
-        `when` is true for it (`Turn.closing`), and send its `uplink`.
+        If a method overrides this hook, all clients run one more local update after the last round and send its `uplink`. In this local
+        update, only those phases run whose `when` is true for it (`Turn.closing`).
         """
         return server
 
@@ -487,7 +491,8 @@ class Method:
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
         """Return the message that clients would receive to make predictions now.
 
-        It may contain `each`, with one tree for every client. Clients that join later and the server's own model use `common` alone.
+        The message may contain `each`, with one tree for every client. Clients that join later and the server's own model use `common`
+        alone.
         """
         return Downlink(self.downlink(server, (), round).common)
 
@@ -498,15 +503,15 @@ class Method:
 
     @client_side
     def predictors(self) -> dict[str, Predictor]:
-        """Return the predictors, (nets, x, down, memory) -> outputs, such as logits (B, Y).
+        """Return the predictors. A predictor is a function (nets, x, down, memory) -> outputs, such as logits (B, Y).
 
-        `personal` is a client's predictor; `server` is the server's, if the server has a model.
+        `personal` is a client's predictor. `server` is the server's predictor, if the server has a model.
         """
         return {"personal": predict_model, "server": predict_model}
 
     @client_side
     def shared_features(self) -> Predictor | None:
-        """Return the function (nets, x, down, memory) -> features (B, D) of the body that travels, or None if no body travels.
+        """Return the function (nets, x, down, memory) -> features (B, D) of the shared body, or None if no body is shared.
 
         `eval.shared_head` fits one classifier for all clients on these features. The default is the body of `model`.
         """
@@ -516,12 +521,12 @@ class Method:
 
     @client_side
     def travelling(self, weights: Weights) -> Weights:
-        """Return the client's weights that travel: those named by `shared`, with or without buffers."""
+        """Return the part of a client's weights that is sent: the weights named by `shared`, with or without buffers."""
         return select(weights, self.shared, buffers=self.buffers == "shared")
 
     @client_side
     def local_optimizer(self, lr: float | None = None) -> Optimizer:
-        """Return the optimiser that the hyper-parameters describe, with learning rate `lr` if given."""
+        """Return the optimiser that the hyper-parameters describe. If `lr` is given, it replaces the learning rate."""
         if self.optimizer == "adam":
             return optim.adam(lr or self.lr, weight_decay=self.weight_decay)
         return optim.sgd(lr or self.lr, self.momentum, self.weight_decay)
@@ -547,7 +552,7 @@ def model_features(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
 
 
 def predict_with(net: str) -> Predictor:
-    """Return the predictor whose outputs are those of the net `net`."""
+    """Return a predictor that returns the outputs of the net `net`."""
 
     def predict(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
         outputs: Tensor = getattr(nets, net)(x)
@@ -582,9 +587,9 @@ def init_opts(phases: Iterable[Phase], weights: Weights) -> Tree:
 
 
 def without(phases: Iterable[Phase], weights: Weights, frozen: Weights) -> tuple[Phase, ...]:
-    """Return the phases without training the tensors in `frozen`; leave out a `Train` that has nothing left to train.
+    """Return the phases, changed so that they do not train the tensors in `frozen`. A `Train` with nothing left to train is omitted.
 
-    A net whose tensors are all frozen, running statistics included, is in evaluation mode. `Sweep` and `Set` phases stay as they are.
+    A net whose tensors are all frozen, including its running statistics, is in evaluation mode. `Sweep` and `Set` phases do not change.
     """
     free = {kind: [name for name in part if name not in frozen[kind]] for kind, part in weights.items()}
     nets = {name.partition(".")[0] for names in free.values() for name in names}

@@ -21,11 +21,11 @@ from fedloom.tree import Weights
 
 Unit = Literal["layer", "tensor", "block"]
 CLASSES = Classification()
-"""The learning task of nets for which none is given."""
+"""The learning task of nets if no task is specified."""
 
 
 class Net:
-    """One module bound to the tensors it computes with. Calling the net calls the module."""
+    """A module bound to the tensors with which it computes. Calling the net calls the module."""
 
     def __init__(
         self, module: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], training: bool
@@ -34,7 +34,7 @@ class Net:
         self._tensors = {**params, **buffers}
 
     def __call__(self, *inputs: Any) -> Any:
-        """Call the module on a tensor, on several, or on one dictionary of tensors (see `fedloom.inputs`)."""
+        """Call the module with one tensor, several tensors, or one dictionary of tensors (see `fedloom.inputs`)."""
         if self.module.training != self.training:
             self.module.train(self.training)
         tensors = dict(self._tensors)
@@ -48,7 +48,7 @@ class Net:
         return outputs
 
     def __getattr__(self, name: str) -> Net:
-        """Return a part of the module, such as `nets.model.body`, bound to the same tensors and in the same mode."""
+        """Return a part of the module, such as `nets.model.body`. It is bound to the same tensors and has the same mode."""
         part = self.__dict__["module"]._modules.get(name) if "module" in self.__dict__ else None
         if part is None:
             raise AttributeError(f"the net has no part '{name}'")
@@ -76,8 +76,8 @@ class Net:
 class Nets:
     """A client's nets: `nets.gfe(x)` calls module `gfe` with this client's tensors.
 
-    In training mode BatchNorm updates the running statistics in `buffers` *in place*, so the code that creates a `Nets` must own those
-    tensors.
+    In training mode, BatchNorm updates the running statistics in `buffers` *in place*. The code that creates a `Nets` must therefore own
+    those tensors.
     """
 
     def __init__(
@@ -106,11 +106,11 @@ class Nets:
         return net
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean loss of the learning task: cross-entropy for classes; see `fedloom.objectives`."""
+        """Return the mean loss of the learning task, such as cross-entropy for classes; see `fedloom.objectives`."""
         return self.objective.loss(outputs, targets)
 
     def at(self, weights: Weights) -> Nets:
-        """Return the same nets in evaluation mode, with the tensors in `weights` instead of their own (MOON's previous model)."""
+        """Return the same nets in evaluation mode, with the tensors in `weights` instead of their own (as for MOON's previous model)."""
         params = {**self.params, **weights["params"]}
         return self._like(params, {**self.buffers, **weights["buffers"]}, ())
 
@@ -119,15 +119,15 @@ class Nets:
         return self._like({**self.params, **params}, self.buffers, self.training)
 
     def renamed(self, net: str, other: str) -> dict[str, Tensor]:
-        """Return the parameters of `net`, named as those of the net `other`, which has the same form."""
+        """Return the parameters of `net` under the names of the net `other`, which has the same structure."""
         start = net + "."
         return {other + name[len(net) :]: p for name, p in self.params.items() if name.startswith(start)}
 
     def gradient(self, error: Callable[[Nets], Tensor], patterns: Sequence[str]) -> dict[str, Tensor]:
-        """Return the gradient of `error(nets)` with respect to the parameters that the patterns match (`select`).
+        """Return the gradient of `error(nets)` with respect to the parameters that the patterns match (see `select`).
 
-        Running statistics that `error` changes are those of a copy. The gradient is differentiable; use `nets.frozen.gradient(...)` for
-        constants.
+        If `error` changes running statistics, it changes a copy of them. The gradient is differentiable; for a constant gradient, use
+        `nets.frozen.gradient(...)`.
         """
 
         def value(params: dict[str, Tensor]) -> Tensor:
@@ -148,9 +148,9 @@ class Nets:
 
 
 def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
-    """Return copies of the modules' current weights. Raises ConfigError if one tensor has two names.
+    """Return copies of the modules' current weights. Raise ConfigError if one tensor has two names.
 
-    Frozen parameters (`requires_grad=False`) do not count as weights: they stay in the modules and are never trained, sent or stored.
+    Frozen parameters (`requires_grad=False`) are not weights: they stay in the modules and are never trained, sent or stored.
     """
     refuse_tied(modules)
     kept = {net: m.state_dict() for net, m in modules.items()}  # without non-persistent buffers
@@ -166,21 +166,21 @@ def read_weights(modules: Mapping[str, nn.Module]) -> Weights:
 
 
 def frozen_parameters(modules: Mapping[str, nn.Module]) -> list[Tensor]:
-    """Return the parameters that never change (`requires_grad=False`)."""
+    """Return the parameters that are never trained (`requires_grad=False`)."""
     return [p for module in modules.values() for p in module.parameters() if not p.requires_grad]
 
 
 def without_negative_variances(weights: Weights) -> Weights:
     """Return the weights with negative running variances set to 0.
 
-    Adding a difference to a base can make a variance negative, through rounding or if the base is newer than the difference.
+    Adding a difference to a base can make a variance negative because of rounding, or if the base is newer than the difference.
     """
     buffers = {n: b.clamp(min=0) if n.endswith(".running_var") else b for n, b in weights["buffers"].items()}
     return {**weights, "buffers": buffers}
 
 
 def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
-    """Copy `weights` into the modules, so that a user gets a plain module. Frozen parameters stay as they are."""
+    """Copy `weights` into the modules, so that a user gets a plain module. Frozen parameters do not change."""
     tensors = {**weights["params"], **weights["buffers"]}
     for net, module in modules.items():
         start = len(net) + 1
@@ -190,16 +190,16 @@ def write_weights(modules: Mapping[str, nn.Module], weights: Weights) -> None:
 
 
 def layer_of(name: str) -> str:
-    """Return the layer (innermost module) that owns a tensor: `model.body.3.weight` belongs to `model.body.3`.
+    """Return the layer (innermost module) to which a tensor belongs: `model.body.3` for `model.body.3.weight`.
 
-    The tensors of a parametrised weight, such as a LoRA adapter's, belong to the layer of the weight.
+    The tensors of a parametrised weight, such as those of a LoRA adapter, belong to the layer of the weight.
     """
     layer, parametrised, _ = name.partition(".parametrizations.")
     return layer if parametrised else name.rpartition(".")[0]
 
 
 def block_of(name: str) -> str:
-    """Return the block that a tensor belongs to: its layer's path up to the first number, or the layer itself if the path has no number."""
+    """Return the block of a tensor: the path of its layer up to the first number, or the whole path if it contains no number."""
     path = layer_of(name).split(".")
     numbers = [i for i, part in enumerate(path) if part.isdigit()]
     return ".".join(path[: numbers[0] + 1] if numbers else path)
@@ -226,10 +226,10 @@ def norm_layers(weights: Weights) -> set[str]:
 
 
 def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, rest: bool = False) -> Weights:
-    """Return the weights that at least one pattern matches; with `rest`, those that no pattern matches.
+    """Return the weights that match at least one pattern or, with `rest`, the weights that match no pattern.
 
-    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), a net without a part (`model:-head`), or one tensor's full
-    name (`model.head.bias`). The part `norm` stands for all normalisation layers (`model:-norm`, FedBN).
+    A pattern is a net (`model`), a part of a net (`model:body`, `model:head`), a net without a part (`model:-head`), or the full name of
+    one tensor (`model.head.bias`). The part `norm` means all normalisation layers, as in `model:-norm` (FedBN).
 
     Args:
         buffers: whether the patterns also match buffers (running statistics).
@@ -246,9 +246,9 @@ def select(weights: Weights, patterns: Sequence[str], *, buffers: bool = True, r
 Names = tuple[tuple[str, tuple[str, ...]], ...]  # by kind
 
 
-@functools.lru_cache(1024)  # the same few selections are made for every client in every round
+@functools.lru_cache(1024)  # every client makes the same few selections in every round
 def _chosen(names: Names, norms: frozenset[str], patterns: tuple[str, ...], buffers: bool, rest: bool) -> Names:
-    """Return the names that `select` selects."""
+    """Return the names of the weights that `select` returns."""
 
     def matches(pattern: str, name: str) -> bool:
         if pattern == name:

@@ -1,6 +1,6 @@
 """Learning tasks: the form of the targets, the loss, and the scoring of predictions.
 
-Scores are sums of integers, so they add up to the same numbers in any order. Real values are added as `round(v * 2**24)`.
+Scores are sums of integers, so their total is the same in any order. A real value v is added as `round(v * 2**24)`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MOST: Final = 2.0**38
 
 @dataclass(frozen=True)
 class Score:
-    """Integer sums over scored examples, by name. `rows` holds the number of examples, as an array (per class, or of length 1)."""
+    """Integer sums over scored examples, by name. `rows` holds the number of examples, as an array (one entry per class, or length 1)."""
 
     sums: Mapping[str, Ints]
 
@@ -59,16 +59,16 @@ def sum_scores(scores: Iterable[Score]) -> Score:
 
 
 class Metric(NamedTuple):
-    """A number computed from a score."""
+    """The name and properties of a number that is computed from a score."""
 
     name: str
     better: Literal["higher", "lower"] = "higher"
-    percent: bool = False  # whether it is a fraction, which is shown in percent
+    percent: bool = False  # whether the number is a fraction that is shown in percent
     unit: str = ""
 
 
 class Strata(NamedTuple):
-    """Groups of examples by target, which label-skewed partitions divide."""
+    """Groups of examples with similar targets, which label-skewed partitions divide among clients."""
 
     of: Ints  # (N,): the stratum of each example
     names: tuple[str, ...]
@@ -76,7 +76,7 @@ class Strata(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Objective(ABC):
-    """A learning task. `names` are the classes, labels or targets, in the order of the outputs; empty if they have no names."""
+    """A learning task. `names` are the classes, labels or targets in the order of the outputs, or empty if they have no names."""
 
     names: tuple[str, ...] = ()
     task: ClassVar[str]
@@ -109,7 +109,10 @@ class Objective(ABC):
 
     @abstractmethod
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return one score per client; outputs and targets of all clients are concatenated, and `sizes` are their numbers of examples."""
+        """Return one score per client.
+
+        Outputs and targets of all clients are concatenated; `sizes` are the clients' numbers of examples.
+        """
 
     @abstractmethod
     def shapes(self) -> dict[str, int]:
@@ -117,56 +120,58 @@ class Objective(ABC):
 
     @abstractmethod
     def metrics(self, score: Score) -> dict[str, float]:
-        """Return the metrics, the primary one first; NaN where they are undefined, such as without examples."""
+        """Return the metrics, the primary one first. A metric is NaN if it is undefined, for example without examples."""
 
     def by_name(self, score: Score) -> tuple[str, list[float]]:
-        """Return the name of a metric, and its value per class or label; NaN for those without examples. Empty if the task has none."""
+        """Return the name of a metric, and its value per class or label (NaN without examples). Both are empty if the task has none."""
         return "", []
 
     @abstractmethod
     def answer(self, outputs: Tensor) -> npt.NDArray[Any]:
-        """Return the predictions as values of the data: class names, label names, numbers in the targets' units, or token ids."""
+        """Return the predictions in the form of the data: class names, label names, numbers in the targets' units, or token ids."""
 
     def strata(self, targets: Tensor, n_train: int, bins: int = 10) -> Strata | None:
-        """Return groups of examples by target, or None if the task has none.
+        """Return groups of examples with similar targets, or None if the task has no such groups.
 
         Args:
-            targets: of all examples.
-            n_train: the groups are derived from the first `n_train` examples.
-            bins: the largest number of groups for targets that are numbers.
+            targets: the targets of all examples.
+            n_train: the number of examples, from the first one, from which the groups are derived.
+            bins: the maximum number of groups if targets are numbers.
         """
         return None
 
     def excess(self, score: Score, most: Score) -> str:
-        """Return why a device cannot have obtained this score, or "". `most`: a score with the largest `rows` that it may claim."""
+        """Return the reason why a device cannot have obtained this score, or "". `most` is a score with the largest `rows` that it may
+        report.
+        """
         if np.any(score["rows"] > most["rows"]):
             return "more examples than the client has"
         return ""
 
     def none(self) -> Score:
-        """Return the score on no examples."""
+        """Return the score of zero examples."""
         return Score({name: np.zeros(n, np.int64) for name, n in self.shapes().items()})
 
     def value(self, score: Score) -> float:
-        """Return the primary metric; NaN if it is undefined."""
+        """Return the primary metric, or NaN if it is undefined."""
         return self.metrics(score)[self.primary.name]
 
     def content(self) -> dict[str, Any]:
-        """Return the objective as JSON values; `from_content` reads it back."""
+        """Return the objective as JSON values, which `from_content` reads."""
         content = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
         return {"task": self.task, **content}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Classification(Objective):
-    """One class per example: targets (N,) int64 from 0 to Y-1, outputs (N, Y) logits, cross-entropy."""
+    """Classification with one class per example, by cross-entropy. Targets (N,) are int64 from 0 to Y-1; outputs (N, Y) are logits."""
 
     task = "classification"
     primary = Metric("accuracy", percent=True)
 
     @classmethod
     def numbered(cls, n: int) -> Classification:
-        """Return the task with `n` classes called 0 to n - 1."""
+        """Return the task with `n` classes whose names are 0 to n - 1."""
         return cls(names=tuple(map(str, range(n))))
 
     @property
@@ -186,8 +191,10 @@ class Classification(Objective):
         return losses.cross_entropy(outputs, targets)
 
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return correct predictions (`right`) and examples (`rows`) per class, (Y,). An example with a non-finite logit counts as
-        wrong."""
+        """Return the numbers of correct predictions (`right`) and examples (`rows`) per class (Y,).
+
+        An example with a non-finite logit counts as wrong.
+        """
         labels, n = targets.to(outputs.device), self.n_classes
         right = (outputs.argmax(1) == labels) & outputs.isfinite().all(1)
         places = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -221,9 +228,9 @@ class Classification(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class MultiLabel(Objective):
-    """Any number of labels per example: targets (N, L) of 0 and 1, outputs (N, L) logits, binary cross-entropy.
+    """Classification with any number of labels per example, by binary cross-entropy.
 
-    A label is predicted if its logit is above 0.
+    Targets (N, L) are 0 or 1; outputs (N, L) are logits. A label is predicted if its logit is positive.
     """
 
     task = "multilabel"
@@ -242,7 +249,7 @@ class MultiLabel(Objective):
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
 
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return `tp`, `fp` and `fn` per label, (L,), and `exact` matches. All labels of an example with a non-finite logit are wrong."""
+        """Return `tp`, `fp` and `fn` per label (L,), and `exact` matches. All labels of an example with a non-finite logit count as wrong."""
         true = targets.to(outputs.device).bool()
         said = torch.where(outputs.isfinite().all(1, keepdim=True), outputs > 0, ~true)
         found = {"tp": said & true, "fp": said & ~true, "fn": ~said & true, "exact": (said == true).all(1)[:, None]}
@@ -252,7 +259,7 @@ class MultiLabel(Objective):
         return {"tp": self.n_outputs, "fp": self.n_outputs, "fn": self.n_outputs, "exact": 1, "rows": 1}
 
     def metrics(self, score: Score) -> dict[str, float]:
-        """Return F1 over all labels together (`micro_f1`), its mean over labels that occur (`macro_f1`), and `exact_match`."""
+        """Return the F1 score over all labels together (`micro_f1`), its mean over the labels that occur (`macro_f1`), and `exact_match`."""
         tp, wrong = score["tp"], score["fp"] + score["fn"]
         occurs = (tp + score["fn"]) > 0
         each = [_ratio(2 * t, 2 * t + w) for t, w in zip(tp[occurs], wrong[occurs], strict=True)]
@@ -276,10 +283,10 @@ class MultiLabel(Objective):
         return found
 
     def strata(self, targets: Tensor, n_train: int, bins: int = 10) -> Strata:
-        """Return the rarest label of each example, by frequency among the training examples; examples without labels form one group."""
+        """Return groups of examples by their rarest label in the training examples. Examples without labels form one group."""
         has = targets.bool().numpy()
         counts = has[:n_train].sum(0)
-        order = np.argsort(counts, kind="stable")  # the rarest first; ties: the lower index
+        order = np.argsort(counts, kind="stable")  # the rarest label first; the lower index first if equal
         first = has[:, order].argmax(1)
         return Strata(np.where(has.any(1), order[first], self.n_outputs), (*self.names, "(no label)"))
 
@@ -292,10 +299,10 @@ class MultiLabel(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Regression(Objective):
-    """Numbers: targets and outputs (N, M), both in standard deviations from the mean of the training targets.
+    """Regression. Targets and outputs (N, M) are numbers, in standard deviations from the mean of the training targets.
 
     Attributes:
-        mean, std: (M,), of the training targets in their own units.
+        mean, std: mean and standard deviation (M,) of the training targets, in their own units.
         loss_name: `mse`, or `huber` with threshold `delta` (in standard deviations).
     """
 
@@ -318,7 +325,7 @@ class Regression(Objective):
         )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean squared (or Huber) error over examples and targets, in standard deviations."""
+        """Return the mean squared or Huber error over examples and targets, in (squared) standard deviations."""
         outputs = losses.wide(outputs)
         targets = targets.to(outputs.dtype)
         return (
@@ -328,8 +335,11 @@ class Regression(Objective):
         )
 
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return sums of squared errors `se`, absolute errors `ae`, targets `t` and their squares `t2`, (M,) each, and of `bad` examples,
-        whose outputs are not finite and which count with the largest error."""
+        """Return sums over examples: squared errors `se`, absolute errors `ae`, targets `t` and squared targets `t2`, (M,) each, and
+        `bad`.
+
+        `bad` is the number of examples with non-finite outputs. Their errors count as the largest possible error.
+        """
         t = targets.to(outputs.device).double()
         error = outputs.double() - t
         parts = {"se": error.square(), "ae": error.abs(), "t": t, "t2": t.square()}
@@ -340,10 +350,10 @@ class Regression(Objective):
         return {**dict.fromkeys(("se", "ae", "t", "t2"), self.n_outputs), "bad": 1, "rows": 1}
 
     def metrics(self, score: Score) -> dict[str, float]:
-        """Return `rmse`, `mae` and `r2`. With one target, errors are in its units; with several, in standard deviations.
+        """Return `rmse`, `mae` and `r2`. With one target, errors are in its units; with several targets, in standard deviations.
 
-        `r2` is the mean over targets of 1 - (mean squared error) / (variance of the scored targets); NaN if a variance is 0. All are NaN
-        if an output was not finite.
+        `r2` is the mean over targets of 1 - (mean squared error) / (variance of the scored targets), or NaN if a variance is 0. All three
+        are NaN if an output was not finite.
         """
         n = score.n_rows
         if not n or score["bad"].any():
@@ -359,7 +369,7 @@ class Regression(Objective):
         return found[:, 0] if len(self.names) == 1 else found
 
     def strata(self, targets: Tensor, n_train: int, bins: int = 10) -> Strata:
-        """Return quantile bins of the first target, from the training examples; equal edges are merged."""
+        """Return quantile bins of the first target, computed from the training examples. Bins with equal edges are merged."""
         values = targets[:, 0].double().numpy()
         edges = np.unique(np.quantile(values[:n_train], np.linspace(0, 1, bins + 1)[1:-1]))
         edges = edges[edges > values[:n_train].min()]  # no empty first bin
@@ -381,9 +391,10 @@ class Regression(Objective):
 
 @dataclass(frozen=True, kw_only=True)
 class Language(Objective):
-    """The next token at every position: targets (N, T) int64 from 0 to V-1, or -100 if there is none; outputs (N, T, V) logits.
+    """Language modelling: predict the next token at every position.
 
-    The loss is the cross-entropy, averaged over the tokens of the batch.
+    Targets (N, T) are int64 from 0 to V-1, or -100 if a position has no target; outputs (N, T, V) are logits. The loss is the
+    cross-entropy, averaged over the tokens of the batch.
     """
 
     vocabulary: int  # V
@@ -406,12 +417,14 @@ class Language(Objective):
         return ""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the mean cross-entropy per token in nats; 0 if the batch has no token."""
+        """Return the mean cross-entropy per token in nats, or 0 if the batch has no tokens."""
         each, counts = self._errors(outputs, targets)
         return (each * counts).sum() / counts.sum().clamp(min=1)
 
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return sums over positions with a target: `nll` (nats), `right` and `tokens`. A position with a non-finite logit is wrong."""
+        """Return sums over positions with a target: `nll` (nats), `right` and `tokens`. A position with a non-finite logit counts as
+        wrong.
+        """
         targets = targets.to(outputs.device)
         each, counts = self._errors(outputs, targets)
         fine = outputs.isfinite().all(2)
@@ -421,7 +434,7 @@ class Language(Objective):
         return _sums(found, sizes)
 
     def _errors(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy of each position (B, T), and whether it has a target."""
+        """Return the cross-entropy of each position (B, T), and whether the position has a target."""
         each = F.cross_entropy(losses.wide(outputs).transpose(1, 2), targets.clamp(min=0), reduction="none")
         return each, targets >= 0
 
@@ -429,7 +442,7 @@ class Language(Objective):
         return dict.fromkeys(("nll", "right", "tokens", "rows"), 1)
 
     def metrics(self, score: Score) -> dict[str, float]:
-        """Return the next-token `accuracy` and the `perplexity`."""
+        """Return the `accuracy` of next-token predictions and the `perplexity`."""
         nll, tokens = float(score["nll"].sum() / UNIT), int(score["tokens"].sum())
         perplexity = math.exp(min(nll / tokens, 700.0)) if tokens else math.nan
         return {"accuracy": _ratio(score["right"].sum(), tokens), "perplexity": perplexity}
@@ -447,7 +460,7 @@ class Language(Objective):
 
 
 NO_TARGET: Final = -100
-"""The target of a position whose next token does not count."""
+"""The target of a position without a next token, which does not count."""
 
 OBJECTIVES: Final[Mapping[str, type[Objective]]] = {
     cls.task: cls for cls in (Classification, MultiLabel, Regression, Language)
@@ -468,7 +481,7 @@ def _ratio(a: Any, b: Any) -> float:
 
 
 def _fixed(values: Tensor) -> Tensor:
-    """Return `round(values * UNIT)` as int64; non-finite values and values that are too large become the largest summand."""
+    """Return `round(values * UNIT)` as int64. Non-finite values and values that are too large become the largest summand."""
     return (values * UNIT).nan_to_num(MOST, MOST, -MOST).clamp(-MOST, MOST).round().to(torch.int64)
 
 

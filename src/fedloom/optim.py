@@ -1,8 +1,8 @@
-"""Optimisers as pairs of functions without hidden state, as in optax.
+"""Optimisers as pairs of functions without hidden state, as in the optax library.
 
-`init(params)` returns the whole state at once, because a state that is created lazily can be neither stacked nor checkpointed.
+`init(params)` returns the complete state at once, because a state that is created lazily can be neither stacked nor checkpointed.
 `step(grads, state, params, scale)` updates parameters and state in place; `update` returns updated copies instead. Parameters, gradients
-and states are dictionaries of tensors by name. `scale` multiplies the learning rate (a schedule over rounds).
+and states are dictionaries of tensors by name. `scale` multiplies the learning rate, for a schedule over rounds.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def sgd(lr: float, momentum: float = 0.0, weight_decay: float = 0.0) -> Optimize
 def adam(
     lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
 ) -> Optimizer:
-    """Return Adam as in `torch.optim.Adam` (weight decay is added to the gradient). The state includes its own step count."""
+    """Return Adam as in `torch.optim.Adam` (weight decay is added to the gradient). The state includes the number of steps."""
     beta1, beta2 = betas
 
     def init(params: Params) -> Tree:
@@ -76,7 +76,7 @@ def adam(
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, g, g, 1 - beta2)
         spread = torch._foreach_sqrt(square)
-        if count.ndim:  # several clients stacked, each with its own count
+        if count.ndim:  # several stacked clients, each with its own step count
             for p, m, s in zip(values, mean, spread, strict=True):
                 p.sub_(lr * scale * m / _along(1 - beta1**count, m) / (s / _along((1 - beta2**count) ** 0.5, s) + eps))
             return
@@ -89,7 +89,7 @@ def adam(
 
 
 def clamped(inner: Optimizer, low: float, high: float) -> Optimizer:
-    """Return an optimiser that clamps every parameter to [low, high] after each step of `inner`."""
+    """Return an optimiser that takes a step of `inner` and then clamps every parameter to [low, high]."""
 
     def step(grads: Params, state: Tree, params: Params, scale: float = 1.0) -> None:
         inner.step(grads, state, params, scale)
@@ -106,13 +106,13 @@ def fit(
     batches: Iterable[Sequence[Tensor]],
     state: Tree | None = None,
 ) -> tuple[Params, Tree]:
-    """Take one step per batch, for training on the server. Return the trained parameters and the optimiser's state.
+    """Train parameters on the server with one step per batch. Return the trained parameters and the optimiser's state.
 
     Args:
-        loss: (params, *batch) -> 0-d tensor.
-        params: the initial parameters, which are not changed.
+        loss: a function (params, *batch) -> 0-d tensor.
+        params: the initial parameters, which do not change.
         batches: the tensors of each batch; see `minibatches`.
-        state: the optimiser's state from an earlier call; default: a new one.
+        state: the optimiser's state from an earlier call; default: a new state.
     """
     params = {name: p.detach().clone() for name, p in params.items()}
     state = optimizer.init(params) if state is None else tree.clone(state)
@@ -124,12 +124,12 @@ def fit(
 
 
 def minibatches(tensors: Sequence[Tensor], size: int, epochs: int, rng: Stream) -> Iterator[tuple[Tensor, ...]]:
-    """Yield batches of up to `size` rows of all tensors, which have equal lengths, in a new random order per epoch."""
+    """Yield batches of up to `size` rows of all tensors, in a new random order in each epoch. All tensors must have the same length."""
     for _ in range(epochs):
         for index in torch.split(rng.permutation(len(tensors[0])), size):
             yield tuple(values[index] for values in tensors)
 
 
 def _along(factors: Tensor, values: Tensor) -> Tensor:
-    """Reshape one factor per client so that it multiplies the clients' stacked values."""
+    """Return one factor per client, reshaped so that it multiplies the clients' stacked values."""
     return factors.to(values.dtype).view(-1, *[1] * (values.ndim - 1))

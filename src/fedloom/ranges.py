@@ -1,4 +1,4 @@
-"""Numeric types with limits for fields of settings and methods. One function checks them; help pages describe them."""
+"""Numeric types with limits, for fields of settings and methods. One function checks the limits; help pages describe them."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ LIMITS: Final[Mapping[str, tuple[Callable[[Any, Any], bool], str, str]]] = Mappi
         "lt": (operator.lt, "below", "<"),
     }
 )
-"""For each limit: its test, its wording in messages, and its sign in help pages."""
+"""For each limit, its test, its wording in messages, and its symbol on help pages."""
 _PLAIN: Final = MappingProxyType(
     {"int": "integer", "float": "number", "bool": "true|false", "str": "text", "Path": "path"}
 )
 
 
 def check_limits(settings: Any) -> None:
-    """Raise ValueError if a number of a dataclass is outside its field's limits or not finite.
+    """Raise ValueError if a number in a dataclass is outside the limits of its field or not finite.
 
-    A subclass that changes a field's default keeps the limits, even if it annotates the field as plain `float`.
+    If a subclass changes the default of a field, the limits remain, even if the subclass annotates the field as plain `float`.
     """
     bases = [
         get_type_hints(cls, include_extras=True) for cls in type(settings).__mro__ if dataclasses.is_dataclass(cls)
@@ -59,7 +59,7 @@ def check_limits(settings: Any) -> None:
 
 
 def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
-    """Return a type in words: `integer ≥ 1`, `half|standard|none`; `field` may have further limits."""
+    """Return a type in words, such as `integer ≥ 1` or `half|standard|none`. `field` may have further limits."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return "|".join(map(str, args))
@@ -80,7 +80,7 @@ def _limits(annotation: Any) -> Iterator[tuple[str, Any]]:
     """Yield the limits of an annotated type as (name, value)."""
     if get_origin(annotation) is Annotated:
         for note in get_args(annotation)[1:]:
-            yield from _named(getattr(note, "metadata", [note]))  # pydantic's Field holds several
+            yield from _named(getattr(note, "metadata", [note]))  # pydantic's Field contains several
 
 
 def _named(notes: list[Any]) -> Iterator[tuple[str, Any]]:

@@ -1,9 +1,9 @@
-"""Random streams: one independent generator per (seed, purpose, round, client, ...), the same in every process.
+"""Random streams: one independent generator per (seed, purpose, round, client, ...), which is the same in every process.
 
-A stream is a Philox generator keyed with a 128-bit BLAKE2b hash of the stream's key. Its numbers therefore do not depend on the order in
-which clients are visited, on the engine, or on interruptions: the round number is enough to resume a run.
-(Alternatives do not work: torch's CPU generator uses only 32 bits of a seed, `zlib.crc32` has collisions at
-10,000 clients x 1,000 rounds, and `hash()` differs between processes.)
+A stream is a Philox generator that is keyed with a 128-bit BLAKE2b hash of the stream's key. Its numbers therefore do not depend on the
+engine, on interruptions, or on the order in which clients are visited. The round number is sufficient to resume a run. (Alternatives do
+not work: torch's CPU generator uses only 32 bits of a seed, `zlib.crc32` has collisions at 10,000 clients x 1,000 rounds, and `hash()`
+differs between processes.)
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Key = str | int
 
 
 def digest(*key: Key) -> int:
-    """Return 128 bits that depend on every part of `key` and on the boundaries between the parts."""
+    """Return a 128-bit number that depends on every part of `key` and on the boundaries between the parts."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
 
 
 class _Key128(ISeedSequence):
-    """Pass a key to a Philox generator. `Philox(key=...)` gives the same numbers but also reads system entropy, which is not needed."""
+    """A key for a Philox generator. `Philox(key=...)` gives the same numbers, but also reads system entropy, which is not needed."""
 
     def __init__(self, key: int) -> None:
         self._key = key
@@ -41,7 +41,7 @@ class _Key128(ISeedSequence):
 class Stream:
     """A random stream that returns torch tensors. `Stream(seed, "masks", round, client)` gives the same numbers everywhere.
 
-    Numbers are drawn in float64 on the CPU and cast to the default dtype, so float32 and float64 runs see the same numbers.
+    Numbers are drawn in float64 on the CPU and cast to the default dtype, so float32 and float64 runs use the same numbers.
     """
 
     def __init__(self, *key: Key) -> None:
@@ -49,7 +49,7 @@ class Stream:
 
     @functools.cached_property
     def numpy(self) -> np.random.Generator:
-        """The generator, created at the first draw: most streams only have children."""
+        """The generator. It is created at the first draw, because most streams only have children."""
         return np.random.Generator(np.random.Philox(_Key128(digest(*self.key))))  # type: ignore[arg-type]
 
     def child(self, *key: Key) -> Stream:

@@ -37,7 +37,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Te
 
 
 def unflatten(leaves: Mapping[str, Tensor]) -> Tree:
-    """Invert `flatten`; branches without leaves are lost."""
+    """Return the tree with these leaves: the inverse of `flatten`. Branches without leaves are lost."""
     tree: Tree = {}
     for path, leaf in leaves.items():
         *branches, last = path.split("/")
@@ -54,7 +54,7 @@ def leaves(tree: Mapping[str, Any]) -> list[Tensor]:
 
 
 def merge(tree: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
-    """Return `tree` with the leaves of `over` replacing its own or added to them. Tensors are shared, not copied."""
+    """Return a tree with the leaves of both. The leaves of `over` replace those of `tree`. Tensors are shared, not copied."""
     merged = dict(tree)
     for key, value in over.items():
         mine = merged.get(key)
@@ -68,14 +68,14 @@ def clone(tree: Tree) -> Tree:
 
 
 def versions(tree: Mapping[str, Any]) -> list[int]:
-    """Return one counter per leaf that grows with every in-place write to it; see `changed_since`."""
+    """Return one counter per leaf, which increases with every in-place write to the leaf; see `changed_since`."""
     return [0 if leaf.is_inference() else leaf._version for leaf in leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def changed_since(before: Sequence[int], tree: Mapping[str, Any]) -> str:
     """Return the path of the first leaf that was written to since `versions(tree)` returned `before`, or "".
 
-    Writes through NumPy, or to tensors made in inference mode, are not detected.
+    Writes through NumPy, and writes to tensors created in inference mode, are not detected.
     """
     if versions(tree) == before:
         return ""
@@ -84,7 +84,7 @@ def changed_since(before: Sequence[int], tree: Mapping[str, Any]) -> str:
 
 
 def copy_shared(tree: Tree, others: Sequence[Tree]) -> Tree:
-    """Return the tree with copies of the leaves that share memory with `others`, which may be released earlier."""
+    """Return the tree with copies of those leaves that share memory with `others`, so that `others` can be released first."""
     taken = {leaf.untyped_storage().data_ptr() for other in others for leaf in leaves(other)}
     return map_tree(lambda leaf: leaf.clone() if leaf.untyped_storage().data_ptr() in taken else leaf, tree)
 
@@ -95,7 +95,7 @@ def zeros_like(tree: Tree) -> Tree:
 
 
 def add(a: Tree, b: Tree, scale: float = 1.0) -> Tree:
-    """Return `a + scale * b`. Integer leaves (counters) are rounded, so they keep their type."""
+    """Return `a + scale * b`. Integer leaves (counters) are rounded and keep their type."""
 
     def added(x: Tensor, y: Tensor) -> Tensor:
         total = x + scale * y
@@ -115,9 +115,9 @@ def dot(a: Tree, b: Tree) -> Tensor:
 
 
 def mean_cosine(trees: Sequence[Tree]) -> float:
-    """Return the mean cosine over all pairs of two or more trees, each taken as one vector.
+    """Return the mean cosine over all pairs of two or more trees. Each tree is treated as one vector.
 
-    It lies between -1 and 1; the cosine of a zero vector with any other is 0.
+    The result is between -1 and 1. The cosine of a zero vector with any other vector is 0.
     """
     gram = torch.zeros(len(trees), len(trees), dtype=torch.float64)
     for same in zip(*(leaves(tree) for tree in trees), strict=True):
@@ -129,13 +129,13 @@ def mean_cosine(trees: Sequence[Tree]) -> float:
 
 
 def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
-    """Return the weighted mean, summed in the given order, so the result does not depend on which client finished first.
+    """Return the weighted mean. It is summed in the given order, so it does not depend on which client finished first.
 
     Integer leaves (counters) are averaged in float64 and rounded.
 
     Args:
         trees: one or more trees of the same structure.
-        shares: one weight per tree; they should sum to 1. Default: equal weights.
+        shares: one weight per tree; the weights should sum to 1. Default: equal weights.
     """
     if not trees:
         raise ValueError("the mean needs at least one tree")
@@ -154,18 +154,18 @@ def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Combine trees of one structure into one tree whose leaves have a new first dimension."""
+    """Combine trees with the same structure into one tree, whose leaves have an additional first dimension."""
     return map_tree(lambda *values: torch.stack(values), *trees)
 
 
 def unstack(tree: Tree) -> list[Tree]:
-    """Invert `stack`; the leaves are views."""
+    """Return the trees that were stacked: the inverse of `stack`. The leaves are views."""
     n = len(leaves(tree)[0])
     return [map_tree(lambda leaf, i=i: leaf[i], tree) for i in range(n)]
 
 
 def not_tensor(tree: Mapping[str, Any]) -> str:
-    """Describe the first leaf that is not a tensor, such as `'seen' is a list`, or return ""."""
+    """Return a description of the first leaf that is not a tensor, such as `'seen' is a list`, or ""."""
     leaf: Any
     for path, leaf in flatten(tree):
         if not isinstance(leaf, Tensor):
@@ -174,12 +174,12 @@ def not_tensor(tree: Mapping[str, Any]) -> str:
 
 
 def structure(tree: Tree) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return the shape and dtype of every leaf by path; two trees are compatible if these are equal."""
+    """Return the shape and dtype of every leaf by path. Two trees are compatible if their structures are equal."""
     return {path: (tuple(leaf.shape), leaf.dtype) for path, leaf in flatten(tree)}
 
 
 def mismatch(expected: Tree, found: Tree) -> str:
-    """Describe the first leaf whose name, shape or type differs, such as `'h' is missing, but was (2,) float32`, or return ""."""
+    """Describe the first leaf whose name, shape or type differs, such as `'h' is missing, but was (2,) float32`; return "" if none does."""
 
     def form(value: tuple[tuple[int, ...], torch.dtype] | None) -> str:
         return "missing" if value is None else f"{value[0]} {str(value[1]).removeprefix('torch.')}"
@@ -190,7 +190,7 @@ def mismatch(expected: Tree, found: Tree) -> str:
 
 
 def equal(a: Tree, b: Tree) -> bool:
-    """Return whether two trees have the same structure and the same numbers (NaN equals NaN), in any order of keys."""
+    """Return whether two trees have the same structure and the same values (NaN equals NaN). The order of keys does not matter."""
     other = dict(flatten(b))
     return structure(a) == structure(b) and all(
         torch.allclose(x, other[path], rtol=0, atol=0, equal_nan=True) for path, x in flatten(a)
@@ -198,13 +198,13 @@ def equal(a: Tree, b: Tree) -> bool:
 
 
 def not_finite(tree: Tree) -> str:
-    """Return the path of the first leaf with a non-finite number, or ""."""
+    """Return the path of the first leaf with a non-finite value, or ""."""
     floats = [(path, leaf) for path, leaf in flatten(tree) if leaf.is_floating_point()]
     if not floats:
         return ""
     sums = [
         leaf.sum() for _, leaf in floats
-    ]  # cheap; a finite leaf's sum may overflow, so leaves are checked again below
+    ]  # cheap, but the sum of a finite leaf may overflow, so leaves are checked again below
     device = sums[0].device
     if device.type != "cpu":  # synchronise with the device only once
         sums = [torch.stack([total.to(device, torch.float32) for total in sums]).sum()]
@@ -214,5 +214,5 @@ def not_finite(tree: Tree) -> str:
 
 
 def n_bytes(tree: Mapping[str, Any]) -> int:
-    """Return the size of all leaves in bytes."""
+    """Return the total size of all leaves in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree))

@@ -47,7 +47,7 @@ def test_one_method_in_full(cli):
     done = cli("list", "methods", "fedmr")
     assert "method.unit" in done.out
     assert "layer | tensor | block | segment" in done.out
-    assert "Sent: a whole model" in done.out
+    assert "Sent: A whole model" in done.out
 
 
 def test_list_datasets_says_what_is_found(cli, monkeypatch):

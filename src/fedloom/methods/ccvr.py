@@ -1,4 +1,4 @@
-"""CCVR: after FedAvg, the classifier is calibrated on virtual features drawn from Gaussians of the classes."""
+"""CCVR: after FedAvg, the server calibrates the classifier on virtual features drawn from one Gaussian per class."""
 
 from __future__ import annotations
 
@@ -31,31 +31,33 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
 HEAD = ("model:head",)
-AT_ONCE = 64  # virtual features per step of the calibration
+AT_ONCE = 64  # number of virtual features per calibration step
 
 
 @dataclass(frozen=True, kw_only=True)
 class CCVR(Method):
-    """CCVR (Luo et al., NeurIPS 2021): FedAvg, and a classifier that is calibrated once, after training.
+    """CCVR (Luo et al., NeurIPS 2021): FedAvg with a classifier that is calibrated once, after training.
 
-    Sent: in every round the whole model, both ways; after the last round, every client sends the counts, means and covariances of its
-    features by class (about Y d^2 / 2 numbers). Kept: nothing. The server merges the statistics into those of all clients' features,
-    draws virtual features from a Gaussian per class, and trains the head on them. The body never changes. Rounds before the last give
-    the numbers of FedAvg with the same seed, so the difference to FedAvg is the gain.
+    Sent: In every round, the whole model is sent in both directions. After the last round, every client sends the counts, means and
+    covariances of its features by class (about Y d^2 / 2 numbers). Kept: Clients keep nothing between rounds.
 
-    A class with one example has no covariance: all its virtual features are its mean. The paper does not fix the optimiser of the
-    calibration; tune `calibration_lr` and `calibration_epochs` on validation examples. A client's memory has Y d^2 numbers: use a small
-    `width`.
+    The server merges the statistics of all clients, draws virtual features from one Gaussian per class, and trains the head on them. The
+    body never changes. All rounds before the last one give the same numbers as FedAvg with the same seed, so the difference from FedAvg is
+    the gain from the calibration.
+
+    A class with one example has no covariance, so all its virtual features equal its mean. The paper does not specify the optimiser of the
+    calibration; tune `calibration_lr` and `calibration_epochs` on validation examples. A client's memory contains about Y d^2 numbers, so
+    use a small `width`.
     """
 
     virtual_features: Count = 200
-    """Virtual features per class on average."""
+    """Average number of virtual features per class."""
     sampling: Literal["proportional", "equal"] = "proportional"
-    """Whether a class's number of virtual features is proportional to its examples, or the same for all classes."""
+    """Whether a class's number of virtual features is proportional to its number of examples, or the same for all classes."""
     calibration_lr: Positive = 0.01
     """Learning rate of the calibration (SGD)."""
     calibration_epochs: Count = 10
-    """Passes over the virtual features."""
+    """Number of passes over the virtual features."""
 
     also_travels: ClassVar[tuple[str, ...]] = ("counts", "means", "covariances")
     combines: ClassVar[Combines] = "individual"
@@ -74,26 +76,26 @@ class CCVR(Method):
         return {"statistics": {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the model, and its head as the head in use."""
+        """Return the initial model. Its head is also the head in use."""
         return super().init_server(weights, task, round) | {"head": select(weights, HEAD)["params"]}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return FedAvg's training, and a sweep in the closing exchange."""
+        """Return FedAvg's training phase, and a sweep that runs in the final exchange."""
         return *super().phases(), Sweep("statistics", self.statistics, when=self.closes)
 
     def closes(self, turn: Turn) -> bool:
-        """Return whether this is the closing exchange."""
+        """Return whether this is the final exchange."""
         return turn.closing
 
     def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
-        """Add a batch to the sums."""
+        """Add a batch to the counts, sums and sums of products."""
         z = nets.model.body(batch.x).double()
         member = losses.one_hot(batch.y, len(total["counts"])).double()
         products = torch.einsum("byp,bq->ypq", member[:, :, None] * z[:, None], z)
         return tree.add(total, {"counts": member.sum(0), "sums": member.T @ z, "products": products})
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return the model; in the closing exchange, counts, means (Y, d) and the upper triangles of the covariances instead."""
+        """Return the model. In the final exchange, return the counts (Y,), means (Y, d) and upper triangles of the covariances instead."""
         if not turn.closing:
             return super().uplink(client, received, down, turn)
         found = client.memory["statistics"]
@@ -116,12 +118,12 @@ class CCVR(Method):
         return ""
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return FedAvg's model, whose head is in use until the calibration."""
+        """Return FedAvg's model. Its head is in use until the calibration."""
         new = super().aggregate(server, uplinks, round)
         return new | {"head": select(new["weights"], HEAD)["params"]}
 
     def finish(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the server's state with a calibrated head in use."""
+        """Return the server's state with the calibrated head as the head in use."""
         z, y = self.virtual(*self.merged(uplinks), round.rng.child("features"))
         nets, head = round.nets(server["weights"]), select(server["weights"], HEAD)["params"]
         if not len(y):
@@ -135,7 +137,10 @@ class CCVR(Method):
         return server | {"head": head}
 
     def merged(self, uplinks: Sequence[Tree]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return counts (Y,), means (Y, d) and covariances (Y, d, d) of all clients' features, in float64 (the law of total covariance)."""
+        """Return the counts (Y,), means (Y, d) and covariances (Y, d, d) of all clients' features, in float64.
+
+        The covariances follow from the law of total covariance.
+        """
         counts, local, triangles = (
             torch.stack([uplink[name].double() for uplink in uplinks]) for name in ("counts", "means", "covariances")
         )
@@ -160,7 +165,7 @@ class CCVR(Method):
             noise = rng.normal((int(sizes[y]), means.shape[1])).double()
             features.append(
                 means[y] + noise * values.clamp(min=0).sqrt() @ vectors.T
-            )  # rounding may give negative values
+            )  # rounding can make them negative
             labels = torch.cat([labels, torch.full((int(sizes[y]),), y)])
         return torch.cat(features).to(torch.get_default_dtype()), labels
 

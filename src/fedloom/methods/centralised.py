@@ -1,4 +1,4 @@
-"""Centralised training: one model trained on all clients' examples, the upper reference for one shared model."""
+"""Centralised training: one model is trained on all clients' examples, as a reference for methods with one shared model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedloom.tree import Tree
 
 @dataclass(frozen=True)
 class Centralised(Method):
-    """One model trained on the union of all clients' examples; a round is `local_epochs` passes over that union.
+    """One model is trained on the union of all clients' examples. A round consists of `local_epochs` passes over that union.
 
-    This is not a federated method: participation is ignored, and its traffic is that of one client that has all examples.
-    It is scored on the same examples as every other method.
+    This is not a federated method. It ignores participation, and the recorded traffic is that of one client that has all examples. The
+    model is scored on the same examples as with every other method.
     """
 
     pooled: ClassVar[bool] = True

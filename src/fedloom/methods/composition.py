@@ -10,7 +10,7 @@ from fedloom.method import Method
 
 
 def half(side: str) -> tuple[str, ...]:
-    """Return the names of `Method` that belong to one half, `server` or `client`; each hook says itself to which."""
+    """Return the names of the hooks of `Method` that belong to one half, `server` or `client`. Each hook is marked with its half."""
     found = ((name, getattr(value, "fget", value)) for name, value in vars(Method).items())
     return tuple(name for name, hook in found if getattr(hook, "side", None) == side)
 
@@ -64,6 +64,6 @@ def _refuse(cls: type[Method], half: tuple[str, ...], why: str) -> None:
 
 
 def _own_names(cls: type[Method]) -> set[str]:
-    """Return the names that a class and its bases below Method define."""
+    """Return the names that a class defines or inherits from bases derived from Method."""
     bases = cls.__mro__[: cls.__mro__.index(Method)] or (Method,)
     return {name for base in bases for name in vars(base) if not name.startswith("__") and name != "paper"}

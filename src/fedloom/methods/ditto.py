@@ -1,4 +1,4 @@
-"""Ditto: in addition to the common model, every client trains a personal model, pulled towards the common one."""
+"""Ditto: in addition to the common model, every client trains a personal model that is pulled towards the common model."""
 
 from __future__ import annotations
 
@@ -30,15 +30,17 @@ from fedloom.tree import Tree
 class Ditto(Method):
     """Ditto (Li et al., ICML 2021): w solves FedAvg's problem; each v_k solves its client's own problem, with a proximal term towards w.
 
-    Sent: the common model `model` (w), both ways. Kept: the personal model `personal` (v_k), with the same architecture and initial
-    weights. `personal_accuracy` and `general_accuracy` score v_k, `server_accuracy` scores w.
-    With mu = 0, v_k is trained as in `local`; the larger mu, the closer v_k stays to w.
+    Sent: The common model `model` (w) is sent in both directions. Kept: Each client keeps its personal model `personal` (v_k), which has
+    the same architecture and initial weights as w.
+
+    `personal_accuracy` and `general_accuracy` score v_k; `server_accuracy` scores w. With mu = 0, v_k is trained as in `local`. The larger
+    mu is, the closer v_k stays to w.
     """
 
     mu: NonNegative = 0.1
-    """Weight of the pull (mu / 2) ||v - w_received||^2 (the paper's lambda)."""
+    """Weight of the proximal term (mu / 2) ||v - w_received||^2 (the paper's lambda)."""
     personal_epochs: Count = 1
-    """Passes over the client's training examples that update the personal model, after those that update the common model."""
+    """Number of passes over the client's training examples that update the personal model. They follow the passes for the common model."""
 
     accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
@@ -54,12 +56,12 @@ class Ditto(Method):
         return {"model": model, "personal": deepcopy(model)}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return FedAvg's training of w, then that of v_k. The order does not matter, because v_k is pulled towards the received w."""
+        """Return FedAvg's training of w, then that of v_k. Their order has no effect, because v_k is pulled towards the received w."""
         personal = Train("personal", self.personal_loss, ("personal",), self.local_optimizer(), self.personal_epochs)
         return (*super().phases(), personal)
 
     def personal_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the cross-entropy of v_k plus the pull; the pull covers parameters, not running statistics."""
+        """Return the cross-entropy of v_k plus the proximal term, which covers parameters but not running statistics."""
         error, received = nets.loss(nets.personal(batch.x), batch.y), down["weights"]["params"]
         return error + self.mu / 2 * losses.squared_distance(nets.renamed("personal", "model"), received)
 

@@ -1,9 +1,9 @@
-"""Means and variances of features by class: collecting them over examples, combining them over clients, and sampling from them.
+"""Means and variances of features by class: their collection over examples, their combination over clients, and sampling from them.
 
-A variance is always a variance within classes, in one of three forms: `pooled`, one number per feature (p,); `class`, one per class
-and feature (Y, p); `full`, a covariance matrix (p, p) for all classes. A spread is its square root: standard deviations, or
-for `full` the lower triangular factor of the matrix. All functions are safe under `torch.func.vmap`, except `standard_deviations` of a
-`full` variance.
+A variance is always a variance within classes. It has one of three forms: `pooled` has one number per feature (p,), `class` has one number
+per class and feature (Y, p), and `full` is a covariance matrix (p, p) for all classes. A spread is the square root of a variance: standard
+deviations, or for `full` the lower triangular factor of the matrix. All functions are safe under `torch.func.vmap`, except
+`standard_deviations` of a `full` variance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def shape(form: Form, n_classes: int, width: int) -> tuple[int, ...]:
 
 
 def zeros(form: Form, n_classes: int, width: int) -> Tree:
-    """Return zero counts (Y,), sums (Y, p) and squares, in float64, because a variance is a small difference of large numbers."""
+    """Return zero counts (Y,), sums (Y, p) and squares. They are in float64, because a variance is a small difference of large numbers."""
     counts = torch.zeros(n_classes, dtype=torch.float64)
     squares = counts.new_zeros(shape(form, n_classes, width))
     return {"counts": counts, "sums": counts.new_zeros(n_classes, width), "squares": squares}
@@ -43,7 +43,7 @@ def add_features(found: Tree, features: Tensor, labels: Tensor, form: Form) -> T
 
 
 def within(found: Tree, form: Form) -> Tensor:
-    """Return the variance around the class means of the same examples, in float64; 0 without examples."""
+    """Return the variance of the examples around their class means, in float64; 0 if there are no examples."""
     counts: Tensor = found["counts"].clamp(min=1)[:, None]
     sums: Tensor = found["sums"]
     squares: Tensor = found["squares"]
@@ -57,7 +57,9 @@ def within(found: Tree, form: Form) -> Tensor:
 
 
 def variance_fault(variance: Tensor, form: Form) -> str:
-    """Return why a client's variance is impossible, or "". Rounding may make a full covariance slightly negative or asymmetric."""
+    """Return the reason why a client's variance is impossible, or "". A full covariance may be slightly negative or asymmetric from
+    rounding.
+    """
     if form != "full":
         return "'variance' has a negative number" if bool((variance < 0).any()) else ""
     slack = 1e-4 * variance.abs().max()
@@ -70,10 +72,10 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
     """Apply the law of total variance over clients: the mean of their variances plus the variance of their class means.
 
     Args:
-        inside: (K, ...), the clients' variances.
-        local: (K, Y, p), their class means.
-        means: (Y, p), the weighted means of the class means.
-        weights: (K, Y), each client's weight in each class; 0 where the client has no examples.
+        inside: the clients' variances (K, ...).
+        local: the clients' class means (K, Y, p).
+        means: the weighted means of the class means (Y, p).
+        weights: each client's weight in each class (K, Y); 0 if the client has no examples of the class.
     """
     away = (local - means) * (weights > 0)[:, :, None]
     if form == "class":
@@ -86,12 +88,12 @@ def total_variance(inside: Tensor, local: Tensor, means: Tensor, weights: Tensor
 
 
 def raw_squares(variance: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
-    """Return a client's weighted sum of squares around 0, which adds up over clients, with the shape of its variance.
+    """Return a client's weighted sum of squared features, with the shape of its variance. These sums can be added over clients.
 
     Args:
         variance: the client's variance.
-        means: (Y, p), its class means.
-        weights: (Y,), its weight in each class; 0 where it has no examples.
+        means: the client's class means (Y, p).
+        weights: the client's weight in each class (Y,); 0 if the client has no examples of the class.
     """
     if form == "class":
         return weights[:, None] * (variance + means.square())
@@ -101,7 +103,8 @@ def raw_squares(variance: Tensor, means: Tensor, weights: Tensor, form: Form) ->
 def variance_of(squares: Tensor, means: Tensor, weights: Tensor, form: Form) -> Tensor:
     """Invert `raw_squares` for totals over clients: return the variance around the class means, without negative variances.
 
-    The arguments are as in `raw_squares`, but are totals; `means` are the totals' class means. A class with weight 0 has variance 0.
+    The arguments are those of `raw_squares`, but as totals over clients; `means` are the class means of all clients together. A class with
+    weight 0 has variance 0.
     """
     if form == "class":
         held = (weights > 0)[:, None]
@@ -120,10 +123,10 @@ def _of_means(means: Tensor, weights: Tensor, form: Form) -> Tensor:
 
 
 def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
-    """Return the standard deviations, at least `floor`; for `full`, the Cholesky factor of the covariance.
+    """Return the standard deviations, which are at least `floor`; for `full`, return the Cholesky factor of the covariance.
 
-    For `full`, the square of the floor is first added to the diagonal, so standard deviations are at least about `floor`. A covariance
-    that was rounded in transit may have negative eigenvalues, which are set to 0.
+    For `full`, the square of the floor is first added to the diagonal, so that standard deviations are at least about `floor`. If a
+    covariance was rounded in transit, it may have negative eigenvalues, which are set to 0.
     """
     if form != "full":
         return variance.sqrt().clamp(min=floor)
@@ -138,14 +141,14 @@ def standard_deviations(variance: Tensor, floor: float, form: Form) -> Tensor:
 
 
 def own_deviations(variance: Tensor, floor: float, labels: Tensor, form: Form) -> Tensor:
-    """Return the standard deviations for these labels, (p,) or (B, p), without factorising a full covariance matrix."""
+    """Return the standard deviations for these labels, (p,) or (B, p). A full covariance matrix is not factorised."""
     if form == "full":
         return (variance.diagonal() + floor**2).sqrt()
     return deviations(standard_deviations(variance, floor, form), labels, form)
 
 
 def deviations(spread: Tensor, labels: Tensor, form: Form) -> Tensor:
-    """Return the standard deviations for these labels: (p,) or (B, p); for `full`, those on the covariance's diagonal."""
+    """Return the standard deviations for these labels, (p,) or (B, p). For `full`, they are derived from the covariance's diagonal."""
     if form == "class":
         return spread[labels]
     return spread.square().sum(1).sqrt() if form == "full" else spread
@@ -157,7 +160,7 @@ def scaled(noise: Tensor, spread: Tensor, labels: Tensor, form: Form) -> Tensor:
 
 
 def class_means(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tensor, Tensor]:
-    """Return each class's mean features (Y, p), 0 without examples, and whether it has examples, as 1 or 0 (Y,)."""
+    """Return the mean features of each class (Y, p), 0 for a class without examples, and 1 or 0 for whether the class has examples (Y,)."""
     member = losses.one_hot(labels, n_classes).to(features.dtype)
     counts = member.sum(0)
     return member.T @ features / counts.clamp(min=1)[:, None], (counts > 0).to(features.dtype)
@@ -165,6 +168,6 @@ def class_means(features: Tensor, labels: Tensor, n_classes: int) -> tuple[Tenso
 
 def among(exists: Tensor, choice: Tensor) -> Tensor:
     """Map numbers in [0, 1] to classes (S,), uniformly over the classes that exist; return class 0 if none exists."""
-    place = exists.cumsum(0)  # rank of each class among those that exist, from 1
+    place = exists.cumsum(0)  # rank of each class among the existing classes, from 1
     wanted = torch.minimum((choice * place[-1]).floor(), place[-1] - 1)
     return (place <= wanted[:, None]).sum(1)

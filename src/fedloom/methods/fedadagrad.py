@@ -1,4 +1,4 @@
-"""FedAdagrad: the server divides the mean change of the clients by the root of all its squares so far."""
+"""FedAdagrad: the server divides the clients' mean change by the square root of the sum of all its past squares."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedloom.ranges import Fraction
 class FedAdagrad(FedAdam):
     """FedAdagrad (Reddi et al., ICLR 2021, algorithm 2): v <- v + D^2.
 
-    Sent: the whole model, both ways. Kept: nothing. All else is FedAdam's; `beta1` is 0, and `beta2` must keep its default, because it
-    has no effect.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds. Everything else is as in FedAdam. `beta1`
+    is 0, and `beta2` must keep its default, because it has no effect.
     """
 
     beta1: Fraction = 0.0

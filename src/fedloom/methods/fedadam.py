@@ -1,4 +1,4 @@
-"""FedAdam: the server applies Adam to the mean change of the clients."""
+"""FedAdam: the server applies Adam to the clients' mean change."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from fedloom.tree import Tree, Weights
 class FedAdam(Method):
     """FedAdam (Reddi et al., ICLR 2021, algorithm 2): adaptive federated optimisation.
 
-    Sent: the whole model, both ways. Kept: nothing. With D the mean change of the clients,
-    m <- beta1 m + (1 - beta1) D, v <- beta2 v + (1 - beta2) D^2, x <- x + server_lr m / (sqrt(v) + tau), without bias correction. The paper
-    starts v at tau^2, its released code at 0 (`initial`). Running statistics are averaged.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds.
 
-    `server_lr` and `tau` must be tuned together: if tau is large, the method is momentum SGD with step server_lr / tau.
+    D is the mean change of the clients. The server computes m <- beta1 m + (1 - beta1) D, v <- beta2 v + (1 - beta2) D^2, and x <- x +
+    server_lr m / (sqrt(v) + tau), without bias correction. The initial v is tau^2 in the paper and 0 in the released code (`initial`).
+    Running statistics are averaged.
+
+    Tune `server_lr` and `tau` together: if tau is large, the method is momentum SGD with step size server_lr / tau.
     """
 
     server_lr: Positive = 0.01
     """The server's learning rate (the paper's eta)."""
     beta1: Fraction = 0.9
-    """Decay of the mean m."""
+    """Decay rate of the mean m."""
     beta2: Fraction = 0.99
-    """Decay of the mean square v."""
+    """Decay rate of the mean square v."""
     tau: Positive = 1e-3
-    """Constant added to the root of v."""
+    """Constant added to the square root of v."""
     initial: Literal["tau2", "zero"] = "tau2"
     """The initial value of v: tau^2 (paper) or 0 (released code)."""
 
@@ -52,7 +54,7 @@ class FedAdam(Method):
         return server | {"mean": zero, "square": tree.map_tree(lambda z: z + start, zero)}
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return m, v, and x moved by them."""
+        """Return the new m and v, and x after its update with them."""
         after, x = super().aggregate(server, uplinks, round)["weights"], server["weights"]["params"]
         change = tree.sub(after["params"], x)
         mean = tree.map_tree(lambda m, d: self.beta1 * m + (1 - self.beta1) * d, server["mean"], change)

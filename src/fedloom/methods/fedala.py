@@ -1,4 +1,4 @@
-"""FedALA: each client mixes the received head with its own, element by element, with weights that it learns before it trains."""
+"""FedALA: before training, each client mixes the received head with its own head, element by element, with learned weights."""
 
 from __future__ import annotations
 
@@ -20,21 +20,24 @@ Params = dict[str, Tensor]
 class FedALA(Method):
     """FedALA (Zhang et al., AAAI 2023): adaptive local aggregation of the head.
 
-    Sent: the whole model, both ways. Kept: the client's trained model, and the mixing weights `mixer` (W), one number in [0, 1] for
-    each number of the head. A local update starts from the received body and the head own + (received - own) W. Before training, W
-    takes gradient steps of this model's loss, clamped to [0, 1], with everything else fixed and in evaluation mode. W starts at 1 and
-    is kept between local updates. Clients are scored with the mixed head, `server_accuracy` scores the server's model.
+    Sent: The whole model is sent in both directions. Kept: Each client keeps its trained model, and the mixing weights `mixer` (W), with
+    one number in [0, 1] for each number of the head.
 
-    Differences from the released code: W is trained on all of a client's examples, not on 80 % of them; the first mixing has a fixed
-    number of epochs (`first_epochs`, in the second round) instead of a rule of convergence; clients outside the cohort do not mix.
+    A local update starts from the received body and the head own + (received - own) W. Before training, W takes gradient steps on the loss
+    of this model and is clamped to [0, 1], while everything else is fixed and in evaluation mode. W starts at 1 and is kept between local
+    updates. `personal_accuracy` scores each client with its mixed head; `server_accuracy` scores the server's model.
+
+    Differences from the released code: W is trained on all of a client's examples, not on 80 % of them. The first mixing has a fixed
+    number of epochs (`first_epochs`, in the second round) instead of a convergence criterion. Clients outside the cohort do not mix.
     """
 
     eta: NonNegative = 1.0
-    """Learning rate of W, scaled by `lr_decay` like all learning rates; 0: W stays 1, which is FedAvg."""
+    """Learning rate of W, which is scaled by `lr_decay` like all learning rates. With 0, W stays 1, and the method is FedAvg."""
     mixing_epochs: Count = 1
-    """Passes over the client's examples that train W, in every local update and before predictions."""
+    """Number of passes over the client's examples that train W, in every local update and before predictions."""
     first_epochs: Count = 5
-    """Passes that train W in the second round, the first in which clients have a head of their own."""
+    """Number of passes that train W in the second round, which is the first round in which a client's head differs from the received head.
+    """
 
     shared: ClassVar[tuple[str, ...]] = ("model",)
     keeps_shared: ClassVar[bool] = True
@@ -48,34 +51,34 @@ class FedALA(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return the model, and a module of the head's form for W, with ones."""
+        """Return the model, and a module in the form of the head that holds W, filled with ones."""
         model, mixer = arch.model(), arch.head()
         for parameter in mixer.parameters():
             nn.init.ones_(parameter)
         return {"model": model, "mixer": mixer}
 
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
-        """Return the received model with the client's own head, which is mixed later."""
+        """Return the received model with the client's own head. The heads are mixed later."""
         own = select(weights, ("model:head",))
         return tree.merge(super().receive(weights, down, memory), own)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the training of W, the mixing, and FedAvg's training."""
+        """Return the phases: the training of W, the mixing, and FedAvg's training."""
         return *self.adapt(), *super().phases()
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return the training of W and the mixing."""
+        """Return the phases that train W and mix the heads."""
         optimizer = optim.clamped(optim.sgd(self.eta), 0, 1)
         first = Train("first mix", self.mixing_loss, ("mixer",), optimizer, self.first_epochs, when=self.is_first)
         later = Train("mix", self.mixing_loss, ("mixer",), optimizer, self.mixing_epochs, when=self.is_later)
         return first, later, Set("take", self.take)
 
     def is_first(self, turn: Turn) -> bool:
-        """Return whether heads differ from the received one for the first time."""
+        """Return whether this is the first round in which clients' heads differ from the received head."""
         return turn.number == 1
 
     def is_later(self, turn: Turn) -> bool:
-        """Return whether heads have been mixed before. In the first round, all heads are equal, and there is nothing to learn."""
+        """Return whether heads have been mixed before. In the first round, all heads are equal, so there is nothing to learn."""
         return turn.number > 1
 
     def mixing_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:

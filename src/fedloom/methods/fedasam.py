@@ -1,4 +1,4 @@
-"""FedASAM: clients search for flat minima with adaptive sharpness-aware minimisation."""
+"""FedASAM: clients look for flat minima by adaptive sharpness-aware minimisation."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ Params = dict[str, Tensor]
 class FedASAM(Method):
     """FedASAM (Caldarola et al., ECCV 2022, section 4.1; ASAM: Kwon et al., ICML 2021, algorithm 1).
 
-    Every local step first moves to the nearby weights with the highest loss (to first order), w + e with e = rho T^2 g / ||T g|| and
-    T = |w| + eta. It then computes the gradient there and applies it to w. Sent: the whole model, both ways. Kept: nothing. With
-    rho = 0 it is FedAvg.
+    Every local step first moves to the nearby weights with the highest loss (to first order), w + e with e = rho T^2 g / ||T g|| and T =
+    |w| + eta. The step then computes the gradient there and applies it to w. With rho = 0, the method is FedAvg.
 
-    As in the released code, T is 1 for tensors without `weight` in their own name (`in_proj_weight` and `weight_ih_l0` have it).
-    Unlike in the released code, running statistics come from the second pass only. The paper's averaging of
-    models over rounds (SWA) is not included.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds.
+
+    As in the released code, T is 1 for tensors whose own name does not contain `weight` (`in_proj_weight` and `weight_ih_l0` contain it).
+    Unlike in the released code, running statistics come from the second pass only. The paper's averaging of models over rounds (SWA) is
+    not included.
     """
 
     rho: NonNegative = 0.5
     """The length of the ascent step, in units of T."""
     eta: NonNegative = 0.2
-    """Constant added to |w| in T, so that small weights move too."""
+    """Constant added to |w| in T, so that small weights also move."""
 
     accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
@@ -59,5 +60,5 @@ class FedASAM(Method):
 
 
 def is_weight(name: str) -> bool:
-    """Return whether a tensor's own name contains `weight`: `weight`, `weight_ih_l0`, `in_proj_weight`."""
+    """Return whether a tensor's own name contains `weight`, as in `weight`, `weight_ih_l0` and `in_proj_weight`."""
     return "weight" in name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""FedAvg: the server averages the clients' models, weighted by their examples."""
+"""FedAvg: the server averages the clients' models, weighted by their numbers of examples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedloom.method import Method, Paper
 class FedAvg(Method):
     """FedAvg (McMahan et al., AISTATS 2017, algorithm 1). The code is in `fedloom.Method`.
 
-    Sent: the whole model, both ways. Kept: nothing.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds.
     """
 
     accepts_late: ClassVar[bool] = True

@@ -14,15 +14,16 @@ from fedloom.ranges import Count, NonNegative
 class FedAvgFT(FedAvg):
     """FedAvg with local fine-tuning before prediction (FedAvg+FT; Collins et al., 2022, section 2).
 
-    Sent: the whole model, both ways. Kept: nothing; the fine-tuned copy is created for scoring and then discarded.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds. The fine-tuned copy is created for scoring
+    and then discarded.
     """
 
     tuning_epochs: Count = 1
-    """Passes over the client's training examples before it predicts."""
+    """Number of passes over the client's training examples before it predicts."""
     tuning_lr: NonNegative = 0.0
-    """Learning rate of fine-tuning; 0: the same as `lr`."""
+    """Learning rate of fine-tuning. With 0, it is the same as `lr`."""
     control: Literal["none", "same-steps-balanced"] = "none"
-    """Control arm: fine-tune for as many steps on batches in which the client's classes are equally frequent."""
+    """Control arm that fine-tunes for the same number of steps, on batches in which the client's classes are equally frequent."""
 
     paper: ClassVar[Paper] = Paper(
         "FedAvg with fine tuning: local updates lead to representation learning",
@@ -32,7 +33,7 @@ class FedAvgFT(FedAvg):
     )
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return a phase of plain training of the received model."""
+        """Return a phase that trains the received model."""
         optimizer = self.local_optimizer(self.tuning_lr or self.lr)
         return (Train("tune", self.loss, ("model",), optimizer, epochs=self.tuning_epochs, balanced=self.is_balanced),)
 
@@ -43,5 +44,5 @@ class FedAvgFT(FedAvg):
 
     @property
     def needed(self) -> frozenset[Need]:
-        """The method's needs, and classes to balance them."""
+        """The method's requirements, including class labels if batches are balanced."""
         return super().needed | ({"classes"} if self.is_balanced else set())

@@ -1,4 +1,4 @@
-"""FedAvgM: the server adds momentum to the mean change of the clients."""
+"""FedAvgM: the server adds momentum to the clients' mean change."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class FedAvgM(Method):
-    """FedAvgM (Hsu, Qi, Brown; 2019): v <- beta v - D, x <- x - server_lr v, with D the mean change of the clients.
+    """FedAvgM (Hsu, Qi, Brown; 2019): v <- beta v - D, x <- x - server_lr v, where D is the mean change of the clients.
 
-    Sent: the whole model, both ways. Kept: nothing. This is heavy-ball momentum without damping: in the long run, steps are 1 / (1 -
-    beta) times as long as FedAvg's. With beta = 0 and server_lr = 1, it is FedAvg. Running statistics are averaged, without momentum.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds.
+
+    This is heavy-ball momentum without damping: in the long run, steps are 1 / (1 - beta) times as long as FedAvg's. With beta = 0 and
+    server_lr = 1, the method is FedAvg. Running statistics are averaged, without momentum.
     """
 
     beta: Fraction = 0.9
@@ -40,7 +42,7 @@ class FedAvgM(Method):
         return server | {"velocity": tree.zeros_like(server["weights"]["params"])}
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return v, and x moved by the new v."""
+        """Return the new v, and x after its update with the new v."""
         mean, x = super().aggregate(server, uplinks, round)["weights"], server["weights"]["params"]
         velocity = tree.add(tree.sub(x, mean["params"]), server["velocity"], self.beta)
         return {"weights": {**mean, "params": tree.add(x, velocity, -self.server_lr)}, "velocity": velocity}

@@ -14,9 +14,11 @@ from fedloom.ranges import Count
 class FedBABU(FedAvgFT):
     """FedBABU (Oh et al., ICLR 2022): the body is trained and averaged; the head keeps its random initial values.
 
-    Sent: the body, both ways. Kept: the head, the same for all clients (with `same_init=true`) and never trained. Before a client
-    predicts, it fine-tunes a copy of the model on its own examples; the copy is then discarded. `personal_accuracy` scores that copy,
-    `server_accuracy` the body with the common head.
+    Sent: The body is sent in both directions. Kept: Each client keeps the head, which is never trained and is the same for all clients
+    (with `same_init=true`).
+
+    Before a client predicts, it fine-tunes a copy of the model on its own examples; the copy is then discarded. `personal_accuracy` scores
+    that copy; `server_accuracy` scores the body with the common head.
     """
 
     tuning_epochs: Count = 5

@@ -1,4 +1,4 @@
-"""FedBN: average everything except the normalisation layers."""
+"""FedBN: the server averages everything except the normalisation layers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 class FedBN(Method):
     """FedBN (Li et al., ICLR 2021): normalisation layers stay with the client and adapt to the client's own inputs.
 
-    Sent: everything except the normalisation layers, both ways. Kept: the normalisation layers (parameters and running statistics).
-    For a model without normalisation layers it is FedAvg.
+    Sent: Everything except the normalisation layers is sent in both directions. Kept: Each client keeps its normalisation layers
+    (parameters and running statistics). For a model without normalisation layers, the method is FedAvg.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:-norm",)
@@ -26,5 +26,5 @@ class FedBN(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model, because no normalisation layer reaches the server."""
+        """Return the client's predictor. There is no server model, because the server does not receive the normalisation layers."""
         return {"personal": predict_model}

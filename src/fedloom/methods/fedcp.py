@@ -1,4 +1,4 @@
-"""FedCP: a conditional policy splits each example's features between a common and a personal head."""
+"""FedCP: a conditional policy divides each example's features between a common and a personal head."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ from fedloom.nets import Nets
 from fedloom.ranges import NonNegative
 from fedloom.tree import Tree, Weights
 
-WIDTHS = (10.0, 15.0, 20.0, 50.0)  # of the kernels: squared distances are divided by twice these
+WIDTHS = (10.0, 15.0, 20.0, 50.0)  # of the kernels: squared distances are divided by twice these numbers
 
 
 class Policy(nn.Module):
-    """Splits features: two numbers r and s with r + s = 1 for each of the D features of an example."""
+    """A net that splits features: for each of an example's D features, it returns two numbers r and s with r + s = 1."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.LayerNorm(2 * width), nn.ReLU())
 
     def forward(self, z: Tensor) -> Tensor:
-        """Return r and s, (2, B, D)."""
+        """Return r and s, stacked to (2, B, D)."""
         scores: Tensor = self.layers(z).unflatten(1, (2, -1)).softmax(1)
         return scores.movedim(1, 0)
 
@@ -50,13 +50,16 @@ class Policy(nn.Module):
 class FedCP(Method):
     """FedCP (Zhang et al., KDD 2023): separating feature information with conditional policies.
 
-    Nets: `model` (body and personal head h), `common` (the common head g, fixed in a local update), `policy`. Sent: down, body, g and
-    policy; up, body, policy and (h + g) / 2, whose mean is the next g. Kept: h, and a context, the normalised sum of the rows of h at
-    the start of the local update. The policy splits the features z of an example: (r, s) = policy(z * context), and the logits are h(r
-    z) + g(s z). The loss adds the squared maximum mean discrepancy (MMD) between z and the features of the received body.
+    The nets are `model` (body and personal head h), `common` (the common head g, which is fixed in a local update) and `policy`.
 
-    Difference from the released code: the policy is a plain softmax, as in the paper's equation, without Gumbel noise, so predictions
-    are not random. The received body is in evaluation mode.
+    Sent: The server sends the body, g and the policy. Clients send the body, the policy and (h + g) / 2, whose mean is the next g. Kept:
+    Each client keeps h, and a context: the normalised sum of the rows of h at the start of the local update.
+
+    The policy splits the features z of an example: (r, s) = policy(z * context). The logits are h(r z) + g(s z). The loss adds the squared
+    maximum mean discrepancy (MMD) between z and the features of the received body.
+
+    Differences from the released code: the policy is a plain softmax, as in the paper's equation, without Gumbel noise, so predictions are
+    not random. The received body is in evaluation mode.
     """
 
     mmd_weight: NonNegative = 5.0
@@ -72,7 +75,7 @@ class FedCP(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return the model, a common head that equals the personal one, and the policy."""
+        """Return the model, a common head that equals the personal head, and the policy."""
         model = arch.model()
         return {"model": model, "common": deepcopy(model.get_submodule("head")), "policy": Policy(arch.features)}
 
@@ -98,7 +101,7 @@ class FedCP(Method):
         return logits
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return body, policy and the mean of both heads; keep the context of the trained head."""
+        """Return the body, the policy and the mean of both heads; store the context of the trained head in the memory."""
         sent, params = self.travelling(client.weights), client.weights["params"]
         heads = {
             n: (p + params["model.head" + n.removeprefix("common")]) / 2
@@ -108,7 +111,7 @@ class FedCP(Method):
         return {"weights": tree.merge(sent, {"params": heads})}, {"context": context(client.weights)}
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; the common head alone is no model."""
+        """Return the client's predictor. There is no server model, because the common head alone cannot predict."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:

@@ -1,4 +1,4 @@
-"""FedDBE: each client takes its own bias out of the features, whose mean is kept at a common one."""
+"""FedDBE: each client removes its own bias from the features, whose mean is kept near a common mean."""
 
 from __future__ import annotations
 
@@ -54,17 +54,20 @@ class Domain(nn.Module):
 class FedDBE(Method):
     """FedDBE (Zhang et al., NeurIPS 2023): FedAvg with a domain bias eliminator.
 
-    Sent: the model, both ways, a mean of features up, and the consensus mean G down. Kept: a vector b (D,), added to the features. The
-    first round only finds G: *all* clients train without b, the running means m of their features are averaged to G, and the trained
-    weights are discarded. Afterwards the loss is CE(head(z + b), y) + kappa / 2 * mean_d (m_d - G_d)^2, where the running mean m starts
-    at 0 in every local update, and a gradient flows through the current batch's part of it. `personal_accuracy` uses b,
-    `server_accuracy` the model alone.
+    Sent: The model is sent in both directions. Clients also send a mean of their features, and the server also sends the consensus mean G.
+    Kept: Each client keeps a vector b (D,), which is added to the features.
 
-    The paper finds G before the first round; here it takes one. Defaults are the released settings for the 4-layer CNN.
+    The first round only computes G: *all* clients train without b, the running means m of their features are averaged to G, and the
+    trained weights are discarded. Afterwards, the loss is CE(head(z + b), y) + kappa / 2 * mean_d (m_d - G_d)^2. The running mean m starts
+    at 0 in every local update, and a gradient flows only through the current batch's contribution to m. `personal_accuracy` uses b;
+    `server_accuracy` scores the model alone.
+
+    The paper computes G before the first round; here, G takes up the first round. The defaults are the released settings for the 4-layer
+    CNN.
     """
 
     kappa: NonNegative = 50.0
-    """Weight of the distance of the features' mean to G; 0 together with a fixed b is FedAvg."""
+    """Weight of the distance between the features' mean and G. With weight 0 and without b, the method is FedAvg."""
     mean_momentum: Share = 1.0
     """Weight of the current batch in the running mean."""
 
@@ -87,7 +90,7 @@ class FedDBE(Method):
         return super().init_server(weights, task, round) | {"mean": torch.zeros_like(weights["params"]["domain.shift"])}
 
     def cohort(self, server: Tree, task: Task, size: int, round: Round) -> Sequence[int]:
-        """Return all clients in the first round, and a usual cohort afterwards."""
+        """Return all clients in the first round, and a cohort of the usual size afterwards."""
         return range(task.n_clients) if round.number == 0 else super().cohort(server, task, size, round)
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
@@ -101,7 +104,7 @@ class FedDBE(Method):
         return tree.merge(received, {"buffers": {"domain.mean": mean}})
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return plain training for the first round, and training with the shift for the others."""
+        """Return a phase without the shift for the first round, and a phase with the shift for all other rounds."""
         optimizer, modes = self.local_optimizer(), ("model", "domain")
         first = Train(
             "first",
@@ -116,7 +119,7 @@ class FedDBE(Method):
         return first, later
 
     def is_first(self, turn: Turn) -> bool:
-        """Return whether the round only finds G."""
+        """Return whether this is the first round, which only computes G."""
         return turn.number == 0
 
     def is_later(self, turn: Turn) -> bool:
@@ -124,13 +127,13 @@ class FedDBE(Method):
         return turn.number > 0
 
     def plain_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the loss of the model; the running mean is updated."""
+        """Return the loss of the model, and update the running mean."""
         z = nets.model.body(batch.x)
         nets.domain(z)
         return nets.loss(nets.model.head(z), batch.y)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the loss of the shifted features plus the distance of their mean to G."""
+        """Return the loss for the shifted features plus the distance between their mean and G."""
         shifted, mean = nets.domain(nets.model.body(batch.x))
         error, away = nets.loss(nets.model.head(shifted), batch.y), (mean - down["mean"]).square().mean() / 2
         return error + self.kappa * away, {"cross_entropy": error, "mean_distance": away}
@@ -148,7 +151,7 @@ class FedDBE(Method):
         return {**server, "mean": after["mean"]} if round.number == 0 else {**server, "weights": after["weights"]}
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the model with the client's shift as its predictor, and the model alone as the server's."""
+        """Return the model with the client's shift as the client's predictor, and the model alone as the server's predictor."""
         return {"personal": self.predict, "server": predict_model}
 
     def predict(self, nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:

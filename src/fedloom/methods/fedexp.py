@@ -16,11 +16,14 @@ from fedloom.tree import Tree, Weights
 class FedExP(Method):
     """FedExP (Jhunjhunwala et al., ICLR 2023): the server extrapolates along the mean change of the clients.
 
-    Sent: the whole model, both ways. Kept: nothing. The step is never shorter than FedAvg's, and longer, the less similar the clients'
-    changes are. The model in use is the mean of the last two server models; training continues from the last one.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds.
 
-    As in the released code, clients are weighted by examples. Unlike there, `epsilon` is constant and as in the paper's formula (the code
-    multiplies it by the cohort's size and lets it decay). Running statistics are averaged, never extrapolated.
+    The step is never shorter than FedAvg's. The less similar the clients' changes are, the longer the step is. The model in use is the
+    mean of the last two server models; training continues from the last one.
+
+    As in the released code, clients are weighted by their numbers of examples. Unlike in the released code, `epsilon` is constant, as in
+    the paper's formula (the code multiplies it by the size of the cohort and lets it decay). Running statistics are averaged, never
+    extrapolated.
     """
 
     epsilon: NonNegative = 1e-3
@@ -36,12 +39,12 @@ class FedExP(Method):
     )
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the model, and a copy as the model of the round before."""
+        """Return the model, and the same model as that of the previous round."""
         server = super().init_server(weights, task, round)
         return server | {"before": server["weights"]}
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return x + eta mean(D_k). The first round has no model before it to average with."""
+        """Return x + eta mean(D_k), and x as the previous model. The first round has no previous model, so the new one takes its place."""
         mean = tree.mean([uplink["weights"] for uplink in uplinks], round.shares)
         x = server["weights"]["params"]
         step = tree.sub(mean["params"], x)

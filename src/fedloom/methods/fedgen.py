@@ -33,11 +33,11 @@ from fedloom.ranges import Count, NonNegative, Positive, Share
 from fedloom.rng import Stream
 from fedloom.tree import Tree, Weights
 
-LEAST = 1e-4  # the decaying weights stop here
+LEAST = 1e-4  # lower limit of the decaying factor on alpha and beta
 
 
 class FeatureGenerator(nn.Module):
-    """Generates features (B, D) from noise (B, N) and one-hot labels (B, Y)."""
+    """A net that generates features (B, D) from noise (B, N) and one-hot labels (B, Y)."""
 
     def __init__(self, noise: int, n_classes: int, hidden: int, features: int) -> None:
         super().__init__()
@@ -53,14 +53,17 @@ class FeatureGenerator(nn.Module):
 class FedGen(Method):
     """FedGen (Zhu, Hong, Zhou; ICML 2021): data-free knowledge distillation with a generator of features.
 
-    Sent: the model, both ways, the generator G down, and class counts up. Kept: nothing. From the second round on, a client adds to its
-    cross-entropy alpha times that of head(G(noise, y)) with y drawn from the classes that G has learned, and beta times the KL
-    divergence of the model's predictions from those of head(G(noise, y_i)) for the labels y_i of the batch, which are constants. The
-    server trains G so that the clients' heads recognise the features: each head's cross-entropy counts by the client's fraction of the
-    class. A diversity term rewards features that differ if the noise differs.
+    Sent: The model is sent in both directions. The server also sends the generator G, and clients also send their class counts. Kept:
+    Clients keep nothing between rounds.
 
-    As in the released code, alpha and beta decay over rounds. Differences from it: an epoch is a pass over the client's examples, the
-    generator has no BatchNorm, noise is normal, and the server starts Adam's moments anew each round.
+    From the second round on, a client adds two terms to its cross-entropy. The first is alpha times the cross-entropy of head(G(noise,
+    y)), with y drawn from the classes that G has learned. The second is beta times the KL divergence of the model's predictions from those
+    of head(G(noise, y_i)) for the labels y_i of the batch; the latter are constants. The server trains G so that the clients' heads
+    recognise the features: each head's cross-entropy is weighted by the client's fraction of the class. A diversity term rewards features
+    that differ if the noise differs.
+
+    As in the released code, alpha and beta decay over rounds. Differences from the released code: an epoch is a pass over the client's
+    examples, the generator has no BatchNorm, the noise is normal, and the server resets Adam's moments in each round.
     """
 
     alpha: NonNegative = 10.0
@@ -68,15 +71,15 @@ class FedGen(Method):
     beta: NonNegative = 10.0
     """Weight of the KL divergence from the predictions for generated features."""
     weight_decay_per_round: Share = 0.98
-    """Factor on alpha and beta after every round."""
+    """Factor by which alpha and beta are multiplied after every round."""
     n_synthetic: Count = 32
-    """Generated features per step, on clients and on the server."""
+    """Number of generated features per step, on clients and on the server."""
     noise_size: Count = 32
-    """Dimensions of the noise."""
+    """Number of dimensions of the noise."""
     hidden_size: Count = 256
-    """Hidden units of the generator."""
+    """Number of hidden units of the generator."""
     server_steps: Count = 50
-    """Steps of the generator in a round."""
+    """Number of generator steps in a round."""
     generator_lr: Positive = 3e-4
     """Learning rate of the generator (Adam)."""
     diversity: NonNegative = 1.0
@@ -106,26 +109,28 @@ class FedGen(Method):
         return {"counts": data.class_counts}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return model and generator, and no class (Y,) that the generator has learned."""
+        """Return the model, the generator and zeros (Y,), because the generator has not learned any class."""
         return super().init_server(weights, task, round) | {"learned": torch.zeros(task.n_classes)}
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return model, generator, its classes, and the factor on alpha and beta: 0 in the first round."""
+        """Return the model, the generator, the classes that it has learned, and the factor on alpha and beta, which is 0 in the first
+        round.
+        """
         strength = max(self.weight_decay_per_round**round.number, LEAST) if round.number else 0.0
         return Downlink({**server, "strength": torch.tensor(strength)})
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the training of the model."""
+        """Return the phase that trains the model."""
         optimizer = self.local_optimizer()
         return (Train("train", self.loss, ("model",), optimizer, epochs=self.local_epochs, draw=self.draw),)
 
     def draw(self, batch: Batch, task: Task, rng: Stream) -> Mapping[str, Tensor]:
-        """Draw noise and numbers in [0, 1) that choose labels, and noise for the batch's own labels."""
+        """Draw noise and numbers in [0, 1) that select labels, and noise for the labels of the batch."""
         noise, own = (rng.normal((n, self.noise_size)) for n in (self.n_synthetic, len(batch.y)))
         return {"noise": noise, "choice": rng.uniform((self.n_synthetic,)), "own": own}
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the cross-entropy, alpha times that of generated features, and beta times the KL divergence."""
+        """Return the cross-entropy plus alpha times that of generated features plus beta times the KL divergence."""
         logits, n_classes = nets.model(batch.x), len(down["learned"])
         y = among(down["learned"], batch.draws["choice"])
         generated = nets.generator(batch.draws["noise"], losses.one_hot(y, n_classes)).detach()
@@ -143,14 +148,14 @@ class FedGen(Method):
         return {"weights": own, "counts": client.memory["counts"]}, client.memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault if the counts are not those of the client."""
+        """Return a fault if the counts are not the client's class counts."""
         known = class_counts is None or torch.equal(uplink["counts"].double(), class_counts.double())
         return (
             "" if known and bool((uplink["counts"] >= 0).all()) else "'counts' are not the client's numbers of examples"
         )
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the mean model, and the generator trained with the heads that were sent."""
+        """Return the mean model, and the generator after training with the heads in the uplinks."""
         counts = torch.stack([uplink["counts"] for uplink in uplinks])
         heads = [select(uplink["weights"], ("model:head",))["params"] for uplink in uplinks]
         nets, before = round.nets(server["weights"]), select(server["weights"], ("generator",))["params"]

@@ -24,12 +24,14 @@ Unit = list[tuple[str, str]]  # tensors as (params|buffers, name)
 class FedMR(Method):
     """FedMR (Hu et al., KDD 2024).
 
-    Sent: a whole model, both ways (a different one for each member of the cohort; as many bytes as FedAvg). Kept: nothing.
-    The server keeps one model (slot) per member of the cohort. Each round sends slot i to the i-th member. Then every unit (a layer) of
-    the returned models is shuffled over the slots, with a separate permutation per unit (recombination). In the first
-    `first_stage_rounds` rounds, all slots are filled with the average instead (the two-stage scheme).
-    The model in use is the equal-weight mean of the slots, which recombination leaves unchanged.
-    With `secure` (the paper's secure recombination), clients first shuffle their units among themselves.
+    Sent: A whole model is sent in both directions: a different one for each member of the cohort, but as many bytes as with FedAvg. Kept:
+    Clients keep nothing between rounds.
+
+    The server keeps one model (slot) per member of the cohort. In each round, it sends slot i to the i-th member. Then it shuffles every
+    unit (a layer) of the returned models over the slots, with a separate permutation per unit (recombination). In the first
+    `first_stage_rounds` rounds, it fills all slots with the average instead (the two-stage scheme). The model in use is the equal-weight
+    mean of the slots, which recombination leaves unchanged. With `secure` (the paper's secure recombination), clients first shuffle their
+    units among themselves.
 
     Differences from the released code: a unit is a layer, as in the paper (`unit=tensor` permutes every tensor separately, as the code
     does). If the client of a slot is lost, or a smaller cohort does not use the slot, the slot enters the recombination unchanged.
@@ -41,11 +43,13 @@ class FedMR(Method):
     unit: Literal["layer", "tensor", "block", "segment"] = "layer"
     """The unit that is shuffled as a whole: a layer's tensors, a single tensor, a block, or a segment of consecutive tensors."""
     segment: Share = 0.1
-    """The size of a segment as a fraction of all tensors (with `unit=segment`)."""
+    """Size of a segment as a fraction of all tensors (with `unit=segment`)."""
     first_stage_rounds: Whole = 0
-    """Rounds of plain averaging before recombination begins (T1)."""
+    """Number of rounds of plain averaging before recombination begins (T1)."""
     first_stage_patience: Whole = 0
-    """End the first stage after this many rounds without an increase of the returned models' similarity; 0: never end it early."""
+    """Number of rounds without an increase of the returned models' similarity after which the first stage ends. With 0, it never ends
+    early.
+    """
     secure: bool = False
     """Whether clients exchange units before the upload, so that the server never sees one client's whole model."""
 
@@ -64,7 +68,9 @@ class FedMR(Method):
             raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return K stacked slots: every leaf is (K, ...). With patience, also the best similarity and the number of rounds since then."""
+        """Return K stacked slots, so every leaf is (K, ...). With patience, also return the best similarity and the number of rounds since
+        then.
+        """
         slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
         if not self.first_stage_patience:
             return slots
@@ -95,7 +101,7 @@ class FedMR(Method):
         return [{"weights": model} for model in tree.unstack(_shuffled(models, pieces, orders))]
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Average in the first stage; recombine in the second."""
+        """Return the average in the first stage, and the recombined slots in the second stage."""
         slots, models = tree.unstack(server["slots"]), [uplink["weights"] for uplink in uplinks]
         if self.averages(server, round.number):
             return self.watched(server, models) | {"slots": tree.stack([tree.mean(models)] * len(slots))}
@@ -131,7 +137,7 @@ class FedMR(Method):
         return alike | {"update_cosine": tree.mean_cosine(moved)}
 
     def recombine(self, slots: Weights, rng: Stream) -> Weights:
-        """Recombine: slot_i[u] <- slot_{pi_u(i)}[u] with an independent uniform permutation pi_u for every unit u."""
+        """Return the recombined slots: slot_i[u] <- slot_{pi_u(i)}[u], with an independent uniform permutation pi_u for every unit u."""
         n, pieces = len(tree.leaves(slots)[0]), self.units(slots)
         return _shuffled(slots, pieces, [rng.permutation(n) for _ in pieces])
 

@@ -1,4 +1,4 @@
-"""FedMut: the server sends each client a mutant of the global model, moved along the global model's last change."""
+"""FedMut: the server sends each client a mutant of the global model, which is shifted along the global model's last change."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class FedMut(Method):
-    """FedMut (Hu et al., AAAI 2024): mutants of the global model look for flat regions.
+    """FedMut (Hu et al., AAAI 2024): clients train mutants of the global model, to find flat regions of the loss.
 
-    Sent: a whole model, both ways (a different one to each member of the cohort; as many bytes as FedAvg). Kept: nothing. With w the
-    mean of the returned models and g its last change, member i receives w + alpha v_iu g for every unit u (a layer). Half of the signs
-    v are +1, the other half -1, shuffled over the members independently for every unit, so the mutants' mean is w. With an odd cohort,
-    the last member receives w. The model in use is w. Means have equal weights, as in the paper.
+    Sent: A whole model is sent in both directions: a different one for each member of the cohort, but as many bytes as with FedAvg. Kept:
+    Clients keep nothing between rounds.
 
-    As in the released code, mutants first lean forward: the negative sign is -(1 - c) with c = forward max(0, 1 - round /
-    forward_rounds). Differences from that code: a unit is a layer, as in the paper, and only parameters are mutated, never running
-    statistics. If a client is lost, the mean of the models that return may lie off w.
+    Let w be the mean of the returned models, and g its last change. Member i receives w + alpha v_iu g for every unit u (a layer). Half of
+    the signs v are +1 and the other half are -1. They are shuffled over the members independently for every unit, so the mean of the
+    mutants is w. If the size of the cohort is odd, the last member receives w. The model in use is w. Means have equal weights, as in the
+    paper.
+
+    As in the released code, mutants first lean forward: the negative sign is -(1 - c) with c = forward max(0, 1 - round / forward_rounds).
+    Differences from the released code: a unit is a layer, as in the paper, and only parameters are mutated, never running statistics. If a
+    client is lost, the mean of the received mutants may differ from w.
     """
 
     lr: Positive = 0.01
@@ -37,7 +40,7 @@ class FedMut(Method):
     alpha: NonNegative = 4.0
     """Length of a mutation, in units of the last change of w (the code's radius: 4 or 5)."""
     forward: Fraction = 0.3
-    """How much weaker the negative mutations are in round 0; 0: the mutants' mean is always w."""
+    """Relative reduction c of the negative mutations in round 0. With 0, the mean of the mutants is always w."""
     forward_rounds: Positive = 50
     """The round from which negative mutations are as strong as positive ones."""
 
@@ -50,7 +53,7 @@ class FedMut(Method):
     )
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return w and g = 0."""
+        """Return w, and g = 0."""
         server = super().init_server(weights, task, round)
         return server | {"change": tree.zeros_like(server["weights"]["params"])}
 
@@ -67,7 +70,7 @@ class FedMut(Method):
         return Downlink(each=[{"weights": {**weights, "params": params}} for params in mutants])
 
     def signs(self, members: int, n_units: int, number: int, rng: Stream) -> Tensor:
-        """Return the signs (members, units): in each column, as many positive as negative ones, in random order."""
+        """Return the signs (members, units). Each column has as many positive as negative signs, in random order."""
         lean = self.forward * max(0.0, 1 - number / self.forward_rounds)
         half = members // 2
         column = torch.tensor([1.0] * half + [-(1 - lean)] * half)
@@ -75,7 +78,7 @@ class FedMut(Method):
         return torch.cat([torch.stack(shuffled, 1), torch.zeros(members - 2 * half, n_units)])
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the equal-weight mean of the returned models, and its change."""
+        """Return the equal-weight mean of the returned models, and the change of this mean."""
         mean = tree.mean([uplink["weights"] for uplink in uplinks])
         return {"weights": mean, "change": tree.sub(mean["params"], server["weights"]["params"])}
 

@@ -1,4 +1,4 @@
-"""FedPAC: features are aligned to common prototypes, and every client gets the combination of heads that suits it."""
+"""FedPAC: features are aligned with common prototypes, and every client receives the combination of heads that suits its data best."""
 
 from __future__ import annotations
 
@@ -35,14 +35,17 @@ from fedloom.tree import Tree, Weights
 class FedPAC(FedProto):
     """FedPAC (Xu, Tong, Huang; ICLR 2023): personalisation with feature alignment and classifier collaboration.
 
-    Sent: up, the body, the trained head, FedProto's prototypes and counts, and statistics of the received body's features: h (Y, p),
-    with row p_y mean_y, and a variance V; down, the mean body, the prototypes, and a head of the client's own. Kept: nothing else. A
-    local update collects h and V, trains the head alone, then the body alone with FedProto's distance to the prototypes, and collects
-    new prototypes. For every client i of the cohort, the server combines the heads of the cohort with weights a >= 0 with sum 1 that
-    minimise a' P a, with P = diag(V) + A A' and rows A_j = h_i - h_j: a bias-variance trade-off of the combination.
+    Sent: Clients send the body, the trained head, FedProto's prototypes and counts, and two statistics of the received body's features: h
+    (Y, p), whose row y is p_y mean_y, and a variance V. The server sends the mean body, the prototypes, and one head per client. Kept:
+    Clients keep nothing between rounds.
 
-    Differences from the released code: the quadratic program is solved exactly; small weights are not cut off; a class without a
-    prototype adds no distance; a class that is absent from the cohort keeps its prototype.
+    A local update collects h and V, trains the head alone, trains the body alone with FedProto's distance to the prototypes, and collects
+    new prototypes. For every client i of the cohort, the server combines the heads of the cohort. The weights a >= 0 sum to 1 and minimise
+    a' P a, where P = diag(V) + A A' and the rows of A are A_j = h_i - h_j. This is a trade-off between the bias and the variance of the
+    combination.
+
+    Differences from the released code: the quadratic program is solved exactly. Small weights are not cut off. A class without a prototype
+    adds no distance. A class that is absent from the cohort keeps its prototype.
     """
 
     lr: Positive = 0.01
@@ -52,9 +55,9 @@ class FedPAC(FedProto):
     head_lr: Positive = 0.1
     """Learning rate of the head."""
     head_epochs: Count = 1
-    """Passes that update the head, before the body's `local_epochs`."""
+    """Number of passes that update the head, before the body's `local_epochs`."""
     predict_by: Literal["head"] = "head"
-    """Clients predict with their combined head."""
+    """How clients predict: with their combined head."""
 
     shared: ClassVar[tuple[str, ...]] = ("body",)
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "head", "mixture", "variance")
@@ -67,25 +70,25 @@ class FedPAC(FedProto):
     )
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return FedProto's statistics, and sums of the received body's features by class (Y, p) and of their squares (0-d)."""
+        """Return FedProto's statistics, and the sums by class (Y, p) and the sum of squares (0-d) of the received body's features."""
         zero = torch.zeros(task.n_classes, task.width, dtype=torch.float64)
         return super().init_memory(weights, task, data) | {"received": {"sums": zero, "squares": zero.new_zeros(())}}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return prototypes, counts, the body, and one head per client (K, ...)."""
+        """Return prototypes, counts, the body, and one head per client, stacked to (K, ...)."""
         head = select(weights, ("head",))["params"]
         heads = tree.map_tree(lambda p: p.expand(task.n_clients, *p.shape).clone(), head)
         return super().init_server(weights, task, round) | {"weights": self.travelling(weights), "heads": heads}
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return the body, the prototypes and the mean head; and each member's own head."""
+        """Return the body, the prototypes and the mean head, and each member's own head."""
         common = {name: server[name] for name in ("weights", "prototypes", "counts")}
         mean = tree.map_tree(lambda heads: heads.mean(0), server["heads"])
         each = [{"head": tree.map_tree(lambda heads, i=i: heads[i], server["heads"])} for i in cohort]
         return Downlink({**common, "head": mean}, each)
 
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
-        """Return every client's own head; clients that join later predict with the mean head."""
+        """Return every client's own head. Clients that join later predict with the mean head."""
         return self.downlink(server, range(task.n_clients), round)
 
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
@@ -93,14 +96,14 @@ class FedPAC(FedProto):
         return tree.merge(super().receive(weights, down, memory), {"params": down["head"]})
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return a sweep over the received body's features, the training of the head and of the body, and a sweep for the prototypes."""
+        """Return a sweep over the received body's features, phases that train the head and the body, and a sweep for the prototypes."""
         optimizer = self.local_optimizer()
         head = Train("head", self.head_loss, ("head",), self.local_optimizer(self.head_lr), epochs=self.head_epochs)
         body = Train("body", self.loss, ("body",), optimizer, epochs=self.local_epochs)
         return Sweep("received", self.moments), head, body, Sweep("statistics", self.statistics)
 
     def moments(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
-        """Add a batch to the sums."""
+        """Add a batch to the sums of the received body's features."""
         z, member = nets.body(batch.x).double(), losses.one_hot(batch.y, len(total["sums"])).double()
         return {"sums": total["sums"] + member.T @ z, "squares": total["squares"] + z.square().sum()}
 
@@ -109,7 +112,7 @@ class FedPAC(FedProto):
         return nets.loss(nets.head(nets.body(batch.x)), batch.y)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return body, head, prototypes, counts, h (`mixture`) and V (`variance`): V = (mean ||z||^2 - sum_y ||h_y||^2) / n."""
+        """Return body, head, prototypes, counts, h (`mixture`) and V (`variance`), with V = (mean ||z||^2 - sum_y ||h_y||^2) / n."""
         sent, memory = super().uplink(client, received, down, turn)
         h, squares = (memory["received"][name] / turn.examples for name in ("sums", "squares"))
         dtype, head = sent["prototypes"].dtype, select(client.weights, ("head",))["params"]
@@ -118,13 +121,13 @@ class FedPAC(FedProto):
         return sent | own | {"mixture": h.to(dtype), "variance": variance.to(dtype)}, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return FedProto's faults, and a fault if the variance is negative."""
+        """Return FedProto's faults, or a fault if the variance is negative."""
         return super().uplink_fault(uplink, class_counts) or (
             "'variance' is negative" if uplink["variance"] < 0 else ""
         )
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return mean prototypes and body, and a new head for every client of the cohort."""
+        """Return the mean prototypes and body, and a new head for every client whose uplink arrived."""
         after = super().aggregate(server, uplinks, round)
         heads, sent = tree.clone(server["heads"]), [uplink["head"] for uplink in uplinks]
         for place, arrival in enumerate(round.arrivals):
@@ -135,7 +138,7 @@ class FedPAC(FedProto):
         return after | {"weights": weights, "heads": heads}
 
     def head_shares(self, uplinks: Sequence[Tree], place: int) -> Tensor:
-        """Return the weights (m,) of the cohort's heads for the client at `place`, in float64."""
+        """Return the weights (m,) with which the cohort's heads are combined for the client at `place`, in float64."""
         h = torch.stack([uplink["mixture"].flatten() for uplink in uplinks]).double()
         variances = torch.stack([uplink["variance"] for uplink in uplinks]).double()
         away = h[place] - h
@@ -159,7 +162,8 @@ class FedPAC(FedProto):
 def least_on_simplex(matrix: Tensor) -> Tensor:
     """Return the minimiser a (m,) of a' M a over a >= 0 with sum 1, for a positive semidefinite M (m, m) in float64.
 
-    An active-set method: minimise over the entries in use, leave the simplex at its first wall, and add the entry with the smallest slope.
+    This is an active-set method. It minimises over the entries in use, stops at the first bound that it reaches, and adds the entry with
+    the smallest slope.
     """
     matrix = (matrix + matrix.T) / 2
     matrix = matrix + 1e-12 * matrix.diagonal().max().clamp(min=1e-30) * torch.eye(len(matrix), dtype=matrix.dtype)

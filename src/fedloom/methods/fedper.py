@@ -1,4 +1,4 @@
-"""FedPer: a common body and a personal head."""
+"""FedPer: clients share a body and keep a personal head."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedloom.method import Method, Need, Paper, Predictor, predict_model
 class FedPer(Method):
     """FedPer (Arivazhagan et al., 2019): the base layers are averaged; the personalisation layers stay with the client.
 
-    Sent: the body, both ways. Kept: the head. Both are trained together, like FedAvg's single model.
+    Sent: The body is sent in both directions. Kept: Each client keeps its head. Both are trained together, like FedAvg's single model.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:body",)
@@ -26,5 +26,5 @@ class FedPer(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model, because no head reaches the server."""
+        """Return the client's predictor. There is no server model, because the server does not receive a head."""
         return {"personal": predict_model}

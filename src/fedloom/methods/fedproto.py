@@ -39,15 +39,15 @@ from fedloom.tree import Tree, Weights
 class FedProto(Method):
     """FedProto (Tan et al., AAAI 2022): prototypes couple models of different architectures that have the same feature width.
 
-    Two nets: `body` outputs features z (B, p), and `head` outputs logits. A client's prototypes (C_k, p) are the mean features of the C_k
-    classes of its examples; the server averages them class by class.
+    There are two nets: `body` outputs features z (B, p), and `head` outputs logits. A client's prototypes (C_k, p) are the mean features
+    of the C_k classes of its examples. The server averages the prototypes class by class.
 
-    Sent: prototypes and counts (Y,), both ways. Kept: all weights. A client predicts the class of the nearest global
-    prototype, among the classes that have one.
+    Sent: Prototypes and counts (Y,) are sent in both directions. Kept: Each client keeps all its weights. A client predicts the class of
+    the nearest global prototype, among the classes that have one.
     """
 
     prototype_weight: NonNegative = 1.0
-    """Weight lambda of the mean squared distance between an example's features and its class's global prototype."""
+    """Weight lambda of the mean squared distance between an example's features and the global prototype of its class."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
     """Weight of a client in a class's mean: its number of examples of the class, or the same for all clients that have the class."""
 
@@ -66,7 +66,7 @@ class FedProto(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return an architecture's body and head; all bodies must have the same number of features."""
+        """Return an architecture's body and head. All bodies must have the same number of features."""
         if arch.features != task.width:
             raise ConfigError(
                 f"models: {arch.name} has {arch.features} features, but another architecture has {task.width}; "
@@ -80,7 +80,7 @@ class FedProto(Method):
         return {"statistics": {"counts": counts, "sums": counts.new_zeros(task.n_classes, task.width)}}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return zero prototypes (Y, p) and example counts (Y,); a class with count 0 has no prototype yet."""
+        """Return zero prototypes (Y, p) and example counts (Y,). A class with count 0 has no prototype yet."""
         return {"prototypes": torch.zeros(task.n_classes, task.width), "counts": torch.zeros(task.n_classes)}
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
@@ -88,12 +88,14 @@ class FedProto(Method):
         return Downlink(dict(server))
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return a training phase, then a sweep that collects the prototypes of the trained body."""
+        """Return a training phase, and a sweep that collects the prototypes of the trained body."""
         train = Train("train", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
         return train, Sweep("statistics", self.statistics)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return cross-entropy plus prototype_weight times the distance to the prototypes; examples without a prototype have distance 0."""
+        """Return the cross-entropy plus prototype_weight times the distance to the prototypes, which is 0 for examples without a
+        prototype.
+        """
         features = nets.body(batch.x)
         error = nets.loss(nets.head(features), batch.y)
         known = down["counts"][batch.y] > 0
@@ -101,7 +103,7 @@ class FedProto(Method):
         return error + self.prototype_weight * distance, {"cross_entropy": error, "distance": distance}
 
     def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Return the mean squared distance per feature between features (B, p) and their classes' prototypes: (B,)."""
+        """Return the mean squared distance per feature between the features (B, p) and the prototypes of their classes, as a tensor (B,)."""
         away: Tensor = features - down["prototypes"][labels]
         return away.square().mean(1)
 
@@ -112,18 +114,18 @@ class FedProto(Method):
         return {"counts": total["counts"] + member.sum(0), "sums": total["sums"] + member.T @ features}
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return prototypes of the client's classes (C_k, p), in the order of the classes, and all counts (Y,)."""
+        """Return the prototypes of the client's classes (C_k, p), in the order of the classes, and the counts of all classes (Y,)."""
         counts, sums = client.memory["statistics"]["counts"], client.memory["statistics"]["sums"]
         held, dtype = counts > 0, down["prototypes"].dtype
         prototypes = sums[held] / counts[held, None]
         return {"prototypes": prototypes.to(dtype), "counts": counts.to(dtype)}, client.memory
 
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
-        """Return the number of the client's classes, each of which has one prototype."""
+        """Return the number of the client's classes as the length of `prototypes`."""
         return {"prototypes": int((uplink["counts"] > 0).sum())}
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault if a count is negative, is not whole, or exceeds the client's number of examples of that class."""
+        """Return a fault if a count is negative, is not an integer, or exceeds the client's number of examples of that class."""
         counts: Tensor = uplink["counts"]
         if bool(((counts < 0) | (counts != counts.round())).any()):
             return "'counts' has a number that is negative or not an integer"
@@ -132,8 +134,9 @@ class FedProto(Method):
         return ""
 
     def sums(self, uplink: Tree) -> Tree:
-        """Return counts (Y,) and weighted class means (Y, p), 0 for classes not held, in float64. If clients have equal weights, also
-        whether a class is held, as 1 or 0 (Y,).
+        """Return counts (Y,) and weighted class means (Y, p) in float64; the means are 0 for classes that the client does not hold.
+
+        If clients have equal weights, also return 1 or 0 (Y,) for whether the client holds the class.
         """
         _, local = self.gathered([uplink])
         weights = self.weights_of([uplink])[0].double()
@@ -141,19 +144,19 @@ class FedProto(Method):
         return found if self.prototype_mean == "weighted" else found | {"held": weights}
 
     def from_sums(self, total: Tree, n: int) -> Tree:
-        """Return the mean prototypes of the classes with a weight of at least 1/2 (noise may have been added), and counts divided by n."""
+        """Return the mean prototypes of the classes whose weight is at least 1/2 (noise may have been added), and the counts divided by n."""
         weights = self.total_weights(total)
         held = weights > 0
         return {"prototypes": total["sums"][held] / weights[held, None], "counts": total["counts"] * held / n}
 
     def total_weights(self, total: Tree) -> Tensor:
-        """Return the total weight of each class (Y,); 0 for classes with a weight or a count below 1/2."""
+        """Return the total weight of each class (Y,). It is 0 for classes whose weight or count is below 1/2."""
         counts: Tensor = total["counts"]
         weights: Tensor = total.get("held", counts)
         return weights * ((weights >= 0.5) & (counts >= 0.5))
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return mean prototypes, class by class; a class that no client of the cohort has keeps its prototype."""
+        """Return the mean prototypes, class by class. A class that no client of the cohort has keeps its prototype."""
         shares, local = self.gathered(uplinks)
         seen = shares.sum(0) > 0
         prototypes = torch.where(seen[:, None], (shares[:, :, None] * local).sum(0), server["prototypes"])
@@ -161,8 +164,9 @@ class FedProto(Method):
         return {"prototypes": prototypes, "counts": torch.where(seen, counts, server["counts"])}
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """Return `prototype_cosine`: the mean cosine of two clients' prototypes of a class, over the classes that two or more
-        clients hold.
+        """Return `prototype_cosine`, the mean cosine of two clients' prototypes of the same class.
+
+        The mean is over the classes that two or more clients hold.
         """
         _, local = self.gathered(uplinks)
         held = torch.stack([up["counts"] > 0 for up in uplinks])
@@ -171,7 +175,9 @@ class FedProto(Method):
         return {"prototype_cosine": sum(cosines) / len(cosines)} if cosines else {}
 
     def gathered(self, uplinks: Sequence[Tree]) -> tuple[Tensor, Tensor]:
-        """Return each client's weight in each class (K, Y), with sum 1 or 0 over clients, and its prototypes (K, Y, p), 0 for none."""
+        """Return each client's weight in each class (K, Y), whose sum over clients is 1 or 0, and its prototypes (K, Y, p), or 0 if it has
+        none.
+        """
         weights = self.weights_of(uplinks)
         local = uplinks[0]["prototypes"].new_zeros(*weights.shape, uplinks[0]["prototypes"].shape[1])
         for mine, up in zip(local, uplinks, strict=True):
@@ -179,16 +185,16 @@ class FedProto(Method):
         return weights / weights.sum(0).clamp(min=1), local
 
     def weights_of(self, uplinks: Sequence[Tree]) -> Tensor:
-        """Return each client's unnormalised weight in each class: (K, Y)."""
+        """Return each client's unnormalised weight in each class (K, Y)."""
         counts = torch.stack([up["counts"] for up in uplinks])
         return counts if self.prototype_mean == "weighted" else (counts > 0).to(counts.dtype)
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the nearest prototype as the client's predictor; there is no server model."""
+        """Return a client's predictor, which chooses the nearest prototype. There is no server model."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return minus the distances to the global prototypes (B, Y), where a class without a prototype is never chosen, or the logits."""
+        """Return the logits, or the negative distances to the global prototypes (B, Y); a class without a prototype is never chosen."""
         if self.predict_by == "head":
             logits: Tensor = nets.head(nets.body(x))
             return logits

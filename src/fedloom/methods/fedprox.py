@@ -16,9 +16,9 @@ from fedloom.tree import Tree
 
 @dataclass(frozen=True)
 class FedProx(Method):
-    """FedProx (Li et al., MLSys 2020, eq. 2 and algorithm 2), with epochs instead of the inexactness gamma.
+    """FedProx (Li et al., MLSys 2020, eq. 2 and algorithm 2), with a number of epochs instead of the inexactness gamma.
 
-    Sent: the whole model, both ways. Kept: nothing. With mu = 0 it is FedAvg.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds. With mu = 0, the method is FedAvg.
     """
 
     mu: NonNegative = 0.01
@@ -33,6 +33,6 @@ class FedProx(Method):
     )
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return cross-entropy plus the proximal term (eq. 2), which covers parameters, not running statistics."""
+        """Return the cross-entropy plus the proximal term (eq. 2), which covers parameters but not running statistics."""
         error = nets.loss(nets.model(batch.x), batch.y)
         return error + self.mu / 2 * losses.squared_distance(nets.params, down["weights"]["params"])

@@ -1,4 +1,4 @@
-"""FedRep: first train the personal head on top of the common body, then the body with that head fixed."""
+"""FedRep: each client first trains its personal head on the common body, and then the body with that head fixed."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from fedloom.ranges import Count, Whole
 
 @dataclass(frozen=True)
 class FedRep(FedPer):
-    """FedRep (Collins et al., ICML 2021): a common representation, trained with heads that were fitted first.
+    """FedRep (Collins et al., ICML 2021): a common representation, which is trained with heads that were fitted first.
 
-    Sent: the body, both ways. Kept: the head. A local update consists of `head_epochs` passes that update only the head, then
-    `local_epochs` passes that update only the body. The whole model is in training mode in both, as in the released code, so running
-    statistics also change while the head is trained.
+    Sent: The body is sent in both directions. Kept: Each client keeps its head.
+
+    A local update consists of `head_epochs` passes that update only the head, and then `local_epochs` passes that update only the body.
+    The whole model is in training mode in both, as in the released code, so running statistics also change while the head is trained.
     """
 
     head_epochs: Count = 10
-    """Passes that update the head, before the body's `local_epochs`."""
+    """Number of passes that update the head, before the body's `local_epochs`."""
 
     final_head_epochs: Whole = 0
-    """Passes that re-fit the head to the received body before predictions, on a copy (the last round of the released code: 10); 0: none."""
+    """Number of passes that re-fit a copy of the head to the received body before predictions. The released code uses 10 in the last
+    round.
+    """
 
     needs: ClassVar[tuple[Need, ...]] = ("head",)
     paper: ClassVar[Paper] = Paper(
@@ -34,13 +37,13 @@ class FedRep(FedPer):
     )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return a phase that trains the head, then one that trains the body."""
+        """Return a phase that trains the head, and a phase that trains the body."""
         head = Train("head", self.loss, ("model:head",), self.local_optimizer(), epochs=self.head_epochs)
         body = Train("body", self.loss, ("model:body",), self.local_optimizer(), epochs=self.local_epochs)
         return head, body
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return a phase that re-fits the head, if there are epochs for it."""
+        """Return a phase that re-fits the head, if `final_head_epochs` is not 0."""
         if not self.final_head_epochs:
             return ()
         return (Train("refit", self.loss, ("model:head",), self.local_optimizer(), epochs=self.final_head_epochs),)

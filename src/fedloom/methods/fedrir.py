@@ -24,22 +24,23 @@ from fedloom.tree import Tree
 class FedRIR(Method):
     """FedRIR (Huang et al., WWW 2025).
 
-    Five nets: `gfe` outputs global features f_g (B, D); `csfe` outputs the mean and log-variance of client-specific features f_cs
-    (B, 2 D); `generator` maps latents to images; `idm` is q(f_cs | f_g); `head` maps [f_g, f_cs] to logits.
+    The method has five nets. `gfe` outputs global features f_g (B, D). `csfe` outputs the mean and log-variance of client-specific
+    features f_cs (B, 2 D). `generator` maps latents to images. `idm` is q(f_cs | f_g). `head` maps [f_g, f_cs] to logits.
 
-    Sent: gfe, both ways. Kept: csfe, generator, idm, head, the optimisers' moments, and (by default) BatchNorm's running statistics.
+    Sent: gfe is sent in both directions. Kept: Each client keeps csfe, generator, idm, head, the optimisers' moments, and (by default)
+    BatchNorm's running statistics.
 
     A local update has two stages:
 
     1. MCSL: csfe encodes an image with masked patches as the distribution of a latent, and generator reconstructs the whole image from a
        sample of it. The loss is the reconstruction error plus the KL divergence.
-    2. Classification: head classifies [f_g, f_cs], where f_cs is csfe's mean for the unmasked image, without a gradient. The IDM keeps
-       client-specific information out of f_g by minimising an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020), or their
+    2. Classification: head classifies [f_g, f_cs], where f_cs is csfe's mean for the unmasked image, without a gradient. The IDM removes
+       client-specific information from f_g by minimising an upper bound on I(f_g; f_cs) (vCLUB, Cheng et al., ICML 2020), or their
        correlation within classes (`idm_mode=decorrelated`, which has no q and no `idm` net).
 
-    Differences from the released code (`docs/methods/fedrir.md` describes their effects): the released information loss makes f_g *predict*
-    f_cs. Ours (`idm_mode=vclub`) first fits q and then minimises the bound with q fixed, which is the paper's stated aim. csfe is in
-    evaluation mode in stage 2 (`csfe_mode`). Clients start from equal weights.
+    Differences from the released code (`docs/methods/fedrir.md` describes their effects): the released information loss makes f_g
+    *predict* f_cs. fedloom's loss (`idm_mode=vclub`) first fits q and then minimises the bound with q fixed, which is the paper's stated
+    aim. csfe is in evaluation mode in stage 2 (`csfe_mode`). Clients start from equal weights.
     """
 
     optimizer: Literal["sgd", "adam"] = "adam"
@@ -49,34 +50,35 @@ class FedRIR(Method):
     """Whether the optimisers' moments are kept between rounds."""
     mcsl: Literal["masked", "unmasked", "supervised", "off"] = "masked"
     """How csfe is trained: as a masked VAE (the paper), as a VAE without masks, by the cross-entropy, or not at all (head uses only f_g).
-    The last two have no stage 1 and do not use its hyper-parameters."""
+    The last two options have no stage 1 and do not use its hyper-parameters."""
     csfe_mode: Literal["evaluation", "training"] = "evaluation"
-    """csfe's mode in stage 2. In evaluation mode, BatchNorm uses running statistics of masked images. In training mode (the released
-    code), it uses the batch's statistics, and the running statistics become those of whole images."""
+    """csfe's mode in stage 2. In evaluation mode, BatchNorm uses the running statistics of masked images. In training mode (the released
+    code), BatchNorm uses the statistics of the batch, and the running statistics become those of unmasked images."""
     mask_ratio: Fraction = 0.6
-    """Fraction of the patches that are masked."""
+    """Fraction of the patches that is masked."""
     patch_size: Whole = 0
-    """Side of a masked patch in pixels; 0 means 4, or 2 for images under 28 pixels."""
+    """Side of a masked patch in pixels. With 0, the side is 4, or 2 for images smaller than 28 pixels."""
     kl_weight: NonNegative = 0.1
     """Weight of the KL divergence in stage 1."""
     free_bits: NonNegative = 0.0
-    """KL divergence of a feature, in nats, that costs nothing: the loss of stage 1 counts at least this much for each of the D features."""
+    """Lower limit of the KL divergence in the loss of stage 1, in nats for each of the D features."""
     rec_reduction: Literal["mean", "sum"] = "mean"
-    """Whether the squared error is a mean over the pixels of an image (released code), or a sum, like the KL divergence over features."""
+    """Whether the squared error is a mean over the pixels of an image (released code), or a sum, as in the KL divergence over features."""
     loss_region: Literal["all", "masked"] = "all"
     """Pixels that are included in the squared error."""
     idm_mode: Literal["vclub", "vclub_sampled", "vclub_class", "decorrelated", "released", "none"] = "vclub"
     """The information term: the bound over all pairs of examples, the bound over one sampled pair per example, the bound within classes,
     the correlation of f_g and f_cs within classes, the released code's loss, or none."""
     idm_weight: NonNegative = 1.0
-    """Weight w of the information term in stage 2."""
+    """Weight w of the information term in the loss of stage 2."""
     q_steps: Count = 1
-    """Steps that fit q on each batch, before its bound is used once."""
+    """Number of steps that fit q on each batch, before its bound is used once."""
     standardise: bool = False
-    """Whether q and the bound see f_cs with mean 0 and standard deviation 1 over the batch, so that its scale does not limit the bound."""
+    """Whether f_cs is standardised over the batch for q and the bound, so that the scale of f_cs does not limit the bound."""
     control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
-    """Control arm: all steps of both stages train gfe, csfe and head by the cross-entropy on the client's examples, plainly or on batches
-    in which its classes are equally frequent. There are no generator and no q."""
+    """Control arm. All steps of both stages train gfe, csfe and head with the cross-entropy on the client's examples, either on plain
+    batches
+    or on batches in which the client's classes are equally frequent. There is no generator and no q."""
 
     shared: ClassVar[tuple[str, ...]] = ("gfe",)
     accepts_late: ClassVar[bool] = True
@@ -89,7 +91,7 @@ class FedRIR(Method):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a loss over masked pixels if nothing is masked, and a control arm if no step is extra."""
+        """Raise ValueError for a loss over masked pixels if nothing is masked, and for a control arm if there are no extra steps."""
         super().__post_init__()
         if self.control != "none" and self.steps_per_batch == 1:
             raise ValueError(f"control={self.control}: these settings take no more steps than plain training")
@@ -104,7 +106,7 @@ class FedRIR(Method):
             raise ValueError(f"free_bits={self.free_bits:g} needs mcsl=masked or unmasked")
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return gfe and csfe of any architecture, and the other nets for its number of features D and the image size."""
+        """Return gfe and csfe for any architecture, and the other nets for its number of features D and the image size."""
         if self.mcsl == "masked":
             side, rows, columns = self.patches(*task.input_shape[1:])
             if 0 < self.mask_ratio * rows * columns < 1:
@@ -145,7 +147,9 @@ class FedRIR(Method):
     # stage 1: masked client-specific learning
 
     def draw_mask(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Sample masks (B, 1, H, W), 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and the latents' noise (B, D)."""
+        """Draw masks (B, 1, H, W), which are 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and the latents' noise (B,
+        D).
+        """
         n, _, height, width = batch.x.shape
         side, rows, columns = self.patches(height, width)
         rank = rng.uniform((n, rows * columns)).argsort(1).argsort(1)
@@ -154,12 +158,12 @@ class FedRIR(Method):
         return {"stays": stays, "noise": rng.normal((n, task.width))}
 
     def patches(self, height: int, width: int) -> tuple[int, int, int]:
-        """Return the side of a patch in pixels, and the numbers of rows and columns of patches."""
+        """Return the side of a patch in pixels, and the number of rows and columns of patches."""
         side = self.patch_size or (4 if min(height, width) >= 28 else 2)
         return side, -(-height // side), -(-width // side)
 
     def mcsl_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the reconstruction error of the whole image from a latent of the masked one, plus kl_weight KL(q(z | x) || N(0, 1))."""
+        """Return the reconstruction error of the whole image from a latent of the masked image, plus kl_weight KL(q(z | x) || N(0, 1))."""
         stays = batch.draws["stays"]
         seen = batch.x * stays if self.mcsl == "masked" else batch.x
         mean, log_variance = nets.csfe(seen).chunk(2, 1)
@@ -178,7 +182,7 @@ class FedRIR(Method):
     # stage 2: classification with information distillation
 
     def features(self, nets: Nets, x: Tensor) -> dict[str, Tensor]:
-        """Return f_g and, unless MCSL is off, f_cs, (B, D) each. Gradients flow to csfe only if the cross-entropy trains it."""
+        """Return f_g (B, D) and, unless MCSL is off, f_cs (B, D). Gradients flow to csfe only if the cross-entropy trains it."""
         if self.mcsl == "off":
             return {"f_g": nets.gfe(x)}
         specific = nets.csfe(x).chunk(2, 1)[0]
@@ -186,11 +190,11 @@ class FedRIR(Method):
         return {"f_g": nets.gfe(x), "f_cs": specific if is_trained else specific.detach()}
 
     def both(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> dict[str, Tensor]:
-        """Return the features that both steps on a batch use."""
+        """Return the features that both steps on a batch use: the step for q and the classification step."""
         return self.features(nets, batch.x)
 
     def q_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return -log q(f_cs | f_g), the loss that fits q before each use of q. No gradient flows to f_g or f_cs."""
+        """Return -log q(f_cs | f_g), the loss that fits q before q is used. No gradient flows to f_g or f_cs."""
         mean, log_variance = nets.idm(batch.precomputed["f_g"])
         target = self.target(batch.precomputed["f_cs"])
         if self.idm_mode == "vclub_class":
@@ -198,11 +202,11 @@ class FedRIR(Method):
         return losses.gaussian_nll(mean, log_variance, target)
 
     def target(self, specific: Tensor) -> Tensor:
-        """Return what q predicts: f_cs, standardised if this is set."""
+        """Return the target of q: f_cs, which is standardised if `standardise` is set."""
         return losses.standardised(specific) if self.standardise else specific
 
     def draw_pairs(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Sample a second example for each example, for the sampled bound."""
+        """Draw a second example for each example, for the sampled bound."""
         return {"other": rng.permutation(len(batch.y))} if self.idm_mode == "vclub_sampled" else {}
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
@@ -225,14 +229,16 @@ class FedRIR(Method):
         return error + self.idm_weight * information, {"cross_entropy": error, "information": information}
 
     def plain_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the loss of head([f_g, f_cs]) alone, for the control arms."""
+        """Return the loss of head([f_g, f_cs]) alone, which control arms use."""
         return nets.loss(self.predict(nets, batch.x, down, memory), batch.y)
 
     def information(self, nets: Nets, common: Tensor, specific: Tensor, batch: Batch) -> Tensor:
-        """Return the information term computed with q, in nats per feature; the bound is clamped at 0, its value for independence."""
+        """Return the information term, computed with q, in nats per feature. The bound is clamped at 0, its value for independent
+        variables.
+        """
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
-            # the sum over features, without the factor 1/2 of the likelihood
+            # this is the sum over features, without the factor 1/2 of the likelihood
             return 2 * common.shape[1] * losses.gaussian_nll(mean, log_variance, specific)
         mean, log_variance = nets.frozen.idm(common)
         target = self.target(specific)
@@ -243,16 +249,16 @@ class FedRIR(Method):
         return bound.clamp(min=0)
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor, head([f_g, f_cs]). There is no server model, because csfe and head never leave a client."""
+        """Return the client's predictor, head([f_g, f_cs]). There is no server model, because csfe and head are never sent."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
-        """Return outputs, such as logits (B, Y)."""
+        """Return the outputs, such as logits (B, Y)."""
         logits: Tensor = nets.head(torch.cat(list(self.features(nets, x).values()), 1))
         return logits
 
     def shared_features(self) -> Predictor:
-        """Return f_g, the features of gfe."""
+        """Return the predictor of f_g, the features of gfe."""
         return self.common_features
 
     def common_features(self, nets: Nets, x: Tensor, down: Tree, memory: Tree) -> Tensor:
@@ -262,7 +268,9 @@ class FedRIR(Method):
 
     @property
     def needed(self) -> frozenset[Need]:
-        """A feature vector per example and a head; images if there is a stage 1, and classes to decorrelate within them."""
+        """The method needs a feature vector per example and a head. It also needs images for stage 1, and classes to decorrelate within
+        them.
+        """
         needs: set[Need] = {"vector", "head"}
         if self.generates:
             needs.add("pictures")
@@ -272,17 +280,17 @@ class FedRIR(Method):
 
     @property
     def remedy(self) -> str:
-        """How to use the method on inputs that are not images."""
+        """The setting that makes the method usable for inputs that are not images, for error messages."""
         return "set method.mcsl=supervised, or " if self.generates else ""
 
     @property
     def steps_per_batch(self) -> int:
-        """The optimiser steps on each batch of an epoch, in both stages together."""
+        """The number of optimiser steps on each batch of an epoch, in both stages together."""
         return 1 + self.generates + self.q_steps * self.fits_q
 
     @property
     def fits_q(self) -> bool:
-        """Whether q has steps of its own."""
+        """Whether q has its own steps."""
         return self.predicts and self.idm_mode != "released"
 
     @property

@@ -22,13 +22,13 @@ LEAST = 1e-2
 
 @dataclass(frozen=True, kw_only=True)
 class FedRIRMoments(FedRIR):
-    """FedRIR with a term against factors that are constant within a client, such as its camera. Ours, not the paper's.
+    """FedRIR with a term against factors that are constant within a client, such as its camera. This term is not part of the paper.
 
-    Such a factor is invisible to every information term that compares a client's own examples. It shows between clients: if f_g holds it,
-    the features of one class differ from client to client. So every client sends the mean and the variance of f_g of each class, and
-    stage 2 pulls the moments of each class in a batch to those of the federation.
+    Information terms compare only examples of the same client, so they cannot detect such a factor. But if f_g encodes the factor, the
+    features of one class differ between clients. Every client therefore sends the mean and the variance of f_g for each class. Stage 2
+    pulls the moments of each class in a batch towards the moments of the federation.
 
-    Sent: also the number of examples, the mean (D) and the variance (D) of each class, both ways.
+    Sent: In addition to gfe, the number of examples, the mean (D) and the variance (D) of each class are sent in both directions.
     """
 
     moment_weight: Positive = 1.0
@@ -40,7 +40,7 @@ class FedRIRMoments(FedRIR):
 
     @property
     def needed(self) -> frozenset[Need]:
-        """FedRIR's needs, and classes."""
+        """FedRIR's requirements, and class labels."""
         return super().needed | {"classes"}
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
@@ -48,7 +48,7 @@ class FedRIRMoments(FedRIR):
         return {"moments": feature_statistics.zeros("class", task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return FedRIR's weights, and zero counts (Y,), means and variances (Y, D); a class with count 0 has no moments yet."""
+        """Return FedRIR's weights, and zero counts (Y,), means and variances (Y, D). A class with count 0 has no moments yet."""
         means = torch.zeros(task.n_classes, task.width)
         moments = {"counts": torch.zeros(task.n_classes), "means": means, "variances": means.clone()}
         return super().init_server(weights, task, round) | {"moments": moments}
@@ -58,7 +58,7 @@ class FedRIRMoments(FedRIR):
         return Downlink(dict(server))
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return FedRIR's stages, then a sweep that collects the moments."""
+        """Return FedRIR's phases, and a sweep that collects the moments."""
         return (*super().phases(), Sweep("moments", self.collect))
 
     def collect(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
@@ -82,7 +82,7 @@ class FedRIRMoments(FedRIR):
         return sent | {"moments": {name: value.to(dtype) for name, value in moments.items()}}, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault if a count is negative, not whole or too large, or a variance is negative."""
+        """Return a fault if a count is negative, not an integer or too large, or if a variance is negative."""
         counts: Tensor = uplink["moments"]["counts"]
         if bool(((counts < 0) | (counts != counts.round())).any()):
             return "'moments/counts' has a number that is negative or not an integer"
@@ -91,7 +91,7 @@ class FedRIRMoments(FedRIR):
         return feature_statistics.variance_fault(uplink["moments"]["variances"], "class")
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the mean of gfe, and the moments of all examples of the cohort; a class that no member has keeps its moments."""
+        """Return the mean of gfe, and the moments of all examples of the cohort. A class that no member has keeps its moments."""
         after = super().aggregate(server, uplinks, round)
         counts, means, variances = (
             torch.stack([up["moments"][name] for up in uplinks]) for name in ("counts", "means", "variances")
@@ -109,16 +109,16 @@ class FedRIRMoments(FedRIR):
 
 
 def moment_distance(features: Tensor, labels: Tensor, moments: Tree) -> Tensor:
-    """Return how far the moments of each class in a batch are from those of the federation: mean over the examples.
+    """Return the mean distance, over the examples, between the moments of a class in the batch and those in the federation.
 
     For a class with mean m and standard deviation s in the batch, and M and S in the federation, the distance is the mean over features of
     (m - M)^2 + (s - S)^2, divided by the mean over features of S^2. It is 0 for classes without moments or with one example in the batch.
     LEAST times that mean is added to every variance, because a standard deviation of 0 has no gradient.
 
     Args:
-        features: (B, D).
-        labels: (B,) classes.
-        moments: `counts` (Y,), `means` and `variances` (Y, D).
+        features: features (B, D).
+        labels: classes (B,).
+        moments: `counts` (Y,), and `means` and `variances` (Y, D).
     """
     features = losses.wide(features)
     away, variance = losses.within_classes(features, labels)

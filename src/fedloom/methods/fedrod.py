@@ -1,4 +1,4 @@
-"""FedRoD: a generic head that is trained as if classes were balanced, and a personal head on top of it."""
+"""FedRoD: a generic head is trained as if classes were balanced, and a personal head is added to it."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from fedloom.method import (
 from fedloom.nets import Nets
 from fedloom.tree import Tree, Weights
 
-RARE = 1e-9  # stands for 0 examples: the class's logit is lowered by about 21
+RARE = 1e-9  # replaces a count of 0, which lowers the class's logit by about 21
 
 
 @dataclass(frozen=True)
 class FedRoD(Method):
     """FedRoD (Chen, Chao; ICLR 2022) with linear heads: one model that is both generic and personal.
 
-    Sent: `model` (body and generic head), both ways. Kept: the personal head `own`, and the client's class counts. Body and generic
-    head minimise the balanced softmax loss, the cross-entropy of generic logits + log n_y, with n_y the client's examples of class y: a
-    class that the client lacks is not pushed down. The personal head minimises the cross-entropy of the sum of both heads' logits, of
-    which only its own are trained. Both happen in one pass. `server_accuracy` scores the generic head, `personal_accuracy` the sum.
+    Sent: `model` (body and generic head) is sent in both directions. Kept: Each client keeps the personal head `own` and its class counts.
+
+    Body and generic head minimise the balanced softmax loss: the cross-entropy of the generic logits + log n_y, where n_y is the client's
+    number of examples of class y. A class that the client lacks is therefore not pushed down. The personal head minimises the
+    cross-entropy of the sum of both heads' logits; this loss trains the personal head only. Both losses are minimised in one pass.
+    `server_accuracy` scores the generic head; `personal_accuracy` scores the sum.
 
     The personal head starts at 0, so a client that has not trained yet predicts as the generic model does. The paper's hypernetwork for
     personal heads is not included.
@@ -62,11 +64,11 @@ class FedRoD(Method):
         return {"log_counts": data.class_counts.clamp(min=RARE).log()}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return one phase for the model and the personal head; their losses have no parameter in common."""
+        """Return one phase for the model and the personal head, whose losses have no parameter in common."""
         return (Train("train", self.loss, ("model", "own"), self.local_optimizer(), epochs=self.local_epochs),)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the balanced loss of the generic head plus the loss of the sum, in which only the personal head is trained."""
+        """Return the balanced loss of the generic head plus the loss of the sum, which trains only the personal head."""
         features = nets.model.body(batch.x)
         generic = nets.model.head(features)
         balanced = losses.cross_entropy(generic + memory["log_counts"], batch.y)
@@ -74,7 +76,7 @@ class FedRoD(Method):
         return balanced + personal, {"balanced": balanced, "personal": personal}
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the sum of both heads as the client's predictor, and the generic head as the server's."""
+        """Return the sum of both heads as the client's predictor, and the generic head as the server's predictor."""
         return {"personal": self.predict, "server": predict_model}
 
     def predict(self, nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:

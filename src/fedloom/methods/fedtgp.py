@@ -1,4 +1,4 @@
-"""FedTGP: prototypes that the server trains, so that classes keep an adaptive margin from each other."""
+"""FedTGP: the server trains prototypes, so that classes keep an adaptive margin from each other."""
 
 from __future__ import annotations
 
@@ -35,24 +35,26 @@ class PrototypeNet(nn.Module):
 class FedTGP(FedProto):
     """FedTGP (Zhang, Liu, Hua, Cao; AAAI 2024): trainable global prototypes with adaptive-margin-enhanced contrastive learning.
 
-    Sent: prototypes and counts, both ways. Kept: all weights. Clients are those of FedProto. The server has a net that makes one
-    prototype per class. Each round, it trains the net to classify the clients' prototypes by their distance d to the global ones: the
-    cross-entropy of logits -(d + delta [own class]). The margin delta is the largest gap between the classes of this round, at most
-    `margin`; a class's gap is the distance of its mean prototype to the nearest other one.
+    Sent: Prototypes and counts are sent in both directions. Kept: Each client keeps all its weights.
 
-    Difference from the released code: a class that no client has sent yet is hidden from the clients.
+    Clients do the same as in FedProto. The server has a net that generates one prototype per class. Each round, the server trains the net
+    to classify the clients' prototypes by their distance d to the global ones, with the cross-entropy of the logits -(d + delta [own
+    class]). The margin delta is the largest gap between the classes of this round, but at most `margin`. The gap of a class is the
+    distance between its mean prototype and the nearest other mean prototype.
+
+    Difference from the released code: clients do not use the prototype of a class that no client has sent yet.
     """
 
     prototype_weight: NonNegative = 10.0
     """Weight lambda of the mean squared distance between an example's features and its class's global prototype."""
     prototype_mean: Literal["weighted", "uniform"] = "uniform"
-    """Weight of a client in a class's mean prototype, from which the margin is derived."""
+    """Weight of a client in a class's mean prototype, from which the margin is computed."""
     server_epochs: Count = 100
-    """Passes over the uploaded prototypes in a round."""
+    """Number of passes over the uploaded prototypes in a round."""
     server_lr: Positive = 0.01
     """Learning rate of the server's net (SGD)."""
     server_batch: Count = 10
-    """Prototypes per step on the server."""
+    """Number of prototypes per step on the server."""
     margin: Positive = 100.0
     """The largest margin (the paper's tau)."""
 
@@ -66,7 +68,7 @@ class FedTGP(FedProto):
     )
 
     def server_nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return the net that makes the prototypes."""
+        """Return the net that generates the prototypes."""
         return {"maker": PrototypeNet(task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
@@ -78,7 +80,7 @@ class FedTGP(FedProto):
         return Downlink({name: server[name] for name in ("prototypes", "counts")})
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Train the net on the uploaded prototypes, and return its prototypes."""
+        """Train the net on the uploaded prototypes, and return the prototypes that it generates."""
         after = super().aggregate(server, uplinks, round)
         held = torch.stack([uplink["counts"] > 0 for uplink in uplinks])
         rows = torch.cat([uplink["prototypes"] for uplink in uplinks])
@@ -97,12 +99,15 @@ class FedTGP(FedProto):
         return after | {"prototypes": prototypes, "maker": maker}
 
     def gap(self, means: Tensor) -> Tensor:
-        """Return the largest distance of a class's mean (C, p) to its nearest other one; the limit if there is only one class."""
+        """Return the largest distance between a class mean (C, p) and the nearest other mean, or `margin` if there is only one class."""
         if len(means) < 2:
             return means.new_tensor(self.margin)
         return torch.cdist(means, means).fill_diagonal_(float("inf")).min(1).values.max()
 
     def contrast(self, prototypes: Tensor, z: Tensor, labels: Tensor, margin: Tensor) -> Tensor:
-        """Return the cross-entropy by distance to the prototypes (Y, p), where examples z (B, p) must be `margin` nearer to their own."""
+        """Return the cross-entropy of minus the distances between z (B, p) and the prototypes (Y, p).
+
+        `margin` is added to an example's distance to the prototype of its own class.
+        """
         distance = (z[:, None] - prototypes).square().sum(2).clamp(min=1e-12).sqrt()
         return losses.cross_entropy(-(distance + margin * losses.one_hot(labels, len(prototypes))), labels)

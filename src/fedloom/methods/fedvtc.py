@@ -1,4 +1,4 @@
-"""FedVTC: variational transposed convolutions generate images from shared feature statistics; models are fine-tuned on them."""
+"""FedVTC: variational transposed convolutions generate images from shared feature statistics, and models are fine-tuned on them."""
 
 from __future__ import annotations
 
@@ -41,44 +41,49 @@ from fedloom.tree import Tree, Weights
 class FedVTC(FedProto):
     """FedVTC (Niu et al., ICLR 2026). The publication omits some details; `docs/methods/fedvtc.md` lists those that are reconstructed.
 
-    Nets of a client: `body` (g_k) outputs features z (B, p), `head` (h_k) outputs logits, and `generator` (psi_k) generates images from
-    features; with `learn_spread`, there is also `spread`. Architectures may differ, but p may not.
+    A client has the nets `body` (g_k), which outputs features z (B, p), `head` (h_k), which outputs logits, and `generator` (psi_k), which
+    generates images from features. With `learn_spread`, it also has `spread`. Clients may have different architectures, but p must be the
+    same.
 
-    Sent: prototypes, counts and a variance in uplinks, and their aggregates c, n, sigma in downlinks. Kept: all weights (with
-    `share_generator`, the generator is sent too). A local update has four phases:
+    Sent: Clients send prototypes, counts and a variance; the server sends their aggregates c, n and sigma. Kept: Each client keeps all its
+    weights (with `share_generator`, the generator is also sent).
+
+    A local update has four phases:
 
     1. fit: train body and head with the cross-entropy plus the distance to the global prototypes.
-    2. statistics: a sweep over the client's examples.
+    2. statistics: collect feature statistics in a sweep over the client's examples.
     3. generator: train psi_k to reconstruct images from noisy features. The features of the images that it generates from *global*
        latents must match c. Body and head are frozen.
-    4. finetune: train body and head on images psi_k(v), with v ~ N(c_y, sigma^2) and uniform y. This happens in every Nth round, or on a
+    4. finetune: train body and head on images psi_k(v), with v ~ N(c_y, sigma^2) and uniform y. This happens every Nth round, or on a
        copy before predicting.
     """
 
     predict_by: Literal["head"] = "head"
-    """Clients predict with their own head."""
+    """How clients predict: with their own head."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
-    """Weight of a client in a class's mean and variance: its number of examples of the class, or the same for all clients that have it."""
+    """Weight of a client in a class's mean and variance: its number of examples of the class, or the same for all clients with the class.
+    """
     prototype_weight: NonNegative = 1.0
-    """Weight lambda of the distance between an example's features and its class's global prototype."""
+    """Weight lambda of the distance between an example's features and the global prototype of its class."""
     pull: Literal["plain", "scaled"] = "plain"
-    """The distance: a mean square, or half a mean square in units of sigma (then a small sigma pulls harder, limited by
-    `spread_floor`)."""
+    """Form of the distance: the mean squared difference, or half the mean squared difference in units of sigma. In the second form, a
+    small
+    sigma makes the pull stronger; `spread_floor` limits it."""
     covariance: feature_statistics.Form = "pooled"
-    """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one matrix (p, p)."""
+    """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one covariance matrix (p, p)."""
     spread_floor: Positive = 0.1
     """The minimum standard deviation of a feature."""
     learn_spread: bool = False
-    """Whether the client learns its own sigma_k, as a factor on the empirical one, together with psi_k."""
+    """Whether each client learns its own sigma_k, as a factor on the empirical one, together with psi_k."""
     generator_form: Literal["linear", "conv"] = "linear"
     """The first layer of psi: a linear map to small images, or a transposed convolution of one pixel."""
     latent: Literal["features", "prototype"] = "features"
-    """The mean of the latent from which an image is reconstructed: its own features z, or its class's global prototype c_y, if any."""
+    """Mean of the latent from which an image is reconstructed: its own features z, or the global prototype c_y of its class, if any."""
     encoder_learns: bool = False
-    """Whether the generator phase also trains the body, so that reconstruction and KL have a gradient into it. The phase then adds the
-    cross-entropy of the client's head, which stays as it is; matching never trains the body."""
+    """Whether the generator phase also trains the body, so that the gradients of reconstruction and KL reach the body. The phase then adds
+    the cross-entropy of the client's head, which does not change. Matching never trains the body."""
     generator_epochs: Count = 1
-    """Passes over the client's training examples that update the generator."""
+    """Number of passes over the client's training examples that update the generator."""
     generator_lr: Positive = 1e-3
     """The generator's learning rate (Adam, with moments kept between rounds)."""
     kl_weight: NonNegative = 0.1
@@ -88,26 +93,28 @@ class FedVTC(FedProto):
     matching_weight: NonNegative = 1.0
     """Weight of the distribution matching."""
     n_synthetic: Count = 32
-    """Synthetic images per step."""
+    """Number of synthetic images per step."""
     finetune: Literal["every", "end", "never"] = "every"
-    """When to fine-tune: in every `finetune_every`-th round, on a copy before predicting (which is then discarded), or never."""
+    """When to fine-tune: every `finetune_every` rounds, on a copy before predicting (which is then discarded), or never."""
     finetune_every: Count = 1
-    """Rounds between two fine-tunings."""
+    """Number of rounds from one fine-tuning to the next."""
     finetune_steps: Count = 50
-    """Steps of one fine-tuning."""
+    """Number of steps of one fine-tuning."""
     finetune_lr: NonNegative = 0.0
-    """Learning rate of fine-tuning; 0: the same as `lr`."""
+    """Learning rate of fine-tuning. With 0, it is the same as `lr`."""
     finetune_part: Literal["model", "head"] = "model"
     """The weights that fine-tuning updates."""
     finetune_mix: bool = True
-    """Whether each batch of synthetic examples is combined with a batch of real ones, with equal weight."""
+    """Whether each batch of synthetic examples is combined with a batch of real examples, with equal weight."""
     control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
-    """Control arm: the generator's steps and the fine-tuning steps train the classifier on the client's own examples instead, plainly or on
-    batches in which its classes are equally frequent. There is no generator."""
+    """Control arm. The generator's steps and the fine-tuning steps train the classifier on the client's own examples instead, either on
+    plain
+    batches or on batches in which the client's classes are equally frequent. There is no generator."""
     share_generator: bool = False
-    """Whether the generators travel and are averaged, or stay with their clients."""
+    """Whether the generators are sent and averaged, or stay with their clients."""
     share_rounds: Whole = 0
-    """Number of rounds in which they travel; afterwards, every client goes on with its own. 0: all rounds."""
+    """Number of rounds in which generators are sent. Afterwards, every client continues with its own. With 0, they are sent in all rounds.
+    """
 
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
     combines: ClassVar[Combines] = "sums"
@@ -120,7 +127,7 @@ class FedVTC(FedProto):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for options of the generator that have no effect."""
+        """Raise ValueError for options of the generator that would have no effect."""
         super().__post_init__()
         used = {"share_generator": self.share_generator, "learn_spread": self.learn_spread}
         used |= {"encoder_learns": self.encoder_learns, "latent": self.latent != "features"}
@@ -137,14 +144,14 @@ class FedVTC(FedProto):
     # initial state
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return body and head of any architecture, and a generator for its features."""
+        """Return the body and head of any architecture, and a generator for its features."""
         if self.control != "none":
             return super().nets(arch, task)
         nets = super().nets(arch, task) | {"generator": VtcDecoder(task.width, task.input_shape, self.generator_form)}
         return nets | {"spread": Spread(task.width)} if self.learn_spread else nets
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return zero counts, sums and squares of the features."""
+        """Return zero counts, sums and sums of squares of the features."""
         return {"statistics": feature_statistics.zeros(self.covariance, task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
@@ -162,18 +169,19 @@ class FedVTC(FedProto):
         return tree.merge(weights, down["weights"]) if "weights" in down else weights
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return c, n, and sigma with its floor applied: standard deviations, or the lower triangular factor of a full covariance; and the
-        generator, if it is shared in this round.
+        """Return c, n and sigma with its floor applied, and the generator if it is shared in this round.
+
+        sigma contains standard deviations, or the lower triangular factor of a full covariance.
         """
         left_out = {"variance", "weights"} if 0 < self.share_rounds <= round.number else {"variance"}
         return self.message(server, left_out)
 
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
-        """Return the downlink, with the latest shared generator for clients that join later; predictions do not use it."""
+        """Return the downlink and the latest shared generator. Only clients that join later need the generator; predictions do not use it."""
         return self.message(server, {"variance"})
 
     def message(self, server: Tree, left_out: set[str]) -> Downlink:
-        """Return the server's state and sigma, without some entries."""
+        """Return the server's state and sigma, without the entries in `left_out`."""
         sent = {key: value for key, value in server.items() if key not in left_out}
         return Downlink(
             sent
@@ -181,7 +189,7 @@ class FedVTC(FedProto):
         )
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return fit, statistics, generator, and fine-tuning if it is part of local updates."""
+        """Return the phases fit, statistics and generator, and fine-tuning if it is part of local updates."""
         fit = Train("fit", self.loss, ("body", "head"), self.local_optimizer(), epochs=self.local_epochs)
         nets = ("generator", "spread") if self.learn_spread else ("generator",)
         generator = Train(
@@ -200,7 +208,7 @@ class FedVTC(FedProto):
         return (*first, self.finetuning()) if self.finetune == "every" else first
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return the fine-tuning before predicting, if it is not part of local updates."""
+        """Return the phase that fine-tunes before predicting, if fine-tuning is not part of local updates."""
         return (self.finetuning(),) if self.finetune == "end" else ()
 
     def finetuning(self) -> Train:
@@ -213,13 +221,15 @@ class FedVTC(FedProto):
         return tuning if self.control == "none" else replace(self.on_real_examples(tuning), params=nets)
 
     def on_real_examples(self, train: Train) -> Train:
-        """Return a phase that trains the classifier for as many steps with the cross-entropy on real examples (`control`)."""
+        """Return a phase that trains the classifier for the same number of steps with the cross-entropy on real examples (`control`)."""
         balanced = self.control == "same-steps-balanced"
         loss, nets = self.plain_loss, ("body", "head")
         return replace(train, loss=loss, params=nets, draw=None, train_mode=nets, balanced=balanced)
 
     def plain_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the cross-entropy on real examples; 0 without prototypes, like `finetune_loss`, so that no more steps have an effect."""
+        """Return the cross-entropy on real examples. Like `finetune_loss`, it is 0 without prototypes, so both have equally many effective
+        steps.
+        """
         ready: Tensor = (down["counts"] > 0).any()
         return nets.loss(self.predict(nets, batch.x, down, memory), batch.y) * ready
 
@@ -230,14 +240,14 @@ class FedVTC(FedProto):
     # phase 1: fit (FedProto's loss, with another distance)
 
     def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Return the mean squared distance per feature to the classes' prototypes (B,), or half of it in units of sigma."""
+        """Return the mean squared distance per feature to the prototypes of the classes (B,), or half of it in units of sigma."""
         away: Tensor = features - down["prototypes"][labels]
         if self.pull == "scaled":
             away = away / (self.sigma(down, labels) * 2**0.5)
         return away.square().mean(1)
 
     def sigma(self, down: Tree, labels: Tensor) -> Tensor:
-        """Return the global standard deviations for these labels, (p,) or (B, p); a lossy downlink may have rounded them to 0."""
+        """Return the global standard deviations for these labels, (p,) or (B, p). A lossy downlink may have rounded them to 0."""
         return feature_statistics.deviations(down["spread"], labels, self.covariance).clamp(min=self.spread_floor)
 
     # phase 2: statistics
@@ -247,18 +257,18 @@ class FedVTC(FedProto):
         return feature_statistics.add_features(total, nets.body(batch.x), batch.y, self.covariance)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return prototypes of the classes held, counts, the variance, and the generator if it is shared."""
+        """Return the prototypes of the client's classes, the counts, the variance, and the generator if it is shared."""
         sent, memory = super().uplink(client, received, down, turn)
         sent["variance"] = feature_statistics.within(memory["statistics"], self.covariance).to(sent["counts"].dtype)
         return sent | {"weights": self.travelling(client.weights)} if "weights" in down else sent, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return FedProto's faults, or a fault of the variance."""
+        """Return FedProto's faults, or a fault in the variance."""
         fault = super().uplink_fault(uplink, class_counts)
         return fault or feature_statistics.variance_fault(uplink["variance"], self.covariance)
 
     def sums(self, uplink: Tree) -> Tree:
-        """Return FedProto's sums and the weighted sum of squares, in float64; and the generator if it is shared."""
+        """Return FedProto's sums and the weighted sum of squares, in float64, and the generator if it is shared."""
         found = super().sums(uplink)
         _, local = self.gathered([uplink])
         variance, means = uplink["variance"].double(), local[0].double()
@@ -277,7 +287,7 @@ class FedVTC(FedProto):
         return found
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return FedProto's prototypes, and the variance of all examples around them."""
+        """Return FedProto's prototypes and the variance of all examples around them."""
         after = super().aggregate(server, uplinks, round)
         weights, (_, local) = self.weights_of(uplinks), self.gathered(uplinks)
         inside = torch.stack([up["variance"] for up in uplinks])
@@ -293,14 +303,16 @@ class FedVTC(FedProto):
     # phase 3: generator
 
     def draw_latents(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Sample noise for the batch's features (B, p) and for synthetic examples (S, p), and numbers in [0, 1) to choose classes (S,)."""
+        """Draw noise for the batch's features (B, p) and for synthetic examples (S, p), and numbers in [0, 1) that select classes (S,)."""
         n, p = self.n_synthetic, task.width
         choice = (torch.arange(n) + rng.uniform((n,))) / n  # stratified over the classes
         return {"noise": rng.normal((len(batch.y), p)), "latent_noise": rng.normal((n, p)), "class_choice": choice}
 
     def generator_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
         """Return the reconstruction error of x from z + sigma_k eps (or c_y + sigma_k eps), plus the KL term and the distribution
-        matching. The body that computes z is frozen, unless it learns.
+        matching.
+
+        The body that computes z is frozen, unless `encoder_learns` is set.
         """
         z = nets.body(batch.x)
         spread = self.own_spread(nets, batch.y, memory).to(z.dtype)
@@ -311,7 +323,7 @@ class FedVTC(FedProto):
         if self.encoder_learns:
             logs["cross_entropy"] = nets.loss(nets.head(z), batch.y)
             loss = loss + logs["cross_entropy"]
-        if not self.matching_weight:  # skipping the matching saves half of the step's work
+        if not self.matching_weight:  # without the matching, a step takes half of the work
             return loss, logs
         labels, latents = self.latents(batch.draws, down)
         made = (nets.frozen if self.encoder_learns else nets).body(nets.generator(latents))
@@ -319,14 +331,14 @@ class FedVTC(FedProto):
         return loss + self.matching_weight * matching, logs | {"matching": matching}
 
     def centre(self, z: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Return the mean of the latents from which examples are reconstructed: (B, p)."""
+        """Return the means (B, p) of the latents from which examples are reconstructed."""
         if self.latent == "features":
             return z
         known = (down["counts"][labels] > 0)[:, None]
         return torch.where(known, down["prototypes"][labels].to(z.dtype), z)
 
     def own_spread(self, nets: Nets, labels: Tensor, memory: Tree) -> Tensor:
-        """Return sigma_k for each example: (B, p)."""
+        """Return sigma_k for each example (B, p)."""
         variance = feature_statistics.within(memory["statistics"], self.covariance)
         per_row = feature_statistics.own_deviations(variance, self.spread_floor, labels, self.covariance).expand(
             len(labels), -1
@@ -334,7 +346,7 @@ class FedVTC(FedProto):
         return per_row * nets.spread() if self.learn_spread else per_row
 
     def kl(self, z: Tensor, spread: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Return KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature: mean over examples, 0 for classes without a prototype."""
+        """Return KL(N(z, sigma_k^2) || N(c_y, sigma^2)) in nats per feature, as a mean over examples; 0 for classes without a prototype."""
         sigma = self.sigma(down, labels)
         known = (down["counts"][labels] > 0)[:, None]
         mean = (z - down["prototypes"][labels]) / sigma
@@ -348,7 +360,7 @@ class FedVTC(FedProto):
         return labels, down["prototypes"][labels] + away
 
     def match(self, made: Tensor, latents: Tensor, labels: Tensor, z: Tensor, y: Tensor, down: Tree) -> Tensor:
-        """Return the distance per feature of the synthetic images' features `made` (S, p) from their target; 0 without prototypes."""
+        """Return the distance per feature between the features of synthetic images `made` (S, p) and their target; 0 without prototypes."""
         made = losses.wide(made)
         known: Tensor = down["counts"] > 0
         target: Tensor = down["prototypes"]
@@ -366,8 +378,9 @@ class FedVTC(FedProto):
     # phase 4: fine-tuning
 
     def finetune_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return cross-entropy on synthetic images, alone or averaged with real examples; 0 without prototypes or before the
-        first local update.
+        """Return the cross-entropy on synthetic images, alone or averaged with that on real examples.
+
+        It is 0 without prototypes or before the first local update.
         """
         labels, latents = self.latents(batch.draws, down)
         error = nets.loss(self.predict(nets, nets.generator(latents), down, memory), labels)

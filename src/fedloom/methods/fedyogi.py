@@ -1,4 +1,4 @@
-"""FedYogi: FedAdam with a mean square that moves by bounded steps."""
+"""FedYogi: FedAdam with a mean square that changes in bounded steps."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fedloom.methods.fedadam import FedAdam
 class FedYogi(FedAdam):
     """FedYogi (Reddi et al., ICLR 2021, algorithm 2): v <- v - (1 - beta2) D^2 sign(v - D^2).
 
-    Sent: the whole model, both ways. Kept: nothing. All else is FedAdam's. A coordinate that no longer changes keeps its v, whereas
-    FedAdam's v decays to 0 and its steps grow.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds. Everything else is as in FedAdam. The v of
+    a coordinate that no longer changes stays constant, whereas FedAdam's v decays to 0 and its steps grow.
     """
 
     def second(self, v: Tensor, d: Tensor) -> Tensor:

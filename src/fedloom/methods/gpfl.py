@@ -1,4 +1,4 @@
-"""GPFL: class embeddings that all clients share guide generic features, and a conditional layer turns features into personal ones."""
+"""GPFL: shared class embeddings guide generic features, and a conditional layer turns features into personal features."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedloom.tree import Tree, Weights
 
 
 class Valve(nn.Module):
-    """Scales and shifts features (B, D) by functions of a context (D,): relu((gamma(u) + 1) z + beta(u))."""
+    """A layer that scales and shifts features (B, D) by functions of a context u (D,): relu((gamma(u) + 1) z + beta(u))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -34,13 +34,16 @@ class Valve(nn.Module):
 class GPFL(Method):
     """GPFL (Zhang et al., ICCV 2023): generic and personal features from one body.
 
-    Sent: the body, class embeddings E (Y, D) and the conditional layer (`valve`). Kept: the head. With u = mean_y E_y, the
-    layer makes generic features z_G, and with u = sum_y (n_y / n) E_y, personal features z_P, which the head classifies. The loss is
-    the cross-entropy of the head, plus the cross-entropy of the cosines of z_G with the embeddings, plus magnitude times the mean
-    distance of z_G to the received embedding of the class. Contexts and that target come from the received E.
+    Sent: The body, the class embeddings E (Y, D) and the conditional layer (`valve`) are sent in both directions. Kept: Each client keeps
+    its head.
 
-    Differences from the released code: contexts are those of the received embeddings in every round (the code uses the client's own,
-    and 0 in the first round); the distance is a mean over examples, not a norm over the whole batch.
+    With u = mean_y E_y, the layer computes generic features z_G. With u = sum_y (n_y / n) E_y, it computes personal features z_P, which
+    the head classifies. The loss is the cross-entropy of the head, plus the cross-entropy of the cosines of z_G with the embeddings, plus
+    magnitude times the mean distance between z_G and the received embedding of the class. The contexts and this received embedding come
+    from the received E.
+
+    Differences from the released code: in every round, contexts are computed from the received embeddings (the code uses the client's own
+    embeddings, and 0 in the first round). The distance is a mean over examples, not a norm over the whole batch.
     """
 
     magnitude: NonNegative = 0.01
@@ -59,7 +62,7 @@ class GPFL(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return the model, the class embeddings (standard normal at first), and the conditional layer."""
+        """Return the model, the class embeddings (initially standard normal) and the conditional layer."""
         model = arch.model()
         return {"model": model, "classes": nn.Embedding(task.n_classes, arch.features), "valve": Valve(arch.features)}
 
@@ -73,7 +76,7 @@ class GPFL(Method):
         return (Train("train", self.loss, nets, self.local_optimizer(), epochs=self.local_epochs),)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the sum of the losses of the personal and the generic features."""
+        """Return the sum of the losses of personal and generic features."""
         z, received = nets.model.body(batch.x), self.embeddings(down)
         error = nets.loss(nets.model.head(nets.valve(z, memory["fractions"] @ received)), batch.y)
         generic, now = losses.wide(nets.valve(z, received.mean(0))), nets.params["classes.weight"]
@@ -90,11 +93,11 @@ class GPFL(Method):
         return received
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model, because no head reaches the server."""
+        """Return the client's predictor. There is no server model, because the server does not receive a head."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
-        """Return the head's logits (B, Y) of personal features."""
+        """Return the head's logits (B, Y) for the personal features."""
         personal = nets.valve(nets.model.body(x), memory["fractions"] @ self.embeddings(down))
         logits: Tensor = nets.model.head(personal)
         return logits

@@ -1,4 +1,4 @@
-"""Local training: every client trains alone, the lower reference of personalised federated learning."""
+"""Local training: every client trains alone, as a baseline for personalised federated learning."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from fedloom.method import Method, Paper, Predictor, predict_model
 class Local(Method):
     """Every client trains its own model on its own examples.
 
-    Sent: nothing. Kept: the model. A round is `local_epochs` passes, so a run has the same number of steps as with FedAvg.
+    Sent: Nothing is sent. Kept: Each client keeps its model. A round consists of `local_epochs` passes, so a run has the same number of
+    steps as with FedAvg.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
     paper: ClassVar[Paper] = Paper("(no federation)", "", "lower reference")
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model."""
+        """Return the client's predictor. There is no server model."""
         return {"personal": predict_model}

@@ -22,22 +22,24 @@ from fedloom.tree import Tree, Weights
 class Moon(Method):
     """MOON (Li, He, Song; CVPR 2021, eq. 3 and 4): model-contrastive federated learning.
 
-    Sent: the whole model, both ways. Kept: the client's model after its last local update. With z the features of an example under the
-    model in training, z_g under the received model and z_p under the previous one, the loss adds to the cross-entropy mu * mean
-    -log(e^{cos(z, z_g) / T} / (e^{cos(z, z_g) / T} + e^{cos(z, z_p) / T})). Both reference models are in evaluation mode, and no
-    gradient flows through them. With mu = 0, or before a client has trained, it is FedAvg.
+    Sent: The whole model is sent in both directions. Kept: Each client keeps its model after its last local update.
 
-    The features are those of the body. The released code adds a projection (two linear layers, 256 outputs) in front of the classifier:
-    `projection=256`; a comparison should then give FedAvg the same model. With `buffers=private`, the received model is evaluated with
-    the client's own running statistics.
+    Let z be the features of an example under the model in training, z_g those under the received model, and z_p those under the previous
+    model. The loss adds to the cross-entropy mu * mean -log(e^{cos(z, z_g) / T} / (e^{cos(z, z_g) / T} + e^{cos(z, z_p) / T})). Both
+    reference models are in evaluation mode, and no gradient flows through them. With mu = 0, or before a client has trained, the method is
+    FedAvg.
+
+    The features are those of the body. The released code adds a projection (two linear layers, 256 outputs) in front of the classifier;
+    set `projection=256` to add it. In a comparison, FedAvg should then have the same model. With `buffers=private`, the received model is
+    evaluated with the client's own running statistics.
     """
 
     mu: NonNegative = 1.0
-    """Weight of the contrast (in the paper 5 on CIFAR-10, and 1 on CIFAR-100 and Tiny-ImageNet)."""
+    """Weight of the contrastive term (in the paper, 5 on CIFAR-10, and 1 on CIFAR-100 and Tiny-ImageNet)."""
     temperature: Positive = 0.5
     """Temperature T of the cosines."""
     projection: Whole = 0
-    """Outputs of a projection between body and classifier, on which the features are compared; 0: no projection."""
+    """Number of outputs of a projection between body and classifier, on which features are compared. With 0, there is no projection."""
 
     accepts_late: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("vector", "head")
@@ -46,7 +48,7 @@ class Moon(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return the model, whose body ends with the projection if there is one."""
+        """Return the model. Its body ends with the projection, if there is one."""
         if not self.projection:
             return super().nets(arch, task)
         d = arch.features
@@ -55,11 +57,11 @@ class Moon(Method):
         return {"model": Split(body, nn.Linear(self.projection, arch.head().out_features))}
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return no previous model: `known` is 0 until the first local update."""
+        """Return a memory without a previous model: `known` is 0 until the first local update."""
         return {"previous": select(weights, ("model",)), "known": torch.zeros(())}
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the cross-entropy plus mu times the contrast."""
+        """Return the cross-entropy plus mu times the contrastive term."""
         z = nets.model.body(batch.x)
         there = nets.at(down["weights"]).model.body(batch.x).detach()
         before = nets.at(memory["previous"]).model.body(batch.x).detach()
@@ -67,13 +69,13 @@ class Moon(Method):
         return nets.loss(nets.model.head(z), batch.y) + self.mu * contrast, {"contrast": contrast}
 
     def contrast(self, z: Tensor, there: Tensor, before: Tensor) -> Tensor:
-        """Return the mean contrast of features (B, D); an example whose features are all 0 counts ln 2, without a gradient."""
+        """Return the mean contrastive term of features (B, D). An example whose features are all 0 contributes ln 2, without a gradient."""
         z, there, before = losses.wide(z), losses.wide(there), losses.wide(before)
         cosines = torch.stack([F.cosine_similarity(z, there), F.cosine_similarity(z, before)], 1)
         cosines = torch.where(z.square().sum(1, keepdim=True) > 0, cosines, 0)
         return -(cosines / self.temperature).log_softmax(1)[:, 0].mean()
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return the model; keep it as the previous one."""
+        """Return the model, and store it as the previous model."""
         memory = {"previous": select(client.weights, ("model",)), "known": torch.ones_like(client.memory["known"])}
         return {"weights": self.travelling(client.weights)}, memory

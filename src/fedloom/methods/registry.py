@@ -1,4 +1,4 @@
-"""Methods by name, objects from a user's file, and the description of a method's class."""
+"""Methods by name, objects from users' files, and descriptions of method classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedloom.method import Method
 
 METHODS: Registry[type[Method]] = Registry({name: f"fedloom.methods.{name}:{cls}" for name, cls in CLASSES.items()})
-"""The registered methods; each is imported at lookup."""
+"""The registered methods. Each method is imported when it is looked up."""
 
 
 ELSEWHERE = (
@@ -33,7 +33,7 @@ ELSEWHERE = (
     "FedKD", "FedLC", "FedMut", "FedNova", "FedNTD", "FedOpt", "FedPAC", "FedPHP", "FedRoD", "FedTGP",
     "FedType", "FedYogi", "FML", "GPFL", "IFCA", "LG-FedAvg", "MOON", "Per-FedAvg", "pFedMe",
 )  # fmt: skip
-"""Methods of other papers, so that a request for one is not taken for a misspelt name. Those that are registered are ignored."""
+"""Methods from other papers, so that a request for one is not taken for a misspelt name. Names of registered methods have no effect."""
 
 
 def load_object(where: str, key: str) -> Any:
@@ -77,7 +77,8 @@ def load_module(file: Path, setting: str) -> ModuleType:
 def method_class(name: str) -> type[Method]:
     """Return a method's class.
 
-    `name`: the name of a registered or installed method; `path/to/file.py:Class`; `package.module:Class`; or `server+client`, two of these.
+    `name` is the name of a registered or installed method, `path/to/file.py:Class`, `package.module:Class`, or two of these as
+    `server+client`.
     """
     from fedloom.method import Method
 
@@ -99,7 +100,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def halves(name: str) -> tuple[str, str]:
-    """Split `server+client`; the second half is empty if the name is that of one method. The path of a file may contain `+`."""
+    """Split `server+client`. The second half is empty if `name` names one method. The path of a file may contain `+`."""
     for place in (i for i, letter in enumerate(name) if letter == "+"):
         server, client = name[:place], name[place + 1 :]
         if ":" in server or "/" not in server:
@@ -109,7 +110,7 @@ def halves(name: str) -> tuple[str, str]:
 
 @functools.cache
 def installed_methods() -> dict[str, str]:
-    """Return the methods that installed packages offer, by name, as `package.module:Class` (entry points `fedloom.methods`)."""
+    """Return the methods that installed packages provide (entry points `fedloom.methods`), by name, as `package.module:Class`."""
     return {entry.name: entry.value for entry in importlib.metadata.entry_points(group="fedloom.methods")}
 
 
@@ -128,7 +129,7 @@ def _imported(where: str, setting: str) -> Any:
 
 
 def no_such_method(name: str, others: Iterable[str] = ()) -> str:
-    """Return what is wrong with the name of a method, and what to write instead. `others`: the names of a comparison's variants."""
+    """Return a message that a method's name is unknown, with suggestions. `others` are the names of a comparison's variants."""
     own = "write your own method as my.py:Mine"
     known = {normal(each) for each in METHODS}
     file = Path(name if name.endswith(".py") else f"{name}.py")
@@ -148,7 +149,7 @@ def method_name(method: type[Method]) -> str:
 
 
 def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
-    """Describe a method: its paper, what is sent, and its hyper-parameters with their defaults and meanings."""
+    """Return a description of a method: its paper, what it sends, and its hyper-parameters with their defaults and meanings."""
     docs, types = _field_docs(method), get_type_hints(method, include_extras=True)
     paper = getattr(method, "paper", None)
     return {
@@ -173,7 +174,7 @@ def describe_method(name: str, method: type[Method]) -> dict[str, Any]:
 
 
 def describe_registered(name: str) -> dict[str, Any]:
-    """Describe a registered method as `describe_method` does, without importing it."""
+    """Return the same description of a registered method as `describe_method`, without importing the method."""
     facts = source_facts.class_facts(METHODS.origins[name])
     title, authors, venue, *url = facts.constants["paper"]
     return {
@@ -194,7 +195,7 @@ def describe_registered(name: str) -> dict[str, Any]:
 
 
 def _field_docs(method: type) -> dict[str, str]:
-    """Return the string below each field, in the class's source and its bases."""
+    """Return the string below each field, from the source of the class and its bases."""
     docs: dict[str, str] = {}
     for cls in reversed(method.__mro__[:-1]):
         try:

@@ -19,10 +19,11 @@ from fedloom.tree import Tree, Weights
 class Scaffold(Method):
     """SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II).
 
-    Sent: the model and a control variate of the same size, both ways (twice FedAvg's bytes). Kept: the client's control
-    variate c_i, an estimate of its own *gradient* (with the same sign). The server's c is the mean of all c_i, unless an uplink was
-    rejected or a round was skipped: the clients concerned are not notified and keep their new c_i.
-    Means over the cohort have equal weights, as in the paper; local steps must be plain SGD (option II divides by lr).
+    Sent: The model and a control variate of the same size are sent in both directions (twice FedAvg's bytes). Kept: Each client keeps its
+    control variate c_i, an estimate of its own *gradient* (with the same sign).
+
+    The server's c is the mean of all c_i, unless an uplink was rejected or a round was skipped: the affected clients are not notified and
+    keep their new c_i. Means over the cohort have equal weights, as in the paper. Local steps must be plain SGD (option II divides by lr).
     """
 
     server_lr: Positive = 1.0
@@ -38,7 +39,7 @@ class Scaffold(Method):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless local steps are plain SGD: option II derives the mean gradient from the change of the weights."""
+        """Raise ValueError unless local steps are plain SGD, because option II derives the mean gradient from the change of the weights."""
         super().__post_init__()
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
             raise ValueError("scaffold needs plain SGD; use optimizer=sgd, momentum=0, weight_decay=0")
@@ -63,7 +64,7 @@ class Scaffold(Method):
         return nets.loss(nets.model(batch.x), batch.y) + tree.dot(correction, own)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return y_i and the change of c_i: c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""
+        """Return y_i, and the change of c_i with c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""
         travelled = turn.steps["train"] * self.lr * self.lr_scale(turn.number)
         sent = self.travelling(client.weights)
         moved = tree.sub(down["weights"]["params"], sent["params"])
@@ -72,7 +73,7 @@ class Scaffold(Method):
         return {"weights": sent, "control": change}, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return x <- x + server_lr mean(y_i - x) and c <- c + |S| / K mean(change of c_i) (lines 16 and 17; K clients in total)."""
+        """Return x <- x + server_lr mean(y_i - x) and c <- c + |S| / K mean(change of c_i) (lines 16 and 17), with K clients in total."""
         mean = tree.mean(uplinks)
         step = tree.sub(mean["weights"]["params"], server["weights"]["params"])
         params = tree.add(server["weights"]["params"], step, self.server_lr)

@@ -22,12 +22,12 @@ WORDS: Mapping[str, Any] = {
     "ClassVar": ClassVar,
     "Literal": Literal,
 }
-"""Names with the same meaning in every file; all others are looked up in the files."""
+"""Names with the same meaning in every file. All other names are looked up in the files."""
 
 
 @dataclass(kw_only=True)
 class ClassFacts:
-    """Facts from the source of a class and its bases."""
+    """Facts from the source code of a class and its bases."""
 
     doc: str = ""
     types: dict[str, Any] = field(default_factory=dict)
@@ -35,11 +35,13 @@ class ClassFacts:
     docs: dict[str, str] = field(default_factory=dict)
     """The string below each field."""
     constants: dict[str, Any] = field(default_factory=dict)
-    """The class variables annotated with `ClassVar`; a call as a value, such as `Paper(...)`, is stored as the list of its arguments."""
+    """The class variables annotated with `ClassVar`. If a value is a call, such as `Paper(...)`, the list of its arguments is stored."""
 
 
 def class_facts(origin: str) -> ClassFacts:
-    """Read a dataclass, `module:name`, and its bases: the fields with their types, defaults and docs, and the class variables."""
+    """Return facts about a dataclass, `module:name`, and its bases: its fields with their types, defaults and docs, and its class
+    variables.
+    """
     module, name = _split(origin)
     node, imported = _definition(module, name), _imports(module)
     assert isinstance(node, ast.ClassDef)
@@ -69,7 +71,7 @@ def _add(found: ClassFacts, statement: ast.AnnAssign, name: str, module: str) ->
 
 
 def function_facts(origin: str) -> tuple[str, dict[str, Any]]:
-    """Read a function, `module:name`: its docstring, and its keyword-only parameters with their defaults."""
+    """Return the docstring of a function, `module:name`, and its keyword-only parameters with their defaults."""
     module, name = _split(origin)
     node = _definition(module, name)
     assert isinstance(node, ast.FunctionDef)
@@ -78,12 +80,12 @@ def function_facts(origin: str) -> tuple[str, dict[str, Any]]:
 
 
 def docstring(origin: str) -> str:
-    """Read the docstring of a class or function, `module:name`."""
+    """Return the docstring of a class or function, `module:name`."""
     return inspect.cleandoc(ast.get_docstring(_definition(*_split(origin))) or "")
 
 
 def calls(origin: str, method: str) -> Iterator[tuple[list[Any], dict[str, Any]]]:
-    """Yield the constant arguments of calls `x.method(...)` in a function and in the functions of the command line that it calls."""
+    """Yield the constant arguments of the calls `x.method(...)` in a function, and in the functions of the command line that it calls."""
     module, name = _split(origin)
     local = {node.name for node in _body(module) if isinstance(node, ast.FunctionDef)}
     imported = _imports(module)
@@ -152,7 +154,7 @@ def _imports(module: str) -> dict[str, str]:
 
 
 class _Names(dict[str, Any]):
-    """Values of a module's top-level names, as keys and as attributes; a class is represented by its class variables."""
+    """The values of a module's top-level names, as keys and as attributes. A class is represented by its class variables."""
 
     def __init__(self, module: str) -> None:
         super().__init__(WORDS)
@@ -175,7 +177,7 @@ class _Names(dict[str, Any]):
 
 
 def _value(node: ast.expr, module: str) -> Any:
-    """Evaluate an expression of a module's class body; a call is represented by its arguments."""
+    """Return the value of an expression in a module's class body. A call is represented by its arguments."""
     if isinstance(node, ast.Call):
         return [_value(argument, module) for argument in node.args]
     code = compile(ast.Expression(node), f"<{module}>", "eval")

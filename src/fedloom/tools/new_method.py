@@ -26,7 +26,7 @@ from fedloom.ranges import NonNegative
 class {title}(Method):
     """{title} (AUTHORS, VENUE, equations): say what differs from the paper, and why.
 
-    Sent: the whole model, both ways. Kept: nothing. With pull = 0 it is FedAvg.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds. With pull = 0, the method is FedAvg.
     """
 
     pull: NonNegative = 0.1
