@@ -362,7 +362,10 @@ class Method:
 
     @client_side
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return a client's initial memory with its full structure. A client keeps its memory between rounds, in addition to its weights."""
+        """Return a client's initial memory with its full structure.
+
+        A client keeps its memory between rounds, in addition to its weights.
+        """
         return {}
 
     @server_side
@@ -435,7 +438,10 @@ class Method:
     @property
     @server_side
     def exchanges(self) -> bool:
-        """Whether clients exchange parts of their uplinks before the server sees them. On real devices, this requires an encrypted relay."""
+        """Whether clients exchange parts of their uplinks before the server sees them.
+
+        On real devices, this requires an encrypted relay.
+        """
         return False
 
     @server_side

@@ -141,8 +141,9 @@ class Objective(ABC):
         return None
 
     def excess(self, score: Score, most: Score) -> str:
-        """Return the reason why a device cannot have obtained this score, or "". `most` is a score with the largest `rows` that it may
-        report.
+        """Return the reason why a device cannot have obtained this score, or "".
+
+        `most` is a score with the largest `rows` that it may report.
         """
         if np.any(score["rows"] > most["rows"]):
             return "more examples than the client has"
@@ -249,7 +250,10 @@ class MultiLabel(Objective):
         return F.binary_cross_entropy_with_logits(outputs, targets.to(outputs.dtype))
 
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return `tp`, `fp` and `fn` per label (L,), and `exact` matches. All labels of an example with a non-finite logit count as wrong."""
+        """Return `tp`, `fp` and `fn` per label (L,), and `exact` matches.
+
+        All labels of an example with a non-finite logit count as wrong.
+        """
         true = targets.to(outputs.device).bool()
         said = torch.where(outputs.isfinite().all(1, keepdim=True), outputs > 0, ~true)
         found = {"tp": said & true, "fp": said & ~true, "fn": ~said & true, "exact": (said == true).all(1)[:, None]}
@@ -259,7 +263,9 @@ class MultiLabel(Objective):
         return {"tp": self.n_outputs, "fp": self.n_outputs, "fn": self.n_outputs, "exact": 1, "rows": 1}
 
     def metrics(self, score: Score) -> dict[str, float]:
-        """Return the F1 score over all labels together (`micro_f1`), its mean over the labels that occur (`macro_f1`), and `exact_match`."""
+        """Return the F1 score over all labels together (`micro_f1`), its mean over the labels that occur
+        (`macro_f1`), and `exact_match`.
+        """
         tp, wrong = score["tp"], score["fp"] + score["fn"]
         occurs = (tp + score["fn"]) > 0
         each = [_ratio(2 * t, 2 * t + w) for t, w in zip(tp[occurs], wrong[occurs], strict=True)]
@@ -422,8 +428,9 @@ class Language(Objective):
         return (each * counts).sum() / counts.sum().clamp(min=1)
 
     def scores(self, outputs: Tensor, targets: Tensor, sizes: Sequence[int]) -> list[Score]:
-        """Return sums over positions with a target: `nll` (nats), `right` and `tokens`. A position with a non-finite logit counts as
-        wrong.
+        """Return sums over positions with a target: `nll` (nats), `right` and `tokens`.
+
+        A position with a non-finite logit counts as wrong.
         """
         targets = targets.to(outputs.device)
         each, counts = self._errors(outputs, targets)

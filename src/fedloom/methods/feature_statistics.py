@@ -57,8 +57,9 @@ def within(found: Tree, form: Form) -> Tensor:
 
 
 def variance_fault(variance: Tensor, form: Form) -> str:
-    """Return the reason why a client's variance is impossible, or "". A full covariance may be slightly negative or asymmetric from
-    rounding.
+    """Return the reason why a client's variance is impossible, or "".
+
+    A full covariance may be slightly negative or asymmetric from rounding.
     """
     if form != "full":
         return "'variance' has a negative number" if bool((variance < 0).any()) else ""

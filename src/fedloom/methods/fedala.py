@@ -36,7 +36,8 @@ class FedALA(Method):
     mixing_epochs: Count = 1
     """Number of passes over the client's examples that train W, in every local update and before predictions."""
     first_epochs: Count = 5
-    """Number of passes that train W in the second round, which is the first round in which a client's head differs from the received head.
+    """Number of passes that train W in the second round, which is the first round in which a client's head differs
+    from the received head.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model",)

@@ -113,8 +113,8 @@ class FedGen(Method):
         return super().init_server(weights, task, round) | {"learned": torch.zeros(task.n_classes)}
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return the model, the generator, the classes that it has learned, and the factor on alpha and beta, which is 0 in the first
-        round.
+        """Return the model, the generator, the classes that it has learned, and the factor on alpha and beta,
+        which is 0 in the first round.
         """
         strength = max(self.weight_decay_per_round**round.number, LEAST) if round.number else 0.0
         return Downlink({**server, "strength": torch.tensor(strength)})

@@ -47,8 +47,9 @@ class FedMR(Method):
     first_stage_rounds: Whole = 0
     """Number of rounds of plain averaging before recombination begins (T1)."""
     first_stage_patience: Whole = 0
-    """Number of rounds without an increase of the returned models' similarity after which the first stage ends. With 0, it never ends
-    early.
+    """Number of rounds without an increase of the returned models' similarity after which the first stage ends.
+
+    With 0, it never ends early.
     """
     secure: bool = False
     """Whether clients exchange units before the upload, so that the server never sees one client's whole model."""
@@ -68,8 +69,9 @@ class FedMR(Method):
             raise ValueError(f"first_stage_patience={self.first_stage_patience}: must be at most first_stage_rounds")
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return K stacked slots, so every leaf is (K, ...). With patience, also return the best similarity and the number of rounds since
-        then.
+        """Return K stacked slots, so every leaf is (K, ...).
+
+        With patience, also return the best similarity and the number of rounds since then.
         """
         slots = {"slots": tree.stack([self.travelling(weights)] * task.max_cohort)}
         if not self.first_stage_patience:

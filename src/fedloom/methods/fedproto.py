@@ -93,8 +93,8 @@ class FedProto(Method):
         return train, Sweep("statistics", self.statistics)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the cross-entropy plus prototype_weight times the distance to the prototypes, which is 0 for examples without a
-        prototype.
+        """Return the cross-entropy plus prototype_weight times the distance to the prototypes, which is 0 for
+        examples without a prototype.
         """
         features = nets.body(batch.x)
         error = nets.loss(nets.head(features), batch.y)
@@ -103,7 +103,9 @@ class FedProto(Method):
         return error + self.prototype_weight * distance, {"cross_entropy": error, "distance": distance}
 
     def distance(self, features: Tensor, labels: Tensor, down: Tree) -> Tensor:
-        """Return the mean squared distance per feature between the features (B, p) and the prototypes of their classes, as a tensor (B,)."""
+        """Return the mean squared distance per feature between the features (B, p) and the prototypes of their
+        classes, as a tensor (B,).
+        """
         away: Tensor = features - down["prototypes"][labels]
         return away.square().mean(1)
 
@@ -144,7 +146,9 @@ class FedProto(Method):
         return found if self.prototype_mean == "weighted" else found | {"held": weights}
 
     def from_sums(self, total: Tree, n: int) -> Tree:
-        """Return the mean prototypes of the classes whose weight is at least 1/2 (noise may have been added), and the counts divided by n."""
+        """Return the mean prototypes of the classes whose weight is at least 1/2 (noise may have been added), and
+        the counts divided by n.
+        """
         weights = self.total_weights(total)
         held = weights > 0
         return {"prototypes": total["sums"][held] / weights[held, None], "counts": total["counts"] * held / n}
@@ -175,8 +179,8 @@ class FedProto(Method):
         return {"prototype_cosine": sum(cosines) / len(cosines)} if cosines else {}
 
     def gathered(self, uplinks: Sequence[Tree]) -> tuple[Tensor, Tensor]:
-        """Return each client's weight in each class (K, Y), whose sum over clients is 1 or 0, and its prototypes (K, Y, p), or 0 if it has
-        none.
+        """Return each client's weight in each class (K, Y), whose sum over clients is 1 or 0, and its prototypes
+        (K, Y, p), or 0 if it has none.
         """
         weights = self.weights_of(uplinks)
         local = uplinks[0]["prototypes"].new_zeros(*weights.shape, uplinks[0]["prototypes"].shape[1])

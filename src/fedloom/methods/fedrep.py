@@ -24,8 +24,9 @@ class FedRep(FedPer):
     """Number of passes that update the head, before the body's `local_epochs`."""
 
     final_head_epochs: Whole = 0
-    """Number of passes that re-fit a copy of the head to the received body before predictions. The released code uses 10 in the last
-    round.
+    """Number of passes that re-fit a copy of the head to the received body before predictions.
+
+    The released code uses 10 in the last round.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("head",)

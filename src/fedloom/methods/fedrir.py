@@ -147,8 +147,8 @@ class FedRIR(Method):
     # stage 1: masked client-specific learning
 
     def draw_mask(self, batch: Batch, task: Task, rng: Stream) -> dict[str, Tensor]:
-        """Draw masks (B, 1, H, W), which are 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and the latents' noise (B,
-        D).
+        """Draw masks (B, 1, H, W), which are 0 in floor(mask_ratio N) of an image's N patches and 1 elsewhere, and
+        the latents' noise (B, D).
         """
         n, _, height, width = batch.x.shape
         side, rows, columns = self.patches(height, width)
@@ -233,8 +233,9 @@ class FedRIR(Method):
         return nets.loss(self.predict(nets, batch.x, down, memory), batch.y)
 
     def information(self, nets: Nets, common: Tensor, specific: Tensor, batch: Batch) -> Tensor:
-        """Return the information term, computed with q, in nats per feature. The bound is clamped at 0, its value for independent
-        variables.
+        """Return the information term, computed with q, in nats per feature.
+
+        The bound is clamped at 0, its value for independent variables.
         """
         if self.idm_mode == "released":
             mean, log_variance = nets.idm(common)
@@ -268,8 +269,9 @@ class FedRIR(Method):
 
     @property
     def needed(self) -> frozenset[Need]:
-        """The method needs a feature vector per example and a head. It also needs images for stage 1, and classes to decorrelate within
-        them.
+        """The method needs a feature vector per example and a head.
+
+        It also needs images for stage 1, and classes to decorrelate within them.
         """
         needs: set[Need] = {"vector", "head"}
         if self.generates:

@@ -61,7 +61,8 @@ class FedVTC(FedProto):
     predict_by: Literal["head"] = "head"
     """How clients predict: with their own head."""
     prototype_mean: Literal["weighted", "uniform"] = "weighted"
-    """Weight of a client in a class's mean and variance: its number of examples of the class, or the same for all clients with the class.
+    """Weight of a client in a class's mean and variance: its number of examples of the class, or the same for all
+    clients with the class.
     """
     prototype_weight: NonNegative = 1.0
     """Weight lambda of the distance between an example's features and the global prototype of its class."""
@@ -113,7 +114,9 @@ class FedVTC(FedProto):
     share_generator: bool = False
     """Whether the generators are sent and averaged, or stay with their clients."""
     share_rounds: Whole = 0
-    """Number of rounds in which generators are sent. Afterwards, every client continues with its own. With 0, they are sent in all rounds.
+    """Number of rounds in which generators are sent.
+
+    Afterwards, every client continues with its own. With 0, they are sent in all rounds.
     """
 
     also_travels: ClassVar[tuple[str, ...]] = (*FedProto.also_travels, "variance", "spread")
@@ -177,7 +180,10 @@ class FedVTC(FedProto):
         return self.message(server, left_out)
 
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
-        """Return the downlink and the latest shared generator. Only clients that join later need the generator; predictions do not use it."""
+        """Return the downlink and the latest shared generator.
+
+        Only clients that join later need the generator; predictions do not use it.
+        """
         return self.message(server, {"variance"})
 
     def message(self, server: Tree, left_out: set[str]) -> Downlink:
@@ -227,8 +233,9 @@ class FedVTC(FedProto):
         return replace(train, loss=loss, params=nets, draw=None, train_mode=nets, balanced=balanced)
 
     def plain_loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the cross-entropy on real examples. Like `finetune_loss`, it is 0 without prototypes, so both have equally many effective
-        steps.
+        """Return the cross-entropy on real examples.
+
+        Like `finetune_loss`, it is 0 without prototypes, so both have equally many effective steps.
         """
         ready: Tensor = (down["counts"] > 0).any()
         return nets.loss(self.predict(nets, batch.x, down, memory), batch.y) * ready

@@ -39,8 +39,8 @@ class ClassFacts:
 
 
 def class_facts(origin: str) -> ClassFacts:
-    """Return facts about a dataclass, `module:name`, and its bases: its fields with their types, defaults and docs, and its class
-    variables.
+    """Return facts about a dataclass, `module:name`, and its bases: its fields with their types, defaults and
+    docs, and its class variables.
     """
     module, name = _split(origin)
     node, imported = _definition(module, name), _imports(module)
