@@ -1,7 +1,7 @@
 """Data sets, their partition over clients, and the examples that each client sees.
 
-`sources.py` loads a data set by name, `partition.py` divides examples among clients, `federation.py` returns normalised examples. Add a
-data set to `catalogue.py`. This package does not depend on methods or engines.
+`sources.py` loads a data set by name, `partition.py` divides examples among clients, and `federation.py` returns normalised examples. To
+add a data set, add it to `catalogue.py`. This package does not depend on methods or engines.
 """
 
 from typing import TYPE_CHECKING

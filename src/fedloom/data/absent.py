@@ -1,4 +1,4 @@
-"""The clients of a finished run without their examples, as predictions need them."""
+"""The clients of a finished run without their examples, which is sufficient for predictions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedloom.inputs import Field, Inputs
 
 
 class AbsentData(Federation):
-    """Numbers of examples, and how raw values become model inputs; the examples themselves are not loaded."""
+    """A federation that contains numbers of examples and the conversion of raw values to model inputs, but not the examples themselves."""
 
     has_examples = False
 
@@ -44,7 +44,7 @@ class AbsentData(Federation):
         return self._preprocess
 
     def example(self) -> Inputs:
-        """Return two made-up inputs, for dry runs (see `Federation.example`)."""
+        """Return two artificial inputs, for dry runs (see `Federation.example`)."""
         fields = {field.name: torch.ones(2, *field.shape).to(_stored_type(field)) for field in self.spec.fields}
         return self._preprocess.prepared(fields[""] if self.spec.is_single else fields)
 
@@ -54,7 +54,7 @@ class AbsentData(Federation):
 
 
 def absent_data(folder: Path) -> AbsentData:
-    """Return the clients in a run's folder, from `preprocess.json` and `partition.json`. Raise DataError if a file is malformed."""
+    """Return the clients of the run in a folder, from `preprocess.json` and `partition.json`. Raise DataError if a file is malformed."""
     file = folder / "partition.json"
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

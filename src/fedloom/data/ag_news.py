@@ -1,4 +1,4 @@
-"""AG News: the topics of news items, in the parquet files of the hub. The files are not part of the package; their terms are unknown."""
+"""AG News: the topics of news items, from parquet files on the hub. The files are not part of the package; their licence is unknown."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedloom.objectives import Classification
 
 
 def read_ag_news(asked: Request, folder: Path) -> Dataset:
-    """Return the texts as token ids. The vocabulary is that of the training texts.
+    """Return the texts as token ids, with a vocabulary from the training texts.
 
-    Raise DataError if files are missing, or labels are not from 0 to 3.
+    Raise DataError if files are missing, or if labels are not from 0 to 3.
     """
     files = hub.split_files(folder)
     if not files[0]:

@@ -1,4 +1,4 @@
-"""The user's own arrays: an .npz file, or a folder with x.npy and y.npy."""
+"""Users' own arrays: an .npz file, or a folder with x.npy and y.npy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The names of the arrays in a file. `more` are validation examples, which are used for training."""
+    """The names of the arrays in a file. `more` names arrays of validation examples, which are used for training."""
 
     x: str
     y: str
@@ -55,14 +55,14 @@ def read_arrays(name: str, place: Path, *, task: str | None, rows: int | None) -
     """Return the data set in an .npz file, or in a folder with x.npy, y.npy and, optionally, x_test.npy, y_test.npy, client.npy.
 
     Raises:
-        DataError: the file is malformed, has Python objects, or names its arrays in no known way.
+        DataError: the file is malformed, contains Python objects, or uses unknown names for its arrays.
     """
     found = {file.stem: _reading(file) for file in sorted(place.glob("*.npy"))} if place.is_dir() else _reading(place)
     return _made(name, place, found, task=task or "classification", rows=rows)
 
 
 def input_array(file: Path) -> Any:
-    """Return the inputs in an .npy file, or those in an .npz file by the usual names. Raise DataError if there are none."""
+    """Return the inputs in an .npy file, or the array with a usual name in an .npz file. Raise DataError if there are no inputs."""
     found = _reading(file)
     if not isinstance(found, dict):
         return found
@@ -115,7 +115,7 @@ def _made(name: str, place: Path, found: Any, *, task: Any, rows: int | None) ->
 
 
 def _training(place: Path, found: dict[str, Array], keys: Keys) -> tuple[Array, Array]:
-    """Return the training examples. Validation examples follow them if there are test examples too."""
+    """Return the training examples, followed by the file's validation examples, if it has any."""
     x, y = found[keys.x], found[keys.y]
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
         raise DataError(f"{place}: '{keys.x}' has shape {x.shape} and '{keys.y}' {y.shape}; give one label per input")

@@ -1,4 +1,4 @@
-"""A data set made from arrays: NumPy, torch or pandas, one input or several, for every learning task."""
+"""Data sets made from NumPy arrays, torch tensors or pandas tables, with one or several inputs, for every learning task."""
 
 from __future__ import annotations
 
@@ -41,27 +41,27 @@ def from_arrays(
 ) -> Dataset:
     """Return a data set made from NumPy arrays, torch tensors or pandas tables. The arrays are copied.
 
-    Images with channels last, (N, H, W, C), are converted to channels first, alpha channels are dropped, and float images with
-    integer values from 0 to 255 are converted to uint8. Float images from 0 to 1 are scaled to [-1, 1] by default, as uint8 images are.
-    All of this is logged.
+    Images with channels last, (N, H, W, C), are converted to channels first. Alpha channels are dropped. Float images with integer values
+    from 0 to 255 are converted to uint8. Float images from 0 to 1 are scaled to [-1, 1] by default, like uint8 images. Each of these
+    changes is logged.
 
     Args:
-        x: (N, C, H, W) uint8 images, finite floats of any shape (N, ...), or integers (N, T), which are token ids (0: padding). A
-            dictionary of such arrays is passed to the model by name, and a tuple by position. The columns of a pandas table become
-            `numbers` and `categories`, like those of a parquet file, unless `kind` is given; they are standardised by default.
-        y: targets. Classification: (N,) integers from 0, or names. Multi-label: (N, L) of 0 and 1. Regression: (N,) or (N, M) numbers.
-            Language: (N, T) token ids, the next token at every position, or -100 if there is none.
-        x_test, y_test: official test examples; give both or neither.
+        x: inputs. One array: uint8 images (N, C, H, W), finite floats of any shape (N, ...), or integers (N, T), which are token
+            ids (0 is padding). Several arrays: a dictionary is passed to the model by name, a tuple by position. The columns of a
+            pandas table become `numbers` and `categories`, like those of a parquet file, unless `kind` is set; numbers are standardised
+            by default.
+        y: targets. For classification, an array (N,) of integers from 0, or of names. For multi-label classification, an array (N, L)
+            of 0 and 1. For regression, an array of numbers of shape (N,) or (N, M). For language modelling, an array (N, T) with the
+            next token id at every position, or -100 if there is none.
+        x_test, y_test: official test examples. Pass both or neither.
         name: name of the data set, for listings and messages.
         task: the learning task.
         classes: names of the classes, labels or targets.
         columns: further columns by name, with one value for each example, training examples first.
-        kind: `picture`, `number`, `token` or `category`, for all inputs or by name. Default: by type and shape.
-        vocabulary: number of different tokens, V. Default: one more than the largest token id in inputs and targets.
-        loss: for regression: squared error, or Huber with threshold `delta`, in standard deviations of the target.
-        delta: see `loss`.
-
-    Raises:
+        kind: `picture`, `number`, `token` or `category`, for all inputs or by name. By default, it is derived from type and shape.
+        vocabulary: number V of different tokens. Default: one more than the largest token id in inputs and targets.
+        loss: for regression, the squared error, or the Huber loss with threshold `delta`.
+        delta: threshold of the Huber loss, in standard deviations of the target.
         DataError: arrays have the wrong shape or type, or labels run from 1 to K without `classes` (class 0 would have no examples).
     """
     if (x_test is None) != (y_test is None):
@@ -111,7 +111,7 @@ def from_arrays(
 
 
 def _column_names(y: Any) -> Sequence[str] | None:
-    """Return the names of the columns of a pandas table, or of a single column; None if there are none."""
+    """Return the names of the columns of a pandas table or series, or None if there are none."""
     if hasattr(y, "columns"):
         return [str(column) for column in y.columns]
     name = getattr(y, "name", None)
@@ -119,14 +119,14 @@ def _column_names(y: Any) -> Sequence[str] | None:
 
 
 def arrays_as_inputs(x: Given, spec: InputSpec) -> Inputs:
-    """Return arrays of new examples in the form in which a data set with this `spec` stores them. Raise DataError if that fails."""
+    """Return arrays of new examples in the stored form of a data set with this `spec`. Raise DataError if that is impossible."""
     fields = _fields(x)
     known = {part.name: part.kind for part in spec.fields}
     return _inputs(x, "inputs", {key: known[key] for key in fields if key in known})[0]
 
 
 def _kinds(kind: Kind | Mapping[str, Kind] | None, x: Given) -> dict[str, Kind]:
-    """Return the kinds that the caller gives, by field."""
+    """Return the kind of each field, as specified by the caller."""
     fields = _fields(x)
     named = dict(kind) if isinstance(kind, Mapping) else dict.fromkeys(fields, kind) if kind else {}
     for key, value in named.items():
@@ -147,7 +147,7 @@ def _fields(x: Given) -> dict[str, Any]:
 
 
 def _inputs(x: Given, what: str, kinds: Mapping[str, Kind]) -> tuple[Inputs, dict[str, Kind]]:
-    """Return the inputs as tensors, and the kind of each."""
+    """Return the inputs as tensors, and the kind of each input."""
     found, told = dict[str, Tensor](), dict[str, Kind]()
     for key, values in _fields(x).items():
         found[key], told[key] = _field(values, f"{what}['{key}']" if key else what, kinds.get(key))
@@ -162,7 +162,7 @@ def _with_test(inputs: Inputs, more: Inputs) -> Inputs:
         raise DataError("from_arrays: x and x_test must have the same inputs")
 
     def joined(a: Tensor, b: Tensor) -> Tensor:
-        if a.is_floating_point() and b.dtype == torch.uint8:  # x was not converted: some of its pixels are not integers
+        if a.is_floating_point() and b.dtype == torch.uint8:  # x was not converted: some pixels are not integers
             b = b.to(a.dtype)
         if a.shape[1:] != b.shape[1:] or a.is_floating_point() != b.is_floating_point():
             raise DataError(f"from_arrays: x_test is {_describe(b)} and x is {_describe(a)}; they must match")
@@ -181,7 +181,7 @@ def _joined_targets(y: npt.NDArray[Any], y_test: npt.NDArray[Any]) -> npt.NDArra
 
 
 def _usual_scale(inputs: Inputs, kinds: Mapping[str, Kind]) -> str | None:
-    """Return "half" for float images from 0 to 1, which are then scaled like uint8 images; otherwise None."""
+    """Return "half" for float images from 0 to 1, so that they are scaled like uint8 images; otherwise return None."""
     if not isinstance(inputs, Tensor) or kinds[""] != "number" or inputs.ndim != 4 or inputs.shape[1] not in (1, 3):
         return None
     if float(inputs.min()) < 0 or not 0 < float(inputs.max()) <= 1:
@@ -207,7 +207,7 @@ def _array(values: Any, what: str) -> npt.NDArray[Any]:
 
 
 def _numpy(values: Any, what: str) -> npt.NDArray[Any]:
-    """Return any array, table or list as an array of NumPy. Raise DataError if its rows have different lengths."""
+    """Return an array, table or list as a NumPy array. Raise DataError if its rows have different lengths."""
     try:
         found: npt.NDArray[Any] = values.to_numpy() if hasattr(values, "to_numpy") else np.asarray(values)
     except ValueError:
@@ -218,7 +218,7 @@ def _numpy(values: Any, what: str) -> npt.NDArray[Any]:
 
 
 def _tensor(values: Any, what: str) -> Tensor:
-    """Return a copy as a tensor, so that later changes to the caller's array do not affect the data set, and vice versa."""
+    """Return a copy as a tensor, so that later changes to the caller's array do not affect the data set, or vice versa."""
     try:
         if isinstance(values, Tensor):
             return values.detach().cpu().clone()
@@ -288,7 +288,7 @@ def _as_pictures(tensor: Tensor, what: str) -> Tensor:
 
 
 def _integers(tensor: Tensor, what: str, kind: Kind) -> Tensor:
-    """Return token ids or categories in the smallest integer type that holds them."""
+    """Return token ids or categories in the smallest integer type that can represent them."""
     if tensor.is_floating_point():
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; {kind} inputs must be integers")
     if kind == "category" and tensor.ndim != 2:
@@ -303,9 +303,9 @@ def _integers(tensor: Tensor, what: str, kind: Kind) -> Tensor:
 def _vocabularies(
     inputs: Inputs, kinds: Mapping[str, Kind], vocabulary: int | None, objective: Objective
 ) -> dict[str, tuple[int, ...]] | None:
-    """Return the size of the vocabulary for every field of tokens; None for the default.
+    """Return the size of the vocabulary for every field of tokens, or None for the default.
 
-    Raise DataError if a given `vocabulary` is too small, or if neither inputs nor targets are tokens.
+    Raise DataError if the given `vocabulary` is too small, or if neither inputs nor targets are tokens.
     """
     least = objective.vocabulary if isinstance(objective, Language) else 0
     if vocabulary is None and not least:
@@ -323,7 +323,7 @@ def _vocabularies(
 
 
 def _check_positions(inputs: Inputs, kinds: Mapping[str, Kind], targets: Tensor) -> None:
-    """Raise DataError if the only input is tokens, and there is not one target per token."""
+    """Raise DataError if the only input consists of tokens and the number of targets differs from the number of tokens."""
     if isinstance(inputs, Tensor) and kinds[""] == "token" and inputs.shape != targets.shape:
         raise DataError(
             f"from_arrays: x has shape {tuple(inputs.shape)} and y {tuple(targets.shape)}; task=language needs one next token per "
@@ -332,7 +332,7 @@ def _check_positions(inputs: Inputs, kinds: Mapping[str, Kind], targets: Tensor)
 
 
 def _are_bytes(x: Tensor) -> bool:
-    """Return whether images are pixel values from 0 to 255 stored as floats."""
+    """Return whether images contain pixel values from 0 to 255 that are stored as floats."""
     return x.shape[1] in (1, 3) and 1.5 < float(x.max()) <= 255 and float(x.min()) >= 0 and bool((x == x.round()).all())
 
 

@@ -1,4 +1,4 @@
-"""Random augmentation of batches of images with tensor operations. All random numbers come from a given stream."""
+"""Random augmentation of batches of images with tensor operations. All random numbers come from the given stream."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def crop(x: Tensor, stream: Stream, *, padding: int = 4, black: Tensor) -> Tenso
 def resized_crop_flip(x: Tensor, stream: Stream, *, smallest: float = 0.75) -> Tensor:
     """Crop a random window from each image, resize it to full size, and flip it horizontally with probability 1/2.
 
-    A window covers a fraction between `smallest` and 1 of the image's area, and its aspect ratio is between 3:4 and 4:3.
-    The area and the logarithm of the ratio are drawn uniformly. A side that is too long is clipped to the image's side;
-    torchvision would draw a new window. Interpolation is bilinear.
+    A window covers a fraction between `smallest` and 1 of the image's area. Its aspect ratio is between 3:4 and 4:3. The area and the
+    logarithm of the ratio are drawn uniformly. If a side is too long, it is clipped to the image's side, whereas torchvision would draw a
+    new window. Interpolation is bilinear.
     """
     n = len(x)
     area, ratio, across, down, mirror = stream.uniform((5, n))
@@ -54,7 +54,7 @@ def resized_crop_flip(x: Tensor, stream: Stream, *, smallest: float = 0.75) -> T
 
 
 def once(images: Tensor, stream: Stream) -> Tensor:
-    """Apply `resized_crop_flip` to a whole pool (N, C, H, W) of uint8 or float images. The result has the same dtype."""
+    """Apply `resized_crop_flip` to a whole pool (N, C, H, W) of uint8 or float images. The result has the same dtype as the images."""
     out = torch.empty_like(images)
     for start in range(0, len(images), 256):
         changed = resized_crop_flip(images[start : start + 256].to(torch.get_default_dtype()), stream)

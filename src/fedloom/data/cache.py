@@ -1,6 +1,6 @@
-"""Cache of decoded data sets, as safetensors files.
+"""A cache of decoded data sets, as safetensors files.
 
-The cache is optional. Files that cannot be read count as missing, and failures to write are ignored.
+The cache is optional. Files that cannot be read are treated as missing, and failures to write are ignored.
 """
 
 from __future__ import annotations

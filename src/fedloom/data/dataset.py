@@ -1,4 +1,4 @@
-"""One pool of examples: the official training examples first, then the official test examples."""
+"""A pool of examples, which contains first the official training examples and then the official test examples."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Column = npt.NDArray[Any]
 class Dataset:
     """A pool of N examples, training examples first.
 
-    Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be
-    none. `inputs` are one tensor (N, ...), or several by name; `spec` describes them. Pictures are (N, C, H, W) uint8 (0 .. 255),
-    numbers floating point, tokens and categories integers. `targets` have the form that `objective` needs, such as (N,) int64 class
-    labels.
-    `columns` have further values, (N,) each, such as the domain or the writer of each example. `normalise` is the default for `Federation`.
-    `overlaps` says how examples of one owner overlap, such as windows of a text; random splits, which would leak, are then refused.
-    `revision` is the commit of the hub's files, for `data=hub:OWNER/NAME`.
-    `parts` say how raw values become `inputs`, field by field; by default they come from arrays. `table` says how a table was read.
-    `factor` names the column with a known client factor, if there is one; `changed` has the same images with another value of it.
+    Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be none. `inputs` is
+    one tensor (N, ...), or several tensors by name; `spec` describes them. Images are uint8 (N, C, H, W) with values from 0 to 255,
+    numbers are floating point, and tokens and categories are integers. `targets` has the form that `objective` requires, such as int64
+    class labels (N,). `columns` contains further values (N,), such as the domain or the writer of each example. `normalise` is the default
+    for `Federation`. `overlaps` describes how examples of one owner overlap, such as windows of a text; random splits are then refused,
+    because test data would leak into training data. `revision` is the commit of the hub's files, for `data=hub:OWNER/NAME`. `parts`
+    describes how raw values become `inputs`, field by field; by default, inputs come from arrays. `table` describes how a table was read.
+    `factor` names the column with a known client factor, if there is one; `changed` contains the same images with another value of the
+    factor.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Dataset:
         classes: Sequence[str],
         columns: Mapping[str, Column] | None = None,
     ) -> Dataset:
-        """Return a pool of pictures (uint8) or numbers (floating point), with one class per example."""
+        """Return a pool of images (uint8) or numbers (floating point), with one class per example."""
         objective = Classification(names=tuple(classes))
         return cls.described(
             name=name, inputs=images, targets=labels, n_train=n_train, objective=objective, columns=columns
@@ -82,7 +82,7 @@ class Dataset:
         parts: tuple[Part, ...] = (),
         table: TableFormat | None = None,
     ) -> Dataset:
-        """Return a pool with the description of its inputs, from `parts` or, as in `describe`, from `kinds` and `levels`."""
+        """Return a pool whose inputs are described by `parts` or, as in `describe`, by `kinds` and `levels`."""
         return cls(
             name=name,
             inputs=inputs,
@@ -98,19 +98,19 @@ class Dataset:
 
     @property
     def n_rows(self) -> int:
-        """Number of training and test examples, N."""
+        """Number N of training and test examples."""
         return len(self.targets)
 
     @property
     def images(self) -> Tensor:
-        """The inputs, if they are one tensor. Raise DataError if they are several."""
+        """The inputs, if they are one tensor. Raise DataError if there are several."""
         if not isinstance(self.inputs, Tensor):
             raise DataError(f"data={self.name}: needs one input tensor, but the inputs are {self.spec}")
         return self.inputs
 
     @property
     def labels(self) -> Tensor:
-        """The class of each example, (N,) int64. Raise DataError if the task has no classes."""
+        """The class of each example (N,), int64. Raise DataError if the task has no classes."""
         if not isinstance(self.objective, Classification):
             raise DataError(f"data={self.name}: needs classes, but the task is {self.objective.task}")
         return self.targets
@@ -127,13 +127,17 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) for pictures, (D,) for flat features; of the first one if there are several."""
+        """Shape of one example's input, such as (C, H, W) for images or (D,) for flat features.
+
+        If there are several inputs, that of the first.
+        """
         return self.spec.shape
 
     def preprocess(self, scaling: Mapping[str, Scaling] | None = None, own: int = 0) -> Preprocess:
-        """Return how raw values become model inputs.
+        """Return the conversion of raw values to model inputs.
 
-        `scaling`: of each picture and number field, by name; default: none. `own`: the number of its entries, if each client has its own.
+        `scaling` is the scaling of each image and number field, by name; by default, there is none. `own` is the number of its entries if
+        each client has its own scaling.
         """
         parts = self.parts or tuple(map(array_part, self.spec.fields))
         given = scaling or {}
@@ -146,7 +150,7 @@ class Dataset:
         return Preprocess(data=self.name, inputs=scaled, objective=self.objective, table=self.table)
 
     def strata(self, bins: int = 10) -> Strata:
-        """Return groups of examples by target: classes, rarest labels or quantile bins; one group if the task has none."""
+        """Return groups of examples by target: classes, rarest labels or quantile bins. If the task has none, return one group."""
         found = self.objective.strata(self.targets.cpu(), self.n_train, bins)
         return Strata(np.zeros(self.n_rows, np.int64), ("examples",)) if found is None else found
 
@@ -163,8 +167,8 @@ def describe(
     """Return the description of stored inputs.
 
     Args:
-        kinds: the kind of each field (the name of a single tensor is ""). Default, by type: uint8 is a picture, other integers are tokens,
-            floating point is numbers.
+        kinds: the kind of each field (the name of a single tensor is ""). By default, it depends on the type: uint8 is an image, other
+            integers are tokens, and floating point is numbers.
         levels: sizes of vocabularies and numbers of levels. Default: one more than the largest value.
     """
     fields = []

@@ -1,4 +1,4 @@
-"""Embedded data sets: scikit-learn's digits, the same digits on coloured backgrounds, diabetes (a regression) and breast cancer."""
+"""Embedded data sets: scikit-learn's digits, the same digits on coloured backgrounds, diabetes (regression) and breast cancer."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from fedloom.errors import DataError
 from fedloom.rng import Stream
 
 DIGITS: Final = Path(__file__).with_name("digits.npz")
-"""The file digits.txt in the same folder gives source and licence."""
+"""The file digits.txt in the same folder states the source and the licence."""
 DIABETES: Final = DIGITS.with_name("diabetes.npz")
 BREAST_CANCER: Final = DIGITS.with_name("breast_cancer.npz")
 CLASSES: Final = tuple("0123456789")
 N_CLIENTS: Final = 4
-N_TRAIN: Final = 1400  # of the 1,797 examples, 350 per client; the others are the test set, with random colours
+N_TRAIN: Final = 1400  # of 1,797 examples, 350 per client; the others are the test set, with random colours
 
 Pixels = npt.NDArray[np.uint8]
 Rows = npt.NDArray[np.int64]
 
 
 def load_embedded(name: str, image_size: int | None, rows: int | None) -> Dataset:
-    """Return `digits`, `coloured-digits`, `diabetes` or `breast-cancer`; `image_size` and `rows` as for `fedloom.data.load`."""
+    """Return `digits`, `coloured-digits`, `diabetes` or `breast-cancer`. For `image_size` and `rows`, see `fedloom.data.load`."""
     if name in ("diabetes", "breast-cancer"):
         return _patients(name, image_size, rows)
     pixels, labels, n_train, columns = _coloured() if name == "coloured-digits" else _digits()
@@ -79,20 +79,20 @@ def _digits() -> tuple[list[Pixels], Rows, int, dict[str, Column]]:
 def _coloured() -> tuple[list[Pixels], Rows, int, dict[str, Column]]:
     """Return white digits on coloured backgrounds. The colour indicates the class, with a different code for each client.
 
-    This is the factor `code` (see `factors.with_factor`), with these fixed choices.
+    This is the factor `code` (see `factors.with_factor`) with the following fixed choices.
 
-    All draws come from `Stream("coloured-digits")`, so the pixels are the same in every run. A run's seed affects the same
-    things as for other data sets: splits, weights and batches.
+    All draws come from `Stream("coloured-digits")`, so the pixels are the same in every run. The seed of a run affects the same things as
+    with other data sets: splits, weights and batches.
 
     1. The 1,797 examples are permuted. The first 1,400 are training examples; example i belongs to client i mod 4. The other 397 are the
        official test set.
-    2. Each client draws a permutation of the ten hues: its code from classes to colours.
-    3. A training example has its class's colour with probability 0.9, otherwise one of the other nine, uniformly. A test example has
-       any of the ten, uniformly.
+    2. Each client draws a permutation of the ten hues, which is its code from classes to colours.
+    3. A training example has the colour of its class with probability 0.9, and otherwise one of the other nine colours, drawn uniformly. A
+       test example has any of the ten colours, drawn uniformly.
     4. A pixel with ink intensity v in [0, 1] becomes v white + (1 - v) colour; colours are hsv(c / 10, 1, 200 / 255).
 
-    The column `client` is "0" to "3", and "" for test examples, which have no owner; `colour` is c. The second pictures have another
-    colour.
+    The column `client` is "0" to "3", or "" for test examples, which have no owner. The column `colour` is c. The images in `changed` have
+    another colour.
     """
     ink, labels = _ink()
     stream = Stream("coloured-digits")
@@ -106,6 +106,6 @@ def _coloured() -> tuple[list[Pixels], Rows, int, dict[str, Column]]:
 
 
 def _ink() -> tuple[npt.NDArray[np.float64], Rows]:
-    """Return the ink intensity of each pixel, (N, 8, 8) from 0 to 16, and the digits."""
+    """Return the ink intensity of each pixel (N, 8, 8), from 0 to 16, and the digits (N,)."""
     with np.load(DIGITS) as stored:
         return stored["pixels"].astype(np.float64), stored["labels"].astype(np.int64)

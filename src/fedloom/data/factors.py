@@ -1,4 +1,4 @@
-"""Client factors that are known exactly: a colour or a rotation that each client's images have, made from any data set of images."""
+"""Client factors that are known exactly: a colour or a rotation of all images of a client, added to any data set of images."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Values = npt.NDArray[np.int64]
 Pixels = npt.NDArray[np.uint8]
 
 HOLDS: Final = 0.9
-"""Probability that a training example has its class's colour (`code`)."""
+"""Probability with which a training example has the colour of its class (`code`)."""
 TEST_FRACTION: Final = 0.22
 """Fraction of the examples that become the test set if the data set has none."""
-N_COLOURS: Final = 10  # of `nuisance`
-RIGHT_ANGLE: Final = 90.0  # rotations are spread over this range in degrees, so a 6 never becomes a 9
-AT_ONCE: Final = 4096  # images converted at the same time
+N_COLOURS: Final = 10  # number of colours of `nuisance`
+RIGHT_ANGLE: Final = 90.0  # range of rotations in degrees, so that a 6 never becomes a 9
+AT_ONCE: Final = 4096  # number of images converted at the same time
 
 
 class Factor(NamedTuple):
-    """The value of the factor of each example (N,), another value of it, and the number of values."""
+    """The value of the factor for each example (N,), another value for each example, and the number of values."""
 
     value: Values
     other: Values
@@ -39,21 +39,25 @@ class Factor(NamedTuple):
 
 
 def with_factor(pool: Dataset, kind: Kind, n_clients: int) -> Dataset:
-    """Return the data set with a client factor. All draws depend only on the name of the data set, never on a run's seed.
+    """Return the data set with a client factor. All draws depend only on the name of the data set, never on the seed of a run.
 
     Every training example belongs to one of `n_clients` clients of equal size (column `client`; "" for test examples). The factor is:
 
-    * `code`: the colour of the background, which tells the class by the client's own code: a permutation of as many colours as there are
-      classes. A training example has its class's colour with probability 0.9, and otherwise another; test examples have random colours.
-    * `tint`: the colour of the background, the same for all examples of a client; test examples have the colour of a random client.
-    * `nuisance`: the colour of the background, drawn from ten for every example. It depends neither on class nor on client.
-    * `rotation`: an angle, client k's is 90 k / K degrees; test examples have the angle of a random client.
+    * `code`: the colour of the background, which indicates the class through the client's own code: a permutation of as many colours as
+      there are classes. A training example has the colour of its class with probability 0.9, and otherwise another colour. Test examples
+      have random colours.
+    * `tint`: the colour of the background, which is the same for all examples of a client. Test examples have the colour of a random
+    client.
+    * `nuisance`: the colour of the background, drawn from ten colours for every example. It depends neither on the class nor on the
+    client.
+    * `rotation`: an angle, which is 90 k / K degrees for client k. Test examples have the angle of a random client.
 
-    The column `colour` or `angle` has the value of each example, and `Dataset.changed` the same images with another value. Without
+    The column `colour` or `angle` contains the value for each example. `Dataset.changed` contains the same images with another value.
+    Without official test examples, 22 % of the examples become the test set.
     official test examples, 22 % of the examples become the test set.
 
     Raises:
-        DataError: the data set has no images, its images are not greyscale (colours), or it has no classes (`code`).
+        DataError: the data set has no images, its images are not greyscale (for colours), or it has no classes (for `code`).
     """
     _check(pool, kind, n_clients)
     stream = Stream("factor", kind, pool.name)
@@ -94,7 +98,7 @@ def _check(pool: Dataset, kind: Kind, n_clients: int) -> None:
 
 
 def _held_out(pool: Dataset, stream: Stream) -> Dataset:
-    """Return the data set in random order, with test examples at the end."""
+    """Return the data set in random order, with the held-out test examples at the end."""
     order = stream.child("order").permutation(pool.n_rows)
     columns = {name: column[order.numpy()] for name, column in pool.columns.items()}
     n_train = pool.n_rows - round(TEST_FRACTION * pool.n_rows)
@@ -104,7 +108,7 @@ def _held_out(pool: Dataset, stream: Stream) -> Dataset:
 
 
 def _draw_factor(kind: Kind, owner: Values, pool: Dataset, n_clients: int, stream: Stream) -> Factor:
-    """Draw the factor of each example. `owner`: the client of each training example."""
+    """Draw the value of the factor for each example. `owner` is the client of each training example."""
     n, n_test = pool.n_rows, pool.n_rows - len(owner)
     if kind == "code":
         value, n_values = coded(owner, pool.labels.numpy(), pool.n_classes, n_clients, stream)
@@ -116,7 +120,7 @@ def _draw_factor(kind: Kind, owner: Values, pool: Dataset, n_clients: int, strea
 
 
 def coded(owner: Values, labels: Values, n_classes: int, n_clients: int, stream: Stream) -> tuple[Values, int]:
-    """Draw colours that tell the class by each client's own code (`with_factor`), and return their number too."""
+    """Draw colours that indicate the class through each client's own code (see `with_factor`). Return them and their number."""
     n_train = len(owner)
     maps = np.stack([stream.child("map", i).numpy.permutation(n_classes) for i in range(n_clients)])
     draws = stream.child("colour").numpy
@@ -134,16 +138,16 @@ def other_values(value: Values, n_values: int, stream: Stream) -> Values:
 
 
 def hues(n: int) -> npt.NDArray[np.float64]:
-    """Return `n` evenly spaced colours hsv(i / n, 1, 200 / 255) as RGB in [0, 1]: (n, 3)."""
+    """Return `n` evenly spaced colours hsv(i / n, 1, 200 / 255) as RGB values in [0, 1], with shape (n, 3)."""
     return np.array([colorsys.hsv_to_rgb(i / n, 1, 200 / 255) for i in range(n)])
 
 
 def painted(ink: npt.NDArray[np.float64], colours: npt.NDArray[np.float64]) -> Pixels:
-    """Return white ink on a coloured background, (N, H, W, 3).
+    """Return white ink on a coloured background (N, H, W, 3).
 
     Args:
-        ink: (N, H, W) in [0, 1]: a pixel with ink v becomes v white + (1 - v) colour.
-        colours: (N, 3) RGB in [0, 1].
+        ink: the ink intensity v in [0, 1] of each pixel (N, H, W). A pixel becomes v white + (1 - v) colour.
+        colours: RGB values in [0, 1] (N, 3).
     """
     pictures = ink[..., None] + (1 - ink[..., None]) * colours[:, None, None, :]
     found: Pixels = np.rint(pictures * 255).astype(np.uint8)
@@ -151,7 +155,7 @@ def painted(ink: npt.NDArray[np.float64], colours: npt.NDArray[np.float64]) -> P
 
 
 def _applied(kind: Kind, images: Tensor, values: Values, n_values: int) -> Tensor:
-    """Return the images (N, C, H, W), uint8, with these values of the factor."""
+    """Return the uint8 images (N, C, H, W) with these values of the factor."""
     parts = []
     for start in range(0, len(images), AT_ONCE):
         some, mine = images[start : start + AT_ONCE].numpy(), values[start : start + AT_ONCE]
@@ -163,7 +167,7 @@ def _applied(kind: Kind, images: Tensor, values: Values, n_values: int) -> Tenso
 
 
 def _rotated(picture: Pixels, degrees: float) -> Pixels:
-    """Return a picture (C, H, W) rotated counter-clockwise; corners become black."""
+    """Return an image (C, H, W), rotated counter-clockwise. The corners become black."""
     planes: list[Any] = [
         np.asarray(Image.fromarray(plane).rotate(degrees, Image.Resampling.BILINEAR)) for plane in picture
     ]

@@ -29,26 +29,24 @@ Batch = tuple[Inputs, Tensor]
 
 
 class Federation:
-    """The examples of all clients as model inputs; read-only.
+    """The examples of all clients as model inputs. A federation is read-only.
 
-    Images (uint8) are first scaled to [0, 1]; float features are used as they are. `normalise` is applied next, to images and
-    floats. Tokens and categories are never scaled.
-    "half" gives (x - 0.5) / 0.5, which maps images to [-1, 1] (protocol of FedRIR and PFLlib). "standard" subtracts
-    the mean and divides by the standard deviation of each channel of images, or of each feature of other inputs; both
-    are computed over the training examples of the whole pool. "own" does the same with each client's own training examples; examples of
-    the common test set that belong to no client are scaled like those of "standard". "none" changes nothing. The default is
-    that of the data set, else "half" for images and "none" for float features.
+    Images (uint8) are first scaled to [0, 1]; float features are used as they are. Then `normalise` is applied to images and floats.
+    Tokens and categories are never scaled. "half" computes (x - 0.5) / 0.5, which maps images to [-1, 1] (the protocol of FedRIR and
+    PFLlib). "standard" subtracts the mean and divides by the standard deviation of each channel of images, or of each feature of other
+    inputs; both are computed over the training examples of the whole pool. "own" does the same with each client's own training examples;
+    test examples of the common test set that belong to no client are scaled as with "standard". "none" changes nothing. The default is
+    that of the data set, or else "half" for images and "none" for float features.
 
-    `augment` selects what `augmented` does to training batches: "none", "flip", "crop-flip" (crops after padding with 4
-    black pixels) or "resized-crop-flip" (crops of 0.75 to 1 of the area). "resized-crop-flip-once" changes every
-    training and test example once, at construction, from a fixed stream. This is the protocol of FedRIR's released code
-    for Office-Caltech10 and DomainNet.
+    `augment` selects how `augmented` changes training batches: "none", "flip", "crop-flip" (crops after padding with 4 black pixels) or
+    "resized-crop-flip" (crops of 0.75 to 1 of the area). "resized-crop-flip-once" changes every training and test example once, when the
+    federation is created, with a fixed stream. This is the protocol of FedRIR's released code for Office-Caltech10 and DomainNet.
 
-    Raise DataError if labels are out of range, or if the partition has example numbers that the data set lacks.
+    Raise DataError if labels are out of range, or if the partition contains example numbers that the data set lacks.
     """
 
     has_examples = True  # whether the examples themselves can be read
-    counts_are_claims = False  # whether the numbers of examples are only reported by clients, and cannot be checked
+    counts_are_claims = False  # whether clients report the numbers of examples, which cannot be checked
 
     def __init__(
         self, dataset: Dataset, partition: Partition, *, normalise: str | None = None, augment: str = "none"
@@ -80,7 +78,7 @@ class Federation:
             dataset = replace(dataset, inputs=images, changed=changed)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
-        usual = not chosen and dataset.normalise is None  # then every field has the default of its kind
+        usual = not chosen and dataset.normalise is None  # every field then has the default for its kind
         self._scaling: dict[str, Scaling] = {
             f.name: scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise, partition)
             for f in dataset.spec.fields
@@ -92,7 +90,7 @@ class Federation:
         self._common: Batch | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return the state for other processes, with examples as arrays, which pickle protocol 5 can share without a copy."""
+        """Return the state for other processes. Examples are arrays, which pickle protocol 5 can share without a copy."""
         pool = self.dataset
         rows = {
             name: t if t.dtype is torch.bfloat16 else t.numpy() for name, t in named_tensors(pool.inputs).items()
@@ -114,7 +112,7 @@ class Federation:
 
     @property
     def n_clients(self) -> int:
-        """Number of clients, K."""
+        """Number of clients K."""
         return self.partition.n_clients
 
     @property
@@ -134,13 +132,17 @@ class Federation:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) for images, (D,) for flat features; of the first one if there are several."""
+        """Shape of one example's input, such as (C, H, W) for images or (D,) for flat features.
+
+        If there are several inputs, that of the first.
+        """
         return self.dataset.input_shape
 
     def normalisation(self, client: int) -> dict[str, tuple[list[float], list[float]]]:
-        """Return mean and standard deviation per channel or feature, of each image or number field by name ("" if inputs are one tensor).
+        """Return the mean and standard deviation of each image or number field, per channel or feature, by name ("" for a single tensor).
 
-        An input of the client is (v - mean) / std; v is pixel / 255 for images, else the stored value."""
+        An input of the client is (v - mean) / std, where v is pixel / 255 for images, and the stored value otherwise.
+        """
         found = {}
         for part in self.spec.fields:
             if part.name in self._scaling:
@@ -170,9 +172,9 @@ class Federation:
         return len(self.partition.test[i])
 
     def train(self, i: int) -> Batch:
-        """Return client `i`'s training examples: inputs (n, ...), and targets (n, ...).
+        """Return client `i`'s training examples as inputs (n, ...) and targets (n, ...).
 
-        Images and numbers are normalised, in the default dtype; tokens and categories are int64.
+        Images and numbers are normalised and have the default dtype; tokens and categories are int64.
         """
         return self.rows(self.partition.train[i])
 
@@ -182,29 +184,29 @@ class Federation:
         return targets.index_select(0, torch.as_tensor(self.partition.train[i], dtype=torch.int64).to(targets.device))
 
     def train_of(self, clients: Sequence[int]) -> list[Batch]:
-        """Return `train` of several clients, contiguous in memory."""
+        """Return the result of `train` for several clients, contiguous in memory."""
         x, y = self.rows(np.concatenate([self.partition.train[i] for i in clients]))
         sizes = [self.n_train(i) for i in clients]
         parts = split_inputs(x, sizes)
         return list(zip(parts, y.split_with_sizes(sizes), strict=True))
 
     def valid(self, i: int) -> Batch:
-        """Return client `i`'s validation examples, like `train`."""
+        """Return client `i`'s validation examples, in the form of `train`."""
         return self.rows(self.partition.valid[i])
 
     def test(self, i: int) -> Batch:
-        """Return client `i`'s own test examples, like `train`."""
+        """Return client `i`'s own test examples, in the form of `train`."""
         return self.rows(self.partition.test[i])
 
     def common(self) -> Batch:
-        """Return the common test set, like `train`. It is cached, so do not modify it in place."""
+        """Return the common test set, in the form of `train`. It is cached, so do not modify it in place."""
         wide = torch.get_default_dtype()
         if self._common is None or any(t.dtype != wide for t in tensors_of(self._common[0]) if t.is_floating_point()):
             self._common = self.rows(self.partition.common)
         return self._common
 
     def rows(self, index: Rows | Tensor) -> Batch:
-        """Return the examples with the given numbers, like `train`, as new contiguous tensors."""
+        """Return the examples with the given numbers, in the form of `train`, as new contiguous tensors."""
         pool = self.dataset
         chosen = torch.as_tensor(index, dtype=torch.int64).to(pool.targets.device)
         owners = None if self._owner_of is None else self._owner_of.index_select(0, chosen)
@@ -219,11 +221,11 @@ class Federation:
 
     @property
     def preprocess(self) -> Preprocess:
-        """How raw values become model inputs."""
+        """The conversion of raw values to model inputs."""
         return self.dataset.preprocess(self._scaling, 0 if self._owner_of is None else self.n_clients + 1)
 
     def _scaled(self, part: Field, values: Tensor, owners: Tensor | None) -> Tensor:
-        """Return one stored input tensor as a model input; `owners` (n,) as in `owners_of`."""
+        """Return a stored input tensor as a model input. `owners` (n,) has the form of `owners_of`."""
         if owners is None or part.is_integer:
             return model_input(part, values, self._scaling.get(part.name))
         dtype = torch.get_default_dtype()
@@ -237,7 +239,7 @@ class Federation:
 
     @property
     def changed(self) -> Federation | None:
-        """The same federation with another value of each example's client factor; None if the data have no known factor."""
+        """The same federation with another value of the client factor for each example, or None if the data have no known factor."""
         if self.dataset.changed is None:
             return None
         other = copy.copy(self)
@@ -258,7 +260,7 @@ class Federation:
 
     @property
     def n_bytes(self) -> int:
-        """Memory that `on` needs, in bytes: the stored pool, and the common test set as inputs."""
+        """Memory in bytes that `on` needs for the stored pool and for the common test set as inputs."""
         pool, wide = self.dataset, torch.get_default_dtype().itemsize
         example = sum(math.prod(part.shape) * (8 if part.is_integer else wide) for part in pool.spec.fields)
         stored = sum(
@@ -274,13 +276,16 @@ class Federation:
         return self.augment in ("flip", "crop-flip", "resized-crop-flip")
 
     def pictures(self, x: Tensor, client: int) -> Tensor:
-        """Convert a client's inputs (n, ...) from `rows` back to images, with black 0 and white 1. Values outside are clipped."""
+        """Return a client's inputs (n, ...) from `rows` as images again, where 0 is black and 1 is white.
+
+        Values outside [0, 1] are clipped.
+        """
         unit = 255 if self.is_picture else 1.0
         scale, shift = self._scaling_of(self.spec.fields[0], client)
         return ((x - shift.to(x.dtype)) / (scale.to(x.dtype) * unit)).clamp(0, 1)
 
     def augmented(self, x: Tensor, stream: Stream) -> Tensor:
-        """Augment a training batch (B, C, H, W) of normalised images at random, as set by `augment`, on its device."""
+        """Augment a training batch (B, C, H, W) of normalised images at random, according to `augment`, on the device of the batch."""
         match self.augment:
             case "flip":
                 return augmentation.flip(x, stream)
@@ -291,7 +296,7 @@ class Federation:
         return x
 
     def pooled(self) -> Federation:
-        """Return the federation for centralised training: client 0 has the training examples of all clients, the others none."""
+        """Return the federation for centralised training: client 0 has the training examples of all clients, and the others have none."""
         none = np.empty(0, np.int64)
         together = np.sort(np.concatenate(self.partition.train))
         train = (together, *(none for _ in self.partition.train[1:]))

@@ -1,4 +1,4 @@
-"""Columns of pandas tables as inputs, by the rules for parquet files."""
+"""Columns of pandas tables as inputs, by the same rules as for parquet files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from fedloom.errors import DataError, first_line
 
 
 def read_frame(x: Any, x_test: Any) -> TypedInputs:
-    """Return the inputs in the columns of a pandas table and of a table of test examples (None: none).
+    """Return the inputs in the columns of a pandas table, and of a table of test examples if there is one (otherwise None).
 
-    Every column is used, also one that looks like an identifier. Raise DataError if a value is missing, if a column has no clear type, or
-    if the tables have different columns.
+    Every column is used, even if it looks like an identifier. Raise DataError if a value is missing, if the type of a column is unclear,
+    or if the tables have different columns.
     """
     whole = _whole(x, x_test)
     columns = [_typed(whole, str(name)) for name in whole.columns]
@@ -33,7 +33,7 @@ def read_frame(x: Any, x_test: Any) -> TypedInputs:
 
 
 def frame_columns(table: pd.DataFrame) -> pd.DataFrame:
-    """Return a pandas table with the types that `table_files.read_files` gives: text, float64 or categories."""
+    """Return a pandas table with the types that `table_files.read_files` uses: text, float64 or categories."""
     names = [str(name) for name in table.columns]
     if len(set(names)) < len(names):
         raise DataError("inputs: two columns have the same name; rename one")
@@ -41,7 +41,7 @@ def frame_columns(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _whole(x: Any, x_test: Any) -> pd.DataFrame:
-    """Return the rows of both tables, with text as names of columns."""
+    """Return the rows of both tables. Names of columns are converted to text."""
     frames = [x] if x_test is None else [x, x_test]
     for frame in frames:
         if not isinstance(frame, pd.DataFrame):
@@ -59,7 +59,7 @@ def _whole(x: Any, x_test: Any) -> pd.DataFrame:
 
 
 def _typed(whole: pd.DataFrame, name: str) -> TableColumn:
-    """Return a column with its type. A column of pandas' categories may have any number of levels."""
+    """Return a column with its type. A pandas column of categories may have any number of levels."""
     try:
         column = typed(name, _own(whole[name], name, "from_arrays: x"), file="from_arrays: x")
         if not isinstance(whole[name].dtype, pd.CategoricalDtype):
@@ -70,7 +70,7 @@ def _typed(whole: pd.DataFrame, name: str) -> TableColumn:
 
 
 def _own(values: pd.Series[Any], name: str, where: str) -> pd.Series[Any]:
-    """Return a column as `own_type` does. Raise DataError if its values have several types."""
+    """Return a column in the form of `own_type`. Raise DataError if its values have several types."""
     try:
         return own_type(pa.chunked_array([pa.Array.from_pandas(values)]), where, name)
     except (pa.ArrowException, TypeError, ValueError) as error:

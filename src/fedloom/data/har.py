@@ -1,4 +1,4 @@
-"""Human activity recognition with smartphones (UCI HAR): windows of nine signals, by person."""
+"""Human activity recognition with smartphones (UCI HAR): windows of nine signals from several persons."""
 
 from __future__ import annotations
 
@@ -28,13 +28,15 @@ OVERLAP: Final = "neighbouring windows of a person overlap by half"
 
 
 def read_har(asked: Request, folder: Path) -> Dataset:
-    """Return the windows (N, 9, 128), channels first, or with `data.features=true` their features (N, 561); the person is in `subject`.
+    """Return the windows (N, 9, 128), channels first, or, with `data.features=true`, their features (N, 561).
 
-    The own split is in time: of each person's windows of each activity, the last quarter is for testing, and one window at the border,
+    The column `subject` contains the person. The data set's own split is in time: of each person's windows of each activity, the last
+    quarter is for testing. The window at the border, which overlaps with both parts, is dropped. The official split, by persons, is not
+    used.
     which overlaps with both parts, is dropped. The official split, by persons, is not used.
 
     Raises:
-        DataError: a file is missing, or its numbers do not fit the other files.
+        DataError: a file is missing, or its numbers do not match the other files.
     """
     root = next((place for place in (folder, folder / "UCI HAR Dataset") if (place / "train").is_dir()), None)
     if root is None:
@@ -92,7 +94,7 @@ def _read_part(root: Path, split: str, *, features: bool) -> tuple[npt.NDArray[A
 
 
 def _numbers(file: Path, width: int) -> npt.NDArray[np.float32]:
-    """Return the numbers in a text file, (n, width)."""
+    """Return the numbers in a text file as an array (n, width)."""
     try:
         found = pd.read_csv(file, sep=r"\s+", header=None, dtype=np.float32).to_numpy()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Locate the parquet files of a data set in a given folder, `$FEDLOOM_DATA`, the cache, or the Hugging Face hub."""
+"""Find the parquet files of a data set in a given folder, `$FEDLOOM_DATA`, the cache, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
 
 
 def cache_root(cache: str | Path | None = None) -> Path:
-    """Return the cache folder: `cache`, else `$FEDLOOM_CACHE`, else `~/.cache/fedloom`."""
+    """Return the cache folder: `cache` if set, else `$FEDLOOM_CACHE`, else `~/.cache/fedloom`."""
     return Path(cache or os.environ.get("FEDLOOM_CACHE") or "~/.cache/fedloom").expanduser()
 
 
 def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Path], list[Path]]:
-    """Return the training and test files of a data set. Download them if they are not on this machine. Raise DataError if that fails.
+    """Return the training and test files of a data set. Download them if they are not on this machine.
 
-    If `path` is given, only that folder is searched. Otherwise `$FEDLOOM_DATA/<name>`, `<cache>/<name>` and the hub are
-    tried in this order.
+    If `path` is set, only that folder is searched. Otherwise, `$FEDLOOM_DATA/<name>`, `<cache>/<name>` and the hub are searched in this
+    order. Raise DataError if no files are found.
     """
     if path is not None:
         folder = Path(path).expanduser()
@@ -46,25 +46,25 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
 
 
 def _place(name: str) -> str:
-    """Return what to write for an unknown data set, which may be the name of a file or folder."""
+    """Return advice for the name of an unknown data set, which may be the path of a file or folder."""
     if Path(name).exists():
         return f"for your own files, write data=mine data.path={name}"
     return "give its folder with data.path=FOLDER"
 
 
 def local_folder(name: str, cache: Path) -> Path | None:
-    """Return the folder in `$FEDLOOM_DATA` or the cache that has the data set's files, or None."""
+    """Return the folder in `$FEDLOOM_DATA` or the cache that contains the files of the data set, or None."""
     return next((folder for folder in _folders(name, cache) if folder.is_dir() and _has_files(name, folder)), None)
 
 
 def _has_files(name: str, folder: Path) -> bool:
-    """Return whether a folder has files of the data set."""
+    """Return whether a folder contains files of the data set."""
     reads_others = name in SOURCES and SOURCES[name].reader and any(folder.iterdir())
     return bool(reads_others or split_files(folder)[0] or find_idx(folder) or find_leaf(folder))
 
 
 def fetched(name: str, source: Source, cache: Path, path: str | Path | None) -> Path:
-    """Return the folder of a data set that is not on this machine, after a download. Raise DataError if there is none."""
+    """Download a data set that is not on this machine, and return its folder. Raise DataError if this is not possible."""
     if path is not None:
         what = "is a file; give its folder" if Path(path).expanduser().is_file() else "folder does not exist"
         raise DataError(f"data.path={path}: {what}")
@@ -76,9 +76,9 @@ def _folders(name: str, cache: Path) -> list[Path]:
 
 
 def split_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the training and test files of a folder: `train.parquet` or shards `train-*.parquet`, also one level below.
+    """Return the training and test files of a folder: `train.parquet` or shards `train-*.parquet`, also one folder level below.
 
-    Without a `test` split, a `valid` or `validation` split is the test set. Raise DataError if a shard is missing.
+    Without a `test` split, the `valid` or `validation` split is the test set. Raise DataError if a shard is missing.
     """
     places = [place for place in (folder, *sorted(folder.iterdir())) if place.is_dir() and _shards(place, "train")]
     if len(places) > 1 and places[0] != folder:
@@ -125,7 +125,7 @@ def _download(name: str, source: Source, target: Path, first: Path) -> Path:
     try:
         from huggingface_hub import snapshot_download
 
-        # The folder gets its final name when complete; an interrupted download continues in the partial folder.
+        # The folder gets its final name when it is complete. An interrupted download continues in the partial folder.
         wanted = [source.files] if source.files else []
         wanted = wanted or [f"{source.hub_folder}/{split}*.parquet" for split in ("train", *TEST_NAMES)]
         snapshot_download(repo_id=source.hub, repo_type="dataset", allow_patterns=wanted, local_dir=partial)

@@ -1,7 +1,7 @@
-"""Any data set on the Hugging Face hub, `data=hub:OWNER/NAME[:CONFIG]`: its parquet files, tables or pictures, at one revision.
+"""Any data set on the Hugging Face hub, `data=hub:OWNER/NAME[:CONFIG]`: its parquet files, tables or images, at one revision.
 
-Only data files are downloaded. Loading scripts are never run. Files are kept in the cache by revision, which is the hash of a commit, so
-a run with `data.revision` needs no network after the first download.
+Only data files are downloaded. Loading scripts are never run. The cache stores files by revision, which is the hash of a commit, so a run
+with `data.revision` needs no network access after the first download.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A repository of the hub; `config` is the folder of files to read, if there are several."""
+    """A repository on the hub. If it contains several folders of files, `config` is the folder to read."""
 
     name: str
     config: str | None
@@ -36,17 +36,17 @@ class Repository:
 
     @property
     def mark(self) -> str:
-        """The name of the empty file that says that all files have been downloaded."""
+        """The name of the empty file that indicates that all files have been downloaded."""
         return f".complete-{self.config}" if self.config else ".complete"
 
     @property
     def file_name(self) -> str:
-        """The name in file names."""
+        """The repository's name in the form used in file names."""
         return re.sub(r"[^a-z0-9.]+", "-", self.shown.lower())
 
 
 def parsed_repository(name: str) -> Repository:
-    """Return the repository that `hub:OWNER/NAME[:CONFIG]` names. Raise DataError if the form is another."""
+    """Return the repository that `hub:OWNER/NAME[:CONFIG]` names. Raise DataError if `name` has another form."""
     found = _NAME.fullmatch(name)
     if found is None or ".." in name:
         raise DataError(
@@ -56,9 +56,9 @@ def parsed_repository(name: str) -> Repository:
 
 
 def repository_files(repository: Repository, revision: str | None, cache: Path) -> tuple[Path, str]:
-    """Return the folder or file with the data, and the revision. Files are downloaded unless they are in the cache.
+    """Return the folder or file with the data, and the revision. Files that are not in the cache are downloaded.
 
-    Raise DataError if the download fails, or the repository has no data files that can be read.
+    Raise DataError if the download fails, or if the repository contains no data files that can be read.
     """
     if revision is not None and not _COMMIT.fullmatch(revision):
         raise DataError(f"data.revision={revision}: must be the hash of a commit, 40 digits of 0-9 and a-f")
@@ -69,7 +69,7 @@ def repository_files(repository: Repository, revision: str | None, cache: Path) 
 
 
 def _download(repository: Repository, revision: str | None, home: Path) -> str:
-    """Download the data files of a revision (None: the newest one), and return it."""
+    """Download the data files of a revision (None means the newest revision), and return the revision."""
     try:
         from huggingface_hub import HfApi, snapshot_download
 
@@ -85,7 +85,7 @@ def _download(repository: Repository, revision: str | None, home: Path) -> str:
                 repo_id=repository.name, repo_type="dataset", revision=sha, allow_patterns=wanted, local_dir=partial
             )
             (partial / repository.mark).touch()
-            if folder.exists():  # another configuration of this revision
+            if folder.exists():  # from another configuration of this revision
                 _merge(partial, folder)
             else:
                 partial.replace(folder)
@@ -108,7 +108,7 @@ def _merge(partial: Path, folder: Path) -> None:
 
 
 def _chosen(repository: Repository, names: Sequence[str]) -> list[str]:
-    """Return the data files to download: parquet files, else tables, else pictures, below the folder of the configuration."""
+    """Return the data files to download from the folder of the configuration: parquet files, else tables, else images."""
     kinds: tuple[tuple[str, ...], ...] = ((".parquet",), _TABLES, (*PICTURES, *_LISTS))
     files = [name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)]
     for suffixes in kinds:
@@ -140,7 +140,7 @@ def _of_config(repository: Repository, found: Sequence[str], *, is_table: bool) 
 
 
 def _place(repository: Repository, folder: Path) -> Path:
-    """Return the folder with the data files, or the only table."""
+    """Return the folder with the data files, or the table if there is only one."""
     if repository.config:
         folders = [path for path in folder.rglob(repository.config) if path.is_dir()]
         folder = folders[0] if folders else folder
@@ -158,5 +158,5 @@ def _place(repository: Repository, folder: Path) -> Path:
 
 
 def file_name_of(name: str) -> str:
-    """Return the name of a data set in file names."""
+    """Return the name of a data set in the form used in file names."""
     return parsed_repository(name).file_name if name.startswith(PREFIX) else name

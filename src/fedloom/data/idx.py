@@ -49,16 +49,16 @@ def read_idx(file: Path) -> npt.NDArray[Any]:
 def read_idx_folder(asked: Request, folder: Path, prefix: str = "", classes: tuple[str, ...] | None = None) -> Dataset:
     """Return the data set in a folder of IDX files.
 
-    The pictures of EMNIST (files called emnist-...) are stored transposed, and are turned.
+    The images of EMNIST (files called emnist-...) are stored transposed, so they are transposed back.
 
     Args:
         asked: what to load.
-        folder: has files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, and the same for t10k or test.
-        prefix: start of the names of the files to use.
+        folder: a folder with files such as train-images-idx3-ubyte.gz and train-labels-idx1-ubyte.gz, and the same for t10k or test.
+        prefix: the first part of the names of the files to use.
         classes: names of the classes.
 
     Raises:
-        DataError: a file is missing, there are several data sets, or images and labels do not match.
+        DataError: a file is missing, the folder contains several data sets, or images and labels do not match.
     """
     found = find_idx(folder, prefix)
     train, test = _of_split(folder, found, _TRAIN), _of_split(folder, found, _TEST)

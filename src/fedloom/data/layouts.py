@@ -1,4 +1,4 @@
-"""Find files by their layout: tables, arrays, IDX files and LEAF's JSON. This module reads none of them."""
+"""Find files by their layout: tables, arrays, IDX files and LEAF's JSON files. This module does not read the files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SPLIT_WORDS = {
     "validation": "valid", "valid": "valid", "dev": "valid", "val": "valid",
     "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
-"""Names of splits, in folders and columns, in any case, and the split that each one means."""
+"""Names of splits in folders and columns, in upper or lower case, and the split that each name means."""
 TEST_NAMES = ("test", "valid", "validation")
 """Names of test files, in order of preference."""
 
@@ -25,9 +25,9 @@ Files = tuple[list[Path], list[Path]]
 
 @dataclass(frozen=True, kw_only=True)
 class TableOptions:
-    """How to read a table. See the settings `data.*` of the same names.
+    """Options for reading a table. See the settings `data.*` with the same names.
 
-    `owner` is the column that names the owner of each example (`partition.column`); `by` a column to keep for the partition
+    `owner` is the column that names the owner of each example (`partition.column`). `by` is a column to keep for the partition
     (`partition.by`).
     """
 
@@ -49,7 +49,7 @@ Case = Literal["lower", "keep"]
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """How texts become tokens. See the settings `data.*` of the same names."""
+    """Options for converting texts to tokens. See the settings `data.*` with the same names."""
 
     text: tuple[str, ...] = ()
     tokens: Tokens | None = None
@@ -64,7 +64,7 @@ NO_TEXT = TextOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What to load; see `fedloom.data.load`."""
+    """A description of what to load; see `fedloom.data.load`."""
 
     name: str
     image_size: int | None = None
@@ -80,7 +80,7 @@ class Request:
 def find_tables(place: Path) -> Files | None:
     """Return the files of a table: `place` itself, or train.csv and test.csv in a folder. Return None for other folders.
 
-    Parquet files in a folder are found by `hub.split_files`.
+    `hub.split_files` finds parquet files in a folder.
     """
     if place.is_dir():
         found = _beside(place, "train")
@@ -113,12 +113,12 @@ def find_arrays(place: Path) -> Path | None:
 
 
 def find_idx(folder: Path, prefix: str = "") -> list[Path]:
-    """Return the IDX files of images in a folder whose names start with `prefix`; none if it has none."""
+    """Return the IDX files of images in a folder whose names start with `prefix`."""
     return sorted(file for file in folder.glob(f"{prefix}*idx3-ubyte*") if file.suffix in ("", ".gz", ".idx3-ubyte"))
 
 
 def find_leaf(folder: Path) -> dict[str, list[Path]]:
-    """Return LEAF's JSON files of each split, `train` and `test`, or of `all_data`; nothing if the folder has another layout."""
+    """Return LEAF's JSON files by split (`train` and `test`, or `all_data`), or nothing if the folder has another layout."""
     for root in (folder, folder / "data"):
         found = {name: sorted((root / name).glob("*.json")) for name in ("train", "test", "all_data")}
         if found["train"]:
@@ -129,9 +129,9 @@ def find_leaf(folder: Path) -> dict[str, list[Path]]:
 
 
 def find_texts(place: Path) -> list[Path]:
-    """Return a .txt file, or the .txt files below a folder, sorted, if they are more than half of its files.
+    """Return `place` if it is a .txt file, or the sorted .txt files below a folder if they are more than half of its files.
 
-    Hidden files and folders are left out.
+    Hidden files and folders are ignored.
     """
     if place.is_file():
         return [place] if place.suffix.lower() == ".txt" else []
@@ -153,7 +153,7 @@ def _tests(folder: Path) -> list[Path]:
 
 
 def _beside(folder: Path, stem: str) -> list[Path]:
-    """Return the text table of a split in a folder, if there is one. Raise DataError if there are several."""
+    """Return the table in text form for a split in a folder, if there is one. Raise DataError if there are several."""
     found = [folder / (stem + suffix) for suffix in TEXT_TABLES if (folder / (stem + suffix)).is_file()]
     if len(found) > 1:
         raise DataError(f"{folder}: has both {found[0].name} and {found[1].name}; remove one of them")

@@ -1,8 +1,8 @@
-"""LEAF's JSON files: Shakespeare, FEMNIST and other data sets in which every user has examples of its own.
+"""LEAF's JSON files: Shakespeare, FEMNIST and other data sets in which every user has their own examples.
 
-The layout is `train/*.json` and `test/*.json`, or `all_data/*.json` before the split, also below a folder `data`. A file is
-`{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`. Files are read one at a time, and their users one
-after another, because the numbers of a whole file need about 1 GB as Python objects.
+The layout is `train/*.json` and `test/*.json`, or `all_data/*.json` before the split. These folders may be in a folder `data`. A file is
+`{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`. Files are read one at a time, and so are their
+users, because the numbers in a whole file need about 1 GB as Python objects.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ def read_leaf(
     classes: tuple[str, ...] | None = None,
     column: str = "client",
 ) -> Dataset:
-    """Return the data set in LEAF's files. The user of each example is in the column `column`.
+    """Return the data set in LEAF's files. The column `column` contains the user of each example.
 
     Args:
         asked: what to load.
-        place: the folder.
-        classes: names of the classes; default: by the labels.
-        column: name of the column of users.
+            place: the folder.
+            classes: names of the classes; by default, they are derived from the labels.
+            column: name of the column of users.
 
-    Raises:
-        DataError: a file is malformed, or its examples are of an unknown kind.
+        Raises:
+            DataError: a file is malformed, or the type of its examples is unknown.
     """
     files = find_leaf(place)
     splits = {name: _read_split(paths) for name, paths in files.items()}
@@ -107,7 +107,7 @@ def read_leaf(
 
 
 def _divided(whole: _Pool) -> tuple[_Pool, _Pool]:
-    """Return the training and test windows by LEAF's rule; users without test windows are left out."""
+    """Return the training and test windows by LEAF's rule. Users without test windows are omitted."""
     train, test, left_out, start = _Pool(), _Pool(), 0, 0
     for x, y in zip(whole.x, whole.y, strict=True):
         owner, (first, then) = whole.owners[start], split_windows(len(y))
@@ -138,7 +138,7 @@ def _read_split(files: list[Path]) -> _Pool:
 
 
 def _users(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the examples of each user. Raise DataError if the file is malformed, or its numbers of examples are wrong."""
+    """Yield the name and the examples of each user. Raise DataError if the file is malformed or states wrong numbers of examples."""
     try:
         if file.stat().st_size > MOST_BYTES:
             raise DataError(f"{file}: is larger than {MOST_BYTES // 2**30} GiB; divide it into several files")
@@ -160,7 +160,10 @@ def _users(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _items(text: str, nested: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the keys and values of a JSON object; of the object under the key `nested`, yield ((nested, key), value) one by one."""
+    """Yield the keys and values of a JSON object.
+
+    For the object under the key `nested`, yield ((nested, key), value) for each of its entries.
+    """
     decoder, at = json.JSONDecoder(), _after(text, 0, "{")
     while True:
         key, at = decoder.raw_decode(text, _skipped(text, at))
@@ -190,7 +193,7 @@ def _skipped(text: str, at: int) -> int:
 
 
 def _after(text: str, at: int, mark: str) -> int:
-    """Return the place after the next character, which must be `mark`."""
+    """Return the position after the next character, which must be `mark`."""
     at = _skipped(text, at)
     if text[at : at + 1] != mark:
         raise json.JSONDecodeError(f"expected '{mark}'", text, at)
@@ -198,7 +201,7 @@ def _after(text: str, at: int, mark: str) -> int:
 
 
 def _arrays(file: Path, user: str, content: Any) -> tuple[Array, Array]:
-    """Return a user's inputs and labels: ids of characters (n, 80), pictures (n, 1, 28, 28) or numbers (n, D); and (n,)."""
+    """Return a user's inputs, which are character ids (n, 80), images (n, 1, 28, 28) or numbers (n, D), and labels (n,)."""
     where = f"{file}: user '{user}'"
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("x", "y")):
         raise DataError(f"{where}: needs lists 'x' and 'y'")

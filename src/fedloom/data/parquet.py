@@ -1,4 +1,4 @@
-"""Parquet files of encoded images, in the layout of the Hugging Face hub. They are decoded once, to uint8."""
+"""Parquet files of encoded images, in the layout of the Hugging Face hub. The images are decoded once, to uint8."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FORMAT = 3  # part of the cache key: increment it when decoding changes
 
 
 class ColumnRoles(NamedTuple):
-    """The roles of the files' columns. `names` are class names from the hub's metadata, by column."""
+    """The roles of the files' columns. `names` contains class names from the hub's metadata, by column."""
 
     image: str
     label: str
@@ -46,9 +46,9 @@ def read_parquet(
     cache_root: Path,
     task: str = "classification",
 ) -> Dataset:
-    """Return the pool in the training and test files, from the cache if it was decoded before. Raise DataError for invalid files.
+    """Return the pool in the training and test files, or from the cache if it was decoded before. Raise DataError for invalid files.
 
-    `task`: with `regression` the label column has numbers, or lists of numbers; with `multilabel` it has lists of 0 and 1.
+    With the `task` `regression`, the label column contains numbers, or lists of numbers; with `multilabel`, it contains lists of 0 and 1.
     """
     train, test = files
     choice = Choice(source, image_size, rows, task)
@@ -99,7 +99,7 @@ def _decode_pool(name: str, train: list[Path], test: list[Path], choice: Choice)
 def _with_targets(
     name: str, table: Any, layout: ColumnRoles, *, files: list[Path], n_train: int, choice: Choice
 ) -> Dataset:
-    """Return the pool with numbers, or lists of numbers, as targets."""
+    """Return the pool with targets that are numbers or lists of numbers."""
     column = table[layout.label]
     if column.null_count:
         raise DataError(f"data={name}: {column.null_count} examples have no label")
@@ -153,7 +153,7 @@ def _layout(file: Path, source: Source | None) -> ColumnRoles:
 
 
 def has_pictures(file: Path) -> bool:
-    """Return whether a column of the file has encoded images."""
+    """Return whether a column of the file contains encoded images."""
     return any(_is_picture(field.type) for field in _open(file).schema_arrow)
 
 
@@ -212,7 +212,7 @@ def _column(values: Any, names: list[str] | None) -> Column:
 def _classes(
     name: str, values: Any, names: list[str] | None, source: Source | None
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Return labels 0 .. Y-1 (-1 for classes to leave out) and the names of the Y classes."""
+    """Return labels 0 .. Y-1 (-1 for classes to omit) and the names of the Y classes."""
     if values.null_count:
         raise DataError(f"data={name}: {values.null_count} examples have no label")
     if pa.types.is_nested(values.type) or pa.types.is_floating(values.type):
@@ -247,7 +247,7 @@ def _expected(labels: npt.NDArray[np.int64], names: list[str] | None, source: So
         return tuple(names)
     if source is None:
         return None
-    if source.only:  # without class names, files with no more classes than `only` are assumed to contain exactly those
+    if source.only:  # without class names, at most as many classes as in `only` are assumed to be these
         return source.only if labels.max() < len(source.only) else None
     return source.classes or tuple(str(c) for c in range(source.n_classes))
 
@@ -266,7 +266,7 @@ def _only(
 
 
 def _encoded(files: list[Path], image: str, keep: npt.NDArray[np.bool_]) -> Iterator[tuple[str, bytes | None]]:
-    """Yield the images to keep, in order. They are read in batches, because full-size images may not fit into memory."""
+    """Yield the images to keep, in order. They are read in batches, because full-size images may not fit into memory together."""
     start = 0
     for file in files:
         batches = _open(file).iter_batches(1024, columns=[image])

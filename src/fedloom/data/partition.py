@@ -1,4 +1,4 @@
-"""Partitions: which client has which examples. A partition is drawn by a scheme or read from a file, and is saved with a hash."""
+"""Partitions, which assign examples to clients. A partition is drawn by a scheme or read from a file, and is saved with a hash."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _SPLITS = ("train", "valid", "test")
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Example numbers of a `Dataset`: one sorted int64 array per client and split; `common` is the common test set.
+    """The example numbers of each client: one sorted int64 array per client and split. `common` is the common test set.
 
-    No training or validation example belongs to two clients or to a test split.
-    `scheme` describes how the partition was made. `owners` are the clients' names, if they have any.
+    No training or validation example belongs to two clients or to a test split. `scheme` describes how the partition was created. `owners`
+    contains the names of the clients, if they have names.
     """
 
     train: tuple[Rows, ...]
@@ -47,7 +47,7 @@ class Partition:
         return len(self.train)
 
     def hash(self) -> str:
-        """Return 32 hexadecimal digits that depend only on the example numbers, not on how they were drawn."""
+        """Return a hash of 32 hexadecimal digits, which depends only on the example numbers, not on how they were drawn."""
         digest = hashlib.blake2b(digest_size=16)
         for split in (self.train, self.valid, self.test, (self.common,)):
             for rows in split:
@@ -56,7 +56,7 @@ class Partition:
         return digest.hexdigest()
 
     def counts(self, labels: Tensor | npt.NDArray[Any], n_classes: int, split: str = "train") -> Rows:
-        """Return (K, Y): the number of examples by client and class in a split ("train", "valid" or "test")."""
+        """Return the number of examples by client and class (K, Y) in a split ("train", "valid" or "test")."""
         if split not in _SPLITS:
             raise DataError(f"split='{split}': must be one of {', '.join(_SPLITS)}")
         labels = np.asarray(labels)
@@ -71,7 +71,7 @@ class Partition:
         temporary.replace(path)
 
     def content(self) -> dict[str, Any]:
-        """Return the partition as values for JSON: the lists by split, `common`, `scheme`, `hash` and, if known, the names of `clients`."""
+        """Return the partition as JSON values: the lists by split, `common`, `scheme`, `hash` and, if known, the names of `clients`."""
         lists: dict[str, Any] = {split: [rows.tolist() for rows in getattr(self, split)] for split in _SPLITS}
         names = {"clients": list(self.owners)} if self.owners else {}
         return lists | names | {"common": self.common.tolist(), "scheme": self.scheme, "hash": self.hash()}
@@ -80,14 +80,12 @@ class Partition:
     def load(cls, path: str | Path, n_rows: int, n_train: int | None = None) -> Partition:
         """Read a file written by `save` or by another program.
 
-        Only `{"train": [[number, ...], ...]}` is required; `test`, `valid` and `common` are optional.
-
-        Without `common`, the common test set is the union of the clients' test examples. If there are none, it is the
-        official test set, examples `n_train` to `n_rows` - 1.
+        Only `{"train": [[number, ...], ...]}` is required; `test`, `valid` and `common` are optional. Without `common`, the common test
+        set is the union of the clients' test examples. If there are none, it is the official test set, examples `n_train` to `n_rows` - 1.
 
         Raises:
-            DataError: an example number is out of range, is repeated, is in the splits of two clients, or is in both a training and
-                a test split; or the stored hash does not match.
+            DataError: an example number is out of range, is repeated, is in the splits of two clients, or is both in a training and in a
+                test split; or the stored hash does not match.
         """
         try:
             content = json.loads(Path(path).read_text())
@@ -140,33 +138,33 @@ def partition(
     divided. Each client's examples are then split at random: the fraction `test_fraction` (default 0.25) becomes its test
     split. The common test set is the union of these test splits.
 
-    Without `merge`, only the training examples are divided. The common test set is the official test set, if there is one.
-    `test_fraction` is then 0 by default, so clients have no test examples of their own.
+    Without `merge`, only the training examples are divided. The common test set is the official test set, if there is one. In this case,
+    `test_fraction` is 0 by default, so clients have no own test examples.
 
     Args:
         dataset: the data set to divide.
-        clients: number of clients. With "natural" and "own", the clients with the most (training) examples are kept; default: all.
-        scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`);
-            "pathological" (`classes_per_client`, `balance`);
-            "extended" (`classes_per_client`, `alpha`); "quantity" (`alpha`); "natural" (`column`: one client per value);
-            "own" (the data set's own split: `column` gives the client of each training and test example); "file" (`path`).
-        alpha: concentration of the Dirichlet distribution.
+        clients: number of clients. With "natural" and "own", the clients with the most (training) examples are kept; by default, all are.
+        scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`); "pathological" (uses `classes_per_client`, `balance`); "extended"
+        (uses
+            `classes_per_client`, `alpha`); "quantity" (uses `alpha`); "natural" (one client per value of `column`); "own" (the data set's
+            own split, in which `column` contains the client of each training and test example); "file" (uses `path`).
+        alpha: concentration parameter of the Dirichlet distribution.
         classes_per_client: number of classes that each client has.
         balance: see `schemes.pathological`.
-        by: the column whose values are used instead of classes in "dirichlet", "pathological" and "extended". Default: groups by target,
-            which are classes, the rarest label of each example, or quantile bins of numbers.
+        by: the column whose values are used instead of classes in "dirichlet", "pathological" and "extended". By default, examples are
+            grouped by target: by class, by the rarest label of each example, or by quantile bins of numbers.
         bins: number of quantile bins.
-        column: default: the column of a known data set, such as the domain in Office-Caltech10; for "own", otherwise "client".
-            With "natural", every example that is divided needs a value other than ""; `merge=False` leaves the test examples out.
+        column: by default, the column of a known data set, such as the domain in Office-Caltech10, or otherwise "client" with "own". With
+            "natural", every example that is divided needs a value other than "". `merge=False` excludes the test examples.
         min_examples: minimum number of examples of each client, before its test split is taken.
-        repair: use the first draw, and move examples from the largest clients to those below `min_examples`, instead of drawing again
-            until all have enough.
+        repair: use the first draw, and move examples from the largest clients to those below `min_examples`. Otherwise, draw again until
+            all clients have enough examples.
         merge: pool the official training and test examples (see above).
         test_fraction: fraction of each client's examples in its test split.
         class_floor: minimum number of training examples of every class (or value of `by`) that each client has after the split. Missing
-            ones are moved from the clients with the most training examples of the class ("dirichlet", "pathological", "extended").
+            examples are moved from the clients with the most training examples of the class ("dirichlet", "pathological", "extended").
         valid: fraction of each client's training examples in its validation split.
-        path: partition file.
+        path: the partition file.
         seed: seed of all draws.
 
     Raises:
@@ -207,15 +205,18 @@ def partition(
 
 
 def default_scheme(dataset: Dataset, merge: bool = True) -> str:
-    """Return the scheme that fits the data: "own" if examples overlap or texts are split in time, "natural" if a column names
-    the owner of every example, "dirichlet" if targets fall into groups, else "iid"."""
+    """Return the name of the scheme that fits the data.
+
+    It is "own" if examples overlap or texts are split in time, "natural" if a column names the owner of every example, "dirichlet" if
+    targets form groups, and "iid" otherwise.
+    """
     column = _natural_column(dataset)
     if column in dataset.columns and (dataset.overlaps or _is_split_in_time(dataset, column)):
         return "own"
     dealt = dataset.n_rows if merge else dataset.n_train
     if column in dataset.columns:
         owners = dataset.columns[column][:dealt]
-        if not (owners == "").any() and 2 * len(np.unique(owners)) <= dealt:  # else it numbers the examples
+        if not (owners == "").any() and 2 * len(np.unique(owners)) <= dealt:  # otherwise, it numbers the examples
             return "natural"
     strata = dataset.objective.strata(dataset.targets, dataset.n_train)
     return "iid" if strata is None or len(strata.names) < 2 else "dirichlet"
@@ -231,13 +232,13 @@ def given_partition(
     min_examples: int = 2,
     seed: int = 0,
 ) -> Partition:
-    """Return a partition that is given in Python.
+    """Return the partition for a value that is passed in Python.
 
     Args:
-        given: a `Partition`; or, for each client, the numbers of its examples; or the owner of each example.
+        given: a `Partition`, the numbers of each client's examples, or the owner of each example.
         dataset: the data set to divide.
         test_fraction, merge, valid, seed: see `partition`; they apply unless `given` is a `Partition`.
-        min_examples: owners with fewer examples are left out.
+        min_examples: owners with fewer examples are omitted.
 
     Raises:
         DataError: numbers are out of range or repeated, or the number of owners differs from the number of examples.
@@ -262,7 +263,7 @@ def given_partition(
 
 
 def _check_given(dealt: Sequence[Rows], n_rows: int) -> None:
-    """Raise DataError unless every client has an example, and all numbers are in range and different."""
+    """Raise DataError unless every client has an example, and all numbers are in range and distinct."""
     every = np.concatenate([np.empty(0, np.int64), *dealt])
     if not len(dealt) or not all(map(len, dealt)):
         raise DataError("partition: every client needs at least one example")
@@ -275,7 +276,7 @@ def _check_given(dealt: Sequence[Rows], n_rows: int) -> None:
 
 
 def _groups(dataset: Dataset, scheme: str, by: str | None, bins: int) -> Rows:
-    """Return the group of each example that a scheme divides: values of a column, or groups by target."""
+    """Return the group of each example for a scheme that divides groups: a value of a column, or a group by target."""
     if by is not None:
         return np.unique(_column(dataset, by, "by"), return_inverse=True)[1].astype(np.int64)
     if scheme in ("iid", "quantity"):
@@ -328,7 +329,7 @@ def _present(labels: Rows, clients: int | None, min_examples: int, settings: dic
 def _split(
     dataset: Dataset, dealt: Sequence[Rows], scheme: dict[str, Any], stream: Stream, owners: tuple[str, ...]
 ) -> Partition:
-    """Hold out each client's test and validation examples, as the settings in `scheme` say."""
+    """Hold out each client's test and validation examples according to the settings in `scheme`."""
     train, held_out, test = [], [], []
     for i, rows in enumerate(dealt):
         kept, tested = hold_out(rows, scheme["test_fraction"], stream.child("test", i))
@@ -356,13 +357,13 @@ def hold_out(rows: Rows, fraction: float, stream: Stream) -> tuple[Rows, Rows]:
 
 
 def _is_split_in_time(dataset: Dataset, column: str) -> bool:
-    """Return whether blocks of text (task=language) have test blocks of the same owners."""
+    """Return whether blocks of text (task=language) include test blocks of the same owners."""
     owners, n = dataset.columns[column], dataset.n_train
     return dataset.objective.task == "language" and n < dataset.n_rows and set(owners[n:]) <= set(owners[:n])
 
 
 def _refuse_leaks(dataset: Dataset, scheme: str, *, merge: bool, fraction: float, valid: float) -> None:
-    """Raise DataError if examples overlap, and a random split would put parts of test examples into training examples."""
+    """Raise DataError if examples overlap, so that a random split would put parts of test examples into training examples."""
     key = (
         "partition.merge=true"
         if merge
@@ -379,7 +380,7 @@ def _refuse_leaks(dataset: Dataset, scheme: str, *, merge: bool, fraction: float
 
 
 def _largest(owners: Rows, n_train: int, n: int) -> Rows:
-    """Return the numbers of the n owners with the most training examples, in order; the first of equal ones."""
+    """Return the numbers of the n owners with the most training examples, in order. Of equally large owners, the first ones are chosen."""
     return np.sort(np.argsort(-np.bincount(owners[:n_train], minlength=int(owners.max()) + 1), kind="stable")[:n])
 
 
@@ -441,14 +442,14 @@ def _from_file(dataset: Dataset, clients: int | None, path: str | Path | None, v
 
 
 def _pool(dataset: Dataset) -> dict[str, Any]:
-    """Return facts that identify the data set. Without them, example numbers would be valid for any data set that is large enough."""
+    """Return facts that identify the data set. Without them, example numbers would be valid for any sufficiently large data set."""
     return {"data": dataset.name, "n_train": dataset.n_train, "n_rows": dataset.n_rows}
 
 
 def _natural_column(dataset: Dataset) -> str | None:
-    """Return the column by which a data set is divided: `client` if it has a known client factor, or that of a known data set.
+    """Return the column by which a data set is divided: `client` if it has a client factor, or the natural column of a known data set.
 
-    For an unknown data set, return `client`, its only column, or None.
+    For an unknown data set, return `client` if it exists, else its only column, else None.
     """
     if dataset.factor:
         return "client"

@@ -1,10 +1,9 @@
 """PFLlib's folders: one `.npz` file per client and split, each with a pickled dictionary of arrays.
 
-The layout is `train/0.npz` .. `train/K-1.npz`, the same in `test/`, and `config.json`. Each file has one object array
-`data`: a dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and loading a pickle can execute
-arbitrary code. The unpickler here therefore accepts only five names, and replaces each with a harmless class from this
-module: arrays, dtypes and scalars become plain records, and numeric arrays are built from their raw bytes. Any other name
-raises DataError.
+The layout is `train/0.npz` .. `train/K-1.npz`, the same in `test/`, and `config.json`. Each file contains one object array `data`: a
+dictionary with `x` (n, ...) and `y` (n,). Object arrays are pickles, and loading a pickle can execute arbitrary code. Therefore, the
+unpickler in this module accepts only five names and replaces each with a harmless class: arrays, dtypes and scalars become plain records,
+and numeric arrays are built from their raw bytes. Any other name raises DataError.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _NUMERIC = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2"
 
 
 def load_pfllib(path: str | Path) -> Dataset:
-    """Return the pool of a PFLlib folder: the training examples of all clients, then their test examples. Column `client` is the owner.
+    """Return the pool of a PFLlib folder: the training examples of all clients, then their test examples.
 
-    Inputs are returned as stored (PFLlib stores them normalised). `partition(dataset, scheme="own")` restores PFLlib's
-    split. Raise DataError if files are missing or malformed, or contain anything but arrays.
+    The column `client` contains the owner. Inputs are returned as stored (PFLlib stores them normalised). `partition(dataset,
+    scheme="own")` restores PFLlib's split. Raise DataError if files are missing or malformed, or contain anything other than arrays.
     """
     folder = Path(path).expanduser()
     splits = [_read_split(folder / split) for split in ("train", "test")]
@@ -75,7 +74,10 @@ def _read_client(file: Path) -> Client:
 
 
 def _token_ids(file: Path, x: list[Any]) -> npt.NDArray[np.int64]:
-    """Return texts as token ids (n, T). PFLlib stores a list of ids and its length for each text; lengths count padding and are dropped."""
+    """Return texts as token ids (n, T). PFLlib stores each text as a list of ids and its length.
+
+    The lengths are dropped, because they include padding.
+    """
     texts = [row[0] if isinstance(row, list | tuple) and len(row) == 2 else None for row in x]
     width = len(texts[0]) if texts and isinstance(texts[0], list) else 0
     if not width or any(
@@ -95,7 +97,7 @@ def _join(path: str | Path, clients: list[Client]) -> tuple[torch.Tensor, torch.
 
 
 def _declared_classes(folder: Path) -> int | None:
-    """Return the number of classes Y in `config.json`, or None if the file or the entry is missing (as in older folders)."""
+    """Return the number of classes Y in `config.json`. Return None if the file or the entry is missing (as in older folders)."""
     try:
         config = json.loads((folder / "config.json").read_text())
         return None if "num_classes" not in config else int(config["num_classes"])
@@ -129,7 +131,7 @@ def read_object(file: str | Path) -> Any:
 
 
 class _Type:
-    """A dtype in the pickle: code, such as 'f4', and byte order."""
+    """A dtype in the pickle, given by its code, such as 'f4', and its byte order."""
 
     def __init__(self, code: str, *_: object) -> None:
         self.code, self.order = code, "="
@@ -144,7 +146,7 @@ class _Type:
 
 
 class _Array:
-    """An array in the pickle: shape, dtype, memory order and raw bytes (a list of objects for dtype 'O8')."""
+    """An array in the pickle, given by its shape, dtype, memory order and raw bytes (a list of objects for dtype 'O8')."""
 
     def __init__(self, *_: object) -> None:
         self.state: tuple[Any, ...] = ()
@@ -181,7 +183,10 @@ def _latin(text: str, encoding: str) -> bytes:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that accepts arrays only. Each lookup returns a new object, so that a pickle cannot set attributes on shared ones."""
+    """An unpickler that accepts only arrays.
+
+    Each lookup returns a new object, so that a pickle cannot set attributes on shared objects.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         home = module.replace("numpy._core.", "numpy.core.", 1)

@@ -1,4 +1,4 @@
-"""Folders of pictures: class folders, split folders, metadata files and domain folders. They are decoded once, to uint8."""
+"""Folders of images: class folders, split folders, metadata files and domain folders. Images are decoded once, to uint8."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FORMAT = 1  # part of the cache key: increment it when decoding changes
 
 
 def is_picture_folder(folder: Path) -> bool:
-    """Return whether `folder` is a folder in which, down to one level below, there are no parquet files."""
+    """Return whether `folder` is a folder without parquet files in it or in the folders directly below it."""
     return folder.is_dir() and not any(any(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet"))
 
 
@@ -43,16 +43,16 @@ def read_pictures(
     owner: str | None = None,
     needs_every_class: bool = True,
 ) -> Dataset:
-    """Return the pool of the pictures in a folder, from the cache if they were decoded before. Raise DataError.
+    """Return the pool of the images in a folder, or from the cache if they were decoded before. Raise DataError.
 
     Args:
         name: name of the data set.
-        folder: has class folders, or split folders (`SPLIT_WORDS`) of class folders, or metadata.csv or metadata.jsonl.
-        where: the folder in error messages, such as `data.path=FOLDER`.
+        folder: contains class folders, or split folders (`SPLIT_WORDS`) with class folders, or metadata.csv or metadata.jsonl.
+        where: the folder as written in error messages, such as `data.path=FOLDER`.
         image_size, rows, task: see `fedloom.data.load`.
         cache_root: the cache folder.
-        owner: "folder": the upper folders are domains, which become the column `domain`, and the classes are below them.
-        needs_every_class: raise DataError if a class has no training pictures.
+        owner: with "folder", the upper folders are domains, which become the column `domain`, and the class folders are below them.
+        needs_every_class: raise DataError if a class has no training images.
     """
     folder = folder.expanduser()
     metadata = read_metadata(folder, SPLIT_WORDS)
@@ -82,7 +82,7 @@ def _decoded(
 
 
 def _targets(layout: Layout, metadata: Metadata | None, task: str, owner: str | None) -> Targets:
-    """Return the targets and columns, from metadata or from the names of folders. Raise DataError."""
+    """Return the targets and columns from the metadata or the names of folders. Raise DataError."""
     if metadata is not None:
         targets = metadata.targets(layout.files, task)
     elif task == "classification":
@@ -142,7 +142,7 @@ def _key(name: str, folder: Path, layout: Layout, metadata: Metadata | None, set
 
 
 def _log(pool: Dataset, layout: Layout) -> None:
-    """Log one line that says how the folder was understood, and one if test pictures are also training pictures."""
+    """Log how the folder was interpreted, and whether test images are also training images."""
     task, names = pool.objective.task, pool.objective.names
     what = "in " + counted(len(names), "class", "classes")
     if task != "classification":
@@ -158,7 +158,7 @@ def _log(pool: Dataset, layout: Layout) -> None:
 
 
 def _repeated(pool: Dataset) -> int:
-    """Return how many test pictures have the same pixels as a training picture."""
+    """Return the number of test images with the same pixels as a training image."""
     if pool.n_train == pool.n_rows:
         return 0
     hashes = [hashlib.blake2b(memoryview(picture.numpy()), digest_size=16).digest() for picture in pool.images]

@@ -1,4 +1,4 @@
-"""Layouts of folders of pictures: which pictures belong to which split, and at which depth their classes are named."""
+"""Layouts of folders of images: which images belong to which split, and at which depth the folders name their classes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _SKIPPED = ("__MACOSX",)
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What a folder holds, before any picture is decoded.
+    """The content of a folder, before any image is decoded.
 
-    `files` are paths below the folder, training pictures first. `inner` are the same paths below their split folders.
+    `files` are paths relative to the folder, training images first. `inner` are the same paths relative to their split folders.
     """
 
     where: str
@@ -31,7 +31,7 @@ class Layout:
 
 
 def find_layout(folder: Path, where: str, metadata: Metadata | None, owner: str | None) -> Layout:
-    """Return the pictures by split, after checking their depth. Raise DataError."""
+    """Return the images by split, after a check of their depth. Raise DataError."""
     found, notes = _found(folder, where), list[str]()
     if not found:
         raise DataError(
@@ -61,7 +61,7 @@ def find_layout(folder: Path, where: str, metadata: Metadata | None, owner: str 
 
 
 def _found(folder: Path, where: str) -> list[Parts]:
-    """Return the paths of all pictures below the folder, sorted."""
+    """Return the sorted paths of all images below the folder."""
     suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     try:
         return sorted(_walk(folder, suffixes, (), ()))
@@ -88,7 +88,7 @@ def _is_skipped(name: str) -> bool:
 
 
 def _splits(files: list[Parts], where: str, notes: list[str], *, is_listed: bool) -> dict[str, list[Parts]] | None:
-    """Return the pictures of each split, or None if the upper folders are not splits. Raise DataError if only some of them are."""
+    """Return the images of each split, or None if the upper folders are not splits. Raise DataError if only some of them are splits."""
     tops = {file[0] if len(file) > 1 else "" for file in files}
     named = sorted(top for top in tops if top.lower() in SPLIT_WORDS)
     if not named:
@@ -107,7 +107,7 @@ def _splits(files: list[Parts], where: str, notes: list[str], *, is_listed: bool
 
 
 def _two_splits(found: dict[str, list[Parts]], where: str, notes: list[str]) -> dict[str, list[Parts]]:
-    """Return the training and test pictures. Without a test split, the validation split is the test set."""
+    """Return the training and test images. Without a test split, the validation split is the test set."""
     if "train" not in found:
         raise DataError(
             f"{where}: has no training pictures, only the splits {', '.join(sorted(found))}; add a folder 'train'"
@@ -118,9 +118,9 @@ def _two_splits(found: dict[str, list[Parts]], where: str, notes: list[str]) -> 
 
 
 def _check_depth(layout: Layout, owner: str | None, *, is_listed: bool) -> None:
-    """Raise DataError unless all pictures lie at the same depth, below a folder for the class and one for the domain."""
+    """Raise DataError unless all images are at the same depth, below folders for the class and, if requested, for the domain."""
     pairs = list(zip(layout.inner, layout.files, strict=True))
-    first = {len(inner) - 1: "/".join(file) for inner, file in reversed(pairs)}  # the first picture of each depth
+    first = {len(inner) - 1: "/".join(file) for inner, file in reversed(pairs)}  # the first image at each depth
     shallow = min(first)
     needed = (owner is not None) + (not is_listed)
     if is_listed and shallow < needed:

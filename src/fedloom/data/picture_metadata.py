@@ -1,4 +1,4 @@
-"""Metadata files of folders of pictures: metadata.csv and metadata.jsonl, with the columns file_name and labels."""
+"""Metadata files of folders of images: metadata.csv and metadata.jsonl, with the columns file_name and labels."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ LABELS = ("label", "labels", "class", "target", "y")
 
 
 class Targets(NamedTuple):
-    """Targets of pictures (class numbers, numbers, or rows of 0 and 1), their names, and further columns."""
+    """Targets of images (class numbers, numbers, or rows of 0 and 1), their names, and further columns."""
 
     values: npt.NDArray[Any]
     names: tuple[str, ...] | None
     columns: dict[str, Column]
 
     def chosen(self, keep: npt.NDArray[np.bool_]) -> Targets:
-        """Return the targets and columns of the pictures to keep."""
+        """Return the targets and columns of the images to keep."""
         return Targets(self.values[keep], self.names, {name: column[keep] for name, column in self.columns.items()})
 
 
 class Metadata(NamedTuple):
-    """The rows of a folder's metadata files, by the path of the picture below the folder."""
+    """The rows of a folder's metadata files, by the path of the image relative to the folder."""
 
     files: list[Path]
     columns: tuple[str, ...]
     rows: dict[Parts, Row]
 
     def listed(self, pictures: Sequence[Parts], notes: list[str]) -> list[Parts]:
-        """Return the pictures that are listed; note how many are not. Raise DataError if a listed picture does not exist."""
+        """Return the images that are listed, and note how many are not. Raise DataError if a listed image does not exist."""
         found = [picture for picture in pictures if picture in self.rows]
         missing = sorted(self.rows.keys() - set(found))
         if missing:
@@ -57,7 +57,7 @@ class Metadata(NamedTuple):
         return found
 
     def targets(self, pictures: Sequence[Parts], task: str) -> Targets:
-        """Return the targets and the other columns of pictures. Raise DataError."""
+        """Return the targets and the other columns for these images. Raise DataError."""
         values = {column: [self.rows[picture][column] for picture in pictures] for column in self.columns}
         labels = self._label_columns(values, task)
         for column in labels:
@@ -75,7 +75,7 @@ class Metadata(NamedTuple):
         return self._numbers({column: values[column] for column in labels}, others, task)
 
     def _check_labels(self, column: str, labels: Sequence[Any]) -> None:
-        """Raise DataError if the labels of a classification are lists, or numbers that are not whole."""
+        """Raise DataError if the labels for classification are lists, or numbers that are not integers."""
         are_lists = any(isinstance(label, list | dict) for label in labels)
         are_numbers = all(map(_is_number, labels)) and not all(float(label).is_integer() for label in labels)
         if are_lists or are_numbers:
@@ -85,7 +85,7 @@ class Metadata(NamedTuple):
             )
 
     def _label_columns(self, values: dict[str, list[Any]], task: str) -> list[str]:
-        """Return the columns of targets: the one with a usual name, else all that fit the task."""
+        """Return the target columns: the column with a usual name, or else all columns that fit the task."""
         known = [column for column in LABELS if column in self.columns]
         if known:
             return known[:1]
@@ -114,7 +114,7 @@ class Metadata(NamedTuple):
 
 
 def read_metadata(folder: Path, splits: Collection[str]) -> Metadata | None:
-    """Return the metadata files in a folder and in its split folders; None if there are none. Raise DataError."""
+    """Return the metadata in a folder and its split folders, or None if there are none. Raise DataError if a file is malformed."""
     try:
         places = [folder, *sorted(place for place in folder.iterdir() if place.name.lower() in splits)]
     except OSError as error:
@@ -184,7 +184,7 @@ def _json_rows(file: Path, stream: Any) -> Iterator[tuple[int, Row]]:
 
 
 def _holds_numbers(values: Sequence[Any], allowed: Collection[str] | None) -> bool:
-    """Return whether all values that are present are numbers, or among `allowed`."""
+    """Return whether all values that are not missing are numbers, or are among `allowed`."""
     present = [value for value in values if value is not None and value != ""]
     if allowed is not None:
         return bool(present) and all(str(value) in allowed for value in present)
@@ -199,7 +199,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _classes(labels: Sequence[Any], others: dict[str, Column]) -> Targets:
-    """Return class numbers. Whole numbers are sorted by value, other labels as text."""
+    """Return class numbers. Integers are sorted by value, other labels as text."""
     text = [str(label) for label in labels]
     names = sorted(set(text))
     if all(name.isdecimal() for name in names):

@@ -1,4 +1,4 @@
-"""Decode images to uint8, and resize them."""
+"""Decode images to uint8 and resize them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def decode_picture(pictures: Iterable[tuple[str, bytes | None]], n: int, image_size: int | None) -> Pixels:
-    """Decode `n` images to (N, C, H, W) uint8. C is 1 if all are greyscale, else 3.
+    """Decode `n` images to uint8 (N, C, H, W). C is 1 if all images are greyscale, and 3 otherwise.
 
-    Each image is given with its location, for error messages.
-
-    With `image_size`, images are resized (bilinear) to that width and height; otherwise all must have the same size. Raise DataError if
-    an image cannot be decoded, or sizes differ.
+    Each image is passed together with its location, which error messages show. With `image_size`, images are resized (bilinear) to that
+    width and height; otherwise, all must have the same size. Raise DataError if an image cannot be decoded, or if sizes differ.
     """
     out: Pixels = np.empty((0, 0, 0, 0), np.uint8)
     for i, (where, pixels) in enumerate(_decoded(pictures, image_size)):
@@ -53,7 +51,7 @@ def _decoded(pictures: Iterable[tuple[str, bytes | None]], image_size: int | Non
 
 
 def resized(image: Image.Image, image_size: int | None) -> Pixels:
-    """Return one image as (C, H, W) uint8, resized to a square if `image_size` is given. Raise DataError if it cannot be decoded."""
+    """Return one image as uint8 (C, H, W), resized to a square if `image_size` is set. Raise DataError if it cannot be decoded."""
     if image.mode.startswith("I;16") or (
         image.mode == "I" and image.format == "PNG"
     ):  # older versions of Pillow open 16-bit PNG files in mode I

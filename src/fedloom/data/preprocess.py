@@ -1,7 +1,7 @@
-"""How raw values become model inputs: one description of all inputs, written as `preprocess.json` into the folder of every run.
+"""The conversion of raw values to model inputs, in one description of all inputs. Every run writes it to its folder as `preprocess.json`.
 
-Each input has a part. A part turns raw values into stored ones (as in `Dataset.inputs`), and stored ones into model inputs, by
-`stored * scale + shift`. `raw_inputs.py` reads files, tables and pictures for it.
+Each input has a part. A part converts raw values to stored values (as in `Dataset.inputs`), and stored values to model inputs, by `stored
+* scale + shift`. `raw_inputs.py` reads files, tables and images for this conversion.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Number = Annotated[float, Limits(allow_inf_nan=False)]
 Numbers = Annotated[tuple[Number, ...], Limits(max_length=10_000_000)]
 Shape = Annotated[tuple[Annotated[int, Limits(ge=1, le=2**31)], ...], Limits(min_length=1, max_length=16)]
 Scaling = tuple[Tensor, Tensor]
-"""float64 scale and shift of a field; scalars, or of shapes that broadcast over an example."""
+"""Scale and shift of a field in float64: scalars, or tensors that can be broadcast over an example."""
 
 
 class _Strict(BaseModel):
@@ -44,13 +44,13 @@ class _Strict(BaseModel):
 
 
 class NumberColumn(_Strict):
-    """A column of a table that holds numbers.
+    """A table column that contains numbers.
 
     Attributes:
-        name: the column.
-        words: the words for 0 and 1, if the column has words.
-        fill: the number for missing values; None: a value must be present.
-        marked: whether a further column of 0 and 1 marks missing values.
+        name: name of the column.
+        words: the words for 0 and 1, if the column contains words.
+        fill: the number that replaces missing values; None means that no value may be missing.
+        marked: whether an additional column of 0 and 1 marks missing values.
     """
 
     name: Text
@@ -59,7 +59,7 @@ class NumberColumn(_Strict):
     marked: bool = False
 
     def filled(self, values: npt.NDArray[np.float64]) -> list[npt.NDArray[np.float32]]:
-        """Return the stored columns for float64 values, (N,), in which NaN is a missing value."""
+        """Return the stored columns for float64 values (N,), in which NaN is a missing value."""
         lacking = np.isnan(values)
         if self.fill is not None:
             values = np.where(lacking, self.fill, values)
@@ -68,7 +68,7 @@ class NumberColumn(_Strict):
 
 
 class CategoryColumn(_Strict):
-    """A column of a table that holds categories. Id 0 is a value that is not in `levels`; the level "" is a missing value."""
+    """A table column that contains categories. Id 0 means a value that is not in `levels`; the level "" means a missing value."""
 
     name: Text
     levels: Annotated[Texts, Limits(min_length=1)]
@@ -85,14 +85,15 @@ class _Part(_Strict):
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The sizes of vocabularies and the numbers of levels; empty for other inputs."""
+        """The sizes of vocabularies or the numbers of levels; empty for other inputs."""
         return ()
 
 
 class _Scaled(_Part):
-    """An input that is scaled: one scale and shift for all values, for each channel, or for each value of an example.
+    """An input that is scaled with one scale and shift for all values, for each channel, or for each value of an example.
 
-    With `own`, there are that many scalings, one after another: the first for examples that belong to no client, then one per client.
+    If `own` is not 0, it is the number of scalings in `scale` and `shift`: first one for examples that belong to no client, then one per
+    client.
     """
 
     scale: Numbers = (1.0,)
@@ -100,12 +101,12 @@ class _Scaled(_Part):
     own: Annotated[int, Limits(ge=0, le=2**24)] = 0
 
     def scaling(self, client: int | None = None) -> Scaling:
-        """Return scale and shift as tensors; `client`: whose scaling, if each client has its own."""
+        """Return scale and shift as tensors, for the given client if each client has its own scaling."""
         place = 0 if client is None else client + 1
         return self._tensor(self.scale, place), self._tensor(self.shift, place)
 
     def scaled(self, scaling: Scaling, own: int = 0) -> Self:
-        """Return the part with another scaling; with `own`, both tensors have that many entries."""
+        """Return the part with another scaling. With `own`, both tensors have that many entries."""
         scale, shift = (tuple(value.reshape(-1).tolist()) for value in scaling)
         return self.model_copy(update={"scale": scale, "shift": shift, "own": own})
 
@@ -118,21 +119,21 @@ class _Scaled(_Part):
 
 
 class PictureInput(_Scaled):
-    """Pictures (C, H, W) of uint8. `resize`: whether pictures of other sizes are resized, as in training."""
+    """Images (C, H, W) of type uint8. `resize` states whether images of other sizes are resized, as in training."""
 
     kind: Literal["picture"] = "picture"
     resize: bool = False
 
 
 class NumberInput(_Scaled):
-    """Numbers. `columns`: the columns of a table that they come from; none for arrays."""
+    """Numbers. `columns` are the table columns from which they come; for arrays, there are none."""
 
     kind: Literal["number"] = "number"
     columns: Annotated[tuple[NumberColumn, ...], Limits(max_length=1_000_000)] = ()
 
 
 class CategoryInput(_Part):
-    """Categories. `levels`: the number of levels of each column; `columns`: the columns of a table that they come from; none for arrays."""
+    """Categories. `levels` is the number of levels of each column. `columns` are the table columns from which they come, if any."""
 
     kind: Literal["category"] = "category"
     levels: Annotated[tuple[Annotated[int, Limits(ge=0, lt=2**31)], ...], Limits(max_length=1_000_000)]
@@ -144,7 +145,7 @@ class CategoryInput(_Part):
 
 
 class TokenInput(_Part):
-    """Token ids below `vocabulary`. `text`: how texts become ids; None: ids come from arrays."""
+    """Token ids below `vocabulary`. `text` describes how texts become ids; None means that the ids come from arrays."""
 
     kind: Literal["token"] = "token"
     vocabulary: Annotated[int, Limits(ge=1, lt=2**31)]
@@ -159,7 +160,7 @@ Part = PictureInput | NumberInput | CategoryInput | TokenInput
 
 
 class TableFormat(_Strict):
-    """How the training table was read: its label columns, the other columns that are no inputs, and the settings `data.*`."""
+    """How the training table was read: its label columns, its other columns that are not inputs, and the settings `data.*`."""
 
     labels: Texts = ()
     others: Texts = ()
@@ -169,7 +170,7 @@ class TableFormat(_Strict):
 
 
 class Preprocess(_Strict):
-    """The way from raw values to model inputs, and from outputs to answers.
+    """The conversion of raw values to model inputs, and of outputs to predictions.
 
     Attributes:
         data: name of the data set.
@@ -200,20 +201,23 @@ class Preprocess(_Strict):
         return InputSpec(tuple(part.field for part in self.inputs))
 
     def encode(self, raw: Any, client: int | None = None) -> Inputs:
-        """Return raw values of a client's new examples (None: of no client) as model inputs.
+        """Return raw values of a client's new examples as model inputs. With `client=None`, the examples belong to no client.
 
-        `raw`: see `raw_inputs.stored_inputs`. Raise DataError if it does not fit.
+        For `raw`, see `raw_inputs.stored_inputs`. Raise DataError if it does not match the description.
         """
         return self.prepared(self.stored(raw), client)
 
     def stored(self, raw: Any) -> Inputs:
-        """Return raw values of new examples in the form in which those of training are stored."""
+        """Return raw values of new examples in the same stored form as the training examples."""
         from fedloom.data.raw_inputs import stored_inputs  # pandas and Pillow are slow to import
 
         return stored_inputs(self, raw)
 
     def prepared(self, stored: Inputs, client: int | None = None) -> Inputs:
-        """Return stored inputs of a client's new examples (None: of no client) as model inputs. Raise DataError if they do not fit."""
+        """Return stored inputs of a client's new examples as model inputs. With `client=None`, they belong to no client.
+
+        Raise DataError if they do not match the description.
+        """
         check_stored(self.spec, stored)
         named = named_tensors(stored)
         found = {part.name: model_input(part.field, named[part.name], _scaling(part, client)) for part in self.inputs}
@@ -231,7 +235,7 @@ class Preprocess(_Strict):
 
     @classmethod
     def parse(cls, text: str | bytes, where: str) -> Preprocess:
-        """Return the description in the text of a file. Raise DataError, with `where`, if it is malformed."""
+        """Return the description in the text of a file. Raise DataError, which starts with `where`, if it is malformed."""
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -266,7 +270,7 @@ class Preprocess(_Strict):
 
 
 def array_part(field: Field, resize: bool = False) -> Part:
-    """Return the part of an input that comes from arrays or pictures. `resize`: see `PictureInput`."""
+    """Return the part for an input that comes from arrays or images. For `resize`, see `PictureInput`."""
     name, shape = field.name, field.shape
     if field.kind == "picture":
         return PictureInput(name=name, shape=shape, resize=resize)
@@ -278,7 +282,7 @@ def array_part(field: Field, resize: bool = False) -> Part:
 
 
 def model_input(field: Field, values: Tensor, scaling: Scaling | None) -> Tensor:
-    """Return one stored input tensor (N, ...) as a model input: int64 ids, or scaled numbers of the default type."""
+    """Return a stored input tensor (N, ...) as a model input: int64 ids, or scaled numbers of the default dtype."""
     if scaling is None:
         return values.to(torch.int64)
     dtype = torch.get_default_dtype()
@@ -289,7 +293,7 @@ def model_input(field: Field, values: Tensor, scaling: Scaling | None) -> Tensor
 
 
 def check_stored(spec: InputSpec, inputs: Inputs) -> None:
-    """Raise DataError if stored inputs of new examples do not fit the description."""
+    """Raise DataError if stored inputs of new examples do not match the description."""
     named = named_tensors(inputs)
     if named.keys() != {part.name for part in spec.fields}:
         raise DataError(f"inputs: must be {spec}, but have {shapes_of(inputs)}")

@@ -1,4 +1,4 @@
-"""Raw values of new examples in stored form: rows of a table, pictures or arrays, read as `preprocess.json` says."""
+"""Raw values of new examples in stored form: rows of a table, images or arrays, converted as `preprocess.json` describes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class TableRows:
-    """New rows of a table. Columns are text, float64 or categorical (see `table_files.RawTable`); `place` names a row in messages."""
+    """New rows of a table. Columns are text, float64 or categorical (see `table_files.RawTable`). `place` names a row for messages."""
 
     frame: pd.DataFrame
     place: Callable[[int], str]
@@ -54,19 +54,18 @@ class TableRows:
 
 
 def is_table(preprocess: Preprocess) -> bool:
-    """Return whether inputs are columns of a table."""
+    """Return whether the inputs are columns of a table."""
     return any(getattr(part, "columns", ()) for part in preprocess.inputs)
 
 
 def stored_inputs(preprocess: Preprocess, raw: Any) -> Inputs:
-    """Return raw inputs in the form in which the training examples are stored. Raise DataError if they do not fit.
+    """Return raw inputs in the same stored form as the training examples. Raise DataError if they do not match the description.
 
     Args:
         preprocess: see `Preprocess`.
-        raw: for tables: a file (.csv, .tsv, also .gz, or .parquet), a pandas table, or a dictionary with values or lists by column. For
-            pictures: files, pictures of Pillow, or uint8 arrays (H, W), (H, W, C) or (C, H, W), one or several.
-            For texts: one or several strings, text files, or a table. Otherwise arrays as in
-            training, one example or several, or an .npy or .npz file.
+        raw: for tables, a file (.csv, .tsv, also .gz, or .parquet), a pandas table, or a dictionary with values or lists by column. For
+            images, one or several files, Pillow images, or uint8 arrays (H, W), (H, W, C) or (C, H, W). For texts, one or several strings,
+            text files, or a table. Otherwise, arrays as in training, for one or several examples, or an .npy or .npz file.
     """
     if is_table(preprocess):
         return table_inputs(preprocess, table_rows(preprocess, raw))
@@ -82,7 +81,7 @@ def stored_inputs(preprocess: Preprocess, raw: Any) -> Inputs:
 
 
 def table_rows(preprocess: Preprocess, raw: Any) -> TableRows:
-    """Return the rows of a table file, of a pandas table, or of a dictionary of columns. Raise DataError for others."""
+    """Return the rows of a table file, a pandas table, or a dictionary of columns. Raise DataError for anything else."""
     import pandas as pd
 
     files = _files(raw)
@@ -118,7 +117,7 @@ def table_rows(preprocess: Preprocess, raw: Any) -> TableRows:
 
 
 def _unnamed(preprocess: Preprocess, values: Array) -> Any:
-    """Return an array of numbers as a table, if all columns are numbers."""
+    """Return an array of numbers as a table, if all columns contain numbers."""
     import pandas as pd
 
     only = preprocess.inputs[0]
@@ -130,7 +129,7 @@ def _unnamed(preprocess: Preprocess, values: Array) -> Any:
 
 
 def table_inputs(preprocess: Preprocess, rows: TableRows) -> Inputs:
-    """Return the stored inputs in rows of a table."""
+    """Return the rows of a table as stored inputs."""
     form, found = preprocess.table or TableFormat(), dict[str, Tensor]()
     used = set[str](form.others)
     for part in preprocess.inputs:
@@ -147,7 +146,7 @@ def table_inputs(preprocess: Preprocess, rows: TableRows) -> Inputs:
 
 
 def _present(column: NumberColumn, rows: TableRows, form: TableFormat) -> Floats:
-    """Return the numbers of a column, NaN where missing. Raise DataError if missing values cannot be filled."""
+    """Return the numbers of a column, with NaN for missing values. Raise DataError if missing values cannot be filled."""
     values = column_numbers(rows, column.name, form)
     lacking = np.isnan(values)
     if lacking.any() and column.fill is None:
@@ -163,7 +162,7 @@ def _present(column: NumberColumn, rows: TableRows, form: TableFormat) -> Floats
 
 
 def column_numbers(rows: TableRows, name: str, form: TableFormat) -> Floats:
-    """Return the numbers of a column, (N,), NaN where missing; words for true and false are 1 and 0."""
+    """Return the numbers of a column (N,), with NaN for missing values. Words for true and false are 1 and 0."""
     from fedloom.data.table_columns import BLANK, is_number, number_of
 
     series = rows.column(name)
@@ -184,7 +183,7 @@ def column_numbers(rows: TableRows, name: str, form: TableFormat) -> Floats:
 
 
 def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDArray[np.int64]:
-    """Return the ids of a column of categories: 0 for unknown values, else 1 and above."""
+    """Return the ids of a column of categories: 0 for unknown values, and 1 and above for known values."""
     from fedloom.data.table_columns import BLANK, NO_NUMBER, is_number
 
     codes, words = column_words(rows, column.name)
@@ -201,7 +200,7 @@ def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDAr
 
 
 def column_words(rows: TableRows, name: str) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Return a column as places (N,) in a list of words; -1 where missing."""
+    """Return a column as positions (N,) in a list of words, with -1 for missing values."""
     series = rows.column(name)
     if series.dtype == np.float64:
         numbers, found = np.unique(series.to_numpy(), return_inverse=True)
@@ -228,7 +227,7 @@ def _are_ids(raw: Any) -> bool:
 
 
 def _raw_texts(coder: TextCoder, preprocess: Preprocess, raw: Any) -> list[tuple[str, ...]]:
-    """Return texts: one or several strings, text files, or the columns of a table."""
+    """Return texts from one or several strings, text files, or the columns of a table."""
     if isinstance(raw, Path) or (isinstance(raw, str) and _names_file(raw)):
         raw = [Path(raw)]
     if isinstance(raw, str):
@@ -253,7 +252,7 @@ def _raw_texts(coder: TextCoder, preprocess: Preprocess, raw: Any) -> list[tuple
 
 
 def _names_file(text: str) -> bool:
-    """Return whether a string is the name of a file of text or of a table, and not a text itself."""
+    """Return whether a string is the name of a text file or table file, and not a text itself."""
     is_name = len(text) < 4096 and text.lower().endswith((".txt", ".csv", ".tsv", ".gz", ".parquet"))
     return is_name and Path(text).expanduser().is_file()
 
@@ -262,7 +261,7 @@ def _names_file(text: str) -> bool:
 
 
 def _pictures(part: PictureInput, raw: Any) -> list[tuple[str, Any]]:
-    """Return single pictures: their names for messages, and file contents, pictures of Pillow or arrays."""
+    """Return single images, each with its name for messages, as file contents, Pillow images or arrays."""
     from PIL import Image
 
     if isinstance(raw, str | Path):
@@ -285,7 +284,7 @@ def _pictures(part: PictureInput, raw: Any) -> list[tuple[str, Any]]:
 
 
 def _are_several(part: PictureInput, values: Array) -> bool:
-    """Return whether an array of pixels holds several pictures."""
+    """Return whether an array of pixels contains several images."""
     if values.ndim == 4:
         return True
     is_one = values.ndim == 2 or (values.ndim == 3 and (values.shape == part.shape or values.shape[2] in (1, 3, 4)))
@@ -308,7 +307,7 @@ def _pixels(values: Array) -> Array:
 
 
 def _picture(part: PictureInput, where: str, raw: Any) -> Array:
-    """Return one picture as (C, H, W) uint8."""
+    """Return one image as uint8 (C, H, W)."""
     if isinstance(raw, np.ndarray):
         if raw.shape == part.shape:
             return raw
@@ -354,7 +353,7 @@ def _from_array(where: str, values: Array) -> Image.Image:
 
 
 def _arrays(preprocess: Preprocess, raw: Any) -> Inputs:
-    """Return arrays as stored inputs; one example becomes a batch of one."""
+    """Return arrays as stored inputs. A single example becomes a batch of one."""
     from fedloom.data.arrays import arrays_as_inputs
 
     if files := _files(raw):
@@ -386,7 +385,7 @@ def _arrays(preprocess: Preprocess, raw: Any) -> Inputs:
 
 
 def _batch(values: Any, shape: tuple[int, ...]) -> Any:
-    """Return one or several examples as several, with the channels of images first."""
+    """Return one or several examples as a batch, with the channels of images first."""
     values = values[None] if values.ndim == len(shape) else values
     is_last = len(shape) == 3 and values.ndim == 4 and values.shape[1:] != shape
     if is_last and (values.shape[3], *values.shape[1:3]) == shape:
@@ -404,7 +403,7 @@ def _array_file(file: Path) -> Any:
 
 
 def _files(raw: Any) -> list[Path]:
-    """Return the files that raw inputs name, or [] if they are values."""
+    """Return the files that raw inputs name, or an empty list if the inputs are values."""
     if isinstance(raw, str | Path):
         return [Path(raw).expanduser()]
     if isinstance(raw, Sequence) and raw and all(isinstance(item, str | Path) for item in raw):

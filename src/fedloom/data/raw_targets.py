@@ -1,4 +1,4 @@
-"""Targets of new examples, to score predictions: columns of a table, folders named by class, arrays or a data set."""
+"""Targets of new examples, for scoring predictions: columns of a table, folders named by class, arrays or a data set."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Stored = tuple[Inputs, Tensor]
 
 
 def stored_examples(preprocess: Preprocess, data: Any) -> Stored:
-    """Return examples with targets in stored form. Raise DataError if they do not fit.
+    """Return examples with targets in stored form. Raise DataError if they do not match the description.
 
-    `data`: a table with the label columns of training, a folder with one folder of pictures for each class, a pair of inputs and targets,
-    or a data set whose inputs were made in the same way (all its examples).
+    `data` is a table with the label columns of the training table, a folder with one folder of images for each class, a pair of inputs and
+    targets, or a data set whose inputs were made in the same way (all of its examples are used).
     """
     if isinstance(data, Dataset):
         return _of_dataset(preprocess, data)
@@ -57,7 +57,7 @@ def _of_dataset(preprocess: Preprocess, data: Dataset) -> Stored:
 
 
 def _encoding(part: Part) -> dict[str, Any]:
-    """Return what two parts must have in common to store the same raw values as the same tensors."""
+    """Return the properties that two parts must share to store the same raw values as the same tensors."""
     return part.model_dump(exclude={"scale", "shift", "own", "resize"})
 
 
@@ -87,7 +87,7 @@ def _of_table(preprocess: Preprocess, rows: TableRows) -> Tensor:
 
 
 def _targets(objective: Objective, raw: Any) -> Tensor:
-    """Return raw targets, as for `fedloom.from_arrays`, in stored form."""
+    """Return raw targets in stored form. They may have any form that `fedloom.from_arrays` accepts."""
     values = np.asarray(raw)
     if isinstance(objective, Classification):
         return _classes(objective, values.reshape(-1) if values.ndim == 2 and values.shape[1] == 1 else values)
@@ -104,7 +104,7 @@ def _targets(objective: Objective, raw: Any) -> Tensor:
 
 
 def _classes(objective: Objective, labels: npt.NDArray[Any]) -> Tensor:
-    """Return the class numbers of labels, which are names of classes or class numbers."""
+    """Return the class numbers for labels, which are class names or class numbers."""
     places = {name: i for i, name in enumerate(objective.names)}
     lower = {name.lower(): i for name, i in places.items()}
     found = []

@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 NORMALISES: Final = ("half", "standard", "own", "none")
 USUAL: Final = {"picture": "half", "number": "none"}
 LARGE: Final = 20.0
-"""With unscaled inputs above this value, training at usual learning rates diverges or stalls."""
+"""If unscaled inputs exceed this value, training at usual learning rates diverges or stalls."""
 
 
 def scale_and_shift(dataset: Dataset, part: Field, normalise: str, partition: Partition) -> Scaling:
-    """Return scale and shift of a field of images or numbers.
+    """Return the scale and shift of a field of images or numbers.
 
-    With "own", both have a first dimension of K + 1: entry 0 is for examples that belong to no client and uses the training examples of
-    the whole pool; entry 1 + i uses the training examples of client i.
+    With "own", both have a first dimension of K + 1. Entry 0 is for examples that belong to no client, and is computed from the training
+    examples of the whole pool. Entry 1 + i is computed from the training examples of client i.
     """
     unit = 1 / 255 if part.kind == "picture" else 1.0
     if normalise in ("standard", "own"):
@@ -43,7 +43,7 @@ def scale_and_shift(dataset: Dataset, part: Field, normalise: str, partition: Pa
 
 
 def owners_of(dataset: Dataset, partition: Partition) -> Tensor:
-    """Return 1 + i for each example of client i, (N,), and 0 for examples that belong to no client.
+    """Return 1 + i for each example of client i, and 0 for examples that belong to no client, as a tensor (N,).
 
     Raise DataError if a test example belongs to two clients.
     """
@@ -76,21 +76,21 @@ def tell_of_scale(dataset: Dataset) -> None:
 
 
 def _standard(values: Tensor, unit: float) -> Scaling:
-    """Return the scale and shift that give mean 0 and standard deviation 1. A constant becomes 0."""
+    """Return the scale and shift that result in mean 0 and standard deviation 1. A constant becomes 0."""
     mean, std = _moments(values)
     std = torch.where(
         std > 1e-7 * mean.abs(), std, 1 / unit
-    )  # rounding gives constants a standard deviation of up to 1e-8 of them
+    )  # through rounding, a constant c has a standard deviation of up to 1e-8 c
     return 1 / std, -mean / std
 
 
 def _moments(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation in stored units and float64, per channel of (N, C, H, W), else per feature."""
+    """Return mean and standard deviation in stored units and float64, per channel for images (N, C, H, W), otherwise per feature."""
     over = (0, 2, 3) if images.ndim == 4 else (0,)
     shape = (-1, 1, 1) if images.ndim == 4 else images.shape[1:]
     n = images.numel() // images.shape[1] if images.ndim == 4 else len(images)
     total = squares = torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(images), 256):  # float64 sums of bytes and of their squares are exact, in any order
+    for start in range(0, len(images), 256):  # float64 sums of bytes and of their squares are exact in any order
         chunk = images[start : start + 256].double()
         total = total + chunk.sum(over)
         squares = squares + chunk.square().sum(over)

@@ -1,8 +1,7 @@
 """Partition schemes: ways to split examples across clients.
 
-Each takes labels or a column, its settings and a stream, and returns the example numbers of each client. Most schemes
-first draw (K, Y) counts, the number of examples per client and class. Examples are assigned only after a draw is
-accepted.
+Each scheme takes labels or a column, its settings and a stream, and returns the example numbers of each client. Most schemes first draw
+counts (K, Y), the number of examples per client and class. Examples are assigned only after a draw has been accepted.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ MAX_DRAWS: Final = 2000
 
 
 class Wanted(NamedTuple):
-    """The examples that every client needs."""
+    """Requirements for the number of examples of every client."""
 
     examples: int
     repair: bool = False  # move examples between clients instead of drawing again
@@ -39,9 +38,9 @@ def iid(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream) -> list[Ro
 def dirichlet(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, alpha: float) -> list[Rows]:
     """Split by capped Dirichlet draws, the "practical" setting of PFLlib and FedRIR.
 
-    For each class in turn, the clients' shares are drawn from Dirichlet(alpha). The shares of clients that already have
-    N/K examples or more are set to 0, and the others are renormalised. The whole draw is repeated until every client
-    has `min_examples`.
+    For each class in turn, the clients' proportions are drawn from Dirichlet(alpha). The proportions of clients that already have N/K
+    examples or more are set to 0, and the others are renormalised. The whole draw is repeated until every client has `min_examples`
+    examples.
     """
     totals = np.bincount(labels)
 
@@ -64,9 +63,9 @@ def pathological(
 ) -> list[Rows]:
     """Give each client a few classes, the "pathological" setting of PFLlib and FedRIR.
 
-    For each class in turn, its examples go to the first ceil(K/Y * classes_per_client) clients that have too few
-    classes. With `balance` they get equal shares. Otherwise each client except the last gets a number drawn uniformly
-    between a tenth of the equal share and the equal share, and the last gets the rest.
+    For each class in turn, its examples are assigned to the first ceil(K/Y * classes_per_client) clients that have too few classes. With
+    `balance`, these clients get equal numbers. Otherwise, each of them except the last gets a number drawn uniformly between a tenth of
+    the equal number and the equal number, and the last one gets the rest.
     """
     totals = np.bincount(labels)
     holders = _holders_in_turn(n_clients, len(totals), classes_per_client)
@@ -93,9 +92,11 @@ def pathological(
 def extended(
     labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, classes_per_client: int, alpha: float
 ) -> list[Rows]:
-    """Split by extended Dirichlet draws (Li & Lyu, NeurIPS 2023): a few classes per client, Dirichlet(alpha) shares within each class.
+    """Split by extended Dirichlet draws (Li & Lyu, NeurIPS 2023).
 
-    Each client in turn gets the classes that the fewest clients have so far; ties are broken at random.
+    Each client has a few classes, and the examples of each class are divided by Dirichlet(alpha) proportions.
+
+    Each client in turn gets the classes that the fewest clients have so far. Ties are broken at random.
     """
     totals = np.bincount(labels)
     if n_clients * classes_per_client < len(totals):
@@ -120,9 +121,9 @@ def extended(
 
 
 def quantity(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, alpha: float) -> list[Rows]:
-    """Divide the examples into sizes from one Dirichlet(alpha) draw, and assign examples at random.
+    """Divide the examples into parts whose sizes come from one Dirichlet(alpha) draw, and assign examples at random.
 
-    Clients then differ in size, not in class distribution.
+    Clients therefore differ in size, but not in class distribution.
     """
 
     def draw() -> Rows | None:
@@ -134,9 +135,9 @@ def quantity(labels: Rows, n_clients: int, wanted: Wanted, stream: Stream, *, al
 
 
 def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) -> tuple[tuple[str, ...], list[Rows]]:
-    """Create one client per value of a column, in sorted order; with `n_clients`, only for the values with the most examples.
+    """Create one client per value of a column, in sorted order, or, with `n_clients`, only for the values with the most examples.
 
-    Values with fewer than `min_examples` examples are left out. Return the clients' values and examples. Raise DataError if there are too
+    Values with fewer than `min_examples` examples are omitted. Return the clients' values and examples. Raise DataError if there are too
     few values.
     """
     values, owners = np.unique(column, return_inverse=True)
@@ -171,11 +172,11 @@ def natural(column: npt.NDArray[Any], n_clients: int | None, min_examples: int) 
 def with_floor(train: tuple[Rows, ...], groups: Rows, floor: int, stream: Stream) -> tuple[Rows, ...]:
     """Move training examples between clients until each has at least `floor` of every group that occurs among them.
 
-    An example is moved from the client that has the most of the group at that time. Raise DataError if a group is too small.
+    An example is moved from the client that has the most examples of the group at that time. Raise DataError if a group is too small.
 
     Args:
         train: the numbers of each client's training examples.
-        groups: (N,), the group of each example of the data set, such as its class.
+        groups: the group (N,) of each example of the data set, such as its class.
     """
     clients = [list(rows) for rows in train]
     for value in np.unique(groups[np.concatenate(train)]):
@@ -225,9 +226,9 @@ def _accepted(
 
 
 def _repaired(counts: Rows, min_examples: int, scheme: str) -> Rows:
-    """Return the (K, Y) counts after moving examples from the largest clients to those with fewer than `min_examples`.
+    """Return the counts (K, Y) after moving examples from the largest clients to those with fewer than `min_examples`.
 
-    Each move takes examples of the group of which the largest client has most. The number of moved examples is logged.
+    Each move takes examples from the largest group of the largest client. The number of moved examples is logged.
     """
     counts, n_moved = counts.copy(), 0
     for i in np.flatnonzero(counts.sum(1) < min_examples):
@@ -249,7 +250,7 @@ def _repaired(counts: Rows, min_examples: int, scheme: str) -> Rows:
 
 
 def _deal(labels: Rows, counts: Rows, stream: Stream) -> list[Rows]:
-    """Shuffle each class and split it by its column of the (K, Y) counts."""
+    """Shuffle each class and split it according to its column of the counts (K, Y)."""
     pieces = []
     for c in range(counts.shape[1]):
         rows = stream.numpy.permutation(np.flatnonzero(labels == c))

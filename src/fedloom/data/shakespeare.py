@@ -1,4 +1,7 @@
-"""LEAF's Shakespeare as one table: shakespeare.csv of the hub, with the columns character_id, x (80 characters) and y (the next one)."""
+"""LEAF's Shakespeare as one table: shakespeare.csv from the hub.
+
+It has the columns character_id, x (80 characters) and y (the next character).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ AT_ONCE: Final = 200_000
 
 
 def read_shakespeare(asked: Request, folder: Path) -> Dataset:
-    """Return the windows of all roles, split in time by LEAF's rule. The role is in the column `client`.
+    """Return the windows of all roles, split in time by LEAF's rule. The column `client` contains the role.
 
     Raise DataError if the file is missing or malformed.
     """

@@ -32,23 +32,22 @@ def load(
     """Return a data set as one pool of examples.
 
     Args:
-        name: a name in `SOURCES`, "pfllib", "hub:OWNER/NAME[:CONFIG]" (see `hub_repository`), or a name for the user's own
+        name: a name in `SOURCES`, "pfllib", "hub:OWNER/NAME[:CONFIG]" (see `hub_repository`), or any name for the user's own
             files; `-` and `_` are equivalent.
         path: a folder with `train.parquet` and, optionally, `test.parquet` (or the hub's `train-00000-of-00002.parquet` ...); a table
             (.csv, .tsv, also .gz, or .parquet) or a folder with `train.csv` and `test.csv`; an .npz file or a folder with `x.npy` and
-            `y.npy`; a folder of pictures (see `picture_folders`), of IDX files or of LEAF's JSON. Default: search
-            `$FEDLOOM_DATA`, then the cache, then the hub
-            (extra `fedloom[hub]`).
-        image_size: resize images to this width and height in pixels.
+            `y.npy`; a folder of images (see `picture_folders`), of IDX files or of LEAF's JSON files. By default, `$FEDLOOM_DATA`,
+            the cache and the hub (extra `fedloom[hub]`) are searched in this order.
+        image_size: the width and height in pixels to which images are resized.
         rows: number of training examples to keep. They are the first ones of a fixed permutation, `Stream("rows", name)`, which
-            ignores classes. Their order in the files is kept, and so are all test examples.
-        task: the learning task of the user's own files; default: for tables, by the label column, otherwise classification. Other data
-            sets have their own task.
-        owner: "folder": the upper folders of a folder of pictures are domains; they become the column `domain`.
-        features: for `har`: the published features instead of the signals.
-        revision: for `hub:OWNER/NAME`: the commit of the files; default: the newest one.
-        table: how to read a table.
-        texts: how to read texts.
+            ignores classes. Their order in the files is kept, and all test examples are kept.
+        task: the learning task of the user's own files. By default, it is derived from the label column of a table, and is
+            classification otherwise. Other data sets have their own task.
+        owner: with "folder", the upper folders of a folder of images are domains, which become the column `domain`.
+        features: for `har`, load the published features instead of the signals.
+        revision: for `hub:OWNER/NAME`, the commit of the files; default: the newest one.
+        table: options for reading a table.
+        texts: options for reading texts.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -83,7 +82,7 @@ def load(
 
 
 def _loaded(asked: Request, path: str | Path | None) -> Dataset:
-    """Return the data set that `load` describes, unless it is on the hub by its own name."""
+    """Return the data set that `load` describes, unless its name refers to a repository on the hub."""
     given, name = asked.name, asked.name.lower().replace("_", "-")
     if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
         own = f"; for your own files, write data=mine data.path={given}" if Path(given).exists() else ""
@@ -115,7 +114,7 @@ def _loaded(asked: Request, path: str | Path | None) -> Dataset:
 
 
 def _resized(pool: Dataset, image_size: int | None) -> Dataset:
-    """Return the data set, with the fact that pictures of other sizes are resized."""
+    """Return the data set with a record that images of other sizes are resized."""
     return (
         pool if image_size is None else replace(pool, parts=tuple(array_part(f, resize=True) for f in pool.spec.fields))
     )
@@ -137,7 +136,7 @@ def _named(asked: Request, source: Source, path: str | Path | None) -> Dataset:
 
 
 def _own_files(asked: Request, place: Path) -> Dataset:
-    """Return the data set in the user's own file or folder, by its layout."""
+    """Return the data set in the user's own file or folder, according to its layout."""
     if (arrays := layouts.find_arrays(place)) is not None:
         _refuse_options(asked.name, asked.table, asked.image_size)
         _refuse_text_columns(asked, place)
@@ -162,7 +161,7 @@ def _own_files(asked: Request, place: Path) -> Dataset:
 
 
 def _special(asked: Request, place: Path) -> Dataset:
-    """Return the data set in a folder of LEAF's JSON or of IDX files."""
+    """Return the data set in a folder of LEAF's JSON files or of IDX files."""
     from fedloom.data import idx, leaf
 
     _refuse_text_columns(asked, place)
@@ -189,7 +188,7 @@ def _text_files(asked: Request, place: Path) -> Dataset:
 
 
 def _check_texts(asked: Request, path: str | Path | None) -> None:
-    """Raise DataError if an option of texts is set, but the user's own data have none."""
+    """Raise DataError if an option for texts is set, but the user's own data contain no texts."""
     if asked.texts == NO_TEXT or asked.name in SOURCES or asked.texts.text:
         return
     if not (path and layouts.find_texts(Path(path).expanduser())):
@@ -199,13 +198,13 @@ def _check_texts(asked: Request, path: str | Path | None) -> None:
 
 
 def _check_source_texts(name: str, source: Source | None, texts: TextOptions) -> None:
-    """Raise DataError if an option of texts is set that a known data set does not have."""
+    """Raise DataError if an option for texts is set that a known data set does not support."""
     if texts.text or source is None or not source.is_text:
         raise DataError(f"{_first(texts)}: does not apply to data={name}; remove it")
 
 
 def _refuse_text_columns(asked: Request, place: Path) -> None:
-    """Raise DataError if `data.text` is set, but the files are no table."""
+    """Raise DataError if `data.text` is set, but the files are not a table."""
     if asked.texts.text:
         raise DataError(f"{_first(asked.texts)}: {place} is no table with columns of text; remove it")
 
@@ -216,7 +215,7 @@ def _first(texts: TextOptions) -> str:
 
 
 def _pictures(asked: Request, place: Path) -> Dataset:
-    """Return the data set in a folder of pictures."""
+    """Return the data set in a folder of images."""
     from fedloom.data.picture_folders import read_pictures
 
     _refuse_text_columns(asked, place)
@@ -235,7 +234,7 @@ def _pictures(asked: Request, place: Path) -> Dataset:
 
 
 def _refuse_owner(name: str, owner: str | None) -> None:
-    """Raise DataError if `data.owner` is set, but the files are not a folder of pictures."""
+    """Raise DataError if `data.owner` is set, but the files are not a folder of images."""
     if owner is not None:
         raise DataError(
             f"data.owner={owner}: data={name} is not a folder of pictures of your own (data=mine data.path=FOLDER)"
@@ -243,13 +242,13 @@ def _refuse_owner(name: str, owner: str | None) -> None:
 
 
 def _refuse_texts(task: str | None) -> None:
-    """Raise DataError for task=language, which files of pictures do not have."""
+    """Raise DataError for task=language, which files of images do not support."""
     if task == "language":
         raise DataError("data.task=language: needs texts; set data.text=COLUMN for a table, or give text files (.txt)")
 
 
 def _files(asked: Request, path: str | Path | None, files: layouts.Files | None = None) -> Dataset:
-    """Return the data set in files of tables or of pictures. Default: the parquet files that `hub.find_files` finds."""
+    """Return the data set in files of tables or images; default: the parquet files that `hub.find_files` finds."""
     name, source = asked.name, SOURCES.get(asked.name)
     files = files or hub.find_files(name, path, asked.cache)
     from fedloom.data import parquet  # pyarrow is slow to import
@@ -274,7 +273,7 @@ def _files(asked: Request, path: str | Path | None, files: layouts.Files | None 
 
 
 def _refuse_options(name: str, table: TableOptions | None, image_size: int | None = None) -> None:
-    """Raise DataError for options that the data set does not have."""
+    """Raise DataError for options that the data set does not support."""
     if image_size is not None:
         raise DataError(f"data.image_size={image_size}: data={name} has no image files; remove it")
     for key, value in (vars(table) if table else {}).items():

@@ -14,9 +14,9 @@ def choose_rows(
 ) -> tuple[npt.NDArray[np.bool_], int]:
     """Return which examples to keep, and the number of training examples among them.
 
-    All test examples are kept, and `rows` training examples (None: all): the first ones of a fixed permutation from
-    `Stream("rows", name)`, which ignores classes. A smaller subset is therefore contained in every larger one. The order
-    in the files is kept.
+    All test examples and `rows` training examples (None means all) are kept. The latter are the first ones of a fixed permutation from
+    `Stream("rows", name)`, which ignores classes. A smaller subset is therefore contained in every larger one. The order in the files is
+    kept.
     """
     candidates = np.flatnonzero(known[:n_train])
     if rows is None:

@@ -1,4 +1,4 @@
-"""Decide what a column of a table holds: numbers or categories. The whole column decides, never its first rows."""
+"""Decide whether a table column contains numbers or categories. The decision depends on the whole column, never on its first rows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ log = logging.getLogger(__name__)
 BLANK = frozenset({"", "?"})
 """Missing values, in all columns."""
 NO_NUMBER = frozenset({"NA", "N/A", "NaN", "nan", "null", "None"})
-"""Missing values, too, in columns whose other values are all numbers."""
+"""Missing values in columns whose other values are all numbers."""
 MAX_LEVELS = 1000
 LARGEST_EXACT = 2**24
-"""Up to this value, float32 holds every whole number."""
+"""Up to this value, float32 represents every integer exactly."""
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _GROUPED = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+|(?=\.\d))(\.\d*)?([eE][+-]?\d+)?", re.ASCII)
@@ -37,8 +37,8 @@ _SWAPPED = str.maketrans(",.", ".,")
 class TableColumn:
     """A column with its type.
 
-    `values` are float64 numbers, NaN where missing; or places (N,) in `levels`, -1 where missing. A column of two words for false and true
-    is a number, 0 or 1, and `levels` has the words.
+    `values` are float64 numbers, with NaN for missing values, or positions (N,) in `levels`, with -1 for missing values. A column of two
+    words for false and true contains the numbers 0 and 1, and `levels` contains the words.
     """
 
     name: str
@@ -48,7 +48,7 @@ class TableColumn:
 
     @property
     def missing(self) -> npt.NDArray[np.bool_]:
-        """Whether the value is missing, (N,)."""
+        """Whether each value is missing (N,)."""
         found: npt.NDArray[np.bool_] = self.values < 0 if self.kind == "category" else np.isnan(self.values)
         return found
 
@@ -118,7 +118,7 @@ def _from_words(
 
 
 def number_of(word: str, decimal: str | None, blank: Collection[str]) -> float | None:
-    """Return the number that a word stands for: NaN if it is missing, 0 or 1 for false and true, None if it is no number."""
+    """Return the number that a word stands for: NaN if it is missing, 0 or 1 for false and true, and None if it is not a number."""
     if word in blank or word in NO_NUMBER:
         return math.nan
     if (plain := _plain(word, decimal)) is not None:
@@ -127,12 +127,12 @@ def number_of(word: str, decimal: str | None, blank: Collection[str]) -> float |
 
 
 def is_number(word: str) -> bool:
-    """Return whether a word is a number as Python writes it."""
+    """Return whether a word is a number in Python's notation."""
     return _NUMBER.fullmatch(word) is not None
 
 
 def _plain(word: str, decimal: str | None) -> str | None:
-    """Return a number as Python writes it, or None if the word is no number."""
+    """Return a number in Python's notation, or None if the word is not a number."""
     if decimal is None:
         return word if _NUMBER.fullmatch(word) else None
     word = word.translate(_SWAPPED) if decimal == "," else word
@@ -156,7 +156,7 @@ def _category(
 
 
 def looks_like_id(column: TableColumn, n_train: int) -> str | None:
-    """Return why whole numbers look like an identifier, or None."""
+    """Return the reason why integers look like an identifier, or None."""
     present = column.values[~column.missing]
     if column.kind != "number" or not column.is_whole or not len(present):
         return None

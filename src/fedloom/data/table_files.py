@@ -1,4 +1,4 @@
-"""Read tables as text, or with the types of parquet. Nothing is inferred here; `table_columns.py` decides what a column holds."""
+"""Read tables as text, or with the types of parquet. This module infers no types; `table_columns.py` does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class RawTable:
     """The rows of all files, training rows first.
 
     Columns are text (from text files, and parquet's booleans), float64 (parquet's numbers) or categorical (parquet's strings and
-    dictionaries). `lines` has the line of each row in its file, and `file_of` the number of that file.
+    dictionaries). `lines` contains the line number of each row in its file, and `file_of` the number of that file.
     """
 
     frame: pd.DataFrame
@@ -38,19 +38,19 @@ class RawTable:
     n_train: int
 
     def place(self, row: int) -> str:
-        """Return the file and the line (or row) of a row, for messages."""
+        """Return the file and the line (or row) number of a row, for messages."""
         file = self.files[self.file_of[row]]
         unit = "row" if file.suffix == ".parquet" else "line"
         return f"{file.name}, {unit} {self.lines[row]}"
 
     def taken(self, order: npt.NDArray[Any], n_train: int) -> RawTable:
-        """Return a table of some rows, in the given order."""
+        """Return a table that contains some of the rows, in the given order."""
         frame = self.frame.iloc[order].reset_index(drop=True)
         return replace(self, frame=frame, file_of=self.file_of[order], lines=self.lines[order], n_train=n_train)
 
 
 def read_files(train: Sequence[Path], test: Sequence[Path], encoding: str | None) -> RawTable:
-    """Read all files of a table. Raise DataError if a file is malformed, or has other columns than the first one."""
+    """Read all files of a table. Raise DataError if a file is malformed, or if its columns differ from those of the first file."""
     files = (*train, *test)
     parts = [_parquet(file) if file.suffix == ".parquet" else _text(file, encoding) for file in files]
     names = list(parts[0][0].columns)
@@ -75,7 +75,7 @@ def read_files(train: Sequence[Path], test: Sequence[Path], encoding: str | None
 
 
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
-    """Return the rows of all frames; the levels of a categorical column are those of the first frame, then new ones."""
+    """Return the rows of all frames. The levels of a categorical column are those of the first frame, followed by new levels."""
     columns: dict[str, Any] = {}
     for name in frames[0].columns:
         parts = [frame[name] for frame in frames]
@@ -89,7 +89,7 @@ def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:
 
 
 def _text(file: Path, encoding: str | None) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
-    """Return the columns of a text file as stripped text, and the line of each row."""
+    """Return the columns of a text file as stripped text, and the line number of each row."""
     encoding = encoding or "utf-8-sig"
     with _reading(file, encoding):
         separator = "\t" if ".tsv" in file.suffixes else _separator(file, encoding)
@@ -111,7 +111,7 @@ def _text(file: Path, encoding: str | None) -> tuple[pd.DataFrame, npt.NDArray[n
 
 
 def _separator(file: Path, encoding: str) -> str:
-    """Return the separator by which the header has most fields."""
+    """Return the separator with which the header has the most fields."""
     with _opened(file, encoding) as stream:
         header = next((line for line in stream if line.strip()), "")
     counts = {mark: len(next(csv.reader([header], delimiter=mark), [])) for mark in _SEPARATORS}
@@ -119,7 +119,10 @@ def _separator(file: Path, encoding: str) -> str:
 
 
 def _scanned(file: Path, separator: str, encoding: str) -> tuple[list[str], npt.NDArray[np.int64]]:
-    """Return the names of the columns, and the first line of each row. Raise DataError unless every row has one field per name."""
+    """Return the column names, and the number of the first line of each row.
+
+    Raise DataError unless every row has one field per column.
+    """
     names: list[str] = []
     lines: list[int] = []
     with _opened(file, encoding) as stream:
@@ -141,7 +144,7 @@ def _scanned(file: Path, separator: str, encoding: str) -> tuple[list[str], npt.
 
 
 def _ended(stream: TextIO, file: Path) -> Iterator[str]:
-    """Yield the lines of a file. Raise DataError if one ends in a carriage return alone, which parsers treat in different ways."""
+    """Yield the lines of a file. Raise DataError if a line ends in a carriage return alone, which parsers treat differently."""
     for number, line in enumerate(stream, start=1):
         if line.endswith("\r"):
             raise DataError(
@@ -184,7 +187,7 @@ def _reading(file: Path, encoding: str) -> Iterator[None]:
 
 
 def _bad_line(file: Path, encoding: str) -> int:
-    """Return the first line that cannot be decoded."""
+    """Return the number of the first line that cannot be decoded."""
     with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
             try:
@@ -195,7 +198,7 @@ def _bad_line(file: Path, encoding: str) -> int:
 
 
 def _parquet(file: Path) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
-    """Return the columns of a parquet file in their own types, and the number of each row, from 1."""
+    """Return the columns of a parquet file with their own types, and the number of each row, from 1."""
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
@@ -206,7 +209,7 @@ def _parquet(file: Path) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
 
 
 def own_type(values: Any, file: Path | str, name: str) -> pd.Series[Any]:
-    """Return a column of pyarrow as float64, text or categorical values."""
+    """Return a pyarrow column as float64, text or categorical values."""
     kind = values.type
     if pa.types.is_dictionary(kind):
         found: pd.Series[Any] = values.to_pandas()
@@ -218,7 +221,7 @@ def own_type(values: Any, file: Path | str, name: str) -> pd.Series[Any]:
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         words = pd.Series(values.to_pylist(), dtype=object).str.strip()
         return pd.Series(pd.Categorical(words, categories=sorted(set(words.dropna()))))
-    if pa.types.is_temporal(kind):  # the rules for text refuse dates, with the remedy
+    if pa.types.is_temporal(kind):  # the rules for text refuse dates and name the remedy
         return pd.Series(["" if v is None else str(v) for v in values.cast(pa.string()).to_pylist()], dtype=str)
     if pa.types.is_null(kind):
         return pd.Series([""] * len(values), dtype=str)

@@ -1,4 +1,4 @@
-"""The targets of a table: its task, by the label columns, and the numbers of classes."""
+"""The targets of a table: its task, which depends on the label columns, and class numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from fedloom.data.targets import MANY
 from fedloom.errors import DataError
 
 Targets = tuple[npt.NDArray[Any], tuple[str, ...], str]
-"""Targets, the names of classes, labels or targets, and the task."""
+"""Targets, names of the classes, labels or targets, and the task."""
 
 
 def labelled(labels: Sequence[TableColumn], task: str | None, file: str) -> Targets:
-    """Return the targets in the label columns. Without a task, the columns decide. Raise DataError if they do not fit the task."""
+    """Return the targets in the label columns. If `task` is None, the columns determine the task.
+
+    Raise DataError if the columns do not fit the task.
+    """
     task = task or _task(labels, file)
     names = tuple(column.name for column in labels)
     shown = f"{file}, label '{', '.join(names)}'"
@@ -63,7 +66,7 @@ def _is_truth(column: TableColumn) -> bool:
 
 
 def _classes(column: TableColumn, shown: str) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
-    """Return class numbers and class names: words in the order of their levels, numbers by size."""
+    """Return class numbers and class names. Words are in the order of their levels; numbers are sorted by value."""
     labels, names = column.values.astype(np.int64), column.levels
     if not names:
         if not column.is_whole:

@@ -1,4 +1,4 @@
-"""The user's own tables: which column is what, and the data set made of them."""
+"""Users' own tables: the roles of their columns, and the data sets made from them."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class _Roles:
-    """The names of the columns, by what they are for."""
+    """The names of the columns, by role."""
 
     labels: tuple[str, ...]
     owner: str | None
     inputs: tuple[str, ...]
-    chosen: bool  # the user lists the input columns
+    chosen: bool  # whether the user lists the input columns
 
 
 def read_table(
@@ -57,19 +57,19 @@ def read_table(
 ) -> Dataset:
     """Return the data set in the files of a table.
 
-    Inputs are `numbers` (N, D) float32 and `categories` (N, C) integers, or the numbers alone as one tensor. A category is 1 or more; 0
-    stands for values that the table does not have.
+    Inputs are `numbers` (N, D), float32, and `categories` (N, C), integers, or the numbers alone as one tensor. A category is 1 or more; 0
+    stands for values that do not occur in the table.
 
     Args:
         name: name of the data set.
         files: training and test files.
         options: see `TableOptions`.
-        task: learning task; default: by the label column.
+        task: learning task; by default, it is derived from the label column.
         rows: number of training examples to keep.
-        texts: the columns that have texts, which are then the only inputs, as token ids.
+        texts: the columns that contain texts. If there are any, they are the only inputs, as token ids.
 
     Raises:
-        DataError: the files are malformed, a column has no clear type, or values are missing.
+        DataError: the files are malformed, the type of a column is unclear, or values are missing.
     """
     return table_dataset(name, read_files(*files, options.encoding), options, task=task, rows=rows, texts=texts)
 
@@ -135,7 +135,7 @@ def table_dataset(
 
 
 def _language(name: str, raw: RawTable, options: TableOptions, *, rows: int | None, texts: TextOptions) -> Dataset:
-    """Return blocks of the texts in a table; every row is a document."""
+    """Return blocks of the texts in a table. Every row is a document."""
     names, file = [str(name) for name in raw.frame.columns], _title(raw)
     _check_named(names, replace(options, columns=texts.text), file, "data.text")
     split = options.split or _split_column(raw, options)
@@ -156,13 +156,13 @@ def _text_inputs(raw: RawTable, keep: npt.NDArray[np.bool_], n_train: int, texts
 
 
 def _texts(raw: RawTable, keep: npt.NDArray[np.bool_], columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the texts of the rows to keep, one part per column."""
+    """Return the texts of the rows to keep, with one part per column."""
     parts = [["" if pd.isna(v) else str(v) for v in raw.frame[column][keep].tolist()] for column in columns]
     return list(zip(*parts, strict=True))
 
 
 def _known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDArray[np.bool_]:
-    """Return the rows with text in any of the columns. Raise DataError if others are not to be dropped."""
+    """Return which rows have text in any of the columns. Raise DataError if others exist and `missing` is not "drop"."""
     everything = np.ones(len(raw.frame), dtype=bool)
     known = np.array([any(part.strip() for part in parts) for parts in _texts(raw, everything, columns)])
     if not known.all() and missing != "drop":
@@ -218,7 +218,7 @@ def _listed(options: TableOptions) -> tuple[str, ...]:
 
 
 def _labels(names: list[str], options: TableOptions, file: str) -> tuple[str, ...]:
-    """Return the label columns: those that the user names, or the only one with a usual name."""
+    """Return the label columns: those that the user names, or the only column with a usual name."""
     if listed := _listed(options):
         return listed
     found = [name for name in names if name in LABELS and name not in (*options.drop, *options.columns)]
@@ -238,7 +238,7 @@ def _split_column(raw: RawTable, options: TableOptions) -> str | None:
 
 
 def _by_split(raw: RawTable, column: str) -> RawTable:
-    """Return the rows by split, training rows first. Without test rows, validation rows are the test set."""
+    """Return the rows ordered by split, training rows first. Without test rows, validation rows are the test set."""
     if raw.n_train < len(raw.frame):
         raise DataError(f"data.split={column}: {_title(raw)} already has a test file; remove data.split, or the file")
     words = np.char.lower(_names(raw, column))
@@ -262,7 +262,7 @@ def _by_split(raw: RawTable, column: str) -> RawTable:
 
 
 def _names(raw: RawTable, column: str) -> Column:
-    """Return a column's values as text; they may not be missing."""
+    """Return a column's values as text. Raise DataError if one is missing."""
     values = raw.frame[column]
     if values.dtype == np.float64:
         words = ["" if np.isnan(v) else str(int(v)) if v == np.rint(v) else str(v) for v in values.tolist()]
@@ -284,7 +284,7 @@ def _typed(raw: RawTable, column: str, options: TableOptions) -> TableColumn:
 
 
 def _is_input(column: TableColumn, n_train: int, file: str, chosen: bool) -> bool:
-    """Return whether a column is used. Say why if it is not."""
+    """Return whether a column is used. If it is not, log the reason."""
     if column.missing.all():
         log.warning("%s, column '%s': is empty; dropped", file, column.name)
         return False
@@ -320,11 +320,11 @@ def _refuse_missing(raw: RawTable, columns: Sequence[TableColumn], remedy: str) 
 
 
 TypedInputs = tuple[Inputs, tuple[Part, ...]]
-"""Inputs, and how they were made from columns."""
+"""Inputs, and a description of how they were made from columns."""
 
 
 def column_inputs(columns: Sequence[TableColumn], n_train: int, file: str, *, fills: bool = False) -> TypedInputs:
-    """Return `numbers` and `categories`, or the numbers alone as one tensor. `fills`: whether missing numbers become the training mean."""
+    """Return `numbers` and `categories`, or the numbers alone as one tensor. With `fills`, the training mean replaces missing numbers."""
     numbers = [column for column in columns if column.kind == "number"]
     categories = [_with_missing(column) for column in columns if column.kind == "category"]
     inputs, parts = dict[str, torch.Tensor](), list[Part]()
@@ -344,7 +344,10 @@ def column_inputs(columns: Sequence[TableColumn], n_train: int, file: str, *, fi
 
 
 def _number_column(column: TableColumn, n_train: int, file: str, *, fills: bool) -> NumberColumn:
-    """Return how a column of numbers is made: if values are missing, the training mean replaces them, and a further column marks them."""
+    """Return how a column of numbers is made.
+
+    If values are missing, the training mean replaces them, and an additional column marks them.
+    """
     values, lacking = column.values, column.missing
     if (~lacking).any() and np.nanmax(np.abs(values)) > LARGEST:
         raise DataError(f"{file}, column '{column.name}': has a number too large for float32; rescale it")
@@ -355,14 +358,14 @@ def _number_column(column: TableColumn, n_train: int, file: str, *, fills: bool)
 
 
 def _with_missing(column: TableColumn) -> TableColumn:
-    """Return a column of categories in which a missing value has its own level, the first one."""
+    """Return a column of categories in which missing values have their own level, the first one."""
     if not column.missing.any():
         return column
     return replace(column, values=column.values + 1, levels=("", *column.levels))
 
 
 def _tell(file: str, pool: Dataset, columns: Sequence[TableColumn], roles: _Roles) -> None:
-    """Log what was understood."""
+    """Log how the table was interpreted."""
     n_test, kinds = pool.n_rows - pool.n_train, [str(column.kind) for column in columns]
     found = [f"{pool.n_rows:,} rows" + (f" ({pool.n_train:,} train + {n_test:,} test)" if n_test else "")]
     for kind, plural in (("number", "numbers"), ("category", "categories")):

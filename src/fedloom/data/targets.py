@@ -1,4 +1,4 @@
-"""Targets of a learning task: their checks, the numbers of classes, and the objective that describes the targets."""
+"""Targets of a learning task: checks, class numbers, and the objective that describes the targets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedloom.objectives import OBJECTIVES, Classification, Language, MultiLabel,
 log = logging.getLogger(__name__)
 
 MANY = 20
-"""Up to this number of different whole numbers, labels are classes by default."""
+"""Labels with at most this number of different integers are classes by default."""
 MAX_CLASSES = 1000
-"""Most classes without names."""
+"""Maximum number of classes without names."""
 
 
 def class_numbers(
@@ -27,7 +27,7 @@ def class_numbers(
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Return labels from 0 to Y-1, and the names of the classes.
 
-    Labels are integers or names. The classes of names are sorted by name. The shape (N, 1) is accepted.
+    Labels are integers or names. Classes with names are sorted by name. The shape (N, 1) is accepted.
     """
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
@@ -57,7 +57,7 @@ def class_numbers(
 
 
 def _refuse_numbers(labels: npt.NDArray[np.int64]) -> None:
-    """Raise DataError if labels look like numbers that are to be predicted, not like classes."""
+    """Raise DataError if labels look like numbers to predict rather than classes."""
     n = len(np.unique(labels))
     if int(labels.max()) >= MAX_CLASSES or (n > MANY and 2 * n > len(labels)):
         raise DataError(
@@ -111,9 +111,9 @@ def objective_for(
     loss: Literal["mse", "huber"] = "mse",
     delta: float = 1.0,
 ) -> tuple[Tensor, Objective]:
-    """Return the targets in the form in which they are stored, and the objective.
+    """Return the targets in stored form, and the objective.
 
-    Regression targets are stored in standard deviations from the mean; both are computed over the first `n_train` examples.
+    Regression targets are stored in standard deviations from the mean; both statistics are computed over the first `n_train` examples.
     """
     if task not in OBJECTIVES:
         raise DataError(f"task={task}: unknown{suggest(task, OBJECTIVES)}")

@@ -1,6 +1,7 @@
-"""Texts as token ids: words, characters or bytes, with a vocabulary from training texts or from a file. Nothing is downloaded.
+"""Texts as token ids of words, characters or bytes, with a vocabulary from training texts or from a file. Nothing is downloaded.
 
-Ids 0 to 3 are special: padding, unknown, start and end. A text is cut at its end, or padded with 0.
+Ids 0 to 3 are special: padding, unknown, start and end. A text that is too long is cut off at its end; a text that is too short is padded
+with 0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ N_SPECIAL: Final = 4
 VOCABULARY: Final = 10_000
 LONGEST: Final = 256
 BLOCK: Final = 80
-"""Default length of a block of a language task."""
+"""Default number of tokens in a block of a language task."""
 
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*|\d+|[^\w\s]|_")
 _SPACED = re.compile(r"(['.,()!?])")
@@ -39,14 +40,14 @@ Token = Annotated[str, Field(min_length=1, max_length=10_000)]
 
 
 class TextCoder(BaseModel):
-    """The way from texts to token ids.
+    """The conversion of texts to token ids.
 
     Attributes:
-        columns: the columns of a table that have the texts, joined by the token `end`; none for texts by themselves.
+        columns: the table columns that contain the texts, which the token `end` joins; empty for texts that are not in a table.
         tokens: the kind of tokens.
-        case: whether letters become lower-case.
-        words: the words or characters with ids from 4; none for bytes.
-        length: number of token ids of a text, T.
+        case: whether letters are converted to lower case.
+        words: the words or characters with ids from 4; empty for bytes.
+        length: number T of token ids of a text.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -59,7 +60,7 @@ class TextCoder(BaseModel):
 
     @property
     def size(self) -> int:
-        """The number of different ids, V."""
+        """The number V of different ids."""
         return N_SPECIAL + (256 if self.tokens == "bytes" else len(self.words))
 
     def stored(self, texts: Iterable[Sequence[str]]) -> Tensor:
@@ -67,16 +68,16 @@ class TextCoder(BaseModel):
         return packed([self.ids(parts) for parts in texts], self.length, self.size)
 
     def ids(self, parts: Sequence[str]) -> list[int]:
-        """Return the ids of a text, of any length; an empty text has one unknown token."""
+        """Return the ids of a text, of any length. An empty text has one unknown token."""
         return self.numbered(stream(parts, self.tokens, self.case)) or [UNKNOWN]
 
     def numbered(self, tokens: Sequence[str | int]) -> list[int]:
-        """Return the ids of tokens; numbers are ids already."""
+        """Return the ids of tokens. Numbers are already ids."""
         places = self._places
         return [token if isinstance(token, int) else places.get(token, UNKNOWN) for token in tokens]
 
     def text_of(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids from 4, as the continuation of another text."""
+        """Return the text for token ids from 4, as the continuation of another text."""
         if self.tokens == "bytes":
             return bytes(i - N_SPECIAL for i in ids).decode("utf-8", "replace")
         words = [self.words[i - N_SPECIAL] for i in ids]
@@ -88,7 +89,7 @@ class TextCoder(BaseModel):
 
 
 def stream(parts: Sequence[str], tokens: Tokens, case: Case) -> list[str | int]:
-    """Return the tokens of a text, with the id `end` between its parts. Bytes are given as ids."""
+    """Return the tokens of a text, with the id `end` between its parts. Bytes are represented by their ids."""
     found = list[str | int]()
     for k, part in enumerate(parts):
         found += [END] if k else []
@@ -100,7 +101,7 @@ def stream(parts: Sequence[str], tokens: Tokens, case: Case) -> list[str | int]:
 
 
 def packed(rows: Sequence[Sequence[int]], length: int, size: int) -> Tensor:
-    """Return rows of ids as one tensor (N, length) of the smallest type that holds ids below `size`, cut at the end or padded with 0."""
+    """Return rows of ids as one tensor (N, length), cut off at the end or padded with 0, in the smallest type for ids below `size`."""
     found = np.zeros((len(rows), length), np.int64)
     for i, row in enumerate(rows):
         kept = row[:length]
@@ -112,8 +113,8 @@ def packed(rows: Sequence[Sequence[int]], length: int, size: int) -> Tensor:
 def tokens_of(text: str, tokens: Tokens, case: Case) -> list[str]:
     """Return the words or characters of a text.
 
-    "words" are letters (with apostrophes), digits, or one other character. "basic-english" follows the rules of torchtext's tokenizer of
-    this name.
+    With "words", a token is a sequence of letters (with apostrophes), a sequence of digits, or one other character. "basic-english"
+    follows the rules of the torchtext tokenizer with this name.
     """
     if tokens == "chars":
         return list(_cased(text, case))
@@ -124,7 +125,7 @@ def tokens_of(text: str, tokens: Tokens, case: Case) -> list[str]:
 
 
 def _cased(text: str, case: Case) -> str:
-    """Return the text, in lower case if asked; without the marks that lower-casing separates from letters."""
+    """Return the text, in lower case if requested, without the marks that lower-casing separates from letters."""
     if case == "keep":
         return text
     lower = text.lower()
@@ -132,7 +133,7 @@ def _cased(text: str, case: Case) -> str:
 
 
 def kind_and_case(options: TextOptions, default: Tokens) -> tuple[Tokens, Case]:
-    """Return the kind of tokens, and whether letters become lower-case."""
+    """Return the kind of tokens, and whether letters are converted to lower case."""
     tokens = options.tokens or default
     return tokens, options.case or ("lower" if tokens in ("words", "basic-english") else "keep")
 
@@ -146,10 +147,10 @@ def text_coder(
         train: the tokens of the training texts (see `stream`).
         options: see `TextOptions`.
         default: the kind of tokens if none is set.
-        length: number of ids of a text; None: the 95th percentile of the training texts, at most 256.
+        length: number of ids of a text; None means the 95th percentile of the lengths of the training texts, but at most 256.
 
     Raises:
-        DataError: an option does not apply to the kind of tokens, or the file of the vocabulary is malformed.
+        DataError: an option does not apply to the kind of tokens, or the vocabulary file is malformed.
     """
     tokens, case = kind_and_case(options, default)
     words: tuple[str, ...] = ()
@@ -177,7 +178,7 @@ def text_coder(
 
 
 def _vocabulary(split: Sequence[Sequence[str | int]], tokens: Tokens, options: TextOptions) -> tuple[str, ...]:
-    """Return words by frequency, or characters by code point."""
+    """Return words sorted by frequency, or characters sorted by code point."""
     most = options.vocabulary if isinstance(options.vocabulary, int) else VOCABULARY
     if most <= N_SPECIAL:
         raise DataError(f"data.vocabulary={most}: must be above {N_SPECIAL}, the number of special tokens")

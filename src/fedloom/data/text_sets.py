@@ -1,4 +1,4 @@
-"""Data sets made of texts: classification, regression or multi-label of texts, and blocks of consecutive tokens (language)."""
+"""Data sets of texts: classification, regression or multi-label classification, and blocks of consecutive tokens (language)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from fedloom.objectives import Classification, Language
 
 log = logging.getLogger(__name__)
 
-MOST_BYTES = 64 * 2**20  # of one file of text
+MOST_BYTES = 64 * 2**20  # maximum size of a text file
 Texts = Sequence[Sequence[str]]
 
 
 def coded_texts(texts: Texts, n_train: int, options: TextOptions) -> tuple[Tensor, TokenInput]:
-    """Return token ids (N, T), and how they are made; the vocabulary is that of the first `n_train` texts."""
+    """Return token ids (N, T), and how they are made. The vocabulary comes from the first `n_train` texts."""
     tokens, case = kind_and_case(options, "words")
     train = [stream(parts, tokens, case) for parts in texts[:n_train]]
     coder = text_coder(train, options, default="words", length=options.length)
@@ -41,7 +41,7 @@ def _part(coder: TextCoder) -> TokenInput:
 
 @dataclass(frozen=True, kw_only=True)
 class Documents:
-    """Documents of a language task. `owners` are their owners, if known; `is_test` says which are official test documents."""
+    """Documents of a language task. `owners` are their owners, if known; `is_test` marks the official test documents."""
 
     texts: Texts
     owners: Sequence[str] | None
@@ -51,8 +51,9 @@ class Documents:
 def language_set(name: str, documents: Documents, options: TextOptions, *, rows: int | None) -> Dataset:
     """Return blocks of T tokens and, as targets, the next token at every position.
 
-    The documents of an owner are joined by the token `end`, and cut into blocks of T + 1 tokens that do not overlap. Without official test
-    documents, the last quarter of each owner's blocks is for testing; without owners, nothing is. The owner is in the column `client`.
+    The documents of an owner are joined by the token `end` and cut into blocks of T + 1 tokens, which do not overlap. Without official
+    test documents, the last quarter of each owner's blocks is for testing; if owners are unknown, no blocks are. The column `client`
+    contains the owner.
     """
     length = options.length or BLOCK
     blocks, owner_of, tests = _blocks(documents, options, length)
@@ -91,7 +92,7 @@ def language_set(name: str, documents: Documents, options: TextOptions, *, rows:
 def _blocks(
     documents: Documents, options: TextOptions, length: int
 ) -> tuple[list[list[str | int]], list[str], npt.NDArray[np.bool_]]:
-    """Return blocks of at most `length` + 1 tokens, their owners, and which are for testing."""
+    """Return blocks of at most `length` + 1 tokens, their owners, and whether they are for testing."""
     tokens, case = kind_and_case(options, "bytes")
     streams = dict[tuple[str, bool], list[str | int]]()
     owners = documents.owners or [""] * len(documents.texts)
@@ -118,10 +119,10 @@ def _next_tokens(rows: Sequence[Sequence[int]], length: int) -> Tensor:
 
 
 def read_text_folder(asked: Request, place: Path, options: TextOptions) -> Dataset:
-    """Return the data set in text files (.txt): one file, or a folder with split folders, and class folders or owners.
+    """Return the data set in text files (.txt): one file, or a folder with split folders and class folders or owner folders.
 
-    For `data.task=language`, the upper folders are owners, or the files if there are no folders. Otherwise they are classes. Raise
-    DataError if the layout fits neither, or a file cannot be read.
+    For `data.task=language`, the upper folders are owners, or the files are if there are no folders. For other tasks, the folders are
+    classes. Raise DataError if the layout matches neither, or if a file cannot be read.
     """
     files = find_texts(place)
     inner, is_test = _splits(place, files)
@@ -160,7 +161,7 @@ def read_text_folder(asked: Request, place: Path, options: TextOptions) -> Datas
 
 
 def tell(pool: Dataset) -> Dataset:
-    """Log how texts were understood."""
+    """Log how the texts were interpreted."""
     part: Any = pool.parts[0]
     n_test = pool.n_rows - pool.n_train
     log.warning(
@@ -178,7 +179,7 @@ def tell(pool: Dataset) -> Dataset:
 
 
 def _splits(place: Path, files: Sequence[Path]) -> tuple[list[tuple[str, ...]], npt.NDArray[np.bool_]]:
-    """Return the paths of files below their split folders, and which are test files."""
+    """Return the paths of the files relative to their split folders, and whether they are test files."""
     root = place if place.is_dir() else place.parent
     inner = [file.relative_to(root).parts for file in files]
     tops = {parts[0] if len(parts) > 1 else "" for parts in inner}
@@ -193,7 +194,7 @@ def _splits(place: Path, files: Sequence[Path]) -> tuple[list[tuple[str, ...]], 
 
 
 def read_text(file: Path) -> str:
-    """Return the text in a file. Raise DataError if it is too large, or not UTF-8."""
+    """Return the text in a file. Raise DataError if the file is too large or not UTF-8."""
     try:
         if file.stat().st_size > MOST_BYTES:
             raise DataError(f"{file}: is larger than {MOST_BYTES // 2**20} MiB; divide it")

@@ -1,4 +1,4 @@
-"""Tables of the UCI Machine Learning Repository without a header: Adult, and Heart Disease by hospital."""
+"""Tables from the UCI Machine Learning Repository without a header: Adult, and Heart Disease by hospital."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ HEART: Final = (
     "age", "sex", "cp", "trestbps", "chol", "fbs", "restecg", "thalach", "exang", "oldpeak", "slope", "ca", "thal", "num"
 )  # fmt: skip
 HOSPITALS: Final = ("cleveland", "hungarian", "switzerland", "va")
-_ONE_HOT: Final = {"cp": ("1", "2", "3", "4"), "restecg": ("0", "1", "2")}  # without the first one, as FLamby
+_ONE_HOT: Final = {"cp": ("1", "2", "3", "4"), "restecg": ("0", "1", "2")}  # without the first level, as in FLamby
 
 
 def read_adult(asked: Request, folder: Path) -> Dataset:
     """Return Adult: adult.data (32,561 rows) and adult.test (16,281 rows).
 
-    The columns fnlwgt (a census weight) and education (the same fact as education-num) are no inputs. `?` is a level of its own, or, with
-    `data.missing=drop`, a reason to leave the row out. Raise DataError if a file is missing or malformed.
+    The columns fnlwgt (a census weight) and education (the same information as education-num) are not inputs. `?` is treated as a separate
+    level or, with `data.missing=drop`, as a reason to drop the row. Raise DataError if a file is missing or malformed.
     """
     train, test = _required(folder, "adult.data"), _required(folder, "adult.test")
     rows, lines = _rows(train, len(ADULT))
     more, lines_of_test = _rows(test, len(ADULT), skipped="|")
     frame = pd.DataFrame([*rows, *more], columns=list(ADULT), dtype=str)
-    frame["income"] = frame["income"].str.removesuffix(".")  # labels of adult.test end in a point
+    frame["income"] = frame["income"].str.removesuffix(".")  # labels in adult.test end in a full stop
     raw = RawTable(
         frame=frame,
         files=(train, test),
@@ -54,11 +54,11 @@ def read_adult(asked: Request, folder: Path) -> Dataset:
 
 
 def read_heart_disease(asked: Request, folder: Path) -> Dataset:
-    """Return Heart Disease by hospital, with the rows and features of FLamby: 740 patients, 13 features, in the column `hospital`.
+    """Return Heart Disease by hospital, with the rows and features of FLamby: 740 patients and 13 features.
 
-    The columns slope, ca and thal are left out, and then the rows with an unknown value. Chest pain (cp) and the electrocardiogram
-    (restecg) become columns of 0 and 1, without the first level. The label is whether the disease is present, num > 0. Raise DataError if
-    a file is missing or malformed.
+    The column `hospital` contains the hospital. The columns slope, ca and thal are dropped first, and then all rows with an unknown value.
+    Chest pain (cp) and the electrocardiogram (restecg) become columns of 0 and 1, without the first level. The label states whether the
+    disease is present (num > 0). Raise DataError if a file is missing or malformed.
     """
     files = tuple(_required(folder, f"processed.{hospital}.data") for hospital in HOSPITALS)
     parts = [_rows(file, len(HEART)) for file in files]
@@ -85,7 +85,7 @@ def read_heart_disease(asked: Request, folder: Path) -> Dataset:
 
 
 def _with(usual: TableOptions, given: TableOptions) -> TableOptions:
-    """Return the usual options of a data set, with those that the user gives."""
+    """Return the usual options of a data set, overridden by those that the user sets."""
     plain = TableOptions()
     found = {f.name: getattr(given, f.name) for f in fields(given) if getattr(given, f.name) != getattr(plain, f.name)}
     return replace(usual, **found)
@@ -107,7 +107,7 @@ def _required(folder: Path, name: str) -> Path:
 
 
 def _rows(file: Path, width: int, skipped: str = "") -> tuple[list[list[str]], list[int]]:
-    """Return the fields of each row, and its line. Lines that start with `skipped`, and empty ones, are left out."""
+    """Return the fields and the line number of each row. Empty lines, and lines that start with `skipped`, are ignored."""
     rows, lines = list[Sequence[str]](), list[int]()
     try:
         with file.open(encoding="utf-8", newline="") as stream:

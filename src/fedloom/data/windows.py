@@ -11,16 +11,16 @@ import numpy.typing as npt
 from fedloom.errors import DataError
 
 ALPHABET: Final = tuple("\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}")
-"""LEAF's 80 characters, in LEAF's order. Windows have no line feed, so id 0 does not occur in them."""
+"""LEAF's 80 characters, in LEAF's order. Windows contain no line feeds, so id 0 does not occur in them."""
 OVERLAP: Final = "windows of text overlap in all but one character"
-GAP: Final = 79  # windows between training and test windows that have characters of both
+GAP: Final = 79  # number of windows that overlap with both training and test windows
 
-_PLACES = np.full(129, -1, np.int16)  # by code; the last entry is for all codes above 127
+_PLACES = np.full(129, -1, np.int16)  # by code point; the last entry is for all code points above 127
 _PLACES[[ord(c) for c in ALPHABET]] = np.arange(len(ALPHABET))
 
 
 def char_ids(texts: Sequence[str], where: str) -> npt.NDArray[Any]:
-    """Return the ids of characters, (n, T) uint8. Raise DataError if texts differ in length, or a character is not in the alphabet."""
+    """Return the ids of characters (n, T), uint8. Raise DataError if texts differ in length or contain unknown characters."""
     width = len(texts[0])
     if not width or any(len(text) != width for text in texts):
         raise DataError(f"{where}: its windows of text differ in length")
@@ -35,8 +35,11 @@ def char_ids(texts: Sequence[str], where: str) -> npt.NDArray[Any]:
 
 
 def split_windows(n: int) -> tuple[slice, npt.NDArray[np.int64]]:
-    """Return which of a role's n windows are for training and which for testing, by LEAF's rule: the first 90 %, at least one; then a gap
-    in which windows have characters of both. There may be no test windows."""
+    """Return which of a role's n windows are for training and which are for testing, by LEAF's rule.
+
+    The first 90 %, but at least one window, are for training. They are followed by a gap of windows that overlap with both parts. There
+    may be no test windows.
+    """
     n_train = max(1, int(0.9 * n))
     first = np.arange(n_train + GAP, n)
     return slice(0, n_train), first if n >= 2 else first[:0]
