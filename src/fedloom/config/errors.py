@@ -1,4 +1,4 @@
-"""Error messages for settings: rewrites each of pydantic's reasons as one line."""
+"""Error messages for settings. Each of pydantic's reasons is rewritten as one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
     """Return one line that names the key, the value and the allowed values.
 
     Args:
-        prefix: prefix of every key, such as `method.`.
+            prefix: prefix of every key, such as `method.`.
         root: the model or dataclass that was validated.
     """
     first = error.errors()[0]
@@ -49,7 +49,7 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key '{key}'{near_keys(key, _known(root, where[:-1]))}"
     message = _plainly(first)
-    if not where:  # a check of several keys, whose message names them
+    if not where:  # a check of several keys; its message names them
         return (
             prefix + message if re.match(r"[\w.]+=", message) else f"{prefix.rstrip('.')}: {message}".removeprefix(": ")
         )
@@ -57,7 +57,7 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
 
 
 def _plainly(error: ErrorDetails) -> str:
-    """Return pydantic's reason in this project's words."""
+    """Return pydantic's reason in fedloom's own words."""
     kind, context = error["type"], error.get("ctx", {})
     for limit, (_, words, _) in LIMITS.items():
         if limit in context:

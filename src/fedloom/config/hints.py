@@ -1,4 +1,4 @@
-"""Remedies for unknown keys and values that users often type: words of papers and other tools, and keys without their table."""
+"""Remedies for unknown keys and values that users often type: terms of papers and other tools, and keys without their table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("resume", "quiet", "json", "sign"), "--"),  # options, not keys
     }
 )
-"""Settings by other names for them, in the form of `fedloom.errors.normal`."""
+"""Alternative names of settings, in the form of `fedloom.errors.normal`."""
 VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "partition": {
@@ -61,14 +61,14 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "participation": dict.fromkeys(("all", "full"), "participation=1.0"),
     }
 )
-"""What to write instead of a value, by key; values in the form of `fedloom.errors.normal`."""
+"""Remedies for values, by key. The values have the form of `fedloom.errors.normal`."""
 DIRICHLET = re.compile(r"(?:dir|dirichlet|lda)\W*(\d*\.?\d+)\W*")
 
 
 def near_keys(key: str, known: Iterable[str]) -> str:
-    """Return the settings that a user may have meant by an unknown key, as `suggest` does.
+    """Return the settings that a user may have meant by an unknown key, in the form of `suggest`.
 
-    `known`: the keys of the table in which it was looked up.
+    `known` contains the keys of the table in which the key was looked up.
     """
     table, _, last = key.rpartition(".")
     own = list(known)
@@ -85,7 +85,7 @@ def near_keys(key: str, known: Iterable[str]) -> str:
 
 
 def meant(word: str) -> list[str]:
-    """Return the full names of the settings that have this name in their table, in any spelling, or that have `word` as a synonym."""
+    """Return the full names of the settings that are called `word` in their table, in any spelling, or that have `word` as a synonym."""
     plain = normal(word)
     same = [name for name in _all_keys() if plain == normal(name)]
     if same or plain in SYNONYMS:
@@ -94,7 +94,7 @@ def meant(word: str) -> list[str]:
 
 
 def instead(key: str, text: str) -> str:
-    """Return what to write instead of `key=text`, or "" if the value is not one of the words that are often mistaken for values."""
+    """Return the correct form of `key=text`, or "" if the value is not one of the words that users often mistake for values."""
     if key == "partition" and (found := DIRICHLET.fullmatch(text.lower())):
         return f"partition=dirichlet partition.alpha={found[1]}"
     return VALUES.get(key, {}).get(normal(text), "")

@@ -34,7 +34,7 @@ LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "partition": ("path", "column"),
     }
 )
-"""Tables whose keys keep their meaning when another name is chosen, except for the keys listed here."""
+"""Tables whose keys stay valid when another name is chosen, except for the keys listed here."""
 
 
 def _texts(model: type[Section], prefix: str = "") -> Iterator[str]:
@@ -46,13 +46,13 @@ def _texts(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 
 TEXTS = tuple(_texts(Settings))
-"""Keys of names and paths. Their values stay text even if they look like numbers or dates: `label=7`, `out=2026-01-31`."""
+"""Keys whose values are names or paths. Their values stay text even if they look like numbers or dates: `label=7`, `out=2026-01-31`."""
 
 
 def parse_value(text: str, key: str = "") -> Any:
-    """Parse a value from the command line: TOML if it is valid TOML (numbers, booleans, lists, quoted text), otherwise plain text.
+    """Parse a value from the command line as TOML (a number, boolean, list or quoted text), or as plain text if it is not valid TOML.
 
-    `key`: the key of the value. Values of the keys in `TEXTS` stay text.
+    `key` is the key of the value. The values of the keys in `TEXTS` stay text.
     """
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -63,9 +63,9 @@ def parse_value(text: str, key: str = "") -> Any:
 
 
 def set_dotted(values: Values, key: str, value: Any) -> None:
-    """Set a dotted key in nested tables; `data=digits` is short for `data.name=digits`.
+    """Set a dotted key in nested tables. `data=digits` is short for `data.name=digits`.
 
-    Choosing another name removes the keys that belong to the old choice: all keys or, for tables in `LASTING`, those listed there.
+    Choosing another name removes the keys that belong to the previous choice: all keys or, for tables in `LASTING`, those listed there.
     `models` replaces `model`.
     """
     *tables, last = key.split(".")

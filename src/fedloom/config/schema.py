@@ -30,8 +30,8 @@ _TEXT: Schema = {"type": "string"}
 def config_schema(engines: Sequence[str] = ()) -> Schema:
     """Return the JSON schema of the config files of `fedloom run` and `fedloom compare`.
 
-    Hyper-parameters of registered methods and options of registered models are checked by name. Methods and models of your own
-    (`my.py:Mine`) and combinations (`fedmr+fedprox`) may have any.
+    Hyper-parameters of registered methods and options of registered models are checked by name. Users' own methods and models
+    (`my.py:Mine`) and combinations (`fedmr+fedprox`) may have any keys.
 
     Args:
         engines: names that editors suggest for `engine`.
@@ -73,12 +73,12 @@ def config_schema(engines: Sequence[str] = ()) -> Schema:
 
 
 def _section(name: Schema, suggested: list[str] | None, table: Schema) -> Schema:
-    """Return a table that can also be given as its name: `data = "digits"`."""
+    """Return the schema of a table that may also be written as its name: `data = "digits"`."""
     return {"anyOf": [name | {"examples": suggested} if suggested else name, table]}
 
 
 def _dotted(inside: dict[str, Schema]) -> Schema:
-    """Return the keys of all tables as quoted dotted keys: `"data.rows" = 900`."""
+    """Return the schema of the keys of all tables as quoted dotted keys: `"data.rows" = 900`."""
     return {f"{table}.{key}": part for table, keys in inside.items() for key, part in keys.items()}
 
 
@@ -87,12 +87,12 @@ def _one(name: Schema, table: Schema, described: Schema) -> Schema:
 
 
 def _several(name: Schema, table: Schema, described: Schema) -> Schema:
-    """Return a table that can also be given as one name, or as several, which are compared."""
+    """Return the schema of a table that may also be written as one name, or as several names, which are compared."""
     return {"anyOf": [name, {"type": "array", "items": name}, table], "description": described["description"]}
 
 
 def _by_name(key: str, tables: dict[str, Schema]) -> Schema:
-    """Return an object whose other keys depend on the name in `key`. Unknown names may have any keys."""
+    """Return the schema of an object whose other keys depend on the name in `key`. With unknown names, any keys are valid."""
     chosen = [
         {"if": {"properties": {key: {"const": name}}, "required": [key]}, "then": table}
         for name, table in tables.items()
@@ -125,7 +125,7 @@ def _models() -> dict[str, Schema]:
 
 
 def _plain(schema: Any) -> Any:
-    """Return pydantic's schema without titles and null (which TOML does not have), and with lists that may be comma-separated text."""
+    """Return pydantic's schema without titles and null (TOML has no null), in which lists may also be comma-separated text."""
     if isinstance(schema, list):
         return [_plain(part) for part in schema if part != {"type": "null"}]
     if not isinstance(schema, dict):

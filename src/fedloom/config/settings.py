@@ -1,4 +1,4 @@
-"""Settings of an experiment: typed and validated, with the same names in TOML files, `key=value` arguments and Python."""
+"""Settings of an experiment, typed and validated. They have the same names in TOML files, `key=value` arguments and Python."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OWNERS_KNOWN = ("natural", "file", "own", "given")  # partitions that fix the nu
 
 
 def comma_separated(text: str) -> tuple[str, ...]:
-    """Return the words of a list that is separated by commas."""
+    """Return the words in a comma-separated list."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
@@ -60,76 +60,80 @@ class Named(Section):
 
 
 class DataSettings(Section):
-    """The data set, and how examples become model inputs."""
+    """The data set, and the conversion of its examples to model inputs."""
 
     name: str = "digits"
-    """A known data set (see `fedloom list datasets`), any name if `data.path` is set, or `hub:OWNER/NAME[:CONFIG]` for a data set of the
+    """A known data set (see `fedloom list datasets`), any name if `data.path` is set, or `hub:OWNER/NAME[:CONFIG]` for a data set on the
     Hugging Face hub."""
     path: Path | None = None
     """Your own file or folder: a table (.csv, .tsv, also .gz, or .parquet), arrays (.npz, or a folder with x.npy and y.npy), a folder
-    with train and test files (train.csv, test.csv; train.parquet, test.parquet), or pictures in folders named by class (docs/tasks.md);
-    for `data=pfllib`, PFLlib's data folder."""
+    with train and test files (train.csv, test.csv; train.parquet, test.parquet), or images in folders named by class (docs/tasks.md).
+    For `data=pfllib`, PFLlib's data folder."""
     task: Literal["classification", "multilabel", "regression", "language"] | None = None
-    """Learning task of your own files: `regression` needs labels that are numbers, `multilabel` lists or columns of 0 and 1. Default: for
-    tables, by the label column; otherwise classification. Folders of pictures need metadata.csv for other tasks. Named data
-    sets have their own task."""
+    """Learning task of your own files. `regression` requires labels that are numbers; `multilabel` requires lists or columns of 0 and 1.
+    By default, the label column of a table determines the task; for other data, it is classification. Folders of images need metadata.csv
+    for other tasks. Named data sets have their own task."""
     owner: Literal["folder"] | None = None
-    """`folder`: the upper folders of your folder of pictures are domains (root/domain/class/picture). They become the column `domain`, by
-    which `partition=natural` divides. Default: the upper folders are classes."""
+    """With `folder`, the upper folders of your folder of images are domains (root/domain/class/picture). They become the column `domain`,
+    by which `partition=natural` divides the examples. Default: the upper folders are classes."""
     revision: Annotated[str, Field(pattern="^[0-9a-f]{40}$")] | None = None
-    """For `data=hub:OWNER/NAME[:CONFIG]`: the commit of the files. Default: the newest one, which the run writes into its config.toml."""
+    """Commit of the files of `data=hub:OWNER/NAME[:CONFIG]`. Default: the newest commit, which the run writes to its config.toml."""
     features: bool = False
-    """For `data=har`: the 561 published features of each window, instead of its nine signals."""
+    """For `data=har`, use the 561 published features of each window instead of its nine signals."""
     label: str | None = None
-    """Label column of a table, or several, separated by commas (multilabel, regression). Default: the only column with a usual name, such
-    as `label`, `class`, `target` or `y`."""
+    """Label column of a table, or several columns, separated by commas (multilabel, regression). Default: the only column with a usual
+    name, such as `label`, `class`, `target` or `y`."""
     text: tuple[str, ...] = ()
-    """Column of a table that has texts, or several, which are joined. The texts are then the only inputs."""
+    """Column of a table that contains texts, or several columns, which are joined. The texts are then the only inputs."""
     tokens: Literal["words", "chars", "bytes", "basic-english"] | None = None
-    """Tokens of texts: words, characters, bytes, or words by the rules of torchtext's `basic_english`. Default: words; bytes for
+    """Tokens of texts: words, characters, bytes, or words by the rules of torchtext's `basic_english`. Default: words, or bytes for
     `data.task=language`."""
     case: Literal["lower", "keep"] | None = None
-    """Whether letters of texts become lower-case. Default: `lower` for words, otherwise `keep`."""
+    """Whether letters of texts are converted to lower case. Default: `lower` for words, otherwise `keep`."""
     vocabulary: Count | Path | None = None
-    """Largest number of different tokens of texts, with 4 special ones; or a file with one word per line. Default: 10000."""
+    """Maximum number of different tokens of texts, including 4 special ones; or a file with one word per line. Default: 10000."""
     min_count: Count | None = None
-    """How often a token must occur in the training texts to be in the vocabulary. Default: 2; 1 for characters."""
+    """How often a token must occur in the training texts to be in the vocabulary. Default: 2, or 1 for characters."""
     length: Count | None = None
-    """Number of tokens of a text: longer ones are cut at the end. Default: the 95th percentile of the training texts, at most 256. For
-    `data.task=language`, the length of a block; default: 80."""
+    """Number of tokens of a text. Longer texts are cut off at the end. Default: the 95th percentile of the training texts, at most 256.
+    For `data.task=language`, the length of a block; default: 80."""
     columns: tuple[str, ...] = ()
-    """Input columns of a table, also those that look like identifiers. Default: all other columns."""
+    """Input columns of a table, which may include columns that look like identifiers. Default: all other columns."""
     drop: tuple[str, ...] = ()
     """Columns of a table that are not used."""
     split: str | None = None
-    """Column of a table with the values train, valid and test. Default: a column of this name, if it has these values."""
+    """Column of a table that contains the values train, valid and test. Default: a column with this name, if it contains these values."""
     missing: Literal["refuse", "drop", "fill"] = "refuse"
-    """What to do if inputs of a table are missing: `refuse`; `drop` their rows; `fill`: numbers with the training mean and a further column
-    of 0 and 1, categories with a level of their own."""
+    """What to do if inputs of a table are missing: `refuse` the table, `drop` the rows, or `fill` the values. Numbers are filled with the
+    training mean, and an additional column of 0 and 1 marks them; for categories, a missing value is a separate level."""
     missing_values: tuple[str, ...] = ()
-    """Further values of a table that mean a missing value, such as -9. Always: the empty value and `?`; in columns of numbers, also NA,
-    N/A, NaN, nan, null and None."""
+    """Additional values of a table that mean a missing value, such as -9. The empty value and `?` always do; in columns of numbers, so do
+    NA, N/A, NaN, nan, null and None."""
     decimal: Literal[".", ","] | None = None
-    """Decimal sign of a table's numbers; the other one of `.` and `,` separates thousands. Default: `.`, and no thousands separators."""
+    """Decimal separator of a table's numbers.
+
+    The other one of `.` and `,` separates thousands. Default: `.`, without thousands separators.
+    """
     encoding: str | None = None
     """Encoding of a table in a text file, such as latin-1. Default: UTF-8."""
     rows: Count | None = None
-    """Use only this many training examples, drawn once at random; test examples are not affected. Default: all."""
+    """Use only this many training examples, drawn once at random. Test examples are not affected. Default: all."""
     image_size: Count | None = None
     """Resize images to this width and height in pixels. Default: no resizing."""
     normalise: Literal["half", "standard", "own", "none"] | None = None
-    """Normalisation of inputs. `half`: images to [-1, 1]; `standard`: mean 0 and standard deviation 1 per channel or feature, over the
-    training examples of all clients; `own`: the same, over each client's own; `none`: unchanged. Default: standard for tables, half for
-    images."""
+    """Normalisation of inputs. `half` maps images to [-1, 1]. `standard` results in mean 0 and standard deviation 1 per channel or
+    feature,
+    over the training examples of all clients; `own` does so over each client's own. `none` changes nothing. Default: standard for tables,
+    half for images."""
     augment: str = "none"
     """Augmentation of training batches: `none`, `flip`, `crop-flip`, `resized-crop-flip` or `resized-crop-flip-once` (each example once,
-    before training; test examples too)."""
+    before training, including test examples)."""
 
     factor: Literal["code", "tint", "nuisance", "rotation"] | None = None
-    """Give the images a client factor that is known exactly (docs/data.md): `code`: each client has its own code from classes to background
-    colours; `tint`: one colour per client; `nuisance`: random colours; `rotation`: one angle per client. Default: none."""
+    """Add a client factor that is known exactly to the images (docs/data.md). `code`: each client has its own code from classes to
+    background colours. `tint`: one colour per client. `nuisance`: random colours. `rotation`: one angle per client. Default: none."""
     factor_clients: Annotated[int, Field(ge=2)] | None = None
-    """Number of clients that `data.factor` divides the training examples among. Default: 4."""
+    """Number of clients among which `data.factor` divides the training examples. Default: 4."""
 
     @field_validator("columns", "drop", "missing_values", "text", mode="before")
     @classmethod
@@ -144,68 +148,68 @@ class PartitionSettings(Section):
         Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own", "given"] | None
     ) = None
     """Partition scheme. Default: `own` if every owner's examples are split in time (texts, har), `natural` if a column names every owner,
-    `dirichlet` if targets fall into groups, else `iid`; the run logs which one, unless it is `dirichlet`. `natural`: by the owner named in
-    a column; `file`: read from `partition.path`; `own`: the data set's own split of each owner's examples (PFLlib, LEAF, har); `given`:
-    passed from Python."""
+    `dirichlet` if targets form groups, and `iid` otherwise; the run logs the scheme unless it is `dirichlet`. `natural` divides by the
+    owner that a column names. `file` reads `partition.path`. `own` is the data set's own split of each owner's examples (PFLlib, LEAF,
+    har). `given` is a partition passed from Python."""
     alpha: Positive = 0.1
-    """Concentration of the Dirichlet distribution; smaller values give more skewed clients."""
+    """Concentration parameter of the Dirichlet distribution. Smaller values give more skewed clients."""
     classes_per_client: Count = 2
     """Number of classes per client (pathological, extended)."""
     balance: bool = False
     """Split each class equally among its clients (pathological)."""
     by: str | None = None
-    """Column whose values are used instead of classes (dirichlet, pathological, extended). Default: groups by target, which are
-    classes, the rarest label of each example, or quantile bins of numbers."""
+    """Column whose values are used instead of classes (dirichlet, pathological, extended). By default, examples are grouped by target: by
+    class, by the rarest label of each example, or by quantile bins of numbers."""
     bins: Annotated[int, Field(ge=2)] = 10
-    """Number of quantile bins, for targets that are numbers."""
+    """Number of quantile bins for targets that are numbers."""
     column: str | None = None
     """Column that names the owner of each example (natural). Default: the column of the known data set, or the only other column."""
     path: Path | None = None
-    """File with a partition, written by `fedloom partition` or by hand (file)."""
+    """Partition file, written by `fedloom partition` or by hand (file)."""
     min_examples: Count = 10
     """Minimum number of examples per client, before the split into training and test examples."""
     repair: bool = False
-    """Use the first draw, and move examples from the largest clients to those with fewer than `min_examples`, instead of drawing again."""
+    """Use the first draw, and move examples from the largest clients to those with fewer than `min_examples`, instead of redrawing."""
     class_floor: Whole = 0
-    """Minimum number of training examples of every class that each client has; missing ones are moved from the clients with the most
+    """Minimum number of training examples of every class that each client has. Missing examples are moved from the clients with the most
     (dirichlet, pathological, extended)."""
     merge: bool = True
-    """Pool the official training and test examples before the partition, as is usual in personalised federated learning. With false, only
-    the training examples are split across clients."""
+    """Pool the official training and test examples before the partition, as is usual in personalised federated learning. If false, only
+    the training examples are divided among clients."""
     test_fraction: Fraction | None = None
-    """Fraction of each client's examples held out as its test split. Default: 0.25; with `merge=false`, 0 (the official test set is
-    used)."""
+    """Fraction of each client's examples that is held out as its test split. Default: 0.25, or 0 with `merge=false` (the official test set
+    is then used)."""
 
 
 class EvalSettings(Section):
     """What is evaluated, and how often."""
 
     general_every: Whole = 0
-    """Score personal models on the common test set every N rounds; 0: only after the last round."""
+    """Score personal models on the common test set every N rounds. With 0, they are scored only after the last round."""
     clients: Count | None = None
-    """Score only N clients, the same ones in every round. Default: all."""
+    """Score only N clients, which are the same in every round. Default: all."""
     valid: Fraction = 0.0
-    """Fraction of each client's training examples held out for validation."""
+    """Fraction of each client's training examples that is held out for validation."""
     fitted: bool = False
-    """Also score each client's model as its last local update left it."""
+    """Also score each client's model in its state after its last local update."""
     shared_head: bool = False
     """Also fit one linear classifier for all clients on the features of the shared body, and score it whenever personal models are scored
-    on the common test set (`shared_head_accuracy`). Cost of each fit: one pass over all training examples, and an uplink of
-    8 (D(D+1)/2 + D Y + Y) bytes from each client for D features and Y classes, reported as `shared_head_bytes`."""
+    on the common test set (`shared_head_accuracy`). Each fit costs one pass over all training examples and an uplink of
+    8 (D(D+1)/2 + D Y + Y) bytes from each client for D features and Y classes, which is reported as `shared_head_bytes`."""
     target: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    """Target value of the primary metric, such as 0.9 for accuracy. The summary reports the round and the bytes sent when personal models
-    first reached it."""
+    """Target value of the primary metric, such as 0.9 for accuracy. The summary reports the round in which personal models first reached
+    it, and the number of bytes sent until then."""
 
 
 class DeviceSettings(Section):
     """Simulated devices that drop out or are slow (docs/devices.md)."""
 
     dropout: Fraction = 0.0
-    """Probability that a cohort member drops out of a round: it is sent the downlink but does not train."""
+    """Probability that a cohort member drops out of a round. It receives the downlink but does not train."""
     slow: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Fraction of slow clients; the same clients are slow in every round."""
+    """Fraction of slow clients. The same clients are slow in every round."""
     slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 4.0
-    """How many times longer a slow client takes per training step."""
+    """Factor by which a training step takes longer on a slow client."""
     stragglers: Literal["wait", "drop", "late", "partial"] = "wait"
     """What to do about slow clients: `wait` for them, `drop` their updates, aggregate them `late` in a later round, or let them run
     a `partial` update (1/slowdown of the steps)."""
@@ -215,32 +219,35 @@ class ScreenSettings(Section):
     """Screening of uplinks before aggregation (docs/devices.md)."""
 
     norm: NonNegative | None = None
-    """Reject an uplink if one of its parts is more than this many times as large as the median client's, or has impossible statistics.
-    Exclude clients that are rejected repeatedly, and roll back after a round without a valid uplink. 0: off. Default: 10 on devices, 0 in
-    simulations."""
+    """Reject an uplink if the norm of one of its parts is more than this many times the median client's, or if it has impossible
+    statistics. Clients that are rejected repeatedly are excluded, and the server rolls back after a round without a valid uplink. 0 turns
+    screening off. Default: 10 on devices, 0 in simulations."""
     max_share: Share | None = None
-    """Largest weight of a client in a mean over examples, as a fraction; at least 1/n for n uplinks. Default: 3/n if nodes have their own
+    """Maximum weight of a client in a mean over examples, as a fraction; at least 1/n for n uplinks. Default: 3/n if nodes have their own
     data, because the server cannot check their numbers of examples; otherwise 1."""
 
 
 class PrivacySettings(Section):
-    """Differential privacy of clients: the server shortens what clients send, adds it up, and adds noise (docs/security.md)."""
+    """Differential privacy of clients. The server clips the uplinks, adds them up, and adds noise (docs/security.md)."""
 
     noise: NonNegative | None = None
     """Noise multiplier: the standard deviation of the noise, in units of `privacy.clip`. Default: no privacy, unless `privacy.epsilon` is
     set."""
     epsilon: Positive | None = None
     """Privacy budget for an observer who does not know the cohorts. With `privacy.noise`, the run ends before the round that would exceed
-    it; otherwise the noise is chosen so that all rounds together stay within it."""
+    it. Otherwise, the noise is chosen such that all rounds together do not exceed it."""
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Probability with which the bound epsilon may fail. Default: 1 / N^1.1 for N clients."""
     clip: Positive = 1.0
-    """Largest norm of a client's differences; longer ones are shortened to it."""
+    """Clipping norm: the maximum norm of a client's differences. Longer ones are clipped to it."""
     clips: dict[str, Positive] = {}
-    """Largest norms of the other parts of an uplink, such as `control` (SCAFFOLD), or `counts` and `sums` (FedProto). Default: 1 for
-    `buffers` (running statistics); the others have none and must be set."""
+    """Clipping norms of the other parts of an uplink, such as `control` (SCAFFOLD), or `counts` and `sums` (FedProto). Default: 1 for
+    `buffers` (running statistics). The norms of all other parts must be set."""
     adapt: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Change all these norms during the run, so that this fraction of clients is not shortened, such as 0.5. Default: they are fixed."""
+    """Adapt all clipping norms during the run such that this fraction of clients, for example 0.5, is not clipped.
+
+    Default: fixed norms.
+    """
 
     @property
     def on(self) -> bool:
@@ -254,38 +261,44 @@ class JoinSettings(Section):
     clients: Whole = 0
     """Hold out the last N of the `clients` from training. They join after the last round and are scored separately."""
     turns: Count = 10
-    """Local updates that each new client runs on its own. They run the method's phases but leave the shared weights as received."""
+    """Number of local updates that each new client runs alone.
+
+    They run the method's phases, but do not change the received shared weights.
+    """
 
 
 class EngineSettings(Section):
     """The engine, which runs the clients."""
 
     name: str = "auto"
-    """`sequential`, `vectorised`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), which can be combined:
+    """`sequential`, `vectorised`, `processes`, `ray`, `auto`, or a wrapper (`debug`, `bytes`), which can be combined with an engine:
     `debug+sequential`."""
     threads: Count = 1
-    """Torch threads in this process. With more than one, results depend on their number. Worker processes always use one thread."""
+    """Number of torch threads in this process. If it is not 1, results depend on it. Worker processes always use one thread."""
     workers: Count | None = None
     """Number of worker processes (`processes`, `ray`). Default: one per core."""
     lanes: Count | None = None
-    """Clients trained side by side in one batched operation. In `vectorised` the default is as many as fit into memory, at most 64 (256 on
-    a GPU). In each worker of `processes` the default is one client at a time; for small models without convolutions, as many lanes as the
-    worker has clients, or half of that, are twice as fast but change the last bits of the results."""
+    """Number of clients that are trained side by side in one batched operation. In `vectorised`, the default is as many as fit into
+    memory,
+    at most 64 (256 on a GPU). In each worker of `processes`, the default is one client at a time; for small models without convolutions,
+    as
+    many lanes as the worker has clients, or half as many, are twice as fast but change the last bits of the results."""
     device: str = "cpu"
-    """Device for training and scoring clients (`sequential`, `vectorised`): `cpu`, `cuda` (the first GPU) or `cuda:N`. On a GPU, `auto`
-    chooses `vectorised` (docs/gpu.md)."""
+    """Device on which clients are trained and scored (`sequential`, `vectorised`): `cpu`, `cuda` (the first GPU) or `cuda:N`. On a GPU,
+    `auto` chooses `vectorised` (docs/gpu.md)."""
     device_bytes: Whole | None = None
-    """GPU memory, in bytes, for data and for client states between local updates. What does not fit stays on the host. Default: half of
-    the free memory."""
+    """GPU memory in bytes for data, and for client states between local updates. What does not fit stays on the host. Default: half of the
+    free memory."""
     convolutions: Literal["grouped", "columns", "tuned"] = "grouped"
     """How `vectorised` computes convolutions: as `grouped` convolutions, as matrix products of `columns`, or `tuned`, which times both and
-    takes the faster one (the last bits may differ from run to run)."""
+    uses the faster one (the last bits may differ from run to run)."""
     address: str | None = None
-    """Ray cluster to join (`ray`): `auto` (the cluster of this machine), HOST:PORT or ray://HOST:PORT. Default: start one on this
+    """Ray cluster to join (`ray`): `auto` (the cluster of this machine), HOST:PORT or ray://HOST:PORT. Default: start a cluster on this
     machine."""
     deadline_s: Positive | None = None
-    """Time limit in seconds, after which the round continues without the client that hangs (`processes`: for each client's local update) or
-    without the clients of the worker (`ray`: for a worker's share of a round). Default: no limit."""
+    """Time limit in seconds, after which the round continues without clients that hang. With `processes`, it applies to each client's
+    local
+    update; with `ray`, to a worker's clients in a round, all of which are then skipped. Default: no limit."""
 
     @field_validator("device")
     @classmethod
@@ -306,35 +319,35 @@ class Settings(Section):
     """All settings of one experiment."""
 
     method: Named = Named(name="fedavg")
-    """Method (see `fedloom list methods`), or your own class as `my.py:Mine`. Its hyper-parameters are `method.KEY`."""
+    """Method (see `fedloom list methods`), or your own class, written `my.py:Mine`. Its hyper-parameters are `method.KEY`."""
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
     clients: Count | None = None
-    """Number of clients. Default: 10; with partition=natural, file, own or given, set by the partition."""
+    """Number of clients. Default: 10; with partition=natural, file, own or given, the partition determines it."""
     participation: float | str = 1.0
     """Fraction of the clients in each round, above 0 and at most 1. A range such as `0.1-1.0` draws a new fraction in each round."""
     cohort: Count | None = None
     """Number of clients in each round, instead of `participation`."""
     min_clients: Count = 1
-    """Minimum number of uplinks for aggregation. If fewer arrive, the server keeps its weights and the round is skipped."""
+    """Minimum number of uplinks for aggregation. If fewer uplinks arrive, the server keeps its weights, and the round is skipped."""
     rounds: Count = 20
     """Number of communication rounds."""
     batch_size: Count = 10
-    """Examples per training batch."""
+    """Number of examples per training batch."""
     drop_last: bool = False
-    """Skip the incomplete last batch of each epoch."""
+    """Skip the last batch of each epoch if it is incomplete."""
     model: Named = Named(name="fedavg_cnn")
-    """Architecture (see `fedloom list models`), or your own as `my.py:Net`. Its options are `model.KEY`. Every model also has
+    """Architecture (see `fedloom list models`), or your own, written `my.py:Net`. Its options are `model.KEY`. Every model also has
     `model.weights=FILE.safetensors` (pretrained weights of the body), `model.lora=RANK` (low-rank adapters on a frozen body),
     `model.lora_alpha` and `model.lora_freeze_a` (docs/lora.md)."""
     models: tuple[str, ...] = ()
-    """Several architectures instead of `model`, assigned to the clients in turn."""
+    """Several architectures instead of `model`, which are assigned to the clients in turn."""
     width: Count | None = None
-    """Number of features that each model body returns. Default: set by the architecture."""
+    """Number of features that each model body returns. Default: determined by the architecture."""
     same_init: bool = True
     """Whether all clients start from the same weights."""
     eval_every: Count = 1
-    """Score every N rounds, and after the last round."""
+    """Score models every N rounds, and after the last round."""
     eval: EvalSettings = EvalSettings()
     devices: DeviceSettings = DeviceSettings()
     screen: ScreenSettings = ScreenSettings()
@@ -347,21 +360,23 @@ class Settings(Section):
     seed: Whole = 0
     """Seed of all random numbers."""
     checkpoint_every: Whole = 10
-    """Write a checkpoint every N rounds, and after the last round; 0: never."""
+    """Write a checkpoint every N rounds, and after the last round. With 0, write no checkpoints."""
     out: Path | None = None
     """Folder of the run. Default: a new folder in runs/."""
     label: str | None = None
     """Name of this run in tables and plots. Default: the name of the method."""
     uplink: tuple[str, ...] = ()
-    """Transforms of the weights in uplinks (see `fedloom list transforms`), such as `topk:0.1,int8`; for another part of the message,
+    """Transforms of the weights in uplinks (see `fedloom list transforms`), such as `topk:0.1,int8`. For another part of the message,
+    write
     `PART/fp16`."""
     downlink: tuple[str, ...] = ()
     """Transforms of the weights in downlinks, such as `fp16`."""
     aggregate: str | None = None
-    """Robust rule that combines the uplinks instead of their mean (see `fedloom list rules`), such as `trimmed:0.2`. It bounds what a
-    minority of hostile clients can do (docs/security.md). Default: the method's mean."""
+    """Robust rule that combines the uplinks instead of their mean (see `fedloom list rules`), such as `trimmed:0.2`. It limits the
+    influence
+    of a minority of malicious clients (docs/security.md). Default: the method's mean."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
-    """Experiment trackers that also receive the metrics. Each needs the fedloom extra of the same name."""
+    """Experiment trackers that also receive the metrics. Each requires the fedloom extra with the same name."""
 
     @field_validator("models", "log", mode="before")
     @classmethod
@@ -391,7 +406,7 @@ class Settings(Section):
     @field_validator("out", mode="before")
     @classmethod
     def _out(cls, value: Any) -> Any:
-        if value == "":  # Path("") means the current folder
+        if value == "":  # Path("") would mean the current folder
             raise ValueError("must not be empty")
         return value
 
@@ -442,7 +457,7 @@ class Settings(Section):
 
 
 def with_scheme(settings: Settings, scheme: str) -> Settings:
-    """Return the settings with a partition scheme, and the number of clients that it has by default.
+    """Return the settings with a partition scheme, and with the default number of clients of this scheme.
 
     Raises:
         ValueError: another setting does not apply to the scheme.
@@ -472,7 +487,7 @@ def _check_partition(partition: PartitionSettings) -> None:
 
 
 def _check_device(settings: Settings) -> None:
-    """Raise ValueError for settings that the engine, or a CPU, does not support."""
+    """Raise ValueError for settings that the engine or the CPU does not support."""
     engine = settings.engine
     last, on_gpu = engine.name.rpartition("+")[2], engine.device != "cpu"
     anyone = last in ("auto", "debug", "bytes")
@@ -487,17 +502,17 @@ def _check_device(settings: Settings) -> None:
 
 
 def _check_privacy(privacy: PrivacySettings) -> None:
-    """Raise ValueError for a setting without effect."""
+    """Raise ValueError for a setting that would have no effect."""
     for key in ("delta", "clip", "clips", "adapt"):
         if not privacy.on and getattr(privacy, key) != PrivacySettings.model_fields[key].default:
             raise ValueError(f"privacy.{key}: has no effect without privacy.noise or privacy.epsilon; set one of them")
 
 
 def check_cohort(settings: Settings, n_clients: int) -> None:
-    """Check that the cohort fits into the training clients, and that at least one client trains.
+    """Check that the cohort is not larger than the number of training clients, and that at least one client trains.
 
     Raises:
-        ValueError: names the key.
+        ValueError: a setting is invalid; the message names its key.
     """
     joining = settings.join.clients
     if joining >= n_clients:
@@ -519,10 +534,10 @@ def participation_range(value: float | str) -> tuple[float, float]:
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Return validated settings. Options of `method` or `model` without a name belong to the default method or model.
+    """Return validated settings. Options of `method` or `model` without a name apply to the default method or model.
 
     Raises:
-        ConfigError: names the key, the value and the allowed values.
+        ConfigError: a setting is invalid; the message names the key, the value and the allowed values.
     """
     defaults = {key: Settings.model_fields[key].default.name for key in ("method", "model")}
     named = {key: {"name": defaults[key], **v} for key, v in values.items() if key in defaults and isinstance(v, dict)}
@@ -548,5 +563,5 @@ def make_method(choice: Named) -> Method:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return the settings as TOML text that `read_toml` can read back. Settings that are None are left out."""
+    """Return the settings as TOML text, which `read_toml` can read. Settings that are None are omitted."""
     return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))

@@ -1,7 +1,7 @@
 """The model zoo: plain torch modules that follow their papers closely, each split into a body and a linear head.
 
-`arch.py` builds and checks an architecture, from the zoo or from a user's file. To add a model, write a function in a file here and add a
-line to `zoo.py`. This package does not depend on federated learning.
+`arch.py` builds and checks an architecture, from the zoo or from a user's file. To add a model, write a function in a file in this package
+and add a line to `zoo.py`. This package does not depend on federated learning.
 """
 
 from typing import TYPE_CHECKING

@@ -34,18 +34,19 @@ Builder = Callable[..., nn.Module]
 class Arch:
     """A recipe for models of one architecture on one problem. `arch(...)` creates and checks a recipe.
 
-    Every model is `Split(body=..., head=Linear)`: the body maps inputs to features (B, features), or (B, T, features) for sequences,
-    and the head maps those to outputs, such as logits (B, n_outputs). Initial weights come from torch's global generator, which the
+    Every model is `Split(body=..., head=Linear)`. The body maps inputs to features (B, features), or (B, T, features) for sequences. The
+    head maps these features to outputs, such as logits (B, n_outputs). Initial weights come from torch's global generator, which the
     caller seeds.
 
     Attributes:
         name: the name in the zoo, or the name of the user's module.
-        build: from the zoo, a function that returns the body (see `fedloom.models.zoo`); else the user's class, function or instance.
+            build: for a model from the zoo, a function that returns the body (see `fedloom.models.zoo`); otherwise, the user's class,
+            function or instance.
         spec: the description of the inputs.
         objective: the learning task, which sets the number of outputs.
         example: two inputs for dry runs.
-        width: the requested common feature width; None keeps the architecture's own.
-        options: sorted pairs (name, value): hashable, so that recipes can be compared and clients grouped by them.
+            width: the requested common feature width; None means the architecture's own width.
+            options: sorted pairs (name, value), which are hashable, so that recipes can be compared and clients can be grouped by them.
         base: pretrained weights and low-rank adapters of the body.
     """
 
@@ -64,11 +65,11 @@ class Arch:
         return self.objective.n_outputs
 
     def model(self) -> nn.Module:
-        """Return a new model; its tensors are named "body....", "head.weight" and "head.bias"."""
+        """Return a new model. The names of its tensors are "body....", "head.weight" and "head.bias"."""
         return Split(self.body(), self.head())
 
     def body(self, width: int | None = None) -> nn.Module:
-        """Return a new body with `width` output features; default: the recipe's width, else the architecture's own."""
+        """Return a new body with `width` output features. By default, the width is that of the recipe, or else the architecture's own."""
         inputs = self.spec if self.name in BY_SPEC else self.spec.shape
         return self.base.prepared(self.build(inputs, width or self.width, **dict(self.options)))
 
@@ -78,7 +79,7 @@ class Arch:
 
     @cached_property
     def features(self) -> int:
-        """The number of features of `body()`; 0 for a model without a head."""
+        """The number of features that `body()` outputs; 0 for a model without a head."""
         return self._form[-1]
 
     @property
@@ -93,7 +94,7 @@ class Arch:
 
     @cached_property
     def _form(self) -> tuple[int, ...]:
-        """The shape of `body()`'s features for two examples, found once by a dry run that restores torch's generator."""
+        """The shape of `body()`'s features for two examples. It is found once, by a dry run that restores torch's generator."""
         if not self.has_head:
             return (2, 0)
         with torch.random.fork_rng(devices=[]):
@@ -103,10 +104,10 @@ class Arch:
 class OutsideArch(Arch):
     """A recipe for a user's module class, function or instance, which is split into body and head.
 
-    A class or function is called with only those arguments that its signature names: `input_shape`, `n_classes` or `n_outputs`,
-    `vocabulary`, `width` and the options. An instance is copied: its weights are the initial weights of every model. If the requested
-    width differs from the module's own, the body gets a final linear layer that maps its output to that width, and the head is
-    replaced. A module without a linear head stays whole, for methods that do not need one.
+    A class or function is called only with those arguments that its signature names: `input_shape`, `n_classes` or `n_outputs`,
+    `vocabulary`, `width` and the options. An instance is copied, and its weights are the initial weights of every model. If the requested
+    width differs from the module's own width, the body gets a final linear layer that maps its output to the requested width, and the head
+    is replaced. A module without a linear head stays whole, for methods that do not need a head.
     """
 
     def model(self) -> nn.Module:
@@ -128,7 +129,7 @@ class OutsideArch(Arch):
         """Raise ConfigError unless the module can be built, split and run on two examples."""
         with torch.random.fork_rng(devices=[]):
             refuse_old_norms(self.build, self.name)  # these modules cannot be copied
-            module = self._module(self.width).to(torch.get_default_dtype())  # in the dtype that clients use
+            module = self._module(self.width).to(torch.get_default_dtype())  # the dtype that clients use
             refuse_old_norms(module, self.name)
             refuse_tied({self.name: module})  # before the split makes separate copies
             refuse_own_state(module, self.example, self.name)
@@ -177,18 +178,18 @@ def arch(
     *,
     example: Inputs | None = None,
 ) -> Arch:
-    """Return the checked recipe for `source`: a name in `ZOO`, or a user's nn.Module class, instance, or function that returns a module.
+    """Return the checked recipe for `source`: a name in `ZOO`, or a user's nn.Module class or instance, or function that returns a module.
 
     Args:
         source: see above.
-        inputs: description of the inputs, or a shape: (C, H, W) for pictures, (D,) for flat features.
+            inputs: description of the inputs, or a shape: (C, H, W) for images, (D,) for flat features.
         outputs: the learning task, or the number of classes.
-        width: common feature width; default: the architecture's own.
-        options: the model's own options, and those of every model: `weights`, `lora`, `lora_alpha`, `lora_freeze_a`.
-        example: two real inputs for dry runs; default: dummy ones.
+            width: common feature width; default: the architecture's own width.
+            options: the model's own options, and those that every model has: `weights`, `lora`, `lora_alpha`, `lora_freeze_a`.
+            example: two real inputs for dry runs; default: dummy inputs.
 
     Raises:
-        ConfigError: an unknown name or option, an impossible size, or a module that does not fit inputs and task.
+            ConfigError: a name or option is unknown, a size is impossible, or a module does not fit the inputs and the task.
     """
     every, options = _options(source, options or {})
     sizes = {} if isinstance(outputs, Objective) else {"n_classes": outputs}
@@ -224,7 +225,7 @@ def arch(
 
 
 class ArchFacts(TypedDict):
-    """What `Arch` and `OutsideArch` have in common; see there."""
+    """The fields that `Arch` and `OutsideArch` have in common; they are described there."""
 
     spec: InputSpec
     objective: Objective
@@ -235,7 +236,7 @@ class ArchFacts(TypedDict):
 
 
 def _options(source: object, options: Mapping[str, Option]) -> tuple[dict[str, Option], dict[str, Option]]:
-    """Split the options into those of every model and the model's own. A user's function receives the options that it names."""
+    """Split the options into those that every model has and the model's own. A user's function receives all options that it names."""
     own = inspect.signature(source).parameters if callable(source) and not isinstance(source, nn.Module) else ()
     every = {key: value for key, value in options.items() if key in lora.OPTIONS and key not in own}
     return every, {key: value for key, value in options.items() if key not in every}

@@ -1,4 +1,4 @@
-"""Layers of transformers: positions, self-attention and blocks, for tokens (B, T, dim)."""
+"""Layers of transformers for tokens (B, T, dim): positions, self-attention and blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fedloom.models.layers import sequence
 
 
 class Positions(nn.Module):
-    """Adds a learnt vector to every token; initial values are normal with standard deviation 0.02, as in ViT."""
+    """Adds a learnt vector to every token. Initial values are normal with standard deviation 0.02, as in ViT."""
 
     def __init__(self, n_tokens: int, dim: int) -> None:
         super().__init__()
@@ -21,9 +21,9 @@ class Positions(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens (B, T, dim), as plain matrix products.
+    """Multi-head self-attention over tokens (B, T, dim), computed as plain matrix products.
 
-    Without gradients, nn.MultiheadAttention uses a fused kernel that torch.func.vmap runs one client at a time.
+    nn.MultiheadAttention is not used: without gradients, its fused kernel runs one client at a time under torch.func.vmap.
     """
 
     def __init__(self, dim: int, n_heads: int) -> None:
@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return tokens (B, T, dim). `mask` (T, T) or (B, 1, T, T) is true where a token (row) may attend to a token (column)."""
+        """Return tokens (B, T, dim). `mask` (T, T) or (B, 1, T, T) is true if a token (row) may attend to a token (column)."""
         heads = self.qkv(tokens).unflatten(-1, (3, self.n_heads, -1))  # (B, T, 3, heads, dim / heads)
         query, key, value = (part.transpose(1, 2) for part in heads.unbind(2))
         scores = self.scale * query @ key.transpose(-1, -2)
@@ -45,11 +45,11 @@ class Attention(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Attention, then a perceptron on every token; each is preceded by a LayerNorm and has a shortcut.
+    """Attention followed by a perceptron on every token. Each of the two is preceded by a LayerNorm and has a shortcut.
 
     Args:
-        hidden: the width of the perceptron; default: 2 dim.
-        dropout: probability of dropout after the attention and after the perceptron. With 0 there are no dropout layers.
+            hidden: the width of the perceptron; default: 2 dim.
+            dropout: probability of dropout after the attention and after the perceptron. With 0, there are no dropout layers.
     """
 
     def __init__(self, dim: int, n_heads: int, hidden: int | None = None, dropout: float = 0.0) -> None:
@@ -65,5 +65,5 @@ class TransformerBlock(nn.Module):
 
 
 def perceptron(n: int, hidden: int) -> nn.Sequential:
-    """Return a perceptron with one hidden layer and as many outputs as inputs."""
+    """Return a perceptron with one hidden layer, and with as many outputs as inputs."""
     return sequence({"linear1": nn.Linear(n, hidden), "gelu": nn.GELU(), "linear2": nn.Linear(hidden, n)})

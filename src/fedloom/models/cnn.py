@@ -1,7 +1,7 @@
-"""Small convolutional networks from federated-learning papers: two 5x5 convolutions, then linear layers.
+"""Small convolutional networks from federated-learning papers, with two 5x5 convolutions followed by linear layers.
 
-Two unpadded 5x5 convolutions with 2x2 pooling need inputs of 28 pixels to leave a 4x4 map. Smaller images (8x8 digits) use
-same-padding instead, so that only pooling shrinks their maps.
+Two unpadded 5x5 convolutions with 2x2 pooling need inputs of 28 pixels to produce a 4x4 map. For smaller images (8x8 digits), convolutions
+are padded, so that only pooling shrinks the maps.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def _two_convolutions(
 ) -> tuple[dict[str, nn.Module], int]:
     """Return two Conv5x5-norm-MaxPool2-ReLU blocks followed by a flatten layer, and the width of the flattened output.
 
-    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients; this one applies ReLU to a quarter as many
-    values.
+    The papers apply ReLU before pooling. Both orders give bit-identical outputs and gradients, but this order applies ReLU to a quarter of
+    the values.
     """
     first, height, width = input_shape
     padding = KERNEL // 2 if min(height, width) < SMALLEST_UNPADDED else 0
@@ -56,7 +56,7 @@ def fedmr_cnn(input_shape: Sequence[int], width: int | None = None) -> nn.Sequen
 def fedrir_cnn(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
     """Return FedRIR's extractor: conv 32, conv 64, each normalised; linear 512 (or `width`), without a final activation.
 
-    577,088, 873,600 and 5,592,192 parameters on 1x28x28, 3x32x32 and 3x64x64.
+    It has 577,088, 873,600 and 5,592,192 parameters for inputs of 1x28x28, 3x32x32 and 3x64x64.
     """
     layers, flat = _two_convolutions(input_shape, (32, 64), norm)
     return sequence({**layers, "linear": nn.Linear(flat, width or 512)})

@@ -1,6 +1,6 @@
-"""FedRIR's image generator and information distillation module; its extractor is in `cnn.py`.
+"""FedRIR's image generator and information distillation module. Its extractor is in `cnn.py`.
 
-Huang, Shao, Yang, Lu, Zhang: FedRIR, WWW 2025 (arXiv 2502.00859); sizes as in the released code.
+The source is Huang, Shao, Yang, Lu, Zhang: FedRIR, WWW 2025 (arXiv 2502.00859). Sizes are as in the released code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Axis(NamedTuple):
 
     seed: int
     padding: int
-    extra: tuple[int, int]  # output padding of the first and the second
+    extra: tuple[int, int]  # output padding of the first and the second convolution
 
 
 def _axis(side: int) -> Axis:
@@ -36,11 +36,11 @@ def _axis(side: int) -> Axis:
 
 
 class ImageGenerator(nn.Module):
-    """Maps features (B, features) to images (B, C, H, W): linear, 64 maps, ConvT 32, ReLU, ConvT C; no output activation.
+    """Maps features (B, features) to images (B, C, H, W): linear, 64 maps, ConvT 32, ReLU, ConvT C, without an output activation.
 
-    Seeds are 4x4, 5x5 and 13x13 for sides 28, 32 and 64 (577,345, 874,435 and 5,602,243 parameters at 512 features with
-    1, 3 and 3 channels). For sides that two unpadded steps cannot output, or under 28 pixels, padding is added
-    and the seed is a quarter of the side.
+    The seeds, which are the first maps, have the sizes 4x4, 5x5 and 13x13 for sides of 28, 32 and 64 pixels (577,345, 874,435 and
+    5,602,243 parameters at 512 features with 1, 3 and 3 channels). For sides that two unpadded steps cannot output, or that are smaller
+    than 28 pixels, padding is added, and the side of the seed is a quarter of the image's side.
     """
 
     def __init__(self, features: int, output_shape: Sequence[int]) -> None:
@@ -64,9 +64,9 @@ class ImageGenerator(nn.Module):
 
 
 class InformationDistillation(nn.Module):
-    """q(f_cs | f_g): maps global features (B, d) to the mean and log-variance (B, d) of the client-specific features.
+    """The distribution q(f_cs | f_g), which maps global features (B, d) to the mean and log-variance (B, d) of client-specific features.
 
-    Two perceptrons d-hidden-d; the one for the log-variance ends in Tanh, so the variance stays within [1/e, e].
+    It consists of two perceptrons d-hidden-d. The one for the log-variance ends in Tanh, so the variance stays within [1/e, e].
     """
 
     def __init__(self, d: int, hidden: int = 128) -> None:

@@ -8,7 +8,7 @@ from fedloom.models.zoo import BY_SPEC, KINDS, SEQUENCES, ZOO
 from fedloom.objectives import Objective
 
 SMALLEST_SIDE = 8
-MOST_NAMES = 6  # in a message
+MOST_NAMES = 6  # maximum number of names in a message
 
 
 def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
@@ -34,7 +34,7 @@ def check_fits(name: str, spec: InputSpec, objective: Objective) -> None:
 
 
 def _kind_hint(name: str, spec: InputSpec) -> str:
-    """Return how `from_arrays` makes integers something else than tokens, if the model takes that; else ""."""
+    """Return how to make `from_arrays` treat integers differently from tokens, if the model accepts that; otherwise ""."""
     tokens = spec.of("token")
     kind = next((kind for kind in ("category", "number") if kind in KINDS[name]), "")
     if tokens is None or not kind:
@@ -44,7 +44,7 @@ def _kind_hint(name: str, spec: InputSpec) -> str:
 
 
 def _fitting(spec: InputSpec, objective: Objective) -> str:
-    """Return the names of the models for such inputs and this task, for messages."""
+    """Return the names of the models that fit such inputs and this task, for messages."""
     found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
     found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
     own = "a model of your own"

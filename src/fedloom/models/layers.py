@@ -12,11 +12,11 @@ from fedloom.errors import ConfigError
 from fedloom.inputs import unwrapped
 
 CHANNELS_PER_GROUP = 16
-"""Wu & He, Group Normalization (ECCV 2018), table 3. With one channel per group, a map of one pixel would become zero."""
+"""From Wu & He, Group Normalization (ECCV 2018), table 3. With one channel per group, a map of one pixel would become zero."""
 
 
 def group_norm(n_channels: int) -> nn.GroupNorm:
-    """Return GroupNorm over groups of about 16 channels; fewer, larger groups if 16 does not divide `n_channels`."""
+    """Return GroupNorm over groups of about 16 channels, or over fewer, larger groups if 16 does not divide `n_channels`."""
     n_groups = max(1, n_channels // CHANNELS_PER_GROUP)
     while n_channels % n_groups:
         n_groups -= 1
@@ -38,7 +38,7 @@ def sequence(layers: Mapping[str, nn.Module]) -> nn.Sequential:
 
 
 class InputChain(nn.Sequential):
-    """Modules in sequence; the first one receives all inputs."""
+    """Modules in sequence, the first of which receives all inputs."""
 
     @property
     def entry(self) -> nn.Module:
@@ -62,17 +62,17 @@ class Split(InputChain):
 
 
 def projected(layers: Mapping[str, nn.Module], features: int, width: int | None) -> nn.Sequential:
-    """Return the named layers, which output (B, features), followed by a linear map to (B, width) if `width` differs."""
+    """Return the named layers, which output (B, features). If `width` differs, a linear map to (B, width) follows them."""
     if width is None or width == features:
         return sequence(layers)
     return sequence({**layers, "project": nn.Linear(features, width)})
 
 
 def refuse_tied(modules: Mapping[str, nn.Module]) -> None:
-    """Raise ConfigError for tied weights: a client's tensors are bound by name, so only one of the two would be trained."""
+    """Raise ConfigError for tied weights. A client's tensors are bound by name, so only one of two tied tensors would be trained."""
     names: dict[Tensor, str] = {}
     for net, module in modules.items():
-        for name, tensor in module.state_dict(keep_vars=True).items():  # every name of every persistent tensor
+        for name, tensor in module.state_dict(keep_vars=True).items():  # all names of every persistent tensor
             if isinstance(tensor, Tensor) and tensor in names:
                 raise ConfigError(
                     f"model: '{names[tensor]}' and '{net}.{name}' are one tensor; tied weights are not supported, so use separate ones"

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA; Hu et al., ICLR 2022) for the linear layers of a body, and the body's pretrained weights.
+"""Low-rank adapters (LoRA; Hu et al., ICLR 2022) for the linear layers of a body, and pretrained weights for the body.
 
-Adapters are torch's parametrisations (`torch.nn.utils.parametrize`): the class of an adapted layer is a subclass of its original class,
-so code that reads `layer.weight` works, such as torch's fast path for transformer encoders. Parametrised modules cannot be pickled.
+Adapters are torch parametrisations (`torch.nn.utils.parametrize`). The class of an adapted layer is a subclass of its original class, so
+code that reads `layer.weight` still works, such as torch's fast path for transformer encoders. Parametrised modules cannot be pickled.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from fedloom.errors import ConfigError
 
 PREFIXES = ("", "body.", "model.", "model.body.", "nets.model.body.")
-"""Possible prefixes of the names of a body's tensors in a file: those of a body, of a whole model, and of files of `fedloom export`."""
+"""Possible prefixes of the names of a body's tensors in a file of a body, of a whole model, or of `fedloom export`."""
 SHOWN = 3
 OPTIONS = ("weights", "lora", "lora_alpha", "lora_freeze_a")
 """Options of every model (see `Base`)."""
@@ -31,7 +31,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class LowRank(nn.Module):
-    """Maps a weight (out, in) to `weight + alpha / rank * b @ a`; `a` (rank, in) is random, and `b` (out, rank) is initially zero."""
+    """Maps a weight (out, in) to `weight + alpha / rank * b @ a`. `a` (rank, in) is random, and `b` (out, rank) is initially zero."""
 
     def __init__(self, weight: Tensor, rank: int, alpha: float, *, freeze_a: bool = False) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The preparation of every new body: load pretrained weights, freeze the body, and add adapters.
+    """The preparation of every new body, which loads pretrained weights, freezes the body and adds adapters.
 
     Attributes:
-        weights: a safetensors file with the body's weights; None: keep the weights that the body is built with.
-        lora: rank of the adapters; 0: no adapters, and the body is trained as usual.
-        alpha: adapters are multiplied by alpha / rank; None: alpha is twice the rank.
-        freeze_a: whether `a` stays at its initial value, which is the same for all clients (FFA-LoRA; Sun et al., ICLR 2024).
+            weights: a safetensors file with the body's weights; None: keep the weights with which the body is built.
+            lora: rank of the adapters; 0: add no adapters, and train the body as usual.
+            alpha: adapters are multiplied by alpha / rank; None: alpha is twice the rank.
+            freeze_a: whether `a` keeps its initial value, which is the same for all clients (FFA-LoRA; Sun et al., ICLR 2024).
     """
 
     weights: str | None = None
@@ -64,7 +64,7 @@ class Base:
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> Base:
-        """Return the base that these options of a model describe (`OPTIONS`). Raise ConfigError for an invalid value."""
+        """Return the base that a model's options describe (see `OPTIONS`). Raise ConfigError for an invalid value."""
         lora, file, alpha = (options.get(key) for key in ("lora", "weights", "lora_alpha"))
         frozen = options.get("lora_freeze_a", False)
         if lora is not None and (type(lora) is not int or lora < 1):
@@ -83,7 +83,7 @@ class Base:
         return cls(weights=None if file is None else str(file), lora=lora or 0, alpha=alpha, freeze_a=frozen)
 
     def prepared(self, body: M) -> M:
-        """Return the body with the base's weights and adapters. The body is changed in place."""
+        """Return the body with the pretrained weights and the adapters. The body is changed in place."""
         if self.weights is not None:
             load_base(body, self.weights)
         if not self.lora:
@@ -111,7 +111,7 @@ class Base:
 
 
 NO_BASE = Base()
-"""Bodies stay as they are built."""
+"""No preparation: bodies stay as they are built."""
 
 
 def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -> M:
@@ -133,9 +133,9 @@ def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -
 
 
 def merge_adapters(module: M) -> M:
-    """Return a copy in which adapters are merged into the weights, so that its tensors have the names of the model without adapters.
+    """Return a copy in which adapters are merged into the weights, so that its tensors have the same names as without adapters.
 
-    `remove_parametrizations` is not used: it changes the class of a layer, which copies share with the original.
+    `remove_parametrizations` is not used, because it changes the class of a layer, which copies share with the original.
     """
     copied = copy.deepcopy(module)
     for layer in list(copied.modules()):
@@ -156,7 +156,7 @@ def load_base(body: nn.Module, file: str | Path) -> None:
     """Copy the weights and buffers in a safetensors file into the body. Other tensors in the file, such as the head's, are ignored.
 
     Raises:
-        ConfigError: the file cannot be read, lacks a tensor of the body, or has one of another shape.
+        ConfigError: the file cannot be read, lacks a tensor of the body, or contains one with another shape.
     """
     stored = _read(file)
     wanted = {name: tensor for name, tensor in body.state_dict().items() if isinstance(tensor, Tensor)}

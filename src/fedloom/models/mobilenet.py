@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fedloom.models.layers import norm2d, projected, sequence
 
 STAGES = (
-    # expansion, channels, blocks, stride of the first block: table 2 of the paper, but stride 1 in its second row
+    # expansion, channels, blocks, stride of the first block: table 2 of the paper, but with stride 1 in the second row
     (1, 16, 1, 1),
     (6, 24, 2, 1),
     (6, 32, 3, 2),
@@ -21,7 +21,7 @@ STAGES = (
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, 3x3 depthwise convolution, 1x1 linear reduction; with a shortcut if input and output shapes agree."""
+    """A 1x1 expansion, a 3x3 depthwise convolution and a 1x1 linear reduction, with a shortcut if input and output shapes agree."""
 
     def __init__(self, n_in: int, n_out: int, expansion: int, stride: int, norm: str) -> None:
         super().__init__()
@@ -45,7 +45,10 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenetv2(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """Return a MobileNetV2 whose stem and second stage keep the resolution (32x32 images end as 4x4 maps): 2.2 M parameters on CIFAR-10."""
+    """Return a MobileNetV2 whose stem and second stage keep the resolution, so that 32x32 images become 4x4 maps.
+
+    It has 2.2 M parameters on CIFAR-10.
+    """
     n_in = 32
     stem = nn.Conv2d(input_shape[0], n_in, 3, padding=1, bias=False)
     layers: dict[str, nn.Module] = {"conv1": stem, "norm1": norm2d(norm, n_in), "relu1": nn.ReLU6()}

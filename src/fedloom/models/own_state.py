@@ -1,7 +1,7 @@
-"""Refuse state that a module keeps between calls outside its buffers.
+"""Refuse modules that keep state between calls outside their buffers.
 
-Modules are shared by all clients of an architecture; a client's tensors are bound to them by name. Any other state that a forward pass
-leaves behind, such as a hidden state or a counter in a Python attribute, would pass from one client to the next, and results would
+All clients of an architecture share one module, to which each client's tensors are bound by name. Any other state that remains after a
+forward pass, such as a hidden state or a counter in a Python attribute, would be passed from one client to the next, and results would
 depend on the engine.
 """
 
@@ -27,15 +27,15 @@ REMEDY = "make it a buffer (register_buffer), or an input"
 def refuse_own_state(module: nn.Module, example: Inputs, name: str) -> None:
     """Raise ConfigError if a forward pass keeps state outside persistent buffers, or changes a buffer in evaluation mode.
 
-    The module is copied and run on two examples. A cache that the first call fills and later calls leave unchanged is accepted if
-    it does not depend on the inputs.
+    The module is copied and run on two examples. A cache that is filled by the first call and not changed by later calls is accepted if it
+    does not depend on the inputs.
     """
     one = like(example, module)
     other = map_inputs(lambda v: v.flip(0) * 0.5 if v.is_floating_point() else v.flip(0), one)
     for training in (False, True):
         first, second = (deepcopy(module).train(training) for _ in range(2))
         if not _ran(first, one) or not _ran(second, other):
-            continue  # `split` reports a module that fails
+            continue  # `split` reports modules that fail
         filled, buffers = attributes(first), _buffers(first)
         _ran(first, other)
         for changed in (changed_attribute(filled, attributes(first)), changed_attribute(filled, attributes(second))):
@@ -56,7 +56,7 @@ def refuse_own_state(module: nn.Module, example: Inputs, name: str) -> None:
 
 
 def attributes(module: nn.Module) -> dict[str, Any]:
-    """Copy the Python attributes of the submodules, by path; torch's own modules keep no state there."""
+    """Return copies of the submodules' Python attributes by path, except for torch's own modules, which keep no state there."""
     return {
         f"{path}.{key}".lstrip("."): _copy(value)
         for path, part in module.named_modules()
@@ -88,7 +88,7 @@ def _ran(module: nn.Module, inputs: Inputs) -> bool:
 
 
 def _copy(value: Any) -> Any:
-    """Copy numbers, strings, tensors and containers of them; return other objects as they are."""
+    """Return copies of numbers, strings, tensors and containers of them. Return other objects unchanged."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -111,7 +111,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def refuse_old_norms(source: object, name: str) -> None:
-    """Raise ConfigError for torch's old weight_norm and spectral_norm: they keep the weight in an attribute instead of a named tensor."""
+    """Raise ConfigError for torch's old weight_norm and spectral_norm, which store the weight in an attribute, not in a named tensor."""
     for path, part in source.named_modules() if isinstance(source, nn.Module) else ():
         if any(isinstance(hook, WeightNorm | SpectralNorm) for hook in part._forward_pre_hooks.values()):
             raise ConfigError(

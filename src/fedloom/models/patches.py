@@ -1,4 +1,4 @@
-"""Models on image patches: a small vision transformer and an MLP-Mixer. Neither normalises over the batch."""
+"""Models on image patches: a small vision transformer and an MLP-Mixer. Neither of them normalises over the batch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from fedloom.models.layers import projected
 
 
 class Patches(nn.Module):
-    """Maps images (B, C, H, W) to tokens (B, n_tokens, dim): the same linear map for every patch, row by row.
+    """Maps images (B, C, H, W) to tokens (B, n_tokens, dim), by the same linear map for every patch, row by row.
 
-    Images whose sides are not multiples of the patch size are padded with zeros at the right and the bottom.
+    Images whose sides are not multiples of the patch size are padded with zeros at the right and at the bottom.
     """
 
     def __init__(self, input_shape: Sequence[int], patch: int, dim: int) -> None:
@@ -30,7 +30,7 @@ class Patches(nn.Module):
 
 
 class MixerBlock(nn.Module):
-    """A perceptron across the tokens, then one across the channels; each is preceded by a LayerNorm and has a shortcut."""
+    """A perceptron across the tokens, followed by one across the channels. Each is preceded by a LayerNorm and has a shortcut."""
 
     def __init__(self, n_tokens: int, dim: int) -> None:
         super().__init__()
@@ -63,7 +63,10 @@ def vit_tiny(
     depth: int = 4,
     heads: int = 4,
 ) -> nn.Sequential:
-    """Return a small vision transformer (Dosovitskiy et al., ICLR 2021; mean of tokens, no class token): 0.14 M parameters."""
+    """Return a small vision transformer (Dosovitskiy et al., ICLR 2021) that uses the mean of the tokens instead of a class token.
+
+    It has 0.14 M parameters.
+    """
     if dim % heads:
         raise ConfigError(f"model vit_tiny: heads={heads} must divide dim={dim}")
     patches = Patches(input_shape, patch, dim)
@@ -75,7 +78,7 @@ def vit_tiny(
 def mixer(
     input_shape: Sequence[int], width: int | None = None, *, patch: int = 4, dim: int = 64, depth: int = 4
 ) -> nn.Sequential:
-    """Return a small MLP-Mixer (Tolstikhin et al., NeurIPS 2021): 0.1 M parameters on CIFAR-10."""
+    """Return a small MLP-Mixer (Tolstikhin et al., NeurIPS 2021). It has 0.1 M parameters on CIFAR-10."""
     patches = Patches(input_shape, patch, dim)
     blocks = {f"block{i}": MixerBlock(patches.n_tokens, dim) for i in range(1, depth + 1)}
     return _read({"patches": patches, **blocks}, dim, width)

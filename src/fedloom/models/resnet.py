@@ -1,4 +1,4 @@
-"""Residual networks for small images: a 3x3 stem of stride 1, stages that halve the map, global average pooling."""
+"""Residual networks for small images, with a 3x3 stem of stride 1, stages that halve the map, and global average pooling."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _conv(n_in: int, n_out: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with a shortcut (He et al., CVPR 2016, figure 5 left; option B for the shortcut)."""
+    """Two 3x3 convolutions with a shortcut (He et al., CVPR 2016, figure 5 left, with option B for the shortcut)."""
 
     expansion = 1
 
@@ -38,9 +38,9 @@ class BasicBlock(nn.Module):
 
 
 class PreactivationBottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions, each after norm and ReLU (He et al., ECCV 2016).
+    """1x1, 3x3 and 1x1 convolutions, each of which follows a normalisation and a ReLU (He et al., ECCV 2016).
 
-    The shortcut applies to the raw input; it is a plain convolution if the shapes differ.
+    The shortcut is applied to the raw input. It is a plain convolution if the shapes differ.
     """
 
     expansion = 4
@@ -69,7 +69,10 @@ class PreactivationBottleneck(nn.Module):
 def _stages(
     block: Block, n_in: int, planes: Sequence[int], depths: Sequence[int], norm: str
 ) -> tuple[dict[str, nn.Module], int]:
-    """Return stages of residual blocks, the first at full resolution and each later one at half, and their output channels."""
+    """Return stages of residual blocks, and their number of output channels.
+
+    The first stage has full resolution; each later one halves it.
+    """
     stages: dict[str, nn.Module] = {}
     for i, (n_planes, depth) in enumerate(zip(planes, depths, strict=True), start=1):
         blocks = []
@@ -90,33 +93,33 @@ def _basic(
 
 
 def resnet8(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """Basic blocks [1, 1, 1] of 16, 32, 64 channels: 78,042 parameters on CIFAR-10."""
+    """Return a ResNet with basic blocks [1, 1, 1] of 16, 32 and 64 channels. It has 78,042 parameters on CIFAR-10."""
     return _basic(input_shape, width, norm, (16, 32, 64), (1, 1, 1))
 
 
 def resnet10(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """Basic blocks [1, 1, 1, 1] of 64 to 512 channels: 4.9 M parameters on CIFAR-10."""
+    """Return a ResNet with basic blocks [1, 1, 1, 1] of 64 to 512 channels. It has 4.9 M parameters on CIFAR-10."""
     return _basic(input_shape, width, norm, (64, 128, 256, 512), (1, 1, 1, 1))
 
 
 def resnet18(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """Basic blocks [2, 2, 2, 2] of 64 to 512 channels: 11,173,962 parameters on CIFAR-10."""
+    """Return a ResNet with basic blocks [2, 2, 2, 2] of 64 to 512 channels. It has 11,173,962 parameters on CIFAR-10."""
     return _basic(input_shape, width, norm, (64, 128, 256, 512), (2, 2, 2, 2))
 
 
 def resnet34(input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch") -> nn.Sequential:
-    """Basic blocks [3, 4, 6, 3] of 64 to 512 channels: 21.3 M parameters on CIFAR-10."""
+    """Return a ResNet with basic blocks [3, 4, 6, 3] of 64 to 512 channels. It has 21.3 M parameters on CIFAR-10."""
     return _basic(input_shape, width, norm, (64, 128, 256, 512), (3, 4, 6, 3))
 
 
 def resnet20(
     input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch", final_norm: bool = True
 ) -> nn.Sequential:
-    """FedMR's ResNet-20: pre-activation bottlenecks [2, 2, 2] of 16, 32, 64 (x4) channels: 219,482 parameters on CIFAR-10.
+    """Return FedMR's ResNet-20 with pre-activation bottlenecks [2, 2, 2] of 16, 32 and 64 (x4) channels.
 
-    The last norm and ReLU belong to the pre-activation design. FedMR's released code has that norm but never applies it:
-    `final_norm=False` gives the same results as that code (218,970 parameters, without the 512 unused ones). Initial
-    weights also follow that code: He-normal convolutions by fan-out, norm weights 0.5.
+    It has 219,482 parameters on CIFAR-10. The last norm and ReLU belong to the pre-activation design. FedMR's released code creates that
+    norm but never applies it; `final_norm=False` gives the same results as that code (218,970 parameters, without the 512 unused ones).
+    Initial weights also follow that code: convolutions are He-normal by fan-out, and norm weights are 0.5.
     """
     stages, features = _stages(PreactivationBottleneck, 16, (16, 32, 64), (2, 2, 2), norm)
     end: dict[str, nn.Module] = {"norm": norm2d(norm, features), "relu": nn.ReLU()} if final_norm else {}

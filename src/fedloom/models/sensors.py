@@ -1,4 +1,4 @@
-"""Models for signals: windows (B, C, T) of C channels with T time steps each."""
+"""Models for signals: windows (B, C, T) with C channels and T time steps."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fedloom.models.layers import projected, sequence
 
 KERNEL = 9
 SHORTEST = 28
-"""Time steps of the shortest window: two convolutions and poolings leave one step."""
+"""Number of time steps of the shortest window, for which two convolutions and poolings leave one step."""
 
 
 def har_cnn(spec: InputSpec, width: int | None = None, *, linear: bool = True) -> nn.Sequential:
     """Return PFLlib's HARCNN: two Conv1d (32 and 64 filters of 9 steps) with pooling, then linear layers of 1024 and 512 (or `width`).
-    2,253,958 parameters with its head for C=9, T=128 (UCI HAR) and 6 classes.
 
-    With `linear=false`, the model has no linear layers: 21,120 parameters without the head.
+    With its head, it has 2,253,958 parameters for C=9, T=128 (UCI HAR) and 6 classes. With `linear=false`, it has no linear layers, and
+    21,120 parameters without the head.
     """
     field = spec.fields[0]
     if not spec.is_single or field.kind != "number" or len(field.shape) != 2 or field.shape[1] < SHORTEST:

@@ -17,7 +17,7 @@ from fedloom.objectives import Objective
 def split(module: nn.Module, n_outputs: int, name: str) -> tuple[nn.Module, nn.Linear]:
     """Split `module`, in place, into body and head.
 
-    They are the module's `.body` and `.head` if it has both. Otherwise the last nn.Linear with `n_outputs` outputs is the head, and an
+    They are the module's `.body` and `.head` if it has both. Otherwise, the last nn.Linear with `n_outputs` outputs is the head, and an
     Identity replaces it in the body.
 
     Raises:
@@ -55,7 +55,7 @@ def can_split(module: nn.Module, n_outputs: int) -> bool:
 
 
 def check_outputs(module: nn.Module, example: Inputs, objective: Objective, name: str) -> Tensor:
-    """Return the module's outputs for two examples. Raise ConfigError unless they have the shape that the learning task needs."""
+    """Return the module's outputs for two examples. Raise ConfigError unless they have the shape that the learning task requires."""
     try:
         outputs = dry_run(module, example)
     except Exception as error:
@@ -80,7 +80,7 @@ def _one_logit(outputs: Tensor, objective: Objective) -> str:
 
 
 def check_split(module: nn.Module, example: Inputs, objective: Objective, name: str) -> None:
-    """Raise ConfigError unless the head applied to the body's features gives the outputs of `module` (in evaluation mode)."""
+    """Raise ConfigError unless the head, applied to the body's features, gives the outputs of `module` (in evaluation mode)."""
     logits = check_outputs(module, example, objective, name)
     body, head = split(deepcopy(module), objective.n_outputs, name)
     features = dry_run(body, example)
@@ -97,7 +97,7 @@ def check_split(module: nn.Module, example: Inputs, objective: Objective, name: 
 
 @torch.no_grad()
 def dry_run(module: nn.Module, example: Inputs, training: bool = False) -> Any:
-    """Run `module` on examples and return its outputs: in evaluation mode, unless `training` is true."""
+    """Run `module` on examples and return its outputs, in evaluation mode unless `training` is true."""
     was_training = module.training
     args, named = call_arguments(module.train(training), like(example, module))
     outputs = unwrapped(module(*args, **named))
@@ -106,7 +106,7 @@ def dry_run(module: nn.Module, example: Inputs, training: bool = False) -> Any:
 
 
 def like(example: Inputs, module: nn.Module) -> Inputs:
-    """Return the inputs on the module's device, floating-point ones in its precision."""
+    """Return the inputs on the module's device. Floating-point inputs get the module's precision."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
 
     def moved(value: Tensor) -> Tensor:

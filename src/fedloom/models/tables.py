@@ -14,7 +14,7 @@ from fedloom.models.layers import sequence
 
 FIELDS = {"numbers": "number", "categories": "category"}
 LARGEST = 50
-"""The largest width of an embedding."""
+"""Maximum width of an embedding."""
 
 
 class TableBody(nn.Module):
@@ -23,10 +23,10 @@ class TableBody(nn.Module):
     Categories are embedded, and the embeddings are concatenated with the numbers.
 
     Args:
-        n_numbers: D, or 0.
-        levels: the number of levels of each categorical column. Ids run from 1 to that number; 0 stands for an unknown level, and its
-            embedding is zero.
-        hidden: the widths of the layers, each followed by a ReLU.
+            n_numbers: number D of columns of numbers; may be 0.
+            levels: the number of levels of each categorical column. Ids are from 1 to that number; 0 stands for an unknown level, whose
+                embedding is zero.
+            hidden: the widths of the layers, each of which is followed by a ReLU.
     """
 
     def __init__(self, n_numbers: int, levels: Sequence[int], hidden: Sequence[int]) -> None:
@@ -54,11 +54,10 @@ class TableBody(nn.Module):
 
 
 def table_mlp(spec: InputSpec, width: int | None = None, *, hidden1: int = 200, hidden2: int = 100) -> nn.Module:
-    """Return a perceptron on a table's numbers and on embeddings of its categories (Guo & Berkhahn, 2016), with two hidden layers of
-    `hidden1` and `hidden2` (or `width`).
+    """Return a perceptron on a table's numbers and on embeddings of its categories (Guo & Berkhahn, 2016).
 
-    A column with n levels has an embedding with n + 1 rows, where row 0 is for unknown levels, and with width (n + 1) / 2, at most 50.
-    Inputs are `numbers` (D,), `categories` (C,), or both.
+    It has two hidden layers of `hidden1` and `hidden2` (or `width`) units. A column with n levels has an embedding with n + 1 rows, of
+    which row 0 is for unknown levels, and with width (n + 1) / 2, but at most 50. Inputs are `numbers` (D,), `categories` (C,), or both.
     """
     _check(spec)
     numbers, categories = spec.of("number"), spec.of("category")

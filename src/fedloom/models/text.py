@@ -1,7 +1,7 @@
 """Models for texts. They map token ids (B, T) int64 to features (B, D) or, for language models, to features of every position (B, T, D).
 
-Id 0 is padding, which follows a text's tokens; every other id is a token. V, the size of the vocabulary, counts all ids. The numbers of
-parameters include the linear head. All models run under torch.func.vmap, so they use neither EmbeddingBag nor packed sequences.
+Id 0 is padding, which follows the tokens of a text. Every other id is a token. V is the size of the vocabulary, including id 0. The
+numbers of parameters include the linear head. All models run under torch.func.vmap, so they use neither EmbeddingBag nor packed sequences.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MAPS = 100
 
 
 class MeanOfTokens(nn.Module):
-    """Maps ids (B, T) to the mean embedding of their tokens (B, dim); zeros for a text without tokens."""
+    """Maps ids (B, T) to the mean embedding of their tokens (B, dim), which is zero for a text without tokens."""
 
     def __init__(self, vocabulary: int, dim: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class MeanOfTokens(nn.Module):
 
 
 class MaxOfConvolutions(nn.Module):
-    """Maps ids (B, T) to the largest response of each filter over all windows that start at a token, (B, maps * number of widths).
+    """Maps ids (B, T) to the largest response of each filter over all windows that start at a token (B, maps * number of widths).
 
     Windows may extend beyond the last token, as in Kim's code, so texts may be shorter than the filters.
     """
@@ -69,12 +69,12 @@ class LSTM(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Maps ids (B, T) to features, by blocks that normalise before attention and perceptron, and a final LayerNorm.
+    """Maps ids (B, T) to features, with blocks that normalise before attention and perceptron, and with a final LayerNorm.
 
     Args:
         length: the largest T, which is the number of learnt positions.
-        pool: `mean` over tokens or `first` token, (B, dim); `none`: every position (B, T, dim), which attends only to itself and to
-            earlier positions.
+        pool: with `mean`, the mean over tokens (B, dim); with `first`, the first token (B, dim); with `none`, every position
+            (B, T, dim), which attends only to itself and to earlier positions.
     """
 
     def __init__(
@@ -99,7 +99,10 @@ class Transformer(nn.Module):
         return tokens if self.pool == "none" else tokens[:, 0] if self.pool == "first" else _mean(tokens, valid)
 
     def _mask(self, ids: Tensor) -> Tensor:
-        """Return which positions attend to which. Each attends at least to itself, so a text without tokens gives finite numbers."""
+        """Return which positions attend to which positions.
+
+        Each position attends at least to itself, so the result is finite for a text without tokens.
+        """
         n = ids.shape[1]
         if self.pool == "none":
             return torch.ones(n, n, dtype=torch.bool, device=ids.device).tril()
@@ -107,15 +110,15 @@ class Transformer(nn.Module):
 
 
 def _mean(tokens: Tensor, valid: Tensor) -> Tensor:
-    """Return the mean (B, dim) of the valid tokens; zeros if there are none."""
+    """Return the mean (B, dim) of the valid tokens, or zeros if there are none."""
     return (tokens * valid.unsqueeze(2)).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
 
 
 def text_mean(spec: InputSpec, width: int | None = None, *, dim: int = 64, hidden: bool = False) -> nn.Sequential:
-    """Return fastText's classifier (Joulin et al., EACL 2017): the mean embedding of the tokens. 640,260 parameters for V=10,000 and Y=4.
+    """Return fastText's classifier (Joulin et al., EACL 2017), which uses the mean embedding of the tokens.
 
-    `hidden` adds a linear layer, as in PFLlib. PFLlib's form has 16,648,708 parameters (dim=512, V=32,000, hidden); it also averages over
-    padding.
+    It has 640,260 parameters for V=10,000 and Y=4. `hidden` adds a linear layer, as in PFLlib. PFLlib's form has 16,648,708 parameters
+    (dim=512, V=32,000, hidden), and its mean includes padding.
     """
     vocabulary, _ = _tokens(spec, "text_mean")
     layers: dict[str, nn.Module] = {"words": MeanOfTokens(vocabulary, dim)}
@@ -125,11 +128,10 @@ def text_mean(spec: InputSpec, width: int | None = None, *, dim: int = 64, hidde
 
 
 def text_cnn(spec: InputSpec, width: int | None = None, *, dim: int = 64, dropout: float = 0.5) -> nn.Sequential:
-    """Return Kim's CNN (EMNLP 2014): 100 filters each of 3, 4 and 5 tokens, the maximum over time, dropout. 718,304 parameters for
-    V=10,000 and Y=4.
+    """Return Kim's CNN (EMNLP 2014): 100 filters each of 3, 4 and 5 tokens, the maximum over time, and dropout.
 
-    PFLlib's has 16,999,904 parameters (dim=512, V=32,000) and dropout 0.8. `dropout=0` leaves out the dropout layer, which cannot be
-    vectorised over clients.
+    It has 718,304 parameters for V=10,000 and Y=4. PFLlib's form has 16,999,904 parameters (dim=512, V=32,000) and dropout 0.8.
+    `dropout=0` omits the dropout layer, which cannot be vectorised over clients.
     """
     check_dropout(dropout)
     vocabulary, _ = _tokens(spec, "text_cnn")
@@ -142,10 +144,10 @@ def text_cnn(spec: InputSpec, width: int | None = None, *, dim: int = 64, dropou
 def char_lstm(
     spec: InputSpec, width: int | None = None, *, dim: int = 8, hidden: int = 256, layers: int = 2
 ) -> nn.Sequential:
-    """Return LEAF's character LSTM (Caldas et al., 2018): the output at the last token. 819,920 parameters for V=Y=80.
+    """Return LEAF's character LSTM (Caldas et al., 2018), which uses the output at the last token. It has 819,920 parameters for V=Y=80.
 
-    torch's LSTM has two bias vectors per layer. With one, as in TensorFlow, the model has 2,048 fewer parameters: 817,872 for LEAF's V=80,
-    and 820,522 for TensorFlow Federated's V=90, the number in papers (here 822,570).
+    torch's LSTM has two bias vectors per layer. With one bias vector, as in TensorFlow, the model has 2,048 fewer parameters: 817,872 for
+    LEAF's V=80, and 820,522 for TensorFlow Federated's V=90, which is the number in papers (here 822,570).
     """
     vocabulary, _ = _tokens(spec, "char_lstm")
     return projected({"lstm": LSTM(vocabulary, dim, hidden, layers, every=False)}, hidden, width)
@@ -162,11 +164,11 @@ def text_transformer(
     pool: str = "mean",
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Return a transformer encoder with learnt positions (Vaswani et al., NeurIPS 2017; Devlin et al., NAACL 2019), normalised before each
-    layer. 744,452 parameters for V=10,000, T=64 and Y=4.
+    """Return a transformer encoder with learnt positions (Vaswani et al., NeurIPS 2017; Devlin et al., NAACL 2019).
 
-    `pool`: features are the `mean` over tokens, or those of the `first` token. `hidden`: width of the perceptrons. PFLlib's transformer has
-    fixed positions and no final norm: 22,690,820 parameters (dim=512, heads=8, hidden=2048, V=32,000).
+    Inputs are normalised before each layer. It has 744,452 parameters for V=10,000, T=64 and Y=4. With `pool`, features are the `mean`
+    over tokens, or those of the `first` token. `hidden` is the width of the perceptrons. PFLlib's transformer has fixed positions and no
+    final norm: 22,690,820 parameters (dim=512, heads=8, hidden=2048, V=32,000).
     """
     if pool not in ("mean", "first"):
         raise ConfigError(f"model option pool={pool!r} is unknown; known: mean, first")
@@ -179,7 +181,7 @@ def text_transformer(
 def lm_lstm(
     spec: InputSpec, width: int | None = None, *, dim: int = 8, hidden: int = 256, layers: int = 2
 ) -> nn.Sequential:
-    """Return `char_lstm` with the outputs at every position (B, T, D), to predict each next token. 819,920 parameters for V=80."""
+    """Return `char_lstm` with the outputs at every position (B, T, D), to predict each next token. It has 819,920 parameters for V=80."""
     vocabulary, _ = _tokens(spec, "lm_lstm")
     return projected({"lstm": LSTM(vocabulary, dim, hidden, layers, every=True)}, hidden, width)
 
@@ -194,10 +196,9 @@ def lm_transformer(
     hidden: int = 512,
     dropout: float = 0.0,
 ) -> nn.Sequential:
-    """Return a causal transformer (Radford et al., 2019) with features of every position (B, T, D), to predict each next token. 427,600
-    parameters for V=T=80.
+    """Return a causal transformer (Radford et al., 2019) with features for every position (B, T, D), to predict each next token.
 
-    The head has its own weights; it does not share those of the embedding.
+    It has 427,600 parameters for V=T=80. The head has its own weights, separate from those of the embedding.
     """
     body = _transformer(
         spec, "lm_transformer", dim, heads=heads, depth=depth, hidden=hidden, dropout=dropout, pool="none"

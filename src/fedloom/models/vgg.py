@@ -14,10 +14,11 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 def vgg16(
     input_shape: Sequence[int], width: int | None = None, *, norm: str = "batch", dropout: float = 0.5
 ) -> nn.Sequential:
-    """Return VGG-16 with two fully connected layers of 4096 (the second: `width`), as in FedMR: 33.6 M parameters on CIFAR-10.
+    """Return VGG-16 with two fully connected layers of 4096 units (the second: `width`), as in FedMR. It has 33.6 M parameters on
+    CIFAR-10.
 
     A pooling layer that would leave no pixel is skipped (8x8 inputs are pooled three times), and the remaining map is averaged to one
-    pixel. `dropout=0` leaves out the dropout layers, which cannot be vectorised over clients.
+    pixel. `dropout=0` omits the dropout layers, which cannot be vectorised over clients.
     """
     check_dropout(dropout)
     n_in, side = input_shape[0], min(input_shape[1:])

@@ -1,6 +1,6 @@
-"""FedVTC's generator psi: transposed convolutions from features to images in [-1, 1].
+"""FedVTC's generator psi, which maps features to images in [-1, 1] by transposed convolutions.
 
-Niu, Dong, Qin: FedVTC, ICLR 2026 (arXiv 2508.01669). Its sizes are not public; these two forms are reconstructions.
+The source is Niu, Dong, Qin: FedVTC, ICLR 2026 (arXiv 2508.01669). Its sizes are not public; the two forms here are reconstructions.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class VtcDecoder(nn.Module):
     Every step except the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
 
     Args:
-        features: p.
-        output_shape: (C, H, W).
-        form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps with 64 - 32 - C channels. "conv" has only
-            convolutions: from a 1x1 seed of p channels to at most 4x4, then the steps needed to reach (H, W).
+            features: the number p of features.
+            output_shape: the shape (C, H, W) of an image.
+            form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps with 64 - 32 - C channels. "conv" has only
+                convolutions: from a 1x1 seed with p channels to at most 4x4, followed by the steps needed to reach (H, W).
     """
 
     def __init__(self, features: int, output_shape: Sequence[int], form: str = "linear") -> None:
@@ -63,7 +63,7 @@ class Spread(nn.Module):
 
 
 def _halvings(size: Size, n: int | None = None) -> list[Size]:
-    """Return sizes from small to `size`, each half of the next, rounded down: `n` halvings, or until no side exceeds 4."""
+    """Return sizes from small to `size`, each half of the next and rounded down. Halve `n` times, or until no side exceeds 4."""
     sizes = [size]
     while len(sizes) <= n if n is not None else max(sizes[0]) > 4 and min(sizes[0]) > 1:
         height, width = sizes[0]

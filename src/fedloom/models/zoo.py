@@ -1,4 +1,4 @@
-"""The architectures by name, and the inputs that they take; each is imported at lookup."""
+"""The architectures by name, and the inputs that they accept. Each architecture is imported when it is looked up."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "sensors": ("number",),
     "tables": ("number", "category"),
 }
-"""What the models of a file take; pictures if it is not listed."""
+"""The inputs that the models of a file accept. The models of files that are not listed accept images."""
 
-FLAT = _FILES["mlp"]  # these take inputs of any shape
+FLAT = _FILES["mlp"]  # these models accept inputs of any shape
 BY_SPEC = frozenset(name for file in ("text", "sensors", "tables") for name in _FILES[file])
 """The models whose builder takes an InputSpec instead of the shape of the only input."""
 SEQUENCES = frozenset({"lm_lstm", "lm_transformer"})
@@ -38,7 +38,7 @@ SEQUENCES = frozenset({"lm_lstm", "lm_transformer"})
 KINDS: Mapping[str, frozenset[str]] = MappingProxyType(
     {name: frozenset(_KINDS.get(file, ("picture",))) for file, names in _FILES.items() for name in names}
 )
-"""The kinds of input fields that each model takes (`fedloom.inputs.Field`)."""
+"""The kinds of input fields that each model accepts (see `fedloom.inputs.Field`)."""
 
 ZOO: Registry[Callable[..., nn.Module]] = Registry(
     {name: f"fedloom.models.{file}:{name}" for file, names in _FILES.items() for name in names}
