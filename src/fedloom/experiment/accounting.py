@@ -1,4 +1,4 @@
-"""The cumulative cost of a run: bytes on the wire, seconds, and floating-point operations."""
+"""The cumulative cost of a run: bytes in messages, seconds, and floating-point operations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Accounting:
     """The cumulative cost of one run."""
 
     def __init__(self, problem: Problem, state: Mapping[str, Any] | None = None) -> None:
-        """Continue from `state`, an earlier result of `state()`, if given."""
+        """Start from zero or, if `state` is passed, continue from this earlier result of `state()`."""
         state = state or {}
         self._costs: Costs | None = Costs(problem)
         self.meter = Meter()
@@ -32,7 +32,10 @@ class Accounting:
         self.trained: set[int] = set(state.get("trained", ()))
 
     def count(self, way: str, message: Tree, kind: str | None = None) -> int:
-        """Add one message and return its size in bytes. It is counted under `kind` if given, otherwise under the kinds that it contains."""
+        """Add one message and return its size in bytes.
+
+        The size is counted under `kind` if it is passed, and otherwise under the kinds that the message contains.
+        """
         sizes = self.meter.sizes(message)
         sizes = {kind: sum(sizes.values())} if kind else sizes
         for kind, n in sizes.items():
@@ -40,9 +43,9 @@ class Accounting:
         return sum(sizes.values())
 
     def turn(self, reply: Reply, number: int, taken: bool) -> float | None:
-        """Add the cost of one local update in round `number`; return its floating-point operations, or None if they cannot be counted.
+        """Add the cost of one local update in round `number`. Return its floating-point operations, or None if they cannot be counted.
 
-        `taken`: whether the server accepted its uplink.
+        `taken` states whether the server accepted the uplink of the local update.
         """
         flops = self._counted(lambda costs: sum(costs.flops(reply.client, number).values()))
         if taken:
@@ -57,7 +60,7 @@ class Accounting:
         return self._counted(Costs.peak_client_bytes)
 
     def total(self, way: str) -> int:
-        """Return the bytes of all messages in one direction, `uplink` or `downlink`."""
+        """Return the total size in bytes of all messages in one direction, `uplink` or `downlink`."""
         return sum(self.kinds[way].values())
 
     def state(self) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class Accounting:
         }
 
     def _counted(self, count: Callable[[Costs], T]) -> T | None:
-        """Return a count; if counting fails, log one warning and return None, so that the run continues."""
+        """Return the result of `count`. If counting fails, log one warning and return None, so that the run continues."""
         if self._costs is None:
             return None
         try:

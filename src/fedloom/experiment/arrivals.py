@@ -1,12 +1,14 @@
-"""Decides which uplinks the server aggregates in a round: handles lost, slow and busy devices, and late and invalid uplinks.
+"""Select the uplinks that the server aggregates in a round. Handle lost, slow and busy devices, and late and invalid uplinks.
+
 
 One round::
 
-    roster    choose who takes part. Busy clients (still at work, or with an uplink in flight) are not sent the downlink. Lost devices
-              and dropped stragglers are sent the downlink, but run no local update.
-    (the engine runs the local updates of all others)
-    take      check the replies. Reject invalid uplinks, and exclude clients that send them repeatedly; with `stragglers=late`, put the
-              uplinks of slow clients in flight. Accept the uplinks that are on time and those in flight that are due, and compute their
+        roster    Choose the members that receive the downlink and run a local update. Busy clients (still at work, or with an uplink in
+                  flight) do not receive the downlink. Lost devices and dropped stragglers receive it, but run no local update.
+        (the engine runs the local updates of all others)
+        take      Check the replies. Reject invalid uplinks, and exclude clients that send them repeatedly. With `stragglers=late`, put the
+                  uplinks of slow clients in flight. Accept the uplinks that are on time and those in flight that are due, and compute
+                  their shares.
               shares.
 
 All random numbers depend only on (seed, round, client), so they are the same on every engine and after a resume.
@@ -32,7 +34,9 @@ Row = dict[str, Any]
 
 
 def slowdowns(settings: Settings, method: Method, n_clients: int) -> tuple[float, ...]:
-    """Return each client's slowdown factor: `slowdown` for a fraction `slow` of clients, chosen with the seed, and 1 for the others."""
+    """Return each client's slowdown factor: `slowdown` for a fraction `slow` of the clients, chosen with the seed, and
+    1 for all others.
+    """
     devices = settings.devices
     n_slow = 0 if method.pooled else int(devices.slow * n_clients + 0.5)  # a pooled client is not a device
     slow = set(Stream(settings.seed, "slow").permutation(n_clients)[:n_slow].tolist())
@@ -47,32 +51,32 @@ def check_min_clients(settings: Settings, max_cohort: int) -> None:
 
 
 class Participants(NamedTuple):
-    """The clients that take part in a round, as positions in the cohort."""
+    """The members of the cohort that participate in a round, as positions in the cohort."""
 
-    sent: list[int]  # members that are sent the downlink
-    working: list[int]  # members whose local update is run
+    sent: list[int]  # members that receive the downlink
+    working: list[int]  # members that run a local update
 
 
 class RoundRequest(NamedTuple):
-    """One round's downlink, and the clients that are asked for a local update. A reply's slot is its index in `working`."""
+    """One round's downlink, and the clients that run a local update. A reply's slot is its index in `working`."""
 
     number: int
     cohort: Sequence[int]
-    down: Downlink  # by position in the cohort; initially encoded, then decoded by `Arrivals.take`
-    working: Sequence[int]  # positions in the cohort of the members whose local update is run
+    down: Downlink  # by position in the cohort; first encoded, then decoded by `Arrivals.take`
+    working: Sequence[int]  # positions in the cohort of the members that run a local update
 
 
 class AcceptedUplinks(NamedTuple):
-    """The uplinks to aggregate, in the order of aggregation: this round's in cohort order, then late ones, oldest first."""
+    """The uplinks to aggregate, in the order of aggregation: those of this round in cohort order, then late ones, oldest first."""
 
     uplinks: list[Tree]
     arrivals: tuple[Arrival, ...]
     refused: frozenset[int]  # clients whose reply was rejected
-    down: Downlink  # of this round, decoded
+    down: Downlink  # the decoded downlink of this round
 
 
 class Arrivals:
-    """One experiment's rules for arrivals, its uplinks in flight, and its counts of lost, late and rejected uplinks."""
+    """The rules for arrivals in one experiment, its uplinks in flight, and its numbers of lost, late and rejected uplinks."""
 
     def __init__(self, problem: Problem, settings: Settings) -> None:
         self._problem, self._rules = problem, settings.devices
@@ -83,18 +87,18 @@ class Arrivals:
         self._slowdown = slowdowns(settings, problem.method, problem.task.n_clients)
         self.flights: dict[
             int, LateUplink
-        ] = {}  # uplinks in flight, by client: a device does one local update at a time
+        ] = {}  # uplinks in flight, by client; a device runs one local update at a time
         self._overdue: dict[
             int, RoundRequest
-        ] = {}  # clients of real devices that are late, with the request they work on
+        ] = {}  # late clients on real devices, with the request that they are answering
         self.counts = {"lost": 0, "late": 0, "rejected": 0, "skipped": 0, "virtual_steps": 0.0}
         self.events: list[Row] = []  # since the experiment last cleared them
 
     def roster(self, number: int, cohort: Sequence[int], at_work: Collection[int] = ()) -> Participants:
-        """Choose who takes part in round `number`.
+        """Choose the members of the cohort that participate in round `number`.
 
-        Excluded clients, clients `at_work` for an earlier round and those with an uplink in flight are not sent the downlink. Lost devices
-        and stragglers to be dropped are sent the downlink, but run no local update.
+        Excluded clients, clients `at_work` for an earlier round and clients with an uplink in flight do not receive the downlink. Lost
+        devices and stragglers to be dropped receive the downlink, but run no local update.
         """
         members = [slot for slot, i in enumerate(cohort) if i not in self.screen.excluded]
         busy = [slot for slot in members if cohort[slot] in self.flights or cohort[slot] in at_work]
@@ -107,9 +111,10 @@ class Arrivals:
         return Participants(sent, [slot for slot in sent if slot not in lost and slot not in dropped])
 
     def take(self, now: RoundRequest, replies: Sequence[Reply], at_work: Collection[int] = ()) -> AcceptedUplinks:
-        """Return the uplinks to aggregate in this round, decoded; none if fewer arrived than `min_clients` or the rule need.
+        """Return the decoded uplinks to aggregate in this round, or none if fewer arrived than `min_clients` or the robust rule require.
 
-        `now` is this round's request. `replies` are encoded, and may answer earlier requests. Clients `at_work` may reply in a later round.
+        `now` is the request of this round. `replies` are encoded, and may answer earlier requests. Clients `at_work` may reply in a later
+        round.
         """
         number, now = now.number, now._replace(down=self._problem.codec.arrived(now.down))
         requests = {now.cohort[slot]: now for slot in now.working} | self._overdue
@@ -132,7 +137,7 @@ class Arrivals:
     def _note_silent(
         self, number: int, requests: Mapping[int, RoundRequest], replies: Sequence[Reply], at_work: Collection[int]
     ) -> None:
-        """Record the clients that did not reply: those still at work are overdue, all others are lost."""
+        """Record the clients that did not reply. Those that are still at work are overdue; all others are lost."""
         silent = requests.keys() - {reply.client for reply in replies}
         overdue = {i: requests[i] for i in sorted(silent) if i in at_work}
         self.note(number, "lost", sorted(silent - overdue.keys()), reason="no reply")
@@ -144,7 +149,7 @@ class Arrivals:
     ) -> tuple[list[Reply], list[LateUplink], frozenset[int]]:
         """Return the valid replies that are on time, the late uplinks that are due in this round, and the rejected clients.
 
-        With `stragglers=late`, valid replies of slow clients go in flight instead.
+        With `stragglers=late`, valid replies of slow clients are put in flight instead.
         """
         on_time, due, late = list[Reply](), self._due(now.number), list[int]()
         opened, refused = self._opened(now.number, requests, replies)
@@ -164,7 +169,7 @@ class Arrivals:
     def _opened(
         self, number: int, requests: Mapping[int, RoundRequest], replies: Sequence[Reply]
     ) -> tuple[list[tuple[RoundRequest, Reply]], frozenset[int]]:
-        """Return the valid replies, decoded, with the requests that they answer; and the rejected clients."""
+        """Return the valid replies, decoded, with the requests that they answer, and the rejected clients."""
         opened, reasons = list[tuple[RoundRequest, Reply]](), dict[int, str]()
         for reply in replies:
             request = requests[reply.client]
@@ -190,7 +195,7 @@ class Arrivals:
         return [pair for pair in opened if pair[1].client not in reasons], frozenset(reasons)
 
     def without_bad_logs(self, number: int, replies: Sequence[Reply]) -> list[Reply]:
-        """Return the replies without logs that cannot be averaged, and record these."""
+        """Return the replies without those logs that cannot be averaged, and record the removed logs."""
         found = []
         for reply in replies:
             bad = self.screen.bad_logs(reply.logs)
@@ -201,7 +206,10 @@ class Arrivals:
 
     @property
     def _age(self) -> int:
-        """The rounds until a slow client's uplink arrives; a round lasts as long as a local update on a device of normal speed."""
+        """The number of rounds until a slow client's uplink arrives.
+
+        A round lasts as long as a local update on a device of normal speed.
+        """
         return math.ceil(self._rules.slowdown) - 1
 
     def _is_lost(self, number: int, i: int) -> bool:
@@ -213,13 +221,16 @@ class Arrivals:
         return self._rules.stragglers == rule and self._slowdown[i] > 1
 
     def _pass_time(self, replies: Sequence[Reply]) -> None:
-        """Add the longest local update to the virtual time, in steps; the server does not wait for uplinks that arrive in a later round."""
+        """Add the longest local update to the virtual time, in steps.
+
+        The server does not wait for uplinks that arrive in a later round.
+        """
         waits = self._rules.stragglers in ("wait", "partial")
         turns = [sum(r.steps.values()) * (self._slowdown[r.client] if waits else 1.0) for r in replies]
         self.counts["virtual_steps"] += max(turns, default=0.0)
 
     def _due(self, number: int) -> list[LateUplink]:
-        """Remove and return the in-flight uplinks that arrive in round `number`."""
+        """Remove and return the uplinks in flight that arrive in round `number`."""
         due = [late for late in self.flights.values() if late.sent + self._age <= number]
         for late in due:
             del self.flights[late.client]
@@ -243,7 +254,7 @@ class Arrivals:
         return {"counts": self.counts, "flights": flights, **screen}
 
     def restore(self, state: Mapping[str, Any], messages: Mapping[int, Tree]) -> None:
-        """Restore an earlier result of `state`; `messages`: the uplinks in flight, by client."""
+        """Restore an earlier result of `state`. `messages` contains the uplinks in flight, by client."""
         self.counts |= state.get("counts", {})
         self.screen.restore(state.get("screen", {}))
         flights = [LateUplink(**flight) for flight in state.get("flights", ())]
@@ -251,8 +262,9 @@ class Arrivals:
 
 
 def _arrivals(members: Sequence[tuple[int, int, int, int]], max_share: float) -> tuple[Arrival, ...]:
-    """Convert tuples `(client, slot, examples, age)` into arrivals. Shares are proportional to examples / sqrt(1 + age), at most
-    `max_share`, and sum to 1.
+    """Return arrivals for tuples `(client, slot, examples, age)`.
+
+    Shares are proportional to examples / sqrt(1 + age), are at most `max_share`, and sum to 1.
     """
     weights = [examples if age == 0 else examples / math.sqrt(1 + age) for _, _, examples, age in members]
     weights = capped(weights, max_share)

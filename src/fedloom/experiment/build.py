@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def arithmetic(settings: Settings) -> Iterator[None]:
-    """Within the context, use the precision and threads in the settings. Raises ConfigError if their device does not exist."""
+    """Use the precision and threads in the settings within the context. Raise ConfigError if the device in the settings does not exist."""
     device = accelerator.find(settings.engine.device)
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
@@ -60,9 +60,9 @@ def make_dataset(settings: Settings) -> data.Dataset:
 
 
 def resolved(settings: Settings, dataset: data.Dataset) -> Settings:
-    """Return the settings with the revision of data from the hub, and the partition scheme that fits the data, if none is set.
+    """Return the settings with the revision of data from the hub and, if no partition scheme is set, the scheme that fits the data.
 
-    A scheme that is chosen is logged, unless it is dirichlet.
+    A scheme chosen in this way is logged, unless it is dirichlet.
     """
     if dataset.revision and settings.data.revision is None:
         log.warning("data.revision=%s: the newest one", dataset.revision)
@@ -90,8 +90,8 @@ def _with_scheme(settings: Settings, scheme: str) -> Settings:
         raise ConfigError(str(error)) from None
 
 
-FACTOR_CLIENTS = 4  # default of data.factor_clients
-FACTOR_TEST_FRACTION = 0.25  # of each client's examples, with its own factor
+FACTOR_CLIENTS = 4  # default for data.factor_clients
+FACTOR_TEST_FRACTION = 0.25  # fraction of each client's examples, with the client's own factor
 WHY = {
     "own": "every owner's examples are already split in time",
     "natural": "a column names the owner of every example",
@@ -100,7 +100,7 @@ WHY = {
 
 
 def make_federation(settings: Settings, dataset: data.Dataset | None = None, given: Any = None) -> data.Federation:
-    """Return the clients' examples: the data set, partitioned. `given`: see `data.given_partition`."""
+    """Return the clients' examples: the partitioned data set. For `given`, see `data.given_partition`."""
     dataset = make_dataset(settings) if dataset is None else dataset
     settings = resolved(settings, dataset)
     p, valid, seed = settings.partition, settings.eval.valid, settings.seed
@@ -190,7 +190,7 @@ def _check_target(target: float | None, metric: Metric) -> None:
 
 
 def _check_needs(name: str, problem: Problem) -> None:
-    """Raise ConfigError if the method needs something that the data or a model lack."""
+    """Raise ConfigError if the data or a model do not meet one of the method's requirements."""
     task, needs, remedy = problem.task, problem.method.needed, problem.method.remedy
     classes = isinstance(task.objective, Classification)
     pictures = task.spec.is_single and len(task.spec.shape) == 3 and not task.spec.fields[0].is_integer
@@ -215,7 +215,7 @@ def _check_needs(name: str, problem: Problem) -> None:
 
 
 def no_shared_features(problem: Problem) -> str:
-    """Return why `eval.shared_head` cannot fit a classifier on features that clients share, or ""."""
+    """Return the reason why `eval.shared_head` cannot fit a classifier on shared features, or ""."""
     name, objective = type(problem.method).__name__, problem.task.objective
     if problem.method.shared_features() is None:
         return f"clients of {name} share no body whose features could be used"
@@ -226,7 +226,7 @@ def no_shared_features(problem: Problem) -> str:
 
 
 def training_clients(settings: Settings, method: Method, federation: data.Federation) -> int:
-    """Return the number of clients that train: all except those that join afterwards."""
+    """Return the number of clients that train, which are all clients except those that join afterwards."""
     joining = settings.join.clients
     if joining and method.pooled:
         name = settings.method.name
@@ -251,7 +251,7 @@ def _check_phases(method: Method) -> None:
 
 
 def _check_nets(problem: Problem) -> None:
-    """Check that the nets that are shared or trained exist, and that all clients have the same shared nets."""
+    """Raise an error unless the nets that are shared or trained exist, and all clients have the same shared nets."""
     method, forms = problem.method, []
     name, trains = type(method).__name__, trains_of((*method.phases(), *method.adapt()))
     for place, choice in enumerate(problem.archs):
@@ -272,7 +272,7 @@ def _check_nets(problem: Problem) -> None:
 
 
 def _check_single_examples(problem: Problem) -> None:
-    """Raise ConfigError if a client's model cannot train on one example (BatchNorm), but one of its batches has only one."""
+    """Raise ConfigError if a client's model cannot train on one example (BatchNorm), but one of its batches has only one example."""
     data = problem.data
     for i in range(data.n_clients):
         if not (data.n_train(i) == 1 or (problem.plan.batch_size == 1 and data.n_train(i))):
@@ -306,7 +306,7 @@ def _warn_different_starts(problem: Problem) -> None:
 
 
 def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:
-    """Log one line if a method treats normalisation layers separately (FedBN) and the model has none."""
+    """Log one line if a method treats normalisation layers separately (FedBN), but the model has none."""
     if any(pattern.endswith("norm") for pattern in method.shared) and not norm_layers(weights):
         message = (
             "model=%s has no normalisation layer, so %s does the same as FedAvg; try a model with one, such as resnet8"
@@ -315,7 +315,7 @@ def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:
 
 
 def _part(weights: Weights, patterns: Sequence[str], prefix: str) -> Weights:
-    """Return the weights that the patterns match; raise ConfigError, with a message starting with `prefix`, if one matches nothing."""
+    """Return the weights that the patterns match. Raise ConfigError, with a message that starts with `prefix`, if one matches nothing."""
     try:
         return select(weights, patterns)
     except MethodError as error:
@@ -343,7 +343,7 @@ def initial_weights(problem: Problem) -> Weights:
 
 
 def buffers_policy(method: Method, weights: Weights) -> str | None:
-    """Return whether running statistics travel ("shared") or stay ("private"); None if there are none."""
+    """Return whether running statistics are sent ("shared") or stay with the client ("private"), or None if there are none."""
     if not weights["buffers"]:
         return None
     return "shared" if method.travelling(weights)["buffers"] else "private"

@@ -1,4 +1,4 @@
-"""What the server aggregates in a round: the uplinks, or one that stands for all of them (`combination_of`)."""
+"""The input of a round's aggregation: the uplinks, or one uplink that represents all of them (see `combination_of`)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from fedloom.tree import Tree
 
 
 class Combination:
-    """Leaves the uplinks as they are."""
+    """A combination that leaves the uplinks as they are."""
 
-    always = False  # whether a round without uplinks is aggregated, too
-    shows_uplinks = True  # whether `server_logs` may see them
+    always = False  # whether a round without uplinks is also aggregated
+    shows_uplinks = True  # whether `server_logs` may see the uplinks
 
     def announce(self) -> None:
-        """Log what may surprise, before the first round."""
+        """Log facts that may surprise users, before the first round."""
 
     def cohort(self, number: int) -> list[int] | None:
         """Return the cohort of round `number`, or None if the method chooses it."""
         return None
 
     def combined(self, uplinks: Sequence[Tree], round: Round, down: Downlink) -> tuple[Sequence[Tree], Round]:
-        """Return what to aggregate. `down` is the decoded downlink of the round."""
+        """Return the uplinks to aggregate, and the round. `down` is the decoded downlink of the round."""
         return uplinks, round
 
     def events(self) -> list[dict[str, Any]]:
-        """Return lines about the latest round for events.jsonl, without the round."""
+        """Return lines about the latest round for events.jsonl, without the number of the round."""
         return []
 
     def state(self) -> dict[str, Any]:
@@ -48,13 +48,13 @@ class Combination:
 
 
 class RobustCombination(Combination):
-    """Combines the uplinks by a robust rule."""
+    """Combines the uplinks with a robust rule."""
 
     def __init__(self, method: Method, rule: Rule) -> None:
         self._method, self._rule = method, rule
 
     def combined(self, uplinks: Sequence[Tree], round: Round, down: Downlink) -> tuple[Sequence[Tree], Round]:
-        """Return as many references to one uplink as there are uplinks, with equal shares."""
+        """Return one combined uplink, repeated as often as uplinks arrived, with equal shares."""
         vectors = Additive(self._method, uplinks, received_by_all(self._method, down))
         one = vectors.stand_in(combine_robustly(self._rule, vectors))
         equal = tuple(arrival._replace(share=1 / len(uplinks)) for arrival in round.arrivals)

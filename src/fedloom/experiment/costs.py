@@ -1,4 +1,4 @@
-"""The cost of a client's local update by phase: floating-point operations and memory, counted on a few steps rather than timed."""
+"""The cost of a client's local update by phase: floating-point operations and memory, which are counted on a few steps, not timed."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from fedloom.training.sweeps import EVAL_BATCH
 from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
-FEWEST = 2  # examples in the smallest counted batch: BatchNorm cannot train on one example
+FEWEST = 2  # number of examples in the smallest counted batch; BatchNorm cannot train on one
 
 
 class Costs:
-    """Floating-point operations and memory of the local updates of one problem's clients.
+    """Floating-point operations and memory of the local updates of a problem's clients.
 
-    Matrix products, convolutions and attention are counted, forward and backward, with torch's formulas; a multiply-add is two operations.
-    A step on B examples takes a + b B + c B^2 operations, so counting three small steps determines the count for every B.
+    Matrix products, convolutions and attention are counted, forward and backward, with torch's formulas. A multiply-add counts as two
+    operations. A step on B examples takes a + b B + c B^2 operations, so the counts of three small steps determine the count for every B.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self._polynomials: dict[Any, tuple[int, int, int]] = {}
         self._turns: dict[Any, dict[str, float]] = {}
-        self._last: tuple[Any, dict[str, float]] = None, {}  # consecutive clients often do the same work
+        self._last: tuple[Any, dict[str, float]] = None, {}  # consecutive clients often have the same cost
 
     @cached_property
     def _gradients(self) -> list[Gradients]:
@@ -56,7 +56,7 @@ class Costs:
         """The server's message to one client in the first round."""
         method, task = self.problem.method, self.problem.task
         server = self.problem.init_server(read_weights(self._gradients[0].modules))
-        # a copy, because a server may store one model per member of a cohort
+        # for a full cohort, because a server may store one model per member
         down = method.downlink(server, list(range(task.max_cohort)), self.problem.round("downlink", 0))
         return Downlink(tree.clone(down.to(0)))
 
@@ -68,7 +68,7 @@ class Costs:
         return client._replace(weights=weights)
 
     def flops(self, i: int, number: int) -> dict[str, float]:
-        """Return the floating-point operations of client `i`'s local update in round `number`, by phase."""
+        """Return the number of floating-point operations of client `i`'s local update in round `number`, by phase."""
         p, n = self.problem, self.problem.data.n_train(i)
         asked = p.arch_of[i], n, p.plan_of(i), number
         if self._last[0] != asked:
@@ -96,7 +96,10 @@ class Costs:
         return sum(times * _value(self._polynomials[key], size) for size, times in sizes.items())
 
     def _counted(self, phase: Phase, i: int, n: int, turn: Turn) -> int:
-        """Return the operations of one step, or one sweep, on `n` examples of client `i`, repeating examples if it has fewer."""
+        """Return the number of operations of one step, or one sweep, on `n` examples of client `i`.
+
+        If it has fewer, examples are repeated.
+        """
         p, (x, y) = self.problem, self.problem.data.train(i)
         rows = Rows(map_inputs(lambda v: v[torch.arange(n) % len(v)], x), y[torch.arange(n) % len(y)])
         site = ClientContext(rows=rows, plan=Plan(n), task=p.task, rng=Stream(p.seed, "costs"))
@@ -110,23 +113,24 @@ class Costs:
         return self.downlink.to(0)
 
     def largest(self, arch: int) -> int | None:
-        """Return the client of an architecture with the most training examples; None if no client has any."""
+        """Return the client with the most training examples among those with the architecture `arch`, or None if none has examples."""
         p = self.problem
         members = [i for i, mine in enumerate(p.arch_of) if mine == arch and p.data.n_train(i)]
         return max(members, key=p.data.n_train) if members else None
 
     def busiest(self, i: int) -> Turn:
-        """Return client `i`'s first local update in which the number of active phases is largest."""
+        """Return client `i`'s first local update with the largest number of active phases."""
         p = self.problem
         phases, rounds = p.method.phases(), p.task.rounds
         turns = (Turn(number, rounds - 1, p.data.n_train(i)) for number in range(rounds))
         return max(turns, key=lambda turn: sum(len(active_trains(phase, turn)) for phase in phases))
 
     def peak_bytes(self, i: int) -> dict[str, int]:
-        """Return the peak memory of client `i`'s tensors in bytes, by phase; the peak of the local update is their maximum.
+        """Return the peak memory of client `i`'s tensors in bytes, by phase. The peak of the local update is the maximum over phases.
 
-        This includes the client's examples, its whole state, the downlink, and every tensor that a step creates, but neither temporary
-        memory inside an operation nor Python objects. Each phase is tracked for two steps, because later steps use the same memory.
+        This includes the client's examples, its complete state, the downlink, and every tensor that a step creates, but neither temporary
+        memory inside an operation nor Python objects. Each phase is tracked for two steps, because later steps use the same amount of
+        memory.
         """
         p, (x, y) = self.problem, self.problem.data.train(i)
         site = ClientContext(rows=Rows(x, y), plan=p.plan, task=p.task, rng=Stream(p.seed, "costs"))
@@ -142,7 +146,10 @@ class Costs:
         return peaks
 
     def peak_client_bytes(self) -> int:
-        """Return the peak memory of any client's tensors in bytes; each architecture is measured on its largest client."""
+        """Return the maximum over clients of the peak memory of their tensors, in bytes.
+
+        Each architecture is measured on its largest client.
+        """
         clients = (self.largest(arch) for arch in range(len(self.problem.archs)))
         return max(max(self.peak_bytes(i).values()) for i in clients if i is not None)
 
@@ -155,7 +162,7 @@ class Operations(DispatchMode):  # type: ignore[no-untyped-call]
         self.flops: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        """Count one operation, or decompose it if it consists of others (such as a linear layer in inference mode)."""
+        """Count one operation, or decompose it if it consists of other operations (such as a linear layer in inference mode)."""
         count = flop_registry.get(func._overloadpacket)
         if count is None:
             with self:
@@ -167,10 +174,10 @@ class Operations(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Live(DispatchMode):  # type: ignore[no-untyped-call]
-    """Track the tensors that are created within the context: bytes alive now, and their peak."""
+    """Tracks the tensors that are created within the context: their current number of bytes, and the peak."""
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
-        """Start with the tensors in `held`, which exist already."""
+        """Start with the tensors in `held`, which already exist."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known: set[int] = set()
@@ -200,12 +207,12 @@ class Live(DispatchMode):  # type: ignore[no-untyped-call]
 
 
 def shortened(phase: Phase, steps: int) -> Phase:
-    """Return the phase with the given number of steps; a phase without steps is returned unchanged."""
+    """Return the phase with the given number of steps. A phase without steps is returned unchanged."""
     return phase if isinstance(phase, Sweep | Set) else dataclasses.replace(phase, steps=steps)
 
 
 def pieces(phase: Phase, plan: Plan, n: int) -> Mapping[int, int]:
-    """Return how often a phase processes batches of each size, for a client with `n` examples: `{examples: times}`."""
+    """Return how often a phase processes batches of each size for a client with `n` examples, as `{examples: times}`."""
     if isinstance(phase, Set):
         return {n: 1}
     if isinstance(phase, Sweep):
@@ -218,7 +225,7 @@ def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:
 
 
 def _value(differences: tuple[int, int, int], n: int) -> int:
-    """Return the value at `n` of the quadratic through the counts at three consecutive sizes (Newton's formula, in exact integers)."""
+    """Return the value at `n` of the quadratic function through three consecutive sizes (Newton's formula, in exact integers)."""
     first, slope, curve = differences
     away = n - FEWEST
     return first + away * slope + away * (away - 1) // 2 * curve

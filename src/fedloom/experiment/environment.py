@@ -38,7 +38,10 @@ def environment() -> dict[str, Any]:
 
 @cache
 def software_versions() -> dict[str, Any]:
-    """Return the versions on which the numbers of a run depend, for its manifest. `dirty`: whether the package has uncommitted changes."""
+    """Return the versions on which the results of a run depend, for its manifest.
+
+    `dirty` states whether the package has uncommitted changes.
+    """
     commit = _commit()
     return {
         "fedloom": __version__,
@@ -60,8 +63,8 @@ def _cpu() -> str:
 
 
 def _commit() -> str | None:
-    """Return the commit of the working copy that this package runs from, or None if there is none."""
-    # the package may be in a .venv inside another project's working copy
+    """Return the commit of the working copy from which this package runs, or None if there is none."""
+    # The package may be in a .venv inside another project's working copy.
     tracked = _git("ls-files", "--error-unmatch", Path(__file__).name)
     return _git("rev-parse", "HEAD") if tracked else None
 

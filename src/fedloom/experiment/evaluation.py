@@ -21,14 +21,14 @@ from fedloom.rng import Stream
 log = logging.getLogger(__name__)
 
 Scores = dict[str, list[Score]]
-"""For each request, by name: the scores in the order of `Scoring.clients`."""
+"""The scores for each request, by name, in the order of `Scoring.clients`."""
 
 
 class Scoring:
     """The evaluations of one experiment."""
 
     def __init__(self, problem: Problem, settings: Settings, engine: Engine, partition: Partition) -> None:
-        """`partition`: as partitioned, even if the method pools the examples."""
+        """Prepare the evaluations. `partition` is the original partition, even if the method pools the examples."""
         self._problem, self._settings, self._engine = problem, settings, engine
         self.head = SharedHead(problem, engine) if settings.eval.shared_head else None
         data = problem.data
@@ -43,12 +43,15 @@ class Scoring:
             self._held = counts[list(self.clients)] > 0
 
     def asks(self, general: bool) -> list[ScoreRequest]:
-        """Return the score requests for every client. If no client has test examples, personal predictors are scored on the common ones."""
+        """Return the score requests for every client.
+
+        If no client has test examples, personal predictors are scored on the common test set.
+        """
         own = "test" if self._own_tests else "common"
         asks = [ScoreRequest("personal", own)]
         if (
             self._settings.eval.fitted and not self._problem.method.pooled
-        ):  # a pooled method has no local updates of single clients
+        ):  # a pooled method has no local updates of individual clients
             asks.append(ScoreRequest("fitted", own, fitted=True))
         if any(map(len, self._problem.data.partition.valid)):
             asks.append(ScoreRequest("valid", "valid"))
@@ -59,7 +62,7 @@ class Scoring:
         return asks
 
     def score(self, number: int, down: Downlink, general: bool) -> Scores:
-        """Score all requests after `number` rounds; `down` is the method's current `deploy` message."""
+        """Score all requests after `number` rounds. `down` is the current `deploy` message of the method."""
         message, asks = self._problem.codec.through(down), self.asks(general)
         if general and self.head:
             message = self.head.fit(number, message)
@@ -71,7 +74,7 @@ class Scoring:
         return found
 
     def row(self, found: Scores, down: Downlink, trained: Collection[int]) -> dict[str, Any]:
-        """Return the accuracies and recalls for a row of metrics; `trained`: clients that have trained at least once."""
+        """Return the accuracies and recalls for a row of metrics. `trained` contains the clients that have trained at least once."""
         known = [self._problem.method.pooled or i in trained for i in self.clients]
         objective = self._problem.task.objective
         row = metrics.spread(objective, found["personal"], "personal", known)
@@ -95,7 +98,7 @@ class Scoring:
         return row
 
     def _warn_undefined(self, found: Scores, row: dict[str, Any]) -> None:
-        """Log one line, once, if the primary metric is undefined although examples were scored: an output is not finite."""
+        """Log one line, once, if the primary metric is undefined although examples were scored, because an output is not finite."""
         name = f"personal_{self._problem.task.objective.primary.name}"
         if not self._warned and row.get(name) is None and any(score.n_rows for score in found["personal"]):
             self._warned = True

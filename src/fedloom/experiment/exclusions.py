@@ -1,6 +1,6 @@
-"""Which settings exclude each other because of what a method does with uplinks. All of these refusals are in the table below.
+"""Settings that exclude each other because of what a method does with uplinks. The table below contains all of these refusals.
 
-docs/security.md shows the same table.
+docs/security.md contains the same table.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class UplinkPlan(NamedTuple):
 
     @property
     def least(self) -> int:
-        """The smallest cohort with which the rule does what it promises."""
+        """The size of the smallest cohort with which the rule keeps its guarantee."""
         return self.rule.cohort if self.rule else 1
 
 
 class Exclusion(NamedTuple):
-    """Two things that do not go together."""
+    """Two settings, or a setting and a property of the method, that exclude each other."""
 
-    setting: str  # with its key, as users write it
+    setting: str  # the setting with its key, as users write it
     other: str
     applies: Callable[[UplinkPlan], bool]
     reason: str  # may name the {method}, the {least} cohort of a rule, and the largest {cohort}
@@ -61,7 +61,7 @@ def _rule(plan: UplinkPlan, *names: str) -> bool:
 
 
 def says_how_it_combines(method: type[Method]) -> bool:
-    """Return whether a class that overrides `aggregate` also sets `combines`, or inherits both."""
+    """Return whether a class that overrides `aggregate` also sets `combines`, or inherits both of them."""
     order = method.__mro__
     aggregates = next(place for place, cls in enumerate(order) if "aggregate" in vars(cls))
     return any("combines" in vars(cls) for cls in order[: aggregates + 1])
@@ -208,7 +208,7 @@ def _sends_topk(settings: Settings) -> bool:
 
 
 def refuse_exclusions(settings: Settings, method: Method, max_cohort: int | None = None) -> None:
-    """Raise ConfigError for the first two things in the settings that exclude each other."""
+    """Raise ConfigError for the first entry of the table that applies to the settings."""
     plan = UplinkPlan(settings, method, max_cohort)
     for one in EXCLUSIONS:
         if one.applies(plan):

@@ -1,4 +1,4 @@
-"""Newcomers: clients that were held out of training and join afterwards, one after another."""
+"""Newcomers: clients that are held out of training and join afterwards, one after another."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def join_newcomers(experiment: Experiment, on_round: OnRound | None) -> Row:
-    """Let the clients that were held out of training join. Return their part of the summary.
+    """Run the local updates of the clients that were held out of training. Return their part of the summary.
 
     A newcomer sends nothing to the server. `on_round` is called after each newcomer.
     """

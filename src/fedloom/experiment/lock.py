@@ -1,6 +1,6 @@
-"""Locks of folders that are being written: of a run, or of a comparison. Readers take no lock.
+"""Locks of folders to which a run or a comparison is being written. Readers do not need a lock.
 
-The system releases a lock when its process exits, however it exits. Processes that are forked do not inherit the lock, so a worker that
+The operating system releases a lock when its process exits for any reason. Forked processes do not inherit the lock, so a worker that
 outlives its experiment does not keep the folder locked.
 """
 
@@ -22,18 +22,18 @@ from fedloom.errors import RunFolderError
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
-WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that have no locks
-_HELD: dict[Path, int] = {}  # the files that this process has locked: closing a second handle would release the lock
+WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems without locks
+_HELD: dict[Path, int] = {}  # files locked by this process; closing a second handle would release the lock
 
 
 class FolderLock:
-    """The right to write to a folder. It ends with `release`, with this object, or with the process."""
+    """The right to write to a folder. It ends with `release`, with the deletion of this object, or with the process."""
 
     def __init__(self, folder: Path) -> None:
         """Lock the folder.
 
         Raises:
-            RunFolderError: another process, or another object of this process, is writing to the folder.
+            RunFolderError: another process, or another object in this process, is writing to the folder.
         """
         self._file = (folder / LOCK).resolve()
         if _HELD.get(self._file) == os.getpid():
@@ -43,7 +43,7 @@ class FolderLock:
         self.release = weakref.finalize(self, _release, self._file, handle, os.getpid())
 
     def __enter__(self) -> FolderLock:
-        """Return the lock; it is released at the end of the context."""
+        """Return the lock. It is released at the end of the context."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -52,7 +52,7 @@ class FolderLock:
 
 
 def _acquire(file: Path, folder: Path) -> int | None:
-    """Return the locked handle of the file; None if the file system has no locks, in which case a second file is the lock."""
+    """Return the locked handle of the file. Return None if the file system has no locks; a second file is then the lock."""
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
@@ -70,7 +70,7 @@ def _acquire(file: Path, folder: Path) -> int | None:
             os.truncate(handle, 0)
             os.write(handle, _owner())
             return handle
-        os.close(handle)  # the previous owner has removed the file meanwhile
+        os.close(handle)  # the previous owner has removed the file in the meantime
 
 
 def _lock(handle: int) -> None:
@@ -92,7 +92,7 @@ def _is_same(handle: int, file: Path) -> bool:
 
 
 def _create(file: Path, folder: Path) -> None:
-    """Lock by creating a file. Replace a file left behind by a dead process of this machine."""
+    """Lock by creating a file. Replace a file left behind by a process of this machine that no longer exists."""
     log.warning("%s: the file system has no locks; %s marks the folder as being written", folder, file.name)
     for _ in range(2):
         try:

@@ -48,12 +48,12 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree
 
 Row = dict[str, Any]
-OnRound = Callable[[int, int, Row], None]  # (rounds done, rounds in total, the newest metrics)
+OnRound = Callable[[int, int, Row], None]  # (completed rounds, rounds in total, the newest metrics)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GivenObjects:
-    """Python objects that replace those that the settings name."""
+    """Python objects that replace those named in the settings."""
 
     method: Method | None = None
     dataset: data.Dataset | None = None
@@ -64,7 +64,7 @@ class GivenObjects:
 
     @property
     def names(self) -> set[str]:
-        """Names of the settings that are given as objects."""
+        """Names of the settings that are passed as objects."""
         given = {"data": self.dataset, "model": self.model, "partition": self.partition}
         whole = {"data", "partition"} if self.federation is not None else set[str]()
         return whole | {name for name, value in given.items() if value is not None}
@@ -75,14 +75,14 @@ NOTHING = GivenObjects()
 
 @dataclass(frozen=True, kw_only=True)
 class Exchange:
-    """What one exchange with a cohort brought."""
+    """The result of one exchange with a cohort."""
 
     round: Round
-    uplinks: Sequence[Tree]  # those to aggregate
-    down: Downlink  # as the cohort decoded it
+    uplinks: Sequence[Tree]  # the uplinks to aggregate
+    down: Downlink  # the downlink as decoded by the cohort
     replies: Sequence[Reply]
     refused: frozenset[int]  # clients whose reply was rejected
-    reached: Mapping[int, Tree]  # what each client was sent
+    reached: Mapping[int, Tree]  # the message that each client received
 
 
 class Experiment:
@@ -101,7 +101,7 @@ class Experiment:
             self.place = accelerator.place(settings.engine.device, settings.engine.device_bytes)
             self.method = parts.method or make_method(settings.method)
             self.data = parts.federation or make_federation(settings, dataset, parts.partition)
-            self.partition = self.data.partition  # as partitioned, even if a reference method pools the examples
+            self.partition = self.data.partition  # the original one, even if a reference method pools the examples
             if self.method.pooled:
                 self.data = self.data.pooled()
             n = training_clients(settings, self.method, self.data)
@@ -115,7 +115,7 @@ class Experiment:
             self.combination = combination_of(settings, self.problem, lambda: self.hooks.downlink(self.server, 0, [0]))
             self._buffers = buffers_policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
-        self.done = self.saved = 0  # rounds done, and rounds in the latest checkpoint
+        self.done = self.saved = 0  # completed rounds, and rounds in the latest checkpoint
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
@@ -150,10 +150,10 @@ class Experiment:
         accept_changes: bool = False,
         rounds: int | None = None,
     ) -> Experiment:
-        """Resume a run from its latest checkpoint, or from the start if there is none yet.
+        """Resume a run from its latest checkpoint, or from the start if there is no checkpoint yet.
 
-        `accept_changes`: accept other settings, versions or code, and record them (`fedloom.experiment.resuming`).
-        `rounds`: a higher number of rounds; a finished run then goes on longer.
+        `accept_changes` accepts other settings, versions or code, and records them (`fedloom.experiment.resuming`). `rounds` is a higher
+        number of rounds, to which a finished run is extended.
         """
         with resumable(path, accept_changes, rounds) as folder:
             refuse_deployed(folder)
@@ -169,7 +169,10 @@ class Experiment:
 
     @classmethod
     def reopen(cls, path: str | Path, parts: GivenObjects = NOTHING) -> Experiment:
-        """Load a run, finished or not, from its latest checkpoint for inspection: sequential, on the CPU. Its files do not change."""
+        """Load a finished or unfinished run from its latest checkpoint, for inspection. Its engine is sequential and uses the CPU.
+
+        The files of the run do not change.
+        """
         folder = RunFolder.open(Path(path))
         if not folder.has_checkpoint():
             raise RunFolderError(f"{path}: this run has no checkpoint (checkpoint_every=0, or it ended too early)")
@@ -187,7 +190,7 @@ class Experiment:
         return cls(settings.model_copy(update={"engine": engine, "log": ()}), parts, folder)
 
     def forget_unsaved(self) -> None:
-        """Remove everything from the folder that was written after the latest checkpoint."""
+        """Remove everything that was written to the folder after the latest checkpoint."""
         if not self.folder.has_checkpoint():  # the run may have stopped before its description was complete
             describe_run(self, self.folder)
         elif self.folder.resumption:
@@ -195,10 +198,11 @@ class Experiment:
         self.folder.keep_rows(self.done)
 
     def run(self, on_round: OnRound | None = None) -> Row:
-        """Run the remaining rounds and return the summary. An experiment can run only once.
+        """Run the remaining rounds and return the summary. An experiment can be run only once.
 
         Raises:
-            RunFolderError: the experiment has already run. Its state may differ from the latest checkpoint, e.g. after a failed round.
+            RunFolderError: the experiment has already been run. Its state may differ from the latest checkpoint, e.g. after a failed
+            round.
         """
         rounds = self.rounds
         if self._has_run:
@@ -223,7 +227,7 @@ class Experiment:
     # one round
 
     def run_round(self, number: int) -> None:
-        """Run round `number`: send the downlink, train, aggregate and record; evaluate and save if due."""
+        """Run round `number`: send the downlink, train, aggregate and record. Evaluate and save if these are due."""
         started, before = time.perf_counter(), self.server
         done = self._exchange(number, self.draw_cohort(number))
         if done.uplinks or self.combination.always:
@@ -269,7 +273,10 @@ class Experiment:
         )
 
     def _finish(self) -> None:
-        """Run the closing exchange with all clients, and let the method compute its final server state. It counts to the last round."""
+        """Run the final exchange with all clients, and let the method compute its final server state.
+
+        Its costs are added to the last round.
+        """
         done = self._exchange(self.done, range(self.problem.task.n_clients))
         if done.uplinks:
             server = self.hooks.finish(self.server, done.uplinks, done.round)
@@ -278,7 +285,7 @@ class Experiment:
         self._record_round(self.done, done)
 
     def _aggregate(self, uplinks: Sequence[Tree], round: Round) -> None:
-        """Replace the server's state by the aggregate; if it is not finite, roll back or raise DivergedError."""
+        """Replace the server's state by the aggregate. If the aggregate is not finite, roll back or raise DivergedError."""
         before, server = self.server, self.hooks.aggregate(self.server, uplinks, round)
         if self.roll_back.on and (broken := tree.not_finite(server)):
             self._restore(round.number, f"the server's '{broken}' was not finite after aggregation")
@@ -288,12 +295,12 @@ class Experiment:
         self.roll_back.keep(before)
 
     def _restore(self, number: int, reason: str) -> None:
-        """Return to the server's state before the latest aggregation, and record why."""
+        """Return to the server's state before the latest aggregation, and record the reason."""
         self.server = self.roll_back.restored(self.server)
         self.intake.note(number, "rolled back", reason=reason)
 
     def draw_cohort(self, number: int) -> Sequence[int]:
-        """Choose the cohort of round `number`; its size is random if `participation` is a range."""
+        """Choose the cohort of round `number`. The size of the cohort is random if `participation` is a range."""
         if (drawn := self.combination.cohort(number)) is not None:
             return drawn
         rng = Stream(self.settings.seed, "cohort", number)
@@ -303,14 +310,14 @@ class Experiment:
         return self.hooks.cohort(self.server, number, size)
 
     def _train(self, number: int, cohort: Sequence[int], down: Downlink, working: Sequence[int]) -> list[Reply]:
-        """Run the local updates of the members of the cohort at the positions `working`."""
+        """Run the local updates of the members at the positions `working` of the cohort."""
         if not working and not self.engine.busy():
             return []
         theirs = Downlink(down.common, None if down.each is None else [down.each[slot] for slot in working])
         return self.engine.train(number, [cohort[slot] for slot in working], theirs)
 
     def _record_round(self, number: int, done: Exchange) -> None:
-        """Record the events, bytes and local updates of a round. The closing exchange is added to the rows of the last round."""
+        """Record the events, bytes and local updates of a round. Those of the final exchange are added to the rows of the last round."""
         replies, refused, row = done.replies, done.refused, min(number + 1, self.rounds)
         for event in self.intake.events:
             self.folder.append(event, "events.jsonl")
@@ -322,7 +329,7 @@ class Experiment:
                 self._add_client_row({"round": row, "client": i, "downlink_bytes": n_bytes})
         for reply in replies:
             flops = self.ledger.turn(reply, number, number < self.rounds and reply.client not in refused)
-            relayed = 0  # exchanged parts go through a relay: up once, and down to other clients
+            relayed = 0  # exchanged parts pass through a relay: once up, and once down to another client
             if self.method.exchanges:
                 relayed = self.ledger.count("uplink", reply.uplink, "exchange")
                 self.ledger.count("downlink", reply.uplink, "exchange")
@@ -333,7 +340,7 @@ class Experiment:
                     "examples": reply.examples,
                     "steps": sum(reply.steps.values()),
                     "uplink_bytes": self.ledger.count("uplink", reply.uplink) + relayed,
-                    # a late reply's downlink was counted in the round that sent it
+                    # the downlink of a late reply was counted in the round that sent it
                     "downlink_bytes": sent.get(reply.client, 0) + relayed,
                     "flops": flops,
                     "seconds": reply.seconds,
@@ -343,7 +350,7 @@ class Experiment:
             )
 
     def _add_client_row(self, row: Row) -> None:
-        """Append a client's row of a round, or add its numbers to the row that this round already has (the closing exchange)."""
+        """Append a client's row of a round. If this round already has a row (final exchange), add the numbers to it."""
         latest = takewhile(lambda other: other["round"] == row["round"], reversed(self.client_rows))
         known = (
             next((other for other in latest if other["client"] == row["client"]), None)
@@ -400,7 +407,7 @@ class Experiment:
     def personal_model(self, i: int, adapt: bool = True) -> PersonalModel:
         """Return client `i`'s personal predictor with the current state, as a plain module in evaluation mode.
 
-        `adapt`: whether to run the method's `adapt` phases, which need the client's examples.
+        `adapt` states whether to run the method's `adapt` phases, which need the client's examples.
         """
         down = self.hooks.deploy(self.server, self.done)
         with arithmetic(self.settings):
@@ -420,7 +427,7 @@ class Experiment:
             return self._described(PersonalModel(self.method, *found, self.method.predictors()["server"]), None)
 
     def _described(self, model: PersonalModel, client: int | None) -> PersonalModel:
-        """Return a model that can convert raw values."""
+        """Return the model with a description of how to convert raw values."""
         model.encode = partial(self.data.preprocess.encode, client=client)
         return model
 
@@ -428,7 +435,7 @@ class Experiment:
         """Return the body that client `i` receives, with one classifier for all clients (`eval.shared_head`), as a plain module.
 
         Raises:
-            ConfigError: the run does not fit this classifier.
+            ConfigError: the run does not support this classifier.
         """
         if self.scoring.head is None:
             raise ConfigError(

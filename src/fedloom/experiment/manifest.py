@@ -1,8 +1,8 @@
-"""Manifests of run folders: hashes of the files of a run, so that damaged or edited files are found before they are used.
+"""Manifests of run folders. They contain hashes of the files of a run, so that damaged or edited files are found before they are used.
 
-`checkpoint/manifest.json` is written together with its checkpoint, and `manifest.json` at the end of the run. Files are listed with their
-size and hash. The three files that grow during the run (`metrics.jsonl`, `events.jsonl`, `clients.parquet`) are listed with the number
-of rows up to the manifest's round and the hash of these rows, because they may have newer rows than the checkpoint.
+`checkpoint/manifest.json` is written together with its checkpoint, and `manifest.json` at the end of the run. They list files with their
+size and hash. For the three files that grow during the run (`metrics.jsonl`, `events.jsonl`, `clients.parquet`), they list the number of
+rows up to the manifest's round and the hash of these rows, because the files may contain newer rows than the checkpoint.
 
 All hashes are BLAKE2b with 256 bits. A manifest detects accidental changes, but it contains no secret, so anyone can edit a file and its
 manifest (`fedloom.experiment.signing` adds a signature).
@@ -34,12 +34,12 @@ def hash_of(data: bytes) -> str:
 
 
 def entry(data: bytes) -> list[Any]:
-    """Return the entry of a file in a manifest: its size in bytes, and its hash."""
+    """Return the entry of a file in a manifest: the size of the file in bytes, and its hash."""
     return [len(data), hash_of(data)]
 
 
 class Tally:
-    """The number of rows so far, and the hash of these rows."""
+    """The number of rows so far, and a hash of these rows."""
 
     def __init__(self, rows: Iterable[str] = ()) -> None:
         self.count = 0
@@ -53,17 +53,17 @@ class Tally:
         self._hash.update(row.encode() + b"\n")
 
     def entry(self) -> list[Any]:
-        """Return the entry of a growing file in a manifest: its number of rows, and their hash."""
+        """Return the entry of a growing file in a manifest: the number of rows in the file, and their hash."""
         return [self.count, self._hash.hexdigest()]
 
 
 def line_of(row: Row) -> str:
-    """Return a row as a line of `metrics.jsonl` or `events.jsonl`; non-finite numbers become null."""
+    """Return a row as a line of `metrics.jsonl` or `events.jsonl`. Non-finite numbers become null."""
     return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()})
 
 
 def client_line(row: Row) -> str:
-    """Return a row of `clients.parquet` as text that does not depend on the types of the columns; missing values are left out."""
+    """Return a row of `clients.parquet` as text, without missing values. The text does not depend on the types of the columns."""
     clean = {k: float(v) if isinstance(v, Real) else str(v) for k, v in row.items() if v is not None}
     return json.dumps({k: v for k, v in clean.items() if v == v}, sort_keys=True)  # NaN is a missing value
 
@@ -79,7 +79,7 @@ def sealed(content: Mapping[str, Any]) -> Manifest:
 
 
 def combined_digest(digests: Mapping[str, str]) -> str:
-    """Return one digest for several runs, given the digest of each by the path of its folder."""
+    """Return one digest for several runs. `digests` contains the digest of each run by the path of its folder."""
     return hash_of(canonical(digests))
 
 
@@ -89,10 +89,10 @@ def to_text(manifest: Manifest) -> str:
 
 
 def read_manifest(file: Path) -> Manifest | None:
-    """Read a manifest; None if there is none.
+    """Return the manifest in a file, or None if there is no such file.
 
     Raises:
-        RunFolderError: the file was damaged or edited, or it has the format of a newer version.
+        RunFolderError: the file was damaged or edited, or has the format of a newer version.
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def row_problem(file: Path, rows: Iterable[str], wanted: list[Any], upto: int) -
 
 
 def flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested table with dotted names."""
+    """Return a nested table as a flat one with dotted names."""
     found: dict[str, Any] = {}
     for key, value in table.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -167,7 +167,7 @@ FREE = (
 
 
 def config_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Compare two tables of settings. Return the changes that must be accepted, and those that are allowed, one line each."""
+    """Compare two tables of settings. Return the changes that must be accepted and those that are allowed, one line each."""
     old, new = flat(then), flat(now)
     strict, free = list[str](), list[str]()
     for key in sorted(old.keys() | new.keys()):
@@ -180,7 +180,7 @@ def config_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[lis
 
 
 def version_changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Compare versions. Return the differences that must be accepted (fedloom's or torch's major or minor version), and all others."""
+    """Compare versions. Return the differences that must be accepted (fedloom's or torch's major or minor version) and all others."""
     strict, free = list[str](), list[str]()
     for key in now:
         before, after = then.get(key), now[key]

@@ -15,11 +15,11 @@ from fedloom.objectives import Metric, Objective, Score, sum_scores
 Row = dict[str, Any]
 
 VIEWS = ("personal", "general", "server")
-"""The models that are scored: clients' own on their own examples and on the common test set, and the server's."""
+"""The models that are scored: clients' own models on their own examples and on the common test set, and the server's model."""
 MORE_VIEWS = ("shared_head", "changed")
-"""Views of some runs only: the classifier on shared features, on the common test set; and clients' own models on their own examples
-with another client factor."""
-FITTED = "_fitted"  # suffix of the scores of clients' models as their last local update left them
+"""Views that only some runs have: the classifier on shared features, on the common test set; and clients' own models, on their own
+examples with another client factor."""
+FITTED = "_fitted"  # suffix for the scores of clients' models in their state after the last local update
 
 
 def headlines(metric: Metric) -> tuple[str, ...]:
@@ -38,9 +38,10 @@ def spread(
 ) -> Row:
     """Return the metrics on several clients' own examples.
 
-    The primary metric, such as `personal_accuracy`, is over all examples. `_uniform` is its mean over clients, `_std` the population
-    standard deviation over clients, `_worst10` the mean of the worst tenth of clients (at least one), and `_trained` the value over the
-    examples of clients that have trained at least once. Clients without examples are ignored. Other metrics are over all examples.
+    The primary metric, such as `personal_accuracy`, is computed over all examples. `_uniform` is its mean over clients, `_std` its
+    population standard deviation over clients, `_worst10` its mean over the worst tenth of clients (at least one client), and `_trained`
+    its value over the examples of clients that have trained at least once. Clients without examples are ignored. Other metrics are
+    computed over all examples.
     """
     name = f"{view}_{objective.primary.name}{suffix}"
     each = np.array([objective.value(score) for score in scores if score.n_rows])
@@ -67,7 +68,7 @@ def _worst_first(each: npt.NDArray[np.float64], metric: Metric) -> npt.NDArray[n
 
 
 def over_clients(objective: Objective, scores: Sequence[Score], view: str) -> Row:
-    """Return the metrics of several clients' models on the same examples: means over clients, and the primary one's `_std`."""
+    """Return the metrics of several clients' models on the same examples: means over clients, and the `_std` of the primary metric."""
     each = [objective.metrics(score) for score in scores]
     row: Row = {f"{view}_{name}": number(float(np.mean([m[name] for m in each]))) for name in each[0]}
     name = objective.primary.name
@@ -77,7 +78,8 @@ def over_clients(objective: Objective, scores: Sequence[Score], view: str) -> Ro
 def by_held(objective: Objective, scores: Sequence[Score], held: npt.NDArray[np.bool_], view: str) -> Row:
     """Split the primary metric on the common test set by whether a client holds training examples of a class.
 
-    Returns `_held` and `_not_held`: means over the clients that have such classes; None if there are none. `held`: (clients, classes).
+    Return `_held` and `_not_held`, which are means over the clients that have such classes, or None if there are no such clients. `held`
+    has the shape (clients, classes).
     """
     row: Row = {}
     for facet, classes in (("held", held), ("not_held", ~held)):
@@ -93,13 +95,13 @@ def alone(objective: Objective, score: Score, view: str) -> Row:
 
 
 def by_name(objective: Objective, scores: Sequence[Score], view: str) -> Row:
-    """Return the recall of each class, or the F1 of each label, over all scores, to four decimals; None without examples."""
+    """Return the recall of each class, or the F1 score of each label, over all scores, to four decimals; None without examples."""
     what, values = objective.by_name(sum_scores(scores))
     return {f"{view}_{what}": [None if math.isnan(v) else round(v, 4) for v in values]} if what else {}
 
 
 def mean_logs(replies: Sequence[Reply]) -> Row:
-    """Return the means of the clients' logs, weighted by examples; each log is averaged over the clients that wrote it."""
+    """Return the means of the clients' logs, weighted by examples. Each log is averaged over the clients that wrote it."""
     row: Row = {}
     for name in sorted({name for reply in replies for name in reply.logs}):
         having = [reply for reply in replies if name in reply.logs]
@@ -108,7 +110,7 @@ def mean_logs(replies: Sequence[Reply]) -> Row:
 
 
 def newcomer(objective: Objective, client: int, received: Score, joined: Score) -> Row:
-    """Describe a newcomer: the primary metric on its own examples with the model it received, and after it joined."""
+    """Return the primary metric on a newcomer's own examples, with the model it received and with its model after it joined."""
     return {"client": client, "received": number(objective.value(received)), "joined": number(objective.value(joined))}
 
 
@@ -117,10 +119,10 @@ FACETS = ("uniform", "std", "worst10", "trained", "held", "not_held")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
-    """Return four numbers per model scored: `final`, `last10`, `best_on_test`, `chosen_on_validation`, all of the primary metric.
+    """Return four numbers for each view of the primary metric: `final`, `last10`, `best_on_test` and `chosen_on_validation`.
 
-    `last10` is the mean of the last ten evaluations. `best_on_test` is biased, because its round is chosen on test examples. The
-    round of `chosen_on_validation` is the first with the best validation value; without validation examples, the value is None. Other
+    `last10` is the mean over the last ten evaluations. `best_on_test` is biased, because its round is chosen on test examples. The round
+    of `chosen_on_validation` is the first round with the best validation value; without validation examples, the number is None. Other
     metrics are reported after the last round.
     """
     best = max if metric.better == "higher" else min
@@ -146,7 +148,7 @@ def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
 
 
 def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
-    """Return the metrics except the primary one, after the last round."""
+    """Return all metrics after the last round, except the primary metric."""
     names = list(objective.metrics(objective.none()))[1:]
     last = rows[-1] if rows else {}
     wanted = (f"{view}_{name}" for view in VIEWS for name in names)
@@ -154,8 +156,10 @@ def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
 
 
 def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metric: Metric) -> Row:
-    """Return the first evaluated round in which personal models reached `target`, and the bytes in both directions up to it; None if
-    never."""
+    """Return the first evaluated round in which personal models reached `target`, and the number of bytes sent until then.
+
+    The bytes are those in both directions. Both numbers are None if the models never reached the target.
+    """
     if target is None:
         return {}
     name, sign = f"personal_{metric.name}", 1 if metric.better == "higher" else -1
@@ -165,7 +169,7 @@ def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metr
 
 
 def number(value: float) -> float | None:
-    """Return the value, or None if it is undefined (NaN), such as without examples to score."""
+    """Return the value, or None if it is NaN, which means undefined, for example because there were no examples to score."""
     return None if math.isnan(value) else value
 
 
@@ -173,5 +177,5 @@ NOTHING_LEARNT = "every round was skipped, so the model was never trained; see e
 
 
 def nothing_learnt(summary: Mapping[str, Any]) -> bool:
-    """Return whether no round of a run had anything to aggregate."""
+    """Return whether no round of a run had an uplink to aggregate."""
     return 0 < int(summary.get("rounds", 0)) <= int(summary.get("skipped", 0))

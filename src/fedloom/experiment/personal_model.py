@@ -1,4 +1,4 @@
-"""A client's personal predictor as a plain module, to use, export or analyse."""
+"""A client's personal predictor as a plain module, for use, export or analysis."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedloom.tree import Tree
 
 
 class PersonalModel(nn.Module):
-    """A predictor of a client or of the server: `model(x)` returns logits (B, Y) for inputs (B, ...) as in training.
+    """A predictor of a client or of the server. `model(x)` returns logits (B, Y) for inputs (B, ...) in the form used in training.
 
-    `encode` turns raw values into such inputs (see `Preprocess.encode`).
+    `encode` converts raw values to such inputs (see `Preprocess.encode`).
     """
 
     encode: Callable[[Any], Inputs]
@@ -27,19 +27,19 @@ class PersonalModel(nn.Module):
     def __init__(
         self, method: Method, modules: Any, client: Client, down: Tree, predictor: Predictor | None = None
     ) -> None:
-        """`predictor`: default, the method's personal predictor."""
+        """Create the module. `predictor` is by default the method's personal predictor."""
         super().__init__()
         write_weights(modules, client.weights)
-        self.nets = nn.ModuleDict(modules).requires_grad_(False)  # for prediction only
+        self.nets = nn.ModuleDict(modules).requires_grad_(False)  # only for prediction
         self._predictor, self._down, self._memory = predictor or method.predictors()["personal"], down, client.memory
         self.eval()
 
     def preprocess(self, inputs: Any) -> Inputs:
-        """Return raw values, like those of `Run.predict`, as inputs of this model."""
+        """Return raw values, such as those for `Run.predict`, as inputs of this model."""
         return self.encode(inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PersonalModel:
-        """Apply a change of precision or device to the predictor's other inputs as well."""
+        """Apply a change of precision or device to the predictor's other inputs, too."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._down, self._memory = tree.map_tree(fn, self._down), tree.map_tree(fn, self._memory)
         return self

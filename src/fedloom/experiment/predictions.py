@@ -1,4 +1,4 @@
-"""Predictions of a run's models for new raw data."""
+"""Predictions of a run's models for new raw values."""
 
 from __future__ import annotations
 
@@ -29,11 +29,12 @@ SERVER = "server"
 
 
 class Predictions:
-    """The models of a run, by client, and what they predict.
+    """The models of a run, by client, and their predictions.
 
     Args:
         experiment: the run, possibly without its data.
-        with_data: return the run with its data. It is called for methods that adapt a model to the client's examples before it predicts.
+        with_data: a function that returns the run with its data. It is called for methods that adapt a model to the client's examples
+            before it predicts.
     """
 
     def __init__(self, experiment: Experiment, with_data: Callable[[], Experiment]) -> None:
@@ -46,10 +47,10 @@ class Predictions:
         return self._experiment.data.objective
 
     def model(self, client: int | str, adapt: bool = True) -> PersonalModel:
-        """Return the model of a client, or the server's. `adapt`: whether to run the method's `adapt` phases.
+        """Return the model of a client, or that of the server. `adapt` states whether to run the method's `adapt` phases.
 
         Raises:
-            UsageError: there is no such client, or the client's examples are needed and missing.
+                UsageError: there is no such client, or the client's examples are required but missing.
         """
         i = self.number(client)
         adapt = adapt and i is not None and bool(self._experiment.method.adapt())
@@ -70,7 +71,7 @@ class Predictions:
             ) from error
 
     def number(self, client: int | str) -> int | None:
-        """Return the number of a client, given by number or by the name of its owner; None for the server."""
+        """Return the number of a client, which is identified by its number or by its owner's name. Return None for the server."""
         data = self._experiment.data
         owners, n = data.partition.owners, data.n_clients
         if client == SERVER and SERVER not in owners:
@@ -92,11 +93,11 @@ class Predictions:
             return self._computed(model, model.preprocess(inputs), batch)
 
     def predict(self, client: int | str, inputs: Any, adapt: bool = True, batch: int = AT_ONCE) -> npt.NDArray[Any]:
-        """Return predictions as values of the data (see `Run.predict`)."""
+        """Return predictions in the form of the data (see `Run.predict`)."""
         return self.objective.answer(self.outputs(client, inputs, adapt, batch))
 
     def probabilities(self, client: int | str, inputs: Any, adapt: bool = True, batch: int = AT_ONCE) -> pd.DataFrame:
-        """Return the probability of each class or label, one row per example. Raise ConfigError for other tasks."""
+        """Return the probability of each class or label, with one row per example. Raise ConfigError for other tasks."""
         import pandas as pd
 
         objective = self.objective

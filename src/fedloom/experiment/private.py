@@ -1,4 +1,4 @@
-"""Runs with client-level differential privacy: Poisson cohorts, noisy sums, and what they spend (docs/security.md)."""
+"""Runs with client-level differential privacy: Poisson cohorts, noisy sums, and the privacy budget that they spend (docs/security.md)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fedloom.rng import Stream
 from fedloom.tree import Tree
 
 log = logging.getLogger(__name__)
-FEW_CLIENTS, LOUD = 50, 10.0  # with fewer clients, or louder noise, a line warns at the start
+FEW_CLIENTS, LOUD = 50, 10.0  # with fewer clients, or more noise, a line warns at the start
 UNCOVERED = (
     "scores and losses of clients (clients.parquet) and their means (metrics.jsonl)",
     "numbers of examples, steps and seconds (clients.parquet) and who took part (events.jsonl)",
@@ -34,12 +34,12 @@ UNCOVERED = (
 
 
 def cohort_size(settings: Settings, n: int) -> int:
-    """Return the size of the largest cohort of `n` clients; with privacy, the expected size."""
+    """Return the size of the largest cohort of `n` clients or, with privacy, the expected size of a cohort."""
     return settings.cohort or max(int(participation_range(settings.participation)[1] * n + 1e-9), 1)
 
 
 def with_noise(settings: Settings, method: Method, n: int) -> Settings:
-    """Return the settings with the noise and delta of a private run of `n` clients, if they leave them open."""
+    """Return the settings of a private run of `n` clients, with values for the noise and delta if they are not set."""
     p = settings.privacy
     if not p.on:
         return settings
@@ -53,7 +53,7 @@ def with_noise(settings: Settings, method: Method, n: int) -> Settings:
 
 
 def rounds_within_budget(settings: Settings, n: int) -> int:
-    """Return how many of the rounds the privacy budget allows: all of them without a budget."""
+    """Return the number of rounds that the privacy budget allows. Without a budget, all rounds are allowed."""
     p = settings.privacy
     if not p.on or p.epsilon is None:
         return settings.rounds
@@ -71,7 +71,10 @@ def _releases(settings: Settings, n: int) -> Releases:
 
 
 def combination_of(settings: Settings, problem: Problem, downlink: Callable[[], Downlink]) -> Combination:
-    """Return what the settings do with the uplinks of a round. `downlink` returns a message to a cohort of one client."""
+    """Return how the settings combine the uplinks of a round.
+
+    `downlink` is a function that returns a message to a cohort of one client.
+    """
     if settings.privacy.on:
         return PrivateCombination(settings, problem, downlink())
     return RobustCombination(problem.method, settings.rule) if settings.rule else Combination()
@@ -80,7 +83,7 @@ def combination_of(settings: Settings, problem: Problem, downlink: Callable[[], 
 class PrivateCombination(Combination):
     """Replaces the uplinks by their noisy sum, which is divided by the expected size of a cohort."""
 
-    always = True  # a round without uplinks releases noise: it must not reveal that nobody took part
+    always = True  # a round without uplinks releases noise, so that it does not reveal this fact
     shows_uplinks = False
 
     def __init__(self, settings: Settings, problem: Problem, down: Downlink) -> None:
@@ -97,12 +100,12 @@ class PrivateCombination(Combination):
             quantile=settings.privacy.adapt,
         )
         self._scale, self._released = 1.0, 0
-        self._turns = [0] * self._n  # releases to which each client has contributed
+        self._turns = [0] * self._n  # number of releases to which each client has contributed
         self._arrived = 0
         self._numbers = sum(leaf.numel() for leaf in tree.leaves(sums) if leaf.is_floating_point())
 
     def announce(self) -> None:
-        """Log what may surprise in a private run: little protection, little learning, fewer rounds, no server logs."""
+        """Log facts about a private run that may surprise users: little protection, little learning, fewer rounds, no server logs."""
         method, rounds = self._problem.method, self._problem.task.rounds
         if self._n < FEW_CLIENTS:
             log.warning(
@@ -131,7 +134,7 @@ class PrivateCombination(Combination):
         return [i for i, is_in in enumerate(drawn.tolist()) if is_in]
 
     def combined(self, uplinks: Sequence[Tree], round: Round, down: Downlink) -> tuple[Sequence[Tree], Round]:
-        """Return references to one uplink, as many as the expected size of a cohort."""
+        """Return one uplink, repeated as often as the expected size of a cohort."""
         m, received = self._sum.expected, received_by_all(self._problem.method, down)
         vectors = Additive(self._problem.method, uplinks, received, like=self._template(round.number, received))
         mean, self._scale = self._sum.release(vectors, self._scale, round.rng.child("privacy"))
@@ -146,14 +149,14 @@ class PrivateCombination(Combination):
         return self._forms.of(number, 0, received).uplink
 
     def events(self) -> list[dict[str, Any]]:
-        """Return a line with the bounds of the next release, and the number of uplinks in this one."""
+        """Return a line with the clipping norms of the next release, and the number of uplinks in this one."""
         return [{"event": "released", "arrived": self._arrived, "bounds": self._bounds_now()}]
 
     def _bounds_now(self) -> dict[str, float]:
         return {group: self._scale * bound for group, bound in self._sum.bounds.items()}
 
     def state(self) -> dict[str, Any]:
-        """Return the scale of the bounds, and what has been spent."""
+        """Return the scale of the clipping norms, and the budget that has been spent."""
         return {"privacy": {"scale": self._scale, "released": self._released, "turns": self._turns}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -162,7 +165,7 @@ class PrivateCombination(Combination):
             self._scale, self._released, self._turns = saved["scale"], saved["released"], list(saved["turns"])
 
     def summary(self) -> dict[str, Any]:
-        """Return what was spent, for whom it holds, and what it does not cover."""
+        """Return the budget that was spent, for whom it holds, and what it does not cover."""
         spent = self._releases.epsilon(self._released), self._releases.epsilon_known(max(self._turns))
         epsilon, known = (value if math.isfinite(value) else None for value in spent)
         facts = {
@@ -184,14 +187,17 @@ class PrivateCombination(Combination):
 
     @property
     def _has_private_state(self) -> bool:
-        """Whether clients keep weights that the server does not have: their own users can learn about the client from them."""
+        """Whether clients keep weights that the server does not have.
+
+        The clients' own users can learn about the client from these weights.
+        """
         weights = read_weights(self._problem.modules(0))
         shared = self._problem.method.travelling(weights)
         return sum(map(len, weights.values())) > sum(map(len, shared.values()))
 
 
 def _bounds(settings: Settings, sums: Tree) -> dict[str, float]:
-    """Return the largest norm of each group of tensors."""
+    """Return the clipping norm of each group of tensors."""
     given = dict(settings.privacy.clips)
     groups = list(dict.fromkeys(group_of(path) for path, leaf in tree.flatten(sums) if leaf.is_floating_point()))
     if unknown := sorted(given.keys() - set(groups) | given.keys() & {PARAMETERS}):

@@ -1,4 +1,4 @@
-"""Progress of a run: a summary at the start, then a live line on a terminal, or plain lines elsewhere."""
+"""Progress of a run: a summary at the start, followed by a live line on a terminal, or by plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOK_S = 5.0  # interval between checks of whether a line is due
 
 
 class Overall(NamedTuple):
-    """Rounds done and rounds planned, over all runs of a command."""
+    """The numbers of completed and planned rounds, over all runs of a command."""
 
     done: int
     planned: int
@@ -37,11 +37,11 @@ class Show(Protocol):
     def __call__(
         self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
     ) -> None:
-        """Show that `done` of `rounds` rounds are done, and show the newest metrics.
+        """Show that `done` of `rounds` rounds are completed, and show the newest metrics.
 
         Args:
             name: a new name to display from now on.
-            overall: the progress of all runs together, used for the remaining time; default: `done` of `rounds`.
+            overall: the progress of all runs together, from which the remaining time is estimated; default: `done` of `rounds`.
         """
 
 
@@ -52,7 +52,7 @@ def live(name: str, console: Console | None = None, unit: str = "round", done: i
     Args:
         name: the name to display.
         unit: the unit of progress.
-        done: units already done by earlier work (a resumed run).
+        done: number of units already completed earlier (by a resumed run).
     """
     console = console or Console(stderr=True)
     if console.is_terminal:
@@ -116,7 +116,7 @@ class PlainLines:
     ) -> None:
         self._name, self._write, self._unit, self._clock = name, write, unit, clock
         self._begun = self._last = self._reached = clock()
-        self._before = done  # units done when the clock started
+        self._before = done  # number of units completed before the clock started
         self._overall = Overall(done, 0)
         self._place, self._numbers = "", ""
         self._lock = threading.Lock()
@@ -124,7 +124,7 @@ class PlainLines:
     def __call__(
         self, done: int, rounds: int, row: Mapping[str, Any], name: str | None = None, overall: Overall | None = None
     ) -> None:
-        """See `Show`."""
+        """Show progress as described in `Show`."""
         with self._lock:
             self._name, self._reached = name or self._name, self._clock()
             self._overall = overall or Overall(done, rounds)
@@ -145,7 +145,7 @@ class PlainLines:
         self._write(f"{self._name}: " + "  ".join(part for part in parts if part))
 
     def _time(self) -> str:
-        """Estimate the remaining time from the pace so far; a round that takes longer than earlier ones lowers the pace."""
+        """Return an estimate of the remaining time from the pace so far. A round that takes longer than earlier ones lowers the pace."""
         passed, made = self._last - self._begun, self._overall.done - self._before
         left = self._overall.planned - self._overall.done
         if made <= 0:
@@ -162,7 +162,7 @@ def _duration(seconds: float) -> str:
 
 
 def numbers(row: Mapping[str, Any]) -> str:
-    """Return the newest scores, and the numbers of lost, late and rejected updates and of skipped rounds so far, as text."""
+    """Return as text the newest scores, and the numbers of lost, late and rejected updates and of skipped rounds so far."""
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
     words = [_score(view, row) for view in ("personal", "server")]
     words += [f"newcomers {row['joined']}"] if "joined" in row else []
@@ -170,7 +170,7 @@ def numbers(row: Mapping[str, Any]) -> str:
 
 
 def _score(view: str, row: Mapping[str, Any]) -> str:
-    """Return a view's primary metric, which is its first one in the row, as text; "" if the row has none."""
+    """Return a view's primary metric as text, or "" if the row contains none. It is the first metric of the view in the row."""
     key, value = next(((key, value) for key, value in row.items() if key.startswith(f"{view}_")), ("", None))
     if value is None:
         return ""
@@ -180,7 +180,7 @@ def _score(view: str, row: Mapping[str, Any]) -> str:
 
 
 def facts(experiment: Experiment) -> dict[str, str]:
-    """Describe in words a run that is about to start, by topic."""
+    """Return facts, in words and by topic, about a run that is about to start."""
     settings, task = experiment.settings, experiment.problem.task
     sizes = [experiment.data.n_train(i) for i in range(task.n_clients)]
     done = f", of which {experiment.done} are done" if experiment.done else ""
@@ -204,7 +204,10 @@ def _cohort(experiment: Experiment) -> str:
 
 
 def _steps(experiment: Experiment, sizes: Sequence[int]) -> int:
-    """Return the optimiser steps of the largest cohort (with privacy, one of expected size) in a round, for clients of average size."""
+    """Return the number of optimiser steps of the largest cohort in a round, for clients of average size.
+
+    With privacy, the cohort has the expected size.
+    """
     problem = experiment.problem
     steps = 0
     for n, n_clients in Counter(sizes).items():

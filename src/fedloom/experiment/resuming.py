@@ -41,17 +41,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ACCEPT = "--accept-changes (accept_changes=True in Python)"
-SAMPLED: Final = 1000  # inputs that are hashed to identify the data
+SAMPLED: Final = 1000  # number of inputs that are hashed to identify the data
 
 
 class Resumption:
-    """The checks of a run that is to be resumed, and the differences that were found.
+    """The checks of a run that is to be resumed, and the differences that they found.
 
-    `accepted`: differences that need `accept`; `noted`: those that do not.
+    `accepted` contains differences that require `accept`; `noted` contains all others.
     """
 
     def __init__(self, folder: RunFolder, accept: bool) -> None:
-        """Check the files, settings and versions. Objects are checked later, with `check_code` and `check_data`.
+        """Check the files, settings and versions. Objects are checked later, by `check_code` and `check_data`.
 
         Raises:
             RunFolderError: a file is damaged, or a difference was found and `accept` is false.
@@ -79,7 +79,7 @@ class Resumption:
             )
 
     def check_data(self, experiment: Experiment) -> None:
-        """Raise RunFolderError if the data differ from those at the start. Such a difference cannot be accepted."""
+        """Raise RunFolderError if the data differ from the data at the start. Such a difference cannot be accepted."""
         if self.before and _differ(self.before["data"], data_facts(experiment)):
             raise RunFolderError(f"{self.folder.path}: its data differ from those at its start; restore the data")
         file = self.folder.path / PREPROCESS
@@ -89,7 +89,7 @@ class Resumption:
             )
 
     def facts(self, experiment: Experiment) -> dict[str, Any]:
-        """Return the facts for the manifests from now on; log the differences."""
+        """Return the facts for the manifests from now on, and log the differences."""
         if self.noted or self.accepted:
             log.warning("%s: resumed with changes: %s", self.folder.path, "; ".join([*self.accepted, *self.noted]))
         before = self.before or {}
@@ -117,9 +117,9 @@ class Resumption:
 
 @contextmanager
 def resumable(path: str | Path, accept: bool, rounds: int | None = None) -> Iterator[RunFolder]:
-    """Lock and check (see `Resumption`) the folder of a run, and yield it. On an error, unlock it.
+    """Lock the folder of a run, check it (see `Resumption`), and yield it. Unlock it after an error.
 
-    `rounds`: a higher number of rounds, with which a finished run goes on.
+    `rounds` is a higher number of rounds, to which a finished run is extended.
 
     Raises:
         RunFolderError: the run is finished, its folder is being written, or a check failed.
@@ -139,7 +139,7 @@ def resumable(path: str | Path, accept: bool, rounds: int | None = None) -> Iter
 
 
 def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings:
-    """Return the settings with more rounds. Raise ConfigError if the run cannot go on longer."""
+    """Return the settings with more rounds. Raise ConfigError if the run cannot be extended."""
     if rounds is None:
         return settings
     if rounds <= settings.rounds:
@@ -152,7 +152,7 @@ def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings
 
 
 def check_longer(experiment: Experiment, before: int) -> None:
-    """Raise ConfigError if what the method does depends on the number of rounds, which was `before`."""
+    """Raise ConfigError if the behaviour of the method depends on the number of rounds, which was `before`."""
     method, rounds = experiment.method, experiment.settings.rounds
     if rounds != before and (method.uses_rounds or experiment.hooks.finishes):
         raise ConfigError(
@@ -178,12 +178,12 @@ def changed_settings(folder: RunFolder, manifest: Manifest) -> tuple[list[str], 
         return config_changes(
             *(make_settings(table).model_dump(mode="json", exclude_none=True) for table in (then, now))
         )
-    except ConfigError:  # one of them was written by another version
+    except ConfigError:  # another version wrote one of them
         return config_changes(then, now)
 
 
 def run_facts(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
-    """Return the facts on which the numbers of a new run depend, for its manifests."""
+    """Return the facts on which the results of a new run depend, for its manifests."""
     description = {name: folder.path / name for name in DESCRIPTION if (folder.path / name).is_file()}
     return {
         "run": secrets.token_hex(8),
@@ -198,9 +198,9 @@ def run_facts(experiment: Experiment, folder: RunFolder) -> dict[str, Any]:
 
 
 def data_facts(experiment: Experiment) -> dict[str, Any] | None:
-    """Return facts that identify the data; None if the examples are on devices.
+    """Return facts that identify the data, or None if the examples are on devices.
 
-    They are the number of examples, the classes, the task, and hashes of the targets and of the first `SAMPLED` inputs.
+    The facts are the number of examples, the classes, the task, and hashes of the targets and of the first `SAMPLED` inputs.
     """
     if experiment.partition.scheme.get("name") == "devices":
         return None
@@ -225,7 +225,7 @@ def _differ(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None) -> 
 
 
 def refuse_missing_objects(path: str | Path, settings: Settings, has: Collection[str], remedy: str) -> None:
-    """Raise RunFolderError if a run was started with Python objects that are needed again and are not in `has`."""
+    """Raise RunFolderError if a run was started with Python objects that are needed again but are not in `has`."""
     name = settings.data.name.lower().replace("_", "-")
     needed = {
         "data": settings.data.path is None
@@ -245,9 +245,9 @@ def refuse_missing_objects(path: str | Path, settings: Settings, has: Collection
 
 
 def source_hashes(experiment: Experiment) -> dict[str, str]:
-    """Return the hash of each source file of the method, its bases and its models, by name. Other packages are left out.
+    """Return the hash of each source file of the method, its bases and its models, by name. Files of other packages are omitted.
 
-    In a script that runs as the main program, only the classes count, because the script itself may differ when it resumes the run.
+    In a script that runs as the main program, only the classes are hashed, because the script itself may change before it resumes the run.
     """
     texts: dict[str, set[bytes]] = {}
     for cls in _classes(experiment):

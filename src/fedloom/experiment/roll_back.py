@@ -1,4 +1,4 @@
-"""Returns to the server's state before the latest aggregation if no uplink of a round can be used."""
+"""Return to the server's state before the latest aggregation if a round has no usable uplink."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Collection
 from fedloom.errors import NoValidUplinkError
 from fedloom.tree import Tree
 
-LIMIT = 3  # rounds in a row without a usable uplink that end the run
+LIMIT = 3  # number of consecutive rounds without a usable uplink after which the run ends
 
 
 class RollBack:
-    """The server's state before the latest aggregation, and the number of rounds in a row without a usable uplink."""
+    """The server's state before the latest aggregation, and the number of consecutive rounds without a usable uplink."""
 
     def __init__(self, on: bool) -> None:
-        """`on`: whether states are kept and restored."""
+        """Set whether states are kept and restored."""
         self.on = on
         self.previous: Tree | None = None
         self.failed = 0
@@ -31,7 +31,10 @@ class RollBack:
         return server if self.previous is None else self.previous
 
     def check(self, number: int, clients: Collection[int]) -> None:
-        """Raise NoValidUplinkError after `LIMIT` such rounds in a row; `clients`: those whose uplinks were rejected in round `number`."""
+        """Raise NoValidUplinkError after `LIMIT` such rounds in a row.
+
+        `clients` are the clients whose uplinks were rejected in round `number`.
+        """
         if self.failed >= LIMIT:
             raise NoValidUplinkError(
                 f"rounds {number + 2 - LIMIT} to {number + 1}: no uplink could be aggregated; in the last round, those of clients "

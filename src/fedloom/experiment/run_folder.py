@@ -1,10 +1,10 @@
-"""A run's folder. Files are written during the run, so that nothing is lost if it stops.
+"""A run's folder. Files are written during the run, so that nothing is lost if the run stops.
 
 `config.toml`, `environment.json`, `partition.json` and `preprocess.json` are written at the start, `checkpoint/` and `clients.parquet`
-every few rounds, and `summary.json` at the end. `manifest.json` in `checkpoint/` and, at the end, in the folder itself has hashes of all
-of these (`fedloom.experiment.manifest`). `metrics.jsonl` gets one line per evaluated round, and `events.jsonl` a line if a client is lost,
-late or rejected, or a round is skipped. Every file except the two `.jsonl` files is replaced atomically (written to a temporary file, then
-renamed), and so is the checkpoint's folder.
+every few rounds, and `summary.json` at the end. `manifest.json` in `checkpoint/` and, at the end, in the folder itself contains hashes of
+all of these files (`fedloom.experiment.manifest`). One line per evaluated round is added to `metrics.jsonl`. A line is added to
+`events.jsonl` if a client is lost, late or rejected, or if a round is skipped. Every file except the two `.jsonl` files is replaced
+atomically (written to a temporary file, which is then renamed), and so is the folder of the checkpoint.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.facts: Mapping[str, Any] = {}  # what the run depends on, for its manifests
-        self._digest: str | None = None  # of the newest checkpoint's manifest
-        self._tallies = {name: Tally() for name in LINES}  # of the rows written so far
+        self.facts: Mapping[str, Any] = {}  # the facts on which the run depends, for its manifests
+        self._digest: str | None = None  # digest of the newest checkpoint's manifest
+        self._tallies = {name: Tally() for name in LINES}  # tallies of the rows written so far
         self._clients = Tally()
         self._lock: FolderLock | None = None
         self.resumption: Resumption | None = None  # the checks of a run that is being resumed
@@ -54,7 +54,7 @@ class RunFolder:
         """Create a folder: `path`, or one under `runs/` named after the time and `name`.
 
         Raises:
-            RunFolderError: `path` exists and is not an empty folder; nothing is ever overwritten.
+            RunFolderError: `path` exists and is not an empty folder. Nothing is ever overwritten.
         """
         if path is None:
             stem = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{name}"
@@ -85,7 +85,7 @@ class RunFolder:
 
     @staticmethod
     def _lack(path: Path) -> str:
-        """Return why `path` is not a run folder, and which folder it may stand for."""
+        """Return the reason why `path` is not a run folder, and which folder may be meant."""
         if not path.exists():
             return "it does not exist"
         if path.is_file():
@@ -117,7 +117,7 @@ class RunFolder:
         self.write(name, json.dumps(value, indent=2) + "\n")
 
     def partition(self) -> dict[str, Any]:
-        """Return the contents of `partition.json`, or {} if there is none."""
+        """Return the contents of `partition.json`, or {} if there is no such file."""
         file = self.path / "partition.json"
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
@@ -131,7 +131,7 @@ class RunFolder:
         return found
 
     def write_clients(self, table: pd.DataFrame, rows: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Replace `clients.parquet`. `rows`: the rows of the table, for the manifest; earlier rows must not have changed."""
+        """Replace `clients.parquet`. `rows` are the rows of the table, for the manifest. Earlier rows must not have changed."""
         for row in rows[self._clients.count :]:
             self._clients.add(manifest.client_line(row))
         beside = self.path / f".{CLIENTS}.tmp"
@@ -152,14 +152,14 @@ class RunFolder:
     # metrics, line by line
 
     def append(self, row: Mapping[str, Any], name: str = "metrics.jsonl") -> None:
-        """Append a line to `metrics.jsonl` or `events.jsonl`; non-finite numbers become null."""
+        """Append a line to `metrics.jsonl` or `events.jsonl`. Non-finite numbers become null."""
         line = manifest.line_of(row)
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(line + "\n")
         self._tallies[name].add(line)
 
     def rows(self, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-        """Return the lines of `metrics.jsonl` or `events.jsonl`, without a truncated last line."""
+        """Return the lines of `metrics.jsonl` or `events.jsonl`. A truncated last line is omitted."""
         file = self.path / name
         try:
             text = file.read_text(encoding="utf-8") if file.is_file() else ""
@@ -169,7 +169,7 @@ class RunFolder:
         return [_row(line, f"line {number} of {file}") for number, line in enumerate(lines, start=1)]
 
     def keep_rows(self, upto: int) -> list[dict[str, Any]]:
-        """Remove the lines and events after round `upto` (they will be written again), and return the remaining lines."""
+        """Remove the lines and events after round `upto`, which will be written again, and return the remaining lines."""
         kept = {name: [row for row in self.rows(name) if row["round"] <= upto] for name in LINES}
         for name, rows in kept.items():
             lines = [manifest.line_of(row) for row in rows]
@@ -190,9 +190,9 @@ class RunFolder:
         late: Mapping[int, Tree] | None = None,
         previous: Tree | None = None,
     ) -> None:
-        """Replace the checkpoint atomically; the previous one stays until the new one is complete and on disk.
+        """Replace the checkpoint atomically. The previous checkpoint remains until the new one is complete and on disk.
 
-        `late`: uplinks in flight, by client; `previous`: the server's tree before its last aggregation, to roll back to.
+        `late` contains the uplinks in flight, by client. `previous` is the server's tree before its last aggregation, for a rollback.
         """
         new, now, old = (self.path / name for name in (".checkpoint.new", "checkpoint", ".checkpoint.old"))
         messages = {"server": server, **{f"clients/{i}": client for i, client in clients.items()}}
@@ -222,7 +222,7 @@ class RunFolder:
         self._digest = record["digest"]
 
     def finish(self, summary: Mapping[str, Any], rounds: int) -> None:
-        """Write the manifest of the finished run, which names that of the checkpoint, and `summary.json`."""
+        """Write the manifest of the finished run, which contains the digest of the checkpoint's manifest, and `summary.json`."""
         text = json.dumps(summary, indent=2) + "\n"
         finish = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "summary": manifest.entry(text.encode())}
         self.write(MANIFEST, manifest.to_text(self._manifest(rounds, finish=finish)))
@@ -234,7 +234,7 @@ class RunFolder:
         return manifest.sealed(content | what)
 
     def newest_manifest(self) -> Manifest | None:
-        """Return the manifest of the newest checkpoint, or None if there is none; later manifests name it as the previous one."""
+        """Return the manifest of the newest checkpoint, or None if there is none. The next manifest refers to it as the previous one."""
         whole = self._newest()
         found = manifest.read_manifest(whole / MANIFEST) if whole else None
         if whole and not found and not (whole / "state.json").is_file():
@@ -243,7 +243,7 @@ class RunFolder:
         return found
 
     def problems(self, record: Manifest) -> Iterator[str]:
-        """Yield one line for each file that differs from the manifest `record` of the newest checkpoint, or of the finished run."""
+        """Yield one line for each file that differs from `record`, the manifest of the newest checkpoint or of the finished run."""
         if "files" in record:
             yield from self.checkpoint_problems(record)
         yield from manifest.file_problems(self.path, record["description"])
@@ -265,7 +265,7 @@ class RunFolder:
         return self._newest() is not None
 
     def _newest(self) -> Path | None:
-        """Return the newest complete checkpoint; two exist only while one replaces the other."""
+        """Return the newest complete checkpoint. Two exist only while one replaces the other."""
         found = (self.path / name for name in ("checkpoint", ".checkpoint.old"))
         return next((folder for folder in found if folder.is_dir()), None)
 
@@ -299,13 +299,16 @@ class RunFolder:
 
 
 def to_disk() -> None:
-    """Flush all written files to disk, so that they survive a power failure. An `fsync` per client's file would take 1 to 5 ms each."""
+    """Flush all written files to disk, so that they survive a power failure.
+
+    An `fsync` for each client's file would take 1 to 5 ms per file.
+    """
     if hasattr(os, "sync"):  # not on Windows
         os.sync()
 
 
 def _row(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object with a round number."""
+    """Return the JSON object in a line, which must contain a round number."""
     try:
         row = json.loads(text)
     except ValueError as error:

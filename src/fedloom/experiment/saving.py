@@ -29,7 +29,7 @@ Row = dict[str, Any]
 
 
 def describe_run(experiment: Experiment, folder: RunFolder) -> None:
-    """Write the run's description: settings, environment, partition, and how raw values become model inputs."""
+    """Write the run's description: settings, environment, partition, and the conversion of raw values to model inputs."""
     folder.write("config.toml", to_toml(experiment.settings))
     folder.write_json(
         "environment.json", environment() | {"device": accelerator.describe_device(experiment.place.device)}
@@ -40,7 +40,7 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def extend_run(experiment: Experiment, before: int) -> None:
-    """Write the higher number of rounds, and remove what says that the run is finished: its summary, manifest and signature."""
+    """Write the higher number of rounds, and remove the files of a finished run: its summary, manifest and signature."""
     folder = experiment.folder
     folder.write("config.toml", to_toml(experiment.settings))
     for name in ("summary.json", SIGNATURE, MANIFEST):
@@ -50,7 +50,9 @@ def extend_run(experiment: Experiment, before: int) -> None:
 
 
 def _partition_record(experiment: Experiment) -> Row:
-    """Return the assignment of examples to clients, for `partition.json`, and the primary metric, for reports of unfinished runs."""
+    """Return the content of `partition.json`: the assignment of examples to clients, and the primary metric for
+    reports of unfinished runs.
+    """
     strata = experiment.data.dataset.strata()
     n = len(strata.names)
     counts = {split: experiment.partition.counts(strata.of, n, split).tolist() for split in ("train", "test")}
@@ -105,7 +107,7 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def _checked_round(experiment: Experiment, folder: RunFolder, number: int) -> int:
-    """Return the round of the checkpoint. Raise RunFolderError if the run cannot have been there."""
+    """Return the round of the checkpoint. Raise RunFolderError if the run cannot have reached this round."""
     rounds = experiment.settings.rounds
     if not 0 <= number <= rounds:
         raise RunFolderError(f"{folder.path}: the checkpoint is of round {number}, but rounds={rounds}; raise rounds")
@@ -113,9 +115,9 @@ def _checked_round(experiment: Experiment, folder: RunFolder, number: int) -> in
 
 
 def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
-    """Raise RunFolderError if the partition differs from the run's own: examples used for training could become test examples."""
+    """Raise RunFolderError if the partition differs from that of the run, because training examples could become test examples."""
     if experiment.partition.scheme.get("name") == "devices" or not experiment.data.has_examples:
-        return  # devices may hold other examples by now, or be absent
+        return  # devices may hold other examples now, or may be absent
     at_start, now = folder.partition(), _partition_record(experiment)
     if any(at_start[key] != now[key] for key in ("classes", "class_counts", "hash") if key in at_start):
         raise RunFolderError(
@@ -124,7 +126,7 @@ def _check_partition(experiment: Experiment, folder: RunFolder) -> None:
 
 
 def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> Row:
-    """Write and return the summary of a finished run; `joined`: the part about newcomers."""
+    """Write and return the summary of a finished run. `joined` is the part about newcomers."""
     s, objective = experiment.settings, experiment.problem.task.objective
     summary = {
         "method": s.method.name,

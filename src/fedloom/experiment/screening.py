@@ -1,7 +1,7 @@
-"""Screening of decoded uplinks: rejects impossible statistics, and updates that are much larger than those of other clients.
+"""Screening of decoded uplinks. It rejects impossible statistics, and updates that are much larger than those of other clients.
 
-Screening is on if `screen.norm` is above 0, which is the default on devices. It cannot detect a hostile update of ordinary size
-(docs/devices.md describes the remaining damage).
+Screening is on if `screen.norm` is positive, which is the default on devices. It cannot detect a malicious update of usual size
+(docs/devices.md describes the damage that remains possible).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from fedloom.objectives import Classification
 from fedloom.tree import Tree
 
 COHORT = 4  # with fewer uplinks in a round, sizes are compared with those of earlier rounds
-REMEMBERED = 100  # accepted sizes that are kept for this purpose, per part
-SQUARES = {"variance": 1e6}  # parts with a wider limit than `screen.norm`, as a multiple of the median
+REMEMBERED = 100  # number of accepted sizes that are kept for this purpose, per part
+SQUARES = {"variance": 1e6}  # parts with a higher limit than `screen.norm`, as a multiple of the median
 STRIKES, SPAN = 3, 10  # a client with this many rejected uplinks in this many rounds is excluded from the run
 LARGEST_LOG = 1e30  # larger logs would overflow in means and plots
 
@@ -36,7 +36,7 @@ class Candidate(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The size of one part of one uplink, and the client's number of examples."""
+    """The size of one part of an uplink, and the client's number of examples."""
 
     size: float
     examples: float
@@ -51,12 +51,12 @@ class Screen:
         self.excluded: set[int] = set()
         self._strikes: dict[int, list[int]] = {}  # rounds in which a client's uplink was rejected
         self._accepted: dict[str, list[Measured]] = {}  # sizes of accepted uplinks, by part
-        self._reported: dict[int, int] = {}  # first number of examples of clients that were absent at the start
+        self._reported: dict[int, int] = {}  # first reported numbers of examples of clients absent at the start
 
     # uplinks
 
     def faults(self, candidates: Sequence[Candidate]) -> dict[int, str]:
-        """Return the reason for each client whose uplink must not be aggregated."""
+        """Return the clients whose uplink must not be aggregated, with the reason for each."""
         if not self.on:
             return {}
         found = {one.client: self._content_fault(one) for one in candidates}
@@ -74,7 +74,7 @@ class Screen:
         return {client: reason for client, reason in found.items() if reason}
 
     def _content_fault(self, one: Candidate) -> str:
-        """Return why an uplink's values are impossible, or ""."""
+        """Return the reason why an uplink's values are impossible, or ""."""
         first = self._reported.get(one.client, one.examples)
         if one.examples != first:
             return f"it reports {one.examples} training examples, but reported {first} before"
@@ -85,7 +85,10 @@ class Screen:
         return self._problem.method.uplink_fault(one.uplink, held if int(held.sum()) else None)
 
     def _usual(self, measured: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
-        """Return the lower median of the sizes and of the examples, by part; if the cohort is small, the medians of earlier rounds."""
+        """Return the lower medians of the sizes and of the numbers of examples, by part.
+
+        If the cohort is small, they are medians over earlier rounds.
+        """
         usual = {}
         for part in dict.fromkeys(part for mine in measured for part in mine):
             every = [mine[part] for mine in measured if part in mine]
@@ -96,9 +99,9 @@ class Screen:
         return usual
 
     def _size_fault(self, mine: Mapping[str, Measured], usual: Mapping[str, Measured]) -> str:
-        """Return which part of an uplink is too large, or "".
+        """Return a message that names a part of an uplink that is too large, or "".
 
-        The limit of a client with more examples than the median client is larger in proportion, because it takes more steps.
+        If a client has more examples than the median client, its limit is proportionally larger, because it takes more steps.
         """
         for part in sorted(mine.keys() & usual.keys()):
             (size, examples), (median, median_examples) = mine[part], usual[part]
@@ -115,7 +118,10 @@ class Screen:
 
     @cached_property
     def _class_counts(self) -> Tensor:
-        """Each client's number of training examples of each class (K, Y); 0 if the server does not have it, or the task has no classes."""
+        """Each client's number of training examples of each class (K, Y).
+
+        It is 0 if the server lacks it, or if the task has no classes.
+        """
         data = self._problem.data
         if not isinstance(data.objective, Classification):
             return torch.zeros(data.n_clients, 1)
@@ -133,7 +139,7 @@ class Screen:
     # clients
 
     def strike(self, number: int, rejected: Collection[int]) -> list[int]:
-        """Record the clients whose uplink was rejected in a round in which others were accepted; return those to exclude from now on."""
+        """Record the clients whose uplink was rejected while others were accepted in the round. Return those to exclude from now on."""
         out = []
         for client in sorted(rejected) if self.on else ():
             recent = [at for at in self._strikes.get(client, ()) if at > number - SPAN]
@@ -167,7 +173,7 @@ class Screen:
 
 
 def sizes_of(one: Candidate) -> dict[str, float]:
-    """Return the root mean square of each part of an uplink, except counts: weights as differences from the downlink."""
+    """Return the root mean square of each part of an uplink, except counts. Weights are measured as differences from the downlink."""
     known = dict(tree.flatten(one.received.get("weights", {}), "weights/"))
     squares: dict[str, tuple[float, int]] = {}
     for path, leaf in tree.flatten(one.uplink):
@@ -183,14 +189,14 @@ def sizes_of(one: Candidate) -> dict[str, float]:
 
 
 def lower_median(values: Sequence[float]) -> float:
-    """Return the lower median of at least one value."""
+    """Return the lower median of one or more values."""
     return sorted(values)[(len(values) - 1) // 2]
 
 
 def capped(weights: Sequence[float], share: float) -> list[float]:
-    """Return min(weight, c) with the largest c for which no weight is more than `share` of the sum.
+    """Return min(weight, c) for each weight, with the largest c for which no weight exceeds the fraction `share` of the sum.
 
-    A share below 1/n cannot be reached by n weights; all are then equal.
+    If `share` is less than 1/n for n weights, this is impossible, and all weights are then equal.
     """
     if not weights or max(weights) <= share * sum(weights):
         return list(weights)

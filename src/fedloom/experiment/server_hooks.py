@@ -1,4 +1,4 @@
-"""Calls a method's server hooks with seeded generators, and checks that they leave their inputs unchanged."""
+"""Call a method's server hooks with seeded generators, and check that they do not change their inputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class ServerSide:
         return {**self._problem.modules(0), **self._problem.server_modules()}
 
     def init(self, weights: Weights) -> Tree:
-        """Return the server's state before the first round; `weights` are a client's initial weights."""
+        """Return the server's state before the first round. `weights` are the initial weights of a client."""
         server = self._call("init_server", 0, {"weights": weights}, lambda: self._problem.init_server(weights))
         self._check_tensors(server, "init_server")
         return server
@@ -68,7 +68,7 @@ class ServerSide:
         return down
 
     def exchange(self, uplinks: Sequence[Tree], number: int, rng: Stream) -> list[Tree]:
-        """Return what the server sees of the uplinks after clients have exchanged parts of them."""
+        """Return what the server receives after clients have exchanged parts of their uplinks."""
         inputs = _named(uplinks)
         return list(self._call("exchange", number, inputs, lambda: self._method.exchange(uplinks, rng)))
 
@@ -80,7 +80,7 @@ class ServerSide:
 
     @property
     def finishes(self) -> bool:
-        """Whether the method has a closing exchange after the last round."""
+        """Whether the method has a final exchange after the last round."""
         return self._problem.n_exchanges > self._problem.task.rounds
 
     def finish(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
@@ -90,7 +90,7 @@ class ServerSide:
         return self._checked(server, new, "finish", round.number)
 
     def _checked(self, server: Tree, new: Tree, hook: str, number: int) -> Tree:
-        """Return the server's new state. Raise MethodError unless it has the structure of the state before."""
+        """Return the server's new state. Raise MethodError unless it has the same structure as the previous state."""
         self._check_tensors(new, hook)
         if wrong := tree.mismatch(server, new):
             raise MethodError(
@@ -105,10 +105,10 @@ class ServerSide:
         return self._call("server_logs", round.number, inputs, lambda: self._method.server_logs(server, uplinks, round))
 
     def deploy(self, server: Tree, number: int) -> Downlink:
-        """Return the messages that clients would receive in order to predict after `number` rounds; `each` is by client.
+        """Return the messages that clients would receive for predictions after `number` rounds. `each` is indexed by client.
 
         Raises:
-            MethodError: `deploy` returned `each`, but not one tree for every client.
+            MethodError: `deploy` returned `each`, but with a number of trees that differs from the number of clients.
         """
         task, round = self._problem.task, self.round("deploy", number)
         down = self._call("deploy", number, {"server": server}, lambda: self._method.deploy(server, task, round))

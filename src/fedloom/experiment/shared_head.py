@@ -1,4 +1,4 @@
-"""The classifier on shared features of one experiment: fitted from the clients' sums, and used to score clients and newcomers."""
+"""The classifier on shared features of one experiment. It is fitted from the clients' sums, and scores clients and newcomers."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from fedloom.method import Downlink
 from fedloom.nets import Nets
 from fedloom.tree import Tree
 
-AT_ONCE = 32  # clients whose sums are held at the same time
+AT_ONCE = 32  # number of clients whose sums are in memory at the same time
 
 log = logging.getLogger(__name__)
 
 
 class SharedHead:
-    """Fits the classifier after a round, and remembers the latest one."""
+    """Fits the classifier after a round, and stores the latest one."""
 
     def __init__(self, problem: Problem, engine: Engine) -> None:
         self._problem, self._engine = problem, engine
         self._last: tuple[int, Tree | None] = -1, None
         self.uplink_bytes = 0
-        """Bytes of the sums that all clients send for one fit."""
+        """Number of bytes of the sums that all clients send for one fit."""
 
     def fit(self, number: int, down: Downlink) -> Downlink:
-        """Return the message with the classifier of all training clients after `number` rounds.
+        """Return a message with the classifier of all training clients after `number` rounds.
 
-        `down`: the message that clients use for predictions. Without a usable classifier (features that are not finite), it is
-        returned unchanged, and a warning is logged.
+        `down` is the message that clients use for predictions. If there is no usable classifier, because features are not finite, `down`
+        is returned unchanged, and a warning is logged.
         """
         if self._last[0] != number:
             self._last = number, self._fitted(number, down)
@@ -42,7 +42,7 @@ class SharedHead:
         return down if head is None else Downlink({**down.common, KEY: head}, down.each)
 
     def asks(self, rows: str) -> list[ScoreRequest]:
-        """Return the request to score the latest classifier; none if there is none."""
+        """Return the request to score the latest classifier, or an empty list if there is no classifier."""
         return [ScoreRequest(KEY, rows, head="shared")] if self._last[1] is not None else []
 
     def model(self, number: int, down: Downlink, i: int) -> PersonalModel:

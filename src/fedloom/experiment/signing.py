@@ -1,6 +1,6 @@
-"""Signatures of finished runs. With the public key, anyone can check who published the numbers, and that they have not been edited since.
+"""Signatures of finished runs. Anyone with the public key can check who published the results, and that they have not been edited since.
 
-`manifest.sig` contains a signature of the digest of the run's `manifest.json`, with an Ed25519 or P-384 key.
+`manifest.sig` contains a signature of the digest of the run's `manifest.json`, made with an Ed25519 or P-384 key.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ class Signer:
     """Signs finished runs with one private key."""
 
     def __init__(self, file: str | Path) -> None:
-        """Load the key. Raise ConfigError if the file has no private key of a supported kind."""
+        """Load the key. Raise ConfigError if the file contains no private key of a supported kind."""
         _require_extra("--sign")
         self._key = _load(Path(file), "private", "--sign")
 
     def sign(self, folder: Path) -> str:
-        """Sign a finished run, and return the key's fingerprint."""
+        """Sign a finished run, and return the fingerprint of the key."""
         record = read_manifest(folder / MANIFEST)
         if record is None:
             raise RunFolderError(f"{folder}: has no {MANIFEST}, so there is nothing to sign; finish the run first")
@@ -39,13 +39,13 @@ class Signer:
 
 
 def check_signature(folder: Path, digest: str, key: str | Path | None = None) -> str:
-    """Check the signature of the manifest with this digest, and return the fingerprint of its key; "" if there is no signature.
+    """Check the signature of the manifest with this digest. Return the fingerprint of its key, or "" if there is no signature.
 
-    `key`: file with the only accepted public key.
+    `key` is a file with the only public key that is accepted.
 
     Raises:
-        ConfigError: cryptography is not installed, or the file has no public key.
-        RunFolderError: the signature is missing although `key` is given, was made with another key, or does not match.
+        ConfigError: the 'cryptography' package is not installed, or the file contains no public key.
+        RunFolderError: the signature is missing although `key` is passed, was made with another key, or does not match.
     """
     file = folder / SIGNATURE
     if key is None and not file.is_file():
@@ -74,7 +74,7 @@ def check_signature(folder: Path, digest: str, key: str | Path | None = None) ->
 
 
 def key_fingerprint(public: str) -> str:
-    """Return the fingerprint of an OpenSSH public key, as `ssh-keygen -l` shows it."""
+    """Return the fingerprint of an OpenSSH public key, in the form that `ssh-keygen -l` shows."""
     import hashlib
 
     blob = base64.b64decode(public.split()[1])
@@ -113,7 +113,7 @@ def _load(file: Path, kind: str, option: str) -> Any:
 
 
 def _scheme(key: Any) -> tuple[Any, ...]:
-    """Return the further arguments of `key.sign` and `key.verify`. Raise TypeError for keys of another kind."""
+    """Return the additional arguments of `key.sign` and `key.verify`. Raise TypeError for other kinds of keys."""
     from cryptography.hazmat.primitives import hashes
     from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -125,7 +125,7 @@ def _scheme(key: Any) -> tuple[Any, ...]:
 
 
 def _text(public: Any) -> str:
-    """Return a public key in OpenSSH form."""
+    """Return a public key in OpenSSH format."""
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
     found: bytes = public.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)

@@ -1,4 +1,4 @@
-"""Optional destinations for metrics: TensorBoard, Weights & Biases (also offline), MLflow. Each is an optional extra."""
+"""Optional destinations for metrics: TensorBoard, Weights & Biases (also offline) and MLflow. Each requires an optional extra."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ class Tracker(Protocol):
 
 
 def make_trackers(names: Sequence[str], folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """Create the trackers that `log` names; their files go into the run's folder.
+    """Return the trackers that `log` names. They write their files to the run's folder.
 
     Raises:
-        ConfigError: the extra for a tracker is not installed.
+        ConfigError: the extra that a tracker requires is not installed.
     """
     known: dict[str, Callable[[Path, Row], Tracker]] = {"tensorboard": _TensorBoard, "wandb": _WandB, "mlflow": _MLflow}
     return [known[name](folder, config) for name in names]
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise ConfigError if a tracker's extra is not installed (before a run writes anything)."""
+    """Raise ConfigError if a tracker's extra is not installed, before a run writes any file."""
     for name in names:
         _import(name, name)
 
@@ -64,7 +64,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Writes to the destination set by WANDB_MODE; `WANDB_MODE=offline` needs no network and no account."""
+    """Writes to the destination set by WANDB_MODE. With `WANDB_MODE=offline`, no network and no account are needed."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._run = _import("wandb", "wandb").init(
@@ -79,11 +79,11 @@ class _WandB:
 
 
 class _MLflow:
-    """Writes to MLFLOW_TRACKING_URI, or to the folder `mlruns` in the run's folder."""
+    """Writes to MLFLOW_TRACKING_URI or, if it is not set, to the folder `mlruns` in the run's folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         where = os.environ.get("MLFLOW_TRACKING_URI")
-        if not where:  # MLflow 3 must be told to allow file stores; mlflow-skinny has no database
+        if not where:  # MLflow 3 must be set to allow file stores; mlflow-skinny has no database
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
             where = (folder / "mlruns").resolve().as_uri()
         self._client = _import("mlflow.tracking", "mlflow").MlflowClient(where)

@@ -18,13 +18,13 @@ from fedloom.wire.messages import check_structure
 
 @dataclass(frozen=True, kw_only=True)
 class LateUplink:
-    """An uplink in flight: the server receives it in a later round."""
+    """An uplink in flight, which the server receives in a later round."""
 
     client: int
     slot: int  # the client's position in its cohort
     examples: int
     sent: int  # the round of its downlink
-    message: Tree  # the uplink; its weights are differences from those of the downlink
+    message: Tree  # the uplink, with weights as differences from those of the downlink
 
 
 class UplinkCheck:
@@ -37,7 +37,7 @@ class UplinkCheck:
         """Decode the uplink of a reply to the downlink of round `number`.
 
         Raises:
-            WireError: the uplink cannot be aggregated; the message gives the reason.
+            WireError: the uplink cannot be aggregated; the message states the reason.
         """
         if reply.examples < 1:
             raise WireError(f"examples={reply.examples}: must be at least 1")
@@ -64,7 +64,10 @@ class UplinkCheck:
         check_structure(got, want)
 
     def rebased(self, number: int, late: LateUplink, down: Downlink) -> Tree:
-        """Return a late uplink as if its client had started from this round's downlink: add its differences to the current weights."""
+        """Return a late uplink as if its client had started from this round's downlink.
+
+        The differences in the uplink are added to the current weights.
+        """
         template = self._forms.of(number, late.client, down.common).uplink
         message = tree.merge(template, late.message)  # a checkpoint does not keep branches without tensors
         weights = tree.map_tree(torch.add, message["weights"], down.common["weights"])
@@ -84,7 +87,7 @@ def late_uplink(number: int, reply: Reply, down: Downlink) -> LateUplink:
 def require_finite(server: Tree, number: int, last: int) -> None:
     """Raise DivergedError if the server's state after round `number` is not finite.
 
-    `last`: the number of rounds in the checkpoint, 0 if there is none.
+    `last` is the number of rounds in the checkpoint, or 0 if there is no checkpoint.
     """
     broken = tree.not_finite(server)
     if broken:

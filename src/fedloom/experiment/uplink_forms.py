@@ -1,4 +1,6 @@
-"""The expected form of uplinks, derived by calling the method's own `uplink` for a client that has only received its message."""
+"""The expected form of uplinks, derived by calling the method's own `uplink` for a client that has received its
+message but not trained.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,22 @@ from fedloom.tree import Tree, Weights
 class UplinkForm(NamedTuple):
     """The uplink of a client that has received its message but has not trained."""
 
-    uplink: Tree  # as the method returned it
-    travels: Tree  # as it is on the wire
-    structure: dict[str, tuple[tuple[int, ...], torch.dtype]]  # of `travels`
+    uplink: Tree  # the uplink as returned by the method
+    travels: Tree  # the uplink as it is sent
+    structure: dict[str, tuple[tuple[int, ...], torch.dtype]]  # structure of `travels`
 
 
 class UplinkForms:
-    """The uplink forms of one problem, each derived once."""
+    """The uplink forms of one problem, each of which is derived once."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._initial: dict[int, Weights] = {}  # by architecture
         self._known: dict[tuple[int, object, bool], UplinkForm] = {}
-        self._last: tuple[Tree, object] = {}, ()  # the latest downlink and its structure: many clients share one
+        self._last: tuple[Tree, object] = {}, ()  # the latest downlink and its structure, which many clients share
 
     def of(self, number: int, i: int, down: Tree) -> UplinkForm:
-        """Return the form of client `i`'s uplink in round `number`; `down` is the client's message, decoded."""
+        """Return the form of client `i`'s uplink in round `number`. `down` is the decoded message to the client."""
         p, arch = self._problem, self._problem.arch_of[i]
         if self._last[0] is not down:
             self._last = down, tuple(tree.structure(down).items())

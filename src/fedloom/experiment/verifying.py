@@ -1,4 +1,4 @@
-"""Verification of run folders: checks that a folder, finished or not, holds exactly what its run wrote. Nothing is changed."""
+"""Verification that the folder of a finished or unfinished run contains exactly what the run wrote. Nothing is changed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from fedloom.experiment.signing import check_signature
 class Verdict:
     """The result for one run folder."""
 
-    problems: list[str] = field(default_factory=list)  # missing, damaged or edited files, one line each
+    problems: list[str] = field(default_factory=list)  # missing, damaged or edited files, with one line for each
     notes: list[str] = field(default_factory=list)  # differences from this installation, and changes that were accepted
-    digest: str = ""  # of the manifest
-    state: str = ""  # such as "finished, round 20"
+    digest: str = ""  # digest of the manifest
+    state: str = ""  # the state of the run, such as "finished, round 20"
     signer: str = ""  # the fingerprint of the key, if there is a signature
 
 
 def verify(path: str | Path, key: str | Path | None = None) -> Verdict:
-    """Check a run folder against its manifests. `key`: file with the public key that must have signed the run.
+    """Check a run folder against its manifests. `key` is a file with the public key that must have signed the run.
 
     Raises:
         RunFolderError: the folder is not a run folder.
-        ConfigError: a signature cannot be checked, because cryptography is not installed or `key` is not a public key.
+        ConfigError: a signature cannot be checked, because 'cryptography' is not installed or `key` is not a public key.
     """
     folder, verdict = RunFolder.open(Path(path)), Verdict()
     try:
@@ -56,7 +56,7 @@ def verify(path: str | Path, key: str | Path | None = None) -> Verdict:
 
 def run_folders(path: Path) -> list[Path]:
     """Return the run folders at or below a path. Raise RunFolderError if there are none."""
-    patterns = ("config.toml", "*/config.toml", "*/*/config.toml")  # a run, a comparison, several comparisons
+    patterns = ("config.toml", "*/config.toml", "*/*/config.toml")  # of a run, a comparison, or several comparisons
     found = next((files for pattern in patterns if (files := sorted(path.glob(pattern)))), [])
     if not found:
         raise RunFolderError(f"{path}: is neither a run folder (config.toml is missing) nor a folder of run folders")
@@ -64,7 +64,7 @@ def run_folders(path: Path) -> list[Path]:
 
 
 def _collect(verdict: Verdict, find: Callable[[], Iterator[str]]) -> None:
-    """Add all problems that `find` yields, and the error that ends its search, if any."""
+    """Add all problems that `find` yields and, if its search ends with an error, this error."""
     try:
         for problem in find():
             verdict.problems.append(problem)
@@ -77,7 +77,7 @@ def _problems(folder: RunFolder, record: Manifest, saved: Manifest | None, finis
         strict, free = changed_settings(folder, record)
     except ConfigError as error:
         strict, free = [str(error)], []
-    for change in [*strict, *free] if finished else strict:  # an unfinished run may be resumed with some other settings
+    for change in [*strict, *free] if finished else strict:  # some settings may change before a resume
         yield f"{folder.path / 'config.toml'}: was edited: {change}"
     if finished:
         yield from file_problems(folder.path, {"summary.json": record["finish"]["summary"]})
@@ -89,7 +89,7 @@ def _problems(folder: RunFolder, record: Manifest, saved: Manifest | None, finis
 
 
 def _notes(record: Manifest) -> list[str]:
-    """Return the versions that differ from this installation, and the changes that were accepted when the run was resumed."""
+    """Return the differences from the versions of this installation, and the changes that were accepted when the run was resumed."""
     strict, free = version_changes(software_versions(), record["versions"])
     accepted = [f"resumed in round {one['round']}: {change}" for one in record["resumed"] for change in one["accepted"]]
     return [f"written with versions that differ from this installation: {', '.join([*strict, *free])}"] * bool(
