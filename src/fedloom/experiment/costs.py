@@ -56,7 +56,7 @@ class Costs:
         """The server's message to one client in the first round."""
         method, task = self.problem.method, self.problem.task
         server = self.problem.init_server(read_weights(self._gradients[0].modules))
-        # for a full cohort, because a server may store one model per member
+        # The copy lets the server's state be released, which may contain one model per member of a cohort.
         down = method.downlink(server, list(range(task.max_cohort)), self.problem.round("downlink", 0))
         return Downlink(tree.clone(down.to(0)))
 
