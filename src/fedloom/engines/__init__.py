@@ -1,7 +1,7 @@
-"""Engines run the clients of a federation. All engines give the same numbers; `sequential.py` is the reference.
+"""Engines, which run the clients of a federation. All engines give the same numbers; `sequential.py` is the reference.
 
-`base.py` is the interface to the experiment, `local.py` is the code that engines in this process share, `make.py` lists the engines. This
-package does not depend on methods or experiments. To add an engine, write a file here and add a line to `make.py`.
+`base.py` is the interface to the experiment, `local.py` contains the code that engines in this process share, and `make.py` lists the
+engines. This package does not depend on methods or experiments. To add an engine, write a file here and add a line to `make.py`.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,8 @@
 """The interface between an experiment and the engine that runs its clients.
 
-An engine owns the clients: their weights, memory and optimiser states leave it only through `client` (for checkpoints and exports). An
-experiment passes downlinks to the engine and receives replies; it does not depend on where or in which order the work is done.
+An engine owns the clients. Their weights, memory and optimiser states leave it only through `client` (for checkpoints and exports). An
+experiment passes downlinks to the engine and receives replies; it does not depend on where or in which order the engine runs local
+updates.
 """
 
 from __future__ import annotations
@@ -45,31 +46,31 @@ class Reply:
     """The result of one client's local update."""
 
     client: int
-    slot: int  # its position in the cohort
+    slot: int  # the client's position in the cohort
     uplink: Tree
     examples: int
     steps: Mapping[str, int]
     logs: Mapping[str, float]
     seconds: float
     phase_seconds: Mapping[str, float] = field(default_factory=dict)
-    diverged: str = ""  # the first non-finite tensor, sent or kept; if there is one, the local update is undone
-    is_finite: bool = False  # whether this process itself has checked all numbers; a claim by a device does not count
+    diverged: str = ""  # the first non-finite tensor that is sent or kept; if there is one, the update is undone
+    is_finite: bool = False  # whether this process (not a device) has checked that all numbers are finite
 
 
 class ScoreRequest(NamedTuple):
-    """A client's model to score, and the examples to score it on."""
+    """A client's model to score, and the examples on which it is scored."""
 
     name: str  # the key of the result
     rows: str  # "train" | "test" | "valid" | "common" | "changed": own test examples with another client factor
-    fitted: bool = False  # score the model from the client's latest local update, not from the downlink
+    fitted: bool = False  # score the model from the client's latest local update, not the downlink
     head: Literal["own", "sums", "shared"] = "own"
-    """`own`: the personal predictor. On the features that clients share, before `adapt`: `sums`: return `shared_head.feature_sums`
-    instead of a score; `shared`: predict with the classifier in the downlink."""
+    """`own` is the personal predictor. The other two use the features that clients share, before `adapt`: `sums` returns
+    `shared_head.feature_sums` instead of a score, and `shared` predicts with the classifier in the downlink."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Everything that an engine needs. Read-only, and the same in every worker."""
+    """Everything that an engine needs. A problem is read-only and the same in every worker."""
 
     method: Method
     task: Task
@@ -80,11 +81,11 @@ class Problem:
     seed: int
     same_init: bool = True  # whether all clients of one architecture start from the same weights
     bf16: bool = False  # whether matrix products and convolutions run in bfloat16
-    codec: Codec = PLAIN  # the encoding of messages on the wire
-    keep_fitted: bool = False  # whether clients keep their trained copy of the travelling weights to score it
+    codec: Codec = PLAIN  # the encoding of messages
+    keep_fitted: bool = False  # whether clients keep their trained copy of the shared weights for scoring
     slowdowns: tuple[
         float, ...
-    ] = ()  # a client with factor s takes 1 / s of its steps; empty: every client takes all steps
+    ] = ()  # a client with factor s takes 1 / s of its steps; if empty, all clients take all steps
 
     def modules(self, arch: int) -> Modules:
         """Return fresh modules of one architecture, with its initial weights."""
@@ -94,7 +95,10 @@ class Problem:
         return fresh_modules(lambda: self.method.nets(self.archs[arch], self.task), rng)
 
     def initial(self, client: int, shared: Weights) -> Client:
-        """Return a client that has never taken part. `shared`: its architecture's initial weights, unused if each client has its own."""
+        """Return a client that has never participated.
+
+        `shared` contains the initial weights of its architecture. They are not used if each client has its own initial weights.
+        """
         weights = shared
         if not self.same_init:
             weights = read_weights(self._modules(self.arch_of[client], Stream(self.seed, "init", client)))
@@ -116,7 +120,7 @@ class Problem:
         return memory
 
     def init_server(self, weights: Weights) -> Tree:
-        """Return the server's state before the first round; torch's generator is seeded for methods that sample from it."""
+        """Return the server's state before the first round. torch's generator is seeded for methods that draw random numbers from it."""
         weights = tree.merge(weights, read_weights(self.server_modules()))
         with own_randomness(Stream(self.seed, "init_server"), HOST):
             return self.method.init_server(weights, self.task, self.round("init_server", 0))
@@ -134,12 +138,12 @@ class Problem:
 
     @property
     def n_exchanges(self) -> int:
-        """The number of exchanges of a run: its rounds, and the closing one if the method overrides `finish`."""
+        """The number of exchanges of a run: one per round, and the final exchange if the method overrides `finish`."""
         return self.task.rounds + (type(self.method).finish is not Method.finish)
 
     @cached_property
     def examples(self) -> tuple[int, ...]:
-        """The number of training examples of every client that trains; 0 if the server does not know it."""
+        """The number of training examples of every client that trains, or 0 if the server does not know the number."""
         return tuple(self.data.n_train(i) for i in range(self.task.n_clients))
 
     def stream(self, number: int, client: int, purpose: str) -> Stream:
@@ -147,18 +151,19 @@ class Problem:
         return Stream(self.seed, purpose, number, client)
 
     def plan_of(self, client: int) -> Plan:
-        """Return the plan by which a client's examples are split into batches in a local update."""
+        """Return the plan that splits a client's examples into batches for a local update."""
         return self.plan._replace(slowdown=self.slowdowns[client]) if self.slowdowns else self.plan
 
     @property
     def keeps_all(self) -> bool:
-        """Whether clients keep their trained copy of the travelling weights."""
+        """Whether clients keep their trained copy of the shared weights."""
         return self.method.keeps_shared or self.keep_fitted or not self.method.shared
 
     @cached_property
     def one_model(self) -> bool:
-        """Whether every client predicts with the server's model after a downlink: all weights travel, and no client adds weights of
-        its own.
+        """Whether every client predicts with the server's model after a downlink.
+
+        This is the case if all weights are sent and clients add no own weights.
         """
         method, weights = self.method, read_weights(self.modules(0))
         predictors, whole = method.predictors(), tree.structure(weights).keys()
@@ -190,7 +195,7 @@ class Problem:
 
 
 def client_data(targets: Tensor, objective: Objective) -> ClientData:
-    """Return what a client knows about its training examples; `targets` are theirs."""
+    """Return a client's facts about its training examples. `targets` are the targets of these examples."""
     counts = torch.zeros(0)
     if isinstance(objective, Classification):
         counts = torch.bincount(targets.cpu(), minlength=objective.n_classes).to(torch.get_default_dtype())
@@ -205,25 +210,25 @@ class Engine(ABC):
 
     @abstractmethod
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """Run the cohort's local updates; return the replies in cohort order, without those of lost clients.
+        """Run the cohort's local updates. Return the replies in cohort order, without those of lost clients.
 
-        Uplinks stay valid until the next `train`. Messages are encoded: `down` has passed through `Codec.send`, and uplinks must be decoded
-        with `Codec.opened`. Replies of clients that were `busy` belong to an earlier round, and come last.
+        Uplinks stay valid until the next call of `train`. Messages are encoded: `down` has passed through `Codec.send`, and uplinks must
+        be decoded with `Codec.opened`. Replies of clients that were `busy` belong to an earlier round, and come last.
         """
 
     def busy(self) -> frozenset[int]:
-        """Return the clients still working for an earlier round; a later `train` may return their replies."""
+        """Return the clients that are still running a local update of an earlier round. A later `train` may return their replies."""
         return frozenset()
 
     def asked(self, cohort: Sequence[int]) -> Sequence[int]:
-        """Return the members of the latest cohort that were sent the downlink: all except clients of absent devices."""
+        """Return the members of the latest cohort that received the downlink: all except clients of absent devices."""
         return cohort
 
     @abstractmethod
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """Score the clients' personal predictors; return one dictionary per client, by the names of the requests."""
+        """Score the clients' personal predictors. Return one dictionary per client, by the names of the requests."""
 
     @abstractmethod
     def score_server(self, down: Downlink) -> Score:
@@ -242,17 +247,18 @@ class Engine(ABC):
         """Restore the state that `client(i)` returned earlier (when a run is resumed)."""
 
     def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
-        """Return client `i`'s personal predictor after `receive` and, with `adapt`, the method's `adapt` phases: modules, weights and
-        memory, and its downlink.
+        """Return client `i`'s personal predictor as modules, weights with memory, and its downlink.
+
+        The predictor is that after `receive` and, with `adapt`, after the method's `adapt` phases.
         """
         raise NotImplementedError
 
     def server(self, down: Downlink) -> tuple[Modules, Client, Tree]:
-        """Return the server's predictor, like `personal`."""
+        """Return the server's predictor, in the form of `personal`."""
         raise NotImplementedError
 
     def modules(self) -> Sequence[Modules]:
-        """Return the modules that this process uses, by architecture; empty if other processes do the work."""
+        """Return the modules that this process uses, by architecture; empty if other processes run the local updates."""
         return ()
 
     def close(self) -> None:  # noqa: B027 (most engines hold nothing to release)

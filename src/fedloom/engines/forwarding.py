@@ -11,7 +11,7 @@ from fedloom.tree import Tree
 
 
 class ForwardingEngine(Engine):
-    """Delegates calls about single clients to `inner`, which stores them."""
+    """An engine that delegates calls about individual clients to `inner`, which stores the clients."""
 
     def __init__(self, problem: Problem, inner: Engine) -> None:
         super().__init__(problem)

@@ -1,4 +1,4 @@
-"""Engines that hold their clients in this process: storage of clients, their device, and scoring."""
+"""Engines that store their clients in this process. This module stores clients, moves them to a device, and scores them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CohortMember(NamedTuple):
 
 
 def note_client(error: Exception, i: int, number: int) -> None:
-    """Add a note to the error with the client and round in which it occurred and, if memory ran out, a remedy."""
+    """Add a note to the error that names the client and the round and, if memory ran out, a remedy."""
     is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
     if is_memory:
         error.add_note("out of memory; use a smaller batch_size, fewer engine.workers or fewer engine.lanes")
@@ -50,16 +50,16 @@ def note_client(error: Exception, i: int, number: int) -> None:
 
 
 class LocalEngine(Engine):
-    """The common part of the engines that run in this process; `updates` runs the local updates.
+    """The common part of the engines that run in this process. `updates` runs the local updates.
 
-    With a GPU, local updates run on it, and examples are kept in its memory if the budget allows. Messages and clients that leave the
-    engine are on the host.
+    If there is a GPU, local updates run on it, and examples are stored in its memory if the budget allows it. Messages and clients that
+    leave the engine are on the host.
     """
 
     def __init__(
         self, problem: Problem, place: DeviceBudget = ON_HOST, convolutions: Convolutions | None = None
     ) -> None:
-        """`convolutions`: how to compute the convolutions of several lanes."""
+        """Create the engine. `convolutions` computes the convolutions of several lanes."""
         super().__init__(problem)
         self.device = device = place.device
         modules = [problem.modules(arch) for arch in range(len(problem.archs))]
@@ -75,9 +75,9 @@ class LocalEngine(Engine):
         ]
         pictures = problem.task.spec.is_picture
         lasts = pictures and (device == HOST or problem.bf16)  # on a GPU, only tensor cores benefit from channels last
-        # switched off once an architecture does not support it
+        # Switched off as soon as an architecture turns out not to support it.
         self._channels_last = [lasts and any(p.ndim == 4 for p in own["params"].values()) for own in self._initial]
-        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that have never taken part, if all are equal
+        self._blanks: dict[tuple[int, torch.dtype], Client] = {}  # clients that never participated, if all are equal
         self.to_device = Mover(device)
         fits = device != HOST and problem.data.n_bytes <= place.budget
         self.data = problem.data.on(device) if fits else problem.data
@@ -89,7 +89,7 @@ class LocalEngine(Engine):
         self.keep_in(lambda blank: MappedStore(blank, folder, self.problem.arch_of))
 
     def keep_in(self, make: Callable[[Callable[[int], Client]], Store]) -> None:
-        """Replace the store. `make` receives a function that creates a client that has never taken part."""
+        """Replace the store. `make` receives a function that creates a client that has never participated."""
         self.store = make(self._blank)
 
     def initial(self, arch: int) -> Weights:
@@ -98,13 +98,13 @@ class LocalEngine(Engine):
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        self.to_device = Mover(self.device)  # a new one, because it caches the tensors of one round
+        self.to_device = Mover(self.device)  # a new mover, because it caches the tensors of one round
         members = [CohortMember(slot, i, down.to(slot)) for slot, i in enumerate(cohort)]
         return sorted(self.updates(number, members), key=lambda reply: reply.slot)
 
     @abstractmethod
     def updates(self, number: int, members: Sequence[CohortMember]) -> Iterator[Reply]:
-        """Run the local updates of some members of round `number`'s cohort; yield replies in any order."""
+        """Run the local updates of some members of the cohort of round `number`. Yield the replies in any order."""
 
     def finish(self, member: CohortMember, done: UpdateResult, started: float) -> Reply:
         """Store a client after its local update, which began at `started`, and return its reply.
@@ -131,8 +131,9 @@ class LocalEngine(Engine):
         )
 
     def with_layout(self, i: int, work: Callable[[bool], T]) -> T:
-        """Run `work(channels_last)` with channels last (1.2 to 1.7 times faster on a CPU), or without if the client's model fails
-        with it.
+        """Run `work(channels_last)` with channels last, which is 1.2 to 1.7 times faster on a CPU.
+
+        If the client's model fails with channels last, run `work` without it.
         """
         arch = self.problem.arch_of[i]
         if self._channels_last[arch]:
@@ -147,7 +148,7 @@ class LocalEngine(Engine):
     def context(
         self, number: int, i: int, purpose: str, channels_last: bool, own: tuple[Inputs, Tensor] | None = None
     ) -> ClientContext:
-        """Collect the inputs of client `i`'s local work: its examples (or `own`, if already loaded), batches, random stream and codec."""
+        """Return the inputs of client `i`'s local work: its examples (or `own`, if already loaded), batches, random stream and codec."""
         p, (x, y) = self.problem, own or self.data.train(i)
         if not len(y):
             raise DataError(
@@ -167,7 +168,7 @@ class LocalEngine(Engine):
     def score_part(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest], part: tuple[int, int]
     ) -> list[dict[str, Score]]:
-        """Compute `score` on only the k-th of n pieces of the common test examples; `part=(k, n)`."""
+        """Compute `score` on only the k-th of n pieces of the common test examples, where `part` is (k, n)."""
         message = moved(down.common, self.device)
         scorers = [self.scorer(ask, message, part) for ask in asks]
         same = self.received(clients[0], message) if self.problem.one_model and len(clients) else None
@@ -185,7 +186,7 @@ class LocalEngine(Engine):
         return [{name: scores[i] for name, scores in found.items()} for i in clients]
 
     def scorer(self, ask: ScoreRequest, message: Tree, part: tuple[int, int] = (0, 1)) -> Scorer:
-        """Return a scorer of clients' personal predictors, or of the features that they share."""
+        """Return a scorer of clients' personal predictors, or of their shared features."""
         method = self.problem.method
         predictor = method.predictors()["personal"] if ask.head == "own" else method.shared_features()
         if predictor is None:
@@ -210,10 +211,10 @@ class LocalEngine(Engine):
         return self.score_server_part(down, (0, 1))
 
     def score_server_part(self, down: Downlink, part: tuple[int, int]) -> Score:
-        """Compute `score_server` on the k-th of n pieces of the common test examples.
+        """Compute `score_server` on the k-th of n pieces of the common test examples, where `part` is (k, n).
 
         The weights are the server's own: the downlink is merged into a new client of the first architecture. A method's own `receive` is
-        not called, because it describes a client's weights.
+        not called, because it returns a client's weights.
         """
         p, message = self.problem, moved(down.common, self.device)
         x, y = common_part(self.data, part)
@@ -272,8 +273,9 @@ class LocalEngine(Engine):
         return client
 
     def load(self, i: int) -> Client:
-        """Return client `i` with all its tensors. Tensors that are not stored have their initial values until `receive`
-        replaces them.
+        """Return client `i` with all its tensors.
+
+        Tensors that are not stored have their initial values until `receive` replaces them.
         """
         client = Client(**moved(self.store.get(i)._asdict(), self.device))
         return client._replace(weights=tree.merge(self._initial_here[self.problem.arch_of[i]], client.weights))
@@ -284,7 +286,7 @@ class LocalEngine(Engine):
         return client._replace(weights=self.problem.method.receive(client.weights, message, client.memory))
 
     def adapted(self, number: int, message: Tree, i: int) -> Client:
-        """Return client `i` ready to predict after `number` rounds: after the downlink and the method's `adapt` phases."""
+        """Return client `i` as it predicts after `number` rounds, that is, after the downlink and the method's `adapt` phases."""
         p, client = self.problem, self.received(i, message)
         if not p.method.adapt():
             return client

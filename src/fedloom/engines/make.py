@@ -39,14 +39,16 @@ def make_engine(
     """Create an engine: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or a combination: `debug+bytes+sequential`.
 
     Args:
-        workers: worker processes; default: one per core.
-        lanes: number of clients trained side by side in batched operations, in the vectorised engine (default: as many as memory allows, at
-            most 64), or in each worker process (default: one client after another).
-        address: the Ray cluster to join; default: Ray is started on this machine.
-        deadline_s: seconds that a worker may take: for one client's local update (`processes`), or for its share of a round (`ray`);
-            default: no limit.
-        place: where `sequential` and `vectorised` compute (default: the CPU); on a GPU `auto` is `vectorised`.
-        convolutions: how `vectorised` computes convolutions.
+            workers: number of worker processes; default: one per core.
+            lanes: number of clients that are trained side by side in batched operations, in the vectorised engine (default: as many as
+            memory
+                allows, at most 64) or in each worker process (default: one client after another).
+            address: the Ray cluster to join; default: start Ray on this machine.
+            deadline_s: time limit in seconds for a worker, per client's local update (`processes`) or per share of a round (`ray`);
+            default:
+                no limit.
+            place: the device on which `sequential` and `vectorised` compute; default: the CPU. On a GPU, `auto` is `vectorised`.
+            convolutions: how `vectorised` computes convolutions.
 
     Raises:
         ConfigError: the name is unknown, or this system cannot run the engine.
@@ -64,7 +66,7 @@ def make_engine(
     if last == "auto":
         many = place.device == HOST and can_fork and (workers or cores()) > 1 and problem.task.max_cohort > 1
         alone = "sequential" if place.device == HOST else "vectorised"
-        last = "processes" if many and "debug" not in wrappers else alone  # debug must see in-place changes
+        last = "processes" if many and "debug" not in wrappers else alone  # debug must detect in-place changes
     if last == "processes" and not can_fork:
         raise ConfigError("engine=processes: runs only on Linux; use engine=sequential")
     if deadline_s is not None and last not in ("processes", "ray"):
@@ -99,7 +101,7 @@ def engine_words(name: str) -> list[str]:
 
 
 def _convolutions(form: ConvolutionForm, problem: Problem, place: DeviceBudget) -> Convolutions | None:
-    """Return the convolutions for `form`, or None to leave them to vmap, which uses grouped convolutions."""
+    """Return the convolutions for `form`, or None if vmap computes them, which uses grouped convolutions."""
     from fedloom.training.choose import Convolutions
 
     return None if form == "grouped" else Convolutions(form, place.device, problem.bf16)

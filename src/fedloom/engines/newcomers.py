@@ -12,22 +12,22 @@ from fedloom.tree import Tree
 
 
 class Newcomers(Sequential):
-    """Runs newcomers one after another, in this process.
+    """An engine that runs newcomers one after another, in this process.
 
-    A newcomer receives the message that clients use for prediction, and runs local updates alone: the method's own phases, with all
-    travelling weights frozen at the received values. It sends nothing. Its local updates are numbered from 0, so its learning rate
-    schedule starts at the beginning, as for every other client.
+    A newcomer receives the message that clients use for prediction, and runs local updates alone. They run the method's own phases, with
+    all shared weights frozen at the received values. The newcomer sends nothing. Its local updates are numbered from 0, so its learning
+    rate schedule starts at the beginning, as for every other client.
     """
 
     def score_received(self, i: int, down: Downlink, ask: ScoreRequest) -> Score:
-        """Score newcomer `i` with the weights it receives, before any local work (`adapt` included)."""
+        """Score newcomer `i` with the weights that it receives, before any local work (including `adapt`)."""
         message = moved(down.common, self.device)
         scorer = self.scorer(ask, message)
         scorer.add(i, self.received(i, message))
         return scorer.scores()[i]
 
     def join(self, i: int, down: Downlink, turns: int) -> Client:
-        """Run newcomer `i`'s local updates; store and return the client. Kept optimiser states are reset."""
+        """Run newcomer `i`'s local updates. Store and return the client. Optimiser states that would be kept are reset."""
         method, blank = self.problem.method, self.load(i)
         phases = without(method.phases(), blank.weights, method.travelling(blank.weights))
         client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self.device)
@@ -39,7 +39,7 @@ class Newcomers(Sequential):
             except Exception as error:
                 error.add_note(f"client {i}, joining, turn {number}")
                 raise
-            client = client if tree.not_finite(trained._asdict()) else trained  # undo a local update that diverged
+            client = client if tree.not_finite(trained._asdict()) else trained  # undo a diverged local update
         self.store.put(i, client._replace(weights=self.problem.kept(client.weights), opts=blank.opts))
         return self.client(i)
 

@@ -6,15 +6,15 @@ import ctypes
 import sys
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Make glibc reuse freed blocks instead of returning them to the system; do nothing without glibc.
+    """Make glibc reuse freed blocks instead of returning them to the system. Do nothing without glibc.
 
-    By default, memory for every large activation is mapped anew, and the system zeroes its pages; this can take two thirds of the time
-    needed to evaluate a ResNet. With this setting, the process keeps its peak size instead.
+    By default, the memory of every large activation is mapped again, and the system zeroes its pages. This can take two thirds of the time
+    needed to evaluate a ResNet. With this setting, the process stays at its peak size instead.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -25,9 +25,9 @@ def keep_freed_memory() -> None:
 
 
 def peak_process_bytes() -> int:
-    """Return the peak resident memory of this process.
+    """Return the peak resident memory of this process, in bytes.
 
-    `ru_maxrss` is avoided if possible, because on Linux a process inherits that number from its parent.
+    `ru_maxrss` is avoided if possible, because on Linux a process inherits this number from its parent.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,7 +1,7 @@
-"""Worker processes of `engine=processes`: the code that runs in them, and the experiment's handle to each.
+"""Worker processes of `engine=processes`: the code that runs in them, and the experiment's handle to each process.
 
-A worker receives jobs through its pipe, and answers each with its result or its error. With a deadline, it also sends every client's reply
-as soon as it is finished.
+A worker receives jobs through its pipe, and answers each job with its result or its error. With a deadline, it also sends the reply of
+every client as soon as it is available.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Message(NamedTuple):
 
 
 class Slabs:
-    """This process's access to the message files. Each file is opened once per size."""
+    """This process's access to the message files. Each file is opened once for each size."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -61,7 +61,7 @@ class Slabs:
         return message
 
     def get(self, message: Message) -> Tree:
-        """Return the tree of a message; its leaves are views of the file."""
+        """Return the tree of a message. Its leaves are views of the file."""
         file, layout = message
         last = self._last.get(file)
         if last is None or last[0] != layout:
@@ -79,34 +79,34 @@ class CohortJob(NamedTuple):
     common: Message
     members: Sequence[
         tuple[int, int, Message | None]
-    ]  # position in the cohort, client, and its own part of the downlink
-    stream: bool  # whether every reply is sent as soon as it is finished
+    ]  # position in the cohort, client, and the client's own part of the downlink
+    stream: bool  # whether every reply is sent as soon as it is available
 
     def __str__(self) -> str:
-        """Return what the worker does, for messages."""
+        """Return a description of the job, for messages."""
         return f"trained {listed([i for _, i, _ in self.members])} in round {self.number + 1}"
 
 
 class ScoreJob(NamedTuple):
-    """Scores of some clients on a piece of the examples."""
+    """The scores of some clients on a piece of the examples."""
 
     number: int
     common: Message
-    share: tuple[Any, ...]  # the further arguments of `LocalEngine.score_part`
+    share: tuple[Any, ...]  # additional arguments of `LocalEngine.score_part`
 
     def __str__(self) -> str:
-        """Return what the worker does, for messages."""
+        """Return a description of the job, for messages."""
         return f"scored clients after round {self.number}"
 
 
 class ServerJob(NamedTuple):
-    """The server's score on the k-th of n pieces of the examples."""
+    """The score of the server on the k-th of n pieces of the examples."""
 
     common: Message
     part: tuple[int, int]
 
     def __str__(self) -> str:
-        """Return what the worker does, for messages."""
+        """Return a description of the job, for messages."""
         return "scored the server's model"
 
 
@@ -114,19 +114,19 @@ Job = CohortJob | ScoreJob | ServerJob
 
 
 class Worker:
-    """One worker process, seen from the experiment."""
+    """The experiment's handle to one worker process."""
 
     def __init__(self, problem: Problem, folder: Path, others: Sequence[Worker], lanes: int | None) -> None:
-        """`others`: the workers that exist already; their pipes are closed in the new process."""
+        """Start the process. `others` are the existing workers, whose pipes are closed in the new process."""
         context = multiprocessing.get_context("fork")
         self.pipe, theirs = context.Pipe()
         self.job: Job | None = None
         self.parts: list[Reply] = []  # replies of the current job so far
-        self.heard = 0.0  # when the current job was sent, or its latest reply arrived
+        self.heard = 0.0  # time at which the current job was sent or its latest reply arrived
         ours = [self.pipe, *(worker.pipe for worker in others)]
         self._process = context.Process(target=_work, args=(problem, folder, lanes, theirs, ours), daemon=True)
         with warnings.catch_warnings():
-            # Python 3.12 warns about forking while other threads exist; workers use none of their locks
+            # Python 3.12 warns about forks while other threads exist. Workers use none of their locks.
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
@@ -138,7 +138,7 @@ class Worker:
             self.pipe.send(job)
 
     def receive(self) -> tuple[bool, Any]:
-        """Return whether the job is finished, and its result; raise its error."""
+        """Return whether the job is finished, and its result. Raise the error of the job, if any."""
         with self._alive():
             kind, value = self.pipe.recv()
         if kind == FAILED:
@@ -175,8 +175,11 @@ def listed(clients: Sequence[int]) -> str:
 
 
 def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, inherited: Sequence[Connection]) -> None:
-    """Run jobs until the experiment stops this worker. If the experiment's process no longer exists, remove its memory-mapped files."""
-    for end in inherited:  # the experiment's pipe ends: an open copy would hide that the experiment has exited
+    """Run jobs until the experiment stops this worker.
+
+    If the experiment's process no longer exists, remove its memory-mapped files.
+    """
+    for end in inherited:  # the experiment's pipe ends; an open copy would hide the end of the experiment
         end.close()
     for number in (signal.SIGINT, signal.SIGTERM):  # the experiment handles these and stops its workers
         signal.signal(number, signal.SIG_IGN)
@@ -198,23 +201,23 @@ def _work(problem: Problem, folder: Path, lanes: int | None, pipe: Connection, i
 
 
 def _end_with_parent(folder: Path) -> None:
-    """End this process, and remove `folder`, when the experiment's process exits for any reason, even during a local update.
+    """End this process and remove `folder` when the experiment's process exits for any reason, even during a local update.
 
-    Linux sends a signal. On other systems, a worker finds the pipe closed when it waits for its next job.
+    Linux sends a signal. On other systems, a worker detects that the pipe is closed when it waits for its next job.
     """
     parent = multiprocessing.parent_process()
 
     def leave(*_: object) -> None:
         if (
             parent is not None and os.getppid() != parent.pid
-        ):  # the signal also comes when only the parent's thread ends
+        ):  # the signal is also sent when only the parent's thread ends
             shutil.rmtree(folder, ignore_errors=True)
             os._exit(1)
 
     if sys.platform == "linux":
         signal.signal(signal.SIGHUP, leave)
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGHUP)
-        leave()  # the parent may have exited before
+        leave()  # the parent may already have exited
 
 
 def _do(engine: LocalEngine, slabs: Slabs, job: Job, tell: Callable[[Reply], None]) -> Any:
@@ -230,7 +233,7 @@ def _do(engine: LocalEngine, slabs: Slabs, job: Job, tell: Callable[[Reply], Non
         for slot, i, own in job.members
     ]
     replies = list[Reply]()
-    for reply in engine.updates(job.number, members):  # one by one: keeping many models would use too much memory
+    for reply in engine.updates(job.number, members):  # one by one, because many models would use too much memory
         reply = replace(reply, uplink=slabs.put(f"up-{reply.slot}", reply.uplink))  # type: ignore[arg-type]
         if job.stream:
             tell(reply)
@@ -251,7 +254,7 @@ class Pickler(Protocol):
 
 
 def portable(error: BaseException, pickler: Pickler) -> BaseException:
-    """Return the error in a form that can be pickled; the worker's traceback is attached as a note."""
+    """Return the error in a form that can be pickled. The worker's traceback is attached to it as a note."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
         pickler.loads(pickler.dumps(error))

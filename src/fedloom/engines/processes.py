@@ -1,8 +1,8 @@
-"""One worker process per core, each with one thread; the same numbers as the sequential engine with one thread.
+"""An engine with one worker process per core, each with one thread. It gives the same numbers as the sequential engine with one thread.
 
-Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling.
-Messages and clients are stored in memory-mapped files, preferably on a RAM disk; pipes carry only their locations. The longest local
-updates start first, and an idle worker gets the next clients. Uplinks are returned in cohort order, not in the order in which they finish.
+Workers are forked once per experiment, so they inherit the data, the method and the models without copying or pickling. Messages and
+clients are stored in memory-mapped files, preferably on a RAM disk; pipes carry only their locations. The longest local updates start
+first, and each idle worker gets the next clients. Uplinks are returned in cohort order, not in the order in which they finish.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from fedloom.objectives import sum_scores
 
 log = logging.getLogger(__name__)
 
-FIRST_PIECE = 2  # work is sent in pieces: each is a worker's share of the remaining work divided by this,
-LEAST_PIECE = 16  # but at least its share of all work divided by this
+FIRST_PIECE = 2  # clients are sent in pieces: each is a worker's share of those left, divided by this,
+LEAST_PIECE = 16  # but at least a worker's share of all clients, divided by this
 
 
 class Processes(ForwardingEngine):
@@ -48,9 +48,10 @@ class Processes(ForwardingEngine):
         lanes: int | None = None,
         deadline_s: float | None = None,
     ) -> None:
-        """With `lanes`, every worker trains that many clients side by side (`Vectorised`).
+        """Start the workers. With `lanes`, every worker trains that many clients side by side (`Vectorised`).
 
-        `deadline_s`: seconds that a worker may take for a client's local update (or for those of its lanes), or for its share of scoring.
+        `deadline_s` is the time limit in seconds of a worker for a client's local update (or for those of its lanes), or for its share of
+        scoring.
         """
         local = Sequential(problem)
         super().__init__(problem, local)
@@ -59,7 +60,7 @@ class Processes(ForwardingEngine):
         local.share(self._folder)
         self._slabs = Slabs(self._folder)
         self._workers: list[Worker] = []
-        self._before: dict[int, Client] = {}  # the cohort's states before this round, if there is a deadline
+        self._before: dict[int, Client] = {}  # states of the cohort before this round, if there is a deadline
         for _ in range(min(workers or cores(), problem.task.max_cohort)):
             self._add_worker()
 
@@ -86,7 +87,10 @@ class Processes(ForwardingEngine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. Own test examples are split by clients; common ones are split into pieces, unless clients adapt first."""
+        """Score clients as described in `Engine.score`.
+
+        Own test examples are split by client. Common test examples are split into pieces, unless clients adapt first.
+        """
         common = self._slabs.put("down", down.common)
         n = len(self._workers)
         work = shares(asks, [clients[k::n] for k in range(n)], by_rows=not self.problem.method.adapt())
@@ -106,7 +110,7 @@ class Processes(ForwardingEngine):
         self._workers = []
 
     def _share_out(self, jobs: Sequence[Job]) -> list[Any]:
-        """Give each idle worker the next job; return results in the order of the jobs. The first error stops the distribution.
+        """Give each idle worker the next job. Return the results in the order of the jobs. The first error stops the distribution.
 
         If a worker exceeds the deadline, the rest of its job becomes a new job, whose result comes last.
         """
@@ -135,7 +139,7 @@ class Processes(ForwardingEngine):
                     idle.append(self._add_worker())
 
     def _left(self, workers: Sequence[Worker]) -> float | None:
-        """Return the seconds until the first of these workers exceeds the deadline; None if there is no deadline."""
+        """Return the time in seconds until the first of these workers exceeds the deadline, or None if there is no deadline."""
         if not self._deadline_s:
             return None
         return max(min(worker.heard for worker in workers) + self._deadline_s - time.monotonic(), 0)
@@ -143,7 +147,8 @@ class Processes(ForwardingEngine):
     def _give_up(self, worker: Worker) -> list[Job]:
         """Stop a worker that exceeds the deadline. Its current client is lost and keeps its previous state.
 
-        Return a job with the clients that the worker had not begun. A worker's lanes stop together, so all of their clients are lost.
+        Return a job with the clients that the worker had not started. The lanes of a worker stop together, so all of their clients are
+        lost.
         """
         self._workers.remove(worker)
         worker.end()
@@ -161,9 +166,9 @@ class Processes(ForwardingEngine):
 
 
 def _pieces(sizes: Sequence[int], n_workers: int, lanes: int) -> list[list[int]]:
-    """Split the positions in the cohort into pieces, each sent as one message.
+    """Split the positions in the cohort into pieces, each of which is sent as one message.
 
-    Small pieces come last, so workers finish at about the same time. Clients that a worker trains side by side stay in one piece.
+    Small pieces come last, so that workers finish at about the same time. Clients that a worker trains side by side stay in one piece.
     """
     places = sorted(range(len(sizes)), key=lambda place: -sizes[place])
     left = sum(sizes)
@@ -188,7 +193,10 @@ def cores() -> int:
 
 
 def _parent_folder(problem: Problem, local: LocalEngine) -> Path:
-    """Return the folder for clients and messages: on the RAM disk if they fit twice, else on disk (mapped, so cached in memory)."""
+    """Return the folder for clients and messages.
+
+    It is on the RAM disk if they fit twice, and otherwise on disk, where it is mapped and therefore cached in memory.
+    """
     arch_of, archs = problem.arch_of, sorted(set(problem.arch_of))
     needed = sum(tree.n_bytes(local.client(arch_of.index(a))._asdict()) * arch_of.count(a) for a in archs)
     needed += max(tree.n_bytes(local.initial(a)) for a in archs) * 2 * problem.task.max_cohort

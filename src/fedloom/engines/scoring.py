@@ -1,4 +1,4 @@
-"""Scores clients in as few passes as possible: consecutive clients with the same model are scored together."""
+"""Score clients in as few passes as possible: consecutive clients with the same model are scored together."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Predict = Callable[[int, Client, Inputs], Tensor]  # (client number, client, inp
 
 
 class Scorer:
-    """Answers one `ScoreRequest` for a sequence of clients."""
+    """Computes the result of one `ScoreRequest` for a sequence of clients."""
 
     def __init__(self, ask: ScoreRequest, data: Federation, predict: Predict, part: tuple[int, int]) -> None:
-        """`part=(k, n)`: use only the k-th of n pieces of the common test examples."""
+        """Prepare the scores. With `part=(k, n)`, only the k-th of n pieces of the common test examples is used."""
         changed = data.changed if ask.rows == "changed" else None
         self._ask, self._data, self._predict, self._part = ask, changed or data, predict, part
         self._last: Client | None = None
-        self._score: Score | None = None  # of the latest model on the common test examples
-        self._n_rows = 0  # number of own examples that are waiting
-        self._waiting: list[int] = []  # clients with the latest model whose own examples are not scored yet
+        self._score: Score | None = None  # score of the latest model on the common test examples
+        self._n_rows = 0  # number of own examples of the waiting clients
+        self._waiting: list[int] = []  # clients with the latest model whose own examples have not been scored yet
         self._scores: dict[int, Score] = {}
 
     def add(self, i: int, client: Client) -> None:
@@ -48,7 +48,7 @@ class Scorer:
             self._finish()
 
     def scores(self) -> dict[int, Score]:
-        """Return the scores of all clients added."""
+        """Return the scores of all clients that were added."""
         self._finish()
         return self._scores
 
@@ -80,7 +80,10 @@ class Scorer:
 def score_clients(
     engine: Engine, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
 ) -> list[dict[str, Score]]:
-    """Score clients as `Engine.score` does. `down.each` is by client: then there is one request per client, with its own message."""
+    """Score clients as described in `Engine.score`.
+
+    If `down.each` is set, it is indexed by client, and there is one request per client, with the client's own message.
+    """
     if down.each is None:
         return engine.score(number, down, clients, asks)
     return [engine.score(number, Downlink(down.to(i)), [i], asks)[0] for i in clients]
@@ -97,7 +100,7 @@ class Share(NamedTuple):
 def shares(asks: Sequence[ScoreRequest], groups: Sequence[Sequence[int]], by_rows: bool) -> list[Share]:
     """Split the scoring into about as many shares as there are groups of clients.
 
-    Own examples are split by groups. With `by_rows`, common examples are split into pieces, so that a model that many clients share is
+    Own examples are split by group. With `by_rows`, common examples are split into pieces, so that a model that many clients share is
     scored once instead of once per group.
     """
     of_pieces = [ask for ask in asks if by_rows and ask.rows == "common"]

@@ -1,4 +1,4 @@
-"""The reference engine: one client after another. Every other engine gives the same numbers."""
+"""The reference engine, which runs one client after another. Every other engine gives the same numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Sequential(LocalEngine):
             yield self.update(number, member)
 
     def update(self, number: int, member: CohortMember) -> Reply:
-        """Run the local update of one member of the cohort: load the client, train it, store it, reply."""
+        """Run the local update of one member of the cohort: load the client, train it, store it, and return its reply."""
         started, i = time.perf_counter(), member.client
         message, client = self.to_device(member.message), self.load(i)
 
@@ -33,7 +33,7 @@ class Sequential(LocalEngine):
         except Exception as error:
             note_client(error, i, number)
             raise
-        except SystemExit:  # would end the whole run without a message
+        except SystemExit:  # it would end the whole run without a message
             raise MethodError(
                 f"client {i}, round {number + 1}: the method exited Python; raise an error instead"
             ) from None

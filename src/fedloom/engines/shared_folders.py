@@ -1,4 +1,7 @@
-"""Folders of memory-mapped files, removed together with their owner. The folders of a killed run are removed at the next start."""
+"""Folders of memory-mapped files, which are removed together with their owner.
+
+The folders of a killed run are removed at the next start.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ import weakref
 from pathlib import Path
 
 PREFIX = "fedloom-"
-LOCK = "owner"  # locked as long as the owner, or a process that it forked, is alive
+LOCK = "owner"  # locked while the owner, or a process that it forked, is alive
 
 
 def new_folder(owner: object, parent: Path) -> Path:
-    """Remove the folders of dead processes from `parent`, then create one that is removed together with `owner`. Its name
-    contains this process's ID.
+    """Remove the folders of dead processes from `parent`, and create a folder that is removed together with `owner`.
+
+    The name of the new folder contains the ID of this process.
     """
     import fcntl  # not available on every system on which this module can be imported
 
@@ -28,7 +32,7 @@ def new_folder(owner: object, parent: Path) -> Path:
 
 
 def remove_stale(parent: Path) -> None:
-    """Remove this user's folders in `parent` whose process is dead and whose lock is not held by a worker."""
+    """Remove this user's folders in `parent` whose process is dead, unless a worker holds their lock."""
     for folder in parent.glob(f"{PREFIX}*-*"):
         number = folder.name.removeprefix(PREFIX).partition("-")[0]
         if number.isdecimal() and _is_ours(folder) and not _is_alive(int(number)) and not _is_held(folder / LOCK):

@@ -1,9 +1,9 @@
-"""A linear classifier on the features that clients share, fitted exactly from sums that every client sends once.
+"""A linear classifier on the features that clients share. It is fitted exactly from sums that every client sends once.
 
-Let F (n, D) be the features of a client's n training examples and Y (n, C) their classes, one-hot. The client sends F'F, F'Y and the number
-of examples of each class. Their sums over clients determine the ridge classifier on the standardised features of all examples. The sums
-are integers, in multiples of 1 / UNIT, so they are the same in every order, and secure aggregation, which adds integers, can hide each
-client's own.
+Let F (n, D) be the features of a client's n training examples and Y (n, C) their one-hot classes. The client sends F'F, F'Y and the number
+of examples of each class. The totals over clients determine the ridge classifier on the standardised features of all examples. The sums
+are integers, in multiples of 1 / UNIT. Their total is therefore the same in every order, and secure aggregation, which adds integers, can
+hide each client's own sums.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from fedloom.wire.messages import BLANK, encode
 PENALTY = 1e-3
 """Ridge penalty, relative to the mean square of a standardised feature, which is 1."""
 KEY = "shared_head"
-"""The entry of a downlink that holds the classifier: `weight` (D, C) and `bias` (C,), float64."""
+"""The entry of a downlink that contains the classifier: `weight` (D, C) and `bias` (C,), in float64."""
 
 
 def feature_sums(features: Tensor, labels: Tensor, n_classes: int, n_clients: int) -> Score:
     """Return a client's sums: `gram`, the upper triangle of F'F (D (D + 1) / 2,), `cross`, F'Y (D * C,), and `rows`, class counts (C,).
 
-    `bad` is 1 if a feature is not finite, or so large that the sums over `n_clients` clients could exceed 64 bits; all other sums
-    are then 0, except `rows`.
+    `bad` is 1 if a feature is not finite, or is so large that the sums over `n_clients` clients could exceed 64 bits. All other sums,
+    except `rows`, are then 0.
     """
     f = features.flatten(1).double()
     member = torch.nn.functional.one_hot(labels.to(f.device), n_classes).to(f.dtype)
@@ -51,7 +51,7 @@ def fitted_head(sums: Score) -> Tree | None:
     """Return the classifier that the sums of all clients determine: {"weight": (D, C), "bias": (C,)}, in float64.
 
     It minimises the mean squared error of the one-hot classes plus PENALTY times the squared norm of the weights of the standardised
-    features; the bias has no penalty. Return None without examples, or if a client's features were not usable.
+    features. The bias has no penalty. Return None if there are no examples, or if a client's features were not usable.
     """
     counts = torch.from_numpy(sums["rows"]).double()
     n, c = counts.sum(), len(counts)
@@ -81,5 +81,5 @@ def head_outputs(features: Tensor, head: Tree) -> Tensor:
 
 
 def summed(parts: Sequence[Score]) -> Score:
-    """Return the sum of several clients' sums."""
+    """Return the total of several clients' sums."""
     return Score({name: np.sum([part[name] for part in parts], axis=0) for name in parts[0].sums})

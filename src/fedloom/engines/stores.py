@@ -1,7 +1,7 @@
 """Storage of clients between rounds, and trees in memory that processes share.
 
-A `Slab` is a memory-mapped file that holds trees; every process that opens it sees the same bytes. A `Store` keeps each client's state,
-either in this process's memory, or in slabs, which any worker can read and which the system may move to disk.
+A `Slab` is a memory-mapped file that contains trees; every process that opens it sees the same bytes. A `Store` keeps the state of each
+client, either in the memory of this process, or in slabs, which any worker can read and which the system may move to disk.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedloom import tree
 from fedloom.method import Client
 from fedloom.tree import Tree
 
-ALIGNMENT = 64  # bytes; every leaf starts at a multiple of this, for vector instructions
+ALIGNMENT = 64  # in bytes; every leaf starts at a multiple of this, for vector instructions
 
 
 class Leaf(NamedTuple):
@@ -31,7 +31,7 @@ class Leaf(NamedTuple):
 
 
 class TreeLayout(NamedTuple):
-    """The locations of a tree's leaves in a slab: a tree of `Leaf`s, and the slab's size in bytes."""
+    """The locations of a tree's leaves in a slab: a tree of `Leaf`s, and the size of the slab in bytes."""
 
     leaves: Tree
     n_bytes: int
@@ -52,7 +52,7 @@ def layout_of(example: Tree) -> TreeLayout:
 
 
 def views(data: Tensor, layout: TreeLayout) -> Tree:
-    """Return the tree stored in the bytes `data` (n,) uint8; its leaves are views of these bytes."""
+    """Return the tree stored in the bytes `data` (n,), uint8. Its leaves are views of these bytes."""
 
     def view(leaf: Leaf) -> Tensor:
         return data[leaf.start : leaf.start + leaf.n_bytes].view(leaf.dtype).view(leaf.shape)
@@ -61,17 +61,20 @@ def views(data: Tensor, layout: TreeLayout) -> Tree:
 
 
 class Slab:
-    """One memory-mapped file; `data` are its bytes (n,) uint8."""
+    """A memory-mapped file. `data` contains its bytes (n,), uint8."""
 
     def __init__(self, path: Path, n_bytes: int) -> None:
-        """Open the file; create or enlarge it if needed."""
+        """Open the file. Create or enlarge it if necessary."""
         self.n_bytes = max(n_bytes, 1)
         _enlarge(path, self.n_bytes)
         self.data = torch.from_file(str(path), shared=True, size=self.n_bytes, dtype=torch.uint8)
 
 
 def _enlarge(path: Path, n_bytes: int) -> None:
-    """Give a file at least this size. If torch enlarges a file, it also zeroes the first byte, which another process may have written."""
+    """Extend a file to at least this size.
+
+    torch is not used, because it also zeroes the first byte of the file, which another process may have written.
+    """
     with path.open("ab") as file:
         if file.seek(0, os.SEEK_END) < n_bytes:
             file.truncate(n_bytes)
@@ -81,10 +84,10 @@ class Store(Protocol):
     """The state of clients between rounds. A client that has never changed is created by `blank`."""
 
     def get(self, i: int) -> Client:
-        """Return the state that client `i` keeps."""
+        """Return the stored state of client `i`."""
 
     def put(self, i: int, client: Client) -> None:
-        """Replace the state that client `i` keeps. A client that keeps nothing need not be stored."""
+        """Replace the stored state of client `i`. A client that keeps nothing need not be stored."""
 
     def changed(self) -> Iterable[int]:
         """Return the stored clients, in order."""
@@ -112,19 +115,19 @@ class MemoryStore:
 
 
 class MappedStore:
-    """Clients in slabs that all workers share; clients with the same structure share a slab. Only one worker at a time may use a client.
+    """Clients in slabs that all workers share. Clients with the same structure share a slab. Only one worker at a time may use a client.
 
-    A slab has room for all clients, but the system allocates memory or disk space only for the stored ones.
+    A slab has room for all clients, but the system allocates memory or disk space only for stored clients.
     """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path, kind_of: Sequence[int]) -> None:
-        """`kind_of[i]`: a number that identifies the structure of client `i`."""
+        """Create the slabs. `kind_of[i]` is a number that identifies the structure of client `i`."""
         self._blank, self._folder, self._kind_of = blank, folder, kind_of
         self._slabs: dict[int, tuple[TreeLayout, Slab]] = {}
         self._stored = Slab(folder / "stored", len(kind_of)).data  # 1 for stored clients
 
     def get(self, i: int) -> Client:
-        """See `Store.get`; the tensors are views of the slab."""
+        """Return a client as described in `Store.get`. Its tensors are views of the slab."""
         return Client(**self._views(i)) if self._stored[i] else self._blank(i)
 
     def put(self, i: int, client: Client) -> None:

@@ -15,14 +15,14 @@ from fedloom.tree import Tree
 
 
 class Mover:
-    """Copies trees to one device. A tensor that was copied before is not copied again, so clients keep sharing it."""
+    """Copies trees to one device. A tensor that was copied before is not copied again, so that clients continue to share it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # by the original's identity: the original and its copy
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}  # the original and its copy, by the identity of the original
 
     def __call__(self, value: Tree) -> Tree:
-        """Return the tree on the device; tensors already there are used as they are."""
+        """Return the tree on the device. Tensors that are already there are not copied."""
         away = {id(leaf): leaf for leaf in tree.leaves(value) if leaf.device != self._device}
         if not away:
             return value
@@ -49,10 +49,10 @@ def _copied(leaves: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 class DeviceStore(MemoryStore):
-    """Clients on the device while there is room for them, the others on the host."""
+    """Clients on the device as long as there is room for them, and all other clients on the host."""
 
     def __init__(self, blank: Callable[[int], Client], device: torch.device, budget: int) -> None:
-        """`budget`: bytes of device memory that clients may use."""
+        """Create an empty store. `budget` is the number of bytes of device memory that clients may use."""
         super().__init__(blank)
         self._device, self._room = device, budget
         self._sizes: dict[int, int] = {}  # bytes of the clients on the device

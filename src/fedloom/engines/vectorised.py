@@ -1,7 +1,8 @@
-"""Lanes: clients of one architecture side by side, in one batched operation instead of many small ones.
+"""Lanes: clients of one architecture are trained side by side, in one batched operation instead of many small ones.
 
-This engine is for GPUs, where small models spend their time waiting for kernel launches, and for small models without convolutions. On a
-CPU, models with convolutions become slower (batching the weights turns them into grouped convolutions), so `auto` does not choose it there.
+This engine is for GPUs, on which small models spend most of their time on kernel launches, and for small models without convolutions. On a
+CPU, models with convolutions become slower, because batched weights turn them into grouped convolutions. `auto` therefore does not choose
+this engine on a CPU.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ LANES_BYTES = 1 << 28  # limit on the stacked weights of a group, excluding acti
 MOST_LANES = 64
 MOST_LANES_ON_DEVICE = 256
 TIMES_WEIGHTS = (
-    8  # a lane's memory on a GPU (received, gradients, moments, a graph's copies; no activations), over its weights
+    8  # a lane's GPU memory without activations (received, gradients, moments, a graph's copies) over its weights
 )
 
 log = logging.getLogger(__name__)
 
 
 class Vectorised(Sequential):
-    """Trains stacked clients in lanes. If a method cannot be vectorised, or a model is recurrent, clients run one after another, and a
-    warning gives the reason.
+    """An engine that trains stacked clients in lanes.
+
+    If a method cannot be vectorised, or if a model is recurrent, clients run one after another, and a warning states the reason.
     """
 
     def __init__(
@@ -51,9 +53,9 @@ class Vectorised(Sequential):
         self._lanes = [self._lanes_for(arch, lanes) for arch in range(len(problem.archs))]
 
     def _lanes_for(self, arch: int, lanes: int | None) -> int:
-        """Return the number of lanes: 1 for a recurrent model, else `lanes`; default: how many fit in memory.
+        """Return the number of lanes: 1 for a recurrent model, and otherwise `lanes`, or by default as many as fit into memory.
 
-        On a GPU, the size of the activations is unknown before a step, so `_group_turns` halves the number if needed.
+        On a GPU, the size of the activations is unknown before the first step, so `_group_turns` halves the number if necessary.
         """
         if _is_recurrent(self.modules()[arch]):
             name = self.problem.archs[arch].name
@@ -106,7 +108,7 @@ class Vectorised(Sequential):
             yield from self._group_turns(number, group[start : start + lanes])
 
     def _ended(self, number: int, member: CohortMember, end: Callable[[], UpdateResult], started: float) -> Reply:
-        """Finish a local update and return its reply. `started`: the start time, set back by its share of the group's time."""
+        """Finish a local update and return its reply. `started` is the start time, set back by the client's share of the group's time."""
         try:
             done = end()
         except Exception as error:
@@ -115,20 +117,26 @@ class Vectorised(Sequential):
         return self.finish(member, done, started)
 
     def _mapped_turns(self, number: int, group: list[CohortMember]) -> tuple[list[Callable[[], UpdateResult]], float]:
-        """Return one function per client, which finishes its update, and the share of each in the seconds so far. Nothing is stored yet."""
+        """Return one function per client that finishes its update, and the share of each client in the seconds so far.
+
+        Nothing is stored yet.
+        """
         p, started = self.problem, time.perf_counter()
         clients, downs = [member.client for member in group], [self.to_device(member.message) for member in group]
         rows = zip(clients, self.data.train_of(clients), strict=True)
         sites = [self.context(number, i, "train", False, own) for i, own in rows]
         gradients = self.gradients_of(clients[0])
         done = client_updates(p.method, gradients, [self.load(i) for i in clients], downs, sites, number=number)
-        if self.device != HOST:  # finish all now, so that running out of memory is detected before anything is stored
+        if self.device != HOST:  # finish all now, so that a lack of memory is detected before anything is stored
             done = [partial(_given, end()) for end in done]
         return done, (time.perf_counter() - started) / len(group)
 
 
 def _is_recurrent(modules: Mapping[str, nn.Module]) -> bool:
-    """Return whether a module has an LSTM, GRU or RNN of torch. vmap cannot batch them over clients, and takes several times as long."""
+    """Return whether a module contains torch's LSTM, GRU or RNN.
+
+    vmap cannot batch these over clients, and takes several times as long.
+    """
     return any(isinstance(part, nn.RNNBase) for module in modules.values() for part in module.modules())
 
 

@@ -1,4 +1,4 @@
-"""Engines that wrap another engine: `debug` checks the contract, `bytes` encodes every message to bytes."""
+"""Engines that wrap another engine: `debug` checks the contract, and `bytes` encodes every message as bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedloom.wire.transforms import is_coded
 
 
 class Wrapper(ForwardingEngine):
-    """An engine that delegates everything to another."""
+    """An engine that delegates everything to another engine."""
 
     def __init__(self, inner: Engine) -> None:
         super().__init__(inner.problem, inner)
@@ -57,7 +57,7 @@ class Wrapper(ForwardingEngine):
 
 
 class Bytes(Wrapper):
-    """Encode every message to bytes and decode it, as on a network. The counted size is checked against the real one."""
+    """Encodes every message as bytes and decodes it, as on a network. The counted size is checked against the actual size."""
 
     def __init__(self, inner: Engine) -> None:
         super().__init__(inner)
@@ -96,8 +96,8 @@ class Bytes(Wrapper):
 class Debug(Wrapper):
     """Checks the contract.
 
-    The rules: inputs never change, clients outside the cohort do not change, structures stay the same, private nets do not travel, all
-    numbers are finite, modules keep no state of their own, and scoring changes no client.
+    The rules are: inputs never change, clients outside the cohort do not change, structures stay the same, private nets are not sent, all
+    numbers are finite, modules keep no own state, and scoring changes no client.
     """
 
     def __init__(self, inner: Engine) -> None:
@@ -106,7 +106,10 @@ class Debug(Wrapper):
         self._public = [tree.structure(self.problem.method.travelling(weights)).keys() for weights in initial]
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
-        """See `Engine.train`. Raises MethodError, naming the client, round and tensor, if a rule is broken."""
+        """Run local updates as described in `Engine.train`.
+
+        Raise MethodError, which names the client, round and tensor, if a rule is broken.
+        """
         before = self._copies()
         sent = [tree.clone(down.to(slot)) for slot in range(len(cohort))]
         with self._watched_modules(f"round {number}"):
@@ -129,7 +132,7 @@ class Debug(Wrapper):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. Raises MethodError if scoring changes a client or the downlink."""
+        """Score clients as described in `Engine.score`. Raise MethodError if scoring changes a client or the downlink."""
         before, sent = self._copies(), tree.clone(down.common)
         with self._watched_modules(f"scoring after {number} rounds"):
             scores = self.inner.score(number, down, clients, asks)

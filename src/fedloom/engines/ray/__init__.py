@@ -1,4 +1,4 @@
-"""The Ray engine: workers on the machines of a cluster, or on this machine. Needs the extra `ray`.
+"""The Ray engine, with workers on the machines of a cluster or on this machine. It requires the extra `ray`.
 
-`engine.py` distributes the work, `worker.py` runs on the machines, `address.py` probes an address before `ray.init`.
+`engine.py` distributes the jobs, `worker.py` runs on the machines, and `address.py` probes an address before `ray.init`.
 """

@@ -1,4 +1,4 @@
-"""Check a Ray address before `ray.init`: detect a malformed address, a machine that does not answer, or a rejected token.
+"""Check a Ray address before `ray.init`, to detect a malformed address, a machine that does not answer, or a rejected token.
 
 In each case, Ray itself would retry for half a minute or more, and report the failure in many lines.
 """
@@ -14,16 +14,16 @@ from fedloom.errors import ConfigError
 from fedloom.ranges import RAY_ADDRESS
 
 CONNECT_S = 10.0
-ASKED = {  # a call without side effects, for the service behind each kind of address
+ASKED = {  # a call without side effects for the service at each kind of address
     "ray://": "/ray.rpc.RayletDriver/ClusterInfo",
     "": "/ray.rpc.NodeInfoGcsService/CheckAlive",
 }
 
 
 def quiet_environment(address: str | None) -> None:
-    """Set variables that Ray reads on import: send no usage statistics, and use an existing token at `address`.
+    """Set variables that Ray reads when it is imported: send no usage statistics, and use an existing token at `address`.
 
-    Ray handles the token itself for a cluster that it starts, or if it has already been imported.
+    For a cluster that it starts, or if it has already been imported, Ray handles the token itself.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".")  # hide lines about lost workers, which the engine reports
@@ -32,7 +32,7 @@ def quiet_environment(address: str | None) -> None:
 
 
 def check_address(address: str) -> None:
-    """Raise ConfigError if no cluster can be joined at `address`: `auto`, `HOST:PORT` or `ray://HOST:PORT`."""
+    """Raise ConfigError if no cluster can be joined at `address`, which is `auto`, `HOST:PORT` or `ray://HOST:PORT`."""
     found = RAY_ADDRESS.fullmatch(_started_here() if address == "auto" else address)
     if address == "auto" and not found:
         return  # Ray has other ways to find a cluster
@@ -56,7 +56,7 @@ def refused(address: str | None, reason: str) -> ConfigError:
 
 
 def _lets_in(target: str, call: str) -> bool:
-    """Return whether a service accepts our token, or needs none."""
+    """Return whether a service accepts fedloom's token, or requires none."""
     import grpc
 
     sent = [("authorization", f"Bearer {_token()}")] if _token() else []
@@ -69,7 +69,7 @@ def _lets_in(target: str, call: str) -> bool:
 
 
 def _started_here() -> str:
-    """Return the address of the cluster that was last started on this machine, if Ray has recorded it."""
+    """Return the address of the cluster that was started last on this machine, if Ray has recorded it."""
     note = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
     try:
         return os.environ.get("RAY_ADDRESS") or note.read_text(encoding="utf-8").strip()
@@ -78,7 +78,7 @@ def _started_here() -> str:
 
 
 def _token() -> str:
-    """Return the token that Ray would use, from the environment or from a file, or ""."""
+    """Return the token that Ray would use, from the environment or from a file, or "" if there is none."""
     given = os.environ.get("RAY_AUTH_TOKEN")
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:

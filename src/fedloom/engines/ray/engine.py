@@ -1,12 +1,12 @@
-"""Workers on a Ray cluster, or on this machine; the same numbers as the sequential engine with one thread.
+"""An engine with workers on a Ray cluster, or on this machine. It gives the same numbers as the sequential engine with one thread.
 
-A worker is an actor with one thread. Client i runs on worker i modulo n, or on another worker while that one is unavailable. The
-problem, including all examples, is put into the object store once: each machine holds one copy, which its workers read in place.
+A worker is an actor with one thread. Client i runs on worker i modulo n, or on another worker while that one is unavailable. The problem,
+including all examples, is put into the object store once. Each machine has one copy, which its workers read in place.
 
-A client's state is committed here, in the experiment, when the result of its local update arrives, so it survives the loss of any
-worker or machine. A worker keeps a copy of its clients for the next round, each with a version: the number of the local update that
-produced it. A worker that lacks the requested version (it is new, or its result never arrived) reports this, and the experiment sends it
-the client.
+A client's state is committed in the experiment when the result of its local update arrives, so the state survives the loss of any worker
+or machine. A worker keeps a copy of its clients for the next round. Each copy has a version, which is the number of the local update that
+produced it. If a worker lacks the requested version, because it is new or because its result never arrived, it reports this, and the
+experiment sends it the client.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from fedloom.method import Client, Downlink
 from fedloom.objectives import sum_scores
 
 START_S = 180.0  # time limit for workers to start; the first import of torch on a machine is slow
-ATTEMPTS = 3  # attempts at scoring, and the limit on consecutive rounds without a reply
-POLL_S = 0.05  # polling interval while there is no worker
+ATTEMPTS = 3  # maximum number of attempts at scoring, and of consecutive rounds without a reply
+POLL_S = 0.05  # polling interval in seconds while there is no worker
 
 log = logging.getLogger(__name__)
 
 
 class LostWorker(NamedTuple):
-    """Replaces the answer of a lost worker."""
+    """The answer that replaces that of a lost worker."""
 
     reason: str
 
@@ -69,9 +69,10 @@ class Cluster:
     """Workers on a Ray cluster."""
 
     def __init__(self, address: str | None, workers: int | None, most: int) -> None:
-        """Start Ray on this machine, or join the cluster at `address`. Use one worker per core, or `workers` workers, but at most `most`.
+        """Start Ray on this machine, or join the cluster at `address`.
 
-        If the program has already joined a cluster, use that one and leave it running.
+        Use one worker per core, or `workers` workers, but at most `most`. If the program has already joined a cluster, use that cluster
+        and do not stop it.
         """
         self._ours = not ray.is_initialized()
         if self._ours:
@@ -108,24 +109,24 @@ class Seat:
 
     def __init__(self, number: int, actor: Any, shared: Shared) -> None:
         self._number, self._actor, self._shared = number, actor, shared
-        self.facts: Facts | None = None  # reported at its latest start
+        self.facts: Facts | None = None  # reported by the worker at its latest start
         self.is_gone = False
         self._starting: Any = None
         self._request_readiness()
 
     def __str__(self) -> str:
-        """`worker 1 (process 4711 on HOST)`."""
+        """Return a text such as `worker 1 (process 4711 on HOST)`."""
         return f"worker {self._number}" + (f" (process {self.facts.pid} on {self.facts.host})" if self.facts else "")
 
     def _request_readiness(self) -> None:
-        """Ask the worker to report when it is ready; called again after each restart."""
+        """Ask the worker to report when it is ready. This is repeated after each restart."""
         self._starting = self._actor.ready.options(max_task_retries=-1).remote(self._shared)
 
     def is_ready(self, wait_s: float = 0) -> bool:
         """Return whether the worker is ready now.
 
         Raises:
-            ConfigError: the worker can never work; raised only once.
+            ConfigError: the worker can never work. The error is raised only once.
         """
         if self._starting is None:
             return not self.is_gone
@@ -144,11 +145,11 @@ class Seat:
         return True
 
     def start(self, common: Any, job: RayJob, clients: Mapping[int, tuple[int, Packed]]) -> Any:
-        """Send a job; return a reference to its answer."""
+        """Send a job, and return a reference to its answer."""
         return self._actor.do.remote(self._shared, common, job, clients)
 
     def answer(self, reference: Any) -> Any:
-        """Return the answer to a job, or LostWorker; a lost worker is asked to report when it has restarted."""
+        """Return the answer to a job, or LostWorker. A lost worker is asked to report when it has restarted."""
         try:
             return ray.get(reference)
         except RayTaskError:  # not from the job itself, whose errors come as `JobFailure`
@@ -158,20 +159,24 @@ class Seat:
             return LostWorker(f"its process or its machine is gone ({type(error).__name__})")
 
     def restart(self) -> None:
-        """Kill the worker's process, even if it is working; Ray restarts it."""
+        """Kill the worker's process, even if it is working. Ray restarts it."""
         ray.kill(self._actor, no_restart=False)
         self._request_readiness()
 
     def forget(self) -> None:
-        """Tell the worker that the experiment is over."""
+        """Notify the worker that the experiment is over."""
         self._actor.forget.remote(self._shared.key)
 
 
 class RayEngine(ForwardingEngine):
-    """Workers on a cluster. If a worker is lost, its clients are lost for the round and keep their previous state; the run continues."""
+    """An engine with workers on a cluster.
+
+    If a worker is lost, its clients are lost for the round and keep their previous state, and the run continues.
+    """
 
     def __init__(self, problem: Problem, cluster: Cluster, deadline_s: float | None = None) -> None:
-        """`deadline_s`: seconds that a worker may take for its share of a round or of scoring; default: no limit.
+        """Start the workers. `deadline_s` is the time limit in seconds of a worker for its share of a round or of scoring; default: no
+        limit.
 
         Raises:
             ConfigError: no worker starts, or a worker has different package versions.
@@ -241,7 +246,10 @@ class RayEngine(ForwardingEngine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. If clients keep nothing, all have the same model, and the common test examples are split into pieces."""
+        """Score clients as described in `Engine.score`.
+
+        If clients keep nothing, all have the same model, and the common test examples are split into pieces.
+        """
         same = not self.problem.method.adapt() and not any(tree.leaves(self.client(i)._asdict()) for i in clients)
         assigned = self._by_worker(clients)
         work = shares(asks, [[clients[place] for place in places] for _, places in assigned], by_rows=same)
@@ -269,7 +277,7 @@ class RayEngine(ForwardingEngine):
         self._cluster.close()
 
     def _ready(self) -> list[Seat]:
-        """Return the workers that can work now; wait for one if there is none."""
+        """Return the workers that are ready now. If there are none, wait for one."""
         until = time.monotonic() + START_S
         while time.monotonic() < until and not all(seat.is_gone for seat in self._seats):
             found = []
@@ -284,7 +292,7 @@ class RayEngine(ForwardingEngine):
         raise WorkerError("engine=ray: all workers are lost, and none has restarted")
 
     def _by_worker(self, clients: Sequence[int]) -> list[tuple[Seat, list[int]]]:
-        """Return each worker's positions in `clients`: a client always goes to the same worker while that worker is available."""
+        """Return the positions in `clients` for each worker. A client always goes to the same worker while that worker is available."""
         ready, groups = self._ready(), dict[Seat, list[int]]()
         for place, i in enumerate(clients):
             seat = self._seats[i % len(self._seats)]
@@ -299,7 +307,10 @@ class RayEngine(ForwardingEngine):
         return {i: (self._versions.get(i, 0), self._packer.pack(self.client(i)._asdict())) for i in clients}
 
     def _run_with_retries(self, down: Downlink, jobs: Sequence[RayJob], seats: Sequence[Seat]) -> list[Any]:
-        """Distribute jobs that change nothing over `seats`, and return their results; other workers repeat the jobs of a lost worker."""
+        """Distribute jobs that change no state over `seats`, and return their results.
+
+        If a worker is lost, other workers repeat its jobs.
+        """
         found: dict[int, Any] = {}
         for _ in range(ATTEMPTS):
             left = [place for place in range(len(jobs)) if place not in found]
@@ -319,7 +330,7 @@ class RayEngine(ForwardingEngine):
         raise WorkerError(f"engine=ray: scoring failed {ATTEMPTS} times, each time because a worker was lost")
 
     def _run(self, down: Downlink, jobs: Sequence[tuple[Seat, RayJob]]) -> list[Any]:
-        """Run jobs; return, in order, each job's result or `LostWorker`. Raise the first error that a job itself raised."""
+        """Run jobs. Return each job's result or `LostWorker`, in order. Raise the first error that a job itself raised."""
         common, found = ray.put(self._packer.pack(down.common)), list[Any]([None] * len(jobs))
         waiting = {seat.start(common, job, {}): place for place, (seat, job) in enumerate(jobs)}
         until = time.monotonic() + self._deadline_s if self._deadline_s else None
@@ -350,7 +361,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _put(problem: Problem) -> Any:
-    """Put the problem into the object store; return a reference."""
+    """Put the problem into the object store, and return a reference to it."""
     try:
         with _own_code_by_value():
             return ray.put(problem)
@@ -362,7 +373,7 @@ def _put(problem: Problem) -> Any:
 
 @contextmanager
 def _own_code_by_value() -> Iterator[None]:
-    """Pickle classes from the user's own files with their code, because other machines (and Ray's workers) do not have the files."""
+    """Pickle classes from the user's own files together with their code, because other machines and Ray's workers lack these files."""
     own = []
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)

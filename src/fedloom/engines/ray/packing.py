@@ -13,14 +13,14 @@ from fedloom.tree import Tree
 
 
 class Packed(NamedTuple):
-    """A tree as bytes, (n,) uint8. Any dtype is possible (even bfloat16, which NumPy does not have)."""
+    """A tree as bytes (n,), uint8. Any dtype is possible, including bfloat16, which NumPy does not support."""
 
     layout: TreeLayout
     data: np.ndarray[Any, Any]
 
 
 class Packer:
-    """Packs trees. Trees of one structure share one layout object, so a message contains it once."""
+    """Packs trees. Trees with the same structure share one layout object, so that a message contains it once."""
 
     def __init__(self) -> None:
         self._layouts: dict[Any, TreeLayout] = {}
@@ -39,7 +39,10 @@ def _form(value: Tree) -> tuple[Any, ...]:
 
 
 def unpack(packed: Packed) -> Tree:
-    """Return a copy of the tree in its own memory: arrays from the object store are read-only, which torch would not detect."""
+    """Return a copy of the tree in its own memory.
+
+    Arrays from the object store are read-only, which torch would not detect.
+    """
     data = torch.empty(packed.layout.n_bytes, dtype=torch.uint8)
     np.copyto(data.numpy(), packed.data)
     return views(data, packed.layout)

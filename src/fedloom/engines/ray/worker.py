@@ -1,4 +1,4 @@
-"""The worker's side of the Ray engine: an actor that holds experiments, and the jobs that it runs."""
+"""The worker's side of the Ray engine: an actor that stores experiments, and the jobs that it runs."""
 
 from __future__ import annotations
 
@@ -42,25 +42,25 @@ class Facts(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A worker's answer: it does not have the committed version of these clients."""
+    """A worker's answer that it lacks the committed version of these clients."""
 
     clients: Sequence[int]
 
 
 class JobFailure(NamedTuple):
-    """A worker's answer: the job raised this error."""
+    """A worker's answer that the job raised this error."""
 
     error: BaseException
 
 
 class Done(NamedTuple):
-    """The result of a local update: the reply with its uplink packed, and the client's state."""
+    """The result of a local update: the reply with its packed uplink, and the client's state."""
 
     reply: Reply
     kept: Packed
 
 
-Versions = Mapping[int, int]  # by client: the number of the local update that produced its state; 0: never changed
+Versions = Mapping[int, int]  # by client, the number of the local update that produced its state; 0 if it never changed
 
 
 class RayJob(Protocol):
@@ -71,17 +71,17 @@ class RayJob(Protocol):
         """The versions of the clients that the job needs."""
 
     def do(self, post: Post, common: Tree) -> Any:
-        """Do the job, on the worker."""
+        """Run the job on the worker."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateJob:
-    """Local updates of some members of the cohort. `ticket` is the version of the clients that they produce."""
+    """The local updates of some members of the cohort. `ticket` is the version of the clients that they produce."""
 
     number: int
     ticket: int
     members: Sequence[tuple[int, int]]  # (slot, client)
-    own: Sequence[Packed] | None  # for each member, the message addressed only to it
+    own: Sequence[Packed] | None  # for each member, its own part of the downlink
     versions: Versions
 
     def do(self, post: Post, common: Tree) -> list[Done]:
@@ -100,7 +100,7 @@ class UpdateJob:
 
 @dataclass(frozen=True)
 class Scores:
-    """A share of the scoring."""
+    """One worker's share of the scoring."""
 
     number: int
     share: Share
@@ -113,7 +113,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class ServerScore:
-    """The server's score on the k-th of n pieces of the common test examples."""
+    """The score of the server on the k-th of n pieces of the common test examples."""
 
     part: tuple[int, int]
     versions: Versions
@@ -138,7 +138,7 @@ class Post:
             self.versions[i] = version
 
     def missing(self, wanted: Versions) -> list[int]:
-        """Return the clients of which this worker does not hold the wanted version."""
+        """Return the clients for which this worker lacks the requested version."""
         return [i for i, version in wanted.items() if self.versions.get(i, 0) != version]
 
 
@@ -150,12 +150,12 @@ class RayWorker:
         self._posts: dict[str, Post] = {}
 
     def ready(self, shared: Shared) -> Facts:
-        """Load the problem if it is not loaded yet; return the facts about this worker."""
+        """Load the problem if it is not loaded yet. Return the facts about this worker."""
         self._post(shared)
         return Facts(socket.gethostname(), os.getpid(), package_versions())
 
     def do(self, shared: Shared, common: Packed, job: RayJob, clients: Mapping[int, tuple[int, Packed]]) -> Any:
-        """Store the given clients, then do a job; return its result, `Missing` or `JobFailure`."""
+        """Store the given clients, then run a job. Return its result, `Missing` or `JobFailure`."""
         post = self._post(shared)
         post.take(clients)
         missing = post.missing(job.versions)
@@ -166,7 +166,7 @@ class RayWorker:
         except (
             Exception,
             SystemExit,
-        ) as error:  # also exits, after which Ray would stop this worker permanently
+        ) as error:  # includes SystemExit, after which Ray would stop this worker permanently
             return JobFailure(portable(error, cloudpickle))
 
     def forget(self, key: str) -> None:
@@ -181,5 +181,5 @@ class RayWorker:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions that must be equal everywhere to give the same numbers."""
+    """Return the versions of the packages that must be the same on all machines to give the same numbers."""
     return {"fedloom": __version__, "torch": torch.__version__}
