@@ -1,1 +1,1 @@
-"""Combines the uplinks of a round into one before a method aggregates: robust rules, and what a method only adds up over clients."""
+"""Combination of a round's uplinks into one before a method aggregates, by robust rules or by addition of their tensors."""

@@ -1,6 +1,6 @@
-"""How much privacy a run spends: epsilon of the Gaussian mechanism for Poisson cohorts and for known cohorts, by `dp-accounting`.
+"""The privacy that a run spends: epsilon of the Gaussian mechanism for Poisson cohorts and for known cohorts, by `dp-accounting`.
 
-Only the functions import dp-accounting, which is the extra `privacy`.
+Only the functions import dp-accounting, which belongs to the extra `privacy`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from fedloom.errors import ConfigError
 
 @dataclass(frozen=True)
 class Releases:
-    """A sequence of noisy sums over cohorts, in each of which every client is with probability `rate`, independently.
+    """A sequence of noisy sums over cohorts. Each cohort contains every client independently with probability `rate`.
 
-    Two neighbouring federations differ in one client: it is there, or it is not (all of its contributions are zero).
+    Two neighbouring federations differ in one client, which is present in only one of them. If it is absent, all its contributions are
+    zero.
     """
 
-    noise: float  # standard deviation over the largest norm of a client's contribution
+    noise: float  # standard deviation, divided by the maximum norm of a client's contribution
     rate: float  # above 0, at most 1
     delta: float
 
     def epsilon(self, n: int) -> float:
-        """Return epsilon after `n` releases, for an observer who does not know who was in the cohorts; infinity without noise."""
+        """Return epsilon after `n` releases, for an observer who does not know the members of the cohorts; infinity without noise."""
         if n == 0 or self.noise == 0:
             return math.inf if n else 0.0
         if self.rate == 1:
@@ -38,14 +39,14 @@ class Releases:
             return float(accountant.compose(event, n).get_epsilon(self.delta))
 
     def epsilon_known(self, turns: int) -> float:
-        """Return epsilon of a client that was in `turns` cohorts, for an observer who knows in which."""
+        """Return epsilon for a client that was in `turns` cohorts, for an observer who knows in which cohorts it was."""
         if turns == 0 or self.noise == 0:
             return math.inf if turns else 0.0
         with _quiet() as dp:
             return float(dp.get_epsilon_gaussian(self.noise / math.sqrt(turns), self.delta))
 
     def within(self, epsilon: float, most: int) -> int:
-        """Return how many releases, at most `most`, stay within a budget of `epsilon`."""
+        """Return the number of releases, at most `most`, that stay within a budget of `epsilon`."""
         if self.epsilon(most) <= epsilon:
             return most
         low, high = 0, most
@@ -56,7 +57,7 @@ class Releases:
 
 
 def noise_for(epsilon: float, rate: float, delta: float, n: int) -> float:
-    """Return the smallest noise, to three decimals, with which `n` releases stay within a budget of `epsilon`."""
+    """Return the smallest noise multiplier, to three decimals, with which `n` releases stay within a budget of `epsilon`."""
 
     def fits(thousandths: int) -> bool:
         return Releases(thousandths / 1000, rate, delta).epsilon(n) <= epsilon
@@ -84,7 +85,7 @@ def require_accountant() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[Any]:
-    """Yield the package, without its warnings about orders that do not converge."""
+    """Yield the package, and suppress its warnings about orders that do not converge."""
     import dp_accounting
 
     logger = logging.getLogger("absl")

@@ -1,11 +1,12 @@
-"""The noisy sum of clipped uplinks: client-level differential privacy with a server that draws the noise (DP-FedAvg).
+"""The noisy sum of clipped uplinks, for client-level differential privacy with a server that draws the noise (DP-FedAvg).
 
-The tensors that a method only adds up are divided into groups, each with its own largest norm (clipping bound) C_g: the parameters
-(`weights`), running statistics (`buffers`) and every other part of the uplink. With G groups, a client's contribution, in units of the
-bounds, has a norm of at most sqrt(G), so a release with noise of standard deviation z sqrt(G) C_g is one Gaussian mechanism with noise
-multiplier z. The sum is divided by the expected number of clients, never by the number that arrived, which depends on who takes part.
+The tensors that a method only adds up are divided into groups, each with its own maximum norm (clipping norm) C_g. The groups are the
+parameters (`weights`), running statistics (`buffers`) and every other part of the uplink. With G groups, a client's contribution, in units
+of the clipping norms, has a norm of at most sqrt(G). A release with noise of standard deviation z sqrt(G) C_g is therefore one Gaussian
+mechanism with noise multiplier z. The sum is divided by the expected number of clients, never by the number of uplinks that arrived, which
+depends on who participates.
 
-McMahan et al., ICLR 2018; Andrew et al., NeurIPS 2021 (adaptive clipping).
+The method follows McMahan et al., ICLR 2018, and Andrew et al., NeurIPS 2021 (adaptive clipping).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fedloom.combining.additive import Additive
 from fedloom.rng import Stream
 
 PARAMETERS, BUFFERS = "weights", "buffers"
-RATE = 0.2  # by which adaptive clipping moves: eta in the paper
+RATE = 0.2  # rate at which adaptive clipping changes the norms, eta in the paper
 
 
 def group_of(path: str) -> str:
@@ -32,17 +33,17 @@ def group_of(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class NoisySum:
-    """One release: clip, add up, add noise, and divide by the expected number of clients."""
+    """One release: clip the uplinks, add them up, add noise, and divide by the expected number of clients."""
 
-    noise: float  # z
-    bounds: Mapping[str, float]  # C_g by group, at the start of the run
+    noise: float  # noise multiplier z
+    bounds: Mapping[str, float]  # clipping norms C_g by group, at the start of the run
     expected: int  # m, the expected number of clients in a cohort
-    quantile: float | None = None  # the fraction of clients whose vectors are not shortened; None: the bounds are fixed
+    quantile: float | None = None  # target fraction of clients whose vectors are not clipped; None: fixed norms
 
     def release(self, uplinks: Additive, scale: float, rng: Stream) -> tuple[dict[str, Tensor], float]:
         """Return the noisy mean by path (d,), and the scale of the next release.
 
-        `scale` multiplies all bounds. `rng` draws the noise. Integer tensors keep their value in the downlink.
+        `scale` multiplies all clipping norms. The noise is drawn from `rng`. Integer tensors keep their value in the downlink.
         """
         bounds = {group: scale * bound for group, bound in self.bounds.items()}
         norms = _norms(uplinks, bounds)
@@ -59,7 +60,10 @@ class NoisySum:
         return found, scale if self.quantile is None else self._next(scale, ratios, rng)
 
     def _next(self, scale: float, ratios: Mapping[str, Tensor], rng: Stream) -> float:
-        """Return the next scale: smaller if more clients than `quantile` are within all bounds, according to a noisy count."""
+        """Return the next scale.
+
+        It decreases if, according to a noisy count, more clients than `quantile` are within all clipping norms.
+        """
         largest = torch.stack(list(ratios.values())).amax(0)
         centred = float(((largest <= 1).double() - 0.5).sum()) + self._count_deviation * rng.numpy.standard_normal()
         within = 0.5 + centred / self.expected
@@ -67,18 +71,21 @@ class NoisySum:
 
     @property
     def _count_deviation(self) -> float:
-        """Standard deviation of the noise of the count: m / 20 as in the paper, but at least z, or the sum would need more noise."""
+        """Standard deviation of the noise of the count.
+
+        It is m / 20 as in the paper, but at least z, because the sum would need more noise.
+        """
         return max(self.expected / 20, self.noise) if self.noise else 0.0
 
     @property
     def _deviation(self) -> float:
-        """The noise multiplier of the sum, so that sum and count together have `noise`."""
+        """The noise multiplier of the sum, chosen such that sum and count together have the noise multiplier `noise`."""
         if self.quantile is None or not self.noise:
             return self.noise
         return 1 / math.sqrt(self.noise**-2 - (2 * self._count_deviation) ** -2)
 
     def noise_to_bound(self, n: int) -> float:
-        """Return the norm of the noise in a mean of `n` numbers, in units of the clipping bound: above 5 to 10, little is learnt."""
+        """Return the norm of the noise in a mean of `n` numbers, in units of the clipping norm. Above 5 to 10, little is learnt."""
         return self._deviation * math.sqrt(len(self.bounds) * n) / self.expected
 
 

@@ -1,4 +1,4 @@
-"""The robust rules that settings can name. Their computation is in `fedloom.combining.robust`; this module needs no torch."""
+"""The robust rules that settings can name. `fedloom.combining.robust` contains their computation; this module does not need torch."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class RuleKind:
 
     summary: str
     example: str
-    number: str = ""  # name of the number after the colon
+    number: str = ""  # name of the parameter after the colon
     allowed: Callable[[float], bool] = bool
     limits: str = ""  # `allowed` in words
-    cohort: Callable[[float], int] = lambda _: 1  # the smallest cohort with which the rule does what it promises
-    least: int = 1  # the fewest uplinks that it can combine
+    cohort: Callable[[float], int] = lambda _: 1  # size of the smallest cohort with which the rule keeps its guarantee
+    least: int = 1  # minimum number of uplinks that it can combine
 
 
 def _is_count(number: float) -> bool:
@@ -83,19 +83,19 @@ RULES: Mapping[str, RuleKind] = MappingProxyType(
 
 
 class Rule(NamedTuple):
-    """A rule, and its number (0 if it has none)."""
+    """A rule and its parameter, which is 0 if the rule has none."""
 
     name: str
     number: float
 
     @property
     def cohort(self) -> int:
-        """The smallest cohort with which the rule does what it promises."""
+        """The size of the smallest cohort with which the rule keeps its guarantee."""
         return RULES[self.name].cohort(self.number)
 
     @property
     def least(self) -> int:
-        """The fewest uplinks that the rule can combine."""
+        """The minimum number of uplinks that the rule can combine."""
         return RULES[self.name].least
 
 
@@ -103,7 +103,7 @@ def parse_rule(word: str) -> Rule:
     """Parse a rule, such as `median` or `trimmed:0.2`.
 
     Raises:
-        ValueError: the word is wrong; the message gives the allowed values.
+        ValueError: the word is not a rule; the message states the allowed values.
     """
     name, _, text = word.partition(":")
     if name not in RULES:

@@ -1,4 +1,4 @@
-"""A client's examples: memory layout and batches."""
+"""A client's examples: their memory layout and their batches."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedloom.inputs import Inputs, map_inputs, tensors_of
 from fedloom.method import Batch, Interleave, Train
 from fedloom.rng import Stream
 
-GATHERED_BYTES = 1 << 18  # of inputs gathered at once, few enough to stay in the processor's cache until they are used
+GATHERED_BYTES = 1 << 18  # bytes of inputs gathered at once, which stay in the processor's cache until they are used
 
 
 class Rows(NamedTuple):
-    """A client's examples, the augmentation of their batches (optional), and the device on which they are used."""
+    """A client's examples, the optional augmentation of their batches, and the device on which they are used."""
 
     x: Inputs  # (n, ...), or several such tensors by name
     y: Tensor  # (n, ...) targets
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 
 def _gather(values: Tensor, index: Tensor) -> Tensor:
-    """Return the rows at `index`, in the memory layout of `values`."""
+    """Return the rows at `index` in the memory layout of `values`."""
     if is_channels_last(values):
         return values.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return values.index_select(0, index)
@@ -77,18 +77,21 @@ def is_channels_last(x: Inputs) -> bool:
 
 
 def laid_out_inputs(x: Inputs, channels_last: bool) -> Inputs:
-    """Return inputs with images in the requested memory format; the values do not change."""
+    """Return inputs with images in the requested memory format. The values do not change."""
     return laid_out({"x": x}, channels_last)["x"] if isinstance(x, Tensor) else x
 
 
 def laid_out(tensors: Mapping[str, Tensor], channels_last: bool) -> dict[str, Tensor]:
-    """Return the tensors, the four-dimensional ones converted to the requested memory format; the values do not change."""
+    """Return the tensors, with four-dimensional tensors in the requested memory format. The values do not change."""
     lay = _channels_last if channels_last else torch.Tensor.contiguous
     return {name: lay(t) if t.ndim == 4 else t for name, t in tensors.items()}
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    """Convert to channels last. Torch does not convert tensors with one channel or one pixel, so the strides are set explicitly."""
+    """Return a tensor in channels-last format.
+
+    torch does not convert tensors with one channel or one pixel, so the strides are set explicitly.
+    """
     return x.contiguous(memory_format=torch.channels_last).as_strided(x.shape, _channels_last_stride(x))
 
 
@@ -98,7 +101,7 @@ def _channels_last_stride(x: Tensor) -> tuple[int, ...]:
 
 
 class Plan(NamedTuple):
-    """How a client's examples are split into batches."""
+    """The plan that splits a client's examples into batches."""
 
     batch_size: int = 10
     drop_last: bool = False

@@ -29,7 +29,7 @@ class FastForms:
         convolutions: Convolutions | None,
         as_written: bool,
     ) -> None:
-        """See `Gradients`."""
+        """Store the arguments; see `Gradients`."""
         stateful = any(True for module in modules.values() for _ in module.buffers())
         self._cache = None if as_written else step_cache_for(device, stateful)
         self._gram = None if as_written or bf16 or device != HOST else GramChoice(modules)

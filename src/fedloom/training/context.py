@@ -14,7 +14,7 @@ from fedloom.wire.codec import PLAIN, Codec
 
 @dataclass(frozen=True, kw_only=True)
 class ClientContext:
-    """A client's examples, their division into batches, the task, the client's random stream, and its codec."""
+    """A client's examples, the plan of their batches, the task, the client's random stream, and its codec."""
 
     rows: Rows
     plan: Plan

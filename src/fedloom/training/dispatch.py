@@ -10,5 +10,5 @@ class DispatchMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Prevent torch from importing its compiler at a mode's first operation; that import takes several seconds."""
+        """Prevent torch from importing its compiler at the first operation of a mode, which would take several seconds."""
         return False

@@ -36,7 +36,7 @@ class Gradients:
 
         Args:
             objective: the learning task, which defines `nets.loss`.
-            bf16: whether matrix products and convolutions run in bfloat16 (autocast); weights and updates keep their precision.
+            bf16: whether matrix products and convolutions run in bfloat16 (autocast). Weights and updates keep their precision.
             device: the device of the modules and all tensors.
             convolutions: how to compute the convolutions of several clients at once; default: as in vmap.
             as_written: whether to run losses operation by operation, without faster forms, so that operations can be counted.
@@ -62,7 +62,7 @@ class Gradients:
         return plain
 
     def nets(self, params: Params, buffers: Params, training: Iterable[str] = ()) -> Nets:
-        """Return one client's nets; those in `training` are in training mode."""
+        """Return one client's nets. The nets in `training` are in training mode."""
         return Nets(self.modules, params, buffers, training, objective=self.objective)
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -79,7 +79,7 @@ def place_values(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
     """Move precomputed values from `wanted` to the batch. Return the remaining tensors, which are parameters, and the new batch."""
     if not batch.precomputed:
         return wanted, batch
-    # use views: torch's operation counter fails if a module's input is a leaf
+    # Use views, because torch's operation counter fails if a module's input is a leaf.
     values = {name: v.view_as(v) for name, v in {**batch.precomputed, **wanted}.items() if name in batch.precomputed}
     return {name: p for name, p in wanted.items() if name not in values}, batch._replace(precomputed=values)
 

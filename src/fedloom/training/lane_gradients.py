@@ -20,16 +20,16 @@ from fedloom.tree import Tree
 class LaneGradients:
     """Computes the gradients of several clients (lanes) at once.
 
-    The inputs of a step are trees. `wanted`, `others` (further weights that some member trains), `buffers` (updated in place) and `batch`
-    are stacked. The lanes may share `fixed` (all other weights), `down` and `memory`.
+    The inputs of a step are trees. `wanted`, `others` (additional weights that a member trains), `buffers` (updated in place) and `batch`
+    are stacked. `fixed` (all other weights), `down` and `memory` may be shared by the lanes.
     """
 
     def __init__(self, gradients: Gradients, dims: Tree) -> None:
-        """`dims`: for each leaf of `fixed`, `down` and `memory`, 0 if the leaf is stacked, or None if all lanes share it."""
+        """Store the gradients. `dims` contains 0 for each stacked leaf of `fixed`, `down` and `memory`, and None for each shared leaf."""
         self._gradients, self._dims = gradients, dims
 
     def step(self, train: Train, replace: Replace | None = None) -> Step:
-        """Return the plain step of several clients; its results are stacked."""
+        """Return the plain step of several clients. Its results are stacked."""
 
         def lane(i: Tree) -> tuple[Params, Params, Params]:
             def loss(wanted: Params) -> tuple[Tensor, tuple[Params, Params]]:

@@ -34,11 +34,11 @@ class LaneSubset:
 
 
 class LaneBatch(NamedTuple):
-    """The next batches of some lanes, all of the same size."""
+    """The next batches of some lanes, which all have the same size."""
 
     subset: LaneSubset
     batch: Batch  # stacked
-    places: Tensor  # positions of its examples among the examples of all lanes
+    places: Tensor  # positions of the examples among those of all lanes
 
 
 class LaneRows:
@@ -56,7 +56,7 @@ class LaneRows:
         return torch.split(torch.cat(list(batches)) + lane * self._most, [len(batch) for batch in batches])
 
     def batch(self, places: Tensor, streams: Sequence[Stream]) -> Batch:
-        """Return batches of equal size, one per stream (each stream belongs to a lane), stacked: x (lanes, B, ...), y (lanes, B, ...)."""
+        """Return stacked batches of equal size, one per stream: x (lanes, B, ...) and y (lanes, B, ...). Each stream belongs to a lane."""
         flat = self._rows.batch(places, streams[0])
         x = map_inputs(lambda v: v.view(len(streams), -1, *v.shape[1:]), flat.x)
         y = flat.y.view(len(streams), -1, *flat.y.shape[1:])
@@ -74,7 +74,7 @@ def inputs_side_by_side(parts: Sequence[Inputs]) -> Inputs:
 
 
 def side_by_side(parts: Sequence[Tensor]) -> Tensor:
-    """Stack tensors (n, ...), padded with zeros: (lanes, most, ...). Nothing is copied if they are already contiguous in memory."""
+    """Return stacked tensors (n, ...), padded with zeros: (lanes, most, ...). If they are contiguous in memory, nothing is copied."""
     first, storage = parts[0], parts[0].untyped_storage().data_ptr()
     places = [first.storage_offset() + k * first.numel() for k in range(len(parts))]
     if all(
@@ -89,7 +89,7 @@ def side_by_side(parts: Sequence[Tensor]) -> Tensor:
 
 
 def by_size(sizes: Sequence[int]) -> list[list[int]]:
-    """Group indices with equal sizes; indices with size 0 are omitted."""
+    """Group indices with equal sizes. Indices with size 0 are omitted."""
     groups: dict[int, list[int]] = {}
     for k, size in enumerate(sizes):
         if size:

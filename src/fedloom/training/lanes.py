@@ -1,8 +1,8 @@
-"""Updates of several clients at once: clients of one architecture are lanes of stacked tensors, and losses are mapped over the lanes.
+"""Updates of several clients at once. Clients of one architecture are lanes of stacked tensors, and losses are mapped over the lanes.
 
 Each lane has the same results as with `fedloom.training.turn`, up to the rounding of batched matrix products. Every lane has its own
-batches in its own order. In each step, the lanes whose batches have the same size advance together, so clients with different numbers
-of examples need no padding or masks. If clients are sorted by their number of examples, nearly all steps include all lanes.
+batches in its own order. In each step, the lanes whose batches have the same size advance together, so clients with different numbers of
+examples need no padding or masks. If clients are sorted by their number of examples, nearly all steps include all lanes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedloom.tree import Tree, Weights
 
 
 class CannotMapError(Exception):
-    """These updates cannot be mapped over lanes; the message gives the reason."""
+    """These updates cannot be mapped over lanes. The message states the reason."""
 
 
 def client_updates(
@@ -57,7 +57,7 @@ def client_updates(
     lanes = [_received(method, *one, number) for one in zip(clients, sent, contexts, strict=True)]
     received = [lane.client.weights for lane in lanes]
     logs: list[dict[str, float]] = [{} for _ in lanes]
-    seconds: dict[str, float] = {}  # by phase, per lane
+    seconds: dict[str, float] = {}  # seconds per lane, by phase
     ends: Sequence[Callable[[], LocalWork]] = [partial(_same, _laid_out(lane)) for lane in lanes]
     for phase in method.phases():
         started = time.perf_counter()
@@ -83,7 +83,7 @@ def _received(method: Method, client: Client, sent: Tree, context: ClientContext
 
 
 def _laid_out(lane: LocalWork) -> LocalWork:
-    """Return the same client, with copies of all tensors that its phases write to."""
+    """Return the same client with copies of all tensors that its phases write to."""
     weights = lane.client.weights
     params = laid_out(weights["params"], is_channels_last(lane.context.rows.x))
     buffers = {name: b.clone() for name, b in weights["buffers"].items()}
@@ -97,7 +97,7 @@ def _same(lane: LocalWork) -> LocalWork:
 def _run_phase(
     phase: Phase, gradients: Gradients, lanes: list[LocalWork], lr_scale: float, logs: list[dict[str, float]]
 ) -> list[Callable[[], LocalWork]]:
-    """Run a phase. Return one function per lane; calling it returns the lane after the phase."""
+    """Run a phase. Return one function per lane, which returns the lane after the phase."""
     if isinstance(phase, Sweep | Set) and phase.works_in(lanes[0].turn):
         done = [run_set(phase, lane) if isinstance(phase, Set) else run_sweep(phase, gradients, lane) for lane in lanes]
         return [partial(_same, lane._replace(client=client)) for lane, client in zip(lanes, done, strict=True)]
@@ -111,7 +111,7 @@ class LaneTrain:
     """The state of one `Train` for several clients: their optimiser states and the sums of their logs, stacked."""
 
     def __init__(self, train: Train, runner: StepRunner, lanes: Sequence[LocalWork]) -> None:
-        """`lanes`: the clients, with the phase's random streams."""
+        """Stack the state. `lanes` contains the clients with the phase's random streams."""
         self.train, self.runner, self._lanes = train, runner, lanes
         self.device = lanes[0].context.rows.device
         self.state = self._here(tree.stack([self._first_state(lane.client) for lane in lanes]))
@@ -134,7 +134,7 @@ class LaneTrain:
         return self._here(tree.stack([dict(self.train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes]))
 
     def update(self, grads: Params, params: Params, subset: LaneSubset, lr_scale: float) -> None:
-        """Take an optimiser step for some lanes. Updating in place is safe, because nothing else uses the stacked tensors."""
+        """Take an optimiser step for some lanes. Updates in place are safe, because nothing else uses the stacked tensors."""
         state = tree.map_tree(subset.take, self.state)
         self.train.optimizer.step(grads, state, params, lr_scale)
         self.state = tree.map_tree(subset.put, self.state, state)
@@ -150,7 +150,7 @@ class LaneTrain:
 
 
 class LaneStack:
-    """The tensors of all lanes in one phase, stacked along a first dimension where lanes differ."""
+    """The tensors of all lanes in one phase. Tensors that differ between lanes are stacked along a first dimension."""
 
     def __init__(
         self, phase: Train | Interleave, trains: Sequence[Train], gradients: Gradients, lanes: list[LocalWork]
@@ -192,7 +192,10 @@ class LaneStack:
         )
 
     def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
-        """Train every lane on its own batches; add mean logs to `logs`. Return one function per lane, which returns the trained lane."""
+        """Train every lane on its own batches, and add mean logs to `logs`.
+
+        Return one function per lane, which returns the trained lane.
+        """
         plans = [self.rows.places(k, order) for k, order in enumerate(self.orders)]
         augment = [lane.context.rng.child("augment") for lane in self.here]
         device = self.lanes[0].context.rows.device
@@ -250,7 +253,7 @@ class LaneStack:
         return {"wanted": wanted, "others": others, "buffers": buffers, "batch": batch._asdict(), **around}
 
     def _lane(self, k: int, n_steps: int) -> LocalWork:
-        """Return the client of lane `k`, no longer stacked."""
+        """Return the client of lane `k` with its own tensors."""
         lane = self.lanes[k]
 
         def mine(value: Tree) -> Tree:

@@ -19,7 +19,7 @@ class Precomputed(NamedTuple):
     """Values computed once for a batch (or for stacked batches of several clients), with their autograd graph."""
 
     values: Params
-    leaves: Params  # the parameters to which gradients flow
+    leaves: Params  # the parameters to which gradients flow back
 
     def detached(self) -> Precomputed:
         """Return the same values without a graph, for members that receive them as constants."""
@@ -36,7 +36,7 @@ class Precomputed(NamedTuple):
         return {name: value.detach() for name, value in self.values.items() if value.requires_grad}
 
     def around(self, step: Step) -> Step:
-        """Return `step` for a batch with the precomputed values; gradients are propagated back through them."""
+        """Return `step` for a batch with the precomputed values. Gradients are propagated back through these values."""
 
         def run(inputs: Tree) -> StepResult:
             wanted, batch = inputs["wanted"] | self.differentiable, inputs["batch"] | {"precomputed": self.numbers}
@@ -69,7 +69,7 @@ def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients,
     """Compute the shared values of the active members for one client's batch.
 
     Args:
-        inputs: the inputs of a step; gradients will flow to `wanted`.
+            inputs: the inputs of a step. Gradients will flow to `wanted`.
     """
     assert phase.precompute is not None
     leaves = with_grad(inputs["wanted"])
@@ -85,13 +85,13 @@ def nets_in_train_mode(trains: Iterable[Train]) -> set[str]:
 
 
 def check_precompute(phase: Train | Interleave, names: Sequence[Sequence[str]]) -> None:
-    """Check that no earlier member trains a parameter of the last member, because gradients of shared values flow to its parameters.
+    """Raise MethodError if an earlier member trains a parameter of the last member, because gradients of shared values flow to it.
 
     Args:
         names: the names of the parameters that each member trains.
 
     Raises:
-        MethodError: an earlier member trains a parameter of the last member.
+            MethodError: an earlier member trains a parameter of the last member.
     """
     both = {name for mine in names[:-1] for name in mine}.intersection(*names[-1:])
     if isinstance(phase, Interleave) and phase.precompute and both:

@@ -20,38 +20,38 @@ from fedloom.tree import Tree, Weights
 class StepResult(NamedTuple):
     """The result of one evaluation of a loss."""
 
-    grads: Params  # by the names of `inputs["wanted"]`
+    grads: Params  # gradients by the names of `inputs["wanted"]`
     logs: Params  # 0-d tensors: the loss, and the values that it logs
 
 
 Step = Callable[[Tree], StepResult]
-"""Compute gradients from one tree of inputs: the tensors `wanted`, for which gradients are computed, the other weights, `batch`, `down`
-and `memory`. Buffers among the weights are updated in place."""
+"""A function that computes gradients from one tree of inputs: the tensors `wanted`, for which gradients are computed, the other weights,
+`batch`, `down` and `memory`. Buffers among the weights are updated in place."""
 
 Replace = Callable[[Params, Batch], Params]
-"""(the tensors `wanted`, batch) -> the tensors that the nets use instead."""
+"""A function from the tensors `wanted` and a batch to the tensors that the nets use instead."""
 
 
 class FormError(RuntimeError):
-    """A form of a step cannot compute the loss. This is detected only during a step, so the phase must then be rerun without that form."""
+    """A form of a step cannot compute the loss. This is detected only during a step, so the phase must then be rerun without this form."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """One `Train` before its first step, for one client or for several side by side: the facts on which the choice of a form depends."""
+    """One `Train` before its first step, for one client or for several side by side. The choice of a form depends on these facts."""
 
     train: Train
-    names: Sequence[str]  # the parameters that it trains
+    names: Sequence[str]  # names of the parameters that it trains
     alone: bool  # whether no other `Train` takes steps in the same phase
-    work: LocalWork  # of the only client, or of the first client
-    order: Sequence[Tensor]  # that client's batches, as indices of examples
+    work: LocalWork  # work of the only client or of the first client
+    order: Sequence[Tensor]  # batches of this client, as indices of examples
     step: Callable[[Replace | None], Step]  # returns the plain step of one client
     clients: Sequence[Client]
     inputs: Inputs  # x of all clients' examples, stacked and padded: (clients, n, ...)
     stacked_step: Callable[[Replace | None], Step] | None = (
         None  # returns the plain step of several clients, if there are several
     )
-    layout: Any = None  # hashable: which inputs of `stacked_step` are stacked
+    layout: Any = None  # which inputs of `stacked_step` are stacked, in hashable form
 
     def plain(self, replace: Replace | None = None) -> Step:
         """Return the step that runs the loss as written."""
@@ -61,19 +61,19 @@ class TrainJob:
 class StepRunner:
     """Runs the steps of one `Train`, for one client or for several side by side.
 
-    This is the plain form, which runs the loss as written. Faster forms (`fast/`) override some of the methods; `choose.py` chooses the
+    This is the plain form, which runs the loss as written. Faster forms (`fast/`) override some of the methods; `choose.py` selects the
     form. The training loop calls `extra`, `run` and `after_step` in every step, and `finished` after the last step.
     """
 
     def __init__(self, names: Sequence[str], step: Step) -> None:
-        """`names`: the parameters that the optimiser updates."""
+        """Store the step. `names` are the names of the parameters that the optimiser updates."""
         self.names, self.run = names, step
 
     def extra(self, index: Tensor, lanes: Tensor | None = None) -> Params:
         """Return additional tensors for which gradients are computed, for the examples `index`.
 
         Args:
-            lanes: the stacked clients that take this step; default: all.
+                lanes: the stacked clients that take this step; default: all.
         """
         return {}
 

@@ -54,7 +54,7 @@ def run_set(phase: Set, work: LocalWork) -> Client:
             f"phase '{phase.name}' must return all weights with their names, shapes and types, but {wrong}"
         )
     params = laid_out(new["params"], is_channels_last(work.context.rows.x))
-    buffers = {name: new["buffers"][name].clone() for name in weights["buffers"]}  # later phases write into them
+    buffers = {name: new["buffers"][name].clone() for name in weights["buffers"]}  # later phases write to them
     return client._replace(weights={"params": {name: params[name] for name in weights["params"]}, "buffers": buffers})
 
 

@@ -1,7 +1,7 @@
-"""One client's update: from the received weights, through the phases of local work, to the uplink.
+"""One client's update, from the received weights through the phases of local work to the uplink.
 
-Read from the top: `client_update`, `run_phases`, `_walk_batches` (the loop over batches) and `LocalTrain.step` (one step of SGD). This
-module does not depend on other clients, transport or files. `steps.py` and `choose.py` describe the faster forms of a step.
+Read the code from the top: `client_update`, `run_phases`, `_walk_batches` (the loop over batches) and `LocalTrain.step` (one step of SGD).
+This module does not depend on other clients, transport or files. `steps.py` and `choose.py` describe the faster forms of a step.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class UpdateResult:
     client: Client
     uplink: Tree
     turn: Turn
-    logs: dict[str, float]  # means over the steps, named `phase.loss`, `phase.<log>`
-    seconds: dict[str, float]  # by phase
+    logs: dict[str, float]  # means over the steps, named `phase.loss` and `phase.<log>`
+    seconds: dict[str, float]  # duration of each phase
 
 
 def client_update(
     method: Method, gradients: Gradients, client: Client, sent: Tree, context: ClientContext, *, number: int
 ) -> UpdateResult:
-    """Run one client's update in round `number`, from the message `sent` to the client to its uplink. Inputs are not changed."""
+    """Run one client's update in round `number`, from the message `sent` to the client to its uplink. The inputs do not change."""
     down = context.codec.received(sent)
     turn = turn_of(number, context)
     received = method.receive(client.weights, down, client.memory)
@@ -100,10 +100,10 @@ def run_phases(
     """Run phases one after another. Return the resulting client, the number of optimiser steps by phase, and the logs by phase.
 
     Args:
-        lr_scale: factor on all learning rates.
-        seconds: filled with the time of each phase.
+            lr_scale: factor for all learning rates.
+            seconds: a dictionary to which the duration of each phase is added.
     """
-    buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes into them
+    buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes to them
     params = laid_out(client.weights["params"], is_channels_last(context.rows.x))
     client = client._replace(weights={"params": params, "buffers": buffers})
     steps: dict[str, int] = {}
@@ -144,7 +144,7 @@ def _run_phase(
     before = tree.clone(buffers)
     try:
         return _walk_batches(phase, gradients, work, lr_scale)
-    except FormError:  # on some batch, the loss does something that the faster form does not support: rerun the phase
+    except FormError:  # the faster form does not support what the loss does on some batch; rerun the phase
         tree.map_tree(Tensor.copy_, buffers, before)
         return _walk_batches(phase, gradients, work, lr_scale, same_bits=True)
 
@@ -152,7 +152,7 @@ def _run_phase(
 def _walk_batches(
     phase: Train | Interleave, gradients: Gradients, work: LocalWork, lr_scale: float, *, same_bits: bool = False
 ) -> tuple[Client, Sequence[LocalTrain]]:
-    """Train on the client's batches: every `Train` of the phase takes one step per batch. See `_run_phase`.
+    """Train on the client's batches: every `Train` of the phase takes one step per batch. See also `_run_phase`.
 
     Args:
         same_bits: see `FastForms.runner`.
@@ -195,7 +195,7 @@ class LocalTrain:
         order: Sequence[Tensor],
         same_bits: bool,
     ) -> None:
-        """Prepare for the batches in `order`; steps will change `weights`, which several members may share."""
+        """Prepare for the batches in `order`. Steps will change `weights`, which several members may share."""
         client, _, context, _ = work
         self.train, self.work, self.weights = train, work, weights
         self.names = trained_names(train, weights)
@@ -239,7 +239,7 @@ class LocalTrain:
         return {name: self.weights["params"][name] for name in self.runner.names}
 
     def inputs(self, wanted: Params, batch: Batch) -> Tree:
-        """Return the inputs of a step; gradients are computed for `wanted`."""
+        """Return the inputs of a step. Gradients are computed for `wanted`."""
         memory = self.work.client.memory
         return {"wanted": wanted, **self.weights, "batch": batch._asdict(), "down": self.work.down, "memory": memory}
 
@@ -252,7 +252,7 @@ class LocalTrain:
         return batch._replace(draws={name: staged(value, device) for name, value in drawn.items()})
 
     def mean_logs(self) -> dict[str, float]:
-        """Return the means over the steps, named `train.loss`, `train.<log>`."""
+        """Return the means over the steps, named `train.loss` and `train.<log>`."""
         return {f"{self.train.name}.{name}": float(value) / self.steps for name, value in self.sums.items()}
 
 
@@ -260,7 +260,7 @@ class LocalTrain:
 def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
     """Seed torch's generators for modules with their own randomness (Dropout), and restore them at the end.
 
-    Only the generators of the host and of this device are seeded: `torch.manual_seed` also visits every other accelerator, which costs more
+    Only the generators of the host and of this device are seeded. `torch.manual_seed` also seeds every other accelerator, which costs more
     than a step of a small model.
     """
     every = generators(device)
@@ -274,12 +274,15 @@ def own_randomness(rng: Stream, device: torch.device) -> Iterator[None]:
             generator.set_state(state)
 
 
-ONE_VALUE = "Expected more than 1 value per channel"  # torch's words
+ONE_VALUE = "Expected more than 1 value per channel"  # part of torch's message
 TOO_FEW = "BatchNorm cannot train on a batch of one example; raise partition.min_examples or batch_size, or use model.norm=group"
 
 
 def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]:
-    """Build modules whose initial weights depend only on `rng`. Frozen parameters (`requires_grad=False`) stay as built."""
+    """Build modules whose initial weights depend only on `rng`.
+
+    Frozen parameters (`requires_grad=False`) keep the values with which they are built.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()

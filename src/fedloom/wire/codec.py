@@ -1,8 +1,8 @@
-"""Transforms at both ends of the wire, for messages as trees, and the values that a client has not sent yet.
+"""Transforms of messages at the server and at clients, and the values that a client has not sent yet.
 
-An uplink sends weights as differences from the weights in the downlink, which both ends have. Differences are small, so rounding them loses
-little, and most are near 0, so sending a few of them is enough. The client keeps the values that `topk` omits from an uplink, and adds them
-to its next uplink (error feedback, Stich et al., NeurIPS 2018).
+An uplink sends weights as differences from the weights in the downlink, which both the server and the client have. Differences are small,
+so rounding them loses little. Most of them are near 0, so it is sufficient to send a few of them. The client keeps the values that `topk`
+omits from an uplink, and adds them to its next uplink (error feedback, Stich et al., NeurIPS 2018).
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from fedloom.wire.transforms import COUNTS, TOPK, WEIGHTS, Chains, Flat
 
 
 class Codec(NamedTuple):
-    """The transforms of one experiment, at both ends of the wire."""
+    """The transforms of one experiment, for the server and for clients."""
 
     uplink: Chains = {}
     downlink: Chains = {}
 
     def only(self, uplink: Tree) -> Codec:
-        """Return the codec with only the uplink transforms whose part is in `uplink`: the closing exchange may omit parts."""
+        """Return the codec with only those uplink transforms whose part is in `uplink`, because the final exchange may omit parts."""
         return self._replace(uplink={part: chain for part, chain in self.uplink.items() if part in uplink})
 
     # server
@@ -39,22 +39,25 @@ class Codec(NamedTuple):
         return _each(down, lambda message: _packed(message, self.downlink)) if self.downlink else down
 
     def check_downlink(self, down: Downlink) -> None:
-        """Raise ConfigError if non-empty downlinks lack a part that has a transform."""
+        """Raise ConfigError if a downlink that is not empty lacks a part that has a transform."""
         messages = (down.common, *(down.each or ())) if self.downlink else ()
         parts = {part for message in messages for part in message if tree.leaves(message)}
         for part in self.downlink.keys() - parts if parts else ():
             raise ConfigError(_no_part("downlink", part, sorted(parts)))
 
     def arrived(self, sent: Downlink) -> Downlink:
-        """Return what clients decode from an encoded downlink."""
+        """Return the downlink that clients decode from an encoded downlink."""
         return _each(sent, self.received) if self.downlink else sent
 
     def through(self, down: Downlink) -> Downlink:
-        """Encode and decode a downlink, as clients would receive it."""
+        """Return a downlink after encoding and decoding, as clients would receive it."""
         return self.arrived(self.send(down))
 
     def opened(self, uplink: Tree, received: Tree) -> Tree:
-        """Decode an uplink; what its transforms discarded is not recovered. `received` is the downlink as the client decoded it."""
+        """Return a decoded uplink, without the values that its transforms discarded.
+
+        `received` is the downlink as the client decoded it.
+        """
         opened = dict(uplink)
         for part in self.uplink.keys() & uplink.keys():
             known = _known(received, part)
@@ -68,12 +71,12 @@ class Codec(NamedTuple):
     # client
 
     def unsent(self, travelling: Weights) -> Tree:
-        """Return the first residuals of a client that has never taken part: zeros for the parts whose transforms use error feedback."""
+        """Return the initial residuals of a client, which are zeros for the parts whose transforms use error feedback."""
         zeros = _rebuilt({path: torch.zeros_like(leaf) for path, leaf in _floating(travelling).items()}, {}, {})
         return {part: zeros for part, chain in self.uplink.items() if chain.remembers}
 
     def received(self, message: Tree) -> Tree:
-        """Decode a message at a client."""
+        """Return a decoded message at a client."""
         opened = dict(message)
         for part in self.downlink.keys() & message.keys():
             values = self.downlink[part].decode(_flat(message[part]), {})
@@ -81,7 +84,7 @@ class Codec(NamedTuple):
         return opened
 
     def reply(self, uplink: Tree, received: Tree, unsent: Tree, rng: Stream) -> tuple[Tree, Tree]:
-        """Encode an uplink. Return it with the values that are still unsent."""
+        """Return an encoded uplink, and the values that are still unsent."""
         sent, left = dict(uplink), dict(unsent)
         for part, chain in self.uplink.items():
             if part not in uplink and tree.leaves(uplink):
@@ -124,7 +127,7 @@ def _packed(message: Tree, chains: Chains) -> Tree:
 
 
 def _to_keep(path: str, unsent: Tensor) -> Tensor:
-    """Return the values to send later: zeros for buffers, because every client update measures running statistics again."""
+    """Return the values to send later. For buffers, they are zeros, because every client update measures running statistics again."""
     return torch.zeros_like(unsent) if path.startswith("/buffers/") else unsent
 
 
@@ -133,7 +136,7 @@ def _flat(part: Tree | Tensor) -> Flat:
 
 
 def _floating(part: Tree | Tensor) -> Flat:
-    """Return the tensors that transforms work on, sorted by path, because dictionaries at the other end may be in another order."""
+    """Return the tensors that transforms encode, sorted by path, because the receiver's dictionaries may have another order."""
     wide = torch.get_default_dtype()
     return {path: leaf for path, leaf in sorted(_flat(part).items(), key=_path) if leaf.dtype is wide}
 
@@ -143,12 +146,12 @@ def _path(named: tuple[str, Tensor]) -> str:
 
 
 def _known(received: Tree, part: str) -> Flat:
-    """Return the values of an uplink's part that both ends have before it is sent."""
+    """Return the values of an uplink's part that both sides know before it is sent."""
     return _floating(received.get(WEIGHTS, {})) if part == WEIGHTS else {}
 
 
 def _rebuilt(flat: Flat, like: Tree | Tensor, order: Flat) -> Tree:
-    """Return tensors as a part, sorted as in `order`, with the empty branches of `like`."""
+    """Return tensors as a part, in the order of `order`, with the empty branches of `like`."""
     grown = tree.unflatten({**{path: flat[path] for path in order if path in flat}, **flat})
 
     def grow(into: Tree, branch: Tree) -> None:

@@ -1,7 +1,7 @@
 """Messages as bytes, in safetensors format with a small header in the metadata. Nothing is ever unpickled.
 
 A message is a tree of tensors (an uplink or a downlink). Safetensors names are the paths of tensors, joined with `/`. The metadata contain
-the version of the format and the sender's fields, padded so that the length of a message depends only on its structure.
+the version of the format and the sender's fields. They are padded, so that the length of a message depends only on its structure.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fedloom.tree import Tree
 
 VERSION = "1"
 MAX_DEPTH = 32  # maximum number of branches above a tensor
-FIELD_LENGTH = 10  # digits of each integer in the header, zero-padded
+FIELD_LENGTH = 10  # number of digits of each integer in the header, padded with zeros
 
 
 def encode(message: Tree, **fields: int) -> bytes:
-    """Encode a message. A message without tensors is encoded as 0 bytes."""
+    """Return a message as bytes. A message without tensors is encoded as 0 bytes."""
     flat = {path: leaf.detach().contiguous() for path, leaf in tree.flatten(message)}
     if not flat:
         return b""
@@ -38,13 +38,13 @@ def encode(message: Tree, **fields: int) -> bytes:
 
 
 def decode(data: bytes, expect: Tree | None = None) -> Tree:
-    """Decode a message.
+    """Return the message that bytes encode.
 
     Args:
         expect: a tree with the required structure (names, shapes, types).
 
     Raises:
-        WireError: the bytes are not a message, or the message does not have the expected structure. The error gives the reason.
+        WireError: the bytes are not a message, or the message does not have the expected structure. The error states the reason.
     """
     flat = _load(data) if data else {}
     if expect is not None:
@@ -77,7 +77,7 @@ def check_depth(paths: Iterable[str]) -> None:
 
 
 def check_structure(got: Mapping[str, object], want: Mapping[str, object]) -> None:
-    """Raise WireError if a message's structure (see `tree.structure`) is not the expected one. The error names the first wrong tensor."""
+    """Raise WireError if a message does not have the expected structure (see `tree.structure`). The error names the first wrong tensor."""
     if got == want:
         return
     for path in sorted(want.keys() - got.keys()):
@@ -94,11 +94,13 @@ class Meter:
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], dict[str, int]] = {}
-        self._last: tuple[Tree, dict[str, int]] = {}, {}  # the same downlink goes to many clients
+        self._last: tuple[Tree, dict[str, int]] = {}, {}  # many clients receive the same downlink
 
     def sizes(self, message: Tree) -> dict[str, int]:
-        """Return bytes by kind: one entry per top-level branch (`weights`, `prototypes`, ...), and `header` for everything except
-        tensors."""
+        """Return the number of bytes by kind.
+
+        There is one entry per top-level branch (`weights`, `prototypes`, ...), and `header` for everything except tensors.
+        """
         if message is not self._last[0]:
             self._last = message, self._sizes(message)
         return dict(self._last[1])

@@ -1,8 +1,8 @@
-"""Transforms of tensors between method and wire: half precision, int8, sending only the largest differences, and noise.
+"""Transforms of tensors before they are sent: half precision, int8, sending only the largest differences, and noise.
 
 A transform encodes the floating-point tensors of the default precision in one part of an uplink or a downlink (by default `weights`).
-Counters and other integers are sent unchanged. Sizes are counted after the transform. The receiver works with the decoded
-values. Methods and engines do not depend on transforms (see `fedloom.wire.codec`).
+Counters and other integers are sent unchanged. Sizes are measured after the transform. The receiver uses the decoded values. Methods and
+engines do not depend on transforms (see `fedloom.wire.codec`).
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ if TYPE_CHECKING:  # torch is imported in functions, because settings and listin
 
     from fedloom.rng import Stream
 
-Flat = dict[str, "Tensor"]  # tensors of a part by path with a leading /; a part that is a single tensor has the path ""
+Flat = dict[str, "Tensor"]  # tensors of a part by path, with a leading /; a single tensor has the path ""
 WEIGHTS, COUNTS, TOPK = "weights", "counts", "topk"
 
 
 class Transform(Protocol):
-    """A step that encodes the tensors of a part, and decodes them."""
+    """A transform that encodes and decodes the tensors of a part."""
 
     @property
     def place(self) -> int:
-        """The rank in a chain; the steps of a chain must be in ascending order of their ranks."""
+        """The rank of the transform. The transforms in a chain must be in ascending order of their ranks."""
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """Encode the floating-point tensors `values`; `rng` is the sender's stream."""
+        """Return the floating-point tensors `values` in encoded form. `rng` is the sender's stream."""
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """Decode `sent`, which may include tensors that were not encoded. `like` has the shapes of those that were."""
+        """Return the decoded tensors. `sent` may include tensors that were not encoded; `like` has the shapes of those that were."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Gaussian:
     place = 0
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """Return min(1, clip / ||v||) v + noise clip N(0, 1), where v is all of `values` as one vector."""
+        """Return min(1, clip / ||v||) v + noise clip N(0, 1), where v is the vector of all `values`."""
         import torch
 
         norm = torch.stack([leaf.square().sum() for leaf in values.values()]).sum().sqrt()
@@ -56,23 +56,23 @@ class Gaussian:
         return {path: leaf * factor + deviation * rng.normal(leaf.shape).to(leaf) for path, leaf in values.items()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """Return `sent`: noise is not removed."""
+        """Return `sent`, because noise is not removed."""
         return sent
 
 
 @dataclass(frozen=True)
 class TopK:
-    """Send only the largest FRACTION of the differences, with their indices; the client keeps the others for later: `topk:0.1`."""
+    """Send only the largest FRACTION of the differences, with their indices. The client keeps the others for later: `topk:0.1`."""
 
     fraction: float
     place = 1
 
     def n_sent(self, n: int) -> int:
-        """Return how many of n numbers are sent; at least one is."""
+        """Return how many of n numbers are sent, which is at least one."""
         return max(1, round(self.fraction * n))
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """Return the `n_sent(n)` largest magnitudes of all n numbers in `values` as one vector, with their indices in ascending order."""
+        """Return the `n_sent(n)` numbers with the largest magnitudes among all n `values`, and their indices in ascending order."""
         import torch
 
         vector = torch.cat([leaf.flatten() for leaf in values.values()])
@@ -99,13 +99,13 @@ class TopK:
 
 @dataclass(frozen=True)
 class Half:
-    """Send 16-bit numbers: fp16 has 11 significant bits and a maximum of 65504; bf16 has 8 significant bits and the range of fp32."""
+    """Send 16-bit numbers. fp16 has 11 significant bits and a maximum of 65504; bf16 has 8 significant bits and the range of fp32."""
 
     dtype: torch.dtype
     place = 2
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """Round to the nearest 16-bit number.
+        """Return the nearest 16-bit numbers.
 
         Raises:
             ConfigError: a finite number is too large for fp16.
@@ -121,7 +121,7 @@ class Half:
         return sent
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """Convert to the default precision."""
+        """Return the numbers in the default precision."""
         import torch
 
         wide = torch.get_default_dtype()
@@ -130,13 +130,15 @@ class Half:
 
 @dataclass(frozen=True)
 class Int8:
-    """Send each number as scale q, with an integer q from -127 to 127 and scale = max|x| / 127 of the tensor. The error is at most
-    scale/2."""
+    """Send each number as scale q, where q is an integer from -127 to 127 and scale = max|x| / 127 of the tensor.
+
+    The error is at most scale/2.
+    """
 
     place = 2
 
     def encode(self, values: Flat, rng: Stream) -> Flat:
-        """Replace each floating-point tensor by q (int8) and scale (fp32)."""
+        """Return q (int8) and scale (fp32) for each floating-point tensor."""
         import torch
 
         sent: Flat = {}
@@ -221,7 +223,7 @@ class Chain(NamedTuple):
         return any(isinstance(step, TopK) for step in self.steps)
 
     def encode(self, values: Flat, unsent: Flat, rng: Stream) -> tuple[Flat, Flat]:
-        """Encode `values`. Return the result, and the values that are still unsent (none unless the chain remembers)."""
+        """Return the encoded `values`, and the values that are still unsent (none, unless the chain keeps them)."""
         sent, due = values, values
         for step in self.steps:
             if isinstance(step, TopK):
@@ -233,7 +235,7 @@ class Chain(NamedTuple):
         return sent, {path: leaf - arrived[path] for path, leaf in due.items()}
 
     def decode(self, sent: Flat, like: Flat) -> Flat:
-        """Decode `sent`."""
+        """Return the decoded tensors of `sent`."""
         for step in reversed(self.steps):
             sent = step.decode(sent, like)
         return sent
@@ -243,10 +245,10 @@ Chains = Mapping[str, Chain]  # by part
 
 
 def parse(words: Sequence[str], way: str) -> Chains:
-    """Parse transforms of `uplink` or `downlink` messages, written `[PART/]NAME[:NUMBER...]`, such as `topk:0.1` or `control/fp16`.
+    """Return the transforms of `uplink` or `downlink` messages, written `[PART/]NAME[:NUMBER...]`, such as `topk:0.1` or `control/fp16`.
 
     Raises:
-        ValueError: a word is wrong; the message gives the allowed values.
+        ValueError: a word is not a transform; the message states the allowed values.
     """
     chains: dict[str, tuple[Transform, ...]] = {}
     for word in words:

@@ -1,9 +1,9 @@
 """Convolutions of several lanes, each with its own kernels.
 
-By default, vmap combines them into one grouped convolution (`grouped`). The other form (`columns`) copies the neighbourhood of every pixel
-into a column and computes one batched matrix product for all lanes. Which form is faster depends on the device, the shapes and the
-precision, so `tuned` times both, once per layer. The two forms round differently, so with `tuned` the last bits of results may differ
-between runs; with `grouped` or `columns` they do not.
+By default, vmap combines the lanes' convolutions into one grouped convolution (`grouped`). The other form (`columns`) copies the
+neighbourhood of every pixel into a column and computes one batched matrix product for all lanes. Which form is faster depends on the
+device, the shapes and the precision, so `tuned` times both, once per layer. The two forms round differently. With `tuned`, the last bits
+of results may therefore differ between runs; with `grouped` or `columns`, they do not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from fedloom.accelerator import HOST, shortest_s
 
 ConvolutionForm = Literal["grouped", "columns", "tuned"]
-REPEATS = 5  # timings of each form
+REPEATS = 5  # number of timings of each form
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class ConvolutionShape:
     """The shapes in one lane's convolution, excluding the number of examples."""
 
-    image: tuple[int, ...]  # (C, H, W) of its input
+    image: tuple[int, ...]  # shape (C, H, W) of its input
     weight: tuple[int, ...]
     dtype: torch.dtype
     stride: tuple[int, ...]
@@ -39,14 +39,14 @@ class ConvolutionShape:
 
 
 class Convolutions:
-    """Chooses how the convolutions of lanes are computed, and remembers which form was faster."""
+    """Selects how the convolutions of lanes are computed, and stores which form was faster."""
 
     def __init__(self, form: ConvolutionForm, device: torch.device = HOST, bf16: bool = False) -> None:
         self._form, self._device, self._bf16 = form, device, bf16
-        self.columns_faster: dict[ConvolutionShape, bool] = {}  # with `tuned`
+        self.columns_faster: dict[ConvolutionShape, bool] = {}  # results of the timings, with `tuned`
 
     def of(self, n_lanes: int) -> TorchFunctionMode:
-        """Return a context in which 2D convolutions inside vmap use the chosen form; grouped convolutions are left as they are."""
+        """Return a context in which 2D convolutions inside vmap use the selected form. Grouped convolutions do not change."""
         return _Chosen(self, n_lanes)
 
     def by_columns(self, layer: ConvolutionShape) -> bool | None:
@@ -54,7 +54,7 @@ class Convolutions:
         return self.columns_faster.get(layer) if self._form == "tuned" else self._form == "columns"
 
     def time(self, layer: ConvolutionShape, n_rows: int, n_lanes: int) -> None:
-        """Time both forms, forward and backward, for `n_lanes` lanes of `n_rows` examples, and remember the faster one."""
+        """Time both forms, forward and backward, for `n_lanes` lanes of `n_rows` examples, and store which one is faster."""
         x = torch.ones((n_lanes, n_rows, *layer.image), dtype=layer.dtype, device=self._device)
         weight = torch.ones((n_lanes, *layer.weight), dtype=layer.dtype, device=self._device)
         geometry = layer.stride, layer.padding, layer.dilation
@@ -75,12 +75,15 @@ class Convolutions:
 
 
 class _Chosen(TorchFunctionMode):
-    """See `Convolutions.of`. New layers are first computed as vmap does, and timed on exit, outside vmap and outside recordings."""
+    """A context as described in `Convolutions.of`.
+
+    New layers are first computed as vmap does, and are timed at the end of the context, outside vmap and outside recordings.
+    """
 
     def __init__(self, book: Convolutions, n_lanes: int) -> None:
         super().__init__()
         self._book, self._n_lanes = book, n_lanes
-        self._new: dict[ConvolutionShape, int] = {}  # number of rows
+        self._new: dict[ConvolutionShape, int] = {}  # number of rows of each new layer
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -113,7 +116,10 @@ class _Chosen(TorchFunctionMode):
 
 
 def columns(x: Tensor, weight: Tensor, bias: Tensor | None, layer: ConvolutionShape) -> Tensor:
-    """Compute `torch.conv2d` without groups as one matrix product: x (B, C, H, W), weight (O, C, h, w), bias (O,) -> (B, O, H', W')."""
+    """Return the result of `torch.conv2d` without groups, computed as one matrix product.
+
+    The shapes are x (B, C, H, W), weight (O, C, h, w) and bias (O,); the result is (B, O, H', W').
+    """
     kernel = weight.shape[2:]
     axes = zip(x.shape[2:], kernel, layer.stride, layer.padding, layer.dilation, strict=True)
     sides = [(side + 2 * p - d * (k - 1) - 1) // s + 1 for side, k, s, p, d in axes]

@@ -1,6 +1,7 @@
-"""Trace a step once into a flat list of tensor operations, which is then repeated without autograd and most of Python's overhead.
+"""Trace a step once into a flat list of tensor operations, which is then repeated without autograd and with little Python overhead.
 
-`torch.fx.experimental.proxy_tensor.make_fx` does the same, but first imports torch's compiler, which takes seconds in every worker process.
+`torch.fx.experimental.proxy_tensor.make_fx` does the same, but it first imports torch's compiler, which takes seconds in every worker
+process.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def trace(step: Step, inputs: Tree) -> Step:
     """Return a function that computes the results of `step` for other inputs of the same shapes.
 
     Raises:
-        ValueError: the step reads values from tensors, or shapes in it depend on values.
+        ValueError: the step reads values from tensors, or its shapes depend on values.
     """
     with TraceMode(tree.leaves(inputs)) as recorder, torch.enable_grad():
         grads, logs = step(inputs)
@@ -48,7 +49,7 @@ def trace(step: Step, inputs: Tree) -> Step:
 
     with torch.no_grad():
         _bind(traced, given(inputs))
-    run, of_grads, of_logs = traced.forward, list(grads), list(logs)  # without the hooks of a module's call
+    run, of_grads, of_logs = traced.forward, list(grads), list(logs)  # `forward` skips the hooks of a module's call
 
     def replay(now: Tree) -> StepResult:
         with torch.no_grad():
@@ -114,7 +115,7 @@ def _has_unknown_size(func: Any, args: Any) -> bool:
 
 
 def _shorten(graph: Graph) -> None:
-    """Remove operations that have no effect: they cost as much Python overhead as any other operation."""
+    """Remove operations without effect, because each costs as much Python overhead as any other operation."""
     swaps = (aten.t.default, aten.transpose.int)
     reshapes = (aten.view.default, aten._unsafe_view.default, aten.expand.default)
     for node in graph.nodes:
@@ -150,7 +151,7 @@ def _bind(traced: GraphModule, inputs: list[Tensor]) -> None:
     traced.recompile()
     try:
         traced.forward(*inputs)
-    except Exception:  # for example, because its arguments have other names
+    except Exception:  # for example, if its arguments have other names
         for node, (op, target) in before.items():
             node.op, node.target = op, target
         traced.recompile()

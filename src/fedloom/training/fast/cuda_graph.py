@@ -1,7 +1,7 @@
 """Record steps once and replay them as CUDA graphs.
 
-A step of a small model consists of about fifty kernels, which the device runs faster than the host can launch them. A graph launches all of
-the kernels at once. It always reads and writes the same memory, so a `Recording` first copies a step's inputs into that memory.
+A step of a small model consists of about fifty kernels, which the device runs faster than the host can launch them. A graph launches all
+of the kernels at once. It always reads and writes the same memory, so a `Recording` first copies the inputs of a step into that memory.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from fedloom.training.steps import Step, StepResult
 from fedloom.tree import Tree
 
 Record = Callable[[Callable[[], StepResult]], tuple[Callable[[], Any], StepResult]]
-"""(work) -> a function that repeats the work, and the results of the work, which are always in the same memory."""
+"""A function that maps work to a function that repeats the work, and to the results of the work, which are always in the same memory."""
 
-WARM_UPS = 3  # runs before the recording, during which libraries choose their algorithms and allocate memory
+WARM_UPS = 3  # number of runs before the recording, in which libraries choose algorithms and allocate memory
 
 
 class Recording:
@@ -32,7 +32,7 @@ class Recording:
             self._play, self._found = record(lambda: step(self._inputs))
 
     def __call__(self, now: Tree) -> StepResult:
-        """Run the step on other inputs of the same shapes; `now["buffers"]` are updated in place, as the step itself would do."""
+        """Run the step on other inputs of the same shapes. Like the step itself, it updates `now["buffers"]` in place."""
         with torch.no_grad():
             self._take(tree.leaves(now))
             self._play()
@@ -52,14 +52,17 @@ class Recording:
 
 
 def twin(leaf: Tensor) -> Tensor:
-    """Return a copy with the same strides, even with one channel: strides affect the choice of kernels, and so the last bits of results."""
+    """Return a copy with the same strides, even for tensors with one channel.
+
+    Strides affect the choice of kernels, and therefore the last bits of results.
+    """
     if 0 in leaf.stride():  # an expanded tensor: several elements share one memory location
         return leaf.clone()
     return torch.empty_strided(leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device).copy_(leaf)
 
 
 def _is_known(before: tuple[Tensor, int] | None, now: tuple[Tensor, int]) -> bool:
-    """Return whether this is the tensor that was copied last, unchanged. For inference tensors, which have no version, return False."""
+    """Return whether this is the tensor that was copied last, unchanged. Return False for inference tensors, which have no version."""
     return before is not None and before[0] is now[0] and before[1] == now[1] >= 0
 
 

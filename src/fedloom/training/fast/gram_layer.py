@@ -1,11 +1,11 @@
 """Train linear input layers with plain SGD through the Gram matrix of a client's examples, without computing the weight in each step.
 
-Consider a linear layer with weight W (D, F) whose inputs are the examples X (n, F) themselves. Its gradient is S^T X, where row i of S
-(n, D) is the gradient of the loss with respect to the layer's output for example i. After any number of steps of plain SGD, the weight is
-therefore W = W_0 + C^T X, where row i of C (n, D) is the sum of -lr times those gradients for example i. The outputs are
-X W_0^T + (X X^T) C. A client update therefore needs one product with W_0 before its first step, and one product to compute W after its
-last. Each step reads and writes arrays of the size of the outputs, not of the weight. Nothing is approximated: results equal those of
-the steps as written, up to rounding.
+Consider a linear layer with weight W (D, F) whose inputs are the examples X (n, F) themselves. Its gradient is S^T X, where row i of S (n,
+D) is the gradient of the loss with respect to the layer's output for example i. After any number of steps of plain SGD, the weight is
+therefore W = W_0 + C^T X, where row i of C (n, D) is the sum of -lr times those gradients for example i. The outputs are X W_0^T + (X X^T)
+C. A client update therefore needs one product with W_0 before its first step, and one product to compute W after its last step. Each step
+reads and writes arrays of the size of the outputs, not of the weight. Nothing is approximated: results equal those of the steps as
+written, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fedloom.training.fast.step_cache import MOST_KINDS, kind_of
 from fedloom.training.steps import FormError, Step, StepRunner, TrainJob
 
 # Costs, as the number of multiplications that take the same time (docs/performance.md describes the measurement):
-TOUCHED = 30  # to read and write one element of a weight in a step
-TOUCHED_IN_LANES = 60  # the same, if the weights of several clients do not fit into the cache
-FIXED = 4_000_000  # of a step with the Gram matrix, for all stacked clients together
+TOUCHED = 30  # cost of reading and writing one element of a weight in a step
+TOUCHED_IN_LANES = 60  # the same cost if the weights of several clients do not fit into the cache
+FIXED = 4_000_000  # fixed cost of a step with the Gram matrix, for all stacked clients together
 CHUNK = 5  # number of clients whose examples are multiplied at once, so that they stay in the cache for both products
 GAIN = 0.8  # the Gram matrix must take at most this fraction of the time
 
@@ -63,7 +63,7 @@ class GramStepRunner(StepRunner):
 
 
 class GramChoice:
-    """Decides which input layers of one architecture's modules are updated through their Gram matrix."""
+    """Selects the input layers of one architecture's modules that are updated through their Gram matrix."""
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._linear = linear_layers(modules)
@@ -96,15 +96,15 @@ class GramChoice:
             return known
         if len(self._accepted) == MOST_KINDS:
             self._accepted.clear()
-        with torch.random.fork_rng([]):  # the trial must not advance the phase's generator
+        with torch.random.fork_rng([]):  # the trial must not advance the generator of the phase
             self._accepted[key] = accepted(job, names)
         return self._accepted[key]
 
 
 def accepted(job: TrainJob, names: Sequence[str]) -> tuple[str, ...]:
-    """Return the layers whose outputs can replace their weights in the loss; each is tested on the first batch.
+    """Return the layers whose outputs can replace their weights in the loss. Each layer is tested on the first batch.
 
-    Any exception counts as a failed test: a loss that fails for another reason will fail again when it runs as written.
+    Any exception counts as a failed test. A loss that fails for another reason will fail again when it runs as written.
     """
     (client, down, context, _), size = job.work, len(job.order[0])
     batch = context.rows.part(0, size)
@@ -129,26 +129,26 @@ class GramOutputs:
     """Replaces the weights of layers by their outputs (a `Replace`)."""
 
     names: tuple[str, ...]
-    checked: bool  # whether to verify that a layer's input is the batch; impossible in a mapped loss
+    checked: bool  # whether to check that a layer's input is the batch, which is impossible in a mapped loss
 
     def __call__(self, wanted: Params, batch: Batch) -> Params:
-        """See `Replace`."""
+        """Return the replacement as described in `Replace`."""
         rows = batch.x if self.checked else None
         return {**wanted, **{name: Outputs.of(wanted[name], rows) for name in self.names}}
 
 
 class PhaseWork(NamedTuple):
-    """The amount of a client's work in a phase, for estimating the cost of a form."""
+    """The amount of a client's work in a phase, from which the cost of a form is estimated."""
 
-    n_rows: int  # the client's examples
-    visited: int  # examples over all steps
+    n_rows: int  # number of the client's examples
+    visited: int  # number of examples over all steps
     steps: int
     lanes: int = 1  # number of clients trained side by side, each with this amount of work
 
     def is_less_by_gram_matrix(self, weight: Tensor) -> bool:
-        """Estimate whether the Gram matrix saves time for this weight (D, F).
+        """Return whether the Gram matrix is expected to save time for this weight (D, F).
 
-        The forms are not timed: they round differently, so results would depend on the timings.
+        The forms are not timed, because they round differently, so that results would depend on the timings.
         """
         (outputs, _), size = weight.shape, weight.numel()
         touched = TOUCHED if self.lanes == 1 else TOUCHED_IN_LANES
@@ -158,14 +158,14 @@ class PhaseWork(NamedTuple):
 
 
 class GramLayer:
-    """One input layer during the updates of one or several clients (lanes)."""
+    """One input layer during the updates of one or more clients (lanes)."""
 
     def __init__(self, weights: Sequence[Tensor], rows: Tensor, lr: float) -> None:
         """Prepare the outputs for all examples.
 
         Args:
-            weights: every lane's weight (D, F).
-            rows: all lanes' examples (lanes, n, ...) of F numbers, padded with zeros.
+                weights: the weight (D, F) of every lane.
+                rows: the examples of all lanes (lanes, n, ...), with F numbers each, padded with zeros.
             lr: the learning rate.
         """
         self._weights, self._rows, self._lr = weights, rows.flatten(2), lr
@@ -179,10 +179,10 @@ class GramLayer:
             torch.bmm(x, x.transpose(1, 2), out=self._gram[start:end])
 
     def outputs(self, places: Tensor, lanes: Tensor | None = None) -> Tensor:
-        """Return the layer's current outputs, without its bias, for examples of all lanes or of some: (lanes, B, D).
+        """Return the layer's current outputs, without its bias, for examples of all lanes or of some lanes, with shape (lanes, B, D).
 
         Args:
-            places: the examples' indices in the concatenation of all lanes' examples.
+            places: indices of the examples in the concatenation of all lanes' examples.
             lanes: the lanes of these examples; default: all.
         """
         moves = self._moves if lanes is None else self._moves.index_select(0, lanes)
@@ -191,7 +191,10 @@ class GramLayer:
         return torch.baddbmm(first.view(shape), gram.view(shape), moves)
 
     def step(self, places: Tensor, slopes: Tensor, scale: float = 1.0) -> None:
-        """Take one SGD step. `slopes` (..., D) are the gradients with respect to the outputs; `scale` multiplies the learning rate."""
+        """Take one SGD step.
+
+        `slopes` (..., D) are the gradients with respect to the outputs; `scale` multiplies the learning rate.
+        """
         flat = slopes.reshape(-1, slopes.shape[-1])
         self._moves.flatten(0, 1).index_add_(0, places, flat, alpha=-self._lr * scale)
 
@@ -201,14 +204,17 @@ class GramLayer:
 
 
 class Outputs(Tensor):
-    """A layer's outputs for a batch, instead of its weight: `linear` applied to the batch returns them; other uses raise FormError."""
+    """A layer's outputs for a batch, which replace its weight.
+
+    `linear`, applied to the batch, returns them; other uses raise FormError.
+    """
 
     plain: Tensor
     rows: Tensor | None
 
     @staticmethod
     def of(plain: Tensor, rows: Tensor | None = None) -> Outputs:
-        """Wrap the outputs (B, D) for the batch `rows`; without `rows`, the layer's input is not checked."""
+        """Wrap the outputs (B, D) for the batch `rows`. Without `rows`, the layer's input is not checked."""
         outputs = plain.as_subclass(Outputs)
         outputs.plain, outputs.rows = plain, rows
         return outputs
@@ -217,7 +223,7 @@ class Outputs(Tensor):
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Tensor:
-        """Intercept a torch function: allow only `linear` on the batch."""
+        """Intercept a torch function, and allow only `linear` on the batch."""
         if func is not F.linear:
             raise FormError
         return cls._linear(*args, **(kwargs or {}))

@@ -1,9 +1,9 @@
 """A cache of steps. A step is replayed if the replay is faster and gives the same bits.
 
-A step of a small model spends more time in Python and autograd than in arithmetic. If a kind of step is short, it is therefore traced
-into a flat list of tensor operations (`cpu_trace.py`). If replaying the list is faster and gives the same bits, later steps of this kind
-are replayed. Steps that cannot be traced, and steps of nets with buffers (BatchNorm changes them), run as written. On a CUDA device, steps
-of any duration, with or without buffers, are recorded as CUDA graphs (`cuda_graph.py`) and tested in the same way.
+A step of a small model spends more time in Python and autograd than in arithmetic. If steps of one kind are short, the step is therefore
+traced into a flat list of tensor operations (`cpu_trace.py`). If replaying the list is faster and gives the same bits, later steps of this
+kind are replayed. Steps that cannot be traced, and steps of nets with buffers (which BatchNorm changes), run as written. On a CUDA device,
+steps of any duration, with or without buffers, are recorded as CUDA graphs (`cuda_graph.py`) and tested in the same way.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from fedloom.tree import Tree
 log = logging.getLogger(__name__)
 
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
-TRIALS = 30  # steps of one kind before a replay is tested
-REPEATS = 5  # timings of each form
-MOST_KINDS = 256  # a loss that is recreated in every local update would otherwise add kinds indefinitely
-MOST_RECORDINGS = 16  # each uses device memory; the most frequent kinds of step are recorded first
+TRIALS = 30  # number of steps of one kind before a replay is tested
+REPEATS = 5  # number of timings of each form
+MOST_KINDS = 256  # limit for losses that are recreated in every local update, which add kinds
+MOST_RECORDINGS = 16  # each recording uses device memory; the most frequent kinds are recorded first
 
 
 class StepCache:
-    """Remembers which kinds of step to replay."""
+    """Stores which kinds of step are replayed."""
 
     def __init__(self, device: torch.device, rules: ReplayRules) -> None:
         self._device, self._rules = device, rules
@@ -47,8 +47,8 @@ class StepCache:
         """Return a step that is replayed as soon as a replay has passed the test.
 
         Args:
-            kind: identifies the step, together with the shapes of batches; a step of an unhashable kind runs as written.
-            stacked: whether this is a step of several clients at once.
+                kind: identifies the step, together with the shapes of batches. A step with an unhashable kind runs as written.
+                stacked: whether this is a step of several clients at once.
         """
         number = self._number(kind)
         if number is None:
@@ -62,7 +62,7 @@ class StepCache:
         return run
 
     def _number(self, kind: Any) -> int | None:
-        """Return a number that represents a kind: comparing the kinds themselves in every step would be slow."""
+        """Return a number that represents a kind, because comparing the kinds themselves in every step would be slow."""
         try:
             known = self._numbers.get(kind)
         except TypeError:  # unhashable, e.g. a loss that closes over a list
@@ -82,7 +82,7 @@ class StepCache:
         started = time.perf_counter()
         result = step(inputs)
         if kind.is_worth_a_trial((time.perf_counter() - started) / n_clients) and self._n_replays < self._rules.most:
-            with torch.random.fork_rng(_indices(self._device)):  # the trial must not advance the phase's generator
+            with torch.random.fork_rng(_indices(self._device)):  # the trial must not advance the generator of the phase
                 kind.replay = faster_replay(step, inputs, self._rules.make, self._device)
         return result
 
@@ -94,8 +94,8 @@ class StepCache:
 def kind_of(train: Train, work: LocalWork) -> Any:
     """Return the key of steps that share a trace: the loss, and the structure of everything that it may read except batches.
 
-    The name alone is not enough: a downlink may gain a branch in a later round, and a training phase and an adaptation phase may have
-    the same name.
+    The name of the phase alone is not sufficient: a downlink may gain a branch in a later round, and a training phase and an adaptation
+    phase may have the same name.
     """
     return train.name, fingerprint(train.loss), train.modes, _form(work.down), _form(work.client.memory)
 
@@ -116,8 +116,8 @@ def _form(tensors: Mapping[str, Any]) -> Any:
 def fingerprint(value: Any) -> Any:
     """Return the part of a key that identifies a function: its code, and the values that a trace makes constant (bound or closed over).
 
-    Bound methods, lambdas and partial functions are new objects each time they are created, so their identity cannot serve as a key.
-    All other objects are their own key.
+    Bound methods, lambdas and partial functions are new objects each time they are created, so their identity cannot be used as a key. All
+    other objects are their own key.
     """
     if isinstance(value, functools.partial):
         return fingerprint(value.func), value.args, tuple(value.keywords.items())
@@ -138,7 +138,7 @@ class _Kind:
         self._left, self._best, self._longest = TRIALS, float("inf"), longest_s
 
     def is_worth_a_trial(self, seconds: float) -> bool:
-        """Return whether to test a replay now: once, after `TRIALS` steps, if the fastest of them took less than `longest_s`."""
+        """Return whether to test a replay now: once, after `TRIALS` steps, if the fastest of these steps took less than `longest_s`."""
         self._left -= 1
         self._best = min(self._best, seconds)
         return self._left == 0 and self._best < self._longest
@@ -153,7 +153,7 @@ class ReplayRules(NamedTuple):
 
 
 def replay_rules(device: torch.device, stateful: bool) -> ReplayRules | None:
-    """Return how steps are replayed on a device, or None if they are not. `stateful`: whether nets have buffers."""
+    """Return how steps are replayed on a device, or None if they are not. `stateful` states whether nets have buffers."""
     if device.type == "cuda":
         return ReplayRules(lambda step, inputs: Recording(step, inputs, record_graph), float("inf"), MOST_RECORDINGS)
     return ReplayRules(trace, SHORT_S, float("inf")) if device == HOST and not stateful else None
@@ -171,7 +171,7 @@ def faster_replay(
     make: Callable[[Step, Tree], Step],
     device: torch.device,
 ) -> Step | None:
-    """Return a replay of `step` that gives the same bits in less time, or None. Every leaf of the test inputs gets new values."""
+    """Return a replay of `step` that gives the same bits in less time, or None. For the test, every leaf of the inputs gets new values."""
     inputs = tree.map_tree(_varied, inputs)
     try:
         replay = make(step, inputs)
@@ -181,7 +181,7 @@ def faster_replay(
         same = all(a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) for a, b in found)
         slow = shortest_s(lambda: _with_grad(step, other), device, REPEATS)
         fast = shortest_s(lambda: replay(other), device, REPEATS)
-    except Exception as error:  # steps that cannot be replayed (they read a value from a tensor, ...) run as written
+    except Exception as error:  # steps that cannot be replayed (for example, because they read a value) run as written
         _say(device, f"{type(error).__name__}: {error}")
         return None
     if not same:
@@ -190,7 +190,7 @@ def faster_replay(
 
 
 def _say(device: torch.device, why: str) -> None:
-    """Log one line on a CUDA device; log nothing on the CPU, where a replay saves less time."""
+    """Log one line on a CUDA device. Log nothing on the CPU, on which a replay saves less time."""
     if device != HOST:
         log.warning("one kind of step runs as written, without a CUDA graph: %s", why.splitlines()[0])
 
@@ -198,7 +198,7 @@ def _say(device: torch.device, why: str) -> None:
 def _varied(leaf: Tensor) -> Tensor:
     """Return a copy with slightly different numbers.
 
-    Integers (labels) are sampled from those of the batch. The copies are separate tensors: if one tensor occurred twice in the inputs (for
+    Integers (labels) are drawn from those of the batch. The copies are separate tensors. If one tensor occurred twice in the inputs (for
     example, received weights are both parameters and part of the downlink), both occurrences would be traced as one.
     """
     other = twin(leaf)
@@ -210,7 +210,7 @@ def _varied(leaf: Tensor) -> Tensor:
 
 
 def _indices(device: torch.device) -> list[int]:
-    """Return the device in the form that `fork_rng` needs."""
+    """Return the device in the form that `fork_rng` requires."""
     return [device.index] if device.type == "cuda" else []
 
 
