@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compared:
-    """Finished runs of several methods on the same partition, initial weights and cohorts.
+    """The finished runs of several methods with the same partition, initial weights and cohorts.
 
-    `runs`: the runs by the names of their folders, such as `fedavg-seed0`.
+    `runs` contains the runs by the names of their folders, such as `fedavg-seed0`.
     """
 
     folder: Path
@@ -36,7 +36,9 @@ class Compared:
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row per method (mean over seeds): the primary metric (fractions from 0 to 1), bytes and seconds."""
+        """A table with one row per method (mean over seeds) that contains the primary metric (fractions from 0 to 1),
+        bytes and seconds.
+        """
         from fedloom.report import read
         from fedloom.report.tables import summary_grid
 
@@ -44,9 +46,9 @@ class Compared:
 
     @property
     def pairs(self) -> pd.DataFrame:
-        """One row per method: the mean difference to FedAvg, or to the first method, with the same seed. Positive is better.
+        """A table with one row per method: its mean difference from FedAvg, or from the first method, with the same seed.
 
-        Differences are in percentage points, or in the metric's unit.
+        Positive differences are better. Differences are in percentage points, or in the unit of the metric.
         """
         from fedloom.report import read
         from fedloom.report.tables import paired_grid
@@ -70,14 +72,14 @@ def compare(
     """Run several methods on the same data, once per seed, and return the runs.
 
     Args:
-        methods: names (`"fedavg"`, `"my.py:Mine"`) or registered methods as objects (`fedloom.FedRIR(lr=1e-3)`); in a dictionary, by the
-            names of the rows.
-        data, model, partition, progress: as for `fedloom.run`.
-        seeds: the seeds.
-        settings: as for `fedloom.run`; they apply to all methods. `out` is the folder of the comparison.
+            methods: names (`"fedavg"`, `"my.py:Mine"`), or registered methods as objects (`fedloom.FedRIR(lr=1e-3)`). In a dictionary, the
+                keys are the names of the rows.
+            data, model, partition, progress: see `fedloom.run`.
+            seeds: the seeds.
+            settings: settings of `fedloom.run`, which apply to all methods. `out` is the folder of the comparison.
 
     Raises:
-        UsageError: unknown or contradictory settings, or missing data.
+        UsageError: settings are unknown or contradict each other, or data are missing.
     """
     out = settings.pop("out", None)
     if "seed" in settings:
@@ -101,7 +103,7 @@ def compare(
 
 
 def _rows(methods: Sequence[Method | str] | Mapping[str, Method | str]) -> Values:
-    """Return the methods as the settings `method` and `variant`."""
+    """Return the methods in the form of the settings `method` and `variant`."""
     if isinstance(methods, Method):
         raise ConfigError("methods: must be a list of methods, such as ['local', 'fedavg']")
     named = methods if isinstance(methods, Mapping) else _listed(methods)

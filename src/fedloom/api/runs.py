@@ -1,4 +1,4 @@
-"""The Python interface, `fedloom.run(...)`. Its arguments have the same names as on the command line."""
+"""The Python interface, `fedloom.run(...)`. Its arguments have the same names as the settings on the command line."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Run:
     def __init__(
         self, experiment: Experiment, summary: Values, with_data: Callable[[], Experiment] | None = None
     ) -> None:
-        """`with_data`: return the run with its data, if `experiment` is without."""
+        """Open the run. If `experiment` is without its data, `with_data` returns the run with its data."""
         self._experiment, self._reopen = experiment, with_data
         self.summary = summary
-        """The contents of `summary.json`; empty if the run is not finished."""
+        """The contents of `summary.json`, or an empty dictionary if the run is not finished."""
         self.folder: Path = experiment.folder.path
         """The folder with all files of the run."""
         self._predictions = Predictions(experiment, lambda: self._whole)
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are done."""
+        """Whether all rounds are completed."""
         return bool(self.summary)
 
     @property
@@ -73,7 +73,7 @@ class Run:
 
     @property
     def preprocess(self) -> Preprocess:
-        """How raw values become model inputs (`preprocess.json`)."""
+        """The conversion of raw values to model inputs (`preprocess.json`)."""
         return self._experiment.data.preprocess
 
     @property
@@ -83,14 +83,14 @@ class Run:
 
     @cached_property
     def metrics(self) -> pd.DataFrame:
-        """The metrics table: one row per evaluated round."""
+        """The metrics table, with one row per evaluated round."""
         import pandas as pd
 
         return pd.DataFrame(self._experiment.rows)
 
     @cached_property
     def clients(self) -> pd.DataFrame:
-        """The clients table: one row per client and round in which the client trained or was scored."""
+        """The clients table, with one row per client and round in which the client was trained or scored."""
         import pandas as pd
 
         return pd.DataFrame(self._experiment.client_rows)
@@ -101,35 +101,35 @@ class Run:
         return self._whole.data
 
     def predict(self, client: int | str, inputs: Any, *, batch: int = AT_ONCE, adapt: bool = True) -> npt.NDArray[Any]:
-        """Return a model's predictions for new raw data, as values of the data.
+        """Return a model's predictions for new raw values, in the form of the data.
 
         Args:
             client: the client's number, the name of its owner (`partition=natural`), or "server" for the server's model.
-            inputs: one example or several. For tables, a file, a pandas table or a dictionary of columns; columns are found by name. For
-                pictures, files, pictures of Pillow or uint8 arrays. Otherwise arrays as in training, or an .npy or .npz file.
+            inputs: one or several examples. For tables, a file, a pandas table or a dictionary of columns; columns are found by name. For
+                images, files, Pillow images or uint8 arrays. Otherwise, arrays as in training, or an .npy or .npz file.
             batch: number of examples that are computed at once.
-            adapt: some methods adapt a model to the client's own examples before it predicts; they need the run's data. False: predict
-                without this.
+            adapt: whether to adapt the model to the client's own examples before it predicts, if the method does so. This requires the
+                run's data.
 
         Returns:
-            Class names (N,); tuples of label names (N,); numbers in the targets' units, (N,) or (N, M); token ids or names (N, T).
+            Class names (N,), tuples of label names (N,), numbers in the targets' units (N,) or (N, M), or token ids or names (N, T).
 
         Raises:
-            UsageError: inputs do not fit the run, there is no such client, or the run's data are needed and missing.
+                UsageError: inputs do not fit the run, there is no such client, or the run's data are required but missing.
         """
         return self._predictions.predict(client, inputs, adapt, batch)
 
     def predict_proba(
         self, client: int | str, inputs: Any, *, batch: int = AT_ONCE, adapt: bool = True
     ) -> pd.DataFrame:
-        """Return the probability of each class or label, one row per example. Arguments as for `predict`."""
+        """Return the probability of each class or label, with one row per example. For the arguments, see `predict`."""
         return self._predictions.probabilities(client, inputs, adapt, batch)
 
     def score(self, client: int | str, data: Any, *, batch: int = AT_ONCE, adapt: bool = True) -> dict[str, float]:
-        """Return the metrics of a model on new raw data with targets, the primary metric first.
+        """Return the metrics of a model on new raw values with targets, the primary metric first.
 
-        `data`: a table with the label columns of training, a folder with one folder of pictures for each class, a pair of inputs and
-        targets, or a data set whose inputs were made as in training. Other arguments as for `predict`.
+        `data` is a table with the label columns of the training table, a folder with one folder of images for each class, a pair of inputs
+        and targets, or a data set whose inputs were made as in training. For the other arguments, see `predict`.
         """
         return self._predictions.score(client, data, adapt, batch)
 
@@ -137,36 +137,41 @@ class Run:
         """Return a text and its continuation by a language model.
 
         Args:
-            client: as for `predict`.
-            text: the beginning.
-            n: the largest number of new tokens (words, characters or bytes); the text ends earlier at the token for an end.
-            temperature: 0 takes the most probable token; above 0, tokens are drawn, and a higher value makes them more random.
-            seed: fixes the draws.
+                client: see `predict`.
+                text: the beginning of the text.
+                n: the maximum number of new tokens (words, characters or bytes). The text ends earlier if the model predicts the end
+                token.
+                temperature: with 0, the most probable token is used. If positive, tokens are drawn, and a higher value makes them more
+                random.
+                seed: the seed of the draws.
         """
         return self._predictions.generate(client, text, n=n, temperature=temperature, seed=seed)
 
     def model(self, client: int | str, *, adapt: bool = True) -> PersonalModel:
-        """Return a model in evaluation mode; `client` and `adapt` as for `predict`. `model(x)` gives outputs, such as logits (B, Y).
+        """Return a model in evaluation mode. `model(x)` returns outputs, such as logits (B, Y).
 
-        Inputs are tensors as in training, like those of `run.federation.test(i)`; `model.preprocess` makes them from raw data.
+        For `client` and `adapt`, see `predict`. Inputs are tensors as in training, such as those from `run.federation.test(i)`;
+        `model.preprocess` converts raw values to them.
         """
         return self._predictions.model(client, adapt)
 
     def shared_model(self, client: int = 0) -> PersonalModel:
-        """Return the shared body with one linear classifier for all clients: `model(x)` gives scores (B, Y).
+        """Return the shared body with one linear classifier for all clients. `model(x)` returns scores (B, Y).
 
-        The classifier is fitted on the features of all clients' training examples, from sums (see `eval.shared_head`). Unlike `model`,
-        it knows the classes of all clients. `client` matters only if clients keep parts of the body, such as BatchNorm's statistics.
+        The classifier is fitted to sums over the features of all clients' training examples (see `eval.shared_head`). Unlike `model`, it
+        is trained on the classes of all clients. `client` has an effect only if clients keep parts of the body, such as BatchNorm's
+        statistics.
 
         Raises:
-            ConfigError: the run was made without `eval.shared_head`.
+                ConfigError: the run did not use `eval.shared_head`.
         """
         return self._experiment.shared_model(client)
 
     def export(self, client: int = 0, out: str | Path | None = None) -> Exported:
-        """Write a client's model as an ONNX file, compared with torch on the client's examples. It needs the run's data.
+        """Write a client's model as an ONNX file, and compare its outputs with torch on the client's examples. This requires the run's
+        data.
 
-        `out`: folder of the file; default: `export` in the run's folder. Files are never overwritten.
+        `out` is the folder of the file; default: `export` in the run's folder. Files are never overwritten.
         """
         needs()
         folder = self.folder / "export" if out is None else Path(out)
@@ -196,17 +201,19 @@ def run(
     """Run one experiment and return the finished run.
 
     Args:
-        method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
-        data: a name, or a data set from `fedloom.from_arrays(x, y)`.
-        model: a name, an `nn.Module` (its weights are the initial ones), or a class or function that creates one; default fedavg_cnn.
-        partition: a scheme's name, a table of settings (`{"name": "dirichlet", "alpha": 0.5}`), or the partition itself: a
-            `fedloom.data.Partition`, the numbers of each client's examples, or the owner of each example.
-        progress: whether to show a live progress line.
-        settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`); tables as dictionaries (`partition={"name": "iid"}`)
-            or as dotted names (`**{"partition.alpha": 0.5}`).
+            method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
+            data: a name, or a data set from `fedloom.from_arrays(x, y)`.
+            model: a name, an `nn.Module` (whose weights are the initial weights), or a class or function that creates one; default:
+                fedavg_cnn.
+            partition: the name of a scheme, a table of settings (`{"name": "dirichlet", "alpha": 0.5}`), or the partition itself: a
+                `fedloom.data.Partition`, the numbers of each client's examples, or the owner of each example.
+            progress: whether to show a live progress line.
+            settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`). Write tables as dictionaries (`partition={"name":
+            "iid"}`)
+                or as dotted names (`**{"partition.alpha": 0.5}`).
 
     Raises:
-        UsageError: unknown or contradictory settings, or missing data.
+            UsageError: settings are unknown or contradict each other, or data are missing.
     """
     _check_given(method, data, model, settings)
     values, parts = given_objects(data, model, partition, settings)
@@ -227,12 +234,13 @@ def resume(
     accept_changes: bool = False,
     rounds: int | None = None,
 ) -> Run:
-    """Resume an interrupted run from its folder. The result is bit for bit that of an uninterrupted run.
+    """Resume an interrupted run from its folder. The result is bit for bit the same as that of an uninterrupted run.
 
-    With a higher number of `rounds`, a finished run goes on longer. It keeps the scores of its former last round.
+    A higher number of `rounds` extends a finished run. The run keeps the scores of its former last round.
 
-    Other settings, versions or code than at the start are refused, unless `accept_changes` is true; the run then records them.
-    If the run was started with Python objects, pass the same objects again. Everything given by name is read from the folder's config.
+    Settings, versions or code that differ from the start of the run are refused, unless `accept_changes` is true; the run then records the
+    differences. If the run was started with Python objects, pass the same objects again. Everything else is read from the config file in
+    the folder.
     """
     parts = GivenObjects(method=method, dataset=data, model=model, partition=partition)
     return _run(Experiment.resume(folder, parts, accept_changes, rounds), progress)
@@ -245,14 +253,14 @@ def open(
     data: Dataset | None = None,
     model: Model | None = None,
 ) -> Run:
-    """Open the folder of a run, finished or not, to predict with its latest checkpoint. Files of the run do not change.
+    """Open the folder of a finished or unfinished run, to predict with its latest checkpoint. The files of the run do not change.
 
-    The run's data are read only if they are needed: for `federation`, `export`, and methods that adapt models before they predict.
+    The run's data are read only if they are required: for `federation`, `export`, and methods that adapt models before they predict.
 
     Args:
         folder: the run's folder.
-        method, model: the objects that the run was started with, if they were objects.
-        data: the data set that the run was started with, if it was an object and is needed.
+        method, model: the objects with which the run was started, if they were objects.
+        data: the data set with which the run was started, if it was an object and is required.
 
     Raises:
         RunFolderError: the folder has no checkpoint, or a file was damaged.
@@ -261,13 +269,13 @@ def open(
 
 
 def reopened(folder: Path, parts: GivenObjects) -> Run:
-    """Return the run in a folder; its data are read when they are needed. `parts`: the objects that the run was started with."""
+    """Return the run in a folder. Its data are read when they are required. `parts` are the objects with which the run was started."""
 
     def with_data() -> Experiment:
         return Experiment.reopen(folder, parts)
 
     summary = RunFolder.open(folder).summary()
-    if not (folder / PREPROCESS).is_file():  # earlier versions wrote no such file
+    if not (folder / PREPROCESS).is_file():  # earlier versions did not write this file
         return Run(with_data(), summary)
     absent = replace(parts, dataset=None, partition=None, federation=absent_data(folder))
     return Run(Experiment.reopen(folder, absent), summary, with_data)
@@ -284,17 +292,17 @@ def load_data(
     missing: Literal["refuse", "drop", "fill"] = "refuse",
     **options: Any,
 ) -> Dataset:
-    """Return a data set, by its name or from your own file or folder.
+    """Return a data set by its name, or from your own file or folder.
 
     Args:
         path_or_name: a known name (`fedloom list datasets`), or a file or folder (docs/data.md).
-        label: the label column of a table, or several, separated by commas.
-        text: the column of a table with texts, or several.
-        task: the learning task; default: by the labels.
-        split: the column of a table that says train or test.
-        owner: the column of a table that names the owner of each example, or "folder" for pictures in one folder per owner.
+        label: the label column of a table, or several columns, separated by commas.
+        text: the column of a table that contains texts, or several columns.
+        task: the learning task; by default, it is derived from the labels.
+        split: the column of a table that contains train or test.
+        owner: the column of a table that names the owner of each example, or "folder" for images with one folder per owner.
         missing: what to do if values of a table are missing.
-        options: other settings `data.KEY`, such as `image_size=32`, and `name=` for the data set; `path` is not one of them.
+        options: other settings `data.KEY`, such as `image_size=32`, and `name=` for the name of the data set, but not `path`.
 
     Raises:
         UsageError: the data are missing or malformed, or an option is unknown.
@@ -331,7 +339,9 @@ def given_objects(
 
 
 def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a method or data of the wrong type, and for settings of a method or data given as an object."""
+    """Raise ConfigError if the method or data have a wrong type, or if settings of a method or data are set that is
+    passed as an object.
+    """
     if not isinstance(method, Method | str):
         name = method.__name__ if isinstance(method, type) else type(method).__name__
         raise ConfigError(f"method: must be a method object, such as FedAvg(), or a name, not {name}")

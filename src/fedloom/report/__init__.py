@@ -1,7 +1,7 @@
-"""Tables, plots and one HTML page from run folders; never from live objects.
+"""Tables, plots and one HTML page from run folders, never from live objects.
 
-`read.py` reads folders, `tables.py` and `plots.py` draw, `page.py` writes the page. Tables need only the core; plots and the page need
-`pip install 'fedloom[report]'`.
+`read.py` reads folders, `tables.py` and `plots.py` create tables and figures, and `page.py` writes the page. Tables need no extra; plots
+and the page require `pip install 'fedloom[report]'`.
 """
 
 from fedloom.report.generalisation import generalisation_table

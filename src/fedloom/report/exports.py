@@ -1,4 +1,4 @@
-"""Tables as files for other programs: CSV and JSON with numbers, TeX and Markdown as on the page."""
+"""Tables as files for other programs: CSV and JSON contain numbers; TeX and Markdown contain the tables of the page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from fedloom.report.tables import Cell, Column, Grid, paired_grid, summary_colum
 
 Row = dict[str, Any]
 
-KEYS = {"uplink": "uplink_bytes", "downlink": "downlink_bytes", "time": "seconds"}  # columns whose header has no unit
+KEYS = {
+    "uplink": "uplink_bytes",
+    "downlink": "downlink_bytes",
+    "time": "seconds",
+}  # columns without a unit in the header
 PREAMBLE = """\
 % The rules are those of booktabs, if the document uses it.
 \\providecommand{\\toprule}{\\hline}\\providecommand{\\midrule}{\\hline}\\providecommand{\\bottomrule}{\\hline}
@@ -36,11 +40,11 @@ TEX = {
 
 
 def summary_text(records: Sequence[RunRecord], kind: str, baseline: str | None = None) -> str:
-    """Return the summary of runs in a format of `FORMATS`.
+    """Return the summary of runs in one of the formats in `FORMATS`.
 
-    CSV has one row per method, with means and standard deviations over seeds. JSON also has the value of each seed and the
-    differences to the baseline (see `paired_table`). Numbers are as stored: fractions, bytes and seconds. TeX and Markdown have the tables
-    of the page.
+    CSV has one row per method, with means and standard deviations over seeds. JSON also contains the value for each seed and the
+    differences from the baseline (see `paired_table`). Numbers are as stored: fractions, bytes and seconds. TeX and Markdown contain the
+    tables of the page.
 
     Raises:
         UsageError: the runs have different primary metrics, or `baseline` is not among them.
@@ -57,12 +61,12 @@ def summary_text(records: Sequence[RunRecord], kind: str, baseline: str | None =
 
 
 def clients_text(records: Sequence[RunRecord], kind: str) -> str:
-    """Return a table with one row per run and client in a format of `FORMATS`.
+    """Return a table with one row per run and client in one of the formats in `FORMATS`.
 
-    Scores and examples are those of the client's last evaluation, steps are the mean over rounds, and bytes are totals.
+    Scores and numbers of examples are those of the client's last evaluation, steps are means over rounds, and bytes are totals.
 
     Raises:
-        UsageError: the runs have different primary metrics, or no run has results of clients.
+            UsageError: the runs have different primary metrics, or no run contains results of clients.
     """
     rows = [row for g in group(records) for record in g.counted for row in _clients(g, record)]
     if not rows:
@@ -95,7 +99,7 @@ def _method(members: Group, columns: Sequence[Column]) -> Row:
 
 
 def _statistics(values: Sequence[float | None]) -> Row:
-    """Return mean, standard deviation and values; None is a target that was never reached."""
+    """Return the mean, the standard deviation and the values. None means that a target was never reached."""
     known = [value for value in values if value is not None]
     whole = len(known) == len(values)
     spread = statistics.stdev(known) if whole and len(known) > 1 else None
@@ -108,7 +112,7 @@ def _key(header: str) -> str:
 
 
 def _flat(row: Row) -> Row:
-    """Return a method's row without lists: the number of seeds, and a mean and a standard deviation for each column."""
+    """Return a method's row without lists: the number of seeds, and the mean and standard deviation of each column."""
     flat: Row = {}
     for key, value in row.items():
         if isinstance(value, Mapping):
@@ -214,7 +218,7 @@ def _tex(grid: Grid) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Return text for TeX. Letters that need a package are written as their code."""
+    """Return text for TeX. Letters that would require a package are written as their codes."""
     signed = re.sub(r"(?<![\w)])-(?=\d)", "−", text)
     return "".join(TEX.get(c, c if ord(c) < 0x180 else f"\\texttt{{U+{ord(c):04X}}}") for c in signed)
 
@@ -222,4 +226,4 @@ def _escaped(text: str) -> str:
 FORMATS: Mapping[str, Callable[[Any], str]] = MappingProxyType(
     {"csv": _csv, "json": _json, "md": _markdown, "tex": _tex}
 )
-"""The formats of tables, by the suffix of the file."""
+"""The formats of tables, by suffix of the file."""

@@ -9,7 +9,7 @@ from typing import Any
 from fedloom.report.groups import Group, flat_settings, group
 from fedloom.report.read import RunRecord, printable
 
-PLAIN = ("rounds", "batch_size", "seed", "buffers")  # settings that need no words
+PLAIN = ("rounds", "batch_size", "seed", "buffers")  # settings that are self-explanatory
 NAMES = {"batch_size": "batch size", "models": "model"}
 OPTIMISERS = {"sgd": "SGD", "adam": "Adam"}
 SCHEMES = {
@@ -26,7 +26,7 @@ SCHEMES = {
 
 
 def settings_in_words(records: Sequence[RunRecord]) -> dict[str, str]:
-    """Return the settings of the runs in words: for each setting, all of its different values."""
+    """Return the settings of the runs in words, with all different values of each setting."""
     found = {
         "data": _listed(map(_data, records)),
         "partition": _listed(map(partition_words, records)),
@@ -50,7 +50,7 @@ def scheme(record: RunRecord) -> str:
     content = record.partition.get("scheme")
     if not isinstance(content, Mapping):
         return ""
-    known = ("name", "seed", "clients", "data", "n_train", "n_rows")  # shown elsewhere
+    known = ("name", "seed", "clients", "data", "n_train", "n_rows")  # already shown elsewhere
     rest = {key: value for key, value in flat_settings(content).items() if key not in known}
     parts = [shown(content.get("name", "")), *(f"{key}={shown(value)}" for key, value in rest.items())]
     return " ".join(parts).strip()
@@ -64,13 +64,13 @@ def partition_words(record: RunRecord) -> str:
     values = {key: shown(value) for key, value in content.items()} | {"by": shown(content.get("by") or _groups(record))}
     try:
         words = SCHEMES[str(content.get("name"))].format_map(values)
-    except KeyError:  # a scheme of another version
+    except KeyError:  # a scheme from another version
         return scheme(record)
     return words + (", equal shares" if content.get("balance") is True else "")
 
 
 def local_training(groups: Sequence[Group]) -> str:
-    """Return learning rate, optimiser and local steps of every method: `Local training: SGD, lr 0.005, 1 epoch, 13 steps (fedavg)`."""
+    """Return the learning rate, optimiser and local steps of every method: `Local training: SGD, lr 0.005, 1 epoch, 13 steps (fedavg)`."""
     owners: dict[str, list[str]] = {}
     for g in groups:
         if words := _local_words(g):
@@ -80,7 +80,7 @@ def local_training(groups: Sequence[Group]) -> str:
 
 
 def training_facts(members: Group) -> dict[str, Any]:
-    """Return `lr`, `optimizer`, `local_epochs` and `steps` (mean per client and round) of a group's runs, if they are known."""
+    """Return `lr`, `optimizer`, `local_epochs` and `steps` (mean per client and round) of a group's runs, as far as they are known."""
     method = members.records[0].config.get("method")
     settings = method if isinstance(method, Mapping) else {}
     found = {key: settings[key] for key in ("lr", "optimizer", "local_epochs") if key in settings}
@@ -108,7 +108,7 @@ def _groups(record: RunRecord) -> str:
 
 
 def _held_out(record: RunRecord) -> str:
-    """Return the fractions of each client's examples that are held out, such as `25 % for testing`."""
+    """Return the held-out fractions of each client's examples, such as `25 % for testing`."""
     content = record.partition.get("scheme")
     known = content if isinstance(content, Mapping) else {}
     parts = [(known.get("test_fraction"), "for testing"), (known.get("valid"), "for validation")]
@@ -124,7 +124,7 @@ def _data(record: RunRecord) -> str:
 
 
 def _clients(record: RunRecord) -> str:
-    """Return the number of clients, and how many are in a round."""
+    """Return the number of clients, and the number of clients in a round."""
     n, cohort, fraction = (record.fact(key) for key in ("clients", "cohort", "participation"))
     if cohort:
         rest = f", {shown(cohort)} in a round"

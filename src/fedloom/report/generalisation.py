@@ -1,4 +1,4 @@
-"""How well models do beyond the classes and clients they were trained on, and which clients a method leaves worse off."""
+"""The performance of models beyond the classes and clients of their training, and the clients that a method makes worse off."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedloom.report.read import RunRecord
 from fedloom.report.tables import Column, Grid, drawn, filled_grid
 
 RIVALS = ("local", "fedavg")
-"""Methods that leave a client worse off if its own model is less accurate than with them."""
+"""Methods for comparison: a client is worse off if its own model is less accurate than with one of them."""
 NOTES = {
     "not_held": "Held, not held: common test examples of the classes that a client has, or has not, among its training examples.",
     "changed": "Factor changed: clients' own test examples with another value of the client factor, such as the colour.",
@@ -25,7 +25,7 @@ NOTES = {
 
 
 def generalisation_table(records: Sequence[RunRecord]) -> Table | None:
-    """Return the table of `generalisation_grid` for the terminal, or None if it has no values."""
+    """Return the table of `generalisation_grid` for the terminal, or None if it contains no values."""
     grid = generalisation_grid(records)
     return drawn(grid) if grid else None
 
@@ -33,7 +33,7 @@ def generalisation_table(records: Sequence[RunRecord]) -> Table | None:
 def generalisation_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid | None:
     """Return a table with one row per method: accuracy by classes held and not held, with the shared head, and clients worse off.
 
-    Columns without values are left out; return None if none is left.
+    Columns without values are omitted. Return None if no columns remain.
     """
     groups, primary = group(records), shared_primary(records)
     columns = generalisation_columns(groups, primary, digits)
@@ -51,7 +51,7 @@ def generalisation_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid |
 
 
 def generalisation_columns(groups: Sequence[Group], primary: Primary, digits: int) -> list[Column]:
-    """Return all columns of `generalisation_grid`."""
+    """Return all possible columns of `generalisation_grid`."""
     return [*_scores(primary, digits), *_worse_off(groups, digits)]
 
 
@@ -78,7 +78,7 @@ def _newcomers(record: RunRecord) -> float | None:
 
 
 def _worse_off(groups: Sequence[Group], digits: int) -> list[Column]:
-    """Return one column for each rival among the groups: the fraction of clients that are worse off."""
+    """Return one column for each group in `RIVALS`, with the fraction of clients that are worse off."""
     found = []
     for name in RIVALS:
         rival = next((g for g in groups if name in (g.label, g.method)), None)
@@ -89,7 +89,10 @@ def _worse_off(groups: Sequence[Group], digits: int) -> list[Column]:
 
 
 def _than(rival: Group) -> Callable[[RunRecord], float | None]:
-    """Return a function of a run: the mean fraction of clients that are worse off than in the rival's runs with the same data and seed."""
+    """Return a function that computes, for a run, the mean fraction of clients that are worse off than in the rival's runs.
+
+    The rival's runs are those with the same data and seed.
+    """
 
     def fraction(record: RunRecord) -> float | None:
         if record in rival.records or not record.finished:

@@ -1,4 +1,4 @@
-"""Groups of runs that differ only in their seed, and the metrics that represent them."""
+"""Groups of runs that differ only in their seed, and the metrics that summarise them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from fedloom.errors import UsageError
 from fedloom.report.primary import ACCURACY, VIEWS, Primary
 from fedloom.report.read import RunRecord, printable
 
-NOT_A_SETTING = ("out", "label", "method.control")  # a control arm is named in the label
+NOT_A_SETTING = ("out", "label", "method.control")  # the label names a control arm
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ only in their seed: one row of a table, one line of a plot."""
+    """Runs that differ only in their seed. They form one row of a table, or one line of a plot."""
 
     label: str
     method: str
@@ -32,15 +32,15 @@ class Group:
 
     @property
     def counted(self) -> tuple[RunRecord, ...]:
-        """The runs used in means: the finished ones, or all if none is finished."""
+        """The runs that are included in means: the finished runs, or all runs if none is finished."""
         return tuple(record for record in self.records if record.finished) or self.records
 
 
 def group(records: Sequence[RunRecord]) -> list[Group]:
     """Group `records` by method and settings, in order of first appearance.
 
-    The label of a group is the `label` setting of its runs, or its method; a control arm is marked as such. If groups have the same label,
-    the settings in which they differ are added.
+    The label of a group is the `label` setting of its runs, or its method. Control arms are marked. If groups have the same label, the
+    settings in which they differ are added.
     """
     members: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records:
@@ -59,10 +59,10 @@ def _control(record: RunRecord) -> str:
 
 
 def shared_primary(records: Sequence[RunRecord]) -> Primary:
-    """Return the primary metric of runs that are compared with each other.
+    """Return the common primary metric of runs that are compared with each other.
 
     Raises:
-        UsageError: they have different ones.
+        UsageError: the runs have different primary metrics.
     """
     for record in records:
         if record.primary != records[0].primary:
@@ -72,13 +72,13 @@ def shared_primary(records: Sequence[RunRecord]) -> Primary:
 
 
 def settings(record: RunRecord) -> dict[str, Any]:
-    """Return the flat settings of a run (`"method.lr": 0.1`), without its label, folder and seed."""
+    """Return the settings of a run with dotted names (`"method.lr": 0.1`), without its label, folder and seed."""
     flat = flat_settings(record.config)
     return {key: value for key, value in flat.items() if key not in NOT_A_SETTING and key.split(".")[-1] != "seed"}
 
 
 def flat_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested tables to one table with dotted keys."""
+    """Return nested tables as one table with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
@@ -99,7 +99,7 @@ def _labels(members: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
 
 
 def series(record: RunRecord, key: str) -> pd.Series[float]:
-    """Return the finite values of a metric, indexed by round. The result is empty if it was never measured."""
+    """Return the finite values of a metric, indexed by round. The result is empty if the metric was never measured."""
     if key not in record.metrics.columns:
         return pd.Series(dtype="float64")
     values = record.metrics.set_index("round")[key]
@@ -107,10 +107,10 @@ def series(record: RunRecord, key: str) -> pd.Series[float]:
 
 
 def headline(record: RunRecord, measure: str, statistic: str = "final") -> float | None:
-    """Return one number that represents a run, from its summary or, if it is not there, from the rounds so far.
+    """Return one number that summarises a run, from its summary or, if the summary lacks it, from the rounds so far.
 
-    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std`, `worst10`, `held` or `not_held`.
-    Return None if it was not measured.
+    `statistic` is `final`, `last10`, `chosen_on_validation`, `best_on_test`, `uniform`, `std`, `worst10`, `held` or `not_held`. Return
+    None if the number was not measured.
     """
     known = (record.summary or {}).get(measure)
     value = known.get(statistic) if isinstance(known, Mapping) else known if statistic == "final" else None
@@ -145,7 +145,7 @@ def other_metrics(record: RunRecord) -> dict[str, float]:
 
 
 def run_total(record: RunRecord, key: str) -> float | None:
-    """Return a total of the run: `uplink_bytes`, `downlink_bytes`, or `seconds`; for an unfinished run, the total so far."""
+    """Return a total of the run: `uplink_bytes`, `downlink_bytes` or `seconds`. For an unfinished run, return the total so far."""
     value = (record.summary or {}).get(key)
     if isinstance(value, int | float):
         return float(value)

@@ -1,4 +1,4 @@
-"""A model of a client's connection: how long a round's messages take."""
+"""A model of a client's connection, which gives the time that a round's messages take."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fedloom.errors import ConfigError, suggest
 
 
 class Network(NamedTuple):
-    """A connection with a fixed rate in each direction, a fixed latency, and no other traffic."""
+    """A connection with a fixed rate in each direction, a fixed latency and no other traffic."""
 
     name: str
-    up: float  # Mbit/s, 10^6 bits
+    up: float  # in Mbit/s, with 10^6 bits
     down: float
-    latency: float  # ms, one way, for each message
+    latency: float  # in ms, one way, for each message
 
     def seconds(self, up_bytes: float, down_bytes: float) -> float:
-        """Return the time for a downlink and then an uplink. An empty message is not sent and takes no time."""
+        """Return the time in seconds for a downlink followed by an uplink. An empty message is not sent and takes no time."""
         bits = 8 * up_bytes / self.up + 8 * down_bytes / self.down
         return bits / 1e6 + self.latency / 1e3 * ((up_bytes > 0) + (down_bytes > 0))
 
@@ -30,11 +30,11 @@ NETWORKS: Mapping[str, Network] = MappingProxyType(
         "lan": Network("lan", up=1000, down=1000, latency=1),
     }
 )
-"""Assumptions, not measurements; docs/edge.md gives their sources."""
+"""These are assumptions, not measurements. docs/edge.md states their sources."""
 
 
 def networks(text: str) -> list[Network]:
-    """Parse networks: known names such as `4g,lan`, or UP/DOWN/LATENCY in Mbit/s, Mbit/s and ms, such as `2/10/80`.
+    """Return networks from known names such as `4g,lan`, or from UP/DOWN/LATENCY in Mbit/s, Mbit/s and ms, such as `2/10/80`.
 
     Raises:
         ConfigError: a word is neither a known network nor UP/DOWN/LATENCY.

@@ -1,4 +1,4 @@
-"""Results of `fedloom analyse` in run folders: tables and pictures."""
+"""Results of `fedloom analyse` in run folders: tables and images."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Picture(NamedTuple):
 
 
 def analysis_grids(records: Sequence[RunRecord]) -> list[Grid]:
-    """Return one table for each part that was analysed."""
+    """Return one table for each analysed part."""
     return [
         grid for grid in (_features(records), _factor(records), _samples(records), _sharpness(records)) if grid.rows
     ]

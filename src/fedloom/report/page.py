@@ -43,7 +43,7 @@ STATISTICS = {
 
 
 class Chapter(NamedTuple):
-    """Runs that are compared with each other, with a title and a few sentences on how to read the numbers."""
+    """Runs that are compared with each other, with a title and a few sentences on how to interpret the numbers."""
 
     records: Sequence[RunRecord]
     title: str = ""
@@ -67,7 +67,7 @@ def write_page(
 ) -> None:
     """Write a report of `records` to `path`, as one self-contained HTML file. The write is atomic.
 
-    With `waiting`, the report also shows how long the runs would take on devices and networks. `baseline`: see `paired_table`.
+    With `waiting`, the report also shows how long the runs would take on devices and networks. For `baseline`, see `paired_table`.
 
     Raises:
         UsageError: there are no records, they have different primary metrics, `baseline` is not among them, matplotlib or Jinja is not
@@ -77,7 +77,7 @@ def write_page(
 
 
 def write_chapters(chapters: Sequence[Chapter], path: str | Path) -> None:
-    """Write one page for several comparisons, which may have different primary metrics; see `write_page`."""
+    """Write one page for several comparisons, which may have different primary metrics. See `write_page`."""
     _write(chapters, path)
 
 
@@ -208,7 +208,7 @@ def _score_cell(record: RunRecord, measure: str, statistic: str) -> Cell:
 
 
 def _others(record: RunRecord) -> dict[str, str]:
-    """Return the metrics except the primary one after the last evaluation, such as `personal mae`."""
+    """Return all metrics after the last evaluation except the primary one, such as `personal mae`."""
     found = {key.replace("_", " ", 1): value for key, value in other_metrics(record).items()}
     return {printable(name): units.significant(value) for name, value in found.items()}
 

@@ -13,7 +13,7 @@ from fedloom.report.primary import VIEWS, Primary
 from fedloom.report.read import RunRecord
 from fedloom.report.waiting import Waiting
 
-PIXELS = 112  # of an inch of a figure, so that two figures fit next to each other
+PIXELS = 112  # pixels per inch of a figure, with which two figures fit next to each other
 MOST_PARTITIONS = 6
 
 
@@ -64,7 +64,7 @@ def _seeds(records: Sequence[RunRecord]) -> str:
 
 
 def _curves(records: Sequence[RunRecord]) -> list[tuple[style.Figure, str]]:
-    """Return the primary metric over rounds and, if methods are compared and were evaluated more than once, over traffic."""
+    """Return figures of the primary metric over rounds and, if methods are compared and evaluated more than once, over traffic."""
     primary = shared_primary(records)
     views = [view for view in VIEWS if plots.has_values(records, primary.measure(view))]
     if not views:
@@ -94,7 +94,7 @@ def _drawn(name: str, figures: Sequence[tuple[style.Figure, str]]) -> list[Plot]
 
 
 def _partitions(records: Sequence[RunRecord]) -> tuple[list[tuple[style.Figure, str]], str]:
-    """Return one figure for each different partition, all on the same scale, and a note about them."""
+    """Return one figure for each different partition, all with the same scale, and a note about the figures."""
     runs: dict[str, list[RunRecord]] = {}
     for record in records:
         if (record.partition.get("class_counts") or {}).get("train"):
@@ -115,7 +115,7 @@ def _partitions(records: Sequence[RunRecord]) -> tuple[list[tuple[style.Figure, 
 
 
 def _sharing(sharing: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:
-    """Return the title of a partition: which runs have it."""
+    """Return the title of a partition, which names the runs that have it."""
     seeds = {record.seed for record in sharing}
     if len(sharing) == len(records):
         return "Training examples"

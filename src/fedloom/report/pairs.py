@@ -1,4 +1,4 @@
-"""Paired differences of two methods on the same partition with the same seed, which removes the variation that they share."""
+"""Paired differences of two methods with the same partition and seed. Pairing removes the variation that the methods share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ MIN_SEEDS_FOR_INTERVAL = 3
 
 @dataclass(frozen=True)
 class Difference:
-    """Difference between `label` and the baseline over `n_seeds` pairs, in percentage points or the metric's unit (positive: better).
+    """The difference between `label` and the baseline over `n_seeds` pairs, in percentage points or in the metric's unit.
+
+    Positive differences are better.
 
     `interval` is the 95 % t-interval of the mean, or None for fewer than three seeds.
     """
@@ -36,7 +38,7 @@ class Difference:
 
 
 def choose_baseline(groups: Sequence[Group], name: str | None = None) -> Group:
-    """Return the group with label or method `name`. Default: FedAvg, or the first group if there is no FedAvg."""
+    """Return the group with the label or method `name`. By default, return FedAvg, or the first group if there is no FedAvg."""
     wanted = name or "fedavg"
     for candidate in groups:
         if wanted in (candidate.label, candidate.method):
@@ -61,7 +63,7 @@ def difference(group: Group, baseline: Group, measure: str, statistic: str = "fi
 def worse_off(record: RunRecord, rival: RunRecord) -> float | None:
     """Return the fraction of clients whose personal model is worse in `record` than in `rival`, after the last evaluation of each.
 
-    Equal values do not count as worse. Return None if the runs do not form a pair, or without values for any common client.
+    Equal values do not count as worse. Return None if the runs are not a pair, or if there are no values for a common client.
     """
     if _pair_key(record) != _pair_key(rival):
         return None
@@ -72,7 +74,7 @@ def worse_off(record: RunRecord, rival: RunRecord) -> float | None:
 
 
 def _last_by_client(record: RunRecord, measure: str) -> pd.Series[float]:
-    """Return each client's value after the last evaluation, by client; empty if there are none."""
+    """Return each client's value after the last evaluation, by client. The result is empty if there are no values."""
     table = record.clients
     if table is None or measure not in table.columns:
         return pd.Series(dtype="float64")
@@ -99,5 +101,8 @@ def _by_seed(group: Group, measure: str, statistic: str) -> dict[tuple[object, .
 
 
 def _pair_key(record: RunRecord) -> tuple[object, ...]:
-    """Return the key of runs that form a pair. Data sets of equal size may share a partition hash, so the data set's name is included."""
+    """Return a key that is the same for runs that form a pair.
+
+    The key includes the name of the data set, because data sets of equal size may share a partition hash.
+    """
     return record.fact("data"), record.seed, record.partition.get("hash")

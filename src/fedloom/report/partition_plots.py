@@ -30,11 +30,11 @@ from fedloom.report.style import (
 
 Floats = NDArray[np.float64]
 
-MAX_NUMBERS = (20, 20)  # clients and classes of a heat map with numbers
+MAX_NUMBERS = (20, 20)  # maximum numbers of clients and classes in a heat map with numbers
 MAX_BUBBLES = (120, 30)
-MIN_WIDTH, MAX_WIDTH = 3.2, 10.8  # of a figure, in inches
-BUBBLE_LEVELS = 24  # one marker per size level keeps the SVG small
-SINGLE_GROUP = ["examples"]  # the names of a partition's groups if the task has no groups of examples
+MIN_WIDTH, MAX_WIDTH = 3.2, 10.8  # width of a figure, in inches
+BUBBLE_LEVELS = 24  # number of sizes; one marker per size keeps the SVG small
+SINGLE_GROUP = ["examples"]  # names of a partition's groups if the task has no groups of examples
 
 
 def partition_figure(
@@ -44,16 +44,16 @@ def partition_figure(
     title: str = "Training examples",
     largest: float | None = None,
 ) -> Figure:
-    """Plot a partition: examples of each class (rows) at each client (columns).
+    """Plot a partition as the number of examples of each class (rows) on each client (columns).
 
-    Up to 20 clients and classes are drawn as a heat map with numbers, up to 120 clients and 30 classes as bubbles with area
-    proportional to the number of examples, and larger partitions as shaded cells.
+    Up to 20 clients and classes are drawn as a heat map with numbers. Up to 120 clients and 30 classes are drawn as bubbles with area
+    proportional to the number of examples. Larger partitions are drawn as shaded cells.
 
     Args:
-        class_counts: shape (K, Y).
+        class_counts: numbers of examples (K, Y).
         classes: the Y names. In tasks without classes, they are groups of examples.
-        kind: what to call a class.
-        largest: the count that has the full shade or size; default: the largest of this partition.
+        kind: the word for a class.
+        largest: the number of examples with the full shade or size; default: the largest number in this partition.
 
     Raises:
         DataError: the counts are invalid, or the number of names is wrong.
@@ -77,7 +77,7 @@ def partition_figure(
 
 
 def _numbers(counts: Floats, names: Sequence[str], most: float, title: str) -> Axes:
-    """Draw a heat map with numbers, and a row with each client's total."""
+    """Draw a heat map with numbers, and a row with the total of each client."""
     n_clients, n_classes = counts.shape
     cell = 0.27 if counts.sum(axis=1).max() < 1000 else 0.36
     left = 0.42 + text_width(names)
@@ -107,7 +107,7 @@ def _number(axes: Axes, x: float, y: float, count: float, color: str = INK) -> N
 
 
 def _bubbles(counts: Floats, names: Sequence[str], most: float, title: str) -> Axes:
-    """Draw bubbles, with a legend of sizes and each client's total above."""
+    """Draw bubbles with a legend of sizes, and the total of each client above them."""
     n_clients, n_classes = counts.shape
     left = 0.42 + text_width(names)
     width = min(max(left + 0.1 + 0.19 * n_clients, MIN_WIDTH + 1), MAX_WIDTH)
@@ -136,7 +136,7 @@ def _diameter(level: int, cell_points: float) -> float:
 
 
 def _shades(counts: Floats, names: Sequence[str], most: float, title: str) -> Axes:
-    """Draw shaded cells, with a colour bar and each client's total above."""
+    """Draw shaded cells with a colour bar, and the total of each client above them."""
     n_clients, n_classes = counts.shape
     main = _with_totals((MAX_WIDTH, min(2.0 + 0.21 * n_classes, 6.5)), 0.42 + text_width(names), counts, title, 0.8)
     clear, full = (colors.to_rgba(ACCENT, alpha) for alpha in (0, 1))
@@ -154,7 +154,7 @@ def _shades(counts: Floats, names: Sequence[str], most: float, title: str) -> Ax
 
 
 def _with_totals(size: tuple[float, float], left: float, counts: Floats, title: str, right: float = 0.1) -> Axes:
-    """Return the main axes of a new figure, below axes with the number of examples of each client."""
+    """Return the main axes of a new figure, which are below axes with the number of examples of each client."""
     figure, n_clients = blank(size), len(counts)
     top = placed(figure, (left, right, 0.38, size[1] - 0.88), title=title)
     top.stairs(counts.sum(axis=1), np.arange(n_clients + 1) - 0.5, fill=True, color=ACCENT, alpha=0.55)

@@ -1,6 +1,6 @@
-"""Figures of runs. Each is a separate `matplotlib.figure.Figure`; nothing here uses pyplot or global state.
+"""Figures of runs. Each is a separate `matplotlib.figure.Figure`. This module uses neither pyplot nor global state.
 
-Every function that takes `records` groups them by method and settings. A method has the same colour and dash in all
+Every function with the argument `records` groups the records by method and settings. A method has the same colour and dashes in all
 figures of the same records. If a quantity was not measured, the figure states this.
 """
 
@@ -44,19 +44,19 @@ from fedloom.report.waiting import Waiting, elapsed
 Floats = NDArray[np.float64]
 
 WIDTH, HEIGHT = 4.9, 3.1
-LOG_SIZE = (3.2, 2.3)  # figures of logs, in inches
+LOG_SIZE = (3.2, 2.3)  # size of figures of logs, in inches
 MAX_DOTS = 200
-STEPS = (1, 2, 2.5, 5, 10)  # between ticks
-MIN_SPAN = 10.0  # percentage points that an axis shows at least, so that noise does not look like progress
-MIN_SPAN_OF_VALUE = 0.1  # the same for other quantities, as a fraction of the largest value
-SAME = 0.012  # lines that are closer than this fraction of the axis are drawn as one, in alternating colours
+STEPS = (1, 2, 2.5, 5, 10)  # possible steps between ticks
+MIN_SPAN = 10.0  # minimum span of an axis in percentage points, so that noise does not look like progress
+MIN_SPAN_OF_VALUE = 0.1  # minimum span for other quantities, as a fraction of the largest value
+SAME = 0.012  # lines closer than this fraction of the axis are drawn as one, in alternating colours
 ROUNDS = ("lost", "late", "rejected", "skipped", "virtual_steps")  # cumulative counts of events in rounds
 NOT_A_LOG = ("round", "uplink_bytes", "downlink_bytes", "cohort", *ROUNDS)
-SCORES = tuple(f"{view}_" for view in (*VIEWS, "valid", "shared_head"))  # of names of metrics; a log's name has a dot
+SCORES = tuple(f"{view}_" for view in (*VIEWS, "valid", "shared_head"))  # of metric names; names of logs contain a dot
 
 
 class Curve(NamedTuple):
-    """A mean over seeds with its range; all four arrays have shape (points,)."""
+    """The mean of a quantity over seeds, with its range. All four arrays have the shape (points,)."""
 
     x: Floats
     mean: Floats
@@ -66,7 +66,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The title, the names of the axes, and the scales of a figure of curves. `over` ends the title, except above bars."""
+    """The title, the axis names and the scales of a figure of curves. `over` ends the title, except above bars."""
 
     title: str
     axis_names: tuple[str, str]
@@ -78,9 +78,9 @@ class Look:
 
 
 def metric_over_rounds(records: Sequence[RunRecord], view: str = "personal") -> Figure:
-    """Plot the primary metric over completed rounds: mean over seeds, with a band from the lowest seed to the highest.
+    """Plot the primary metric over completed rounds, as a mean over seeds with a band from the lowest to the highest seed.
 
-    `view` is `personal`, `general` or `server`. Fractions are shown in percent. If all runs were evaluated once, draw bars.
+    `view` is `personal`, `general` or `server`. Fractions are shown in percent. If all runs were evaluated only once, bars are drawn.
     """
     primary = shared_primary(records)
     curves = _curves(group(records), lambda record: _shown(record, primary, view))
@@ -102,7 +102,7 @@ def views_over_rounds(records: Sequence[RunRecord]) -> Figure:
 
 
 def main_curves(records: Sequence[RunRecord]) -> Figure:
-    """Plot the primary metric over rounds: of all models if there is one method, otherwise of the first view that was measured."""
+    """Plot the primary metric over rounds: for all models if there is one method, otherwise for the first view that was measured."""
     primary = shared_primary(records)
     if len(group(records)) == 1:
         return views_over_rounds(records)
@@ -111,7 +111,7 @@ def main_curves(records: Sequence[RunRecord]) -> Figure:
 
 
 def metric_over_bytes(records: Sequence[RunRecord], view: str = "personal") -> Figure:
-    """Plot the primary metric over the bytes sent so far, in both directions, for all clients."""
+    """Plot the primary metric over the number of bytes sent so far, in both directions, for all clients."""
 
     def traffic(record: RunRecord) -> pd.Series:
         return series(record, "uplink_bytes") + series(record, "downlink_bytes")
@@ -136,7 +136,7 @@ def _over_rounds(title: str, primary: Primary) -> Look:
 
 
 def _shown(record: RunRecord, primary: Primary, view: str) -> pd.Series[float]:
-    """Return the values of the primary metric as they are shown, by round."""
+    """Return the values of the primary metric in the form in which they are shown, by round."""
     return primary.scale * series(record, primary.measure(view))
 
 
@@ -152,7 +152,7 @@ def _metric_over(
     over: str,
     axis_name: str,
 ) -> Figure:
-    """Plot the primary metric over a cost, which is named `over` in the title; `shown` formats the cost on the axis."""
+    """Plot the primary metric over a cost. `over` is the name of the cost in the title; `shown` formats the cost on the axis."""
     groups, primary = group(records), shared_primary(records)
     curves = _curves(groups, lambda record: _shown(record, primary, view))
     costs = _curves(groups, cost)
@@ -178,7 +178,7 @@ SHARPNESS_NOTE = (
 
 
 def has_sharpness(records: Sequence[RunRecord]) -> bool:
-    """Return whether any run's server model was analysed."""
+    """Return whether the sharpness of any run's server model was analysed."""
     return any(part_of(record, "sharpness").get("curves") for record in records)
 
 
@@ -199,7 +199,7 @@ def sharpness(records: Sequence[RunRecord]) -> Figure:
 
 
 def log_over_rounds(records: Sequence[RunRecord], key: str) -> Figure:
-    """Plot one logged quantity over rounds, averaged over each round's cohort, for the methods that log it."""
+    """Plot one logged quantity over rounds, averaged over the cohort of each round, for the methods that log it."""
     curves = _curves(group(records), lambda record: series(record, key))
     y_log = _spans([value for curve in curves.values() for value in curve.low], 200)
     look = Look(title=shorten(printable(key), 36), axis_names=("round", ""), shape=LOG_SIZE, y_log=y_log)
@@ -225,8 +225,8 @@ def has_values(records: Iterable[RunRecord], key: str) -> bool:
 def client_spread(records: Sequence[RunRecord]) -> Figure:
     """Plot the primary metric of every client's personal model at the last evaluation, for all seeds together.
 
-    The bar spans the middle half, the line is the median, and the diamond is the mean of the worst tenth. At most 200
-    dots per method are drawn, evenly spaced in rank.
+    The bar spans the middle half of the values, the line is the median, and the diamond is the mean of the worst tenth. At most 200 dots
+    are drawn per method, evenly spaced in rank.
     """
     groups, primary = group(records), shared_primary(records)
     marks = strokes(groups)
@@ -244,7 +244,7 @@ def client_spread(records: Sequence[RunRecord]) -> Figure:
 
 
 def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
-    """Plot the bytes of a whole run, in both directions: one bar per method and kind of content, mean over seeds."""
+    """Plot the number of bytes of a whole run, in both directions, with one bar per method and kind of content, as a mean over seeds."""
     groups = group(records)
     marks = strokes(groups)
     traffic = {g.label: _kinds(g) for g in groups}
@@ -271,7 +271,7 @@ def bytes_by_kind(records: Sequence[RunRecord]) -> Figure:
 
 
 def _curves(groups: Sequence[Group], values: Callable[[RunRecord], pd.Series[float]]) -> dict[str, Curve]:
-    """Return curves over rounds by label, without empty ones."""
+    """Return the curves over rounds by label. Empty curves are omitted."""
     curves = {}
     for g in groups:
         table = pd.concat([values(record) for record in g.counted], axis=1).dropna(how="all").sort_index()
@@ -282,13 +282,16 @@ def _curves(groups: Sequence[Group], values: Callable[[RunRecord], pd.Series[flo
 
 
 def _over(curve: Curve, other: Curve) -> Curve:
-    """Return `curve` over the mean of `other` instead of rounds, at rounds where both are known."""
+    """Return `curve` over the mean of `other` instead of rounds, for the rounds in which both are known."""
     _, ours, theirs = np.intersect1d(curve.x, other.x, return_indices=True)
     return Curve(other.mean[theirs], curve.mean[ours], curve.low[ours], curve.high[ours])
 
 
 def _curves_figure(curves: Mapping[str, Curve], marks: Mapping[str, Stroke], look: Look, bars: bool = True) -> Figure:
-    """Draw curves with their names at their ends. `bars`: whether to draw bars instead if each curve is one point of the same round."""
+    """Draw curves with their names at their ends.
+
+    With `bars`, bars are drawn instead if each curve is one point of the same round.
+    """
     only = {tuple(curve.x) for curve in curves.values()}
     if bars and len(only) == 1 and len(next(iter(only))) == 1:
         return _bars_figure(curves, marks, look)
@@ -330,14 +333,14 @@ def _number(value: float, _: float) -> str:
 
 
 def _y_range(curves: Iterable[Curve], percent: bool) -> tuple[float, float]:
-    """Return the limits of the y axis. They span at least `MIN_SPAN` percentage points or `MIN_SPAN_OF_VALUE` of the largest value."""
+    """Return the limits of the y axis, which span at least `MIN_SPAN` percentage points or `MIN_SPAN_OF_VALUE` of the largest value."""
     known = list(curves)
     low, high = (float(fn([fn(ends) for ends in found])) for fn, found in (
         (min, [curve.low for curve in known]), (max, [curve.high for curve in known]),
     ))  # fmt: skip
     least = MIN_SPAN if percent else MIN_SPAN_OF_VALUE * max(abs(low), abs(high)) or 1.0
     middle, span = (low + high) / 2, max(1.08 * (high - low), least)
-    if percent:  # the axis does not show values that cannot be
+    if percent:  # the axis does not show impossible values
         middle = min(max(middle, span / 2 - 1), 101 - span / 2)
     return middle - span / 2, middle + span / 2
 
@@ -345,7 +348,7 @@ def _y_range(curves: Iterable[Curve], percent: bool) -> tuple[float, float]:
 def _alternating(
     curves: Mapping[str, Curve], marks: Mapping[str, Stroke], limits: tuple[float, float]
 ) -> dict[str, Stroke]:
-    """Return the strokes of curves, with alternating dashes for curves that lie on each other, which would hide all but the last."""
+    """Return the strokes of curves. Curves that coincide have alternating dashes, because the last would otherwise hide the others."""
     bundles: list[list[str]] = []
     for label, curve in curves.items():
         bundle = next((names for names in bundles if _same(curves[names[0]], curve, limits)), None)
@@ -369,7 +372,7 @@ def _same(one: Curve, other: Curve, limits: tuple[float, float]) -> bool:
 
 
 def _bars_figure(curves: Mapping[str, Curve], marks: Mapping[str, Stroke], look: Look) -> Figure:
-    """Draw one bar per curve, which has one point: the mean over seeds, with a stroke from the lowest seed to the highest."""
+    """Draw one bar for each curve, which has one point: the mean over seeds, with a stroke from the lowest to the highest seed."""
     labels, values = list(curves), [float(curve.mean[0]) for curve in curves.values()]
     number = next(iter(curves.values())).x[0]
     title = f"{look.title}, {look.axis_names[0]} {number:g}"
@@ -388,7 +391,7 @@ def _bars_figure(curves: Mapping[str, Curve], marks: Mapping[str, Stroke], look:
 
 
 def _rows_axes(names: Sequence[str], row: float, width: float = WIDTH, **labels: str) -> Axes:
-    """Return the axes of a figure with one named row of height `row`, in inches, for each of `names`."""
+    """Return the axes of a figure with one row for each of `names`. A row has the height `row`, in inches."""
     return framed((width, 1.0 + row * len(names)), (_rows_margin(names), 0.15, 0.38, 0.5), **labels)
 
 
@@ -397,7 +400,7 @@ def _rows_margin(names: Iterable[str]) -> float:
 
 
 def _draw_curve(axes: Axes, curve: Curve, mark: Stroke) -> None:
-    if curve.x[0] == curve.x[-1]:  # one point, or nothing was sent
+    if curve.x[0] == curve.x[-1]:  # the curve has one point, or nothing was sent
         axes.plot(curve.x[-1:], curve.mean[-1:], "o", color=mark.colour)
         axes.vlines(curve.x[-1], curve.low[-1], curve.high[-1], color=mark.colour)
     else:
@@ -406,7 +409,7 @@ def _draw_curve(axes: Axes, curve: Curve, mark: Stroke) -> None:
 
 
 def _spans(values: Iterable[float], ratio: float) -> bool:
-    """Return whether all values are positive and the largest is more than `ratio` times the smallest."""
+    """Return whether all values are positive, and the largest is more than `ratio` times the smallest."""
     known = list(values)
     return bool(known) and min(known) > 0 and max(known) > ratio * min(known)
 
@@ -418,7 +421,7 @@ def _not_measured(axes: Axes) -> Figure:
 
 
 def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
-    """Name the rows at the left, from top to bottom, without horizontal grid lines."""
+    """Write the names of the rows at the left, from top to bottom, and draw no horizontal grid lines."""
     axes.set_yticks(range(len(labels)), [shorten(label, 30) for label in labels], color=INK)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
@@ -426,7 +429,7 @@ def _name_rows(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def _draw_spread(axes: Axes, row: int, members: Group, primary: Primary, colour: str) -> bool:
-    """Draw one method. Return whether there was anything to draw."""
+    """Draw one method. Return whether there were any values to draw."""
     values = _client_values(members, primary)
     if not len(values):
         return False
@@ -447,7 +450,7 @@ def _draw_spread(axes: Axes, row: int, members: Group, primary: Primary, colour:
 
 
 def _client_values(members: Group, primary: Primary) -> Floats:
-    """Return the sorted values, as shown, at each run's last evaluation, shape (clients of all seeds,)."""
+    """Return the sorted values (clients of all seeds,) at each run's last evaluation, in the form in which they are shown."""
     found: list[Floats] = [np.empty(0)]
     measure = primary.measure("personal")
     for record in members.counted:
@@ -460,7 +463,7 @@ def _client_values(members: Group, primary: Primary) -> Floats:
 
 
 def _kinds(members: Group) -> dict[str, tuple[float, float]]:
-    """Return mean bytes (up, down) by kind, the largest kind first."""
+    """Return the mean numbers of bytes (up, down) by kind, the largest kind first."""
     tables = [table for record in members.counted if (table := (record.summary or {}).get("bytes_by_kind"))]
     kinds = dict.fromkeys(kind for table in tables for way in ("uplink", "downlink") for kind in table.get(way, {}))
 

@@ -9,15 +9,15 @@ from fedloom.errors import RunFolderError
 from fedloom.report import units
 
 VIEWS = ("personal", "general", "server")
-"""The models that are scored; a run's metrics are named after them, such as `personal_accuracy`."""
+"""The models that are scored. They give the metrics of a run their names, such as `personal_accuracy`."""
 
 
 class Primary(NamedTuple):
-    """The primary metric of a run. The default is that of classification, and of run folders that do not name one."""
+    """The primary metric of a run. The default is the metric of classification, also for run folders that do not name a metric."""
 
     name: str = "accuracy"
     better: str = "higher"  # or "lower"
-    percent: bool = True  # whether values are fractions, which are shown in percent
+    percent: bool = True  # whether values are fractions that are shown in percent
     unit: str = ""
 
     def measure(self, view: str, facet: str = "") -> str:
@@ -31,12 +31,12 @@ class Primary(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """1 if larger values are better, else -1."""
+        """1 if larger values are better, and -1 otherwise."""
         return -1 if self.is_lower_better else 1
 
     @property
     def scale(self) -> float:
-        """The factor from stored values to shown ones: 100 for percent, else 1."""
+        """The factor from stored values to displayed values: 100 for percent, and 1 otherwise."""
         return 100.0 if self.percent else 1.0
 
     def best(self, values: Iterable[float]) -> float:
@@ -49,42 +49,42 @@ class Primary(NamedTuple):
 
     @property
     def qualifier(self) -> str:
-        """The text after the metric's name on an axis: `" (%)"`, or `" (mg/dl, lower is better)"`."""
+        """The text after the metric's name on an axis, such as `" (%)"` or `" (mg/dl, lower is better)"`."""
         parts = ["%" if self.percent else self.unit, "lower is better" if self.is_lower_better else ""]
         text = ", ".join(part for part in parts if part)
         return f" ({text})" if text else ""
 
     @property
     def label(self) -> str:
-        """The label of an axis: `"accuracy (%)"`, or `"rmse (lower is better)"`."""
+        """The label of an axis, such as `"accuracy (%)"` or `"rmse (lower is better)"`."""
         return self.name + self.qualifier
 
     @property
     def heading(self) -> str:
-        """The metric in the title of a table: `"accuracy in percent"`, or `"rmse (lower is better)"`."""
+        """The metric in the title of a table, such as `"accuracy in percent"` or `"rmse (lower is better)"`."""
         return self.label if self.is_lower_better or not self.percent else f"{self.name} in percent"
 
     @property
     def difference_heading(self) -> str:
-        """The unit of a difference in the title of a table: `"percentage points"`, or `"rmse (mg/dl)"`."""
+        """The unit of a difference in the title of a table, such as `"percentage points"` or `"rmse (mg/dl)"`."""
         if self.percent:
             return "percentage points" + ("" if self.name == "accuracy" else f" of {self.name}")
         return self.name + (f" ({self.unit})" if self.unit else "")
 
     def text(self, value: float, digits: int = 1) -> str:
-        """Return a value in percent with `digits` decimal places, without the sign, or with four significant digits."""
+        """Return a value in percent with `digits` decimal places, without the percent sign, or a value with four significant digits."""
         return units.points(value, digits) if self.percent else units.significant(value)
 
     def spread(self, deviation: float, value: float, digits: int = 1) -> str:
-        """Return the standard deviation of a value, with as many decimal places as `text` gives the value."""
+        """Return the standard deviation of a value, with as many decimal places as `text` uses for the value."""
         return units.points(deviation, digits) if self.percent else units.significant(deviation, value)
 
     def difference(self, value: float, largest: float, digits: int = 1) -> str:
-        """Return a difference of shown values with its sign. Without percent, `largest` sets the decimal places."""
+        """Return a difference of displayed values with its sign. If values are not in percent, `largest` determines the decimal places."""
         return f"{value:+.{digits}f}" if self.percent else f"{'+' * (value >= 0)}{units.significant(value, largest)}"
 
     def target(self, value: float) -> str:
-        """Return a target for personal models in words: `"90.0 % personal accuracy"`, or `"a personal rmse of 54.3 mg/dl"`."""
+        """Return a target for personal models in words, such as `"90.0 % personal accuracy"` or `"a personal rmse of 54.3 mg/dl"`."""
         if self.percent:
             return f"{units.points(value)} % personal {self.name}"
         return f"a personal {self.name} of {value:.6g} {self.unit}".rstrip()
@@ -94,7 +94,7 @@ ACCURACY = Primary()
 
 
 def read_primary(content: Any, where: str) -> Primary:
-    """Return the primary metric that a file of a run folder describes; `where` names the file. None: accuracy.
+    """Return the primary metric that a file in a run folder describes. If `content` is None, return accuracy. `where` names the file.
 
     Raises:
         RunFolderError: the description is malformed.

@@ -1,4 +1,4 @@
-"""Read run folders into records, the only input of reports."""
+"""Read run folders into records, which are the only input of reports."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from fedloom.report.primary import ACCURACY, Primary, read_primary
 class RunRecord:
     """The contents of one run folder.
 
-    `metrics` has one row per evaluated round, sorted by `round`, with NaN for null. `clients` has one row per (round,
-    client), or is None if the folder has no `clients.parquet`. `summary` is None while the run is unfinished.
-    `environment` and `partition` are empty if their files are missing. `analysis` is the result of `fedloom analyse`.
-    `primary` is the metric that the run is measured by. `manifest` is that of the finished run; it is not checked here
-    (`fedloom verify` does that).
+    `metrics` has one row per evaluated round, sorted by `round`, with NaN for null. `clients` has one row per (round, client), or is None
+    if the folder has no `clients.parquet`. `summary` is None while the run is unfinished. `environment` and `partition` are empty if their
+    files are missing. `analysis` is the result of `fedloom analyse`. `primary` is the primary metric of the run. `manifest` is the
+    manifest of the finished run; it is not checked here (`fedloom verify` checks it).
     """
 
     path: Path
@@ -43,12 +42,12 @@ class RunRecord:
 
     @property
     def method(self) -> str:
-        """The method's name: from the config, else the summary, else the folder."""
+        """The name of the method from the config, or else from the summary, or else from the name of the folder."""
         return printable(str(self.fact("method") or self.name))
 
     @property
     def seed(self) -> int | None:
-        """The seed, or None if it is not in the folder."""
+        """The seed, or None if the folder does not contain it."""
         seed = self.fact("seed")
         return seed if isinstance(seed, int) else None
 
@@ -59,7 +58,7 @@ class RunRecord:
 
     @property
     def rounds_done(self) -> int:
-        """Rounds completed at the last evaluation, 0 before the first."""
+        """The number of rounds completed at the last evaluation, or 0 before the first evaluation."""
         return int(self.metrics["round"].iloc[-1]) if len(self.metrics) else 0
 
     @property
@@ -69,7 +68,7 @@ class RunRecord:
         return f"round {self.rounds_done} of {planned}" if planned else f"round {self.rounds_done}"
 
     def fact(self, key: str) -> Any:
-        """Return `key` from the config (its name if it is a table), else from the summary, else None."""
+        """Return `key` from the config (its name if it is a table), or else from the summary, or else None."""
         value = self.config.get(key)
         if isinstance(value, Mapping):
             value = value.get("name")
@@ -82,10 +81,10 @@ def printable(text: str) -> str:
 
 
 def read(paths: Iterable[str | Path]) -> list[RunRecord]:
-    """Read all runs in `paths`; each path is a run folder or a folder of run folders. Repeated runs are read once.
+    """Read all runs in `paths`. Each path is a run folder, or a folder of run folders. Repeated runs are read once.
 
-    Raise RunFolderError if a path is neither, or if a file cannot be read. An incomplete last line of `metrics.jsonl`, from
-    an interrupted run, is skipped.
+    Raise RunFolderError if a path is neither, or if a file cannot be read. If the last line of `metrics.jsonl` is incomplete because the
+    run was interrupted, the line is skipped.
     """
     folders: dict[Path, Path] = {}
     for path in paths:
@@ -167,7 +166,7 @@ def _read_metrics(path: Path) -> pd.DataFrame:
     rows = list(_metric_rows(path)) if path.exists() else []
     table = pd.DataFrame(rows, columns=list(dict.fromkeys(["round", *(key for row in rows for key in row)])))
     table = table.astype({key: "int64" if key == "round" else "float64" for key in table.columns})
-    # A run killed between writing this file and its checkpoint evaluates some rounds again: keep the later line.
+    # A run killed between writing this file and its checkpoint evaluates some rounds again. Keep the later line.
     return table.drop_duplicates("round", keep="last").sort_values("round", ignore_index=True)
 
 
@@ -191,7 +190,7 @@ def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
     for key, value in row.items():
         parts = (
             value if isinstance(value, list) else [value]
-        )  # lists are per class; the report uses those in the summary
+        )  # lists have values per class; the report uses those in the summary
         if not all(part is None or isinstance(part, int | float) for part in parts):
             raise RunFolderError(f"{where}: '{key}' must be a number or null, not {value!r}")
     return row

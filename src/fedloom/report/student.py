@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-BISECTIONS = 60  # of the interval (0, pi/2): enough for the precision of a float
+BISECTIONS = 60  # number of bisections of (0, pi/2), which is sufficient for the precision of a float
 
 
 def t_quantile(p: float, degrees: int) -> float:
-    """Return the quantile `p` (above 0, below 1) of the t distribution with an integer number of degrees of freedom."""
+    """Return the quantile `p`, with 0 < p < 1, of the t distribution with an integer number of degrees of freedom."""
     if not 0 < p < 1 or degrees < 1:
         raise ValueError(f"p={p}, degrees={degrees}: p must be between 0 and 1, and degrees at least 1")
     low, high = 0.0, math.pi / 2
@@ -20,7 +20,7 @@ def t_quantile(p: float, degrees: int) -> float:
 
 
 def _within(angle: float, degrees: int) -> float:
-    """Return P(|T| < t) for t = sqrt(degrees) tan(angle); Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    """Return P(|T| < t) for t = sqrt(degrees) tan(angle), by Abramowitz and Stegun, 26.7.3 and 26.7.4."""
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
     term, total = (cosine, 0.0) if odd else (1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Style of figures: colours, fonts, and conversion of matplotlib figures to SVG that supports the page's dark mode."""
+"""The style of figures: colours, fonts, and the conversion of matplotlib figures to SVG that supports the page's dark mode."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ try:
 except ImportError as missing:
     raise UsageError("plots need matplotlib: pip install 'fedloom[report]'") from missing
 
-# Other modules import matplotlib's names from here, so that there is one error message if it is missing.
+# Other modules import matplotlib's names from here, so that one error message covers a missing matplotlib.
 __all__ = ["Axes", "Figure", "Line2D", "Stroke", "blank", "colors", "drawing", "figure_of", "framed", "label_ends"]
 __all__ += ["names_margin", "placed", "plain_svg", "shorten", "strokes", "svg", "text_width", "ticker"]
 __all__ += ["ACCENT", "CSS_NAMES", "INK", "MUTED", "NAME_LETTERS", "RULE", "SERIES"]
@@ -75,7 +75,7 @@ SETTINGS: Mapping[Any, object] = MappingProxyType(
 
 LETTER = 0.078  # mean width of a letter at the normal font size, in inches
 NAME_AT = 0.46  # distance between the axes and the names of lines, in inches
-NAME_LETTERS = 22  # the most letters of such a name
+NAME_LETTERS = 22  # maximum number of letters of such a name
 
 
 class Stroke(NamedTuple):
@@ -87,9 +87,9 @@ class Stroke(NamedTuple):
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Apply the style of the report during the block, in which a figure is built or saved."""
+    """Apply the style of the report within the context, in which a figure is built or saved."""
     with matplotlib.rc_context(dict(SETTINGS)), warnings.catch_warnings():
-        # Method names may have glyphs that matplotlib's font lacks; browsers have them.
+        # Method names may contain glyphs that matplotlib's font lacks but browsers have.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
 
@@ -104,30 +104,30 @@ def strokes(groups: Sequence[Group]) -> dict[str, Stroke]:
 
 
 def shorten(label: str, width: int = 26) -> str:
-    """Shorten `label` to `width` characters."""
+    """Return `label`, shortened to `width` characters."""
     return label if len(label) <= width else f"{label[: width - 1]}…"
 
 
 def framed(size: tuple[float, float], margins: tuple[float, float, float, float], **labels: Any) -> Axes:
-    """Return the axes of a new figure, with fixed margins, which is several times as fast as a layout that measures all text.
+    """Return the axes of a new figure with fixed margins. This is several times as fast as a layout that measures all text.
 
     Args:
         size: width and height of the figure in inches.
-        margins: left, right, top and bottom, in inches.
+            margins: left, right, top and bottom margin in inches.
         labels: title and labels of the axes.
     """
     return placed(blank(size), margins, **labels)
 
 
 def blank(size: tuple[float, float]) -> Figure:
-    """Return a figure whose axes are placed by hand; `size` is its width and height in inches."""
+    """Return a figure whose axes will be placed manually. `size` is its width and height in inches."""
     figure = Figure(figsize=size)
     figure.set_layout_engine("none")
     return figure
 
 
 def placed(figure: Figure, margins: tuple[float, float, float, float], **labels: Any) -> Axes:
-    """Add axes to a figure, with fixed margins (left, right, top, bottom) in inches, and return them."""
+    """Add axes with fixed margins (left, right, top, bottom) in inches to a figure, and return the axes."""
     (width, height), (left, right, top, bottom) = figure.get_size_inches(), margins
     box = (left / width, bottom / height, 1 - (left + right) / width, 1 - (top + bottom) / height)
     return figure.add_axes(box, **labels)
@@ -139,23 +139,23 @@ def text_width(texts: Iterable[str]) -> float:
 
 
 def figure_of(axes: Axes) -> Figure:
-    """Return the figure that axes belong to."""
+    """Return the figure to which axes belong."""
     figure = axes.get_figure(root=True)
     assert figure is not None
     return figure
 
 
 def names_margin(names: Iterable[str], letters: int) -> float:
-    """Return the right margin, in inches, that `label_ends` needs for these names, shortened to `letters`."""
+    """Return the right margin, in inches, that `label_ends` needs for these names, shortened to `letters` letters."""
     return NAME_AT + text_width(shorten(name, letters) for name in names) + 0.05
 
 
 def label_ends(
     axes: Axes, ends: Mapping[str, tuple[float, float]], marks: Mapping[str, Stroke], letters: int = NAME_LETTERS
 ) -> None:
-    """Name each line next to the axes, with a sample of its stroke, at the height of its end (in data units), moved apart to avoid overlap.
+    """Write the name of each line next to the axes, with a sample of its stroke, at the height of its end (in data units).
 
-    A dotted grey leader joins the end and the sample. Names are shortened to `letters`.
+    Names are moved apart to avoid overlap. A dotted grey leader connects the end and the sample. Names are shortened to `letters` letters.
     """
     figure = figure_of(axes)
     width, height = axes.get_position().size * figure.get_size_inches()
@@ -173,7 +173,7 @@ def label_ends(
 
 
 def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Return the heights in the same order, at least `gap` apart and at most 1, moved equally up and down."""
+    """Return the heights in the same order, moved up and down equally so that they are at least `gap` apart and at most 1."""
     order = sorted(heights, key=lambda label: heights[label])
     wanted = np.array([heights[label] for label in order])
     steps = gap * np.arange(len(order))
@@ -187,7 +187,7 @@ def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
 def svg(figure: Figure, name: str, description: str) -> str:
     """Return `figure` as an `<svg>` element for a page.
 
-    Colours become CSS variables, ids are made unique with `name`, and there are no external references.
+    Colours become CSS variables, `name` makes ids unique, and there are no external references.
     """
     text = plain_svg(figure)
     text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -201,7 +201,7 @@ def plain_svg(figure: Figure) -> str:
     buffer = io.StringIO()
     for patch in (figure.patch, *(axes.patch for axes in figure.axes)):
         patch.set_visible(False)
-    with drawing():  # `savefig` draws twice
+    with drawing():  # `savefig` would draw twice
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]
     return buffer.getvalue()
 

@@ -1,4 +1,4 @@
-"""The summary and the paired differences of runs, as grids of cells and as tables for the terminal."""
+"""The summary and the paired differences of runs, as grids of cells, and as tables for the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedloom.report.read import RunRecord
 
 
 class Cell(NamedTuple):
-    """The text of a cell, its number (for sorting; None if it has none), and whether it is bold."""
+    """A cell: its text, its number for sorting (or None if it has none), and whether it is bold."""
 
     text: str
     value: float | None = None
@@ -34,7 +34,7 @@ NOT_COUNTED = {"rejected": "rejected", "lost": "lost", "late": "late", "skipped"
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A table before it is rendered. The first column names the rows; "\\n" in a header is a line break."""
+    """A table before it is rendered. The first column contains the names of the rows; "\\n" in a header is a line break."""
 
     title: str
     headers: tuple[str, ...]
@@ -44,14 +44,12 @@ class Grid:
 
 
 class Column(NamedTuple):
-    """A column of the summary: how to read its number from a run, and how to format it."""
+    """A column of the summary: how its number is read from a run, and how it is formatted."""
 
     header: str
     value: Callable[[RunRecord], float | None]
     text: Callable[[float], str]
-    is_score: (
-        bool  # a value of the primary metric, with its spread over seeds; otherwise a cost, of which less is better
-    )
+    is_score: bool  # whether it is a primary metric, with its spread over seeds, or a cost (lower is better)
 
 
 def summary_table(records: Sequence[RunRecord]) -> Table:
@@ -64,7 +62,7 @@ def summary_table(records: Sequence[RunRecord]) -> Table:
 
 
 def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> Table | None:
-    """Return a table of differences to a baseline, paired by seed, or None if no runs form pairs.
+    """Return a table of differences from a baseline, paired by seed, or None if no runs form pairs.
 
     The default baseline is FedAvg, or the first method if there is no FedAvg.
 
@@ -76,14 +74,14 @@ def paired_table(records: Sequence[RunRecord], baseline: str | None = None) -> T
 
 
 def summary_grid(records: Sequence[RunRecord], digits: int = 1) -> Grid:
-    """See `summary_table`. `digits`: decimal places of percentages. Columns without values are left out."""
+    """Return the grid of `summary_table`. `digits` is the number of decimal places of percentages. Columns without values are omitted."""
     groups, primary = group(records), shared_primary(records)
     columns = summary_columns(primary, digits)
     return filled_grid(f"Results, {primary.heading}", columns, groups, digits, _summary_caption(groups))
 
 
 def filled_grid(title: str, columns: Sequence[Column], groups: Sequence[Group], digits: int, caption: str) -> Grid:
-    """Return one row per group (mean ± std over seeds), without the columns that have no values."""
+    """Return a grid with one row per group (mean ± std over seeds), without the columns that have no values."""
     primary = shared_primary([record for g in groups for record in g.records])
     columns = [column for column in columns if _fills(column, groups)]
     body = [_column_cells(column, groups, primary, digits) for column in columns]
@@ -93,7 +91,7 @@ def filled_grid(title: str, columns: Sequence[Column], groups: Sequence[Group], 
 
 
 def summary_columns(primary: Primary, digits: int) -> list[Column]:
-    """Return all columns of the summary. `digits`: decimal places of percentages."""
+    """Return all possible columns of the summary. `digits` is the number of decimal places of percentages."""
 
     def text(value: float) -> str:
         return primary.text(value, digits)
@@ -125,13 +123,13 @@ def summary_columns(primary: Primary, digits: int) -> list[Column]:
 
 
 def _epsilon(record: RunRecord) -> float | None:
-    """Return what a private run spent, for an observer who does not know the cohorts; infinity without noise."""
+    """Return the epsilon that a private run spent, for an observer who does not know the cohorts; infinity without noise."""
     privacy = (record.summary or {}).get("privacy")
     return None if privacy is None else math.inf if privacy["epsilon"] is None else float(privacy["epsilon"])
 
 
 def _to_target(record: RunRecord, what: str) -> float | None:
-    """Return the cost until the target: infinity if the run never reached it, None if it had no target."""
+    """Return the cost until the target was reached: infinity if it was never reached, and None if the run had no target."""
     summary = record.summary or {}
     value = summary.get(f"{what}_to_target", math.inf if "target" in summary else None)
     return math.inf if "target" in summary and value is None else value
@@ -148,7 +146,7 @@ def _bytes(value: float) -> str:
 def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
     """Return the per-class recall of the clients' models on the common test set, in percent, averaged over seeds.
 
-    Return None if the runs have no recalls, have different classes, or have more than `most` classes (too many for a table).
+    Return None if the runs have no recalls, have different classes, or have more than `most` classes, which is too many for a table.
     """
     caption = (
         "Personal models on the common test set: fraction of each class's examples that they classify correctly; "
@@ -158,9 +156,9 @@ def recall_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
 
 
 def f1_grid(records: Sequence[RunRecord], most: int = 20) -> Grid | None:
-    """Return the F1 of each label, of the clients' models on the common test set, in percent, averaged over seeds.
+    """Return the F1 score of each label for the clients' models on the common test set, in percent, averaged over seeds.
 
-    Return None if the runs have none, have different labels, or have more than `most` labels (too many for a table).
+    Return None if the runs have no F1 scores, have different labels, or have more than `most` labels, which is too many for a table.
     """
     caption = "Personal models on the common test set: F1 of each label over all clients' predictions; mean over seeds."
     return _grid_by_name(records, "general_f1", "F1 by label, in percent", caption, most)
@@ -179,7 +177,7 @@ def _grid_by_name(records: Sequence[RunRecord], measure: str, title: str, captio
 
 
 def _names(record: RunRecord) -> Sequence[object] | None:
-    """Return the names of the classes or labels; run folders without an objective have them in the partition."""
+    """Return the names of the classes or labels. Run folders without an objective store them in the partition."""
     objective = (record.summary or {}).get("objective") or {"names": record.partition.get("classes")}
     names: Sequence[object] | None = objective.get("names")
     return names
@@ -191,13 +189,13 @@ def _percent_cell(values: Sequence[float | None]) -> Cell:
 
 
 def _trained(record: RunRecord) -> float | None:
-    """Return the personal metric over clients that have trained, or None if it equals that over all clients."""
+    """Return the personal metric over clients that have trained, or None if it equals the metric over all clients."""
     value = headline(record, record.primary.measure("personal", "trained"))
     return None if value == headline(record, record.primary.measure("personal")) else value
 
 
 def _newcomers(record: RunRecord, when: str) -> float | None:
-    """Return the primary metric of newcomers on their own examples, with the model that they received or after they joined."""
+    """Return the primary metric of newcomers on their own examples, with the model that they received or with that after they joined."""
     value = ((record.summary or {}).get("new_clients") or {}).get(when)
     return float(value) if isinstance(value, int | float) else None
 
@@ -209,7 +207,7 @@ def _fills(column: Column, groups: Sequence[Group]) -> bool:
 def _column_cells(column: Column, groups: Sequence[Group], primary: Primary, digits: int) -> list[Cell]:
     cells = [_mean_cell(column, g, primary, digits) for g in groups]
     means = [cell.value for cell, g in zip(cells, groups, strict=True) if cell.value is not None and g.finished]
-    printed = [column.text(mean) for mean in means]  # values that look the same when printed are treated as equal
+    printed = [column.text(mean) for mean in means]  # values that are printed in the same way are treated as equal
     if len(set(printed)) < 2:
         return cells
     best = column.text(primary.best(means) if column.is_score else min(means))
@@ -251,13 +249,13 @@ def _summary_caption(groups: Sequence[Group]) -> str:
 
 
 def not_counted(records: Sequence[RunRecord]) -> str:
-    """Return the numbers of lost, late and rejected local updates and of skipped rounds in these runs, as text."""
+    """Return as text the numbers of lost, late and rejected local updates and of skipped rounds in these runs."""
     counts = {what: sum(int((r.summary or {}).get(what) or 0) for r in records) for what in NOT_COUNTED}
     return ", ".join(f"{n:,} {NOT_COUNTED[what]}" for what, n in counts.items() if n)
 
 
 def paired_grid(records: Sequence[RunRecord], baseline: str | None = None, digits: int = 1) -> Grid | None:
-    """See `paired_table`. `digits`: decimal places of percentage points."""
+    """Return the grid of `paired_table`. `digits` is the number of decimal places of percentage points."""
     groups, primary = group(records), shared_primary(records)
     base = choose_baseline(groups, baseline)
     others = [g for g in groups if g is not base]

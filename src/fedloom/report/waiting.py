@@ -1,4 +1,4 @@
-"""Estimate the time that a run would take on devices, for computing and sending, from its recorded costs."""
+"""Estimate the time that a run would take on devices, for computing and for sending, from its recorded costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedloom.report.link_speeds import Network
 from fedloom.report.read import RunRecord
 from fedloom.report.tables import EMPTY, Cell, Grid, drawn
 
-COMMON_DIGITS = 3  # significant digits of a common target that is not in percent
+COMMON_DIGITS = 3  # number of significant digits of a common target that is not in percent
 
 
 class Waiting(NamedTuple):
@@ -26,15 +26,15 @@ class Waiting(NamedTuple):
 
     networks: Sequence[Network]
     slowdown: float = 1.0  # factor by which devices compute more slowly than this machine
-    gflops: float | None = None  # or their GFLOP/s: time is counted operations / GFLOP/s instead of measured seconds
-    target: float | None = None  # a value of the primary metric, as stored; None: see `common_target`
+    gflops: float | None = None  # their GFLOP/s; time is then counted operations / GFLOP/s, not measured seconds
+    target: float | None = None  # a value of the primary metric, as stored; for None, see `common_target`
 
 
 def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[float]:
-    """Return the seconds from the start to the end of each round, by round. The result is empty if the run has no client times.
+    """Return the time in seconds from the start of the run to the end of each round. It is empty if the run has no client times.
 
-    All clients work in parallel and the server waits for the last one: a round takes as long as the slowest client's downlink, local
-    update and uplink. The server's work and evaluation are assumed to take no time.
+    All clients work in parallel, and the server waits for the last one. A round therefore takes as long as the slowest client's downlink,
+    local update and uplink. The server's work and the evaluation are assumed to take no time.
     """
     work, factor = ("seconds", waiting.slowdown) if waiting.gflops is None else ("flops", 1e-9 / waiting.gflops)
     if record.clients is None or not {"uplink_bytes", "downlink_bytes", work} <= set(record.clients.columns):
@@ -50,7 +50,7 @@ def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[
 def common_target(records: Sequence[RunRecord]) -> float:
     """Return a round value of the personal metric that every run reaches: the worst of the runs' best values, rounded.
 
-    Percentages are rounded to an integer, others to three significant digits, both in the direction that is easier to reach.
+    Percentages are rounded to an integer, and other values to three significant digits, both in the direction that is easier to reach.
     """
     primary = shared_primary(records)
     worst = primary.worst(primary.best(_values(record)) for record in records)
@@ -78,7 +78,7 @@ def waiting_table(records: Sequence[RunRecord], waiting: Waiting) -> Table:
 
 
 def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
-    """Return each method's time to the target on each network, mean over seeds; a dash means that a seed never reaches it.
+    """Return each method's time to the target on each network, as a mean over seeds. A dash means that a seed never reaches the target.
 
     Raises:
         ConfigError: a run has no scores or no client times.
@@ -116,7 +116,7 @@ def waiting_grid(records: Sequence[RunRecord], waiting: Waiting) -> Grid:
 
 
 def _lacking(record: RunRecord, waiting: Waiting) -> str:
-    """Return what a run lacks for the estimate, or ""."""
+    """Return a message that names the data that a run lacks for the estimate, or ""."""
     if not len(_values(record)):
         return f"no {record.primary.name} yet"
     if len(elapsed(record, waiting.networks[0], waiting)):
@@ -144,7 +144,7 @@ def _at(times: pd.Series[float], number: int) -> float:
 
 
 def _bytes_per_turn(record: RunRecord) -> float:
-    """Return the mean bytes per client and round, uplink and downlink together."""
+    """Return the mean number of bytes per client and round, for uplink and downlink together."""
     clients = record.clients
     assert clients is not None  # checked in `waiting_grid`
     return float((clients["uplink_bytes"] + clients["downlink_bytes"]).mean())

@@ -1,4 +1,4 @@
-"""Tools for experiments: compare methods, check a method, time engines, export models, estimate costs on devices.
+"""Tools for experiments, which compare methods, check a method, time engines, export models, and estimate costs on devices.
 
-Each module does the work of one command; `cli` has the command line. Tools do not import each other.
+Each module implements one command; `cli` contains the command line. Tools do not import each other.
 """

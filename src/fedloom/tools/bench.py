@@ -1,8 +1,8 @@
-"""Speed of federations on this machine: fixed workloads, timed by interleaving rounds of all contestants.
+"""The speed of federations on this machine, measured with fixed workloads by interleaving the rounds of all contestants.
 
-Contestants take turns, one round each, so that other work on the machine affects all of them equally. Ratios are medians over
-rounds. The data are random noise, because speed does not depend on the content of images. If `FEDLOOM_DATA` is a folder with the real
-data, those are used.
+Contestants take turns, one round each, so that other work on the machine affects all of them equally. Ratios are medians over rounds. The
+data are random noise, because speed does not depend on the content of images. If `FEDLOOM_DATA` is a folder with the real data, the real
+data are used.
 """
 
 from __future__ import annotations
@@ -37,38 +37,38 @@ from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.methods.registry import load_object
 from fedloom.rng import Stream
 
-WARM_UP = 1  # untimed rounds at the start, in which memory, threads and traces are set up
+WARM_UP = 1  # number of untimed rounds at the start, which set up memory, threads and traces
 
 
 class Times(NamedTuple):
     """Times of one round, in seconds."""
 
-    train: float  # downlink, local updates, aggregation, and their bookkeeping
-    score: float  # test accuracy of all clients, nothing else
-    extra: float = 0.0  # everything else that the contestant computes in an evaluation round
+    train: float  # time for downlink, local updates, aggregation, and their bookkeeping
+    score: float  # time for the test accuracy of all clients
+    extra: float = 0.0  # time for everything else that the contestant computes in an evaluation round
 
 
 class Rival(Protocol):
     """Another implementation of the same federation."""
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """Run one round with these clients, then score all clients."""
+        """Run one round with these clients, and then score all clients."""
 
 
 MakeRival = Callable[[Problem, int], Rival]
-"""What a rival's file defines: (problem, threads) -> a rival that may use up to that number of threads."""
+"""The function that a rival's file defines: (problem, threads) -> a rival that uses at most that number of threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A federation of a fixed size, which `scale` reduces."""
+    """A federation of fixed size, which `scale` reduces."""
 
     title: str
     data: str  # name of the real data set
     input_shape: tuple[int, int, int]
     rows: tuple[int, int]  # numbers of training and official test examples at scale 1
     settings: Mapping[str, Any]
-    by_clients: bool = False  # whether `scale` also reduces the number of clients, which keeps the examples per client
+    by_clients: bool = False  # whether `scale` reduces the number of clients instead of the examples per client
 
     def values(self, scale: float) -> Values:
         """Return the settings at a scale."""
@@ -139,7 +139,7 @@ def workload(name: str) -> Workload:
 
 
 def dataset_for(work: Workload, scale: float) -> data.Dataset:
-    """Return the data of a workload: noise, or, if `FEDLOOM_DATA` is set, a fixed random fraction `scale` of the real data."""
+    """Return the data of a workload: noise or, if `FEDLOOM_DATA` is set, a fixed random fraction `scale` of the real data."""
     n_train, n_test = (max(1, round(n * scale)) for n in work.rows)
     rng = Stream("bench", work.data)
     if not os.environ.get("FEDLOOM_DATA"):
@@ -171,7 +171,7 @@ class Stepped(Experiment):
         return self.draw_cohort(self.done)
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `Rival.round`. The argument is ignored: the experiment draws the same cohort itself."""
+        """Run one round as described in `Rival.round`. The argument is ignored, because the experiment draws the same cohort itself."""
         synchronise(self.place.device)
         before = self.ledger.train_seconds, self.ledger.eval_seconds
         with arithmetic(self.settings):
@@ -182,7 +182,7 @@ class Stepped(Experiment):
         return Times(self.ledger.train_seconds - before[0], score, max(evaluation - score, 0.0))
 
     def _score(self) -> float:
-        """Return the time for one accuracy per client. A full evaluation scores more, such as the server's model."""
+        """Return the time in seconds for one accuracy per client. A full evaluation scores more, such as the server's model."""
         started = time.perf_counter()
         down = self.hooks.deploy(self.server, self.done)
         personal = self.scoring.asks(general=False)[:1]
@@ -192,7 +192,7 @@ class Stepped(Experiment):
 
 
 class _RivalProcess:
-    """A rival in a separate process, so that the engines' settings of threads and memory do not affect it."""
+    """A rival in a separate process, so that the thread and memory settings of the engines do not affect it."""
 
     def __init__(self, where: str, work: Workload, scale: float, precision: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -200,13 +200,13 @@ class _RivalProcess:
         self._process = context.Process(target=_serve, args=(theirs, where, work, scale, precision), daemon=True)
         before = signal.signal(
             signal.SIGINT, signal.SIG_IGN
-        )  # inherited: only the command handles Ctrl-C, and it stops this process
+        )  # inherited; only the command handles Ctrl-C, and it stops this process
         self._process.start()
         signal.signal(signal.SIGINT, before)
         theirs.close()
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `Rival.round`."""
+        """Run one round as described in `Rival.round`."""
         try:
             self._pipe.send(list(cohort))
             times: Times = self._pipe.recv()
@@ -222,7 +222,7 @@ class _RivalProcess:
 
 
 def _serve(pipe: Connection, where: str, work: Workload, scale: float, precision: str) -> None:
-    """Run a rival in its process: one round for every cohort received, until the pipe closes."""
+    """Run a rival in its process: one round for every cohort that it receives, until the pipe closes."""
     make = load_object(where, "rival")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # so that the rival can clean up
     rival = make(problem_of(work, scale, precision=precision), cores())
@@ -242,20 +242,21 @@ def measure(
     rivals: Mapping[str, str] | None = None,
     roof: float | None = None,
 ) -> dict[str, Any]:
-    """Time a workload on engines and rivals, in interleaved rounds.
+    """Time a workload on engines and rivals in interleaved rounds.
 
     Args:
-        engines: names of engines; `processes:8` means `engine.lanes=8`.
-        scale: fraction of the examples (or of the clients), above 0 and at most 1.
-        rounds: timed rounds, after one warm-up round.
-        device: device of the engines (`engine.device`); rivals run on the CPU.
-        rivals: rivals by name, each given as `FILE.py:NAME` of its `MakeRival`; each runs in a separate process.
-        roof: highest FLOP/s of the machine (`machine_roof`); the result then has each contestant's fraction of it.
+            engines: names of engines; `processes:8` means `engine.lanes=8`.
+            scale: fraction of the examples (or of the clients), above 0 and at most 1.
+            rounds: number of timed rounds, after one warm-up round.
+            device: device of the engines (`engine.device`); rivals run on the CPU.
+            rivals: rivals by name, each given as `FILE.py:NAME` of its `MakeRival`. Each rival runs in a separate process.
+            roof: highest FLOP/s of the machine (`machine_roof`). If set, the result contains each contestant's fraction of it.
 
-    Returns:
-        Facts that can be stored as JSON: sizes, FLOP of a round's training, and for each contestant the seconds of training, scoring and
-        the rest (median and quartiles), FLOP/s, and its time relative to the first engine: `train`; `equal_work` (training and test
-        accuracy); `as_it_does` (everything in an evaluation round).
+        Returns:
+            Facts that can be stored as JSON: sizes, the number of operations of a round's training, and, for each contestant, the seconds
+            of
+            training, scoring and the rest (median and quartiles), FLOP/s, and its time relative to the first engine: `train`; `equal_work`
+            (training and test accuracy); `as_it_does` (everything in an evaluation round).
 
     Raises:
         ConfigError: the scale, number of rounds, precision or engine is invalid.
@@ -284,7 +285,7 @@ def measure(
 
 
 def _described(work: Workload, first: Stepped, scale: float, rounds: int) -> dict[str, Any]:
-    """Return what was timed, and on which machine."""
+    """Return a description of what was timed, and of the machine."""
     return {
         "title": work.title,
         "data": f"{work.data} ({'real' if os.environ.get('FEDLOOM_DATA') else 'synthetic'})",
@@ -300,7 +301,7 @@ def _described(work: Workload, first: Stepped, scale: float, rounds: int) -> dic
 
 
 def _engine(words: str, device: str) -> Values:
-    """Return the engine settings of `NAME` or `NAME:LANES`."""
+    """Return the engine settings for `NAME` or `NAME:LANES`."""
     name, colon, lanes = words.partition(":")
     return {"name": name, "device": device, "lanes": lanes if colon else None}
 
@@ -308,7 +309,7 @@ def _engine(words: str, device: str) -> Values:
 def check(
     work: Workload, engines: Sequence[str], *, scale: float, rounds: int, precision: str = "fp32", device: str = "cpu"
 ) -> None:
-    """Raise ConfigError or DataError for arguments of `measure` that are invalid. Nothing is measured."""
+    """Raise ConfigError or DataError for invalid arguments of `measure`. Nothing is measured."""
     _check_ranges(scale, rounds)
     values = {**work.values(scale), "precision": precision}
     for engine in engines:
@@ -326,7 +327,7 @@ def _check_ranges(scale: float, rounds: int) -> None:
 
 
 def _time_interleaved(contestants: Mapping[str, Rival], leader: Stepped, rounds: int) -> dict[str, np.ndarray]:
-    """Return (rounds, 3) seconds by contestant. The contestant that starts changes in every round."""
+    """Return the times in seconds (rounds, 3) by contestant. In every round, a different contestant starts."""
     names = list(contestants)
     times: dict[str, list[Times]] = {name: [] for name in names}
     for number in range(WARM_UP + rounds):
@@ -338,7 +339,7 @@ def _time_interleaved(contestants: Mapping[str, Rival], leader: Stepped, rounds:
 
 
 def _facts(times: np.ndarray, first: np.ndarray, flop: float, roof: float | None) -> dict[str, Any]:
-    """Return the facts of one contestant; both arrays are (rounds, 3)."""
+    """Return the facts about one contestant. Both arrays have the shape (rounds, 3)."""
     speed = flop / float(np.median(times[:, 0]))
     upto = {"train": 1, "equal_work": 2, "as_it_does": 3}
     ratios = {key: times[:, :n].sum(1) / first[:, :n].sum(1) for key, n in upto.items()}
@@ -356,7 +357,7 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def train_flop(experiment: Stepped) -> float:
-    """Return the floating-point operations of the next round's local training (see `fedloom.experiment.costs`)."""
+    """Return the number of floating-point operations of the next round's local training (see `fedloom.experiment.costs`)."""
     costs = Costs(experiment.problem)
     with arithmetic(experiment.settings):
         return sum(sum(costs.flops(i, experiment.done).values()) for i in experiment.next_cohort())
@@ -365,12 +366,12 @@ def train_flop(experiment: Stepped) -> float:
 def machine_roof(n_cores: int | None = None, seconds: float = 1.0, device: torch.device = HOST) -> float:
     """Measure the highest float32 FLOP/s of a device, or of one core times the number of cores, on a matrix product or a convolution.
 
-    One core is measured in bursts of a few milliseconds, so that other work on the machine does not lower the result; this is not
-    possible with all cores at once. On a device, the operations are large enough to use all of it.
+    One core is measured in bursts of a few milliseconds, so that other work on the machine does not lower the result. This is not possible
+    with all cores at once. On a device, the operations are large enough to use the whole device.
 
     Args:
         n_cores: number of cores; default: all cores that this process may use.
-        seconds: how long to measure.
+        seconds: duration of the measurement in seconds.
     """
     times = 1 if device == HOST else 16
     n, batch, channels, side = 512 * times, 4 * times, 64, 32

@@ -38,7 +38,7 @@ Model = Mapping[str, Any]
 
 
 class Finding(NamedTuple):
-    """The result for one rule: kept (True), broken (False), or not tested or not required (None); and the reason."""
+    """The result for one rule: kept (True), broken (False), or neither tested nor required (None), with the reason."""
 
     rule: str
     kept: bool | None
@@ -57,7 +57,7 @@ class _ReverseOrder(Wrapper):
 
 
 def methods_in(where: str) -> list[str]:
-    """Return the methods that `FILE.py` defines, as `FILE.py:Class`. Any other word is returned as it is.
+    """Return the methods that `FILE.py` defines, as `FILE.py:Class`. Return any other word unchanged.
 
     Raises:
         ConfigError: the file defines no method, or cannot be imported.
@@ -76,7 +76,7 @@ def methods_in(where: str) -> list[str]:
 
 
 def check_method(name: str) -> list[Finding]:
-    """Check a method, registered or `FILE.py:Class`.
+    """Check a registered method, or `FILE.py:Class`.
 
     Raises:
         ConfigError: the method does not exist.
@@ -205,7 +205,7 @@ class _Trial:
 
 
 def _state(experiment: Experiment) -> Tree:
-    """Return everything that must not depend on how a run was executed."""
+    """Return all values that must not depend on how a run was executed."""
     n = experiment.problem.task.n_clients
     clients = {f"client {i}": experiment.engine.client(i)._asdict() for i in range(n)}
     scores = [

@@ -1,4 +1,4 @@
-"""Comparisons of several methods on the same clients: plan the runs, and execute them in one folder.
+"""Comparisons of several methods on the same clients. This module plans the runs and executes them in one folder.
 
 All runs with the same seed share the partition, the initial weights and the cohorts, because these depend only on the seed and on settings
 that are the same in the whole comparison. Only the method and its hyper-parameters differ.
@@ -32,7 +32,7 @@ from fedloom.methods.registry import METHODS, installed_methods, method_class, n
 log = logging.getLogger(__name__)
 
 FILE = "compare.toml"
-OWN_KEYS = ("variant", "title", "reading")  # keys of a comparison that a run does not have
+OWN_KEYS = ("variant", "title", "reading")  # keys that a comparison has and a run lacks
 VARIED = ("uplink", "downlink")  # settings of the run that may differ between rows
 OnRun = Callable[["PlannedRun"], OnRound | None]  # called before a run is prepared
 OnStart = Callable[["PlannedRun", Experiment], None]  # called when a run is ready, before its first round
@@ -42,8 +42,8 @@ class Row(NamedTuple):
     """One row of the comparison's table."""
 
     label: str
-    method: Values  # its `name` and all of its hyper-parameters
-    run: Values = {}  # the row's own settings of the run; only those in VARIED are possible
+    method: Values  # `name` and all hyper-parameters of the method
+    run: Values = {}  # settings of the run that only this row has; they must be in VARIED
 
 
 class PlannedRun(NamedTuple):
@@ -67,16 +67,16 @@ class PlannedRun(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """A comparison: one run for each row and seed; all other settings are in `base`."""
+    """A comparison, with one run for each row and seed. All other settings are in `base`."""
 
     base: Values
     rows: tuple[Row, ...]
     seeds: tuple[int, ...]
-    title: str = ""  # shown above its table
-    reading: str = ""  # shown below it: how to read the numbers
+    title: str = ""  # text above the table
+    reading: str = ""  # text below the table on how to interpret the numbers
 
     def jobs(self, folder: Path) -> list[PlannedRun]:
-        """Return all runs, ordered by seed, so that an interrupted comparison has complete seeds."""
+        """Return all runs, ordered by seed, so that an interrupted comparison contains complete seeds."""
         return [
             PlannedRun(row.label, seed, self._run_settings(row, seed, folder / f"{row.label}-seed{seed}"))
             for seed in self.seeds
@@ -84,10 +84,10 @@ class Comparison:
         ]
 
     def check(self, parts: GivenObjects = NOTHING) -> None:
-        """Check the data, partition, model and engine of every row, so that errors appear before the first run.
+        """Check the data, partition, model and engine of every row, so that errors are raised before the first run.
 
         Raises:
-            UsageError: the error that the run would raise.
+            UsageError: a run would raise this error.
         """
         self._check_shared_head()
         dataset = parts.dataset or make_dataset(self._settings(self.rows[0], self.seeds[0]))
@@ -101,7 +101,7 @@ class Comparison:
                     engine_for(settings, place, problem).close()
 
     def toml(self) -> str:
-        """Return a config file that reproduces this comparison; it contains every setting."""
+        """Return a config file that reproduces this comparison. It contains every setting."""
         first = self.rows[0]._replace(run={})
         settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
@@ -114,14 +114,14 @@ class Comparison:
         return make_settings({**self.base, **own})
 
     def _run_settings(self, row: Row, seed: int, out: str | Path | None = None) -> Settings:
-        """Return the settings of one run: without `eval.shared_head` if its clients share no body."""
+        """Return the settings of one run, without `eval.shared_head` if its clients share no body."""
         settings = self._settings(row, seed, out)
         if not settings.eval.shared_head or make_method(settings.method).shared_features() is not None:
             return settings
         return settings.model_copy(update={"eval": settings.eval.model_copy(update={"shared_head": False})})
 
     def _check_shared_head(self) -> None:
-        """Log the rows without a shared body if `eval.shared_head` is set. Raise ConfigError if all rows are."""
+        """Log the rows without a shared body if `eval.shared_head` is set. Raise ConfigError if no row has a shared body."""
         if not self._settings(self.rows[0], self.seeds[0]).eval.shared_head:
             return
         lacking = [row.label for row in self.rows if not self._run_settings(row, self.seeds[0]).eval.shared_head]
@@ -135,7 +135,6 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     """Return the comparison described by the tables of a config file and `key=value` arguments.
 
     A comparison has these keys in addition to those of a run:
-
     * `method`: a list of methods or variants; default: all variants.
     * `method.KEY`: a hyper-parameter of all methods that have it.
     * A table with the name of a method: hyper-parameters of that method.
@@ -144,14 +143,14 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     * `title`, `reading`: texts above and below the table.
 
     Raises:
-        ConfigError: a key or value is invalid; the message names it and the allowed values.
+            ConfigError: a key or value is invalid; the message names it and states the allowed values.
     """
     table = values.get("method", {})
     table = table if isinstance(table, Mapping) else {"name": table}
     variants = _tables(values.get("variant", {}), "variant")
     names = _listed(table.get("name", list(variants)), "method")
     if not names:
-        _split(values, set(METHODS))  # raises for an unknown key, such as `methods`, which is the likelier mistake
+        _split(values, set(METHODS))  # raises for an unknown key, such as `methods`, which is a likelier mistake
         raise ConfigError(
             "method: must name the methods to compare, such as method=fedavg,fedrir; [variant.NAME] tables add variants"
         )
@@ -169,12 +168,12 @@ def plan(values: Mapping[str, Any]) -> Comparison:
         title=_text(values, "title"),
         reading=_text(values, "reading"),
     )
-    comparison.jobs(Path())  # refuses settings that no run can have
+    comparison.jobs(Path())  # refuse settings that no run can have
     return comparison
 
 
 def progress_of(jobs: Sequence[PlannedRun], shown: Show) -> OnRun:
-    """Return the function that returns, for a run of a comparison, the function that shows its progress and that of the whole."""
+    """Return a function that maps a run of a comparison to a function that shows the progress of this run and of the comparison."""
     rounds = [job.settings.rounds for job in jobs]
 
     def on_run(job: PlannedRun) -> OnRound:
@@ -186,14 +185,14 @@ def progress_of(jobs: Sequence[PlannedRun], shown: Show) -> OnRun:
 
 
 def title_of(jobs: Sequence[PlannedRun], job: PlannedRun) -> str:
-    """Return the place and the name of a run of a comparison, such as `[2/6] fedavg, seed 0`."""
+    """Return the position and the name of a run in a comparison, such as `[2/6] fedavg, seed 0`."""
     return f"[{jobs.index(job) + 1}/{len(jobs)}] {job.label}, seed {job.seed}"
 
 
 def create_folder(comparison: Comparison, out: str | Path | None = None, parts: GivenObjects = NOTHING) -> Path:
-    """Create the folder of a comparison. Default: a folder in `runs/`, named after the time and the data set.
+    """Create the folder of a comparison. By default, it is in `runs/` and named after the time and the data set.
 
-    `parts`: objects that replace the data, the model and the partition in the settings.
+    `parts` contains objects that replace the data, the model and the partition in the settings.
     """
     settings = comparison._settings(comparison.rows[0], comparison.seeds[0], out)
     comparison.check(parts)
@@ -204,7 +203,7 @@ def create_folder(comparison: Comparison, out: str | Path | None = None, parts: 
 
 
 def create_folders(comparisons: Mapping[str, Comparison], out: str | Path | None = None) -> dict[Path, Comparison]:
-    """Create a folder with one folder per comparison, by name. If one comparison is invalid, nothing is created."""
+    """Create a folder with one folder per comparison, by name. If a comparison is invalid, create nothing."""
     for comparison in comparisons.values():
         comparison.check()
     whole = RunFolder.create(None if out is None else Path(out), "compare").path
@@ -238,9 +237,9 @@ def execute(
     *,
     given: GivenObjects = NOTHING,
 ) -> list[Path]:
-    """Execute the unfinished runs; an interrupted run resumes from its checkpoint. Return the folders of all runs.
+    """Execute the unfinished runs, and return the folders of all runs. An interrupted run resumes from its checkpoint.
 
-    The folder is locked meanwhile. `accept_changes`: see `Experiment.resume`. `given`: as for `create_folder`.
+    The folder is locked during the execution. For `accept_changes`, see `Experiment.resume`; for `given`, see `create_folder`.
     """
     jobs = comparison.jobs(folder)
     left = [job for job in jobs if not job.finished]
@@ -273,7 +272,7 @@ def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping
 
 
 def _table(row: Row) -> Values:
-    """Return a row as a table `[variant.NAME]`. Values that are None are left out: TOML cannot express them, and they are defaults."""
+    """Return a row as a table `[variant.NAME]`. Values that are None are omitted, because they are defaults and TOML has no None."""
     own = {key: value for key, value in {**row.method, **row.run}.items() if key != "name" and value is not None}
     return {"method": row.method["name"], **own}
 
@@ -309,7 +308,7 @@ def _fields(method: str) -> set[str]:
 
 
 def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[str, Values]]:
-    """Return the settings of the runs, and the tables of methods by name; the table of `my.py:Mine` is `Mine`."""
+    """Return the settings of the runs, and the tables of methods by name. The name of the table for `my.py:Mine` is `Mine`."""
     if "label" in values:
         raise ConfigError(
             f"label={values['label']}: cannot be set, because each row is named after its method; use [variant.NAME] for another name"
@@ -379,6 +378,6 @@ def _check_labels(labels: Sequence[str]) -> None:
 
 
 def _spelt_out(row: Row) -> Row:
-    """Return the row with all hyper-parameters, so that a resumed comparison does not depend on later changes of defaults."""
+    """Return the row with all hyper-parameters, so that a resumed comparison does not depend on later changes of default values."""
     method = make_method(Named(**row.method))
     return row._replace(method={"name": row.method["name"], **dataclasses.asdict(method)})

@@ -1,7 +1,7 @@
-"""Cost of one client's local update on a device: sizes, operations, seconds and memory, without a full run.
+"""The cost of one client's local update on a device: sizes, operations, seconds and memory, without a full run.
 
-Seconds and memory are measured in a fresh process with the examples of one client only, as on a device.
-`python -m fedloom.tools.edge FOLDER` runs that process.
+Seconds and memory are measured in a new process that contains the examples of only one client, as on a device. `python -m
+fedloom.tools.edge FOLDER` runs that process.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class PhaseCost:
     """The cost of one phase of a local update."""
 
     name: str
-    steps: int  # batches, or pieces of a sweep
+    steps: int  # number of batches, or of pieces of a sweep
     flops: float
-    seconds: float  # CPU time on this machine, on one thread
-    tensor_bytes: int  # peak memory of tensors
+    seconds: float  # CPU time on this machine with one thread
+    tensor_bytes: int  # peak memory of the tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +67,12 @@ class TurnCost:
     rows: int
     parameters: int
     parameters_sent: int
-    kept_bytes: int  # between rounds: private weights, memory, optimiser states
+    kept_bytes: int  # private weights, memory and optimiser states, which are kept between rounds
     uplink_bytes: int
     downlink_bytes: int
     phases: tuple[PhaseCost, ...]
     process_bytes: int  # peak memory of the client's process
-    program_bytes: int  # part of it for Python, torch and fedloom, before the model is created
+    program_bytes: int  # the part of it for Python, torch and fedloom, before the model is created
 
 
 class MeasureError(FedloomError):
@@ -83,7 +83,7 @@ def turn_costs(settings: Settings) -> list[TurnCost]:
     """Return the cost of a local update for each architecture of an experiment.
 
     Raises:
-        UsageError: settings contradict each other, or data are missing.
+            UsageError: settings contradict each other, or data are missing.
         MeasureError: the client's process failed, perhaps because it ran out of memory.
     """
     with arithmetic(settings):
@@ -129,7 +129,7 @@ def _turn_cost(settings: Settings, costs: Costs, i: int) -> TurnCost:
 
 
 def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: Client, down: Tree) -> dict[str, Any]:
-    """Run the local update in a separate process, and return what it measured."""
+    """Run the local update in a separate process, and return the costs that the process measured."""
     x, y = problem.data.train(i)
     facts = {"task": _task_facts(problem.task), "turn": asdict(turn), "arch": problem.arch_of[i]}
     with tempfile.TemporaryDirectory(prefix="fedloom-edge-") as name:
@@ -156,7 +156,7 @@ def _measured(settings: Settings, problem: Problem, i: int, turn: Turn, client: 
 
 
 def take_turn(folder: Path) -> dict[str, Any]:
-    """Run a shortened local update in the client's process, and return its cost."""
+    """Run a shortened local update in the client's process, and return its costs."""
     program = peak_process_bytes()
     settings = make_settings(read_toml(folder / "config.toml"))
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -177,7 +177,7 @@ def take_turn(folder: Path) -> dict[str, Any]:
             worked, seconds = _timed(
                 method, gradients, client=client, down=down, site=_site(settings, task, sent["rows"], True), turn=turn
             )
-        except RuntimeError as error:  # the model calls .view() on a convolution's output; try again, as the engines do
+        except RuntimeError as error:  # the model calls .view() on a convolution's output; retry, as the engines do
             if "view size is not compatible" not in str(error):
                 raise
             worked, seconds = _timed(
@@ -222,7 +222,7 @@ def _site(settings: Settings, task: Task, rows: Tree, channels_last: bool) -> Cl
 def _timed(
     method: Method, gradients: Gradients, client: Client, down: Tree, site: ClientContext, turn: Turn
 ) -> tuple[Client, dict[str, float]]:
-    """Run a few steps of each phase. Return the updated client, and the CPU seconds of each phase, scaled to all its steps."""
+    """Run a few steps of each phase. Return the updated client, and the CPU seconds of each phase, scaled to all of its steps."""
     seconds = {}
     for phase in method.phases():
         steps = sum(pieces(phase, site.plan, turn.examples).values())
@@ -237,5 +237,5 @@ def _timed(
 
 
 if __name__ == "__main__":
-    here = Path(sys.argv[1])  # a file instead of standard output, to which a user's code may print
+    here = Path(sys.argv[1])  # a file, because a user's code may print to standard output
     (here / FOUND).write_text(json.dumps(take_turn(here)), encoding="utf-8")

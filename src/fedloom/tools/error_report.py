@@ -1,4 +1,4 @@
-"""One-line reports of exceptions in a user's method: error, place in the user's file, client, round and phase."""
+"""One-line reports of exceptions in a user's method, which name the error, the line in the user's file, client, round and phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ REMEDIES: dict[type[BaseException], str] = {
     FrozenInstanceError: "; a method holds hyper-parameters only, so keep state in memory (client) or in the server's tree",
     TypeError: "; docs/contract.md describes all hooks",
 }
-"""What to do about errors that mistakes in a method's hooks often cause."""
+"""Remedies for errors that mistakes in a method's hooks often cause."""
 
 
 class CodeLocation(NamedTuple):
@@ -44,7 +44,7 @@ def one_line(error: BaseException) -> str:
 
 
 def notes(error: BaseException) -> list[str]:
-    """Return the engine's notes, innermost first: the phase, then client and round."""
+    """Return the engine's notes, the innermost first: the phase, followed by client and round."""
     return [note for note in getattr(error, "__notes__", []) if "\n" not in note]
 
 
@@ -55,7 +55,7 @@ def own_place(error: BaseException) -> CodeLocation | None:
 
 
 def _places(error: BaseException) -> list[CodeLocation]:
-    """Return the lines of the traceback, in this process and in the worker process, whose traceback is a note of several lines."""
+    """Return the lines of the traceback in this process and in the worker process, whose traceback is a note with several lines."""
     frames = traceback.extract_tb(error.__traceback__)
     here = [CodeLocation(frame.filename, frame.lineno or 0, frame.name, frame.line or "") for frame in frames]
     texts = "\n".join(note for note in getattr(error, "__notes__", []) if "\n" in note)

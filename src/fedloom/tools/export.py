@@ -1,4 +1,6 @@
-"""Export of a client's personal model for a device: ONNX and safetensors files, compared with torch on the client's own examples."""
+"""Export of a client's personal model for a device, as ONNX and safetensors files that are compared with torch on the
+client's examples.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,8 @@ from fedloom.experiment.personal_model import PersonalModel
 from fedloom.inputs import Field, Inputs, map_inputs, n_examples
 from fedloom.models.lora import merge_adapters
 
-BATCH = 32  # examples in the timed batch
-LEAST, MOST_S = 10, 0.5  # minimum number of runs of a latency measurement, and its duration in seconds
+BATCH = 32  # number of examples in the timed batch
+LEAST, MOST_S = 10, 0.5  # minimum number of runs in a latency measurement, and its duration in seconds
 ROUNDING, TIMES_ROUNDING = (
     1e-5,
     10,
@@ -65,24 +67,27 @@ print(json.dumps({"one": one, "batch": seconds(int(sys.argv[5])), "before": befo
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The facts of one exported model. Seconds are medians on one thread; memory is that of a fresh process for one example."""
+    """The facts about an exported model.
+
+    Times in seconds are medians with one thread; memory is that of a new process for one example.
+    """
 
     client: int
     file: str
     file_bytes: int
-    parameters: int  # of the nets used for prediction
-    rows: int  # number of test examples on which file and torch were compared
-    own_rows: bool  # whether these are the client's own; if it has none, they are the common test set
+    parameters: int  # number of parameters of the nets used for prediction
+    rows: int  # number of test examples on which the file and torch were compared
+    own_rows: bool  # whether these are the client's own examples, not the common test set
     difference: float  # largest difference between logits
     same_answers: int | None  # number of examples with the same predicted class; None for tasks without classes
     metric: str  # name of the primary metric
-    value: float | None  # its value for the file
-    torch_seconds: float  # for one example
+    value: float | None  # value of the primary metric for the file
+    torch_seconds: float  # time for one example
     onnx_seconds: float
-    torch_batch_seconds: float  # for BATCH examples
+    torch_batch_seconds: float  # time for BATCH examples
     onnx_batch_seconds: float
-    peak_bytes: int  # of the process
-    model_bytes: int  # part of it for the model: weights, buffers, and ONNX Runtime's working memory
+    peak_bytes: int  # peak memory of the process
+    model_bytes: int  # the part of it for the model: weights, buffers, and ONNX Runtime's working memory
 
 
 class ExportError(FedloomError):
@@ -99,10 +104,10 @@ def needs() -> None:
 
 
 def targets(folder: Path, clients: Sequence[int]) -> dict[int, Path]:
-    """Return the files to write, by client.
+    """Return the files that will be written, by client.
 
     Raises:
-        RunFolderError: a file exists, or the folder cannot be created.
+        RunFolderError: one of the files exists, or the folder cannot be created.
     """
     files = {i: folder / f"client-{i}.onnx" for i in clients}
     for file in files.values():
@@ -120,7 +125,8 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
     """Write client `i`'s personal model to `file` (ONNX, float32, any batch size) and its weights to a safetensors file next to it.
 
     Raises:
-        ExportError: outputs of the file differ from torch's by more than rounding errors. Both files are removed, as after any other error.
+        ExportError: outputs of the file differ from those of torch by more than rounding errors. Both files are removed, as after any
+        error.
     """
     try:
         return _exported(experiment, i, file)
@@ -161,7 +167,7 @@ def _exported(experiment: Experiment, i: int, file: Path) -> Exported:
 
 
 def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, set[str]]:
-    """Write both files without comparison. Return the model, and the names of the parameters and buffers that predictions use.
+    """Write both files without a comparison. Return the model, and the names of the parameters and buffers that are used for prediction.
 
     LoRA adapters are merged into the weights.
     """
@@ -173,7 +179,10 @@ def write(experiment: Experiment, i: int, file: Path) -> tuple[PersonalModel, se
 
 
 def described(experiment: Experiment, i: int) -> dict[str, str]:
-    """Return the file's metadata: the origin of the model, and how to convert an example to its input. Values are text; lists are JSON."""
+    """Return the file's metadata: the origin of the model, and the conversion of an example to its input.
+
+    Values are text; lists are JSON.
+    """
     data, problem = experiment.data, experiment.problem
     inputs = [_described_field(part) for part in data.spec.fields]
     positions = "positions, " * (data.objective.output_ndim - 2)
@@ -207,7 +216,7 @@ OUTPUTS = {
 
 
 def _described_field(part: Field) -> str:
-    """Describe one input in words."""
+    """Return a description of one input in words."""
     where = f"{part.name}: " if part.name else ""
     shape = ", ".join(("batch", *map(str, part.shape)))
     if part.is_integer:
@@ -217,7 +226,7 @@ def _described_field(part: Field) -> str:
 
 
 def _named(x: Inputs) -> dict[str, Tensor]:
-    """Return inputs by their names in the file, in float32."""
+    """Return inputs in float32 by their names in the file."""
     single = _single(x)
     return {"input": single} if isinstance(single, Tensor) else single
 
@@ -228,10 +237,10 @@ def _single(x: Inputs) -> Inputs:
 
 
 def largest_difference(model: PersonalModel, x: Inputs, logits: Tensor, who: str) -> float:
-    """Return the largest difference between `logits` and torch's on examples `x`.
+    """Return the largest difference between `logits` and those of torch on examples `x`.
 
-    The tolerance is 1e-5 of the largest logit, or ten times the difference between torch in float32 and in float64 if that is larger,
-    as in ill-conditioned networks.
+    The tolerance is 1e-5 of the largest logit or, if it is larger, as in ill-conditioned networks, ten times the difference between torch
+    in float32 and in float64.
 
     Raises:
         ExportError: the difference exceeds the tolerance.
@@ -251,19 +260,19 @@ def largest_difference(model: PersonalModel, x: Inputs, logits: Tensor, who: str
 
 
 def _own_rows(experiment: Experiment, i: int) -> tuple[Inputs, Tensor]:
-    """Return the client's test examples, or the common test set if it has none."""
+    """Return the client's test examples, or the common test set if the client has none."""
     data = experiment.data
     return data.test(i) if data.n_test(i) else data.common()
 
 
 def _write_onnx(model: PersonalModel, x: Inputs, file: Path, facts: Mapping[str, str]) -> set[str]:
-    """Write the ONNX file. Return the names of the parameters and buffers that predictions use."""
+    """Write the ONNX file. Return the names of the parameters and buffers that are used for prediction."""
     named = _named(x)
     dims = {name: {0: torch.export.Dim("batch")} for name in named}
     with _without_warnings():
         program = torch.onnx.export(
             model,
-            kwargs={"x": x},  # a dictionary among the positional arguments would be taken for keyword arguments
+            kwargs={"x": x},  # a positional dictionary would be interpreted as keyword arguments
             dynamo=True,
             dynamic_shapes={"x": dims if isinstance(x, dict) else dims["input"]},
             input_names=list(named),
@@ -281,7 +290,7 @@ def _write_onnx(model: PersonalModel, x: Inputs, file: Path, facts: Mapping[str,
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Suppress the exporter's warnings. They concern its own code, and torchvision, which is not needed."""
+    """Suppress the exporter's warnings, which concern its own code, and torchvision, which is not needed."""
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -294,11 +303,11 @@ def _without_warnings() -> Iterator[None]:
 
 
 def _run_onnx(file: Path, x: Inputs) -> Tensor:
-    """Return logits from ONNX Runtime, in batches of `BATCH`. The last batch is usually smaller, which tests other batch sizes."""
+    """Return logits from ONNX Runtime, in batches of `BATCH`. The last batch is usually smaller, so that other batch sizes are tested."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    wanted = {given.name for given in session.get_inputs()}  # an input that the model ignores is not in the file
+    wanted = {given.name for given in session.get_inputs()}  # the file lacks inputs that the model ignores
     named = {name: values for name, values in _named(x).items() if name in wanted}
     starts = range(0, n_examples(x), BATCH)
     parts = [session.run(None, {name: v[k : k + BATCH].numpy() for name, v in named.items()})[0] for k in starts]
@@ -313,7 +322,7 @@ def _torch_logits(model: PersonalModel, x: Inputs) -> Tensor:
 
 @torch.inference_mode()
 def _torch_seconds(model: PersonalModel, x: Inputs) -> tuple[float, float]:
-    """Return the seconds for one example and for a batch, on one thread."""
+    """Return the time in seconds for one example and for a batch, with one thread."""
     with torch_threads(1):
         batch = map_inputs(lambda v: v[torch.arange(BATCH) % len(v)], _single(x))
         one = map_inputs(lambda v: v[:1], batch)

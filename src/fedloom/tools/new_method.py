@@ -1,4 +1,4 @@
-"""The files with which a method of your own begins: the method, its test and its page."""
+"""Templates for a user's own method: the method, its test and its documentation page."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def method_files(name: str) -> Mapping[str, str]:
     """Return the files of a new method by file name.
 
     Raises:
-        ConfigError: the name is no Python name in lower case, or a registered method or a module has it.
+        ConfigError: the name is not a lower-case Python name, or a registered method or a module already has it.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]{0,39}", name) or iskeyword(name):
         raise ConfigError(
@@ -125,10 +125,10 @@ def method_files(name: str) -> Mapping[str, str]:
 
 
 def write_method(name: str, folder: Path) -> list[Path]:
-    """Write the files of a new method into a folder, and return their paths. Existing files are not overwritten.
+    """Write the files of a new method to a folder, and return their paths. Existing files are not overwritten.
 
     Raises:
-        ConfigError: the name is invalid, the folder cannot be written, or one of the files exists.
+        ConfigError: the name is invalid, the folder is not writable, or one of the files exists.
     """
     texts = {folder / file: text for file, text in method_files(name).items()}
     for path in texts:
