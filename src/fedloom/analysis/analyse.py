@@ -20,15 +20,15 @@ from fedloom.experiment.run_folder import RunFolder
 from fedloom.report.style import Figure, drawing
 
 FILE = "analysis.json"
-Tell = Callable[[str], None]  # receives the name of the part that begins
-Found = tuple[dict[str, Any], dict[str, tuple[Figure, str, str]]]  # numbers; file: (figure, title, note)
+Tell = Callable[[str], None]  # receives the name of each part when it begins
+Found = tuple[dict[str, Any], dict[str, tuple[Figure, str, str]]]  # numbers; (figure, title, note) by file name
 
 
 def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any]:
     """Analyse one run, write `analysis.json` and images to `RUN/analysis/`, and return the contents of the file.
 
-    Results of earlier analyses are kept, except for those of `parts`, which are replaced. A part that does not apply to the method
-    (no generator, no server model) or to the data (no classes, tokens) is recorded with the reason.
+    Results of earlier analyses are kept, except those of `parts`, which are replaced. If a part does not apply to the method (no
+    generator, no server model) or to the data (no classes, tokens), the reason is recorded instead.
 
     Raises:
         RunFolderError: the run has no checkpoint, or its folder is not writable.
@@ -37,7 +37,7 @@ def analyse(path: str | Path, parts: Sequence[str], tell: Tell) -> dict[str, Any
     folder = RunFolder(Path(path) / "analysis")
     try:
         folder.path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder.path):  # fail now, not after the analysis
+        with tempfile.TemporaryFile(dir=folder.path):  # fail before the analysis, not after it
             pass
     except OSError as error:
         raise RunFolderError(f"{folder.path} is not writable: {error.strerror}") from None
@@ -116,7 +116,7 @@ def _write_pictures(folder: Path, drawn: Mapping[str, tuple[Figure, str, str]]) 
 
 
 def _finite(value: Any) -> Any:
-    """Replace numbers that are not finite with None, because JSON cannot represent them."""
+    """Return the value with None instead of numbers that are not finite, because JSON cannot represent these."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):

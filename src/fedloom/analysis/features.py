@@ -1,4 +1,4 @@
-"""Information in features: accuracy of linear probes for the class and for the client."""
+"""Information in features, measured by the accuracy of linear probes for the class and for the client."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ from fedloom.rng import Stream
 Floats = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 
-OWN_ROWS = 40  # examples of each client
-SAME_ROWS = 60  # common examples, the same for all clients
-FACTOR_ROWS = 500  # common examples for the probes of a known client factor
+OWN_ROWS = 40  # number of examples of each client
+SAME_ROWS = 60  # number of common examples, which are the same for all clients
+FACTOR_ROWS = 500  # number of common examples for the probes of a known client factor
 FORMS = ("linear", "mlp")
-FACTOR_CLIENTS = 8  # maximum number of clients with these probes, evenly spaced
+FACTOR_CLIENTS = 8  # maximum number of clients with these probes; the clients are evenly spaced
 
 
 class Table(NamedTuple):
-    """Features that clients' nets extract from examples: (n, D) by name, and (n,) with the class, client and number of each example."""
+    """Features that clients' nets extract from examples.
+
+    They are (n, D) by name. The class, client and number of each example are (n,).
+    """
 
     features: dict[str, Floats]
     classes: Numbers
@@ -39,7 +42,7 @@ class Table(NamedTuple):
 
 @torch.no_grad()
 def features_of(method: Method, owner: Owner, x: Tensor) -> dict[str, Tensor]:
-    """Return a client's features of inputs by name, (B, D): f_g and f_cs of FedRIR, or the output of the body for other methods.
+    """Return a client's features of inputs by name (B, D): FedRIR's f_g and f_cs, or the output of the body for other methods.
 
     Raises:
         ConfigError: the personal predictor uses no module with the name `body`.
@@ -56,7 +59,7 @@ def features_of(method: Method, owner: Owner, x: Tensor) -> dict[str, Tensor]:
 
 @contextmanager
 def _watched(owner: Owner) -> Iterator[list[Tensor]]:
-    """Collect the outputs of modules named `body` during the block."""
+    """Collect the outputs of modules named `body` within the context."""
     seen: list[Tensor] = []
 
     def keep(module: Any, inputs: Any, output: Tensor) -> None:
@@ -77,14 +80,14 @@ def _watched(owner: Owner) -> Iterator[list[Tensor]]:
 
 
 def own_rows(subject: Subject) -> Table | None:
-    """Return the features of each client's own test examples in its own nets, or None if fewer than two clients have test examples."""
+    """Return the features of each client's own test examples from its own nets, or None if fewer than two clients have test examples."""
     parts = [(i, subject.some(subject.data.partition.test[i], OWN_ROWS, "own", i)) for i in subject.clients]
     parts = [(i, rows) for i, rows in parts if len(rows)]
     return _table(subject, parts) if len(parts) > 1 else None
 
 
 def same_rows(subject: Subject) -> Table | None:
-    """Return features of the same common test examples in every client's nets, or None if there are none."""
+    """Return the features of the same common test examples from every client's nets, or None if there are no such examples."""
     rows = subject.some(subject.data.partition.common, SAME_ROWS, "same")
     return _table(subject, [(i, rows) for i in subject.clients]) if len(rows) and len(subject.clients) > 1 else None
 
@@ -102,12 +105,12 @@ def _table(subject: Subject, parts: list[tuple[int, Any]]) -> Table:
 
 
 def measure_features(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
-    """Return the accuracy of linear probes for class and client, with the accuracy of guessing, for each kind of features.
+    """Return the accuracy of linear probes for class and client, and the accuracy of guessing, for each kind of features.
 
-    A probe is a ridge classifier on standardised features, fitted on half of the examples and scored on the other half, and vice versa;
-    copies of an example are always in the same half. `*_chance` is the frequency of the most frequent answer. `client_from_class` is the
-    accuracy of a probe for the client that sees only the label: if clients have different classes, features that separate classes also
-    separate clients. Silhouettes are in [-1, 1].
+    A probe is a ridge classifier on standardised features, which is fitted on half of the examples and scored on the other half, and vice
+    versa. Copies of an example are always in the same half. `*_chance` is the frequency of the most frequent answer. `client_from_class`
+    is the accuracy of a probe for the client that uses only the label: if clients have different classes, features that separate classes
+    also separate clients. Silhouettes are in [-1, 1].
     """
     require_sklearn()
     first = _half(table.rows, rng)
@@ -130,11 +133,11 @@ def measure_features(table: Table, rng: Stream) -> dict[str, dict[str, float]]:
 
 
 def measure_factor(subject: Subject) -> dict[str, dict[str, float]] | None:
-    """Return how well a known client factor and the class can be read from features, for each kind; None without a known factor.
+    """Return how accurately a known client factor and the class can be predicted from each kind of features.
 
-    The examples are common test examples, whose factor is random. For each client, linear and MLP probes are fitted on its features of one
-    half of the examples and scored on the other half, and vice versa; values are means over clients. `factor_from_class` is the accuracy of
-    a linear probe that sees only the label.
+    Return None without a known factor. The examples are common test examples, whose factor is random. For each client, linear and MLP
+    probes are fitted on the features of one half of the examples and scored on the other half, and vice versa. Values are means over
+    clients. `factor_from_class` is the accuracy of a linear probe that uses only the label.
     """
     dataset, rng = subject.data.dataset, subject.rng("probe", "factor")
     rows = subject.some(subject.data.partition.common, FACTOR_ROWS, "factor")
@@ -169,9 +172,9 @@ def require_sklearn() -> None:
 
 
 def probe(x: Floats, answers: Numbers, first: npt.NDArray[np.bool_], form: str = "linear") -> float:
-    """Return the accuracy of a probe: the mean of fitting on the half `first` and scoring on the other, and vice versa.
+    """Return the accuracy of a probe: the mean over fitting on the half `first` and scoring on the other, and vice versa.
 
-    `form`: `linear`, a ridge classifier; `mlp`, a network with one hidden layer of 64 units. Both see standardised features.
+    `form` is `linear` for a ridge classifier, or `mlp` for a network with one hidden layer of 64 units. Both use standardised features.
     """
     found = []
     for half in (first, ~first):
@@ -213,14 +216,14 @@ def _silhouette(x: Floats, answers: Numbers) -> float:
 
 
 class Plane(NamedTuple):
-    """Features projected on their first two principal components, (n, 2), and the fraction of variance that each explains."""
+    """Features projected onto their first two principal components (n, 2), and the fraction of variance that each component explains."""
 
     points: Floats
     explained: tuple[float, float]
 
 
 def plane(x: Floats) -> Plane:
-    """Project features on their first two principal components."""
+    """Project features onto their first two principal components."""
     from sklearn.decomposition import PCA
 
     pca = PCA(2, svd_solver="full")

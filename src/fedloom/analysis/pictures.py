@@ -1,4 +1,4 @@
-"""Figures of an analysis: image grids, scatter plots, histograms."""
+"""Figures of an analysis: image grids, scatter plots and histograms."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from fedloom.analysis.features import Floats, Numbers, Plane, Table
 from fedloom.analysis.samples import Findings, Sheet
 from fedloom.report.style import MUTED, SERIES, Axes, Figure, drawing, shorten
 
-PER_CLASS = 4  # images per class, block and client in the grid
+PER_CLASS = 4  # number of images per class, block and client in the grid
 MOST_SHEETS, ABREAST = 4, 2  # maximum number of clients in the grid, and clients per row
 NAMES = {"f_g": "global features f_g", "f_cs": "client-specific features f_cs", "body": "features of the body"}
 MOST_NAMED = 12  # maximum number of legend entries in one column
 
 
 def sample_grid(sheets: Sequence[Sheet], classes: Sequence[str]) -> Figure:
-    """Draw generated images, two clients side by side, one row per class, with the nearest training images and, if any, the originals."""
+    """Draw generated images for two clients side by side, with one row per class.
+
+    The grid also contains the nearest training images and, if there are any, the originals.
+    """
     chosen = [sheets[k] for k in sorted({round(k) for k in np.linspace(0, len(sheets) - 1, MOST_SHEETS).tolist()})]
     pairs = [chosen[k : k + ABREAST] for k in range(0, len(chosen), ABREAST)]
     heights = [max(len(set(sheet.labels.tolist())) for sheet in pair) for pair in pairs]
@@ -36,7 +39,7 @@ def sample_grid(sheets: Sequence[Sheet], classes: Sequence[str]) -> Figure:
 
 
 def _draw_sheet(panels: Sequence[Axes], sheet: Sheet, classes: Sequence[str], height: int) -> None:
-    """Draw one client's blocks; `height` is the number of rows to leave room for."""
+    """Draw the blocks of one client. `height` is the number of rows for which there must be room."""
     labels = sorted(set(sheet.labels.tolist()))
     for axes, (title, images) in zip(panels, sheet.blocks.items(), strict=True):
         canvas = _montage(images, sheet.labels, labels, height)
@@ -52,7 +55,7 @@ def _draw_sheet(panels: Sequence[Axes], sheet: Sheet, classes: Sequence[str], he
 
 
 def _montage(images: Tensor, labels: Tensor, rows: Sequence[int], n_rows: int) -> Floats:
-    """Return the first images of each class, one row per class, separated by one white pixel: (H, W) or (H, W, 3)."""
+    """Return the first images of each class, with one row per class, separated by one white pixel: (H, W) or (H, W, 3)."""
     channels, height, width = images.shape[1:]
     canvas = np.ones(((height + 1) * n_rows - 1, (width + 1) * PER_CLASS - 1, channels))
     for r, label in enumerate(rows):

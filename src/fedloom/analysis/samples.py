@@ -1,4 +1,4 @@
-"""Images from clients' generators: similarity to real images and to training images, and accuracy of an independent classifier."""
+"""Images from clients' generators: their similarity to real images and to training images, and an independent classifier's accuracy."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
 from fedloom.training.turn import fresh_modules, run_phases
 
-PER_CLASS = 10  # images per class and client
-MOST_TRAINING_ROWS = 3000  # maximum number of a client's training examples that are searched for the nearest
+PER_CLASS = 10  # number of images per class and client
+MOST_TRAINING_ROWS = 3000  # maximum number of a client's training examples in the search for the nearest
 CLASSIFIER, CLASSIFIER_ROWS, CLASSIFIER_STEPS, CLASSIFIER_BATCH = "fedavg_cnn", 10_000, 600, 64
 WINDOW = 7  # width and height in pixels of SSIM's uniform window
 HIGHEST_DB = 100.0  # PSNR of two equal images, and its upper limit
 
 
 class Made(NamedTuple):
-    """Generated images (S, C, H, W) as model inputs, their intended labels (S,), and the originals if they reconstruct real images."""
+    """Generated images (S, C, H, W) as model inputs, and their intended labels (S,).
+
+    If the images reconstruct real images, the originals are also included.
+    """
 
     images: Tensor
     labels: Tensor
@@ -38,7 +41,7 @@ class Made(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Images and the nearest training image of each, (S, C, H, W) in [0, 1], with SSIM and PSNR (dB) of each pair, (S,)."""
+    """Images and the nearest training image of each (S, C, H, W), in [0, 1], with SSIM and PSNR (dB) of each pair (S,)."""
 
     images: Tensor
     nearest: Tensor
@@ -48,10 +51,10 @@ class Pairs(NamedTuple):
 
 @torch.no_grad()
 def made_by(subject: Subject, i: int) -> Made | None:
-    """Return images from client `i`'s generator, or None if it has no generator or no input for it.
+    """Return images from client `i`'s generator, or None if the client has no generator or no input for it.
 
-    FedVTC: images of latents v ~ N(c_y, sigma^2), `PER_CLASS` for each class with a global prototype. FedRIR: reconstructions of the
-    client's own test examples, masked as in training, from the mean of the latent.
+    For FedVTC, the images are generated from latents v ~ N(c_y, sigma^2), `PER_CLASS` for each class with a global prototype. For FedRIR,
+    they are reconstructions of the client's own test examples, which are masked as in training, from the mean of the latent.
     """
     method, owner = subject.method, subject.owner(i)
     if "generator" not in owner.nets.modules:
@@ -88,23 +91,23 @@ def _rebuilt(method: FedRIR, owner: Owner, subject: Subject, i: int, rng: Stream
 
 
 class Likeness(NamedTuple):
-    """SSIM and PSNR (dB) of pairs of images, each of shape (S,)."""
+    """SSIM and PSNR (dB) of pairs of images (S,)."""
 
     ssim: Tensor
     psnr: Tensor
 
 
-# likeness
+# similarity
 
 
 def pairs(images: Tensor, training: Tensor) -> Pairs:
-    """Pair each image with the training image at the smallest mean squared distance; both (., C, H, W) in [0, 1]."""
+    """Pair each image with the training image at the smallest mean squared distance. Both are (., C, H, W) in [0, 1]."""
     nearest = training[torch.cdist(images.flatten(1), training.flatten(1)).argmin(1)]
     return Pairs(images, nearest, *likeness(images, nearest))
 
 
 def likeness(a: Tensor, b: Tensor) -> Likeness:
-    """Return SSIM and PSNR (dB, at most 100) of pairs of images (S, C, H, W) in [0, 1], each of shape (S,)."""
+    """Return SSIM and PSNR (dB, at most 100) of pairs of images (S, C, H, W) in [0, 1]. Both have shape (S,)."""
     try:
         from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     except ImportError as missing:
@@ -118,7 +121,7 @@ def likeness(a: Tensor, b: Tensor) -> Likeness:
 
 
 def deciles_of(values: Tensor) -> dict[str, Any]:
-    """Return mean, maximum, deciles (from minimum to maximum) and number of values."""
+    """Return the mean, maximum, deciles (from minimum to maximum) and number of the values."""
     deciles = torch.quantile(values.double(), torch.linspace(0, 1, 11, dtype=torch.float64))
     return {"mean": float(values.mean()), "max": float(values.max()), "deciles": deciles.tolist(), "n": len(values)}
 
@@ -127,20 +130,20 @@ def deciles_of(values: Tensor) -> dict[str, Any]:
 
 
 class Classifier(NamedTuple):
-    """A small CNN, trained centrally on the clients' training examples: its nets, and its accuracy on the common test set."""
+    """A small CNN that is trained centrally on the clients' training examples: its nets, and its accuracy on the common test set."""
 
     nets: Nets
     accuracy: float
 
     @torch.no_grad()
     def predict(self, x: Tensor) -> Tensor:
-        """Return the most likely class of each image, (B,)."""
+        """Return the most likely class of each image (B,)."""
         answers: Tensor = torch.cat([self.nets.model(part) for part in torch.split(x, 512)]).argmax(1)
         return answers
 
 
 def classifier(subject: Subject) -> Classifier:
-    """Train a `Classifier`, without the run's own models."""
+    """Train a `Classifier` without using the run's own models."""
     choice = arch(CLASSIFIER, subject.data.spec, subject.data.objective)
     modules = fresh_modules(lambda: {"model": choice.model()}, subject.rng("classifier"))
     x, y = subject.training_rows(CLASSIFIER_ROWS, "classifier")
@@ -165,7 +168,7 @@ def classifier(subject: Subject) -> Classifier:
 
 
 class Sheet(NamedTuple):
-    """A client's images to draw: blocks (S, C, H, W) in [0, 1] by title, and the labels of the images, (S,)."""
+    """A client's images to draw: blocks (S, C, H, W) in [0, 1] by title, and the labels of the images (S,)."""
 
     client: int
     blocks: dict[str, Tensor]
@@ -173,16 +176,16 @@ class Sheet(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """Results: numbers for `analysis.json`, and sheets to draw."""
+    """Results of an analysis: numbers for `analysis.json`, and sheets to draw."""
 
     numbers: dict[str, Any]
     sheets: list[Sheet]
-    made: Likeness  # of generated images to the nearest training image
-    held_out: Likeness | None  # of held-out real images, if any
+    made: Likeness  # similarity of generated images to the nearest training image
+    held_out: Likeness | None  # the same for held-out real images, if any
 
 
 def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | None:
-    """Measure similarity and recognition of images from clients' generators. Return None if there are no generators."""
+    """Measure the similarity and recognition of images from clients' generators. Return None if there are no generators."""
     found = [(i, made) for i in clients if (made := made_by(subject, i)) is not None]
     if not found:
         return None
@@ -204,7 +207,7 @@ def measure_generators(subject: Subject, clients: Sequence[int]) -> Findings | N
 def _compared(subject: Subject, i: int, made: Made) -> tuple[Sheet, Pairs, Pairs | None]:
     """Compare a client's images, and the same number of held-out images, with their nearest training images.
 
-    Both sets must have the same size, because a maximum grows with the number of images.
+    Both sets must have the same size, because a maximum increases with the number of images.
     """
     training, _ = subject.rows(subject.some(subject.data.partition.train[i], MOST_TRAINING_ROWS, "nearest", i))
     real = _shown(subject, i, training)

@@ -23,8 +23,10 @@ MOST_STEPS, TOLERANCE = 100, 1e-3  # limits of the power iteration
 
 
 def measure_sharpness(subject: Subject) -> dict[str, object] | None:
-    """Measure curves, eigenvalue and perturbation of the server's loss on training examples of all clients, or return None without a
-    server model."""
+    """Measure loss curves, an eigenvalue and a perturbation of the server's loss on training examples of all clients.
+
+    Return None if there is no server model.
+    """
     server = subject.server()
     if server is None:
         return None
@@ -52,17 +54,17 @@ def measure_sharpness(subject: Subject) -> dict[str, object] | None:
 
 
 def _used_params(loss: Loss, params: Mapping[str, Tensor]) -> Params:
-    """Return the parameters on which the loss depends, which excludes nets that are not used for prediction."""
+    """Return the parameters on which the loss depends. This excludes nets that are not used for prediction."""
     live = {name: p.detach().requires_grad_() for name, p in params.items()}
     gradients = torch.autograd.grad(loss(live), list(live.values()), allow_unused=True)
     return {name: params[name] for name, gradient in zip(live, gradients, strict=True) if gradient is not None}
 
 
 def direction(params: Params, rng: Stream) -> Params:
-    """Draw a filter-normalised random direction (Li et al., NeurIPS 2018): each filter, or row of a matrix, is scaled
-    to the norm of the corresponding filter or row of the weights.
+    """Draw a filter-normalised random direction (Li et al., NeurIPS 2018).
 
-    Biases and normalisation layers are not changed.
+    Each filter, or row of a matrix, is scaled to the norm of the corresponding filter or row of the weights. Biases and normalisation
+    layers do not change.
     """
     found = {}
     for name, weight in params.items():
@@ -78,8 +80,10 @@ def direction(params: Params, rng: Stream) -> Params:
 
 @torch.no_grad()
 def along_directions(loss: Loss, params: Params, rng: Stream) -> list[list[float]]:
-    """Return the loss at `DISTANCES` along random directions: (directions, distances). At distance 1 each filter has moved by its own
-    norm."""
+    """Return the loss at `DISTANCES` along random directions, with shape (directions, distances).
+
+    At distance 1, each filter has moved by its own norm.
+    """
     curves = []
     for k in range(DIRECTIONS):
         way = direction(params, rng.child(k))
@@ -108,7 +112,7 @@ class Eigenvalue(NamedTuple):
 
 
 def largest_eigenvalue(loss: Loss, params: Params, rng: Stream) -> Eigenvalue:
-    """Return the eigenvalue of the loss's Hessian with the largest magnitude, by power iteration on Hessian-vector products."""
+    """Return the eigenvalue of the loss's Hessian with the largest magnitude, by power iteration with Hessian-vector products."""
     live = [p.detach().requires_grad_() for p in params.values()]
     value = loss(dict(zip(params, live, strict=True)))
     gradient = torch.autograd.grad(value, live, create_graph=True, materialize_grads=True)

@@ -1,4 +1,4 @@
-"""A run to analyse: nets and examples of its clients, and the model of its server."""
+"""A run to analyse: the nets and examples of its clients, and the model of its server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fedloom.objectives import Classification
 from fedloom.rng import Stream
 from fedloom.tree import Tree
 
-MOST_CLIENTS = 20  # maximum number of clients to analyse, evenly spaced
+MOST_CLIENTS = 20  # maximum number of clients to analyse; they are evenly spaced
 
 
 class Owner(NamedTuple):
-    """What a client needs for predictions: its nets in evaluation mode, the downlink, and its memory."""
+    """The objects that a client needs for predictions: its nets in evaluation mode, the downlink, and its memory."""
 
     nets: Nets
     down: Tree
@@ -27,7 +27,7 @@ class Owner(NamedTuple):
 
 
 class Subject:
-    """One reopened run. All random numbers of an analysis depend on the run's seed."""
+    """A reopened run. All random numbers of an analysis depend on the run's seed."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.method, self.data, self.problem = experiment.method, experiment.data, experiment.problem
@@ -48,7 +48,7 @@ class Subject:
         return Owner(nets, message, client.memory)
 
     def server(self) -> Owner | None:
-        """Return the server's model, as a client that never trained receives it, or None if the method has no server model."""
+        """Return the server's model as received by a client that never trained, or None if the method has no server model."""
         if not self.problem.has_server_model:
             return None
         modules = self.problem.modules(self.problem.arch_of[0])
@@ -61,24 +61,24 @@ class Subject:
         return Stream(self._seed, "analysis", *purpose)
 
     def some(self, rows: Rows, n: int, *purpose: str | int) -> Rows:
-        """Return at most `n` of the given example numbers, in order, drawn at random for a purpose."""
+        """Return at most `n` of the given example numbers, in order. They are drawn at random for the given purpose."""
         if len(rows) <= n:
             return rows
         chosen = self.rng("rows", *purpose).permutation(len(rows))[:n].sort().values
         return np.asarray(rows[chosen.numpy()])
 
     def training_rows(self, n: int, *purpose: str | int) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of at most `n` training examples of all clients."""
+        """Return the inputs and labels of at most `n` training examples of all clients."""
         return self.rows(self.some(np.concatenate(self.data.partition.train), n, *purpose))
 
     def rows(self, index: Rows) -> tuple[Tensor, Tensor]:
-        """Return inputs and targets of examples."""
+        """Return the inputs and targets of examples."""
         x, y = self.data.rows(index)
         assert isinstance(x, Tensor)  # see `unsuitable`
         return x, y
 
     def unsuitable(self, *, classes: bool) -> str:
-        """Return why the data cannot be analysed, or "". `classes`: whether the analysis needs classes."""
+        """Return the reason why the data cannot be analysed, or "". `classes` states whether the analysis needs classes."""
         spec, task = self.data.spec, self.task.objective.task
         if not spec.is_single or spec.fields[0].is_integer:
             return f"needs images or numbers, but data={self.data.name} has {spec}"

@@ -1,7 +1,7 @@
 """The command line: `fedloom COMMAND ...`.
 
-Each command has one module, which reads arguments and prints results; the work is done in `tools`, `experiment` and `report`. Keep imports
-inside functions, so that help and completion start without torch.
+Each command has one module, which reads arguments and prints results. The commands are implemented in `tools`, `experiment` and `report`.
+Keep imports inside functions, so that help and completion start without torch.
 """
 
 from fedloom.cli.main import main

@@ -1,4 +1,4 @@
-"""The steps of `fedloom deploy` with which nodes join a federation, and operators admit, revoke and renew them."""
+"""The steps of `fedloom deploy` with which nodes join a federation, and with which operators admit, revoke and renew nodes."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def analyse_command(words: Sequence[str]) -> int:
 
             def tell(part: str, name: str = record.name) -> None:
                 nonlocal done
-                if progress:  # called when a part begins, so this part is not done yet
+                if progress:  # called when a part begins, so this part is not complete yet
                     progress(done + 1, total, {}, f"{name}: {part}", Overall(done, total))
                 done += 1
 

@@ -49,7 +49,7 @@ COLUMNS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of the command, given as `key=value`, with their defaults."""
+    """Options of the command, which are written as `key=value`, with their defaults."""
 
     engine: str = ""
     scale: float = 0.05
@@ -113,7 +113,7 @@ def _number(key: str, text: str, kind: type[int | float]) -> int | float:
 
 
 def _default_engines(device: str) -> list[str]:
-    """Return the engines to time by default. On a CPU `vectorised` is slow for convolutions, so it is timed only on request."""
+    """Return the engines to time by default. On a CPU, `vectorised` is slow for convolutions, so it is timed only on request."""
     if device != "cpu":
         return ["sequential", "vectorised"]
     return ["sequential", "processes"] if cores() > 1 and "processes" in ENGINES else ["sequential"]

@@ -18,7 +18,7 @@ MARKS = {True: "✓", False: "✗", None: "–"}
 
 
 def check_command(words: Sequence[str]) -> int:
-    """Run `fedloom check` and return its exit code: 1 if a method breaks a rule."""
+    """Run `fedloom check` and return its exit code, which is 1 if a method breaks a rule."""
     parser = Parser(
         "check", "Check that a method follows the contract, on a tiny federation (takes seconds).", EXAMPLES
     )

@@ -37,13 +37,13 @@ STEPS: Mapping[str, str] = {
 
 
 def complete(commands: Mapping[str, str]) -> None:
-    """Print completions for the shell's current command line, and exit. `commands`: import path of each command's function."""
+    """Print completions for the shell's current command line, and exit. `commands` contains the import path of each command's function."""
     given = os.environ.get("COMP_LINE", "").split()[1:3]
     argcomplete.autocomplete(parser(commands, *given), always_complete_options=False)
 
 
 def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> argparse.ArgumentParser:
-    """Return a parser with all commands, and with the arguments of the `chosen` command (or of its `step`)."""
+    """Return a parser with all commands, and with the arguments of the command `chosen` (or of its step `step`)."""
     whole = argparse.ArgumentParser(prog="fedloom", add_help=False)
     parts = whole.add_subparsers(dest="command")
     for command, origin in commands.items():

@@ -29,7 +29,7 @@ keys: see fedloom run --help. For each architecture, the client with the most tr
 thread. The assumed device is a Raspberry Pi 4 (see docs/edge.md); describe another with --gflops and --memory.
 """
 PI_GFLOPS, PI_GB = 4.0, 1.0
-ROOF_S = 3.0  # long enough to include undisturbed milliseconds on a busy machine
+ROOF_S = 3.0  # in seconds, long enough to include undisturbed milliseconds on a busy machine
 
 
 def cost_command(words: Sequence[str]) -> int:

@@ -225,7 +225,7 @@ def _execute(deployment: Any, values: Values, given: Any) -> int:
         with live(label, console, done=experiment.done) as show:
             experiment.run(show)
 
-    if given.step == "up":  # the federation is stopped with the run, which therefore cannot be resumed
+    if given.step == "up":  # the federation stops together with the run, which therefore cannot be resumed
         work()
     else:
         until_interrupted(work, f"fedloom deploy run {deployment.path} --resume {folder}")
@@ -256,7 +256,7 @@ def _one_experiment(values: Values) -> Values:
 
 
 def _overridden(values: Values, words: Sequence[str]) -> Values:
-    """Apply arguments to the federation's config. A config file among the arguments replaces that config."""
+    """Return the federation's config, changed by arguments. A config file among the arguments replaces that config."""
     from fedloom.config.parsing import from_words
 
     if any("=" not in word for word in words):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fedloom.experiment.signing import Signer
     from fedloom.report import Chapter
 
-DIGITS = 32  # of a digest, so that lines stay short
+DIGITS = 32  # number of digits of a digest that are shown, so that lines stay short
 
 
 def run_one(experiment: Experiment, label: str, quiet: bool) -> None:
@@ -56,7 +56,7 @@ def run_all(wanted: Comparison, folder: Path, quiet: bool, accept_changes: bool 
 
 
 def sign(runs: Sequence[Path], signer: Signer | None, silent: bool) -> None:
-    """Sign finished runs, if there is a signer. Unless `silent`, print the fingerprint of its key."""
+    """Sign finished runs if there is a signer. Unless `silent`, print the fingerprint of the signer's key."""
     for folder in runs if signer else ():
         fingerprint = signer.sign(folder) if signer else ""
         if not silent:
@@ -64,7 +64,7 @@ def sign(runs: Sequence[Path], signer: Signer | None, silent: bool) -> None:
 
 
 def _digest(runs: Sequence[Path], folder: Path) -> str:
-    """Return the start of the digest of a run, or of all runs of a comparison, which `fedloom verify` prints in full."""
+    """Return the first part of the digest of a run, or of all runs of a comparison, which `fedloom verify` prints completely."""
     records = {run.relative_to(folder).as_posix(): read_manifest(run / MANIFEST) for run in runs}
     digests = {name: str(record["digest"]) for name, record in records.items() if record}
     if len(digests) < len(runs):
@@ -85,14 +85,14 @@ def _plan(wanted: Comparison, jobs: Sequence[PlannedRun], folder: Path) -> dict[
 
 
 def announce(about: Mapping[str, str]) -> None:
-    """Print a summary of a run to standard error, one topic per line."""
+    """Print a summary of a run to standard error, with one line per topic."""
     width = max(map(len, about))
     for topic, words in about.items():
         print(f"{topic:<{width}}  {words}", file=sys.stderr, flush=True)
 
 
 class Finished(NamedTuple):
-    """The folders of runs that are compared, with the comparison's title and reading."""
+    """The folders of runs that are compared, with the title of the comparison and the text on how to read it."""
 
     runs: Sequence[Path]
     title: str = ""
@@ -100,7 +100,7 @@ class Finished(NamedTuple):
 
 
 def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool) -> int:
-    """Write the report, print tables and warnings, and return the exit code: 1 if a run learnt nothing."""
+    """Write the report, print tables and warnings, and return the exit code, which is 1 if a run learnt nothing."""
     from fedloom.report import (
         Chapter,
         read,
@@ -109,7 +109,7 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
 
     chapters = [Chapter(read(part.runs), part.title, part.reading) for part in parts]
     for chapter in chapters:
-        shared_primary(chapter.records)  # raises an error, which `_write_page` would show as a hint
+        shared_primary(chapter.records)  # raises an error that `_write_page` would show as a hint
     hint = _write_page(chapters, folder / "report.html")
     runs = [run for part in parts for run in part.runs]
     if as_json:
@@ -133,7 +133,7 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
 
 
 def _show_chapter(console: Console, chapter: Chapter) -> None:
-    """Print a comparison: its title, its tables and how to read them."""
+    """Print a comparison: its title, its tables, and the text on how to read them."""
     from fedloom.report import generalisation_table, paired_table, summary_table
 
     if chapter.title:
@@ -150,7 +150,7 @@ def _show_chapter(console: Console, chapter: Chapter) -> None:
 
 
 def _write_page(chapters: Sequence[Chapter], target: Path) -> str:
-    """Write the report page. Return a hint if a package that it needs is missing."""
+    """Write the report page. Return a hint if a required package is missing."""
     from fedloom.report import write_chapters
 
     try:
@@ -187,7 +187,7 @@ def _warn_of_divergence(folder: Path) -> None:
 
 
 def _warn_of_screening(folder: Path) -> None:
-    """Print a line for each client that was excluded, and for each round that was rolled back."""
+    """Print a line for each excluded client, and for each round that was rolled back."""
     for event in RunFolder.open(folder).rows("events.jsonl"):
         if event["event"] == "excluded":
             who = ", ".join(map(str, event["clients"]))

@@ -1,4 +1,4 @@
-"""All settings with type, default and meaning, read from `fedloom.config.settings`, for `--help`."""
+"""All settings with their type, default and meaning, read from `fedloom.config.settings` for `--help`."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def list_command(words: Sequence[str]) -> int:
 
 
 def _wrong(what: str | None) -> str:
-    """Return what is wrong with the kind of things to list, and what to write."""
+    """Return a message that there is no such kind of things to list, with the words to write instead."""
     if not what:
         return f"choose one of {', '.join(KINDS)}"
     right = list_instead(what)
@@ -69,14 +69,14 @@ def _wrong(what: str | None) -> str:
 
 
 def methods() -> list[Facts]:
-    """Return the facts of every registered method, and of those that installed packages offer."""
+    """Return the facts about every registered method, and about the methods that installed packages provide."""
     found = [registry.describe_registered(name) for name in registry.METHODS]
     others = sorted(registry.installed_methods().keys() - registry.METHODS.keys())
     return found + [registry.describe_method(name, registry.method_class(name)) for name in others]
 
 
 def datasets() -> list[Facts]:
-    """Return the facts of every known data set, with the folder where it was found."""
+    """Return the facts about every known data set, and the folder in which it was found."""
     return [
         {
             "name": name,
@@ -99,7 +99,7 @@ def _input_size(source: Source) -> str:
 
 
 def models() -> list[Facts]:
-    """Return the facts of every architecture in the zoo."""
+    """Return the facts about every architecture in the zoo."""
     found = []
     for name, origin in ZOO.origins.items():
         text, options = source_facts.function_facts(origin)
@@ -115,7 +115,7 @@ body), `lora_alpha` (default: 2 RANK) and `lora_freeze_a`."""
 
 
 def engines() -> list[Facts]:
-    """Return the facts of every engine and wrapper."""
+    """Return the facts about every engine and wrapper."""
     auto = {"name": "auto", "kind": "engine", "summary": "chooses one of the engines below (the default)"}
     plain = [{"name": name, "kind": "engine", "summary": text} for name, text in ENGINES.items()]
     wrappers = [
@@ -126,7 +126,7 @@ def engines() -> list[Facts]:
 
 
 def transforms() -> list[Facts]:
-    """Return the facts of every transform of messages."""
+    """Return the facts about every transform of messages."""
     return [
         {"name": name, "example": kind.example, "for": kind.ways, "summary": kind.summary}
         for name, kind in TRANSFORMS.items()
@@ -134,7 +134,7 @@ def transforms() -> list[Facts]:
 
 
 def rules() -> list[Facts]:
-    """Return the facts of every robust rule."""
+    """Return the facts about every robust rule."""
     return [{"name": name, "example": kind.example, "summary": kind.summary} for name, kind in RULES.items()]
 
 

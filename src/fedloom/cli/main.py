@@ -1,4 +1,4 @@
-"""Entry point: runs the command, and reports every error in one line."""
+"""The entry point, which runs the command and reports every error in one line."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedloom.errors import ConfigError, UsageError, suggest
 from fedloom.lazy import resolve
 from fedloom.tools.error_report import notes, one_line
 
-LONG_WORD, LONG_LINE = 240, 1600  # characters; longer ones are cut in messages
+LONG_WORD, LONG_LINE = 240, 1600  # in characters; longer ones are shortened in messages
 INTERRUPTED, TERMINATED, MISUSED, FAILED = 130, 143, 2, 1  # exit codes
 
 
 class Entry(NamedTuple):
-    """Import path of a command's function (imported when the command runs), and its purpose in one line."""
+    """The import path of a command's function, which is imported when the command runs, and the purpose of the command in one line."""
 
     origin: str
     purpose: str
@@ -84,10 +84,10 @@ fedloom COMMAND --help shows examples and all keys; --debug shows tracebacks; --
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 1 failure, 2 usage error, 4 only invalid uplinks, 130 interrupted, 143 ended by
-    SIGTERM.
+    """Run one command and return its exit code.
 
-    `fedloom verify` returns 3 if a folder was damaged or edited.
+    The exit codes are 0 for success, 1 for failure, 2 for a usage error, 4 if there were only invalid uplinks, 130 if interrupted, and 143
+    if ended by SIGTERM. `fedloom verify` returns 3 if a folder was damaged or edited.
     """
     for stream in (sys.stdout, sys.stderr):  # an unprintable character must not abort a run
         if isinstance(stream, io.TextIOWrapper):
@@ -101,10 +101,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         return _dispatch(words)
-    except SystemExit as leaving:  # argparse exits this way after --help
+    except SystemExit as leaving:  # argparse exits in this way after --help
         return leaving.code if isinstance(leaving.code, int) else MISUSED
     except KeyboardInterrupt as interrupt:
-        # If Ctrl-C arrives inside `exec` (as in named tuples), Python later exits with the signal although it was caught. This resets that.
+        # If Ctrl-C arrives inside `exec` (as in named tuples), Python later exits with the signal although it was caught. The next line
+        # prevents this.
         exec("")
         hint = f"; continue with: {interrupt}" if isinstance(interrupt, Interrupted) else ""
         if isinstance(interrupt, Interrupted) and interrupt.by_sigterm:
@@ -154,6 +155,6 @@ def _tell(line: str, code: int) -> int:
 
 
 def _at(error: BaseException) -> str:
-    """Return client and round of the error, if known."""
+    """Return the client and round of the error, if they are known."""
     found = notes(error)
     return f" ({found[-1]})" if found else ""

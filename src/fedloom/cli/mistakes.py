@@ -1,4 +1,4 @@
-"""Frequent mistakes in the words of a command line, each with the words to write instead."""
+"""Frequent mistakes in the words of a command line, and the words to write instead."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         "h": "--help",
     }
 )
-"""Words that are not commands, with what to write instead after `fedloom`; in the form of `fedloom.errors.normal`."""
+"""Words that are not commands, in the form of `fedloom.errors.normal`, and the words to write instead after `fedloom`."""
 
 
 def command_instead(words: Sequence[str]) -> str:
-    """Return what to write instead of words that do not begin with a command, or ""."""
+    """Return the words to write instead if a command line does not begin with a command, or ""."""
     word = words[0]
     if "=" in word and not word.startswith("-"):
         return f"fedloom run {word}"
@@ -50,7 +50,7 @@ def list_instead(word: str) -> str:
 
 
 def refuse_mistakes(words: Sequence[str]) -> None:
-    """Raise ConfigError for words that are neither settings nor a config file, and for values that are often mistaken for others."""
+    """Raise ConfigError for words that are neither settings nor a config file, and for values that users often confuse with others."""
     from fedloom.config.hints import instead
 
     _refuse_spaces(words)
@@ -92,7 +92,7 @@ def _is_config(word: str) -> bool:
 
 
 def _stray(stray: Sequence[str], words: Sequence[str]) -> str:
-    """Return the setting that stray words were meant to be, as a hint."""
+    """Return a hint that names the setting that stray words probably mean."""
     names = [name for word in stray for name in word.split(",") if name]
     found = [_names().get(normal(name), "") for name in names]
     if found and all(each.startswith("method=") for each in found):
@@ -110,7 +110,7 @@ def _stray(stray: Sequence[str], words: Sequence[str]) -> str:
 
 
 def _names() -> dict[str, str]:
-    """Return `key=name` for each known name of a method, data set, model, engine or transform, by its normal form."""
+    """Return `key=name` for each known name of a method, data set, model, engine or transform, by the normal form of the name."""
     from fedloom.data.catalogue import SOURCES
     from fedloom.engines import ENGINES, WRAPPERS
     from fedloom.methods import CLASSES

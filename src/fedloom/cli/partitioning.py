@@ -27,7 +27,7 @@ keys: data.*, partition.*, clients, seed, eval.valid (see fedloom run --help), a
   out=FILE.json   write the example numbers of every client (files are never overwritten)
   plot=FILE.png   plot the number of examples by client and class (.png, .svg, .pdf; needs fedloom[report])
 """
-SHOWN = 30  # maximum number of clients in the table; if there are more, show the first and the last
+SHOWN = 30  # maximum number of clients in the table; of more clients, the first and the last are shown
 LAST = 5
 
 
@@ -42,7 +42,7 @@ def partition_command(words: Sequence[str]) -> int:
     values = read_values([word for word in given if word not in own])
     values = {key: value for key, value in values.items() if key not in ("out", "method", "variant", *METHODS)}
     match values.get("seed"):
-        case [first, *_]:  # a comparison's config: use its first seed
+        case [first, *_]:  # the config of a comparison; use its first seed
             values["seed"] = first
     federation = make_federation(make_settings(values))
     console = output()

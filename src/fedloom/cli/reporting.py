@@ -72,10 +72,10 @@ def report_command(words: Sequence[str]) -> int:
 
 
 def _targets(options: Mapping[str, str], folder: Path) -> dict[str, Path]:
-    """Return the files to write, by key; `report.html` in the folder if none was given.
+    """Return the files to write, by key. The default is `report.html` in the folder.
 
     Raises:
-        ConfigError: a file exists, has a suffix that does not fit, or is named twice.
+        ConfigError: a file exists, has an unsuitable suffix, or is named twice.
     """
     kinds = {"out": (*PAGES, *FORMATS), "clients": tuple(FORMATS), "plot": PICTURES}
     targets = {
@@ -119,7 +119,7 @@ def _waiting(options: Mapping[str, str], primary: Primary) -> Waiting | None:
 
 
 def _target(text: str, primary: Primary) -> float:
-    """Return the value of the primary metric given by `target=`: in percent if the metric is shown in percent."""
+    """Return the value of the primary metric that `target=` sets. It is in percent if the metric is shown in percent."""
     if primary.percent:
         return _number("target", text, 100) / 100
     try:

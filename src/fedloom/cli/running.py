@@ -148,7 +148,7 @@ def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comp
 
 
 def _planned(words: Sequence[str]) -> tuple[Comparison, str | None]:
-    """Return a comparison and `out`. If arguments change the results, the config file's `reading` no longer describes them."""
+    """Return a comparison and `out`. If arguments change the results, the `reading` in the config file no longer applies."""
     from fedloom.tools.compare import plan
 
     values = read_values(words)
@@ -175,7 +175,7 @@ def _outputs(parser: Parser) -> None:
 
 
 def _read(parser: Parser, words: Sequence[str]) -> Any:
-    """Parse the arguments of `run` or `compare`. `sign` becomes the object that signs, so that a wrong key is refused at once."""
+    """Parse the arguments of `run` or `compare`. `sign` becomes the object that signs, so that an invalid key is refused immediately."""
     given = parser.read(words)
     if given.accept_changes and given.resume is None:
         raise ConfigError(f"--accept-changes: applies only to {parser.prog} --resume FOLDER")
@@ -187,7 +187,7 @@ def _read(parser: Parser, words: Sequence[str]) -> Any:
 
 
 def _more_rounds(words: Sequence[str]) -> int | None:
-    """Return N of `rounds=N`, the only setting that a resumed run takes."""
+    """Return N from `rounds=N`, which is the only setting that a resumed run accepts."""
     _refuse_settings([word for word in words if not word.startswith("rounds=")], "run")
     if not words:
         return None
@@ -219,17 +219,18 @@ def refuse_several(values: Values) -> None:
 
 
 def until_interrupted(work: Callable[[], Any], again: str) -> None:
-    """Do `work`; raise Interrupted on Ctrl-C, and on SIGTERM, which schedulers and service managers send. `again`: the command that
-    continues the run.
+    """Run `work`. Raise Interrupted on Ctrl-C, and on SIGTERM, which schedulers and service managers send.
+
+    `again` is the command that continues the run.
     """
     ending: list[int] = []
 
     def end(number: int, frame: object) -> None:
         ending.append(number)
-        signal.signal(number, signal.SIG_IGN)  # a second one must not interrupt the end
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the clean-up
         raise KeyboardInterrupt
 
-    main = threading.current_thread() is threading.main_thread()  # others cannot set signal handlers
+    main = threading.current_thread() is threading.main_thread()  # other threads cannot set signal handlers
     before = signal.signal(signal.SIGTERM, end) if main else None
     try:
         work()

@@ -12,14 +12,14 @@ from rich.table import Table
 
 
 class Widths(NamedTuple):
-    """Minimum width of a column (its longest word or number) and preferred width (its longest line), in characters."""
+    """The minimum width of a column (its longest word or number) and its preferred width (its longest line), in characters."""
 
     least: int
     most: int
 
 
 def show(console: Console, table: Table) -> None:
-    """Print a table with its title above and its caption below."""
+    """Print a table with its title above it and its caption below it."""
     widths = [_widths(console, table, place) for place in range(len(table.columns))]
     if table.title:
         console.print(table.title)
@@ -41,7 +41,7 @@ def _widths(console: Console, table: Table, place: int) -> Widths:
 
 
 def _split(table: Table, widths: Sequence[Widths], room: int) -> list[list[int]]:
-    """Return the columns of each part. The first column, which names the rows, is in every part."""
+    """Return the columns of each part. The first column, which contains the names of the rows, is in every part."""
     parts = [[0]]
     for place in range(1, len(widths)):
         wanted = [*parts[-1], place]
@@ -53,7 +53,7 @@ def _split(table: Table, widths: Sequence[Widths], room: int) -> list[list[int]]
 
 
 def _between(table: Table, n: int) -> int:
-    """Return the width of padding and borders of n columns, in characters."""
+    """Return the width of the padding and borders of n columns, in characters."""
     _, right, _, left = table.padding
     padding = (left + right) * (n if table.pad_edge else n - 1)
     return padding + (n - 1 if table.box else 0) + (2 if table.box and table.show_edge else 0)
@@ -74,7 +74,9 @@ def _part(table: Table, places: Sequence[int], widths: Sequence[Widths], room: i
 
 
 def _shared_out(widths: Sequence[Widths], room: int) -> list[int]:
-    """Return the width of each column: its preferred width, reduced in the widest columns first if there is too little room."""
+    """Return the width of each column: its preferred width or, if there is too little room, a width reduced in the
+    widest columns first.
+    """
     found = [each.most for each in widths]
     while sum(found) > room:
         can_shrink = [place for place, each in enumerate(widths) if found[place] > each.least]

@@ -39,7 +39,7 @@ def verify_command(words: Sequence[str]) -> int:
 
 
 def _verify_all(path: Path, folders: Sequence[Path], key: str | None) -> bool:
-    """Verify the runs in a folder, and show the result of each. Return whether all are as they were written."""
+    """Verify the runs in a folder, and show the result for each run. Return whether all runs are unchanged."""
     verdicts = {folder.relative_to(path).as_posix(): verify(folder, key) for folder in folders}
     for folder, verdict in zip(folders, verdicts.values(), strict=True):
         _show(folder, verdict)

@@ -1,4 +1,4 @@
-"""Code that all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files and the console."""
+"""Code that all commands share: the argument parser, `[CONFIG.toml] [key=value ...]`, output files, and the console."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WIDE = 140  # width of output to a file or a pipe, in characters
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM after the run folder was created. The message is the command that continues the run."""
+    """Ctrl-C or SIGTERM was received after the run folder was created. The message is the command that continues the run."""
 
     by_sigterm = False
 
@@ -28,7 +28,7 @@ class Interrupted(KeyboardInterrupt):
 class Parser(argparse.ArgumentParser):
     """An argparse parser that raises ConfigError instead of exiting. Options and other arguments may be mixed.
 
-    `keys`: the keys that the command takes as `key=value`; None if these are settings of a run.
+    `keys` contains the keys that the command accepts as `key=value`, or None if these are the settings of a run.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class Parser(argparse.ArgumentParser):
                 raise ConfigError(f"{self.prog} has no option {option}{hint}")
         given = self.parse_intermixed_args(words)
         for action in self._actions:
-            if action.option_strings and getattr(given, action.dest, None) == "":  # probably an unset shell variable
+            if action.option_strings and getattr(given, action.dest, None) == "":  # perhaps an unset shell variable
                 raise ConfigError(f"{self.prog}: {action.option_strings[0]} must not be empty")
         return given
 
     def _key(self, option: str) -> str:
-        """Return the key that was written as an option, such as `rounds` for `--rounds`, or ""."""
+        """Return the key if it was written as an option, such as `rounds` for `--rounds`, or ""."""
         word = option.removeprefix("--")
         if self.keys is not None:
             return word if word in self.keys else ""
@@ -75,19 +75,19 @@ class Parser(argparse.ArgumentParser):
         return (self.keys is None and instead(key, text)) or f"{key}={text}"
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing the usage and exiting."""
+        """Raise ConfigError instead of printing the usage and exiting."""
         raise ConfigError(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def _value(words: Sequence[str]) -> str:
-    """Return the value of an option: `5` for `--rounds 5` or `--rounds=5`, `VALUE` if there is none."""
+    """Return the value of an option: `5` for `--rounds 5` or `--rounds=5`, or `VALUE` if it has none."""
     _, equals, text = words[0].partition("=")
     after = [word for word in words[1:2] if not word.startswith("--") and "=" not in word]
     return text if equals else (after or ["VALUE"])[0]
 
 
 def settings_words(parser: Parser) -> None:
-    """Declare `[CONFIG.toml] [key=value ...]`."""
+    """Add `[CONFIG.toml] [key=value ...]` to a parser."""
     parser.keys = None
     parser.add_argument(
         "words", nargs="*", metavar="[CONFIG.toml] key=value", help="a config file, and settings that override it"
@@ -95,7 +95,7 @@ def settings_words(parser: Parser) -> None:
 
 
 def accept_option(parser: Parser) -> None:
-    """Declare `--accept-changes`."""
+    """Add `--accept-changes` to a parser."""
     parser.add_argument(
         "--accept-changes",
         action="store_true",
@@ -104,14 +104,14 @@ def accept_option(parser: Parser) -> None:
 
 
 def sign_option(parser: Parser) -> None:
-    """Declare `--sign`."""
+    """Add `--sign` to a parser."""
     parser.add_argument(
         "--sign", metavar="KEY", help="sign each finished run with this private key (Ed25519 or P-384, OpenSSH or PEM)"
     )
 
 
 def read_values(words: Sequence[str]) -> Values:
-    """Return the tables of values given by a config file and `key=value` arguments."""
+    """Return the tables of values from a config file and `key=value` arguments."""
     from fedloom.cli.mistakes import refuse_mistakes
     from fedloom.config.parsing import from_words, read_toml
 
@@ -126,7 +126,7 @@ def read_values(words: Sequence[str]) -> Values:
 
 
 def output() -> Console:
-    """Return a console for standard output, wide enough for tables if the output is not a terminal."""
+    """Return a console for standard output. If the output is not a terminal, the console is wide enough for tables."""
     from rich.console import Console
 
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=False)
@@ -136,7 +136,7 @@ def output() -> Console:
 
 
 def default_words(value: Any) -> str:
-    """Return a default as a user would type it, or "" if there is none."""
+    """Return a default value as a user would type it, or "" if there is none."""
     if value is None or value == ():
         return ""
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -152,9 +152,9 @@ def refuse_empty(options: Mapping[str, str]) -> None:
 def plain_and_options(
     words: Sequence[str], keys: Sequence[str], unknown: str = "unknown key"
 ) -> tuple[list[str], dict[str, str]]:
-    """Divide arguments into plain words, such as folders, and `key=value` options by key. An existing file may contain `=`.
+    """Divide arguments into plain words, such as folders, and `key=value` options by key. The name of an existing file may contain `=`.
 
-    `unknown`: how the error about another key begins.
+    `unknown` is the beginning of the error about an unknown key.
 
     Raises:
         ConfigError: a key is unknown, is given twice or has no value.
@@ -175,9 +175,9 @@ def plain_and_options(
 
 
 def new_file(value: str, key: str, made: bool = False) -> Path:
-    """Return the path of a new output file, checked before any work starts. Existing files are never overwritten.
+    """Return the path of a new output file, which is checked before any work starts. Existing files are never overwritten.
 
-    `made`: whether a missing parent folder will be created.
+    `made` states whether a missing parent folder will be created.
 
     Raises:
         ConfigError: the name is empty, the path exists, or its folder does not exist.
@@ -193,7 +193,7 @@ def new_file(value: str, key: str, made: bool = False) -> Path:
 
 
 def new_picture(value: str, key: str) -> Path:
-    """Like `new_file`, for an image. Raise ConfigError for formats that matplotlib cannot write."""
+    """Return the path of a new image file, as `new_file` does. Raise ConfigError for formats that matplotlib cannot write."""
     from fedloom.report.style import Figure  # matplotlib is an extra
 
     return with_suffix(new_file(value, key), key, list(Figure().canvas.get_supported_filetypes()))

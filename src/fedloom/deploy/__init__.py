@@ -1,5 +1,6 @@
-"""Federations of real devices with Flower: server, node agents, messages, keys, certificates and service files.
+"""Federations of real devices with Flower: the server, node agents, messages, keys, certificates and service files.
 
-`running.py` runs an experiment on a federation, and `engine.py` is the engine that sends requests to nodes. Only this package imports
+`running.py` runs an experiment on a federation, and `engine.py` contains the engine that sends requests to nodes. Only this package
+imports Flower.
 Flower.
 """

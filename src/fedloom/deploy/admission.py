@@ -1,8 +1,8 @@
-"""Who may take part in a federation, for the server's operator: admit a node by its request, revoke it, and replace keys and certificates.
+"""Admission to a federation, for the operator of the server: admit a node by its request, revoke it, and replace keys and certificates.
 
-A request has a node's name and public key; its private key never leaves the node. The operator compares the key's fingerprint with the
-node's owner. Every change is first written to the audit log. A change that was interrupted is completed by the same command. The proxy
-and `fedloom deploy server` notice changed keys themselves.
+A request contains a node's name and public key; the private key never leaves the node. The operator and the node's owner compare the
+fingerprint of the key. Every change is first written to the audit log. If a change was interrupted, the same command completes it. The
+proxy and `fedloom deploy server` detect changed keys themselves.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fedloom.deploy.services import private_files
 from fedloom.errors import ConfigError, first_line
 from fedloom.experiment.lock import FolderLock
 
-OVERLAP = timedelta(hours=24)  # how long a replaced key stays valid
+OVERLAP = timedelta(hours=24)  # time for which a replaced key stays valid
 ANSWER = """\
 # Answer to the request of a node. On the node:
 #   fedloom deploy join FOLDER --finish THIS_FILE --authority {authority}
@@ -51,7 +51,9 @@ ANSWER = """\
 
 @dataclass(frozen=True, kw_only=True)
 class Admitted:
-    """A node that was admitted, or given a new key: its name, clients, key, the answer for its owner, and whether this was done before."""
+    """A node that was admitted or received a new key: its name, clients, key, the answer for its owner, and whether it
+    was already done.
+    """
 
     name: str
     clients: Sequence[int]
@@ -69,12 +71,12 @@ def admit(
     Args:
         path: the federation's folder.
         request: the node's request.
-        clients: the numbers of the node's clients. A client of a revoked node may be given to another node.
-        given: the fingerprint that the node's owner sees.
-        authority: folder with the authority's key; default: `authority` in the federation's folder.
+            clients: the numbers of the node's clients. The clients of a revoked node may be assigned to another node.
+            given: the fingerprint that the node's owner sees.
+            authority: folder with the authority's key; default: `authority` in the federation's folder.
 
-    Raises:
-        ConfigError: the request is not valid or has another fingerprint, or name, key or a client belongs to another node.
+        Raises:
+            ConfigError: the request is not valid or has another fingerprint, or its name, its key or a client belongs to another node.
     """
     asked = _read(request)
     with _changing(path) as deployment:
@@ -91,16 +93,16 @@ def admit(
         if not before:
             AuditLog.of(deployment.path).append("admit", asked.name, fingerprint_of(asked.key), clients=list(clients))
             line = key_line(openssh(asked.key), certificate.not_valid_after_utc)
-            replace_file(deployment.public_key(asked.name), line)  # it exists if this command was interrupted
+            replace_file(deployment.public_key(asked.name), line)  # the file exists if this command was interrupted
             _write_nodes(deployment, _with_node(deployment.file.nodes, asked.name, clients))
         return _answer(Deployment(path), signer, certificate, request, before=before)
 
 
 def rotate_node(path: Path, request: Path, given: str | None, authority: Path | None = None) -> Admitted:
-    """Replace the key of a node by that of its request. The old key stays valid for a day. See `admit`.
+    """Replace the key of a node by the key in its request. The old key stays valid for a day. See also `admit`.
 
     Raises:
-        ConfigError: as `admit`; or the node is not admitted.
+        ConfigError: see `admit`; or the node is not admitted.
     """
     asked = _read(request)
     with _changing(path) as deployment:
@@ -125,7 +127,7 @@ def rotate_node(path: Path, request: Path, given: str | None, authority: Path | 
 
 
 def revoke(path: Path, name: str) -> list[str]:
-    """Make the keys of a node invalid at once. Return their fingerprints; none if the node was revoked before.
+    """Make the keys of a node invalid immediately. Return their fingerprints, or an empty list if the node was already revoked.
 
     Raises:
         ConfigError: the federation has no such node.
@@ -146,7 +148,7 @@ def revoke(path: Path, name: str) -> list[str]:
 def rotate_server(path: Path, hosts: Sequence[str] = (), authority: Path | None = None) -> Identity:
     """Replace the server's key and certificate.
 
-    `hosts`: its names and addresses; default: those of the current certificate.
+    `hosts` contains the names and addresses of the server; default: those in the current certificate.
     """
     check_hosts(hosts)
     with _changing(path) as deployment:
@@ -166,9 +168,9 @@ def rotate_server(path: Path, hosts: Sequence[str] = (), authority: Path | None 
 
 @contextmanager
 def _changing(path: Path) -> Iterator[Deployment]:
-    """Lock a federation's folder for a change, and read it."""
+    """Lock the folder of a federation for a change, and read the folder."""
     with FolderLock(Deployment(path).server), private_files():
-        yield Deployment(path)  # again, because another command may have changed it before the lock
+        yield Deployment(path)  # read again, because another command may have changed it before the lock
 
 
 def _read(file: Path) -> NodeRequest:
@@ -184,7 +186,7 @@ def _read(file: Path) -> NodeRequest:
 
 
 def _compare(deployment: Deployment, action: str, asked: NodeRequest, given: str | None) -> None:
-    """Raise ConfigError if the operator did not give the fingerprint of the request's key. A wrong one is logged."""
+    """Raise ConfigError if the operator did not pass the fingerprint of the request's key. A wrong fingerprint is logged."""
     own = fingerprint_of(asked.key)
     if given is None:
         raise ConfigError(
@@ -197,7 +199,7 @@ def _compare(deployment: Deployment, action: str, asked: NodeRequest, given: str
 
 
 def _known(deployment: Deployment, asked: NodeRequest) -> bool:
-    """Return whether the key of a request is the node's current key. Raise ConfigError if it has another use."""
+    """Return whether the key of a request is the current key of the node. Raise ConfigError if the key has another use."""
     for file in sorted((deployment.server / REVOKED).glob("*.pub")):
         if read_key(file).public == asked.key:
             raise ConfigError(
@@ -232,7 +234,7 @@ def _check_clients(name: str, clients: Sequence[int], active: dict[str, list[int
 
 
 def _with_node(nodes: dict[str, list[int]], name: str, clients: Collection[int]) -> dict[str, list[int]]:
-    """Return the nodes with a new one. Its clients leave their previous nodes, and nodes without clients are removed."""
+    """Return the nodes with a new node. Its clients are removed from their previous nodes, and nodes without clients are removed."""
     rest = {node: [i for i in its if i not in clients] for node, its in nodes.items() if node != name}
     return {node: its for node, its in rest.items() if its} | {name: sorted(clients)}
 
@@ -252,7 +254,7 @@ def _authority(deployment: Deployment, folder: Path | None) -> Identity:
 def _answer(
     deployment: Deployment, signer: Identity, certificate: x509.Certificate, request: Path, *, before: bool
 ) -> Admitted:
-    """Write the answer for a node's owner next to its request. An earlier answer to the same node is replaced if the key is new."""
+    """Write the answer for a node's owner next to the request. If the key is new, an earlier answer to the same node is replaced."""
     target, authority = request.with_suffix(".join"), fingerprint_of(_public(signer.certificate))
     name = certificate.subject.rfc4514_string().removeprefix("CN=")
     answer = JoinFile(
@@ -281,7 +283,7 @@ def _previous(deployment: Deployment, name: str) -> Path:
 
 
 def _retire(deployment: Deployment, files: Iterable[Path]) -> None:
-    """Move keys to the folder of those that are no longer valid."""
+    """Move keys to the folder of keys that are no longer valid."""
     for file in files:
         if file.is_file():
             key = read_key(file)

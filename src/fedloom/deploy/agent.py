@@ -1,5 +1,8 @@
-"""A node on its device: Flower's SuperNode (restarted if it exits), a worker process (replaced if it hangs or dies), and the agent that
-connects them."""
+"""A node on its device.
+
+It consists of Flower's SuperNode (which is restarted if it exits), a worker process (which is replaced if it hangs or dies), and the agent
+that connects them.
+"""
 
 from __future__ import annotations
 
@@ -32,26 +35,26 @@ from fedloom.errors import ConfigError, WireError
 
 log = logging.getLogger("fedloom.node")
 POLL_S = 0.25  # interval between checks for a task
-SETTLE_S = 0.4  # Flower announces a task before the whole message has arrived; asking too early costs a second
-MESSAGE = "fedloom"  # name of the record with the envelope
-WHOLE = 4 * 2**20  # largest envelope that is sent in one piece, in bytes
+SETTLE_S = 0.4  # Flower announces a task before the whole message has arrived; a request too early costs a second
+MESSAGE = "fedloom"  # name of the record that contains the envelope
+WHOLE = 4 * 2**20  # size in bytes of the largest envelope that is sent in one piece
 DEFAULT_DEADLINE_S = 600.0
-LAST_BYTES = 2000  # of the SuperNode's log, in which it writes why it ends
+LAST_BYTES = 2000  # number of bytes at the end of the SuperNode's log, which state why it ended
 
 
 class WorkerProcess:
     """The agent's handle to the worker process. Client states are on disk, so the process can be replaced at any time."""
 
     def __init__(self, folder: Path, over: threading.Event, budget: Budget) -> None:
-        """`over`: set when the node must stop, even while the worker is busy."""
+        """Prepare the handle. `over` is set when the node must stop, even while the worker is busy."""
         self._folder, self._over, self._budget = folder, over, budget
         self._process: Any = None
         self._pipe: Connection | None = None
 
     def tend(self) -> None:
-        """Start a worker process if none is running. Call this while the agent has only one thread.
+        """Start a worker process if none is running. Call this method while the agent has only one thread.
 
-        On Linux the process is forked, so that a small device has Python, torch and fedloom in memory only once.
+        On Linux, the process is forked, so that a small device has Python, torch and fedloom in memory only once.
         """
         if self._process is None or not self._process.is_alive():
             self.end()
@@ -64,7 +67,7 @@ class WorkerProcess:
     def answer(self, data: bytes, allowed: Patience) -> bytes:
         """Send a request to the worker and return its answer.
 
-        If the worker dies, misses the deadline or uses too much memory, stop it and return a failure.
+        If the worker dies, exceeds the deadline or uses too much memory, it is stopped, and a failure is returned.
         """
         assert self._pipe is not None
         try:
@@ -104,7 +107,7 @@ def run_node(folder: Path) -> None:
             raise ConfigError(f"{folder} is not a node's folder: {name} is missing")
     _check_owner(folder, node)
     warnings = [keep_private(folder)]
-    if (folder / "node.crt").is_file():  # of a node that joined by a request
+    if (folder / "node.crt").is_file():  # the node joined by a request
         warnings.append(expiry(folder / "node.crt", f"fedloom deploy rotate {folder}"))
     require_free(node.runtime_port, "is this node already running? To change the port, set runtime_port in node.toml")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -128,7 +131,7 @@ def run_node(folder: Path) -> None:
 
 
 def _check_owner(folder: Path, node: NodeFile) -> None:
-    """Raise ConfigError for settings of the node's owner that cannot be kept."""
+    """Raise ConfigError for settings by the node's owner that cannot be honoured."""
     if node.data != "config" and not (folder / node.data).is_dir():
         raise ConfigError(
             f"data={node.data}: the folder {folder / node.data} does not exist; set data in {folder / 'node.toml'}"
@@ -150,7 +153,7 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
     """Answer messages from the SuperNode one by one, and restart the SuperNode if it exits."""
     place = read_place(folder, f"127.0.0.1:{node.runtime_port}", "flwr-clientapp", tls=False)
     tasks = place.client()
-    tasks._retry_invoker = None  # fail fast and try again, because the SuperNode may still be starting
+    tasks._retry_invoker = None  # fail quickly and retry, because the SuperNode may still be starting
     while not over.is_set():
         worker.tend()
         if line := supernode.tend():
@@ -171,7 +174,7 @@ def _attend(folder: Path, node: NodeFile, supernode: Service, worker: WorkerProc
 
 
 def refusal(file: Path) -> str:
-    """Return why the server refused this node, by the end of the SuperNode's log, or ""."""
+    """Return the reason why the server refused this node, according to the end of the SuperNode's log, or ""."""
     with file.open("rb") as log_file:
         log_file.seek(max(0, file.stat().st_size - LAST_BYTES))
         found = re.findall(r"\[code: \d+\] (.+)", log_file.read().decode(errors="replace"))
@@ -190,7 +193,7 @@ def _work(client: RuntimeHttpClient, worker: WorkerProcess, node: NodeFile) -> N
 
 
 def answer_within(worker: WorkerProcess, data: bytes, node: NodeFile) -> bytes:
-    """Return the worker's answer to a request. Raise ConfigError if one of them is larger than the node's budget allows."""
+    """Return the worker's answer to a request. Raise ConfigError if the request or the answer is larger than the node's budget allows."""
     check_size(node.budget, len(data), "request")
     call = getattr(open_envelope(data, request_limits(len(node.clients))).header, "call", None)
     deadline_s = float(call.deadline_s) if call else DEFAULT_DEADLINE_S
@@ -200,9 +203,10 @@ def answer_within(worker: WorkerProcess, data: bytes, node: NodeFile) -> bytes:
 
 
 def as_record(data: bytes) -> RecordDict:
-    """Return an envelope as a Flower record: a config value, sent in one piece, or an array, sent in chunks.
+    """Return an envelope as a Flower record, either as a config value, which is sent in one piece, or as an array, which is sent in
+    chunks.
 
-    Each chunk costs requests on each of three hops, so small envelopes are sent in one piece.
+    Each chunk needs requests on each of three hops, so small envelopes are sent in one piece.
     """
     if len(data) <= WHOLE:
         return RecordDict({MESSAGE: ConfigRecord({MESSAGE: data})})

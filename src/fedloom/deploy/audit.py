@@ -1,7 +1,7 @@
-"""The log of who was admitted to a federation, revoked or given a new key: `server/audit.jsonl`, one JSON object per line.
+"""The log of nodes that were admitted to a federation, revoked or given a new key: `server/audit.jsonl`, with one JSON object per line.
 
-Each line has the hash of the line before it, so a line that is changed, removed or inserted later breaks the chain. Lines that are
-removed from the end leave no trace; the digest of the last line, written down elsewhere, shows this.
+Each line contains the hash of the previous line, so a line that is changed, removed or inserted later breaks the chain. If lines are
+removed from the end, the log itself does not show this, but a copy of the digest of the last line, kept elsewhere, does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedloom.errors import ConfigError
 
 
 class AuditLog:
-    """The log in a file, which is created with its first line."""
+    """The log in a file. The file is created with its first line."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -30,15 +30,15 @@ class AuditLog:
         return cls(federation / "server" / "audit.jsonl")
 
     def read(self) -> list[Mapping[str, Any]]:
-        """Return the lines. Raise ConfigError if one of them does not continue the line before it."""
+        """Return the lines. Raise ConfigError if a line does not continue the previous line."""
         return self._read()[0]
 
     def digest(self) -> str:
-        """Return the hash of the last line, or "" if there is none. Raise ConfigError as `read` does."""
+        """Return the hash of the last line, or "" if there is none. Raise ConfigError in the same cases as `read`."""
         return self._read()[1]
 
     def append(self, action: str, node: str, fingerprint: str, **more: Any) -> None:
-        """Add a line. `more`: further values, such as the node's clients."""
+        """Add a line. `more` contains additional values, such as the node's clients."""
         entry = {
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "by": f"{getpass.getuser()} ({os.getuid() if hasattr(os, 'getuid') else '-'})",

@@ -1,4 +1,4 @@
-"""What a node's owner lets the server ask for: the limits in `node.toml`, and the folders that a run's config may name."""
+"""The requests that a node's owner allows: the limits in `node.toml`, and the folders that the config of a run may name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ REMEDY = "the owner of this node sets it in node.toml"
 
 
 def most_steps(problem: Problem, client: int, n_examples: int, phases: Sequence[Phase] | None = None) -> dict[str, int]:
-    """Return the largest number of steps of each `Train` in a client's local update, by name. `phases`: default the method's."""
+    """Return the maximum number of steps of each `Train` in a client's local update, by name.
+
+    `phases` is by default the phases of the method.
+    """
     plan, found = problem.plan_of(client), dict[str, int]()
     for phase in problem.method.phases() if phases is None else phases:
         if isinstance(phase, Train | Interleave):
@@ -27,7 +30,7 @@ def most_steps(problem: Problem, client: int, n_examples: int, phases: Sequence[
 
 
 def check_size(budget: Budget, n_bytes: int, what: str) -> None:
-    """Raise ConfigError if a message is too large. `what`: "request" or "answer"."""
+    """Raise ConfigError if a message is too large. `what` is "request" or "answer"."""
     if n_bytes > budget.message_mib * MIB:
         raise ConfigError(
             f"budget.message_mib={budget.message_mib:g}: the {what} has {n_bytes / MIB:.1f} MiB; {REMEDY}"
@@ -35,9 +38,9 @@ def check_size(budget: Budget, n_bytes: int, what: str) -> None:
 
 
 def check_settings(node: NodeFile, folder: Path, settings: Settings) -> None:
-    """Raise ConfigError if a run has too many rounds, or would read files that the owner of the node has not listed.
+    """Raise ConfigError if a run has too many rounds, or would read files that the node's owner has not listed.
 
-    `folder`: the node's folder, from which relative paths in `node.toml` start.
+    `folder` is the node's folder. Paths in `node.toml` are relative to it.
     """
     if settings.rounds > node.budget.rounds:
         raise ConfigError(f"budget.rounds={node.budget.rounds}: the run has {settings.rounds} rounds; {REMEDY}")
@@ -52,7 +55,7 @@ def check_settings(node: NodeFile, folder: Path, settings: Settings) -> None:
 
 
 def check_problem(budget: Budget, problem: Problem, clients: Sequence[int]) -> None:
-    """Raise ConfigError if a client's nets have too many parameters, or a local update or an adaptation too many steps."""
+    """Raise ConfigError if a client's nets have too many parameters, or if a local update or an adaptation has too many steps."""
     for arch in sorted({problem.arch_of[i] for i in clients}):
         nets = problem.modules(arch).values()
         if (n := sum(p.numel() for net in nets for p in net.parameters())) > budget.parameters:
@@ -67,7 +70,7 @@ def check_problem(budget: Budget, problem: Problem, clients: Sequence[int]) -> N
 
 
 class Patience(NamedTuple):
-    """How long an answer may take, in seconds, and which limit this is."""
+    """The time that an answer may take, in seconds, and the limit that determines it."""
 
     seconds: float
     limit: str = ""
@@ -81,7 +84,7 @@ def patience(budget: Budget, deadline_s: float) -> Patience:
 
 
 def overdraft(budget: Budget, pid: int) -> str:
-    """Return why a worker must be stopped: its resident memory is above the budget. Return "" if it is not."""
+    """Return the reason why a worker must be stopped if its resident memory exceeds the budget, or ""."""
     if budget.memory_mib is None:
         return ""
     used = resident_mib(pid)
@@ -93,7 +96,7 @@ def overdraft(budget: Budget, pid: int) -> str:
 
 
 def resident_mib(pid: int) -> float:
-    """Return the resident memory of a process in MiB, with the pages that it shares (Linux), or 0 if the process has ended."""
+    """Return the resident memory of a process in MiB, including shared pages (on Linux), or 0 if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     except FileNotFoundError:

@@ -1,7 +1,7 @@
 """Keys and certificates of a deployed federation: a certificate authority, the server's TLS certificate, and one key per node.
 
-All keys are ECDSA P-384. The authority signs the server's certificate, and the certificates of nodes that join by a request. Nodes
-authenticate with their private keys; the server has the public keys. Only the owner of a file can read it.
+All keys are ECDSA P-384. The authority signs the certificate of the server, and the certificates of nodes that join by a request. Nodes
+authenticate with their private keys; the server has the public keys. Each of these files is readable only by its owner.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedloom.errors import ConfigError
 from fedloom.experiment.signing import key_fingerprint
 
-AUTHORITY_DAYS, DAYS = 3650, 365  # validity of the authority's certificate, and of those that it signs
-WARN = timedelta(days=30)  # before a certificate expires
+AUTHORITY_DAYS, DAYS = 3650, 365  # validity in days of the authority's certificate, and of certificates that it signs
+WARN = timedelta(days=30)  # time before a certificate expires at which warnings begin
 SKEW = timedelta(days=1)  # tolerated clock error of devices
 
 
@@ -93,7 +93,7 @@ class NodeRequest(NamedTuple):
 
 
 def read_request(content: bytes) -> NodeRequest:
-    """Return the name and key of a request. Raise ValueError if it is not a valid request, signed with its own key."""
+    """Return the name and the key of a request. Raise ValueError if it is not a valid request that is signed with its own key."""
     request = x509.load_pem_x509_csr(content)
     key, names = request.public_key(), request.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
@@ -139,7 +139,7 @@ def read_authority(folder: Path) -> Identity:
 
 
 def fingerprint_of(key: ec.EllipticCurvePublicKey) -> str:
-    """Return the fingerprint of a public key, as `ssh-keygen -l` shows it."""
+    """Return the fingerprint of a public key, in the form that `ssh-keygen -l` shows."""
     return key_fingerprint(openssh(key).decode())
 
 
@@ -149,7 +149,10 @@ def openssh(key: ec.EllipticCurvePublicKey) -> bytes:
 
 
 def expiry(file: Path, remedy: str, now: datetime | None = None) -> str:
-    """Return a warning if a certificate expires soon, or "". Raise ConfigError if it has expired. `remedy`: the command that renews it."""
+    """Return a warning if a certificate expires soon, or "". Raise ConfigError if it has expired.
+
+    `remedy` is the command that renews the certificate.
+    """
     until, now = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc, now or datetime.now(UTC)
     if now >= until:
         raise ConfigError(f"{file}: expired on {until:%Y-%m-%d}; renew it with: {remedy}")
@@ -184,7 +187,7 @@ def write_new(path: Path, content: bytes | str) -> None:
 
 
 def replace_file(path: Path, content: bytes | str) -> None:
-    """Write a file atomically that only its owner can read. Replace an existing file."""
+    """Write a file atomically that only its owner can read. An existing file is replaced."""
     draft = path.with_name(f".{path.name}.tmp")
     draft.unlink(missing_ok=True)
     write_new(draft, content)

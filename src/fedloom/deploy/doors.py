@@ -1,7 +1,7 @@
-"""Connections of the public proxy: TLS handshakes, the headers of requests, and how many connections there may be.
+"""Connections of the public proxy: TLS handshakes, the headers of requests, and the number of connections.
 
-uvicorn has none of these limits. Its timeout for idle connections starts after an answer and stops at the next byte, and its
-`limit_concurrency` answers 503 to requests but keeps connections that send nothing.
+uvicorn has no limits for these. Its timeout for idle connections starts after an answer and stops at the next byte. Its
+`limit_concurrency` answers requests with 503, but keeps connections that send nothing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fedloom.deploy.node_keys import KeyRing
 
-HEADER_S = 10.0  # for a TLS handshake, and for the whole header of a request
-CLOSE_S = 1.0  # for the other end to read a refusal
+HEADER_S = 10.0  # time limit for a TLS handshake, and for the whole header of a request
+CLOSE_S = 1.0  # time for the other end to read a refusal
 # With 100 handshakes and httpx's 100 connections to the SuperLink, this is below the usual limit of 1024 open files.
 MAX_CONNECTIONS = 800
-MAX_UNKNOWN = 200  # connections without a request that was signed by a node
-MAX_HANDSHAKES, HANDSHAKES_PER_ADDRESS = 100, 50  # at a time
+MAX_UNKNOWN = 200  # maximum number of connections without a request signed by a node
+MAX_HANDSHAKES, HANDSHAKES_PER_ADDRESS = 100, 50  # maximum numbers at the same time
 # Connections from one address: at least 16, and 4 for each node, because all nodes may be behind one router.
 PER_ADDRESS, PER_NODE = 16, 4
-DOOR = "fedloom.door"  # key of a request's connection in its scope
+DOOR = "fedloom.door"  # key of the connection in the scope of a request
 
 
 class Door(H11Protocol):
-    """One connection. It is closed if there are too many connections, or if the header of a request does not arrive in time."""
+    """A connection. It is closed if there are too many connections, or if the header of a request does not arrive in time."""
 
     _cut: asyncio.TimerHandle | None = None
     since = 0.0  # time of the connection
@@ -45,9 +45,9 @@ class Door(H11Protocol):
             transport.abort()
 
     def _has_room(self) -> bool:
-        """Return whether there is room for this connection. If it exceeds a limit, close the oldest connection of a stranger first.
+        """Return whether there is room for this connection. If it exceeds a limit, first close the oldest connection of an unknown client.
 
-        A node signs its first request as soon as it is connected, so it replaces strangers that hold connections.
+        A node signs its first request immediately after it connects, so it replaces unknown clients that hold connections.
         """
         doors = [door for door in self.connections if isinstance(door, Door) and not door.transport.is_closing()]
         same = [door for door in doors if self.client and door.client and door.client[0] == self.client[0]]
@@ -62,13 +62,13 @@ class Door(H11Protocol):
         return bool(strangers)
 
     def on_response_complete(self) -> None:
-        """Do not wait long for the other end to close a connection that this end has closed."""
+        """Close the connection soon if this end has closed it, without waiting long for the other end."""
         super().on_response_complete()
         if self.transport.is_closing():
             self.loop.call_later(CLOSE_S, self.transport.abort)
 
     def data_received(self, data: bytes) -> None:
-        """Stop the timeout if this completes a header. Start it if part of a header, or of a refused body, has not arrived yet."""
+        """Stop the timeout if the data complete a header. Start it if a part of a header, or of a refused body, is still missing."""
         super().data_received(data)
         if self.scope is not None:
             self.scope[DOOR] = self  # type: ignore[literal-required]
@@ -92,23 +92,23 @@ class Door(H11Protocol):
 
 
 class _Early(asyncio.Protocol):
-    """Keep what arrives with the end of a TLS handshake, before the connection has its protocol."""
+    """A protocol that stores data that arrive with the end of a TLS handshake, before the connection has its own protocol."""
 
     def __init__(self) -> None:
         self.data = b""
 
     def data_received(self, data: bytes) -> None:
-        """Keep data."""
+        """Store the data."""
         self.data += data
 
 
 class Handshakes:
-    """Connections whose TLS handshake is not complete. If there are too many, the oldest is closed."""
+    """Connections whose TLS handshake is not complete. If there are too many, the oldest one is closed."""
 
     def __init__(self, context: ssl.SSLContext, make: Callable[[], asyncio.Protocol]) -> None:
-        """`make`: returns the protocol of a connection after its handshake."""
+        """Prepare the handshakes. `make` returns the protocol of a connection after its handshake."""
         self._context, self._make = context, make
-        self._open: dict[asyncio.Transport, str] = {}  # the addresses, oldest first
+        self._open: dict[asyncio.Transport, str] = {}  # addresses of the connections, oldest first
         self._tasks: set[asyncio.Task[None]] = set()
 
     def begin(self, transport: asyncio.Transport) -> None:
@@ -157,7 +157,7 @@ class _Arrival(asyncio.Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server with limits for TLS handshakes, for which uvicorn has no settings."""
+    """uvicorn's server with limits on TLS handshakes, for which uvicorn has no settings."""
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """Start listening."""

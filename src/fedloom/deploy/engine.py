@@ -1,9 +1,9 @@
-"""The engine for clients on devices: the server side of a deployed federation.
+"""The engine for clients on devices, which is the server side of a deployed federation.
 
-The engine sends requests to nodes over a `Link` (Flower's grid in `fedloom.deploy.grid`, a direct call in tests): one message per node and
-round, for all clients of the node. Client states stay on the nodes, which keep them by round. Every request names the last client update
-that the server *accepted*. If a reply was lost, late or refused, the device therefore discards that update at the next request, and a
-resumed run finds the states of its checkpoint. A lost message only excludes its clients from the round.
+The engine sends requests to nodes over a `Link` (Flower's grid in `fedloom.deploy.grid`, a direct call in tests), with one message per
+node and round for all clients of the node. Client states stay on the nodes, which store them by round. Every request names the last client
+update that the server *accepted*. If a reply was lost, late or refused, the device therefore discards that update at the next request, and
+a resumed run finds the states of its checkpoint. A lost message only excludes its clients from the round.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from fedloom.tree import Tree
 
 H = TypeVar("H")
 WAIT_S = 1.0  # interval between checks for nodes
-CLOCK_S = 1.0  # how much longer a node may report to have worked than the server waited
+CLOCK_S = 1.0  # tolerance in seconds for a node that reports to have worked longer than the server waited
 
 
 class LostNode(NamedTuple):
@@ -55,11 +55,11 @@ class LostNode(NamedTuple):
 
 
 class Errand(NamedTuple):
-    """The local updates requested from a node in round `number`: its clients, by their position in the cohort."""
+    """The local updates that are requested from a node in round `number`, for its clients by their position in the cohort."""
 
     number: int
     clients: Mapping[int, int]
-    sent_s: float  # time of the request, by the monotonic clock
+    sent_s: float  # time of the request on the monotonic clock
 
 
 class Link(Protocol):
@@ -73,7 +73,7 @@ class Link(Protocol):
     ) -> Mapping[str, bytes | LostNode]:
         """Send requests to several nodes at once, and wait for their answers until the deadline.
 
-        With `late_s`, a node may answer up to `late_s` seconds after the deadline; `late` then returns its answer.
+        With `late_s`, a node may answer up to `late_s` seconds after the deadline. `late` then returns its answer.
         """
 
     def late(self) -> Mapping[str, bytes | LostNode]:
@@ -84,7 +84,10 @@ class Link(Protocol):
 
 
 class AcceptedUpdates:
-    """Record of the accepted updates of each client by round, kept in a file, so that devices and server agree on every client's state."""
+    """A record of each client's accepted updates by round.
+
+    It is kept in a file, so that devices and server agree on the state of every client.
+    """
 
     def __init__(self, file: Path | None = None) -> None:
         self._file = file
@@ -95,13 +98,13 @@ class AcceptedUpdates:
             raise RunFolderError(f"{file}: cannot be read as the record of accepted updates: {error}") from None
 
     def base(self, client: int, number: int) -> int:
-        """Return the round of the client's last update accepted before round `number`, plus one, or 0 if there is none."""
+        """Return one plus the round of the client's last update that was accepted before round `number`, or 0 if there is none."""
         return max((turn + 1 for at, turn in self._turns.get(client, ()) if at < number), default=0)
 
     def accept(self, number: int, turns: Mapping[int, int], keep: int) -> None:
-        """Record the updates accepted in round `number`. `turns` gives the round in which each client made its update.
+        """Record the updates accepted in round `number`. `turns` contains the round in which each client made its update.
 
-        Later entries are removed (a resumed run discards them). Of the entries before round `keep`, only the last is kept.
+        Later entries are removed, because a resumed run discards them. Of the entries before round `keep`, only the last one is kept.
         """
         for i in {*self._turns, *turns}:
             last = self.base(i, keep) - 1
@@ -115,7 +118,7 @@ class AcceptedUpdates:
 
 
 class FlowerEngine(Engine):
-    """Engine that sends requests to nodes. `fedloom.deploy` creates it, because it needs a running federation."""
+    """An engine that sends requests to nodes. `fedloom.deploy` creates it, because it needs a running federation."""
 
     def __init__(
         self,
@@ -126,19 +129,22 @@ class FlowerEngine(Engine):
         tell: Callable[[str], None],
         late_s: float = 0.0,
     ) -> None:
-        """`roster`: the clients of each node; `call`: the part that all requests share; `tell`: receives a line for each lost or refused
-        message.
+        """Start the engine.
 
-        `late_s`: how many seconds after the deadline an answer may arrive and still be used in a later round.
+        Args:
+            roster: the clients of each node.
+            call: the part that all requests share.
+            tell: receives a line for each lost or refused message.
+            late_s: time in seconds after the deadline within which an answer can still be used in a later round.
         """
         super().__init__(problem)
         self._link, self._call, self._tell, self._late_s = link, call, tell, late_s
-        self.turns = AcceptedUpdates()  # in memory, until the run has a folder
+        self.turns = AcceptedUpdates()  # in memory until the run has a folder
         self._roster, self._node_of = roster, {i: node for node, clients in roster.items() for i in clients}
-        self._overdue: dict[str, Errand] = {}  # late nodes, with the updates requested from them
-        self._asked: set[int] = set()  # clients that were asked in the last round
+        self._overdue: dict[str, Errand] = {}  # late nodes, with the updates that were requested from them
+        self._asked: set[int] = set()  # clients that received a request in the last round
         self._safe = self._pending = (
-            0  # states before round `_safe` are not needed; `_pending` replaces it at the next train
+            0  # states before round `_safe` are not needed; the next `train` replaces it by `_pending`
         )
         self._done = 0
         missing = sorted(set(range(problem.task.n_clients)) - self._node_of.keys())
@@ -150,12 +156,12 @@ class FlowerEngine(Engine):
 
     @cached_property
     def _local(self) -> Sequential:
-        """Engine for evaluation on the server."""
+        """The engine for evaluation on the server."""
         return Sequential(self.problem)
 
     def train(self, number: int, cohort: Sequence[int], down: Downlink) -> list[Reply]:
         """See `Engine.train`."""
-        self._safe = self._pending  # the checkpoint of that round is complete now
+        self._safe = self._pending  # the checkpoint of that round is now complete
         asked = {
             node: Errand(number, {slot: cohort[slot] for slot in slots}, time.monotonic())
             for node, slots in self._by_node(cohort, number + 1).items()
@@ -187,7 +193,7 @@ class FlowerEngine(Engine):
         return [reply for _, reply in turns]
 
     def busy(self) -> frozenset[int]:
-        """See `Engine.busy`: all clients of late nodes."""
+        """Return all clients of late nodes (see `Engine.busy`)."""
         return frozenset(i for node in self._overdue for i in self._roster[node])
 
     def asked(self, cohort: Sequence[int]) -> Sequence[int]:
@@ -198,8 +204,10 @@ class FlowerEngine(Engine):
         return Assignment(client=i, slot=slot, base=self.turns.base(i, number), keep=self.turns.base(i, self._safe))
 
     def _by_node(self, cohort: Sequence[int], rounds: int) -> dict[str, list[int]]:
-        """Return the positions in the cohort by node, for online nodes. Wait while no node is online. `rounds`: number of this round, from
-        1."""
+        """Return the positions in the cohort by node, for online nodes. Wait while no node is online.
+
+        `rounds` is the number of this round, counted from 1.
+        """
         until = time.monotonic() + self._call.deadline_s
         wanted = {self._node_of[i] for i in cohort}
         while not (here := wanted & set(self._link.nodes())) and wanted and time.monotonic() < until:
@@ -209,7 +217,7 @@ class FlowerEngine(Engine):
         return {node: [slot for slot, i in enumerate(cohort) if self._node_of[i] == node] for node in sorted(here)}
 
     def _answers(self, requests: Mapping[str, bytes], late_s: float = 0.0) -> dict[str, bytes | LostNode]:
-        """Return the nodes' answers in the order of the requests, except for nodes that may still answer."""
+        """Return the nodes' answers in the order of the requests, without nodes that may still answer."""
         if not requests:
             return {}
         found = self._link.exchange(requests, self._call.deadline_s, late_s)
@@ -220,7 +228,7 @@ class FlowerEngine(Engine):
         return {node: found.get(node, LostNode("no answer")) for node in requests}
 
     def _late_answers(self, wait: bool) -> Mapping[str, bytes | LostNode]:
-        """Return the answers of late nodes. `wait`: wait for one, because no other node was asked."""
+        """Return the answers of late nodes. With `wait`, wait for one answer, because no other node received a request."""
         until = time.monotonic() + self._call.deadline_s
         while self._overdue:
             if (found := self._link.late()) or not wait or time.monotonic() > until:
@@ -237,7 +245,7 @@ class FlowerEngine(Engine):
     def _letters(
         self, answers: Mapping[str, bytes | LostNode], kind: type[H], allowed: Mapping[str, Limits]
     ) -> Iterable[tuple[str, Letter]]:
-        """Yield the answers of the expected kind; report the others. `allowed`: the limits of each node's answer."""
+        """Yield the answers of the expected kind, and report all others. `allowed` contains the limits of each node's answer."""
         for node, answer in answers.items():
             try:
                 if isinstance(answer, LostNode):
@@ -255,7 +263,7 @@ class FlowerEngine(Engine):
             yield node, letter
 
     def _replies(self, node: str, letter: Letter, errand: Errand) -> Iterable[Reply]:
-        """Yield the requested updates in a node's answer. Their uplinks are checked later, as for all engines."""
+        """Yield the requested updates in a node's answer. Their uplinks are checked later, as with all engines."""
         left, where = dict(errand.clients), f"{node}: round {errand.number + 1}"
         for turn in letter.header.turns:
             try:
@@ -269,11 +277,11 @@ class FlowerEngine(Engine):
             self._tell(f"{where}, client {i}: its update is missing")
 
     def _check(self, turn: Turned, elapsed: float) -> None:
-        """Raise WireError if an update reports impossible values. It was requested `elapsed` seconds ago."""
+        """Raise WireError if an update that was requested `elapsed` seconds ago reports impossible values."""
         if turn.failure:
             raise WireError(turn.failure)
         n_rows, phases = self.problem.data.n_train(turn.client), self.problem.method.phases()
-        # `examples` is the weight in the mean; 0 rows: the node has its own data and was offline at the start
+        # `examples` is the weight in the mean. With 0 rows, the node has its own data and was offline at the start.
         if turn.examples < 1 or (n_rows and turn.examples != n_rows):
             raise WireError(f"it reports {turn.examples} training examples, but has {n_rows or 'at least 1'}")
         known = {phase.name for phase in phases} | {train.name for train in trains_of(phases)}
@@ -294,7 +302,7 @@ class FlowerEngine(Engine):
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]
     ) -> list[dict[str, Score]]:
-        """See `Engine.score`. Clients of offline nodes contribute no examples."""
+        """Score clients as described in `Engine.score`. Clients of offline nodes contribute no examples."""
         objective = self.problem.task.objective
         found = {i: {ask.name: objective.none() for ask in asks} for i in clients}
         questions = [Question(name=ask.name, rows=ask.rows, fitted=ask.fitted) for ask in asks]  # type: ignore[arg-type]
@@ -317,8 +325,10 @@ class FlowerEngine(Engine):
         return [found[i] for i in clients]
 
     def _most_rows(self, ask: ScoreRequest, i: int) -> Score:
-        """Return the largest `rows` that client `i`'s score may have. No limit is known if its node was offline at the
-        start."""
+        """Return the maximum of `rows` in client `i`'s score.
+
+        If the node of the client was offline at the start, no limit is known.
+        """
         data = self.problem.data
         if not data.n_train(i):
             return Score({"rows": np.full(data.objective.shapes()["rows"], np.iinfo(np.int64).max)})
@@ -326,31 +336,31 @@ class FlowerEngine(Engine):
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Number of examples, per class if there are any, by split, with one row per client."""
+        """The number of examples by split, per class if the task has classes, with one row per client."""
         data, n = self.problem.data, self.problem.data.objective.shapes()["rows"]
         groups = data.dataset.labels.numpy() if n > 1 else np.zeros(data.dataset.n_rows, np.int64)
         own = {split: data.partition.counts(groups, n, split) for split in ("valid", "test")}
         return own | {"common": np.bincount(groups[data.partition.common], minlength=n)[None]}
 
     def score_server(self, down: Downlink) -> Score:
-        """See `Engine.score_server`: computed on the server, on the examples that it has."""
+        """Score the server's model as described in `Engine.score_server`. This is computed on the server, on the examples that it has."""
         return self._local.score_server(down)
 
     def client(self, i: int) -> Client:
-        """Raise ConfigError: client states never leave their device."""
+        """Raise ConfigError, because client states never leave their device."""
         raise ConfigError(f"client {i} is on {self._node_of[i]}; its state never leaves that device")
 
     def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
-        """Raise ConfigError, like `client`."""
+        """Raise ConfigError, as `client` does."""
         raise ConfigError(f"client {i}'s model is on {self._node_of[i]}, and never leaves that device")
 
     def changed(self) -> Iterable[int]:
-        """Return no clients: checkpoints contain no client states. Mark the states of earlier rounds as no longer needed."""
+        """Return no clients, because checkpoints contain no client states. Mark the states of earlier rounds as no longer needed."""
         self._pending = self._done
         return ()
 
     def restore(self, i: int, client: Client) -> None:
-        """Raise RunFolderError: this run began on another engine."""
+        """Raise RunFolderError, because the run was started on another engine."""
         raise RunFolderError(
             "this run's checkpoint has client states, so it was not made on devices; resume it with fedloom run --resume"
         )

@@ -15,7 +15,7 @@ from fedloom.errors import ConfigError, suggest
 from fedloom.ranges import Count, NonNegative, Positive, Whole
 
 Port = Annotated[int, Field(ge=1, le=65535)]
-MAX_FILE = 64 * 2**10  # characters of a certificate or a request
+MAX_FILE = 64 * 2**10  # maximum number of characters of a certificate or a request
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -37,12 +37,12 @@ class FederationFile(_File):
 
     @property
     def address(self) -> str:
-        """Address that nodes connect to."""
+        """The address to which nodes connect."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 class Budget(_File):
-    """The most that a node spends on a run. Its owner sets these limits, and a request above one of them is refused."""
+    """The maximum cost of a run on a node. The node's owner sets these limits; requests that exceed them are refused."""
 
     message_mib: Positive = 512.0
     parameters: Count = 100_000_000
@@ -75,7 +75,7 @@ class JoinFile(_File):
 
 
 def with_nodes(text: str, nodes: Mapping[str, Sequence[int]]) -> str:
-    """Return the text of `federation.toml` with other nodes. All other lines are kept, with their comments.
+    """Return the text of `federation.toml` with other nodes. All other lines and their comments are kept.
 
     Raises:
         ConfigError: the nodes are not in a table `[nodes]`.
@@ -94,7 +94,7 @@ def with_nodes(text: str, nodes: Mapping[str, Sequence[int]]) -> str:
 
 
 def read_file(path: Path, model: type[M], what: str) -> M:
-    """Read a TOML file into a model. Raise ConfigError if it is missing or invalid."""
+    """Return the contents of a TOML file as a model. Raise ConfigError if the file is missing or invalid."""
     if not path.is_file():
         raise ConfigError(f"{path.parent} is not {what}: {path.name} is missing")
     try:

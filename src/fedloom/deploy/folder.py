@@ -2,14 +2,14 @@
 
 ::
 
-    federation.toml   addresses, deadlines, the clients of each node
-    config.toml       settings of the experiment, as for `fedloom run`
-    server/           for the server: certificate, key, app/ (the bundle), fedloom-server.service, and
-        keys/         public keys of the nodes; those that are no longer valid are in revoked/
-        audit.jsonl   who was admitted, revoked or given a new key
-    node-0/ ...       for that device: node.toml, its private key, the authority's certificate, fedloom-node.service
-    authority/        key of the authority: keep it offline; it is needed to admit nodes and for a new server certificate
-    README.md         instructions
+        federation.toml   addresses, deadlines, and the clients of each node
+        config.toml       settings of the experiment, as for `fedloom run`
+        server/           for the server: certificate, key, app/ (the bundle), fedloom-server.service, and
+            keys/         public keys of the nodes; keys that are no longer valid are in revoked/
+            audit.jsonl   a record of nodes that were admitted, revoked or given a new key
+        node-0/ ...       for the device: node.toml, its private key, the authority's certificate, fedloom-node.service
+        authority/        key of the authority. Keep it offline; it is required to admit nodes and to renew the server's certificate
+        README.md         instructions
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ from fedloom.errors import ConfigError
 from fedloom.experiment.exclusions import refuse_exclusions
 
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,250}[A-Za-z0-9])?")
-SCREEN_NORM = 10.0  # default of screen.norm on devices
+SCREEN_NORM = 10.0  # default for screen.norm on devices
 LOOPBACK = ("127.0.0.1", "localhost")
-REVOKED = "revoked"  # folder of the keys that are no longer valid: NAME-FINGERPRINT.pub
+REVOKED = "revoked"  # folder of keys that are no longer valid, named NAME-FINGERPRINT.pub
 
 
 class Deployment:
-    """The folder of a federation, on the server."""
+    """The folder of a federation on the server."""
 
     def __init__(self, path: Path) -> None:
-        """Open the folder. Raise ConfigError if it is not a federation's folder, or is incomplete."""
+        """Open the folder. Raise ConfigError if it is not the folder of a federation, or is incomplete."""
         self.path = path
         self.server = path / "server"
         self.file = read_file(path / "federation.toml", FederationFile, "a federation's folder")
@@ -72,7 +72,7 @@ class Deployment:
                 raise ConfigError(f"{file}: is missing or not readable by this user; the server needs it")
 
     def revoked(self) -> list[str]:
-        """Return the nodes whose keys were revoked, and whose clients no other node has."""
+        """Return the nodes whose keys were revoked, and whose clients are on no other node."""
         old = {file.stem.rpartition("-")[0] for file in (self.server / REVOKED).glob("*.pub")}
         return [node for node in self.file.nodes if node in old and not self.public_key(node).is_file()]
 
@@ -82,7 +82,7 @@ class Deployment:
         return [node for node in self.file.nodes if node not in revoked]
 
     def expiring(self) -> list[str]:
-        """Return warnings of certificates and keys that expire soon. Raise ConfigError if the server's certificate has expired."""
+        """Return warnings about certificates and keys that expire soon. Raise ConfigError if the server's certificate has expired."""
         own = expiry(self.server / "server.crt", f"fedloom deploy rotate {self.path} server")
         now, keys = datetime.now(UTC), [read_key(self.public_key(node)) for node in self.active()]
         soon = [key for key in keys if not key.is_valid(now + WARN)]
@@ -95,7 +95,7 @@ class Deployment:
         ]
 
     def check_complete(self) -> None:
-        """Raise ConfigError if a client is on no node."""
+        """Raise ConfigError if a client is not on any node."""
         every = {i for clients in self.file.nodes.values() for i in clients}
         if missing := sorted(set(range(max(every, default=0) + 1)) - every):
             raise ConfigError(
@@ -105,12 +105,12 @@ class Deployment:
 
     @property
     def superlink(self) -> str:
-        """Address of the SuperLink, which is reachable only on the server itself."""
+        """The address of the SuperLink, which is reachable only on the server itself."""
         return f"127.0.0.1:{self.file.superlink_port}"
 
     @property
     def door(self) -> tuple[str, str, int]:
-        """Address on which the proxy listens, address by which this machine connects to it, and its port."""
+        """The address on which the proxy listens, the address by which this machine connects to it, and its port."""
         if self.file.listen is None:
             return *proxy_hosts(self.file.host), self.file.port
         host, _, port = self.file.listen.rpartition(":")
@@ -118,15 +118,15 @@ class Deployment:
 
     @property
     def n_clients(self) -> int:
-        """Number of clients on all nodes."""
+        """The number of clients on all nodes."""
         return sum(map(len, self.file.nodes.values()))
 
     def public_key(self, node: str) -> Path:
-        """Return the file with a node's public key."""
+        """Return the file that contains a node's public key."""
         return self.server / "keys" / f"{node}.pub"
 
     def write_flwr_config(self) -> None:
-        """Write the config of Flower's own commands, with the SuperLink's current port and certificate file."""
+        """Write the config of Flower's own commands, with the current port and certificate file of the SuperLink."""
         file = self.server / "flwr/config.toml"
         file.parent.mkdir(exist_ok=True)
         file.write_text(texts.flwr_config(self.superlink, self.server / "ca.crt"), encoding="utf-8")
@@ -146,13 +146,13 @@ def create_deployment(
     """Write the folder of a new federation, which only its owner can read.
 
     Args:
-        values: tables of the experiment's settings. Its clients are split across the nodes as evenly as possible.
-        n_nodes: the nodes whose keys are made here; 0: all nodes will join by requests.
-        hosts: host names or addresses of the server; nodes connect to the first.
-        ports: `proxy` and `superlink`; default 9092 and 9091.
-        runtime: a port for the processes of each node; default 9094, because each node is on a separate machine.
-        demo: the nodes use the examples that the config gives their clients, instead of their own.
-        nginx: write a config for nginx in front of the proxy, which then listens on the next port of the loopback interface.
+            values: tables of the experiment's settings. Its clients are divided among the nodes as evenly as possible.
+            n_nodes: number of nodes whose keys are created here. With 0, all nodes join by requests.
+            hosts: host names or addresses of the server. Nodes connect to the first one.
+            ports: `proxy` and `superlink`; default: 9092 and 9091.
+            runtime: a port for the processes of each node; default: 9094, because each node is on a separate machine.
+            demo: the nodes use the examples that the config assigns to their clients, instead of their own.
+            nginx: write a config for nginx in front of the proxy, which then listens on the next port of the loopback interface.
 
     Raises:
         ConfigError: the folder is not empty, or a value is invalid.
@@ -203,7 +203,7 @@ def _write_server(path: Path, authority: Identity, hosts: Sequence[str]) -> None
 
 
 def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[Path]) -> EllipticCurvePublicKey:
-    """Write a node's folder, and its public key for the server. Return the key."""
+    """Write a node's folder, and write the node's public key for the server. Return the key."""
     folder, key = path / node.name, new_node_key()
     private, public = node_key_bytes(key)
     write_new(folder / "node.toml", texts.NODE + tomli_w.dumps(node.model_dump(exclude_none=True)))
@@ -218,7 +218,7 @@ def _write_node(path: Path, authority: Identity, node: NodeFile, code: Sequence[
 
 
 def make_empty(path: Path) -> None:
-    """Create a folder that only its owner can read, or use an empty one. Raise ConfigError if it is not empty."""
+    """Create a folder that only its owner can read, or use an existing empty folder. Raise ConfigError if it is not empty."""
     try:
         taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
         if not taken:
@@ -255,7 +255,7 @@ def deployable(settings: Settings) -> Settings:
     if settings.data.factor:
         raise ConfigError(f"data.factor={settings.data.factor}: devices have their own data; remove data.factor")
     engine = settings.engine.model_copy(update={"name": "flower"})
-    settings = settings if settings.partition.name else with_scheme(settings, "dirichlet")  # no data are loaded yet
+    settings = settings if settings.partition.name else with_scheme(settings, "dirichlet")  # data are not loaded yet
     screen = settings.screen
     screen = screen.model_copy(update={"norm": SCREEN_NORM}) if screen.norm is None else screen
     return settings.model_copy(update={"engine": engine, "screen": screen})
@@ -267,10 +267,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def code_files(settings: Settings) -> list[Path]:
-    """Return the files that the settings name: Python files (`my.py:Mine`) and `model.weights`. Nodes keep them in one folder, `code`.
+    """Return the files that the settings name: Python files (`my.py:Mine`) and `model.weights`. Nodes store them in one folder, `code`.
 
     Raises:
-        ConfigError: a file is missing, or two have the same name.
+        ConfigError: a file is missing, or two files have the same name.
     """
     names = [("method", settings.method.name), ("model", settings.model.name)]
     names += [("models", name) for name in settings.models]
@@ -289,7 +289,7 @@ def code_files(settings: Settings) -> list[Path]:
 
 
 def weights_file(settings: Settings) -> Path | None:
-    """Return the file with a model's pretrained weights, if the settings name one."""
+    """Return the file with a model's pretrained weights if the settings name one."""
     weights = settings.model.options.get("weights")
     return Path(weights) if isinstance(weights, str) and weights.endswith(".safetensors") else None
 
@@ -308,12 +308,12 @@ def proxy_hosts(host: str) -> tuple[str, str]:
 
 
 def named_paths(settings: Settings) -> list[str]:
-    """Return the absolute paths of the files and folders with examples that the settings name."""
+    """Return the absolute paths of the files and folders of examples that the settings name."""
     return [str(path.resolve()) for path in (settings.data.path, settings.partition.path) if path]
 
 
 def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK) -> None:
-    """Raise ConfigError if the plan cannot be deployed. Call this before anything is written or started."""
+    """Raise ConfigError if the plan cannot be deployed. Call this function before anything is written or started."""
     if settings.clients is None:
         raise ConfigError(
             "clients: set the number of clients; with partition=natural, file or own it is not known in advance"
@@ -327,14 +327,14 @@ def check_plan(settings: Settings, n_nodes: int, hosts: Sequence[str] = LOOPBACK
 
 
 def check_hosts(hosts: Sequence[str]) -> None:
-    """Raise ConfigError if one of them is neither a host name nor an address."""
+    """Raise ConfigError if an entry is neither a host name nor an address."""
     for host in hosts:
         if not HOST.fullmatch(host) and not is_ipv6(host):
             raise ConfigError(f"--address {host}: must be a host name or an IP address, without a port")
 
 
 def is_ipv6(host: str) -> bool:
-    """Return whether this is an IPv6 address with the same meaning on all machines (unlike `fe80::1%eth0`)."""
+    """Return whether `host` is an IPv6 address with the same meaning on all machines (unlike `fe80::1%eth0`)."""
     try:
         return ipaddress.ip_address(host).version == 6 and "%" not in host
     except ValueError:

@@ -1,4 +1,4 @@
-"""A `Link` to the nodes over Flower's grid, for the server's process."""
+"""A `Link` to the nodes over Flower's grid, for the process of the server."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from fedloom.deploy.runtime import finish_task, patient, read_place, take_task
 from fedloom.deploy.services import flower_environment
 from fedloom.errors import UsageError, WireError
 
-REJOIN_S = 60.0  # how long to wait for nodes to reconnect after the SuperLink was unreachable
+REJOIN_S = 60.0  # maximum wait for nodes to reconnect after the SuperLink was unreachable
 POLL_S = 0.3  # interval between checks for answers
-REOPEN_S = 180.0  # how long to wait for a SuperLink that is not reachable
+REOPEN_S = 180.0  # maximum wait for a SuperLink that is not reachable
 T = TypeVar("T")
-TASK_S = 30.0  # how long Flower may take to create the task of a run
+TASK_S = 30.0  # maximum time in which Flower must create the task of a run
 GONE = (httpx.HTTPError, RunNotRunningException)
 
 
@@ -40,9 +40,9 @@ class LinkError(UsageError):
 
 
 class GridLink:
-    """A link over Flower runs. If the SuperLink was unreachable, a new Flower run is started and the exchange is repeated.
+    """A link over Flower runs. If the SuperLink was unreachable, a new Flower run is started, and the exchange is repeated.
 
-    Repeating is safe, because every request names the states to start from.
+    It is safe to repeat an exchange, because every request names the states from which it starts.
     """
 
     def __init__(self, deployment: Deployment, tell: Callable[[str], None]) -> None:
@@ -50,22 +50,22 @@ class GridLink:
         self._deployment, self._tell = deployment, tell
         self._ring = KeyRing(deployment.server / "keys")
         self._ids: dict[str, int] = {}
-        # late nodes and their time limits, by message
+        # Late nodes and their time limits, by message.
         self._overdue: dict[str, tuple[str, float]] = {}
-        self._gone: dict[str, LostNode] = {}  # late nodes whose answer will never come
+        self._gone: dict[str, LostNode] = {}  # late nodes whose answer will never arrive
         self._grid: HttpGrid
         self._heart: HeartbeatSender
         self._open()
 
     def nodes(self) -> Sequence[str]:
-        """See `Link.nodes`: the online nodes of this federation."""
+        """Return the online nodes of this federation (see `Link.nodes`)."""
         return self._with_retries(self._online)
 
     def _online(self) -> Sequence[str]:
         self._ring.refresh()
         now, keys = time.time(), self._ring.keys
         here = [info for info in self._grid.get_nodes() if info.online_until > now and info.public_key in keys]
-        here.sort(key=lambda info: not keys[info.public_key].is_previous)  # a node's new key counts, if both are online
+        here.sort(key=lambda info: not keys[info.public_key].is_previous)  # prefer new keys
         ids = {keys[info.public_key].node: info.node_id for info in here}
         self._ids = {node: number for node, number in ids.items() if node in self._deployment.file.nodes}
         return sorted(self._ids)
@@ -110,7 +110,7 @@ class GridLink:
                 node = waiting.pop(reply.metadata.reply_to_message_id)
                 late = (
                     not late_s and time.monotonic() > until - 2
-                )  # Flower has dropped the message; report our own reason
+                )  # Flower has dropped the message; report fedloom's own reason
                 answers[node] = none if late and reply.has_error() else _answer(reply)
             if waiting:
                 time.sleep(POLL_S)
@@ -151,7 +151,7 @@ class GridLink:
         with place.client() as tasks:
             until = time.monotonic() + TASK_S
             while not (task := take_task(tasks, TaskType.SERVER_APP)) or task.run != run:
-                if task:  # from a run that was killed before it started
+                if task:  # the task of a run that was killed before it started
                     with place.client(task.token) as old:
                         finish_task(old, "this run was abandoned")
                 if time.monotonic() > until:
@@ -169,7 +169,7 @@ class GridLink:
         self._heart.start()
 
     def _drop(self) -> None:
-        """Drop the Flower run, whatever its state, and its messages in flight."""
+        """Remove the Flower run in any state, and its messages in flight."""
         self._gone |= {
             node: LostNode("its late answer was lost with the SuperLink") for node, _ in self._overdue.values()
         }
@@ -179,7 +179,7 @@ class GridLink:
         self._grid.close()
 
     def close(self) -> None:
-        """See `Link.close`: completes the Flower run."""
+        """Complete the Flower run (see `Link.close`)."""
         with suppress(*GONE):
             finish_task(self._grid._runtime_client)
         self._drop()

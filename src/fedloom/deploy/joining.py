@@ -1,7 +1,7 @@
-"""How a node joins a federation, on its own device: make a key and a request, and take the operator's answer.
+"""Joining a federation, on the node's own device: create a key and a request, and apply the operator's answer.
 
-The private key is made here and never leaves the device. The files of a request that was not answered yet are used again if the command
-is repeated.
+The private key is created here and never leaves the device. If the command is repeated, the files of a request that was not answered yet
+are used again.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ RUNTIME_PORT = 9094
 
 
 class JoinRequest(NamedTuple):
-    """A request for the operator of the server, and the fingerprint to compare with them."""
+    """A request for the operator of the server, and the fingerprint that the owner compares with the operator's."""
 
     file: Path
     fingerprint: str
 
 
 def request_to_join(folder: Path, name: str) -> JoinRequest:
-    """Make a node's key and request in a new folder.
+    """Create a node's key and request in a new folder.
 
     Raises:
-        ConfigError: the folder has other files, or the name is not allowed.
+            ConfigError: the folder contains other files, or the name is not allowed.
     """
     if not NAME.fullmatch(name):
         raise ConfigError(
@@ -63,7 +63,7 @@ def request_to_join(folder: Path, name: str) -> JoinRequest:
 
 
 def request_new_key(folder: Path) -> JoinRequest:
-    """Make a new key and request for a node that has joined. The old key is used until the answer is taken."""
+    """Create a new key and request for a node that has joined. The old key is used until the answer is applied."""
     return _request(folder, read_file(folder / "node.toml", NodeFile, "a node's folder").name, NEXT)
 
 
@@ -90,7 +90,7 @@ class Joined(NamedTuple):
 
 
 def finish(folder: Path, answer: Path, authority: str | None) -> Joined:
-    """Take the operator's answer: write the node's certificate and settings, or use its new key from now on.
+    """Apply the operator's answer: write the node's certificate and settings, or use its new key from now on.
 
     Args:
         folder: the folder with the node's key.
@@ -98,7 +98,7 @@ def finish(folder: Path, answer: Path, authority: str | None) -> Joined:
         authority: the fingerprint of the federation's authority, from the operator.
 
     Raises:
-        ConfigError: the answer is not for a key of this node, or not from this authority; or a file has other content.
+        ConfigError: the answer is not for a key of this node or not from this authority, or a file has other content.
     """
     given = _read_answer(answer)
     mine = next((name for name in (NEXT, KEY) if _is_for(folder / name, given)), None)
@@ -145,7 +145,7 @@ def _certificates(given: JoinFile, answer: Path) -> tuple[x509.Certificate, x509
 
 
 def _compare(ca: x509.Certificate, authority: str | None) -> None:
-    """Raise ConfigError if the owner did not give the fingerprint of the authority."""
+    """Raise ConfigError if the owner did not pass the fingerprint of the authority."""
     key = ca.public_key()
     own = fingerprint_of(key) if isinstance(key, EllipticCurvePublicKey) else "no ECDSA key"
     if authority is None:
@@ -179,7 +179,7 @@ def _is_for(key: Path, given: JoinFile) -> bool:
 
 
 def _keep(folder: Path, node: NodeFile) -> NodeFile:
-    """Return the node's settings as they are. Raise ConfigError if the answer is for another node."""
+    """Return the node's settings unchanged. Raise ConfigError if the answer is for another node."""
     own = read_file(folder / "node.toml", NodeFile, "a node's folder")
     for key in ("name", "server", "clients"):
         if getattr(own, key) != getattr(node, key):

@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def hold() -> None:
-    """Have the kernel send SIGTERM to this process when its parent exits (Linux only; elsewhere this has no effect)."""
+    """Make the kernel send SIGTERM to this process when its parent exits (only on Linux; on other systems, this has no effect)."""
     if sys.platform != "linux":
         return
     parent = os.getppid()

@@ -1,4 +1,4 @@
-"""A complete federation on this machine, with TLS and node keys. Server and nodes are separate processes."""
+"""A complete federation on this machine, with TLS and node keys. The server and the nodes are separate processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedloom.deploy.grid import LinkError
 from fedloom.deploy.server import is_open
 from fedloom.deploy.services import end_group, flower_environment, free_ports, leashed, private_files
 
-START_S = 90.0  # how long the server may take to start on a busy machine
+START_S = 90.0  # maximum time in which the server must start on a busy machine
 
 
 class LocalFederation:
@@ -28,7 +28,7 @@ class LocalFederation:
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start_server(self) -> None:
-        """Start SuperLink and proxy, and wait until they answer."""
+        """Start the SuperLink and the proxy, and wait until they answer."""
         self._start("server", ["server", str(self.deployment.path)])
         until = time.monotonic() + START_S
         while not is_open(self.deployment):
@@ -61,7 +61,7 @@ class LocalFederation:
         return self.deployment.path / f"{name}.log"
 
     def end(self) -> None:
-        """Stop all processes, nodes first."""
+        """Stop all processes, the nodes first."""
         running = list(reversed(self.processes.values()))
         for process in running:
             process.terminate()
@@ -72,10 +72,10 @@ class LocalFederation:
 
 @contextmanager
 def local_federation(values: Mapping[str, Any], n_nodes: int, folder: Path | None = None) -> Iterator[LocalFederation]:
-    """Start a federation for the duration of the block. No process outlives the block.
+    """Start a federation for the duration of the context. No process remains after the context.
 
     Args:
-        folder: folder for its files, which is kept; default: a temporary folder, which is deleted after the block.
+        folder: folder for the federation's files, which is kept; default: a temporary folder, which is deleted after the context.
     """
     place = folder or Path(tempfile.mkdtemp(prefix="fedloom-federation-")) / "federation"
     proxy, superlink, *runtime = free_ports(2 + n_nodes)

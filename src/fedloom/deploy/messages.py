@@ -1,7 +1,7 @@
-"""Messages between the server and a node: a validated JSON header, and trees of tensors in our wire format.
+"""Messages between the server and a node: a validated JSON header, and trees of tensors in fedloom's wire format.
 
-An envelope consists of `fedloom2`, the header's length (8 bytes, little-endian), the header, and the parts in safetensors format, whose
-lengths are in the header. Nothing is ever unpickled. Anything invalid raises a `WireError` that gives the reason.
+An envelope consists of `fedloom2`, the length of the header (8 bytes, little-endian), the header, and the parts in safetensors format,
+whose lengths are in the header. Nothing is ever unpickled. Any invalid content raises a `WireError` that states the reason.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from fedloom.wire.messages import check_depth, decode, encode
 MAGIC = b"fedloom2"
 EMPTY = "/"  # suffix of the path of a branch without tensors
 
-MAX_ROWS = 10_000_000  # per node; the server keeps a label for each
-MAX_LOGS = 100  # per client update; each becomes a column and a plot
+MAX_ROWS = 10_000_000  # maximum number of rows per node; the server keeps a label for each
+MAX_LOGS = 100  # maximum number of logs per client update; each becomes a column and a plot
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# `phase.log`; names of the run's own metrics have no dot. Names are shown in tables and pages, so markup is not allowed.
+# The form is `phase.log`; names of the run's own metrics contain no dot. Tables and pages show the names, so markup is not allowed.
 LogName = Annotated[str, Field(pattern=r"^[^.<>&]+\.[^<>&]+$", max_length=128)]
 MAX_WORDS = 1000  # maximum length of a line of text, in characters
 
@@ -56,7 +56,7 @@ def _readable(words: str) -> str:
 Words = Annotated[str, AfterValidator(_readable)]
 MAX_NOTES = 100
 Notes = Annotated[list[Words], FailFast(), Field(max_length=MAX_NOTES)]
-MAX_FAULTS = 100  # more faults of a header are not listed, because listing them costs more than finding them
+MAX_FAULTS = 100  # maximum number of listed faults, because listing faults costs more than finding them
 
 
 class _Strict(BaseModel):
@@ -72,9 +72,10 @@ class Part(_Strict):
 
 
 class Assignment(_Strict):
-    """A requested client: its position in the cohort, the state to start from, and the oldest state to keep.
+    """A requested client: its position in the cohort, the state from which it starts, and the oldest state to keep.
 
-    `base` is one plus the round of the state to start from, `keep` one plus the round of the oldest state to keep; 0 is the initial state.
+    `base` is one plus the round of the state from which the client starts, and `keep` is one plus the round of the oldest state to keep.
+    The initial state is 0.
     """
 
     client: Whole
@@ -127,7 +128,7 @@ class InputFacts(_Strict):
 
 
 class Call(_Strict):
-    """The part that all requests share: run, settings as TOML, learning task, inputs, and time limit."""
+    """The part that all requests share: the run, its settings as TOML, the learning task, the inputs, and the time limit."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     config: Config
@@ -137,14 +138,14 @@ class Call(_Strict):
 
 
 class Hello(_Strict):
-    """Ask a node for its clients and data."""
+    """A request for a node's clients and data."""
 
     kind: Literal["hello"] = "hello"
     call: Call
 
 
 class TrainMessage(_Strict):
-    """Ask clients for local updates. Parts: `common`, and `each-<slot>` for members that receive their own trees."""
+    """A request for local updates of clients. Its parts are `common`, and `each-<slot>` for members that receive their own trees."""
 
     kind: Literal["train"] = "train"
     call: Call
@@ -153,7 +154,7 @@ class TrainMessage(_Strict):
 
 
 class ScoreMessage(_Strict):
-    """Ask for scores of clients. Part: `common`."""
+    """A request for scores of clients. Its part is `common`."""
 
     kind: Literal["score"] = "score"
     call: Call
@@ -163,17 +164,20 @@ class ScoreMessage(_Strict):
 
 
 class Present(_Strict):
-    """A node's clients. For nodes with their own data, also the number of examples of each class, by split ("train", "valid", "test")."""
+    """A node's clients.
+
+    For nodes with their own data, it also contains the number of examples of each class by split ("train", "valid", "test").
+    """
 
     kind: Literal["present"] = "present"
     clients: Annotated[list[Whole], FailFast(), Field(max_length=MEMBERS)]
     own_rows: bool
-    # by client (as text) and split
+    # By client (as text) and split.
     counts: Annotated[dict[Name, Annotated[dict[Name, Counts], Field(max_length=3)]], Field(max_length=MEMBERS)]
 
 
 class Turned(_Strict):
-    """A client's local update: either completed (its uplink is the part named by its slot), or failed, with a reason."""
+    """A client's local update. It is either completed, with the uplink in the part named by its slot, or failed, with a reason."""
 
     client: Whole
     slot: Whole
@@ -203,7 +207,7 @@ class SentScore(_Strict):
         """Return the score.
 
         Raises:
-            WireError: sums are missing or have the wrong length, or are impossible for at most `most["rows"]` examples.
+                WireError: sums are missing, have the wrong length, or are impossible for at most `most["rows"]` examples.
         """
         if {name: len(values) for name, values in self.sums.items()} != objective.shapes():
             raise WireError("its scores do not have the sums of this learning task")
@@ -218,7 +222,7 @@ class SentScore(_Strict):
 
 
 class Scored(_Strict):
-    """The answer to a `ScoreMessage`: scores by client (as text) and name."""
+    """The answer to a `ScoreMessage`, with scores by client (as text) and name."""
 
     kind: Literal["scored"] = "scored"
     scores: Annotated[dict[Name, Annotated[dict[Name, SentScore], Field(max_length=8)]], Field(max_length=MEMBERS)]
@@ -241,11 +245,14 @@ class Letter(NamedTuple):
     """A decoded envelope."""
 
     header: Any  # one of the models above
-    trees: Mapping[str, memoryview]  # encoded, and copied only when a tree is decoded
+    trees: Mapping[str, memoryview]  # encoded trees, which are copied only when they are decoded
     paths: Mapping[str, Sequence[str]]
 
     def tree(self, name: str) -> Tree:
-        """Return a part as a tree, with leaves and empty branches in the order sent. Raise WireError if there is no such part."""
+        """Return a part as a tree, with leaves and empty branches in the order in which they were sent.
+
+        Raise WireError if there is no such part.
+        """
         if name not in self.trees:
             raise WireError(f"the message has no part '{name}'")
         data, paths = self.trees[name], self.paths[name]
@@ -255,7 +262,7 @@ class Letter(NamedTuple):
 
 
 def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
-    """Encode a header and trees as an envelope. Raise ConfigError if the header is larger than any message may have."""
+    """Return a header and trees as an envelope. Raise ConfigError if the header is larger than that of any message may be."""
     encoded = {name: encode(value) for name, value in trees.items()}
     parts = [{"name": name, "n_bytes": len(data), "paths": list(_paths(trees[name]))} for name, data in encoded.items()]
     text = json.dumps({"header": header.model_dump(mode="python"), "parts": parts}).encode()
@@ -267,10 +274,10 @@ def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
 
 
 def open_envelope(data: bytes, allowed: Limits = ONE_CLIENT) -> Letter:
-    """Decode an envelope whose header is within the limits `allowed`.
+    """Return the content of an envelope whose header is within the limits `allowed`.
 
     Raises:
-        WireError: the bytes are not a valid message; the error gives the reason.
+        WireError: the bytes are not a valid message; the error states the reason.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise WireError(f"{len(data)} bytes are not a fedloom message")

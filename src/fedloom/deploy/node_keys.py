@@ -1,7 +1,7 @@
-"""The public keys of a federation's nodes, as the server stores them: OpenSSH files in one folder.
+"""The public keys of a federation's nodes, which the server stores as OpenSSH files in one folder.
 
-`NAME.pub` is the key of a node, and `NAME.previous.pub` the key that it replaced. The comment of a file can limit the key's validity:
-`until=2027-12-01T10:00:00+00:00`. The proxy, the server and `fedloom deploy run` all read the keys here.
+`NAME.pub` is the key of a node, and `NAME.previous.pub` is the key that it replaced. The comment in a file can limit the validity of the
+key: `until=2027-12-01T10:00:00+00:00`. The proxy, the server and `fedloom deploy run` all read the keys with this module.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from fedloom.errors import ConfigError
 
 PREVIOUS = ".previous"  # suffix of a node's name in the file name of its previous key
 UNTIL = "until="
-WINDOW_S = (-5.0, 305.0)  # age of a signed timestamp; the same as Flower's
-REMEMBERED_S = WINDOW_S[1] - WINDOW_S[0] + 1.0  # how long a signed request could be replayed
-MAX_REMEMBERED = 2**16  # requests of one key within that time: 210 per second
-REREAD_S = 1.0  # shortest interval between two checks of the folder
+WINDOW_S = (-5.0, 305.0)  # permitted age of a signed timestamp in seconds, the same as in Flower
+REMEMBERED_S = WINDOW_S[1] - WINDOW_S[0] + 1.0  # time for which a signed request could be replayed
+MAX_REMEMBERED = 2**16  # maximum number of requests of one key within that time, 210 per second
+REREAD_S = 1.0  # minimum interval between two checks of the folder
 
 
 class NodeKey(NamedTuple):
-    """A public key, the node that it belongs to, and the end of its validity."""
+    """A public key, the node to which it belongs, and the end of its validity."""
 
     node: str
     public: ec.EllipticCurvePublicKey
@@ -41,7 +41,7 @@ class NodeKey(NamedTuple):
 
     @property
     def pem(self) -> bytes:
-        """The key as PEM, as in the headers of Flower's requests."""
+        """The key as PEM, in the form used in the headers of Flower's requests."""
         return self.public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
     @property
@@ -55,7 +55,7 @@ class NodeKey(NamedTuple):
 
 
 def read_key(file: Path) -> NodeKey:
-    """Read a file with a public key. Raise ConfigError if it has none, or OSError if it cannot be read."""
+    """Return the public key in a file. Raise ConfigError if the file contains no key, or OSError if it cannot be read."""
     content = file.read_bytes()
     try:
         public = load_ssh_public_key(content)
@@ -70,13 +70,13 @@ def read_key(file: Path) -> NodeKey:
 
 
 def key_line(public: bytes, until: datetime | None = None) -> bytes:
-    """Return the content of a key's file. `public`: the key in OpenSSH format, without a comment."""
+    """Return the content of a key file. `public` is the key in OpenSSH format, without a comment."""
     end = f" {UNTIL}{until.isoformat(timespec='seconds')}" if until else ""
     return b" ".join(public.split()[:2]) + end.encode() + b"\n"
 
 
 class Refused(NamedTuple):
-    """A request that is not forwarded, and the reason."""
+    """A request that is not forwarded, and the reason for the refusal."""
 
     reason: str
     status: int = 412
@@ -86,23 +86,23 @@ STRANGER = Refused("its key is not among this federation's keys")
 
 
 class KeyRing:
-    """The valid keys of a folder, which is read again when its files change, and the recent requests that they signed."""
+    """The valid keys in a folder and the recent requests that they signed. The folder is read again when its files change."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._seen: object = None
         self._looked = 0.0
         self._requests: dict[bytes, dict[bytes, float]] = {}
-        self.keys: dict[bytes, NodeKey] = {}  # by PEM
+        self.keys: dict[bytes, NodeKey] = {}  # keys by their PEM text
 
     def refresh(self) -> None:
-        """Read the keys again if a file changed. A file without a key is reported and ignored."""
+        """Read the keys again if a file has changed. A file without a key is reported and ignored."""
         if self._looked and time.monotonic() - self._looked < REREAD_S:
             return
         self._looked = time.monotonic()
         try:
             seen = [(file, file.stat().st_mtime_ns) for file in sorted(self._folder.glob("*.pub"))]
-        except FileNotFoundError:  # removed meanwhile
+        except FileNotFoundError:  # removed in the meantime
             return
         if seen != self._seen:
             found = {key.pem: key for file, _ in seen if (key := _read_or_report(file))}
@@ -110,7 +110,7 @@ class KeyRing:
             self._requests = {pem: requests for pem, requests in self._requests.items() if pem in found}
 
     def signer(self, headers: Mapping[str, str]) -> bytes | Refused:
-        """Return the key of the node that signed a request recently, or why it is refused.
+        """Return the key of the node that signed a request recently, or the reason why the request is refused.
 
         With an unknown key, the signature is not checked. Each signature is accepted only once.
         """
@@ -132,9 +132,9 @@ class KeyRing:
         return self._once(pem, text, signature)
 
     def _once(self, pem: bytes, text: str, signature: bytes) -> bytes | Refused:
-        """Return the key, unless this request was already seen or the key has signed too many requests.
+        """Return the key, unless this request was seen before or the key has signed too many requests.
 
-        Of a signature (r, s), only r counts, because anyone can make the valid signature (r, n - s) from it.
+        Only r of a signature (r, s) is compared, because anyone can derive the valid signature (r, n - s) from it.
         """
         now, requests = time.monotonic(), self._requests.setdefault(pem, {})
         while requests and now - next(iter(requests.values())) > REMEMBERED_S:
@@ -151,7 +151,7 @@ class KeyRing:
 def _read_or_report(file: Path) -> NodeKey | None:
     try:
         return read_key(file)
-    except FileNotFoundError:  # removed meanwhile
+    except FileNotFoundError:  # removed in the meantime
         return None
     except (OSError, ConfigError) as error:
         print(f"ignored: {error}", file=sys.stderr, flush=True)

@@ -1,13 +1,13 @@
-"""The public entry point of a federation: forwards Flower's node API (`/v1/fleet/...`) to the SuperLink, and refuses everything else.
+"""The public entry point of a federation. It forwards Flower's node API (`/v1/fleet/...`) to the SuperLink and refuses everything else.
 
-The SuperLink serves its control API on the same port as its node API, without authentication: anyone who can reach it can start runs
-and register nodes. It therefore listens only on the loopback interface. Nodes connect to this proxy, which has the same certificate.
+The SuperLink serves its control API on the same port as its node API, without authentication. Anyone who can reach it can start runs and
+register nodes. It therefore listens only on the loopback interface. Nodes connect to this proxy, which has the same certificate.
 
 Flower's nodes sign a timestamp in the headers of every request. The proxy checks this signature before it reads the body, so a client
-without a key cannot fill its memory with bodies. It accepts each signature once, so a captured header cannot be used again. The
-SuperLink checks the signature again.
+without a key cannot fill the proxy's memory with bodies. The proxy accepts each signature only once, so a captured header cannot be used
+again. The SuperLink checks the signature again.
 
-This module imports neither torch nor the rest of fedloom, except for what it needs of this package.
+This module imports neither torch nor the rest of fedloom, except for the parts of this package that it needs.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from fedloom.deploy.doors import DOOR, Door, Server
 from fedloom.deploy.node_keys import KeyRing, Refused
 
 ALLOWED = re.compile(rb"/v1/fleet/[a-z]+(-[a-z]+)*")
-MAX_BODY = 64 * 2**20  # bytes; Flower splits tensors into chunks of 5 MB
+MAX_BODY = 64 * 2**20  # maximum size in bytes; Flower splits tensors into chunks of 5 MB
 HOP = {b"connection", b"host", b"keep-alive", b"te", b"trailer", b"transfer-encoding", b"upgrade", b"content-length"}
-TIMEOUT_S = 60.0  # for the SuperLink's answer, and for a body, which has more time if it is large:
-BODY_RATE = 64 * 2**10  # bytes per second that a body must have on average after that
+TIMEOUT_S = 60.0  # limit for the SuperLink's answer and for a body. A large body has more time:
+BODY_RATE = 64 * 2**10  # average number of bytes per second that a body must have after that
 LOWEST_RATE = 16 * 2**10  # bytes per second that a body must have over each STEP_S, after the first GRACE_S
 STEP_S, GRACE_S = 10.0, 5.0
-MAX_HELD = 2**30  # bytes of all bodies together
+MAX_HELD = 2**30  # maximum number of bytes of all bodies together
 MAX_HELD_BY_NODE = 2**28
 
 
 def allowed(method: str, path: bytes) -> bool:
-    """Return whether a request is forwarded: a POST to a plain path of the node API, without escapes or relative segments."""
+    """Return whether a request is forwarded: a POST request to a plain path of the node API, without escapes or relative segments."""
     return method == "POST" and ALLOWED.fullmatch(path) is not None
 
 
@@ -51,18 +51,18 @@ def make_app(upstream: str, client: httpx.AsyncClient, keys: KeyRing) -> Starlet
 
     Args:
         upstream: the SuperLink, such as `https://127.0.0.1:9091`.
-        client: HTTP client for connections to the SuperLink.
-        keys: the keys whose requests are forwarded.
+            client: HTTP client for connections to the SuperLink.
+            keys: the keys whose requests are forwarded.
     """
     return Starlette(routes=[Route("/{path:path}", _Forward(upstream, client, keys))])
 
 
 class _Forward:
-    """Answer requests with any HTTP method."""
+    """Answers requests with any HTTP method."""
 
     def __init__(self, upstream: str, client: httpx.AsyncClient, keys: KeyRing) -> None:
         self._upstream, self._client, self._keys = upstream, client, keys
-        self._held = Counter[bytes]()  # bytes of bodies that are being read and forwarded, by key
+        self._held = Counter[bytes]()  # number of bytes of bodies that are being read and forwarded, by key
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
@@ -118,18 +118,18 @@ class _Forward:
 
 
 def _refusal(words: str, status: int) -> Response:
-    """Return an answer after which the connection is closed, without reading the body."""
+    """Return an answer after which the connection is closed without reading the body."""
     return PlainTextResponse(words, status, {"connection": "close"})
 
 
 def _refusal_of_key(refused: Refused) -> Response:
-    """Return Flower's answer to a node that it cannot activate, so that the SuperNode prints the reason; after a 401 it prints none."""
+    """Return Flower's answer to a node that it cannot activate. The SuperNode then prints the reason; after a 401, it prints none."""
     failed = {"code": 2004, "detail": f"Failed to activate SuperNode: {refused.reason}"}
     return JSONResponse(failed, refused.status, {"connection": "close"})
 
 
 def make_server(host: str, port: int, superlink_port: int, folder: Path) -> Server:
-    """Return a federation's proxy, ready to run. `folder` has its certificate and the authority's certificate."""
+    """Return a federation's proxy, ready to run. `folder` contains its certificate and the certificate of the authority."""
     trust = ssl.create_default_context(cafile=str(folder / "ca.crt"))
     keys = KeyRing(folder / "keys")
     keys.refresh()
@@ -140,7 +140,7 @@ def make_server(host: str, port: int, superlink_port: int, folder: Path) -> Serv
         port=port,
         http=type("Door", (Door,), {"ring": keys}),
         ws="none",
-        loop="asyncio",  # the limits of handshakes rely on it; uvloop would be used if it is installed
+        loop="asyncio",  # the handshake limits need it; otherwise, an installed uvloop would be used
         ssl_certfile=folder / "server.crt",
         ssl_keyfile=folder / "server.key",
         log_level="warning",

@@ -1,4 +1,4 @@
-"""The SuperLink's list of nodes, made equal to the federation's keys while the server runs."""
+"""The SuperLink's list of nodes, which is kept equal to the federation's keys while the server runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedloom.deploy.runtime import patient
 
 
 class Roster:
-    """Registers the keys of admitted nodes with the SuperLink, and removes those that were revoked or have expired."""
+    """Registers the keys of admitted nodes with the SuperLink, and removes keys that were revoked or have expired."""
 
     def __init__(self, deployment: Deployment) -> None:
         self._deployment = deployment
@@ -24,10 +24,10 @@ class Roster:
         self._done: frozenset[bytes] | None = None
 
     def update(self) -> list[str]:
-        """Tell the SuperLink what has changed since the last call. Return a line for each change.
+        """Send the changes since the last call to the SuperLink. Return a line for each change.
 
         Raises:
-            httpx.HTTPError: the SuperLink does not answer. Call this again.
+                httpx.HTTPError: the SuperLink does not answer. Call this method again.
         """
         self._ring.refresh()
         wanted = frozenset(pem for pem, key in self._ring.keys.items() if key.is_valid())

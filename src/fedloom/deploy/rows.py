@@ -1,4 +1,4 @@
-"""Data on devices: a node reads its own examples, and the server has only their counts."""
+"""Data on devices. A node reads its own examples, and the server has only their counts."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from fedloom.errors import ConfigError, DataError
 from fedloom.inputs import Inputs
 from fedloom.rng import Stream
 
-Counts = Mapping[int, Mapping[str, Sequence[int]]]  # by client and split, per class
+Counts = Mapping[int, Mapping[str, Sequence[int]]]  # number of examples per class, by client and split
 SPLITS = ("train", "valid", "test")
 NONE = np.empty(0, np.int64)
 
 
 def read_own(folder: Path, clients: Sequence[int], settings: Settings, call: Call) -> Federation:
-    """Return a node's own examples as a federation in which clients of other nodes have none.
+    """Return a node's own examples as a federation in which the clients of other nodes have none.
 
-    `folder` has the client's data or, for several clients, one folder `client-<number>` per client. Data are parquet files
-    (train.parquet, and test.parquet if any) or a folder of pictures (see `fedloom.data.picture_folders`). Without test examples,
-    a fraction of the others is held out (`partition.test_fraction`, default 0.25), drawn from the run's seed.
+    `folder` contains the client's data or, for several clients, one folder `client-<number>` per client. Data are parquet files
+    (train.parquet, and optionally test.parquet) or a folder of images (see `fedloom.data.picture_folders`). Without test examples, a
+    fraction of the other examples is held out (`partition.test_fraction`, default 0.25), drawn with the run's seed.
 
     Args:
         folder: see above.
         clients: the node's clients.
         settings: the run's settings.
-        call: has the server's classes and input shape.
+        call: contains the server's classes and input shape.
 
     Raises:
-        DataError: data are missing, have classes that the server lacks, or have a different shape.
+            DataError: data are missing, contain classes that the server lacks, or have a different shape.
     """
     refuse_pooled_statistics(settings)
     classes, input_shape = call.task.names, tuple(call.inputs[0].shape)
@@ -74,12 +74,18 @@ def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[
 
 
 class Remote(Federation):
-    """The server's view of data on devices: numbers of examples of each class. Only examples of the common test set are available."""
+    """The server's view of data on devices: the number of examples of each class.
+
+    Only examples of the common test set are available.
+    """
 
     counts_are_claims = True
 
     def __init__(self, held: Dataset, counts: Counts, settings: Settings) -> None:
-        """`held`: the server's own examples. Its test examples are the common test set, or all of them if it has no test examples."""
+        """Create the view. `held` contains the server's own examples.
+
+        The common test set consists of its test examples or, if there are none, of all its examples.
+        """
         refuse_pooled_statistics(settings)
         common = np.arange(held.n_train if held.n_train < held.n_rows else 0, held.n_rows)
         parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
@@ -111,7 +117,7 @@ class Remote(Federation):
         """Return examples of the common test set by index (see `Federation.rows`).
 
         Raises:
-            DataError: an example of a client was requested, but clients' examples stay on their devices.
+                DataError: an example of a client was requested, but the examples of clients stay on their devices.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:

@@ -37,12 +37,12 @@ from fedloom.experiment.resuming import resumable
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
 from fedloom.objectives import Classification
 
-TURNS = "turns.json"  # in the run folder: record of accepted updates
+TURNS = "turns.json"  # file in the run folder with the record of accepted updates
 Tell = Callable[[str], None]
 
 
 def prepare(deployment: Deployment, values: Mapping[str, Any], link: Link, tell: Tell) -> Experiment:
-    """Start a new run: ask the nodes for their clients and data, and write the run folder."""
+    """Start a new run: request the clients and data of the nodes, and write the run folder."""
     settings = deployable(make_settings(values))
     run = secrets.token_hex(8)
     return _experiment(deployment, settings, run=run, link=link, tell=tell, folder=None)
@@ -53,7 +53,7 @@ def resume_deployed(
 ) -> Experiment:
     """Resume an interrupted run from its last checkpoint. The nodes restore the client states of that checkpoint.
 
-    `accept_changes`: see `Experiment.resume`.
+    For `accept_changes`, see `Experiment.resume`.
     """
     with resumable(path, accept_changes) as folder:
         try:
@@ -96,7 +96,10 @@ def _experiment(
 
 
 def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell: Tell) -> tuple[Federation, Call]:
-    """Ask the nodes for their clients and data. Return the server's view of the federation, and the part that all requests share."""
+    """Request the clients and data of the nodes.
+
+    Return the server's view of the federation, and the part that all requests share.
+    """
     _wait_for(deployment, link, tell)
     held = make_dataset(settings)
     try:
@@ -156,7 +159,7 @@ def _introductions(
     hello, file = seal(Hello(call=call), {}), deployment.file
     found: dict[str, Present] = {}
     reasons: list[str] = []
-    wait_s = max(file.join_s, file.deadline_s)  # nodes may be busy with a killed run until Flower drops it
+    wait_s = max(file.join_s, file.deadline_s)  # nodes may be busy with a killed run until Flower drops the run
     for node, answer in link.exchange(dict.fromkeys(nodes, hello), wait_s).items():
         try:
             found[node] = _introduction(deployment, node, answer, call)

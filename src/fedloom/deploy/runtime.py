@@ -1,8 +1,8 @@
-"""The part of Flower's Runtime API that fedloom uses: a process takes tasks with the secret, and works on a task with its token.
+"""The part of Flower's Runtime API that fedloom uses. A process takes tasks with a secret, and works on a task with the task's token.
 
-By default Flower starts a process for each task, which runs the code of the app bundle. With `--isolation process` other processes take
-the tasks: here, the node's agent and the server's process. As a result, torch is imported only once, and code from the network is
-never run.
+By default, Flower starts a process for each task, which runs the code of the app bundle. With `--isolation process`, other processes take
+the tasks: here, the node's agent and the server's process. As a result, torch is imported only once, and code from the network is never
+run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from flwr.supercore.interceptors import (
 from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 
-RETRY_S = 20.0  # how long an unanswered call is repeated
+RETRY_S = 20.0  # time for which an unanswered call is repeated
 
 
 class Endpoint(NamedTuple):
-    """A Runtime API: its address, the certificate of its authority (None on the loopback interface, without TLS), and the secret for
-    taking tasks."""
+    """A Runtime API: its address, the certificate of its authority, and the secret for taking tasks.
+
+    The certificate is None on the loopback interface, where the API has no TLS.
+    """
 
     address: str
     ca: bytes | None
@@ -76,20 +78,20 @@ def patient() -> RetryInvoker:
 
 
 def take_task(client: RuntimeHttpClient, kind: TaskType) -> TaskToken | None:
-    """Take the oldest waiting task of a kind. Return None if there is none."""
+    """Take the oldest waiting task of a kind. Return None if no task is waiting."""
     found = client.AcquireTask(AcquireTaskRequest(supported_task_types=[kind]))
     return TaskToken(found.task.run_id, found.token) if found.token else None
 
 
 def read_place(folder: Path, address: str, component: str, *, tls: bool) -> Endpoint:
-    """Return the Runtime API at an address, with `runtime.secret` and `ca.crt` of a folder."""
+    """Return the Runtime API at an address, with `runtime.secret` and `ca.crt` from a folder."""
     ca = (folder / "ca.crt").read_bytes() if tls else None
     return Endpoint(address, ca, (folder / "runtime.secret").read_bytes(), component)
 
 
 @contextmanager
 def beating(client: RuntimeHttpClient) -> Iterator[None]:
-    """Send heartbeats for a task to Flower during the block."""
+    """Send heartbeats for a task to Flower within the context."""
     sender = HeartbeatSender(make_task_heartbeat_fn_http(client))
     sender.start()
     try:

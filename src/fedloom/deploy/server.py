@@ -1,4 +1,7 @@
-"""The programs of the server: Flower's SuperLink on the loopback interface and the proxy in front of it, restarted if they exit."""
+"""The programs of the server: Flower's SuperLink on the loopback interface, and the proxy in front of it.
+
+They are restarted if they exit.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from fedloom.deploy.roster import Roster
 from fedloom.deploy.services import Service, ended_by_signals, flower_environment, keep_private, module, require_free
 
 log = logging.getLogger("fedloom.server")
-START_S = 60.0  # how long the SuperLink may take to start
+START_S = 60.0  # maximum time in which the SuperLink must start
 
 
 def superlink_command(deployment: Deployment, database: Path) -> list[str]:
@@ -39,7 +42,7 @@ def proxy_command(deployment: Deployment) -> list[str]:
 
 
 def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
-    """Run SuperLink and proxy until SIGTERM or Ctrl-C. With `keep_store`, the SuperLink's database is on disk and is kept."""
+    """Run the SuperLink and the proxy until SIGTERM or Ctrl-C. With `keep_store`, the SuperLink's database is on disk and is kept."""
     warnings = [keep_private(deployment.path), *deployment.expiring()]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -64,7 +67,7 @@ def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
                 log.info("the federation is ready at %s; messages are in %s", deployment.file.address, store.parent)
             _tend(superlink, proxy, store, roster, over)
         finally:
-            if not keep_store:  # first, because this process may be killed while it waits for the others
+            if not keep_store:  # delete it first, because this process may be killed while it waits for the others
                 superlink_store.delete(store)
             proxy.end()
             superlink.end()
@@ -73,7 +76,7 @@ def run_server(deployment: Deployment, *, keep_store: bool = False) -> None:
 
 
 def _tend(superlink: Service, proxy: Service, store: Path, roster: Roster, over: threading.Event) -> None:
-    """Restart the programs if they exit, truncate the log of the database, and register changed keys, until `over` is set."""
+    """Restart the programs if they exit, truncate the log of the database, and register changed keys until `over` is set."""
     truncated = time.monotonic()
     while not over.wait(0.5):
         for service in (superlink, proxy):
@@ -87,7 +90,7 @@ def _tend(superlink: Service, proxy: Service, store: Path, roster: Roster, over:
 
 
 def _update(roster: Roster) -> None:
-    """Register changed keys, now or, if the SuperLink does not answer, with the next call."""
+    """Register changed keys. If the SuperLink does not answer, register them at the next call."""
     try:
         for line in roster.update():
             log.info(line)
@@ -96,7 +99,7 @@ def _update(roster: Roster) -> None:
 
 
 def is_open(deployment: Deployment) -> bool:
-    """Return whether SuperLink and proxy both answer with a valid certificate."""
+    """Return whether the SuperLink and the proxy both answer with a valid certificate."""
     context = ssl.create_default_context(cafile=str(deployment.server / "ca.crt"))
     try:
         for place in (("127.0.0.1", deployment.file.superlink_port), deployment.door[1:]):

@@ -1,6 +1,6 @@
 """Processes that are kept running.
 
-Each is started in a new process group, restarted after increasing pauses, and stopped with its group.
+Each process is started in a new process group, restarted after increasing pauses, and stopped together with its group.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import IO
 from fedloom.errors import ConfigError
 
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # pauses before restarts; the last one repeats
-STEADY_S = 90.0  # after a process has run this long, the pauses start again from the first
-GRACE_S = 10.0  # between SIGTERM and SIGKILL
+STEADY_S = 90.0  # after a process has run for this time, the pauses start again from the first
+GRACE_S = 10.0  # time between SIGTERM and SIGKILL
 
 
-OWNER_ONLY = 0o077  # umask: files and folders that only their owner can read
+OWNER_ONLY = 0o077  # umask for files and folders that only their owner can read
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 @contextmanager
 def private_files() -> Iterator[None]:
-    """Within the context, new files and folders of this process are readable only by their owner."""
+    """Make new files and folders of this process readable only by their owner within the context."""
     before = os.umask(OWNER_ONLY)
     try:
         yield
@@ -40,7 +40,10 @@ def private_files() -> Iterator[None]:
 
 
 def keep_private(folder: Path) -> str:
-    """Make new files of this process private, and close `folder` to other users. Return a warning if that is not possible, or ""."""
+    """Make new files of this process private, and close `folder` to other users.
+
+    Return a warning if this is not possible, or "".
+    """
     os.umask(OWNER_ONLY)
     try:
         folder.chmod(0o700)
@@ -50,7 +53,7 @@ def keep_private(folder: Path) -> str:
 
 
 def no_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that keep connections to this machine away from a proxy in the environment."""
+    """Return environment variables with which connections to this machine bypass a proxy in the environment."""
     names = [name for key in ("NO_PROXY", "no_proxy") for name in environment.get(key, "").split(",")]
     every = ",".join(dict.fromkeys(name.strip() for name in (*names, *LOOPBACK) if name.strip()))
     return {"NO_PROXY": every, "no_proxy": every}
@@ -59,7 +62,7 @@ def no_loopback_proxy(environment: Mapping[str, str]) -> dict[str, str]:
 def flower_environment(home: Path | None = None) -> dict[str, str]:
     """Return the environment for Flower's programs.
 
-    It has this Python's folder on the path. Telemetry, update checks and a proxy for this machine's own addresses are off.
+    The path includes the folder of this Python. Telemetry, update checks and proxies for this machine's own addresses are off.
     """
     own = {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -108,7 +111,7 @@ def script(name: str) -> list[str]:
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
-    """Stop the leader of a process group and all other processes of the group."""
+    """Stop the leader of a process group, and all other processes in the group."""
     for sign, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, sign)
@@ -120,13 +123,13 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> Non
             continue
     try:
         process.wait(5)
-        os.killpg(process.pid, signal.SIGKILL)  # processes that outlived the leader
+        os.killpg(process.pid, signal.SIGKILL)  # processes that have outlived the leader
     except (ProcessLookupError, PermissionError, subprocess.TimeoutExpired):
         pass
 
 
 class Service:
-    """A program that is kept running, with its output in a file."""
+    """A program that is kept running and writes its output to a file."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.name, self._command, self._environment, self._log = name, leashed(command), dict(environment), log
@@ -153,7 +156,7 @@ class Service:
         self._started = time.monotonic()
 
     def tend(self) -> str | None:
-        """Restart the program if it has exited and its pause is over. Return a log line if it has just exited."""
+        """Restart the program if it has exited and its pause is over. Return a log line if the program has just exited."""
         if self.process is None:
             if time.monotonic() >= self._next:
                 self.start()
@@ -169,7 +172,7 @@ class Service:
         return f"{self.name} ended (exit code {code}, see {self._log}); restarting in {pause:g} s"
 
     def end(self) -> None:
-        """Stop the program and its group."""
+        """Stop the program and its process group."""
         if self.process is not None:
             end_group(self.process)
             self.process = None

@@ -1,4 +1,4 @@
-"""Client states on a node between rounds: one safetensors file per client and committed round, written atomically."""
+"""Client states on a node between rounds, in one safetensors file per client and committed round. Files are written atomically."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SUFFIX = ".safetensors"
 
 
 class NodeStore:
-    """Client states by round. The label of a state is the round that produced it, plus one; label 0 is the initial state.
+    """Client states by round. The label of a state is one plus the round that produced it; label 0 is the initial state.
 
-    A client update in round r writes label r + 1. Older states are kept until the server no longer needs them. To discard an
-    update that it did not accept, the server requests the label before it.
+    A client update in round r writes label r + 1. Older states are kept until the server no longer needs them. To discard an update that
+    it did not accept, the server requests the label before it.
     """
 
     def __init__(self, blank: Callable[[int], Client], folder: Path) -> None:
@@ -33,10 +33,12 @@ class NodeStore:
         self._number, self._members, self.notes = number, {member.client: member for member in members}, []
 
     def get(self, i: int) -> Client:
-        """See `Store.get`: the state with the requested label. If it is missing, the client starts from its initial state, with a note.
+        """Return the state with the requested label (see `Store.get`).
+
+        If this state is missing, the client starts from its initial state, and a note is added.
 
         Raises:
-            WireError: the file does not have the state of this client.
+            WireError: the file does not contain the state of this client.
         """
         base, blank = self._members[i].base, self._blank(i)
         file = self._file(i, base)
@@ -51,7 +53,7 @@ class NodeStore:
         return Client(**tree.merge(template, decode(file.read_bytes(), expect=template)))
 
     def put(self, i: int, client: Client) -> None:
-        """See `Store.put`: commit the state after this round, and delete states that are no longer needed."""
+        """Commit the state after this round, and delete states that are no longer needed (see `Store.put`)."""
         file = self._file(i, self._number + 1)
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_name(f".{file.name}.tmp")

@@ -1,16 +1,16 @@
 """Flower's SuperNode with three corrections to its loop.
 
-It checks for messages twice a second. Flower's own loop waits a constant three seconds after each check that found nothing. Such
-waits would take up most of a round, because each round has two messages, one for training and one for scoring.
+It checks for messages twice a second. Flower's own loop waits a constant three seconds after each check that found nothing. Such waits
+would take up most of a round, because each round has two messages, one for training and one for scoring.
 
-A message whose run ends while its parts are fetched is dropped together with its task. Flower does this after all other errors. However,
-the end of a run raises a `BaseException`, which skips that clean-up: the task then remains without a message, and blocks the node for ten
-minutes.
+If the run of a message ends while the parts of the message are being fetched, the message is dropped together with its task. Flower does
+this after all other errors. However, the end of a run raises a `BaseException`, which skips this clean-up. The task then remains without a
+message, and blocks the node for ten minutes.
 
-The process exits when the loop ends, for example because the server refuses the node's key from now on. Flower's own process stays alive
-without a connection, because a thread of its local server does not end; the agent would never restart it.
+The process exits when the loop ends, for example because the server no longer accepts the node's key. Flower's own process stays alive
+without a connection, because a thread of its local server does not end, so the agent would never restart it.
 
-If a later version of Flower has a different loop, the first correction has no effect (rounds take longer), and the test of the second
+If a later version of Flower has a different loop, the first correction has no effect (rounds take longer), and the test of the second one
 fails.
 
 This file is run by its path, so that neither torch nor the rest of fedloom is imported.
@@ -36,7 +36,7 @@ def quick_sleep(seconds: float) -> None:
 
 
 def cleaning(store: Callable[..., int | None]) -> Callable[..., int | None]:
-    """Wrap Flower's `_pull_and_store_message` so that the end of a run during a fetch is an ordinary error."""
+    """Wrap Flower's `_pull_and_store_message` such that the end of a run during a fetch is an ordinary error."""
 
     def stored(*, pull_object: Callable[..., Any], confirm_message_received: Callable[..., Any], **rest: Any) -> Any:
         return store(

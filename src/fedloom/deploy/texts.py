@@ -1,4 +1,4 @@
-"""Texts of the files in a federation's folder."""
+"""Texts for the files in a federation's folder."""
 
 from __future__ import annotations
 
@@ -225,14 +225,14 @@ HOMES = ("/home", "/root", "/run/user")  # closed by ProtectHome=true
 
 
 def server_unit(folder: Path, python: str, user: str) -> str:
-    """Return the server's systemd unit, for the user that owns the folder; root is replaced by a user without privileges."""
+    """Return the server's systemd unit for the user that owns the folder. An unprivileged user replaces root."""
     in_home = any(Path(home) in Path(word).parents for home in HOMES for word in (folder, python))
     home = "read-only" if in_home else "true"
     return _unit("server", "SuperLink and proxy of a federation", folder, python, user=user, home=home)
 
 
 def node_unit(name: str, folder: Path, python: str = "/opt/fedloom/bin/python", user: str = "root") -> str:
-    """Return a node's systemd unit. Its data may be in a home."""
+    """Return a node's systemd unit. The node's data may be in a home folder."""
     return _unit("node", f"{name} of a federation", folder, python, user=user, home="read-only")
 
 
@@ -250,13 +250,13 @@ def _unit(step: str, what: str, folder: Path, python: str, *, user: str, home: s
 
 
 def _unit_word(path: Path | str) -> str:
-    """Return a path quoted for a line of a systemd unit."""
+    """Return a path, quoted for a line of a systemd unit."""
     text = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text}"'
 
 
 def nginx_conf(folder: Path, port: int, listen: str, n_clients: int) -> str:
-    """Return a config for nginx that listens at a port and forwards to the proxy."""
+    """Return a config for nginx, which listens on a port and forwards to the proxy."""
     file = folder / "server/fedloom-nginx.conf"
     return _NGINX.format(file=file, port=port, listen=listen, connections=max(16, 4 * n_clients))
 
@@ -268,7 +268,7 @@ def flwr_config(superlink: str, ca: Path) -> str:
 
 
 def readme(federation: Any, name: str) -> str:
-    """Return instructions with the names and ports of this federation."""
+    """Return instructions that contain the names and ports of this federation."""
     rows = [f"| {node} | {_ranges(clients)} |" for node, clients in federation.nodes.items()]
     quoted, first = shlex.quote(name), next(iter(federation.nodes), None)
     return _README.format(

@@ -1,7 +1,7 @@
-"""The worker of a node: trains or scores the requested clients and returns the answer.
+"""The worker of a node, which trains or scores the requested clients and returns the answer.
 
 The worker is a separate process that runs as long as the node, so torch is imported and data are read only once. It exchanges bytes with
-the node's agent over a pipe. If it hangs or dies, the agent starts another one; committed states are on disk.
+the node's agent over a pipe. If it hangs or dies, the agent starts another worker; committed states are on disk.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ from fedloom.tools.error_report import one_line
 from fedloom.tree import merge
 
 log = logging.getLogger("fedloom.node")
-LONGEST = 300  # maximum length of a reason sent to the server, in characters
+LONGEST = 300  # maximum number of characters in a reason that is sent to the server
 
 
 class NodeRun(NamedTuple):
-    """One run on this node: the problem, its engine, and the store of client states."""
+    """A run on this node: the problem, its engine, and the store of client states."""
 
     problem: Problem
     engine: Sequential
@@ -67,17 +67,17 @@ class NodeRun(NamedTuple):
 
 
 class NodeWorker:
-    """Answer requests one by one."""
+    """Answers requests one by one."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: the node's folder."""
+        """Create the worker for the node in `folder`."""
         self._folder = folder
         self._node = read_file(folder / "node.toml", NodeFile, "a node's folder")
         self._key = ""
         self._site: NodeRun | None = None
 
     def answer(self, data: bytes) -> bytes:
-        """Return the answer to a request. Any error becomes an answer with its reason."""
+        """Return the answer to a request. An error becomes an answer that contains the reason."""
         try:
             letter = open_envelope(data, request_limits(len(self._node.clients)))
             match letter.header:
@@ -141,7 +141,7 @@ class NodeWorker:
         return site
 
     def _open(self, call: Call) -> NodeRun:
-        """Return the run on this node. It is created at the first request."""
+        """Return the run on this node. The run is created at the first request."""
         key = hashlib.blake2b(call.model_dump_json().encode()).hexdigest()
         if self._site is None or key != self._key:
             self._site, self._key = None, ""
@@ -177,7 +177,7 @@ class NodeWorker:
         return NodeRun(problem, engine, stores[0])
 
     def _settings(self, text: str) -> Settings:
-        """Return the run's settings. Python files and pretrained weights are taken only from this node's own `code` folder."""
+        """Return the run's settings. Python files and pretrained weights are read only from this node's own `code` folder."""
         import tomllib
 
         settings = make_settings(tomllib.loads(text))
@@ -243,5 +243,5 @@ def _sent(score: Score) -> SentScore:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the error as one line for the server. The node's log has the full error."""
+    """Return the error as one line for the server. The node's log contains the full error."""
     return " ".join(one_line(error).split())[:LONGEST]
