@@ -1,6 +1,6 @@
-"""Time the bare operations of a local update of w4-mlp: a lower bound for any engine that calls torch's operations one by one.
+"""Time the bare operations of a local update of w4-mlp, as a lower bound for any engine that calls torch's operations one by one.
 
-taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds per local update, by clients side by side
+taskset -c 0 python benchmarks/by_hand.py      one thread; milliseconds per local update, by number of clients side by side
 
 The first layer is updated separately, in the product, or once per local update (dual form, see fedloom.training.fast.gram_layer).
 """
@@ -18,12 +18,15 @@ from fedloom.engines.process_memory import keep_freed_memory
 
 LR, ROWS, STEPS, CLIENTS, REPEATS = 0.05, 10, 6, 100, 7
 SIZES = 784, 200, 10
-Params = list[Tensor]  # two layers' weights and biases, stacked over clients
+Params = list[Tensor]  # weights and biases of two layers, stacked over clients
 Turns = Callable[[Params, Tensor, Tensor], list[Params]]
 
 
 def slopes(inner: Tensor, v: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the loss's gradients at the logits and at the first layer's outputs `inner` (lanes, examples, ...), and the hidden units."""
+    """Return the gradients of the loss with respect to the logits and to the first layer's outputs `inner`, and the hidden units.
+
+    `inner` has the shape (lanes, examples, ...).
+    """
     aten = torch.ops.aten
     hidden = torch.relu(inner)
     logs = torch._log_softmax(torch.baddbmm(c.unsqueeze(1), hidden, v.transpose(1, 2)), 2, False)
@@ -36,7 +39,7 @@ def slopes(inner: Tensor, v: Tensor, c: Tensor, y: Tensor) -> tuple[Tensor, Tens
 
 
 def turns(received: Params, x: Tensor, y: Tensor, fused: bool) -> list[Params]:
-    """Return the weights that the clients send; x is (lanes, steps, examples, 784)."""
+    """Return the weights that the clients send. `x` has the shape (lanes, steps, examples, 784)."""
     params = [p.expand(len(x), *p.shape).contiguous() for p in received]
     w, b, v, c = params
     for step in range(STEPS):
@@ -54,7 +57,7 @@ def turns(received: Params, x: Tensor, y: Tensor, fused: bool) -> list[Params]:
 
 
 def dual_turns(received: Params, x: Tensor, y: Tensor) -> list[Params]:
-    """Do the same in dual form: one product before the first step and one after the last, instead of two in every step."""
+    """Return the same weights in dual form: one product before the first step and one after the last, instead of two in every step."""
     w, *others = received
     b, v, c = (p.expand(len(x), *p.shape).contiguous() for p in others)
     x = x.flatten(1, 2)
@@ -72,7 +75,7 @@ def dual_turns(received: Params, x: Tensor, y: Tensor) -> list[Params]:
 
 
 def timed(lanes: int, turns_of: Turns) -> float:
-    """Return the seconds per local update, the median of several rounds."""
+    """Return the time in seconds per local update, as the median of several rounds."""
     n = ROWS * STEPS
     pool, labels = torch.randn(CLIENTS * n, SIZES[0]), torch.randint(SIZES[2], (CLIENTS * n,))
     shapes = ((SIZES[1], SIZES[0]), (SIZES[1],), (SIZES[2], SIZES[1]), (SIZES[2],))

@@ -1,8 +1,8 @@
 """Compare rounds with input layers in dual form (`training/fast/gram_layer.py`) and in the original form, and check the rule that chooses.
 
-Both forms alternate round by round.
+The two forms alternate round by round.
 
-python benchmarks/dual_form.py [rounds=12]      two worker processes; an MLP on MNIST's shape, 6,000 examples a round
+python benchmarks/dual_form.py [rounds=12]      two worker processes; an MLP on the shape of MNIST, 6,000 examples per round
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedloom.training.fast.gram_layer import PhaseWork
 
 
 class Case(NamedTuple):
-    """One client's local update, with `lanes` clients side by side."""
+    """The local update of one client, with `lanes` clients side by side."""
 
     rows: int
     passes: int = 1
@@ -65,7 +65,7 @@ def main(words: Sequence[str]) -> None:
 
 
 def gains(case: Case, rounds: int) -> np.ndarray:
-    """Return (rounds,): training seconds in the original form divided by those in dual form."""
+    """Return the training time in the original form, divided by that in dual form, for each round (rounds,)."""
     work = WORKLOADS["w4-mlp"]
     n_clients = 60_000 // case.rows
     values = {

@@ -1,8 +1,9 @@
-"""Accuracy of a simulation in which two of eight clients send hostile uplinks, with and without screening.
+"""Accuracy of a simulation in which two of eight clients send malicious uplinks, with and without screening.
 
     python benchmarks/hostile_uplinks.py
 
-Digits, MLP, 15 rounds, label skew (Dirichlet 0.5), mean over seeds 0, 1, 2. Each cell is the accuracy without screening, then with it.
+The data are the digits with label skew (Dirichlet 0.5), the model is an MLP, and there are 15 rounds. Each cell shows the accuracy without
+screening, and then the accuracy with screening, as means over seeds 0, 1 and 2.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Attack = Callable[[int, Tree], Tree]
 
 
 def scaled(factor: float, only: int | None = None) -> Attack:
-    """Multiply all numbers, in round `only` if given."""
+    """Multiply all numbers, only in round `only` if it is set."""
 
     def attack(number: int, uplink: Tree) -> Tree:
         hit = only in (None, number)
@@ -46,7 +47,7 @@ def scaled(factor: float, only: int | None = None) -> Attack:
 
 
 def in_part(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Attack:
-    """Change one part, if the uplink has it."""
+    """Change one part of the uplink, if the uplink has this part."""
     return lambda _, uplink: {**uplink, name: change(uplink[name])} if name in uplink else uplink
 
 
@@ -63,10 +64,10 @@ ATTACKS: Mapping[str, Attack] = {
 
 
 class Hostile(Sequential):
-    """An engine with hostile clients."""
+    """An engine with malicious clients."""
 
     def __init__(self, problem: Problem, attack: Attack, more: float = 1.0) -> None:
-        """`more`: how many times their number of examples the clients claim."""
+        """Create the engine. `more` is the factor by which the clients overstate their numbers of examples."""
         super().__init__(problem)
         self._attack, self._more = attack, more
 

@@ -1,9 +1,9 @@
-"""Measure what it costs the server to refuse nine kinds of junk messages.
+"""Measure the cost of refusing nine kinds of junk messages on the server.
 
     python benchmarks/junk_messages.py [MIB]
 
-CPU time and additional peak memory for messages of MIB mebibytes (default 1), each in a new process: with the limits of an answer about one
-client, and with those of an answer about 4,096 clients, where the limits of fields do the work.
+The benchmark measures CPU time and additional peak memory for messages of MIB mebibytes (default 1), each in a new process. It uses the
+limits of an answer about one client, and those of an answer about 4,096 clients, for which the limits of fields are decisive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from test_messages import JUNK, envelope
 
 
 def measure(kind: str, size: int, members: int) -> str:
-    """Return the cost of one message, in words."""
+    """Return the cost of one message in words."""
     data = envelope(JUNK[kind](size))
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     try:

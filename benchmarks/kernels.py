@@ -1,4 +1,4 @@
-"""Measure the share of a local update that convolutions and matrix products take; a faster engine can only save the rest.
+"""Measure the share of a local update that convolutions and matrix products take. A faster engine can only save the rest.
 
 python benchmarks/kernels.py [WORKLOAD ...]      one thread, four local updates, with torch's profiler
 """
@@ -25,7 +25,7 @@ TURNS = 4
 
 
 def shares(name: str) -> dict[str, float]:
-    """Return every operator's share of the time of a few local updates."""
+    """Return the share of every operator in the time of a few local updates."""
     with tempfile.TemporaryDirectory() as folder:
         scale = SCALES[name]
         values = WORKLOADS[name].values(scale) | {"engine": {"name": "sequential"}, "out": Path(folder) / "run"}

@@ -2,7 +2,8 @@
 
     python benchmarks/node_memory.py
 
-Proportional set sizes: pages that processes share count once. One node with two clients, FedRIR with an MLP on digits.
+Sizes are proportional set sizes, in which pages shared by several processes count once. There is one node with two clients, and FedRIR
+trains an MLP on digits.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from workloads import pss_and_children
 VALUES: dict[str, Any] = {
     "method": {"name": "fedrir"}, "model": {"name": "mlp"}, "data": {"name": "digits"}, "clients": 2, "rounds": 4, "checkpoint_every": 1,
 }  # fmt: skip
-# the others are fedloom's: a node's agent and its worker, the server's guard
+# All other processes belong to fedloom: a node's agent and its worker, and the server's guard.
 PARTS = ("superlink", "proxy", "supernode")
 
 
 def by_part(pid: int, role: str) -> Counter[str]:
-    """Return the megabytes of a process and its descendants, by program."""
+    """Return the memory in megabytes of a process and its descendants, by program."""
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace("\0", " ")
     part = next(
         (name for name in PARTS if any(f"{word}{name}" in words for word in ("deploy/", "deploy.", "flower-"))), role
@@ -41,7 +42,7 @@ def show(when: str, processes: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the memory and print it."""
     with tempfile.TemporaryDirectory() as folder, local_federation(VALUES, 1, Path(folder) / "f") as federation:
         link = GridLink(federation.deployment, print)
         run = prepare(federation.deployment, VALUES | {"out": f"{folder}/run"}, link, print)

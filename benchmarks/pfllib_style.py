@@ -1,16 +1,16 @@
-"""The same federations, run the way most research code does, for comparison: modules, DataLoaders, loops over clients.
+"""The same federations for comparison, run in the way of most research code: modules, DataLoaders, loops over clients.
 
-Follows the structure of PFLlib (Zhang et al., JMLR 2025) and of the papers' released code, rewritten by us: every client
-holds a list of (x, y) pairs, its own copy of the model and a torch optimiser; each round copies the global parameters into
-every client, trains the cohort one after another, averages parameters in Python, and evaluates every client at the training
-batch size with the bookkeeping for AUC, then the loss on its whole training split. Inputs are NCHW. A client's compressed
-file is read whenever it trains or is evaluated.
+The code follows the structure of PFLlib (Zhang et al., JMLR 2025) and of the papers' released code, but is rewritten. Every client has a
+list of (x, y) pairs, its own copy of the model and a torch optimiser. Each round copies the global parameters to every client, trains the
+clients of the cohort one after another, and averages parameters in Python. It then evaluates every client with the training batch size and
+with the bookkeeping for AUC, and computes the loss on the whole training split. Inputs are NCHW. A client's compressed file is read
+whenever the client trains or is evaluated.
 
-FedRIR and FedMR follow their released code where it differs: examples stay in memory; FedRIR evaluates both stages' losses on all
-training examples, and no AUC; FedMR evaluates the test examples and all training examples every tenth round (here: the test examples in
-every round, as fedloom does, and a tenth of the time for the training examples).
+FedRIR and FedMR follow their released code where it differs from PFLlib. Examples stay in memory. FedRIR evaluates the losses of both
+stages on all training examples, and no AUC. FedMR evaluates the test examples and all training examples every tenth round. Here, it
+evaluates the test examples in every round, as fedloom does, and a tenth of the time for the training examples is counted.
 
-Offered to `fedloom bench` as `rival=benchmarks/pfllib_style.py:make`.
+`fedloom bench` runs this file with `rival=benchmarks/pfllib_style.py:make`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ FEDMR_EVAL_BATCH, FEDMR_EVAL_EVERY = 128, 10
 
 
 def make(problem: Problem, threads: int) -> Rival:
-    """Return the loop for the problem's method: FedRIR, FedMR, or FedAvg for every other method that shares all of `model`."""
+    """Return the loop for the problem's method: FedRIR, FedMR, or FedAvg for all other methods that share the whole `model`."""
     if isinstance(problem.method, FedRIR):
         return FedRIRLoop(problem, threads)
     return FedMRLoop(problem, threads) if isinstance(problem.method, FedMR) else FedAvgLoop(problem, threads)
 
 
 class Client:
-    """Data, nets and optimisers of one client."""
+    """The data, nets and optimisers of one client."""
 
     def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict, folder: Path) -> None:
         self.files = {split: folder / f"{split}-{i}.npz" for split in ("train", "test")}
@@ -66,7 +66,7 @@ class Client:
             return _pairs(torch.tensor(rows["x"]), torch.tensor(rows["y"]))
 
     def train_loader(self) -> DataLoader:
-        """Return shuffled batches; a client with fewer examples than a batch uses one batch of all of them, as in fedloom."""
+        """Return shuffled batches. A client with fewer examples than a batch uses one batch of all its examples, as in fedloom."""
         size = min(self.plan.batch_size, self.n_train)
         return DataLoader(self.pairs("train"), size, shuffle=True, drop_last=self.plan.drop_last)
 
@@ -80,7 +80,7 @@ class Client:
 
     @torch.no_grad()
     def accuracy(self) -> tuple[int, int]:
-        """Return the numbers of correct predictions and of test examples."""
+        """Return the number of correct predictions and the number of test examples."""
         self.nets.eval()
         right = rows = 0
         for x, y in self.test_loader():
@@ -90,7 +90,7 @@ class Client:
 
     @torch.no_grad()
     def test_metrics(self) -> tuple[int, int, float]:
-        """Return the numbers of correct predictions and of test examples, and the micro-averaged AUC."""
+        """Return the number of correct predictions, the number of test examples, and the micro-averaged AUC."""
         self.nets.eval()
         right, scores, truth = 0, [], []
         for x, y in self.test_loader():
@@ -132,7 +132,7 @@ class FedAvgLoop:
         return client
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `fedloom.tools.bench.Rival`."""
+        """Run one round as described in `fedloom.tools.bench.Rival`."""
         with torch_threads(self.threads):
             started = time.perf_counter()
             for client in self.clients:
@@ -145,7 +145,7 @@ class FedAvgLoop:
             scored = time.perf_counter()
             self.evaluate()
             evaluated = time.perf_counter()
-        # scoring alone is timed for the comparison of equal work; the tool itself scores as part of its evaluation
+        # Scoring alone is timed for the comparison of equal work. The tool itself scores as part of its evaluation.
         return Times(trained - started, scored - trained, max(evaluated - scored - (scored - trained), 0.0))
 
     def train(self, client: Client) -> None:
@@ -159,7 +159,7 @@ class FedAvgLoop:
                 client.optimizer.step()
 
     def aggregate(self, clients: Sequence[Client]) -> None:
-        """Average by examples, parameter by parameter."""
+        """Average the models by numbers of examples, parameter by parameter."""
         rows = sum(client.n_train for client in clients)
         self.server = copy.deepcopy(clients[0].nets[self.shared])
         for parameter in self.server.parameters():
@@ -170,12 +170,12 @@ class FedAvgLoop:
                 mean.data += own.data.clone() * share
 
     def score(self) -> float:
-        """Return the test accuracy only."""
+        """Return only the test accuracy."""
         found = [client.accuracy() for client in self.clients]
         return sum(right for right, _ in found) / sum(rows for _, rows in found)
 
     def evaluate(self) -> tuple[float, float, float]:
-        """Evaluate all clients: test accuracy, AUC (FedRIR: cross-entropy on the test examples), and training loss."""
+        """Return the test accuracy, AUC (for FedRIR, the cross-entropy on the test examples), and training loss over all clients."""
         test = [client.test_metrics() for client in self.clients]
         loss = [client.train_loss() for client in self.clients]
         rows = sum(n for _, n, _ in test)
@@ -184,7 +184,7 @@ class FedAvgLoop:
 
 
 class FedRIRClient(Client):
-    """Nets gfe, csfe, generator, idm, head; two Adam optimisers that persist. Examples stay in memory."""
+    """A client with the nets gfe, csfe, generator, idm and head, and two Adam optimisers that persist. Examples stay in memory."""
 
     def __init__(self, problem: Problem, i: int, nets: nn.ModuleDict, folder: Path) -> None:
         super().__init__(problem, i, nets, folder)
@@ -196,7 +196,7 @@ class FedRIRClient(Client):
         self.second = torch.optim.Adam(second, lr=lr)
 
     def pairs(self, split: str) -> Pairs:
-        """See `Client.pairs`."""
+        """Return the examples as described in `Client.pairs`."""
         return self.kept[split]
 
     def logits(self, x: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ class FedRIRClient(Client):
 
     @torch.no_grad()
     def test_metrics(self) -> tuple[int, int, float]:
-        """Return the numbers of correct predictions and of test examples, and the mean cross-entropy."""
+        """Return the number of correct predictions, the number of test examples, and the mean cross-entropy."""
         self.nets.eval()
         right, loss = 0, 0.0
         for x, y in self.test_loader():
@@ -218,7 +218,7 @@ class FedRIRClient(Client):
 
     @torch.no_grad()
     def train_loss(self) -> tuple[float, int]:
-        """Return both stages' losses, summed over the training split, and its number of examples."""
+        """Return the losses of both stages, summed over the training split, and the number of its examples."""
         self.nets.eval()
         total, rows = 0.0, 0
         for x, y in self.train_loader():
@@ -227,7 +227,7 @@ class FedRIRClient(Client):
         return total, rows
 
     def reconstruction(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the squared error of the whole image, reconstructed from a masked one, and the KL divergence."""
+        """Return the squared error of the whole image, reconstructed from a masked image, and the KL divergence."""
         n, _, height, width = x.shape
         side = 4 if min(height, width) >= 28 else 2
         rows, columns = height // side, width // side
@@ -252,12 +252,12 @@ class FedRIRClient(Client):
 
 
 class FedRIRLoop(FedAvgLoop):
-    """FedRIR's round as released: masked reconstruction, then classification with its information loss."""
+    """FedRIR's round as released: masked reconstruction, followed by classification with its information loss."""
 
     shared = "gfe"
 
     def client(self, i: int, nets: nn.ModuleDict) -> Client:
-        """See `FedAvgLoop.client`."""
+        """Return a client as described in `FedAvgLoop.client`."""
         return FedRIRClient(self.problem, i, nets, self.folder)
 
     def train(self, client: FedRIRClient) -> None:
@@ -273,7 +273,7 @@ class FedRIRLoop(FedAvgLoop):
 
 
 class FedMRLoop:
-    """FedMR's round as released: K models in slots, fresh SGD, every entry of the state dict permuted separately."""
+    """FedMR's round as released: K models in slots, a new SGD optimiser, and separate permutations for every entry of the state dict."""
 
     def __init__(self, problem: Problem, threads: int) -> None:
         self.problem, self.threads = problem, threads
@@ -285,7 +285,7 @@ class FedMRLoop:
         self.ce = nn.CrossEntropyLoss()
 
     def round(self, cohort: Sequence[int]) -> Times:
-        """See `fedloom.tools.bench.Rival`."""
+        """Run one round as described in `fedloom.tools.bench.Rival`."""
         with torch_threads(self.threads):
             started = time.perf_counter()
             returned = [self.train(self.slots[slot], self.pairs[i]) for slot, i in enumerate(cohort)]
@@ -316,7 +316,7 @@ class FedMRLoop:
         return copy.deepcopy(model.state_dict())
 
     def recombine(self, states: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Permute the models, separately for every key."""
+        """Permute the models separately for every key."""
         mixed = [copy.deepcopy(state) for state in states]
         for key in states[0]:
             for slot, other in enumerate(torch.randperm(len(states)).tolist()):

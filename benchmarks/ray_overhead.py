@@ -1,12 +1,12 @@
-"""Measure the cost of the Ray engine against the others: messages, rounds of small models, start-up and memory.
+"""Measure the cost of the Ray engine compared with the other engines: messages, rounds of small models, start-up and memory.
 
 Results are written to benchmarks/results/.
 
     python benchmarks/ray_overhead.py rounds=20 out=ray-overhead                       the path of the result is printed
     python benchmarks/ray_overhead.py clients=100,1000 address=127.0.0.1:6379          on a running cluster
 
-Engines alternate round by round, on the same cohort and the same downlink; only `Engine.train` is timed. On a busy machine
-use the minimum time, ratios, and processor time, which is summed over this process and its descendants (including Ray's).
+Engines alternate round by round, with the same cohort and the same downlink. Only `Engine.train` is timed. On a busy machine, use the
+minimum time, ratios, and processor time, which is summed over this process and its descendants (including Ray's).
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from workloads import RESULTS, held
 DEFAULTS: Mapping[str, str] = MappingProxyType(
     {"rounds": "20", "clients": "100,1000,10000", "workers": "2", "address": "", "out": "ray-overhead"}
 )
-COHORT, FLOATS = 100, 62_500  # 250 kB a message
-ROWS, SHAPE, CLASSES = 70, (1, 28, 28), 10  # a client's examples, 60 of them for training
+COHORT, FLOATS = 100, 62_500  # 250 kB per message
+ROWS, SHAPE, CLASSES = 70, (1, 28, 28), 10  # number of a client's examples, of which 60 are for training
 WARM_UP = 3
 
 
 @dataclass(frozen=True)
 class Echo(FedAvg):
-    """A method without training: every client receives a separate message and sends one of the same size."""
+    """A method without training. Every client receives a separate message and sends a message of the same size."""
 
     def phases(self) -> tuple[()]:
         """Return no phases."""
@@ -61,7 +61,7 @@ class Echo(FedAvg):
 
 
 def main(words: Sequence[str]) -> int:
-    """Measure and write one result file."""
+    """Run the measurements and write one result file."""
     options = {**DEFAULTS, **dict(word.split("=", 1) for word in words)}
     for key in options.keys() - DEFAULTS.keys():
         raise ConfigError(f"unknown key '{key}'{suggest(key, DEFAULTS)}")
@@ -81,7 +81,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mapping[str, str]) -> dict[str, Any]:
-    """Return each engine's seconds per round of 100 clients and for its start, and the bytes held by all processes afterwards."""
+    """Return each engine's time in seconds per round of 100 clients and for its start, and the memory in bytes of all
+    processes afterwards.
+    """
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (n_clients * ROWS, *SHAPE), np.uint8)
     parts = GivenObjects(method=method, dataset=from_arrays(x, rng.integers(0, CLASSES, len(x))))
@@ -89,7 +91,7 @@ def contest(method: FedAvg, n_clients: int, names: Sequence[str], options: Mappi
         found: dict[str, Any] = {"before": {"held_bytes": held(os.getpid())}}
         runs: dict[str, Experiment] = {}
         try:
-            for name in names:  # Ray last: it starts threads, and `processes` forks
+            for name in names:  # Ray is last, because it starts threads, and `processes` forks
                 runs[name], seconds = timed(lambda name=name: make(parts, n_clients, name, Path(folder), options))
                 found[name] = {"start_s": seconds, "held_bytes": held(os.getpid())}
             engines = {name: run.engine for name, run in runs.items()}
@@ -117,7 +119,7 @@ def make(parts: GivenObjects, n_clients: int, name: str, folder: Path, options: 
 def in_turn(
     engines: Mapping[str, Engine], run: Experiment, options: Mapping[str, str]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return seconds and processor seconds of each engine's rounds; the order changes from round to round."""
+    """Return the seconds and processor seconds of each engine's rounds. The order of the engines changes from round to round."""
     torch.set_num_threads(1)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in engines}
     for number in range(WARM_UP + int(options["rounds"])):

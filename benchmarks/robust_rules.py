@@ -1,9 +1,10 @@
-"""Accuracy with robust rules (`aggregate=RULE`), with two of eight hostile clients, and without hostile clients under label skew.
+"""Accuracy with robust rules (`aggregate=RULE`), with two malicious clients of eight, and without malicious clients under label skew.
 
-    python benchmarks/robust_rules.py            # accuracy: some minutes
+    python benchmarks/robust_rules.py            # accuracy; takes some minutes
     python benchmarks/robust_rules.py seconds    # CPU seconds of one round with 20 uplinks of 582,000 numbers
 
-Digits, MLP, 15 rounds, mean over seeds 0, 1, 2, without screening. The settings and attacks are those of hostile_uplinks.py.
+The data are the digits, the model is an MLP, and there are 15 rounds without screening. Numbers are means over seeds 0, 1 and 2. The
+settings and attacks are those of hostile_uplinks.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ SKEWS: dict[str, dict[str, Any]] = {
 
 
 def accuracies(method: str, rule: str | None, attack: Attack, **more: Any) -> str:
-    """Return the mean personal accuracy in percent, over all examples and in the worst tenth of clients, or why a run ended."""
+    """Return the mean personal accuracy in percent over all examples and over the worst tenth of clients, or the
+    reason why a run ended.
+    """
     found = []
     for seed in range(3):
         with tempfile.TemporaryDirectory() as folder:

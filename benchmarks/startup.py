@@ -60,7 +60,7 @@ def loads_torch(name: str) -> bool:
 
 
 def main(words: Sequence[str]) -> None:
-    """Print the table, then the same numbers as JSON."""
+    """Print the table, followed by the same numbers as JSON."""
     repetitions = int(words[0]) if words else 7
     times: dict[str, list[float]] = {name: [] for name in STARTS}
     for _ in range(repetitions):

@@ -2,8 +2,8 @@
 
     python benchmarks/study.py NAME "the command that made all the runs" RUN [RUN ...]
 
-A RUN is a run folder, or the folder of a comparison. Runs that are already in the file stay, unless they are given again.
-Prints a Markdown table: means over seeds, and the spread (half the distance from minimum to maximum) if there are several.
+A RUN is a run folder, or the folder of a comparison. Runs that are already in the file remain unless they are passed again. The script
+prints a Markdown table of means over seeds and, if there are several seeds, of the spread (half the distance from minimum to maximum).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ENVIRONMENT = ("fedloom", "python", "torch", "numpy", "cpu", "cores", "threads")
 
 
 def found(run: RunRecord) -> dict[str, Any]:
-    """Return one run: the accuracies of its last rounds, its bytes, its last logs and its curves (by evaluated round)."""
+    """Return the numbers of one run: the accuracies of its last rounds, its bytes, its last logs and its curves (by evaluated round)."""
     rows, last = run.metrics, run.metrics.iloc[-1]
     ends = {
         "personal": last.personal_accuracy,
@@ -56,12 +56,12 @@ def found(run: RunRecord) -> dict[str, Any]:
 
 
 def rounded(value: Any) -> float | None:
-    """Round to five digits; None stands for a missing number."""
+    """Return a number, rounded to five digits, or None for a missing number."""
     return None if value is None or pd.isna(value) else float(f"{value:.5g}")
 
 
 def table(runs: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Return a Markdown table: accuracies in percent, one row per method."""
+    """Return a Markdown table of accuracies in percent, with one row per method."""
     columns = ("personal", "personal_last10", "personal_worst10", "general", "server", "valid")
     lines = ["| | " + " | ".join(columns) + " | MB up |", "|---" * (len(columns) + 2) + "|"]
     for method, seeds in runs.items():
@@ -80,7 +80,7 @@ def spread(values: list[float | None]) -> str:
 
 
 def record_of(label: str, seed: str, run: dict[str, Any]) -> RunRecord:
-    """Return a saved run's curves, for plots."""
+    """Return a record with the curves of a saved run, for plots."""
     curves = pd.DataFrame({name: run[name] for name in ("round", *CURVES) if name in run})
     return RunRecord(
         path=Path(label),

@@ -1,16 +1,17 @@
-"""Federated learning of tasks other than classes: does it beat chance, and how far is it from centralised training?
+"""Federated learning of tasks other than classification, compared with chance and with centralised training.
 
     python benchmarks/tasks.py [TASK ...]     # diabetes, digit-labels, text-lstm, text-transformer; default: all
 
-Each cell (task, method, seed) is written to benchmarks/results/tasks.json as soon as it is done, and skipped if it is there. Prints one
-Markdown table per task: mean over three seeds of the final value on the clients' own test examples, with the largest and the smallest.
+Each cell (task, method, seed) is written to benchmarks/results/tasks.json as soon as it is complete. Cells that are in the file are
+skipped. The script prints one Markdown table per task: the mean over three seeds of the final value on the clients' own test examples,
+with the largest and the smallest value.
 
-- diabetes: regression of disease progression, 442 patients over 6 clients by quantile bins of the target (Dirichlet 0.5). Chance: the
-  mean of the training targets.
-- digit-labels: three labels of each handwritten digit (odd, five or more, has a loop), 10 clients by rarest label (Dirichlet 0.5). Chance:
-  every label always, the best constant answer.
-- text-lstm, text-transformer: the next byte of the source code of ten modules of Python's standard library, one client per module.
-  Chance: always the most frequent byte, a space.
+- diabetes: regression of disease progression, with 442 patients divided among 6 clients by quantile bins of the target (Dirichlet 0.5).
+  Chance is the mean of the training targets.
+- digit-labels: three labels of each handwritten digit (odd, five or more, has a loop), with 10 clients by rarest label (Dirichlet 0.5).
+  Chance is every label always, which is the best constant answer.
+- text-lstm, text-transformer: the next byte of the source code of ten modules of Python's standard library, with one client per module.
+  Chance is always the most frequent byte, a space.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ RESULTS = Path(__file__).parent / "results" / "tasks.json"
 METHODS = ("centralised", "fedavg", "fedavg_ft", "fedper", "fedmr", "local")
 SEEDS = (0, 1, 2)
 MODULES = ("argparse", "ast", "calendar", "csv", "difflib", "heapq", "shutil", "string", "textwrap", "zipfile")
-LENGTH, BYTES = 64, 8000  # of a block, and of a module
+LENGTH, BYTES = 64, 8000  # length of a block, and number of bytes of a module
 
 
 class Study(NamedTuple):
-    """One task: its data, the settings of all its runs, and the metric to show."""
+    """One task: its data, the settings of all its runs, and the displayed metric."""
 
     data: Callable[[], Dataset]
     settings: Mapping[str, Any]
@@ -64,7 +65,7 @@ def text() -> Dataset:
     inputs, targets, owners = [], [], list[str]()
     for name in MODULES:
         source = Path(str(importlib.import_module(name).__file__)).read_bytes()[: BYTES + 1]
-        tokens = np.frombuffer(source, np.uint8).astype(np.int64) + 1  # 0 is padding
+        tokens = np.frombuffer(source, np.uint8).astype(np.int64) + 1  # id 0 is padding
         n = (len(tokens) - 1) // LENGTH
         inputs.append(tokens[: n * LENGTH].reshape(n, LENGTH))
         targets.append(tokens[1 : n * LENGTH + 1].reshape(n, LENGTH))

@@ -3,8 +3,8 @@
     python benchmarks/workloads.py w1 w4-mlp scale=0.1 rounds=5 out=NAME     speed; pin it: taskset -c 0 python ...
     python benchmarks/workloads.py memory w4 clients-10k scale=1 out=NAME    peak memory in a few rounds, by engine
 
-A result holds the command, versions, hardware and seed (`environment`), the number of cores used, and
-the load of the machine before and after: on a busy machine ratios are unreliable, and absolute times are meaningless.
+A result contains the command, versions, hardware and seed (`environment`), the number of cores used, and the load of the machine before
+and after the measurement. On a busy machine, ratios are unreliable, and absolute times are meaningless.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LARGE: Mapping[str, Workload] = MappingProxyType(
             title="FedPer, MLP, 100 of 10,000 clients, 60 rows each, heads kept",
             data=MNIST[0],
             input_shape=MNIST[1],
-            rows=(10 * MNIST[2][0], 10 * MNIST[2][1]),  # more examples than the real data set has: synthetic only
+            rows=(10 * MNIST[2][0], 10 * MNIST[2][1]),  # more than the real data set has, so synthetic only
             settings=W4 | {"method": {"name": "fedper"}, "model": {"name": "mlp"}, "clients": 10_000},
             by_clients=True,
         )
@@ -74,13 +74,13 @@ def main(words: Sequence[str]) -> int:
 
 
 def engines_of(options: Mapping[str, str]) -> list[str]:
-    """Return the requested engines; default: `processes` (with several cores) and `sequential`."""
+    """Return the requested engines. By default, they are `processes` (with several cores) and `sequential`."""
     many = ["processes"] if cores() > 1 and "processes" in ENGINES else []
     return options["engine"].split(",") if options["engine"] else [*many, "sequential"]
 
 
 def speed(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
-    """See `fedloom.tools.bench.measure`; `rival=no` leaves out the rival."""
+    """Return the times described in `fedloom.tools.bench.measure`. `rival=no` omits the rival."""
     return measure(
         work,
         engines_of(options),
@@ -93,7 +93,7 @@ def speed(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
 
 
 def memory(work: Workload, options: Mapping[str, str]) -> dict[str, Any]:
-    """Return the peak bytes of an engine's processes together (proportional set size: shared pages count once)."""
+    """Return the peak memory in bytes of all processes of an engine (proportional set size, in which shared pages count once)."""
     found: dict[str, Any] = {"title": work.title, "scale": float(options["scale"])}
     for engine in engines_of(options):
         child = get_context("spawn").Process(target=_rounds, args=(work.title, engine, dict(options)))
@@ -114,7 +114,7 @@ def _rounds(title: str, engine: str, options: Mapping[str, str]) -> None:
 
 
 def _peak(child: BaseProcess) -> int:
-    """Poll a process and its descendants until it ends."""
+    """Poll a process and its descendants until the process ends, and return their peak memory in bytes."""
     peak = 0
     while child.is_alive():
         peak = max(peak, held(child.pid))
@@ -124,13 +124,13 @@ def _peak(child: BaseProcess) -> int:
 
 
 def held(pid: int | None) -> int:
-    """Return the bytes held by a process and its descendants."""
+    """Return the memory in bytes of a process and its descendants."""
     own, below = pss_and_children(pid)
     return own + sum(held(other) for other in below)
 
 
 def pss_and_children(pid: int | None) -> tuple[int, list[int]]:
-    """Return a process's bytes (proportional set size) and its children; zero if it has ended (Linux)."""
+    """Return a process's memory in bytes (proportional set size) and its children, or zero if it has ended (Linux)."""
     root = Path(f"/proc/{pid}")
     try:
         pss = next(line for line in (root / "smaps_rollup").read_text().splitlines() if line.startswith("Pss:"))

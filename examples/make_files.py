@@ -1,4 +1,4 @@
-"""Make the small files of docs/your-data.md: a table, pictures, sensor windows and texts.
+"""Create the small files for docs/your-data.md: a table, images, sensor windows and texts.
 
 usage: python examples/make_files.py [FOLDER]
 """
@@ -14,7 +14,7 @@ folder = Path(sys.argv[1] if len(sys.argv) > 1 else "my-data")
 folder.mkdir(exist_ok=True)
 rng = np.random.default_rng(0)
 
-# A table: 600 patients of three clinics, some without a BMI. How long they stay also depends on the clinic.
+# A table: 600 patients of three clinics, some without a BMI. The length of a stay also depends on the clinic.
 clinics = {"north": 0, "south": 2, "west": 4}
 table = pd.DataFrame({"client": rng.choice(list(clinics), 600), "age": rng.integers(20, 80, 600)})
 table["bmi"], table["smoker"] = rng.normal(26, 4, 600).round(1), rng.choice(["yes", "no"], 600)
@@ -25,7 +25,7 @@ table.loc[::25, "bmi"] = None
 table.to_csv(folder / "patients.csv", index=False)
 table[["age", "smoker", "bmi"]].head(3).to_csv(folder / "new-patients.csv", index=False)
 
-# Pictures: 300 discs, rings and squares, in folders named by class.
+# Images: 300 discs, rings and squares, in folders named by class.
 for i in range(300):
     kind, picture = ("disc", "ring", "square")[i % 3], Image.fromarray(rng.integers(0, 60, (16, 16), np.uint8))
     x, y = rng.integers(1, 6, 2).tolist()

@@ -1,4 +1,4 @@
-"""A custom method: `fedloom run method=examples/my_method.py:HeavyBall` runs it, `fedloom check examples/my_method.py` checks it."""
+"""A custom method. `fedloom run method=examples/my_method.py:HeavyBall` runs it; `fedloom check examples/my_method.py` checks it."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ class HeavyBall(Method):
     """FedAvg with heavy-ball momentum on the server."""
 
     beta: float = 0.7
-    """Momentum: fraction of the last movement that is added to the new one."""
+    """Momentum: the fraction of the last movement that is added to the new movement."""
 
     def init_server(self, weights, task, round):
         server = super().init_server(weights, task, round)

@@ -1,4 +1,4 @@
-"""Your own data in Python: train on files, predict new ones. Each cell (# %%) can be run in a notebook (docs/your-data.md).
+"""Your own data in Python: train on files and predict new examples. Each cell (# %%) can be run in a notebook (docs/your-data.md).
 
 usage: python examples/make_files.py && python examples/your_data.py [OUT]
 """
@@ -15,22 +15,22 @@ patients = fedloom.load_data("my-data/patients.csv", label="risk", drop="days", 
 found = fedloom.compare(
     ["fedper", "centralised"], data=patients, model="table_mlp", out=out / "risk", **{"method.lr": 0.1}, **quick
 )
-print(found.table[["personal final"]])  # fractions of correct predictions; chance: 0.5
+print(found.table[["personal final"]])  # fractions of correct predictions; chance is 0.5
 run = found.runs["fedper-seed0"]
 print(run.predict("west", {"age": 61, "bmi": 31.5, "smoker": "yes"}))
 print(run.predict_proba("west", "my-data/new-patients.csv"))
 print(run.score("west", "my-data/patients.csv"))
 
-# %% Later, in another process: open the run, without its data.
+# %% Later, in another process: open the run without its data.
 again = fedloom.open(run.folder)
 print(again.predict("west", "my-data/new-patients.csv"))
 
-# %% A number instead of a class: predictions are in days.
+# %% A number instead of a class. Predictions are in days.
 stays = fedloom.load_data("my-data/patients.csv", label="days", task="regression", drop="risk", missing="fill")
 run = fedloom.run("fedper", data=stays, model="table_mlp", out=out / "days", **{"method.lr": 0.05}, **quick)
 print(run.predict("west", "my-data/new-patients.csv"))
 
-# %% Pictures in folders named by class.
+# %% Images in folders named by class.
 shapes = fedloom.load_data("my-data/shapes")
 run = fedloom.run(
     "fedavg",

@@ -1,4 +1,4 @@
-"""Shared code of the peer scripts: the workload's federation as partitioned by fedloom, and the report."""
+"""Shared code of the peer scripts: the workload's federation with fedloom's partition, and the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ from fedloom.tools import bench
 
 
 def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namespace:
-    """Return the command line of a peer script: workload, --scale, --rounds, and `more` as --name with its meaning (required)."""
+    """Return the arguments of a peer script: the workload, --scale, --rounds, and `more` as required options --name
+    with their meanings.
+    """
     parser = argparse.ArgumentParser(description=f"Seconds per round of {peer} on a fedloom workload.")
     parser.add_argument("workload", choices=workloads)
     parser.add_argument("--scale", type=float, default=0.1)
@@ -31,12 +33,12 @@ def options(peer: str, workloads: Sequence[str], **more: str) -> argparse.Namesp
 
 @cache
 def problem_of(workload: str, scale: float) -> Problem:
-    """Return the workload's clients, model and plan; made once per process."""
+    """Return the workload's clients, model and plan, which are created once per process."""
     return bench.problem_of(bench.WORKLOADS[workload], scale)
 
 
 def need(module: str, install: str) -> ModuleType:
-    """Import a peer's module; if it is missing, one line says what to install."""
+    """Import a peer's module. If it is missing, print one line that says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -44,7 +46,7 @@ def need(module: str, install: str) -> ModuleType:
 
 
 def tell(peer: str, given: argparse.Namespace, seconds: Sequence[float], covers: str) -> None:
-    """Print the result as JSON; the first round is a warm-up and does not count."""
+    """Print the result as JSON. The first round is a warm-up and is not counted."""
     low, median, high = np.quantile(seconds[1:] or seconds, [0.25, 0.5, 0.75])
     result: dict[str, Any] = {"peer": peer, **vars(given), "round_s": {"median": median, "low": low, "high": high}}
     result |= {"covers": covers, "threads": torch.get_num_threads(), "environment": environment()}

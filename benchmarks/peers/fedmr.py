@@ -1,9 +1,10 @@
-"""FedMR as its authors released it, from a clone: their training loop on the workload's exact split.
+"""FedMR as its authors released it, from a clone: their training loop with the workload's exact split.
 
     git clone https://github.com/HMHelloWorld/FedMR && pip install torchvision matplotlib
     python benchmarks/peers/fedmr.py w3 --scale 0.05 --clone FedMR
 
-Examples are passed as tensors, so that torchvision's decoding is not timed. Every tenth round also evaluates; these rounds are not counted.
+Examples are passed as tensors, so that torchvision's decoding is not timed. Every tenth round also evaluates; these rounds are not
+counted.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from federation import need, options, problem_of, tell
 from torch.utils.data import TensorDataset
 
 HINT = "clone https://github.com/HMHelloWorld/FedMR, pip install torchvision matplotlib, and give --clone"
-EVALUATED = 10  # every 10th round evaluates
+EVALUATED = 10  # every tenth round evaluates
 
 
 def main() -> None:
-    """Run it and report."""
+    """Run the peer and report its times."""
     given = options("the released FedMR", ["w3"], clone="path of a clone of HMHelloWorld/FedMR")
     sys.path.insert(0, str(Path(given.clone).resolve()))
     algorithm, nets, parser = (
@@ -45,7 +46,7 @@ def main() -> None:
     }  # fmt: skip
     sys.argv[1:] = [str(word) for pair in flags.items() for word in pair]
     its_args = parser.args_parser()
-    its_args.device, its_args.ensemble_alpha = torch.device("cpu"), 0.0  # its code reads them, but no option sets them
+    its_args.device, its_args.ensemble_alpha = torch.device("cpu"), 0.0  # its code reads these, but no option sets them
     ends, recombine = [time.perf_counter()], algorithm.recombination
 
     def timed(*parts: Any) -> Any:

@@ -1,10 +1,10 @@
-"""FedRIR as its authors released it, from a clone: their server and clients on the workload's exact split.
+"""FedRIR as its authors released it, from a clone: their server and clients with the workload's exact split.
 
     git clone https://github.com/tsmotlp/FedRIR && pip install ujson
     python benchmarks/peers/fedrir.py w2 --scale 0.08 --clone FedRIR
 
-Every round evaluates (test examples; all training examples through both stages' losses), then trains. Its loader drops a client with
-fewer examples than a batch from training.
+Every round first evaluates (the test examples, and all training examples with the losses of both stages) and then trains. Its loader
+excludes clients with fewer examples than a batch from training.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DATA, SPLIT = "Cifar10", "fedloom"  # the first name determines the nets' sizes
 
 
 def main() -> None:
-    """Run it and report."""
+    """Run the peer and report its times."""
     given = options("the released FedRIR", ["w2"], clone="path of a clone of tsmotlp/FedRIR")
     sys.path.insert(0, given.clone)
     server = need("server", "clone https://github.com/tsmotlp/FedRIR, pip install ujson, and give --clone")

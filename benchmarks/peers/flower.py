@@ -1,9 +1,9 @@
-"""Flower's simulation (on Ray): FedAvg with a NumPyClient, one core per client.
+"""Flower's simulation (on Ray): FedAvg with a NumPyClient, with one core per client.
 
 pip install 'flwr[simulation]>=1.15'
 python benchmarks/peers/flower.py w4-mlp --scale 0.1
 
-It hangs if /tmp/ray/ray_current_cluster names a cluster that no longer exists.
+The simulation hangs if /tmp/ray/ray_current_cluster names a cluster that no longer exists.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedloom.engines import Problem
 
 
 def main() -> None:
-    """Run it and report."""
+    """Run the peer and report its times."""
     given = options("Flower", ["w1", "w1-100", "w4", "w4-mlp"])
     hint = "pip install 'flwr[simulation]>=1.15'"
     client, server, simulation = (need(f"flwr.{part}", hint) for part in ("client", "server", "simulation"))
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def client_maker(base: type, workload: str, scale: float) -> Callable[[Any], Any]:
-    """Return a client_fn; a worker process makes its own federation from the names."""
+    """Return a client_fn. A worker process creates its own federation from the names."""
 
     class Client(base):  # type: ignore[misc, valid-type]
         def __init__(self, i: int) -> None:

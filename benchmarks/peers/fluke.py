@@ -1,4 +1,4 @@
-"""fluke: FedAVG on the workload's examples, partitioned by its own splitter (equal clients).
+"""fluke: FedAVG on the workload's examples, which its own splitter divides into equal clients.
 
 pip install fluke-fl
 python benchmarks/peers/fluke.py w4-mlp --scale 0.1
@@ -13,7 +13,7 @@ from pathlib import Path
 HERE = str(Path(__file__).parent)
 sys.path[:] = [entry for entry in sys.path if str(Path(entry).resolve()) != HERE] + [
     HERE
-]  # this file has the package's name
+]  # this file has the same name as the package
 
 import numpy as np  # noqa: E402
 from federation import need, options, problem_of, tell  # noqa: E402
@@ -22,7 +22,7 @@ HINT = "pip install fluke-fl"
 
 
 def main() -> None:
-    """Run it and report."""
+    """Run the peer and report its times."""
     given = options("fluke", ["w4", "w4-mlp"])
     fluke, data, evaluation = (need(name, HINT) for name in ("fluke", "fluke.data", "fluke.evaluation"))
     fedavg = need("fluke.algorithms.fedavg", HINT)

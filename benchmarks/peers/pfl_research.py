@@ -1,4 +1,4 @@
-"""pfl-research (Apple): FederatedAveraging with its SimulatedBackend, in one process, on the workload's exact split.
+"""pfl-research (Apple): FederatedAveraging with its SimulatedBackend, in one process, with the workload's exact split.
 
 pip install 'pfl[pytorch]>=0.6'
 python benchmarks/peers/pfl_research.py w4-mlp --scale 0.1
@@ -19,7 +19,7 @@ HINT = "pip install 'pfl[pytorch]>=0.6'"
 
 
 def main() -> None:
-    """Run it and report."""
+    """Run the peer and report its times."""
     given = options("pfl-research", ["w1", "w1-100", "w4", "w4-mlp"])
     algorithms = need("pfl.algorithm.federated_averaging", HINT)
     hyper, base = need("pfl.hyperparam", HINT), need("pfl.algorithm.base", HINT)

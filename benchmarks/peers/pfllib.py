@@ -1,9 +1,10 @@
-"""PFLlib itself, from a clone: its own main.py on the workload's exact split.
+"""PFLlib itself, from a clone: its own main.py with the workload's exact split.
 
     git clone https://github.com/TsingZ0/PFLlib && pip install h5py calmsize torchvision ...   (its env_cuda_latest.yaml)
     python benchmarks/peers/pfllib.py w1 --scale 0.1 --clone PFLlib
 
-Writes a data set `fedloom-...` into the clone's dataset folder. CNN workloads only: its MLP has a different width.
+The script writes a data set `fedloom-...` to the dataset folder of the clone. It supports only CNN workloads, because PFLlib's MLP has a
+different width.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ DATA_NAMES = {
 
 
 def main() -> None:
-    """Run it and report."""
+    """Run the peer and report its times."""
     given = options("PFLlib", sorted(DATA_NAMES), clone="path of a clone of PFLlib")
     system = Path(given.clone) / "system"
     if not (system / "main.py").is_file():
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def write_split(problem: Problem, folder: Path) -> None:
-    """Write PFLlib's layout: train/<client>.npz and test/<client>.npz, each holding one dictionary of x and y."""
+    """Write PFLlib's layout: train/<client>.npz and test/<client>.npz, each of which contains one dictionary of x and y."""
     for split in ("train", "test"):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for i in range(problem.task.n_clients):
