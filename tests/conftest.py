@@ -27,14 +27,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Restore the default action of Ctrl-C, which the background jobs of a script ignore: tests of interruptions need it."""
+    """Restore the default action of Ctrl-C, which the background jobs of a script ignore. Tests of interruptions need it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that share something on one worker: the tests of Ray, which starts slowly, and tests that use the same reference run."""
+    """Run tests that share resources on one worker.
+
+    These are the tests of Ray, which starts slowly, and tests that use the same reference run.
+    """
     for item in items:
         if re.search(r"test_ray\.py|[-\[]ray[-\]]", item.nodeid):
             item.add_marker(pytest.mark.xdist_group("ray"))
@@ -54,10 +57,11 @@ def float64() -> Any:
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
-    """Create small experiments: `experiment("fedavg", rounds=3, engine="debug")`, `experiment(Mine(), **{"model": "resnet8"})`.
+    """Return a function that creates small experiments.
 
-    The first argument is a method or its name. Settings are as for `fedloom.run` and override those of `ALONE`. `dataset` and `module`
-    are objects that replace names.
+    Examples are `experiment("fedavg", rounds=3, engine="debug")` and `experiment(Mine(), **{"model": "resnet8"})`. The first argument is a
+    method or its name. Settings are those of `fedloom.run` and override those of `ALONE`. `dataset` and `module` are objects that replace
+    names.
     """
     made = 0
 
@@ -76,7 +80,10 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Return the folder of real data sets, one folder of parquet files each: `$FEDLOOM_DATA`, or `shared/data` next to the repository."""
+    """Return the folder of real data sets, each in a folder of parquet files.
+
+    It is `$FEDLOOM_DATA`, or `shared/data` next to the repository.
+    """
     named = os.environ.get("FEDLOOM_DATA")
     folder = Path(named) if named else Path(__file__).parents[2] / "shared" / "data"
     if not folder.is_dir():

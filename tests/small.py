@@ -39,7 +39,7 @@ QUICK_SERVER = {
 
 
 WEAK = {"method.moment_weight": 1e-3}
-"""For `fedrir_moments`: Adam turns the rounding of gradients that are 0 in theory into steps; a strong term makes it larger."""
+"""For `fedrir_moments`. Adam turns rounding errors of gradients that are 0 in theory into steps, and a strong term increases them."""
 
 
 def brief(method: str) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def brief(method: str) -> dict[str, Any]:
 
 
 def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """Return the values with settings (named as for `fedloom.run`) merged over them; the input stays unchanged."""
+    """Return the values, overridden by settings (named as for `fedloom.run`). The input does not change."""
     found = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
     for key, value in settings.items():
         set_dotted(found, key, value)
@@ -63,7 +63,7 @@ class Turns(NamedTuple):
 
     @property
     def sent(self) -> list[Tree]:
-        """The message to each member of the cohort."""
+        """The messages to the members of the cohort."""
         return [self.down.to(reply.slot) for reply in self.replies]
 
 
@@ -85,7 +85,7 @@ def spied(run: Experiment) -> list[Turns]:
 
 
 def initial_weights(run: Experiment, i: int = 0) -> Weights:
-    """All weights of client `i` before its first turn."""
+    """Return all weights of client `i` before its first local update."""
     problem = run.problem
     with arithmetic(run.settings):
         return problem.initial(i, read_weights(problem.modules(problem.arch_of[i]))).weights
@@ -106,7 +106,7 @@ def interrupted_after(run: Experiment, last: int) -> Path:
 def losing(
     run: Experiment, lost: Mapping[int, Collection[int]], refused: Mapping[int, Collection[int]] | None = None
 ) -> Experiment:
-    """Undo the local updates of clients `lost[number]` in round `number`. Updates of `refused` clients are kept, but do not count."""
+    """Undo the local updates of the clients `lost[number]` in round `number`. Updates of `refused` clients are kept but do not count."""
     engine, train = run.engine, run.engine.train
 
     def fewer(number, cohort, down):

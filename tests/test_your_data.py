@@ -28,7 +28,7 @@ def place(tmp_path, monkeypatch):
 
 
 def execute(command, capsys, monkeypatch):
-    """Run one command of the page; return what it printed."""
+    """Run one command of the page. Return its output."""
     program, *words = shlex.split(command)
     capsys.readouterr()
     if program == "python":

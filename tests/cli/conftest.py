@@ -23,7 +23,7 @@ TINY = (
 
 
 class Result(NamedTuple):
-    """Exit code and output of a command."""
+    """The exit code and the output of a command."""
 
     code: int
     out: str
@@ -35,13 +35,13 @@ Cli = Callable[..., Result]
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the drawing of a page's figures, which takes most of a short run's time. The tests of the report check figures."""
+    """Skip the drawing of a page's figures, which takes most of the time of a short run. The tests of the report check figures."""
     monkeypatch.setattr(style, "plain_svg", lambda _: "<svg></svg>")
 
 
 @pytest.fixture
 def cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Return a function: `cli("run", "rounds=1")` gives exit code, standard output and standard error."""
+    """Return a function: `cli("run", "rounds=1")` returns the exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("FEDLOOM_CACHE", str(tmp_path / "no-cache"))

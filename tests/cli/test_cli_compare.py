@@ -97,7 +97,7 @@ def test_report_of_a_comparison(tiny, cli):
 
 
 SHORT = 'rounds = 2\nclients = 4\nmodel = {name = "mlp", hidden = 8}\ndata.rows = 200\n'
-"""The settings of `tiny` in a file, because arguments that change results leave out the reading."""
+"""The settings of `tiny` in a file, because the reading is omitted if arguments change the results."""
 
 
 def two_files():

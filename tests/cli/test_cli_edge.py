@@ -1,4 +1,4 @@
-"""`fedloom export`, `fedloom cost`, and reports of time on networks."""
+"""`fedloom export`, `fedloom cost`, and reports of times on networks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Latencies are measured for a moment."""
+    """Measure latencies only for a moment."""
     monkeypatch.setattr("fedloom.tools.export.MOST_S", 0.0)
 
 
@@ -91,7 +91,7 @@ def test_mistakes_end_in_one_line(tiny, cli):
 def test_cost_of_a_turn(tiny):
     """Compare with two hidden layers computed by hand. Memory is measured in a process that has imported little besides torch.
 
-    That process is blind to files that are called as modules are, and to what a method prints.
+    This process ignores files with the same names as modules, and the output of methods.
     """
     Path("random.py").write_text("raise ImportError('not yours')\n")
     Path("own.py").write_text(

@@ -1,4 +1,4 @@
-"""What newcomers type: words of papers and other tools, wrong case, spaces, and a file where a folder was meant."""
+"""Input that newcomers type: terms of papers and other tools, wrong case, spaces, and a file instead of a folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs on the user's own tables and arrays."""
+"""Runs on users' own tables and arrays."""
 
 import json
 

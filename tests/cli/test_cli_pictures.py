@@ -1,4 +1,4 @@
-"""Folders of pictures on the command line: runs, and every mistake in one line."""
+"""Folders of images on the command line: runs, and every mistake in one line."""
 
 from __future__ import annotations
 

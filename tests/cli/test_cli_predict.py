@@ -1,4 +1,4 @@
-"""`fedloom predict`: new files, a client's model, predictions as CSV."""
+"""`fedloom predict`: new files, a client's model, and predictions as CSV."""
 
 import csv
 import io
@@ -12,7 +12,7 @@ from fedloom.cli import main
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Two short runs: on a table, and on pictures."""
+    """Return two short runs, one on a table and one on images."""
     place = tmp_path_factory.mktemp("predict")
     rows = [
         f"{20 + 7 * i % 40},{'nurse' if i % 3 else 'clerk'},{i % 5 + i / 8},{'low' if i % 2 else 'high'}"

@@ -1,4 +1,4 @@
-"""The Ray engine from the command line: a method from a user's file, Ctrl-C, no processes left, clear errors."""
+"""The Ray engine from the command line: a method from a user's file, Ctrl-C, no remaining processes, and clear errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray 
 
 
 def carriers(mark: str) -> dict[int, str]:
-    """Return the processes with `mark` in their environment, and their children: numbers and commands."""
+    """Return the numbers and commands of the processes with `mark` in their environment, and of their children."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -120,7 +120,7 @@ def test_without_ray_one_line_says_what_to_install(cli, monkeypatch):
 
 @contextmanager
 def machine(mark: str, *words: str) -> Iterator[None]:
-    """Run `ray start` with one core; all its processes carry the mark, and are killed at the end."""
+    """Run `ray start` with one core. All its processes carry the mark and are killed at the end."""
     environment = {**os.environ, "FEDLOOM_TEST": mark}
     command = [str(Path(sys.executable).with_name("ray")), "start", "--num-cpus=1", "--block", *words]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -144,7 +144,7 @@ def lose(mark: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_a_machine_that_is_lost_costs_its_clients_a_round(cli, monkeypatch):
-    """Two Ray nodes have one worker each; one node is killed. The other then does the work of both."""
+    """Two Ray nodes have one worker each, and one node is killed. The other node then runs the updates of both."""
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "RAY_USAGE_STATS_ENABLED": "0"}
     for name, value in access.items():
         monkeypatch.setenv(name, value)

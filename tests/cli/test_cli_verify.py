@@ -70,7 +70,7 @@ def test_a_signature_shows_who_published_a_run(tiny, cli, kind):
 
 
 def edit_with_manifest(run):
-    """Edit a number, and make the manifest agree, as somebody could who wants to deceive."""
+    """Edit a number and make the manifest agree, as somebody could who wants to deceive others."""
     from fedloom.experiment.manifest import entry, sealed
 
     summary = run / "summary.json"

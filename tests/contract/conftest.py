@@ -1,4 +1,4 @@
-"""Shared by all runs of a session: one start of Ray, whose workers serve one engine after another, and the counts of operations."""
+"""Fixtures that all runs of a session share: one start of Ray, whose workers serve one engine after another, and operation counts."""
 
 import importlib.util
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Shared by the contract tests: results of runs and their comparison, and methods that use one kind of phase each."""
+"""Code that the contract tests share: results of runs and their comparison, and methods that each use one kind of phase."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def left_by(experiment: Experiment) -> Left:
 
 
 def untimed(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row without the values that differ from run to run."""
+    """Return a row without the values that differ between runs."""
     return {key: value for key, value in row.items() if "seconds" not in key}
 
 
@@ -83,7 +83,7 @@ def assert_close(one: Left, other: Left) -> None:
 
 @dataclass(frozen=True)
 class ClassMeans(FedAvg):
-    """Sweeps for the classes' counts and mean inputs; the server keeps the mean over all examples."""
+    """FedAvg with a sweep for the counts and mean inputs of the classes. The server keeps the mean over all examples."""
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         return {"sweep": self.blank(task)}
@@ -118,7 +118,7 @@ class ClassMeans(FedAvg):
 
 @dataclass(frozen=True)
 class Counting(FedAvg):
-    """A Set phase with a known result: every parameter becomes the client's number of examples."""
+    """FedAvg with a `Set` phase with a known result: every parameter becomes the client's number of examples."""
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         return {"n": data.class_counts.sum()}
@@ -132,7 +132,7 @@ class Counting(FedAvg):
 
 @dataclass(frozen=True)
 class Closing(FedAvg):
-    """After the last round, all clients send their mean inputs, and each predicts with the model plus a shift of its own."""
+    """FedAvg after whose last round all clients send their mean inputs, and each predicts with the model plus its own shift."""
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         return {"mean": {"sum": torch.zeros(()), "n": torch.zeros(())}}
@@ -171,7 +171,9 @@ class Closing(FedAvg):
 
 @dataclass(frozen=True)
 class Meta(FedAvg):
-    """Two alternating members, a member that keeps its state, a phase with a number of steps, and one for the last round only."""
+    """FedAvg with two alternating members, one of which keeps its state, a phase with a number of steps, and a phase
+    for the last round.
+    """
 
     def phases(self) -> tuple[Phase, ...]:
         noisy = Train("noisy", self.noisy_loss, ("model",), self.local_optimizer(), draw=self.draw)
@@ -191,7 +193,7 @@ class Meta(FedAvg):
 
 @dataclass(frozen=True)
 class Sharing(FedAvg):
-    """A probe learns from the features through which the model is trained; the model is trained against the probe."""
+    """FedAvg in which a probe learns from the features of the model, and the model is trained against the probe."""
 
     shares: bool = True
     """Whether features are computed once for both (the same numbers, in less time)."""
@@ -228,7 +230,7 @@ class Sharing(FedAvg):
 
 @dataclass(frozen=True)
 class Remembering(FedAvg):
-    """Each client remembers its last two models; storing one moves the other."""
+    """FedAvg in which each client stores its last two models. Storing a model moves the previous one."""
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         return {"newer": dict(weights["params"]), "older": dict(weights["params"])}
@@ -256,7 +258,7 @@ class Perfed(FedAvg):
 
 @dataclass(frozen=True)
 class Differing(FedAvg):
-    """Every member of the cohort receives a different model: the server's, with a head scaled by its position."""
+    """FedAvg in which every member of the cohort receives a different model: the server's, with a head scaled by the member's position."""
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Any) -> Downlink:
         heads = [
@@ -271,7 +273,9 @@ class Differing(FedAvg):
 
 @dataclass(frozen=True)
 class Late(FedAvg):
-    """The downlink gains a branch after the first round, and the loss a term, whose form changes above a certain value."""
+    """FedAvg whose downlink gains a branch after the first round, and whose loss gains a term that changes its form
+    above a certain value.
+    """
 
     def init_server(self, weights: Weights, task: Task, round: Any) -> Tree:
         return super().init_server(weights, task, round) | {"rounds": torch.zeros(())}
@@ -293,7 +297,7 @@ class Late(FedAvg):
 
 @dataclass(frozen=True)
 class Namesake(FedAvg):
-    """The adaptation phase has the same name as the training phase, but another loss."""
+    """FedAvg whose adaptation phase has the same name as the training phase, but another loss."""
 
     def adapt(self) -> tuple[Phase, ...]:
         return (Train("train", self.to_one, ("model:head",), self.local_optimizer()),)
@@ -304,7 +308,7 @@ class Namesake(FedAvg):
 
 @dataclass(frozen=True)
 class Secure(FedMR):
-    """Clients exchange layers before the upload, after a first stage that ends at a plateau."""
+    """FedMR in which clients exchange layers before the upload, after a first stage that ends at a plateau."""
 
     secure: bool = True
     first_stage_rounds: int = 2

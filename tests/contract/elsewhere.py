@@ -1,7 +1,8 @@
 """A simulated device. Its tensors report another device, but their numbers are stored on the CPU.
 
-An operation that mixes tensors of both devices fails, as on a GPU. So code that runs here has moved every tensor that it must, and gives
-the same bits as on the CPU. (The device is called `meta`, the only one besides the CPU that every build of torch knows.)
+An operation that mixes tensors of both devices fails, as on a GPU. Code that runs here has therefore moved every tensor that it must move,
+and gives the same bits as on the CPU. (The device is called `meta`, which is the only device besides the CPU that every build of torch
+knows.)
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MIXING = {
     aten.index_put_.default,
     aten._foreach_copy_.default,
 }
-"""Operations that accept tensors of both devices on a GPU too."""
+"""Operations that accept tensors of both devices, also on a GPU."""
 
 
 class Far(Tensor):
@@ -47,7 +48,7 @@ class Far(Tensor):
 
 
 class Elsewhere(TorchDispatchMode):
-    """Within the context, the simulated device exists. `copies` counts tensors copied in each direction."""
+    """A context in which the simulated device exists. `copies` counts the tensors that are copied in each direction."""
 
     copies = 0
 

@@ -1,4 +1,4 @@
-"""Runs with low-rank adapters: what is trained and sent, on every engine."""
+"""Runs with low-rank adapters: the weights that are trained and sent, on every engine."""
 
 import numpy as np
 import pytest
@@ -124,7 +124,7 @@ def test_frozen_matrices_stay_at_their_common_initial_value(run):
 
 @pytest.fixture
 def base(tmp_path):
-    """A file with the weights of an MLP for the digits."""
+    """Return a file with the weights of an MLP for the digits."""
     torch.manual_seed(1)
     model = arch("mlp", (1, 8, 8), 10, options={"hidden": 12}).model()
     save_file(model.state_dict(), tmp_path / "base.safetensors")

@@ -1,4 +1,4 @@
-"""The examples of `docs/contract.md`: each is a method that runs, and the hook it describes is called."""
+"""The examples of `docs/contract.md`. Each example is a method that runs, and the hook that it describes is called."""
 
 import inspect
 import re
@@ -76,7 +76,7 @@ ONE_METHOD = {"exchange", "exchanges", "finish", "keeps_shared", "pooled", "ragg
 
 
 def test_every_name_of_the_contract_has_two_users():
-    """A user overrides or reads the name; the engine uses the others itself. A name that loses its last user should go."""
+    """A user overrides or reads the name. The engine uses the other names itself. A name that loses its last user should be removed."""
     chosen = [cls for name in METHODS for cls in METHODS[name].__mro__ if issubclass(cls, Method) and cls is not Method]
     texts = {cls.__name__: (vars(cls), inspect.getsource(cls)) for cls in chosen}
     names = hooks() | {"shared", "keeps_shared", "accepts_late", "needs", "combines", "pooled", "remedy"}

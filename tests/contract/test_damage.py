@@ -1,4 +1,4 @@
-"""A damaged, edited or incomplete run folder is refused with the file or key that is wrong, or resumes to the same numbers."""
+"""Damaged, edited or incomplete run folders. A run is refused with the name of the wrong file or key, or resumes to the same numbers."""
 
 import json
 import os
@@ -30,7 +30,7 @@ NAN = struct.pack("<f", float("nan"))
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """An interrupted run (5 of 6 rounds, checkpoint of round 4), and what the uninterrupted run left."""
+    """Return an interrupted run (5 of 6 rounds, with the checkpoint of round 4), and the results of the uninterrupted run."""
     folder = tmp_path_factory.mktemp("damage")
     whole = left_by(Experiment(make_settings(SETTINGS | {"out": folder / "whole"})))
     interrupted_after(Experiment(make_settings(SETTINGS | {"out": folder / "cut"})), 5)
@@ -39,7 +39,7 @@ def kept(tmp_path_factory):
 
 @pytest.fixture
 def cut(kept, tmp_path):
-    """A copy of the interrupted run's folder."""
+    """Return a copy of the interrupted run's folder."""
     return shutil.copytree(kept[0] / "cut", tmp_path / "run")
 
 
@@ -53,7 +53,7 @@ def edit(file, old, new):
 
 
 def write(file, change):
-    """Replace a file's bytes by `change(bytes)`."""
+    """Replace the bytes of a file by `change(bytes)`."""
     return lambda run: (run / file).write_bytes(change((run / file).read_bytes()))
 
 
@@ -288,7 +288,7 @@ def test_a_main_script_may_change_but_not_its_classes(tmp_path):
 
 
 def test_other_data_are_refused(experiment, monkeypatch):
-    """The partition has the same numbers of examples per class, but the examples are others."""
+    """The partition has the same numbers of examples per class, but the examples differ."""
     path = interrupted_after(experiment("fedavg", rounds=3, checkpoint_every=1, **{"partition.name": "iid"}), 1)
     from fedloom.experiment import resuming
 
@@ -329,7 +329,7 @@ def test_a_finished_run_is_verified(kept, tmp_path, damage, said):
 
 
 def test_a_checkpoint_names_the_one_before(kept):
-    """So a run's manifests form a chain."""
+    """The manifests of a run therefore form a chain."""
     last = json.loads((kept[0] / "whole" / "manifest.json").read_text())
     saved = json.loads((kept[0] / "whole" / "checkpoint" / "manifest.json").read_text())
     assert last["previous"] == saved["digest"]

@@ -1,4 +1,4 @@
-"""Clients on a device, messages and server on the host: the same numbers as without a device, whatever fits in its memory.
+"""Clients on a device, and messages and the server on the host. The numbers are the same as without a device, whatever fits in its memory.
 
 `elsewhere` simulates a device. Tests marked `gpu` need a GPU: `pytest -m gpu`.
 """

@@ -29,7 +29,7 @@ NO_RAY = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is 
 OTHERS = [engine for engine in [*ENGINES, *WRAPPED] if engine != REFERENCE]
 FEW: dict[str, Any] = {"clients": 3, "cohort": 2, "data.rows": 100, "batch_size": 16}
 MODELS: dict[str, dict[str, Any]] = {"mlp": {}, "fedrir_cnn": {**FEW, "width": 16}}
-"""One with an input layer, one with convolutions and running statistics."""
+"""One model with an input layer, and one with convolutions and running statistics."""
 ENOUGH = {"mlp": ("vectorised", "debug+bytes+processes"), "fedrir_cnn": ("vectorised", "processes")}
 """The engines on which every method runs. Other engines run a few methods, and the rest only with `pytest -m slow`."""
 SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
@@ -58,7 +58,7 @@ def assert_agrees(engine, run, with_):
 
 @pytest.fixture
 def reference(experiment):
-    """Return the reference engine's results; each run is done once."""
+    """Return a function that returns the results of the reference engine. Each run is done only once."""
 
     def find(method, model, **settings):
         key = method, model, tuple(settings.items())
@@ -109,7 +109,7 @@ def test_travelling_parts_are_declared(reference, method):
 
 @pytest.fixture
 def mapped(caplog):
-    """Return whether lanes were really used: a fallback to one client after another would agree with the reference, too."""
+    """Return whether lanes were really used, because a fallback to one client after another would also agree with the reference."""
     return lambda: "cannot be vectorised" not in caplog.text
 
 
@@ -144,7 +144,7 @@ VARIANTS = {
 
 
 ELSEWHERE = ("fedvtc, architectures", "fedvtc, at the end", "fedrir, off", "own starts", "scores")
-"""Variants that change the work of a worker process. The other variants change only numbers."""
+"""Variants that change the code that a worker process runs. All other variants change only numbers."""
 
 
 @pytest.mark.parametrize(
@@ -373,7 +373,7 @@ def test_dropout_follows_from_the_seed(experiment, engine):
 
 
 class Watching(nn.Module):
-    """Records which of 64 ones its Dropout drops, for batches of five examples (operations are counted with smaller batches)."""
+    """Records which of 64 ones its Dropout drops for batches of five examples. Operations are counted with smaller batches."""
 
     seen: ClassVar[list[tuple[bool, ...]]] = []
 
@@ -414,7 +414,10 @@ def test_workers_and_models_that_refuse_channels_last(experiment):
 
 @dataclass(frozen=True)
 class Retuned(FedProx):
-    """Training and adaptation share code and name, but not hyper-parameters; other losses are created in every local update."""
+    """FedProx whose training and adaptation share code and name, but not hyper-parameters.
+
+    It creates other losses in every local update.
+    """
 
     mu: float = 5.0
 
@@ -430,7 +433,7 @@ class Retuned(FedProx):
 
 @dataclass(frozen=True)
 class Uneven(FedAvg):
-    """A loss whose tensors depend on the batch's number of classes, or of examples of some class."""
+    """FedAvg with a loss whose tensors depend on the number of classes in the batch, or of examples of some class."""
 
     def loss(self, nets, batch, down, memory):
         logits, few = nets.model(batch.x), batch.y < 5
@@ -440,7 +443,7 @@ class Uneven(FedAvg):
 
 @dataclass(frozen=True)
 class Selective(FedAvg):
-    """Clients with many examples do more work."""
+    """FedAvg in which clients with many examples take more steps."""
 
     def phases(self):
         more = Train("more", self.loss, ("model:head",), self.local_optimizer(), when=lambda turn: turn.examples > 24)
@@ -480,7 +483,7 @@ def test_replaying_short_steps_changes_nothing(experiment, method, monkeypatch):
 
 @pytest.fixture
 def by_gram_matrix(monkeypatch):
-    """Return a function that makes phases use the Gram matrix of input layers whenever they can, and returns the list of such layers."""
+    """Return a function that makes phases use the Gram matrix of input layers if possible, and that returns the list of these layers."""
 
     def begin():
         made, init = [], GramLayer.__init__
@@ -505,7 +508,7 @@ WITHOUT_GRAM_LAYERS = {
     "fedrir",
     "scaffold",
 }
-"""Their losses read weights, their optimisers are not plain SGD, or they take no steps."""
+"""Methods whose losses read weights, whose optimisers are not plain SGD, or that take no steps."""
 
 
 @pytest.mark.parametrize("method", [*METHODS, *TOYS])
@@ -540,7 +543,7 @@ def test_features_computed_once_for_two_losses_give_the_same_weights(experiment,
 
 @dataclass(frozen=True)
 class Keeping(FedAvg):
-    """The server keeps an uplink of the first round unchanged."""
+    """FedAvg in which the server keeps an uplink of the first round unchanged."""
 
     def init_server(self, weights, task, round):
         return super().init_server(weights, task, round) | {"kept": self.travelling(weights)}
@@ -581,7 +584,7 @@ def test_a_set_phase_has_a_known_answer(experiment):
 
 
 def test_the_closing_exchange_reaches_all_clients_and_each_predicts_with_its_own_message(experiment):
-    """The last scores are those of each client's own message; training and earlier scores are those of FedAvg."""
+    """The last scores are those of each client's own message. Training and earlier scores are those of FedAvg."""
     run, plain = make(experiment, "Closing", "mlp", "sequential"), make(experiment, "fedavg", "mlp", "sequential")
     for one in (run, plain):
         one.run()

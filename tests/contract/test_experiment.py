@@ -87,7 +87,7 @@ def test_fine_tuning_before_prediction_augments_like_training(experiment, method
 
 @dataclass(frozen=True)
 class Noting(FedAvg):
-    """Two phases that record their random draws: their own numbers, the order of examples, and which examples are mirrored."""
+    """FedAvg with two phases that record their random draws: their own numbers, the order of examples, and the mirrored examples."""
 
     noted: ClassVar[list[tuple[float, list[list[float]]]]] = []
 

@@ -1,4 +1,4 @@
-"""Screening in whole runs: honest clients are never refused, and hostile uplinks of every kind are bounded."""
+"""Screening in whole runs. Honest clients are never refused, and the effect of malicious uplinks of every kind is bounded."""
 
 import math
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def events(run, kind):
      ("fedavg", {"devices.stragglers": "late", "devices.slow": 0.3, "devices.slowdown": 2})],
 )  # fmt: skip
 def test_honest_clients_are_never_refused_and_numbers_do_not_change(experiment, method, more):
-    """High label skew, few examples, and clients whose sizes differ by a factor of 90."""
+    """The clients have high label skew and few examples, and their sizes differ by a factor of 90."""
     settings = {**SKEWED, **brief(method), **more}
     screened, plain = experiment(method, **settings, **ON), experiment(method, **settings)
     summary = screened.run()
@@ -50,7 +50,7 @@ def test_honest_clients_are_never_refused_and_numbers_do_not_change(experiment, 
 
 
 class Hostile(Wrapper):
-    """An engine whose replies of some clients are tampered with, in some rounds."""
+    """An engine that changes the replies of some clients in some rounds."""
 
     def __init__(self, inner, tamper, rounds=range(99), clients=(HOSTILE,)):
         super().__init__(inner)
@@ -90,7 +90,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize(("attack", "method"), [(name, m) for name, (methods, _) in ATTACKS.items() for m in methods])
 def test_a_hostile_uplink_counts_no_more_than_a_lost_one(experiment, attack, method):
-    """The client is refused three times, then excluded; the server is the same as without the client."""
+    """The client is refused three times, then excluded. The server's state is the same as without the client."""
     tamper = ATTACKS[attack][1]
     settings = {**SETTINGS, **brief(method), "partition.alpha": 0.3, "method.local_epochs": 1, **ON}
     run, without = experiment(method, **settings), experiment(method, **settings)
@@ -187,7 +187,7 @@ def test_a_server_that_is_not_finite_is_rolled_back(experiment):
 
 @pytest.mark.parametrize("last", [1, 2, 3])
 def test_a_resumed_run_remembers_refusals_and_the_state_to_roll_back_to(experiment, monkeypatch, last):
-    """Client 7 is refused in rounds 1, 2 and 4; in round 3 every uplink is."""
+    """Client 7 is refused in rounds 1, 2 and 4. In round 3, all uplinks are refused."""
 
     def attack(run):
         inner = Hostile(run.engine, scaled(float("nan")), rounds=(2,), clients=ALL)

@@ -1,4 +1,4 @@
-"""Models of Hugging Face, with fedloom's adapters and with peft's. Run with `pytest -m hf` where transformers and peft are installed."""
+"""Hugging Face models with fedloom's adapters and with those of peft. Run with `pytest -m hf` if transformers and peft are installed."""
 
 import re
 from pathlib import Path

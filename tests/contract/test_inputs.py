@@ -1,4 +1,4 @@
-"""Models of texts, sensor windows and tables: on their kind of data, on every engine."""
+"""Models for texts, sensor windows and tables, each with its kind of data, on every engine."""
 
 import numpy as np
 import pytest

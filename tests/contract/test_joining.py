@@ -1,4 +1,4 @@
-"""Clients that join after training send nothing to the server, and keep the shared weights as received."""
+"""Clients that join after training. They send nothing to the server, and do not change the shared weights that they receive."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
 
 
 LITTLE_TO_LEARN = {"fedala", "fedpac", "fedtgp"}
-"""Heads that are sent (FedALA, FedPAC), or a pull that is too strong for this learning rate (FedTGP)."""
+"""Methods whose heads are sent (FedALA, FedPAC), or whose pull is too strong for this learning rate (FedTGP)."""
 
 
 @pytest.mark.parametrize("name", JOINABLE)
@@ -147,7 +147,7 @@ def test_fedbn_fits_normalisation_layers(experiment):
 
 
 def test_local_updates_of_a_newcomer_count_from_0(experiment):
-    """The learning rate is 0 after a newcomer's first local update: three updates equal one. If it were 0 earlier, none would count."""
+    """The learning rate is 0 after a newcomer's first local update, so three updates equal one. If it were 0 earlier, none would count."""
     settings = {**SETTINGS, "method.lr": 0.1, "method.lr_decay": 1e-9}
     one, three, constant = (
         experiment("fedper", **{**settings, **choice})

@@ -21,12 +21,12 @@ WEIGHT = "model.head.weight"
 
 
 def factors_of(run):
-    """Return each client's slowdown."""
+    """Return the slowdown of each client."""
     return slowdowns(run.settings, run.method, run.problem.task.n_clients)
 
 
 class Faulty(Wrapper):
-    """An engine whose replies of client 1 are tampered with, or lost if `tamper` returns None."""
+    """An engine that changes the replies of client 1, or loses them if `tamper` returns None."""
 
     def __init__(self, inner, tamper, rounds=(0,)):
         super().__init__(inner)
@@ -40,7 +40,7 @@ class Faulty(Wrapper):
 
 
 def with_tensor(change, weight=WEIGHT):
-    """Return tampering that replaces one tensor by `change(tensor)`; None removes it."""
+    """Return a function that replaces one tensor by `change(tensor)`, or removes it if that is None."""
 
     def tamper(reply):
         params = dict(reply.uplink["weights"]["params"])
@@ -180,7 +180,7 @@ def test_clients_that_diverge_return_to_their_earlier_state(experiment, engine):
 
 @dataclass(frozen=True)
 class Sick(FedAvg):
-    """Sends finite tensors, and remembers non-finite ones."""
+    """FedAvg that sends finite tensors, but stores tensors that are not finite."""
 
     def init_memory(self, weights, task, data):
         return {"turns": torch.zeros(1)}
@@ -206,7 +206,7 @@ def test_a_local_update_that_leaves_nonfinite_state_is_undone(experiment, engine
 
 @dataclass(frozen=True)
 class Breaking(FedAvg):
-    """The server's head is infinite after round 3."""
+    """FedAvg in which the server's head is infinite after round 3."""
 
     def aggregate(self, server, uplinks, round):
         after = super().aggregate(server, uplinks, round)

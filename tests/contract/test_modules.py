@@ -1,4 +1,4 @@
-"""State in a user's module besides weights: frozen parameters, assigned buffers, and Python attributes."""
+"""State in a user's module other than weights: frozen parameters, assigned buffers, and Python attributes."""
 
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Adapted(nn.Module):
 
 
 class Centring(nn.Module):
-    """Assigns its buffers in training."""
+    """A module that assigns to its buffers in training."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class Recurrent(nn.Module):
 
 
 class Remembering(nn.Module):
-    """Adds part of the last batch to the next one."""
+    """A module that adds part of the last batch to the next one."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Remembering(nn.Module):
 
 
 class Initialising(Remembering):
-    """Takes its scale from the first batch."""
+    """A module that takes its scale from the first batch."""
 
     def forward(self, x):
         self.last = x.detach().std() if self.last is None else self.last
@@ -83,7 +83,7 @@ class Initialising(Remembering):
 
 
 class Logging(Remembering):
-    """Appends to a list."""
+    """A module that appends to a list."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ class Logging(Remembering):
 
 
 class CountingInEval(Centring):
-    """Changes a buffer in place in evaluation mode."""
+    """A module that changes a buffer in place in evaluation mode."""
 
     def forward(self, x):
         self.calls += 1
@@ -103,7 +103,7 @@ class CountingInEval(Centring):
 
 
 class Fleeting(Centring):
-    """Changes a buffer that is not in the state dictionary."""
+    """A module that changes a buffer that is not in the state dictionary."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ class Fleeting(Centring):
 
 
 class Caching(Remembering):
-    """Creates a constant at the first call, which is harmless."""
+    """A module that creates a constant at the first call, which is harmless."""
 
     def forward(self, x):
         self.last = torch.ones(WIDTH, dtype=x.dtype) if self.last is None else self.last

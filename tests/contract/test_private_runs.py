@@ -76,7 +76,7 @@ def test_cohorts_are_poisson_samples_and_a_round_without_clients_releases_noise(
 
 
 def test_the_noise_is_that_of_the_sum_over_the_expected_cohort_and_differs_from_round_to_round(experiment):
-    """Uplinks that are all shortened to almost nothing leave the noise alone."""
+    """If all uplinks are clipped to almost nothing, only the noise remains."""
     run, states = experiment("fedavg", rounds=2, **{"privacy.noise": 50.0, "privacy.clip": 1e-3}), []
     states.append(tree.clone(run.server))
     run.run(lambda *_: states.append(tree.clone(run.server)))

@@ -1,4 +1,7 @@
-"""Ray: a lost or hung worker loses its clients for one round only; a method's errors end the run; workers receive the user's code."""
+"""The Ray engine.
+
+A lost or hung worker loses its clients for one round only, errors of a method end the run, and workers receive user code.
+"""
 
 import os
 import re
@@ -23,7 +26,7 @@ ON_RAY = {**SETTINGS, "engine": "ray", "engine.workers": 2}
 
 
 class OwnError(Exception):
-    """Cannot be reconstructed from its message alone."""
+    """An error that cannot be reconstructed from its message alone."""
 
     def __init__(self, one: int, two: int) -> None:
         super().__init__(f"{one} and {two}")
@@ -52,7 +55,7 @@ def happens_once(flag: str, event: str) -> None:
 
 @dataclass(frozen=True)
 class Stumbling(Perfed):
-    """Keeps a head and its momentum. An event happens to the first worker that trains (or scores)."""
+    """FedPer in which clients keep a head and its momentum. An event happens to the first worker that trains (or scores)."""
 
     flag: str = ""
     event: str = "kill"
@@ -81,12 +84,12 @@ class Dying(FedAvg):
 
 
 def wait_for(actor):
-    """Wait until the worker is ready, also after restarts."""
+    """Wait until the worker is ready, including after restarts."""
     ray.get(actor.forget.options(max_task_retries=-1).remote("nobody"), timeout=120)
 
 
 def pid_of(actor):
-    """The worker's process."""
+    """Return the number of the worker's process."""
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()), timeout=120)
 
 

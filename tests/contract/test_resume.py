@@ -1,4 +1,4 @@
-"""An interrupted and resumed run equals an uninterrupted one, bit for bit."""
+"""An interrupted and resumed run has the same results as an uninterrupted run, bit for bit."""
 
 import json
 import multiprocessing
@@ -131,7 +131,7 @@ def test_a_failed_resume_leaves_no_workers(experiment):
 
 
 def test_a_broken_experiment_is_not_run_again(experiment):
-    """Clients have done local updates that the server has not received."""
+    """Clients have run local updates whose results the server has not received."""
     run = experiment("scaffold", **SETTINGS)
     interrupted_after(run, 1)
     with pytest.raises(RunFolderError, match="this experiment has already run; resume its folder in a new experiment"):
@@ -139,7 +139,7 @@ def test_a_broken_experiment_is_not_run_again(experiment):
 
 
 def test_a_changed_partition_is_refused(experiment, tmp_path):
-    """The run could test on examples that it trained on."""
+    """Otherwise, the run could be tested on examples on which it was trained."""
     dealt, settings = tmp_path / "p.json", {**SETTINGS, "data.name": "digits", "data.rows": 160}
     partition(load("digits", rows=160), 4, seed=0).save(dealt)
     settings |= {"partition": {"name": "file", "path": str(dealt)}}

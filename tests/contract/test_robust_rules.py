@@ -1,4 +1,4 @@
-"""Robust rules in whole runs: on every engine and after a resume, against hostile clients, and what they do not go together with."""
+"""Robust rules in whole runs: on every engine, after a resume, against malicious clients, and the settings that they exclude."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ ROUNDS = {"clients": 6, "aggregate": "geometric"}
 
 @pytest.mark.parametrize("method", MEANS)
 def test_equal_uplinks_combine_to_what_the_method_aggregates(experiment, method):
-    """If all clients send the same, any rule gives the same server as the mean."""
+    """If all clients send the same uplink, every rule gives the same server as the mean."""
     run = experiment(method, **brief(method), rounds=1, aggregate="geometric", **{"data.rows": 80})
     aggregated, aggregate = [], run.hooks.aggregate
 
@@ -71,7 +71,7 @@ def test_a_resumed_run_gives_the_same_numbers(experiment):
 
 
 class Hostile(Wrapper):
-    """An engine with two hostile clients that send the opposite of their weights."""
+    """An engine with two malicious clients that send the negative of their weights."""
 
     def train(self, number, cohort, down):
         replies = self.inner.train(number, cohort, down)

@@ -25,7 +25,7 @@ N, T, V = 120, 6, 11
 
 
 def dataset(task: str) -> Dataset:
-    """Return a small data set; clients have different numbers of examples."""
+    """Return a small data set whose clients have different numbers of examples."""
     rng = np.random.default_rng(0)
     owners = np.repeat([0, 1, 2], [50, 40, 30])
     if task == "language":
@@ -60,7 +60,7 @@ class NextToken(nn.Module):
 
 
 class MeanOfWords(nn.Module):
-    """A classifier of two inputs."""
+    """A classifier with two inputs."""
 
     def __init__(self, vocabulary, n_outputs):
         super().__init__()
@@ -85,7 +85,7 @@ ENGINES = ("sequential", "vectorised", "processes", "bytes+sequential", "debug+s
 
 @pytest.fixture
 def make(tmp_path):
-    """Return a function that makes an experiment with a task."""
+    """Return a function that creates an experiment with a task."""
     made = []
 
     def make_one(task: str, engine: str = "sequential", method: Any = "fedper", **settings: Any) -> Experiment:
@@ -194,7 +194,7 @@ def test_a_model_without_a_head_trains_with_methods_that_need_none(tmp_path):
 
 @dataclass(frozen=True)
 class Watched(fedloom.FedAvg):
-    """FedAvg that checks what a batch holds."""
+    """FedAvg that checks the content of batches."""
 
     def loss(self, nets, batch, down, memory):
         assert batch.x["ids"].dtype == batch.x["mask"].dtype == torch.int64

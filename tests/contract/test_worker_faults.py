@@ -24,7 +24,7 @@ WORKERS = {"engine": "processes", "engine.workers": 2}
 
 @dataclass(frozen=True)
 class Faulty(Scaffold):
-    """Fails in round 1 (the second), when client 2 has trained."""
+    """SCAFFOLD that fails in round 1 (the second round), when client 2 has trained."""
 
     how: str = ""
 
@@ -44,7 +44,7 @@ def out_of_memory():
 
 
 def hang_when_sent():
-    """Hang after the client's state is stored, and before its reply is sent."""
+    """Hang after the client's state is stored and before its reply is sent."""
     process_worker.Slabs.put = lambda *_: sleep()  # in this worker process alone
 
 
@@ -72,7 +72,7 @@ def client_2(experiment, monkeypatch):
     [("hang", None, 3), ("hang when sent", None, 3), pytest.param("hang", 2, 20, marks=pytest.mark.slow)],
 )
 def test_a_client_that_hangs_is_lost_and_the_others_are_not(experiment, caplog, how, lanes, deadline_s):
-    """Its worker is replaced, and it keeps the state from before the round, as if its device had been lost."""
+    """The client's worker is replaced, and the client keeps its state from before the round, as if its device had been lost."""
     settings = {**SETTINGS, **WORKERS, "engine.deadline_s": deadline_s, "engine.lanes": lanes}
     left = left_by(experiment(Faulty(how=how), **settings))
     (said,) = caplog.messages
@@ -168,7 +168,7 @@ def runs(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)])
 def test_workers_end_with_their_experiment(tmp_path, sign, code):
-    """Even in the middle of a long local update."""
+    """Workers end even in the middle of a long local update."""
     words = ["model=mlp", "clients=2", "rounds=3", "method.local_epochs=100000", "engine=processes", "engine.workers=2"]
     command = [sys.executable, "-m", "fedloom.cli", "run", *words, f"out={tmp_path / 'run'}", "--quiet"]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

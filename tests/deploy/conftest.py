@@ -35,7 +35,7 @@ class Running:
         self.n = 0
 
     def run(self, on_round: OnRound | None = None, path: Path | None = None, **settings: Any) -> Ran:
-        """Run one experiment; with `path`, resume that run."""
+        """Run one experiment. With `path`, resume that run."""
         said: list[str] = []
         link = GridLink(self.federation.deployment, said.append)
         self.n += 1
@@ -65,7 +65,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def simulated(tmp_path: Path) -> Callable[..., Experiment]:
-    """Run the same experiment on the sequential engine, with one thread."""
+    """Return a function that runs the same experiment on the sequential engine with one thread."""
 
     def run(**settings: Any) -> Experiment:
         chosen = values(**settings) | {"engine": {"name": "sequential", "threads": 1}, "out": str(tmp_path / "here")}

@@ -20,11 +20,11 @@ class Faulty(Method):
     accepts_late: ClassVar[bool] = True
 
     def predictors(self):
-        """The personal predictor alone."""
+        """Return only the personal predictor."""
         return {"personal": super().predictors()["personal"]}
 
     def uplink(self, client, received, down, turn):
-        """Return FedPer's uplink, changed by the round's fault."""
+        """Return FedPer's uplink, changed by the fault of the round."""
         message, memory = super().uplink(client, received, down, turn)
         match FAULTS.get(turn.number):
             case "raises":

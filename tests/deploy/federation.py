@@ -10,5 +10,5 @@ VALUES = changed(SMALL, **{"data.rows": 400, "clients": 6, "checkpoint_every": 1
 
 
 def values(**settings: Any) -> dict[str, Any]:
-    """Return `VALUES` with settings merged over them."""
+    """Return `VALUES`, overridden by the given settings."""
     return changed(VALUES, **settings)

@@ -1,4 +1,4 @@
-"""The kill matrix: which program fails, how, when, and the consequences. Recorded in docs/deployment.md."""
+"""The kill matrix: which program fails, how and when, and the consequences. docs/deployment.md records the results."""
 
 import json
 import os
@@ -29,7 +29,7 @@ DEADLINE_S = 45.0
 
 @pytest.fixture
 def federation(tmp_path):
-    """Create three nodes with two clients each; a round has a short deadline."""
+    """Create three nodes with two clients each. A round has a short deadline."""
     chosen = values(method=f"{METHOD}:Faulty")
     with local_federation(chosen, 3, tmp_path / "federation") as found:
         file = found.deployment.file.model_copy(update={"deadline_s": DEADLINE_S})
@@ -38,7 +38,7 @@ def federation(tmp_path):
 
 
 def run(federation, folder, rounds, on_round=None, path=None, **settings):
-    """Run one experiment; return it and its messages."""
+    """Run one experiment. Return it and its messages."""
     said = []
     link = GridLink(federation.deployment, said.append)
     try:
@@ -60,13 +60,13 @@ def run(federation, folder, rounds, on_round=None, path=None, **settings):
 
 
 def sequential(folder, rounds):
-    """Return the same run on the sequential engine, not yet run."""
+    """Return the same run on the sequential engine, before it is run."""
     chosen = values(method=f"{METHOD}:Faulty", rounds=rounds) | {"out": str(folder), "engine": {"name": "sequential"}}
     return Experiment(make_settings(chosen))
 
 
 def expected(folder, rounds, lost, rejected=None):
-    """Run the sequential engine with some clients' local updates undone; those of rejected clients are kept, but do not count."""
+    """Run the sequential engine with some clients' local updates undone. Updates of rejected clients are kept but do not count."""
     experiment = losing(sequential(folder, rounds), lost, rejected)
     experiment.run()
     return experiment
@@ -115,7 +115,10 @@ def test_clients_that_raise_die_hang_or_answer_wrongly_lose_their_round_alone(fe
 
 
 def test_a_late_node_is_aggregated_in_a_later_round(federation, tmp_path):
-    """Node 2 takes a minute for its local updates in round 2; 45 s rounds go on without it, and do not ask it again before it answers."""
+    """Node 2 takes a minute for its local updates in round 2.
+
+    Rounds of 45 s go on without it and do not ask it again before it answers.
+    """
     code = federation.deployment.path / "node-2/code/faulty.py"
     code.write_text(code.read_text().replace("FAULTS: dict[int, str] = {}", "FAULTS: dict[int, str] = {1: 'dawdles'}"))
     settings = {"devices.stragglers": "late", "eval_every": 16}
@@ -139,7 +142,10 @@ def kill_group(process):
 
 @pytest.mark.parametrize("what", ["node", "supernode"])
 def test_a_killed_node_loses_its_rounds_and_comes_back_with_its_state(federation, tmp_path, what):
-    """The node is killed in the middle of a round and restarted at once; the SuperLink accepts it when its old connection has expired."""
+    """The node is killed in the middle of a round and restarted immediately.
+
+    The SuperLink accepts the node when its old connection has expired.
+    """
 
     def kill():
         if what == "node":
@@ -196,7 +202,7 @@ def test_a_killed_superlink_is_waited_for_and_the_run_ends_as_if_nothing_had_bee
 
 
 def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation, tmp_path):
-    """Kill the proxy in round 2, the SuperLink in round 4, a worker in round 6; every node that lost its round returns."""
+    """Kill the proxy in round 2, the SuperLink in round 4 and a worker in round 6. Every node that lost its round returns."""
     own, node = federation.deployment.server, federation.deployment.path / "node-1"
     worker = f"deploy\0node\0{node}".encode()  # agent and worker have the same command: the worker is the agent's child
 
@@ -226,7 +232,7 @@ def test_programs_that_are_killed_in_the_middle_of_a_round_come_back(federation,
 
 @pytest.mark.parametrize("end", [kill_group, end_group], ids=["killed", "stopped"])
 def test_a_server_that_is_away_for_long_is_waited_for(federation, tmp_path, end):
-    """End SuperLink and proxy together, and restart them after half a minute: the Flower run is lost, but ours continues.
+    """End the SuperLink and the proxy together, and restart them after half a minute. The Flower run is lost, but fedloom's run continues.
 
     A server that is stopped deletes its database, so all nodes have to register again.
     """

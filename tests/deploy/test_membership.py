@@ -1,4 +1,4 @@
-"""The commands of docs/deployment.md, "Joining by request", as a new user runs them: join, admit, a node killed, a node revoked."""
+"""The commands of docs/deployment.md, "Joining by request", as a new user runs them: join, admit, kill a node, revoke a node."""
 
 import json
 import os
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.deploy
 
 
 class Machine:
-    """A folder in which commands are run, and the programs that were started there."""
+    """A folder in which commands are run, and the programs that were started in it."""
 
     def __init__(self, folder):
         self.folder, self.programs = folder, {}

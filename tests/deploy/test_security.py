@@ -21,7 +21,7 @@ pytestmark = pytest.mark.deploy
 
 @pytest.fixture
 def stranger(running, tmp_path):
-    """Copy a node's folder, with another port."""
+    """Copy a node's folder, and change the port."""
     shutil.copytree(running.federation.deployment.path / "node-0", tmp_path / "node")
     return tmp_path / "node"
 

@@ -1,4 +1,4 @@
-"""CCVR: FedAvg until the end, then a head for features of all classes, from statistics that are those of the pooled features."""
+"""CCVR: FedAvg until the end, and then a head for features of all classes, from statistics that equal those of the pooled features."""
 
 import torch
 
@@ -28,7 +28,7 @@ def sent(method, z, y, modules, weights):
 
 
 def clients():
-    """Two clients: the first lacks class 2, the second has one example of class 1."""
+    """Return two clients. The first lacks class 2, and the second has one example of class 1."""
     sizes = [(5, 4, 0), (3, 1, 6)]
     labels = [torch.cat([torch.full((n,), y) for y, n in enumerate(mine)]) for mine in sizes]
     return [
@@ -64,7 +64,7 @@ def test_virtual_features_have_the_classes_moments_and_proportions():
 
 
 def test_the_calibration_separates_classes_that_no_client_has_seen_together():
-    """Each client has one class, whose features are at its own corner; the head starts wrong for all of them."""
+    """Each client has one class, whose features are at its own corner. The initial head is wrong for all of them."""
     method, modules = CCVR(calibration_lr=0.5), {"model": Body()}
     weights = read_weights(modules)
     corners = torch.tensor([[4.0, 0.0], [0.0, 4.0], [-4.0, -4.0]])

@@ -15,7 +15,7 @@ SETTINGS = {"data": {"name": "digits", "rows": 200}, "clients": 3, "model": {"na
 
 
 def steps(run):
-    """The number of optimiser steps of each client in each round."""
+    """Return the number of optimiser steps of each client in each round."""
     rounds = spied(run)
     run.run()
     return [[sum(reply.steps.values()) for reply in one.replies] for one in rounds]

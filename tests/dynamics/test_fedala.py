@@ -1,4 +1,4 @@
-"""FedALA: the mixing weights on known answers, and the methods that it is at their ends."""
+"""FedALA: the mixing weights on known answers, and the methods that it equals at the limits of these weights."""
 
 import pytest
 import torch
@@ -16,7 +16,10 @@ class Squared:
 
 @pytest.mark.parametrize(("target", "expected"), [(0.75, 0.75), (-3.0, 0.0), (5.0, 1.0)])
 def test_the_mixing_weight_goes_where_the_loss_is_smaller_and_stays_in_0_1(target, expected):
-    """Own 0, received 1: the loss (W - t)^2 / 2 has gradient W - t, so one step with eta = 1 from W = 1/2 ends at t, clamped."""
+    """With own head 0 and received head 1, the loss (W - t)^2 / 2 has gradient W - t.
+
+    One step with eta = 1 from 1/2 ends at t, clamped.
+    """
     method, one = FedALA(eta=1.0), torch.ones(1, 1)
     weights = {"model.head.weight": 0 * one, "mixer.weight": 0.5 * one.clone().requires_grad_()}
     down = {"weights": {"params": {"model.head.weight": one}, "buffers": {}}}

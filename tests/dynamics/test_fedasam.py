@@ -1,4 +1,4 @@
-"""FedASAM: its steps equal those of the released minimiser, which is written out here."""
+"""FedASAM: its steps equal those of the released minimiser, which is reimplemented here."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def _wide(float64):
 
 
 def climb_and_step(model: nn.Module, x: Any, y: Any, lr: float, rho: float, eta: float) -> None:
-    """Take one step as in the released ASAM: climb, take the gradient there, return, step."""
+    """Take one step as in the released ASAM: climb, compute the gradient there, return, and step."""
     nn.functional.cross_entropy(model(x), y).backward()
     named = list(model.named_parameters())
     scale = {name: p.detach().abs() + eta if "weight" in name else torch.ones_like(p) for name, p in named}

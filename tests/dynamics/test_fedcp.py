@@ -20,7 +20,7 @@ def test_the_policy_divides_every_feature_of_every_example():
 
 
 def test_the_discrepancy_is_0_for_equal_features_and_known_for_one_pair():
-    """For one example each, at squared distance d: 2 (4 - sum_t exp(-d / 2t))."""
+    """For one example each, at squared distance d, the discrepancy is 2 (4 - sum_t exp(-d / 2t))."""
     z = Stream(0).normal((4, 3))
     assert float(discrepancy(z, z)) == pytest.approx(0, abs=1e-6)
     far = discrepancy(torch.zeros(1, 3), torch.tensor([[3.0, 0, 0]]))
@@ -30,7 +30,7 @@ def test_the_discrepancy_is_0_for_equal_features_and_known_for_one_pair():
 
 
 def test_with_equal_heads_the_policy_cannot_change_logits_beyond_the_biases(experiment):
-    """r + s = 1, so h = g gives W z + 2 b, whatever the policy."""
+    """r + s = 1, so h = g gives W z + 2 b for every policy."""
     run = experiment("fedcp", clients=2, rounds=1, **{"data.rows": 60})
     method, nets = (
         run.method,

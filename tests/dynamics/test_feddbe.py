@@ -25,7 +25,7 @@ def test_the_running_mean_and_the_gradient_of_the_regulariser():
 
 
 def test_the_first_round_only_finds_the_mean_of_all_clients(experiment):
-    """All clients take part whatever the cohort's size, and the model does not change. The mean is that of the last batches."""
+    """All clients take part for every size of the cohort, and the model does not change. The mean is that of the last batches."""
     run = experiment("feddbe", clients=4, cohort=2, rounds=2, batch_size=1000, **{"data.rows": 120})
     before = tree.clone(run.server)
     with arithmetic(run.settings):

@@ -1,4 +1,4 @@
-"""FedGen: when it is FedAvg, and what its generator learns from the heads."""
+"""FedGen: when it equals FedAvg, and what its generator learns from the heads."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_the_first_round_and_zero_weights_are_fedavg(experiment):
 
 
 def test_the_generators_features_are_recognised_by_the_heads_that_hold_the_class_only():
-    """Two clients whose heads disagree: the one that holds class 0 decides its features; class 2 is held by none."""
+    """The heads of two clients disagree. The client that holds class 0 determines its features; no client holds class 2."""
     method = FedGen(server_steps=150, generator_lr=0.02, noise_size=3, hidden_size=16, n_synthetic=24)
     modules = fresh_modules(lambda: {"model": Model(), "generator": FeatureGenerator(3, Y, 16, D)}, Stream(0))
     weights = read_weights(modules)
@@ -61,7 +61,7 @@ def test_the_generators_features_are_recognised_by_the_heads_that_hold_the_class
 
 
 def test_the_diversity_term_is_1_for_equal_features_and_alive_for_normal_noise():
-    """Mean squared distance of the noise times mean absolute distance of the features, over all pairs."""
+    """The term uses the mean squared distance of the noise times the mean absolute distance of the features, over all pairs."""
     method, noise = FedGen(), torch.tensor([[0.0, 2.0], [2.0, 0.0]])
     assert float(method.sameness(noise, torch.zeros(2, 5))) == 1
     z = torch.tensor([[0.0, 1.0], [3.0, 1.0]])

@@ -20,7 +20,7 @@ def weights():
 
 
 def models(weights):
-    """Return models; all of model i's numbers are i."""
+    """Return models. All numbers of model i are i."""
     return [tree.map_tree(lambda leaf, i=i: torch.full_like(leaf, i), weights) for i in range(N_SLOTS)]
 
 
@@ -34,7 +34,7 @@ def recombined(method, weights, number=0, members=range(N_SLOTS)):
 
 
 def origins(slots):
-    """Return, for every tensor, the model that each slot's copy came from."""
+    """Return, for every tensor, the model from which each slot's copy came."""
     found = {}
     for path, leaf in tree.flatten(slots):
         flat = leaf.reshape(N_SLOTS, -1)
@@ -174,7 +174,7 @@ def test_a_secure_round_deploys_the_same_model(experiment):
 @pytest.mark.parametrize("devices", [{}, {"devices.dropout": 0.3}])
 @pytest.mark.parametrize("sick", [None, 1])
 def test_in_a_secure_round_the_server_receives_what_clients_exchanged(experiment, monkeypatch, devices, sick):
-    """Each unit comes from an accepted uplink, in another client's model; none comes from a lost or rejected client."""
+    """Each unit comes from an accepted uplink, in another client's model. No unit comes from a lost or rejected client."""
     settings = {"clients": 6, "rounds": 1, "method.lr": 0.1, **devices}
     run = experiment("fedmr", **settings, **{"method.secure": True})
     replies, received, train = [], [], run.engine.train

@@ -21,7 +21,7 @@ ROUND = Round(1, 2, (Arrival(0, 0, 0.25), Arrival(1, 1, 0.75)), Stream(0))
 
 
 def after(method, changes):
-    """Return x after rounds in which the mean change has the given values, from x = 0; the second client moves by more."""
+    """Return x after rounds in which the mean change has the given values, from x = 0. The second client moves by more."""
     server = method.init_server(uplink(0.0, 0.0)["weights"], None, ROUND)
     for change in changes:
         d = torch.tensor(change).double()
@@ -33,7 +33,7 @@ def after(method, changes):
 
 
 def test_fedavgm_is_heavy_ball_momentum_without_damping():
-    """A constant change D gives x = server_lr D sum_s (1 - beta^s) / (1 - beta); without momentum it is FedAvg."""
+    """A constant change D gives x = server_lr D sum_s (1 - beta^s) / (1 - beta). Without momentum, the method is FedAvg."""
     d, beta = torch.tensor([1.0, -2.0]).double(), 0.5
     x, _ = after(FedAvgM(beta=beta, server_lr=0.1), [d.tolist()] * 4)
     torch.testing.assert_close(x, 0.1 * d * sum((1 - beta**s) / (1 - beta) for s in range(1, 5)))
@@ -42,7 +42,7 @@ def test_fedavgm_is_heavy_ball_momentum_without_damping():
 
 @pytest.mark.parametrize(("initial", "start"), [("tau2", 1e-4), ("zero", 0.0)])
 def test_fedadam_by_hand(initial, start):
-    """Two rounds without bias correction."""
+    """Compute two rounds without bias correction by hand."""
     method = FedAdam(server_lr=0.3, beta1=0.5, beta2=0.9, tau=0.01, initial=initial)
     x, m, v = torch.zeros(2).double(), torch.zeros(2).double(), torch.full((2,), start).double()
     changes = [[1.0, -0.2], [0.5, 0.0]]
@@ -63,7 +63,7 @@ def test_fedyogi_keeps_the_mean_square_of_a_coordinate_that_does_not_move_and_fe
 
 
 def test_fedadagrad_adds_up_squares():
-    """A constant change: v_t = tau^2 + t D^2, step t = eta D / (sqrt(v_t) + tau)."""
+    """With a constant change, v_t = tau^2 + t D^2, and step t is eta D / (sqrt(v_t) + tau)."""
     x, server = after(FedAdagrad(server_lr=0.2, tau=0.1), [[2.0, 0.0]] * 3)
     steps = [0.2 * 2.0 / ((0.01 + t * 4.0) ** 0.5 + 0.1) for t in (1, 2, 3)]
     torch.testing.assert_close(x, torch.tensor([sum(steps), 0.0]).double())
@@ -73,7 +73,7 @@ def test_fedadagrad_adds_up_squares():
 
 
 def test_server_optimisers_are_servers_for_other_clients(experiment):
-    """`fedadam+fedprox`: FedProx's loss with FedAdam's server."""
+    """`fedadam+fedprox` combines FedProx's loss with FedAdam's server."""
     mixed = compose(server=FedAdam(server_lr=0.05), client=FedProx(mu=0.3))
     run = experiment(mixed, clients=2, rounds=1, **{"data.rows": 60})
     run.run()

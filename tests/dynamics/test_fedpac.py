@@ -8,7 +8,10 @@ from fedloom.methods.fedpac import least_on_simplex
 
 
 def test_the_quadratic_program_has_known_answers():
-    """Two clients at distance d: a = (V2 + d^2) / (V1 + V2 + d^2) for the first; equal clients: in proportion to 1 / V; V = 0: all."""
+    """For two clients at distance d, a = (V2 + d^2) / (V1 + V2 + d^2) for the first.
+
+    For equal clients, the weights are proportional to 1 / V. A client with V = 0 has the whole weight.
+    """
     v, d2 = torch.tensor([0.3, 0.1]).double(), 0.5
     first = v.diag() + torch.tensor([[0.0, 0.0], [0.0, d2]]).double()
     torch.testing.assert_close(
@@ -23,7 +26,7 @@ def test_the_quadratic_program_has_known_answers():
 
 @pytest.mark.parametrize("m", [2, 5, 12])
 def test_the_solution_satisfies_the_conditions_of_optimality(m):
-    """On the support, all slopes equal the value; elsewhere they are larger."""
+    """On the support, all slopes equal the value; elsewhere, they are larger."""
     for seed in range(5):
         a = Stream(seed, m).normal((m, 3)).double()
         matrix = a @ a.T + (0.01 + Stream(seed, m, 1).uniform((m,)).double()).diag() * 0.1

@@ -16,7 +16,7 @@ def _wide(float64):
 
 
 def features(run, i):
-    """Return the features of a client's training examples, by its own body after its last local update, and their labels."""
+    """Return the features of a client's training examples from its own body after its last local update, and their labels."""
     nets = Nets(run.problem.modules(run.problem.arch_of[i]), **run.engine.client(i).weights)
     x, y = run.data.train(i)
     return nets.body(x).numpy(), y.numpy()
@@ -125,7 +125,7 @@ def test_the_log_is_the_mean_cosine_class_by_class():
 
 
 def test_three_rules_of_prediction(experiment):
-    """The nearest prototype of all classes, of the client's own classes, or the head."""
+    """The rules are the nearest prototype of all classes, that of the client's own classes, and the head."""
     run = experiment("fedproto", clients=3, rounds=2, **{"partition.alpha": 0.1, "data.rows": 120})
     run.run()
     x, own = run.data.test(0)[0].double(), run.data.train(0)[1].bincount(minlength=10) > 0

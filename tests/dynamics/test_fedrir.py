@@ -49,7 +49,7 @@ TASK = Task(
 
 
 def made(method, model="fedrir_cnn"):
-    """Return modules, and a client after its first sweep."""
+    """Return the modules, and a client after its first sweep."""
     choice = arch(model, TASK.input_shape, TASK.n_classes, 16)
     modules = fresh_modules(lambda: method.nets(choice, TASK), Stream(0))
     weights = read_weights(modules)
@@ -61,7 +61,7 @@ def rows():
 
 
 def worked(method, phases):
-    """Return the names of the nets whose parameters, and whose buffers, some phases change."""
+    """Return the names of the nets whose parameters some phases change, and of those whose buffers they change."""
     modules, client = made(method)
     context = ClientContext(rows=rows(), plan=Plan(10), task=TASK, rng=Stream(2))
     after, _, logs = run_phases(phases, Gradients(modules), client, {}, context, turn=Turn(0, 4, 20))
@@ -181,7 +181,7 @@ def test_nothing_but_gfe_travels(experiment, buffers):
 
 @dataclass(frozen=True)
 class Perfed(FedAvg):
-    """The body is sent; the head, Adam's moments and the running statistics are kept."""
+    """FedAvg in which the body is sent, and the head, Adam's moments and the running statistics are kept."""
 
     optimizer: Any = "adam"
     lr: float = 5e-4

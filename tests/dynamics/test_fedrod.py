@@ -1,4 +1,4 @@
-"""FedRoD: the balanced loss, and which head learns from what."""
+"""FedRoD: the balanced loss, and the part of the loss from which each head learns."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_with_balanced_classes_the_generic_part_is_the_cross_entropy():
 
 
 def test_a_client_with_one_class_does_not_train_the_model_but_its_own_head():
-    """Its balanced loss is 0, because no other class is pushed down; the personal loss has no gradient in the model."""
+    """The client's balanced loss is 0, because no other class is pushed down. The personal loss has no gradient in the model."""
     method, nets, batch, memory = setting([6.0, 0.0, 0.0])
     loss, logs = method.loss(nets, batch, {}, memory)
     assert float(logs["balanced"].detach()) == pytest.approx(0, abs=1e-7)

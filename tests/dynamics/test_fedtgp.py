@@ -15,14 +15,14 @@ Y, P = 4, 3
 
 
 def test_the_margin_is_the_largest_gap_of_the_rounds_classes_with_a_limit():
-    """Three classes on a line at 0, 1 and 5: their gaps are 1, 1 and 4."""
+    """Three classes on a line at 0, 1 and 5 have the gaps 1, 1 and 4."""
     line = torch.tensor([[0.0, 0, 0], [1, 0, 0], [5, 0, 0]])
     assert float(FedTGP().gap(line)) == 4
     assert float(FedTGP(margin=7.0).gap(line[:1])) == 7
 
 
 def test_the_contrast_of_two_classes():
-    """log(1 + exp(d_own + margin - d_other))."""
+    """The contrast is log(1 + exp(d_own + margin - d_other))."""
     prototypes, z = torch.tensor([[0.0, 0], [3.0, 0]]), torch.tensor([[1.0, 0]])
     value = FedTGP().contrast(prototypes, z, torch.tensor([0]), torch.tensor(0.5))
     assert float(value) == pytest.approx(math.log(1 + math.exp(1 + 0.5 - 2)), rel=1e-5)
@@ -34,7 +34,7 @@ def round_of(modules, n):
 
 
 def test_training_separates_the_prototypes_by_the_margin_and_unseen_classes_stay_hidden():
-    """Two clients with overlapping classes 0, 1 and 2; the server's contrast falls, and class 3 has no prototype."""
+    """Two clients have the overlapping classes 0, 1 and 2. The server's contrast decreases, and class 3 has no prototype."""
     method = FedTGP(server_epochs=60, server_lr=0.05)
     modules = fresh_modules(lambda: {"maker": PrototypeNet(Y, P)}, Stream(0))
     server = {"prototypes": torch.zeros(Y, P), "counts": torch.zeros(Y), "maker": read_weights(modules)["params"]}
@@ -52,7 +52,7 @@ def test_training_separates_the_prototypes_by_the_margin_and_unseen_classes_stay
 
 
 def test_the_margin_ignores_classes_that_are_absent_from_the_round():
-    """The stored prototype of an absent class is far away, but does not widen the margin."""
+    """The stored prototype of an absent class is far away, but it does not increase the margin."""
     seen = []
 
     class Watched(FedTGP):

@@ -218,7 +218,7 @@ def test_latents_have_the_means_and_covariances_of_known_classes_alone(form):
 
 
 def parts_of(before, after):
-    """Return the names of nets whose parameters, and whose buffers, differ."""
+    """Return the names of the nets whose parameters differ, and of those whose buffers differ."""
     return [
         {name.partition(".")[0] for name, t in part.items() if not torch.equal(t, before["weights"][kind][name])}
         for kind, part in after["weights"].items()
@@ -419,7 +419,7 @@ def test_phases_follow_their_steps_and_learning_rates():
 
 
 def first_step(phase):
-    """Return the size of the phase optimiser's first step for gradient 1."""
+    """Return the size of the first step of the phase's optimiser for gradient 1."""
     params = {"p": torch.zeros(1)}
     phase.optimizer.step({"p": torch.ones(1)}, phase.optimizer.init(params), params, 1.0)
     return -params["p"].item()

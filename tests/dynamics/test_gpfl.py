@@ -54,7 +54,7 @@ def test_the_personal_context_is_the_clients_mixture_of_received_embeddings():
 
 
 def test_guidance_moves_the_embedding_of_a_class_towards_its_generic_features():
-    """One step on the guidance alone raises the cosine with the own class's embedding; with one class it is 0."""
+    """One step on the guidance alone increases the cosine with the embedding of the own class. With one class, the guidance is 0."""
     method, modules, weights, memory, batch = setting(magnitude=0.0, embedding_decay=0.0)
     params = {n: p.clone().requires_grad_(n == "classes.weight") for n, p in weights["params"].items()}
     nets = Nets(modules, params, weights["buffers"])

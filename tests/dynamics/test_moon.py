@@ -1,4 +1,4 @@
-"""MOON: its contrast on known answers, and when it is FedAvg."""
+"""MOON: its contrastive term on known answers, and when it equals FedAvg."""
 
 import math
 
@@ -9,7 +9,10 @@ from fedloom import Moon, tree
 
 
 def test_the_contrast_has_known_values():
-    """cos = (1, -1) with T = 1/2: ln(1 + e^-4). Equal references: ln 2 without a gradient. Features of 0: ln 2 and a finite gradient."""
+    """cos = (1, -1) with T = 1/2 gives ln(1 + e^-4).
+
+    Equal references give ln 2 without a gradient. Features of 0 give ln 2 and a finite gradient.
+    """
     method, z = Moon(), torch.tensor([[3.0, 0.0]], requires_grad=True)
     value = method.contrast(z, torch.tensor([[2.0, 0.0]]), torch.tensor([[-1.0, 0.0]]))
     assert float(value.detach()) == pytest.approx(math.log(1 + math.exp(-4)), rel=1e-5)
@@ -26,7 +29,7 @@ def test_the_contrast_has_known_values():
 
 
 def test_the_first_update_is_fedavgs_and_later_ones_are_not(experiment):
-    """A client that has no previous model has no contrast; with mu = 0 there is none in any round."""
+    """A client without a previous model has no contrastive term. With mu = 0, there is none in any round."""
     settings = {"rounds": 2, "clients": 3, "eval.fitted": True}
     runs = {name: experiment(name.partition(" ")[0], **settings, **({"method.mu": mu} if mu is not None else {}))
             for name, mu in (("fedavg", None), ("moon", 5.0), ("moon off", 0.0))}  # fmt: skip

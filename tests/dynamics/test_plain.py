@@ -1,4 +1,4 @@
-"""Methods that must equal a plain torch loop, which is written out here."""
+"""Methods that must equal a plain torch loop, which is implemented here."""
 
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -22,7 +22,7 @@ BATCHES: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
 
 def note(batch, task, rng):
-    """Record the batches in their order, as a draw; `rng.key` holds the round and the client."""
+    """Record the batches in their order, as a draw. `rng.key` contains the round and the client."""
     number, client = [part for part in rng.key if isinstance(part, int)][1:3]
     BATCHES.append((number, client, batch.x.clone(), batch.y.clone()))
     return {}

@@ -1,6 +1,6 @@
 """Two clients with quadratic losses, whose fixed points are known in closed form.
 
-Client i minimises 1/2 sum_d a_id (w_d - b_id)^2 by E steps of size eta: w -> b_i + (1 - eta a_i)^E (w - b_i).
+Client i minimises 1/2 sum_d a_id (w_d - b_id)^2 with E steps of size eta: w -> b_i + (1 - eta a_i)^E (w - b_i).
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Vector(nn.Module):
 
 
 class Quadratic:
-    """The nets and the loss; all examples of a client hold (a_i, b_i)."""
+    """The nets and the loss. All examples of a client contain (a_i, b_i)."""
 
     def nets(self, arch, task):
         return {"model": Vector()}
@@ -59,7 +59,7 @@ class QuadraticFedMR(Quadratic, FedMR):
 
 @dataclass(frozen=True)
 class QuadraticFedProx(Quadratic, FedProx):
-    """FedProx on quadratics: its own proximal term, with the error from here."""
+    """FedProx on quadratics, with its own proximal term and the error from `Quadratic`."""
 
     def loss(self, nets, batch, down, memory):
         proximal = super().loss(_Zero(nets), batch, down, memory)
@@ -68,7 +68,7 @@ class QuadraticFedProx(Quadratic, FedProx):
 
 @dataclass(frozen=True)
 class QuadraticScaffold(Quadratic, Scaffold):
-    """SCAFFOLD on quadratics: its own correction, with the error from here."""
+    """SCAFFOLD on quadratics, with its own correction and the error from `Quadratic`."""
 
     def loss(self, nets, batch, down, memory):
         return self.error(nets, batch) + super().loss(_Zero(nets), batch, down, memory)
@@ -95,7 +95,7 @@ class WrongSign(QuadraticScaffold):
 
 @dataclass(frozen=True)
 class WrongMemory(QuadraticScaffold):
-    """SCAFFOLD that keeps its negated control variate."""
+    """SCAFFOLD that stores its negated control variate."""
 
     def uplink(self, client, received, down, turn):
         message, memory = super().uplink(client, received, down, turn)
@@ -104,7 +104,7 @@ class WrongMemory(QuadraticScaffold):
 
 @pytest.fixture
 def settle(experiment):
-    """Return a function that runs a method on the two clients and returns the server's vector and the experiment."""
+    """Return a function that runs a method on the two clients, and returns the server's vector and the experiment."""
     y = np.zeros(2 * ROWS, int)
     y[::2] = 1
     x = np.repeat(np.concatenate([A, B], 1), ROWS, 0)

@@ -1,4 +1,4 @@
-"""FedExP and FedMut: what the server does with the clients' changes, on known answers."""
+"""FedExP and FedMut: the server's use of the clients' changes, on known answers."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def params(state):
 
 
 def test_fedexp_is_fedavg_if_changes_are_equal_and_half_the_cohorts_size_if_they_are_orthogonal():
-    """For m orthogonal changes of equal length and epsilon = 0, eta = m / 2; the mean is weighted by shares."""
+    """For m orthogonal changes of equal length and epsilon = 0, eta = m / 2. The mean is weighted by shares."""
     method = FedExP(epsilon=0)
     server = start(method, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     equal = method.aggregate(server, [uplink(2.0, 1.0, 0, 0, 0, 0)] * 3, round_of([0.2, 0.3, 0.5]))
@@ -39,7 +39,7 @@ def test_fedexp_is_fedavg_if_changes_are_equal_and_half_the_cohorts_size_if_they
 
 
 def test_fedexp_predicts_with_the_mean_of_the_last_two_models_and_never_extrapolates_statistics(experiment):
-    """The scored model is not the one that is sent; with BatchNorm, running variances stay positive."""
+    """The scored model differs from the model that is sent. With BatchNorm, running variances stay positive."""
     method = FedExP(epsilon=0)
     server = start(method, 0.0, 0.0)
     first = method.aggregate(server, [uplink(1.0, 0.0), uplink(0.0, 1.0)], round_of([0.5, 0.5], 0))
@@ -60,7 +60,7 @@ def layers(k):
 
 @pytest.mark.parametrize(("members", "forward"), [(4, 0.0), (5, 0.0), (4, 0.5)])
 def test_fedmuts_mutants_are_balanced_around_the_global_model_layer_by_layer(members, forward):
-    """Every layer moves as a whole by +-alpha g (negative: less by the lean); an odd last member gets w; another round differs."""
+    """Every layer moves as a whole by +-alpha g; negative moves are smaller by the lean. An odd last member gets w. Rounds differ."""
     method = FedMut(alpha=2.0, forward=forward, forward_rounds=10)
     server = {"weights": layers(0.0), "change": layers(1.0)["params"]}
 

@@ -1,4 +1,4 @@
-"""FedPer, FedRep, FedBN and FedBABU: which weights travel, which stay, and which are trained when."""
+"""FedPer, FedRep, FedBN and FedBABU: the weights that are sent, those that stay, and those that each phase trains."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ TASK = Task(
 
 
 def messages(run):
-    """Run to the end and return the downlinks and uplinks."""
+    """Run the experiment to the end. Return the downlinks and uplinks."""
     rounds = spied(run)
     run.run()
     return {
@@ -165,7 +165,7 @@ def test_fedbabus_server_predicts_with_the_common_head(experiment):
 
 
 def test_fedrep_refits_heads_on_copies_before_predictions(experiment):
-    """The re-fitted head is better on the client's training examples, and the kept head does not change."""
+    """The re-fitted head is better on the client's training examples, and the stored head does not change."""
     plain, refit = (experiment("fedrep", rounds=1, clients=3, **{"method.head_epochs": 1, **extra, "data.rows": 90})
                     for extra in ({}, {"method.final_head_epochs": 20}))  # fmt: skip
     losses = []

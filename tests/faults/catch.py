@@ -1,11 +1,11 @@
-"""Apply the faults of `seeded.py` one at a time to a copy of the repository, and see which test catches each.
+"""Apply the faults of `seeded.py` one at a time to a copy of the repository, and report which test catches each fault.
 
     python tests/faults/catch.py caught.json                  # all that are not in caught.json yet
-    python tests/faults/catch.py caught.json "momentum"       # those whose names hold a word, again
+    python tests/faults/catch.py caught.json "momentum"       # those whose names contain a word, again
     python tests/faults/catch.py --nearest caught.json        # without the whole suite if the nearest tests pass
     python tests/faults/catch.py --table before.json after.json
 
-The nearest tests run first; the whole suite runs only if these pass. Ends with 1 if a fault was not caught.
+The nearest tests run first. The whole suite runs only if these pass. The exit code is 1 if a fault was not caught.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+?::[^\s]+)", re.MULTILINE)
 
 
 class Caught(NamedTuple):
-    """Which test caught a fault ("" for none), among which tests, and after how many seconds."""
+    """The test that caught a fault ("" for none), the tests among which it was found, and the time in seconds."""
 
     test: str
     among: str
@@ -39,7 +39,7 @@ class Caught(NamedTuple):
 
 
 def run(copy: Path, among: str, words: list[str]) -> str:
-    """The first test that fails in the copy; "" if all pass."""
+    """Return the first test that fails in the copy, or "" if all tests pass."""
     environment = os.environ | {
         "PYTHONPATH": str(copy / "src"),
         "PYTHONDONTWRITEBYTECODE": "1",  # two faults of one length within a second would share a .pyc
@@ -61,7 +61,7 @@ def run(copy: Path, among: str, words: list[str]) -> str:
 
 
 def catch(copy: Path, area: Area, fault: Fault, only_nearest: bool) -> Caught:
-    """Apply one fault to the copy, run tests until one fails, and take the fault back."""
+    """Apply one fault to the copy, run tests until one fails, and undo the fault."""
     (file,) = found(fault, sources(copy))
     text = file.read_text(encoding="utf-8")
     file.write_text(text.replace(fault.old, fault.new), encoding="utf-8")
@@ -78,12 +78,12 @@ def catch(copy: Path, area: Area, fault: Fault, only_nearest: bool) -> Caught:
 
 
 def every() -> Iterator[tuple[Area, Fault]]:
-    """All faults."""
+    """Yield all faults."""
     return ((area, fault) for area in AREAS for fault in area.faults)
 
 
 def table(files: list[Path]) -> str:
-    """The results of some runs side by side, as Markdown."""
+    """Return the results of some runs side by side, as Markdown."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     lines = ["| fault | " + " | ".join(f"{file.stem}: caught by | s" for file in files) + " |"]
     lines.append("|---" * (1 + 2 * len(files)) + "|")
@@ -97,7 +97,7 @@ def table(files: list[Path]) -> str:
 
 
 def main() -> int:
-    """Run what is asked for."""
+    """Run the requested command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--table", action="store_true", help="print the results that lie in FILES")
     parser.add_argument("--nearest", action="store_true", help="run the nearest tests alone")

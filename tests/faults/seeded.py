@@ -1,7 +1,7 @@
 """Faults that the tests must catch: small changes after which the code still runs, but its numbers are wrong.
 
-Each replaces one piece of text, which must occur exactly once in `src/`; no module is named, so modules may move. `catch.py` applies them
-one at a time to a copy and runs the tests.
+Each fault replaces one piece of text, which must occur exactly once in `src/`. Modules are not named, so they may be moved. `catch.py`
+applies the faults one at a time to a copy and runs the tests.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Fault(NamedTuple):
-    """One change; `only` narrows the nearest tests down to those that a pytest -k expression selects."""
+    """One change. `only` restricts the nearest tests to those that a pytest -k expression selects."""
 
     name: str
     old: str
@@ -600,10 +600,10 @@ AREAS = (
 
 
 def sources(root: Path = ROOT) -> dict[Path, str]:
-    """Every module's text."""
+    """Return the text of every module."""
     return {path: path.read_text(encoding="utf-8") for path in sorted((root / "src").rglob("*.py"))}
 
 
 def found(fault: Fault, texts: dict[Path, str]) -> list[Path]:
-    """The modules that hold the text that the fault replaces, once for each time."""
+    """Return the modules that contain the text that the fault replaces, once for each occurrence."""
     return [path for path, text in texts.items() for _ in range(text.count(fault.old))]

@@ -1,4 +1,4 @@
-"""The seeded faults still fit the code. (Whether tests catch them takes `catch.py` some minutes to find out.)"""
+"""The seeded faults still match the code. (`catch.py` takes some minutes to find out whether tests catch them.)"""
 
 from collections import Counter
 

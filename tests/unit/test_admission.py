@@ -32,7 +32,7 @@ def ward(tmp_path):
 
 
 def joined(ward, name="site-1", clients=(0,)):
-    """Let a node join; return its folder, its fingerprint and the answer."""
+    """Let a node join. Return its folder, its fingerprint and the answer."""
     asked = request_to_join(ward.parent / name, name)
     made = admit(ward, asked.file, clients, asked.fingerprint)
     finish(ward.parent / name, made.answer, made.authority)
@@ -241,7 +241,7 @@ def test_an_answer_that_was_changed_is_refused(ward, old, new, message):
 
 
 def test_an_answer_of_another_authority_is_refused(ward, tmp_path):
-    """Somebody who copied the request, which is not secret, cannot take the node over."""
+    """Somebody who has copied the request, which is not secret, cannot take over the node."""
     other = create_deployment(tmp_path / "other", {"clients": 1}, 0).path
     asked = request_to_join(ward.parent / "site-1", "site-1")
     true = admit(ward, asked.file, [0], asked.fingerprint).authority

@@ -1,4 +1,4 @@
-"""The Python interface: a user's modules, arrays and methods, and models to keep."""
+"""The Python interface: users' modules, arrays and methods, and models to keep."""
 
 import json
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Shrunken(fedloom.FedAvg):
-    """FedAvg with a pull to zero."""
+    """FedAvg with a pull towards zero."""
 
     pull: float = 0.1
 

@@ -1,4 +1,4 @@
-"""One uplink that stands for all: what methods only add up, and robust rules with known results and at their breakdown point."""
+"""One uplink that represents all: what methods only add up, and robust rules with known results and at their breakdown points."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ def a_round(shares):
 
 
 def class_statistics(form, weighted, seed, shared=False):
-    """A server and the uplinks of five clients, each with some of four classes, and features of three numbers."""
+    """Return a server and the uplinks of five clients, each with some of four classes and with features of three numbers."""
     method = FedVTC(covariance=form, prototype_mean="weighted" if weighted else "uniform", share_generator=shared)
     rng, uplinks = torch.Generator().manual_seed(seed), []
     for _ in range(5):
@@ -97,7 +97,7 @@ def test_a_variance_never_becomes_negative():
 
 @dataclass(frozen=True)
 class Silent(FedAvg):
-    """Overrides `aggregate` without a word about what it needs."""
+    """FedAvg that overrides `aggregate` without stating what it needs."""
 
     def aggregate(self, server, uplinks, round):
         return super().aggregate(server, uplinks[:1], round._replace(arrivals=round.arrivals[:1]))
@@ -105,7 +105,7 @@ class Silent(FedAvg):
 
 @dataclass(frozen=True)
 class Stated(Silent):
-    """States it."""
+    """FedAvg that overrides `aggregate` and states what it needs."""
 
     combines = "individual"
 
@@ -174,7 +174,7 @@ HOSTILE = {
     "word", ["median", "trimmed:0.36", "krum:4", "multikrum:4", "geometric", "clip:1", "norm-bound:1"]
 )
 def test_a_minority_cannot_move_the_result_far(word, attack):
-    """Four of eleven clients send the same vector, the most that any of these rules supports (krum: 2 F + 3 = 11)."""
+    """Four of eleven clients send the same vector. No rule supports more (krum: 2 F + 3 = 11)."""
     middle, spread = HONEST.mean(0), float((HONEST - HONEST.mean(0)).norm(dim=1).mean())
     result = combined(word, torch.cat([HONEST, HOSTILE[attack].expand(F, D)]))
     error = float((result - middle).norm())
@@ -186,7 +186,7 @@ def test_a_minority_cannot_move_the_result_far(word, attack):
 
 @pytest.mark.parametrize("word", ["median", "geometric", "clip:1", "multikrum:4"])
 def test_a_majority_moves_the_result(word):
-    """With six of eleven hostile clients, beyond the bound, no rule helps: the tests above would notice a rule that does nothing."""
+    """With six malicious clients of eleven, beyond the bound, no rule helps. The tests above would detect a rule without effect."""
     result = combined(word, torch.cat([HONEST[:5], (1e6 * UNIT).expand(6, D)]))
     assert float((result - HONEST.mean(0)).norm()) > 1e5
 

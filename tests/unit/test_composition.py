@@ -55,7 +55,7 @@ def test_composed_methods_can_be_compared():
 
 @dataclass(frozen=True)
 class Segmented(FedProx):
-    """Has a hyper-parameter that FedMR has too."""
+    """FedProx with a hyper-parameter that FedMR also has."""
 
     segment: Any = 3
 

@@ -1,4 +1,4 @@
-"""Settings: every key survives a file, and every mistake is named."""
+"""Settings: every key is preserved in a file, and every mistake is named."""
 
 import dataclasses
 from pathlib import Path
@@ -235,7 +235,7 @@ def test_a_small_participation_is_not_a_range():
 
 
 def test_a_key_beside_its_table_is_explained(tmp_path):
-    """TOML does not allow it, and its own message gives no remedy."""
+    """TOML does not allow this, and its own message states no remedy."""
     file = tmp_path / "study.toml"
     file.write_text('method = ["fedavg", "fedmr"]\n[method]\nlr = 0.1\n')
     with pytest.raises(ConfigError, match=r"twice.*set `name = ...` inside the table"):

@@ -1,4 +1,4 @@
-"""Costs of local updates: operations against closed forms and a whole update, memory against its actual use, seconds by phase."""
+"""Costs of local updates: operations compared with closed forms and a whole update, memory with its actual use, and seconds by phase."""
 
 from __future__ import annotations
 

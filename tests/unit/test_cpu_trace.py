@@ -1,4 +1,4 @@
-"""Steps traced as lists of operations: their results, steps that cannot be traced, and what tracing must not load."""
+"""Steps traced as lists of operations: their results, steps that cannot be traced, and modules that tracing must not load."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def made(seed):
 
 
 def gradient(loss):
-    """Return a step: the gradient of a loss with respect to `w`, and the loss."""
+    """Return a step that returns the gradient of a loss with respect to `w`, and the loss."""
 
     def step(inputs):
         w = inputs["in"]["w"].detach().requires_grad_()

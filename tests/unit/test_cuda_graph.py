@@ -37,7 +37,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Record steps from the second of a kind on, and treat every replay as faster."""
+    """Record steps from the second step of a kind on, and treat every replay as faster."""
     recorder, seconds = Recorder(), itertools.cycle([1.0, 0.0])
     make = ReplayRules(lambda step, inputs: Recording(step, inputs, recorder), float("inf"), 16)
     monkeypatch.setattr(step_cache, "replay_rules", lambda *_: make)

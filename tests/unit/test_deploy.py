@@ -1,4 +1,4 @@
-"""The components of a deployment, each alone."""
+"""The components of a deployment, tested separately."""
 
 import asyncio
 import contextlib
@@ -375,7 +375,7 @@ NODE_KEY = certificates.new_node_key()
 
 
 def signed(key=NODE_KEY, age_s=0.0, text=None):
-    """Return the headers of a node's request, as Flower makes them."""
+    """Return the headers of a node's request in the form that Flower creates."""
     timestamp = (datetime.now(UTC) - timedelta(seconds=age_s)).isoformat()
     signature = key.sign((text or timestamp).encode(), ec.ECDSA(hashes.SHA256()))
     pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
@@ -384,7 +384,7 @@ def signed(key=NODE_KEY, age_s=0.0, text=None):
 
 
 class Proxied:
-    """The proxy in front of a server that records its requests; requests are signed by its only node."""
+    """The proxy in front of a server that records its requests. Its only node signs the requests."""
 
     def __init__(self, folder, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.reached: list[tuple[str, bytes, str | None]] = []
@@ -591,7 +591,7 @@ def test_the_superlink_may_take_longer_than_a_body(tmp_path, monkeypatch):
 
 @contextlib.contextmanager
 def serving(folder, host="127.0.0.1"):
-    """Run the proxy itself in a thread; return its port."""
+    """Run the proxy itself in a thread. Return its port."""
     served = make_server(host, 0, 1, folder)
     thread = threading.Thread(target=served.run)
     thread.start()
@@ -701,7 +701,7 @@ def request_of(folder, length):
 
 
 def is_answered(connection, header):
-    """Return whether a request without a body is forwarded; there is no SuperLink to answer it."""
+    """Return whether a request without a body is forwarded. There is no SuperLink to answer the request."""
     connection.sendall(header)
     received = b""
     while b"does not answer" not in received:
@@ -764,7 +764,7 @@ MODULE = Path("/usr/lib/nginx/modules/ngx_stream_module.so")
 
 @contextlib.contextmanager
 def nginx(folder, conf, *words):
-    """Run nginx with our config, or only check it."""
+    """Run nginx with fedloom's config, or only check the config."""
     load = f"load_module {MODULE};" if MODULE.is_file() else ""
     (folder / "main.conf").write_text(
         f"{load} daemon off; master_process off; pid {folder}/pid; error_log stderr warn; events {{}}\n{conf}"
@@ -953,7 +953,7 @@ def test_flower_is_on_the_machine():
 
 @pytest.fixture
 def worker(tmp_path):
-    """Start a node's worker process; return it and its number. The method `hang` never returns, and `die` exits the process."""
+    """Start a node's worker process. Return it and its number. The method `hang` never returns, and `die` exits the process."""
     values = {"clients": 1, "data": {"name": "digits", "rows": 60}, "model": {"name": "mlp", "hidden": 4}}
     place = create_deployment(tmp_path / "federation", values, 1, demo=True)
     started = WorkerProcess(place.path / "node-0", threading.Event(), Budget())
@@ -997,7 +997,7 @@ def test_a_worker_that_hangs_or_dies_is_ended_and_says_so(worker, process):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere workers start from nothing")
 def test_agent_and_worker_share_most_of_their_memory(worker, process):
-    """A device of 1 GB has no room for torch twice."""
+    """A device with 1 GB has no room for torch twice."""
     open_envelope(worker.answer(hello(), Patience(60)))
     lines = Path(f"/proc/{process().pid}/smaps_rollup").read_text().splitlines()
     kb = {line.split(":")[0]: int(line.split()[1]) for line in lines[1:] if line.endswith("kB")}
@@ -1070,7 +1070,7 @@ def test_a_port_in_use_is_a_one_line_error(tmp_path):
 
 @pytest.mark.parametrize("when", ["pull_object", "confirm_message_received"])
 def test_a_message_whose_run_ends_while_it_is_fetched_leaves_no_task_behind(when):
-    """Such a task has no message, and would block the node until it expires."""
+    """Such a task has no message, and would block the node until the task expires."""
     TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 2, 3
     message = Message(RecordDict({"a": ConfigRecord({"b": b"c"})}), 7, "train")
     message.metadata.__dict__["_message_id"] = message.object_id

@@ -46,7 +46,7 @@ def logits_of(file, x):
 
 
 OWN = [name for name, method in METHODS.items() if method().predictors()["personal"] is not predict_model]
-"""Methods that predict otherwise than with `model` alone."""
+"""Methods that do not predict with `model` alone."""
 MODELS = {"fedbn": "fedrir_cnn", "fedvtc": "fedavg_cnn"}
 
 

@@ -57,9 +57,9 @@ Change = Callable[[str, int, bytes], bytes | LostNode]
 
 
 class Wire:
-    """A link that calls workers directly; `change` may alter an answer: (node, its number of earlier requests, answer).
+    """A link that calls workers directly. `change` may alter an answer: (node, number of its earlier requests, answer).
 
-    `slow`: nodes whose answers to training are late; the server looks for such an answer this many times before it is there.
+    `slow` contains the nodes whose answers to training are late: the server looks for such an answer this many times before it arrives.
     """
 
     def __init__(
@@ -316,7 +316,7 @@ def test_a_spoilt_answer_costs_its_clients_part_in_the_round_and_nothing_else(de
 
 
 def test_uplinks_of_another_form_are_rejected_as_on_every_engine(deployed, simulated):
-    """Their clients keep what they learnt; the run continues with the others."""
+    """The clients of these uplinks keep what they learnt. The run continues with the other clients."""
     strange = {
         "2": {"weights": {"params": {"model.body.1.weight": torch.ones(3)}}},
         "3": {"weights": {"params": {}}, "more": {"x": torch.ones(2)}},
@@ -333,7 +333,7 @@ def test_uplinks_of_another_form_are_rejected_as_on_every_engine(deployed, simul
 
 
 def test_hostile_uplinks_are_screened_as_in_a_simulation(deployed, tmp_path):
-    """Screening is on by default; the three clients of node 1 are refused three times, then excluded."""
+    """Screening is on by default. The three clients of node 1 are refused three times, and then excluded."""
 
     def enlarged(uplink):
         return tree.map_tree(lambda leaf: leaf * 1e6, uplink)
@@ -477,7 +477,7 @@ SPOILT_SCORES: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 
 @pytest.mark.parametrize("how", SPOILT_SCORES)
 def test_invalid_scores_count_no_examples(deployed, simulated, how):
-    """Node 1's scores are invalid in round 2; accuracy then uses only the other nodes' examples."""
+    """Node 1's scores are invalid in round 2. The accuracy then includes only the examples of the other nodes."""
     spoil, reason = SPOILT_SCORES[how]
     ran = deployed(lambda node, n, answer: spoil(answer) if (node, n) == ("node-1", 4) else answer, method="fedper")
 
@@ -515,7 +515,7 @@ def test_refused_requests_leave_nothing_on_a_node(federation):
 
 
 def test_too_few_clients_skip_a_round(federation, tmp_path):
-    """Half of the clients when more are required, then none until the deadline, then all again."""
+    """First, half of the clients are online when more are required; then none until the deadline; then all again."""
     place = federation()
     place.file = place.file.model_copy(update={"deadline_s": 1.0})
     link, said = Wire(place), list[str]()
@@ -557,7 +557,7 @@ def events(experiment: Experiment, *kinds: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("method", ["fedavg", "fedper"])
 def test_a_node_that_really_is_late_counts_as_the_simulated_one(deployed, simulated, method):
-    """Node 1's answers come two rounds late, like those of clients 2 and 3 in the simulation."""
+    """Node 1's answers arrive two rounds late, like those of clients 2 and 3 in the simulation."""
     slow = {"devices.slow": 0.5, "devices.slowdown": 3.0}
     seed = next(
         s for s in range(99) if slowdowns(make_settings(values(seed=s, **slow)), FedAvg(), 4) == (1.0, 1.0, 3.0, 3.0)
@@ -728,7 +728,7 @@ def name_data(node: Path, data: Path) -> None:
 
 
 def call_for(place: Deployment, settings: Mapping[str, Any] = MappingProxyType({})) -> Call:
-    """Return the common part of requests for a run of the federation's config, with other settings."""
+    """Return the common part of the requests for a run of the federation's config with other settings."""
     config = tomllib.loads((place.path / "config.toml").read_text()) | dict(settings)
     return Call.model_validate({"run": "0" * 16, "config": tomli_w.dumps(config), **DIGITS, "deadline_s": 60.0})
 
@@ -818,7 +818,7 @@ def test_examples_on_devices_stay_there(federation, rows, tmp_path):
 
 
 def test_a_node_that_claims_many_examples_has_a_limited_share(federation, rows, tmp_path):
-    """The server cannot check the number: none of four clients has more than 3/4 of the weight."""
+    """The server cannot check the number, so none of four clients has more than 3/4 of the weight."""
     place = federation(nodes=4)
     for k in range(4):
         name_data(place.path / f"node-{k}", rows(f"own-{k}", slice(60 * k, 60 * k + 60)))
@@ -853,7 +853,7 @@ def test_a_node_with_its_own_examples_may_join_later(federation, rows, tmp_path)
 
 
 def test_a_node_that_came_later_cannot_end_the_run(federation, rows, tmp_path):
-    """Its number of examples is unknown, but not zero; logs of a rejected local update do not count."""
+    """The node's number of examples is unknown, but not zero. Logs of a rejected local update do not count."""
     place = federation(nodes=2, clients=2)
     for node, chosen in (("node-0", slice(0, 120)), ("node-1", slice(120, 240))):
         name_data(place.path / node, rows(node, chosen))

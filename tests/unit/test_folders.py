@@ -1,4 +1,4 @@
-"""Folders of mapped files: removed with their process, even a killed one, and never those of another user."""
+"""Folders of mapped files. They are removed with their process, even a killed one, but never if they belong to another user."""
 
 import gc
 import os

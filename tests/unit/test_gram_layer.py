@@ -1,4 +1,4 @@
-"""Input layers by their Gram matrix: the numbers of plain SGD, and losses for which there is no such form."""
+"""Input layers by their Gram matrix: the numbers of plain SGD, and losses that do not support this form."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def exact():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Use the Gram matrix for every input layer that allows it; return the list of the shapes of their weights."""
+    """Use the Gram matrix for every input layer that allows it. Return the list of the shapes of the layers' weights."""
     shapes, init = [], GramLayer.__init__
     monkeypatch.setattr(PhaseWork, "is_less_by_gram_matrix", lambda *_: True)
 
@@ -81,7 +81,7 @@ def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
 
 
 def by_torch(nets, epochs=3):
-    """Compute the same with torch's own SGD."""
+    """Return the same parameters, computed with torch's own SGD."""
     model, stream = nets["model"].requires_grad_(), Stream("rows")
     x, y = stream.normal((9, 1, 2, 3)), torch.arange(9) % 3
     optimizer = torch.optim.SGD(model.parameters(), lr=0.09)
@@ -117,12 +117,12 @@ def on_noise(nets, batch, down, memory):
 
 
 def on_both(nets, batch, down, memory):
-    """One layer applied to the examples and to something else."""
+    """Apply one layer to the examples and to something else."""
     return losses.cross_entropy(nets.model(batch.x) + nets.model(-batch.x), batch.y)
 
 
 def sometimes(nets, batch, down, memory):
-    """Penalised for batches that contain the last class."""
+    """Add a penalty for batches that contain the last class."""
     return (penalised if batch.y.max() == 2 else FedAvg().loss)(nets, batch, down, memory)
 
 
@@ -166,7 +166,7 @@ def test_a_loss_that_looks_at_a_weight_now_and_then_runs_as_written_from_the_sta
 
 
 def test_draws_are_the_same_in_either_form(taken, monkeypatch):
-    """Trying a loss first uses none of the phase's random numbers."""
+    """A trial of a loss uses none of the phase's random numbers."""
 
     def loss(nets, batch, down, memory):
         return losses.cross_entropy(nets.model(batch.x), batch.y) * (1 + batch.draws["noise"].mean())

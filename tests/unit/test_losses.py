@@ -16,7 +16,7 @@ def _wide(float64):
 
 
 def naive_vclub(mean, log_variance, target):
-    """Return the paper's double sum, per feature."""
+    """Return the double sum of the paper, per feature."""
     n, d = target.shape
 
     def log_q(i, j):
@@ -28,7 +28,7 @@ def naive_vclub(mean, log_variance, target):
 
 
 def fitted_q(x, c):
-    """Fit q(c | x), with a linear mean and a free variance, by its likelihood."""
+    """Fit q(c | x) by its likelihood, with a linear mean and a free variance."""
     net = nn.Linear(x.shape[1], c.shape[1])
     params = {"w": torch.zeros_like(net.weight), "b": torch.zeros_like(net.bias), "v": torch.zeros(c.shape[1])}
     adam = optim.adam(0.05)
@@ -158,7 +158,7 @@ def test_class_decorrelation_equals_the_naive_sum():
 
 
 def test_lowering_class_decorrelation_makes_features_forget_the_factor():
-    """Features are mixtures of two factors, one of which is known as `b`; descent on the term leaves the other."""
+    """Features are mixtures of two factors, one of which is known as `b`. Descent on the term preserves the other factor."""
     factors, labels = Stream(0).normal((200, 2)), Stream(1).integers(4, (200,))
     mixing = Stream(2).normal((2, 3)).requires_grad_()
     known = factors[:, :1].expand(-1, 3)

@@ -1,4 +1,4 @@
-"""Messages of devices: what is refused before it costs time or memory, and what must pass."""
+"""Messages of devices: content that is refused before it costs time or memory, and content that must be accepted."""
 
 import json
 import time
@@ -54,7 +54,7 @@ def envelope(header: bytes, body: bytes = b"") -> bytes:
     ids=["one client", "4096 clients", "large header", "many elements"],
 )  # fmt: skip
 def test_junk_is_refused_at_once(kind, size, allowed):
-    """Without limits, 1 MiB of these took up to 4.3 s and 990 MiB; the last case relies on the limits of fields alone."""
+    """Without limits, 1 MiB of these took up to 4.3 s and 990 MiB. The last case relies only on the limits of fields."""
     data = envelope(JUNK[kind](size))
     started = time.process_time()
     with pytest.raises(WireError, match=r"the header (has|is not valid)"):
@@ -95,7 +95,7 @@ def test_a_tensor_list_must_not_be_longer_than_the_header_states():
 
 
 def test_a_large_honest_answer_passes():
-    """A hundred clients of one node, with the tensors of a deep network, in one answer."""
+    """The answer is for a hundred clients of one node, with the tensors of a deep network."""
     paths = [f"model.body.layers.{k}.convolution.weight" for k in range(400)]
     sent = {"weights": {"params": {path: torch.ones(1) for path in paths}, "buffers": {}}}
     steps = {f"phase{k}": 5 for k in range(20)}

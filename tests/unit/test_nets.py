@@ -1,4 +1,4 @@
-"""Nets bound to tensors, and names of parts."""
+"""Nets bound to tensors, and the names of their parts."""
 
 import pytest
 import torch
@@ -114,7 +114,7 @@ def test_reading_gives_copies_and_writing_puts_them_back():
 
 
 class Whole(nn.Module):
-    """Linear, BatchNorm, Linear."""
+    """A linear layer, a BatchNorm and a linear layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ def test_an_unknown_net_is_named(modules):
 
 
 def test_parts_of_a_net_use_the_clients_tensors_and_the_nets_mode():
-    """Body and head give the net's outputs; in training mode, the body's running statistics change in place."""
+    """Body and head give the outputs of the net. In training mode, the running statistics of the body change in place."""
     modules, x = {"model": arch("fedrir_cnn", (1, 28, 28), 3, 8).model()}, torch.randn(4, 1, 28, 28)
     weights = read_weights(modules)
     nets = Nets(modules, **weights)
@@ -220,7 +220,7 @@ def test_parts_of_a_net_use_the_clients_tensors_and_the_nets_mode():
 
 
 def test_a_gradient_inside_a_loss_changes_no_running_statistics(modules, weights):
-    """The gradient is that of autograd, and differentiable; frozen nets give constants."""
+    """The gradient is that of autograd, and it is differentiable. Frozen nets give constants."""
     modules = {"model": nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))}
     weights = read_weights(modules)
     x, before = torch.randn(5, 3), {name: b.clone() for name, b in weights["buffers"].items()}

@@ -1,4 +1,4 @@
-"""Optimisers: equal to torch's, without side effects."""
+"""Optimisers, which equal those of torch and have no side effects."""
 
 import pytest
 import torch
@@ -85,7 +85,7 @@ def test_clamped_parameters_stay_in_their_range():
 
 
 def test_fit_is_the_optimiser_over_the_batches_and_keeps_its_state():
-    """On (p - t)^2 / 2 with momentum, as computed by hand; the inputs do not change."""
+    """Compare with (p - t)^2 / 2 with momentum, computed by hand. The inputs do not change."""
     before, targets = {"p": torch.tensor(0.0)}, [(torch.tensor(1.0),), (torch.tensor(2.0),)]
 
     def loss(params, target):

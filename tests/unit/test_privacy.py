@@ -1,4 +1,4 @@
-"""Client-level privacy: the noisy sum, and published values of what it spends."""
+"""Client-level privacy: the noisy sum, and published values of the privacy that it spends."""
 
 import math
 
@@ -15,7 +15,7 @@ from fedloom.rng import Stream
 
 
 def uplinks_of(weights, control):
-    """Uplinks with two parts from rows (n, d); the downlink is 0."""
+    """Return uplinks with two parts from rows (n, d). The downlink is 0."""
     like = {
         "weights": {"params": {"w": weights[0]}, "buffers": {"steps": torch.tensor(3)}},
         "control": {"w": control[0]},
@@ -28,7 +28,7 @@ def uplinks_of(weights, control):
 
 
 def none_of(width):
-    """No uplinks, of two parts."""
+    """Return zero uplinks with two parts."""
     like = uplinks_of(torch.zeros(1, width), torch.zeros(1, width))._like
     return Additive(FedAvg(), [], {}, like=like)
 
@@ -57,7 +57,7 @@ numbers = st.lists(st.floats(-1e6, 1e6), min_size=6, max_size=6)
 
 @hypothesis.given(st.lists(numbers, min_size=1, max_size=4), numbers)
 def test_one_client_changes_a_sum_by_at_most_the_bounds(others, mine):
-    """The definition of sensitivity, with a client that sends anything, also numbers whose squares overflow in float32."""
+    """This is the definition of sensitivity, with a client that sends anything, including numbers whose squares overflow in float32."""
 
     def total(rows):
         rows = torch.tensor(rows, dtype=torch.float64) * 1e30
@@ -89,7 +89,7 @@ def test_the_noise_has_the_stated_size_and_does_not_depend_on_who_takes_part(n, 
 
 @pytest.mark.parametrize(("start", "end"), [(0.1, 1.401), (10.0, 1.496)])
 def test_adaptive_clipping_finds_the_quantile(start, end):
-    """Ten clients with norms 1.0, 1.1, ..., 1.9 for 60 rounds. The bound moves towards the median from both sides."""
+    """Ten clients have the norms 1.0, 1.1, ..., 1.9 for 60 rounds. The clipping norm moves towards the median from both sides."""
     norms = torch.linspace(1.0, 1.9, 10, dtype=torch.float64)[:, None]
     uplinks, scale = uplinks_of(norms, norms * 0), 1.0
     for _ in range(60):
@@ -106,7 +106,7 @@ def test_the_noise_is_announced_in_units_of_the_bound():
 
 
 def test_epsilon_of_poisson_cohorts():
-    """PLD values; Koskela et al. publish delta(eps=1)=4.2435e-6 for the first, Opacus PRV 4.795 for the second."""
+    """Compare with PLD values. Koskela et al. publish delta(eps=1)=4.2435e-6 for the first, and Opacus PRV gives 4.795 for the second."""
     assert Releases(4.0, 0.01, 1e-5).epsilon(10_000) == pytest.approx(0.9470, rel=1e-3)
     assert Releases(4.0, 0.01, 4.2435e-6).epsilon(10_000) == pytest.approx(1.0, rel=1e-3)
     assert Releases(1.0, 0.1, 1e-3).epsilon(100) == pytest.approx(4.7844, rel=1e-3)
@@ -115,12 +115,12 @@ def test_epsilon_of_poisson_cohorts():
 @pytest.mark.slow
 @pytest.mark.parametrize(("z", "n", "epsilon"), [(1.3, 3515, 0.8645), (1.1, 14_062, 2.3817), (0.7, 10_546, 5.6394)])
 def test_epsilon_of_the_mnist_tutorial(z, n, epsilon):
-    """TF Privacy's moments give the looser 1.19, 3.01 and 7.10; Opacus PRV gives 2.3917 for the second."""
+    """TF Privacy's moments give the looser values 1.19, 3.01 and 7.10. Opacus PRV gives 2.3917 for the second."""
     assert Releases(z, 256 / 60_000, 1e-5).epsilon(n) == pytest.approx(epsilon, rel=1e-3)
 
 
 def test_epsilon_of_known_cohorts_is_that_of_the_gaussian_mechanism():
-    """Balle and Wang, ICML 2018: exact values."""
+    """Compare with the exact values of Balle and Wang, ICML 2018."""
     assert Releases(1.0, 1.0, 1e-5).epsilon_known(1) == pytest.approx(4.37718, rel=1e-5)
     assert Releases(1.0, 0.3, 1e-3).epsilon_known(100) == pytest.approx(80.0325, rel=1e-5)
     assert Releases(1.0, 0.1, 1e-3).epsilon_known(20) == pytest.approx(23.0635, rel=1e-5)

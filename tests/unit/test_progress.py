@@ -1,4 +1,4 @@
-"""Progress in plain lines, by a clock that the test sets."""
+"""Progress in plain lines, with a clock that the test sets."""
 
 from __future__ import annotations
 

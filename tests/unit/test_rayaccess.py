@@ -15,7 +15,7 @@ grpc = pytest.importorskip("grpc", reason="comes with Ray")
 
 @pytest.fixture
 def cluster(monkeypatch, tmp_path):
-    """Run a service that answers callers whose token is `right`; return its port. No token is set."""
+    """Run a service that answers callers whose token is `right`. Return its port. No token is set."""
     for key in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ADDRESS"):
         monkeypatch.delenv(key, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -79,7 +79,7 @@ def test_an_address_without_a_service_is_a_one_line_error():
 @pytest.mark.parametrize("imported", [False, True])
 @pytest.mark.parametrize("address", [None, "auto"])
 def test_a_token_that_is_there_is_used_where_ray_can_still_take_it(monkeypatch, address, imported):
-    """Ray reads the mode on import. If it were set later, its servers would require a token that its client does not send."""
+    """Ray reads the mode on import. If it were set later, Ray's servers would require a token that its client does not send."""
     for key in ("RAY_USAGE_STATS_ENABLED", "RAY_DEDUP_LOGS_SKIP_REGEX", "RAY_AUTH_MODE"):
         monkeypatch.setenv(key, "")
         monkeypatch.delenv(key)

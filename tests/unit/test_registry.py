@@ -1,4 +1,4 @@
-"""Methods by name, objects from a user's file, and descriptions of classes."""
+"""Methods by name, objects from users' files, and descriptions of classes."""
 
 import dataclasses
 import inspect

@@ -1,4 +1,4 @@
-"""Random streams: the same numbers everywhere, and different ones for different keys."""
+"""Random streams, which give the same numbers everywhere, and different numbers for different keys."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Draws and rules of rounds, without running a round."""
+"""Draws and rules of rounds, tested without running a round."""
 
 import pytest
 

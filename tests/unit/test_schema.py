@@ -1,4 +1,4 @@
-"""The JSON schema of config files accepts what fedloom accepts, and finds what it refuses."""
+"""The JSON schema of config files, which accepts what fedloom accepts and detects what fedloom refuses."""
 
 import tomllib
 from pathlib import Path

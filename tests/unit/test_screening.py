@@ -1,4 +1,4 @@
-"""The rules of screening, one by one."""
+"""The rules of screening, tested one by one."""
 
 from types import SimpleNamespace
 
@@ -38,7 +38,7 @@ def screen_of(method=None, claims=False, known=True, **rules):
 
 
 def candidate(client, size, examples=10, received=0.0):
-    """An uplink whose weights differ by `size` from those received."""
+    """Return an uplink whose weights differ by `size` from the received weights."""
     tensors = {"params": {"w": torch.full((3,), received + size)}, "buffers": {"n": torch.tensor(7)}}
     down = {"weights": {"params": {"w": torch.full((3,), received)}, "buffers": {"n": torch.tensor(0)}}}
     return Candidate(client, examples, {"weights": tensors}, down)

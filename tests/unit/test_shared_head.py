@@ -1,4 +1,4 @@
-"""The classifier on shared features: closed form, sums of clients in any order, limits, and its use by runs."""
+"""The classifier on shared features: its closed form, sums of clients in any order, limits, and its use in runs."""
 
 import numpy as np
 import pytest
@@ -73,7 +73,7 @@ def numbers(run):
 
 @pytest.fixture(scope="module")
 def plain():
-    """Numbers of the reference run, once it has run."""
+    """Return the numbers of the reference run, once it has been run."""
     return {}
 
 

@@ -1,4 +1,4 @@
-"""Commands and imports load only what they use."""
+"""Commands and imports, which load only what they use."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LIGHT_COMMANDS = (
 
 
 def loaded(code: str, *modules: str) -> set[str]:
-    """Return those of the modules that a fresh Python process has imported after `code`."""
+    """Return those of the modules that a new Python process has imported after `code`."""
     told = f"{code}\nimport sys; print(*[m for m in {modules!r} if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     return set(done.stderr.splitlines()[-1].split())

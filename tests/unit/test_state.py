@@ -10,7 +10,7 @@ KINDS = (0, 1, 0, 0, 1)
 
 
 def kept(i, value):
-    """Return a client's state: its kind's parameters, and a counter in memory."""
+    """Return a client's state: the parameters of its kind, and a counter in memory."""
     shape = (3,) if KINDS[i] == 0 else (2, 500_000)
     weights = {"params": {"head": torch.full(shape, float(value))}, "buffers": {}}
     return Client(weights, {"seen": torch.tensor(int(value))}, {}, {})
@@ -62,6 +62,6 @@ def test_a_client_that_keeps_nothing_is_not_stored(tmp_path):
 
 
 def test_a_file_that_is_enlarged_keeps_every_byte(tmp_path):
-    """Two workers open the file of client states for the first time at about the same time, and one may have written already."""
+    """Two workers open the file of client states for the first time at about the same time. One of them may already have written to it."""
     Slab(tmp_path / "clients", 8).data.fill_(7)
     assert Slab(tmp_path / "clients", 16).data.tolist() == [7] * 8 + [0] * 8

@@ -45,7 +45,7 @@ def is_dataclass(node: ast.ClassDef) -> bool:
 
 
 def positional_fields(node: ast.ClassDef) -> list[str]:
-    """The fields of a record that its constructor takes by position."""
+    """Return the fields of a record that its constructor takes by position."""
     if any("kw_only=True" in ast.unparse(decorator) for decorator in node.decorator_list):
         return []
     fields = []

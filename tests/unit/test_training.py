@@ -1,4 +1,4 @@
-"""Batches and phases: a client's local update."""
+"""Batches and phases of a client's local update."""
 
 import copy
 from dataclasses import replace
@@ -148,7 +148,7 @@ def test_members_of_an_interleave_see_the_same_batches_in_turn():
 
 
 def test_what_is_computed_once_has_a_known_gradient():
-    """Two steps by hand: the first member fits b to the values s = w x; the second updates w by d/dw (s b)^2 with the new b."""
+    """Compute two steps by hand: the first member fits b to the values s = w x; the second updates w by d/dw (s b)^2 with the new b."""
     modules = net(nn.Linear(1, 1, bias=False))
     modules["other"] = nn.Linear(1, 1, bias=False)
     nn.init.constant_(modules["model"][0].weight, 2.0)

@@ -12,7 +12,7 @@ from fedloom.wire.transforms import TRANSFORMS, parse
 
 
 def part(seed=0, scale=1.0):
-    """Return weights with a counter buffer, not in the order of their names."""
+    """Return weights with a counter buffer, in an order that differs from that of their names."""
     rng = Stream("part", seed)
     params = {"m.w": scale * rng.normal((7, 5)), "m.b": scale * rng.normal((5,))}
     return {"params": params, "buffers": {"m.running_mean": rng.normal((5,)), "m.seen": torch.tensor(3 + seed)}}
@@ -23,7 +23,7 @@ def codec(uplink=(), downlink=()):
 
 
 def sent_and_back(words, new, old, unsent=None, seed=0):
-    """Send an uplink from weights `old` to weights `new`; return it as sent, as received, and the residual."""
+    """Send an uplink from weights `old` to weights `new`. Return it as sent, as received, and the residual."""
     wire, received = codec(words), {"weights": old}
     unsent = wire.unsent(old) if unsent is None else unsent
     sent, unsent = wire.reply({"weights": new, "n": torch.tensor([2.5])}, received, unsent, Stream("rng", seed))

@@ -1,4 +1,4 @@
-"""Messages as bytes: round trips, hostile bytes, and the meter."""
+"""Messages as bytes: round trips, malicious bytes, and the meter."""
 
 import contextlib
 import json

@@ -98,7 +98,7 @@ def test_equal_examples_through_one_model_reveal_nothing_about_the_client(experi
 
 
 class Bare(FedAvg):
-    """Predicts without a body."""
+    """FedAvg that predicts without a body."""
 
     def predictors(self):
         return {"personal": self.first_pixels}

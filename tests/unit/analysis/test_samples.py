@@ -35,7 +35,7 @@ def test_spread_counts_from_the_least_to_the_greatest():
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
-    """Train the judge for a shorter time."""
+    """Train the classifier for a shorter time."""
     monkeypatch.setattr(samples, "CLASSIFIER_STEPS", 150)
 
 

@@ -1,4 +1,4 @@
-"""`fedloom.data.with_factor`: the ground truth of client factors, and scores on examples with another value of them."""
+"""`fedloom.data.with_factor`: the ground truth of client factors, and scores on examples with another value of a factor."""
 
 from dataclasses import replace
 
@@ -17,12 +17,12 @@ DIGITS = load("digits")
 
 @pytest.fixture(scope="module")
 def pools():
-    """The digits with each factor, for three clients."""
+    """Return the digits with each factor, for three clients."""
     return {kind: with_factor(DIGITS, kind, 3) for kind in ("code", "tint", "nuisance", "rotation")}
 
 
 def colours_of(images):
-    """The number of the colour of each background: the nearest of three or ten hues, from a corner without ink."""
+    """Return the number of the colour of each background: the nearest of three or ten hues, measured in a corner without ink."""
     corner = images[:, :, 0, 0].double().numpy() / 255
     return lambda n: np.abs(corner[:, None] - hues(n)).sum(2).argmin(1)
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_made_is_refused(pool, kind, n, message):
 
 
 class Corner(nn.Module):
-    """Answers with the colour of the corner, whatever the digit."""
+    """A model that returns the colour of the corner, whatever the digit."""
 
     def __init__(self):
         super().__init__()

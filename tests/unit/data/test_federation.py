@@ -1,4 +1,4 @@
-"""From stored examples to inputs: normalisation, augmentation, pooling."""
+"""The conversion of stored examples to inputs: normalisation, augmentation and pooling."""
 
 import pickle
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Any repository of the hub: which files are downloaded, the revision, and configurations."""
+"""Repositories on the hub: the files that are downloaded, the revision, and configurations."""
 
 import sys
 from types import SimpleNamespace
@@ -17,7 +17,10 @@ CSV = "age,smokes,label\n31,yes,a\n25,no,b\n44,yes,a\n27,no,b\n"
 
 @pytest.fixture
 def repository(monkeypatch):
-    """Return a hub with one repository: a function that sets its files (content, or a function that writes), and the list of downloads."""
+    """Return a hub with one repository, as a function that sets its files, and the list of downloads.
+
+    A file is given as its content or as a function that writes it.
+    """
     files, downloads = {}, []
 
     class HfApi:

@@ -176,7 +176,7 @@ def test_idx_files(tmp_path, suffix):
 
 
 def test_pictures_of_emnist_are_turned(tmp_path, caplog):
-    """An "L" looks like one: its stem is at the left and its foot at the bottom."""
+    """An "L" looks like an "L": its stem is at the left and its foot at the bottom."""
     letter = np.zeros((28, 28), np.uint8)
     letter[4:24, 8:11] = letter[21:24, 8:20] = 255
     idx(tmp_path / "emnist-balanced-train-images-idx3-ubyte.gz", letter.T[None])

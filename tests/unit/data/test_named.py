@@ -55,7 +55,10 @@ def test_adult_takes_the_options_of_tables(adult):
 
 
 def heart(folder, sizes):
-    """Write rows of the four files; every third row has an unknown value in a column that is kept, every second in one that is not."""
+    """Write rows of the four files.
+
+    Every third row has an unknown value in a column that is kept, and every second row in one that is not.
+    """
     for place, n in enumerate(sizes):
         name = ("cleveland", "hungarian", "switzerland", "va")[place]
         rows = []
@@ -107,7 +110,10 @@ def test_malformed_heart_files_are_refused(tmp_path):
 
 @pytest.fixture
 def har(tmp_path):
-    """Two subjects in train/, one in test/; eight windows of WALKING and four of LAYING each. The value of a window is its number."""
+    """Write two subjects in train/ and one in test/, with eight windows of WALKING and four of LAYING each.
+
+    The value of a window is its number.
+    """
     number = 0
     for split, subjects in (("train", (1, 3)), ("test", (2,))):
         place = tmp_path / "UCI HAR Dataset" / split

@@ -1,4 +1,4 @@
-"""Assignment of examples to clients: properties of the schemes, splits, files."""
+"""The assignment of examples to clients: properties of the schemes, splits and files."""
 
 import json
 from dataclasses import replace
@@ -78,7 +78,7 @@ def test_a_small_alpha_means_skew_and_a_large_one_means_none(pool):
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_dirichlet_is_capped(seed):
-    """A client that holds N/K examples gets no more classes, so it can exceed the cap by one class's examples at most."""
+    """A client that holds N/K examples gets no more classes, so it can exceed the cap at most by the examples of one class."""
     labels = np.repeat(np.arange(10), 60)
     made = partition(from_arrays(np.zeros((600, 1)), labels), 6, alpha=0.1, seed=seed, min_examples=2)
     dealt = [np.concatenate(parts) for parts in zip(made.train, made.test, strict=True)]

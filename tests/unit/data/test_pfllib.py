@@ -1,4 +1,4 @@
-"""PFLlib's folders, and pickles that request more than arrays."""
+"""PFLlib's folders, and pickles that contain more than arrays."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from fedloom.errors import DataError
 
 
 def write(file, content):
-    """Write as PFLlib does: `np.savez_compressed` of a dictionary, which NumPy pickles."""
+    """Write a file as PFLlib does, with `np.savez_compressed` of a dictionary, which NumPy pickles."""
     file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, data=content)
 

@@ -1,4 +1,4 @@
-"""Folders of pictures: class folders, split folders, metadata files, domain folders, and the cache."""
+"""Folders of images: class folders, split folders, metadata files, domain folders, and the cache."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ from fedloom.errors import DataError
 
 
 def picture(number, size=4):
-    """Return a picture that `number` identifies."""
+    """Return an image that `number` identifies."""
     return Image.fromarray(np.full((size, size), number, np.uint8))
 
 
 @pytest.fixture
 def write(tmp_path):
-    """Return a function that writes numbered pictures to paths below a folder, and text to the paths of text files."""
+    """Return a function that writes numbered images to paths below a folder, and text to the paths of text files."""
 
     def write(*paths, root="pictures", **texts):
         place = tmp_path / root

@@ -1,4 +1,4 @@
-"""The description of how raw values become model inputs: its file, and what is refused when it is read."""
+"""The description of the conversion of raw values to model inputs: its file, and the content that is refused when it is read."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Raw values of new examples become exactly the inputs of training: tables, pictures, arrays, targets."""
+"""Raw values of new examples become exactly the inputs of training: tables, images, arrays and targets."""
 
 import numpy as np
 import pandas as pd

@@ -1,4 +1,4 @@
-"""Loading by name: embedded, folders, shards, metadata, cache, hub."""
+"""Loading by name: embedded data, folders, shards, metadata, the cache and the hub."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""The user's own tables: types of columns, roles, missing values, splits; files of a few rows."""
+"""Users' own tables: types of columns, roles, missing values and splits, with files of a few rows."""
 
 import csv
 import gzip
@@ -36,7 +36,7 @@ def table(tmp_path):
 
 
 def column(name, values, **more):
-    """Return a table of one input column, and a label with two classes."""
+    """Return a table with one input column, and a label with two classes."""
     return f"{name},label\n" + "".join(f"{v},{'ab'[i % 2]}\n" for i, v in enumerate(values))
 
 
@@ -460,7 +460,7 @@ def test_nodes_do_not_read_tables(tmp_path):
 
 
 def test_nodes_scale_their_own_images_by_themselves(tmp_path, write_parquet, grey):
-    """`data.normalise=own` on a node gives the inputs that the same client has in a simulation."""
+    """`data.normalise=own` on a node gives the same inputs as the same client has in a simulation."""
     pictures, labels = grey(8, 4), [0, 1] * 4
     write_parquet(tmp_path / "train.parquet", pictures[:6], labels[:6])
     write_parquet(tmp_path / "test.parquet", pictures[6:], labels[6:])

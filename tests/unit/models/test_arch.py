@@ -187,7 +187,7 @@ def test_a_module_without_a_linear_head_stays_whole():
 
 
 class Pair(nn.Module):
-    """Two inputs by name, and an output object, as Hugging Face models have."""
+    """A module with two inputs by name and an output object, as in Hugging Face models."""
 
     def __init__(self, vocabulary, n_outputs):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Low-rank adapters, and the weights below them."""
+"""Low-rank adapters, and the weights that they adapt."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Models of signals and of tables."""
+"""Models for signals and for tables."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Models of texts: published sizes, padding, causality, vectorising over clients."""
+"""Models for texts: published sizes, padding, causality, and vectorisation over clients."""
 
 import copy
 import pickle
@@ -145,7 +145,7 @@ SMALL |= {
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_learn(name):
-    """Texts have one of two words, anywhere; in sequences, each token is the number of tokens so far."""
+    """Texts contain one of two words at any position. In sequences, each token is the number of tokens so far."""
     torch.manual_seed(0)
     lengths = torch.randint(1, T + 1, (64, 1))
     if name in SEQUENCES:

@@ -1,4 +1,4 @@
-"""The architectures for pictures: sizes, shapes, tensor names, seeds, widths, memory formats, vectorising over clients."""
+"""The architectures for images: sizes, shapes, tensor names, seeds, widths, memory formats, and vectorisation over clients."""
 
 import pytest
 import torch

@@ -10,7 +10,7 @@ from synthetic_runs import Scene
 
 @pytest.fixture(scope="session")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison folder: four methods with two seeds each, one run unfinished."""
+    """Return a comparison folder with four methods and two seeds each, in which one run is unfinished."""
     folder = tmp_path_factory.mktemp("runs") / "comparison"
     plans = {"fedavg": 0.70, "fedprox": 0.73, "fedrir": 0.86, "fedper": 0.82}
     for method, final in plans.items():

@@ -1,4 +1,4 @@
-"""Synthetic run folders, made from closed formulas: the same numbers on every call."""
+"""Synthetic run folders with numbers from closed formulas, which are the same on every call."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def toml(tree: Mapping[str, Any], prefix: str = "") -> str:
 
 @dataclass(frozen=True)
 class Scene:
-    """The results of a synthetic run; `final` is its personal metric after the last round.
+    """The results of a synthetic run. `final` is its personal metric after the last round.
 
-    `primary` is the metric as in `summary.json`; without it, the folder is one of classification that names no metric.
+    `primary` is the metric as in `summary.json`. Without it, the folder is one of a classification that does not name a metric.
     """
 
     method: str = "fedavg"
@@ -51,7 +51,7 @@ class Scene:
 
     @property
     def sign(self) -> int:
-        """1 if larger values are better, else -1."""
+        """1 if larger values are better, and -1 otherwise."""
         return -1 if self.primary.get("better") == "lower" else 1
 
     def value(self, number: int) -> float:

@@ -1,4 +1,4 @@
-"""`fedloom.report.generalisation`: which columns appear, and the fraction of clients that are worse off."""
+"""`fedloom.report.generalisation`: the columns that appear, and the fraction of clients that are worse off."""
 
 import pytest
 from synthetic_runs import Scene

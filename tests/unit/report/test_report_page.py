@@ -18,7 +18,7 @@ VOID = {"meta", "br", "link", "input", "img", "hr"}
 
 
 class Page(HTMLParser):
-    """Collects elements, ids and text of a page; fails on tags that do not match."""
+    """Collects the elements, ids and text of a page. It fails on tags that do not match."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def written(records_at: Path, path: Path) -> Page:
 
 @pytest.fixture(scope="module")
 def whole(comparison: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
-    """The page of the comparison, in a folder that was not there before."""
+    """Return the page of the comparison, in a folder that did not exist before."""
     path = tmp_path_factory.mktemp("page") / "new" / "report.html"
     return path, written(comparison, path)
 

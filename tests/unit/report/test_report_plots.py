@@ -236,7 +236,7 @@ def test_colours_are_distinct_and_pyplot_stays_out() -> None:
 
 @pytest.mark.parametrize("most", [400.0, 3e6])
 def test_numbers_on_a_logarithmic_axis_are_plain_text(tmp_path: Path, most: float) -> None:
-    """Figures show text literally, so TeX would be printed as it is."""
+    """Figures show text literally, so TeX would be printed unchanged."""
     (record,) = read([Scene(rounds=6).write(tmp_path / "run")])
     assert record.metrics is not None
     rising = np.geomspace(1, most, len(record.metrics))

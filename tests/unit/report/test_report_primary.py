@@ -1,4 +1,4 @@
-"""Metrics other than accuracy: one of which lower is better, in units of its own, and one in percent with values per label."""
+"""Metrics other than accuracy: one in its own units for which lower is better, and one in percent with values per label."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LAN = Network("lan", up=1000, down=1000, latency=1)
 
 @pytest.fixture(scope="module")
 def sugar(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A comparison measured by rmse: FedRIR is better than FedAvg by 10 to 10.2, and its second run is unfinished."""
+    """Return a comparison measured by rmse. FedRIR is better than FedAvg by 10 to 10.2, and its second run is unfinished."""
     folder = tmp_path_factory.mktemp("sugar")
     for seed in range(3):
         Scene(seed=seed, final=60 + seed, primary=RMSE).write(folder / f"fedavg{seed}")

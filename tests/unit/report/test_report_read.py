@@ -1,4 +1,4 @@
-"""Reading run folders: complete, unfinished, and damaged ones."""
+"""Reading of complete, unfinished and damaged run folders."""
 
 from __future__ import annotations
 

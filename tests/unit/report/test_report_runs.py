@@ -1,4 +1,4 @@
-"""Real runs whose primary metric is not accuracy: what they write, and what is read from it."""
+"""Real runs whose primary metric is not accuracy: the files that they write, and what is read from these."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def rows_of(task: str) -> Dataset:
-    """Return 80 examples of four clients; targets are around 150, so outputs are far off at first."""
+    """Return 80 examples of four clients. Targets are around 150, so outputs are far off at first."""
     x = np.random.default_rng(0).normal(size=(80, 3)).astype(np.float32)
     targets = {
         "regression": 150 + 30 * x[:, 0],
@@ -68,7 +68,7 @@ def cut(task: str, out: Path) -> Experiment:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a function that gives the folder of a finished run of a task; each runs once."""
+    """Return a function that returns the folder of a finished run of a task. Each run is done once."""
     folder, ran = tmp_path_factory.mktemp("runs"), set[str]()
 
     def call(task: str) -> Path:

@@ -1,4 +1,4 @@
-"""Tables: values, units, spread over seeds, paired differences."""
+"""Tables: values, units, spread over seeds, and paired differences."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ WAY = Network("slow", up=8, down=80, latency=500)  # 1 MB up takes 1 s, 10 MB do
 
 
 def folder(path, accuracies, seconds, method="fedavg"):
-    """Write a run with two clients per round; the second computes twice as long and sends nothing."""
+    """Write a run with two clients per round. The second client computes twice as long and sends nothing."""
     path.mkdir()
     (path / "config.toml").write_text(f'method = "{method}"\n')
     rows = [{"round": r, "personal_accuracy": a} for r, a in enumerate(accuracies, start=1)]
