@@ -72,11 +72,11 @@ def compare(
     """Run several methods on the same data, once per seed, and return the runs.
 
     Args:
-            methods: names (`"fedavg"`, `"my.py:Mine"`), or registered methods as objects (`fedloom.FedRIR(lr=1e-3)`). In a dictionary, the
-                keys are the names of the rows.
-            data, model, partition, progress: see `fedloom.run`.
-            seeds: the seeds.
-            settings: settings of `fedloom.run`, which apply to all methods. `out` is the folder of the comparison.
+        methods: names (`"fedavg"`, `"my.py:Mine"`), or registered methods as objects (`fedloom.FedRIR(lr=1e-3)`). In a dictionary, the
+            keys are the names of the rows.
+        data, model, partition, progress: see `fedloom.run`.
+        seeds: the seeds.
+        settings: settings of `fedloom.run`, which apply to all methods. `out` is the folder of the comparison.
 
     Raises:
         UsageError: settings are unknown or contradict each other, or data are missing.

@@ -115,7 +115,7 @@ class Run:
             Class names (N,), tuples of label names (N,), numbers in the targets' units (N,) or (N, M), or token ids or names (N, T).
 
         Raises:
-                UsageError: inputs do not fit the run, there is no such client, or the run's data are required but missing.
+            UsageError: inputs do not fit the run, there is no such client, or the run's data are required but missing.
         """
         return self._predictions.predict(client, inputs, adapt, batch)
 
@@ -137,13 +137,11 @@ class Run:
         """Return a text and its continuation by a language model.
 
         Args:
-                client: see `predict`.
-                text: the beginning of the text.
-                n: the maximum number of new tokens (words, characters or bytes). The text ends earlier if the model predicts the end
-                token.
-                temperature: with 0, the most probable token is used. If positive, tokens are drawn, and a higher value makes them more
-                random.
-                seed: the seed of the draws.
+            client: see `predict`.
+            text: the beginning of the text.
+            n: the maximum number of new tokens (words, characters or bytes). The text ends earlier if the model predicts the end token.
+            temperature: with 0, the most probable token is used. If positive, tokens are drawn, and a higher value makes them more random.
+            seed: the seed of the draws.
         """
         return self._predictions.generate(client, text, n=n, temperature=temperature, seed=seed)
 
@@ -163,7 +161,7 @@ class Run:
         statistics.
 
         Raises:
-                ConfigError: the run did not use `eval.shared_head`.
+            ConfigError: the run did not use `eval.shared_head`.
         """
         return self._experiment.shared_model(client)
 
@@ -201,19 +199,18 @@ def run(
     """Run one experiment and return the finished run.
 
     Args:
-            method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
-            data: a name, or a data set from `fedloom.from_arrays(x, y)`.
-            model: a name, an `nn.Module` (whose weights are the initial weights), or a class or function that creates one; default:
-                fedavg_cnn.
-            partition: the name of a scheme, a table of settings (`{"name": "dirichlet", "alpha": 0.5}`), or the partition itself: a
-                `fedloom.data.Partition`, the numbers of each client's examples, or the owner of each example.
-            progress: whether to show a live progress line.
-            settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`). Write tables as dictionaries (`partition={"name":
-            "iid"}`)
-                or as dotted names (`**{"partition.alpha": 0.5}`).
+        method: a method object (`fedloom.FedRIR(lr=5e-4)`), a registered name, or `my.py:Mine`.
+        data: a name, or a data set from `fedloom.from_arrays(x, y)`.
+        model: a name, an `nn.Module` (whose weights are the initial weights), or a class or function that creates one; default:
+            fedavg_cnn.
+        partition: the name of a scheme, a table of settings (`{"name": "dirichlet", "alpha": 0.5}`), or the partition itself: a
+            `fedloom.data.Partition`, the numbers of each client's examples, or the owner of each example.
+        progress: whether to show a live progress line.
+        settings: any key of `fedloom run` (`clients=10`, `rounds=20`, `seed=1`). Write tables as dictionaries (`partition={"name":
+            "iid"}`) or as dotted names (`**{"partition.alpha": 0.5}`).
 
     Raises:
-            UsageError: settings are unknown or contradict each other, or data are missing.
+        UsageError: settings are unknown or contradict each other, or data are missing.
     """
     _check_given(method, data, model, settings)
     values, parts = given_objects(data, model, partition, settings)

@@ -32,7 +32,7 @@ def explain(error: ValidationError, prefix: str, root: Any) -> str:
     """Return one line that names the key, the value and the allowed values.
 
     Args:
-            prefix: prefix of every key, such as `method.`.
+        prefix: prefix of every key, such as `method.`.
         root: the model or dataclass that was validated.
     """
     first = error.errors()[0]

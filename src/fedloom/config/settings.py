@@ -219,7 +219,7 @@ class ScreenSettings(Section):
     """Screening of uplinks before aggregation (docs/devices.md)."""
 
     norm: NonNegative | None = None
-    """Reject an uplink if the norm of one of its parts is more than this many times the median client's, or if it has impossible
+    """Reject an uplink if one of its parts is more than this many times as large as the median client's, or if it has impossible
     statistics. Clients that are rejected repeatedly are excluded, and the server rolls back after a round without a valid uplink. 0 turns
     screening off. Default: 10 on devices, 0 in simulations."""
     max_share: Share | None = None
@@ -239,7 +239,7 @@ class PrivacySettings(Section):
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Probability with which the bound epsilon may fail. Default: 1 / N^1.1 for N clients."""
     clip: Positive = 1.0
-    """Clipping norm: the maximum norm of a client's differences. Longer ones are clipped to it."""
+    """Clipping norm: the maximum norm of a client's differences. Differences with a larger norm are clipped to it."""
     clips: dict[str, Positive] = {}
     """Clipping norms of the other parts of an uplink, such as `control` (SCAFFOLD), or `counts` and `sums` (FedProto). Default: 1 for
     `buffers` (running statistics). The norms of all other parts must be set."""

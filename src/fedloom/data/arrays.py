@@ -62,6 +62,8 @@ def from_arrays(
         vocabulary: number V of different tokens. Default: one more than the largest token id in inputs and targets.
         loss: for regression, the squared error, or the Huber loss with threshold `delta`.
         delta: threshold of the Huber loss, in standard deviations of the target.
+
+    Raises:
         DataError: arrays have the wrong shape or type, or labels run from 1 to K without `classes` (class 0 would have no examples).
     """
     if (x_test is None) != (y_test is None):

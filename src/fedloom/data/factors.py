@@ -47,14 +47,13 @@ def with_factor(pool: Dataset, kind: Kind, n_clients: int) -> Dataset:
       there are classes. A training example has the colour of its class with probability 0.9, and otherwise another colour. Test examples
       have random colours.
     * `tint`: the colour of the background, which is the same for all examples of a client. Test examples have the colour of a random
-    client.
+      client.
     * `nuisance`: the colour of the background, drawn from ten colours for every example. It depends neither on the class nor on the
-    client.
+      client.
     * `rotation`: an angle, which is 90 k / K degrees for client k. Test examples have the angle of a random client.
 
     The column `colour` or `angle` contains the value for each example. `Dataset.changed` contains the same images with another value.
     Without official test examples, 22 % of the examples become the test set.
-    official test examples, 22 % of the examples become the test set.
 
     Raises:
         DataError: the data set has no images, its images are not greyscale (for colours), or it has no classes (for `code`).

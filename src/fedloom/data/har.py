@@ -33,7 +33,6 @@ def read_har(asked: Request, folder: Path) -> Dataset:
     The column `subject` contains the person. The data set's own split is in time: of each person's windows of each activity, the last
     quarter is for testing. The window at the border, which overlaps with both parts, is dropped. The official split, by persons, is not
     used.
-    which overlaps with both parts, is dropped. The official split, by persons, is not used.
 
     Raises:
         DataError: a file is missing, or its numbers do not match the other files.

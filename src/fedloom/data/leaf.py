@@ -58,9 +58,9 @@ def read_leaf(
 
     Args:
         asked: what to load.
-            place: the folder.
-            classes: names of the classes; by default, they are derived from the labels.
-            column: name of the column of users.
+        place: the folder.
+        classes: names of the classes; by default, they are derived from the labels.
+        column: name of the column of users.
 
         Raises:
             DataError: a file is malformed, or the type of its examples is unknown.

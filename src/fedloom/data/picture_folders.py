@@ -43,7 +43,7 @@ def read_pictures(
     owner: str | None = None,
     needs_every_class: bool = True,
 ) -> Dataset:
-    """Return the pool of the images in a folder, or from the cache if they were decoded before. Raise DataError.
+    """Return the pool of the images in a folder, or from the cache if they were decoded before.
 
     Args:
         name: name of the data set.
@@ -52,7 +52,10 @@ def read_pictures(
         image_size, rows, task: see `fedloom.data.load`.
         cache_root: the cache folder.
         owner: with "folder", the upper folders are domains, which become the column `domain`, and the class folders are below them.
-        needs_every_class: raise DataError if a class has no training images.
+        needs_every_class: whether every class must have training images.
+
+    Raises:
+        DataError: the folder, its metadata or an image is invalid.
     """
     folder = folder.expanduser()
     metadata = read_metadata(folder, SPLIT_WORDS)
@@ -82,7 +85,7 @@ def _decoded(
 
 
 def _targets(layout: Layout, metadata: Metadata | None, task: str, owner: str | None) -> Targets:
-    """Return the targets and columns from the metadata or the names of folders. Raise DataError."""
+    """Return the targets and columns from the metadata or the names of folders. Raise DataError if neither fits the task."""
     if metadata is not None:
         targets = metadata.targets(layout.files, task)
     elif task == "classification":

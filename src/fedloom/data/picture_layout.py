@@ -31,7 +31,7 @@ class Layout:
 
 
 def find_layout(folder: Path, where: str, metadata: Metadata | None, owner: str | None) -> Layout:
-    """Return the images by split, after a check of their depth. Raise DataError."""
+    """Return the images by split, after a check of their depth. Raise DataError for an invalid layout."""
     found, notes = _found(folder, where), list[str]()
     if not found:
         raise DataError(

@@ -57,7 +57,7 @@ class Metadata(NamedTuple):
         return found
 
     def targets(self, pictures: Sequence[Parts], task: str) -> Targets:
-        """Return the targets and the other columns for these images. Raise DataError."""
+        """Return the targets and the other columns for these images. Raise DataError if they do not fit the task."""
         values = {column: [self.rows[picture][column] for picture in pictures] for column in self.columns}
         labels = self._label_columns(values, task)
         for column in labels:

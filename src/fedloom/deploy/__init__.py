@@ -2,5 +2,4 @@
 
 `running.py` runs an experiment on a federation, and `engine.py` contains the engine that sends requests to nodes. Only this package
 imports Flower.
-Flower.
 """

@@ -71,9 +71,9 @@ def admit(
     Args:
         path: the federation's folder.
         request: the node's request.
-            clients: the numbers of the node's clients. The clients of a revoked node may be assigned to another node.
-            given: the fingerprint that the node's owner sees.
-            authority: folder with the authority's key; default: `authority` in the federation's folder.
+        clients: the numbers of the node's clients. The clients of a revoked node may be assigned to another node.
+        given: the fingerprint that the node's owner sees.
+        authority: folder with the authority's key; default: `authority` in the federation's folder.
 
         Raises:
             ConfigError: the request is not valid or has another fingerprint, or its name, its key or a client belongs to another node.

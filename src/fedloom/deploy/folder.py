@@ -2,14 +2,14 @@
 
 ::
 
-        federation.toml   addresses, deadlines, and the clients of each node
-        config.toml       settings of the experiment, as for `fedloom run`
-        server/           for the server: certificate, key, app/ (the bundle), fedloom-server.service, and
-            keys/         public keys of the nodes; keys that are no longer valid are in revoked/
-            audit.jsonl   a record of nodes that were admitted, revoked or given a new key
-        node-0/ ...       for the device: node.toml, its private key, the authority's certificate, fedloom-node.service
-        authority/        key of the authority. Keep it offline; it is required to admit nodes and to renew the server's certificate
-        README.md         instructions
+    federation.toml   addresses, deadlines, and the clients of each node
+    config.toml       settings of the experiment, as for `fedloom run`
+    server/           for the server: certificate, key, app/ (the bundle), fedloom-server.service, and
+        keys/         public keys of the nodes; keys that are no longer valid are in revoked/
+        audit.jsonl   a record of nodes that were admitted, revoked or given a new key
+    node-0/ ...       for the device: node.toml, its private key, the authority's certificate, fedloom-node.service
+    authority/        key of the authority. Keep it offline; it is required to admit nodes and to renew the server's certificate
+    README.md         instructions
 """
 
 from __future__ import annotations
@@ -146,13 +146,13 @@ def create_deployment(
     """Write the folder of a new federation, which only its owner can read.
 
     Args:
-            values: tables of the experiment's settings. Its clients are divided among the nodes as evenly as possible.
-            n_nodes: number of nodes whose keys are created here. With 0, all nodes join by requests.
-            hosts: host names or addresses of the server. Nodes connect to the first one.
-            ports: `proxy` and `superlink`; default: 9092 and 9091.
-            runtime: a port for the processes of each node; default: 9094, because each node is on a separate machine.
-            demo: the nodes use the examples that the config assigns to their clients, instead of their own.
-            nginx: write a config for nginx in front of the proxy, which then listens on the next port of the loopback interface.
+        values: tables of the experiment's settings. Its clients are divided among the nodes as evenly as possible.
+        n_nodes: number of nodes whose keys are created here. With 0, all nodes join by requests.
+        hosts: host names or addresses of the server. Nodes connect to the first one.
+        ports: `proxy` and `superlink`; default: 9092 and 9091.
+        runtime: a port for the processes of each node; default: 9094, because each node is on a separate machine.
+        demo: the nodes use the examples that the config assigns to their clients, instead of their own.
+        nginx: write a config for nginx in front of the proxy, which then listens on the next port of the loopback interface.
 
     Raises:
         ConfigError: the folder is not empty, or a value is invalid.

@@ -49,7 +49,7 @@ def request_to_join(folder: Path, name: str) -> JoinRequest:
     """Create a node's key and request in a new folder.
 
     Raises:
-            ConfigError: the folder contains other files, or the name is not allowed.
+        ConfigError: the folder contains other files, or the name is not allowed.
     """
     if not NAME.fullmatch(name):
         raise ConfigError(

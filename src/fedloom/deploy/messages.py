@@ -207,7 +207,7 @@ class SentScore(_Strict):
         """Return the score.
 
         Raises:
-                WireError: sums are missing, have the wrong length, or are impossible for at most `most["rows"]` examples.
+            WireError: sums are missing, have the wrong length, or are impossible for at most `most["rows"]` examples.
         """
         if {name: len(values) for name, values in self.sums.items()} != objective.shapes():
             raise WireError("its scores do not have the sums of this learning task")
@@ -262,7 +262,7 @@ class Letter(NamedTuple):
 
 
 def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
-    """Return a header and trees as an envelope. Raise ConfigError if the header is larger than that of any message may be."""
+    """Return a header and trees as an envelope. Raise ConfigError if the header exceeds the limit for all messages."""
     encoded = {name: encode(value) for name, value in trees.items()}
     parts = [{"name": name, "n_bytes": len(data), "paths": list(_paths(trees[name]))} for name, data in encoded.items()]
     text = json.dumps({"header": header.model_dump(mode="python"), "parts": parts}).encode()

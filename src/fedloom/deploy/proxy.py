@@ -51,8 +51,8 @@ def make_app(upstream: str, client: httpx.AsyncClient, keys: KeyRing) -> Starlet
 
     Args:
         upstream: the SuperLink, such as `https://127.0.0.1:9091`.
-            client: HTTP client for connections to the SuperLink.
-            keys: the keys whose requests are forwarded.
+        client: HTTP client for connections to the SuperLink.
+        keys: the keys whose requests are forwarded.
     """
     return Starlette(routes=[Route("/{path:path}", _Forward(upstream, client, keys))])
 

@@ -41,7 +41,7 @@ def read_own(folder: Path, clients: Sequence[int], settings: Settings, call: Cal
         call: contains the server's classes and input shape.
 
     Raises:
-            DataError: data are missing, contain classes that the server lacks, or have a different shape.
+        DataError: data are missing, contain classes that the server lacks, or have a different shape.
     """
     refuse_pooled_statistics(settings)
     classes, input_shape = call.task.names, tuple(call.inputs[0].shape)
@@ -117,7 +117,7 @@ class Remote(Federation):
         """Return examples of the common test set by index (see `Federation.rows`).
 
         Raises:
-                DataError: an example of a client was requested, but the examples of clients stay on their devices.
+            DataError: an example of a client was requested, but the examples of clients stay on their devices.
         """
         chosen = torch.as_tensor(index, dtype=torch.int64)
         if len(chosen) and int(chosen.max()) >= self._held.dataset.n_rows:

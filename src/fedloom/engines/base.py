@@ -163,7 +163,7 @@ class Problem:
     def one_model(self) -> bool:
         """Whether every client predicts with the server's model after a downlink.
 
-        This is the case if all weights are sent and clients add no own weights.
+        This is the case if all weights are sent and clients add no private weights.
         """
         method, weights = self.method, read_weights(self.modules(0))
         predictors, whole = method.predictors(), tree.structure(weights).keys()
@@ -249,7 +249,7 @@ class Engine(ABC):
     def personal(self, number: int, down: Downlink, i: int, adapt: bool = True) -> tuple[Modules, Client, Tree]:
         """Return client `i`'s personal predictor as modules, weights with memory, and its downlink.
 
-        The predictor is that after `receive` and, with `adapt`, after the method's `adapt` phases.
+        It is the predictor after `receive` and, with `adapt`, after the method's `adapt` phases.
         """
         raise NotImplementedError
 

@@ -39,16 +39,14 @@ def make_engine(
     """Create an engine: `sequential`, `processes`, `auto`, a wrapper (`debug`, `bytes`), or a combination: `debug+bytes+sequential`.
 
     Args:
-            workers: number of worker processes; default: one per core.
-            lanes: number of clients that are trained side by side in batched operations, in the vectorised engine (default: as many as
-            memory
-                allows, at most 64) or in each worker process (default: one client after another).
-            address: the Ray cluster to join; default: start Ray on this machine.
-            deadline_s: time limit in seconds for a worker, per client's local update (`processes`) or per share of a round (`ray`);
-            default:
-                no limit.
-            place: the device on which `sequential` and `vectorised` compute; default: the CPU. On a GPU, `auto` is `vectorised`.
-            convolutions: how `vectorised` computes convolutions.
+        workers: number of worker processes; default: one per core.
+        lanes: number of clients that are trained side by side in batched operations, in the vectorised engine (default: as many as memory
+            allows, at most 64) or in each worker process (default: one client after another).
+        address: the Ray cluster to join; default: start Ray on this machine.
+        deadline_s: time limit in seconds for a worker, per client's local update (`processes`) or per share of a round (`ray`); default:
+            no limit.
+        place: the device on which `sequential` and `vectorised` compute; default: the CPU. On a GPU, `auto` is `vectorised`.
+        convolutions: how `vectorised` computes convolutions.
 
     Raises:
         ConfigError: the name is unknown, or this system cannot run the engine.

@@ -1,15 +1,13 @@
 """Select the uplinks that the server aggregates in a round. Handle lost, slow and busy devices, and late and invalid uplinks.
 
-
 One round::
 
-        roster    Choose the members that receive the downlink and run a local update. Busy clients (still at work, or with an uplink in
-                  flight) do not receive the downlink. Lost devices and dropped stragglers receive it, but run no local update.
-        (the engine runs the local updates of all others)
-        take      Check the replies. Reject invalid uplinks, and exclude clients that send them repeatedly. With `stragglers=late`, put the
-                  uplinks of slow clients in flight. Accept the uplinks that are on time and those in flight that are due, and compute
-                  their shares.
-              shares.
+    roster    Choose the members that receive the downlink and run a local update. Busy clients (still at work, or with an uplink in
+              flight) do not receive the downlink. Lost devices and dropped stragglers receive it, but run no local update.
+    (the engine runs the local updates of all others)
+    take      Check the replies. Reject invalid uplinks, and exclude clients that send them repeatedly. With `stragglers=late`, put the
+              uplinks of slow clients in flight. Accept the uplinks that are on time and those in flight that are due, and compute
+              their shares.
 
 All random numbers depend only on (seed, round, client), so they are the same on every engine and after a resume.
 """

@@ -202,7 +202,7 @@ class Experiment:
 
         Raises:
             RunFolderError: the experiment has already been run. Its state may differ from the latest checkpoint, e.g. after a failed
-            round.
+                round.
         """
         rounds = self.rounds
         if self._has_run:

@@ -158,7 +158,7 @@ def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
 def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metric: Metric) -> Row:
     """Return the first evaluated round in which personal models reached `target`, and the number of bytes sent until then.
 
-    The bytes are those in both directions. Both numbers are None if the models never reached the target.
+    The number of bytes includes both directions. Both results are None if the models never reached the target.
     """
     if target is None:
         return {}

@@ -50,7 +50,7 @@ class Predictions:
         """Return the model of a client, or that of the server. `adapt` states whether to run the method's `adapt` phases.
 
         Raises:
-                UsageError: there is no such client, or the client's examples are required but missing.
+            UsageError: there is no such client, or the client's examples are required but missing.
         """
         i = self.number(client)
         adapt = adapt and i is not None and bool(self._experiment.method.adapt())

@@ -14,7 +14,7 @@ class RollBack:
     """The server's state before the latest aggregation, and the number of consecutive rounds without a usable uplink."""
 
     def __init__(self, on: bool) -> None:
-        """Set whether states are kept and restored."""
+        """Create the object. `on` states whether states are kept and restored."""
         self.on = on
         self.previous: Tree | None = None
         self.failed = 0

@@ -26,7 +26,7 @@ class FedRep(FedPer):
     final_head_epochs: Whole = 0
     """Number of passes that re-fit a copy of the head to the received body before predictions.
 
-    The released code uses 10 in the last round.
+    The released code uses 10 in the last round. With 0, heads are not re-fitted.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("head",)

@@ -40,13 +40,13 @@ class Arch:
 
     Attributes:
         name: the name in the zoo, or the name of the user's module.
-            build: for a model from the zoo, a function that returns the body (see `fedloom.models.zoo`); otherwise, the user's class,
-            function or instance.
+        build: for a model from the zoo, a function that returns the body (see `fedloom.models.zoo`); otherwise, the user's class, function
+            or instance.
         spec: the description of the inputs.
         objective: the learning task, which sets the number of outputs.
         example: two inputs for dry runs.
-            width: the requested common feature width; None means the architecture's own width.
-            options: sorted pairs (name, value), which are hashable, so that recipes can be compared and clients can be grouped by them.
+        width: the requested common feature width; None means the architecture's own width.
+        options: sorted pairs (name, value), which are hashable, so that recipes can be compared and clients can be grouped by them.
         base: pretrained weights and low-rank adapters of the body.
     """
 
@@ -182,14 +182,14 @@ def arch(
 
     Args:
         source: see above.
-            inputs: description of the inputs, or a shape: (C, H, W) for images, (D,) for flat features.
+        inputs: description of the inputs, or a shape: (C, H, W) for images, (D,) for flat features.
         outputs: the learning task, or the number of classes.
-            width: common feature width; default: the architecture's own width.
-            options: the model's own options, and those that every model has: `weights`, `lora`, `lora_alpha`, `lora_freeze_a`.
-            example: two real inputs for dry runs; default: dummy inputs.
+        width: common feature width; default: the architecture's own width.
+        options: the model's own options, and those that every model has: `weights`, `lora`, `lora_alpha`, `lora_freeze_a`.
+        example: two real inputs for dry runs; default: dummy inputs.
 
     Raises:
-            ConfigError: a name or option is unknown, a size is impossible, or a module does not fit the inputs and the task.
+        ConfigError: a name or option is unknown, a size is impossible, or a module does not fit the inputs and the task.
     """
     every, options = _options(source, options or {})
     sizes = {} if isinstance(outputs, Objective) else {"n_classes": outputs}

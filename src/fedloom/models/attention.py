@@ -48,8 +48,8 @@ class TransformerBlock(nn.Module):
     """Attention followed by a perceptron on every token. Each of the two is preceded by a LayerNorm and has a shortcut.
 
     Args:
-            hidden: the width of the perceptron; default: 2 dim.
-            dropout: probability of dropout after the attention and after the perceptron. With 0, there are no dropout layers.
+        hidden: the width of the perceptron; default: 2 dim.
+        dropout: probability of dropout after the attention and after the perceptron. With 0, there are no dropout layers.
     """
 
     def __init__(self, dim: int, n_heads: int, hidden: int | None = None, dropout: float = 0.0) -> None:

@@ -23,10 +23,10 @@ class TableBody(nn.Module):
     Categories are embedded, and the embeddings are concatenated with the numbers.
 
     Args:
-            n_numbers: number D of columns of numbers; may be 0.
-            levels: the number of levels of each categorical column. Ids are from 1 to that number; 0 stands for an unknown level, whose
-                embedding is zero.
-            hidden: the widths of the layers, each of which is followed by a ReLU.
+        n_numbers: number D of columns of numbers; may be 0.
+        levels: the number of levels of each categorical column. Ids are from 1 to that number; 0 stands for an unknown level, whose
+            embedding is zero.
+        hidden: the widths of the layers, each of which is followed by a ReLU.
     """
 
     def __init__(self, n_numbers: int, levels: Sequence[int], hidden: Sequence[int]) -> None:

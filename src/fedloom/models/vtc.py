@@ -23,10 +23,10 @@ class VtcDecoder(nn.Module):
     Every step except the first doubles the map (kernel 4, stride 2, padding 1) and, for odd sizes, adds one pixel.
 
     Args:
-            features: the number p of features.
-            output_shape: the shape (C, H, W) of an image.
-            form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps with 64 - 32 - C channels. "conv" has only
-                convolutions: from a 1x1 seed with p channels to at most 4x4, followed by the steps needed to reach (H, W).
+        features: the number p of features.
+        output_shape: the shape (C, H, W) of an image.
+        form: "linear" starts with Linear(p, 64 H/4 W/4) and has two steps with 64 - 32 - C channels. "conv" has only convolutions: from a
+            1x1 seed with p channels to at most 4x4, followed by the steps needed to reach (H, W).
     """
 
     def __init__(self, features: int, output_shape: Sequence[int], form: str = "linear") -> None:

@@ -66,7 +66,7 @@ def clients_text(records: Sequence[RunRecord], kind: str) -> str:
     Scores and numbers of examples are those of the client's last evaluation, steps are means over rounds, and bytes are totals.
 
     Raises:
-            UsageError: the runs have different primary metrics, or no run contains results of clients.
+        UsageError: the runs have different primary metrics, or no run contains results of clients.
     """
     rows = [row for g in group(records) for record in g.counted for row in _clients(g, record)]
     if not rows:

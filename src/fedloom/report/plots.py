@@ -66,7 +66,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """The title, the axis names and the scales of a figure of curves. `over` ends the title, except above bars."""
+    """The title, the axis names and the scales of a figure of curves. `over` is appended to the title, except for bars."""
 
     title: str
     axis_names: tuple[str, str]

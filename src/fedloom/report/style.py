@@ -113,7 +113,7 @@ def framed(size: tuple[float, float], margins: tuple[float, float, float, float]
 
     Args:
         size: width and height of the figure in inches.
-            margins: left, right, top and bottom margin in inches.
+        margins: left, right, top and bottom margin in inches.
         labels: title and labels of the axes.
     """
     return placed(blank(size), margins, **labels)

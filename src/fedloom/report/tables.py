@@ -195,7 +195,7 @@ def _trained(record: RunRecord) -> float | None:
 
 
 def _newcomers(record: RunRecord, when: str) -> float | None:
-    """Return the primary metric of newcomers on their own examples, with the model that they received or with that after they joined."""
+    """Return the primary metric of newcomers on their own examples, with the model that they received, or after they joined."""
     value = ((record.summary or {}).get("new_clients") or {}).get(when)
     return float(value) if isinstance(value, int | float) else None
 

@@ -245,12 +245,12 @@ def measure(
     """Time a workload on engines and rivals in interleaved rounds.
 
     Args:
-            engines: names of engines; `processes:8` means `engine.lanes=8`.
-            scale: fraction of the examples (or of the clients), above 0 and at most 1.
-            rounds: number of timed rounds, after one warm-up round.
-            device: device of the engines (`engine.device`); rivals run on the CPU.
-            rivals: rivals by name, each given as `FILE.py:NAME` of its `MakeRival`. Each rival runs in a separate process.
-            roof: highest FLOP/s of the machine (`machine_roof`). If set, the result contains each contestant's fraction of it.
+        engines: names of engines; `processes:8` means `engine.lanes=8`.
+        scale: fraction of the examples (or of the clients), above 0 and at most 1.
+        rounds: number of timed rounds, after one warm-up round.
+        device: device of the engines (`engine.device`); rivals run on the CPU.
+        rivals: rivals by name, each given as `FILE.py:NAME` of its `MakeRival`. Each rival runs in a separate process.
+        roof: highest FLOP/s of the machine (`machine_roof`). If set, the result contains each contestant's fraction of it.
 
         Returns:
             Facts that can be stored as JSON: sizes, the number of operations of a round's training, and, for each contestant, the seconds

@@ -143,7 +143,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     * `title`, `reading`: texts above and below the table.
 
     Raises:
-            ConfigError: a key or value is invalid; the message names it and states the allowed values.
+        ConfigError: a key or value is invalid; the message names it and states the allowed values.
     """
     table = values.get("method", {})
     table = table if isinstance(table, Mapping) else {"name": table}

@@ -83,7 +83,7 @@ def turn_costs(settings: Settings) -> list[TurnCost]:
     """Return the cost of a local update for each architecture of an experiment.
 
     Raises:
-            UsageError: settings contradict each other, or data are missing.
+        UsageError: settings contradict each other, or data are missing.
         MeasureError: the client's process failed, perhaps because it ran out of memory.
     """
     with arithmetic(settings):

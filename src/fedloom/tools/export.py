@@ -126,7 +126,7 @@ def export_client(experiment: Experiment, i: int, file: Path) -> Exported:
 
     Raises:
         ExportError: outputs of the file differ from those of torch by more than rounding errors. Both files are removed, as after any
-        error.
+            error.
     """
     try:
         return _exported(experiment, i, file)

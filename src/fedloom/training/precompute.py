@@ -69,7 +69,7 @@ def precompute(phase: Interleave, trains: Iterable[Train], gradients: Gradients,
     """Compute the shared values of the active members for one client's batch.
 
     Args:
-            inputs: the inputs of a step. Gradients will flow to `wanted`.
+        inputs: the inputs of a step. Gradients will flow to `wanted`.
     """
     assert phase.precompute is not None
     leaves = with_grad(inputs["wanted"])
@@ -91,7 +91,7 @@ def check_precompute(phase: Train | Interleave, names: Sequence[Sequence[str]]) 
         names: the names of the parameters that each member trains.
 
     Raises:
-            MethodError: an earlier member trains a parameter of the last member.
+        MethodError: an earlier member trains a parameter of the last member.
     """
     both = {name for mine in names[:-1] for name in mine}.intersection(*names[-1:])
     if isinstance(phase, Interleave) and phase.precompute and both:

@@ -73,7 +73,7 @@ class StepRunner:
         """Return additional tensors for which gradients are computed, for the examples `index`.
 
         Args:
-                lanes: the stacked clients that take this step; default: all.
+            lanes: the stacked clients that take this step; default: all.
         """
         return {}
 

@@ -100,8 +100,8 @@ def run_phases(
     """Run phases one after another. Return the resulting client, the number of optimiser steps by phase, and the logs by phase.
 
     Args:
-            lr_scale: factor for all learning rates.
-            seconds: a dictionary to which the duration of each phase is added.
+        lr_scale: factor for all learning rates.
+        seconds: a dictionary to which the duration of each phase is added.
     """
     buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes to them
     params = laid_out(client.weights["params"], is_channels_last(context.rows.x))

@@ -164,8 +164,8 @@ class GramLayer:
         """Prepare the outputs for all examples.
 
         Args:
-                weights: the weight (D, F) of every lane.
-                rows: the examples of all lanes (lanes, n, ...), with F numbers each, padded with zeros.
+            weights: the weight (D, F) of every lane.
+            rows: the examples of all lanes (lanes, n, ...), with F numbers each, padded with zeros.
             lr: the learning rate.
         """
         self._weights, self._rows, self._lr = weights, rows.flatten(2), lr

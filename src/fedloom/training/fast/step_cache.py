@@ -47,8 +47,8 @@ class StepCache:
         """Return a step that is replayed as soon as a replay has passed the test.
 
         Args:
-                kind: identifies the step, together with the shapes of batches. A step with an unhashable kind runs as written.
-                stacked: whether this is a step of several clients at once.
+            kind: identifies the step, together with the shapes of batches. A step with an unhashable kind runs as written.
+            stacked: whether this is a step of several clients at once.
         """
         number = self._number(kind)
         if number is None:
