@@ -145,8 +145,8 @@ def partition(
         dataset: the data set to divide.
         clients: number of clients. With "natural" and "own", the clients with the most (training) examples are kept; by default, all are.
         scheme: one of `SCHEMES`: "iid"; "dirichlet" (uses `alpha`); "pathological" (uses `classes_per_client`, `balance`); "extended"
-            (uses `classes_per_client`, `alpha`); "quantity" (uses `alpha`); "natural" (one client per value of `column`); "own" (the data set's
-            own split, in which `column` contains the client of each training and test example); "file" (uses `path`).
+            (uses `classes_per_client`, `alpha`); "quantity" (uses `alpha`); "natural" (one client per value of `column`); "own" (the data
+            set's own split, in which `column` contains the client of each training and test example); "file" (uses `path`).
         alpha: concentration parameter of the Dirichlet distribution.
         classes_per_client: number of classes that each client has.
         balance: see `schemes.pathological`.
