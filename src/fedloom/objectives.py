@@ -135,7 +135,7 @@ class Objective(ABC):
 
         Args:
             targets: the targets of all examples.
-            n_train: the number of examples, from the first one, from which the groups are derived.
+            n_train: the number of leading examples (the training examples) from which the groups are derived.
             bins: the maximum number of groups if targets are numbers.
         """
         return None

@@ -130,7 +130,7 @@ class DataSettings(Section):
     before training, including test examples)."""
 
     factor: Literal["code", "tint", "nuisance", "rotation"] | None = None
-    """Add a client factor that is known exactly to the images (docs/data.md). `code`: each client has its own code from classes to
+    """Add a known client factor to the images (docs/data.md). `code`: each client has its own code from classes to
     background colours. `tint`: one colour per client. `nuisance`: random colours. `rotation`: one angle per client. Default: none."""
     factor_clients: Annotated[int, Field(ge=2)] | None = None
     """Number of clients among which `data.factor` divides the training examples. Default: 4."""

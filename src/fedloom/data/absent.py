@@ -1,4 +1,4 @@
-"""The clients of a finished run without their examples, which is sufficient for predictions."""
+"""The clients of a finished run without their examples, as used for predictions."""
 
 from __future__ import annotations
 

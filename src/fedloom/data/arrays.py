@@ -46,10 +46,10 @@ def from_arrays(
     changes is logged.
 
     Args:
-        x: inputs. One array: uint8 images (N, C, H, W), finite floats of any shape (N, ...), or integers (N, T), which are token
-            ids (0 is padding). Several arrays: a dictionary is passed to the model by name, a tuple by position. The columns of a
-            pandas table become `numbers` and `categories`, like those of a parquet file, unless `kind` is set; numbers are standardised
-            by default.
+        x: inputs. A single array contains uint8 images (N, C, H, W), finite floats of any shape (N, ...), or integers (N, T), which are
+            token ids (0 is padding). Several arrays are passed to the model by name if they are in a dictionary, and by position if they
+            are in a tuple. The columns of a pandas table become `numbers` and `categories`, like those of a parquet file, unless `kind` is
+            set; numbers are standardised by default.
         y: targets. For classification, an array (N,) of integers from 0, or of names. For multi-label classification, an array (N, L)
             of 0 and 1. For regression, an array of numbers of shape (N,) or (N, M). For language modelling, an array (N, T) with the
             next token id at every position, or -100 if there is none.

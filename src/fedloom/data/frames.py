@@ -15,7 +15,7 @@ from fedloom.errors import DataError, first_line
 
 
 def read_frame(x: Any, x_test: Any) -> TypedInputs:
-    """Return the inputs in the columns of a pandas table, and of a table of test examples if there is one (otherwise None).
+    """Return the inputs in the columns of a pandas table and, unless `x_test` is None, of a table of test examples.
 
     Every column is used, even if it looks like an identifier. Raise DataError if a value is missing, if the type of a column is unclear,
     or if the tables have different columns.

@@ -45,7 +45,7 @@ from fedloom.tree import Tree
 
 H = TypeVar("H")
 WAIT_S = 1.0  # interval between checks for nodes
-CLOCK_S = 1.0  # tolerance in seconds for a node that reports to have worked longer than the server waited
+CLOCK_S = 1.0  # tolerance in seconds for a node that reports more working time than the server waited
 
 
 class LostNode(NamedTuple):

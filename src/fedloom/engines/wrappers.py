@@ -97,7 +97,7 @@ class Debug(Wrapper):
     """Checks the contract.
 
     The rules are: inputs never change, clients outside the cohort do not change, structures stay the same, private nets are not sent, all
-    numbers are finite, modules keep no own state, and scoring changes no client.
+    numbers are finite, modules keep no state outside their tensors, and scoring changes no client.
     """
 
     def __init__(self, inner: Engine) -> None:

@@ -190,7 +190,7 @@ def _check_target(target: float | None, metric: Metric) -> None:
 
 
 def _check_needs(name: str, problem: Problem) -> None:
-    """Raise ConfigError if the data or a model do not meet one of the method's requirements."""
+    """Raise ConfigError if the data or a model does not meet one of the method's requirements."""
     task, needs, remedy = problem.task, problem.method.needed, problem.method.remedy
     classes = isinstance(task.objective, Classification)
     pictures = task.spec.is_single and len(task.spec.shape) == 3 and not task.spec.fields[0].is_integer

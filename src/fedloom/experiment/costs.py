@@ -56,7 +56,7 @@ class Costs:
         """The server's message to one client in the first round."""
         method, task = self.problem.method, self.problem.task
         server = self.problem.init_server(read_weights(self._gradients[0].modules))
-        # The copy lets the server's state be released, which may contain one model per member of a cohort.
+        # The server's state may contain one model per member of a cohort. The downlink is copied, so that this state can be released.
         down = method.downlink(server, list(range(task.max_cohort)), self.problem.round("downlink", 0))
         return Downlink(tree.clone(down.to(0)))
 

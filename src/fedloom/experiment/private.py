@@ -189,7 +189,7 @@ class PrivateCombination(Combination):
     def _has_private_state(self) -> bool:
         """Whether clients keep weights that the server does not have.
 
-        The clients' own users can learn about the client from these weights.
+        The users of a client can learn about its data from these weights.
         """
         weights = read_weights(self._problem.modules(0))
         shared = self._problem.method.travelling(weights)

@@ -41,13 +41,13 @@ def _two_convolutions(
 
 
 def fedavg_cnn(input_shape: Sequence[int], width: int | None = None) -> nn.Sequential:
-    """Return PFLlib's FedAvgCNN: conv 32, conv 64, fully connected 512 (or `width`), ReLU. 582,026 parameters on MNIST."""
+    """Return PFLlib's FedAvgCNN: conv 32, conv 64, fully connected 512 (or `width`), ReLU. It has 582,026 parameters on MNIST."""
     layers, flat = _two_convolutions(input_shape, (32, 64))
     return sequence({**layers, "linear": nn.Linear(flat, width or 512), "relu3": nn.ReLU()})
 
 
 def fedmr_cnn(input_shape: Sequence[int], width: int | None = None) -> nn.Sequential:
-    """Return FedMR's CNN: conv 6, conv 16, fully connected 120 and 84 (or `width`). 62,006 parameters on CIFAR-10."""
+    """Return FedMR's CNN: conv 6, conv 16, fully connected 120 and 84 (or `width`). It has 62,006 parameters on CIFAR-10."""
     layers, flat = _two_convolutions(input_shape, (6, 16))
     layers |= {"linear1": nn.Linear(flat, 120), "relu3": nn.ReLU()}
     return sequence({**layers, "linear2": nn.Linear(120, width or 84), "relu4": nn.ReLU()})

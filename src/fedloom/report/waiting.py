@@ -48,7 +48,7 @@ def elapsed(record: RunRecord, network: Network, waiting: Waiting) -> pd.Series[
 
 
 def common_target(records: Sequence[RunRecord]) -> float:
-    """Return a round value of the personal metric that every run reaches: the worst of the runs' best values, rounded.
+    """Return a value of the personal metric that every run reaches: the worst of the runs' best values, rounded.
 
     Percentages are rounded to an integer, and other values to three significant digits, both in the direction that is easier to reach.
     """

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 SHORT_S = 0.002  # a step that takes longer is mostly arithmetic, which a replay does not shorten
 TRIALS = 30  # number of steps of one kind before a replay is tested
 REPEATS = 5  # number of timings of each form
-MOST_KINDS = 256  # limit for losses that are recreated in every local update, which add kinds
+MOST_KINDS = 256  # maximum number; a loss that is recreated in every local update adds kinds
 MOST_RECORDINGS = 16  # each recording uses device memory; the most frequent kinds are recorded first
 
 
