@@ -1,6 +1,6 @@
 """fedloom: personalised and heterogeneous federated learning in PyTorch.
 
-Nothing is loaded before it is used: `import fedloom` alone imports no torch.
+Modules are imported when they are first used, so `import fedloom` does not import torch.
 """
 
 from typing import TYPE_CHECKING

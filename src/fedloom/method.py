@@ -85,7 +85,7 @@ class Task:
 
 
 class Client(NamedTuple):
-    """Everything a client keeps between rounds. The structure is complete from round 0 and never changes."""
+    """Everything that a client keeps between rounds. The structure is complete from round 0 and never changes."""
 
     weights: Weights
     memory: Tree
@@ -115,7 +115,7 @@ class Turn:
 
 
 class ClientData(NamedTuple):
-    """What a client knows about its own training examples before the first round."""
+    """Facts about a client's training examples that are known before the first round."""
 
     examples: int  # n_k
     class_counts: Tensor  # (Y,) number of examples of each class, in the default dtype; (0,) without classes
@@ -210,7 +210,7 @@ class Train(NamedPhase):
     draw: DrawFn | None = None  # (batch, task, stream) -> the step's random tensors, drawn outside vectorised code
     keep_state: bool = False  # whether the optimiser's state is kept between rounds
     balanced: bool = False  # draw examples with replacement, so that each of the client's classes is equally likely
-    repeats: int = 1  # optimiser steps on each batch
+    repeats: int = 1  # number of optimiser steps on each batch
     train_mode: tuple[str, ...] | None = (
         None  # the nets in training mode (default: those it trains); all others are in evaluation mode
     )
@@ -312,7 +312,7 @@ class Method:
     lr_decay: Share = 1.0
     """Factor by which the learning rate is multiplied after every round."""
     local_epochs: Count = 1
-    """Passes over the client's training examples in a round."""
+    """Number of passes over the client's training examples in a round."""
     buffers: Literal["shared", "private"] = "shared"
     """If shared, BatchNorm's running statistics are sent with the shared nets and averaged. If private, they stay with the client."""
 
@@ -411,7 +411,7 @@ class Method:
 
     @client_side
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor | tuple[Tensor, Logs]:
-        """Return the mean loss of `model`: cross-entropy for classes; see `fedloom.objectives`."""
+        """Return the mean loss of `model`, such as cross-entropy for classes; see `fedloom.objectives`."""
         return nets.loss(nets.model(batch.x), batch.y)
 
     @client_side

@@ -206,7 +206,7 @@ def block_of(name: str) -> str:
 
 
 def units(weights: Weights, unit: Unit) -> list[list[tuple[str, str]]]:
-    """Group the tensors, as `(kind, name)` with kind params|buffers, by layer, tensor or block, in order of first appearance."""
+    """Group the tensors by layer, tensor or block, in order of first appearance. A tensor is `(kind, name)`; kinds are `params`, `buffers`."""
     owners: dict[Unit, Callable[[str], str]] = {"layer": layer_of, "block": block_of, "tensor": lambda name: name}
     groups: dict[str, list[tuple[str, str]]] = {}
     for kind in ("params", "buffers"):

@@ -82,7 +82,7 @@ class Objective(ABC):
     task: ClassVar[str]
     primary: ClassVar[Metric]
     output_ndim: ClassVar[int] = 2  # dimensions of a model's outputs
-    skew: ClassVar[str] = ""  # why there are no strata, for messages
+    skew: ClassVar[str] = ""  # reason why there are no strata, for messages
 
     @property
     def n_outputs(self) -> int:

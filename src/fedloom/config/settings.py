@@ -142,7 +142,7 @@ class DataSettings(Section):
 
 
 class PartitionSettings(Section):
-    """How examples are split across clients."""
+    """The partition: how examples are divided among clients."""
 
     name: (
         Literal["iid", "dirichlet", "pathological", "extended", "quantity", "natural", "file", "own", "given"] | None
@@ -182,7 +182,7 @@ class PartitionSettings(Section):
 
 
 class EvalSettings(Section):
-    """What is evaluated, and how often."""
+    """The evaluation: what is scored, and how often."""
 
     general_every: Whole = 0
     """Score personal models on the common test set every N rounds. With 0, they are scored only after the last round."""

@@ -60,7 +60,7 @@ def owners_of(dataset: Dataset, partition: Partition) -> Tensor:
 
 
 def tell_of_scale(dataset: Dataset) -> None:
-    """Warn if large features are used without scaling by default."""
+    """Warn if features are large but are not scaled by default."""
     for part in dataset.spec.fields:
         if part.kind != "number":
             continue

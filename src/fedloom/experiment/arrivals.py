@@ -90,7 +90,7 @@ class Arrivals:
             int, RoundRequest
         ] = {}  # late clients on real devices, with the request that they are answering
         self.counts = {"lost": 0, "late": 0, "rejected": 0, "skipped": 0, "virtual_steps": 0.0}
-        self.events: list[Row] = []  # since the experiment last cleared them
+        self.events: list[Row] = []  # events since the experiment last cleared this list
 
     def roster(self, number: int, cohort: Sequence[int], at_work: Collection[int] = ()) -> Participants:
         """Choose the members of the cohort that participate in round `number`.

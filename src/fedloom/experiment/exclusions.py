@@ -16,7 +16,7 @@ from fedloom.wire.transforms import TopK, parse
 
 
 class UplinkPlan(NamedTuple):
-    """What the server does with uplinks."""
+    """The settings that determine how the server combines uplinks."""
 
     settings: Settings
     method: Method

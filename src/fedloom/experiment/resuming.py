@@ -1,4 +1,7 @@
-"""What a run depends on (settings, versions, data, code), recorded in its manifests and compared when the run is resumed."""
+"""The facts on which a run depends (settings, versions, data, code).
+
+They are recorded in the manifests of the run, and compared when the run is resumed.
+"""
 
 from __future__ import annotations
 

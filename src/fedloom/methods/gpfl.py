@@ -49,7 +49,7 @@ class GPFL(Method):
     magnitude: NonNegative = 0.01
     """Weight of the distance to the received embedding (the paper's lambda)."""
     embedding_decay: NonNegative = 0.1
-    """L2 penalty on the embeddings and the conditional layer alone (the paper's mu), added to their gradient."""
+    """Coefficient of an L2 penalty that is added to the gradient of the embeddings and the conditional layer (the paper's mu)."""
 
     shared: ClassVar[tuple[str, ...]] = ("model:body", "classes", "valve")
     accepts_late: ClassVar[bool] = True

@@ -115,7 +115,7 @@ NO_BASE = Base()
 
 
 def with_adapters(body: M, rank: int, alpha: float, *, freeze_a: bool = False) -> M:
-    """Freeze the body and add an adapter to each nn.Linear in it, in place. Initially, its outputs do not change.
+    """Freeze the body and add an adapter to each nn.Linear in it, in place. The adapters do not change its initial outputs.
 
     Raises:
         ConfigError: the body has no nn.Linear.

@@ -168,7 +168,7 @@ def text_transformer(
 
     Inputs are normalised before each layer. It has 744,452 parameters for V=10,000, T=64 and Y=4. With `pool`, features are the `mean`
     over tokens, or those of the `first` token. `hidden` is the width of the perceptrons. PFLlib's transformer has fixed positions and no
-    final norm: 22,690,820 parameters (dim=512, heads=8, hidden=2048, V=32,000).
+    final norm, and has 22,690,820 parameters (dim=512, heads=8, hidden=2048, V=32,000).
     """
     if pool not in ("mean", "first"):
         raise ConfigError(f"model option pool={pool!r} is unknown; known: mean, first")
