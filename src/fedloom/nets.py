@@ -206,7 +206,10 @@ def block_of(name: str) -> str:
 
 
 def units(weights: Weights, unit: Unit) -> list[list[tuple[str, str]]]:
-    """Group the tensors by layer, tensor or block, in order of first appearance. A tensor is `(kind, name)`; kinds are `params`, `buffers`."""
+    """Group the tensors by layer, tensor or block, in order of first appearance.
+
+    A tensor is given as `(kind, name)`, where the kind is `params` or `buffers`.
+    """
     owners: dict[Unit, Callable[[str], str]] = {"layer": layer_of, "block": block_of, "tensor": lambda name: name}
     groups: dict[str, list[tuple[str, str]]] = {}
     for kind in ("params", "buffers"):
