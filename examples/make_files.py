@@ -47,7 +47,7 @@ names = np.array([f"person-{i}" for i in person])
 np.savez(folder / "windows.npz", x=windows, y=np.array(["rest", "walk", "run"])[activity], client=names)
 np.save(folder / "new-windows.npy", windows[:2])
 
-# Texts: 400 short reviews by four people, most of them with a word for what they think.
+# Texts: 400 short reviews by four people, most of them with a word that states the opinion.
 words = {"good": ["good", "great", "lovely", "superb"], "bad": ["bad", "poor", "boring", "weak"]}
 opinion = rng.choice(["good", "bad"], 400)
 things, said = rng.choice(["film", "book", "song", "play"], 400), [rng.choice([*words[o], "long"]) for o in opinion]
