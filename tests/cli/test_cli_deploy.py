@@ -37,11 +37,11 @@ def test_a_folder_is_made_and_its_steps_are_shown(cli):
         (["init", "w", "clients=3", "model=nonet.py:Net"], "model=nonet.py:Net: file nonet.py does not exist"),
         (["join"], "give a folder"),
         (["join", "Site"], "--name Site: must have at most 63 lower-case letters"),
-        (["join", "s", "--authority", "x"], "--authority: is used only with --finish"),
+        (["join", "s", "--authority", "x"], "--authority: applies only with --finish"),
         (["join", "s", "--finish", "none.join"], "none.join: there is no such file"),
-        (["join", "s", "--finish", "none.join", "--name", "s"], "--name: is used only without --finish"),
+        (["join", "s", "--finish", "none.join", "--name", "s"], "--name: applies only without --finish"),
         (["admit", "w", "a.csr"], "--clients"),
-        (["admit", "w", "a.csr", "--clients", "0"], "a.csr: cannot be read: No such file"),
+        (["admit", "w", "a.csr", "--clients", "0"], "a.csr cannot be read: No such file"),
         (["admit", "w", "--clients", "0"], "give a node's request"),
         (
             ["admit", "w", "a.csr", "--clients", "x"],
@@ -54,7 +54,7 @@ def test_a_folder_is_made_and_its_steps_are_shown(cli):
         (["rotate", "w", "server"], "w is not a federation's folder"),
         (
             ["rotate", "w", "a.csr", "--address", "h"],
-            "--address: is used only with: fedloom deploy rotate FOLDER server",
+            "--address: applies only to: fedloom deploy rotate FOLDER server",
         ),
         (["audit", "w"], "w is not a federation's folder"),
     ],

@@ -57,7 +57,7 @@ def test_examples_that_are_not_the_clients_own_are_labelled(cli):
 
 MISTAKES = {
     "export": "give the folder of a run",
-    "export nowhere": "nowhere: is not a run folder",
+    "export nowhere": "nowhere is not a run folder",
     "export r --client 4": "--client 4: '4' is not a client of this run; clients are 0 to 3",
     "export r --client x": "'x' is not a client",
     "export r --client -1": "is not a client",

@@ -103,7 +103,7 @@ def test_a_run_on_arrays(cli, tmp_path):
     ("word", "message"),
     [
         ("data.label=il", "data.label=il: patients.csv has no such column (did you mean 'ill'?)"),
-        ("data.label=age", "patients.csv, label 'age': has 15 different numbers; set data.task=regression"),
+        ("data.label=age", "patients.csv, label 'age' has 15 different numbers; set data.task=regression"),
         ("data.missing=keep", "data.missing=keep"),
         ("data.decimal=;", "data.decimal=;"),
         ("data.drop=ill", "column 'ill' is named more than once"),

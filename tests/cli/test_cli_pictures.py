@@ -65,14 +65,14 @@ MISTAKES = {
     ),
     "a picture that does not exist": (
         PAIR, {"p/metadata.csv": HEAD + "1.png,a\n3.png,b\n4.png,b\n"}, "",
-        "p/metadata.csv: lists '3.png' (and 1 more), which is not a picture in the folder",
+        "p/metadata.csv lists '3.png' (and 1 more), which is not a picture in the folder",
     ),
     "a picture outside": (
         ("p/1.png", "2.png"), {"p/metadata.csv": HEAD + "1.png,a\n../2.png,b\n"}, "", "lists '../2.png', which is not a picture",
     ),
-    "a picture twice": (PAIR, {"p/metadata.csv": HEAD + "1.png,a\n1.png,b\n"}, "", "p/metadata.csv, line 3: lists '1.png' a second time"),
+    "a picture twice": (PAIR, {"p/metadata.csv": HEAD + "1.png,a\n1.png,b\n"}, "", "p/metadata.csv, line 3 lists '1.png' a second time"),
     "no file names": (
-        PAIR, {"p/metadata.csv": "file,label\n1.png,a\n"}, "", "line 2: has no column 'file_name'; its columns are file, label",
+        PAIR, {"p/metadata.csv": "file,label\n1.png,a\n"}, "", "line 2 has no column 'file_name'; its columns are file, label",
     ),
     "no label": (PAIR, {"p/metadata.csv": HEAD + "1.png,a\n2.png,\n"}, "", "p/metadata.csv: '2.png' has no value in column 'label'"),
     "no label column": (
@@ -80,12 +80,12 @@ MISTAKES = {
         "no column of labels, such as label, labels, class, target, y; its columns are file_name, age, who",
     ),
     "names alone": (PAIR, {"p/metadata.csv": "file_name\n1.png\n"}, "", "its columns are file_name, and no others"),
-    "no rows": (PAIR, {"p/metadata.csv": HEAD}, "", "p/metadata.csv: has no rows"),
-    "too many values": (PAIR, {"p/metadata.csv": HEAD + "1.png,a,b\n"}, "", "line 2: has 3 values for 2 columns"),
+    "no rows": (PAIR, {"p/metadata.csv": HEAD}, "", "p/metadata.csv has no rows"),
+    "too many values": (PAIR, {"p/metadata.csv": HEAD + "1.png,a,b\n"}, "", "line 2 has 3 values for 2 columns"),
     "equal names": (PAIR, {"p/metadata.csv": "file_name,label,label\n1.png,a,b\n"}, "", "two columns have the same name"),
     "no UTF-8": (PAIR, {"p/metadata.csv": (HEAD + "1.png,\xe9\n").encode("latin-1")}, "", "cannot be read as UTF-8 text"),
     "no JSON": (PAIR, {"p/metadata.jsonl": '{"file_name": "1.png"\n'}, "", "p/metadata.jsonl, line 1: not JSON"),
-    "no object": (PAIR, {"p/metadata.jsonl": "[1]\n"}, "", "line 1: must be a JSON object, such as"),
+    "no object": (PAIR, {"p/metadata.jsonl": "[1]\n"}, "", "line 1 must be a JSON object, such as"),
     "other columns": (
         PAIR, {"p/metadata.jsonl": '{"file_name": "1.png", "label": 1}\n{"file_name": "2.png", "age": 1}\n'}, "",
         "line 2: column 'age' is not in all rows; all rows need the same columns",

@@ -55,7 +55,7 @@ class Compared:
 
         grid = paired_grid(read([run.folder for run in self.runs.values()]))
         if grid is None:
-            raise ConfigError("compare: a single method has no pairs; compare at least two")
+            raise ConfigError("compare: one method cannot be compared; give at least two")
         return _frame(grid)
 
 
@@ -83,7 +83,7 @@ def compare(
     """
     out = settings.pop("out", None)
     if "seed" in settings:
-        raise ConfigError(f"seed={settings['seed']}: a comparison takes several; use seeds=[...]")
+        raise ConfigError(f"seed={settings['seed']}: a comparison takes several seeds; pass seeds=[...]")
     values, parts = given_objects(data, model, partition, settings)
     rows = _rows(methods)
     for key in settings:
@@ -109,7 +109,7 @@ def _rows(methods: Sequence[Method | str] | Mapping[str, Method | str]) -> Value
     named = methods if isinstance(methods, Mapping) else _listed(methods)
     rows = named if isinstance(named, Mapping) else {_label(method): method for method in named}
     if len(rows) < len(named):
-        raise ConfigError("methods: two have the same name; give a dictionary with different names")
+        raise ConfigError("methods: two methods have the same name; pass a dictionary with a different name for each")
     variants = {label: _variant(method) for label, method in rows.items() if label != method}
     return {"method.name": list(rows), **({"variant": variants} if variants else {})}
 

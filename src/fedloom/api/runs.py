@@ -347,7 +347,7 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
             f"data: must be a name, or a data set from fedloom.from_arrays(x, y), not {type(data).__name__}"
         )
     if settings.get("models") and not (model is None or isinstance(model, str)):
-        raise ConfigError("models: replaces `model`, which was given as an object; remove one of them")
+        raise ConfigError("models: cannot be combined with `model`, which was given as an object; remove one of them")
     for key in settings:
         if isinstance(method, Method) and key.startswith("method."):
             raise ConfigError(

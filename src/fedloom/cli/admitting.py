@@ -43,7 +43,7 @@ def join_step(words: Sequence[str]) -> int:
     folder = _folder(given, "join")
     if given.finish is None:
         if given.authority is not None:
-            raise ConfigError("--authority: is used only with --finish")
+            raise ConfigError("--authority: applies only with --finish")
         made = request_to_join(folder, given.name if given.name is not None else folder.resolve().name)
         _show(
             ("request", made.file),
@@ -52,7 +52,7 @@ def join_step(words: Sequence[str]) -> int:
         )
         return 0
     if given.name is not None:
-        raise ConfigError("--name: is used only without --finish; the answer has the node's name")
+        raise ConfigError("--name: applies only without --finish, because the answer contains the node's name")
     node, is_renewal = finish(folder, Path(given.finish), given.authority)
     start = f"fedloom deploy node {folder}"
     _show(
@@ -99,7 +99,7 @@ def revoke_step(words: Sequence[str]) -> int:
         raise ConfigError("fedloom deploy revoke: give the name of a node; see fedloom deploy revoke --help")
     prints = revoke(folder, given.name)
     if not prints:
-        _show(("node", f"{given.name} was revoked before"))
+        _show(("node", f"{given.name} is already revoked"))
     for each in prints:
         _show(("node", f"{given.name} is revoked"), ("fingerprint", each))
     return 0
@@ -118,7 +118,7 @@ def rotate_step(words: Sequence[str]) -> int:
     given = parser.read(words)
     folder = _folder(given, "rotate")
     if given.address is not None and given.request != "server":
-        raise ConfigError("--address: is used only with: fedloom deploy rotate FOLDER server")
+        raise ConfigError("--address: applies only to: fedloom deploy rotate FOLDER server")
     if (folder / "node.toml").is_file():
         if given.request or given.fingerprint or given.authority:
             raise ConfigError(
@@ -141,7 +141,8 @@ def rotate_step(words: Sequence[str]) -> int:
     else:
         admitted = rotate_node(folder, _request(given, "rotate"), given.fingerprint, _authority(given))
         _show_admitted(
-            admitted, "has this key already" if admitted.before else "has a new key; the old one is valid for a day"
+            admitted,
+            "already has this key" if admitted.before else "has a new key; the old key remains valid for one day",
         )
     return 0
 

@@ -43,7 +43,7 @@ def analyse_command(words: Sequence[str]) -> int:
     parts = _parts(given.only, PARTS)
     if out is not None and "sharpness" not in parts:
         raise ConfigError(
-            f"out={out}: names the file for the sharpness curves, but --only {given.only} leaves them out; remove out"
+            f"out={out}: sets the file for the sharpness curves, but --only {given.only} excludes them; remove out"
         )
     records = read(folders)
     done, total = 0, len(records) * len(parts)

@@ -111,8 +111,8 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
         f" (client {without} has none: on the common test set)" if without else ""
     )
     console.print(
-        f"{method} after {experiment.done} rounds; {found[0].metric}, and difference of the outputs from torch, on {rows}; "
-        "times: median, one thread; memory: peak of a fresh ONNX Runtime process for one example",
+        f"{method} after {experiment.done} rounds; {found[0].metric}, and the difference between the ONNX and torch outputs, "
+        f"measured on {rows}. Times are medians with one thread. Memory is the peak of a new ONNX Runtime process for one example.",
         soft_wrap=True,
     )
     console.print(f"folder  {folder}", soft_wrap=True)

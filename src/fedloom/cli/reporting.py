@@ -55,7 +55,7 @@ def report_command(words: Sequence[str]) -> int:
     records = read(folders)
     waiting = _waiting(options, shared_primary(records))
     if waiting and not any(path.suffix[1:].lower() in PAGES for path in targets.values()) and given.quiet:
-        raise ConfigError(f"network={options['network']}: only the page and the printed tables have times; remove it")
+        raise ConfigError(f"network={options['network']}: only the page and the printed tables show times; remove it")
     if not given.quiet:
         console = output()
         show(console, summary_table(records))
@@ -84,7 +84,7 @@ def _targets(options: Mapping[str, str], folder: Path) -> dict[str, Path]:
         if key in options
     }
     if len({path.resolve() for path in targets.values()}) < len(targets):
-        raise ConfigError(f"clients={options['clients']}: is also the file of out; choose another name")
+        raise ConfigError(f"clients={options['clients']}: is the same file as out; choose another name")
     return targets or {"out": folder / "report.html"}
 
 

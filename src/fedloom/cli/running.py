@@ -141,7 +141,7 @@ def _several(files: Sequence[str], words: Sequence[str]) -> tuple[dict[str, Comp
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(
-                f"'{name}': two config files have this name, and each comparison needs its own folder; rename one"
+                f"'{name}': two config files have this name, but each comparison needs its own folder; rename one of them"
             )
     made = {name: _planned([file, *rest])[0] for name, file in zip(names, files, strict=True)}
     return made, read_values(rest).get("out")
@@ -154,9 +154,7 @@ def _planned(words: Sequence[str]) -> tuple[Comparison, str | None]:
     values = read_values(words)
     comparison, changes = plan(values), [w for w in words if "=" in w and not w.startswith(("out=", "engine", "log="))]
     if comparison.reading and changes and not any(word.startswith("reading=") for word in changes):
-        left_out = (
-            f"The config file's reading of the results is left out, because the command line has {' '.join(changes)}."
-        )
+        left_out = f"The comment in the config file is not shown, because the command line changes its settings: {' '.join(changes)}."
         comparison = replace(comparison, reading=left_out)
     return comparison, values.get("out")
 
@@ -213,9 +211,9 @@ def refuse_several(values: Values) -> None:
     for key, value in several.items():
         if isinstance(value, list) or (isinstance(value, str) and "," in value):
             shown = ",".join(map(str, value)) if isinstance(value, list) else value
-            raise ConfigError(f"{key}={shown}: a run takes one {key}; use fedloom compare for several")
+            raise ConfigError(f"{key}={shown}: a run takes one value; to use several, run fedloom compare")
     if "variant" in values:
-        raise ConfigError("variant: a run takes no variants; use fedloom compare")
+        raise ConfigError("variant: applies only to comparisons; use fedloom compare")
 
 
 def until_interrupted(work: Callable[[], Any], again: str) -> None:

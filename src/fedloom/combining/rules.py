@@ -36,14 +36,14 @@ RULES: Mapping[str, RuleKind] = MappingProxyType(
     {
         "median": RuleKind(summary="the median of each coordinate", example="median"),
         "trimmed": RuleKind(
-            summary="the mean of each coordinate without the largest and the smallest FRACTION of its values",
+            summary="the mean of each coordinate, without the largest and the smallest FRACTION of its values",
             example="trimmed:0.2",
             number="FRACTION",
             allowed=lambda fraction: 0 < fraction < 0.5,
             limits="above 0 and below 0.5",
         ),
         "krum": RuleKind(
-            summary="the one uplink that is closest to its neighbours, with at most F hostile clients",
+            summary="the one update that is closest to its neighbours, if at most F clients are malicious",
             example="krum:1",
             number="F",
             allowed=_is_count,
@@ -52,7 +52,7 @@ RULES: Mapping[str, RuleKind] = MappingProxyType(
             least=_for_krum(1),
         ),
         "multikrum": RuleKind(
-            summary="the mean of the uplinks without the F that are farthest from their neighbours",
+            summary="the mean of the updates, without the F updates that are farthest from their neighbours",
             example="multikrum:1",
             number="F",
             allowed=_is_count,
@@ -61,18 +61,18 @@ RULES: Mapping[str, RuleKind] = MappingProxyType(
             least=_for_krum(1),
         ),
         "geometric": RuleKind(
-            summary="the geometric median: the point with the smallest mean distance to the uplinks",
+            summary="the geometric median: the point with the smallest mean distance to the updates",
             example="geometric",
         ),
         "norm-bound": RuleKind(
-            summary="the mean, after differences of more than C times the median size are shortened to that size",
+            summary="the mean, after updates of more than C times the median norm are scaled down to that norm",
             example="norm-bound:1",
             number="C",
             allowed=lambda bound: bound > 0,
             limits="above 0",
         ),
         "clip": RuleKind(
-            summary="centred clipping: steps from the median towards the mean, each uplink limited to C times the median distance",
+            summary="centred clipping: steps from the median towards the mean, with each update limited to C times the median distance",
             example="clip:1",
             number="C",
             allowed=lambda bound: bound > 0,

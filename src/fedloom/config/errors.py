@@ -17,11 +17,11 @@ from fedloom.ranges import LIMITS
 
 _WORDS = {
     "bool": "must be true or false",
-    "dict": "is a table; set its keys one by one, such as {key}.KEY=VALUE",
+    "dict": "is a table; set its keys individually, such as {key}.KEY=VALUE",
     "float": "must be a number",
     "int": "must be an integer",
     "is": "must be an integer",
-    "model": "is a table; set its keys one by one, such as {key}.KEY=VALUE",
+    "model": "is a table; set its keys individually, such as {key}.KEY=VALUE",
     "path": "must be a path",
     "string": "must be text",
     "tuple": "must be a list",

@@ -61,7 +61,7 @@ def absent_data(folder: Path) -> AbsentData:
         n = 1 + max(max(rows) for split in ("train", "valid", "test") for rows in content[split] if rows)
         partition = Partition.load(file, max(n, 1 + max(content["common"], default=0)))
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(f"{file}: cannot be read ({type(error).__name__})") from error
+        raise DataError(f"{file} cannot be read ({type(error).__name__})") from error
     return AbsentData(Preprocess.read(folder / "preprocess.json"), partition)
 
 

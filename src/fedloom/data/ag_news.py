@@ -23,7 +23,7 @@ def read_ag_news(asked: Request, folder: Path) -> Dataset:
     """
     files = hub.split_files(folder)
     if not files[0]:
-        raise DataError(f"{folder}: has neither train.parquet nor train-00000-of-00001.parquet")
+        raise DataError(f"{folder} has neither train.parquet nor train-00000-of-00001.parquet")
     options, texts = TableOptions(label="label"), replace(asked.texts, text=("text",))
     pool = read_table(asked.name, files, options, task="classification", rows=asked.rows, texts=texts)
     names = SOURCES["ag-news"].classes or ()

@@ -68,7 +68,7 @@ def input_array(file: Path) -> Any:
         return found
     name = next((name for keys in CONVENTIONS for name in (keys.x_test, keys.x) if name in found), None)
     if name is None and len(found) > 1:
-        raise DataError(f"{file}: has the arrays {', '.join(found)}; call the inputs x")
+        raise DataError(f"{file} has the arrays {', '.join(found)}; call the inputs x")
     return found[name or next(iter(found))]
 
 
@@ -81,20 +81,20 @@ def _reading(file: Path) -> Any:
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
         reason = first_line(error)
         if "allow_pickle" in reason:
-            reason = "it has Python objects, which are not read; save numbers or fixed-width text"
-        raise DataError(f"{file}: cannot be read as arrays: {reason}") from error
+            reason = "it contains Python objects, which are not read; save numbers or fixed-width text"
+        raise DataError(f"{file} cannot be read as arrays: {reason}") from error
 
 
 def _made(name: str, place: Path, found: Any, *, task: Any, rows: int | None) -> Dataset:
     if not isinstance(found, dict):
         raise DataError(
-            f"{place}: has one array without a name; save inputs and labels with numpy.savez(file, x=..., y=...)"
+            f"{place} has one array without a name; save inputs and labels with numpy.savez(file, x=..., y=...)"
         )
     keys = next((keys for keys in CONVENTIONS if {keys.x, keys.y} <= found.keys()), None)
     if keys is None:
         known = "; ".join(f"{keys.x}, {keys.y}" for keys in CONVENTIONS)
         raise DataError(
-            f"{place}: has the arrays {', '.join(found) or 'none'}; name inputs and labels in one of these ways: {known}"
+            f"{place} has the arrays {', '.join(found) or 'none'}; name inputs and labels in one of these ways: {known}"
         )
     used = {keys.x, keys.y, keys.x_test, keys.y_test, *(keys.more or ()), *OWNERS}
     if ignored := sorted(found.keys() - used):

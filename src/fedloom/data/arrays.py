@@ -143,7 +143,7 @@ def _fields(x: Given) -> dict[str, Any]:
     """Return the inputs by name; a single array has the name ""."""
     if isinstance(x, Mapping):
         if not x or not all(isinstance(key, str) and key for key in x):
-            raise DataError("from_arrays: inputs in a dictionary need names (strings)")
+            raise DataError("from_arrays: the keys of a dictionary of inputs must be strings")
         return dict(x)
     return {str(i): values for i, values in enumerate(x)} if isinstance(x, tuple) else {"": x}
 
@@ -189,7 +189,7 @@ def _usual_scale(inputs: Inputs, kinds: Mapping[str, Kind]) -> str | None:
     if float(inputs.min()) < 0 or not 0 < float(inputs.max()) <= 1:
         return None
     log.warning(
-        "from_arrays: x holds images from 0 to 1; scaled to [-1, 1], as uint8 images are; to use them unchanged, set "
+        "from_arrays: x holds images with values from 0 to 1; they are scaled to [-1, 1], like uint8 images; to use them unchanged, set "
         "data.normalise=none"
     )
     return "half"
@@ -264,7 +264,7 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
     elif not tensor.is_floating_point():
         if int(tensor.min()) >= 0:
             return _integers(tensor, what, "token"), "token"
-        log.warning("from_arrays: %s is %s with negative values; used as numbers", what, _describe(tensor))
+        log.warning("from_arrays: %s is %s with negative values; it is used as numbers", what, _describe(tensor))
         return tensor.to(torch.float32), "number"
     elif not bool(torch.isfinite(tensor).all()):
         raise DataError(f"from_arrays: {what} contains NaN or infinite values; remove or replace them")
@@ -274,17 +274,21 @@ def _field(x: Any, what: str, kind: Kind | None) -> tuple[Tensor, Kind]:
 def _as_pictures(tensor: Tensor, what: str) -> Tensor:
     """Return images with channels first, without an alpha channel, and pixel values from 0 to 255 as uint8."""
     if tensor.ndim == 3 and tensor.dtype == torch.uint8:
-        log.warning("from_arrays: %s is %s; used as images with one channel", what, _describe(tensor))
+        log.warning("from_arrays: %s is %s; it is used as images with one channel", what, _describe(tensor))
         tensor = tensor[:, None]
     if tensor.ndim == 4 and tensor.dtype == torch.uint8 and 4 in (tensor.shape[1], tensor.shape[3]):
         if not {1, 3} & {tensor.shape[1], tensor.shape[3]}:
             log.warning("from_arrays: %s is %s; its fourth channel (alpha) is dropped", what, _describe(tensor))
             tensor = tensor[..., :3] if tensor.shape[3] == 4 else tensor[:, :3]
     if tensor.ndim == 4 and tensor.shape[3] in (1, 3) and tensor.shape[1] not in (1, 3):
-        log.warning("from_arrays: %s is %s; converted from channels last to channels first", what, _describe(tensor))
+        log.warning(
+            "from_arrays: %s is %s; it is converted from channels last to channels first", what, _describe(tensor)
+        )
         tensor = tensor.permute(0, 3, 1, 2).contiguous()
     if tensor.is_floating_point() and tensor.ndim == 4 and _are_bytes(tensor):
-        log.warning("from_arrays: %s holds integers from 0 to 255 as %s; converted to uint8", what, _describe(tensor))
+        log.warning(
+            "from_arrays: %s holds integers from 0 to 255 as %s; they are converted to uint8", what, _describe(tensor)
+        )
         tensor = tensor.to(torch.uint8)
     return tensor
 
@@ -297,7 +301,7 @@ def _integers(tensor: Tensor, what: str, kind: Kind) -> Tensor:
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; categories must be (N, columns)")
     low, high = int(tensor.min()), int(tensor.max())
     if low < 0:
-        raise DataError(f"from_arrays: {what} has the value {low}; {kind} inputs must be 0 or more")
+        raise DataError(f"from_arrays: {what} contains the value {low}; {kind} inputs must be at least 0")
     small = next(t for t in (torch.uint8, torch.int16, torch.int32, torch.int64) if high <= torch.iinfo(t).max)
     return tensor.to(small)
 

@@ -83,7 +83,7 @@ def with_factor(pool: Dataset, kind: Kind, n_clients: int) -> Dataset:
 def _check(pool: Dataset, kind: Kind, n_clients: int) -> None:
     where = f"data.factor={kind}"
     if pool.factor:
-        raise DataError(f"{where}: data={pool.name} has a client factor already; remove data.factor")
+        raise DataError(f"{where}: data={pool.name} already has a client factor; remove data.factor")
     if "picture" not in pool.spec.kinds or not pool.spec.is_single:
         raise DataError(f"{where}: needs images, but data={pool.name} has {pool.spec}")
     if kind != "rotation" and pool.input_shape[0] != 1:
@@ -93,7 +93,7 @@ def _check(pool: Dataset, kind: Kind, n_clients: int) -> None:
     if not 2 <= n_clients <= pool.n_train:
         raise DataError(f"data.factor_clients={n_clients}: must be from 2 to {pool.n_train}, the training examples")
     if not {"client", "colour", "angle"}.isdisjoint(pool.columns):
-        raise DataError(f"{where}: data={pool.name} has a column client, colour or angle already")
+        raise DataError(f"{where}: data={pool.name} already has a column called client, colour or angle")
 
 
 def _held_out(pool: Dataset, stream: Stream) -> Dataset:

@@ -48,9 +48,9 @@ def _whole(x: Any, x_test: Any) -> pd.DataFrame:
             raise DataError("from_arrays: x and x_test must both be tables (pandas.DataFrame)")
     names = [str(name) for name in x.columns]
     if len(set(names)) < len(names):
-        raise DataError("from_arrays: x has two columns of the same name; rename one")
+        raise DataError("from_arrays: two columns of x have the same name; rename one")
     if x_test is not None and [str(name) for name in x_test.columns] != names:
-        raise DataError(f"from_arrays: x_test must have the columns of x: {', '.join(names)}")
+        raise DataError(f"from_arrays: x_test must have the same columns as x: {', '.join(names)}")
     if not len(x) or not names:
         raise DataError(f"from_arrays: x has shape {x.shape}; it must have rows and columns")
     whole: pd.DataFrame = pd.concat(frames, ignore_index=True)
@@ -74,4 +74,4 @@ def _own(values: pd.Series[Any], name: str, where: str) -> pd.Series[Any]:
     try:
         return own_type(pa.chunked_array([pa.Array.from_pandas(values)]), where, name)
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise DataError(f"{where}, column '{name}': has values of several types ({first_line(error)})") from error
+        raise DataError(f"{where}, column '{name}' has values of several types ({first_line(error)})") from error

@@ -24,7 +24,7 @@ SIGNALS: Final = tuple(f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "t
 LENGTH: Final = 128
 N_FEATURES: Final = 561
 ACTIVITIES: Final = ("WALKING", "WALKING_UPSTAIRS", "WALKING_DOWNSTAIRS", "SITTING", "STANDING", "LAYING")
-OVERLAP: Final = "neighbouring windows of a person overlap by half"
+OVERLAP: Final = "consecutive windows of a person overlap by half"
 
 
 def read_har(asked: Request, folder: Path) -> Dataset:
@@ -39,7 +39,7 @@ def read_har(asked: Request, folder: Path) -> Dataset:
     """
     root = next((place for place in (folder, folder / "UCI HAR Dataset") if (place / "train").is_dir()), None)
     if root is None:
-        raise DataError(f"{folder}: needs the folders train and test of 'UCI HAR Dataset'")
+        raise DataError(f"{folder} requires the folders train and test of 'UCI HAR Dataset'")
     parts = [_read_part(root, split, features=asked.features) for split in ("train", "test")]
     x, y, subjects = (np.concatenate(part) for part in zip(*parts, strict=True))
     train, test = _split_in_time(y, subjects)
@@ -86,7 +86,7 @@ def _read_part(root: Path, split: str, *, features: bool) -> tuple[npt.NDArray[A
             raise DataError(f"{place / 'Inertial Signals'}: the files have different numbers of lines")
         x = np.stack(signals, axis=1)
     if not len(x) == len(labels) == len(subjects):
-        raise DataError(f"{place}: has {len(x)} windows, {len(labels)} labels and {len(subjects)} subjects")
+        raise DataError(f"{place} has {len(x)} windows, {len(labels)} labels and {len(subjects)} subjects")
     if not set(labels.tolist()) <= set(range(1, len(ACTIVITIES) + 1)):
         raise DataError(f"{place / f'y_{split}.txt'}: labels must be from 1 to {len(ACTIVITIES)}")
     return x, labels.astype(np.int64) - 1, subjects.astype(np.int64)
@@ -99,7 +99,7 @@ def _numbers(file: Path, width: int) -> npt.NDArray[np.float32]:
     except FileNotFoundError:
         raise DataError(f"{file}: file does not exist") from None
     except (OSError, ValueError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise DataError(f"{file}: must have {width} numbers in every line ({first_line(error)})") from error
+        raise DataError(f"{file} must have {width} numbers in every line ({first_line(error)})") from error
     if found.shape[1] != width or not np.isfinite(found).all():
-        raise DataError(f"{file}: must have {width} numbers in every line, without gaps")
+        raise DataError(f"{file} must have {width} numbers in every line, without gaps")
     return np.ascontiguousarray(found, np.float32)

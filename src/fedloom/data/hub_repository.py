@@ -76,7 +76,9 @@ def _download(repository: Repository, revision: str | None, home: Path) -> str:
         info = HfApi().dataset_info(repository.name, revision=revision)
         sha, names = str(info.sha), [str(file.rfilename) for file in info.siblings or ()]
         if not _COMMIT.fullmatch(sha):
-            raise DataError(f"data={repository.shown}: the hub gives the revision {sha!r}, which is no commit")
+            raise DataError(
+                f"data={repository.shown}: the hub returned the revision {sha!r}, which is not the hash of a commit"
+            )
         folder = home / sha
         if not (folder / repository.mark).exists():
             wanted = _chosen(repository, names)

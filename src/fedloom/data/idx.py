@@ -31,7 +31,7 @@ def read_idx(file: Path) -> npt.NDArray[Any]:
         with gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb") as stream:
             head = stream.read(4)
             if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in TYPES or not 1 <= head[3] <= 4:
-                raise DataError(f"{file}: is not an IDX file")
+                raise DataError(f"{file} is not an IDX file")
             shape = tuple(np.frombuffer(stream.read(4 * head[3]), ">u4").tolist())
             kind = np.dtype(TYPES[head[2]])
             size = math.prod(shape) * kind.itemsize
@@ -39,7 +39,7 @@ def read_idx(file: Path) -> npt.NDArray[Any]:
                 raise DataError(f"{file}: its header gives the shape {shape}, which cannot be read")
             content = stream.read(size + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{file}: cannot be read as an IDX file ({error})") from error
+        raise DataError(f"{file} cannot be read as an IDX file ({error})") from error
     if len(content) != size:
         more = "more" if len(content) > size else f"{len(content):,}"
         raise DataError(f"{file}: its header gives {size:,} bytes, but it has {more}; copy the file again")
@@ -64,7 +64,7 @@ def read_idx_folder(asked: Request, folder: Path, prefix: str = "", classes: tup
     train, test = _of_split(folder, found, _TRAIN), _of_split(folder, found, _TEST)
     if train is None:
         names = ", ".join(file.name for file in found)
-        raise DataError(f"{folder}: has {names}, but no training images, such as train-images-idx3-ubyte.gz")
+        raise DataError(f"{folder} has {names}, but no training images, such as train-images-idx3-ubyte.gz")
     parts = [_pair(file) for file in (train, test) if file is not None]
     is_turned = train.name.startswith("emnist")
     images = np.concatenate([pictures for pictures, _ in parts])
@@ -100,7 +100,7 @@ def _of_split(folder: Path, found: list[Path], words: tuple[str, ...]) -> Path |
     mine = [file for file in found if any(word in file.name for word in words)]
     if len(mine) > 1:
         names = ", ".join(file.name for file in mine)
-        raise DataError(f"{folder}: has several files of images for one split ({names}); keep one data set per folder")
+        raise DataError(f"{folder} has several files of images for one split ({names}); keep one data set per folder")
     return mine[0] if mine else None
 
 
@@ -113,7 +113,7 @@ def _pair(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         raise DataError(f"{file}: the file of its labels, {name}, is missing")
     pictures, numbers = read_idx(file), read_idx(labels)
     if pictures.ndim != 3 or pictures.dtype != np.uint8 or numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-        raise DataError(f"{file}: must have bytes (N, height, width), and {labels.name} whole numbers (N,)")
+        raise DataError(f"{file} must have bytes (N, height, width), and {labels.name} whole numbers (N,)")
     if len(pictures) != len(numbers) or not len(numbers):
-        raise DataError(f"{file}: has {len(pictures):,} images, but {labels.name} has {len(numbers):,} labels")
+        raise DataError(f"{file} has {len(pictures):,} images, but {labels.name} has {len(numbers):,} labels")
     return pictures, numbers

@@ -156,5 +156,5 @@ def _beside(folder: Path, stem: str) -> list[Path]:
     """Return the table in text form for a split in a folder, if there is one. Raise DataError if there are several."""
     found = [folder / (stem + suffix) for suffix in TEXT_TABLES if (folder / (stem + suffix)).is_file()]
     if len(found) > 1:
-        raise DataError(f"{folder}: has both {found[0].name} and {found[1].name}; remove one of them")
+        raise DataError(f"{folder} has both {found[0].name} and {found[1].name}; remove one of them")
     return found

@@ -69,7 +69,7 @@ def read_leaf(
     splits = {name: _read_split(paths) for name, paths in files.items()}
     train = splits["train"]
     if not train.y:
-        raise DataError(f"{files['train'][0]}: has no users")
+        raise DataError(f"{files['train'][0]} has no users")
     is_text = train.x[0].dtype == np.uint8 and train.x[0].ndim == 2
     test = splits.get("test", _Pool())
     if is_text and "test" not in splits:
@@ -129,7 +129,7 @@ def _read_split(files: list[Path]) -> _Pool:
     for file in files:
         for user, content in _users(file):
             if user in seen:
-                raise DataError(f"{file}: user '{user}' is in another file of the split, too")
+                raise DataError(f"{file}: user '{user}' is also in another file of the same split")
             seen.add(user)
             x, y = _arrays(file, user, content)
             if len(y):
@@ -141,7 +141,7 @@ def _users(file: Path) -> Iterator[tuple[str, Any]]:
     """Yield the name and the examples of each user. Raise DataError if the file is malformed or states wrong numbers of examples."""
     try:
         if file.stat().st_size > MOST_BYTES:
-            raise DataError(f"{file}: is larger than {MOST_BYTES // 2**30} GiB; divide it into several files")
+            raise DataError(f"{file} is larger than {MOST_BYTES // 2**30} GiB; divide it into several files")
         text = file.read_text(encoding="utf-8")
         counts, found = dict[str, Any](), dict[str, int]()
         for key, value in _items(text, "user_data"):
@@ -151,10 +151,10 @@ def _users(file: Path) -> Iterator[tuple[str, Any]]:
             else:
                 counts[key] = value
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read as LEAF's JSON ({error})") from error
+        raise DataError(f"{file} cannot be read as LEAF's JSON ({error})") from error
     users, numbers = counts.get("users"), counts.get("num_samples")
     if not isinstance(users, list) or not isinstance(numbers, list) or not found:
-        raise DataError(f"{file}: needs 'users', 'num_samples' and 'user_data'")
+        raise DataError(f"{file} requires 'users', 'num_samples' and 'user_data'")
     if dict(zip(users, numbers, strict=False)) != found or len(users) != len(numbers):
         raise DataError(f"{file}: 'users' and 'num_samples' do not match the examples in 'user_data'; write it again")
 
@@ -204,17 +204,17 @@ def _arrays(file: Path, user: str, content: Any) -> tuple[Array, Array]:
     """Return a user's inputs, which are character ids (n, 80), images (n, 1, 28, 28) or numbers (n, D), and labels (n,)."""
     where = f"{file}: user '{user}'"
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("x", "y")):
-        raise DataError(f"{where}: needs lists 'x' and 'y'")
+        raise DataError(f"{where} requires lists 'x' and 'y'")
     x, y = content["x"], content["y"]
     if len(x) != len(y):
-        raise DataError(f"{where}: has {len(x)} inputs and {len(y)} labels")
+        raise DataError(f"{where} has {len(x)} inputs and {len(y)} labels")
     if not y:
         return np.empty(0), np.empty(0, np.int64)
     if isinstance(x[0], str) and isinstance(y[0], str):
         return char_ids(x, where), char_ids(y, where)[:, 0].astype(np.int64)
     if isinstance(x[0], list) and x[0] and isinstance(x[0][0], str):
         raise DataError(
-            f"{where}: has text with further fields (Sent140); save text and user as a table and set data.text"
+            f"{where} has text with further fields (Sent140); save text and user as a table and set data.text"
         )
     try:
         values, labels = np.asarray(x, np.float64), np.asarray(y)

@@ -127,7 +127,7 @@ def _reading(file: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as a parquet file ({first_line(error)})") from error
+        raise DataError(f"{file} cannot be read as a parquet file ({first_line(error)})") from error
 
 
 def _key(name: str, files: list[Path], choice: Choice) -> str:

@@ -90,7 +90,7 @@ class Partition:
         try:
             content = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise DataError(f"partition file {path}: cannot be read as JSON ({type(error).__name__})") from error
+            raise DataError(f"partition file {path} cannot be read as JSON ({type(error).__name__})") from error
         if not isinstance(content, dict) or not isinstance(content.get("train"), list) or not content["train"]:
             raise DataError(
                 f"partition file {path}: 'train' must be a list of lists of example numbers, one list per client"

@@ -104,7 +104,7 @@ def _declared_classes(folder: Path) -> int | None:
     except FileNotFoundError:
         return None
     except (TypeError, ValueError) as error:
-        raise DataError(f"{folder / 'config.json'}: is not a valid PFLlib config.json ({error})") from error
+        raise DataError(f"{folder / 'config.json'} is not a valid PFLlib config.json ({error})") from error
 
 
 def read_object(file: str | Path) -> Any:

@@ -106,7 +106,7 @@ def _bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{file} cannot be read ({error.strerror})") from error
 
 
 def _folder_classes(layout: Layout, owner: str | None) -> Targets:
@@ -138,7 +138,7 @@ def _key(name: str, folder: Path, layout: Layout, metadata: Metadata | None, set
         try:
             found = file.stat()
         except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+            raise DataError(f"{file} cannot be read ({error.strerror})") from error
         facts.append((str(file.relative_to(folder)), found.st_size, found.st_mtime_ns))
     text = json.dumps(["pictures", _FORMAT, name, str(folder.resolve()), facts, layout.n_train, *settings])
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()

@@ -35,7 +35,7 @@ def find_layout(folder: Path, where: str, metadata: Metadata | None, owner: str 
     found, notes = _found(folder, where), list[str]()
     if not found:
         raise DataError(
-            f"{where}: has neither train.parquet nor pictures in folders named by class, nor metadata.csv with pictures"
+            f"{where} has neither train.parquet nor pictures in folders named by class, nor metadata.csv with pictures"
         )
     if metadata is not None:
         found = metadata.listed(found, notes)
@@ -72,7 +72,7 @@ def _found(folder: Path, where: str) -> list[Parts]:
 def _walk(folder: Path, suffixes: set[str], parts: Parts, above: tuple[Path, ...]) -> Iterator[Parts]:
     place = folder.resolve()
     if place in above:
-        raise DataError(f"{folder}: is a link to a folder that contains it; remove the link")
+        raise DataError(f"{folder} is a link to a folder that contains it; remove the link")
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_skipped(entry.name):
@@ -110,7 +110,7 @@ def _two_splits(found: dict[str, list[Parts]], where: str, notes: list[str]) -> 
     """Return the training and test images. Without a test split, the validation split is the test set."""
     if "train" not in found:
         raise DataError(
-            f"{where}: has no training pictures, only the splits {', '.join(sorted(found))}; add a folder 'train'"
+            f"{where} has no training pictures, only the splits {', '.join(sorted(found))}; add a folder 'train'"
         )
     if "test" in found and "valid" in found:
         notes.append(f"validation {len(found['valid']):,} not used")

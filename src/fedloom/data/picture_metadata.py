@@ -49,7 +49,7 @@ class Metadata(NamedTuple):
         if missing:
             more = f" (and {len(missing) - 1:,} more)" if len(missing) > 1 else ""
             raise DataError(
-                f"{self.files[0]}: lists '{'/'.join(missing[0])}'{more}, which is not a picture in the folder"
+                f"{self.files[0]} lists '{'/'.join(missing[0])}'{more}, which is not a picture in the folder"
             )
         if len(found) < len(pictures):
             left_out = counted(len(pictures) - len(found), "picture")
@@ -118,7 +118,7 @@ def read_metadata(folder: Path, splits: Collection[str]) -> Metadata | None:
     try:
         places = [folder, *sorted(place for place in folder.iterdir() if place.name.lower() in splits)]
     except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{folder} cannot be read ({error.strerror})") from error
     files = [place / name for place in places for name in NAMES if (place / name).is_file()]
     if not files:
         return None
@@ -135,11 +135,11 @@ def read_metadata(folder: Path, splits: Collection[str]) -> Metadata | None:
                 )
             if picture in rows:
                 raise DataError(
-                    f"{file}, line {line}: lists '{'/'.join(picture)}' a second time; remove one of the lines"
+                    f"{file}, line {line} lists '{'/'.join(picture)}' a second time; remove one of the lines"
                 )
             rows[picture] = row
     if columns is None:
-        raise DataError(f"{files[0]}: has no rows")
+        raise DataError(f"{files[0]} has no rows")
     return Metadata(files, columns, rows)
 
 
@@ -150,10 +150,10 @@ def _rows(file: Path) -> Iterator[tuple[int, Row]]:
             for line, row in _csv_rows(file, stream) if file.suffix == ".csv" else _json_rows(file, stream):
                 if "file_name" not in row:
                     shown = ", ".join(map(str, row))
-                    raise DataError(f"{file}, line {line}: has no column 'file_name'; its columns are {shown}")
+                    raise DataError(f"{file}, line {line} has no column 'file_name'; its columns are {shown}")
                 yield line, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from error
+        raise DataError(f"{file} cannot be read as UTF-8 text ({error})") from error
 
 
 def _csv_rows(file: Path, stream: Any) -> Iterator[tuple[int, Row]]:
@@ -163,7 +163,7 @@ def _csv_rows(file: Path, stream: Any) -> Iterator[tuple[int, Row]]:
         raise DataError(f"{file}: two columns have the same name; its columns are {', '.join(names)}")
     for cells in reader:
         if cells and len(cells) != len(names):
-            raise DataError(f"{file}, line {reader.line_num}: has {len(cells)} values for {len(names)} columns")
+            raise DataError(f"{file}, line {reader.line_num} has {len(cells)} values for {len(names)} columns")
         if cells:
             yield reader.line_num, dict(zip(names, cells, strict=True))
 
@@ -178,7 +178,7 @@ def _json_rows(file: Path, stream: Any) -> Iterator[tuple[int, Row]]:
             raise DataError(f"{file}, line {line}: not JSON ({error.msg})") from None
         if not isinstance(row, dict):
             raise DataError(
-                f'{file}, line {line}: must be a JSON object, such as {{"file_name": "1.png", "label": "cat"}}'
+                f'{file}, line {line} must be a JSON object, such as {{"file_name": "1.png", "label": "cat"}}'
             )
         yield line, row
 

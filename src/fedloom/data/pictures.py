@@ -73,7 +73,7 @@ def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{where}: not an image that Pillow can read ({type(error).__name__})") from error
+        raise DataError(f"{where}: Pillow cannot read this image ({type(error).__name__})") from error
 
 
 def _edges(shape: Sequence[int]) -> str:

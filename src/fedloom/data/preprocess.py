@@ -239,9 +239,9 @@ class Preprocess(_Strict):
         try:
             content = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: is not a JSON file ({error})") from None
+            raise DataError(f"{where} is not a JSON file ({error})") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise DataError(f"{where}: is not a {PREPROCESS} of format {FORMAT}; write it with this version of fedloom")
+            raise DataError(f"{where} is not a {PREPROCESS} of format {FORMAT}; write it with this version of fedloom")
         content.pop("fedloom", None)
         try:
             found = cls.model_validate_json(json.dumps(content))
@@ -263,10 +263,10 @@ class Preprocess(_Strict):
         place = Path(file).expanduser()
         try:
             if place.stat().st_size > MOST_BYTES:
-                raise DataError(f"{place}: is larger than {MOST_BYTES // 2**20} MiB; it is no {PREPROCESS}")
+                raise DataError(f"{place} is larger than {MOST_BYTES // 2**20} MiB; it is not a {PREPROCESS}")
             return cls.parse(place.read_bytes(), str(place))
         except OSError as error:
-            raise DataError(f"{place}: cannot be read ({error.strerror})") from None
+            raise DataError(f"{place} cannot be read ({error.strerror})") from None
 
 
 def array_part(field: Field, resize: bool = False) -> Part:

@@ -194,7 +194,7 @@ def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDAr
     ids = [places.get("" if word in blank and word not in places else word, 0) for word in words]
     if unknown := [word for word, place in zip(words, ids, strict=True) if not place and word not in blank]:
         shown = ", ".join(f"'{word}'" for word in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        log.warning("inputs: column '%s': %s did not occur in training; used as unknown", column.name, shown)
+        log.warning("inputs: column '%s': %s did not occur in training; it counts as unknown", column.name, shown)
     found: npt.NDArray[np.int64] = np.array([*ids, places.get("", 0)], np.int64)[codes]  # the last one is for code -1
     return found
 
@@ -269,7 +269,7 @@ def _pictures(part: PictureInput, raw: Any) -> list[tuple[str, Any]]:
         try:
             return [(str(file), file.read_bytes())]
         except OSError as error:
-            raise DataError(f"{file}: cannot be read as a picture ({error.strerror})") from None
+            raise DataError(f"{file} cannot be read as a picture ({error.strerror})") from None
     if isinstance(raw, Image.Image):
         return [("inputs", raw)]
     if isinstance(raw, list | tuple):
@@ -317,7 +317,7 @@ def _picture(part: PictureInput, where: str, raw: Any) -> Array:
         pixels = np.repeat(pixels, n_channels, axis=0)
     if pixels.shape != part.shape:
         sizes = f"{pixels.shape[2]} x {pixels.shape[1]}", f"{part.shape[2]} x {part.shape[1]}"
-        raise DataError(f"{where}: is {sizes[0]} pixels, but the run's pictures are {sizes[1]}; resize it")
+        raise DataError(f"{where} is {sizes[0]} pixels, but the run's pictures are {sizes[1]}; resize it")
     return pixels
 
 
@@ -332,7 +332,7 @@ def _read_picture(part: PictureInput, where: str, raw: bytes | Image.Image) -> A
     else:
         pixels = resized(raw, size)
     if len(pixels) > part.shape[0]:
-        log.warning("%s: has colours, but the run's pictures are grey; converted", where)
+        log.warning("%s: has colours, but the run's pictures are greyscale; it is converted", where)
         pixels = np.asarray(Image.fromarray(pixels.transpose(1, 2, 0)).convert("L"))[None]
     return pixels
 
@@ -345,7 +345,7 @@ def _from_array(where: str, values: Array) -> Image.Image:
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[..., 0]
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
-        raise DataError(f"{where}: has shape {values.shape}; a picture is (H, W), (H, W, C) or (C, H, W)")
+        raise DataError(f"{where} has shape {values.shape}; a picture is (H, W), (H, W, C) or (C, H, W)")
     return Image.fromarray(np.ascontiguousarray(values))
 
 

@@ -45,7 +45,7 @@ def _of_dataset(preprocess: Preprocess, data: Dataset) -> Stored:
     mine, theirs = (tuple(map(_encoding, parts)) for parts in (preprocess.inputs, data.preprocess().inputs))
     if mine != theirs or type(data.objective) is not type(preprocess.objective):
         raise DataError(
-            f"data={data.name}: its inputs or targets were made in another way than those of training; give its file instead"
+            f"data={data.name}: its inputs or targets were not prepared as in training; pass the file instead"
         )
     values = data.targets
     if isinstance(data.objective, Classification):
@@ -63,10 +63,10 @@ def _encoding(part: Part) -> dict[str, Any]:
 
 def _of_folder(preprocess: Preprocess, folder: Path) -> Stored:
     if not isinstance(preprocess.objective, Classification) or is_table(preprocess):
-        raise DataError(f"{folder}: is a folder; folders named by class fit only pictures with classes")
+        raise DataError(f"{folder} is a folder; folders named by class fit only pictures with classes")
     files = sorted(file for file in folder.glob("*/*") if file.is_file() and not file.name.startswith("."))
     if not files:
-        raise DataError(f"{folder}: has no pictures in folders named by class")
+        raise DataError(f"{folder} has no pictures in folders named by class")
     return preprocess.stored(files), _classes(preprocess.objective, np.array([file.parent.name for file in files]))
 
 
@@ -114,7 +114,7 @@ def _classes(objective: Objective, labels: npt.NDArray[Any]) -> Tensor:
         if place is None and isinstance(label, int) and 0 <= label < len(places):
             place = label
         if place is None:
-            raise DataError(f"data: the label '{word}' is no class of the run{suggest(word, places)}")
+            raise DataError(f"data: the label '{word}' is not a class of the run{suggest(word, places)}")
         found.append(place)
     return torch.tensor(found, dtype=torch.int64)
 

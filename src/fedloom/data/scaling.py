@@ -52,8 +52,8 @@ def owners_of(dataset: Dataset, partition: Partition) -> Tensor:
         rows = np.concatenate([partition.train[i], partition.valid[i], partition.test[i]])
         if (taken := rows[found[rows] > 0]).size:
             raise DataError(
-                f"data.normalise=own: example {taken[0]} is in the test splits of two clients, so it has no statistics of its own; use "
-                "data.normalise=standard"
+                f"data.normalise=own: example {taken[0]} is in the test splits of two clients, so it is unclear whose "
+                "statistics to use; set data.normalise=standard"
             )
         found[rows] = i + 1
     return torch.from_numpy(found)
@@ -68,7 +68,7 @@ def tell_of_scale(dataset: Dataset) -> None:
         low, high = float(values.min()), float(values.max())
         if max(abs(low), abs(high)) > LARGE:
             log.warning(
-                "data=%s: inputs run from %g to %g and are used without scaling; to scale them, set data.normalise=standard",
+                "data=%s: inputs range from %g to %g and are not scaled; to scale them, set data.normalise=standard",
                 dataset.name,
                 low,
                 high,

@@ -48,9 +48,9 @@ def read_shakespeare(asked: Request, folder: Path) -> Dataset:
             f"{file}: file does not exist; give its folder, or LEAF's folder with train/*.json and test/*.json"
         ) from None
     except (OSError, ValueError, UnicodeDecodeError, pd.errors.ParserError) as error:
-        raise DataError(f"{file}: must have the columns {', '.join(COLUMNS)} ({first_line(error)})") from error
+        raise DataError(f"{file} must have the columns {', '.join(COLUMNS)} ({first_line(error)})") from error
     if not roles:
-        raise DataError(f"{file}: has no rows")
+        raise DataError(f"{file} has no rows")
     inputs, labels = np.concatenate(x), np.concatenate(y).astype(np.int64)
     owners = np.asarray(roles)
     train, test = _split(owners)

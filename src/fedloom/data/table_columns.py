@@ -71,7 +71,7 @@ def typed(
         numbers = values.to_numpy(copy=True)
         numbers[np.isin(numbers, [float(word) for word in missing_values if _NUMBER.fullmatch(word)])] = np.nan
         if np.isinf(numbers).any():
-            raise DataError(f"{file}, column '{name}': has infinite values; remove or replace them")
+            raise DataError(f"{file}, column '{name}' has infinite values; remove or replace them")
         return TableColumn(name=name, kind="number", values=numbers)
     codes, found = pd.factorize(values)
     words = [str(word) for word in found]
@@ -91,17 +91,17 @@ def _from_words(
     rest = [word for word in words if word not in no_number]
     if rest and all(_plain(word, decimal) is not None for word in rest):
         if coded := next((word for word in rest if _CODE.fullmatch(word)), None):
-            log.warning("%s, column '%s': has leading zeros (%s); used as categories", file, name, coded)
+            log.warning("%s, column '%s' has leading zeros (%s), so its values are used as categories", file, name, coded)
             return _category(name, codes, words, no_number)
         table = [np.nan if word in no_number else float(_plain(word, decimal) or "nan") for word in words]
         numbers = np.array(table, np.float64)
         if np.isinf(numbers).any():
-            raise DataError(f"{file}, column '{name}': has a number too large for float64; remove it")
+            raise DataError(f"{file}, column '{name}' has a number too large for float64; remove it")
         return TableColumn(name=name, kind="number", values=numbers[codes])
     if decimal is None and rest and all(_plain(word, ".") or _plain(word, ",") for word in rest):
         comma = next(word for word in rest if "," in word)
         raise DataError(
-            f"{file}, column '{name}': has numbers with commas ({comma}); set data.decimal=. if commas separate thousands, "
+            f"{file}, column '{name}' has numbers with commas ({comma}); set data.decimal=. if commas separate thousands, "
             "or data.decimal=, if they are decimal commas"
         )
     present = [word for word in words if word not in blank]
@@ -112,7 +112,7 @@ def _from_words(
             return TableColumn(name=name, kind="number", values=np.array(table, np.float64)[codes], levels=levels)
     if present and all(_DATE.fullmatch(word) for word in present):
         raise DataError(
-            f"{file}, column '{name}': has dates ({present[0]}); derive numbers from it, or set data.drop={name}"
+            f"{file}, column '{name}' has dates ({present[0]}); derive numbers from it, or set data.drop={name}"
         )
     return _category(name, codes, words, blank)
 
@@ -172,6 +172,6 @@ def check_levels(column: TableColumn, file: str) -> None:
     n, levels = int((~column.missing).sum()), len(column.levels)
     if column.kind == "category" and n and (levels > MAX_LEVELS or 2 * levels >= n):
         raise DataError(
-            f"{file}, column '{column.name}': has {levels:,} different values in {n:,} rows, which looks like free text; "
+            f"{file}, column '{column.name}' has {levels:,} different values in {n:,} rows, which looks like free text; "
             f"categories may have at most {MAX_LEVELS:,}, and fewer than half as many as rows; set data.drop={column.name}"
         )

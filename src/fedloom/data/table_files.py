@@ -64,7 +64,7 @@ def read_files(train: Sequence[Path], test: Sequence[Path], encoding: str | None
     sizes = [len(frame) for frame, _ in parts]
     frame = parts[0][0] if len(parts) == 1 else _joined([part[names] for part, _ in parts])
     if not sum(sizes[: len(train)]):
-        raise DataError(f"{files[0]}: has no rows")
+        raise DataError(f"{files[0]} has no rows")
     return RawTable(
         frame=frame,
         files=files,
@@ -132,7 +132,7 @@ def _scanned(file: Path, separator: str, encoding: str) -> tuple[list[str], npt.
                 names = _checked_names([field.strip() for field in fields], f"{file}, line {line}")
             elif fields and len(fields) != len(names):
                 raise DataError(
-                    f"{file}, line {line}: has {len(fields)} fields, but the header has {len(names)} names; remove a "
+                    f"{file}, line {line} has {len(fields)} fields, but the header has {len(names)} names; remove a "
                     f"'{separator}' at the end of the line, or put values that contain it in quotes"
                 )
             elif fields:
@@ -161,7 +161,7 @@ def _checked_names(names: list[str], where: str) -> list[str]:
     if count > 1:
         raise DataError(f"{where}: {count} columns are called '{name}'; rename all but one")
     if all(name.replace(".", "", 1).lstrip("+-").isdecimal() for name in names):
-        raise DataError(f"{where}: has numbers instead of column names; add a line with the names")
+        raise DataError(f"{where} has numbers instead of column names; add a line with the names")
     return names
 
 
@@ -177,13 +177,13 @@ def _reading(file: Path, encoding: str) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{file}, line {_bad_line(file, error.encoding)}: is not encoded as {encoding}; if it is Latin-1, set "
+            f"{file}, line {_bad_line(file, error.encoding)} is not encoded as {encoding}; if it is Latin-1, set "
             "data.encoding=latin-1"
         ) from error
     except LookupError as error:
         raise DataError(f"data.encoding={encoding}: unknown encoding; use utf-8, latin-1 or another one") from error
     except (OSError, EOFError, zlib.error, csv.Error, pd.errors.ParserError, UnicodeError) as error:
-        raise DataError(f"{file}: cannot be read as a table ({first_line(error)})") from error
+        raise DataError(f"{file} cannot be read as a table ({first_line(error)})") from error
 
 
 def _bad_line(file: Path, encoding: str) -> int:
@@ -202,7 +202,7 @@ def _parquet(file: Path) -> tuple[pd.DataFrame, npt.NDArray[np.int64]]:
     try:
         table = pq.read_table(file)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file}: cannot be read as a parquet file ({first_line(error)})") from error
+        raise DataError(f"{file} cannot be read as a parquet file ({first_line(error)})") from error
     names = _checked_names([name.strip() for name in table.column_names], str(file))
     columns = {name: own_type(table.column(i), file, name) for i, name in enumerate(names)}
     return pd.DataFrame(columns), np.arange(1, table.num_rows + 1)

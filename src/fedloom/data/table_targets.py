@@ -56,7 +56,7 @@ def _task(labels: Sequence[TableColumn], file: str) -> str:
     if column.is_whole and different <= MANY:
         return "classification"
     raise DataError(
-        f"{file}, label '{column.name}': has {different:,} different numbers; set data.task=regression, or classification "
+        f"{file}, label '{column.name}' has {different:,} different numbers; set data.task=regression, or classification "
         "if they are classes"
     )
 
@@ -70,15 +70,15 @@ def _classes(column: TableColumn, shown: str) -> tuple[npt.NDArray[np.int64], tu
     labels, names = column.values.astype(np.int64), column.levels
     if not names:
         if not column.is_whole:
-            raise DataError(f"{shown}: has numbers that are not whole; set data.task=regression")
+            raise DataError(f"{shown} has numbers that are not integers; set data.task=regression")
         found, labels = np.unique(labels, return_inverse=True)
         names = tuple(str(value) for value in found.tolist())
     n = len(np.unique(labels))
     if n < 2:
-        raise DataError(f"{shown}: has only one value, '{names[labels[0]]}'; a classification needs two classes")
+        raise DataError(f"{shown} has only one value, '{names[labels[0]]}'; a classification needs two classes")
     if len(names) > MAX_LEVELS or 2 * n > len(labels):
         raise DataError(
-            f"{shown}: has {n:,} different values in {len(labels):,} rows, too many for classes; name another column "
+            f"{shown} has {n:,} different values in {len(labels):,} rows, which is too many for classes; name another column "
             "with data.label, or set data.task=regression for numbers"
         )
     return labels, names

@@ -86,7 +86,7 @@ def table_dataset(
     """Return the data set in the rows of a table; see `read_table`."""
     if texts.text and options.columns:
         raise DataError(
-            f"data.columns={','.join(options.columns)}: with data.text, the texts are the only inputs; remove it"
+            f"data.columns={','.join(options.columns)}: with data.text, texts are the only inputs; remove data.columns"
         )
     if texts.text and task == "language":
         return _language(name, raw, options, rows=rows, texts=texts)
@@ -95,7 +95,7 @@ def table_dataset(
     columns = [] if texts.text else [_typed(raw, column, options) for column in roles.inputs]
     columns = [column for column in columns if _is_input(column, raw.n_train, file, roles.chosen)]
     if not columns and not texts.text:
-        raise DataError(f"{file}: no input columns are left; the others are labels, owners, dropped or empty")
+        raise DataError(f"{file}: no input columns are left; all other columns are labels or owners, dropped, or empty")
     labels = [_typed(raw, column, options) for column in roles.labels]
     _refuse_missing(raw, labels, "labels must be present; remove these rows")
     known = _known_texts(raw, texts.text, options.missing) if texts.text else _known(raw, columns, options.missing)
@@ -244,7 +244,7 @@ def _by_split(raw: RawTable, column: str) -> RawTable:
     words = np.char.lower(_names(raw, column))
     for row, word in enumerate(words.tolist()):
         if word not in SPLIT_WORDS:
-            raise DataError(f"{raw.place(row)}, column '{column}': '{word}' is no split; use train, valid or test")
+            raise DataError(f"{raw.place(row)}, column '{column}': '{word}' is not a split; use train, valid or test")
     splits = np.array([SPLIT_WORDS[word] for word in words.tolist()])
     valid, test = splits == "valid", splits == "test"
     if not test.any():
@@ -269,7 +269,7 @@ def _names(raw: RawTable, column: str) -> Column:
     else:
         words = ["" if pd.isna(value) else str(value) for value in values.tolist()]
     if "" in words:
-        raise DataError(f"{raw.place(words.index(''))}, column '{column}': has no value, but every row needs one")
+        raise DataError(f"{raw.place(words.index(''))}, column '{column}' has no value, but every row needs one")
     return np.array(words, np.str_)
 
 
@@ -286,12 +286,12 @@ def _typed(raw: RawTable, column: str, options: TableOptions) -> TableColumn:
 def _is_input(column: TableColumn, n_train: int, file: str, chosen: bool) -> bool:
     """Return whether a column is used. If it is not, log the reason."""
     if column.missing.all():
-        log.warning("%s, column '%s': is empty; dropped", file, column.name)
+        log.warning("%s, column '%s' is empty and is dropped", file, column.name)
         return False
     why = None if chosen else looks_like_id(column, n_train)
     if why:
         log.warning(
-            "%s, column '%s': %s, like an identifier; dropped (to use it, list all input columns in data.columns)",
+            "%s, column '%s': %s, like an identifier, and is dropped (to use it, list all input columns in data.columns)",
             file,
             column.name,
             why,
@@ -350,7 +350,7 @@ def _number_column(column: TableColumn, n_train: int, file: str, *, fills: bool)
     """
     values, lacking = column.values, column.missing
     if (~lacking).any() and np.nanmax(np.abs(values)) > LARGEST:
-        raise DataError(f"{file}, column '{column.name}': has a number too large for float32; rescale it")
+        raise DataError(f"{file}, column '{column.name}' has a number too large for float32; rescale it")
     present = values[:n_train][~lacking[:n_train]]
     fill = (float(present.mean()) if len(present) else 0.0) if fills else None
     words = (column.levels[0], column.levels[1]) if column.levels else ()

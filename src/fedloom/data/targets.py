@@ -61,8 +61,8 @@ def _refuse_numbers(labels: npt.NDArray[np.int64]) -> None:
     n = len(np.unique(labels))
     if int(labels.max()) >= MAX_CLASSES or (n > MANY and 2 * n > len(labels)):
         raise DataError(
-            f"from_arrays: y has {n:,} different values up to {int(labels.max()):,} in {len(labels):,} examples, too many for classes; "
-            "set task='regression', or name the classes with classes="
+            f"from_arrays: y has {n:,} different values up to {int(labels.max()):,} in {len(labels):,} examples, which is too many "
+            "for classes; set task='regression', or name the classes with classes="
         )
 
 

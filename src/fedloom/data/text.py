@@ -165,15 +165,15 @@ def text_coder(
     else:
         words = _vocabulary(train, tokens, options)
         log.warning(
-            "data.tokens=%s: the vocabulary of %s tokens is built from the training texts of all clients, and so shows words that only one "
-            "client wrote; data.vocabulary=FILE or data.tokens=bytes needs no texts",
+            "data.tokens=%s: the vocabulary of %s tokens is built from the training texts of all clients, so it can reveal words that only "
+            "one client wrote; to avoid this, set data.vocabulary=FILE or data.tokens=bytes",
             tokens,
             f"{len(words):,}",
         )
     lengths = np.array([len(text) for text in train] or [1])
     chosen = length or int(min(max(np.ceil(np.percentile(lengths, 95)), 1), LONGEST))
     if n_cut := int((lengths > chosen).sum()):
-        log.warning("data.length=%d: %s training texts are longer and are cut at the end", chosen, f"{n_cut:,}")
+        log.warning("data.length=%d: %s training texts are longer and are truncated", chosen, f"{n_cut:,}")
     return TextCoder(columns=options.text, tokens=tokens, case=case, words=words, length=chosen)
 
 
@@ -187,7 +187,9 @@ def _vocabulary(split: Sequence[Sequence[str | int]], tokens: Tokens, options: T
     kept = sorted((token for token, n in counts.items() if n >= least), key=lambda token: (-counts[token], token))
     kept = kept[: most - N_SPECIAL]
     if not kept:
-        raise DataError(f"data.min_count={least}: no token occurs so often in the training texts; set data.min_count=1")
+        raise DataError(
+            f"data.min_count={least}: no token occurs that often in the training texts; set data.min_count=1"
+        )
     return tuple(sorted(kept) if tokens == "chars" else kept)
 
 

@@ -188,7 +188,7 @@ def _splits(place: Path, files: Sequence[Path]) -> tuple[list[tuple[str, ...]], 
         return inner, np.zeros(len(files), dtype=bool)
     splits = [SPLIT_WORDS[parts[0].lower()] for parts in inner]
     if "train" not in splits:
-        raise DataError(f"{place}: has no training texts; add a folder 'train'")
+        raise DataError(f"{place} has no training texts; add a folder 'train'")
     held = "test" if "test" in splits else "valid"
     return [parts[1:] for parts in inner], np.array([split == held for split in splits])
 
@@ -197,7 +197,7 @@ def read_text(file: Path) -> str:
     """Return the text in a file. Raise DataError if the file is too large or not UTF-8."""
     try:
         if file.stat().st_size > MOST_BYTES:
-            raise DataError(f"{file}: is larger than {MOST_BYTES // 2**20} MiB; divide it")
+            raise DataError(f"{file} is larger than {MOST_BYTES // 2**20} MiB; divide it")
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        raise DataError(f"{file} cannot be read as UTF-8 text ({error})") from None

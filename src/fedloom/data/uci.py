@@ -72,7 +72,7 @@ def read_heart_disease(asked: Request, folder: Path) -> Dataset:
     for column, levels in _ONE_HOT.items():
         codes = _numbers(raw, column)
         if (odd := np.flatnonzero(~codes.isin([float(level) for level in levels]))).size:
-            raise DataError(f"{raw.place(int(odd[0]))}, column '{column}': must be one of {', '.join(levels)}")
+            raise DataError(f"{raw.place(int(odd[0]))}, column '{column}' must be one of {', '.join(levels)}")
         for level in levels[1:]:
             frame[f"{column}_{level}"] = np.where(codes == float(level), "1", "0")
     frame["disease"] = np.where(_numbers(raw, "num") > 0, "present", "absent")
@@ -95,14 +95,14 @@ def _numbers(raw: RawTable, column: str) -> pd.Series[float]:
     found = pd.to_numeric(raw.frame[column], errors="coerce")
     if found.isna().any():
         row = int(np.flatnonzero(found.isna())[0])
-        raise DataError(f"{raw.place(row)}, column '{column}': '{raw.frame[column][row]}' is no number")
+        raise DataError(f"{raw.place(row)}, column '{column}': '{raw.frame[column][row]}' is not a number")
     return found
 
 
 def _required(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "no files"
-        raise DataError(f"{folder}: needs the file {name}, but has {found}")
+        raise DataError(f"{folder} requires the file {name}, but has {found}")
     return folder / name
 
 
@@ -115,11 +115,11 @@ def _rows(file: Path, width: int, skipped: str = "") -> tuple[list[list[str]], l
                 if not row or row == [""] or (skipped and row[0].startswith(skipped)):
                     continue
                 if len(row) != width:
-                    raise DataError(f"{file}, line {line}: has {len(row)} fields; it must have {width}")
+                    raise DataError(f"{file}, line {line} has {len(row)} fields instead of {width}")
                 rows.append([value.strip() for value in row])
                 lines.append(line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{file}: cannot be read as text ({error})") from error
+        raise DataError(f"{file} cannot be read as text ({error})") from error
     if not rows:
-        raise DataError(f"{file}: has no rows")
+        raise DataError(f"{file} has no rows")
     return [list(row) for row in rows], lines

@@ -29,7 +29,7 @@ def char_ids(texts: Sequence[str], where: str) -> npt.NDArray[Any]:
     if (ids < 0).any():
         odd = chr(codes[int(np.argmax(ids < 0))])
         raise DataError(
-            f"{where}: has the character {odd!r}, which is not one of LEAF's {len(ALPHABET)}; remove it from the text"
+            f"{where} has the character {odd!r}, which is not one of LEAF's {len(ALPHABET)}; remove it from the text"
         )
     return ids.astype(np.uint8).reshape(len(texts), width)
 

@@ -44,7 +44,7 @@ OVERLAP = timedelta(hours=24)  # time for which a replaced key stays valid
 ANSWER = """\
 # Answer to the request of a node. On the node:
 #   fedloom deploy join FOLDER --finish THIS_FILE --authority {authority}
-# Before, compare the fingerprint of the authority with the operator of the server.
+# First, confirm the authority's fingerprint with the operator of the server.
 
 """
 
@@ -85,7 +85,7 @@ def admit(
         active = {node: deployment.file.nodes[node] for node in deployment.active()}
         if asked.name in active and not before:
             raise ConfigError(
-                f"{asked.name}: is admitted with another key; replace it with: fedloom deploy rotate {path} {request}"
+                f"{asked.name} is already admitted with another key; to replace the key, run: fedloom deploy rotate {path} {request}"
             )
         _check_clients(asked.name, clients, active)
         signer = _authority(deployment, authority)
@@ -109,7 +109,7 @@ def rotate_node(path: Path, request: Path, given: str | None, authority: Path | 
         _compare(deployment, "rotate", asked, given)
         before = _known(deployment, asked)
         if asked.name not in deployment.active():
-            raise ConfigError(f"{asked.name}: is not admitted; admit it with: fedloom deploy admit {path} {request}")
+            raise ConfigError(f"{asked.name} is not admitted; to admit it, run: fedloom deploy admit {path} {request}")
         signer = _authority(deployment, authority)
         certificate = new_node(signer, asked)
         if not before:
@@ -135,7 +135,7 @@ def revoke(path: Path, name: str) -> list[str]:
     with _changing(path) as deployment:
         if name not in deployment.file.nodes:
             raise ConfigError(
-                f"{name}: is not a node of {path}; its nodes are {', '.join(deployment.file.nodes) or 'none'}"
+                f"{name} is not a node of {path}; its nodes are {', '.join(deployment.file.nodes) or 'none'}"
             )
         files = [file for file in (deployment.public_key(name), _previous(deployment, name)) if file.is_file()]
         prints = [fingerprint_of(read_key(file).public) for file in files]
@@ -180,9 +180,9 @@ def _read(file: Path) -> NodeRequest:
             raise ValueError(f"it has more than {MAX_FILE} bytes")
         return read_request(file.read_bytes())
     except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ConfigError(f"{file}: is not a valid request of a node: {first_line(error)}") from None
+        raise ConfigError(f"{file} is not a valid request of a node: {first_line(error)}") from None
 
 
 def _compare(deployment: Deployment, action: str, asked: NodeRequest, given: str | None) -> None:
@@ -191,11 +191,11 @@ def _compare(deployment: Deployment, action: str, asked: NodeRequest, given: str
     if given is None:
         raise ConfigError(
             f"{asked.name}: the request has the fingerprint {own}; "
-            f"compare it with the owner of the node, then repeat the command with --fingerprint {own}"
+            f"confirm it with the owner of the node, then repeat the command with --fingerprint {own}"
         )
     if given.strip() != own:
         AuditLog.of(deployment.path).append(action, asked.name, own, refused=f"fingerprint {given[:60]}")
-        raise ConfigError(f"--fingerprint {given}: the request has {own}; it is not from the owner of {asked.name}")
+        raise ConfigError(f"--fingerprint {given}: the request has {own}; so it is not from the owner of {asked.name}")
 
 
 def _known(deployment: Deployment, asked: NodeRequest) -> bool:
@@ -223,8 +223,8 @@ def _check_clients(name: str, clients: Sequence[int], active: dict[str, list[int
         raise ConfigError(f"--clients {','.join(map(str, clients))}: must be different numbers from 0")
     if name in active and sorted(active[name]) != sorted(clients):
         raise ConfigError(
-            f"{name}: is admitted with clients {', '.join(map(str, active[name]))}; "
-            "to change them, edit nodes in federation.toml and clients in its node.toml"
+            f"{name} is already admitted for clients {', '.join(map(str, active[name]))}; "
+            "to change the clients, edit `nodes` in federation.toml and `clients` in the node's node.toml"
         )
     for node, its in active.items():
         if node != name and (taken := set(its) & set(clients)):
@@ -247,7 +247,7 @@ def _write_nodes(deployment: Deployment, nodes: dict[str, list[int]]) -> None:
 def _authority(deployment: Deployment, folder: Path | None) -> Identity:
     found = read_authority(folder or deployment.path / "authority")
     if certificate_bytes(found) != (deployment.server / "ca.crt").read_bytes():
-        raise ConfigError(f"{folder or deployment.path / 'authority'}: is not the authority of {deployment.path}")
+        raise ConfigError(f"{folder or deployment.path / 'authority'} is not the authority of {deployment.path}")
     return found
 
 
@@ -265,7 +265,7 @@ def _answer(
         certificate=certificate.public_bytes(Encoding.PEM).decode(),
     )
     if target.exists() and read_file(target, JoinFile, "an answer to a node").name != name:
-        raise ConfigError(f"{target}: is an answer to another node; move it away")
+        raise ConfigError(f"{target} is an answer to another node; move it away")
     if not (before and target.is_file()):
         replace_file(target, ANSWER.format(authority=authority) + tomli_w.dumps(answer.model_dump()))
     return Admitted(

@@ -64,7 +64,7 @@ class AuditLog:
                     raise ValueError
             except (ValueError, KeyError, TypeError):
                 raise ConfigError(
-                    f"{self._file}: line {number} does not continue the line before it, so the log was changed or damaged; "
+                    f"{self._file}: line {number} does not follow from the line before it, so the log was changed or damaged; "
                     "find out why, then move the file away to start a new log"
                 ) from None
             entries.append(entry)

@@ -155,8 +155,8 @@ def expiry(file: Path, remedy: str, now: datetime | None = None) -> str:
     """
     until, now = x509.load_pem_x509_certificate(file.read_bytes()).not_valid_after_utc, now or datetime.now(UTC)
     if now >= until:
-        raise ConfigError(f"{file}: expired on {until:%Y-%m-%d}; renew it with: {remedy}")
-    return f"{file}: expires on {until:%Y-%m-%d}; renew it with: {remedy}" if until - now < WARN else ""
+        raise ConfigError(f"{file} expired on {until:%Y-%m-%d}; renew it with: {remedy}")
+    return f"{file} expires on {until:%Y-%m-%d}; renew it with: {remedy}" if until - now < WARN else ""
 
 
 def certificate_bytes(identity: Identity) -> bytes:

@@ -95,7 +95,7 @@ class AcceptedUpdates:
             stored = json.loads(file.read_text(encoding="utf-8")) if file and file.is_file() else {}
             self._turns = {int(i): [(int(at), int(turn)) for at, turn in turns] for i, turns in stored.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RunFolderError(f"{file}: cannot be read as the record of accepted updates: {error}") from None
+            raise RunFolderError(f"{file} cannot be read as the record of accepted updates: {error}") from None
 
     def base(self, client: int, number: int) -> int:
         """Return one plus the round of the client's last update that was accepted before round `number`, or 0 if there is none."""

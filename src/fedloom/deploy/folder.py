@@ -69,7 +69,7 @@ class Deployment:
         missing = [self.public_key(node) for node in self.file.nodes if node not in self.revoked()]
         for file in (self.server / "ca.crt", self.server / "runtime.secret", *missing):
             if not os.access(file, os.R_OK):
-                raise ConfigError(f"{file}: is missing or not readable by this user; the server needs it")
+                raise ConfigError(f"{file} is missing or not readable by this user; the server needs it")
 
     def revoked(self) -> list[str]:
         """Return the nodes whose keys were revoked, and whose clients are on no other node."""
@@ -89,7 +89,7 @@ class Deployment:
         return [
             *([own] if own else []),
             *(
-                f"{key.node}: its key expires on {key.until:%Y-%m-%d}; it needs a new one (deploy rotate)"
+                f"{key.node}: its key expires on {key.until:%Y-%m-%d}; renew it with fedloom deploy rotate"
                 for key in soon
             ),
         ]

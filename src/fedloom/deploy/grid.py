@@ -171,7 +171,7 @@ class GridLink:
     def _drop(self) -> None:
         """Remove the Flower run in any state, and its messages in flight."""
         self._gone |= {
-            node: LostNode("its late answer was lost with the SuperLink") for node, _ in self._overdue.values()
+            node: LostNode("its late answer was lost when the SuperLink stopped") for node, _ in self._overdue.values()
         }
         self._overdue = {}
         if self._heart.is_running:

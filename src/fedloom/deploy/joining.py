@@ -56,7 +56,7 @@ def request_to_join(folder: Path, name: str) -> JoinRequest:
             f"--name {name}: must have at most 63 lower-case letters, digits and hyphens, and start with a letter or digit"
         )
     if (folder / "node.toml").is_file():
-        raise ConfigError(f"{folder}: is already a node's folder; for a new key, use: fedloom deploy rotate {folder}")
+        raise ConfigError(f"{folder} is already a node's folder; for a new key, use: fedloom deploy rotate {folder}")
     if not (folder / KEY).is_file():
         make_empty(folder)
     return _request(folder, name, KEY)
@@ -103,7 +103,7 @@ def finish(folder: Path, answer: Path, authority: str | None) -> Joined:
     given = _read_answer(answer)
     mine = next((name for name in (NEXT, KEY) if _is_for(folder / name, given)), None)
     if mine is None:
-        raise ConfigError(f"{answer}: is not the answer to this node's request; {folder} has another key")
+        raise ConfigError(f"{answer} is not the answer to this node's request; {folder} has another key")
     ca, certificate = _certificates(given, answer)
     _compare(ca, authority)
     _check_chain(ca, certificate, given, answer)
@@ -127,11 +127,9 @@ def finish(folder: Path, answer: Path, authority: str | None) -> Joined:
 
 def _read_answer(file: Path) -> JoinFile:
     if file.is_file() and file.stat().st_size > 4 * MAX_FILE:
-        raise ConfigError(f"{file}: is not an answer of an operator: it has more than {4 * MAX_FILE} bytes")
+        raise ConfigError(f"{file} is not an operator's answer: it has more than {4 * MAX_FILE} bytes")
     if not file.is_file():
-        raise ConfigError(
-            f"{file}: there is no such file; the operator of the server makes it with fedloom deploy admit"
-        )
+        raise ConfigError(f"{file}: file not found; the operator of the server creates it with fedloom deploy admit")
     return read_file(file, JoinFile, "an operator's answer")
 
 
@@ -140,7 +138,7 @@ def _certificates(given: JoinFile, answer: Path) -> tuple[x509.Certificate, x509
         texts_ = (given.authority.encode(), given.certificate.encode())
         ca, own = (x509.load_pem_x509_certificate(text) for text in texts_)
     except ValueError:
-        raise ConfigError(f"{answer}: has no valid certificates; ask the operator for the file again") from None
+        raise ConfigError(f"{answer} has no valid certificates; ask the operator for the file again") from None
     return ca, own
 
 
@@ -151,11 +149,11 @@ def _compare(ca: x509.Certificate, authority: str | None) -> None:
     if authority is None:
         raise ConfigError(
             f"the answer is from the authority {own}; "
-            f"compare it with the operator of the server, then repeat the command with --authority {own}"
+            f"confirm it with the operator of the server, then repeat the command with --authority {own}"
         )
     if authority.strip() != own:
         raise ConfigError(
-            f"--authority {authority}: the answer is from {own}; it is not from your federation's operator"
+            f"--authority {authority}: the answer is from {own}; so it is not from your federation's operator"
         )
 
 
@@ -193,7 +191,7 @@ def _load(file: Path) -> EllipticCurvePrivateKey:
     try:
         key = load_ssh_private_key(file.read_bytes(), None)
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: is not a node's private key ({error})") from None
+        raise ConfigError(f"{file} is not a node's private key ({error})") from None
     assert isinstance(key, EllipticCurvePrivateKey)
     return key
 
@@ -203,4 +201,4 @@ def _write_once(path: Path, content: str) -> None:
     if not path.is_file():
         write_new(path, content)
     elif path.read_text(encoding="utf-8") != content:
-        raise ConfigError(f"{path}: is from another authority; this node belongs to another federation")
+        raise ConfigError(f"{path} is from another authority; this node belongs to another federation")

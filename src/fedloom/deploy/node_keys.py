@@ -63,9 +63,9 @@ def read_key(file: Path) -> NodeKey:
         words = comment[0].split() if comment else []
         until = [datetime.fromisoformat(word.removeprefix(UNTIL)) for word in words if word.startswith(UNTIL)]
     except (ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{file}: is not a public key in OpenSSH format ({error})") from None
+        raise ConfigError(f"{file} is not a public key in OpenSSH format ({error})") from None
     if not isinstance(public, ec.EllipticCurvePublicKey) or any(end.tzinfo is None for end in until):
-        raise ConfigError(f"{file}: is not an ECDSA key, or the end of its validity has no time zone")
+        raise ConfigError(f"{file} is not an ECDSA key, or the end of its validity has no time zone")
     return NodeKey(file.stem.removesuffix(PREVIOUS), public, min(until, default=None), file)
 
 

@@ -112,7 +112,7 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{first['loc'][0]}: cannot be sent to nodes: {first['msg']}") from None
+        raise ConfigError(f"{first['loc'][0]} cannot be sent to nodes: {first['msg']}") from None
     present = _introductions(deployment, link.nodes(), link, call, tell)
     own = {node for node, who in present.items() if who.own_rows}
     if not own:

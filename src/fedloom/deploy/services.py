@@ -48,7 +48,7 @@ def keep_private(folder: Path) -> str:
     try:
         folder.chmod(0o700)
     except OSError as error:
-        return f"{folder}: cannot be closed to other users ({error.strerror}); make this user its owner"
+        return f"{folder} cannot be closed to other users ({error.strerror}); make this user its owner"
     return ""
 
 

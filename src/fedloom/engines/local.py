@@ -190,7 +190,7 @@ class LocalEngine(Engine):
         method = self.problem.method
         predictor = method.predictors()["personal"] if ask.head == "own" else method.shared_features()
         if predictor is None:
-            raise MethodError(f"{type(method).__name__}: its clients share no features")
+            raise MethodError(f"{type(method).__name__}: its clients do not share features")
 
         def outputs(i: int, client: Client, x: Inputs) -> Tensor:
             found = self._predict(predictor, i, client, x, message)

@@ -154,7 +154,7 @@ class Processes(ForwardingEngine):
         worker.end()
         job, reason = worker.job, f"no answer in {self._deadline_s:g} s (engine.deadline_s)"
         if not isinstance(job, CohortJob):
-            raise WorkerError(f"a worker {job}: {reason}; raise engine.deadline_s if it was only slow")
+            raise WorkerError(f"a worker {job}: {reason}; if it was only slow, raise engine.deadline_s")
         finished = {reply.slot for reply in worker.parts}
         left = [member for member in job.members if member[0] not in finished]
         lost, rest = (left, []) if self._lanes else (left[:1], left[1:])

@@ -95,7 +95,10 @@ class Vectorised(Sequential):
             done, share = self._mapped_turns(number, group)
         except (torch.OutOfMemoryError, MemoryError):
             self._lanes[arch] = len(group) // 2
-            log.warning("%d clients side by side exceed the memory; using half as many from now on", len(group))
+            log.warning(
+                "%d clients side by side do not fit in memory; half as many are trained side by side from now on",
+                len(group),
+            )
         except (CannotMapError, RuntimeError, ValueError, TypeError) as error:
             log.warning("clients run one after another, because they cannot be vectorised: %s", first_line(error))
             self._lanes[arch] = 1

@@ -37,7 +37,7 @@ class FolderLock:
         """
         self._file = (folder / LOCK).resolve()
         if _HELD.get(self._file) == os.getpid():
-            raise RunFolderError(f"{folder}: is already being written by this process (pid {os.getpid()})")
+            raise RunFolderError(f"{folder} is already being written by this process (pid {os.getpid()})")
         handle = _acquire(self._file, folder)
         _HELD[self._file] = os.getpid()  # forked workers inherit this table, but not the locks
         self.release = weakref.finalize(self, _release, self._file, handle, os.getpid())
@@ -57,7 +57,7 @@ def _acquire(file: Path, folder: Path) -> int | None:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
-            raise RunFolderError(f"{folder}: cannot be written: {error.strerror}") from None
+            raise RunFolderError(f"{folder} cannot be written: {error.strerror}") from None
         try:
             _lock(handle)
         except OSError as error:

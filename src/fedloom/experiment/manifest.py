@@ -102,10 +102,10 @@ def read_manifest(file: Path) -> Manifest | None:
         raise RunFolderError(f"{file} cannot be read: {error}") from None
     if isinstance(found, dict) and found.get("format", FORMAT) != FORMAT:
         raise RunFolderError(
-            f"{file}: has format {found['format']}, but this version reads only {FORMAT}; upgrade fedloom"
+            f"{file} has format {found['format']}, but this version reads only {FORMAT}; upgrade fedloom"
         )
     if not isinstance(found, dict) or found != sealed({k: v for k, v in found.items() if k != "digest"}):
-        raise RunFolderError(f"{file}: was changed after the run wrote it; restore the file from a copy of the folder")
+        raise RunFolderError(f"{file} was changed after the run wrote it; restore the file from a copy of the folder")
     return found
 
 
@@ -119,27 +119,27 @@ def file_problems(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
             yield f"{file}: is missing" if isinstance(error, FileNotFoundError) else f"{file} cannot be read: {error}"
             continue
         if len(data) != wanted[0]:
-            yield f"{file}: has {len(data)} bytes instead of {wanted[0]}"
+            yield f"{file} has {len(data)} bytes instead of {wanted[0]}"
         elif hash_of(data) != wanted[1]:
-            yield f"{file}: was changed after the run wrote it (its hash differs)"
+            yield f"{file} was changed after the run wrote it (its hash differs)"
 
 
 def checkpoint_problems(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Yield one line for each file of the checkpoint in `folder` that is missing, unexpected or damaged."""
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     for name in sorted(there - manifest["files"].keys() - {MANIFEST}):
-        yield f"{folder / name}: does not belong to this checkpoint"
+        yield f"{folder / name} does not belong to this checkpoint"
     yield from file_problems(folder, manifest["files"])
     clients = sorted(int(Path(name).stem) for name in manifest["files"] if name.startswith("clients/"))
     if clients != manifest["changed"]:
-        yield f"{folder / MANIFEST}: lists clients {manifest['changed']}, but has files of clients {clients}"
+        yield f"{folder / MANIFEST} lists clients {manifest['changed']}, but has files of clients {clients}"
 
 
 def row_problem(file: Path, rows: Iterable[str], wanted: list[Any], upto: int) -> Iterator[str]:
     """Yield one line if the rows of a growing file, up to round `upto`, differ from their entry."""
     found = Tally(rows).entry()
     if found[0] != wanted[0]:
-        yield f"{file}: has {found[0]} rows up to round {upto} instead of {wanted[0]}"
+        yield f"{file} has {found[0]} rows up to round {upto} instead of {wanted[0]}"
     elif found != wanted:
         yield f"{file}: rows up to round {upto} were changed after the run wrote them"
 

@@ -109,7 +109,7 @@ class PrivateCombination(Combination):
         method, rounds = self._problem.method, self._problem.task.rounds
         if self._n < FEW_CLIENTS:
             log.warning(
-                "privacy: a bound that may fail with probability 1/%d says little about %d clients", self._n, self._n
+                "privacy: a guarantee that may fail with probability 1/%d is weak for %d clients", self._n, self._n
             )
         if rounds < self._rounds:
             log.warning("privacy.epsilon=%g: allows %d rounds of %d", self._budget, rounds, self._rounds)
@@ -169,7 +169,7 @@ class PrivateCombination(Combination):
         spent = self._releases.epsilon(self._released), self._releases.epsilon_known(max(self._turns))
         epsilon, known = (value if math.isfinite(value) else None for value in spent)
         facts = {
-            "unit": "client: all of its contributions are there, or are zero",
+            "unit": "client: either all of its contributions are included, or they are all zero",
             "protects": "the models of others and of the server" if self._has_private_state else "every model",
             "epsilon": epsilon,
             "epsilon_known_cohorts": known,

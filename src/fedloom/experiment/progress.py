@@ -141,7 +141,7 @@ class PlainLines:
 
     def _line(self) -> None:
         self._last = self._clock()
-        parts = [self._place or f"no {self._unit} is finished yet", self._time(), self._numbers]
+        parts = [self._place or f"no {self._unit} has finished yet", self._time(), self._numbers]
         self._write(f"{self._name}: " + "  ".join(part for part in parts if part))
 
     def _time(self) -> str:

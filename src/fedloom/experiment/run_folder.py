@@ -72,7 +72,7 @@ class RunFolder:
         """Raise RunFolderError if a new run cannot be written to `path`."""
         if path.exists() and (not path.is_dir() or any(file.name != LOCK for file in path.iterdir())):
             started = any((path / name).is_file() for name in ("config.toml", "compare.toml"))
-            hint = f", or continue it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
+            hint = f", or resume it with --resume {path}" if started and not (path / "summary.json").is_file() else ""
             state = "already exists and is not an empty folder" if path.is_dir() else "is a file"
             raise RunFolderError(f"out={path}: {state}; choose another folder{hint}")
 
@@ -80,7 +80,7 @@ class RunFolder:
     def open(cls, path: Path) -> RunFolder:
         """Open an existing run's folder."""
         if not (path / "config.toml").is_file():
-            raise RunFolderError(f"{path}: is not a run folder, because {cls._lack(path)}")
+            raise RunFolderError(f"{path} is not a run folder, because {cls._lack(path)}")
         return cls(path)
 
     @staticmethod
@@ -238,7 +238,7 @@ class RunFolder:
         whole = self._newest()
         found = manifest.read_manifest(whole / MANIFEST) if whole else None
         if whole and not found and not (whole / "state.json").is_file():
-            raise RunFolderError(f"{whole}: has neither {MANIFEST} nor state.json; restore the folder from a copy")
+            raise RunFolderError(f"{whole} has neither {MANIFEST} nor state.json; restore the folder from a copy")
         self._digest = found["digest"] if found else None
         return found
 

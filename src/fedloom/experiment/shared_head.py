@@ -73,5 +73,7 @@ class SharedHead:
             total = [summed([*total, *sums])] if total or sums else []
         head = fitted_head(total[0]) if total else None
         if head is None:
-            log.warning("shared_head is not fitted after round %d: features are not finite or too large", number)
+            log.warning(
+                "the shared head is not fitted after round %d, because features are not finite or too large", number
+            )
         return head

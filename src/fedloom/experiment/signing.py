@@ -29,7 +29,7 @@ class Signer:
         """Sign a finished run, and return the fingerprint of the key."""
         record = read_manifest(folder / MANIFEST)
         if record is None:
-            raise RunFolderError(f"{folder}: has no {MANIFEST}, so there is nothing to sign; finish the run first")
+            raise RunFolderError(f"{folder} has no {MANIFEST}, so there is nothing to sign; finish the run first")
         message = CONTEXT + record["digest"].encode()
         signature = self._key.sign(message, *_scheme(self._key))
         public = _text(self._key.public_key())
@@ -61,15 +61,15 @@ def check_signature(folder: Path, digest: str, key: str | Path | None = None) ->
         verifier: Any = load_ssh_public_key(public.encode())
         verifier.verify(base64.b64decode(content["signature"]), CONTEXT + digest.encode(), *_scheme(verifier))
     except FileNotFoundError:
-        raise RunFolderError(f"{file}: is missing, so the run is not signed") from None
+        raise RunFolderError(f"{file} is missing, so the run is not signed") from None
     except InvalidSignature:
         raise RunFolderError(
-            f"{file}: does not match {MANIFEST}: the manifest was changed after it was signed"
+            f"{file} does not match {MANIFEST}: the manifest was changed after it was signed"
         ) from None
     except (OSError, ValueError, KeyError, TypeError, UnsupportedAlgorithm) as error:
         raise RunFolderError(f"{file} cannot be read: {error}") from None
     if wanted is not None and _text(verifier) != wanted:
-        raise RunFolderError(f"{file}: was made with another key ({key_fingerprint(public)}), not with {key}")
+        raise RunFolderError(f"{file} was made with another key ({key_fingerprint(public)}), not with {key}")
     return key_fingerprint(public)
 
 
@@ -86,7 +86,7 @@ def _require_extra(what: str) -> None:
         import cryptography  # noqa: F401
     except ImportError:
         raise ConfigError(
-            f"{what}: needs cryptography, which is not installed; pip install 'fedloom[flower]'"
+            f"{what}: requires the package cryptography, which is not installed; pip install 'fedloom[flower]'"
         ) from None
 
 

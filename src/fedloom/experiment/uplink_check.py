@@ -91,7 +91,7 @@ def require_finite(server: Tree, number: int, last: int) -> None:
     """
     broken = tree.not_finite(server)
     if broken:
-        kept = f"the checkpoint of round {last} is unchanged" if last else "there is no checkpoint yet"
+        kept = f"the checkpoint of round {last} is unchanged" if last else "no checkpoint has been written yet"
         raise DivergedError(
             f"round {number + 1}: the server's '{broken}' is not finite after aggregation; {kept}; try a smaller method.lr"
         )

@@ -39,9 +39,11 @@ def verify(path: str | Path, key: str | Path | None = None) -> Verdict:
         record = read_manifest(folder.path / MANIFEST) if finished else saved
         if record is None:
             reason = (
-                "an earlier version wrote it" if finished or folder.has_checkpoint() else "it has no checkpoint yet"
+                "an earlier version wrote it"
+                if finished or folder.has_checkpoint()
+                else "no checkpoint has been written yet"
             )
-            raise RunFolderError(f"{folder.path}: has no manifest ({reason}), so it cannot be verified")
+            raise RunFolderError(f"{folder.path} has no manifest ({reason}), so it cannot be verified")
         verdict.digest, verdict.state = (
             record["digest"],
             f"{'finished' if finished else 'unfinished'}, round {record['round']}",
@@ -59,7 +61,7 @@ def run_folders(path: Path) -> list[Path]:
     patterns = ("config.toml", "*/config.toml", "*/*/config.toml")  # of a run, a comparison, or several comparisons
     found = next((files for pattern in patterns if (files := sorted(path.glob(pattern)))), [])
     if not found:
-        raise RunFolderError(f"{path}: is neither a run folder (config.toml is missing) nor a folder of run folders")
+        raise RunFolderError(f"{path} is neither a run folder (config.toml is missing) nor a folder of run folders")
     return [file.parent for file in found]
 
 
@@ -78,11 +80,11 @@ def _problems(folder: RunFolder, record: Manifest, saved: Manifest | None, finis
     except ConfigError as error:
         strict, free = [str(error)], []
     for change in [*strict, *free] if finished else strict:  # some settings may change before a resume
-        yield f"{folder.path / 'config.toml'}: was edited: {change}"
+        yield f"{folder.path / 'config.toml'} was edited: {change}"
     if finished:
         yield from file_problems(folder.path, {"summary.json": record["finish"]["summary"]})
         if record["previous"] != (saved["digest"] if saved else None):
-            yield f"{folder.path / 'checkpoint'}: is missing, or is not the last checkpoint of this run"
+            yield f"{folder.path / 'checkpoint'} is missing, or is not the last checkpoint of this run"
         elif saved:
             yield from folder.checkpoint_problems(saved)
     yield from folder.problems(record)

@@ -121,10 +121,10 @@ def test_damaged_files_and_options_that_do_not_fit(tmp_path):
     with pytest.raises(DataError, match="image_size=8: data=mine has no image files"):
         load("mine", file, image_size=8)
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(DataError, match=r"mine\.npz: cannot be read as arrays"):
+    with pytest.raises(DataError, match=r"mine\.npz cannot be read as arrays"):
         load("mine", file)
     file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"mine\.npz: cannot be read as arrays"):
+    with pytest.raises(DataError, match=r"mine\.npz cannot be read as arrays"):
         load("mine", file)
     with file.open("wb") as stream:
         np.save(stream, X)

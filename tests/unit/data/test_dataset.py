@@ -110,9 +110,9 @@ def test_tables_of_pandas_become_numbers_and_categories():
     ("columns", "message"),
     [
         ({"a": [1.0, np.nan, 2.0]}, r"x, row 1, column 'a': no value; 1 missing values in the column; fill or drop"),
-        ({"a": ["x", "y", "z"]}, "column 'a': has 3 different values in 3 rows, which looks like free text.*; drop it"),
-        ({"a": [1, "x", 2.5]}, "column 'a': has values of several types"),
-        ({"a": np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "M8[s]")}, "column 'a': has dates"),
+        ({"a": ["x", "y", "z"]}, "column 'a' has 3 different values in 3 rows, which looks like free text.*; drop it"),
+        ({"a": [1, "x", 2.5]}, "column 'a' has values of several types"),
+        ({"a": np.array(["2020-01-01", "2021-01-01", "2022-01-01"], "M8[s]")}, "column 'a' has dates"),
         ({"a": [[1], [2], [3]]}, "column 'a' has type list"),
         ({}, r"x has shape \(0, 0\)"),
     ],

@@ -142,7 +142,7 @@ def test_malformed_files_are_refused(tmp_path, users, more, message):
 def test_damaged_files_are_refused(tmp_path, text):
     file = write(tmp_path / "train" / "a.json", {"u": ([[1.0]], [0])})
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.json: cannot be read as LEAF's JSON|needs lists"):
+    with pytest.raises(DataError, match=r"a\.json cannot be read as LEAF's JSON|requires lists"):
         load("mine", tmp_path)
 
 

@@ -282,5 +282,5 @@ def test_devices_read_the_same_layouts_and_may_lack_classes(write):
         "cat",
         "emu",
     )
-    with pytest.raises(DataError, match=r"empty: has neither train\.parquet nor pictures in folders named by class"):
+    with pytest.raises(DataError, match=r"empty has neither train\.parquet nor pictures in folders named by class"):
         on_devices._read(write(root="empty", notes_txt="none"), settings)
