@@ -133,7 +133,7 @@ def test_a_reading_is_left_out_if_arguments_change_the_results(cli):
     two_files()
     done = cli("compare", "one.toml", "seed=1", "out=one")
     assert "Together is better." not in done.out
-    assert "reading of the results is left out, because the command line has seed=1." in done.out
+    assert "comment in the config file is not shown, because the command line changes its settings: seed=1." in done.out
 
 
 def test_the_demo_has_three_comparisons_of_its_own(cli):

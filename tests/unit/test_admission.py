@@ -142,7 +142,11 @@ def test_a_request_that_is_not_valid_is_refused(ward, content, message):
 @pytest.mark.parametrize(
     ("name", "clients", "message"),
     [
-        ("site-1", [1], r"^site-1 is already admitted with another key; to replace the key, run: fedloom deploy rotate"),
+        (
+            "site-1",
+            [1],
+            r"^site-1 is already admitted with another key; to replace the key, run: fedloom deploy rotate",
+        ),
         ("site-2", [0], r"^--clients: client 0 is on site-1; revoke site-1 first"),
         ("site-2", [1, 1], r"^--clients 1,1: must be different numbers from 0"),
         ("site-2", [], r"^--clients : must be different numbers"),

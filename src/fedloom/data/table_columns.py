@@ -91,7 +91,9 @@ def _from_words(
     rest = [word for word in words if word not in no_number]
     if rest and all(_plain(word, decimal) is not None for word in rest):
         if coded := next((word for word in rest if _CODE.fullmatch(word)), None):
-            log.warning("%s, column '%s' has leading zeros (%s), so its values are used as categories", file, name, coded)
+            log.warning(
+                "%s, column '%s' has leading zeros (%s), so its values are used as categories", file, name, coded
+            )
             return _category(name, codes, words, no_number)
         table = [np.nan if word in no_number else float(_plain(word, decimal) or "nan") for word in words]
         numbers = np.array(table, np.float64)
