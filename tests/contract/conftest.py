@@ -25,6 +25,12 @@ class CountedOnce(Costs):
             super().__init__(problem)
         self.__dict__ = known.__dict__
 
+    def peak_client_bytes(self) -> int:
+        """Return the peak memory of a client's tensors."""
+        if "peak" not in self.__dict__:
+            self.peak = super().peak_client_bytes()
+        return self.peak
+
 
 @pytest.fixture(autouse=True)
 def counted_once(monkeypatch: pytest.MonkeyPatch) -> None:

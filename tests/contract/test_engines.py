@@ -30,7 +30,7 @@ OTHERS = [engine for engine in [*ENGINES, *WRAPPED] if engine != REFERENCE]
 FEW: dict[str, Any] = {"clients": 3, "cohort": 2, "data.rows": 100, "batch_size": 16}
 MODELS: dict[str, dict[str, Any]] = {"mlp": {}, "fedrir_cnn": {**FEW, "width": 16}}
 """One model with an input layer, and one with convolutions and running statistics."""
-ENOUGH = {"mlp": ("vectorised", "debug+bytes+processes"), "fedrir_cnn": ("vectorised", "processes")}
+ENOUGH = {"mlp": ("vectorised", "debug+bytes+processes"), "fedrir_cnn": ("vectorised",)}
 """The engines on which every method runs. Other engines run a few methods, and the rest only with `pytest -m slow`."""
 SETTINGS = {"clients": 5, "cohort": 3, "rounds": 2, "batch_size": 32, "data.rows": 200, "engine.workers": 2}
 
@@ -82,6 +82,7 @@ CASES = [
 EVERYWHERE = {
     ("fedavg", "mlp"),
     ("fedavg", "fedrir_cnn"),
+    ("Sharing", "fedrir_cnn"),
     ("fedmr", "mlp"),
     ("fedrir", "mlp"),
     ("fedvtc", "mlp"),
@@ -205,12 +206,12 @@ CODED = [{"uplink": "topk:0.2,int8", "downlink": "fp16"}, {"uplink": "gaussian:1
     ),
 )
 def test_engines_agree_on_messages_that_are_transformed(experiment, reference, method, settings, engine):
-    settings = {**FEW, **settings}
-    expected = reference(method, "fedmr_cnn", **settings)
-    plain = reference(method, "fedmr_cnn", **FEW)
+    settings = {"model.hidden": 32, **settings}
+    expected = reference(method, "mlp", **settings)
+    plain = reference(method, "mlp", **{"model.hidden": 32})
     assert expected.summary["uplink_bytes"] < 0.7 * plain.summary["uplink_bytes"]
     assert expected.summary["downlink_bytes"] < 0.7 * plain.summary["downlink_bytes"]
-    assert_agrees(engine, left_by(make(experiment, method, "fedmr_cnn", engine, **settings)), expected)
+    assert_agrees(engine, left_by(make(experiment, method, "mlp", engine, **settings)), expected)
 
 
 def test_clients_are_scored_with_the_decoded_downlink_and_the_server_with_its_own_model(experiment):
@@ -517,7 +518,8 @@ def test_input_layers_by_gram_matrix_change_nothing_but_rounding(experiment, ref
     one = left_by(make(experiment, method, "mlp", "sequential"))
     assert_close(one, plain)
     assert bool(made) == (method not in WITHOUT_GRAM_LAYERS)
-    assert_close(left_by(make(experiment, method, "mlp", "vectorised")), one)
+    if made:  # otherwise, the lanes are those of `test_all_engines_agree_bit_for_bit`
+        assert_close(left_by(make(experiment, method, "mlp", "vectorised")), one)
     if method in ("fedavg", "Late"):
         assert_same(left_by(make(experiment, method, "mlp", "processes")), one)
 

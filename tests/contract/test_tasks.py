@@ -150,12 +150,15 @@ EVERY = set(MODELS)
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_a_task_or_refuses_it_in_one_line(make, method):
+    fitting = [task for task in MODELS if task in FITS.get(method, EVERY)]
     for task in MODELS:
         settings = {**brief(method), "rounds": 1}
-        if task in FITS.get(method, EVERY):
+        if task in fitting[-2:]:
             run = make(task, method=method, **settings)
             row = run.run() and run.rows[-1]
             assert row[f"personal_{PRIMARY.get(task, 'accuracy')}"] is not None
+        elif task in fitting:
+            make(task, method=method, **settings)
         else:
             with pytest.raises(ConfigError, match=rf"^method={method}: needs .*; .*use (another|a) method") as caught:
                 make(task, method=method, **settings)

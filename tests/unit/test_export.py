@@ -47,10 +47,15 @@ def logits_of(file, x):
 
 OWN = [name for name, method in METHODS.items() if method().predictors()["personal"] is not predict_model]
 """Methods that do not predict with `model` alone."""
+QUICK = ("fedproto", "fedrir", "fedrod")
+"""Nearest prototypes, several nets and a sum of two heads. The others, which take seconds each, run with `pytest -m slow`."""
 MODELS = {"fedbn": "fedrir_cnn", "fedvtc": "fedavg_cnn"}
 
 
-@pytest.mark.parametrize("method", ["fedavg", "fedbn", *OWN])
+@pytest.mark.parametrize(
+    "method",
+    ["fedavg", "fedbn", *(pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in OWN)],
+)
 def test_the_file_computes_what_torch_computes(method, tmp_path):
     run = finished(tmp_path, method, MODELS.get(method, "mlp"), width=16, **brief(method))
     file, x, model = tmp_path / "model.onnx", run.data.test(1)[0], run.personal_model(1)

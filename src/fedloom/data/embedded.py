@@ -9,13 +9,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fedloom.data.arrays import from_arrays
 from fedloom.data.dataset import Column, Dataset
 from fedloom.data.factors import coded, hues, other_values, painted
-from fedloom.data.pictures import resized
+from fedloom.data.pictures import resized_all
 from fedloom.data.subset import choose_rows
 from fedloom.errors import DataError
 from fedloom.rng import Stream
@@ -40,7 +39,7 @@ def load_embedded(name: str, image_size: int | None, rows: int | None) -> Datase
     keep, n_train = choose_rows(name, np.ones(len(labels), dtype=bool), n_train, rows)
 
     def images(pixels: Pixels) -> Tensor:
-        return torch.from_numpy(np.stack([resized(Image.fromarray(picture), image_size) for picture in pixels[keep]]))
+        return torch.from_numpy(resized_all(pixels[keep], image_size))
 
     pool = Dataset.labelled(
         name=name,

@@ -65,6 +65,13 @@ def resized(image: Image.Image, image_size: int | None) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+def resized_all(images: Pixels, image_size: int | None) -> Pixels:
+    """Return images (N, H, W) or (N, H, W, 3) as (N, C, H, W), each resized as by `resized`."""
+    if image_size is None or images.shape[1:3] == (image_size, image_size):
+        return images[:, None] if images.ndim == 3 else np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+    return np.stack([resized(Image.fromarray(image), image_size) for image in images])
+
+
 def _pixels(image_size: int | None, picture: tuple[str, bytes | None]) -> Pixels:
     where, encoded = picture
     try:

@@ -188,7 +188,7 @@ class Arrivals:
                 number,
                 "excluded",
                 self.screen.strike(number, reasons),
-                reason=f"{STRIKES} of their updates were rejected within {SPAN} rounds",
+                reason=f"{STRIKES} of their uplinks were rejected within {SPAN} rounds",
             )
         return [pair for pair in opened if pair[1].client not in reasons], frozenset(reasons)
 

@@ -37,7 +37,7 @@ class RollBack:
         """
         if self.failed >= LIMIT:
             raise NoValidUplinkError(
-                f"rounds {number + 2 - LIMIT} to {number + 1}: no update could be aggregated; in the last round, the updates of clients "
+                f"rounds {number + 2 - LIMIT} to {number + 1}: no uplink could be aggregated; in the last round, those of clients "
                 f"{', '.join(map(str, sorted(clients)))} were rejected; events.jsonl gives the reasons; "
                 "check these clients, or try a smaller method.lr"
             )

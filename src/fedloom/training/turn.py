@@ -284,7 +284,9 @@ def fresh_modules(build: Callable[[], Any], rng: Stream) -> dict[str, nn.Module]
     Frozen parameters (`requires_grad=False`) keep the values with which they are built.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.torch_seed())
+        # without a GPU, torch.manual_seed records a stack trace for every kind of accelerator, which takes longer than a small model
+        seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+        seed(rng.torch_seed())
         modules: dict[str, nn.Module] = build()
     for module in modules.values():
         module.to(torch.get_default_dtype())  # a module that a user has built may have another precision
