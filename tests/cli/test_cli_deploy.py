@@ -38,7 +38,7 @@ def test_a_folder_is_made_and_its_steps_are_shown(cli):
         (["join"], "give a folder"),
         (["join", "Site"], "--name Site: must have at most 63 lower-case letters"),
         (["join", "s", "--authority", "x"], "--authority: applies only with --finish"),
-        (["join", "s", "--finish", "none.join"], "none.join: there is no such file"),
+        (["join", "s", "--finish", "none.join"], "none.join: file not found"),
         (["join", "s", "--finish", "none.join", "--name", "s"], "--name: applies only without --finish"),
         (["admit", "w", "a.csr"], "--clients"),
         (["admit", "w", "a.csr", "--clients", "0"], "a.csr cannot be read: No such file"),
@@ -102,8 +102,8 @@ def test_a_node_joins_is_renewed_and_revoked(cli):
     assert "data=data: the folder site-1/data does not exist" in cli("deploy", "node", "site-1").err
     new = shown(cli("deploy", "rotate", "site-1"))
     renewal = ("deploy", "rotate", "ward", new["request"], "--fingerprint", new["fingerprint"])
-    assert "has a new key; the old one is valid for a day" in shown(cli(*renewal))["node"]
-    assert "has this key already" in shown(cli(*renewal))["node"]
+    assert "has a new key; the old key remains valid for one day" in shown(cli(*renewal))["node"]
+    assert "already has this key" in shown(cli(*renewal))["node"]
     assert "restart the node: fedloom deploy node site-1" in shown(cli(*taking))["next"]
     assert "restart the server" in shown(cli("deploy", "rotate", "ward", "server"))["next"]
     assert "site-1 is revoked" in shown(cli("deploy", "revoke", "ward", "site-1"))["node"]

@@ -48,7 +48,7 @@ def test_examples_that_are_not_the_clients_own_are_labelled(cli):
     words = ("partition=file", "partition.path=dealt.json", "model=mlp", "rounds=1", "engine=sequential", "out=r")
     assert cli("run", *words, "--quiet").code == 0
     done = cli("export", "r", "--client", "1")
-    assert "on the client's own test examples (client 1 has none: on the common test set);" in done.out, done.err
+    assert "on the client's own test examples (client 1 has none, so on the common test set)." in done.out, done.err
     facts = json.loads(cli("export", "r", "--client", "1", "--out", "e", "--json").out)
     assert [one["own_rows"] for one in facts] == [False]
 

@@ -67,8 +67,8 @@ MISTAKES = {
     "run method.lr=fast": "method.lr=fast: must be a number",
     "run method.lr=-1": "method.lr=-1: must be above 0",
     "run method=scaffold method.momentum=0.9": "method: scaffold needs plain SGD",
-    "run method=a,b": "method=a,b: a run takes one method; use fedloom compare for several",
-    "run seed=0,1": "seed=0,1: a run takes one seed",
+    "run method=a,b": "method=a,b: a run takes one value; to use several, run fedloom compare",
+    "run seed=0,1": "seed=0,1: a run takes one value",
     "run model=resnt8": "(did you mean 'resnet8'?)",
     "run engine=sequentail": "(did you mean 'sequential'?)",
     "run models=mlp,resnet8": "FedAvg shares model, which must be the same for all clients",
@@ -176,7 +176,7 @@ def test_an_error_in_a_method_names_file_line_client_round_and_phase(files, engi
 def test_a_server_that_is_not_finite_ends_the_run_in_one_line(files):
     done = files("run", "method=own.py:Broken", "model=mlp", "rounds=1", "engine=sequential", "out=mine", "--quiet")
     assert done.code == 2
-    message = "error: round 1: the server's 'weights/params/model.body.linear.weight' is not finite after aggregation; there is no"
+    message = "error: round 1: the server's 'weights/params/model.body.linear.weight' is not finite after aggregation; no checkpoint"
     assert message in done.err
     assert done.err.count("\n") == 1
     assert not Path("mine/checkpoint").exists()

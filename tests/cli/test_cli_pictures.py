@@ -58,7 +58,7 @@ MISTAKES = {
     "a known name": (
         ("p/cat/1.png",), {}, "data=digits data.path=p", "for your own files, use another name (data=mine), not data=digits",
     ),
-    "no picture": ((), {"p/cat/1.png": "x"}, "", "p/cat/1.png: not an image that Pillow can read"),
+    "no picture": ((), {"p/cat/1.png": "x"}, "", "p/cat/1.png: Pillow cannot read this image"),
     "sizes": (("p/cat/1.png", "p/cat/large.png"), {}, "", "images differ in size (4x4 and, in p/cat/large.png, 6x6); set one size"),
     "a task without targets": (
         ("p/cat/1.png",), {}, "data.task=regression", "data.task=regression: data.path=p needs metadata.csv or metadata.jsonl",

@@ -87,7 +87,7 @@ def test_predictions_go_to_a_new_file(runs, capsys):
         ("table", ["people.csv", "client=0", "adapt=no"], "adapt=no: must be true or false"),
         ("table", ["absent.csv", "client=0"], "absent.csv does not exist"),
         ("table", ["0.png", "client=0"], "0.png"),
-        ("pictures", ["people.csv", "client=0"], "people.csv: not an image that Pillow can read"),
+        ("pictures", ["people.csv", "client=0"], "people.csv: Pillow cannot read this image"),
         ("hours", ["people.csv", "client=server"], "Local has no server model"),
         ("elsewhere", ["people.csv", "client=0"], "is not a run folder"),
     ],

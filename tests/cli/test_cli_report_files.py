@@ -36,7 +36,7 @@ def test_files_by_suffix_instead_of_the_page(run):
         "clients=none/c.csv": "clients=none/c.csv: cannot be written: folder none does not exist",
         "out=a.csv out=b.csv": "out=b.csv: out is given twice",
         "out=a.csv clients=./a.csv": "clients=./a.csv: is the same file as out",
-        "out=a.csv network=4g --quiet": "only the page and the printed tables have times",
+        "out=a.csv network=4g --quiet": "only the page and the printed tables show times",
     }
     for words, message in mistakes.items():
         done = run("report", "run", *words.split())

@@ -193,7 +193,7 @@ def test_a_new_key_replaces_the_old_one_after_a_day(ward):
     asked = request_new_key(node)
     assert request_new_key(node) == asked
     assert fingerprint_of(load(node / "node.key").public_key()) == old  # until the answer is taken
-    with pytest.raises(ConfigError, match="is admitted with another key"):
+    with pytest.raises(ConfigError, match="is already admitted with another key"):
         admit(ward, asked.file, [0], asked.fingerprint)
     made = rotate_node(ward, asked.file, asked.fingerprint)
     assert rotate_node(ward, asked.file, asked.fingerprint).before
@@ -388,9 +388,9 @@ def test_a_changed_audit_log_is_refused(ward, change, line):
     for k in range(2):
         log.append("admit", f"site-{k}", "SHA256:x")
     file.write_text("".join(change(file.read_text().splitlines(keepends=True))))
-    with pytest.raises(ConfigError, match=f"audit.jsonl: line {line} does not continue the line before it"):
+    with pytest.raises(ConfigError, match=f"audit.jsonl: line {line} does not follow from the line before it"):
         log.read()
     asked = request_to_join(ward.parent / "site-1", "site-1")
-    with pytest.raises(ConfigError, match="does not continue"):
+    with pytest.raises(ConfigError, match="does not follow"):
         admit(ward, asked.file, [0], asked.fingerprint)
     assert not list((ward / "server").glob("keys/*"))

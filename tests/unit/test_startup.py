@@ -158,7 +158,7 @@ def test_a_registry_imports_what_is_looked_up():
 
 def test_runs_and_intervals_need_no_extra(tmp_path):
     words = [
-        "compare", "method=local,fedavg", "seed=0,1", "rounds=1", "clients=2", "model=mlp", "model.hidden=4",
+        "compare", "method=local,fedavg", "seed=0,1,2", "rounds=1", "clients=2", "model=mlp", "model.hidden=4",
         "data.rows=100", "engine=sequential", f"out={tmp_path / 'both'}",
     ]  # fmt: skip
     blocked = ("scipy", "sklearn", "matplotlib", "jinja2", "torchmetrics")

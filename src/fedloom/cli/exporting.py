@@ -108,7 +108,7 @@ def _show(found: Sequence[Exported], experiment: Experiment) -> None:
     method, folder = experiment.settings.method.name, Path(found[0].file).parent
     without = ", ".join(str(one.client) for one in found if not one.own_rows)
     rows = "the client's own test examples" + (
-        f" (client {without} has none: on the common test set)" if without else ""
+        f" (client {without} has none, so on the common test set)" if without else ""
     )
     console.print(
         f"{method} after {experiment.done} rounds; {found[0].metric}, and the difference between the ONNX and torch outputs, "

@@ -35,7 +35,7 @@ def find_layout(folder: Path, where: str, metadata: Metadata | None, owner: str 
     found, notes = _found(folder, where), list[str]()
     if not found:
         raise DataError(
-            f"{where} has neither train.parquet nor pictures in folders named by class, nor metadata.csv with pictures"
+            f"{where}: has neither train.parquet nor pictures in folders named by class, nor metadata.csv with pictures"
         )
     if metadata is not None:
         found = metadata.listed(found, notes)
@@ -110,7 +110,7 @@ def _two_splits(found: dict[str, list[Parts]], where: str, notes: list[str]) -> 
     """Return the training and test images. Without a test split, the validation split is the test set."""
     if "train" not in found:
         raise DataError(
-            f"{where} has no training pictures, only the splits {', '.join(sorted(found))}; add a folder 'train'"
+            f"{where}: has no training pictures, only the splits {', '.join(sorted(found))}; add a folder 'train'"
         )
     if "test" in found and "valid" in found:
         notes.append(f"validation {len(found['valid']):,} not used")

@@ -139,7 +139,7 @@ def _scanned(file: Path, separator: str, encoding: str) -> tuple[list[str], npt.
                 lines.append(line)
             line = reader.line_num + 1
     if not names:
-        raise DataError(f"{file}: is empty")
+        raise DataError(f"{file} is empty")
     return names, np.array(lines, np.int64)
 
 

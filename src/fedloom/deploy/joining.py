@@ -182,7 +182,7 @@ def _keep(folder: Path, node: NodeFile) -> NodeFile:
     for key in ("name", "server", "clients"):
         if getattr(own, key) != getattr(node, key):
             raise ConfigError(
-                f"{folder / 'node.toml'}: {key}: is {getattr(own, key)}, but the answer has {getattr(node, key)}; change it there first"
+                f"{folder / 'node.toml'}: {key} is {getattr(own, key)}, but the answer has {getattr(node, key)}; change it there first"
             )
     return own
 

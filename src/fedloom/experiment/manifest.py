@@ -116,7 +116,7 @@ def file_problems(folder: Path, files: Mapping[str, Any]) -> Iterator[str]:
         try:
             data = file.read_bytes()
         except OSError as error:
-            yield f"{file}: is missing" if isinstance(error, FileNotFoundError) else f"{file} cannot be read: {error}"
+            yield f"{file} is missing" if isinstance(error, FileNotFoundError) else f"{file} cannot be read: {error}"
             continue
         if len(data) != wanted[0]:
             yield f"{file} has {len(data)} bytes instead of {wanted[0]}"

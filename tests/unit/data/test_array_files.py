@@ -99,7 +99,10 @@ def test_other_tasks(tmp_path):
             {"inputs": X, "outputs": Y},
             "has the arrays inputs, outputs; name inputs and labels in one of these ways: x_train, y_train; x, y",
         ),
-        ({"x": X, "y": np.array(["a", None, "b", "a"], dtype=object)}, "it has Python objects, which are not read"),
+        (
+            {"x": X, "y": np.array(["a", None, "b", "a"], dtype=object)},
+            "it contains Python objects, which are not read",
+        ),
         ({"x": X, "y": Y[:3]}, r"'x' has shape \(4, 2\) and 'y' \(3,\); give one label per input"),
         ({"x": X, "y": Y + 1}, r"mine\.npz: labels run from 1 to 2.*x is 'x'"),
         ({"x": X, "y": Y, "x_test": X}, "x_test and y_test must be given together"),

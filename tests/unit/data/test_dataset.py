@@ -82,7 +82,7 @@ def test_float_images_from_0_to_1_are_scaled_like_bytes(caplog):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 3, 4, 4)).astype(np.uint8)
     y = np.array([0, 1, 0, 1])
     pools = from_arrays(pixels, y), from_arrays((pixels / 255).astype(np.float32), y)
-    assert "x holds images from 0 to 1; scaled to [-1, 1]" in caplog.text
+    assert "x holds images with values from 0 to 1; they are scaled to [-1, 1]" in caplog.text
     (a, _), (b, _) = (Federation(pool, partition(pool, 1, scheme="iid", min_examples=2)).train(0) for pool in pools)
     torch.testing.assert_close(a, b)
     assert from_arrays(pixels / 255 - 0.5, y).normalise is None
@@ -129,7 +129,7 @@ def test_tables_for_training_and_test_have_the_same_columns():
     import pandas as pd
 
     table = pd.DataFrame({"a": [1.0, 2.0], "b": [1.0, 3.0]})
-    with pytest.raises(DataError, match="x_test must have the columns of x: a, b"):
+    with pytest.raises(DataError, match="x_test must have the same columns as x: a, b"):
         from_arrays(table, [0, 1], table[["b", "a"]], [0, 1])
     with pytest.raises(DataError, match="must both be tables"):
         from_arrays(table, [0, 1], table.to_numpy(), [0, 1])
@@ -141,7 +141,7 @@ def test_labels_that_look_like_numbers_are_refused(caplog):
     x = np.zeros((60, 2), np.float32)
     with pytest.raises(DataError, match=r"y has 60 different values .* set task='regression', or name the classes"):
         from_arrays(x, np.arange(60))
-    with pytest.raises(DataError, match=r"up to 1,970 in 60 examples, too many for classes"):
+    with pytest.raises(DataError, match=r"up to 1,970 in 60 examples, which is too many for classes"):
         from_arrays(x, np.repeat([0, 1970], 30))
     assert from_arrays(x, np.arange(60), classes=[f"c{i}" for i in range(60)]).n_classes == 60
     assert from_arrays(x, np.array([b"no", b"yes"] * 30)).classes == ("no", "yes")
@@ -171,7 +171,7 @@ def test_integers_are_tokens_unless_some_are_negative(caplog):
     assert from_arrays(np.ones((3, 2), np.int64), y, kind="number").images.dtype == torch.float32
     numbers = from_arrays(np.array([[1, -3], [2, 0], [3, 4]]), y)
     assert (numbers.images.dtype, numbers.spec.fields[0].kind) == (torch.float32, "number")
-    assert "negative values; used as numbers" in caplog.text
+    assert "negative values; it is used as numbers" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_rotation_leaves_the_first_client_unchanged_and_turns_the_others(pools):
 @pytest.mark.parametrize(
     ("pool", "kind", "n", "message"),
     [
-        (load("coloured-digits"), "code", 3, "has a client factor already"),
+        (load("coloured-digits"), "code", 3, "already has a client factor"),
         (load("diabetes"), "tint", 3, "needs images"),
         (replace(load("coloured-digits"), factor=""), "tint", 3, "colours greyscale images"),
         (DIGITS, "tint", 2000, "data.factor_clients=2000: must be from 2 to"),

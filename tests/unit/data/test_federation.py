@@ -248,10 +248,7 @@ def test_large_unnormalised_features_are_logged(caplog):
     Federation(pool, dealt, normalise="none")
     assert not caplog.text
     Federation(pool, dealt)
-    assert (
-        "inputs run from 0 to 2100 and are used without scaling; to scale them, set data.normalise=standard"
-        in caplog.text
-    )
+    assert "inputs range from 0 to 2100 and are not scaled; to scale them, set data.normalise=standard" in caplog.text
 
 
 def test_pictures_and_numbers_together_have_their_own_defaults():

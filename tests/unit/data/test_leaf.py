@@ -125,8 +125,8 @@ def test_other_numbers_are_vectors(tmp_path):
         ({"u": ([[1.0, 2.0]], [0.5])}, {}, "labels whole numbers"),
         ({"u": ([[1.0, 2.0]], [0, 1])}, {}, "has 1 inputs and 2 labels"),
         ({"u": ([[1.0, 2.0]], [0])}, {"num_samples": [2]}, "'users' and 'num_samples' do not match"),
-        ({"u": ([[1.0, 2.0]], [0])}, {"users": None}, "needs 'users', 'num_samples' and 'user_data'"),
-        ({}, {}, "needs 'users'"),
+        ({"u": ([[1.0, 2.0]], [0])}, {"users": None}, "requires 'users', 'num_samples' and 'user_data'"),
+        ({}, {}, "requires 'users'"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path, users, more, message):
@@ -149,7 +149,7 @@ def test_damaged_files_are_refused(tmp_path, text):
 def test_a_user_belongs_to_one_file_of_a_split(tmp_path):
     for name in "ab":
         write(tmp_path / "train" / f"{name}.json", {"u": ([[1.0]], [0])})
-    with pytest.raises(DataError, match="user 'u' is in another file of the split, too"):
+    with pytest.raises(DataError, match="user 'u' is also in another file of the same split"):
         load("mine", tmp_path)
     assert find_leaf(tmp_path / "nowhere") == {}
 

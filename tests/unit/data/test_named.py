@@ -50,7 +50,7 @@ def test_adult_takes_the_options_of_tables(adult):
     with pytest.raises(DataError, match=r"adult\.test, line 2 has 14 fields instead of 15"):
         load("adult", adult)
     (adult / "adult.test").unlink()
-    with pytest.raises(DataError, match=r"needs the file adult\.test, but has adult\.data"):
+    with pytest.raises(DataError, match=r"requires the file adult\.test, but has adult\.data"):
         load("adult", adult)
 
 
@@ -98,13 +98,13 @@ def test_malformed_heart_files_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"processed\.va\.data, line 1, column 'cp' must be one of 1, 2, 3, 4"):
         load("heart-disease", tmp_path)
     file.write_text(file.read_text().replace("60.0,1.0,7.0", "60.0,1.0,x"))
-    with pytest.raises(DataError, match="column 'cp': 'x' is no number"):
+    with pytest.raises(DataError, match="column 'cp': 'x' is not a number"):
         load("heart-disease", tmp_path)
     file.write_text("1,2\n")
     with pytest.raises(DataError, match="line 1 has 2 fields instead of 14"):
         load("heart-disease", tmp_path)
     file.unlink()
-    with pytest.raises(DataError, match=r"needs the file processed\.va\.data"):
+    with pytest.raises(DataError, match=r"requires the file processed\.va\.data"):
         load("heart-disease", tmp_path)
 
 
@@ -145,7 +145,7 @@ def test_har_has_channels_first_and_is_split_in_time(har):
         [3] * 3,
     )
     with pytest.raises(
-        DataError, match="neighbouring windows of a person overlap by half, so a random split would leak"
+        DataError, match="consecutive windows of a person overlap by half, so a random split would leak"
     ):
         partition(pool, scheme="natural")
     assert load("har", har, features=True).input_shape == (561,)

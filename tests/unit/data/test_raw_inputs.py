@@ -124,7 +124,7 @@ def test_pictures(tmp_path, caplog):
         (pixels / 255, "multiply values from 0 to 1 by 255"),
         ([], "empty list"),
         (tmp_path / "absent.png", "cannot be read as a picture"),
-        (__file__, "not an image that Pillow can read"),
+        (__file__, "Pillow cannot read this image"),
         (np.zeros((2, 2, 2, 2, 2), np.uint8), "have shape"),
     ):
         with pytest.raises(DataError, match=message):
@@ -199,14 +199,14 @@ def test_targets(people, tmp_path):
         (
             people,
             {"age": [1], "job": ["nurse"], "smokes": ["no"], "label": ["c"]},
-            "the label 'c' is no class of the run",
+            "the label 'c' is not a class of the run",
         ),
         (people, {"age": [1], "job": ["nurse"], "smokes": ["no"]}, "the column 'label' is missing"),
         (plain.preprocess(), (x, [1, 2]), "6 inputs, but 2 targets"),
         (plain.preprocess(), (x, np.zeros((6, 2))), "2 targets per example"),
         (plain.preprocess(), (x, ["a"] * 6), "must be numbers"),
         (plain.preprocess(), x, "must be inputs and targets"),
-        (people, load("people", third), "made in another way"),
+        (people, load("people", third), "not prepared as in training"),
         (people, tmp_path, "folders named by class fit only pictures"),
     ):
         with pytest.raises(DataError, match=message):

@@ -183,7 +183,7 @@ def test_invalid_files_are_refused(tmp_path, write_parquet, grey):
     with pytest.raises(DataError, match="no label column"):
         load("mine", tmp_path)
     write_parquet(file, [b"not a picture"], [0])
-    with pytest.raises(DataError, match="row 0 of the pool: not an image"):
+    with pytest.raises(DataError, match="row 0 of the pool: Pillow cannot read this image"):
         load("mine", tmp_path)
     for labels in ([0.5, 1.5], [[0, 1], [1, 1]]):
         write_parquet(file, grey(2), labels)

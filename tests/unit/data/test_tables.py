@@ -160,7 +160,7 @@ def test_identifiers_are_dropped_with_a_notice(table, caplog, values):
     text = text.replace(",x,", ",0.5,").replace(",y,", ",1.5,")
     assert table(text).images.tolist() == [[0.5], [1.5], [0.5], [1.5]]
     assert "column 'id'" in caplog.text
-    assert "like an identifier; dropped" in caplog.text
+    assert "like an identifier, and is dropped" in caplog.text
     assert table(text, columns=("id", "v")).images[:, 0].tolist() == [
         float(torch.tensor(v)) for v in map(float, values)
     ]
@@ -191,7 +191,7 @@ def test_an_empty_column_is_dropped_with_a_notice(table, caplog):
         ("target,y,v\n1,2,3\n", "target and y could all be labels"),
         ("label\na\nb\n", "no input columns are left"),
         ("v,label\n1,a\n3,a\n", "has only one value, 'a'"),
-        ("v,label\n3,a\n1,b\n5,c\n", "3 different values in 3 rows, too many for classes"),
+        ("v,label\n3,a\n1,b\n5,c\n", "3 different values in 3 rows, which is too many for classes"),
         ("v,label\n3,1e400\n1,2\n", "too large for float64"),
         ("v,label\n1e39,a\n1.5,b\n3,a\n2,b\n", "too large for float32"),
     ],
@@ -260,7 +260,7 @@ def test_many_numbers_need_a_task(table):
     assert pool.objective.task == "regression"
     assert pool.classes == ("price",)
     assert pool.objective.mean == (2.0,)
-    with pytest.raises(DataError, match=r"not whole; set data.task=regression"):
+    with pytest.raises(DataError, match=r"not integers; set data.task=regression"):
         table(text, label="price", task="classification")
 
 
@@ -309,7 +309,7 @@ def test_a_split_column_orders_the_rows(table, caplog):
     assert (named.n_train, named.input_shape) == (4, (1,))
     alone = table(SPLIT.replace("test", "train"), split="fold")
     assert (alone.n_train, alone.images.flatten().tolist()) == (4, [3, 1, 2, 5, 2])
-    with pytest.raises(DataError, match="line 3, column 'fold': 'train1' is no split"):
+    with pytest.raises(DataError, match="line 3, column 'fold': 'train1' is not a split"):
         table(SPLIT.replace("1,train", "1,train1"), split="fold")
     with pytest.raises(DataError, match="line 4, column 'fold' has no value"):
         table(SPLIT.replace("valid", ""), split="fold")

@@ -66,7 +66,9 @@ def test_a_column_of_text_is_token_ids_with_the_vocabulary_of_training_texts(rev
     assert pool.images[4].tolist() == [1, 1, 1, 1, 1]  # "zebra" is not learned from test texts; cut after five tokens
     assert (pool.n_train, pool.classes, pool.spec.fields[0].levels) == (4, ("neg", "pos"), (8,))
     assert pool.columns["client"].tolist() == list("aabbb")
-    assert "built from the training texts of all clients, and so shows words that only one client wrote" in caplog.text
+    assert (
+        "built from the training texts of all clients, so it can reveal words that only one client wrote" in caplog.text
+    )
     assert "5 texts as 5 words of 8 different, 2 classes, train 4, test 1" in caplog.text
 
 
@@ -112,7 +114,7 @@ def test_options_of_texts(reviews, tmp_path):
     [
         ({"text": ("body",)}, "data.text=body: reviews.csv has no such column"),
         ({"tokens": "bytes", "vocabulary": 9}, "data.vocabulary=9: data.tokens=bytes has 256 tokens; remove it"),
-        ({"min_count": 9}, "data.min_count=9: no token occurs so often"),
+        ({"min_count": 9}, "data.min_count=9: no token occurs that often"),
         ({"vocabulary": 4}, "data.vocabulary=4: must be above 4"),
         ({"text": (), "tokens": "words"}, "data.tokens=words: applies to texts; set data.text=COLUMN"),
     ],
@@ -137,7 +139,7 @@ def test_rows_without_text_are_refused_or_dropped(reviews):
     ):
         read(reviews)
     assert read(reviews, table=TableOptions(missing="drop")).n_train == 3
-    with pytest.raises(DataError, match=r"data\.columns=client: with data\.text, the texts are the only inputs"):
+    with pytest.raises(DataError, match=r"data\.columns=client: with data\.text, texts are the only inputs"):
         read(reviews, table=TableOptions(columns=("client",)))
 
 
