@@ -73,7 +73,7 @@ class NoisySum:
     def _count_deviation(self) -> float:
         """Standard deviation of the noise of the count.
 
-        It is m / 20 as in the paper, but at least z, because the sum would need more noise.
+        It is m / 20 as in the paper, but at least z, because a smaller deviation would require more noise in the sum.
         """
         return max(self.expected / 20, self.noise) if self.noise else 0.0
 

@@ -86,7 +86,7 @@ def geometric_weights(inner: Tensor, _: float) -> Tensor:
 
 
 def norm_bound_weights(inner: Tensor, bound: float) -> Tensor:
-    """Return 1/n for each uplink, or less for uplinks of more than `bound` times the median size. The origin has the remaining weight."""
+    """Return 1/n for each uplink, or less for uplinks with more than `bound` times the median norm. The origin has the remaining weight."""
     origin = torch.zeros(len(inner), dtype=inner.dtype)
     origin[-1] = 1.0
     sizes = _distances(inner, origin)

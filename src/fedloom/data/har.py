@@ -31,7 +31,7 @@ def read_har(asked: Request, folder: Path) -> Dataset:
     """Return the windows (N, 9, 128), channels first, or, with `data.features=true`, their features (N, 561).
 
     The column `subject` contains the person. The data set's own split is in time: of each person's windows of each activity, the last
-    quarter is for testing. The window at the border, which overlaps with both parts, is dropped. The official split, by persons, is not
+    quarter is for testing (if there are at least three). The window at the border, which overlaps with both parts, is dropped. The official split, by persons, is not
     used.
 
     Raises:

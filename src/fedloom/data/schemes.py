@@ -94,9 +94,7 @@ def extended(
 ) -> list[Rows]:
     """Split by extended Dirichlet draws (Li & Lyu, NeurIPS 2023).
 
-    Each client has a few classes, and the examples of each class are divided by Dirichlet(alpha) proportions.
-
-    Each client in turn gets the classes that the fewest clients have so far. Ties are broken at random.
+    Each client has a few classes, and the examples of each class are divided by Dirichlet(alpha) proportions. Each client in turn gets the classes that the fewest clients have so far. Ties are broken at random.
     """
     totals = np.bincount(labels)
     if n_clients * classes_per_client < len(totals):
@@ -198,7 +196,7 @@ def with_floor(train: tuple[Rows, ...], groups: Rows, floor: int, stream: Stream
 
 
 def _cut(shares: npt.NDArray[np.float64], total: int) -> Rows | None:
-    """Return integers that are proportional to the shares and sum to `total`, or None if all shares are 0."""
+    """Return integers that are roughly proportional to the shares and sum to `total`, or None if all shares are 0."""
     size = shares.sum()
     if not size > 0:
         return None

@@ -87,7 +87,7 @@ class _Forward:
             self._held[key] -= len(body)
 
     async def _read(self, request: Request, body: bytearray, key: bytes) -> Response | None:
-        """Read the body of a request. Return a refusal if it is too large or too slow."""
+        """Read the body of a request. Return a refusal if it is too large or too slow, or if all bodies together are too large."""
         step = STEP_S * LOWEST_RATE
         try:
             async with asyncio.timeout(min(TIMEOUT_S, GRACE_S + STEP_S)) as limit:

@@ -148,7 +148,7 @@ class Processes(ForwardingEngine):
         """Stop a worker that exceeds the deadline. Its current client is lost and keeps its previous state.
 
         Return a job with the clients that the worker had not started. The lanes of a worker stop together, so all of their clients are
-        lost.
+        lost. Raise WorkerError if the job is not a local update, because scores cannot be skipped.
         """
         self._workers.remove(worker)
         worker.end()

@@ -119,11 +119,11 @@ FACETS = ("uniform", "std", "worst10", "trained", "held", "not_held")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], metric: Metric) -> Row:
-    """Return four numbers for each view of the primary metric: `final`, `last10`, `best_on_test` and `chosen_on_validation`.
+    """Return the numbers `final`, `last10`, `best_on_test` and `chosen_on_validation` for each view of the primary metric.
 
     `last10` is the mean over the last ten evaluations. `best_on_test` is biased, because its round is chosen on test examples. The round
-    of `chosen_on_validation` is the first round with the best validation value; without validation examples, the number is None. Other
-    metrics are reported after the last round.
+    of `chosen_on_validation` (`chosen_round`) is the first round with the best validation value; without validation examples, both are
+    None. The result also contains the `FACETS` of each view, and the recalls or F1 scores, after the last evaluation.
     """
     best = max if metric.better == "higher" else min
     valid = [row.get(f"valid_{metric.name}") for row in rows]
@@ -158,7 +158,7 @@ def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
 def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metric: Metric) -> Row:
     """Return the first evaluated round in which personal models reached `target`, and the number of bytes sent until then.
 
-    The number of bytes includes both directions. Both results are None if the models never reached the target.
+    The number of bytes includes both directions. Both results are None if the models never reached the target. Without a target, the result is empty.
     """
     if target is None:
         return {}

@@ -53,7 +53,10 @@ def with_noise(settings: Settings, method: Method, n: int) -> Settings:
 
 
 def rounds_within_budget(settings: Settings, n: int) -> int:
-    """Return the number of rounds that the privacy budget allows. Without a budget, all rounds are allowed."""
+    """Return the number of rounds that the privacy budget allows. Without a budget, all rounds are allowed.
+
+    Raise ConfigError if the budget does not allow a single round.
+    """
     p = settings.privacy
     if not p.on or p.epsilon is None:
         return settings.rounds

@@ -87,7 +87,7 @@ class Screen:
     def _usual(self, measured: Sequence[Mapping[str, Measured]]) -> dict[str, Measured]:
         """Return the lower medians of the sizes and of the numbers of examples, by part.
 
-        If the cohort is small, they are medians over earlier rounds.
+        With fewer than `COHORT` valid uplinks, they are medians over accepted uplinks of earlier rounds.
         """
         usual = {}
         for part in dict.fromkeys(part for mine in measured for part in mine):
