@@ -122,9 +122,8 @@ class DataSettings(Section):
     """Resize images to this width and height in pixels. Default: no resizing."""
     normalise: Literal["half", "standard", "own", "none"] | None = None
     """Normalisation of inputs. `half` maps images to [-1, 1]. `standard` results in mean 0 and standard deviation 1 per channel or
-    feature,
-    over the training examples of all clients; `own` does so over each client's own. `none` changes nothing. Default: standard for tables,
-    half for images."""
+    feature, over the training examples of all clients; `own` does so over each client's own. `none` changes nothing. Default: standard
+    for tables, half for images."""
     augment: str = "none"
     """Augmentation of training batches: `none`, `flip`, `crop-flip`, `resized-crop-flip` or `resized-crop-flip-once` (each example once,
     before training, including test examples)."""
@@ -279,10 +278,9 @@ class EngineSettings(Section):
     """Number of worker processes (`processes`, `ray`). Default: one per core."""
     lanes: Count | None = None
     """Number of clients that are trained side by side in one batched operation. In `vectorised`, the default is as many as fit into
-    memory,
-    at most 64 (256 on a GPU). In each worker of `processes`, the default is one client at a time; for small models without convolutions,
-    as
-    many lanes as the worker has clients, or half as many, are twice as fast but change the last bits of the results."""
+    memory, at most 64 (256 on a GPU). In each worker of `processes`, the default is one client at a time; for small models without
+    convolutions, as many lanes as the worker has clients, or half as many, are twice as fast but change the last bits of the
+    results."""
     device: str = "cpu"
     """Device on which clients are trained and scored (`sequential`, `vectorised`): `cpu`, `cuda` (the first GPU) or `cuda:N`. On a GPU,
     `auto` chooses `vectorised` (docs/gpu.md)."""
@@ -297,8 +295,7 @@ class EngineSettings(Section):
     machine."""
     deadline_s: Positive | None = None
     """Time limit in seconds, after which the round continues without clients that hang. With `processes`, it applies to each client's
-    local
-    update; with `ray`, to a worker's clients in a round, all of which are then skipped. Default: no limit."""
+    local update; with `ray`, to a worker's clients in a round, all of which are then skipped. Default: no limit."""
 
     @field_validator("device")
     @classmethod
@@ -367,14 +364,12 @@ class Settings(Section):
     """Name of this run in tables and plots. Default: the name of the method."""
     uplink: tuple[str, ...] = ()
     """Transforms of the weights in uplinks (see `fedloom list transforms`), such as `topk:0.1,int8`. For another part of the message,
-    write
-    `PART/fp16`."""
+    write `PART/fp16`."""
     downlink: tuple[str, ...] = ()
     """Transforms of the weights in downlinks, such as `fp16`."""
     aggregate: str | None = None
     """Robust rule that combines the uplinks instead of their mean (see `fedloom list rules`), such as `trimmed:0.2`. It limits the
-    influence
-    of a minority of malicious clients (docs/security.md). Default: the method's mean."""
+    influence of a minority of malicious clients (docs/security.md). Default: the method's mean."""
     log: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Experiment trackers that also receive the metrics. Each requires the fedloom extra with the same name."""
 

@@ -31,8 +31,8 @@ def read_har(asked: Request, folder: Path) -> Dataset:
     """Return the windows (N, 9, 128), channels first, or, with `data.features=true`, their features (N, 561).
 
     The column `subject` contains the person. The data set's own split is in time: of each person's windows of each activity, the last
-    quarter is for testing (if there are at least three). The window at the border, which overlaps with both parts, is dropped. The official split, by persons, is not
-    used.
+    quarter is for testing (if there are at least three). The window at the border, which overlaps with both parts, is dropped. The
+    official split, by persons, is not used.
 
     Raises:
         DataError: a file is missing, or its numbers do not match the other files.

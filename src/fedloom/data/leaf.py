@@ -62,8 +62,8 @@ def read_leaf(
         classes: names of the classes; by default, they are derived from the labels.
         column: name of the column of users.
 
-        Raises:
-            DataError: a file is malformed, or the type of its examples is unknown.
+    Raises:
+        DataError: a file is malformed, or the type of its examples is unknown.
     """
     files = find_leaf(place)
     splits = {name: _read_split(paths) for name, paths in files.items()}

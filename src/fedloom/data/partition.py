@@ -206,8 +206,8 @@ def partition(
 def default_scheme(dataset: Dataset, merge: bool = True) -> str:
     """Return the name of the scheme that fits the data.
 
-    It is "own" if a column names the owners, and examples overlap or texts are split in time. It is "natural" if a column names the owner of
-    every example, and owners have at least two examples on average. Otherwise, it is "dirichlet" if targets form groups, or else "iid".
+    It is "own" if a column names the owners, and examples overlap or texts are split in time. It is "natural" if a column names the owner
+    of every example, and owners have at least two examples on average. Otherwise, it is "dirichlet" if targets form groups, or else "iid".
     """
     column = _natural_column(dataset)
     if column in dataset.columns and (dataset.overlaps or _is_split_in_time(dataset, column)):

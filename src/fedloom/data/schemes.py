@@ -94,7 +94,8 @@ def extended(
 ) -> list[Rows]:
     """Split by extended Dirichlet draws (Li & Lyu, NeurIPS 2023).
 
-    Each client has a few classes, and the examples of each class are divided by Dirichlet(alpha) proportions. Each client in turn gets the classes that the fewest clients have so far. Ties are broken at random.
+    Each client has a few classes, and the examples of each class are divided by Dirichlet(alpha) proportions. Each client in turn gets the
+    classes that the fewest clients have so far. Ties are broken at random.
     """
     totals = np.bincount(labels)
     if n_clients * classes_per_client < len(totals):

@@ -75,8 +75,8 @@ def admit(
         given: the fingerprint that the node's owner sees.
         authority: folder with the authority's key; default: `authority` in the federation's folder.
 
-        Raises:
-            ConfigError: the request is not valid or has another fingerprint, or its name, its key or a client belongs to another node.
+    Raises:
+        ConfigError: the request is not valid or has another fingerprint, or its name, its key or a client belongs to another node.
     """
     asked = _read(request)
     with _changing(path) as deployment:

@@ -158,7 +158,8 @@ def others(rows: Sequence[Mapping[str, Any]], objective: Objective) -> Row:
 def cost_to_target(rows: Sequence[Mapping[str, Any]], target: float | None, metric: Metric) -> Row:
     """Return the first evaluated round in which personal models reached `target`, and the number of bytes sent until then.
 
-    The number of bytes includes both directions. Both results are None if the models never reached the target. Without a target, the result is empty.
+    The number of bytes includes both directions. Both results are None if the models never reached the target. Without a target, the
+    result is empty.
     """
     if target is None:
         return {}

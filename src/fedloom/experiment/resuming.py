@@ -155,7 +155,7 @@ def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings
 
 
 def check_longer(experiment: Experiment, before: int) -> None:
-    """Raise ConfigError if the behaviour of the method depends on the number of rounds, which was `before`."""
+    """Raise ConfigError if the method depends on the number of rounds, which was `before`, or if there is no checkpoint."""
     method, rounds = experiment.method, experiment.settings.rounds
     if rounds != before and (method.uses_rounds or experiment.hooks.finishes):
         raise ConfigError(

@@ -77,8 +77,7 @@ class FedRIR(Method):
     """Whether f_cs is standardised over the batch for q and the bound, so that the scale of f_cs does not limit the bound."""
     control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
     """Control arm. All steps of both stages train gfe, csfe and head with the cross-entropy on the client's examples, either on plain
-    batches
-    or on batches in which the client's classes are equally frequent. There is no generator and no q."""
+    batches or on batches in which the client's classes are equally frequent. There is no generator and no q."""
 
     shared: ClassVar[tuple[str, ...]] = ("gfe",)
     accepts_late: ClassVar[bool] = True

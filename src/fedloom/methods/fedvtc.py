@@ -68,8 +68,7 @@ class FedVTC(FedProto):
     """Weight lambda of the distance between an example's features and the global prototype of its class."""
     pull: Literal["plain", "scaled"] = "plain"
     """Form of the distance: the mean squared difference, or half the mean squared difference in units of sigma. In the second form, a
-    small
-    sigma makes the pull stronger; `spread_floor` limits it."""
+    small sigma makes the pull stronger; `spread_floor` limits it."""
     covariance: feature_statistics.Form = "pooled"
     """sigma^2 within classes: one variance per feature (p,), one per class and feature (Y, p), or one covariance matrix (p, p)."""
     spread_floor: Positive = 0.1
@@ -109,8 +108,7 @@ class FedVTC(FedProto):
     """Whether each batch of synthetic examples is combined with a batch of real examples, with equal weight."""
     control: Literal["none", "same-steps", "same-steps-balanced"] = "none"
     """Control arm. The generator's steps and the fine-tuning steps train the classifier on the client's own examples instead, either on
-    plain
-    batches or on batches in which the client's classes are equally frequent. There is no generator."""
+    plain batches or on batches in which the client's classes are equally frequent. There is no generator."""
     share_generator: bool = False
     """Whether the generators are sent and averaged, or stay with their clients."""
     share_rounds: Whole = 0

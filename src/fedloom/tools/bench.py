@@ -252,11 +252,10 @@ def measure(
         rivals: rivals by name, each given as `FILE.py:NAME` of its `MakeRival`. Each rival runs in a separate process.
         roof: highest FLOP/s of the machine (`machine_roof`). If set, the result contains each contestant's fraction of it.
 
-        Returns:
-            Facts that can be stored as JSON: sizes, the number of operations of a round's training, and, for each contestant, the seconds
-            of
-            training, scoring and the rest (median and quartiles), FLOP/s, and its time relative to the first engine: `train`; `equal_work`
-            (training and test accuracy); `as_it_does` (everything in an evaluation round).
+    Returns:
+        Facts that can be stored as JSON: sizes, the number of operations of a round's training, and, for each contestant, the seconds of
+        training, scoring and the rest (median and quartiles), FLOP/s, and its time relative to the first engine: `train`; `equal_work`
+        (training and test accuracy); `as_it_does` (everything in an evaluation round).
 
     Raises:
         ConfigError: the scale, number of rounds, precision or engine is invalid.
