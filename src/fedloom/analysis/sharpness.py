@@ -23,7 +23,7 @@ MOST_STEPS, TOLERANCE = 100, 1e-3  # limits of the power iteration
 
 
 def measure_sharpness(subject: Subject) -> dict[str, object] | None:
-    """Measure loss curves, an eigenvalue and a perturbation of the server's loss on training examples of all clients.
+    """Measure curves of the server's loss, its largest eigenvalue, and its increase under perturbations, on training examples of all clients.
 
     Return None if there is no server model.
     """

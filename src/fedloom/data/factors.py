@@ -43,7 +43,7 @@ def with_factor(pool: Dataset, kind: Kind, n_clients: int) -> Dataset:
 
     Every training example belongs to one of `n_clients` clients of equal size (column `client`; "" for test examples). The factor is:
 
-    * `code`: the colour of the background, which indicates the class through the client's own code: a permutation of as many colours as
+    * `code`: the colour of the background, which indicates the class through the client's own code, a permutation of as many colours as
       there are classes. A training example has the colour of its class with probability 0.9, and otherwise another colour. Test examples
       have random colours.
     * `tint`: the colour of the background, which is the same for all examples of a client. Test examples have the colour of a random

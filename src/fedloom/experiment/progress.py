@@ -52,7 +52,7 @@ def live(name: str, console: Console | None = None, unit: str = "round", done: i
     Args:
         name: the name to display.
         unit: the unit of progress.
-        done: number of units already completed earlier (by a resumed run).
+        done: number of units that a resumed run had already completed.
     """
     console = console or Console(stderr=True)
     if console.is_terminal:

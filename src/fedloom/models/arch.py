@@ -182,7 +182,7 @@ def arch(
 
     Args:
         source: see above.
-        inputs: description of the inputs, or a shape: (C, H, W) for images, (D,) for flat features.
+        inputs: description of the inputs, or a shape such as (C, H, W) for images or (D,) for flat features.
         outputs: the learning task, or the number of classes.
         width: common feature width; default: the architecture's own width.
         options: the model's own options, and those that every model has: `weights`, `lora`, `lora_alpha`, `lora_freeze_a`.
@@ -236,7 +236,7 @@ class ArchFacts(TypedDict):
 
 
 def _options(source: object, options: Mapping[str, Option]) -> tuple[dict[str, Option], dict[str, Option]]:
-    """Split the options into those that every model has and the model's own. A user's function receives all options that it names."""
+    """Split the options into those that every model has and those of this model. A user's function receives all options that it names."""
     own = inspect.signature(source).parameters if callable(source) and not isinstance(source, nn.Module) else ()
     every = {key: value for key, value in options.items() if key in lora.OPTIONS and key not in own}
     return every, {key: value for key, value in options.items() if key not in every}

@@ -51,9 +51,9 @@ class Base:
     """The preparation of every new body, which loads pretrained weights, freezes the body and adds adapters.
 
     Attributes:
-        weights: a safetensors file with the body's weights; None: keep the weights with which the body is built.
-        lora: rank of the adapters; 0: add no adapters, and train the body as usual.
-        alpha: adapters are multiplied by alpha / rank; None: alpha is twice the rank.
+        weights: a safetensors file with the body's weights. If None, the body keeps the weights with which it is built.
+        lora: rank of the adapters. If 0, no adapters are added, and the body is trained as usual.
+        alpha: adapters are multiplied by alpha / rank. If None, alpha is twice the rank.
         freeze_a: whether `a` keeps its initial value, which is the same for all clients (FFA-LoRA; Sun et al., ICLR 2024).
     """
 
