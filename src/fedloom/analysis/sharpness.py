@@ -23,9 +23,9 @@ MOST_STEPS, TOLERANCE = 100, 1e-3  # limits of the power iteration
 
 
 def measure_sharpness(subject: Subject) -> dict[str, object] | None:
-    """Measure curves of the server's loss, its largest eigenvalue, and its increase under perturbations, on training examples of all clients.
+    """Measure curves of the server's loss, its largest eigenvalue, and its increase under perturbations.
 
-    Return None if there is no server model.
+    The loss is measured on training examples of all clients. Return None if there is no server model.
     """
     server = subject.server()
     if server is None:
