@@ -21,22 +21,30 @@ def test_files_by_suffix_instead_of_the_page(run):
         assert (done.code, done.err) == (0, "")
         assert done.out == f"table   new/t.{kind}\nclients c.{kind}\n"
         assert Path(f"new/t.{kind}").read_text()
+    assert run("report", "run", "out=run/page.html", "--quiet").code == 0
     assert len(json.loads(Path("c.json").read_text())["clients"]) == 4
     assert json.loads(Path("new/t.json").read_text())["methods"][0]["steps"] > 0
     assert not Path("run/report.html").exists()
     for kind, start in (("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
-        assert run("report", "run", f"plot=p.{kind}", "--quiet").code == 0
-        assert Path(f"p.{kind}").read_bytes().startswith(start)
+        done = run("report", "run", f"plot=p.{kind}", "--quiet")
+        assert (done.code, done.err) == (0, "")
+        written = sorted(file.name for file in Path().glob(f"p*.{kind}"))
+        assert sorted(done.out.removeprefix("plot    ").strip().split(", ")) == written
+        assert {f"p.{kind}", f"p-uplink-and-downlink.{kind}", f"p-training-examples.{kind}"} < set(written)
+        assert len(written) == Path("run/page.html").read_text().count("<figure")
+        assert all(Path(name).read_bytes().startswith(start) for name in written)
+    Path("q-uplink-and-downlink.svg").touch()
     mistakes = {
         "out=t.xlsx": "out=t.xlsx: must end in one of .html, .htm, .csv, .json, .md, .tex",
         "clients=c.html": "clients=c.html: must end in one of .csv, .json, .md, .tex",
         "plot=p.jpg": "plot=p.jpg: must end in one of .svg, .pdf, .png",
         "out=c.csv": "out=c.csv: cannot be written: the file exists; choose another name",
         "plot=p.png": "plot=p.png: cannot be written: the file exists; choose another name",
+        "plot=q.svg": "plot=q-uplink-and-downlink.svg: cannot be written: the file exists; choose another name",
         "clients=none/c.csv": "clients=none/c.csv: cannot be written: folder none does not exist",
         "out=a.csv out=b.csv": "out=b.csv: out is given twice",
         "out=a.csv clients=./a.csv": "clients=./a.csv: is the same file as out",
-        "out=a.csv network=4g --quiet": "only the page and the printed tables show times",
+        "out=a.csv network=4g --quiet": "only the page, the figures and the printed tables show times",
     }
     for words, message in mistakes.items():
         done = run("report", "run", *words.split())
@@ -44,3 +52,4 @@ def test_files_by_suffix_instead_of_the_page(run):
         assert message in done.err
         assert done.err.count("\n") == 1
     assert not Path("a.csv").exists()
+    assert not Path("q.svg").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedloom.cli.tables import show
 from fedloom.cli.words import Parser, new_file, output, plain_and_options, save_picture, save_text, with_suffix
@@ -29,7 +30,8 @@ EXAMPLES = """\
   fedloom report runs/a runs/b runs/c out=abc.html     write a new file; only report.html is overwritten
   fedloom report runs/digits out=table.tex             the tables as .tex, .md, .csv or .json instead of the page
   fedloom report runs/digits clients=clients.csv plot=curves.pdf
-                                                       one row per client, in the same formats; the curves as .svg, .pdf or .png
+                                                       one row per client, in the same formats; the figures of the page as .svg,
+                                                       .pdf or .png: curves.pdf, curves-uplink-and-downlink.pdf and so on
   fedloom report runs/digits baseline=local            differences from Local instead of FedAvg
   fedloom report runs/digits network=4g,lan target=90 slowdown=19
                                                        time to 90 % accuracy (or to rmse 90, in runs that are measured by it)
@@ -37,6 +39,9 @@ EXAMPLES = """\
                                                        gflops=2 instead of slowdown sets the speed of the device;
                                                        other networks are UP/DOWN/LATENCY: network=2/10/80
 """
+if TYPE_CHECKING:
+    from fedloom.report.style import Figure
+
 PAGES = ("html", "htm")
 PICTURES = ("svg", "pdf", "png")
 OPTIONS = ("out", "clients", "plot", "baseline", "network", "target", "slowdown", "gflops")
@@ -54,8 +59,12 @@ def report_command(words: Sequence[str]) -> int:
     targets = _targets(options, Path(folders[0]) if len(folders) == 1 else Path())
     records = read(folders)
     waiting = _waiting(options, shared_primary(records))
-    if waiting and not any(path.suffix[1:].lower() in PAGES for path in targets.values()) and given.quiet:
-        raise ConfigError(f"network={options['network']}: only the page and the printed tables show times; remove it")
+    has_times = any(path.suffix[1:].lower() in (*PAGES, *PICTURES) for path in targets.values())
+    if waiting and not has_times and given.quiet:
+        raise ConfigError(
+            f"network={options['network']}: only the page, the figures and the printed tables show times; remove it"
+        )
+    figures = _figures(targets["plot"], records, waiting) if "plot" in targets else {}
     if not given.quiet:
         console = output()
         show(console, summary_table(records))
@@ -67,8 +76,29 @@ def report_command(words: Sequence[str]) -> int:
                 show(console, table)
         console.print()
     for key, target in targets.items():
-        _write(key, target, records, waiting, options.get("baseline"))
+        if key != "plot":
+            _write(key, target, records, waiting, options.get("baseline"))
+    for target, figure in figures.items():
+        save_picture(figure, target, "plot")
+    if figures:
+        print(f"plot    {', '.join(map(str, figures))}")
     return 0
+
+
+def _figures(target: Path, records: Sequence[RunRecord], waiting: Waiting | None) -> dict[Path, Figure]:
+    """Return all figures of the page by the file to write: the first one to `target`, the others next to it, with their titles.
+
+    Raises:
+        ConfigError: a file exists, or there are no figures.
+    """
+    from fedloom.report.page_figures import named_figures  # matplotlib is an extra
+
+    named = named_figures(records, waiting)
+    if not named:
+        raise ConfigError(f"plot={target}: the runs have no figures yet")
+    first, *others = named
+    files = {target: named[first]}
+    return files | {new_file(str(target.with_stem(f"{target.stem}-{n}")), "plot"): named[n] for n in others}
 
 
 def _targets(options: Mapping[str, str], folder: Path) -> dict[str, Path]:
@@ -93,10 +123,6 @@ def _write(key: str, target: Path, records: Sequence[RunRecord], waiting: Waitin
     kind = target.suffix[1:].lower()
     if kind in PAGES:
         write_page(records, target, waiting, baseline)
-    elif key == "plot":
-        from fedloom.report.plots import main_curves
-
-        save_picture(main_curves(records), target, key)
     else:
         text = clients_text(records, kind) if key == "clients" else summary_text(records, kind, baseline)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,8 @@ def from_arrays(
         x: inputs. A single array contains uint8 images (N, C, H, W), finite floats of any shape (N, ...), or integers (N, T), which are
             token ids (0 is padding). Several arrays are passed to the model by name if they are in a dictionary, and by position if they
             are in a tuple. The columns of a pandas table become `numbers` and `categories`, like those of a parquet file, unless `kind` is
-            set; numbers are standardised by default.
+            set; numbers are standardised by default. Texts (N,), such as a list of strings, become token ids: the words of the
+            training texts.
         y: targets. For classification, an array (N,) of integers from 0, or of names. For multi-label classification, an array (N, L)
             of 0 and 1. For regression, an array of numbers of shape (N,) or (N, M). For language modelling, an array (N, T) with the
             next token id at every position, or -100 if there is none.
@@ -59,7 +60,8 @@ def from_arrays(
         classes: names of the classes, labels or targets.
         columns: further columns by name, with one value for each example, training examples first.
         kind: `picture`, `number`, `token` or `category`, for all inputs or by name. By default, it is derived from type and shape.
-        vocabulary: number V of different tokens. Default: one more than the largest token id in inputs and targets.
+        vocabulary: number V of different tokens. Default: one more than the largest token id in inputs and targets; for texts, at most
+            10,000.
         loss: for regression, the squared error, or the Huber loss with threshold `delta`.
         delta: threshold of the Huber loss, in standard deviations of the target.
 
@@ -79,6 +81,10 @@ def from_arrays(
 
         (inputs, parts), normalise = read_frame(x, x_test), "standard"
         kinds = {part.name: part.kind for part in parts}
+        targets = targets if x_test is None else _joined_targets(targets, _array(y_test, "y_test"))
+    elif kind is None and (texts := _texts(x, "x")) is not None:
+        inputs, part = _token_ids(texts, x_test, vocabulary)
+        kinds, parts = {"": "token"}, (part,)
         targets = targets if x_test is None else _joined_targets(targets, _array(y_test, "y_test"))
     else:
         named = _kinds(kind, x)
@@ -110,6 +116,27 @@ def from_arrays(
         parts=parts,
     )
     return validated(pool)
+
+
+def _texts(values: Any, what: str) -> list[str] | None:
+    """Return texts, (N,), as a list; None if the values are no texts."""
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, list) or not found or not isinstance(found[0], str):
+        return None
+    if others := [value for value in found if not isinstance(value, str)]:
+        raise DataError(f"from_arrays: {what} has texts, but also {others[0]!r}; give a text for every example")
+    return found
+
+
+def _token_ids(texts: list[str], x_test: Any, vocabulary: int | None) -> tuple[Tensor, Part]:
+    """Return training and test texts as token ids, and how they were made."""
+    from fedloom.data.layouts import TextOptions
+    from fedloom.data.text_sets import coded_texts
+
+    tests = [] if x_test is None else _texts(x_test, "x_test")
+    if tests is None:
+        raise DataError("from_arrays: x has texts, but x_test has none; they must match")
+    return coded_texts([(text,) for text in [*texts, *tests]], len(texts), TextOptions(vocabulary=vocabulary))
 
 
 def _column_names(y: Any) -> Sequence[str] | None:

@@ -14,12 +14,13 @@ class Source:
 
     `hub` is the Hugging Face repository, and `hub_folder` is the folder in it that contains the parquet files. Without `hub`, no
     repository with the required split is known, and users must supply the files. `folder` is the local folder (default: the name).
-    `image_size` is the original width and height in pixels. None means that sizes differ, so that the user must choose one; 0 means that
-    inputs are not images. `natural` is the column by which `partition=natural` divides the examples. `only` lists the classes to keep, in
-    this order. `task` is the learning task. `embedded` data are part of the package. `inputs` describes inputs that are not images.
-    `reader` is the import path of the function that reads the files, unless they are in parquet, IDX or LEAF's JSON format. `is_table` and
-    `is_text` state whether it accepts the options for tables and for texts. `files` is the name of the file on the hub, or the first part
-    of the names of IDX files. `get` describes which files to put into the folder. `terms` is the licence, or what is known about it.
+    `image_size` is the original width and height in pixels. None means that sizes differ, or that images are not square; the user chooses
+    one. 0 means that inputs are not images. `natural` is the column by which `partition=natural` divides the examples. `only` lists the
+    classes to keep, in this order. `task` is the learning task. `embedded` data are part of the package. `inputs` describes inputs that
+    are not images. `reader` is the import path of the function that reads the files, unless they are in parquet, IDX or LEAF's JSON
+    format. `is_table` and `is_text` state whether it accepts the options for tables and for texts. `files` is the name of the file on the
+    hub, or the first part of the names of IDX files. `get` describes which files to put into the folder. `terms` is the licence, or what
+    is known about it.
     """
 
     title: str
@@ -103,6 +104,16 @@ SOURCES: Final[Mapping[str, Source]] = MappingProxyType(
             n_classes=80, **_NO_IMAGES, inputs="characters (80)", natural="client", hub="flwrlabs/shakespeare",
             files="shakespeare.csv", reader="fedloom.data.shakespeare:read_shakespeare", terms="BSD 2-clause (LEAF); text: public domain",
             get="put shakespeare.csv (hub: flwrlabs/shakespeare), or LEAF's train and test folders",
+        ),
+        "sent140": Source(
+            title="Sentiment140 (LEAF), by user: the mood of a tweet", n_classes=2, **_NO_IMAGES, inputs="words",
+            classes=("negative", "positive"), natural="client", is_text=True,
+            terms="Twitter's terms: texts may not be passed on", get="put the data folder of LEAF's sent140 (train/*.json, test/*.json)",
+        ),
+        "celeba": Source(
+            title="CelebA (LEAF), by celebrity: smiling or not", n_classes=2, image_size=None, channels=3,
+            classes=("not smiling", "smiling"), natural="client", terms="research, not commercial",
+            get="put the data folder of LEAF's celeba (train/*.json, test/*.json, raw/img_align_celeba)",
         ),
         "ag-news": Source(
             title="AG News: topic of a news item", n_classes=4, **_NO_IMAGES, inputs="words", hub="fancyzhx/ag_news",

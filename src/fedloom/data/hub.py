@@ -34,7 +34,9 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
             raise DataError(f"data.path={path}: folder does not exist")
         if not (files := split_files(folder))[0]:
             own = "; nor train.csv, x.npy, folders of pictures, .txt files, IDX files or LEAF's train/*.json"
-            hint = f"; for your own files, use another name (data=mine), not data={name}" if name in SOURCES else own
+            known = f"; for your own files, use another name (data=mine), not data={name}"
+            known += f"; for data={name}, {get}" if name in SOURCES and (get := SOURCES[name].get) else ""
+            hint = known if name in SOURCES else own
             raise DataError(f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet{hint}")
         return files
     if (found := local_folder(name, cache)) is not None:

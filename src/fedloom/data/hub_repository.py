@@ -6,12 +6,14 @@ with `data.revision` needs no network access after the first download.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
+from typing import Any, Final, NamedTuple
 
+from fedloom.data.layouts import ClassNames
 from fedloom.errors import DataError, first_line, suggest
 
 PREFIX: Final = "hub:"
@@ -36,7 +38,7 @@ class Repository:
 
     @property
     def mark(self) -> str:
-        """The name of the empty file that indicates that all files have been downloaded."""
+        """The name of the file that indicates that all files have been downloaded. It contains the names of classes, as JSON."""
         return f".complete-{self.config}" if self.config else ".complete"
 
     @property
@@ -55,8 +57,16 @@ def parsed_repository(name: str) -> Repository:
     return Repository(name=found["repository"], config=found["config"])
 
 
-def repository_files(repository: Repository, revision: str | None, cache: Path) -> tuple[Path, str]:
-    """Return the folder or file with the data, and the revision. Files that are not in the cache are downloaded.
+class Downloaded(NamedTuple):
+    """The folder or file with the data, its revision, and the names of classes that the repository's card gives."""
+
+    place: Path
+    revision: str
+    names: ClassNames
+
+
+def repository_files(repository: Repository, revision: str | None, cache: Path) -> Downloaded:
+    """Return where the data of a repository are. Files are downloaded unless they are in the cache.
 
     Raise DataError if the download fails, or if the repository contains no data files that can be read.
     """
@@ -65,7 +75,40 @@ def repository_files(repository: Repository, revision: str | None, cache: Path) 
     home = cache / "hub" / repository.name.replace("/", "--")
     if revision is None or not (home / revision / repository.mark).exists():
         revision = _download(repository, revision, home)
-    return _place(repository, home / revision), revision
+    folder = home / revision
+    return Downloaded(_place(repository, folder), revision, _known_names(folder / repository.mark))
+
+
+def _known_names(mark: Path) -> ClassNames:
+    """Return the names of classes in the mark of a download; none in those of earlier versions, which are empty."""
+    try:
+        content = json.loads(mark.read_text(encoding="utf-8") or "{}")
+        return {str(column): tuple(map(str, names)) for column, names in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(
+            f"{mark}: is damaged ({first_line(error)}); remove its folder to download the data again"
+        ) from None
+
+
+def _card_names(card: Any, config: str | None) -> ClassNames:
+    """Return the names of classes by column in the `dataset_info` of a repository's card; none if the card has none.
+
+    A column with classes is `{"name": COLUMN, "dtype": {"class_label": {"names": {"0": NAME, ...}}}}`.
+    """
+    try:
+        infos = (card.to_dict() if hasattr(card, "to_dict") else card)["dataset_info"]
+        infos = infos if isinstance(infos, list) else [infos]
+        (info,) = [info for info in infos if config is None or info.get("config_name") == config]
+        kinds = {str(feature["name"]): feature.get("dtype") for feature in info["features"]}
+        named = {column: kind["class_label"]["names"] for column, kind in kinds.items() if isinstance(kind, dict)}
+        return {
+            column: tuple(str(names[key]) for key in sorted(names, key=int))
+            if isinstance(names, dict)
+            else tuple(map(str, names))
+            for column, names in named.items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return {}
 
 
 def _download(repository: Repository, revision: str | None, home: Path) -> str:
@@ -86,7 +129,8 @@ def _download(repository: Repository, revision: str | None, home: Path) -> str:
             snapshot_download(
                 repo_id=repository.name, repo_type="dataset", revision=sha, allow_patterns=wanted, local_dir=partial
             )
-            (partial / repository.mark).touch()
+            classes = _card_names(getattr(info, "card_data", None), repository.config)
+            (partial / repository.mark).write_text(json.dumps(classes), encoding="utf-8")
             if folder.exists():  # from another configuration of this revision
                 _merge(partial, folder)
             else:

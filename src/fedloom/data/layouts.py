@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,8 @@ TEST_NAMES = ("test", "valid", "validation")
 
 Files = tuple[list[Path], list[Path]]
 """Training files and test files."""
+ClassNames = Mapping[str, tuple[str, ...]]
+"""Names of the classes 0, 1, ... in columns of class numbers, by column."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ NO_TEXT = TextOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A description of what to load; see `fedloom.data.load`."""
+    """A description of what to load; see `fedloom.data.load`. `names` are those that the hub gives."""
 
     name: str
     image_size: int | None = None
@@ -74,6 +77,7 @@ class Request:
     features: bool = False
     table: TableOptions = TableOptions()
     texts: TextOptions = NO_TEXT
+    names: ClassNames = field(default_factory=dict)
     cache: Path
 
 

@@ -1,50 +1,55 @@
-"""LEAF's JSON files: Shakespeare, FEMNIST and other data sets in which every user has their own examples.
+"""LEAF's JSON files: Shakespeare, FEMNIST, Sent140, CelebA and other data sets in which every user has their own examples.
 
 The layout is `train/*.json` and `test/*.json`, or `all_data/*.json` before the split. These folders may be in a folder `data`. A file is
-`{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`. Files are read one at a time, and so are their
-users, because the numbers in a whole file need about 1 GB as Python objects.
+`{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedloom.data.arrays import from_arrays
+from fedloom.data.cache import cache_key, cached
 from fedloom.data.dataset import Dataset
-from fedloom.data.layouts import Request, find_leaf
+from fedloom.data.layouts import NO_TEXT, Request, find_leaf
+from fedloom.data.leaf_json import users_of
+from fedloom.data.preprocess import Part
 from fedloom.data.subset import choose_rows
+from fedloom.data.text_sets import coded_texts
 from fedloom.data.windows import ALPHABET, OVERLAP, char_ids, split_windows
 from fedloom.errors import DataError
 
 log = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
+Kind = Literal["windows", "texts", "pictures", "files", "numbers"]
 PIXELS: Final = 784
-MOST_BYTES: Final = 4 * 2**30
-_BLANK = re.compile(r"[ \t\n\r]*")
+FOLDERS: Final = ("raw/img_align_celeba", "img_align_celeba", "images")
+"""Folders with the images of CelebA, below the folder of the data. The first one is the folder that LEAF uses."""
+SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
+TWEET: Final = 4  # position of the text among the fields of Sent140: id, date, query, user, text
+
+_FORMAT = 1  # part of the cache key: increment it when reading changes
+_NAMES: Final = {"windows": "windows of 80 characters", "texts": "texts", "pictures": "images", "files": "images"}
 
 
-@dataclass
-class _Pool:
-    """The examples of one split."""
+class Examples(NamedTuple):
+    """A user's examples: their kind, the inputs, which are a list of texts or file names or an array (n, ...), and the labels (n,)."""
 
-    x: list[Array] = field(default_factory=list)
-    y: list[Array] = field(default_factory=list)
-    owners: list[str] = field(default_factory=list)
+    kind: Kind
+    x: Array | list[str]
+    y: Array
 
-    def add(self, owner: str, x: Array, y: Array) -> None:
-        self.x.append(x)
-        self.y.append(y)
-        self.owners += [owner] * len(y)
+
+Users = list[tuple[str, Examples]]
+"""The users of a split who have examples."""
 
 
 def read_leaf(
@@ -54,179 +59,186 @@ def read_leaf(
     classes: tuple[str, ...] | None = None,
     column: str = "client",
 ) -> Dataset:
-    """Return the data set in LEAF's files. The column `column` contains the user of each example.
+    """Return the data set in LEAF's files, or from the cache if they were read before.
 
     Args:
         asked: what to load.
         place: the folder.
         classes: names of the classes; by default, they are derived from the labels.
-        column: name of the column of users.
+        column: name of the column with the user of each example.
 
     Raises:
         DataError: a file is malformed, or the type of its examples is unknown.
     """
-    files = find_leaf(place)
+    splits, pictures = find_leaf(place), _picture_folder(place)
+    files = [file for paths in splits.values() for file in paths]
+    words = asked.texts.vocabulary
+    files += sorted(pictures.iterdir()) if pictures else []
+    files += [words.expanduser()] if isinstance(words, Path) else []
+    counts = {name: len(paths) for name, paths in splits.items()}
+    settings = ["leaf", _FORMAT, counts, asked.image_size, asked.rows, asked.texts, classes, column]
+    key = cache_key(files, settings)
+    return cached(asked.cache, asked.name, key, lambda: _read(asked, place, splits, classes, column))
+
+
+def _read(
+    asked: Request, place: Path, files: dict[str, list[Path]], classes: tuple[str, ...] | None, column: str
+) -> Dataset:
     splits = {name: _read_split(paths) for name, paths in files.items()}
-    train = splits["train"]
-    if not train.y:
+    train, test = splits["train"], splits.get("test", [])
+    if not train:
         raise DataError(f"{files['train'][0]} has no users")
-    is_text = train.x[0].dtype == np.uint8 and train.x[0].ndim == 2
-    test = splits.get("test", _Pool())
-    if is_text and "test" not in splits:
+    kind = train[0][1].kind
+    for user, examples in [*train, *test]:
+        if examples.kind != kind:
+            raise DataError(
+                f"{place}: the examples of user '{user}' are {examples.kind}, but those of others are {kind}"
+            )
+    if kind == "windows" and "test" not in splits:
         train, test = _divided(train)
-    if {x.shape[1:] for x in (*train.x, *test.x)} != {train.x[0].shape[1:]}:
-        raise DataError(f"{place}: examples of different users differ in shape")
-    y = np.concatenate([*train.y, *test.y])
-    x, n_train = np.concatenate([*train.x, *test.x]), sum(map(len, train.y))
-    keep, n_kept = choose_rows(asked.name, np.ones(len(y), dtype=bool), n_train, asked.rows)
-    owners = np.asarray(train.owners + test.owners)[keep]
-    x, y = x[keep], y[keep]
-    names = classes or (ALPHABET if is_text else None)
+    y = np.concatenate([found.y for _, found in train + test])
+    owners = np.repeat([user for user, _ in train + test], [len(found.y) for _, found in train + test])
+    keep, n_train = choose_rows(asked.name, np.ones(len(y), bool), sum(len(found.y) for _, found in train), asked.rows)
+    x, parts = _inputs(asked, place, train + test, keep, n_train)
+    y, owners = y[keep], owners[keep]
+    vocabulary = len(ALPHABET) if kind == "windows" else parts[0].sizes[0] if parts else None
     pool = from_arrays(
-        x[:n_kept],
-        y[:n_kept],
-        *((x[n_kept:], y[n_kept:]) if n_kept < len(y) else (None, None)),
+        x[:n_train],
+        y[:n_train],
+        *((x[n_train:], y[n_train:]) if n_train < len(y) else (None, None)),
         name=asked.name,
-        classes=names,
+        classes=classes or (ALPHABET if kind == "windows" else None),
         columns={column: owners},
-        kind="token" if is_text else None,
-        vocabulary=len(ALPHABET) if is_text else None,
+        kind="token" if vocabulary else None,
+        vocabulary=vocabulary,
     )
-    what = "windows of 80 characters" if is_text else "examples"
-    n_test = f", test {len(y) - n_kept:,}" if n_kept < len(y) else ""
+    _tell(pool, kind, len(np.unique(owners)))
+    return replace(pool, parts=parts, overlaps=OVERLAP if kind == "windows" else "")
+
+
+def _tell(pool: Dataset, kind: Kind, users: int) -> None:
+    n_test = pool.n_rows - pool.n_train
     log.warning(
         "%s: LEAF's files, %s %s of %s users, train %s%s",
-        asked.name,
-        f"{len(y):,}",
-        what,
-        f"{len(np.unique(owners)):,}",
-        f"{n_kept:,}",
-        n_test,
+        pool.name,
+        f"{pool.n_rows:,}",
+        _NAMES.get(kind, "examples"),
+        f"{users:,}",
+        f"{pool.n_train:,}",
+        f", test {n_test:,}" if n_test else "",
     )
-    return replace(pool, overlaps=OVERLAP) if is_text else pool
 
 
-def _divided(whole: _Pool) -> tuple[_Pool, _Pool]:
+def _inputs(
+    asked: Request, place: Path, users: Users, keep: npt.NDArray[np.bool_], n_train: int
+) -> tuple[Any, tuple[Part, ...]]:
+    """Return the inputs of the examples to keep and, for texts, a description of how they became token ids. Raise DataError."""
+    kind = users[0][1].kind
+    if kind != "texts" and asked.texts != NO_TEXT:
+        key, value = next((k, v) for k, v in vars(asked.texts).items() if v not in (None, ()))
+        raise DataError(f"data.{key}={value}: {place} has no texts; remove it")
+    if kind != "files" and asked.image_size is not None:
+        raise DataError(f"data.image_size={asked.image_size}: {place} has no image files; remove it")
+    if kind in ("texts", "files"):
+        values = [value for _, found in users for value in found.x]
+        chosen = [values[i] for i in np.flatnonzero(keep)]
+        if kind == "files":
+            return _pictures(asked, place, chosen), ()
+        ids, part = coded_texts([(text,) for text in chosen], n_train, asked.texts)
+        return ids.numpy(), (part,)
+    arrays = [np.asarray(found.x) for _, found in users]
+    if {array.shape[1:] for array in arrays} != {arrays[0].shape[1:]}:
+        raise DataError(f"{place}: examples of different users differ in shape")
+    return np.concatenate(arrays)[keep], ()
+
+
+def _picture_folder(place: Path) -> Path | None:
+    """Return the folder with the images that the files name, or None if there is none."""
+    places = [root / folder for root in (place, place / "data") for folder in FOLDERS]
+    return next((folder for folder in places if folder.is_dir()), None)
+
+
+def _pictures(asked: Request, place: Path, names: Sequence[str]) -> Array:
+    from fedloom.data.pictures import decode_picture  # Pillow is slow to import
+
+    folder = _picture_folder(place)
+    if folder is None:
+        raise DataError(f"{place}: names images, such as {names[0]}; put them into {place / FOLDERS[0]}")
+    return decode_picture(((str(folder / n), _bytes(folder / n)) for n in names), len(names), asked.image_size)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror})") from error
+
+
+def _divided(whole: Users) -> tuple[Users, Users]:
     """Return the training and test windows by LEAF's rule. Users without test windows are omitted."""
-    train, test, left_out, start = _Pool(), _Pool(), 0, 0
-    for x, y in zip(whole.x, whole.y, strict=True):
-        owner, (first, then) = whole.owners[start], split_windows(len(y))
-        start += len(y)
-        if not len(then):
-            left_out += 1
-            continue
-        train.add(owner, x[first], y[first])
-        test.add(owner, x[then], y[then])
-    if left_out:
-        log.warning("%d users with too few windows for a test split are left out", left_out)
-    if not train.y:
+    train, test = Users(), Users()
+    for user, (kind, x, y) in whole:
+        first, then = split_windows(len(y))
+        windows = np.asarray(x)
+        if len(then):
+            train.append((user, Examples(kind, windows[first], y[first])))
+            test.append((user, Examples(kind, windows[then], y[then])))
+    if len(train) < len(whole):
+        log.warning("%d users with too few windows for a test split are left out", len(whole) - len(train))
+    if not train:
         raise DataError("no user has enough windows for a test split")
     return train, test
 
 
-def _read_split(files: list[Path]) -> _Pool:
-    pool, seen = _Pool(), set[str]()
+def _read_split(files: list[Path]) -> Users:
+    found = Users()
+    seen = set[str]()
     for file in files:
-        for user, content in _users(file):
+        for user, content in users_of(file):
             if user in seen:
                 raise DataError(f"{file}: user '{user}' is also in another file of the same split")
             seen.add(user)
-            x, y = _arrays(file, user, content)
-            if len(y):
-                pool.add(user, x, y)
-    return pool
+            if examples := _examples(content, f"{file}: user '{user}'"):
+                found.append((user, examples))
+    return found
 
 
-def _users(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the examples of each user. Raise DataError if the file is malformed or states wrong numbers of examples."""
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            raise DataError(f"{file} is larger than {MOST_BYTES // 2**30} GiB; divide it into several files")
-        text = file.read_text(encoding="utf-8")
-        counts, found = dict[str, Any](), dict[str, int]()
-        for key, value in _items(text, "user_data"):
-            if isinstance(key, tuple):
-                found[key[1]] = len(value["y"]) if isinstance(value, dict) and isinstance(value.get("y"), list) else -1
-                yield key[1], value
-            else:
-                counts[key] = value
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read as LEAF's JSON ({error})") from error
-    users, numbers = counts.get("users"), counts.get("num_samples")
-    if not isinstance(users, list) or not isinstance(numbers, list) or not found:
-        raise DataError(f"{file} requires 'users', 'num_samples' and 'user_data'")
-    if dict(zip(users, numbers, strict=False)) != found or len(users) != len(numbers):
-        raise DataError(f"{file}: 'users' and 'num_samples' do not match the examples in 'user_data'; write it again")
-
-
-def _items(text: str, nested: str) -> Iterator[tuple[Any, Any]]:
-    """Yield the keys and values of a JSON object.
-
-    For the object under the key `nested`, yield ((nested, key), value) for each of its entries.
-    """
-    decoder, at = json.JSONDecoder(), _after(text, 0, "{")
-    while True:
-        key, at = decoder.raw_decode(text, _skipped(text, at))
-        at = _skipped(text, _after(text, at, ":"))
-        if key == nested and text[at : at + 1] == "{":
-            at = _after(text, at, "{")
-            at = _skipped(text, at)
-            while text[at : at + 1] != "}":
-                name, at = decoder.raw_decode(text, _skipped(text, at))
-                value, at = decoder.raw_decode(text, _skipped(text, _after(text, at, ":")))
-                yield (nested, str(name)), value
-                at = _skipped(text, at)
-                at = at if text[at : at + 1] == "}" else _after(text, at, ",")
-            at = _after(text, at, "}")
-        else:
-            value, at = decoder.raw_decode(text, at)
-            yield key, value
-        at = _skipped(text, at)
-        if text[at : at + 1] == "}":
-            return
-        at = _after(text, at, ",")
-
-
-def _skipped(text: str, at: int) -> int:
-    found = _BLANK.match(text, at)
-    return at if found is None else found.end()
-
-
-def _after(text: str, at: int, mark: str) -> int:
-    """Return the position after the next character, which must be `mark`."""
-    at = _skipped(text, at)
-    if text[at : at + 1] != mark:
-        raise json.JSONDecodeError(f"expected '{mark}'", text, at)
-    return at + 1
-
-
-def _arrays(file: Path, user: str, content: Any) -> tuple[Array, Array]:
-    """Return a user's inputs, which are character ids (n, 80), images (n, 1, 28, 28) or numbers (n, D), and labels (n,)."""
-    where = f"{file}: user '{user}'"
+def _examples(content: Any, where: str) -> Examples | None:
+    """Return a user's examples, or None if there are none. Raise DataError that names `where` if they are malformed."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("x", "y")):
         raise DataError(f"{where} requires lists 'x' and 'y'")
     x, y = content["x"], content["y"]
     if len(x) != len(y):
         raise DataError(f"{where} has {len(x)} inputs and {len(y)} labels")
     if not y:
-        return np.empty(0), np.empty(0, np.int64)
+        return None
     if isinstance(x[0], str) and isinstance(y[0], str):
-        return char_ids(x, where), char_ids(y, where)[:, 0].astype(np.int64)
-    if isinstance(x[0], list) and x[0] and isinstance(x[0][0], str):
-        raise DataError(
-            f"{where} has text with further fields (Sent140); save text and user as a table and set data.text"
-        )
+        return Examples("windows", char_ids(x, where), char_ids(y, where)[:, 0].astype(np.int64))
+    if not all(isinstance(label, int | float) and abs(label) < 2**31 and label == int(label) for label in y):
+        raise DataError(f"{where}: labels must be whole numbers")
+    return Examples(*_values(x, where), np.array([int(label) for label in y], np.int64))
+
+
+def _values(x: list[Any], where: str) -> tuple[Kind, Array | list[str]]:
+    """Return the kind of a user's inputs, and the inputs: texts, names of image files, images (n, 1, 28, 28) or numbers (n, D)."""
+    if all(isinstance(value, str) for value in x):
+        if not all(value.lower().endswith(SUFFIXES) for value in x):
+            return "texts", x
+        if odd := next((value for value in x if Path(value).name != value), None):
+            raise DataError(f"{where}: '{odd}' is not the name of a file alone; remove its folder")
+        return "files", x
+    if isinstance(x[0], list) and x[0] and all(isinstance(value, str) for value in x[0]):
+        if any(not isinstance(tweet, list) or len(tweet) <= TWEET or not isinstance(tweet[TWEET], str) for tweet in x):
+            raise DataError(f"{where} has lists of text that are not those of Sent140: id, date, query, user, text")
+        return "texts", [tweet[TWEET] for tweet in x]
     try:
-        values, labels = np.asarray(x, np.float64), np.asarray(y)
+        values = np.asarray(x, np.float64)
     except (TypeError, ValueError):
-        kind = "names of files or text" if isinstance(x[0], str) else "lists of different lengths"
-        raise DataError(
-            f"{where}: its inputs are {kind}; LEAF's windows of characters, pixels and numbers are read"
-        ) from None
-    if labels.dtype.kind not in "iu" or labels.ndim != 1 or not np.isfinite(values).all() or values.ndim != 2:
-        raise DataError(f"{where}: inputs must be lists of finite numbers, and labels whole numbers")
+        raise DataError(f"{where}: its inputs are lists of different lengths, or of several types") from None
+    if not np.isfinite(values).all() or values.ndim != 2:
+        raise DataError(f"{where}: inputs must be texts, names of image files, or lists of finite numbers")
     if values.shape[1] == PIXELS:
         if values.min() < 0 or values.max() > 1:
             raise DataError(f"{where}: pixels run from {values.min():g} to {values.max():g}; LEAF's are from 0 to 1")
-        return np.rint(values * 255).astype(np.uint8).reshape(-1, 1, 28, 28), labels.astype(np.int64)
-    return values.astype(np.float32), labels.astype(np.int64)
+        return "pictures", np.rint(values * 255).astype(np.uint8).reshape(-1, 1, 28, 28)
+    return "numbers", values.astype(np.float32)

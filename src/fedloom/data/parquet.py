@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +15,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from fedloom.data import cache
+from fedloom.data.cache import cache_key, cached
 from fedloom.data.catalogue import Source
-from fedloom.data.dataset import Column, Dataset, validated
+from fedloom.data.dataset import Column, Dataset
+from fedloom.data.layouts import ClassNames
 from fedloom.data.pictures import decode_picture
 from fedloom.data.subset import choose_rows
 from fedloom.data.targets import objective_for
 from fedloom.errors import DataError, first_line, suggest
 
 LABELS = ("label", "labels", "fine_label", "coarse_label", "character", "class", "target", "y")
-_FORMAT = 3  # part of the cache key: increment it when decoding changes
+_FORMAT = 4  # part of the cache key: increment it when decoding changes
 
 
 class ColumnRoles(NamedTuple):
@@ -33,7 +34,7 @@ class ColumnRoles(NamedTuple):
     image: str
     label: str
     extra: tuple[str, ...]
-    names: dict[str, list[str]]
+    names: ClassNames
 
 
 def read_parquet(
@@ -45,34 +46,33 @@ def read_parquet(
     rows: int | None,
     cache_root: Path,
     task: str = "classification",
+    names: ClassNames | None = None,
 ) -> Dataset:
     """Return the pool in the training and test files, or from the cache if it was decoded before. Raise DataError for invalid files.
 
     With the `task` `regression`, the label column contains numbers, or lists of numbers; with `multilabel`, it contains lists of 0 and 1.
+    `names` are class names by column, for files whose own metadata have none.
     """
     train, test = files
-    choice = Choice(source, image_size, rows, task)
-    key = _key(name, train + test, choice)
-    stored = cache.load_cached(cache_root, name, key)
-    if stored is not None:
-        return stored
-    pool = _decode_pool(name, train, test, choice)
-    cache.save(cache_root, key, validated(pool))
-    return pool
+    choice = Choice(source=source, image_size=image_size, rows=rows, task=task, names=names or {})
+    key = cache_key(train + test, ["parquet", _FORMAT, len(train), choice])
+    return cached(cache_root, name, key, lambda: _decode_pool(name, train, test, choice))
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Choice:
     """The options for converting files into a pool."""
 
     source: Source | None
     image_size: int | None
     rows: int | None
     task: str
+    names: ClassNames
 
 
 def _decode_pool(name: str, train: list[Path], test: list[Path], choice: Choice) -> Dataset:
-    source, image_size, rows, task = choice
-    layout = _layout(train[0], source)
+    source = choice.source
+    layout = _layout(train[0], source, choice.names)
     facts = [_facts(file, layout) for file in train + test]
     try:
         table = pa.concat_tables(facts, promote_options="permissive")
@@ -81,14 +81,14 @@ def _decode_pool(name: str, train: list[Path], test: list[Path], choice: Choice)
     if not table.num_rows:
         raise DataError(f"data={name}: {train[0]} has no rows")
     n_train = sum(_open(file).metadata.num_rows for file in train)
-    if task != "classification":
+    if choice.task != "classification":
         return _with_targets(name, table, layout, files=train + test, n_train=n_train, choice=choice)
     labels, classes = _classes(name, table[layout.label], layout.names.get(layout.label), source)
-    keep, n_train = choose_rows(name, labels >= 0, n_train, rows)
+    keep, n_train = choose_rows(name, labels >= 0, n_train, choice.rows)
     encoded = _encoded(train + test, layout.image, keep)
     return Dataset.labelled(
         name=name,
-        images=torch.from_numpy(decode_picture(encoded, int(keep.sum()), image_size)),
+        images=torch.from_numpy(decode_picture(encoded, int(keep.sum()), choice.image_size)),
         labels=torch.from_numpy(labels[keep]),
         n_train=n_train,
         classes=classes,
@@ -130,13 +130,7 @@ def _reading(file: Path) -> Iterator[None]:
         raise DataError(f"{file} cannot be read as a parquet file ({first_line(error)})") from error
 
 
-def _key(name: str, files: list[Path], choice: Choice) -> str:
-    facts = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    text = json.dumps([_FORMAT, name, [str(files[0].parent), *facts], *map(repr, choice)])
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def _layout(file: Path, source: Source | None) -> ColumnRoles:
+def _layout(file: Path, source: Source | None, names: ClassNames) -> ColumnRoles:
     schema = _open(file).schema_arrow
     pictures = [field.name for field in schema if _is_picture(field.type)]
     if not pictures:
@@ -149,7 +143,7 @@ def _layout(file: Path, source: Source | None) -> ColumnRoles:
     if label is None:
         raise DataError(f"{file}: no label column, such as {', '.join(LABELS)}; its columns are {schema.names}")
     extra = tuple(f.name for f in schema if f.name not in (image, label) and _is_plain(f.type))
-    return ColumnRoles(image, label, extra, _hub_names(schema))
+    return ColumnRoles(image, label, extra, {**names, **class_names(schema)})
 
 
 def has_pictures(file: Path) -> bool:
@@ -175,11 +169,12 @@ def _is_plain(kind: Any) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _hub_names(schema: Any) -> dict[str, list[str]]:
+def class_names(schema: Any) -> dict[str, tuple[str, ...]]:
     """Return class names by column, from the metadata that the `datasets` library writes into the schema."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {c: [str(n) for n in f["names"]] for c, f in features.items() if isinstance(f, dict) and f.get("names")}
+        known = {c: f["names"] for c, f in features.items() if isinstance(f, dict) and f.get("names")}
+        return {c: tuple(str(n) for n in names) for c, names in known.items()}
     except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
@@ -192,7 +187,7 @@ def _facts(file: Path, layout: ColumnRoles) -> Any:
         return parquet.read(columns=[layout.label, *layout.extra]).replace_schema_metadata(None)
 
 
-def _column(values: Any, names: list[str] | None) -> Column:
+def _column(values: Any, names: Sequence[str] | None) -> Column:
     values = values.combine_chunks()
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
@@ -210,7 +205,7 @@ def _column(values: Any, names: list[str] | None) -> Column:
 
 
 def _classes(
-    name: str, values: Any, names: list[str] | None, source: Source | None
+    name: str, values: Any, names: Sequence[str] | None, source: Source | None
 ) -> tuple[npt.NDArray[np.int64], tuple[str, ...]]:
     """Return labels 0 .. Y-1 (-1 for classes to omit) and the names of the Y classes."""
     if values.null_count:
@@ -241,7 +236,9 @@ def _classes(
     return _only(name, labels.astype(np.int64), classes, source.only if source else None)
 
 
-def _expected(labels: npt.NDArray[np.int64], names: list[str] | None, source: Source | None) -> tuple[str, ...] | None:
+def _expected(
+    labels: npt.NDArray[np.int64], names: Sequence[str] | None, source: Source | None
+) -> tuple[str, ...] | None:
     """Return the class names of integer labels 0 .. Y-1, or None if they are not known."""
     if names:
         return tuple(names)

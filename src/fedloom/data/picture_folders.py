@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from fedloom.data import cache
-from fedloom.data.dataset import Dataset, validated
+from fedloom.data.cache import cache_key, cached
+from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import SPLIT_WORDS
 from fedloom.data.picture_layout import Layout, find_layout
 from fedloom.data.picture_metadata import Metadata, Targets, counted, read_metadata
@@ -23,7 +21,7 @@ from fedloom.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_FORMAT = 1  # part of the cache key: increment it when decoding changes
+_FORMAT = 2  # part of the cache key: increment it when decoding changes
 
 
 def is_picture_folder(folder: Path) -> bool:
@@ -63,13 +61,16 @@ def read_pictures(
     targets = _targets(layout, metadata, task, owner)
     if needs_every_class and task == "classification":
         _check_classes(layout, targets)
-    key = _key(name, folder, layout, metadata, [image_size, rows, task, owner])
-    pool = cache.load_cached(cache_root, name, key)
-    if pool is None:
-        keep, n_train = choose_rows(name, np.ones(len(layout.files), dtype=bool), layout.n_train, rows)
-        files = [folder.joinpath(*layout.files[i]) for i in np.flatnonzero(keep)]
-        pool = _decoded(name, files, targets.chosen(keep), n_train=n_train, image_size=image_size, task=task)
-        cache.save(cache_root, key, validated(pool))
+    files = [folder.joinpath(*parts) for parts in layout.files]
+
+    def read() -> Dataset:
+        keep, n_train = choose_rows(name, np.ones(len(files), dtype=bool), layout.n_train, rows)
+        chosen = [files[i] for i in np.flatnonzero(keep)]
+        return _decoded(name, chosen, targets.chosen(keep), n_train=n_train, image_size=image_size, task=task)
+
+    lists = metadata.files if metadata is not None else []
+    key = cache_key([*lists, *files], ["pictures", _FORMAT, layout.n_train, image_size, rows, task, owner])
+    pool = cached(cache_root, name, key, read)
     _log(pool, layout)
     return pool
 
@@ -129,19 +130,6 @@ def _check_classes(layout: Layout, targets: Targets) -> None:
         raise DataError(
             f"{layout.where}: class '{names[missing[0]]}'{more} has no training pictures; add some, or remove the class from the test split"
         )
-
-
-def _key(name: str, folder: Path, layout: Layout, metadata: Metadata | None, settings: list[Any]) -> str:
-    lists = metadata.files if metadata is not None else []
-    facts: list[Any] = []
-    for file in [*lists, *(folder.joinpath(*parts) for parts in layout.files)]:
-        try:
-            found = file.stat()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error.strerror})") from error
-        facts.append((str(file.relative_to(folder)), found.st_size, found.st_mtime_ns))
-    text = json.dumps(["pictures", _FORMAT, name, str(folder.resolve()), facts, layout.n_train, *settings])
-    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
 def _log(pool: Dataset, layout: Layout) -> None:

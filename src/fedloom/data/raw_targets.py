@@ -104,15 +104,16 @@ def _targets(objective: Objective, raw: Any) -> Tensor:
 
 
 def _classes(objective: Objective, labels: npt.NDArray[Any]) -> Tensor:
-    """Return the class numbers for labels, which are class names or class numbers."""
+    """Return the class numbers for labels, which are class names or class numbers (as text only if no name is a number)."""
     places = {name: i for i, name in enumerate(objective.names)}
     lower = {name.lower(): i for name, i in places.items()}
+    are_words = not any(name.isdecimal() for name in places)
     found = []
     for label in labels.tolist():
         word = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
         place = places.get(word, lower.get(word.lower()))
-        if place is None and isinstance(label, int) and 0 <= label < len(places):
-            place = label
+        if place is None and (isinstance(label, int) or are_words) and word.isdecimal() and int(word) < len(places):
+            place = int(word)
         if place is None:
             raise DataError(f"data: the label '{word}' is not a class of the run{suggest(word, places)}")
         found.append(place)

@@ -77,8 +77,9 @@ def load(
             f"data.path={path}: data={name} is downloaded from the hub; remove data.path, or use another name"
         )
     repository = hub_repository.parsed_repository(name)
-    place, commit = hub_repository.repository_files(repository, revision, asked.cache)
-    return replace(_loaded(replace(asked, name=repository.file_name), place), revision=commit)
+    found = hub_repository.repository_files(repository, revision, asked.cache)
+    asked = replace(asked, name=repository.file_name, names=found.names)
+    return replace(_loaded(asked, found.place), revision=found.revision)
 
 
 def _loaded(asked: Request, path: str | Path | None) -> Dataset:
@@ -165,13 +166,14 @@ def _special(asked: Request, place: Path) -> Dataset:
     from fedloom.data import idx, leaf
 
     _refuse_text_columns(asked, place)
-    _refuse_options(asked.name, asked.table, asked.image_size)
+    is_idx = bool(layouts.find_idx(place))
+    _refuse_options(asked.name, asked.table, asked.image_size if is_idx else None)
     _refuse_owner(asked.name, asked.owner)
     if asked.task not in (None, "classification"):
         raise DataError(f"data.task={asked.task}: {place} has classes; remove data.task")
     source = SOURCES.get(asked.name)
     classes = source.classes if source else None
-    if layouts.find_idx(place):
+    if is_idx:
         return idx.read_idx_folder(asked, place, source.files if source else "", classes)
     column = source.natural if source and source.natural else "client"
     return leaf.read_leaf(asked, place, classes=classes, column=column)
@@ -191,7 +193,8 @@ def _check_texts(asked: Request, path: str | Path | None) -> None:
     """Raise DataError if an option for texts is set, but the user's own data contain no texts."""
     if asked.texts == NO_TEXT or asked.name in SOURCES or asked.texts.text:
         return
-    if not (path and layouts.find_texts(Path(path).expanduser())):
+    place = Path(path).expanduser() if path else None
+    if not (place and (layouts.find_texts(place) or layouts.find_leaf(place))):
         raise DataError(
             f"{_first(asked.texts)}: applies to texts; set data.text=COLUMN for a table, or give text files (.txt)"
         )
@@ -265,11 +268,14 @@ def _files(asked: Request, path: str | Path | None, files: layouts.Files | None 
             rows=asked.rows,
             cache_root=asked.cache,
             task=asked.task or "classification",
+            names=asked.names,
         )
     _refuse_options(name, None, asked.image_size)
     from fedloom.data import tables  # pandas is slow to import
 
-    return tables.read_table(name, files, asked.table, task=asked.task, rows=asked.rows, texts=asked.texts)
+    return tables.read_table(
+        name, files, asked.table, task=asked.task, rows=asked.rows, texts=asked.texts, names=asked.names
+    )
 
 
 def _refuse_options(name: str, table: TableOptions | None, image_size: int | None = None) -> None:

@@ -8,7 +8,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedloom.data.layouts import ClassNames
 from fedloom.errors import DataError, first_line
 
 _SEPARATORS = ",;\t|"
@@ -29,6 +30,7 @@ class RawTable:
 
     Columns are text (from text files, and parquet's booleans), float64 (parquet's numbers) or categorical (parquet's strings and
     dictionaries). `lines` contains the line number of each row in its file, and `file_of` the number of that file.
+    `names` are the names of classes, in columns of class numbers.
     """
 
     frame: pd.DataFrame
@@ -36,6 +38,19 @@ class RawTable:
     file_of: npt.NDArray[np.int64]
     lines: npt.NDArray[np.int64]
     n_train: int
+    names: ClassNames = field(default_factory=dict)
+
+    def named(self, column: str) -> pd.Series[Any]:
+        """Return a column; class numbers as categories with the names of the classes, in their order. -1 stands for no class."""
+        values, names = self.frame[column], self.names.get(column)
+        if names is None or isinstance(values.dtype, pd.CategoricalDtype) or len(set(names)) < len(names):
+            return values
+        present = values[values.notna() & (values != "")]
+        numbers = pd.to_numeric(present, errors="coerce")
+        if not numbers.isin(range(-1, len(names))).all():  # other values than the metadata say
+            return values
+        codes = numbers.reindex(values.index, fill_value=-1).astype(np.int64)
+        return pd.Series(pd.Categorical.from_codes(codes.to_numpy(), categories=pd.Index(names)), index=values.index)
 
     def place(self, row: int) -> str:
         """Return the file and the line (or row) number of a row, for messages."""
@@ -49,20 +64,25 @@ class RawTable:
         return replace(self, frame=frame, file_of=self.file_of[order], lines=self.lines[order], n_train=n_train)
 
 
-def read_files(train: Sequence[Path], test: Sequence[Path], encoding: str | None) -> RawTable:
-    """Read all files of a table. Raise DataError if a file is malformed, or if its columns differ from those of the first file."""
+def read_files(
+    train: Sequence[Path], test: Sequence[Path], encoding: str | None, names: ClassNames | None = None
+) -> RawTable:
+    """Read all files of a table. Raise DataError if a file is malformed, or if its columns differ from those of the first file.
+
+    `names` are class names by column, for files whose own metadata have none.
+    """
     files = (*train, *test)
     parts = [_parquet(file) if file.suffix == ".parquet" else _text(file, encoding) for file in files]
-    names = list(parts[0][0].columns)
+    columns = list(parts[0][0].columns)
     for file, (frame, _) in zip(files, parts, strict=True):
-        for name in names:
+        for name in columns:
             if name not in frame.columns:
                 raise DataError(f"{file}: column '{name}' is missing, but {files[0].name} has it")
         for name in frame.columns:
-            if name not in names:
+            if name not in columns:
                 raise DataError(f"{file}: column '{name}' is not in {files[0].name}; remove it")
     sizes = [len(frame) for frame, _ in parts]
-    frame = parts[0][0] if len(parts) == 1 else _joined([part[names] for part, _ in parts])
+    frame = parts[0][0] if len(parts) == 1 else _joined([part[columns] for part, _ in parts])
     if not sum(sizes[: len(train)]):
         raise DataError(f"{files[0]} has no rows")
     return RawTable(
@@ -71,7 +91,17 @@ def read_files(train: Sequence[Path], test: Sequence[Path], encoding: str | None
         file_of=np.repeat(np.arange(len(files)), sizes),
         lines=np.concatenate([lines for _, lines in parts]),
         n_train=sum(sizes[: len(train)]),
+        names={**(names or {}), **_own_names(files[0])},
     )
+
+
+def _own_names(file: Path) -> ClassNames:
+    """Return the class names in the metadata of a parquet file; none for other files."""
+    if file.suffix != ".parquet":
+        return {}
+    from fedloom.data.parquet import class_names  # Pillow is slow to import
+
+    return {column.strip(): names for column, names in class_names(pq.read_schema(file)).items()}
 
 
 def _joined(frames: list[pd.DataFrame]) -> pd.DataFrame:

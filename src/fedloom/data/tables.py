@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,7 @@ import pandas as pd
 import torch
 
 from fedloom.data.dataset import Column, Dataset, validated
-from fedloom.data.layouts import NO_TEXT, SPLIT_WORDS, Files, TableOptions, TextOptions
+from fedloom.data.layouts import NO_TEXT, SPLIT_WORDS, ClassNames, Files, TableOptions, TextOptions
 from fedloom.data.parquet import LABELS
 from fedloom.data.preprocess import (
     LARGEST,
@@ -54,6 +55,7 @@ def read_table(
     task: str | None,
     rows: int | None,
     texts: TextOptions = NO_TEXT,
+    names: ClassNames | None = None,
 ) -> Dataset:
     """Return the data set in the files of a table.
 
@@ -67,11 +69,12 @@ def read_table(
         task: learning task; by default, it is derived from the label column.
         rows: number of training examples to keep.
         texts: the columns that contain texts. If there are any, they are the only inputs, as token ids.
+        names: class names by column, for files whose own metadata have none.
 
     Raises:
         DataError: the files are malformed, the type of a column is unclear, or values are missing.
     """
-    return table_dataset(name, read_files(*files, options.encoding), options, task=task, rows=rows, texts=texts)
+    return table_dataset(name, read_files(*files, options.encoding, names), options, task=task, rows=rows, texts=texts)
 
 
 def table_dataset(
@@ -96,7 +99,7 @@ def table_dataset(
     columns = [column for column in columns if _is_input(column, raw.n_train, file, roles.chosen)]
     if not columns and not texts.text:
         raise DataError(f"{file}: no input columns are left; all other columns are labels or owners, dropped, or empty")
-    labels = [_typed(raw, column, options) for column in roles.labels]
+    labels = [_typed(raw, column, options, raw.named(column)) for column in roles.labels]
     _refuse_missing(raw, labels, "labels must be present; remove these rows")
     known = _known_texts(raw, texts.text, options.missing) if texts.text else _known(raw, columns, options.missing)
     keep, n_train = choose_rows(name, known, raw.n_train, rows)
@@ -263,7 +266,7 @@ def _by_split(raw: RawTable, column: str) -> RawTable:
 
 def _names(raw: RawTable, column: str) -> Column:
     """Return a column's values as text. Raise DataError if one is missing."""
-    values = raw.frame[column]
+    values = raw.named(column)
     if values.dtype == np.float64:
         words = ["" if np.isnan(v) else str(int(v)) if v == np.rint(v) else str(v) for v in values.tolist()]
     else:
@@ -273,10 +276,10 @@ def _names(raw: RawTable, column: str) -> Column:
     return np.array(words, np.str_)
 
 
-def _typed(raw: RawTable, column: str, options: TableOptions) -> TableColumn:
+def _typed(raw: RawTable, column: str, options: TableOptions, values: pd.Series[Any] | None = None) -> TableColumn:
     return typed(
         column,
-        raw.frame[column],
+        raw.frame[column] if values is None else values,
         file=_title(raw),
         decimal=options.decimal,
         missing_values=options.missing_values,

@@ -126,7 +126,7 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
     import markupsafe
 
     records = chapter.records
-    from fedloom.report.page_figures import sections  # matplotlib is an extra
+    from fedloom.report.page_figures import section_plots, sections  # matplotlib is an extra
 
     return {
         "title": chapter.title or _title(records),
@@ -145,10 +145,11 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
         "sections": {
             section.title: {
                 "note": section.note,
-                "figures": [plot._asdict() | {"svg": markupsafe.Markup(plot.svg)} for plot in section.plots],
+                "figures": [
+                    plot._asdict() | {"svg": markupsafe.Markup(plot.svg)} for plot in section_plots(section, prefix)
+                ],
             }
-            for section in sections(records, waiting, prefix)
-            if section.plots
+            for section in sections(records, waiting)
         },
         "looked_at": [(record.name, list(pictures(record))) for record in records if record.analysis],
         "details": [_detail(record) for record in records],

@@ -1,7 +1,8 @@
-"""The sections of figures on the page."""
+"""The figures of the page, by section."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,16 +26,21 @@ class Plot(NamedTuple):
     width: int
 
 
+Noted = tuple[style.Figure, str]
+"""A figure and the note below it."""
+
+
 class FigureSection(NamedTuple):
-    """Figures with a title and a note about all of them."""
+    """Figures with a title and a note about all of them. `name` is the start of their ids on the page."""
 
     title: str
-    plots: list[Plot]
+    name: str
+    figures: list[Noted]
     note: str = ""
 
 
-def sections(records: Sequence[RunRecord], waiting: Waiting | None, prefix: str) -> list[FigureSection]:
-    """Return the sections of a chapter. `prefix` makes the ids in its figures unique on the page."""
+def sections(records: Sequence[RunRecord], waiting: Waiting | None) -> list[FigureSection]:
+    """Return the sections that have figures."""
     primary = shared_primary(records)
     spread = "Bar: the middle half of the clients; stroke: median; diamond: mean of the worst tenth."
     clients = [(plots.client_spread(records), spread)] if any(r.clients is not None for r in records) else []
@@ -43,14 +49,26 @@ def sections(records: Sequence[RunRecord], waiting: Waiting | None, prefix: str)
     sharp = [(plots.sharpness(records), plots.SHARPNESS_NOTE)] if plots.has_sharpness(records) else []
     logs = [(plots.log_over_rounds(records, key), "") for key in plots.log_names(records)]
     partitions, note = _partitions(records)
-    return [
-        FigureSection(_title(primary), _drawn(f"{prefix}{primary.name}", _curves(records)), _seeds(records)),
-        FigureSection("Clients and traffic", _drawn(f"{prefix}clients", clients)),
-        FigureSection("Partition", _drawn(f"{prefix}partition", partitions), note),
-        FigureSection("Sharpness", _drawn(f"{prefix}sharpness", sharp)),
-        FigureSection("Logs", _drawn(f"{prefix}log", logs)),
-        FigureSection("Devices and networks", _drawn(f"{prefix}time", _times(records, waiting))),
+    found = [
+        FigureSection(_title(primary), primary.name, _curves(records), _seeds(records)),
+        FigureSection("Clients and traffic", "clients", clients),
+        FigureSection("Partition", "partition", partitions, note),
+        FigureSection("Sharpness", "sharpness", sharp),
+        FigureSection("Logs", "log", logs),
+        FigureSection("Devices and networks", "time", _times(records, waiting)),
     ]
+    return [section for section in found if section.figures]
+
+
+def named_figures(records: Sequence[RunRecord], waiting: Waiting | None) -> dict[str, style.Figure]:
+    """Return all figures of the page by their titles as names of files, such as `personal-accuracy-over-rounds`."""
+    found: dict[str, style.Figure] = {}
+    for section in sections(records, waiting):
+        for figure, _ in section.figures:
+            stem = re.sub(r"[^a-z0-9]+", "-", _heading(figure, section.name).lower()).strip("-") or section.name
+            places = (stem, *(f"{stem}-{place}" for place in range(2, len(found) + 3)))
+            found[next(name for name in places if name not in found)] = figure
+    return found
 
 
 def _title(primary: Primary) -> str:
@@ -63,7 +81,7 @@ def _seeds(records: Sequence[RunRecord]) -> str:
     return "Line: mean over seeds; band: from the lowest seed to the highest." if band else ""
 
 
-def _curves(records: Sequence[RunRecord]) -> list[tuple[style.Figure, str]]:
+def _curves(records: Sequence[RunRecord]) -> list[Noted]:
     """Return figures of the primary metric over rounds and, if methods are compared and evaluated more than once, over traffic."""
     primary = shared_primary(records)
     views = [view for view in VIEWS if plots.has_values(records, primary.measure(view))]
@@ -77,23 +95,29 @@ def _curves(records: Sequence[RunRecord]) -> list[tuple[style.Figure, str]]:
     return found
 
 
-def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> list[tuple[style.Figure, str]]:
+def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> list[Noted]:
     note = "Every round waits for its slowest client; the server's own work takes no time."
     networks = waiting.networks if waiting else ()
     return [(plots.metric_over_time(records, network, waiting), note) for network in networks if waiting]
 
 
-def _drawn(name: str, figures: Sequence[tuple[style.Figure, str]]) -> list[Plot]:
+def section_plots(section: FigureSection, prefix: str) -> list[Plot]:
+    """Return the figures of a section for the page. `prefix` makes the ids in them unique on the page."""
     found = []
-    for place, (figure, text) in enumerate(figures):
+    for place, (figure, text) in enumerate(section.figures):
         note = f"{text} {figure.get_label()}".strip()
-        title = next((axes.get_title(loc="left") for axes in figure.axes), name)
-        drawn = style.svg(figure, f"{name}{place}", f"{title}. {note}")
-        found.append(Plot(drawn, note, round(PIXELS * figure.get_size_inches()[0])))
+        name = f"{prefix}{section.name}"
+        svg = style.svg(figure, f"{name}{place}", f"{_heading(figure, name)}. {note}")
+        found.append(Plot(svg, note, round(PIXELS * figure.get_size_inches()[0])))
     return found
 
 
-def _partitions(records: Sequence[RunRecord]) -> tuple[list[tuple[style.Figure, str]], str]:
+def _heading(figure: style.Figure, default: str) -> str:
+    """Return the titles of a figure."""
+    return " and ".join(title for axes in figure.axes if (title := axes.get_title(loc="left"))) or default
+
+
+def _partitions(records: Sequence[RunRecord]) -> tuple[list[Noted], str]:
     """Return one figure for each different partition, all with the same scale, and a note about the figures."""
     runs: dict[str, list[RunRecord]] = {}
     for record in records:

@@ -101,15 +101,6 @@ def views_over_rounds(records: Sequence[RunRecord]) -> Figure:
     return _curves_figure(curves, marks, _over_rounds(title, primary))
 
 
-def main_curves(records: Sequence[RunRecord]) -> Figure:
-    """Plot the primary metric over rounds: for all models if there is one method, otherwise for the first view that was measured."""
-    primary = shared_primary(records)
-    if len(group(records)) == 1:
-        return views_over_rounds(records)
-    views = [view for view in VIEWS if has_values(records, primary.measure(view))]
-    return metric_over_rounds(records, next(iter(views), VIEWS[0]))
-
-
 def metric_over_bytes(records: Sequence[RunRecord], view: str = "personal") -> Figure:
     """Plot the primary metric over the number of bytes sent so far, in both directions, for all clients."""
 

@@ -177,7 +177,7 @@ def test_integers_are_tokens_unless_some_are_negative(caplog):
 @pytest.mark.parametrize(
     ("x", "y", "options", "message"),
     [
-        (["a b", "c", "d"], [0, 1, 0], {}, r"x holds text; convert .* texts to token ids"),
+        (["a b", None, "d"], [0, 1, 0], {}, r"x has texts, but also None; give a text for every example"),
         (
             np.array([[1.0, True], [2.0, False]], object),
             [0, 1],

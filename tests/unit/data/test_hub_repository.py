@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from fedloom.config.settings import make_settings
-from fedloom.data import TableOptions, load
+from fedloom.data import TableOptions, TextOptions, load
 from fedloom.data.hub_repository import file_name_of
 from fedloom.errors import DataError
 from fedloom.experiment.build import make_dataset, resolved
@@ -17,17 +17,15 @@ CSV = "age,smokes,label\n31,yes,a\n25,no,b\n44,yes,a\n27,no,b\n"
 
 @pytest.fixture
 def repository(monkeypatch):
-    """Return a hub with one repository, as a function that sets its files, and the list of downloads.
-
-    A file is given as its content or as a function that writes it.
-    """
-    files, downloads = {}, []
+    """Return a hub with one repository: a function that sets its files (content, or a function that writes), and the list of downloads."""
+    files, downloads, card = {}, [], {}
 
     class HfApi:
         def dataset_info(self, name, *, revision):
             if not files:
                 raise ConnectionError("no route\nto the hub")
-            return SimpleNamespace(sha=revision or SHA, siblings=[SimpleNamespace(rfilename=file) for file in files])
+            siblings = [SimpleNamespace(rfilename=file) for file in files]
+            return SimpleNamespace(sha=revision or SHA, siblings=siblings, card_data=card)
 
     def snapshot_download(*, repo_id, repo_type, revision, allow_patterns, local_dir):
         downloads.append((repo_id, repo_type, revision, tuple(allow_patterns)))
@@ -39,7 +37,7 @@ def repository(monkeypatch):
 
     module = SimpleNamespace(HfApi=HfApi, snapshot_download=snapshot_download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
-    return SimpleNamespace(files=files, downloads=downloads)
+    return SimpleNamespace(files=files, downloads=downloads, card=card)
 
 
 def test_the_revision_is_kept_and_needs_no_network_again(repository):
@@ -85,6 +83,47 @@ def test_parquet_images_pictures_and_text(repository, write_parquet, grey):
         repository.files[name] = lambda file: Image.fromarray(grey(1)[0]).save(file)
     pool = load("hub:o/pictures")
     assert (pool.n_train, pool.n_rows, pool.classes) == (2, 3, ("cat", "dog"))
+
+
+NUMBERED = "text,label\n" + "".join(f"{word} news,{i % 2}\n" for i, word in enumerate("abcdef"))
+
+
+def info(*names, config="default"):
+    """Return what a card says about a column of classes."""
+    kind = {"class_label": {"names": {str(i): name for i, name in enumerate(names)}}}
+    features = [{"name": "text", "dtype": "string"}, {"name": "label", "dtype": kind}]
+    return {"config_name": config, "features": features}
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+def test_classes_of_a_table_have_the_names_of_the_card(repository, is_list):
+    repository.files["news.csv"] = NUMBERED
+    repository.card["dataset_info"] = [info("World", "Sports")] if is_list else info("World", "Sports")
+    options = {"table": TableOptions(label="label"), "texts": TextOptions(text=("text",), tokens="chars")}
+    pool = load("hub:o/news", **options)
+    assert (pool.classes, pool.labels.tolist()) == (("World", "Sports"), [0, 1] * 3)
+    repository.files.clear()  # offline
+    assert load("hub:o/news", revision=SHA, **options).classes == ("World", "Sports")
+
+
+def test_classes_of_a_configuration_and_of_parquet_files(repository, write_parquet, grey):
+    repository.files |= {"a/train.csv": NUMBERED, "b/train.csv": NUMBERED}
+    repository.card["dataset_info"] = [info("x", "y", config="a"), info("y", "z", config="b")]
+    texts = TextOptions(text=("text",), tokens="chars")
+    assert [load(f"hub:o/news:{c}", texts=texts).classes for c in "ab"] == [("x", "y"), ("y", "z")]
+    repository.files.clear()
+    repository.card["dataset_info"] = info("cat", "dog")
+    repository.files["train.parquet"] = lambda file: write_parquet(file, grey(2), [1, 0])
+    assert load("hub:o/pictures").classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    "card", [{}, {"dataset_info": 3}, {"dataset_info": {"features": [{"x": 1}]}}, {"dataset_info": info()}]
+)
+def test_cards_without_names_leave_the_numbers(repository, card):
+    repository.files["news.csv"] = NUMBERED
+    repository.card.update(card)
+    assert load("hub:o/news", texts=TextOptions(text=("text",), tokens="chars")).classes == ("0", "1")
 
 
 def test_configurations_are_folders(repository):

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import logging
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from fedloom.data import default_scheme, load, partition
+from fedloom.data import TextOptions, default_scheme, leaf, load, partition
 from fedloom.data.layouts import find_leaf
 from fedloom.data.windows import ALPHABET, split_windows
 from fedloom.errors import DataError
@@ -108,6 +110,85 @@ def test_femnist_is_pictures_by_writer(tmp_path):
     assert (femnist.classes[61], list(femnist.columns)) == ("z", ["writer_id"])
 
 
+def tweets(*texts):
+    """Return tweets as LEAF writes them: its scripts add the name of the file as a sixth field."""
+    moment = "Sat May 16 23:58:44 UTC 2009"
+    return [[str(i), moment, "NO_QUERY", "ann", text, "training"] for i, text in enumerate(texts)]
+
+
+@pytest.fixture
+def moods(tmp_path):
+    train = {"ann": (tweets("so happy today", "so sad"), [1, 0]), "bob": (tweets("happy happy day"), [1])}
+    write(tmp_path / "train" / "all_data_niid_1_keep_0_train_9.json", train)
+    write(tmp_path / "test" / "all_data_niid_1_keep_0_test_9.json", {"ann": (tweets("a new sad day"), [0])})
+    return tmp_path
+
+
+def test_sent140_is_texts_by_user(moods, caplog):
+    pool = load("sent140", moods, texts=TextOptions(min_count=1, length=3))
+    assert (pool.n_train, pool.n_rows, pool.classes) == (3, 4, ("negative", "positive"))
+    assert (pool.columns["client"].tolist(), pool.labels.tolist()) == (["ann", "ann", "bob", "ann"], [1, 0, 1, 0])
+    words = pool.parts[0].text.words
+    assert [[words[i - 4] for i in row if i > 3] for row in pool.images.tolist()] == [
+        ["so", "happy", "today"],
+        ["so", "sad"],
+        ["happy", "happy", "day"],
+        ["sad"],  # "a" and "new" do not occur in training
+    ]
+    assert "LEAF's files, 4 texts of 2 users, train 3, test 1" in caplog.text
+    assert default_scheme(pool) == "natural"
+    assert load("mine", moods, texts=TextOptions(tokens="chars")).classes == ("0", "1")
+    with pytest.raises(DataError, match=r"data\.image_size=8: .* has no image files"):
+        load("mine", moods, image_size=8)
+    write(moods / "train" / "b.json", {"tom": (["just a text"], [1])})
+    assert load("mine", moods).n_train == 4
+
+
+def test_celeba_is_pictures_in_a_folder(tmp_path):
+    """Labels are 0.0 and 1.0, and the pictures are where LEAF's scripts expect them."""
+    folder = tmp_path / "data" / "raw" / "img_align_celeba"
+    folder.mkdir(parents=True)
+    for i in range(4):
+        Image.fromarray(np.full((22, 18, 3), 50 * i, np.uint8)).save(folder / f"00000{i}.png")
+    write(tmp_path / "data" / "train" / "a.json", {"2880": (["000003.png", "000001.png"], [1.0, 0.0])})
+    write(tmp_path / "data" / "test" / "a.json", {"2880": (["000002.png"], [1.0])})
+    pool = load("celeba", tmp_path, image_size=8)
+    assert (pool.input_shape, pool.classes, pool.labels.tolist()) == ((3, 8, 8), ("not smiling", "smiling"), [1, 0, 1])
+    assert (pool.images[:, 0, 0, 0].tolist(), set(pool.columns["client"])) == ([150, 50, 100], {"2880"})
+    assert pool.parts[0].resize
+    assert load("mine", tmp_path, rows=1).input_shape == (3, 22, 18)
+    (folder / "000003.png").unlink()
+    with pytest.raises(DataError, match=r"000003\.png cannot be read \(No such file"):
+        load("celeba", tmp_path, image_size=8)
+    with pytest.raises(DataError, match=r"data\.tokens=words: .* has no texts"):
+        load("mine", tmp_path, texts=TextOptions(tokens="words"))
+
+
+@pytest.mark.parametrize("kind", ["moods", "plays"])
+def test_files_are_read_once_and_what_was_said_is_said_again(kind, request, caplog, monkeypatch):
+    place = request.getfixturevalue(kind)
+    first, said = load("mine", place), caplog.messages.copy()
+    assert said
+    caplog.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(leaf, "users_of", None)  # the files are not read again
+        again = load("mine", place)
+    assert caplog.messages == said
+    assert torch.equal(first.images, again.images)
+    assert (first.preprocess(), first.overlaps) == (again.preprocess(), again.overlaps)
+    assert first.columns["client"].tolist() == again.columns["client"].tolist()
+    for file in place.rglob("*.json"):
+        file.write_text(file.read_text().replace("ann", "eve").replace("LEAR", "KENT"))
+    assert set(load("mine", place).columns["client"]) & {"eve", "KENT_FOOL"}
+
+
+def test_without_a_handler_what_is_said_still_reaches_the_terminal(moods, capsys, monkeypatch):
+    for logger in (logging.getLogger(), logging.getLogger("fedloom")):
+        monkeypatch.setattr(logger, "handlers", [])
+    load("mine", moods)
+    assert "LEAF's files, 4 texts" in capsys.readouterr().err
+
+
 def test_other_numbers_are_vectors(tmp_path):
     write(tmp_path / "train" / "a.json", {"u": ([[0.5, 1.5], [2.5, 3.5]], [0, 1]), "v": ([[-1.0, 2.0]], [1])})
     pool = load("synthetic", tmp_path, rows=2)
@@ -120,9 +201,22 @@ def test_other_numbers_are_vectors(tmp_path):
         ({"u": ([[1.5] * 784], [0])}, {}, r"user 'u': pixels run from 1.5 to 1.5; LEAF's are from 0 to 1"),
         ({"u": (["a" * 80], ["€"])}, {}, r"has the character '€', which is not one of LEAF's 80"),
         ({"u": (["ab", "abc"], ["a", "b"])}, {}, "its windows of text differ in length"),
-        ({"u": (["000001.jpg"], [0])}, {}, "its inputs are names of files or text"),
-        ({"u": ([[1.0, 2.0], [1.0]], [0, 1])}, {}, "its inputs are lists of different lengths"),
-        ({"u": ([[1.0, 2.0]], [0.5])}, {}, "labels whole numbers"),
+        (
+            {"u": (["000001.jpg"], [0])},
+            {},
+            r"names images, such as 000001\.jpg; put them into .*raw/img_align_celeba",
+        ),
+        ({"u": (["../1.jpg"], [0])}, {}, r"'\.\./1\.jpg' is not the name of a file alone"),
+        ({"u": ([["1", "now", "NO_QUERY", "u"]], [0])}, {}, "not those of Sent140: id, date, query, user, text"),
+        (
+            {"u": (["a text"], [0]), "v": ([[1.0]], [1])},
+            {},
+            "the examples of user 'v' are numbers, but those of others",
+        ),
+        ({"u": (["a text"], ["no", "yes"])}, {}, "has 1 inputs and 2 labels"),
+        ({"u": ([[1.0]], [10**400])}, {}, "labels must be whole numbers"),
+        ({"u": ([[1.0, 2.0], [1.0]], [0, 1])}, {}, "its inputs are lists of different lengths, or of several types"),
+        ({"u": ([[1.0, 2.0]], [0.5])}, {}, "labels must be whole numbers"),
         ({"u": ([[1.0, 2.0]], [0, 1])}, {}, "has 1 inputs and 2 labels"),
         ({"u": ([[1.0, 2.0]], [0])}, {"num_samples": [2]}, "'users' and 'num_samples' do not match"),
         ({"u": ([[1.0, 2.0]], [0])}, {"users": None}, "requires 'users', 'num_samples' and 'user_data'"),

@@ -91,6 +91,24 @@ def test_heart_disease_has_the_rows_and_features_of_flamby(tmp_path, caplog):
         torch.testing.assert_close(data.train(i)[0][:, 0].mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
 
 
+def test_heart_disease_leaves_out_rows_by_the_columns_that_are_kept(tmp_path, caplog):
+    """FLamby drops slope, ca and thal first, and then the rows with an unknown value, so `?` in these three columns drops no row."""
+    known = ["63.0", "1.0", "4.0", "145.0", "233.0", "1.0", "2.0", "150.0", "0.0", "2.3", "3.0", "0.0", "6.0", "1"]
+    rows = [known, *([*known[:i], "?", *known[i + 1 :]] for i in range(14))]
+    other = ["-9", *known[1:-1], "0"]  # -9 stands for an unknown value only in UCI's unprocessed files
+    content = "".join(",".join(row) + "\n" for row in [*rows, other])
+    for hospital in ("cleveland", "hungarian", "switzerland", "va"):
+        (tmp_path / f"processed.{hospital}.data").write_text(content)
+    pool = load("heart-disease", tmp_path)
+    assert "44 rows with unknown values are left out, as in FLamby" in caplog.text  # age to oldpeak, and num: 11 of 14
+    assert pool.n_rows == 4 * 5
+    assert pool.labels[:5].tolist() == [1, 1, 1, 1, 0]
+    assert pool.images[0].tolist() == [63, 1, 145, 233, 1, 150, 0, np.float32(2.3), 0, 0, 1, 0, 1]
+    assert pool.columns["hospital"].tolist() == [
+        h for h in ("cleveland", "hungarian", "switzerland", "va") for _ in range(5)
+    ]
+
+
 def test_malformed_heart_files_are_refused(tmp_path):
     heart(tmp_path, (6, 6, 6, 6))
     file = tmp_path / "processed.va.data"

@@ -1,5 +1,6 @@
 """Real parquet files in the hub's layout, if the machine has them."""
 
+import numpy as np
 import pytest
 
 from fedloom.data import Federation, load, partition
@@ -38,3 +39,13 @@ def test_office_caltech_has_a_client_per_domain(real):
     assert [len(a) + len(b) for a, b in zip(made.train, made.test, strict=True)] == [958, 1123, 157, 295]
     federation = Federation(pool, made, augment="resized-crop-flip-once")
     assert federation.common()[0].shape == (len(made.common), 3, 64, 64)
+
+
+def test_heart_disease_has_the_patients_of_flamby(real):
+    pool = real("heart-disease")
+    hospitals, patients = np.unique(pool.columns["hospital"], return_counts=True)
+    assert (hospitals.tolist(), patients.tolist()) == (
+        ["cleveland", "hungarian", "switzerland", "va"],
+        [303, 261, 46, 130],
+    )
+    assert (pool.input_shape, pool.labels.bincount().tolist()) == ((13,), [357, 383])

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import json
 import logging
 from dataclasses import replace
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from fedloom.config.settings import make_settings
 from fedloom.data import Federation, TableOptions, default_scheme, load, partition
 from fedloom.data.dataset import validated
+from fedloom.data.raw_targets import stored_examples
 from fedloom.data.table_files import read_files
 from fedloom.deploy.rows import Remote, read_own
 from fedloom.errors import ConfigError, DataError
@@ -391,6 +393,33 @@ def test_parquet_refusals(tmp_path, values, message):
     file = write(tmp_path / "mine.parquet", v=values, label=pa.array(["a", "b", "a", "b"]))
     with pytest.raises(DataError, match=message):
         load("mine", file)
+
+
+def test_class_numbers_have_the_names_that_the_datasets_library_stores(tmp_path):
+    """Labels and owners are named; inputs keep their numbers, so that new rows with numbers fit. -1 is a missing label."""
+
+    def write(labels):
+        columns = {"age": [31.0, 25.0, 44.0, 27.0], "ward": [0, 1, 0, 1], "client": [1, 0, 1, 0], "label": labels}
+        features = {
+            name: {"names": names, "_type": "ClassLabel"}
+            for name, names in {
+                "ward": ["w", "x"],
+                "client": ["ann", "bob"],
+                "label": ["well", "ill", "unsure"],
+            }.items()
+        }
+        table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, tmp_path / "people.parquet")
+        return load("mine", tmp_path / "people.parquet")
+
+    pool = write([1, 0, 1, 0])
+    assert (pool.classes, pool.labels.tolist()) == (("well", "ill", "unsure"), [1, 0, 1, 0])
+    assert pool.columns["client"].tolist() == ["bob", "ann", "bob", "ann"]
+    assert pool.inputs.tolist() == [[31, 0], [25, 1], [44, 0], [27, 1]]
+    assert stored_examples(pool.preprocess(), tmp_path / "people.parquet")[1].tolist() == [1, 0, 1, 0]
+    with pytest.raises(DataError, match=r"people\.parquet, row 4, column 'label': no value"):
+        write([1, 0, 1, -1])
+    assert write([1, 7, 7, 1]).classes == ("1", "7")  # the metadata do not fit
 
 
 def test_parquet_with_pictures_is_read_as_before(tmp_path, write_parquet, grey):

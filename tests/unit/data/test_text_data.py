@@ -1,10 +1,11 @@
 """Texts as token ids: tokens, vocabularies, tables, folders, and blocks of a language task."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from fedloom.data import TableOptions, TextOptions, default_scheme, load, partition
+from fedloom.data import TableOptions, TextOptions, default_scheme, from_arrays, load, partition
 from fedloom.data.preprocess import Preprocess
 from fedloom.data.raw_inputs import stored_inputs
 from fedloom.data.text import TextCoder, tokens_of
@@ -51,6 +52,17 @@ def reviews(tmp_path):
 
 def read(file, task=None, table=None, **options):
     return load("reviews", file, task=task, table=table, texts=TextOptions(**{"text": ("text",), **options}))
+
+
+@pytest.mark.parametrize("of", [list, np.array, pd.Series])
+def test_lists_of_texts_are_token_ids(of):
+    texts, tests = of(["good film", "bad film", "good plot"]), of(["good zebra"])
+    pool = from_arrays(texts, [1, 0, 1], tests, [1], vocabulary=6)
+    assert pool.parts[0].text.words == ("film", "good")
+    assert pool.images.tolist() == [[5, 4], [1, 4], [5, 1], [5, 1]]
+    assert stored_inputs(pool.preprocess(), "film, good").tolist() == [[4, 1]]  # cut at two words
+    with pytest.raises(DataError, match="x has texts, but x_test has none"):
+        from_arrays(texts, [1, 0, 1], np.ones((1, 2)), [1])
 
 
 def test_a_column_of_text_is_token_ids_with_the_vocabulary_of_training_texts(reviews, caplog):
