@@ -42,9 +42,13 @@ WEAK = {"method.moment_weight": 1e-3}
 """For `fedrir_moments`. Adam turns rounding errors of gradients that are 0 in theory into steps, and a strong term increases them."""
 
 
+FEW_STEPS = {"method.local_steps": 3, "method.inner_steps": 2}
+"""Short local updates for pFedMe, which counts batches instead of epochs."""
+
+
 def brief(method: str) -> dict[str, Any]:
     """Return the settings that make a method's runs short, or comparable between engines (`WEAK`)."""
-    return {"fedvtc": BRIEF, "fedrir_moments": WEAK}.get(method, QUICK_SERVER.get(method, {}))
+    return {"fedvtc": BRIEF, "fedrir_moments": WEAK, "pfedme": FEW_STEPS}.get(method, QUICK_SERVER.get(method, {}))
 
 
 def changed(values: dict[str, Any], **settings: Any) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Arrival(NamedTuple):
 
     client: int
     slot: int  # the client's position in the cohort
-    share: float  # the client's weight in the aggregation: its fraction of the examples (less if late); shares sum to 1
+    share: float  # the weight in the aggregation: the fraction of the examples, or 1 / m (`equal_shares`), less if late; the sum is 1
     age: int = 0  # number of rounds since the downlink was sent to the client
 
 
@@ -256,9 +256,14 @@ class Interleave(NamedPhase):
 
 @dataclass(frozen=True)
 class Sweep(NamedPhase):
-    """Visit every example once, in evaluation mode and without gradients, to fill `memory[name]`, which starts from zeros."""
+    """Visit every example once, in evaluation mode, to fill `memory[name]`, which starts from zeros.
+
+    There is no automatic differentiation; a step that needs a gradient computes it with `nets.gradient`.
+    """
 
     step: Callable[[Nets, Batch, Tree, Tree, Tree], Tree]  # (nets, batch, accumulated, down, memory) -> accumulated
+    _: KW_ONLY
+    rows: Literal["train", "valid"] = "train"  # a client without validation examples visits its training examples
 
 
 @dataclass(frozen=True)
@@ -324,6 +329,9 @@ class Method:
     )
     uses_rounds: ClassVar[bool] = (
         False  # whether a hook depends on `Task.rounds` or `Turn.last`; such runs cannot be extended
+    )
+    equal_shares: ClassVar[bool] = (
+        False  # whether clients have equal weights in a mean, whatever their numbers of examples
     )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks from earlier rounds (`Arrival.age`)
     combines: ClassVar[Combines] = "mean"  # what `aggregate` uses from the uplinks (see `sums`)

@@ -7,7 +7,8 @@ module: `model.body.0.weight`, `gfe.1.running_mean`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -35,13 +36,12 @@ class Net:
 
     def __call__(self, *inputs: Any) -> Any:
         """Call the module with one tensor, several tensors, or one dictionary of tensors (see `fedloom.inputs`)."""
-        if self.module.training != self.training:
-            self.module.train(self.training)
         tensors = dict(self._tensors)
         named: dict[str, Any] = {}
         if len(inputs) == 1:
             inputs, named = call_arguments(self.module, inputs[0])
-        outputs = unwrapped(functional_call(self.module, tensors, inputs, named, tie_weights=False))
+        with _in_mode(self.module, self.training):
+            outputs = unwrapped(functional_call(self.module, tensors, inputs, named, tie_weights=False))
         for name, buffer in self._buffers.items():
             if tensors[name] is not buffer:  # the module assigned to this buffer
                 self._assign(name, buffer, tensors[name])
@@ -71,6 +71,20 @@ class Net:
                 f"{kind} assigns a tensor of shape {tuple(value.shape)} to buffer '{name}', whose shape is {tuple(buffer.shape)}"
             )
         buffer.copy_(value.detach())
+
+
+@contextmanager
+def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
+    """Put a module in training or evaluation mode, and back, so that a part never stays in another mode than its whole."""
+    before = module.training
+    if before == training:
+        yield
+        return
+    module.train(training)
+    try:
+        yield
+    finally:
+        module.train(before)
 
 
 class Nets:

@@ -7,7 +7,7 @@ and states are dictionaries of tensors by name. `scale` multiplies the learning 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -97,6 +97,23 @@ def clamped(inner: Optimizer, low: float, high: float) -> Optimizer:
         torch._foreach_clamp_max_(list(params.values()), high)
 
     return Optimizer(inner.init, step)
+
+
+def by_net(optimizers: Mapping[str, Optimizer]) -> Optimizer:
+    """Return an optimiser that updates the parameters of each net with the optimiser of that name."""
+
+    def parts(tensors: Params) -> dict[str, Params]:
+        nets = dict.fromkeys(name.partition(".")[0] for name in tensors)
+        return {net: {name: p for name, p in tensors.items() if name.startswith(net + ".")} for net in nets}
+
+    def init(params: Params) -> Tree:
+        return {net: optimizers[net].init(mine) for net, mine in parts(params).items()}
+
+    def step(grads: Params, state: Tree, params: Params, scale: float = 1.0) -> None:
+        for net, mine in parts(params).items():
+            optimizers[net].step(grads, state[net], mine, scale)
+
+    return Optimizer(init, step)
 
 
 def fit(

@@ -20,6 +20,7 @@ Positive = Annotated[float, Gt(0)]
 NonNegative = Annotated[float, Ge(0)]
 Fraction = Annotated[float, Ge(0), Lt(1)]
 Share = Annotated[float, Gt(0), Le(1)]
+Proportion = Annotated[float, Ge(0), Le(1)]
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 

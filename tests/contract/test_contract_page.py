@@ -79,7 +79,16 @@ def test_every_name_of_the_contract_has_two_users():
     """A user overrides or reads the name. The engine uses the other names itself. A name that loses its last user should be removed."""
     chosen = [cls for name in METHODS for cls in METHODS[name].__mro__ if issubclass(cls, Method) and cls is not Method]
     texts = {cls.__name__: (vars(cls), inspect.getsource(cls)) for cls in chosen}
-    names = hooks() | {"shared", "keeps_shared", "accepts_late", "needs", "combines", "pooled", "remedy"}
+    names = hooks() | {
+        "shared",
+        "keeps_shared",
+        "equal_shares",
+        "accepts_late",
+        "needs",
+        "combines",
+        "pooled",
+        "remedy",
+    }
     users = {
         n: [c for c, (own, text) in texts.items() if n in own or f".{n}(" in text or f".{n}\n" in text] for n in names
     }

@@ -230,8 +230,13 @@ def test_clients_are_scored_with_the_decoded_downlink_and_the_server_with_its_ow
     assert not run.problem.one_model
 
 
+OTHER_PARTS = {
+    **dict.fromkeys(("fedproto", "fedtgp", "fedvtc"), "prototypes"),
+    **dict.fromkeys(("fedamp", "fedfomo"), "model"),
+}
+"""The largest part of messages without `weights`."""
 PARTS = [
-    *((method, "prototypes" if method in ("fedproto", "fedtgp", "fedvtc") else "weights") for method in METHODS),
+    *((method, OTHER_PARTS.get(method, "weights")) for method in METHODS),
     ("scaffold", "control"),
     ("fedvtc", "variance"),
 ]
@@ -500,6 +505,8 @@ WITHOUT_GRAM_LAYERS = {
     "Perfed",
     "Secure",
     "Sharing",
+    "apfl",
+    "fedamp",
     "fedasam",
     "fedmr",
     "fedmut",
@@ -507,6 +514,7 @@ WITHOUT_GRAM_LAYERS = {
     "fedrir_moments",
     "fedprox",
     "fedrir",
+    "pfedme",
     "scaffold",
 }
 """Methods whose losses read weights, whose optimisers are not plain SGD, or that take no steps."""

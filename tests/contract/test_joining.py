@@ -73,8 +73,8 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
     assert "new_clients" not in without_them.summary
 
 
-LITTLE_TO_LEARN = {"fedala", "fedpac", "fedtgp"}
-"""Methods whose heads are sent (FedALA, FedPAC), or whose pull is too strong for this learning rate (FedTGP)."""
+LITTLE_TO_LEARN = {"fedala", "fedpac", "fedtgp", "per_fedavg", "pfedme"}
+"""Heads that are sent (FedALA, FedPAC), a pull that is too strong for this learning rate (FedTGP), few small steps (Per-FedAvg, pFedMe)."""
 
 
 @pytest.mark.parametrize("name", JOINABLE)

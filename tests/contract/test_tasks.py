@@ -142,7 +142,10 @@ FITS = {
     "fedvtc": set(),  # these inputs are no images
     "fedrir": set(),
     "fedrir_moments": set(),
-    **{name: {"classification", "two inputs"} for name in ("ccvr", "fedgen", "fedpac", "fedrod", "fedtgp", "gpfl")},
+    **{
+        name: {"classification", "two inputs"}
+        for name in ("ccvr", "fedas", "fedgen", "fedpac", "fedrod", "fedtgp", "gpfl")
+    },
     **{name: {*MODELS} - {"language"} for name in ("fedcp", "feddbe", "moon")},
 }
 EVERY = set(MODELS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedloom import FedAvg, FedMR, FedProx, Scaffold, from_arrays, tree
+from fedloom import FedAvg, FedMR, FedProx, PerFedAvg, PFedMe, Scaffold, from_arrays, tree
 
 A = np.array([[1.0, 0.5], [0.2, 2.0]])  # curvatures: clients, dimensions
 B = np.array([[1.0, -1.0], [-2.0, 3.0]])  # optima
@@ -72,6 +72,23 @@ class QuadraticScaffold(Quadratic, Scaffold):
 
     def loss(self, nets, batch, down, memory):
         return self.error(nets, batch) + super().loss(_Zero(nets), batch, down, memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadraticPFedMe(Quadratic, PFedMe):
+    """pFedMe on quadratics."""
+
+    def nets(self, arch, task):
+        return {"model": Vector(), "personal": Vector()}
+
+    def loss(self, nets, batch, down, memory):
+        theta = nets.with_params(nets.renamed("personal", "model"))
+        return self.error(theta, batch) + self.distance(nets, batch, down, memory)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuadraticPerFedAvg(Quadratic, PerFedAvg):
+    """Per-FedAvg on quadratics: its own meta-step, with the error from here."""
 
 
 class _Zero:
@@ -218,3 +235,39 @@ def test_fedmr_keeps_the_mean_of_the_models(settle):
     np.testing.assert_allclose(np.sort(slots.numpy(), 0), np.sort(expected, 0), atol=1e-12)
     deployed = run.hooks.deploy(run.server, run.done).common["weights"]["params"]["model.w"]
     assert near(deployed, expected.mean(0), 1e-12)
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_pfedme_descends_the_moreau_envelope(settle, beta):
+    """min over theta of a/2 (theta - b)^2 + mu/2 (theta - w)^2 has the gradient mu a / (a + mu) (w - b) in w."""
+    mu, lr = 2.0, 0.1
+    method = QuadraticPFedMe(lr=lr, mu=mu, personal_lr=0.3, inner_steps=30, local_steps=3, beta=beta)
+    w, run = settle(method, rounds=1)
+    expected = (1 - (1 - lr * mu * A / (A + mu)) ** 3) * B
+    assert near(w, beta * expected.mean(0), 1e-8)
+    one = int(run.data.train(0)[0][0, 0] != A[0, 0])
+    before = (1 - (1 - lr * mu * A[one] / (A[one] + mu)) ** 2) * B[one]
+    theta = run.engine.client(0).weights["params"]["personal.w"]  # of the last batch
+    assert near(theta, (A[one] * B[one] + mu * before) / (A[one] + mu))
+
+
+def test_pfedme_without_its_term_never_moves_and_settles_at_the_optimum_of_the_envelopes(settle):
+    w, _ = settle(QuadraticPFedMe(mu=0.0, local_steps=2), rounds=2)
+    assert near(w, 0)
+    w, _ = settle(QuadraticPFedMe(lr=0.5, mu=2.0, personal_lr=0.3, inner_steps=20, local_steps=1), rounds=60)
+    weights = A / (A + 2)
+    assert near(w, (weights * B).sum(0) / weights.sum(0), 1e-5)
+
+
+@pytest.mark.parametrize(("variant", "power"), [("fo", 1), ("hf", 2)])
+def test_per_fedavg_takes_the_closed_form_of_its_meta_step(settle, variant, power):
+    """First order: the gradient is a (1 - alpha a) (w - b); with second derivatives, a (1 - alpha a)^2 (w - b)."""
+    alpha = 0.3
+    w, _ = settle(QuadraticPerFedAvg(lr=ETA, local_epochs=E, inner_lr=alpha, variant=variant), rounds=1)
+    assert near(w, ((1 - (1 - ETA * A * (1 - alpha * A) ** power) ** E) * B).mean(0), 1e-9)
+
+
+def test_per_fedavg_without_an_inner_step_is_fedavg(settle):
+    plain, _ = settle(QuadraticFedAvg(lr=ETA, local_epochs=E), rounds=3)
+    w, _ = settle(QuadraticPerFedAvg(lr=ETA, local_epochs=E, inner_lr=0.0), rounds=3)
+    assert near(w, plain.numpy(), 1e-12)

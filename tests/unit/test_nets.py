@@ -164,6 +164,16 @@ def test_at_binds_other_weights_in_evaluation_mode(modules):
     assert here["buffers"]["model.body.1.num_batches_tracked"].item() == 0
 
 
+def test_a_part_called_in_another_mode_does_not_change_the_mode_of_the_whole(modules):
+    here, steps = read_weights(modules), "model.body.1.num_batches_tracked"
+    Nets(modules, **here).model.body(X)
+    Nets(modules, **here, training=("model",)).model(X)
+    assert here["buffers"][steps].item() == 1
+    Nets(modules, **here, training=("model",)).model.body(X)
+    Nets(modules, **here).model(X)
+    assert here["buffers"][steps].item() == 2
+
+
 def test_with_params_keeps_the_mode(modules):
     here = read_weights(modules)
     nets = Nets(modules, **here, training=("model",))

@@ -28,6 +28,7 @@ from fedloom.method import (
     Downlink,
     Method,
     Round,
+    Sweep,
     Task,
     init_opts,
     predict_model,
@@ -135,6 +136,12 @@ class Problem:
         """Return the server's information about a round for the hook `purpose`."""
         n, rng = self.task.n_clients, Stream(self.seed, purpose, number)
         return Round(number, n, arrivals, rng, examples=self.examples)
+
+    @cached_property
+    def uses_valid(self) -> bool:
+        """Whether a phase visits the clients' validation examples."""
+        phases = (*self.method.phases(), *self.method.adapt())
+        return any(isinstance(phase, Sweep) and phase.rows == "valid" for phase in phases)
 
     @property
     def n_exchanges(self) -> int:

@@ -157,7 +157,15 @@ class LocalEngine(Engine):
         augment = p.data.augmented if p.data.augments else None
         rows = Rows(laid_out_inputs(x, channels_last), y, augment, self.device)
         plan = p.plan_of(i) if purpose == "train" else p.plan
-        return ClientContext(rows=rows, plan=plan, task=p.task, rng=p.stream(number, i, purpose), codec=p.codec)
+        rng, valid = p.stream(number, i, purpose), self._valid(i, channels_last) if p.uses_valid else None
+        return ClientContext(rows=rows, plan=plan, task=p.task, rng=rng, codec=p.codec, valid=valid)
+
+    def _valid(self, i: int, channels_last: bool) -> Rows | None:
+        """Return client `i`'s validation examples, if it has any."""
+        if not self.data.n_valid(i):
+            return None
+        x, y = self.data.valid(i)
+        return Rows(laid_out_inputs(x, channels_last), y, None, self.device)
 
     def score(
         self, number: int, down: Downlink, clients: Sequence[int], asks: Sequence[ScoreRequest]

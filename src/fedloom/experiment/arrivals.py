@@ -127,8 +127,9 @@ class Arrivals:
             self.note(number, "skipped", reason=f"{n_arrived} arrived, {needed}")
             return AcceptedUplinks([], (), refused, now.down)
         uplinks = [reply.uplink for reply in on_time] + [self._check.rebased(number, late, now.down) for late in due]
-        members = [(reply.client, reply.slot, reply.examples, 0) for reply in on_time]
-        members += [(late.client, late.slot, late.examples, number - late.sent) for late in due]
+        equal = self._problem.method.equal_shares
+        members = [(reply.client, reply.slot, 1 if equal else reply.examples, 0) for reply in on_time]
+        members += [(late.client, late.slot, 1 if equal else late.examples, number - late.sent) for late in due]
         arrivals = _arrivals(members, self.screen.max_share(len(members)))
         return AcceptedUplinks(uplinks, arrivals, refused, now.down)
 
@@ -260,11 +261,11 @@ class Arrivals:
 
 
 def _arrivals(members: Sequence[tuple[int, int, int, int]], max_share: float) -> tuple[Arrival, ...]:
-    """Return arrivals for tuples `(client, slot, examples, age)`.
+    """Return arrivals for tuples `(client, slot, weight, age)`.
 
-    Shares are proportional to examples / sqrt(1 + age), are at most `max_share`, and sum to 1.
+    Shares are proportional to weight / sqrt(1 + age), are at most `max_share`, and sum to 1.
     """
-    weights = [examples if age == 0 else examples / math.sqrt(1 + age) for _, _, examples, age in members]
+    weights = [weight if age == 0 else weight / math.sqrt(1 + age) for _, _, weight, age in members]
     weights = capped(weights, max_share)
     whole = sum(weights)
     return tuple(Arrival(i, slot, w / whole, age) for (i, slot, _, age), w in zip(members, weights, strict=True))

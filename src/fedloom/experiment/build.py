@@ -174,6 +174,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     _check_single_examples(problem)
     _check_phases(method)
     _warn_different_starts(problem)
+    _warn_without_validation(problem)
     return problem
 
 
@@ -303,6 +304,16 @@ def _warn_different_starts(problem: Problem) -> None:
     if fixed := [name for name in params["params"] if name not in moving]:
         message = "same_init=false: each client keeps its own random '%s', which %s neither sends nor trains; set same_init=true"
         log.warning(message, fixed[0], type(method).__name__)
+
+
+def _warn_without_validation(problem: Problem) -> None:
+    """Log one line if a method visits validation examples (FedFomo) and clients have none."""
+    if not problem.uses_valid:
+        return
+    n = problem.task.n_clients
+    if without := sum(not problem.data.n_valid(i) for i in range(n)):
+        message = "%s: %d of %d clients have no validation examples, and use their training examples instead; set eval.valid=0.2"
+        log.warning(message, type(problem.method).__name__, without, n)
 
 
 def _warn_without_norms(method: Method, weights: Weights, model: str) -> None:

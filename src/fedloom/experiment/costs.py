@@ -28,7 +28,7 @@ from fedloom.training.sweeps import EVAL_BATCH
 from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
-FEWEST = 2  # number of examples in the smallest counted batch; BatchNorm cannot train on one
+STRIDE = 6  # counted batches have one, two and three times as many examples; a method may divide a batch into halves or thirds
 
 
 class Costs:
@@ -70,7 +70,7 @@ class Costs:
     def flops(self, i: int, number: int) -> dict[str, float]:
         """Return the number of floating-point operations of client `i`'s local update in round `number`, by phase."""
         p, n = self.problem, self.problem.data.n_train(i)
-        asked = p.arch_of[i], n, p.plan_of(i), number
+        asked = p.arch_of[i], n, self._n_valid(i), p.plan_of(i), number
         if self._last[0] != asked:
             self._last = asked, self._flops(i, number)
         return self._last[1]
@@ -80,7 +80,7 @@ class Costs:
         turn = Turn(number, p.task.rounds - 1, n, closing=number >= p.task.rounds)
         phases = p.method.phases()
         active = tuple((phase.works_in(turn), len(active_trains(phase, turn))) for phase in phases)
-        key = p.arch_of[i], n, p.plan_of(i), active
+        key = p.arch_of[i], n, self._n_valid(i), p.plan_of(i), active
         if key not in self._turns:
             self._turns[key] = {
                 phase.name: float(self._phase_flops(phase, i, turn, (p.arch_of[i], phase.name, active)))
@@ -90,10 +90,15 @@ class Costs:
 
     def _phase_flops(self, phase: Phase, i: int, turn: Turn, key: Any) -> int:
         if key not in self._polynomials:
-            few = (self._counted(phase, i, n, turn) for n in range(FEWEST, FEWEST + 3))
+            few = (self._counted(phase, i, n * STRIDE, turn) for n in (1, 2, 3))
             self._polynomials[key] = _differences(*few)
-        sizes = pieces(phase, self.problem.plan_of(i), turn.examples)
+        on_valid = isinstance(phase, Sweep) and phase.rows == "valid"
+        sizes = pieces(phase, self.problem.plan_of(i), (on_valid and self._n_valid(i)) or turn.examples)
         return sum(times * _value(self._polynomials[key], size) for size, times in sizes.items())
+
+    def _n_valid(self, i: int) -> int:
+        """Return the number of client `i`'s validation examples, if a phase visits them."""
+        return self.problem.data.n_valid(i) if self.problem.uses_valid else 0
 
     def _counted(self, phase: Phase, i: int, n: int, turn: Turn) -> int:
         """Return the number of operations of one step, or one sweep, on `n` examples of client `i`.
@@ -225,7 +230,7 @@ def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:
 
 
 def _value(differences: tuple[int, int, int], n: int) -> int:
-    """Return the value at `n` of the quadratic function through three consecutive sizes (Newton's formula, in exact integers)."""
+    """Return the value at `n` of the quadratic function through the three counted sizes (Newton's formula, rounded to an integer)."""
     first, slope, curve = differences
-    away = n - FEWEST
-    return first + away * slope + away * (away - 1) // 2 * curve
+    away, square = n - STRIDE, 2 * STRIDE**2
+    return (square * first + 2 * STRIDE * away * slope + away * (away - STRIDE) * curve + square // 2) // square

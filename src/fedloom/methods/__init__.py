@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING
 from fedloom import lazy
 
 if TYPE_CHECKING:
+    from fedloom.methods.apfl import APFL as APFL
     from fedloom.methods.ccvr import CCVR as CCVR
     from fedloom.methods.centralised import Centralised as Centralised
     from fedloom.methods.ditto import Ditto as Ditto
     from fedloom.methods.fedadagrad import FedAdagrad as FedAdagrad
     from fedloom.methods.fedadam import FedAdam as FedAdam
     from fedloom.methods.fedala import FedALA as FedALA
+    from fedloom.methods.fedamp import FedAMP as FedAMP
+    from fedloom.methods.fedas import FedAS as FedAS
     from fedloom.methods.fedasam import FedASAM as FedASAM
     from fedloom.methods.fedavg import FedAvg as FedAvg
     from fedloom.methods.fedavg_ft import FedAvgFT as FedAvgFT
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from fedloom.methods.fedcp import FedCP as FedCP
     from fedloom.methods.feddbe import FedDBE as FedDBE
     from fedloom.methods.fedexp import FedExP as FedExP
+    from fedloom.methods.fedfomo import FedFomo as FedFomo
     from fedloom.methods.fedgen import FedGen as FedGen
     from fedloom.methods.fedmr import FedMR as FedMR
     from fedloom.methods.fedmut import FedMut as FedMut
@@ -39,8 +43,11 @@ if TYPE_CHECKING:
     from fedloom.methods.fedvtc import FedVTC as FedVTC
     from fedloom.methods.fedyogi import FedYogi as FedYogi
     from fedloom.methods.gpfl import GPFL as GPFL
+    from fedloom.methods.lg_fedavg import LGFedAvg as LGFedAvg
     from fedloom.methods.local import Local as Local
     from fedloom.methods.moon import Moon as Moon
+    from fedloom.methods.per_fedavg import PerFedAvg as PerFedAvg
+    from fedloom.methods.pfedme import PFedMe as PFedMe
     from fedloom.methods.scaffold import Scaffold as Scaffold
 
 _ORIGINS = lazy.export(__name__)

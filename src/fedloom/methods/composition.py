@@ -50,7 +50,7 @@ def composed(server: type[Method], client: type[Method]) -> type[Method]:
     locally = [(f.name, f.type, f.default) for f in dataclasses.fields(client) if f.name in BASIC]
     text = f"{a}'s server with {b}'s clients.\n\n{inspect.getdoc(server)}\n\n{inspect.getdoc(client)}"
     namespace = {"__doc__": text, "__module__": Method.__module__, "paper": getattr(server, "paper", None)}
-    namespace["accepts_late"] = server.accepts_late
+    namespace |= {"accepts_late": server.accepts_late, "equal_shares": server.equal_shares}
     found: type[Method] = dataclasses.make_dataclass(
         name, locally, bases=(server, client), namespace=namespace, frozen=True
     )

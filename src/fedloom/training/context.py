@@ -14,13 +14,14 @@ from fedloom.wire.codec import PLAIN, Codec
 
 @dataclass(frozen=True, kw_only=True)
 class ClientContext:
-    """A client's examples, the plan of their batches, the task, the client's random stream, and its codec."""
+    """A client's examples, the plan of their batches, the task, the client's random stream, its codec, and its validation examples."""
 
     rows: Rows
     plan: Plan
     task: Task
     rng: Stream
     codec: Codec = PLAIN
+    valid: Rows | None = None  # None if there are none, or if no phase visits them
 
 
 class LocalWork(NamedTuple):

@@ -22,14 +22,16 @@ EVAL_BATCH = 512
 
 
 def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
-    """Accumulate the phase's statistics over all examples, and store them in the client's memory."""
+    """Accumulate the phase's statistics over all its examples, and store them in the client's memory."""
     client, down, rows = work.client, work.down, work.context.rows
+    if phase.rows == "valid":
+        rows = work.context.valid or rows
     if phase.name not in client.memory:
         raise MethodError(f"sweep '{phase.name}' needs memory['{phase.name}']; create it in init_memory")
     nets = gradients.nets(**client.weights)
     total = tree.zeros_like(client.memory[phase.name])
     inputs = {"rows": {"x": rows.x, "y": rows.y}, "down": down, "memory": client.memory, "weights": client.weights}
-    with read_only(f"phase '{phase.name}'", inputs), torch.inference_mode():
+    with read_only(f"phase '{phase.name}'", inputs), torch.no_grad():  # unlike inference mode, allows `nets.gradient`
         for start in range(0, len(rows.y), EVAL_BATCH):
             batch = rows.part(start, start + EVAL_BATCH)
             total = phase.step(nets, batch, total, down, client.memory)

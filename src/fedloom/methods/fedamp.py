@@ -1,0 +1,117 @@
+"""FedAMP: each client is pulled towards a combination of all clients' models in which similar models count more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from fedloom import losses, tree
+from fedloom.method import Batch, Downlink, Logs, Paper, Round, Task
+from fedloom.methods.kept_models import KeptModels
+from fedloom.nets import Nets
+from fedloom.ranges import Fraction, NonNegative, Positive
+from fedloom.tree import Tree, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAMP(KeptModels):
+    """FedAMP and HeurFedAMP (Huang et al., AAAI 2021): federated attentive message passing.
+
+    Sent: up, the client's model w_i; down, a model of the client's own, u_i = sum_j xi_ij w_j. Kept: w_i. The server keeps the latest model
+    of every client. A local update starts from w_i and minimises f_i(w) + mu / (2 alpha) ||w - u_i||^2. For j != i,
+
+    - `attention=distance` (FedAMP): xi_ij = (alpha / sigma) exp(-||w_i - w_j||^2 / sigma);
+    - `attention=cosine` (HeurFedAMP): xi_ij in proportion to exp(sigma cos(w_i, w_j)), with the sum 1 - own_share,
+
+    and xi_ii is the rest. Only models that have been sent count. Clients are scored with w_i; there is no server model.
+
+    Differences: if the xi_ij of FedAMP add up to more than 1, they are divided by their sum, because u_i would otherwise be an
+    extrapolation away from w_i; `server.own_weight` (the mean xi_ii) is then 0. The pull is squared, as in the paper, unlike in public
+    code. Only parameters travel; running statistics stay with the client.
+    """
+
+    mu: NonNegative = 1.0
+    """Weight of the pull (the paper's lambda); 0: every client trains alone."""
+    alpha: Positive = 1.0
+    """Step size alpha of the server; a weak pull and strong mixing if large. lr mu / alpha must be below 2."""
+    attention: Literal["distance", "cosine"] = "distance"
+    """How similarity is measured: by the distance of the models (FedAMP) or by their cosine (HeurFedAMP)."""
+    sigma: Positive = 1.0
+    """distance: squared distance at which xi_ij falls to 1/e; cosine: factor of the cosine."""
+    own_share: Fraction = 0.1
+    """xi_ii for `attention=cosine`."""
+
+    paper: ClassVar[Paper] = Paper(
+        "Personalized cross-silo federated learning on non-IID data",
+        "Huang, Chu, Zhou, Wang, Liu, Pei, Zhang",
+        "AAAI 2021",
+        "https://arxiv.org/abs/2007.03797",
+    )
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a pull that diverges, and for an option without effect."""
+        super().__post_init__()
+        if (factor := self.lr * self.mu / self.alpha) >= 2:
+            raise ValueError(
+                f"alpha={self.alpha}: the pull diverges, because lr mu / alpha = {factor:g} is not below 2"
+            )
+        if self.attention == "distance" and self.own_share != FedAMP.own_share:
+            raise ValueError(f"own_share={self.own_share}: has no effect with attention=distance; set attention=cosine")
+
+    def sendable(self, weights: Weights) -> Weights:
+        """Return the parameters of the model."""
+        return {"params": super().sendable(weights)["params"], "buffers": {}}
+
+    def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
+        """Return u_i for every member of the cohort."""
+        each = [{"model": combination(server["model"], self.attentions(server, i))} for i in cohort]
+        return Downlink({}, each)
+
+    def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
+        """Return the mean of the models that have been sent. Clients predict with their own; those that join later are pulled to it."""
+        sent = server["sent"] if server["sent"].any() else torch.ones_like(server["sent"])
+        return Downlink({"model": combination(server["model"], sent.double() / sent.sum())})
+
+    def attentions(self, server: Tree, i: int) -> Tensor:
+        """Return the weights xi_ij (K,) of all models in u_i, in float64."""
+        others = server["sent"].double().clone()
+        others[i] = 0
+        xi = self.near(server, i, others) if self.attention == "distance" else self.alike(server, i, others)
+        xi[i] = (1 - xi.sum()).clamp(min=0)
+        return xi
+
+    def near(self, server: Tree, i: int, others: Tensor) -> Tensor:
+        """Return FedAMP's weights of the other models."""
+        models = tree.leaves(server["model"])
+        squared = torch.stack([(p - p[i]).double().square().flatten(1).sum(1) for p in models]).sum(0)
+        xi = others * (-squared / self.sigma).exp() * (self.alpha / self.sigma)
+        return xi / xi.sum().clamp(min=1)
+
+    def alike(self, server: Tree, i: int, others: Tensor) -> Tensor:
+        """Return HeurFedAMP's weights of the other models."""
+        rows = [p.double().flatten(1) for p in tree.leaves(server["model"])]
+        products = torch.stack([p @ p[i] for p in rows]).sum(0)
+        norms = torch.stack([p.square().sum(1) for p in rows]).sum(0).sqrt()
+        cosines = products / (norms * norms[i]).clamp(min=1e-30)
+        xi = others * (self.sigma * (cosines - 1)).exp()
+        return (1 - self.own_share) * xi / xi.sum().clamp(min=1e-300)
+
+    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
+        """Return the loss plus the pull towards u_i."""
+        error = nets.loss(nets.model(batch.x), batch.y)
+        away = losses.squared_distance(nets.params, down["model"]["params"])
+        return error + self.mu / (2 * self.alpha) * away, {"cross_entropy": error, "distance": away}
+
+    def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
+        """Return the mean weight of a client's own model in its u_i (`own_weight`)."""
+        own = [float(self.attentions(server, arrival.client)[arrival.client]) for arrival in round.arrivals]
+        return {"own_weight": sum(own) / len(own)}
+
+
+def combination(models: Tree, shares: Tensor) -> Tree:
+    """Return the combination of stacked models (K, ...) with weights (K,)."""
+    return tree.map_tree(lambda p: torch.tensordot(shares.to(p.dtype), p, 1), models)

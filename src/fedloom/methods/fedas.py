@@ -1,0 +1,118 @@
+"""FedAS: the received body is first aligned to the client's own features, and the server weighs bodies by their Fisher information."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedloom import losses, optim, tree
+from fedloom.inputs import map_inputs
+from fedloom.method import Batch, Client, ClientData, Combines, Need, Paper, Phase, Round, Sweep, Task, Train, Turn
+from fedloom.methods.fedper import FedPer
+from fedloom.nets import Nets
+from fedloom.ranges import Count, NonNegative
+from fedloom.tree import Tree, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedAS(FedPer):
+    """FedAS (Yang, Huang, Ye; CVPR 2024): bridging inconsistency in personalised federated learning.
+
+    Sent: up, the body and a number F; down, the mean body. Kept: the head, and the client's prototypes, the mean features of its classes
+    under its own trained body. A local update (a) aligns the received body: it minimises the sum, over the classes of a batch, of the
+    mean squared distance per feature to the prototype of the class; (b) trains body and head together; (c) computes F, the sum over
+    batches of the squared norm of the loss's gradient with respect to body and head. The server's body is the mean weighted by F.
+    Clients are scored with the received body after the alignment, and their own head.
+
+    Differences from the released code: each client aligns a copy of the server's body (there, every client continues with the body that
+    the one before it has aligned); a client's first local update has no alignment, because the features of an untrained body mean
+    nothing; clients are scored after a downlink (there, before it, as with `eval.fitted=true`); the body is aligned in evaluation mode;
+    F has its own batch size.
+    """
+
+    align_lr: NonNegative = 0.01
+    """Learning rate of the alignment (SGD); 0: no alignment."""
+    align_epochs: Count = 1
+    """Passes over the client's training examples that align the body."""
+    fisher_batch: Count = 16
+    """Examples in each gradient of F; F grows with the number of batches, and shrinks with their size."""
+
+    also_travels: ClassVar[tuple[str, ...]] = ("fisher",)
+    needs: ClassVar[tuple[Need, ...]] = ("classes", "vector", "head")
+    combines: ClassVar[Combines] = "individual"
+    paper: ClassVar[Paper] = Paper(
+        "FedAS: Bridging inconsistency in personalized federated learning", "Yang, Huang, Ye", "CVPR 2024"
+    )
+
+    def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
+        """Return no prototypes, and F = 0."""
+        prototypes = {"sums": torch.zeros(task.n_classes, task.width), "counts": torch.zeros(task.n_classes)}
+        return {"prototypes": prototypes, "fisher": {"trace": torch.zeros(())}}
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Return the alignment, the training, and sweeps for the prototypes and F."""
+        return *self.adapt(), *super().phases(), Sweep("prototypes", self.collect), Sweep("fisher", self.squared_slopes)
+
+    def adapt(self) -> tuple[Phase, ...]:
+        """Return the alignment of the received body."""
+        if not self.align_lr:
+            return ()
+        optimizer = optim.sgd(self.align_lr)
+        return (Train("align", self.distance, ("model:body",), optimizer, epochs=self.align_epochs, train_mode=()),)
+
+    def distance(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
+        """Return the sum over classes of the mean squared distance to the prototype; 0 for a class without one."""
+        counts, sums = memory["prototypes"]["counts"], memory["prototypes"]["sums"]
+        prototypes = sums / counts.clamp(min=1)[:, None]
+        away = (losses.wide(nets.model.body(batch.x)) - prototypes[batch.y]).square().mean(1)
+        alike = losses.one_hot(batch.y, len(counts)).sum(0)
+        distance: Tensor = ((counts > 0)[batch.y] * away / alike[batch.y]).sum()
+        return distance
+
+    def collect(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
+        """Add a batch to the sums of features and the counts of the classes."""
+        member = losses.one_hot(batch.y, len(total["counts"]))
+        features = nets.model.body(batch.x).to(member.dtype)
+        return {"sums": total["sums"] + member.T @ features, "counts": total["counts"] + member.sum(0)}
+
+    def squared_slopes(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
+        """Add the squared norms of the gradients on pieces of a batch."""
+        trace, size = total["trace"], self.fisher_batch
+        for start in range(0, len(batch.y), size):
+            x = map_inputs(lambda values, a=start: values[a : a + size], batch.x)
+            piece = Batch(x, batch.y[start : start + size])
+            slope = nets.gradient(partial(self.error, batch=piece), ("model",))
+            trace = trace + tree.dot(slope, slope)
+        return {"trace": trace}
+
+    def error(self, nets: Nets, batch: Batch) -> Tensor:
+        """Return the loss of the model on a batch."""
+        return nets.loss(nets.model(batch.x), batch.y)
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        """Return the body and F."""
+        sent, memory = super().uplink(client, received, down, turn)
+        return sent | {"fisher": memory["fisher"]["trace"]}, memory
+
+    def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
+        """Return a fault if F is negative."""
+        return "'fisher' is negative" if uplink["fisher"] < 0 else ""
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """Return the mean body."""
+        return {"weights": tree.mean([uplink["weights"] for uplink in uplinks], self.importances(uplinks, round))}
+
+    def importances(self, uplinks: Sequence[Tree], round: Round) -> list[float]:
+        """Return the bodies' weights: F, less if late, divided by their sum; the shares if all F are 0."""
+        aged = [float(up["fisher"]) / (1 + one.age) ** 0.5 for up, one in zip(uplinks, round.arrivals, strict=True)]
+        total = sum(aged)
+        return [f / total for f in aged] if total > 0 else round.shares
+
+    def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
+        """Return the largest weight of a body in the mean (`largest_share`)."""
+        return {"largest_share": max(self.importances(uplinks, round))}

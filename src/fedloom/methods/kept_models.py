@@ -1,0 +1,55 @@
+"""The common part of methods whose server keeps the latest model of every client (FedAMP, FedFomo)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fedloom import tree
+from fedloom.method import Client, Combines, Method, Predictor, Round, Task, Turn, predict_model
+from fedloom.nets import select
+from fedloom.tree import Tree, Weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptModels(Method):
+    """A method whose clients train models of their own, of which the server keeps the latest ones.
+
+    Sent: up, the client's model. The server keeps `model`, the models of all clients, stacked (K, ...), and `sent` (K,), which is 1 for
+    clients that have sent one and 0 for the others, whose models are the initial one.
+    """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+    also_travels: ClassVar[tuple[str, ...]] = ("model",)
+    combines: ClassVar[Combines] = "individual"
+
+    def sendable(self, weights: Weights) -> Weights:
+        """Return the weights of the model that travel."""
+        return select(weights, ("model",), buffers=self.buffers == "shared")
+
+    def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
+        """Return the initial model for every client."""
+        models = tree.map_tree(lambda p: p.expand(task.n_clients, *p.shape).clone(), self.sendable(weights))
+        return {"model": models, "sent": torch.zeros(task.n_clients)}
+
+    def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
+        """Return the client's model."""
+        return {"model": self.sendable(client.weights)}, client.memory
+
+    def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
+        """Return the server with the cohort's new models."""
+        place = torch.tensor([arrival.client for arrival in round.arrivals])
+
+        def stored(models: Tensor, *new: Tensor) -> Tensor:
+            return models.index_copy(0, place, torch.stack(new))
+
+        models = tree.map_tree(stored, server["model"], *(uplink["model"] for uplink in uplinks))
+        return {**server, "model": models, "sent": server["sent"].index_fill(0, place, 1)}
+
+    def predictors(self) -> dict[str, Predictor]:
+        """Return the client's predictor; the server has no model of its own."""
+        return {"personal": predict_model}
