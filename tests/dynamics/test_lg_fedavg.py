@@ -1,4 +1,4 @@
-"""LG-FedAvg: heads are averaged, every client counting equally; bodies stay, and may differ."""
+"""LG-FedAvg: heads are averaged, with equal weights for all clients; bodies stay, and may differ."""
 
 import pytest
 import torch

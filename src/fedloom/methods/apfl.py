@@ -36,8 +36,9 @@ class APFL(Method):
 
         w <- w - lr grad f(w),   v <- v - lr a grad f(m),   a <- a - alpha_lr <v - w, grad f(m)>, clamped to [0, 1],
 
-    where all gradients are taken before the step. Clients are scored with a v + (1 - a) w_received, `server_accuracy` scores w. Every
-    client counts equally in the mean of w. The mixture is evaluated with the running statistics of v, which change under the mixture only.
+    where all gradients are taken before the step. Clients are scored with a v + (1 - a) w_received, `server_accuracy` scores w. All
+    clients have equal weights in the mean of w. The mixture is evaluated with the running statistics of v, which change under the
+    mixture only.
 
     Differences: clients average after every local update of `local_epochs` passes instead of every tau steps; m contains the received w
     when clients are scored (paper: the client's own w). The released code (FedTorch) is another method: it mixes logits, and its step of

@@ -21,8 +21,8 @@ from fedloom.tree import Tree, Weights
 class FedAMP(KeptModels):
     """FedAMP and HeurFedAMP (Huang et al., AAAI 2021): federated attentive message passing.
 
-    Sent: up, the client's model w_i; down, a model of the client's own, u_i = sum_j xi_ij w_j. Kept: w_i. The server keeps the latest model
-    of every client. A local update starts from w_i and minimises f_i(w) + mu / (2 alpha) ||w - u_i||^2. For j != i,
+    Sent: up, the client's model w_i; down, a separate model for each client, u_i = sum_j xi_ij w_j. Kept: w_i. The server keeps the
+    latest model of every client. A local update starts from w_i and minimises f_i(w) + mu / (2 alpha) ||w - u_i||^2. For j != i,
 
     - `attention=distance` (FedAMP): xi_ij = (alpha / sigma) exp(-||w_i - w_j||^2 / sigma);
     - `attention=cosine` (HeurFedAMP): xi_ij in proportion to exp(sigma cos(w_i, w_j)), with the sum 1 - own_share,
@@ -31,7 +31,7 @@ class FedAMP(KeptModels):
 
     Differences: if the xi_ij of FedAMP add up to more than 1, they are divided by their sum, because u_i would otherwise be an
     extrapolation away from w_i; `server.own_weight` (the mean xi_ii) is then 0. The pull is squared, as in the paper, unlike in public
-    code. Only parameters travel; running statistics stay with the client.
+    code. Only parameters are sent; running statistics stay with the client.
     """
 
     mu: NonNegative = 1.0
@@ -80,7 +80,7 @@ class FedAMP(KeptModels):
         """Return the weights xi_ij (K,) of all models in u_i, in float64."""
         others = server["sent"].double().clone()
         others[i] = 0
-        xi = self.near(server, i, others) if self.attention == "distance" else self.alike(server, i, others)
+        xi = self.near(server, i, others) if self.attention == "distance" else self.similar(server, i, others)
         xi[i] = (1 - xi.sum()).clamp(min=0)
         return xi
 
@@ -91,7 +91,7 @@ class FedAMP(KeptModels):
         xi = others * (-squared / self.sigma).exp() * (self.alpha / self.sigma)
         return xi / xi.sum().clamp(min=1)
 
-    def alike(self, server: Tree, i: int, others: Tensor) -> Tensor:
+    def similar(self, server: Tree, i: int, others: Tensor) -> Tensor:
         """Return HeurFedAMP's weights of the other models."""
         rows = [p.double().flatten(1) for p in tree.leaves(server["model"])]
         products = torch.stack([p @ p[i] for p in rows]).sum(0)

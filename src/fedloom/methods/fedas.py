@@ -70,8 +70,8 @@ class FedAS(FedPer):
         counts, sums = memory["prototypes"]["counts"], memory["prototypes"]["sums"]
         prototypes = sums / counts.clamp(min=1)[:, None]
         away = (losses.wide(nets.model.body(batch.x)) - prototypes[batch.y]).square().mean(1)
-        alike = losses.one_hot(batch.y, len(counts)).sum(0)
-        distance: Tensor = ((counts > 0)[batch.y] * away / alike[batch.y]).sum()
+        similar = losses.one_hot(batch.y, len(counts)).sum(0)
+        distance: Tensor = ((counts > 0)[batch.y] * away / similar[batch.y]).sum()
         return distance
 
     def collect(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:

@@ -17,7 +17,7 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class KeptModels(Method):
-    """A method whose clients train models of their own, of which the server keeps the latest ones.
+    """A method whose clients train separate models, of which the server keeps the latest ones.
 
     Sent: up, the client's model. The server keeps `model`, the models of all clients, stacked (K, ...), and `sent` (K,), which is 1 for
     clients that have sent one and 0 for the others, whose models are the initial one.
@@ -28,7 +28,7 @@ class KeptModels(Method):
     combines: ClassVar[Combines] = "individual"
 
     def sendable(self, weights: Weights) -> Weights:
-        """Return the weights of the model that travel."""
+        """Return the weights of the model that are sent."""
         return select(weights, ("model",), buffers=self.buffers == "shared")
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
@@ -51,5 +51,5 @@ class KeptModels(Method):
         return {**server, "model": models, "sent": server["sent"].index_fill(0, place, 1)}
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; the server has no model of its own."""
+        """Return the client's predictor; the server has no model."""
         return {"personal": predict_model}

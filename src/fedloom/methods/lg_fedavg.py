@@ -12,8 +12,8 @@ from fedloom.method import Method, Need, Paper, Predictor, predict_model
 class LGFedAvg(Method):
     """LG-FedAvg (Liang et al., 2020): think locally, act globally.
 
-    Sent: the head, both ways. Kept: the body. Both are trained together, like FedAvg's single model. Every client counts equally in the
-    mean of the heads. Bodies may differ between clients, as long as they have the same number of features.
+    Sent: the head, both ways. Kept: the body. Both are trained together, like FedAvg's single model. All clients have equal weights in
+    the mean of the heads. Bodies may differ between clients, as long as they have the same number of features.
 
     Differences from the released code: only the last layer is common (there, the last two of four layers, or three of four on MNIST);
     training starts from random weights (there, from a model trained with FedAvg for hundreds of rounds); clients are scored with their

@@ -24,7 +24,7 @@ class PerFedAvg(Method):
     Clients minimise f(w - inner_lr grad f(w)). With u = grad f(w - inner_lr grad f(w; D); D'), a local step is w <- w - lr u (`fo`, first
     order) or w <- w - lr (u - inner_lr H u) (`hf`, Hessian-free), where H u = (grad f(w + delta u; D'') - grad f(w - delta u; D'')) / (2
     delta). D, D' and D'' are disjoint parts of a batch: halves for `fo`, thirds for `hf`. A batch too small for parts of two examples
-    serves as every part. Sent: the whole model, both ways. Kept: nothing. Every client counts equally in the mean.
+    serves as every part. Sent: the whole model, both ways. Kept: nothing. All clients have equal weights in the mean.
 
     `personal_accuracy` scores the received model after `adapt_steps` steps with rate inner_lr on batches of the client's training
     examples; `server_accuracy` scores the received model itself, which is not meant to be used. Running statistics change in the pass over

@@ -39,7 +39,7 @@ class PFedMe(Method):
     Sent: the common model `model` (w), both ways. Kept: the personal model `personal` (theta), for `eval.fitted` only: it restarts from
     the received w. A local update repeats, on one batch after another: `inner_steps` gradient steps of theta on f(theta) + (mu / 2)
     ||theta - w||^2, then one step w <- w - lr mu (w - theta), whose direction is the gradient of the minimum over theta. The server moves
-    to (1 - beta) w + beta mean(w_k), where every client counts equally. `personal_accuracy` scores theta, fitted to the received w as in
+    to (1 - beta) w + beta mean(w_k), with equal weights for all clients. `personal_accuracy` scores theta, fitted to the received w as in
     a local update but with w fixed; `server_accuracy` scores w.
 
     Running statistics are those of theta, because w has no forward pass: they are sent with w. `optimizer`, `momentum` and `weight_decay`
