@@ -72,6 +72,7 @@ class Task:
     spec: InputSpec
     width: int  # number of features D of the first architecture
     rounds: int
+    lr_scales: tuple[float, ...] = ()  # factor on the learning rates of each round (`schedule`); empty: 1
 
     @property
     def n_classes(self) -> int:
@@ -112,6 +113,7 @@ class Turn:
     steps: Mapping[str, int] = field(default_factory=dict)  # number of optimiser steps taken, by name of the phase
     _: KW_ONLY
     closing: bool = False  # whether this is the final exchange, after the last round (see `Method.finish`)
+    lr_scale: float = 1.0  # factor on all learning rates of this local update (`lr_decay` and `schedule`)
 
 
 class ClientData(NamedTuple):
@@ -315,7 +317,7 @@ class Method:
     optimizer: Literal["sgd", "adam"] = "sgd"
     """Local optimiser. Its state is reset every round unless the method keeps the state."""
     lr_decay: Share = 1.0
-    """Factor by which the learning rate is multiplied after every round."""
+    """Factor by which the learning rate is multiplied after every round, in addition to `schedule`."""
     local_epochs: Count = 1
     """Number of passes over the client's training examples in a round."""
     buffers: Literal["shared", "private"] = "shared"
@@ -544,11 +546,6 @@ class Method:
         if self.optimizer == "adam":
             return optim.adam(lr or self.lr, weight_decay=self.weight_decay)
         return optim.sgd(lr or self.lr, self.momentum, self.weight_decay)
-
-    @client_side
-    def lr_scale(self, number: int) -> float:
-        """Return the factor that multiplies the learning rate in round `number`."""
-        return self.lr_decay**number
 
 
 def predict_model(nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:

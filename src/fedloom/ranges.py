@@ -59,6 +59,11 @@ def check_limits(settings: Any) -> None:
             raise ValueError(f"{field.name}={value}: must be {allowed}")
 
 
+def at_limit(annotation: Any, value: Any) -> bool:
+    """Return whether a number is the smallest or the largest that an annotated type allows."""
+    return any(name in ("ge", "le") and value == limit for name, limit in _limits(annotation))
+
+
 def type_words(annotation: Any, field: FieldInfo | None = None) -> str:
     """Return a type in words, such as `integer ≥ 1` or `half|standard|none`. `field` may have further limits."""
     origin, args = get_origin(annotation), get_args(annotation)

@@ -21,7 +21,7 @@ from fedloom.method import predict_model, predict_with
 from fedloom.nets import select
 called = set()
 """
-HELPERS = {"travelling", "local_optimizer", "lr_scale", "needed", "remedy"}
+HELPERS = {"travelling", "local_optimizer", "needed", "remedy"}
 """Names of `Method` that are not hooks: helpers, and properties for messages."""
 
 

@@ -40,7 +40,7 @@ AREAS = (
             ),
             Fault(
                 "SCAFFOLD's control variates ignore the decay of the learning rate",
-                "* self.lr * self.lr_scale(turn.number)",
+                "* self.lr * turn.lr_scale",
                 "* self.lr",
                 "scaffold",
             ),

@@ -55,6 +55,35 @@ def test_the_more_special_table_wins():
     assert [found[name]["mu"] for name in ("fedprox", "v")] == [0.5, 0.9]
 
 
+def test_several_values_give_a_row_each():
+    found = rows("method=fedavg,fedprox", "method.lr=0.3,0.1", "fedprox.mu=[0.5, 1e-5]")
+    assert list(found) == [
+        "fedavg-lr0.3", "fedavg-lr0.1",
+        "fedprox-lr0.3-mu0.5", "fedprox-lr0.3-mu1e-05", "fedprox-lr0.1-mu0.5", "fedprox-lr0.1-mu1e-05",
+    ]  # fmt: skip
+    assert (found["fedprox-lr0.1-mu1e-05"]["lr"], found["fedprox-lr0.1-mu1e-05"]["mu"]) == (0.1, 1e-5)
+    assert list(rows("method=fedmr", "method.secure=true,false", "method.optimizer=sgd,adam")) == [
+        "fedmr-secure-true-optimizer-sgd", "fedmr-secure-true-optimizer-adam",
+        "fedmr-secure-false-optimizer-sgd", "fedmr-secure-false-optimizer-adam",
+    ]  # fmt: skip
+    assert list(rows("variant.v.method=fedprox", "variant.v.mu=0.1,0.2", "fedprox.lr=0.1,")) == ["v-mu0.1", "v-mu0.2"]
+
+
+def test_lists_that_are_one_value_or_text_stay_whole(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from dataclasses import dataclass\nfrom fedloom import Method\n"
+        "@dataclass(frozen=True)\nclass Mine(Method):\n    sizes: tuple[int, ...] = ()\n    names: str = ''\n"
+    )
+    found = rows(f"method={file}:Mine", "Mine.sizes=[1, 2]", "Mine.names=a,b")
+    assert (found["Mine"]["sizes"], found["Mine"]["names"]) == ((1, 2), "a,b")
+
+
+def test_a_key_that_some_methods_lack_is_reported(caplog):
+    rows("method=fedavg,fedprox", "method.mu=0.1")
+    assert caplog.messages == ["method.mu: not for fedavg, which has no such hyper-parameter"]
+
+
 def test_without_a_method_all_variants_are_compared():
     assert list(rows("variant.a.method=fedavg", "variant.b.method=local")) == ["a", "b"]
 
@@ -80,6 +109,11 @@ def test_own_methods_are_called_by_their_class(tmp_path):
         (("method=fedavg", "rounds=x"), "rounds=x: must be an integer"),
         (("method=fedavg", "method.lr=x"), "method.lr=x: must be a number"),
         (("method=fedavg,local", "seed=1,1"), "distinct integers"),
+        (("method=fedavg", "method.lr=0.1,0.1"), "fedavg.lr=0.1,0.1: has a value twice"),
+        (("method=fedavg", "method.lr=[]"), "fedavg.lr=: must not be empty"),
+        (("method=fedavg", "method.lr=0.1,x"), "method.lr=x: must be a number"),
+        (("method=fedavg", "rounds=5,10"), "rounds=5,10: all rows share this setting; run one comparison"),
+        (("method=fedavg", "partition.alpha=0.1,1"), "partition.alpha=0.1,1: all rows share this setting"),
         (("method=v", "variant.v.method=4"), "must be the name of a method"),
         (("method=a/b", 'variant."a/b".method=fedavg'), "no such method or variant|letters, digits"),
     ],
@@ -90,7 +124,7 @@ def test_invalid_input_is_refused(words, message):
 
 
 def test_a_written_comparison_reads_back_the_same(tmp_path):
-    found = plan(from_words(["method=fedavg,v", "variant.v.method=fedprox", "seed=1,2", *TINY]))
+    found = plan(from_words(["method=fedavg,v", "variant.v.method=fedprox", "method.lr=0.1,0.2", "seed=1,2", *TINY]))
     file = tmp_path / "compare.toml"
     file.write_text(found.toml())
     again = plan(read_toml(file))

@@ -39,6 +39,7 @@ UNUSUAL = {
     },
     "precision": "fp64", "seed": 11, "checkpoint_every": 3, "out": "there", "label": "a name", "log": ["wandb"],
     "uplink": ["topk:0.5", "int8"], "downlink": ["bf16"], "aggregate": "clip:2",
+    "schedule": {"name": "step", "warmup": 1, "at": [2, 3], "factor": 0.5}, "stop": {"patience": 3, "after": 2},
     "privacy": {"noise": 1.5, "epsilon": 3.0, "delta": 1e-4, "clip": 0.5, "clips": {"control": 2.0}, "adapt": 0.6},
 }  # fmt: skip
 
@@ -47,10 +48,14 @@ OTHER = UNUSUAL | {
     "partition": {"name": "file", "path": "p.json"},
     "engine": {"name": "vectorised", "lanes": 4, "device": "cuda:1", "device_bytes": 10, "convolutions": "tuned"},
     "precision": "tf32",
+    "schedule": {"name": "step", "every": 2},
 }
 """Settings that conflict with those of another engine."""
-THIRD = UNUSUAL | {"partition": {"name": "extended", "by": "age", "repair": True, "class_floor": 2}}
-"""Settings that conflict with those of another partition."""
+THIRD = UNUSUAL | {
+    "partition": {"name": "extended", "by": "age", "repair": True, "class_floor": 2},
+    "schedule": {"name": "cosine", "floor": 0.1},
+}
+"""Settings that conflict with those of another partition or schedule."""
 
 
 def paths(model: BaseModel, prefix: str = "") -> dict[str, object]:

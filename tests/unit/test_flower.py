@@ -173,6 +173,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, brief(name)) for name in METHODS if not METHODS[name].pooled),
     ("fedbn", {"model": "fedrir_cnn", "width": 16}),
     ("fedrir", {"model": "fedrir_cnn", "width": 16}),
+    ("scaffold", {"schedule.name": "cosine", "schedule.warmup": 1, "eval.valid": 0.2, "stop.patience": 1}),
     ("fedrir", CODED),
     ("fedmr", CODED),
     ("fedper", {"eval": {"fitted": True, "valid": 0.2, "general_every": 2}}),

@@ -57,5 +57,5 @@ def test_every_setting_and_hyper_parameter_is_described():
     known = schema["properties"]
     assert [key.name for key in keys() if not (known.get(key.name, {}).get("description") or key.name in known)] == []
     assert all(known[f"data.{key}"]["description"] for key in ("path", "rows", "normalise"))
-    assert known["fedmr"]["properties"]["unit"]["enum"] == ["layer", "tensor", "block", "segment"]
+    assert known["fedmr"]["properties"]["unit"]["anyOf"][0]["enum"] == ["layer", "tensor", "block", "segment"]
     assert set(METHODS) <= set(known)

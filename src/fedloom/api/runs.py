@@ -58,7 +58,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all rounds are completed."""
+        """Whether the run is finished: all rounds are completed, or it stopped early."""
         return bool(self.summary)
 
     @property

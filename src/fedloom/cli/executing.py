@@ -12,12 +12,14 @@ from rich.console import Console
 
 from fedloom.cli.tables import show
 from fedloom.cli.words import output
+from fedloom.config.parsing import read_toml
 from fedloom.errors import UsageError
 from fedloom.experiment.loop import Experiment
 from fedloom.experiment.manifest import MANIFEST, combined_digest, read_manifest
 from fedloom.experiment.metrics import NOTHING_LEARNT, nothing_learnt
 from fedloom.experiment.progress import facts, live
 from fedloom.experiment.run_folder import RunFolder
+from fedloom.experiment.stopping import stopped_in_words
 from fedloom.tools.compare import Comparison, PlannedRun, execute, progress_of, title_of
 
 if TYPE_CHECKING:
@@ -124,6 +126,7 @@ def conclude(parts: Sequence[Finished], folder: Path, as_json: bool, quiet: bool
         console.print(f"folder  {folder}", soft_wrap=True)
         console.print(hint or f"report  {folder / 'report.html'}", soft_wrap=True)
     for run_folder in runs:
+        _tell_early_stop(run_folder)
         _warn_of_divergence(run_folder)
         _warn_of_screening(run_folder)
     idle = [run_folder for run_folder in runs if nothing_learnt(RunFolder.open(run_folder).summary())]
@@ -166,6 +169,14 @@ def _print_json(runs: Sequence[Path], folder: Path) -> None:
         print(texts[0])
     else:
         print("[" + ",\n".join(texts) + "]")
+
+
+def _tell_early_stop(folder: Path) -> None:
+    """Print a line for a run that stopped early."""
+    run = RunFolder.open(folder)
+    if stopped := run.summary().get("stopped_early"):
+        planned = read_toml(folder / "config.toml")["rounds"]
+        print(f"fedloom: {folder}: {stopped_in_words(stopped, planned)}", file=sys.stderr)
 
 
 def _warn_of_divergence(folder: Path) -> None:

@@ -33,12 +33,13 @@ def keys(section: type[Section] = Settings, prefix: str = "") -> Iterator[Key]:
 
 
 def key_help(skip: tuple[str, ...] = ()) -> str:
-    """Return all settings as text for `--help`."""
-    lines = ["keys (key=value on the command line; in a config file, the part before the dot is a table):"]
-    for key in keys():
-        if key.name in skip:
-            continue
-        default = f" [{key.default}]" if key.default else ""
-        lines.append(f"  {key.name}={default}  {key.type}")
-        lines.append(textwrap.fill(key.meaning, 100, initial_indent="      ", subsequent_indent="      "))
-    return "\n".join(lines)
+    """Return all settings of a run as text for `--help`."""
+    about = "keys (key=value on the command line; in a config file, the part before the dot is a table):"
+    return "\n".join([about, *(key_text(key) for key in keys() if key.name not in skip)])
+
+
+def key_text(key: Key) -> str:
+    """Return a setting as text for `--help`."""
+    default = f" [{key.default}]" if key.default else ""
+    meaning = textwrap.fill(key.meaning, 100, initial_indent="      ", subsequent_indent="      ")
+    return f"  {key.name}={default}  {key.type}\n{meaning}"

@@ -35,6 +35,10 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
             "fedloom.cli.running:compare_command",
             "compare several methods on the same clients, with paired differences",
         ),
+        "tune": Entry(
+            "fedloom.cli.tuning:tune_command",
+            "choose hyper-parameters of several methods on validation examples, at equal cost",
+        ),
         "demo": Entry(
             "fedloom.cli.running:demo_command", "compare the three methods with simpler ones, on embedded data"
         ),

@@ -15,6 +15,7 @@ COMMANDS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("resume", "continue"), "run --resume FOLDER"),
         **dict.fromkeys(("plot", "show", "view", "results", "summary", "table", "html", "eval", "evaluate"), "report"),
         **dict.fromkeys(("test", "validate"), "check"),
+        **dict.fromkeys(("optimise", "optimize", "search", "sweep", "hpo", "gridsearch", "tuning"), "tune"),
         **dict.fromkeys(("profile", "speed"), "bench"),
         **dict.fromkeys(("models", "model"), "list models"),
         **dict.fromkeys(("methods", "method", "algorithms"), "list methods"),

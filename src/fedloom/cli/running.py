@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from fedloom import config
 from fedloom.cli.mistakes import refuse_mistakes
-from fedloom.cli.words import Interrupted, Parser, accept_option, read_values, settings_words, sign_option
+from fedloom.cli.words import (
+    Interrupted,
+    Parser,
+    accept_option,
+    output_options,
+    read_values,
+    settings_words,
+    sign_option,
+)
 from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +40,7 @@ RUN_EXAMPLES = """\
 COMPARE_EXAMPLES = """\
   fedloom compare method=local,fedavg,fedrir seed=0,1,2 rounds=20
   fedloom compare method=fedavg,fedprox method.lr=0.02 fedprox.mu=0.1
+  fedloom compare method=fedavg,fedprox method.lr=0.1,0.01   a row for each value: fedavg-lr0.1, fedavg-lr0.01, ...
   fedloom compare configs/digits.toml out=runs/digits
   fedloom compare a.toml b.toml rounds=5               several comparisons, one report; each file may have title and reading
   fedloom compare --resume runs/digits                 continue; finished runs are kept
@@ -96,7 +105,7 @@ def compare_command(words: Sequence[str]) -> int:
         refuse_mistakes(given.words)
     files = [word for word in given.words if "=" not in word]
     if given.resume is not None:
-        _refuse_settings(given.words, "compare")
+        refuse_settings(given.words, "compare")
         folder, wanted = Path(given.resume), reopen(given.resume)
     elif len(files) > 1:
         wanted = create_folders(*_several(files, given.words))
@@ -125,7 +134,7 @@ def demo_command(words: Sequence[str]) -> int:
     )
     parser = Parser("demo", description, DEMO_EXAMPLES + "keys: see fedloom run --help")
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings that override the config files")
-    _outputs(parser)
+    output_options(parser)
     given = parser.read(words)
     for word in given.words:
         if "=" not in word:
@@ -164,12 +173,7 @@ def _options(parser: Parser, resume: str) -> None:
     parser.add_argument("--resume", metavar="FOLDER", help=resume)
     accept_option(parser)
     sign_option(parser)
-    _outputs(parser)
-
-
-def _outputs(parser: Parser) -> None:
-    parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
-    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
+    output_options(parser)
 
 
 def _read(parser: Parser, words: Sequence[str]) -> Any:
@@ -186,7 +190,7 @@ def _read(parser: Parser, words: Sequence[str]) -> Any:
 
 def _more_rounds(words: Sequence[str]) -> int | None:
     """Return N from `rounds=N`, which is the only setting that a resumed run accepts."""
-    _refuse_settings([word for word in words if not word.startswith("rounds=")], "run")
+    refuse_settings([word for word in words if not word.startswith("rounds=")], "run")
     if not words:
         return None
     text = words[-1].removeprefix("rounds=")
@@ -195,7 +199,8 @@ def _more_rounds(words: Sequence[str]) -> int | None:
     return int(text)
 
 
-def _refuse_settings(words: Sequence[str], command: str) -> None:
+def refuse_settings(words: Sequence[str], command: str) -> None:
+    """Raise ConfigError for settings next to `--resume`."""
     if words:
         but = ", except a higher rounds=N" if command == "run" else ""
         raise ConfigError(
@@ -205,13 +210,19 @@ def _refuse_settings(words: Sequence[str], command: str) -> None:
 
 def refuse_several(values: Values) -> None:
     """Raise ConfigError for settings that only a comparison can have."""
+    from fedloom.config.hints import as_number
+    from fedloom.tools.compare_rows import Row, grid_of, several
+
     method = values.get("method", {})
     name = method.get("name") if isinstance(method, Mapping) else method
-    several = {"method": name, "seed": values.get("seed")}
-    for key, value in several.items():
-        if isinstance(value, list) or (isinstance(value, str) and "," in value):
-            shown = ",".join(map(str, value)) if isinstance(value, list) else value
-            raise ConfigError(f"{key}={shown}: a run takes one value; to use several, run fedloom compare")
+    given = {key: found for key, value in (("method", name), ("seed", values.get("seed"))) if (found := several(value))}
+    if isinstance(method, Mapping) and not given:
+        grid = grid_of(Row("method", {**method, "name": name or "fedavg"}))
+        # 0,1 may be 0.1, and the error about the value says so
+        given = {f"method.{key}": found for key, found in grid.items() if not as_number(method[key])}
+    for key, found in given.items():
+        shown = ",".join(map(str, found))
+        raise ConfigError(f"{key}={shown}: a run takes one value; to use several, run fedloom compare")
     if "variant" in values:
         raise ConfigError("variant: applies only to comparisons; use fedloom compare")
 

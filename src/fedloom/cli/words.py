@@ -110,6 +110,12 @@ def sign_option(parser: Parser) -> None:
     )
 
 
+def output_options(parser: Parser) -> None:
+    """Declare `--json` and `--quiet`."""
+    parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
+    parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
+
+
 def read_values(words: Sequence[str]) -> Values:
     """Return the tables of values from a config file and `key=value` arguments."""
     from fedloom.cli.mistakes import refuse_mistakes

@@ -15,6 +15,10 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("epoch", "epochs", "e", "localepoch", "localsteps", "localiterations"), "method.local_epochs"),
         **dict.fromkeys(("optim", "opt", "localoptimizer", "optimiser"), "method.optimizer"),
         **dict.fromkeys(("wd", "l2"), "method.weight_decay"),
+        **dict.fromkeys(("scheduler", "lrscheduler", "lrschedule"), "schedule"),
+        **dict.fromkeys(("milestones", "lrsteps"), "schedule.at"),
+        **dict.fromkeys(("warmuprounds", "warmupepochs"), "schedule.warmup"),
+        **dict.fromkeys(("earlystopping", "earlystop", "earlystoppingpatience"), "stop.patience"),
         **dict.fromkeys(("b", "bs", "batch", "localbatchsize", "localbs"), "batch_size"),
         **dict.fromkeys(("k", "n", "client", "numclients", "nclients", "numusers", "users", "numnodes"), "clients"),
         **dict.fromkeys(("t", "round", "numrounds", "nrounds", "globalrounds", "commrounds", "iterations"), "rounds"),
@@ -57,6 +61,11 @@ VALUES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             **dict.fromkeys(("half", "fp16", "float16", "16", "amp", "mixed", "bfloat16"), "precision=bf16"),
             **dict.fromkeys(("single", "float", "float32", "32"), "precision=fp32"),
             **dict.fromkeys(("double", "float64", "64"), "precision=fp64"),
+        },
+        "schedule": {
+            **dict.fromkeys(("cosineannealing", "cos"), "schedule=cosine"),
+            **dict.fromkeys(("multistep", "steplr"), "schedule=step"),
+            **dict.fromkeys(("none", "fixed"), "schedule=constant"),
         },
         "participation": dict.fromkeys(("all", "full"), "participation=1.0"),
     }

@@ -32,6 +32,7 @@ LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "encoding",
         ),
         "partition": ("path", "column"),
+        "schedule": ("at", "every", "factor", "floor"),
     }
 )
 """Tables whose keys stay valid when another name is chosen, except for the keys listed here."""

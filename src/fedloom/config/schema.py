@@ -91,6 +91,11 @@ def _several(name: Schema, table: Schema, described: Schema) -> Schema:
     return {"anyOf": [name, {"type": "array", "items": name}, table], "description": described["description"]}
 
 
+def _or_several(value: Schema) -> Schema:
+    """Return a hyper-parameter that can also be given as several values, which are compared."""
+    return {"anyOf": [value, {"type": "array", "items": value}]}
+
+
 def _by_name(key: str, tables: dict[str, Schema]) -> Schema:
     """Return the schema of an object whose other keys depend on the name in `key`. With unknown names, any keys are valid."""
     chosen = [
@@ -108,7 +113,7 @@ def _hyper_parameters(name: str) -> Schema:
     """Return the schemas of a method's hyper-parameters, by name."""
     facts = source_facts.class_facts(METHODS.origins[name])
     return {
-        key: _plain(TypeAdapter(kind).json_schema())
+        key: _or_several(_plain(TypeAdapter(kind).json_schema()))
         | {"default": facts.values[key], "description": facts.docs.get(key, "")}
         for key, kind in facts.types.items()
     }

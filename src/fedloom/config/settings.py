@@ -266,6 +266,40 @@ class JoinSettings(Section):
     """
 
 
+class ScheduleSettings(Section):
+    """The learning rate by round (docs/tuning.md). It applies to every learning rate of local updates, in addition to `method.lr_decay`."""
+
+    name: Literal["constant", "step", "cosine"] = "constant"
+    """`constant`; `step`: multiplied by `schedule.factor` after the rounds `schedule.at`, or after every `schedule.every` rounds; `cosine`:
+    falls along half a cosine wave from the first round after the warm-up to `schedule.floor` after the last one."""
+    warmup: Whole = 0
+    """First N rounds, in which the learning rate rises in equal steps: 1/(N+1), 2/(N+1), ... of its value."""
+    at: tuple[Count, ...] = ()
+    """Rounds after which the learning rate falls, such as `50,75` (step)."""
+    every: Count | None = None
+    """Number of rounds after which the learning rate falls each time, instead of `schedule.at` (step)."""
+    factor: Share = 0.1
+    """Factor on the learning rate when it falls (step)."""
+    floor: Fraction = 0.0
+    """Fraction of the learning rate that remains at the end (cosine)."""
+
+    @field_validator("at", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        found = comma_separated(value) if isinstance(value, str) else value
+        return (found,) if isinstance(found, int) else found
+
+
+class StopSettings(Section):
+    """When a run ends before its last round (docs/tuning.md)."""
+
+    patience: Count | None = None
+    """End the run after a scored round in which the primary metric on validation examples (`eval.valid`) is not better than its best value
+    N or more rounds before. Default: never."""
+    after: Whole = 0
+    """Round from which `stop.patience` counts."""
+
+
 class EngineSettings(Section):
     """The engine, which runs the clients."""
 
@@ -350,6 +384,8 @@ class Settings(Section):
     screen: ScreenSettings = ScreenSettings()
     privacy: PrivacySettings = PrivacySettings()
     join: JoinSettings = JoinSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    stop: StopSettings = StopSettings()
     engine: EngineSettings = EngineSettings()
     precision: Literal["fp32", "fp64", "bf16", "tf32"] = "fp32"
     """Number format of training and scoring. With `bf16` (or `tf32`, on a GPU only), matrix products use that format; losses, weights and
@@ -448,6 +484,9 @@ class Settings(Section):
         _check_partition(self.partition)
         _check_device(self)
         _check_privacy(self.privacy)
+        _check_schedule(self.schedule, self.rounds)
+        if self.stop.after and self.stop.patience is None:
+            raise ValueError(f"stop.after={self.stop.after}: has no effect without stop.patience; set it, too")
         return self
 
 
@@ -501,6 +540,22 @@ def _check_privacy(privacy: PrivacySettings) -> None:
     for key in ("delta", "clip", "clips", "adapt"):
         if not privacy.on and getattr(privacy, key) != PrivacySettings.model_fields[key].default:
             raise ValueError(f"privacy.{key}: has no effect without privacy.noise or privacy.epsilon; set one of them")
+
+
+def _check_schedule(schedule: ScheduleSettings, rounds: int) -> None:
+    """Raise ValueError for a setting without effect, or for a schedule that does not fit into the rounds."""
+    for key, owner in (("at", "step"), ("every", "step"), ("factor", "step"), ("floor", "cosine")):
+        value = getattr(schedule, key)
+        if value != ScheduleSettings.model_fields[key].default and schedule.name != owner:
+            shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"schedule.{key}={shown}: applies only to schedule={owner}, not schedule={schedule.name}")
+    if schedule.name == "step" and bool(schedule.at) == bool(schedule.every):
+        raise ValueError("schedule=step: needs either schedule.at, such as schedule.at=10,15, or schedule.every")
+    if list(schedule.at) != sorted(set(schedule.at)):
+        raise ValueError(f"schedule.at={','.join(map(str, schedule.at))}: must be rounds in increasing order")
+    for key, last in (("warmup", schedule.warmup), ("at", max(schedule.at, default=0)), ("every", schedule.every or 0)):
+        if last >= rounds:
+            raise ValueError(f"schedule.{key}={last}: must be below rounds={rounds}")
 
 
 def check_cohort(settings: Settings, n_clients: int) -> None:

@@ -27,7 +27,7 @@ from fedloom.training.choose import Convolutions
 from fedloom.training.context import ClientContext
 from fedloom.training.gradients import Gradients
 from fedloom.training.sweeps import predict
-from fedloom.training.turn import Modules, UpdateResult, run_phases
+from fedloom.training.turn import Modules, UpdateResult, lr_scale, run_phases
 from fedloom.tree import Tree, Weights
 
 T = TypeVar("T")
@@ -301,10 +301,8 @@ class LocalEngine(Engine):
 
         def work(channels_last: bool) -> Client:
             site = self.context(number, i, "adapt", channels_last)
-            turn = Turn(number, p.task.rounds - 1, len(site.rows.y))
-            scale = p.method.lr_scale(max(number - 1, 0))  # the learning rate of the latest round
-            return run_phases(p.method.adapt(), self.gradients_of(i), client, message, site, turn=turn, lr_scale=scale)[
-                0
-            ]
+            scale = lr_scale(p.method, p.task, max(number - 1, 0))  # the learning rate of the latest round
+            turn = Turn(number, p.task.rounds - 1, len(site.rows.y), lr_scale=scale)
+            return run_phases(p.method.adapt(), self.gradients_of(i), client, message, site, turn=turn)[0]
 
         return self.with_layout(i, work)

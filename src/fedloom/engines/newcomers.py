@@ -7,7 +7,7 @@ from fedloom.engines.base import Score, ScoreRequest
 from fedloom.engines.sequential import Sequential
 from fedloom.engines.transfer import moved
 from fedloom.method import Client, Downlink, Phase, Turn, init_opts, without
-from fedloom.training.turn import run_phases
+from fedloom.training.turn import lr_scale, run_phases
 from fedloom.tree import Tree
 
 
@@ -33,7 +33,8 @@ class Newcomers(Sequential):
         client, message = blank._replace(opts=init_opts(phases, blank.weights)), moved(down.common, self.device)
         for number in range(turns if phases else 0):
             client = client._replace(weights=method.receive(client.weights, message, client.memory))
-            turn = Turn(number, turns - 1, self.problem.data.n_train(i))
+            scale = lr_scale(method, self.problem.task, number)
+            turn = Turn(number, turns - 1, self.problem.data.n_train(i), lr_scale=scale)
             try:
                 trained = self._alone(i, client, message, phases, turn)
             except Exception as error:
@@ -44,11 +45,8 @@ class Newcomers(Sequential):
         return self.client(i)
 
     def _alone(self, i: int, client: Client, message: Tree, phases: tuple[Phase, ...], turn: Turn) -> Client:
-        p = self.problem
-
         def work(channels_last: bool) -> Client:
             site = self.context(turn.number, i, "join", channels_last)
-            scale = p.method.lr_scale(turn.number)
-            return run_phases(phases, self.gradients_of(i), client, message, site, turn=turn, lr_scale=scale)[0]
+            return run_phases(phases, self.gradients_of(i), client, message, site, turn=turn)[0]
 
         return self.with_layout(i, work)

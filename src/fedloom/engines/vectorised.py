@@ -21,10 +21,10 @@ from fedloom.engines.base import Problem, Reply
 from fedloom.engines.local import CohortMember, note_client
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import first_line
-from fedloom.method import Turn, active_trains
+from fedloom.method import active_trains
 from fedloom.training.choose import Convolutions
 from fedloom.training.lanes import CannotMapError, client_updates
-from fedloom.training.turn import UpdateResult
+from fedloom.training.turn import UpdateResult, turn_of
 
 LANES_BYTES = 1 << 28  # limit on the stacked weights of a group, excluding activations and optimiser states
 MOST_LANES = 64
@@ -78,8 +78,7 @@ class Vectorised(Sequential):
         alike: dict[tuple[int, tuple[str, ...]], list[CohortMember]] = {}
         p, phases = self.problem, self.problem.method.phases()
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
-            last = p.task.rounds - 1
-            turn = Turn(number, last, p.data.n_train(member.client), closing=number > last)
+            turn = turn_of(p.method, p.task, number, p.data.n_train(member.client))
             work = tuple(phase.name for phase in phases if phase.works_in(turn))
             work += tuple(train.name for phase in phases for train in active_trains(phase, turn))
             alike.setdefault((p.arch_of[member.client], work), []).append(member)

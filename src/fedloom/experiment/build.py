@@ -16,6 +16,7 @@ from fedloom.errors import ConfigError, MethodError
 from fedloom.experiment.arrivals import check_min_clients, slowdowns
 from fedloom.experiment.exclusions import refuse_exclusions
 from fedloom.experiment.private import cohort_size
+from fedloom.experiment.schedule import lr_scales
 from fedloom.inputs import map_inputs
 from fedloom.method import Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
@@ -149,6 +150,7 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
         spec=federation.spec,
         width=archs[0].features,
         rounds=settings.rounds,
+        lr_scales=lr_scales(settings.schedule, settings.rounds),
     )
     problem = Problem(
         method=method,

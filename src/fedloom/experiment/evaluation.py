@@ -82,8 +82,7 @@ class Scoring:
             row |= metrics.spread(objective, found["fitted"], "personal", known, suffix=metrics.FITTED)
         if "changed" in found:
             row |= metrics.spread(objective, found["changed"], "changed")
-        if "valid" in found:
-            row |= metrics.alone(objective, sum_scores(found["valid"]), "valid")
+        row |= self.validation(found)
         row |= {f"{view}_{objective.primary.name}": None for view in ("general", "server")}
         row |= metrics.by_name(objective, found["personal"], "personal")
         for view in ("general", "shared_head"):
@@ -96,6 +95,11 @@ class Scoring:
             row |= metrics.alone(objective, score, "server") | metrics.by_name(objective, [score], "server")
         self._warn_undefined(found, row)
         return row
+
+    def validation(self, found: Scores) -> dict[str, Any]:
+        """Return the metrics on all validation examples; empty if there are none."""
+        objective = self._problem.task.objective
+        return metrics.alone(objective, sum_scores(found["valid"]), "valid") if "valid" in found else {}
 
     def _warn_undefined(self, found: Scores, row: dict[str, Any]) -> None:
         """Log one line, once, if the primary metric is undefined although examples were scored, because an output is not finite."""

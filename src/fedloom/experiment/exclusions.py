@@ -134,6 +134,12 @@ EXCLUSIONS: tuple[Exclusion, ...] = (
         "needs one probability with which a client is drawn; set participation to a number, or set cohort",
     ),
     Exclusion(
+        "privacy.noise=Z",
+        "`stop.patience`, because the round in which the run stops depends on scores without noise",
+        lambda plan: plan.private and plan.settings.stop.patience is not None,
+        "the round in which the run stops would depend on scores without noise; remove stop.patience",
+    ),
+    Exclusion(
         "devices.stragglers=late",
         "methods that cannot aggregate late uplinks (`accepts_late`)",
         lambda plan: plan.settings.devices.stragglers == "late" and not plan.method.accepts_late,

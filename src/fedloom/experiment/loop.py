@@ -41,6 +41,7 @@ from fedloom.experiment.roll_back import RollBack
 from fedloom.experiment.run_folder import RunFolder
 from fedloom.experiment.saving import describe_run, extend_run, refuse_deployed, restore_run, save_run, write_summary
 from fedloom.experiment.server_hooks import ServerSide
+from fedloom.experiment.stopping import check_stopping, reason_to_stop
 from fedloom.experiment.trackers import Tracker, check_trackers, make_trackers
 from fedloom.experiment.uplink_check import require_finite
 from fedloom.method import Downlink, Method, Round
@@ -109,6 +110,7 @@ class Experiment:
             self.rounds = rounds_within_budget(settings, n)
             brief = settings.model_copy(update={"rounds": self.rounds})
             self.problem = make_problem(brief, self.method, self.data, parts.model)
+            check_stopping(settings, self.method, self.partition)
             weights = initial_weights(self.problem)
             self.hooks = ServerSide(self.problem)
             self.server = self.hooks.init(weights)
@@ -116,6 +118,7 @@ class Experiment:
             self._buffers = buffers_policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # completed rounds, and rounds in the latest checkpoint
+        self.stopped: Row | None = None  # why the run stopped early; `rounds` is then the number of rounds done
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
@@ -197,14 +200,15 @@ class Experiment:
             self.folder.facts = self.folder.resumption.facts(self)
         self.folder.keep_rows(self.done)
 
-    def run(self, on_round: OnRound | None = None) -> Row:
+    def run(self, on_round: OnRound | None = None, until: int | None = None) -> Row:
         """Run the remaining rounds and return the summary. An experiment can be run only once.
+
+        `until`: pause after this round with a checkpoint, from which `resume` continues; the summary is then empty.
 
         Raises:
             RunFolderError: the experiment has already been run. Its state may differ from the latest checkpoint, e.g. after a failed
                 round.
         """
-        rounds = self.rounds
         if self._has_run:
             raise RunFolderError(
                 f"{self.folder.path}: this experiment has already run; resume its folder in a new experiment"
@@ -213,16 +217,23 @@ class Experiment:
         try:
             self.combination.announce()
             with arithmetic(self.settings):
-                for number in range(self.done, rounds):
-                    self.run_round(number)
+                while self.done < self.rounds:
+                    if until is not None and self.done >= until:
+                        return self._pause()
+                    self.run_round(self.done)
                     if on_round:
-                        on_round(self.done, rounds, self.rows[-1] if self.rows else {})
+                        on_round(self.done, self.rounds, self.rows[-1] if self.rows else {})
                 return write_summary(self, self._buffers, join_newcomers(self, on_round))
         finally:
             self.engine.close()
             for tracker in self.trackers:
                 tracker.close()
             self.folder.unlock()
+
+    def _pause(self) -> Row:
+        if self.saved < self.done:
+            save_run(self)
+        return {}
 
     # one round
 
@@ -248,7 +259,7 @@ class Experiment:
             valid = [reply for reply in done.replies if reply.client not in done.refused]
             self._evaluate(valid, len(done.uplinks), logs)
         every = self.settings.checkpoint_every
-        if every and (last or self.done % every == 0):
+        if every and (self.done == self.rounds or self.done % every == 0):
             save_run(self)
 
     def _exchange(self, number: int, cohort: Sequence[int]) -> Exchange:
@@ -277,12 +288,13 @@ class Experiment:
 
         Its costs are added to the last round.
         """
-        done = self._exchange(self.done, range(self.problem.task.n_clients))
+        task = self.problem.task
+        done = self._exchange(task.rounds, range(task.n_clients))
         if done.uplinks:
             server = self.hooks.finish(self.server, done.uplinks, done.round)
             require_finite(server, self.done, self.saved)
             self.server = tree.copy_shared(server, done.uplinks)
-        self._record_round(self.done, done)
+        self._record_round(task.rounds, done)
 
     def _aggregate(self, uplinks: Sequence[Tree], round: Round) -> None:
         """Replace the server's state by the aggregate. If the aggregate is not finite, roll back or raise DivergedError."""
@@ -369,14 +381,15 @@ class Experiment:
     def _evaluate(self, replies: Sequence[Reply], n_arrived: int, server_logs: Mapping[str, float]) -> None:
         """Score the clients and the server, and write a row of metrics."""
         started = time.perf_counter()
-        every = self.settings.eval.general_every
-        general = self.done == self.rounds or bool(every and self.done % every == 0)
-        down = self.hooks.deploy(self.server, self.done)
-        found = self.scoring.score(self.done, down, general)
+        down, found = self._scores()
+        if self.done < self.rounds and self._stops(found):
+            if self.hooks.finishes:
+                self._finish()
+            down, found = self._scores()  # as after the last round
         row: Row = {"round": self.done, **self.scoring.row(found, down, self.ledger.trained)}
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
-        if general and self.scoring.head:
+        if "shared_head" in found and self.scoring.head:
             row["shared_head_bytes"] = self.scoring.head.uplink_bytes
         row |= {
             "cohort": n_arrived,
@@ -390,6 +403,21 @@ class Experiment:
         self.folder.append(row)
         for tracker in self.trackers:
             tracker.log(self.done, row)
+
+    def _scores(self) -> tuple[Downlink, Scores]:
+        """Score the clients with the current state, also on the common test set if this is due. Return the message and the scores."""
+        every = self.settings.eval.general_every
+        general = self.done == self.rounds or bool(every and self.done % every == 0)
+        down = self.hooks.deploy(self.server, self.done)
+        return down, self.scoring.score(self.done, down, general)
+
+    def _stops(self, found: Scores) -> bool:
+        """Return whether these scores end the run early; if so, this round is its last one."""
+        rows = [*self.rows, {"round": self.done, **self.scoring.validation(found)}]
+        self.stopped = reason_to_stop(rows, self.settings.stop, self.problem.task.objective.primary)
+        if self.stopped:
+            self.rounds = self.done
+        return self.stopped is not None
 
     def _record_scores(self, found: Scores) -> None:
         """Add the scores to the clients' rows of this round."""

@@ -163,6 +163,7 @@ FREE = (
     "checkpoint_every",
     "out",
     "label",
+    "stop",
 )  # settings that may change at a resume
 
 

@@ -164,7 +164,7 @@ def _duration(seconds: float) -> str:
 def numbers(row: Mapping[str, Any]) -> str:
     """Return as text the newest scores, and the numbers of lost, late and rejected updates and of skipped rounds so far."""
     amiss = {name: row.get(name) for name in ("lost", "late", "rejected", "skipped")}
-    words = [_score(view, row) for view in ("personal", "server")]
+    words = [_score(view, row) for view in ("personal", "server", "valid")]
     words += [f"newcomers {row['joined']}"] if "joined" in row else []
     return "  ".join([*filter(None, words), *(f"{name} {value}" for name, value in amiss.items() if value)])
 

@@ -142,24 +142,34 @@ def resumable(path: str | Path, accept: bool, rounds: int | None = None) -> Iter
 
 
 def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings:
-    """Return the settings with more rounds. Raise ConfigError if the run cannot be extended."""
+    """Return the settings with more rounds; `stop.patience` then counts from the former last round.
+
+    Raise ConfigError if the run cannot be extended.
+    """
     if rounds is None:
         return settings
-    if rounds <= settings.rounds:
-        raise ConfigError(f"rounds={rounds}: {path} has {settings.rounds} rounds already; give a higher number")
+    stopped = RunFolder.open(Path(path)).summary().get("stopped_early")
+    done = stopped["round"] if stopped else settings.rounds
+    if rounds <= done:
+        raise ConfigError(f"rounds={rounds}: {path} has {done} rounds already; give a higher number")
     if settings.join.clients:
         raise ConfigError(f"rounds={rounds}: clients join after the last round (join.clients); start a new run")
     if settings.privacy.on:
         raise ConfigError(f"rounds={rounds}: the privacy budget was set for {settings.rounds} rounds; start a new run")
-    return make_settings(settings.model_dump(exclude_none=True) | {"rounds": rounds})
+    stop = settings.stop if settings.stop.patience is None else settings.stop.model_copy(update={"after": done})
+    return make_settings(settings.model_dump(exclude_none=True) | {"rounds": rounds, "stop": stop})
 
 
 def check_longer(experiment: Experiment, before: int) -> None:
-    """Raise ConfigError if the method depends on the number of rounds, which was `before`, or if there is no checkpoint."""
-    method, rounds = experiment.method, experiment.settings.rounds
-    if rounds != before and (method.uses_rounds or experiment.hooks.finishes):
+    """Raise ConfigError if the method or the schedule depends on the number of rounds, which was `before`, or if there is no checkpoint."""
+    method, rounds, name = experiment.method, experiment.settings.rounds, type(experiment.method).__name__
+    if experiment.hooks.finishes and (rounds != before or "stopped_early" in experiment.folder.summary()):
+        raise ConfigError(f"rounds={rounds}: {name} has had its final exchange after the last round; start a new run")
+    if rounds != before and method.uses_rounds:
+        raise ConfigError(f"rounds={rounds}: {name} depends on the number of rounds ({before}); start a new run")
+    if rounds != before and experiment.settings.schedule.name == "cosine":
         raise ConfigError(
-            f"rounds={rounds}: {type(method).__name__} depends on the number of rounds ({before}); start a new run"
+            f"rounds={rounds}: schedule=cosine depends on the number of rounds ({before}); start a new run"
         )
     if rounds != before and not experiment.folder.has_checkpoint():
         raise ConfigError(

@@ -72,7 +72,7 @@ def save_run(experiment: Experiment) -> None:
     in_flight = {i: late.message for i, late in experiment.intake.flights.items()}
     state = {"round": experiment.done, **experiment.ledger.state(), **experiment.intake.state()}
     state |= experiment.combination.state()
-    state["failed_rounds"] = experiment.roll_back.failed
+    state |= {"failed_rounds": experiment.roll_back.failed, "stopped_early": experiment.stopped}
     previous = experiment.roll_back.previous
     experiment.folder.save_checkpoint(state, experiment.server, clients, in_flight, previous)
     experiment.saved = experiment.done
@@ -92,6 +92,9 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
     experiment.combination.restore(state)
     experiment.rows = [row for row in folder.rows() if row["round"] <= experiment.done]
     experiment.client_rows = _without_nan(folder.read_clients(experiment.done))
+    stopped = state.get("stopped_early")
+    if stopped and experiment.settings.stop.after < stopped["round"]:  # it does not go on longer
+        experiment.stopped, experiment.rounds = stopped, experiment.done
     if previous := folder.load_previous() if saved else None:
         experiment.roll_back.previous = _restored(experiment.server, previous, "server before its last round")
     experiment.roll_back.failed = state.get("failed_rounds", 0)
@@ -148,6 +151,7 @@ def write_summary(experiment: Experiment, buffers: str | None, joined: Row) -> R
         **experiment.intake.screen.summary(),
         **experiment.combination.summary(),
         **metrics.cost_to_target(experiment.rows, s.eval.target, objective.primary),
+        **({"stopped_early": experiment.stopped} if experiment.stopped else {}),
         "seconds": experiment.ledger.train_seconds + experiment.ledger.eval_seconds,
         "train_seconds": experiment.ledger.train_seconds,
         "seconds_by_phase": experiment.ledger.phase_seconds,

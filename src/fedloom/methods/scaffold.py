@@ -65,7 +65,7 @@ class Scaffold(Method):
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Return y_i, and the change of c_i with c_i+ = c_i - c + (x - y_i) / (steps lr) (line 12, option II)."""
-        travelled = turn.steps["train"] * self.lr * self.lr_scale(turn.number)
+        travelled = turn.steps["train"] * self.lr * turn.lr_scale
         sent = self.travelling(client.weights)
         moved = tree.sub(down["weights"]["params"], sent["params"])
         change = tree.add(tree.map_tree(lambda m: m / travelled, moved), down["control"], -1.0)

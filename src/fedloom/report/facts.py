@@ -96,11 +96,20 @@ def _local_words(members: Group) -> str:
     parts = [OPTIMISERS.get(name, name), f"lr {shown(known['lr'])}"]
     parts += [f"{word} {shown(method[key])}" for key, word in (("momentum", "momentum"), ("weight_decay", "weight decay"))
               if method.get(key)]  # fmt: skip
+    parts += _schedule_words(members.records[0].config.get("schedule"))
     if "local_epochs" in known:
         parts.append(f"{shown(known['local_epochs'])} epoch{'' if known['local_epochs'] == 1 else 's'}")
     if "steps" in known:
         parts.append(f"{known['steps']:.3g} steps per client and round")
     return ", ".join(part for part in parts if part)
+
+
+def _schedule_words(schedule: object) -> list[str]:
+    """Return a schedule of the learning rate in words, such as `cosine` and `warm-up 5 rounds`."""
+    if not isinstance(schedule, Mapping):
+        return []
+    name, warmup = schedule.get("name", "constant"), schedule.get("warmup", 0)
+    return [shown(name)] * (name != "constant") + [f"warm-up {shown(warmup)} rounds"] * bool(warmup)
 
 
 def _groups(record: RunRecord) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -89,7 +89,18 @@ def _write(
     target = Path(path)
     if target.is_dir():
         raise UsageError(f"cannot write the report to '{target}': it is a folder")
-    page = _render(chapters, waiting, baseline)
+    several = len(chapters) > 1
+    content = (
+        _content(chapter, waiting, baseline, f"part{place}-" if several else "")
+        for place, chapter in enumerate(chapters, start=1)
+    )
+    every = [record for chapter in chapters for record in chapter.records]
+    write_content(content, f"{len(chapters)} comparisons" if several else chapters[0].title or _title(every), target)
+
+
+def write_content(chapters: Iterable[Mapping[str, Any]], title: str, target: Path) -> None:
+    """Write a page from the values of its chapters (see `_content`), atomically. Raise UsageError if it cannot be written."""
+    page = _render(chapters, title)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -102,37 +113,28 @@ def _write(
             draft.unlink()
 
 
-def _render(chapters: Sequence[Chapter], waiting: Waiting | None, baseline: str | None) -> str:
+def _render(chapters: Iterable[Mapping[str, Any]], title: str) -> str:
     try:
         import jinja2
     except ImportError as missing:
         raise UsageError("the report page needs Jinja: pip install 'fedloom[report]'") from missing
     source = resources.files("fedloom.report").joinpath("page.html").read_text(encoding="utf-8")
     jinja = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    every = [record for chapter in chapters for record in chapter.records]
-    several = len(chapters) > 1
-    return jinja.from_string(source).render(
-        title=f"{len(chapters)} comparisons" if several else chapters[0].title or _title(every),
-        chapters=[
-            _content(chapter, waiting, baseline, f"part{place}-" if several else "")
-            for place, chapter in enumerate(chapters, start=1)
-        ],
-        several=several,
-    )
+    content = list(chapters)
+    return jinja.from_string(source).render(title=title, chapters=content, several=len(content) > 1)
 
 
 def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, prefix: str) -> dict[str, Any]:
     """Return the values of a chapter for the page's template. `prefix` makes the ids in its figures unique on the page."""
-    import markupsafe
+    from fedloom.report.page_figures import for_page, sections  # matplotlib is an extra
 
     records = chapter.records
-    from fedloom.report.page_figures import section_plots, sections  # matplotlib is an extra
-
     return {
         "title": chapter.title or _title(records),
         "reading": chapter.reading,
         "facts": settings_in_words(records),
         "unfinished": [record for record in records if not record.finished],
+        "warnings": [],
         "grids": [
             summary_grid(records, digits=2),
             paired_grid(records, baseline, digits=2),
@@ -142,15 +144,7 @@ def _content(chapter: Chapter, waiting: Waiting | None, baseline: str | None, pr
             f1_grid(records),
             *analysis_grids(records),
         ],
-        "sections": {
-            section.title: {
-                "note": section.note,
-                "figures": [
-                    plot._asdict() | {"svg": markupsafe.Markup(plot.svg)} for plot in section_plots(section, prefix)
-                ],
-            }
-            for section in sections(records, waiting)
-        },
+        "sections": for_page(sections(records, waiting), prefix),
         "looked_at": [(record.name, list(pictures(record))) for record in records if record.analysis],
         "details": [_detail(record) for record in records],
     }
@@ -217,8 +211,9 @@ def _others(record: RunRecord) -> dict[str, str]:
 def _result(record: RunRecord) -> dict[str, str]:
     up, down, seconds = (run_total(record, key) for key in ("uplink_bytes", "downlink_bytes", "seconds"))
     flops, peak = (run_total(record, key) for key in ("flops_per_round", "peak_client_bytes"))
+    stopped = f"stopped early after {record.progress}" if record.stopped else "finished"
     found = {
-        "state": "finished" if record.finished else f"unfinished, {record.progress}",
+        "state": stopped if record.finished else f"unfinished, {record.progress}",
         "uplink": f"{units.size(up)} ({up:,.0f} bytes)" if up is not None else "",
         "downlink": f"{units.size(down)} ({down:,.0f} bytes)" if down is not None else "",
         "time": units.duration(seconds) if seconds is not None else "",

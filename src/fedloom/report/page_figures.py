@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fedloom.report import plots, style
 from fedloom.report.facts import partition_words, shown
@@ -99,6 +99,21 @@ def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> list[Noted]
     note = "Every round waits for its slowest client; the server's own work takes no time."
     networks = waiting.networks if waiting else ()
     return [(plots.metric_over_time(records, network, waiting), note) for network in networks if waiting]
+
+
+def for_page(sections: Sequence[FigureSection], prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Return the sections by their titles, as the values of the page's template. `prefix` makes the ids unique on the page."""
+    import markupsafe
+
+    return {
+        section.title: {
+            "note": section.note,
+            "figures": [
+                plot._asdict() | {"svg": markupsafe.Markup(plot.svg)} for plot in section_plots(section, prefix)
+            ],
+        }
+        for section in sections
+    }
 
 
 def section_plots(section: FigureSection, prefix: str) -> list[Plot]:

@@ -57,6 +57,12 @@ class RunRecord:
         return self.summary is not None and bool(self.summary.get("finished", True))
 
     @property
+    def stopped(self) -> Mapping[str, Any] | None:
+        """Why the run stopped early (`stopped_early` of its summary), or None."""
+        found = (self.summary or {}).get("stopped_early")
+        return found if isinstance(found, Mapping) else None
+
+    @property
     def rounds_done(self) -> int:
         """The number of rounds completed at the last evaluation, or 0 before the first evaluation."""
         return int(self.metrics["round"].iloc[-1]) if len(self.metrics) else 0

@@ -242,6 +242,9 @@ def _summary_caption(groups: Sequence[Group]) -> str:
     if unfinished:
         listed = ", ".join(f"{record.name} ({record.progress})" for record in unfinished)
         notes.append(f"Unfinished: {listed}; counted only where a method has no finished run.")
+    early = [f"{record.name} ({record.progress})" for g in groups for record in g.counted if record.stopped]
+    if early:
+        notes.append(f"Stopped early, because the validation score had not improved: {', '.join(early)}.")
     edited = [record.name for g in groups for record in g.records if (record.summary or {}).get("accepted_changes")]
     if edited:
         notes.append(f"Resumed with other settings, code or versions: {', '.join(edited)}.")

@@ -6,9 +6,7 @@ that are the same in the whole comparison. Only the method and its hyper-paramet
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,33 +15,22 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedloom import accelerator
-from fedloom.config.hints import near_keys
 from fedloom.config.parsing import read_toml
-from fedloom.config.settings import Named, Settings, Values, make_method, make_settings
+from fedloom.config.settings import Settings, Values, make_method, make_settings
 from fedloom.data.hub_repository import file_name_of
-from fedloom.errors import ConfigError, RunFolderError, suggest
+from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment.build import arithmetic, engine_for, make_dataset, make_federation, make_problem
 from fedloom.experiment.lock import FolderLock
 from fedloom.experiment.loop import NOTHING, Experiment, GivenObjects, OnRound
 from fedloom.experiment.progress import Overall, Show
 from fedloom.experiment.run_folder import RunFolder
-from fedloom.methods.registry import METHODS, installed_methods, method_class, no_such_method
+from fedloom.tools.compare_rows import Row, check_labels, draft, expanded, seeds_of, variant_table
 
 log = logging.getLogger(__name__)
 
 FILE = "compare.toml"
-OWN_KEYS = ("variant", "title", "reading")  # keys that a comparison has and a run lacks
-VARIED = ("uplink", "downlink")  # settings of the run that may differ between rows
 OnRun = Callable[["PlannedRun"], OnRound | None]  # called before a run is prepared
 OnStart = Callable[["PlannedRun", Experiment], None]  # called when a run is ready, before its first round
-
-
-class Row(NamedTuple):
-    """One row of the comparison's table."""
-
-    label: str
-    method: Values  # `name` and all hyper-parameters of the method
-    run: Values = {}  # settings of the run that only this row has; they must be in VARIED
 
 
 class PlannedRun(NamedTuple):
@@ -105,7 +92,7 @@ class Comparison:
         first = self.rows[0]._replace(run={})
         settings = self._settings(first, self.seeds[0]).model_dump(mode="json", exclude_none=True)
         base = {key: value for key, value in settings.items() if key not in ("method", "seed", "label")}
-        variants = {row.label: _table(row) for row in self.rows}
+        variants = {row.label: variant_table(row) for row in self.rows}
         told = {key: text for key, text in (("title", self.title), ("reading", self.reading)) if text}
         return tomli_w.dumps({**told, "method": list(variants), "seed": list(self.seeds), **base, "variant": variants})
 
@@ -136,7 +123,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 
     A comparison has these keys in addition to those of a run:
     * `method`: a list of methods or variants; default: all variants.
-    * `method.KEY`: a hyper-parameter of all methods that have it.
+    * `method.KEY`: a hyper-parameter of all methods that have it. Several values (`0.1,0.01`, or a list) give a row for each.
     * A table with the name of a method: hyper-parameters of that method.
     * `variant.NAME`: a separate row, with `method`, hyper-parameters and, optionally, `uplink` and `downlink`.
     * `seed`: a list of seeds.
@@ -145,26 +132,13 @@ def plan(values: Mapping[str, Any]) -> Comparison:
     Raises:
         ConfigError: a key or value is invalid; the message names it and states the allowed values.
     """
-    table = values.get("method", {})
-    table = table if isinstance(table, Mapping) else {"name": table}
-    variants = _tables(values.get("variant", {}), "variant")
-    names = _listed(table.get("name", list(variants)), "method")
-    if not names:
-        _split(values, set(METHODS))  # raises for an unknown key, such as `methods`, which is a likelier mistake
-        raise ConfigError(
-            "method: must name the methods to compare, such as method=fedavg,fedrir; [variant.NAME] tables add variants"
-        )
-    base, own = _split(
-        values, {*METHODS, *map(_label, names), *(_label(str(v.get("method"))) for v in variants.values())}
-    )
-    common = {key: value for key, value in table.items() if key != "name"}
-    rows = tuple(_spelt_out(_row(name, common, own, variants)) for name in names)
-    _check_common(common, rows)
-    _check_labels([row.label for row in rows])
+    base, drafts = draft(values)
+    rows = tuple(row for each in drafts for row in expanded(each))
+    check_labels([row.label for row in rows])
     comparison = Comparison(
         base=base,
         rows=rows,
-        seeds=_seeds(values.get("seed", 0)),
+        seeds=seeds_of(values.get("seed", 0)),
         title=_text(values, "title"),
         reading=_text(values, "reading"),
     )
@@ -247,102 +221,18 @@ def execute(
     with FolderLock(folder):
         for job in left:
             on_round = on_run(job) if on_run else None
-            started = (job.folder / "config.toml").is_file()
-            resumed = Experiment.resume(job.folder, parts, accept_changes) if started else None
-            experiment = resumed or Experiment(job.settings, parts)
+            experiment = prepared(job, parts, accept_changes)
             if on_start:
                 on_start(job, experiment)
             experiment.run(on_round)
     return [job.folder for job in jobs]
 
 
-def _row(name: str, common: Values, own: Mapping[str, Values], variants: Mapping[str, Values]) -> Row:
-    variant = dict(variants.get(name, {}))
-    method = variant.pop("method", name)
-    run = {key: variant.pop(key) for key in VARIED if key in variant}
-    if name in variants:
-        _check_variant(name, method)
-    elif ":" not in name and "+" not in name and name not in METHODS and name not in installed_methods():
-        raise ConfigError(no_such_method(name, variants))
-    shared = {key: value for key, value in common.items() if key in _fields(method)}
-    table = own.get(_label(method), {})
-    _check_keys(_label(method), method, table)
-    _check_keys(f"variant.{name}", method, variant)
-    return Row(_label(name), {"name": method, **shared, **table, **variant}, run)
-
-
-def _table(row: Row) -> Values:
-    """Return a row as a table `[variant.NAME]`. Values that are None are omitted, because they are defaults and TOML has no None."""
-    own = {key: value for key, value in {**row.method, **row.run}.items() if key != "name" and value is not None}
-    return {"method": row.method["name"], **own}
-
-
-def _check_variant(name: str, method: Any) -> None:
-    if not isinstance(method, str):
-        raise ConfigError(f"variant.{name}.method={method}: must be the name of a method")
-    if method == name and name not in METHODS:
-        raise ConfigError(f'variant.{name}: has no method; set method = "...", the method that it varies')
-    try:
-        method_class(method)
-    except ConfigError as error:
-        raise ConfigError(f"variant.{name}.{error}") from None
-
-
-def _check_keys(where: str, method: str, table: Values) -> None:
-    fields = _fields(method)
-    for key in table.keys() - fields:
-        hint = (
-            "; it is a setting of the run, and the same for all rows"
-            if key in Settings.model_fields
-            else suggest(key, fields)
-        )
-        raise ConfigError(f"{where}.{key}: {method} has no such hyper-parameter{hint}")
-
-
-def _label(name: str) -> str:
-    return name.rpartition(":")[2]
-
-
-def _fields(method: str) -> set[str]:
-    return {field.name for field in dataclasses.fields(method_class(method))}
-
-
-def _split(values: Mapping[str, Any], methods: set[str]) -> tuple[Values, dict[str, Values]]:
-    """Return the settings of the runs, and the tables of methods by name. The name of the table for `my.py:Mine` is `Mine`."""
-    if "label" in values:
-        raise ConfigError(
-            f"label={values['label']}: cannot be set, because each row is named after its method; use [variant.NAME] for another name"
-        )
-    rest = {
-        key: value
-        for key, value in values.items()
-        if key not in ("method", "seed", "variant", "out", "title", "reading")
-    }
-    base = {key: value for key, value in rest.items() if key in Settings.model_fields}
-    own = {key: value for key, value in rest.items() if key not in base and key in methods}
-    for key in rest.keys() - base.keys() - own.keys():
-        raise ConfigError(f"unknown key '{key}'{near_keys(key, [*Settings.model_fields, *OWN_KEYS, *methods])}")
-    return base, _tables(own, "")
-
-
-def _tables(tables: Any, where: str) -> dict[str, Values]:
-    prefix = f"{where}." if where else ""
-    if not isinstance(tables, Mapping):
-        raise ConfigError(f"{where}={tables}: must consist of tables, such as [{prefix}NAME]")
-    for name, table in tables.items():
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"{prefix}{name}={table}: is a table; set {prefix}{name}.KEY=VALUE")
-    return {name: dict(table) for name, table in tables.items()}
-
-
-def _listed(value: Any, key: str) -> list[Any]:
-    """Return `a,b`, `[a, b]` or `a` as a list."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    found = list(value) if isinstance(value, Sequence) else [value]
-    if key == "method" and not all(isinstance(name, str) for name in found):
-        raise ConfigError(f"method={value}: must be names of methods")
-    return found
+def prepared(job: PlannedRun, parts: GivenObjects, accept_changes: bool = False) -> Experiment:
+    """Return the experiment of an unfinished run: new, or resumed from its checkpoint."""
+    if (job.folder / "config.toml").is_file():
+        return Experiment.resume(job.folder, parts, accept_changes)
+    return Experiment(job.settings, parts)
 
 
 def _text(values: Mapping[str, Any], key: str) -> str:
@@ -350,34 +240,3 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     if not isinstance(text, str):
         raise ConfigError(f"{key}={text}: must be text")
     return " ".join(text.split())
-
-
-def _seeds(value: Any) -> tuple[int, ...]:
-    listed = _listed(value, "seed")
-    seeds = [int(seed) if isinstance(seed, str) and seed.isdecimal() else seed for seed in listed]
-    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        shown = ",".join(map(str, listed))
-        raise ConfigError(f"seed={shown}: must be distinct integers of at least 0, such as seed=0,1,2")
-    return tuple(seeds)
-
-
-def _check_common(common: Values, rows: Sequence[Row]) -> None:
-    for key in common:
-        if not any(key in row.method for row in rows):
-            fields = sorted(set[str]().union(*(_fields(row.method["name"]) for row in rows)))
-            names = ", ".join(dict.fromkeys(row.method["name"] for row in rows))
-            raise ConfigError(f"method.{key}: none of {names} has this hyper-parameter{suggest(key, fields)}")
-
-
-def _check_labels(labels: Sequence[str]) -> None:
-    for label in labels:
-        if labels.count(label) > 1:
-            raise ConfigError(f"method: '{label}' is given twice; name the second one with [variant.NAME]")
-        if not re.fullmatch(r"\w[\w.+-]*", label):
-            raise ConfigError(f"variant.{label}: a name may contain only letters, digits and _ . + -")
-
-
-def _spelt_out(row: Row) -> Row:
-    """Return the row with all hyper-parameters, so that a resumed comparison does not depend on later changes of default values."""
-    method = make_method(Named(**row.method))
-    return row._replace(method={"name": row.method["name"], **dataclasses.asdict(method)})

@@ -201,7 +201,8 @@ def _task_facts(task: Task) -> dict[str, Any]:
 def _task_from(facts: Mapping[str, Any]) -> Task:
     """Return the task that `_task_facts` describes."""
     parts = (Field(**part | {"shape": tuple(part["shape"]), "levels": tuple(part["levels"])}) for part in facts["spec"])
-    return Task(**{**facts, "objective": from_content(facts["objective"]), "spec": InputSpec(tuple(parts))})
+    given = {"objective": from_content(facts["objective"]), "spec": InputSpec(tuple(parts))}
+    return Task(**{**facts, **given, "lr_scales": tuple(facts["lr_scales"])})
 
 
 def _modules(settings: Settings, method: Method, task: Task, place: int, x: Inputs) -> Any:

@@ -61,7 +61,7 @@ def client_updates(
     ends: Sequence[Callable[[], LocalWork]] = [partial(_same, _laid_out(lane)) for lane in lanes]
     for phase in method.phases():
         started = time.perf_counter()
-        ends = _run_phase(phase, gradients, [end() for end in ends], method.lr_scale(number), logs)
+        ends = _run_phase(phase, gradients, [end() for end in ends], logs)
         synchronise(contexts[0].rows.device)
         seconds[phase.name] = (time.perf_counter() - started) / len(lanes)
 
@@ -79,7 +79,8 @@ def _received(method: Method, client: Client, sent: Tree, context: ClientContext
     """Return the inputs of one client's local update, with the weights from which it starts."""
     down = context.codec.received(sent)
     received = method.receive(client.weights, down, client.memory)
-    return LocalWork(client._replace(weights=received), down, context, turn_of(number, context))
+    turn = turn_of(method, context.task, number, len(context.rows.y))
+    return LocalWork(client._replace(weights=received), down, context, turn)
 
 
 def _laid_out(lane: LocalWork) -> LocalWork:
@@ -95,7 +96,7 @@ def _same(lane: LocalWork) -> LocalWork:
 
 
 def _run_phase(
-    phase: Phase, gradients: Gradients, lanes: list[LocalWork], lr_scale: float, logs: list[dict[str, float]]
+    phase: Phase, gradients: Gradients, lanes: list[LocalWork], logs: list[dict[str, float]]
 ) -> list[Callable[[], LocalWork]]:
     """Run a phase. Return one function per lane, which returns the lane after the phase."""
     if isinstance(phase, Sweep | Set) and phase.works_in(lanes[0].turn):
@@ -104,7 +105,7 @@ def _run_phase(
     active = active_trains(phase, lanes[0].turn)
     if isinstance(phase, Sweep | Set) or not active:
         return [partial(_same, lane) for lane in lanes]
-    return LaneStack(phase, active, gradients, lanes).run(lr_scale, logs)
+    return LaneStack(phase, active, gradients, lanes).run(logs)
 
 
 class LaneTrain:
@@ -113,7 +114,10 @@ class LaneTrain:
     def __init__(self, train: Train, runner: StepRunner, lanes: Sequence[LocalWork]) -> None:
         """Stack the state. `lanes` contains the clients with the phase's random streams."""
         self.train, self.runner, self._lanes = train, runner, lanes
-        self.device = lanes[0].context.rows.device
+        self.device, self.lr_scale = (
+            lanes[0].context.rows.device,
+            lanes[0].turn.lr_scale,
+        )  # of the round, so the same for all
         self.state = self._here(tree.stack([self._first_state(lane.client) for lane in lanes]))
         self.sums: dict[str, Tensor] = {}
         self._streams = [lane.context.rng.child("draw", train.name) for lane in lanes]
@@ -133,10 +137,10 @@ class LaneTrain:
         task = self._lanes[0].context.task
         return self._here(tree.stack([dict(self.train.draw(Batch(x, y), task, rng)) for x, y, rng in lanes]))
 
-    def update(self, grads: Params, params: Params, subset: LaneSubset, lr_scale: float) -> None:
+    def update(self, grads: Params, params: Params, subset: LaneSubset) -> None:
         """Take an optimiser step for some lanes. Updates in place are safe, because nothing else uses the stacked tensors."""
         state = tree.map_tree(subset.take, self.state)
-        self.train.optimizer.step(grads, state, params, lr_scale)
+        self.train.optimizer.step(grads, state, params, self.lr_scale)
         self.state = tree.map_tree(subset.put, self.state, state)
 
     def log(self, logs: Params, subset: LaneSubset) -> None:
@@ -191,7 +195,7 @@ class LaneStack:
             layout=(tuple(tree.flatten(self.dims)), tuple(sorted(trained))),
         )
 
-    def run(self, lr_scale: float, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
+    def run(self, logs: list[dict[str, float]]) -> list[Callable[[], LocalWork]]:
         """Train every lane on its own batches, and add mean logs to `logs`.
 
         Return one function per lane, which returns the trained lane.
@@ -203,22 +207,22 @@ class LaneStack:
             for group in by_size([len(plan[step]) if step < len(plan) else 0 for plan in plans]):
                 subset, places = LaneSubset(group, len(plans), device), torch.cat([plans[k][step] for k in group])
                 batch = self.rows.batch(places, [augment[k] for k in group])
-                self._advance(LaneBatch(subset, batch, places), lr_scale)
+                self._advance(LaneBatch(subset, batch, places))
         for member in self.members:
             for name, sums in member.sums.items():
                 for noted, plan, value in zip(logs, plans, sums.tolist(), strict=True):
                     noted[f"{member.train.name}.{name}"] = value / (len(plan) * member.train.repeats)
         return [partial(self._lane, k, len(plan)) for k, plan in enumerate(plans)]
 
-    def _advance(self, at: LaneBatch, lr_scale: float) -> None:
+    def _advance(self, at: LaneBatch) -> None:
         """Take one step with every member on the next batches of some lanes."""
         shared = self._precompute(at)
         for member in self.members:
             last = member is self.members[-1]
             for _ in range(member.train.repeats):
-                self._step(member, at, lr_scale, shared if last or shared is None else shared.detached())
+                self._step(member, at, shared if last or shared is None else shared.detached())
 
-    def _step(self, member: LaneTrain, at: LaneBatch, lr_scale: float, shared: Precomputed | None) -> None:
+    def _step(self, member: LaneTrain, at: LaneBatch, shared: Precomputed | None) -> None:
         """Take one step with one member on some lanes; see `LocalTrain.step`."""
         subset, runner = at.subset, member.runner
         run = shared.around(runner.run) if shared else runner.run
@@ -226,8 +230,8 @@ class LaneStack:
         batch = at.batch._replace(draws=member.draw(at))
         inputs = self._inputs(params | runner.extra(at.places, subset.index), subset, batch)
         grads, logs = run(inputs)
-        runner.after_step(at.places, grads, lr_scale)
-        member.update(grads, params, subset, lr_scale)
+        runner.after_step(at.places, grads, member.lr_scale)
+        member.update(grads, params, subset)
         for name, value in params.items():
             self.params[name] = subset.put(self.params[name], value)
         self.buffers = tree.map_tree(subset.put, self.buffers, inputs["buffers"])

@@ -20,7 +20,7 @@ from fedloom import tree
 from fedloom.accelerator import generators, staged, synchronise
 from fedloom.errors import DataError, MethodError
 from fedloom.inputs import map_inputs, shapes_of
-from fedloom.method import Batch, Client, Interleave, Method, Phase, Set, Sweep, Train, Turn, active_trains
+from fedloom.method import Batch, Client, Interleave, Method, Phase, Set, Sweep, Task, Train, Turn, active_trains
 from fedloom.optim import Params
 from fedloom.rng import Stream
 from fedloom.training.batches import is_channels_last, laid_out, phase_batches
@@ -50,22 +50,25 @@ def client_update(
 ) -> UpdateResult:
     """Run one client's update in round `number`, from the message `sent` to the client to its uplink. The inputs do not change."""
     down = context.codec.received(sent)
-    turn = turn_of(number, context)
+    turn = turn_of(method, context.task, number, len(context.rows.y))
     received = method.receive(client.weights, down, client.memory)
     start = client._replace(weights=received)
-    scale, seconds = method.lr_scale(number), dict[str, float]()
-    phases = method.phases()
-    worked, steps, logs = run_phases(
-        phases, gradients, start, down, context, turn=turn, lr_scale=scale, seconds=seconds
-    )
+    seconds = dict[str, float]()
+    worked, steps, logs = run_phases(method.phases(), gradients, start, down, context, turn=turn, seconds=seconds)
     work = LocalWork(worked, down, context, replace(turn, steps=steps))
     return finish_update(method, work, received, logs=logs, seconds=seconds)
 
 
-def turn_of(number: int, context: ClientContext) -> Turn:
-    """Return the facts about a client's local update in round `number`, before it starts."""
-    last = context.task.rounds - 1
-    return Turn(number, last, len(context.rows.y), closing=number > last)
+def turn_of(method: Method, task: Task, number: int, examples: int) -> Turn:
+    """Return the facts about the local update, in round `number`, of a client with `examples` training examples, before it starts."""
+    last = task.rounds - 1
+    return Turn(number, last, examples, closing=number > last, lr_scale=lr_scale(method, task, number))
+
+
+def lr_scale(method: Method, task: Task, number: int) -> float:
+    """Return the factor on the learning rates of round `number`; after the last round, that of the last round in the schedule."""
+    planned = task.lr_scales[min(number, len(task.lr_scales) - 1)] if task.lr_scales else 1.0
+    return method.lr_decay**number * planned
 
 
 def finish_update(
@@ -94,13 +97,12 @@ def run_phases(
     context: ClientContext,
     *,
     turn: Turn,
-    lr_scale: float = 1.0,
     seconds: dict[str, float] | None = None,
 ) -> tuple[Client, dict[str, int], dict[str, float]]:
     """Run phases one after another. Return the resulting client, the number of optimiser steps by phase, and the logs by phase.
 
     Args:
-        lr_scale: factor for all learning rates.
+        turn: the local update; its `lr_scale` multiplies all learning rates.
         seconds: a dictionary to which the duration of each phase is added.
     """
     buffers = {name: b.clone() for name, b in client.weights["buffers"].items()}  # BatchNorm writes to them
@@ -111,7 +113,7 @@ def run_phases(
     for phase in phases:
         started, here = time.perf_counter(), replace(context, rng=context.rng.child(phase.name))
         try:
-            client, trained = _run_phase(phase, gradients, LocalWork(client, down, here, turn), lr_scale)
+            client, trained = _run_phase(phase, gradients, LocalWork(client, down, here, turn))
         except Exception as error:
             if isinstance(error, ValueError) and ONE_VALUE in str(error):
                 raise DataError(TOO_FEW) from error
@@ -129,9 +131,7 @@ def run_phases(
     return client, steps, logs
 
 
-def _run_phase(
-    phase: Phase, gradients: Gradients, work: LocalWork, lr_scale: float
-) -> tuple[Client, Sequence[LocalTrain]]:
+def _run_phase(phase: Phase, gradients: Gradients, work: LocalWork) -> tuple[Client, Sequence[LocalTrain]]:
     """Run a phase. Return the resulting client, and each `Train` that took steps. The client's buffers are changed in place."""
     if not phase.works_in(work.turn):
         return work.client, ()
@@ -143,14 +143,14 @@ def _run_phase(
     buffers = work.client.weights["buffers"]
     before = tree.clone(buffers)
     try:
-        return _walk_batches(phase, gradients, work, lr_scale)
+        return _walk_batches(phase, gradients, work)
     except FormError:  # the faster form does not support what the loss does on some batch; rerun the phase
         tree.map_tree(Tensor.copy_, buffers, before)
-        return _walk_batches(phase, gradients, work, lr_scale, same_bits=True)
+        return _walk_batches(phase, gradients, work, same_bits=True)
 
 
 def _walk_batches(
-    phase: Train | Interleave, gradients: Gradients, work: LocalWork, lr_scale: float, *, same_bits: bool = False
+    phase: Train | Interleave, gradients: Gradients, work: LocalWork, *, same_bits: bool = False
 ) -> tuple[Client, Sequence[LocalTrain]]:
     """Train on the client's batches: every `Train` of the phase takes one step per batch. See also `_run_phase`.
 
@@ -174,7 +174,7 @@ def _walk_batches(
             for member in members:
                 last = member is members[-1]
                 for _ in range(member.train.repeats):
-                    member.step(index, batch, lr_scale, shared if last or shared is None else shared.detached())
+                    member.step(index, batch, shared if last or shared is None else shared.detached())
     for member in members:
         weights["params"].update(member.runner.finished())
     kept = {member.train.name: member.state for member in members if member.train.keep_state}
@@ -215,14 +215,14 @@ class LocalTrain:
         )
         self.runner = gradients.forms.runner(job, same_bits=same_bits)
 
-    def step(self, index: Tensor, batch: Batch, lr_scale: float, shared: Precomputed | None = None) -> None:
+    def step(self, index: Tensor, batch: Batch, shared: Precomputed | None = None) -> None:
         """Take one optimiser step on `batch`, which contains the examples `index`.
 
         Args:
             shared: precomputed values of the batch.
         """
         run = shared.around(self.runner.run) if shared else self.runner.run
-        params = self.params()
+        params, lr_scale = self.params(), self.work.turn.lr_scale
         grads, logs = run(self.inputs(params | self.runner.extra(index), self._with_draws(batch)))
         self.runner.after_step(index, grads, lr_scale)
         if self.steps:

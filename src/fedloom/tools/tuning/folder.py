@@ -1,0 +1,64 @@
+"""The folder of a tuning: create it, run what is not done yet, and write the results."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import tomli_w
+
+from fedloom.config.parsing import read_toml
+from fedloom.config.settings import make_settings
+from fedloom.data.hub_repository import file_name_of
+from fedloom.errors import RunFolderError
+from fedloom.experiment.build import make_dataset
+from fedloom.experiment.lock import FolderLock
+from fedloom.experiment.loop import NOTHING, GivenObjects
+from fedloom.experiment.run_folder import RunFolder
+from fedloom.tools.tuning.cells import Cells, OnRun, Tried
+from fedloom.tools.tuning.plan import Tuning, plan_tuning
+from fedloom.tools.tuning.results import write_results
+from fedloom.tools.tuning.search import SEARCHES, import_optuna
+
+FILE = "tune.toml"
+
+
+def create_tuning(tuning: Tuning, out: str | Path | None = None, parts: GivenObjects = NOTHING) -> Path:
+    """Check a tuning and create its folder. Default: a folder in `runs/`, named after the time and the data set."""
+    path = make_settings({"out": out}).out
+    if path:
+        RunFolder.check_free(path)
+    if tuning.rules.search == "tpe":
+        import_optuna()
+    tuning.check(parts)
+    folder = RunFolder.create(path, f"tune-{file_name_of(tuning.settings.data.name)}")
+    folder.write(FILE, tomli_w.dumps(tuning.values))
+    return folder.path
+
+
+def reopen_tuning(folder: str | Path) -> Tuning:
+    """Return the tuning in a folder. `run_tuning` continues it."""
+    path = Path(folder)
+    if not (path / FILE).is_file():
+        raise RunFolderError(f"{path} is not the folder of a tuning: it has no {FILE}")
+    return plan_tuning(read_toml(path / FILE))
+
+
+def run_tuning(
+    tuning: Tuning,
+    folder: Path,
+    on_run: OnRun | None = None,
+    accept_changes: bool = False,
+    *,
+    given: GivenObjects = NOTHING,
+) -> dict[str, list[Tried]]:
+    """Run what is not done yet, write the results and the tuned config, and return all settings that were tried, by method.
+
+    The folder is locked meanwhile. `accept_changes`, `given`: as for `fedloom.tools.compare.execute`.
+    """
+    with FolderLock(folder):
+        dataset = given.dataset or make_dataset(tuning.settings)
+        cells = Cells(tuning, folder, replace(given, dataset=dataset), on_run=on_run, accept_changes=accept_changes)
+        tried = {arm.label: SEARCHES[tuning.rules.search](tuning, arm, cells) for arm in tuning.arms}
+        write_results(tuning, folder, tried, dataset.objective.primary)
+    return tried
