@@ -43,7 +43,7 @@ WEAK = {"method.moment_weight": 1e-3}
 
 
 FEW_STEPS = {"method.local_steps": 3, "method.inner_steps": 2}
-"""Short local updates for pFedMe, which counts batches instead of epochs."""
+"""Short local updates for pFedMe, whose local updates are measured in batches instead of epochs."""
 
 
 def brief(method: str) -> dict[str, Any]:

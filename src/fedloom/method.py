@@ -128,7 +128,7 @@ class Arrival(NamedTuple):
 
     client: int
     slot: int  # the client's position in the cohort
-    share: float  # the weight in the aggregation: the fraction of the examples, or 1 / m (`equal_shares`), less if late; the sum is 1
+    share: float  # weight in the aggregation: the fraction of all examples, or equal (`equal_shares`); less if late; shares sum to 1
     age: int = 0  # number of rounds since the downlink was sent to the client
 
 
@@ -260,7 +260,7 @@ class Interleave(NamedPhase):
 class Sweep(NamedPhase):
     """Visit every example once, in evaluation mode, to fill `memory[name]`, which starts from zeros.
 
-    There is no automatic differentiation; a step that needs a gradient computes it with `nets.gradient`.
+    Automatic differentiation is off. A step that needs a gradient computes it with `nets.gradient`.
     """
 
     step: Callable[[Nets, Batch, Tree, Tree, Tree], Tree]  # (nets, batch, accumulated, down, memory) -> accumulated
@@ -333,7 +333,7 @@ class Method:
         False  # whether a hook depends on `Task.rounds` or `Turn.last`; such runs cannot be extended
     )
     equal_shares: ClassVar[bool] = (
-        False  # whether clients have equal weights in a mean, whatever their numbers of examples
+        False  # whether clients have equal weights in a mean, regardless of their numbers of examples
     )
     accepts_late: ClassVar[bool] = False  # whether `aggregate` can handle uplinks from earlier rounds (`Arrival.age`)
     combines: ClassVar[Combines] = "mean"  # what `aggregate` uses from the uplinks (see `sums`)

@@ -75,7 +75,10 @@ class Net:
 
 @contextmanager
 def _in_mode(module: nn.Module, training: bool) -> Iterator[None]:
-    """Put a module in training or evaluation mode, and back, so that a part never stays in another mode than its whole."""
+    """Set a module to training or evaluation mode during the block, and restore its mode afterwards.
+
+    Otherwise, a part of a module could keep a mode that differs from that of the whole module.
+    """
     before = module.training
     if before == training:
         yield

@@ -100,7 +100,7 @@ def clamped(inner: Optimizer, low: float, high: float) -> Optimizer:
 
 
 def by_net(optimizers: Mapping[str, Optimizer]) -> Optimizer:
-    """Return an optimiser that updates the parameters of each net with the optimiser of that name."""
+    """Return an optimiser that updates the parameters of each net with the optimiser under the net's name in `optimizers`."""
 
     def parts(tensors: Params) -> dict[str, Params]:
         nets = dict.fromkeys(name.partition(".")[0] for name in tensors)

@@ -234,7 +234,7 @@ OTHER_PARTS = {
     **dict.fromkeys(("fedproto", "fedtgp", "fedvtc"), "prototypes"),
     **dict.fromkeys(("fedamp", "fedfomo"), "model"),
 }
-"""The largest part of messages without `weights`."""
+"""The largest part of a message that has no `weights`."""
 PARTS = [
     *((method, OTHER_PARTS.get(method, "weights")) for method in METHODS),
     ("scaffold", "control"),

@@ -74,7 +74,10 @@ def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_pat
 
 
 LITTLE_TO_LEARN = {"fedala", "fedpac", "fedtgp", "per_fedavg", "pfedme"}
-"""Heads that are sent (FedALA, FedPAC), a pull that is too strong for this learning rate (FedTGP), few small steps (Per-FedAvg, pFedMe)."""
+"""Methods with which a new client learns little in this test.
+
+FedALA and FedPAC send heads, FedTGP's pull is too strong for this learning rate, and Per-FedAvg and pFedMe take few small steps.
+"""
 
 
 @pytest.mark.parametrize("name", JOINABLE)

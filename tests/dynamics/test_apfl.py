@@ -1,4 +1,4 @@
-"""APFL: one step of both models and of the proportion by hand, and the methods that it is at its ends."""
+"""APFL: one step of both models and of the proportion, computed by hand, and the limits in which it equals other methods."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ WHOLE = {
     "rounds": 2,
     "clients": 3,
     "data.rows": 90,
-}  # one batch of all examples, so order does not matter
+}  # one batch of all examples, so the order does not matter
 
 
 def test_both_models_and_the_proportion_step_from_the_same_point(experiment):
@@ -75,7 +75,7 @@ def test_with_1_a_client_trains_alone_and_with_0_it_predicts_with_the_common_mod
 
 
 def test_the_common_model_does_not_depend_on_the_mixture(experiment):
-    """With the server's half of FedAvg, clients count by their examples, and the common model is FedAvg's."""
+    """With FedAvg's `aggregate`, clients are weighted by their numbers of examples, and the common model is FedAvg's."""
     mixed, plain = experiment("fedavg+apfl", **WHOLE), experiment("fedavg", **WHOLE)
     mixed.run(), plain.run()
     same(mixed.server, plain.server)

@@ -1,4 +1,4 @@
-"""FedAMP: the weights of the models on known answers, the pull by hand, and the method that it is without it."""
+"""FedAMP: the weights of models in cases with known results, the pull computed by hand, and the method without the pull."""
 
 import math
 
@@ -19,7 +19,7 @@ def server_of(*models, sent=None):
 
 
 def test_the_attention_of_two_clients_has_a_closed_form():
-    """Two models at distance d: xi_12 = (alpha / sigma) e^(-d^2 / sigma), and the rest stays with the own model."""
+    """Two models at distance d: xi_12 = (alpha / sigma) e^(-d^2 / sigma), and the client's own model has the remaining weight."""
     found = FedAMP(alpha=0.4, sigma=2.0).attentions(server_of([0.0, 0.0], [1.0, 1.0]), 0)
     expected = 0.4 / 2 * math.exp(-2 / 2)
     torch.testing.assert_close(found, torch.tensor([1 - expected, expected]).double())
@@ -33,7 +33,7 @@ def test_models_that_are_far_away_or_were_never_sent_do_not_count():
 
 
 def test_the_combination_never_extrapolates():
-    """Five equal models at alpha = sigma: the others would have a total weight of 4."""
+    """Five equal models at alpha = sigma: the other models would have a total weight of 4."""
     found = FedAMP().attentions(server_of(*[[1.0]] * 5), 2)
     torch.testing.assert_close(found, torch.tensor([0.25, 0.25, 0, 0.25, 0.25]).double())
 

@@ -1,4 +1,4 @@
-"""FedAS: the alignment and the Fisher information by hand, and the method that it is without them."""
+"""FedAS: the alignment and the Fisher information, computed by hand, and the method without them."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def _wide(float64):
 
 
 class Plain(FedAS):
-    """FedAS whose server weighs bodies by examples."""
+    """FedAS whose server weights bodies by numbers of examples."""
 
     def importances(self, uplinks, round):
         return round.shares
@@ -30,7 +30,7 @@ def test_without_alignment_and_fisher_information_it_is_fedper(experiment):
 
 
 def test_the_distance_is_a_mean_within_classes_and_a_sum_over_them():
-    """Features (1, 2), (3, 0) of class 0 and (5, 5) of class 1, whose prototypes are (1, 0) and unknown."""
+    """The features are (1, 2) and (3, 0) for class 0, with prototype (1, 0), and (5, 5) for class 1, which has no prototype."""
     body = nn.Sequential()
     body.add_module("body", nn.Identity())
     batch = Batch(torch.tensor([[1.0, 2.0], [3.0, 0.0], [5.0, 5.0]]), torch.tensor([0, 0, 1]))

@@ -1,4 +1,4 @@
-"""FedFomo: the move on known answers, the choice of candidates, and validation examples in local updates."""
+"""FedFomo: moves with known results, the choice of candidates, and validation examples in local updates."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def weights_of(*values):
 
 
 def situation(losses, *models, candidates=None):
-    """Return a downlink with these models and a memory with the losses of the own model and of these models."""
+    """Return a downlink with these models and a memory with the losses of the client's own model and of these models."""
     stacked = tree.stack([weights_of(*model) for model in models])
     numbers = torch.tensor(list(range(len(models))) if candidates is None else candidates)
     memory = {"losses": {"sums": 4 * torch.tensor(losses), "examples": torch.tensor(4.0)}, "affinity": torch.zeros(5)}
@@ -26,9 +26,9 @@ def situation(losses, *models, candidates=None):
 @pytest.mark.parametrize(
     ("losses", "candidates", "expected"),
     [
-        ([1.0, 0.9, 2.0], None, [3.0, 4.0]),  # one better model: the client takes it, whatever the margin
+        ([1.0, 0.9, 2.0], None, [3.0, 4.0]),  # one model is better, so the client takes it, regardless of the margin
         ([1.0, 0.5, 0.6], None, [0.6, 1.6]),  # v = 0.5 / 5 and 0.4 / 1: weights 0.2 and 0.8
-        ([1.0, 1.0, 2.0], None, [0.0, 0.0]),  # none is better
+        ([1.0, 1.0, 2.0], None, [0.0, 0.0]),  # no model is better
         ([1.0, 0.5, 0.6], [-1, -1], [0.0, 0.0]),  # empty places
         ([1.0, float("nan"), float("inf")], None, [0.0, 0.0]),
     ],

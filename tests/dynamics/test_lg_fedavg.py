@@ -1,4 +1,4 @@
-"""LG-FedAvg: heads are averaged, with equal weights for all clients; bodies stay, and may differ."""
+"""LG-FedAvg: heads are averaged with equal weights for all clients; clients keep their bodies, which may differ."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_bodies_of_different_architectures_share_a_head(experiment):
 
 
 def test_late_uplinks_count_less(experiment):
-    """Equal shares are divided by sqrt(1 + age), as shares by examples are."""
+    """Equal shares are divided by sqrt(1 + age), like shares that depend on numbers of examples."""
     late = {"devices.slow": 0.5, "devices.slowdown": 2, "devices.stragglers": "late"}
     run, seen = experiment("lg_fedavg", **TINY, **late), []
     aggregate = run.hooks.aggregate

@@ -1,4 +1,4 @@
-"""pFedMe on a network: predictions start from the received model, and running statistics are those of the personal one."""
+"""pFedMe on a network: predictions start from the received model, and running statistics are those of the personal model."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_the_personal_model_restarts_from_the_received_one_and_sends_its_running
 
 
 def test_clients_that_have_not_trained_predict_with_a_fitted_model(experiment):
-    """The adaptation lowers the loss on the client's own examples, in proportion to the steps."""
+    """The adaptation reduces the loss on the client's own examples."""
     run = experiment(
         PFedMe(personal_lr=0.05, mu=1.0, local_steps=5), rounds=1, cohort=1, **{"clients": 3, "data.rows": 90}
     )

@@ -88,7 +88,7 @@ class QuadraticPFedMe(Quadratic, PFedMe):
 
 @dataclass(frozen=True, kw_only=True)
 class QuadraticPerFedAvg(Quadratic, PerFedAvg):
-    """Per-FedAvg on quadratics: its own meta-step, with the error from here."""
+    """Per-FedAvg on quadratics: the meta-step is the method's, and the error is that of this file."""
 
 
 class _Zero:

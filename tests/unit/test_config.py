@@ -258,5 +258,5 @@ def test_objects_from_python_are_checked_too():
         ConfigError, match=r"data: must be a name, or a data set from fedloom\.from_arrays\(x, y\), not ndarray"
     ):
         fedloom.run(data=np.zeros((3, 2)))
-    with pytest.raises(ConfigError, match="models: replaces `model`"):
+    with pytest.raises(ConfigError, match="models: cannot be combined with `model`"):
         fedloom.run(model=nn.Linear(2, 2), models=["mlp", "logistic"])

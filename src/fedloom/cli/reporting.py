@@ -86,7 +86,7 @@ def report_command(words: Sequence[str]) -> int:
 
 
 def _figures(target: Path, records: Sequence[RunRecord], waiting: Waiting | None) -> dict[Path, Figure]:
-    """Return all figures of the page by the file to write: the first one to `target`, the others next to it, with their titles.
+    """Return all figures of the page by file: `target` for the first one, and files next to it, named by title, for the others.
 
     Raises:
         ConfigError: a file exists, or there are no figures.

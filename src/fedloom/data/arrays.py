@@ -49,8 +49,8 @@ def from_arrays(
         x: inputs. A single array contains uint8 images (N, C, H, W), finite floats of any shape (N, ...), or integers (N, T), which are
             token ids (0 is padding). Several arrays are passed to the model by name if they are in a dictionary, and by position if they
             are in a tuple. The columns of a pandas table become `numbers` and `categories`, like those of a parquet file, unless `kind` is
-            set; numbers are standardised by default. Texts (N,), such as a list of strings, become token ids: the words of the
-            training texts.
+            set; numbers are standardised by default. Texts (N,), such as a list of strings, become token ids;
+            the vocabulary consists of words of the training texts.
         y: targets. For classification, an array (N,) of integers from 0, or of names. For multi-label classification, an array (N, L)
             of 0 and 1. For regression, an array of numbers of shape (N,) or (N, M). For language modelling, an array (N, T) with the
             next token id at every position, or -100 if there is none.
@@ -119,7 +119,7 @@ def from_arrays(
 
 
 def _texts(values: Any, what: str) -> list[str] | None:
-    """Return texts, (N,), as a list; None if the values are no texts."""
+    """Return texts (N,) as a list, or None if the values are not texts."""
     found = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(found, list) or not found or not isinstance(found[0], str):
         return None
@@ -129,7 +129,7 @@ def _texts(values: Any, what: str) -> list[str] | None:
 
 
 def _token_ids(texts: list[str], x_test: Any, vocabulary: int | None) -> tuple[Tensor, Part]:
-    """Return training and test texts as token ids, and how they were made."""
+    """Return training and test texts as token ids, and a description of how they became token ids."""
     from fedloom.data.layouts import TextOptions
     from fedloom.data.text_sets import coded_texts
 

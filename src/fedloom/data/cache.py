@@ -1,4 +1,4 @@
-"""Cache of data sets as they were read, as safetensors files.
+"""Cache of data sets in the form in which they were read, as safetensors files.
 
 The cache is optional. Files that cannot be read are treated as missing, and failures to write are ignored.
 """
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def cache_key(files: Iterable[Path], settings: Sequence[Any]) -> str:
-    """Return the key of a data set: the names, sizes and times of its files, and the settings by which they are read.
+    """Return a hash of the paths, sizes and modification times of a data set's files, and of the settings with which they are read.
 
     Raise DataError if a file does not exist.
     """
@@ -46,9 +46,9 @@ def cache_key(files: Iterable[Path], settings: Sequence[Any]) -> str:
 
 
 def cached(root: Path, name: str, key: str, read: Callable[[], Dataset]) -> Dataset:
-    """Return the data set that is stored under `key`; if there is none, the one that `read` returns, which is then stored.
+    """Return the data set that is stored under `key`. If there is none, read it with `read`, and store it.
 
-    The warnings that `read` logs are stored, too, and logged again whenever the data set comes from the cache.
+    Warnings that `read` logs are also stored, and are logged again whenever the data set comes from the cache.
     """
     stored = _load(root, name, key)
     if stored is not None:
@@ -63,7 +63,7 @@ def cached(root: Path, name: str, key: str, read: Callable[[], Dataset]) -> Data
 
 
 def _load(root: Path, name: str, key: str) -> tuple[Dataset, list[str]] | None:
-    """Return the data set under `key` and what was logged about it, or None if it is missing or cannot be read."""
+    """Return the data set under `key` and the warnings that were logged when it was read, or None if it is missing or cannot be read."""
     try:
         with safe_open(_file(root, name, key), framework="pt") as stored:
             facts = json.loads(stored.metadata()["fedloom"])
@@ -124,7 +124,7 @@ def _file(root: Path, name: str, key: str) -> Path:
 
 
 class _Lines(logging.Handler):
-    """Keep the warnings of this thread. Without another handler, pass them on to the one that Python uses then."""
+    """Record the warnings of this thread. If there is no other handler, pass them on to Python's handler of last resort."""
 
     def __init__(self, *, is_alone: bool) -> None:
         super().__init__(logging.WARNING)
@@ -140,7 +140,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _logged_lines() -> Iterator[list[str]]:
-    """Yield the list of warnings that fedloom logs in this thread during the block."""
+    """Yield a list to which the warnings that fedloom logs in this thread during the block are added."""
     logger = logging.getLogger("fedloom")
     handler = _Lines(is_alone=not logger.hasHandlers())
     logger.addHandler(handler)

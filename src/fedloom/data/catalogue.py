@@ -14,13 +14,13 @@ class Source:
 
     `hub` is the Hugging Face repository, and `hub_folder` is the folder in it that contains the parquet files. Without `hub`, no
     repository with the required split is known, and users must supply the files. `folder` is the local folder (default: the name).
-    `image_size` is the original width and height in pixels. None means that sizes differ, or that images are not square; the user chooses
-    one. 0 means that inputs are not images. `natural` is the column by which `partition=natural` divides the examples. `only` lists the
-    classes to keep, in this order. `task` is the learning task. `embedded` data are part of the package. `inputs` describes inputs that
-    are not images. `reader` is the import path of the function that reads the files, unless they are in parquet, IDX or LEAF's JSON
-    format. `is_table` and `is_text` state whether it accepts the options for tables and for texts. `files` is the name of the file on the
-    hub, or the first part of the names of IDX files. `get` describes which files to put into the folder. `terms` is the licence, or what
-    is known about it.
+    `image_size` is the original width and height in pixels. None means that sizes differ, or that images are not square, so that the user
+    must choose one; 0 means that inputs are not images. `natural` is the column by which `partition=natural` divides the examples. `only`
+    lists the classes to keep, in this order. `task` is the learning task. `embedded` data are part of the package. `inputs` describes
+    inputs that are not images. `reader` is the import path of the function that reads the files, unless they are in parquet, IDX or LEAF's
+    JSON format. `is_table` and `is_text` state whether it accepts the options for tables and for texts. `files` is the name of the file on
+    the hub, or the first part of the names of IDX files. `get` describes which files to put into the folder. `terms` is the licence, or
+    what is known about it.
     """
 
     title: str

@@ -80,7 +80,7 @@ def repository_files(repository: Repository, revision: str | None, cache: Path) 
 
 
 def _known_names(mark: Path) -> ClassNames:
-    """Return the names of classes in the mark of a download; none in those of earlier versions, which are empty."""
+    """Return the names of classes in the mark of a download. Earlier versions wrote empty marks, for which there are no names."""
     try:
         content = json.loads(mark.read_text(encoding="utf-8") or "{}")
         return {str(column): tuple(map(str, names)) for column, names in content.items()}
@@ -91,7 +91,7 @@ def _known_names(mark: Path) -> ClassNames:
 
 
 def _card_names(card: Any, config: str | None) -> ClassNames:
-    """Return the names of classes by column in the `dataset_info` of a repository's card; none if the card has none.
+    """Return the names of classes by column in the `dataset_info` of a repository's card. Return an empty dictionary if there are none.
 
     A column with classes is `{"name": COLUMN, "dtype": {"class_label": {"names": {"0": NAME, ...}}}}`.
     """

@@ -23,7 +23,7 @@ TEST_NAMES = ("test", "valid", "validation")
 Files = tuple[list[Path], list[Path]]
 """Training files and test files."""
 ClassNames = Mapping[str, tuple[str, ...]]
-"""Names of the classes 0, 1, ... in columns of class numbers, by column."""
+"""For each column of class numbers, the names of the classes 0, 1, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ NO_TEXT = TextOptions()
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A description of what to load; see `fedloom.data.load`. `names` are those that the hub gives."""
+    """A description of what to load; see `fedloom.data.load`. `names` contains the class names from the hub."""
 
     name: str
     image_size: int | None = None

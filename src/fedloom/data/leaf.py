@@ -1,4 +1,4 @@
-"""LEAF's JSON files: Shakespeare, FEMNIST, Sent140, CelebA and other data sets in which every user has their own examples.
+"""LEAF's JSON files: Shakespeare, FEMNIST, Sent140, CelebA and other data sets whose examples belong to users.
 
 The layout is `train/*.json` and `test/*.json`, or `all_data/*.json` before the split. These folders may be in a folder `data`. A file is
 `{"users": [...], "num_samples": [...], "user_data": {user: {"x": [...], "y": [...]}}}`.
@@ -32,7 +32,7 @@ Array = npt.NDArray[Any]
 Kind = Literal["windows", "texts", "pictures", "files", "numbers"]
 PIXELS: Final = 784
 FOLDERS: Final = ("raw/img_align_celeba", "img_align_celeba", "images")
-"""Folders with the images of CelebA, below the folder of the data. The first one is the folder that LEAF uses."""
+"""Folders for the images of CelebA, relative to the folder of the data. The first one is the folder that LEAF uses."""
 SUFFIXES: Final = (".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".webp")
 TWEET: Final = 4  # position of the text among the fields of Sent140: id, date, query, user, text
 
@@ -41,7 +41,7 @@ _NAMES: Final = {"windows": "windows of 80 characters", "texts": "texts", "pictu
 
 
 class Examples(NamedTuple):
-    """A user's examples: their kind, the inputs, which are a list of texts or file names or an array (n, ...), and the labels (n,)."""
+    """A user's examples: their kind, inputs and labels (n,). The inputs are a list of texts or file names, or an array (n, ...)."""
 
     kind: Kind
     x: Array | list[str]
@@ -49,7 +49,7 @@ class Examples(NamedTuple):
 
 
 Users = list[tuple[str, Examples]]
-"""The users of a split who have examples."""
+"""The users of a split who have examples, with their examples."""
 
 
 def read_leaf(
@@ -59,7 +59,7 @@ def read_leaf(
     classes: tuple[str, ...] | None = None,
     column: str = "client",
 ) -> Dataset:
-    """Return the data set in LEAF's files, or from the cache if they were read before.
+    """Return the data set in LEAF's files. It comes from the cache if it was read before.
 
     Args:
         asked: what to load.
@@ -132,7 +132,10 @@ def _tell(pool: Dataset, kind: Kind, users: int) -> None:
 def _inputs(
     asked: Request, place: Path, users: Users, keep: npt.NDArray[np.bool_], n_train: int
 ) -> tuple[Any, tuple[Part, ...]]:
-    """Return the inputs of the examples to keep and, for texts, a description of how they became token ids. Raise DataError."""
+    """Return the inputs of the examples to keep and, for texts, a description of how they became token ids.
+
+    Raise DataError if options do not apply to these inputs, or if the inputs of users have different shapes.
+    """
     kind = users[0][1].kind
     if kind != "texts" and asked.texts != NO_TEXT:
         key, value = next((k, v) for k, v in vars(asked.texts).items() if v not in (None, ()))
@@ -204,7 +207,7 @@ def _read_split(files: list[Path]) -> Users:
 
 
 def _examples(content: Any, where: str) -> Examples | None:
-    """Return a user's examples, or None if there are none. Raise DataError that names `where` if they are malformed."""
+    """Return a user's examples, or None if there are none. Raise DataError if they are malformed; its message starts with `where`."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("x", "y")):
         raise DataError(f"{where} requires lists 'x' and 'y'")
     x, y = content["x"], content["y"]

@@ -1,4 +1,4 @@
-"""Read one of LEAF's JSON files user by user, because the numbers in a whole file need about 1 GB as Python objects."""
+"""Read one of LEAF's JSON files user by user, because the numbers in a whole file would occupy about 1 GB as Python objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BLANK = re.compile(r"[ \t\n\r]*")
 
 
 def users_of(file: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the examples of each user. Raise DataError if the file is malformed or states wrong numbers of examples."""
+    """Yield the name and the examples of each user. Raise DataError if the file is malformed or contains wrong numbers of examples."""
     try:
         if file.stat().st_size > MOST_BYTES:
             raise DataError(f"{file} is larger than {MOST_BYTES // 2**30} GiB; divide it into several files")

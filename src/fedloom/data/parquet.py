@@ -51,7 +51,7 @@ def read_parquet(
     """Return the pool in the training and test files, or from the cache if it was decoded before. Raise DataError for invalid files.
 
     With the `task` `regression`, the label column contains numbers, or lists of numbers; with `multilabel`, it contains lists of 0 and 1.
-    `names` are class names by column, for files whose own metadata have none.
+    `names` contains class names by column, for files without class names in their metadata.
     """
     train, test = files
     choice = Choice(source=source, image_size=image_size, rows=rows, task=task, names=names or {})

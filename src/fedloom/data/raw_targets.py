@@ -104,7 +104,10 @@ def _targets(objective: Objective, raw: Any) -> Tensor:
 
 
 def _classes(objective: Objective, labels: npt.NDArray[Any]) -> Tensor:
-    """Return the class numbers for labels, which are class names or class numbers (as text only if no name is a number)."""
+    """Return the class numbers for labels, which are class names or class numbers.
+
+    Class numbers may be text only if no class name is a number.
+    """
     places = {name: i for i, name in enumerate(objective.names)}
     lower = {name.lower(): i for name, i in places.items()}
     are_words = not any(name.isdecimal() for name in places)

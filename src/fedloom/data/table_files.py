@@ -30,7 +30,7 @@ class RawTable:
 
     Columns are text (from text files, and parquet's booleans), float64 (parquet's numbers) or categorical (parquet's strings and
     dictionaries). `lines` contains the line number of each row in its file, and `file_of` the number of that file.
-    `names` are the names of classes, in columns of class numbers.
+    `names` contains class names, for columns of class numbers.
     """
 
     frame: pd.DataFrame
@@ -41,13 +41,13 @@ class RawTable:
     names: ClassNames = field(default_factory=dict)
 
     def named(self, column: str) -> pd.Series[Any]:
-        """Return a column; class numbers as categories with the names of the classes, in their order. -1 stands for no class."""
+        """Return a column. Class numbers become categories, which are the names of the classes, in their order; -1 means no class."""
         values, names = self.frame[column], self.names.get(column)
         if names is None or isinstance(values.dtype, pd.CategoricalDtype) or len(set(names)) < len(names):
             return values
         present = values[values.notna() & (values != "")]
         numbers = pd.to_numeric(present, errors="coerce")
-        if not numbers.isin(range(-1, len(names))).all():  # other values than the metadata say
+        if not numbers.isin(range(-1, len(names))).all():  # values outside the range of the metadata
             return values
         codes = numbers.reindex(values.index, fill_value=-1).astype(np.int64)
         return pd.Series(pd.Categorical.from_codes(codes.to_numpy(), categories=pd.Index(names)), index=values.index)
@@ -69,7 +69,7 @@ def read_files(
 ) -> RawTable:
     """Read all files of a table. Raise DataError if a file is malformed, or if its columns differ from those of the first file.
 
-    `names` are class names by column, for files whose own metadata have none.
+    `names` contains class names by column, for files without class names in their metadata.
     """
     files = (*train, *test)
     parts = [_parquet(file) if file.suffix == ".parquet" else _text(file, encoding) for file in files]
@@ -96,7 +96,7 @@ def read_files(
 
 
 def _own_names(file: Path) -> ClassNames:
-    """Return the class names in the metadata of a parquet file; none for other files."""
+    """Return the class names in the metadata of a parquet file. Other files have none."""
     if file.suffix != ".parquet":
         return {}
     from fedloom.data.parquet import class_names  # Pillow is slow to import

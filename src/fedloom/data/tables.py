@@ -69,7 +69,7 @@ def read_table(
         task: learning task; by default, it is derived from the label column.
         rows: number of training examples to keep.
         texts: the columns that contain texts. If there are any, they are the only inputs, as token ids.
-        names: class names by column, for files whose own metadata have none.
+        names: class names by column, for files without class names in their metadata.
 
     Raises:
         DataError: the files are malformed, the type of a column is unclear, or values are missing.

@@ -161,7 +161,7 @@ class LocalEngine(Engine):
         return ClientContext(rows=rows, plan=plan, task=p.task, rng=rng, codec=p.codec, valid=valid)
 
     def _valid(self, i: int, channels_last: bool) -> Rows | None:
-        """Return client `i`'s validation examples, if it has any."""
+        """Return client `i`'s validation examples, or None if it has none."""
         if not self.data.n_valid(i):
             return None
         x, y = self.data.valid(i)

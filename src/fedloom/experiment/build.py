@@ -309,7 +309,7 @@ def _warn_different_starts(problem: Problem) -> None:
 
 
 def _warn_without_validation(problem: Problem) -> None:
-    """Log one line if a method visits validation examples (FedFomo) and clients have none."""
+    """Log one line if a method visits validation examples (FedFomo) and some clients have none."""
     if not problem.uses_valid:
         return
     n = problem.task.n_clients

@@ -28,7 +28,7 @@ from fedloom.training.sweeps import EVAL_BATCH
 from fedloom.training.turn import run_phases
 from fedloom.tree import Tree
 
-STRIDE = 6  # counted batches have one, two and three times as many examples; a method may divide a batch into halves or thirds
+STRIDE = 6  # counted batches have 6, 12 and 18 examples, because a method may divide a batch into halves or thirds
 
 
 class Costs:
@@ -97,7 +97,7 @@ class Costs:
         return sum(times * _value(self._polynomials[key], size) for size, times in sizes.items())
 
     def _n_valid(self, i: int) -> int:
-        """Return the number of client `i`'s validation examples, if a phase visits them."""
+        """Return the number of client `i`'s validation examples, or 0 if no phase visits them."""
         return self.problem.data.n_valid(i) if self.problem.uses_valid else 0
 
     def _counted(self, phase: Phase, i: int, n: int, turn: Turn) -> int:
@@ -230,7 +230,7 @@ def _differences(first: int, second: int, third: int) -> tuple[int, int, int]:
 
 
 def _value(differences: tuple[int, int, int], n: int) -> int:
-    """Return the value at `n` of the quadratic function through the three counted sizes (Newton's formula, rounded to an integer)."""
+    """Return the value at `n` of the quadratic function through the three counted values (Newton's formula, rounded to an integer)."""
     first, slope, curve = differences
     away, square = n - STRIDE, 2 * STRIDE**2
     return (square * first + 2 * STRIDE * away * slope + away * (away - STRIDE) * curve + square // 2) // square

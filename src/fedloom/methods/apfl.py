@@ -1,4 +1,4 @@
-"""APFL: a client predicts with a mixture of its own model and the common one, in proportions that it may learn."""
+"""APFL: a client predicts with a mixture of its own model and the common model; it may learn the proportions."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ from fedloom.tree import Tree
 class APFL(Method):
     """APFL (Deng, Kamani, Mahdavi; 2020, algorithm 1 and its adaptive alpha): adaptive personalised federated learning.
 
-    Sent: the common model `model` (w), both ways. Kept: the client's own model `personal` (v) and its proportion `alpha` (a). With the
-    mixture m = a v + (1 - a) w of weights, one step on a batch is
+    Sent: The common model `model` (w) is sent in both directions. Kept: Each client keeps its own model `personal` (v) and the proportion
+    `alpha` (a) of that model. With the mixture m = a v + (1 - a) w of weights, one step on a batch is
 
         w <- w - lr grad f(w),   v <- v - lr a grad f(m),   a <- a - alpha_lr <v - w, grad f(m)>, clamped to [0, 1],
 
-    where all gradients are taken before the step. Clients are scored with a v + (1 - a) w_received, `server_accuracy` scores w. All
-    clients have equal weights in the mean of w. The mixture is evaluated with the running statistics of v, which change under the
-    mixture only.
+    where all gradients are taken before the step. Clients are scored with a v + (1 - a) w_received; `server_accuracy` scores w. All
+    clients have equal weights in the mean of w. The mixture uses the running statistics of v, and only passes through the mixture change
+    them.
 
-    Differences: clients average after every local update of `local_epochs` passes instead of every tau steps; m contains the received w
-    when clients are scored (paper: the client's own w). The released code (FedTorch) is another method: it mixes logits, and its step of
-    a adds 0.02 a and uses the gradients of both models.
+    Differences from the paper: models are averaged after every local update (`local_epochs` passes), not after every tau steps. Clients
+    are scored with a mixture that contains the received w, not the client's own w. The released code (FedTorch) implements another
+    method: it mixes logits, and its update of a uses the gradients of both models and adds 0.02 a.
     """
 
     alpha: Proportion = 0.5
-    """Proportion a of the client's own model: constant, or the first value if it is learned; 0: predict with w; 1: train v alone."""
+    """Proportion a of the client's own model (its initial value if it is learned). 0: predict with w; 1: train v alone."""
     alpha_lr: NonNegative = 0.0
-    """Learning rate of a; 0: a is constant (the default of the released code)."""
+    """Learning rate of a. With 0, a is constant (the default of the released code)."""
 
     equal_shares: ClassVar[bool] = True
     accepts_late: ClassVar[bool] = True
@@ -60,13 +60,13 @@ class APFL(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return w, v with equal initial weights, and a."""
+        """Return w and v, which have equal initial weights, and a."""
         model = arch.model()
         mixing = nn.ParameterDict({"own": torch.tensor(self.alpha)})
         return {"model": model, "personal": deepcopy(model), "alpha": mixing}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return one phase for w, v and, if it is learned, a."""
+        """Return one phase that trains w, v and, if a is learned, a."""
         nets = ("model", "personal", "alpha") if self.alpha_lr else ("model", "personal")
         mixing = optim.clamped(optim.sgd(self.alpha_lr), 0, 1)
         own = self.local_optimizer()
@@ -74,7 +74,7 @@ class APFL(Method):
         return (Train("train", self.loss, nets, optimizer, epochs=self.local_epochs),)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return f(w) + f(m); the gradient of f(m) flows to v and a, but not to w."""
+        """Return f(w) + f(m); f(m) has gradients in v and a, but not in w."""
         common = nets.loss(nets.model(batch.x), batch.y)
         mixed = nets.loss(self.mixture(nets, batch.x), batch.y)
         return common + mixed, {"common": common, "mixture": mixed, "alpha": nets.params["alpha.own"]}

@@ -1,4 +1,4 @@
-"""FedAMP: each client is pulled towards a combination of all clients' models in which similar models count more."""
+"""FedAMP: each client is pulled towards a combination of all clients' models in which similar models have larger weights."""
 
 from __future__ import annotations
 
@@ -21,29 +21,33 @@ from fedloom.tree import Tree, Weights
 class FedAMP(KeptModels):
     """FedAMP and HeurFedAMP (Huang et al., AAAI 2021): federated attentive message passing.
 
-    Sent: up, the client's model w_i; down, a separate model for each client, u_i = sum_j xi_ij w_j. Kept: w_i. The server keeps the
-    latest model of every client. A local update starts from w_i and minimises f_i(w) + mu / (2 alpha) ||w - u_i||^2. For j != i,
+    Sent: The uplink contains the client's model w_i. The downlink contains a separate model for each client, u_i = sum_j xi_ij w_j.
+    Kept: Each client keeps w_i. The server keeps the latest model of every client.
+
+    A local update starts from w_i and minimises f_i(w) + mu / (2 alpha) ||w - u_i||^2. The weights for j != i are
+
 
     - `attention=distance` (FedAMP): xi_ij = (alpha / sigma) exp(-||w_i - w_j||^2 / sigma);
-    - `attention=cosine` (HeurFedAMP): xi_ij in proportion to exp(sigma cos(w_i, w_j)), with the sum 1 - own_share,
+    - `attention=cosine` (HeurFedAMP): xi_ij proportional to exp(sigma cos(w_i, w_j)), with the sum 1 - own_share.
 
-    and xi_ii is the rest. Only models that have been sent count. Clients are scored with w_i; there is no server model.
+    The weight xi_ii is 1 minus their sum. Models of clients that have not sent one yet have weight 0. Clients are scored with w_i; there
+    is no server model.
 
-    Differences: if the xi_ij of FedAMP add up to more than 1, they are divided by their sum, because u_i would otherwise be an
-    extrapolation away from w_i; `server.own_weight` (the mean xi_ii) is then 0. The pull is squared, as in the paper, unlike in public
-    code. Only parameters are sent; running statistics stay with the client.
+    Differences from the paper: if the xi_ij of FedAMP (j != i) sum to more than 1, they are divided by their sum, because u_i would
+    otherwise be an extrapolation away from w_i; xi_ii is then 0, and `server.own_weight` (the mean xi_ii) shows it. Only parameters are
+    sent; running statistics stay with the client. The pull is the gradient of a squared distance, as in the paper, unlike in public code.
     """
 
     mu: NonNegative = 1.0
-    """Weight of the pull (the paper's lambda); 0: every client trains alone."""
+    """Weight of the pull towards u_i (the paper's lambda). With 0, every client trains alone."""
     alpha: Positive = 1.0
-    """Step size alpha of the server; a weak pull and strong mixing if large. lr mu / alpha must be below 2."""
+    """Step size of the server. A large value makes the pull weak and the mixing strong. lr mu / alpha must be below 2."""
     attention: Literal["distance", "cosine"] = "distance"
-    """How similarity is measured: by the distance of the models (FedAMP) or by their cosine (HeurFedAMP)."""
+    """Measure of similarity: the distance between the models (FedAMP) or their cosine (HeurFedAMP)."""
     sigma: Positive = 1.0
-    """distance: squared distance at which xi_ij falls to 1/e; cosine: factor of the cosine."""
+    """With `attention=distance`, the squared distance at which xi_ij falls to 1/e; with `cosine`, the factor of the cosine."""
     own_share: Fraction = 0.1
-    """xi_ii for `attention=cosine`."""
+    """The weight xi_ii with `attention=cosine`."""
 
     paper: ClassVar[Paper] = Paper(
         "Personalized cross-silo federated learning on non-IID data",
@@ -53,7 +57,7 @@ class FedAMP(KeptModels):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a pull that diverges, and for an option without effect."""
+        """Raise ValueError if the pull diverges, or if an option has no effect."""
         super().__post_init__()
         if (factor := self.lr * self.mu / self.alpha) >= 2:
             raise ValueError(
@@ -72,12 +76,15 @@ class FedAMP(KeptModels):
         return Downlink({}, each)
 
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
-        """Return the mean of the models that have been sent. Clients predict with their own; those that join later are pulled to it."""
+        """Return the mean of the models that have been sent, or the initial model if there are none.
+
+        Clients predict with their own models. Clients that join later are pulled towards this mean.
+        """
         sent = server["sent"] if server["sent"].any() else torch.ones_like(server["sent"])
         return Downlink({"model": combination(server["model"], sent.double() / sent.sum())})
 
     def attentions(self, server: Tree, i: int) -> Tensor:
-        """Return the weights xi_ij (K,) of all models in u_i, in float64."""
+        """Return the weights xi_ij (K,) of all clients' models in u_i, as float64."""
         others = server["sent"].double().clone()
         others[i] = 0
         xi = self.near(server, i, others) if self.attention == "distance" else self.similar(server, i, others)
@@ -85,14 +92,17 @@ class FedAMP(KeptModels):
         return xi
 
     def near(self, server: Tree, i: int, others: Tensor) -> Tensor:
-        """Return FedAMP's weights of the other models."""
+        """Return FedAMP's weights (K,) of the other models.
+
+        `others` (K,) is 1 for the other clients that have sent a model, and 0 otherwise.
+        """
         models = tree.leaves(server["model"])
         squared = torch.stack([(p - p[i]).double().square().flatten(1).sum(1) for p in models]).sum(0)
         xi = others * (-squared / self.sigma).exp() * (self.alpha / self.sigma)
         return xi / xi.sum().clamp(min=1)
 
     def similar(self, server: Tree, i: int, others: Tensor) -> Tensor:
-        """Return HeurFedAMP's weights of the other models."""
+        """Return HeurFedAMP's weights (K,) of the other models. `others` is as for `near`."""
         rows = [p.double().flatten(1) for p in tree.leaves(server["model"])]
         products = torch.stack([p @ p[i] for p in rows]).sum(0)
         norms = torch.stack([p.square().sum(1) for p in rows]).sum(0).sqrt()
@@ -101,17 +111,17 @@ class FedAMP(KeptModels):
         return (1 - self.own_share) * xi / xi.sum().clamp(min=1e-300)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the loss plus the pull towards u_i."""
+        """Return the loss plus mu / (2 alpha) ||w - u_i||^2."""
         error = nets.loss(nets.model(batch.x), batch.y)
         away = losses.squared_distance(nets.params, down["model"]["params"])
         return error + self.mu / (2 * self.alpha) * away, {"cross_entropy": error, "distance": away}
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """Return the mean weight of a client's own model in its u_i (`own_weight`)."""
+        """Return the mean of xi_ii over the clients of this round (`own_weight`)."""
         own = [float(self.attentions(server, arrival.client)[arrival.client]) for arrival in round.arrivals]
         return {"own_weight": sum(own) / len(own)}
 
 
 def combination(models: Tree, shares: Tensor) -> Tree:
-    """Return the combination of stacked models (K, ...) with weights (K,)."""
+    """Return the sum of stacked models (K, ...), weighted by `shares` (K,)."""
     return tree.map_tree(lambda p: torch.tensordot(shares.to(p.dtype), p, 1), models)

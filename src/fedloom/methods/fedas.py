@@ -1,4 +1,4 @@
-"""FedAS: the received body is first aligned to the client's own features, and the server weighs bodies by their Fisher information."""
+"""FedAS: clients align the received body with their own features, and the server weights bodies by their Fisher information."""
 
 from __future__ import annotations
 
@@ -23,24 +23,31 @@ from fedloom.tree import Tree, Weights
 class FedAS(FedPer):
     """FedAS (Yang, Huang, Ye; CVPR 2024): bridging inconsistency in personalised federated learning.
 
-    Sent: up, the body and a number F; down, the mean body. Kept: the head, and the client's prototypes, the mean features of its classes
-    under its own trained body. A local update (a) aligns the received body: it minimises the sum, over the classes of a batch, of the
-    mean squared distance per feature to the prototype of the class; (b) trains body and head together; (c) computes F, the sum over
-    batches of the squared norm of the loss's gradient with respect to body and head. The server's body is the mean weighted by F.
-    Clients are scored with the received body after the alignment, and their own head.
+    Sent: The uplink contains the body and a number F. The downlink contains the mean body, weighted by F. Kept: Each client keeps its
+    head, and its prototypes: the mean features of each of its classes, computed with the body that it has trained.
 
-    Differences from the released code: each client aligns a copy of the server's body (there, every client continues with the body that
-    the one before it has aligned); a client's first local update has no alignment, because the features of an untrained body mean
-    nothing; clients are scored after a downlink (there, before it, as with `eval.fitted=true`); the body is aligned in evaluation mode;
-    F has its own batch size.
+    A local update has three parts:
+
+    1. It aligns the received body. On each batch, it minimises the sum over classes of the mean squared difference per feature between
+       the features and the prototype of their class.
+    2. It trains body and head together.
+    3. It computes new prototypes and F. F is the sum over batches of the squared norm of the loss's gradient with respect to body and
+       head.
+
+    Clients are scored with the received body after the alignment, and with their own head.
+
+    Differences from the released code: each client aligns a copy of the server's body, whereas in the released code, every client
+    continues with the body that the previous client has aligned. The first local update of a client has no alignment, because the
+    features of an untrained body carry no information. Clients are scored after a downlink (the released code scores them before it, as
+    with `eval.fitted=true`). The body is in evaluation mode during the alignment. F has its own batch size.
     """
 
     align_lr: NonNegative = 0.01
-    """Learning rate of the alignment (SGD); 0: no alignment."""
+    """Learning rate of the alignment, which uses SGD. With 0, there is no alignment."""
     align_epochs: Count = 1
-    """Passes over the client's training examples that align the body."""
+    """Number of passes over the client's training examples in the alignment."""
     fisher_batch: Count = 16
-    """Examples in each gradient of F; F grows with the number of batches, and shrinks with their size."""
+    """Batch size for F, which is larger with more and smaller batches."""
 
     also_travels: ClassVar[tuple[str, ...]] = ("fisher",)
     needs: ClassVar[tuple[Need, ...]] = ("classes", "vector", "head")
@@ -50,23 +57,23 @@ class FedAS(FedPer):
     )
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return no prototypes, and F = 0."""
+        """Return prototypes without examples, and F = 0."""
         prototypes = {"sums": torch.zeros(task.n_classes, task.width), "counts": torch.zeros(task.n_classes)}
         return {"prototypes": prototypes, "fisher": {"trace": torch.zeros(())}}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the alignment, the training, and sweeps for the prototypes and F."""
+        """Return the alignment, the training, and the sweeps that compute the prototypes and F."""
         return *self.adapt(), *super().phases(), Sweep("prototypes", self.collect), Sweep("fisher", self.squared_slopes)
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return the alignment of the received body."""
+        """Return the phase that aligns the received body."""
         if not self.align_lr:
             return ()
         optimizer = optim.sgd(self.align_lr)
         return (Train("align", self.distance, ("model:body",), optimizer, epochs=self.align_epochs, train_mode=()),)
 
     def distance(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the sum over classes of the mean squared distance to the prototype; 0 for a class without one."""
+        """Return the sum over classes of the mean squared difference from the prototype; classes without a prototype add 0."""
         counts, sums = memory["prototypes"]["counts"], memory["prototypes"]["sums"]
         prototypes = sums / counts.clamp(min=1)[:, None]
         away = (losses.wide(nets.model.body(batch.x)) - prototypes[batch.y]).square().mean(1)
@@ -100,7 +107,7 @@ class FedAS(FedPer):
         return sent | {"fisher": memory["fisher"]["trace"]}, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault if F is negative."""
+        """Return a message if F is negative, and an empty string otherwise."""
         return "'fisher' is negative" if uplink["fisher"] < 0 else ""
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
@@ -108,7 +115,10 @@ class FedAS(FedPer):
         return {"weights": tree.mean([uplink["weights"] for uplink in uplinks], self.importances(uplinks, round))}
 
     def importances(self, uplinks: Sequence[Tree], round: Round) -> list[float]:
-        """Return the bodies' weights: F, less if late, divided by their sum; the shares if all F are 0."""
+        """Return the weights of the bodies, whose sum is 1.
+
+        They are proportional to F / sqrt(1 + age). If all F are 0, they are the shares.
+        """
         aged = [float(up["fisher"]) / (1 + one.age) ** 0.5 for up, one in zip(uplinks, round.arrivals, strict=True)]
         total = sum(aged)
         return [f / total for f in aged] if total > 0 else round.shares

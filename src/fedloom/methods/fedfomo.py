@@ -1,4 +1,4 @@
-"""FedFomo: each client receives a few models of other clients, and moves towards those that are better on its own validation examples."""
+"""FedFomo: each client receives a few models of other clients, and moves towards those with a smaller loss on its validation examples."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ from fedloom.tree import Tree, Weights
 class FedFomo(KeptModels):
     """FedFomo (Zhang, Sapra, Fidler, Yeung, Alvarez; ICLR 2021): first-order model optimisation.
 
-    Sent: up, the client's model and its affinities (K,); down, the models of `candidates` other clients and their numbers. Kept: the
-    client's model, and its affinities. With L the loss on the client's validation examples, a local update
+    Sent: The uplink contains the client's model and its affinities (K,). The downlink contains the models of `candidates` other clients,
+    and the numbers of these clients. Kept: Each client keeps its model and its affinities.
+
+    With L the loss on the client's validation examples and w the client's model, a local update
 
     1. computes v_n = (L(w) - L(w_n)) / ||w_n - w|| for each candidate n,
-    2. moves to w + sum_n p_n (w_n - w), with p_n = max(v_n, 0) / sum_m max(v_m, 0), or stays if no v_n is positive,
+    2. replaces w by w + sum_n p_n (w_n - w), with p_n = max(v_n, 0) / sum_m max(v_m, 0); if no v_n is positive, w does not change,
     3. adds v_n / sum_m |v_m| to the affinity of n, and trains.
 
-    The server keeps the latest model of every client, and sends those with the highest affinities, or, with probability epsilon for
-    each place, any other one. Clients are scored with their model as the last local update left it; there is no server model.
-    Validation examples are those of `eval.valid=0.2`, which all methods hold out from training; without them, losses are those of the
-    training examples.
+    The server keeps the latest model of every client. It sends a client the models for which this client has the highest affinities; with
+    probability epsilon for each place, it sends a random other model instead. Clients are scored with the model that results from their
+    last local update; there is no server model. Validation examples are those of `eval.valid=0.2`, which no method trains on. If a client
+    has none, it computes L on its training examples.
 
-    Differences from the released code: w is the client's current model (there, in the published commands, its initial model, to which
-    it also returns if no candidate is better); affinities are divided by the sum of the |v_n|, not by |sum of v_n|, which may be near
-    0; epsilon decays by rounds, not by epochs.
+    Differences from the released code: w is the client's current model. In the published commands of the released code, w is the
+    client's initial model, to which the client also returns if no candidate is better. Affinities are divided by the sum of the |v_n|, not
+    by |sum of v_n|, which may be close to 0. epsilon decays per round, not per epoch.
     """
 
     candidates: Count = 5
-    """Models that a client receives in a round; at most K - 1."""
+    """Number of models that a client receives in a round. The maximum is K - 1, the number of other clients."""
     epsilon: Proportion = 0.3
-    """Probability that a place goes to a model other than that with the highest affinity, in the first round."""
+    """Probability that a place in a downlink gets a random model instead of that with the highest affinity, in the first round."""
     epsilon_decay: NonNegative = 0.05
     """Decrease of epsilon per round, down to 0."""
 
@@ -58,35 +60,41 @@ class FedFomo(KeptModels):
         return max(min(self.candidates, n_clients - 1), 1)
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return zero affinities (K,), and zero sums of the losses of the own model and the candidates."""
+        """Return zero affinities (K,), and zero sums of the losses of the client's own model and of the candidates."""
         losses = {"sums": torch.zeros(1 + self.places(task.n_clients)), "examples": torch.zeros(())}
         return {"affinity": torch.zeros(task.n_clients), "losses": losses}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the initial model for every client, and zero affinities (K, K); row i is that of client i."""
+        """Return the initial model for every client, and zero affinities (K, K), where row i contains the affinities of client i."""
         return super().init_server(weights, task, round) | {"affinity": torch.zeros(task.n_clients, task.n_clients)}
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return every member's candidates."""
+        """Return the candidates of every member of the cohort."""
         return Downlink({}, [self.offer(server, self.chosen(server, i, round)) for i in cohort])
 
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:
-        """Return the models with the highest sums of affinities, for clients that join later; all others predict with their own."""
+        """Return the models with the highest sums of affinities, for clients that join later.
+
+        Other clients predict with their own models.
+        """
         order = server["affinity"].sum(0).argsort(descending=True, stable=True)
         known = [j for j in order.tolist() if server["sent"][j]]
         return Downlink(self.offer(server, known[: self.places(task.n_clients)]))
 
     def offer(self, server: Tree, chosen: Sequence[int]) -> Tree:
-        """Return the chosen models, stacked, and their numbers; an empty place has the number -1 and an initial model."""
+        """Return the models of the chosen clients, stacked, and the numbers of these clients.
+
+        An empty place has the number -1 and the model of client 0.
+        """
         n = self.places(len(server["sent"]))
         numbers = torch.tensor([*chosen, *[-1] * (n - len(chosen))])
         models = tree.map_tree(lambda p: p[numbers.clamp(min=0)], server["model"])
         return {"model": models, "candidates": numbers}
 
     def chosen(self, server: Tree, i: int, round: Round) -> list[int]:
-        """Return the candidates of client i among the models that have been sent."""
+        """Return the numbers of client i's candidates, whose models have been sent to the server."""
         others = [j for j in round.rng.permutation(round.n_clients).tolist() if j != i and server["sent"][j]]
-        best = sorted(others, key=lambda j: -float(server["affinity"][i, j]))  # equal ones stay in random order
+        best = sorted(others, key=lambda j: -float(server["affinity"][i, j]))  # equal affinities stay in random order
         explores = round.rng.uniform((self.places(round.n_clients),)) < self.epsilon - self.epsilon_decay * round.number
         found: list[int] = []
         for anyone in explores.tolist()[: len(others)]:
@@ -98,14 +106,14 @@ class FedFomo(KeptModels):
         return Sweep("losses", self.compare, rows="valid"), Set("move", self.move), *super().phases()
 
     def compare(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
-        """Add the losses of the own model and of the candidates."""
+        """Add the losses of the client's own model and of the candidates on a batch."""
         models = [nets, *(nets.at(model) for model in tree.unstack(down["model"]))]
         found = torch.stack([here.loss(here.model(batch.x), batch.y) for here in models]).to(total["sums"].dtype)
         n = len(batch.y)
         return {"sums": total["sums"] + n * found, "examples": total["examples"] + n}
 
     def gains(self, weights: Weights, down: Tree, memory: Tree) -> Tensor:
-        """Return v_n of every place (M,); 0 for an empty place, an equal model and a loss that is not finite."""
+        """Return v_n (M,) of every place. v_n is 0 for an empty place, and for a loss that is not finite."""
         losses = memory["losses"]["sums"] / memory["losses"]["examples"].clamp(min=1)
         models = down["model"]["params"]
         squared = torch.stack([(p - weights["params"][name]).square().flatten(1).sum(1) for name, p in models.items()])
@@ -120,7 +128,7 @@ class FedFomo(KeptModels):
         return tree.merge(weights, tree.mean(tree.unstack(down["model"]), (better / better.sum()).tolist()))
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return the model and the affinities; keep the affinities."""
+        """Return the model and the affinities as the uplink, and keep the affinities."""
         sent, memory = super().uplink(client, received, down, turn)
         gains = self.gains(received, down, memory)
         added = gains / gains.abs().sum().clamp(min=1e-12)
@@ -135,5 +143,5 @@ class FedFomo(KeptModels):
         return {**super().aggregate(server, uplinks, round), "affinity": affinity}
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """Return the mean affinity of the cohort to other clients (`affinity`): positive if received models help."""
+        """Return the mean affinity of the clients of this round (`affinity`). It is positive if received models have smaller losses."""
         return {"affinity": sum(float(uplink["affinity"].mean()) for uplink in uplinks) / len(uplinks)}

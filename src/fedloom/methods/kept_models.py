@@ -17,10 +17,10 @@ from fedloom.tree import Tree, Weights
 
 @dataclass(frozen=True, kw_only=True)
 class KeptModels(Method):
-    """A method whose clients train separate models, of which the server keeps the latest ones.
+    """A method whose clients train separate models. The server keeps the latest model of every client.
 
-    Sent: up, the client's model. The server keeps `model`, the models of all clients, stacked (K, ...), and `sent` (K,), which is 1 for
-    clients that have sent one and 0 for the others, whose models are the initial one.
+    Sent: The uplink contains the client's model. The server keeps `model`, the stacked models (K, ...) of all clients, and `sent` (K,),
+    which is 1 for clients that have sent their model. The entries of the other clients are 0, and their models are the initial model.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()

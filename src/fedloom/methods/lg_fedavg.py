@@ -1,4 +1,4 @@
-"""LG-FedAvg: local representations under a common head."""
+"""LG-FedAvg: local representations, and a common head."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from fedloom.method import Method, Need, Paper, Predictor, predict_model
 class LGFedAvg(Method):
     """LG-FedAvg (Liang et al., 2020): think locally, act globally.
 
-    Sent: the head, both ways. Kept: the body. Both are trained together, like FedAvg's single model. All clients have equal weights in
-    the mean of the heads. Bodies may differ between clients, as long as they have the same number of features.
+    Sent: The head is sent in both directions. Kept: Each client keeps its body. Both are trained together, like FedAvg's single model. All
+    clients have equal weights in the mean of the heads. Bodies may differ between clients, but must have the same number of features.
 
-    Differences from the released code: only the last layer is common (there, the last two of four layers, or three of four on MNIST);
-    training starts from random weights (there, from a model trained with FedAvg for hundreds of rounds); clients are scored with their
-    current body and the common head (there, each with its best model on the test examples). The ensemble of all clients' models for new
-    data and the adversarial loss are not included.
+    Differences from the released code: only the last layer is common (in the released code, the last two of four layers, or three of four
+    on MNIST). Training starts from random weights, not from a model trained with FedAvg for hundreds of rounds. Clients are scored with
+    their current body and the common head; the released code scores each client with its best model on the test examples. The ensemble of
+    all clients' models for new data and the adversarial loss are not implemented.
     """
 
     shared: ClassVar[tuple[str, ...]] = ("model:head",)
@@ -33,5 +33,5 @@ class LGFedAvg(Method):
     )
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's predictor; there is no server model, because no body reaches the server."""
+        """Return the client's predictor; there is no server model, because bodies are not sent."""
         return {"personal": predict_model}

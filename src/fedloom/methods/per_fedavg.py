@@ -1,4 +1,4 @@
-"""Per-FedAvg: the federation trains a model that is good after one gradient step on a client's own examples."""
+"""Per-FedAvg: clients train a common model for a small loss after one gradient step on a client's own examples."""
 
 from __future__ import annotations
 
@@ -23,25 +23,28 @@ class PerFedAvg(Method):
 
     Clients minimise f(w - inner_lr grad f(w)). With u = grad f(w - inner_lr grad f(w; D); D'), a local step is w <- w - lr u (`fo`, first
     order) or w <- w - lr (u - inner_lr H u) (`hf`, Hessian-free), where H u = (grad f(w + delta u; D'') - grad f(w - delta u; D'')) / (2
-    delta). D, D' and D'' are disjoint parts of a batch: halves for `fo`, thirds for `hf`. A batch too small for parts of two examples
-    serves as every part. Sent: the whole model, both ways. Kept: nothing. All clients have equal weights in the mean.
+    delta). D, D' and D'' are disjoint parts of a batch: halves for `fo`, thirds for `hf`. If a batch is too small for parts of two
+    examples, each part is the whole batch.
 
-    `personal_accuracy` scores the received model after `adapt_steps` steps with rate inner_lr on batches of the client's training
-    examples; `server_accuracy` scores the received model itself, which is not meant to be used. Running statistics change in the pass over
-    D' only.
+    Sent: The whole model is sent in both directions. Kept: Clients keep nothing between rounds. All clients have equal weights in the
+    mean.
 
-    Differences from public code: none of the libraries that we read is this algorithm. One adapts on test examples, one trains each client
-    twice per round, one does not restore w before the outer step.
+    `personal_accuracy` scores the received model after `adapt_steps` steps with learning rate inner_lr on batches of the client's training
+    examples. `server_accuracy` scores the received model without these steps, for which it is not trained. In a local update, running
+    statistics change only in the pass over D'.
+
+    Differences from public code: none of the libraries that we read implements this algorithm. One adapts on test examples, one trains
+    each client twice per round, and one does not restore w before the outer step.
     """
 
     variant: Literal["fo", "hf"] = "fo"
-    """fo: ignore second derivatives; hf: approximate their product with u by a difference of gradients (two more per step)."""
+    """fo: ignore second derivatives; hf: approximate H u by the difference of two further gradients."""
     inner_lr: NonNegative = 0.01
-    """Learning rate of the inner step and of the adaptation (the paper's alpha); 0: FedAvg on D' alone."""
+    """Learning rate of the inner step and of the adaptation (the paper's alpha). With 0, the method is FedAvg on D' alone."""
     delta: Positive = 1e-3
-    """Length of the difference in units of u, for `hf`."""
+    """Step of the finite difference for `hf`, as a multiple of u."""
     adapt_steps: Count = 1
-    """Steps of the adaptation before a client predicts, one batch each."""
+    """Number of steps of the adaptation before a client predicts. Each step uses one batch."""
 
     equal_shares: ClassVar[bool] = True
     accepts_late: ClassVar[bool] = True
@@ -77,7 +80,7 @@ class PerFedAvg(Method):
         return nets.loss(nets.model(batch.x), batch.y)
 
     def slope(self, nets: Nets, batch: Batch) -> Params:
-        """Return the gradient of the loss, as constants."""
+        """Return the gradient of the loss on a batch, as constants."""
         return nets.frozen.gradient(lambda here: self.error(here, batch), ("model",))
 
     def moved(self, nets: Nets, u: Params, way: int) -> Params:
@@ -85,7 +88,7 @@ class PerFedAvg(Method):
         return {name: nets.params[name] + way * self.delta * u[name] for name in u}
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return the steps from the received model to the client's own."""
+        """Return the phase that adapts the received model to the client."""
         if not self.inner_lr:
             return ()
         return (Train("adapt", self.plain_loss, ("model",), optim.sgd(self.inner_lr), steps=self.adapt_steps),)
@@ -96,7 +99,7 @@ class PerFedAvg(Method):
 
 
 def parts(batch: Batch, n: int) -> list[Batch]:
-    """Return n disjoint parts of a batch, of nearly equal sizes; the whole batch n times if it has fewer than 2 n examples."""
+    """Return n disjoint parts of a batch, of nearly equal sizes. If it has fewer than 2 n examples, return the whole batch n times."""
     rows = len(batch.y)
     if rows < 2 * n:
         return [batch] * n

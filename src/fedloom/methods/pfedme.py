@@ -36,29 +36,33 @@ from fedloom.tree import Tree, Weights
 class PFedMe(Method):
     """pFedMe (Dinh, Tran, Nguyen; NeurIPS 2020, algorithm 1): personalised federated learning with Moreau envelopes.
 
-    Sent: the common model `model` (w), both ways. Kept: the personal model `personal` (theta), for `eval.fitted` only: it restarts from
-    the received w. A local update repeats, on one batch after another: `inner_steps` gradient steps of theta on f(theta) + (mu / 2)
-    ||theta - w||^2, then one step w <- w - lr mu (w - theta), whose direction is the gradient of the minimum over theta. The server moves
-    to (1 - beta) w + beta mean(w_k), with equal weights for all clients. `personal_accuracy` scores theta, fitted to the received w as in
-    a local update but with w fixed; `server_accuracy` scores w.
+    Sent: The common model `model` (w) is sent in both directions. Kept: Each client keeps its personal model `personal` (theta). Only
+    `eval.fitted` uses it, because each local update starts with theta = w.
 
-    Running statistics are those of theta, because w has no forward pass: they are sent with w. `optimizer`, `momentum` and `weight_decay`
-    apply to theta. Differences from the released code: it adds an undocumented weight decay (`weight_decay=0.001` here); it trains all
-    clients in every round and then draws the cohort; its mean is weighted by examples; and what it reports as the accuracy of
-    theta is that of w after the local update, because both are the same tensors by then.
+    On each batch, a local update takes `inner_steps` gradient steps of theta on f(theta) + (mu / 2) ||theta - w||^2, and then one step
+    w <- w - lr mu (w - theta), whose direction is the gradient of the minimum over theta. The server's new w is (1 - beta) w + beta
+    mean(w_k), where all clients have equal weights. `personal_accuracy` scores theta after the steps of a local update, but with the
+    received w fixed; `server_accuracy` scores w.
+
+    There is no forward pass with w, so the running statistics sent with w are those of theta. `optimizer`, `momentum` and `weight_decay`
+    apply to theta.
+
+    Differences from the released code: the released code adds an undocumented weight decay (`weight_decay=0.001` here). It trains all
+    clients in every round, and draws the cohort afterwards. Its mean is weighted by the numbers of examples. The accuracy that it reports
+    for theta is that of w after the local update, because at that time, both are the same tensors.
     """
 
     lr: Positive = 0.005
     mu: NonNegative = 15.0
-    """Weight of the distance (the paper's lambda); lr mu should be at most 1. With 0, w never moves."""
+    """Weight of the distance (the paper's lambda). lr mu should be at most 1. With 0, w does not change."""
     personal_lr: Positive = 0.05
-    """Learning rate of theta (released scripts: 0.01 to 0.1). Steps are stable if personal_lr (L + mu) < 2, with L the curvature of f."""
+    """Learning rate of theta (released scripts: 0.01 to 0.1). Steps are stable if personal_lr (L + mu) < 2 (L: curvature of f)."""
     inner_steps: Count = 5
-    """Steps of theta on each batch (K)."""
+    """Number of steps of theta on each batch (the paper's K)."""
     local_steps: Whole = 20
-    """Batches in a local update (R); 0: `local_epochs` passes over the client's examples."""
+    """Number of batches in a local update (the paper's R). With 0, there are `local_epochs` passes over the client's examples."""
     beta: Positive = 1.0
-    """Step of the server; up to 2 in the paper."""
+    """Step size of the server (at most 2 in the paper)."""
 
     combines: ClassVar[Combines] = "mean"
     equal_shares: ClassVar[bool] = True
@@ -80,12 +84,12 @@ class PFedMe(Method):
             )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return w and theta with equal initial weights."""
+        """Return w and theta, which have equal initial weights."""
         model = arch.model()
         return {"model": model, "personal": deepcopy(model)}
 
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
-        """Return the received w, and theta = w."""
+        """Return the weights after a downlink: the received w, and theta = w."""
         theta = {
             kind: {"personal" + name.removeprefix("model"): value for name, value in part.items()}
             for kind, part in down["weights"].items()
@@ -93,17 +97,17 @@ class PFedMe(Method):
         return tree.merge(super().receive(weights, down, memory), theta)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return steps of theta and of w that alternate on every batch."""
+        """Return a phase in which steps of theta and a step of w alternate on every batch."""
         outer = Train("train", self.distance, ("model",), optim.sgd(self.lr))
         members = (self.inner("personal"), outer)
         return (Interleave("envelope", members, epochs=self.local_epochs, steps=self.local_steps or None),)
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return as many steps of theta as in a local update, with w fixed."""
+        """Return a phase with as many steps of theta as in a local update, but with w fixed."""
         return (self.inner("adapt"),)
 
     def inner(self, name: str) -> Train:
-        """Return the training of theta."""
+        """Return a phase that trains theta."""
         return Train(
             name,
             self.loss,
@@ -115,7 +119,7 @@ class PFedMe(Method):
         )
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return f(theta) plus the distance to w."""
+        """Return f(theta) + (mu / 2) ||theta - w||^2."""
         return nets.loss(nets.personal(batch.x), batch.y) + self.distance(nets, batch, down, memory)
 
     def distance(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
@@ -130,7 +134,7 @@ class PFedMe(Method):
         return {"weights": {**weights, "buffers": buffers}}, memory
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return (1 - beta) w + beta mean(w_k), with the mean running statistics."""
+        """Return (1 - beta) w + beta mean(w_k), with the mean of the running statistics."""
         before, mean = server["weights"]["params"], super().aggregate(server, uplinks, round)["weights"]
         params = tree.add(before, tree.sub(mean["params"], before), self.beta)
         return {"weights": {**mean, "params": params}}

@@ -27,7 +27,7 @@ class Plot(NamedTuple):
 
 
 Noted = tuple[style.Figure, str]
-"""A figure and the note below it."""
+"""A figure, and the note below it."""
 
 
 class FigureSection(NamedTuple):
@@ -61,7 +61,7 @@ def sections(records: Sequence[RunRecord], waiting: Waiting | None) -> list[Figu
 
 
 def named_figures(records: Sequence[RunRecord], waiting: Waiting | None) -> dict[str, style.Figure]:
-    """Return all figures of the page by their titles as names of files, such as `personal-accuracy-over-rounds`."""
+    """Return all figures of the page by title, in the form used in file names, such as `personal-accuracy-over-rounds`."""
     found: dict[str, style.Figure] = {}
     for section in sections(records, waiting):
         for figure, _ in section.figures:
@@ -128,7 +128,7 @@ def section_plots(section: FigureSection, prefix: str) -> list[Plot]:
 
 
 def _heading(figure: style.Figure, default: str) -> str:
-    """Return the titles of a figure."""
+    """Return the titles of a figure's axes, joined by "and", or `default` if there are none."""
     return " and ".join(title for axes in figure.axes if (title := axes.get_title(loc="left"))) or default
 
 

@@ -21,7 +21,7 @@ class ClientContext:
     task: Task
     rng: Stream
     codec: Codec = PLAIN
-    valid: Rows | None = None  # None if there are none, or if no phase visits them
+    valid: Rows | None = None  # None if the client has none, or if no phase visits them
 
 
 class LocalWork(NamedTuple):

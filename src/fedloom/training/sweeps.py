@@ -22,7 +22,7 @@ EVAL_BATCH = 512
 
 
 def run_sweep(phase: Sweep, gradients: Gradients, work: LocalWork) -> Client:
-    """Accumulate the phase's statistics over all its examples, and store them in the client's memory."""
+    """Accumulate the phase's statistics over all examples that it visits, and store them in the client's memory."""
     client, down, rows = work.client, work.down, work.context.rows
     if phase.rows == "valid":
         rows = work.context.valid or rows

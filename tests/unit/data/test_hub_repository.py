@@ -89,7 +89,7 @@ NUMBERED = "text,label\n" + "".join(f"{word} news,{i % 2}\n" for i, word in enum
 
 
 def info(*names, config="default"):
-    """Return what a card says about a column of classes."""
+    """Return a card's description of a column of classes."""
     kind = {"class_label": {"names": {str(i): name for i, name in enumerate(names)}}}
     features = [{"name": "text", "dtype": "string"}, {"name": "label", "dtype": kind}]
     return {"config_name": config, "features": features}

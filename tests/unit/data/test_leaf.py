@@ -111,7 +111,7 @@ def test_femnist_is_pictures_by_writer(tmp_path):
 
 
 def tweets(*texts):
-    """Return tweets as LEAF writes them: its scripts add the name of the file as a sixth field."""
+    """Return tweets in LEAF's form, in which the name of the file is a sixth field."""
     moment = "Sat May 16 23:58:44 UTC 2009"
     return [[str(i), moment, "NO_QUERY", "ann", text, "training"] for i, text in enumerate(texts)]
 
@@ -145,7 +145,7 @@ def test_sent140_is_texts_by_user(moods, caplog):
 
 
 def test_celeba_is_pictures_in_a_folder(tmp_path):
-    """Labels are 0.0 and 1.0, and the pictures are where LEAF's scripts expect them."""
+    """Labels are 0.0 and 1.0, and the images are in the folder that LEAF's scripts use."""
     folder = tmp_path / "data" / "raw" / "img_align_celeba"
     folder.mkdir(parents=True)
     for i in range(4):

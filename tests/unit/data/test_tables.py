@@ -396,7 +396,7 @@ def test_parquet_refusals(tmp_path, values, message):
 
 
 def test_class_numbers_have_the_names_that_the_datasets_library_stores(tmp_path):
-    """Labels and owners are named; inputs keep their numbers, so that new rows with numbers fit. -1 is a missing label."""
+    """Labels and owners have names; inputs remain numbers, so that new rows with numbers are valid. -1 is a missing label."""
 
     def write(labels):
         columns = {"age": [31.0, 25.0, 44.0, 27.0], "ward": [0, 1, 0, 1], "client": [1, 0, 1, 0], "label": labels}
@@ -419,7 +419,7 @@ def test_class_numbers_have_the_names_that_the_datasets_library_stores(tmp_path)
     assert stored_examples(pool.preprocess(), tmp_path / "people.parquet")[1].tolist() == [1, 0, 1, 0]
     with pytest.raises(DataError, match=r"people\.parquet, row 4, column 'label': no value"):
         write([1, 0, 1, -1])
-    assert write([1, 7, 7, 1]).classes == ("1", "7")  # the metadata do not fit
+    assert write([1, 7, 7, 1]).classes == ("1", "7")  # the metadata do not match the values
 
 
 def test_parquet_with_pictures_is_read_as_before(tmp_path, write_parquet, grey):
