@@ -10,6 +10,8 @@ usage: python examples/make_files.py && python examples/your_data.py [OUT]
 import sys
 from pathlib import Path
 
+import pandas
+
 import fedloom
 
 out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/your-data")
@@ -22,7 +24,8 @@ print(found.table[["personal final"]])  # chance is 0.5
 run = found.runs["fedper-seed0"]
 print(run.predict("west", {"age": 61, "bmi": 31.5, "smoker": "yes"}))
 print(run.predict_proba("west", "my-data/new-patients.csv"))
-print(run.score("west", "my-data/patients.csv"))
+table = pandas.read_csv("my-data/patients.csv")
+print(run.score("west", table[table.client == "west"]))
 
 # %% Later, in another process: open the run without its data.
 again = fedloom.open(run.folder)

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fedloom.errors import UsageError
-from fedloom.report.facts import training_facts
+from fedloom.report.facts import owners, training_facts
 from fedloom.report.generalisation import generalisation_columns, generalisation_grid
 from fedloom.report.groups import Group, group, shared_primary
 from fedloom.report.pairs import choose_baseline, difference
@@ -28,6 +28,7 @@ KEYS = {
     "downlink": "downlink_bytes",
     "time": "seconds",
 }  # columns without a unit in the header
+COUNTS = ("examples", "uplink_bytes", "downlink_bytes")  # columns of the table of clients that hold whole numbers
 PREAMBLE = """\
 % The rules are those of booktabs, if the document uses it.
 \\providecommand{\\toprule}{\\hline}\\providecommand{\\midrule}{\\hline}\\providecommand{\\bottomrule}{\\hline}
@@ -144,16 +145,20 @@ def _clients(members: Group, record: RunRecord) -> list[Row]:
     ways = {"examples": "last", "steps": "mean", "uplink_bytes": "sum", "downlink_bytes": "sum"}
     ways = {key: way for key, way in ways.items() if key in record.clients.columns} | dict.fromkeys(scores, "last")
     table = record.clients.sort_values("round").groupby("client").agg(ways)
+    names = dict(enumerate(owners(record)))
     return [
-        head | {"client": int(client)} | {str(key): _number(value) for key, value in row.items()}
+        head
+        | {"client": int(client)}
+        | ({"owner": names.get(client)} if names else {})
+        | {str(key): _number(value, whole=key in COUNTS) for key, value in row.items()}
         for client, row in zip(table.index, table.to_dict("records"), strict=True)
     ]
 
 
-def _number(value: Any) -> float | int | None:
+def _number(value: Any, *, whole: bool) -> float | int | None:
     if value is None or not math.isfinite(float(value)):
         return None
-    return int(value) if float(value).is_integer() and not isinstance(value, float) else float(value)
+    return int(value) if whole else float(value)
 
 
 def _shown(value: Any) -> str:

@@ -69,6 +69,12 @@ def partition_words(record: RunRecord) -> str:
     return words + (", equal shares" if content.get("balance") is True else "")
 
 
+def owners(record: RunRecord) -> list[str]:
+    """Return the names of the clients' owners, in the order of the clients; an empty list if they have no names."""
+    found = record.partition.get("clients")
+    return [shown(name) for name in found] if isinstance(found, list) else []
+
+
 def local_training(groups: Sequence[Group]) -> str:
     """Return the learning rate, optimiser and local steps of every method: `Local training: SGD, lr 0.005, 1 epoch, 13 steps (fedavg)`."""
     owners: dict[str, list[str]] = {}

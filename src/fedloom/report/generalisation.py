@@ -63,13 +63,19 @@ def _scores(primary: Primary, digits: int) -> list[Column]:
         return Column(header, lambda record: headline(record, primary.measure(view), statistic), text, True)
 
     return [
-        score("general\nheld", "general", "held"),
+        Column("general\nheld", lambda record: _held(record, primary), text, True),
         score("general\nnot held", "general", "not_held"),
         score("factor\nchanged", "changed"),
         score("shared head\ngeneral", "shared_head"),
         score("shared head\nnot held", "shared_head", "not_held"),
         Column("shared head\nnewcomers", _newcomers, text, True),
     ]
+
+
+def _held(record: RunRecord, primary: Primary) -> float | None:
+    """Return the score on the classes that clients hold, or None if every client holds all classes."""
+    measure = primary.measure("general")
+    return None if headline(record, measure, "not_held") is None else headline(record, measure, "held")
 
 
 def _newcomers(record: RunRecord) -> float | None:

@@ -160,7 +160,7 @@ def _detail(record: RunRecord) -> Detail:
     rows = [
         (Cell(label), *(_score_cell(record, measure, statistic) for statistic in STATISTICS))
         for place, label in MEASURES.items()
-        if headline(record, measure := primary.measure(*place)) is not None
+        if headline(record, measure := primary.measure(*place)) is not None and not _repeats(record, place)
     ]
     filled = [0, *(place for place in range(1, len(STATISTICS) + 1) if any(row[place].text for row in rows))]
     headers = (primary.label, *STATISTICS.values())
@@ -186,6 +186,12 @@ def _detail(record: RunRecord) -> Detail:
         scores=scores,
         tables=tables,
     )
+
+
+def _repeats(record: RunRecord, place: tuple[str, str]) -> bool:
+    """Return whether the score over trained clients only equals that over all clients."""
+    same = headline(record, record.primary.measure(*place)) == headline(record, record.primary.measure("personal"))
+    return place == ("personal", "trained") and same
 
 
 def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:

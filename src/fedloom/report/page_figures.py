@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fedloom.report import plots, style
-from fedloom.report.facts import partition_words, shown
+from fedloom.report.facts import owners, partition_words, shown
 from fedloom.report.groups import group, series, shared_primary
 from fedloom.report.partition_plots import partition_figure
 from fedloom.report.primary import VIEWS, Primary
@@ -16,6 +16,7 @@ from fedloom.report.waiting import Waiting
 
 PIXELS = 112  # pixels per inch of a figure, with which two figures fit next to each other
 MOST_PARTITIONS = 6
+MOST_NAMES = 30  # of clients
 
 
 class Plot(NamedTuple):
@@ -146,11 +147,20 @@ def _partitions(records: Sequence[RunRecord]) -> tuple[list[Noted], str]:
         kind = "class" if sharing[0].primary.name == "accuracy" else "group"
         names, title = sharing[0].partition.get("classes"), _sharing(sharing, records)
         figure = partition_figure(table, names, kind, title, largest)
-        found.append((figure, f"Hash {shown(digest)[:16]}."))
+        found.append((figure, f"Hash {shown(digest)[:16]}. {_owners(sharing[0])}".strip()))
     words = "; ".join(dict.fromkeys(filter(None, (partition_words(sharing[0]) for _, sharing in shared))))
     left = len(runs) - len(shared)
     rest = f" {left} more partitions are not shown." if left else ""
-    return found, f"Training examples by client. {words}.{rest}" if found else ""
+    scheme = f" Partition: {words}." if words else ""
+    return found, f"Training examples by client.{scheme}{rest}" if found else ""
+
+
+def _owners(record: RunRecord) -> str:
+    """Return the names of the clients, if they have names and there are at most `MOST_NAMES`."""
+    names = owners(record)
+    if not 0 < len(names) <= MOST_NAMES:
+        return ""
+    return f"Clients: {', '.join(f'{client} {name}' for client, name in enumerate(names))}."
 
 
 def _sharing(sharing: Sequence[RunRecord], records: Sequence[RunRecord]) -> str:

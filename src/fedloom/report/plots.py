@@ -373,8 +373,9 @@ def _bars_figure(curves: Mapping[str, Curve], marks: Mapping[str, Stroke], look:
         axes.barh(range(len(labels)), values, 0.62, color=[marks[label].colour for label in labels])
         for row, (value, curve) in enumerate(zip(values, curves.values(), strict=True)):
             axes.hlines(row, curve.low[0], curve.high[0], color=INK, linewidth=1.2)
-            text = f" {value:.1f}" if look.percent else f" {significant(value)}"
-            axes.text(max(curve.high[0], 0), row, text, fontsize=8, verticalalignment="center")
+            text = f"{value:.1f}" if look.percent else significant(value)
+            end = (max(float(curve.high[0]), 0.0), row)
+            axes.annotate(text, end, (4, 0), textcoords="offset points", fontsize=8, verticalalignment="center")
         axes.set_xlim(1.25 * least, most + 0.25 * (most - least) if most > least else 1)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=STEPS))
         _name_rows(axes, labels)

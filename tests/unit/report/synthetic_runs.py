@@ -37,6 +37,7 @@ class Scene:
     data: str = "digits"
     clients: int = 20
     classes: int = 10
+    owners: Sequence[str] = ()  # names of the clients
     logs: Sequence[str] = ("train.loss",)
     server: bool = True
     finished: bool = True
@@ -171,6 +172,7 @@ class Scene:
             "scheme": {"name": "dirichlet", "alpha": 0.1},
             "class_counts": {"train": counts, "test": counts},
             "classes": [str(y) for y in range(self.classes)],
+            **({"clients": list(self.owners)} if self.owners else {}),
             **self.named(),
         }
         environment = {"fedloom": "0.1", "python": "3.11.4", "torch": "2.13.0", "cores": 8, "commit": "0123abc"}

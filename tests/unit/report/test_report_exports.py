@@ -60,13 +60,15 @@ def test_a_target_that_was_never_reached_is_null(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["csv", "json", "md"])
 def test_clients_have_one_row_each(tmp_path: Path, kind: str) -> None:
-    scene = Scene(clients=3, rounds=6)
+    scene = Scene(clients=3, rounds=6, owners=("north", "south", "west"))
     text = clients_text(read([scene.write(tmp_path / "a")]), kind)
     if kind == "md":
         assert text.count("\n| fedavg |") == 3
+        assert "| 2 | west |" in text
+        assert " 720000 |" in text
         return
     rows = json.loads(text)["clients"] if kind == "json" else list(csv.DictReader(io.StringIO(text)))
-    assert [int(row["client"]) for row in rows] == [0, 1, 2]
+    assert [(int(row["client"]), row["owner"]) for row in rows] == [(0, "north"), (1, "south"), (2, "west")]
     assert [float(row["personal_accuracy"]) for row in rows] == pytest.approx(
         [scene.client_value(5, k) for k in range(3)]
     )

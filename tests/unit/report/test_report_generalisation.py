@@ -49,5 +49,10 @@ def test_the_table_has_one_column_for_each_rival_and_measure(tmp_path):
     assert "Worse off" in grid.caption
 
 
+def test_without_classes_that_are_not_held_the_general_accuracy_is_not_repeated(tmp_path):
+    held = {"general_accuracy": {"final": 0.5, "held": 0.5}}
+    assert generalisation_grid(written(tmp_path, a=Scene("fedper", extra=held))) is None
+
+
 def test_there_is_no_table_without_values(tmp_path):
     assert generalisation_grid(written(tmp_path, a=Scene("fedper"))) is None

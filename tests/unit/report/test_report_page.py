@@ -83,7 +83,7 @@ def test_the_page_tells_what_was_run_and_what_came_of_it(whole: tuple[Path, Page
         "partition Dirichlet over classes, alpha 0.1",
         "runs 8 (4 methods, 2 seeds)",
         "Local training: lr 0.005, 1 epoch.",
-        "Training examples by client. Dirichlet over classes, alpha 0.1. ",
+        "Training examples by client. Partition: Dirichlet over classes, alpha 0.1. ",
         "Seed 0",
         "Seed 1",
         "87.00 ±1.41",
@@ -125,10 +125,12 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     name = "</script><script>alert(1)</script>"
     for seed in (0, 1):
         Scene(method=name, seed=seed, rounds=4, logs=("<b>loss</b>",)).write(tmp_path / "runs" / f"<i>{seed}")
-    Scene(method='"x" onload="y', rounds=4).write(tmp_path / "runs" / "b")
+    owners = ("north", "<u>south</u>")
+    Scene(method='"x" onload="y', rounds=4, clients=2, owners=owners).write(tmp_path / "runs" / "b")
     page = written(tmp_path / "runs", tmp_path / "report.html")
     assert page.tags.count("script") == 1
-    assert not {"b", "i"} & set(page.tags)
+    assert not {"b", "i", "u"} & set(page.tags)
+    assert "Clients: 0 north, 1 <u>south</u>." in page.words
     assert "onload" not in dict(page.attributes)
     assert name in page.words
 
