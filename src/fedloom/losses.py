@@ -27,6 +27,12 @@ def one_hot(labels: Tensor, n_classes: int) -> Tensor:
     return (labels[:, None] == torch.arange(n_classes, device=labels.device)).to(torch.get_default_dtype())
 
 
+def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return KL(softmax(targets) || softmax(logits)) of each example in nats: (B,); both (B, Y). No gradient flows through `targets`."""
+    target = wide(targets).detach().log_softmax(1)
+    return (target.exp() * (target - wide(logits).log_softmax(1))).sum(1)
+
+
 def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:
     """Return the squared Euclidean distance between `a` and `b` over all tensor names that both contain (at least one)."""
     common = [name for name in a if name in b]

@@ -54,6 +54,10 @@ class Architecture(Protocol):
         """The architecture's name."""
 
     @property
+    def common(self) -> Architecture:
+        """The architecture of a model that all clients have in addition to their own (the setting `common_model`); default: this one."""
+
+    @property
     def has_head(self) -> bool:
         """Whether the model ends in a linear head."""
 
@@ -180,8 +184,9 @@ DrawFn = Callable[[Batch, Task, Stream], Mapping[str, Tensor]]
 PrecomputeFn = Callable[[Nets, Batch, Tree, Tree], Mapping[str, Tensor]]
 Predictor = Callable[[Nets, Any, Tree, Tree], Tensor]
 Combines = Literal["mean", "sums", "individual"]
-Need = Literal["classes", "pictures", "vector", "head"]
-"""A requirement of a method: class labels, images as inputs, one feature vector per example, or a model with a linear head."""
+Need = Literal["classes", "pictures", "vector", "head", "common_model"]
+"""A requirement of a method: class labels, images as inputs, one feature vector per example, a model with a linear head, or one
+architecture that all clients have in common (`Architecture.common`)."""
 
 
 @dataclass(frozen=True)

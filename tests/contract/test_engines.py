@@ -231,8 +231,10 @@ def test_clients_are_scored_with_the_decoded_downlink_and_the_server_with_its_ow
 
 
 OTHER_PARTS = {
-    **dict.fromkeys(("fedproto", "fedtgp", "fedvtc"), "prototypes"),
+    **dict.fromkeys(("fedproto", "fedtgp", "fedvtc", "fedgh"), "prototypes"),
     **dict.fromkeys(("fedamp", "fedfomo"), "model"),
+    "fd": "predictions",
+    "fedkd": "update",
 }
 """The largest part of a message that has no `weights`."""
 PARTS = [
@@ -245,10 +247,12 @@ PARTS = [
 @pytest.mark.parametrize(("method", "part"), PARTS)
 def test_every_method_accepts_transforms_of_its_messages(experiment, reference, method, part):
     word = "int8" if part == "weights" else f"{part}/int8"
-    ways = {"uplink": word} if part == "variance" else {"uplink": word, "downlink": word}
+    only_up = part == "variance" or method == "fedgh"
+    ways = {"uplink": word} if only_up else {"uplink": word, "downlink": word}
     run = make(experiment, method, "mlp", "debug+bytes+sequential", **ways)
-    kinds = run.run()["bytes_by_kind"]
-    plain = reference(method, "mlp").summary["bytes_by_kind"]
+    summary = run.run()
+    kinds, plain = summary["bytes_by_kind"], reference(method, "mlp").summary["bytes_by_kind"]
+    assert summary["rejected"] == 0
     for way in ways:
         assert part not in plain[way] or kinds[way][part] < plain[way][part] / 4
     clients = [run.engine.client(i)._asdict() for i in range(5)]
@@ -514,6 +518,7 @@ WITHOUT_GRAM_LAYERS = {
     "fedrir_moments",
     "fedprox",
     "fedrir",
+    "fedtype",
     "pfedme",
     "scaffold",
 }

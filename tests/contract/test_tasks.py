@@ -144,9 +144,22 @@ FITS = {
     "fedrir_moments": set(),
     **{
         name: {"classification", "two inputs"}
-        for name in ("ccvr", "fedas", "fedgen", "fedpac", "fedrod", "fedtgp", "gpfl")
+        for name in (
+            "ccvr",
+            "fd",
+            "fedas",
+            "fedgen",
+            "fedgh",
+            "fedkd",
+            "fedpac",
+            "fedrod",
+            "fedtgp",
+            "fedtype",
+            "fml",
+            "gpfl",
+        )
     },
-    **{name: {*MODELS} - {"language"} for name in ("fedcp", "feddbe", "moon")},
+    **{name: {*MODELS} - {"language"} for name in ("fedcp", "feddbe", "fedmrl", "moon")},
 }
 EVERY = set(MODELS)
 

@@ -29,6 +29,7 @@ UNUSUAL = {
         "name": "natural", "alpha": 3.5, "classes_per_client": 4, "balance": True, "column": "writer", "bins": 5,
         "min_examples": 3, "merge": False, "test_fraction": 0.4,
     },
+    "common_model": {"name": "mlp", "hidden": 3},
     "clients": 7, "participation": "0.2-0.9", "cohort": 3, "min_clients": 2, "rounds": 4, "batch_size": 5, "drop_last": True,
     "model": {"name": "mlp", "hidden": 9}, "models": ["mlp", "logistic"], "width": 6, "same_init": False, "eval_every": 2,
     "eval": {"general_every": 2, "clients": 3, "valid": 0.2, "fitted": True, "shared_head": True, "target": 0.9},

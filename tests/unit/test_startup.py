@@ -50,8 +50,8 @@ def test_help_of_settings_needs_pydantic_alone(command):
     [
         ("fedloom li", "list "),
         ("fedloom list tr", "transforms "),
-        ("fedloom list methods fedmr", "fedmr "),
-        ("fedloom run method=fedmr", "method=fedmr "),
+        ("fedloom list methods fedmu", "fedmut "),
+        ("fedloom run method=fedmu", "method=fedmut "),
         ("fedloom run method=fedrir method.mask", "method.mask_ratio="),
         ("fedloom compare method=local,fedpro", "method=local,fedproto\vmethod=local,fedprox"),
         ("fedloom run partition=dir", "partition=dirichlet "),
@@ -60,7 +60,7 @@ def test_help_of_settings_needs_pydantic_alone(command):
         ("fedloom run --acc", "--accept-changes "),
         ("fedloom deploy se", "server "),
         ("fedloom deploy init --no", "--nodes "),
-        ("fedloom deploy run ward method=fedmr", "method=fedmr "),
+        ("fedloom deploy run ward method=fedmu", "method=fedmut "),
     ],
 )
 def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, expected, monkeypatch):

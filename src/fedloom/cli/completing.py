@@ -22,6 +22,7 @@ NAMES: Mapping[str, Iterable[str]] = {
     "method": METHODS,
     "model": ZOO,
     "models": ZOO,
+    "common_model": ZOO,
     "data": SOURCES,
     "engine": [*ENGINES, *WRAPPERS, "auto"],
     "uplink": TRANSFORMS,

@@ -29,6 +29,7 @@ SYNONYMS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("noniid", "iid", "split", "splitter", "scheme"), "partition"),
         **dict.fromkeys(("beta", "concentration", "dirichletalpha", "diralpha"), "partition.alpha"),
         **dict.fromkeys(("arch", "net", "network", "backbone"), "model"),
+        **dict.fromkeys(("proxy", "proxymodel", "meme", "mentee"), "common_model"),
         **dict.fromkeys(("algorithm", "algo", "strategy", "methods"), "method"),
         **dict.fromkeys(("gpu", "cuda", "gpuid", "deviceid"), "engine.device"),
         **dict.fromkeys(("jobs", "nproc", "numworkers", "processes"), "engine.workers"),

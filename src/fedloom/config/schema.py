@@ -43,11 +43,13 @@ def config_schema(engines: Sequence[str] = ()) -> Schema:
         key: type(f.default).__name__ for key, f in Settings.model_fields.items() if isinstance(f.default, Section)
     }
     inside = {key: made["$defs"][table]["properties"] for key, table in tables.items()}
-    named = [key for key in SECTIONS if key not in ("method", "model")]
+    named = [key for key in SECTIONS if key not in ("method", "model", "common_model")]
     shared |= {key: _section(inside[key]["name"], suggested.get(key), shared[key]) for key in named}
     chosen = {name: _closed({"name": _TEXT, **options}) for name, options in methods.items()}
     shared["method"] = _several(_TEXT | {"examples": list(METHODS)}, _by_name("name", chosen), shared["method"])
-    shared["model"] = _one(_TEXT | {"examples": list(ZOO)}, _by_name("name", _models()), shared["model"])
+    models = _by_name("name", _models())
+    for key in ("model", "common_model"):
+        shared[key] = _one(_TEXT | {"examples": list(ZOO)}, models, shared[key])
     shared["seed"] = {"anyOf": [shared["seed"], {"type": "array", "items": {"type": "integer", "minimum": 0}}]}
     texts = {key: shared[key] for key in ("uplink", "downlink")}
     variants = {name: _closed({"method": _TEXT, **texts, **options}) for name, options in methods.items()}
@@ -66,7 +68,7 @@ def config_schema(engines: Sequence[str] = ()) -> Schema:
         "title": "fedloom config file",
         "type": "object",
         "properties": {**shared, **compared, **_dotted(inside)},
-        "patternProperties": {r"^(method|model)\.": {}},
+        "patternProperties": {r"^(method|model|common_model)\.": {}},
         "additionalProperties": {"type": "object"},  # hyper-parameters of a variant, by its label
         "$defs": {key: value for key, value in made["$defs"].items() if key != Named.__name__},
     }

@@ -373,6 +373,9 @@ class Settings(Section):
     `model.lora_alpha` and `model.lora_freeze_a` (docs/lora.md)."""
     models: tuple[str, ...] = ()
     """Several architectures instead of `model`, which are assigned to the clients in turn."""
+    common_model: Named = Named(name="")
+    """Architecture of the model that clients exchange in addition to their own, with fml, fedkd, fedtype and fedmrl.
+    Its options are `common_model.KEY`, as for `model`. Default: the same as the clients' own."""
     width: Count | None = None
     """Number of features that each model body returns. Default: determined by the architecture."""
     same_init: bool = True
@@ -589,6 +592,9 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     Raises:
         ConfigError: a setting is invalid; the message names the key, the value and the allowed values.
     """
+    common = values.get("common_model")
+    if isinstance(common, Mapping) and not common.get("name") and (options := common.keys() - {"name"}):
+        raise ConfigError(f"common_model.{min(options)}: an option of a model that is not named; set common_model, too")
     defaults = {key: Settings.model_fields[key].default.name for key in ("method", "model")}
     named = {key: {"name": defaults[key], **v} for key, v in values.items() if key in defaults and isinstance(v, dict)}
     try:
@@ -613,5 +619,6 @@ def make_method(choice: Named) -> Method:
 
 
 def to_toml(settings: Settings) -> str:
-    """Return the settings as TOML text, which `read_toml` can read. Settings that are None are omitted."""
-    return tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+    """Return the settings as TOML text, which `read_toml` can read. Settings that are None and tables without a name are omitted."""
+    values = settings.model_dump(mode="json", exclude_none=True)
+    return tomli_w.dumps({key: value for key, value in values.items() if value != {"name": ""}})

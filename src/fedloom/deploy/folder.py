@@ -29,7 +29,7 @@ import tomli_w
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 from fedloom.config.parsing import read_toml
-from fedloom.config.settings import Settings, make_method, make_settings, to_toml, with_scheme
+from fedloom.config.settings import Named, Settings, make_method, make_settings, to_toml, with_scheme
 from fedloom.deploy import texts
 from fedloom.deploy.audit import AuditLog
 from fedloom.deploy.certificates import (
@@ -272,11 +272,13 @@ def code_files(settings: Settings) -> list[Path]:
     Raises:
         ConfigError: a file is missing, or two files have the same name.
     """
-    names = [("method", settings.method.name), ("model", settings.model.name)]
+    choices = {"model": settings.model, "common_model": settings.common_model}
+    names = [("method", settings.method.name), *((key, choice.name) for key, choice in choices.items())]
     names += [("models", name) for name in settings.models]
     files = [(f"{key}={name}", Path(name.rpartition(":")[0])) for key, name in names if ":" in name]
-    if weights := weights_file(settings):
-        files.append((f"model.weights={weights}", weights))
+    for key, choice in choices.items():
+        if weights := weights_file(choice):
+            files.append((f"{key}.weights={weights}", weights))
     found: dict[str, Path] = {}
     for given, file in files:
         if not file.is_file():
@@ -288,9 +290,9 @@ def code_files(settings: Settings) -> list[Path]:
     return list(found.values())
 
 
-def weights_file(settings: Settings) -> Path | None:
-    """Return the file with a model's pretrained weights if the settings name one."""
-    weights = settings.model.options.get("weights")
+def weights_file(model: Named) -> Path | None:
+    """Return the file with a model's pretrained weights if its settings name one."""
+    weights = model.options.get("weights")
     return Path(weights) if isinstance(weights, str) and weights.endswith(".safetensors") else None
 
 

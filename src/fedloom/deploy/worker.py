@@ -183,12 +183,15 @@ class NodeWorker:
         settings = make_settings(tomllib.loads(text))
         parts = [self._code(half) for half in halves(settings.method.name) if half]
         method = settings.method.model_copy(update={"name": "+".join(parts)})
-        own = {"name": self._code(settings.model.name)}
-        if weights := weights_file(settings):
-            own["weights"] = str(self._own_file(str(weights), weights))
-        model = Named(**{**settings.model.options, **own})
         models = tuple(self._code(name) for name in settings.models)
-        return settings.model_copy(update={"method": method, "model": model, "models": models})
+        own = {"model": self._model(settings.model), "common_model": self._model(settings.common_model)}
+        return settings.model_copy(update={"method": method, "models": models, **own})
+
+    def _model(self, choice: Named) -> Named:
+        own = {"name": self._code(choice.name)}
+        if weights := weights_file(choice):
+            own["weights"] = str(self._own_file(str(weights), weights))
+        return Named(**{**choice.options, **own})
 
     def _code(self, name: str) -> str:
         path, colon, what = name.rpartition(":")

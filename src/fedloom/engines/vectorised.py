@@ -74,15 +74,20 @@ class Vectorised(Sequential):
             yield from self._group_turns(number, group)
 
     def _groups(self, number: int, members: Sequence[CohortMember]) -> list[list[CohortMember]]:
-        """Group clients of one architecture with the same phases and similar numbers of examples, up to the number of lanes."""
-        alike: dict[tuple[int, tuple[str, ...]], list[CohortMember]] = {}
+        """Group clients of one architecture with the same phases, messages of the same form and similar numbers of examples, up to the
+        number of lanes.
+        """
+        alike: dict[tuple[int, tuple[str, ...], object], list[CohortMember]] = {}
+        messages = {id(member.message): member.message for member in members}  # often one for all
+        forms = {key: tuple(tree.structure(message).items()) for key, message in messages.items()}
         p, phases = self.problem, self.problem.method.phases()
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):
             turn = turn_of(p.method, p.task, number, p.data.n_train(member.client))
             work = tuple(phase.name for phase in phases if phase.works_in(turn))
             work += tuple(train.name for phase in phases for train in active_trains(phase, turn))
-            alike.setdefault((p.arch_of[member.client], work), []).append(member)
-        sizes = [(mine, self._lanes[arch]) for (arch, _), mine in alike.items()]
+            kind = p.arch_of[member.client], work, forms[id(member.message)]
+            alike.setdefault(kind, []).append(member)
+        sizes = [(mine, self._lanes[kind[0]]) for kind, mine in alike.items()]
         return [mine[start : start + lanes] for mine, lanes in sizes for start in range(0, len(mine), lanes)]
 
     def _group_turns(self, number: int, group: list[CohortMember]) -> Iterator[Reply]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from fedloom.experiment.arrivals import check_min_clients, slowdowns
 from fedloom.experiment.exclusions import refuse_exclusions
 from fedloom.experiment.private import cohort_size
 from fedloom.experiment.schedule import lr_scales
-from fedloom.inputs import map_inputs
-from fedloom.method import Method, Task, Train, trains_of
+from fedloom.inputs import Inputs, InputSpec, map_inputs
+from fedloom.method import Architecture, Method, Task, Train, trains_of
 from fedloom.methods.registry import load_object
 from fedloom.models import Arch, arch
 from fedloom.models.splitting import dry_run
 from fedloom.nets import norm_layers, read_weights, select
-from fedloom.objectives import Classification, Metric
+from fedloom.objectives import Classification, Metric, Objective
 from fedloom.training.batches import Plan
 from fedloom.training.turn import ONE_VALUE, TOO_FEW
 from fedloom.tree import Weights
@@ -126,22 +127,38 @@ def make_federation(settings: Settings, dataset: data.Dataset | None = None, giv
     return data.Federation(dataset, partition, normalise=settings.data.normalise, augment=settings.data.augment)
 
 
-def make_archs(settings: Settings, federation: data.Federation, model: Any = None) -> tuple[Arch, ...]:
-    """Return the clients' architectures, in the order in which they are assigned."""
+def make_archs(
+    settings: Settings, spec: InputSpec, objective: Objective, example: Inputs, model: Any = None
+) -> tuple[Arch, ...]:
+    """Return the clients' architectures, in the order in which they are assigned.
+
+    Args:
+        example: two inputs for dry runs.
+        model: a module class, function or instance instead of `settings.model`.
+    """
     if settings.models and settings.model.options:
         key = min(settings.model.options)
         raise ConfigError(f"model.{key}: an option of `model`, but `models` replaces `model`; remove one of them")
+
+    def made(choice: Named, given: Any = None) -> Arch:
+        what = given if given is not None else load_object(choice.name, "model") if ":" in choice.name else choice.name
+        return arch(what, spec, objective, settings.width, choice.options, example=example)
+
     names = [Named(name=name) for name in settings.models] or [settings.model]
-    found, example = [], federation.example()
-    for choice in names:
-        what = model if model is not None else load_object(choice.name, "model") if ":" in choice.name else choice.name
-        found.append(arch(what, federation.spec, federation.objective, settings.width, choice.options, example=example))
-    return tuple(found)
+    own = tuple(made(choice, model) for choice in names)
+    if not settings.common_model.name:
+        return own
+    try:
+        common = made(settings.common_model)
+    except ConfigError as error:  # "model=...: ..."
+        raise ConfigError(f"common_{error}") from None
+    return tuple(replace(one, other=common) for one in own)
 
 
 def make_problem(settings: Settings, method: Method, federation: data.Federation, model: Any = None) -> Problem:
     """Return the problem for an engine. Raise ConfigError if the method does not fit the architectures."""
-    n, archs = training_clients(settings, method, federation), make_archs(settings, federation, model)
+    n = training_clients(settings, method, federation)
+    archs = make_archs(settings, federation.spec, federation.objective, federation.example(), model)
     size = n if settings.privacy.on else cohort_size(settings, n)
     task = Task(
         n_clients=n,
@@ -177,6 +194,8 @@ def make_problem(settings: Settings, method: Method, federation: data.Federation
     _check_phases(method)
     _warn_different_starts(problem)
     _warn_without_validation(problem)
+    if settings.common_model.name and "common_model" not in method.needed:
+        log.warning("common_model=%s: has no effect with method=%s", settings.common_model.name, settings.method.name)
     return problem
 
 
@@ -203,7 +222,7 @@ def _check_needs(name: str, problem: Problem) -> None:
     ):
         if need in needs and not there:
             raise ConfigError(f"method={name}: {what}; {remedy}use another method, such as fedavg or fedper")
-    for choice in problem.archs:
+    for choice in every_arch(problem):
         if needs & {"head", "vector"} and not choice.has_head:
             n = task.objective.n_outputs
             raise ConfigError(
@@ -217,6 +236,12 @@ def _check_needs(name: str, problem: Problem) -> None:
             )
 
 
+def every_arch(problem: Problem) -> tuple[Architecture, ...]:
+    """Return the clients' architectures and, if the method needs it, the one that they have in common."""
+    common = tuple(choice.common for choice in problem.archs[:1]) if "common_model" in problem.method.needed else ()
+    return (*problem.archs, *common)
+
+
 def no_shared_features(problem: Problem) -> str:
     """Return the reason why `eval.shared_head` cannot fit a classifier on shared features, or ""."""
     name, objective = type(problem.method).__name__, problem.task.objective
@@ -224,7 +249,7 @@ def no_shared_features(problem: Problem) -> str:
         return f"clients of {name} share no body whose features could be used"
     if not isinstance(objective, Classification):
         return f"needs classes, but data={problem.data.name} is {objective.task}"
-    lacking = next((arch.name for arch in problem.archs if not arch.has_vector), None)
+    lacking = next((choice.name for choice in every_arch(problem) if not choice.has_vector), None)
     return f"model={lacking} has no body with one feature vector per example" if lacking else ""
 
 
@@ -269,8 +294,9 @@ def _check_nets(problem: Problem) -> None:
                 raise ConfigError(f"{prefix} all of it is frozen (requires_grad=False)")
     if any(form != forms[0] for form in forms):
         names = ", ".join(choice.name for choice in problem.archs)
+        remedy = "; set common_model to one architecture for all" if "common_model" in method.needed else ""
         raise ConfigError(
-            f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients"
+            f"models={names}: {type(method).__name__} shares {', '.join(method.shared)}, which must be the same for all clients{remedy}"
         )
 
 

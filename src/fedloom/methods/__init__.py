@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from fedloom.methods.ccvr import CCVR as CCVR
     from fedloom.methods.centralised import Centralised as Centralised
     from fedloom.methods.ditto import Ditto as Ditto
+    from fedloom.methods.fd import FD as FD
     from fedloom.methods.fedadagrad import FedAdagrad as FedAdagrad
     from fedloom.methods.fedadam import FedAdam as FedAdam
     from fedloom.methods.fedala import FedALA as FedALA
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from fedloom.methods.fedexp import FedExP as FedExP
     from fedloom.methods.fedfomo import FedFomo as FedFomo
     from fedloom.methods.fedgen import FedGen as FedGen
+    from fedloom.methods.fedgh import FedGH as FedGH
+    from fedloom.methods.fedkd import FedKD as FedKD
     from fedloom.methods.fedmr import FedMR as FedMR
+    from fedloom.methods.fedmrl import FedMRL as FedMRL
     from fedloom.methods.fedmut import FedMut as FedMut
     from fedloom.methods.fedpac import FedPAC as FedPAC
     from fedloom.methods.fedper import FedPer as FedPer
@@ -40,8 +44,10 @@ if TYPE_CHECKING:
     from fedloom.methods.fedrir_moments import FedRIRMoments as FedRIRMoments
     from fedloom.methods.fedrod import FedRoD as FedRoD
     from fedloom.methods.fedtgp import FedTGP as FedTGP
+    from fedloom.methods.fedtype import FedType as FedType
     from fedloom.methods.fedvtc import FedVTC as FedVTC
     from fedloom.methods.fedyogi import FedYogi as FedYogi
+    from fedloom.methods.fml import FML as FML
     from fedloom.methods.gpfl import GPFL as GPFL
     from fedloom.methods.lg_fedavg import LGFedAvg as LGFedAvg
     from fedloom.methods.local import Local as Local

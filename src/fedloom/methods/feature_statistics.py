@@ -24,11 +24,40 @@ def shape(form: Form, n_classes: int, width: int) -> tuple[int, ...]:
     return {"pooled": (width,), "class": (n_classes, width), "full": (width, width)}[form]
 
 
+def no_sums(n_classes: int, width: int) -> Tree:
+    """Return zero counts (Y,) and sums of vectors by class (Y, p), in float64."""
+    counts = torch.zeros(n_classes, dtype=torch.float64)
+    return {"counts": counts, "sums": counts.new_zeros(n_classes, width)}
+
+
+def add_sums(found: Tree, vectors: Tensor, labels: Tensor) -> Tree:
+    """Add the vectors (B, p) of examples with these labels (B,) to the counts and sums."""
+    member = losses.one_hot(labels, len(found["counts"])).double()
+    return {"counts": found["counts"] + member.sum(0), "sums": found["sums"] + member.T @ vectors.double()}
+
+
+def held_means(found: Tree, dtype: torch.dtype) -> Tensor:
+    """Return the mean vectors of the classes that have examples (C_k, p), in the order of the classes."""
+    held = found["counts"] > 0
+    means: Tensor = found["sums"][held] / found["counts"][held, None]
+    return means.to(dtype)
+
+
+def count_fault(counts: Tensor, class_counts: Tensor | None) -> str:
+    """Return why a client's numbers of examples (Y,) are impossible, or "": one is negative, not whole, or above the number in
+    `class_counts`, if that is known.
+    """
+    if bool(((counts < 0) | (counts != counts.round())).any()):
+        return "'counts' has a number that is negative or not an integer"
+    if class_counts is not None and bool((counts > class_counts).any()):
+        return "'counts' has more examples of a class than the client has"
+    return ""
+
+
 def zeros(form: Form, n_classes: int, width: int) -> Tree:
     """Return zero counts (Y,), sums (Y, p) and squares. They are in float64, because a variance is a small difference of large numbers."""
-    counts = torch.zeros(n_classes, dtype=torch.float64)
-    squares = counts.new_zeros(shape(form, n_classes, width))
-    return {"counts": counts, "sums": counts.new_zeros(n_classes, width), "squares": squares}
+    found = no_sums(n_classes, width)
+    return found | {"squares": found["counts"].new_zeros(shape(form, n_classes, width))}
 
 
 def add_features(found: Tree, features: Tensor, labels: Tensor, form: Form) -> Tree:

@@ -135,9 +135,7 @@ class FedGen(Method):
         y = among(down["learned"], batch.draws["choice"])
         generated = nets.generator(batch.draws["noise"], losses.one_hot(y, n_classes)).detach()
         alike = nets.generator(batch.draws["own"], losses.one_hot(batch.y, n_classes))
-        target = losses.wide(nets.model.head(alike)).detach().log_softmax(1)
-        known = down["learned"][batch.y]
-        distance = (target.exp() * (target - losses.wide(logits).log_softmax(1))).sum(1)
+        known, distance = down["learned"][batch.y], losses.kl_divergence(logits, nets.model.head(alike))
         error, synthetic = nets.loss(logits, batch.y), losses.cross_entropy(nets.model.head(generated), y)
         added = self.alpha * synthetic + self.beta * (known * distance).mean()
         return error + down["strength"] * added, {"cross_entropy": error, "synthetic": synthetic}

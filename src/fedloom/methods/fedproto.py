@@ -30,9 +30,20 @@ from fedloom.method import (
     Train,
     Turn,
 )
+from fedloom.methods import feature_statistics
 from fedloom.nets import Nets
 from fedloom.ranges import NonNegative
 from fedloom.tree import Tree, Weights
+
+
+def body_and_head(arch: Architecture, task: Task) -> dict[str, nn.Module]:
+    """Return an architecture's body and head. Raise ConfigError if its number of features is not that of the first architecture."""
+    if arch.features != task.width:
+        raise ConfigError(
+            f"models: {arch.name} has {arch.features} features, but another architecture has {task.width}; "
+            "set one width for all, such as width=64"
+        )
+    return {"body": arch.body(), "head": arch.head()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,17 +78,11 @@ class FedProto(Method):
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
         """Return an architecture's body and head. All bodies must have the same number of features."""
-        if arch.features != task.width:
-            raise ConfigError(
-                f"models: {arch.name} has {arch.features} features, but another architecture has {task.width}; "
-                "set one width for all, such as width=64"
-            )
-        return {"body": arch.body(), "head": arch.head()}
+        return body_and_head(arch, task)
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return zero counts (Y,) and sums of features (Y, p) by class, in float64."""
-        counts = torch.zeros(task.n_classes, dtype=torch.float64)
-        return {"statistics": {"counts": counts, "sums": counts.new_zeros(task.n_classes, task.width)}}
+        return {"statistics": feature_statistics.no_sums(task.n_classes, task.width)}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
         """Return zero prototypes (Y, p) and example counts (Y,). A class with count 0 has no prototype yet."""
@@ -111,16 +116,13 @@ class FedProto(Method):
 
     def statistics(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
         """Add a batch to the counts and sums."""
-        member = losses.one_hot(batch.y, len(total["counts"])).double()
-        features = nets.body(batch.x).double()
-        return {"counts": total["counts"] + member.sum(0), "sums": total["sums"] + member.T @ features}
+        return feature_statistics.add_sums(total, nets.body(batch.x), batch.y)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Return the prototypes of the client's classes (C_k, p), in the order of the classes, and the counts of all classes (Y,)."""
-        counts, sums = client.memory["statistics"]["counts"], client.memory["statistics"]["sums"]
-        held, dtype = counts > 0, down["prototypes"].dtype
-        prototypes = sums[held] / counts[held, None]
-        return {"prototypes": prototypes.to(dtype), "counts": counts.to(dtype)}, client.memory
+        found, dtype = client.memory["statistics"], down["prototypes"].dtype
+        prototypes = feature_statistics.held_means(found, dtype)
+        return {"prototypes": prototypes, "counts": found["counts"].to(dtype)}, client.memory
 
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
         """Return the number of the client's classes as the length of `prototypes`."""
@@ -128,12 +130,7 @@ class FedProto(Method):
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
         """Return a fault if a count is negative, is not an integer, or exceeds the client's number of examples of that class."""
-        counts: Tensor = uplink["counts"]
-        if bool(((counts < 0) | (counts != counts.round())).any()):
-            return "'counts' has a number that is negative or not an integer"
-        if class_counts is not None and bool((counts > class_counts).any()):
-            return "'counts' has more examples of a class than the client has"
-        return ""
+        return feature_statistics.count_fault(uplink["counts"], class_counts)
 
     def sums(self, uplink: Tree) -> Tree:
         """Return counts (Y,) and weighted class means (Y, p) in float64; the means are 0 for classes that the client does not hold.

@@ -30,7 +30,7 @@ METHODS: Registry[type[Method]] = Registry({name: f"fedloom.methods.{name}:{cls}
 ELSEWHERE = (
     "APFL", "CCVR", "ClusteredSampling", "FD", "FedAdagrad", "FedAdam", "FedALA", "FedAMP", "FedAS",
     "FedAvgM", "FedBuff", "FedCP", "FedCross", "FedDBE", "FedDyn", "FedExP", "FedFomo", "FedGen", "FedGH",
-    "FedKD", "FedLC", "FedMut", "FedNova", "FedNTD", "FedOpt", "FedPAC", "FedPHP", "FedRoD", "FedTGP",
+    "FedKD", "FedKTL", "FedLC", "FedMut", "FedNova", "FedNTD", "FedOpt", "FedPAC", "FedPHP", "FedRoD", "FedTGP",
     "FedType", "FedYogi", "FML", "GPFL", "IFCA", "LG-FedAvg", "MOON", "Per-FedAvg", "pFedMe",
 )  # fmt: skip
 """Methods from other papers, so that a request for one is not taken for a misspelt name. Names of registered methods have no effect."""

@@ -48,6 +48,7 @@ class Arch:
         width: the requested common feature width; None means the architecture's own width.
         options: sorted pairs (name, value), which are hashable, so that recipes can be compared and clients can be grouped by them.
         base: pretrained weights and low-rank adapters of the body.
+        other: the recipe for the model that all clients have in common, if it differs from this one.
     """
 
     name: str
@@ -58,11 +59,17 @@ class Arch:
     options: tuple[tuple[str, Option], ...] = ()
     base: lora.Base = lora.NO_BASE
     example: Inputs = field(compare=False, repr=False)
+    other: Arch | None = None
 
     @property
     def n_outputs(self) -> int:
         """Number of outputs of the head."""
         return self.objective.n_outputs
+
+    @property
+    def common(self) -> Arch:
+        """The recipe for the model that all clients have in common; default: this one."""
+        return self.other or self
 
     def model(self) -> nn.Module:
         """Return a new model. The names of its tensors are "body....", "head.weight" and "head.bias"."""

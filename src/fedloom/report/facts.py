@@ -32,6 +32,7 @@ def settings_in_words(records: Sequence[RunRecord]) -> dict[str, str]:
         "partition": _listed(map(partition_words, records)),
         "held out per client": _listed(map(_held_out, records)),
         "model": _listed(_shown_list(r.fact("models")) or r.fact("model") for r in records),
+        "common model": _listed(r.fact("common_model") for r in records),
         "clients": _listed(map(_clients, records)),
         **{NAMES.get(key, key): _listed(record.fact(key) for record in records) for key in PLAIN},
         "runs": _runs(records),

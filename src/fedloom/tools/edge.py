@@ -25,12 +25,10 @@ from fedloom.engines import Problem
 from fedloom.engines.base import client_data
 from fedloom.engines.process_memory import peak_process_bytes
 from fedloom.errors import FedloomError
-from fedloom.experiment.build import arithmetic, make_federation, make_problem
+from fedloom.experiment.build import arithmetic, make_archs, make_federation, make_problem
 from fedloom.experiment.costs import Costs, pieces, shortened
 from fedloom.inputs import Field, Inputs, InputSpec, map_inputs
 from fedloom.method import Client, Method, Set, Sweep, Task, Turn, init_opts
-from fedloom.methods.registry import load_object
-from fedloom.models import arch
 from fedloom.nets import read_weights
 from fedloom.objectives import from_content
 from fedloom.rng import Stream
@@ -206,11 +204,10 @@ def _task_from(facts: Mapping[str, Any]) -> Task:
 
 
 def _modules(settings: Settings, method: Method, task: Task, place: int, x: Inputs) -> Any:
-    name = settings.models[place] if settings.models else settings.model.name
-    what = load_object(name, "model") if ":" in name else name
-    options = {} if settings.models else settings.model.options
     example = map_inputs(lambda v: v[torch.arange(2) % len(v)], x)
-    recipe = arch(what, task.spec, task.objective, settings.width, options, example=example)
+    models = settings.models[place : place + 1]  # the others would count as memory
+    one = settings.model_copy(update={"models": models})
+    recipe = make_archs(one, task.spec, task.objective, example)[0]
     return fresh_modules(lambda: method.nets(recipe, task), Stream(settings.seed, "init"))
 
 

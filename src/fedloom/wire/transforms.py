@@ -146,7 +146,7 @@ class Int8:
             if not leaf.is_floating_point():
                 sent[path] = leaf
                 continue
-            scale = (leaf.abs().amax() / 127).float() if leaf.numel() else torch.zeros(())
+            scale = (leaf.abs().amax() / 127).float() if leaf.numel() else leaf.new_zeros((), dtype=torch.float32)
             steps = leaf / scale.to(leaf).clamp(min=torch.finfo(torch.float32).tiny)
             sent |= {f"{path}/int8": steps.round().clamp(-127, 127).to(torch.int8), f"{path}/scale": scale}
         return sent
