@@ -76,7 +76,7 @@ class Task:
     spec: InputSpec
     width: int  # number of features D of the first architecture
     rounds: int
-    lr_scales: tuple[float, ...] = ()  # factor on the learning rates of each round (`schedule`); empty: 1
+    lr_scales: tuple[float, ...] = ()  # factors on the learning rates, by round (`schedule`); empty means 1
 
     @property
     def n_classes(self) -> int:

@@ -1,4 +1,4 @@
-"""The learning rate by round: known factors, the same numbers on every engine, and after a resume."""
+"""Schedules of the learning rate: known factors, and equal results on all engines and after a resume."""
 
 import math
 
@@ -78,7 +78,7 @@ def test_schedules_that_are_refused(words, message):
     ("method", "options"), [("scaffold", {}), ("ditto", {}), ("fedper", {"method.optimizer": "adam"})]
 )
 def test_a_round_in_the_warm_up_is_a_round_with_a_lower_learning_rate(experiment, method, options):
-    """A quarter of the learning rate in the first of three rounds of warm-up: the same bits as with that learning rate."""
+    """In the first of three rounds of warm-up, the learning rate is a quarter; the result has the same bits as with that learning rate."""
     start = experiment(method, **{**SHORT, **options, "rounds": 4, "method.lr": 0.08, "schedule.warmup": 3})
     interrupted_after(start, 1)
     lower = experiment(method, **{**SHORT, **options, "rounds": 1, "method.lr": 0.02})
@@ -118,7 +118,7 @@ def test_a_run_resumes_in_the_middle_of_a_schedule(experiment):
 
 
 def test_newcomers_start_at_the_beginning_of_the_schedule(tmp_path):
-    """Their only local update is in the warm-up, so it is the update with half of the learning rate."""
+    """The only local update of each new client is in the warm-up, so it equals the update with half of the learning rate."""
     about = {"model": "mlp", "clients": 4, "join": {"clients": 1, "turns": 1}, "progress": False, "rounds": 2}
     about |= {"data": "digits", "partition": {"alpha": 0.5}, "precision": "fp64"}
     halved = fedloom.run(fedloom.Local(lr=0.02), schedule={"warmup": 1}, out=tmp_path / "a", **about)

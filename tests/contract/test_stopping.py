@@ -49,7 +49,7 @@ def test_a_run_stops_in_the_same_round_on_every_engine(experiment, engine):
     assert len(series) == stopped["round"] == wanted.summary["rounds"] < 12
     assert stopped["best"] == max(series) == series[stopped["best_round"] - 1]
     assert stopped["round"] == series.index(max(series)) + 1 + 2
-    assert wanted.rows[-1]["general_accuracy"] is not None  # scored as after the last round
+    assert wanted.rows[-1]["general_accuracy"] is not None  # with the scores of a last round
     found = left_by(experiment("fedper", **RUN, **STOP, engine=engine))
     assert found.summary["stopped_early"]["round"] == stopped["round"]
     if engine == "processes":
@@ -57,7 +57,7 @@ def test_a_run_stops_in_the_same_round_on_every_engine(experiment, engine):
 
 
 def test_a_run_that_stops_has_a_final_exchange(experiment):
-    """Its calibrated head scores better than the head before."""
+    """The calibrated head has a better score than the previous head."""
     quick = {"method.calibration_epochs": 1, "method.virtual_features": 10, "width": 8}
     run = experiment("ccvr", **RUN, **STOP, **quick)
     summary = run.run()

@@ -61,7 +61,7 @@ AREAS = (
                 'return {"weights": tree.mean([up["weights"] for up in uplinks])}',
             ),
             Fault("every client of a mean has the first one's weight", "alpha=weight)", "alpha=weights[0])"),
-            Fault("the learning rate does not decay", "return self.lr_decay**number", "return 1.0"),
+            Fault("the learning rate does not decay", "return method.lr_decay**number * planned", "return planned"),
         ),
     ),
     Area(
@@ -335,8 +335,8 @@ AREAS = (
             ),
             Fault(
                 "late uplinks count in full",
-                "examples if age == 0 else examples / math.sqrt(1 + age)",
-                "examples",
+                "weight if age == 0 else weight / math.sqrt(1 + age)",
+                "weight",
                 "late",
             ),
             Fault(

@@ -1,4 +1,4 @@
-"""`fedloom.tools.tuning`: what is tuned, draws, the searches, and the choice."""
+"""`fedloom.tools.tuning`: plans, draws, the searches, and the chosen settings."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_choice_is_the_best_mean_over_seeds():
         return Tried(label=label, values={}, rounds=rounds, scores=dict(enumerate(values)), failed=failed)
 
     found = [tried("a", 4, 0.5, 0.9), tried("b", 4, 0.8, 0.8), tried("c", 4, 0.8, 0.8), tried("d", 2, 0.99, 0.99)]
-    assert best_of(found, ACCURACY).label == "b"  # d had fewer rounds; c is as good, but later
+    assert best_of(found, ACCURACY).label == "b"  # d had fewer rounds; c has the same score, but comes later
     assert best_of(found, ERROR).label == "a"
     assert best_of([tried("a", 4, failed="diverged"), tried("d", 2, 0.1)], ACCURACY).label == "d"
     assert best_of([tried("a", 4, failed="diverged")], ACCURACY) is None
@@ -146,7 +146,7 @@ def test_a_grid_is_tried_with_every_seed_and_a_setting_that_diverges_is_no_end(g
         means = [one["mean"] for one in method["tried"] if one["mean"] is not None]
         assert method["tried"][method["best"]]["mean"] == max(means)
     rows = [json.loads(line) for line in (grid / "fedavg-lr0.4-seed1/metrics.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows] == [2]  # scored only where settings are ranked
+    assert [row["round"] for row in rows] == [2]  # scored only in the rounds in which settings are ranked
     assert fedavg["tried"][1]["scores"]["1"] == rows[-1]["valid_accuracy"]
     assert found["settings"] == 3
     assert fedprox["keys"] == ["mu"]

@@ -200,7 +200,7 @@ def _more_rounds(words: Sequence[str]) -> int | None:
 
 
 def refuse_settings(words: Sequence[str], command: str) -> None:
-    """Raise ConfigError for settings next to `--resume`."""
+    """Raise ConfigError if there are settings next to `--resume`."""
     if words:
         but = ", except a higher rounds=N" if command == "run" else ""
         raise ConfigError(
@@ -209,7 +209,7 @@ def refuse_settings(words: Sequence[str], command: str) -> None:
 
 
 def refuse_several(values: Values) -> None:
-    """Raise ConfigError for settings that only a comparison can have."""
+    """Raise ConfigError if there are settings that only a comparison can have."""
     from fedloom.config.hints import as_number
     from fedloom.tools.compare_rows import Row, grid_of, several
 
@@ -218,7 +218,7 @@ def refuse_several(values: Values) -> None:
     given = {key: found for key, value in (("method", name), ("seed", values.get("seed"))) if (found := several(value))}
     if isinstance(method, Mapping) and not given:
         grid = grid_of(Row("method", {**method, "name": name or "fedavg"}))
-        # 0,1 may be 0.1, and the error about the value says so
+        # for `0,1`, the error about the value suggests 0.1
         given = {f"method.{key}": found for key, found in grid.items() if not as_number(method[key])}
     for key, found in given.items():
         shown = ",".join(map(str, found))

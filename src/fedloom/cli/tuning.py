@@ -93,7 +93,7 @@ class TuningProgress:
     """Shows the progress of all runs of a tuning. Scores on test examples are not shown."""
 
     def __init__(self, tuning: Tuning, shown: Show, done: int) -> None:
-        """`done`: the rounds of all runs that are done already."""
+        """`done` is the total number of rounds that the runs have already completed."""
         self._shown, self._done = shown, done
         self._total = len(tuning.arms) * len(tuning.seeds) * tuning.budget
 
@@ -111,7 +111,7 @@ class TuningProgress:
 
 
 def _conclude(folder: Path, given: Any) -> int:
-    """Write the page, print the tables and the warnings, and return the exit code: 1 if a method has no choice."""
+    """Write the page, print the tables and the warnings, and return the exit code, which is 1 if a method has no chosen setting."""
     from fedloom.cli.tables import show
     from fedloom.cli.words import output
     from fedloom.report import drawn

@@ -111,7 +111,7 @@ def sign_option(parser: Parser) -> None:
 
 
 def output_options(parser: Parser) -> None:
-    """Declare `--json` and `--quiet`."""
+    """Add `--json` and `--quiet` to a parser."""
     parser.add_argument("--json", action="store_true", help="print only the summary, as JSON, to standard output")
     parser.add_argument("--quiet", action="store_true", help="print no progress and no tables, only the folder")
 

@@ -94,7 +94,7 @@ def _several(name: Schema, table: Schema, described: Schema) -> Schema:
 
 
 def _or_several(value: Schema) -> Schema:
-    """Return a hyper-parameter that can also be given as several values, which are compared."""
+    """Return the schema of a hyper-parameter that may also have several values, which are compared."""
     return {"anyOf": [value, {"type": "array", "items": value}]}
 
 

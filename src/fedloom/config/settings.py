@@ -267,21 +267,22 @@ class JoinSettings(Section):
 
 
 class ScheduleSettings(Section):
-    """The learning rate by round (docs/tuning.md). It applies to every learning rate of local updates, in addition to `method.lr_decay`."""
+    """Schedule of the learning rates over rounds (docs/tuning.md). It applies to all learning rates of local updates, in addition to
+    `method.lr_decay`."""
 
     name: Literal["constant", "step", "cosine"] = "constant"
-    """`constant`; `step`: multiplied by `schedule.factor` after the rounds `schedule.at`, or after every `schedule.every` rounds; `cosine`:
-    falls along half a cosine wave from the first round after the warm-up to `schedule.floor` after the last one."""
+    """`constant`; `step`: multiply the learning rate by `schedule.factor` after the rounds `schedule.at`, or after every `schedule.every`
+    rounds; `cosine`: decrease it along half a cosine wave after the warm-up, down to `schedule.floor` after the last round."""
     warmup: Whole = 0
-    """First N rounds, in which the learning rate rises in equal steps: 1/(N+1), 2/(N+1), ... of its value."""
+    """Number N of first rounds in which the learning rate rises in equal steps: 1/(N+1), 2/(N+1), ... of its value."""
     at: tuple[Count, ...] = ()
-    """Rounds after which the learning rate falls, such as `50,75` (step)."""
+    """Rounds after which `step` decreases the learning rate, such as `50,75`."""
     every: Count | None = None
-    """Number of rounds after which the learning rate falls each time, instead of `schedule.at` (step)."""
+    """Number of rounds between decreases of the learning rate by `step`, instead of `schedule.at`."""
     factor: Share = 0.1
-    """Factor on the learning rate when it falls (step)."""
+    """Factor by which `step` multiplies the learning rate."""
     floor: Fraction = 0.0
-    """Fraction of the learning rate that remains at the end (cosine)."""
+    """Fraction of the learning rate that remains at the end with `cosine`."""
 
     @field_validator("at", mode="before")
     @classmethod
@@ -291,13 +292,13 @@ class ScheduleSettings(Section):
 
 
 class StopSettings(Section):
-    """When a run ends before its last round (docs/tuning.md)."""
+    """Early stopping: the condition on which a run ends before its last round (docs/tuning.md)."""
 
     patience: Count | None = None
-    """End the run after a scored round in which the primary metric on validation examples (`eval.valid`) is not better than its best value
-    N or more rounds before. Default: never."""
+    """Number N of rounds without improvement after which the run ends: the primary metric on validation examples (`eval.valid`) is not
+    better than its best value at least N rounds before. Default: the run does not end early."""
     after: Whole = 0
-    """Round from which `stop.patience` counts."""
+    """Round from which the rounds for `stop.patience` are counted."""
 
 
 class EngineSettings(Section):
@@ -546,7 +547,7 @@ def _check_privacy(privacy: PrivacySettings) -> None:
 
 
 def _check_schedule(schedule: ScheduleSettings, rounds: int) -> None:
-    """Raise ValueError for a setting without effect, or for a schedule that does not fit into the rounds."""
+    """Raise ValueError if a setting has no effect, or if a schedule is incomplete or does not fit into the rounds."""
     for key, owner in (("at", "step"), ("every", "step"), ("factor", "step"), ("floor", "cosine")):
         value = getattr(schedule, key)
         if value != ScheduleSettings.model_fields[key].default and schedule.name != owner:

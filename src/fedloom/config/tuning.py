@@ -1,4 +1,4 @@
-"""The settings of `fedloom tune` that a run does not have: the table `tune`."""
+"""The table `tune`: the settings of `fedloom tune` that runs do not have."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from fedloom.ranges import Count, Whole
 
 
 class TuneSettings(Section):
-    """How hyper-parameters are searched (docs/tuning.md)."""
+    """The search for hyper-parameters (docs/tuning.md)."""
 
     search: Literal["grid", "halving", "tpe"] = "grid"
-    """`grid`: every setting runs for all rounds; `halving`: after a few rounds, the worse half of a method's settings stops, and so on;
-    `tpe`: Optuna's tree-structured Parzen estimator chooses each setting from the scores of those before."""
+    """`grid`: every setting runs for all rounds; `halving`: the worse half of a method's settings stops after a few rounds, half of the
+    others after twice as many, and so on; `tpe`: Optuna's tree-structured Parzen estimator chooses each setting by the previous scores."""
     settings: Count | None = None
-    """Number of settings of every method, drawn at random (grid, halving) or chosen by `tpe`. Default: the whole grid."""
+    """Number of settings of every method, which are drawn at random (`grid`, `halving`) or chosen by `tpe`. Default: the whole grid."""
     seed: Whole = 0
-    """Seed of the draws of settings."""
+    """Seed of the random draws of settings."""
 
 
 def make_tune_settings(table: Any) -> TuneSettings:
-    """Return validated settings of the table `tune`. Raise ConfigError for an unknown key or an invalid value."""
+    """Return validated settings of the table `tune`. Raise ConfigError if a key is unknown or a value is invalid."""
     if not isinstance(table, Mapping):
         raise ConfigError(f"tune={table}: is a table; set its keys one by one, such as tune.search=halving")
     try:

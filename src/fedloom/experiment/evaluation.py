@@ -97,7 +97,7 @@ class Scoring:
         return row
 
     def validation(self, found: Scores) -> dict[str, Any]:
-        """Return the metrics on all validation examples; empty if there are none."""
+        """Return the metrics on all validation examples, or an empty dictionary if there are none."""
         objective = self._problem.task.objective
         return metrics.alone(objective, sum_scores(found["valid"]), "valid") if "valid" in found else {}
 

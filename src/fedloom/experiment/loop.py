@@ -118,7 +118,7 @@ class Experiment:
             self._buffers = buffers_policy(self.method, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # completed rounds, and rounds in the latest checkpoint
-        self.stopped: Row | None = None  # why the run stopped early; `rounds` is then the number of rounds done
+        self.stopped: Row | None = None  # the reason for early stopping; `rounds` is then the last completed round
         self.rows: list[Row] = []
         self.client_rows: list[Row] = []
         self.ledger = Accounting(self.problem)
@@ -203,7 +203,7 @@ class Experiment:
     def run(self, on_round: OnRound | None = None, until: int | None = None) -> Row:
         """Run the remaining rounds and return the summary. An experiment can be run only once.
 
-        `until`: pause after this round with a checkpoint, from which `resume` continues; the summary is then empty.
+        If `until` is set, write a checkpoint after this round, from which `resume` continues, and return an empty summary.
 
         Raises:
             RunFolderError: the experiment has already been run. Its state may differ from the latest checkpoint, e.g. after a failed
@@ -385,7 +385,7 @@ class Experiment:
         if self.done < self.rounds and self._stops(found):
             if self.hooks.finishes:
                 self._finish()
-            down, found = self._scores()  # as after the last round
+            down, found = self._scores()  # with the scores of a last round
         row: Row = {"round": self.done, **self.scoring.row(found, down, self.ledger.trained)}
         self.ledger.eval_seconds += time.perf_counter() - started
         row |= {f"{way}_bytes": self.ledger.total(way) for way in ("uplink", "downlink")}
@@ -405,14 +405,14 @@ class Experiment:
             tracker.log(self.done, row)
 
     def _scores(self) -> tuple[Downlink, Scores]:
-        """Score the clients with the current state, also on the common test set if this is due. Return the message and the scores."""
+        """Score the clients with the current state, and on the common test set if this is due. Return the downlink and the scores."""
         every = self.settings.eval.general_every
         general = self.done == self.rounds or bool(every and self.done % every == 0)
         down = self.hooks.deploy(self.server, self.done)
         return down, self.scoring.score(self.done, down, general)
 
     def _stops(self, found: Scores) -> bool:
-        """Return whether these scores end the run early; if so, this round is its last one."""
+        """Return whether the run ends early because of these scores. If so, make this round its last round."""
         rows = [*self.rows, {"round": self.done, **self.scoring.validation(found)}]
         self.stopped = reason_to_stop(rows, self.settings.stop, self.problem.task.objective.primary)
         if self.stopped:

@@ -142,7 +142,7 @@ def resumable(path: str | Path, accept: bool, rounds: int | None = None) -> Iter
 
 
 def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings:
-    """Return the settings with more rounds; `stop.patience` then counts from the former last round.
+    """Return the settings with more rounds. The rounds for `stop.patience` are then counted from the former last round.
 
     Raise ConfigError if the run cannot be extended.
     """
@@ -161,7 +161,10 @@ def longer(settings: Settings, rounds: int | None, path: str | Path) -> Settings
 
 
 def check_longer(experiment: Experiment, before: int) -> None:
-    """Raise ConfigError if the method or the schedule depends on the number of rounds, which was `before`, or if there is no checkpoint."""
+    """Raise ConfigError if the run, which had `before` rounds, cannot have more rounds.
+
+    This is so after a final exchange, without a checkpoint, and if the method or the schedule depends on the number of rounds.
+    """
     method, rounds, name = experiment.method, experiment.settings.rounds, type(experiment.method).__name__
     if experiment.hooks.finishes and (rounds != before or "stopped_early" in experiment.folder.summary()):
         raise ConfigError(f"rounds={rounds}: {name} has had its final exchange after the last round; start a new run")

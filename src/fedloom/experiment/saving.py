@@ -93,7 +93,7 @@ def restore_run(experiment: Experiment, folder: RunFolder) -> None:
     experiment.rows = [row for row in folder.rows() if row["round"] <= experiment.done]
     experiment.client_rows = _without_nan(folder.read_clients(experiment.done))
     stopped = state.get("stopped_early")
-    if stopped and experiment.settings.stop.after < stopped["round"]:  # it does not go on longer
+    if stopped and experiment.settings.stop.after < stopped["round"]:  # unless the run is extended
         experiment.stopped, experiment.rounds = stopped, experiment.done
     if previous := folder.load_previous() if saved else None:
         experiment.roll_back.previous = _restored(experiment.server, previous, "server before its last round")

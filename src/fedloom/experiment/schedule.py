@@ -1,7 +1,7 @@
 """Schedules of the learning rate over rounds, as one factor per round.
 
-The factors are computed once and are part of `Task`, so every engine and device multiplies by the same numbers. A factor depends only on
-the settings and the number of the round, so nothing is stored for a resume.
+The factors are computed once and are part of `Task`, so all engines and devices use the same numbers. A factor depends only on the
+settings and the number of the round, so a checkpoint does not contain it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from fedloom.config.settings import ScheduleSettings
 
 
 def lr_scales(schedule: ScheduleSettings, rounds: int) -> tuple[float, ...]:
-    """Return the factor on the learning rates in each of `rounds` rounds, from 0 to 1; an empty tuple stands for 1 in all rounds."""
+    """Return the factor (0 to 1) on the learning rates in each of `rounds` rounds. An empty tuple means 1 in all rounds."""
     if schedule == ScheduleSettings():
         return ()
     return tuple(_warmed_up(schedule, number) * _planned(schedule, number, rounds) for number in range(rounds))
 
 
 def _warmed_up(schedule: ScheduleSettings, number: int) -> float:
-    """Return the factor of the warm-up: (number + 1) / (warmup + 1) in its rounds, and then 1."""
+    """Return the factor of the warm-up: (number + 1) / (warmup + 1) in the rounds of the warm-up, and 1 after them."""
     return min((number + 1) / (schedule.warmup + 1), 1.0)
 
 

@@ -30,10 +30,10 @@ def check_stopping(settings: Settings, method: Method, partition: Partition) -> 
 
 
 def reason_to_stop(rows: Sequence[Mapping[str, Any]], rules: StopSettings, metric: Metric) -> dict[str, Any] | None:
-    """Return why a run stops after the round of its latest row of metrics, or None if it does not.
+    """Return the reason why a run stops after the round of its latest row of metrics, or None if it does not stop.
 
-    Rounds are counted from the first one with the best value, or from `stop.after` if that is later. A value that is undefined (None) is no
-    improvement. The result has `round`, `measure`, `best`, `best_round` (None if no value was defined) and `patience`.
+    Rounds are counted from the first round with the best value, or from `stop.after` if that is later. An undefined value (None) is not an
+    improvement. The result contains `round`, `measure`, `best`, `best_round` (None if no value was defined) and `patience`.
     """
     if rules.patience is None or not rows:
         return None
@@ -47,7 +47,7 @@ def reason_to_stop(rows: Sequence[Mapping[str, Any]], rules: StopSettings, metri
 
 
 def stopped_in_words(stopped: Mapping[str, Any], planned: int) -> str:
-    """Return what `reason_to_stop` found as a sentence without its end; `planned`: the number of rounds without a stop."""
+    """Return the result of `reason_to_stop` in words, without a full stop. `planned` is the planned number of rounds."""
     best = "is undefined" if stopped["best_round"] is None else f"has not improved since round {stopped['best_round']}"
     place = f"stopped after round {stopped['round']} of {planned}"
     return f"{place}: {stopped['measure']} {best} (stop.patience={stopped['patience']})"

@@ -99,7 +99,7 @@ def _write(
 
 
 def write_content(chapters: Iterable[Mapping[str, Any]], title: str, target: Path) -> None:
-    """Write a page from the values of its chapters (see `_content`), atomically. Raise UsageError if it cannot be written."""
+    """Write a page atomically from the values of its chapters (see `_content`). Raise UsageError if it cannot be written."""
     page = _render(chapters, title)
     draft = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

@@ -103,7 +103,7 @@ def _times(records: Sequence[RunRecord], waiting: Waiting | None) -> list[Noted]
 
 
 def for_page(sections: Sequence[FigureSection], prefix: str = "") -> dict[str, dict[str, Any]]:
-    """Return the sections by their titles, as the values of the page's template. `prefix` makes the ids unique on the page."""
+    """Return the sections by title, as the values of the page's template. `prefix` makes the ids unique on the page."""
     import markupsafe
 
     return {

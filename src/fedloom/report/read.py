@@ -58,7 +58,7 @@ class RunRecord:
 
     @property
     def stopped(self) -> Mapping[str, Any] | None:
-        """Why the run stopped early (`stopped_early` of its summary), or None."""
+        """The reason why the run stopped early (`stopped_early` of its summary), or None."""
         found = (self.summary or {}).get("stopped_early")
         return found if isinstance(found, Mapping) else None
 

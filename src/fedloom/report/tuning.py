@@ -14,7 +14,7 @@ from fedloom.report.read import printable
 from fedloom.report.tables import EMPTY, Cell, Grid
 
 SEARCHES = {"grid": "whole grid", "halving": "successive halving", "tpe": "TPE (Optuna)"}
-MOST_SEEDS = 10  # columns
+MOST_SEEDS = 10  # maximum number of seeds that have their own columns
 
 
 def read_tuning(file: Path) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_tuning(file: Path) -> dict[str, Any]:
 
 
 def tuning_grids(found: Mapping[str, Any]) -> list[Grid]:
-    """Return one table per method with all settings that were tried, in their order; the chosen one is bold."""
+    """Return one table per method with all settings that were tried, in their order. The chosen setting is bold."""
     return [_grid(found, method) for method in found["methods"]]
 
 
@@ -82,7 +82,7 @@ def _reading(found: Mapping[str, Any]) -> str:
 
 
 def _choice(found: Mapping[str, Any]) -> Grid:
-    """Return the chosen setting of every method."""
+    """Return a table with the chosen setting of every method."""
     primary = read_primary(found["primary"], "tune.json")
     rows = []
     for method in found["methods"]:
@@ -123,6 +123,6 @@ def _score(value: float | None, primary: Primary) -> Cell:
 
 
 def values_words(values: Mapping[str, Any]) -> str:
-    """Return hyper-parameters as a user would type them: `lr=0.1 mu=0.01`."""
+    """Return hyper-parameters in the form in which a user types them, such as `lr=0.1 mu=0.01`."""
     words = (f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items())
     return printable(" ".join(words))

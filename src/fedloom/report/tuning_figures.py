@@ -21,14 +21,14 @@ from fedloom.report.style import (
     ticker,
 )
 
-SIZE = (4.9, 3.1)  # of a figure, in inches
-LOG_FROM = 4  # ratio of the largest to the smallest value from which an axis is logarithmic
+SIZE = (4.9, 3.1)  # width and height of a figure in inches
+LOG_FROM = 4  # minimum ratio of the largest to the smallest value for a logarithmic axis
 MOST_TICKS = 6
 NOTE = "Dot: a setting, mean over seeds; line: the best setting with each value."
 
 
 def tuning_figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the section of figures, as the values of the page's template: one figure for each hyper-parameter that is a number."""
+    """Return the section of figures, one for each hyper-parameter that is a number, as the values of the page's template."""
     primary = read_primary(found["primary"], "tune.json")
     keys = dict.fromkeys(key for method in found["methods"] for key in method["keys"])
     points = {key: {m["label"]: _points(m["tried"], key, primary) for m in found["methods"]} for key in keys}
@@ -38,7 +38,10 @@ def tuning_figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _points(tried: Sequence[Mapping[str, Any]], key: str, primary: Primary) -> dict[float, list[float]]:
-    """Return the shown scores of the settings by the value of a hyper-parameter, in increasing order; {} if it is not a number."""
+    """Return the scores of the settings, in the units of the report, by the value of a hyper-parameter in increasing order.
+
+    Return an empty dictionary if the hyper-parameter is not a number.
+    """
     by_value: dict[float, list[float]] = {}
     for one in tried:
         value = one["values"].get(key)
@@ -73,13 +76,13 @@ def _figure(
             )
             axes.plot(list(line), best, color=marks[label].colour)
             ends[label] = (list(line)[-1], best[-1])
-        axes.autoscale_view()  # the places of names depend on the limits
+        axes.autoscale_view()  # the positions of names depend on the limits of the axes
         label_ends(axes, ends, marks)
     return figure_of(axes)
 
 
 def _scale(axes: Axes, values: Sequence[float]) -> None:
-    """Scale the axis of the values; a few values are all marked."""
+    """Set the scale of the axis of values. If there are few values, each one has a tick."""
     each = sorted(set(values))
     if each[0] > 0 and each[-1] >= LOG_FROM * each[0]:
         axes.set(xscale="log")

@@ -123,7 +123,7 @@ def plan(values: Mapping[str, Any]) -> Comparison:
 
     A comparison has these keys in addition to those of a run:
     * `method`: a list of methods or variants; default: all variants.
-    * `method.KEY`: a hyper-parameter of all methods that have it. Several values (`0.1,0.01`, or a list) give a row for each.
+    * `method.KEY`: a hyper-parameter of all methods that have it. Several values (`0.1,0.01`, or a list) give one row for each value.
     * A table with the name of a method: hyper-parameters of that method.
     * `variant.NAME`: a separate row, with `method`, hyper-parameters and, optionally, `uplink` and `downlink`.
     * `seed`: a list of seeds.

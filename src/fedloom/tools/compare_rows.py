@@ -19,12 +19,12 @@ from fedloom.ranges import type_words
 
 log = logging.getLogger(__name__)
 
-OWN_KEYS = ("method", "seed", "variant", "out", "title", "reading")  # keys that are not the same setting in every run
+OWN_KEYS = ("method", "seed", "variant", "out", "title", "reading")  # keys that are not shared settings of the runs
 VARIED = ("uplink", "downlink")  # settings of the run that may differ between rows
 
 
 class Row(NamedTuple):
-    """One row of the comparison's table. Before `expanded`, a hyper-parameter may be a list of values."""
+    """One row of the comparison's table. Before the row is expanded (`expanded`), a hyper-parameter may be a list of values."""
 
     label: str
     method: Values  # `name` and all hyper-parameters of the method
@@ -39,7 +39,7 @@ class Draft(NamedTuple):
 
 
 def draft(values: Mapping[str, Any], own_keys: Sequence[str] = ()) -> Draft:
-    """Return the rows that the values describe; `own_keys`: further keys of the command. See `fedloom.tools.compare.plan`.
+    """Return the rows that the values describe. `own_keys` contains further keys of the command. See `fedloom.tools.compare.plan`.
 
     Raises:
         ConfigError: a key or value is invalid; the message names it and states the allowed values.
@@ -66,7 +66,7 @@ def draft(values: Mapping[str, Any], own_keys: Sequence[str] = ()) -> Draft:
 
 
 def expanded(row: Row) -> list[Row]:
-    """Return one row for each combination of the listed values, named after them: `fedprox-lr0.1-mu0.01`.
+    """Return one row for each combination of the listed values. Its name contains the values, as in `fedprox-lr0.1-mu0.01`.
 
     Each row has all hyper-parameters, so that a resumed comparison does not depend on later changes of default values.
     """
@@ -80,13 +80,13 @@ def expanded(row: Row) -> list[Row]:
 
 
 def label_of(label: str, values: Values) -> str:
-    """Return the name of a row that differs from others by these values of hyper-parameters."""
+    """Return the name of a row that differs from other rows in these values of hyper-parameters."""
     parts = [f"-{key}{'' if type(value) in (int, float) else '-'}{_word(value)}" for key, value in values.items()]
     return label + "".join(parts)
 
 
 def grid_of(row: Row) -> dict[str, list[Any]]:
-    """Return the values of each hyper-parameter that is a list (`[0.1, 0.01]`), or text that stands for one (`0.1,0.01`).
+    """Return the values of each hyper-parameter that is a list (`[0.1, 0.01]`), or text for a list (`0.1,0.01`).
 
     Raises:
         ConfigError: a list is empty or has a value twice.
@@ -106,7 +106,7 @@ def grid_of(row: Row) -> dict[str, list[Any]]:
 
 
 def several(value: Any, hint: Any = None) -> list[Any] | None:
-    """Return the values for which a hyper-parameter stands, or None if it is a single value. `hint`: the type of the hyper-parameter."""
+    """Return the values in the list of a hyper-parameter, or None if it is a single value. `hint` is the type of the hyper-parameter."""
     kinds = {get_origin(part) or part for part in (hint, *get_args(hint))}
     if kinds & {tuple, list}:
         return None
@@ -118,7 +118,7 @@ def several(value: Any, hint: Any = None) -> list[Any] | None:
 
 
 def spelt_out(row: Row) -> Row:
-    """Return the row with all hyper-parameters. Raise ConfigError for an invalid value."""
+    """Return the row with all hyper-parameters. Raise ConfigError if a value is invalid."""
     method = make_method(Named(**row.method))
     return row._replace(method={"name": row.method["name"], **dataclasses.asdict(method)})
 
@@ -230,7 +230,7 @@ def _check_common(common: Values, rows: Sequence[Row]) -> None:
 
 
 def check_labels(labels: Sequence[str]) -> None:
-    """Raise ConfigError for a name of a row that is given twice, or that cannot be the name of a folder."""
+    """Raise ConfigError if two rows have the same name, or if a name cannot be the name of a folder."""
     for label in labels:
         if labels.count(label) > 1:
             raise ConfigError(f"method: '{label}' is given twice; name the second one with [variant.NAME]")
@@ -239,7 +239,7 @@ def check_labels(labels: Sequence[str]) -> None:
 
 
 def _refuse_lists(base: Values) -> None:
-    """Raise ConfigError for several values of a setting that all rows share and that is one number."""
+    """Raise ConfigError if there are several values for a setting that all rows share and that is one number."""
     for name, value in flat(base).items():
         values = several(value) if _is_number(name) else None
         if values and len(values) > 1:
@@ -258,6 +258,6 @@ def _is_number(name: str) -> bool:
 
 
 def _word(value: Any) -> str:
-    """Return a value as it may be written in the name of a row."""
+    """Return a value in the form used in the name of a row."""
     text = str(value).lower() if isinstance(value, bool) else str(value)
     return re.sub(r"[^\w.+-]", "_", text)

@@ -112,12 +112,9 @@ class LaneTrain:
     """The state of one `Train` for several clients: their optimiser states and the sums of their logs, stacked."""
 
     def __init__(self, train: Train, runner: StepRunner, lanes: Sequence[LocalWork]) -> None:
-        """Stack the state. `lanes` contains the clients with the phase's random streams."""
+        """Stack the state. `lanes` contains clients of one round, with the phase's random streams. Their `lr_scale` is the same."""
         self.train, self.runner, self._lanes = train, runner, lanes
-        self.device, self.lr_scale = (
-            lanes[0].context.rows.device,
-            lanes[0].turn.lr_scale,
-        )  # of the round, so the same for all
+        self.device, self.lr_scale = lanes[0].context.rows.device, lanes[0].turn.lr_scale
         self.state = self._here(tree.stack([self._first_state(lane.client) for lane in lanes]))
         self.sums: dict[str, Tensor] = {}
         self._streams = [lane.context.rng.child("draw", train.name) for lane in lanes]

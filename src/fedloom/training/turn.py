@@ -60,13 +60,13 @@ def client_update(
 
 
 def turn_of(method: Method, task: Task, number: int, examples: int) -> Turn:
-    """Return the facts about the local update, in round `number`, of a client with `examples` training examples, before it starts."""
+    """Return the facts about a local update in round `number`, before it starts. The client has `examples` training examples."""
     last = task.rounds - 1
     return Turn(number, last, examples, closing=number > last, lr_scale=lr_scale(method, task, number))
 
 
 def lr_scale(method: Method, task: Task, number: int) -> float:
-    """Return the factor on the learning rates of round `number`; after the last round, that of the last round in the schedule."""
+    """Return the factor on the learning rates in round `number`. After the last round, the schedule keeps its last factor."""
     planned = task.lr_scales[min(number, len(task.lr_scales) - 1)] if task.lr_scales else 1.0
     return method.lr_decay**number * planned
 

@@ -1,5 +1,5 @@
-"""`fedloom tune`: hyper-parameters chosen on validation examples, with the same number of settings and rounds for every method.
+"""`fedloom tune`: choose hyper-parameters on validation examples, with equal numbers of settings and rounds for all methods.
 
-`space` has the values and ranges that a method is tuned over, `plan` what is tuned, `cells` the runs and their scores, `search` which
-settings run, `results` the files that are written, and `folder` all of it together.
+`space` defines the values and ranges of hyper-parameters, and `plan` defines a tuning. `cells` runs settings and reads their scores,
+`search` chooses which settings run, and `results` writes the result files. `folder` runs a whole tuning in its folder.
 """

@@ -1,7 +1,7 @@
 """The runs of a tuning, one for each setting and seed, and their validation scores.
 
-A run that is finished, or has reached the rounds that it is given, is never repeated. A run that fails because of its hyper-parameters is
-recorded, and does not end the tuning. Test examples are scored in the runs, but nothing here reads these scores.
+A run that is finished, or that has reached its given number of rounds, is never repeated. If a run fails because of its hyper-parameters,
+the failure is recorded, and the tuning continues. The runs also score test examples, but this module does not read these scores.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from fedloom.tools.compare_rows import Row
 from fedloom.tools.tuning.plan import Tuning
 
 FAILED = "failed.json"
-OnRun = Callable[[PlannedRun, int], OnRound | None]  # (a run, the round at which it ends or pauses), before it starts
+OnRun = Callable[[PlannedRun, int], OnRound | None]  # called before a run, with the round at which it ends or pauses
 
 
 @dataclass(kw_only=True)
 class Tried:
-    """One setting of a method, and its validation scores."""
+    """A setting of a method, and its validation scores."""
 
     label: str
     values: Values  # of the hyper-parameters that are tuned
-    rounds: int = 0  # rounds that it was given
-    scores: dict[int, float] = field(default_factory=dict)  # by seed; a seed whose run failed has none
-    failed: str = ""  # why the run of a seed has no score
+    rounds: int = 0  # number of rounds that it was allowed to run
+    scores: dict[int, float] = field(default_factory=dict)  # by seed; there is no score if the run failed
+    failed: str = ""  # the reason why a seed has no score
 
     @property
     def mean(self) -> float | None:
-        """The mean over seeds, on which the choice is made; None if a run failed."""
+        """The mean score over seeds, by which settings are ranked, or None if a run failed."""
         return None if self.failed or not self.scores else statistics.fmean(self.scores.values())
 
 
 class Cells:
-    """The runs of a tuning: each setting with each seed, up to a given round."""
+    """The runs of a tuning, with one run for each setting and seed. Each run ends or pauses at a given round."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Cells:
         self._failed: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def score(self, tried: Tried, row: Row, until: int) -> None:
-        """Run a setting with every seed up to round `until`, unless this is done, and set its scores."""
+        """Run a setting with every seed up to round `until`, and set its scores. Runs that have reached this round are not repeated."""
         tried.rounds, tried.scores = until, {}
         for seed in self.tuning.seeds:
             job = self.tuning.job(row, seed, self._folder)
@@ -87,7 +87,7 @@ class Cells:
             self._fail(job, first_line(error))
 
     def _score(self, job: PlannedRun, until: int) -> float:
-        """Return the latest validation score up to a round."""
+        """Return the validation score of the latest scored round that is not after `until`."""
         run = RunFolder.open(job.folder)
         row = [row for row in run.rows() if row["round"] <= until][-1]
         if nothing_learnt({"rounds": row["round"], "skipped": row["skipped"]}):
@@ -98,29 +98,29 @@ class Cells:
         return float(value)
 
     def _fail(self, job: PlannedRun, reason: str) -> NoReturn:
-        """Record that a run has no score, so that it is not repeated, and raise."""
+        """Record that a run has no score, so that it is not repeated, and raise _FailedError."""
         self._failed[job.folder.name] = reason
         RunFolder(self._folder).write_json(FAILED, self._failed)
         raise _FailedError(reason)
 
     def ranked(self, tried: Sequence[Tried]) -> list[Tried]:
-        """Return the settings from best to worst; equal ones in their order, and those without a score last."""
+        """Return the settings from best to worst. Settings with equal scores keep their order, and those without a score are last."""
         sign = -1 if self.metric.better == "higher" else 1
         return sorted(tried, key=lambda one: math.inf if one.mean is None else sign * one.mean)
 
 
 class _FailedError(Exception):
-    """A run without a score; the message is the reason."""
+    """A run has no score. The message states the reason."""
 
 
 def rounds_reached(folder: Path) -> int:
-    """Return the round of the newest checkpoint of a run, 0 if there is none."""
+    """Return the round of the newest checkpoint of a run, or 0 if there is none."""
     found = read_manifest(folder / "checkpoint" / MANIFEST)
     return int(found["round"]) if found else 0
 
 
 def best_of(tried: Sequence[Tried], metric: Metric) -> Tried | None:
-    """Return the chosen setting: the best mean score among those that were given the most rounds; None if all failed."""
+    """Return the setting with the best mean score among those with the most rounds, or None if all settings failed."""
     sign = 1 if metric.better == "higher" else -1
     known = [(one.rounds, sign * one.mean, one) for one in tried if one.mean is not None]
     return max(known, key=lambda known: known[:2])[2] if known else None

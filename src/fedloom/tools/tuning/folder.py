@@ -1,4 +1,4 @@
-"""The folder of a tuning: create it, run what is not done yet, and write the results."""
+"""The folder of a tuning: create it, run the settings that have not run yet, and write the results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FILE = "tune.toml"
 
 
 def create_tuning(tuning: Tuning, out: str | Path | None = None, parts: GivenObjects = NOTHING) -> Path:
-    """Check a tuning and create its folder. Default: a folder in `runs/`, named after the time and the data set."""
+    """Check a tuning, create its folder, and return the path. Default: a folder in `runs/`, named after the time and the data set."""
     path = make_settings({"out": out}).out
     if path:
         RunFolder.check_free(path)
@@ -37,7 +37,7 @@ def create_tuning(tuning: Tuning, out: str | Path | None = None, parts: GivenObj
 
 
 def reopen_tuning(folder: str | Path) -> Tuning:
-    """Return the tuning in a folder. `run_tuning` continues it."""
+    """Return the tuning in a folder, for `run_tuning`, which continues it. Raise RunFolderError if the folder contains no tuning."""
     path = Path(folder)
     if not (path / FILE).is_file():
         raise RunFolderError(f"{path} is not the folder of a tuning: it has no {FILE}")
@@ -52,9 +52,9 @@ def run_tuning(
     *,
     given: GivenObjects = NOTHING,
 ) -> dict[str, list[Tried]]:
-    """Run what is not done yet, write the results and the tuned config, and return all settings that were tried, by method.
+    """Run what has not run yet, write the results and the tuned config file, and return all settings that were tried, by method.
 
-    The folder is locked meanwhile. `accept_changes`, `given`: as for `fedloom.tools.compare.execute`.
+    The folder is locked during the tuning. `accept_changes` and `given` are as for `fedloom.tools.compare.execute`.
     """
     with FolderLock(folder):
         dataset = given.dataset or make_dataset(tuning.settings)

@@ -1,4 +1,4 @@
-"""What is tuned: the methods, their settings, and the settings of the runs that all of them share."""
+"""A tuning: the methods, their spaces of settings, and the settings that all runs share."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fedloom.tools.compare import Comparison, PlannedRun
 from fedloom.tools.compare_rows import Row, draft, seeds_of
 from fedloom.tools.tuning.space import Arm, Range, arm_of, draws, whole_grid
 
-VALID = 0.2  # default fraction of training examples that are held out to choose on
+VALID = 0.2  # default fraction of training examples that are held out for validation
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What is tuned and how."""
+    """A description of a tuning."""
 
-    values: Values  # as given, without `out`
+    values: Values  # as given by the user, without `out`
     base: Values  # the settings that all runs share
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
@@ -49,13 +49,13 @@ class Tuning:
         return self.rules.settings or int(self.arms[0].size)
 
     def extremes(self, arm: Arm) -> Iterator[Values]:
-        """Yield the settings of an arm with all first, and with all last values."""
+        """Yield the setting of an arm with the first values of all hyper-parameters, and that with the last values."""
         for place in (0, -1):
             yield {key: v.value(float(-place)) if isinstance(v, Range) else v[place] for key, v in arm.space.items()}
 
     @property
     def budget(self) -> int:
-        """The number of rounds that all settings of a method run together, with one seed."""
+        """The total number of rounds of all settings of a method, with one seed."""
         total, before, left = 0, 0, self.size
         for until in self.rungs():
             total, before, left = total + left * (until - before), until, math.ceil(left / 2)
@@ -71,7 +71,7 @@ class Tuning:
         """Check the data, partition, model and engine of the settings, so that errors appear before the first run.
 
         Raises:
-            UsageError: the error that a run would raise, or there are no validation examples.
+            UsageError: a run would raise this error, or there are no validation examples.
         """
         rows = [
             row
@@ -87,7 +87,10 @@ class Tuning:
             )
 
     def rungs(self) -> list[int]:
-        """Return the rounds after which settings are ranked: with `halving`, twice as many each time, up to all rounds."""
+        """Return the numbers of rounds after which settings are ranked.
+
+        With `halving`, each number is about twice the previous one. The last one is the number of all rounds.
+        """
         rounds, every = self.settings.rounds, self.settings.eval_every
         if self.rules.search != "halving":
             return [rounds]
@@ -96,9 +99,9 @@ class Tuning:
 
 
 def plan_tuning(values: Mapping[str, Any]) -> Tuning:
-    """Return the tuning described by the tables of a config file and `key=value` arguments.
+    """Return the tuning that a config file and `key=value` arguments describe.
 
-    The keys are those of a comparison, and the table `tune` (`fedloom.config.tuning`). A hyper-parameter may have several values
+    The keys are those of a comparison, and those of the table `tune` (`fedloom.config.tuning`). A hyper-parameter may have several values
     (`method.lr=0.01,0.1`) or a range (`method.lr=0.001..1`).
 
     Raises:
@@ -114,7 +117,7 @@ def plan_tuning(values: Mapping[str, Any]) -> Tuning:
 
 
 def _for_tuning(base: Values, rules: TuneSettings, arms: Sequence[Arm]) -> Values:
-    """Return the settings of all runs with defaults for tuning: validation examples, and scores only where settings are ranked."""
+    """Return the settings of all runs, with validation examples by default, and by default with scores only when settings are ranked."""
     found, settings = {**base}, make_settings(base)
     given = base.get("eval", {})
     if "valid" not in given and settings.partition.name != "file":
@@ -127,7 +130,7 @@ def _for_tuning(base: Values, rules: TuneSettings, arms: Sequence[Arm]) -> Value
 
 
 def _check_sizes(arms: Sequence[Arm], rules: TuneSettings) -> None:
-    """Raise ConfigError unless every method can have the same number of settings, which must be at least 2."""
+    """Raise ConfigError unless all methods can have the same number of settings, which must be at least 2."""
     unbounded = [(arm, key) for arm in arms for key, values in arm.space.items() if isinstance(values, Range)]
     if rules.settings is None and (unbounded or rules.search == "tpe"):
         what = f"{unbounded[0][0].label}.{unbounded[0][1]}: has a range" if unbounded else "tune.search=tpe"

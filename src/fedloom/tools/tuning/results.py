@@ -23,7 +23,7 @@ RESULT, TUNED, PAGE = "tune.json", "tuned.toml", "tune.html"
 
 
 def write_results(tuning: Tuning, folder: Path, tried: Mapping[str, list[Tried]], metric: Metric) -> None:
-    """Write `tune.json`, which reports read, and, if every method has a choice, `tuned.toml`."""
+    """Write `tune.json`, which reports read. If every method has a chosen setting, also write `tuned.toml`."""
     best = {label: best_of(found, metric) for label, found in tried.items()}
     settings = tuning.settings
     content = {
@@ -46,7 +46,7 @@ def write_results(tuning: Tuning, folder: Path, tried: Mapping[str, list[Tried]]
 
 
 def _facts(arm: Arm, tried: Sequence[Tried], best: Tried | None, n: int) -> dict[str, Any]:
-    """Return what `tune.json` says about one method; `n`: the number of settings that it should have tried."""
+    """Return the contents of `tune.json` for one method. `n` is the number of settings that the search should have tried."""
     edges = dict(arm.edges(best.values)) if best else {}
     warnings = [f"{arm.label}: {_edge_words(key, best.values[key], which)}" for key, which in edges.items() if best]
     if best is None:
@@ -76,7 +76,7 @@ def _std(one: Tried) -> float | None:
 
 
 def _tuned(tuning: Tuning, content: Mapping[str, Any], best: Mapping[str, Tried]) -> str:
-    """Return the config file for `fedloom compare`, with comments on what was tried."""
+    """Return the text of the config file for `fedloom compare`, with comments that list the settings that were tried."""
     values = {key: value for key, value in tuning.values.items() if key not in ("tune", "method", "variant", "reading")}
     names = {arm.label: arm.row.method["name"] for arm in tuning.arms}
     plain = {label: name for label, name in names.items() if label == name.rpartition(":")[2]}
@@ -102,7 +102,7 @@ def _tuned(tuning: Tuning, content: Mapping[str, Any], best: Mapping[str, Tried]
 
 
 def _comments(tuning: Tuning, content: Mapping[str, Any]) -> str:
-    """Return what was tried, as comments."""
+    """Return comments that list the settings that were tried, with their scores."""
     held_out = (
         f"{100 * content['valid']:g} % of each client's training examples" if content["valid"] else "from the partition"
     )
@@ -125,7 +125,7 @@ def _comments(tuning: Tuning, content: Mapping[str, Any]) -> str:
 
 
 def _line(one: Mapping[str, Any], content: Mapping[str, Any]) -> str:
-    """Return one setting with its score, such as `lr=0.1  0.8915 ±0.0344`."""
+    """Return a setting and its score, such as `lr=0.1  0.8915 ±0.0344`."""
     score = one["failed"] or f"{one['mean']:.4f}" + ("" if one["std"] is None else f" ±{one['std']:.4f}")
     short = f" (stopped after {one['rounds']} rounds)" if one["rounds"] < content["rounds"] else ""
     return f"{values_words(one['values'])}  {score}{short}"

@@ -1,4 +1,4 @@
-"""Which settings run: the whole grid or draws from it, successive halving, and Optuna's TPE."""
+"""The searches, which choose the settings that run: a grid or draws from it, successive halving, and Optuna's TPE."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from fedloom.tools.tuning.cells import Cells, Tried
 from fedloom.tools.tuning.plan import Tuning
 from fedloom.tools.tuning.space import Arm, Range, Space
 
-ASKS = 50  # suggestions per setting that is wanted, before TPE ends with fewer different ones
+ASKS = 50  # maximum number of suggestions per requested setting; TPE may then end with fewer different settings
 STARTUP = 1 / 3  # fraction of TPE's settings that are drawn at random before its model is used
 
 Search = Callable[[Tuning, Arm, Cells], list[Tried]]
 
 
 def halved(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
-    """Run all settings up to the first rung, the better half of them up to the next one, and so on. Return them in their first order.
+    """Run all settings up to the first rung, then the better half of them up to the next rung, and so on.
 
-    Every method has the same rungs and the same number of settings at each, so it gets the same number of rounds.
+    Return all settings in their initial order. All methods have the same rungs and the same number of settings at each rung, and so the
+    same total number of rounds.
     """
     chosen = tuning.chosen(arm)
     rows = arm.rows(chosen)
@@ -41,7 +42,8 @@ def halved(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
 def with_tpe(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
     """Let Optuna's TPE choose the settings one after another.
 
-    On a resume, it is asked again from the start, and receives the scores of the runs that are done, so it chooses the same settings.
+    If a tuning is resumed, TPE starts again from the beginning. It chooses the same settings, because it receives the scores of the runs
+    that are finished.
     """
     optuna = import_optuna()
     rules, metric = tuning.rules, cells.metric
@@ -63,7 +65,7 @@ def with_tpe(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
         known = cells.ranked([each for each in tried if each.mean is not None])
         if not known:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:  # a setting that failed counts like the worst one that did not
+        else:  # a setting that failed gets the worst score of the settings that did not fail
             study.tell(trial, known[-1].mean if one.mean is None else one.mean)
         if len(tried) == n:
             break
@@ -71,7 +73,7 @@ def with_tpe(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
 
 
 def import_optuna() -> Any:
-    """Return the package Optuna, which logs only warnings. Raise UsageError if it is not installed."""
+    """Return the module `optuna`, set to log only warnings. Raise UsageError if it is not installed."""
     try:
         import optuna
     except ImportError:
@@ -81,9 +83,10 @@ def import_optuna() -> Any:
 
 
 def _distributions(optuna: Any, space: Space) -> dict[str, Any]:
-    """Return the space in Optuna's terms: a place from 0 to 1 for a range, the index of a value for a list of words, and else its place.
+    """Return Optuna's distributions for a space.
 
-    The values of a list of numbers are ordered, so TPE can use that neighbours are similar.
+    A range becomes a place from 0 to 1. A list of numbers becomes an integer, the index in the sorted list, so that TPE can use the order
+    of the values. Any other list becomes a category, the index in the list.
     """
     found = {}
     for key, values in space.items():

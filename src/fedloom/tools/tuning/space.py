@@ -1,4 +1,4 @@
-"""The settings that a method is tuned over: lists of values and ranges of its hyper-parameters, and draws from them."""
+"""The space of settings in which a method is tuned: values and ranges of its hyper-parameters, and random draws from them."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fedloom.tools.compare_rows import Row, grid_of, label_of, spelt_out
 
 NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})")
-LOG_FROM = 10  # ratio of the ends of a range from which it is searched on a logarithmic scale
-NEAR_END = 0.05  # of a range: a best value that is closer to an end lies at its edge
-MOST_DRAWS = 100  # per setting that is wanted, before a draw of different settings ends
+LOG_FROM = 10  # minimum ratio of the ends of a range for a logarithmic scale
+NEAR_END = 0.05  # fraction of a range: a best value that is closer to an end is at the edge
+MOST_DRAWS = 100  # maximum number of draws per requested setting
 
 
 class Range(NamedTuple):
-    """The numbers from `low` to `high`; integers if `whole`. Its points have three significant digits."""
+    """The numbers from `low` to `high`, rounded to three significant digits, or the integers in this range if `whole`."""
 
     low: float
     high: float
@@ -31,29 +31,29 @@ class Range(NamedTuple):
 
     @property
     def log(self) -> bool:
-        """Whether places are spread evenly over the logarithm: `low` is above 0, and `high` is at least ten times as large."""
+        """Whether the scale is logarithmic: `low` is above 0, and `high` is at least ten times as large."""
         return self.low > 0 and self.high >= LOG_FROM * self.low
 
     def value(self, place: float) -> float | int:
-        """Return the point at a place from 0 (`low`) to 1 (`high`)."""
+        """Return the value at a place from 0 (`low`) to 1 (`high`)."""
         ratio, length = self.high / self.low if self.log else 1.0, self.high - self.low
         exact = self.low * ratio**place if self.log else self.low + place * length
         near = min(max(float(f"{exact:.3g}"), self.low), self.high)
         return round(exact) if self.whole else near
 
     def place(self, value: float) -> float:
-        """Return the place of a point: the inverse of `value`."""
+        """Return the place of a value, which is the inverse of `value`."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
 
 Space = Mapping[str, Sequence[Any] | Range]
-"""The values of each hyper-parameter that is tuned."""
+"""The values or the range of each hyper-parameter that is tuned."""
 
 
 class Arm(NamedTuple):
-    """One method (or variant) that is tuned: its row, as given, and its space."""
+    """A method (or variant) that is tuned: its row as given by the user, and its space."""
 
     row: Row
     space: Space
@@ -65,11 +65,11 @@ class Arm(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The number of different settings; infinity if a hyper-parameter has a range."""
+        """The number of different settings, or infinity if a hyper-parameter has a range."""
         return math.prod(math.inf if isinstance(values, Range) else len(values) for values in self.space.values())
 
     def rows(self, chosen: Sequence[Values]) -> list[Row]:
-        """Return one row for each chosen setting, with all hyper-parameters, named after what differs."""
+        """Return one row for each chosen setting, with all hyper-parameters. Its name contains the values that differ."""
         return [self.setting(values) for values in chosen]
 
     def setting(self, values: Values) -> Row:
@@ -79,9 +79,9 @@ class Arm(NamedTuple):
         return spelt_out(self.row._replace(label=label, method={**self.row.method, **values}))
 
     def edges(self, best: Values) -> Iterator[tuple[str, str]]:
-        """Yield each hyper-parameter whose best value lies at an edge of its space, with `smallest` or `largest`.
+        """Yield each hyper-parameter whose best value is at an edge of its space, and which edge it is: `smallest` or `largest`.
 
-        The edge of what a method allows, such as `mu=0`, is left out: no value beyond it could be tried.
+        Edges that are limits of the method, such as `mu=0`, are omitted, because no value beyond them could be tried.
         """
         hints = get_type_hints(method_class(self.row.method["name"]), include_extras=True)
         for key, values in self.space.items():
@@ -91,7 +91,7 @@ class Arm(NamedTuple):
 
 
 def arm_of(row: Row) -> Arm:
-    """Return a method with the values and ranges that it is tuned over. Raise ConfigError for an invalid range."""
+    """Return a method with the values and ranges of its hyper-parameters. Raise ConfigError if a range is invalid."""
     hints = get_type_hints(method_class(row.method["name"]))
     ranges = {key: found for key, text in row.method.items() if (found := _range(row.label, key, text, hints.get(key)))}
     space = {key: ranges.get(key) or values for key, values in {**row.method, **grid_of(row)}.items()}
@@ -100,7 +100,7 @@ def arm_of(row: Row) -> Arm:
 
 
 def whole_grid(space: Space) -> list[Values]:
-    """Return all settings of a space without ranges, the last hyper-parameter varying fastest."""
+    """Return all settings of a space without ranges. The last hyper-parameter varies fastest."""
     lists = [list(values) for values in space.values()]
     return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*lists)]
 
@@ -109,7 +109,7 @@ def draws(space: Space, n: int, stream: Stream) -> list[Values]:
     """Return `n` different settings, drawn at random.
 
     Raises:
-        ConfigError: there are too few different ones.
+        ConfigError: the ranges contain too few different settings.
     """
     if not any(isinstance(values, Range) for values in space.values()):
         grid = whole_grid(space)
@@ -131,7 +131,7 @@ def _drawn_value(among: Sequence[Any] | Range, stream: Stream) -> Any:
 
 
 def _range(label: str, key: str, text: Any, hint: Any) -> Range | None:
-    """Return the range that `LOW..HIGH` stands for, or None if the value is something else."""
+    """Return the range for `LOW..HIGH`, or None if the value has another form. Raise ConfigError if the range is invalid."""
     ends = RANGE.fullmatch(text) if isinstance(text, str) else None
     if not ends:
         return None
@@ -150,7 +150,7 @@ def _varies(values: Sequence[Any] | Range) -> bool:
 
 
 def _edge(values: Sequence[Any] | Range, best: Any) -> str:
-    """Return at which edge of its values the best one lies, or ""."""
+    """Return the edge at which the best value is (`smallest` or `largest`), or "" if it is at neither."""
     if isinstance(values, Range):
         place = values.place(best)
         return "smallest" if place < NEAR_END else "largest" if place > 1 - NEAR_END else ""
