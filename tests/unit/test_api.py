@@ -234,7 +234,7 @@ def test_a_partition_file_must_contain_test_and_validation_examples(run, tmp_pat
     assert go().metrics["valid_accuracy"].isin([0, 1 / 3, 2 / 3, 1]).all()
 
 
-@pytest.mark.parametrize("setting", ["method.lr", "data.rows", "data.image_size", "data.path", "data.owner"])
+@pytest.mark.parametrize("setting", ["method.lr", "data.rows", "data.path", "data.label", "data.factor"])
 def test_settings_of_what_was_given_as_an_object_are_refused(run, setting):
     x, y = arrays(40)
     with pytest.raises(UsageError, match=f"^{setting}: the .* given as an object"):

@@ -20,7 +20,8 @@ UNUSUAL = {
     "data": {
         "name": "mine", "path": "somewhere", "task": "regression", "owner": "folder", "rows": 77, "image_size": 12,
         "normalise": "standard", "augment": "flip",
-        "label": "income", "columns": ["age", "job"], "drop": ["id"], "split": "fold", "missing": "fill", "missing_values": ["-9"],
+        "label": "income", "classes": ["low", "high"],
+        "columns": ["age", "job"], "drop": ["id"], "split": "fold", "missing": "fill", "missing_values": ["-9"],
         "decimal": ",", "encoding": "latin-1", "factor": "code", "factor_clients": 5,
         "features": True, "revision": "0123456789" * 4,
         "text": ["title", "body"], "tokens": "chars", "case": "lower", "vocabulary": 500, "min_count": 3, "length": 20,

@@ -314,10 +314,17 @@ def load_data(
     return make_dataset(make_settings({**given, **({"partition": partition} if partition else {})}))
 
 
+WITH_OBJECTS = ("data.normalise", "data.augment")
+"""The settings of data that apply to a data set that is given as an object."""
+
+
 def given_objects(
     data: Dataset | str, model: Model | str | None, partition: Any, settings: Mapping[str, Any]
 ) -> tuple[Values, GivenObjects]:
     """Return the settings, and the objects that replace some of them."""
+    for key in settings if isinstance(data, Dataset) else ():
+        if key.startswith("data.") and key not in WITH_OBJECTS:
+            raise ConfigError(f"{key}: the data were given as an object; change the data there")
     values: Values = {}
     chosen: dict[str, Any] = {**settings, "data": data.name if isinstance(data, Dataset) else data}
     if model is not None:
@@ -353,8 +360,6 @@ def _check_given(method: Any, data: Any, model: Any, settings: Mapping[str, Any]
             raise ConfigError(
                 f"{key}: the method was given as an object; set the value there, {type(method).__name__}(...)"
             )
-        if isinstance(data, Dataset) and key in [f"data.{k}" for k in ("rows", "path", "image_size", "task", "owner")]:
-            raise ConfigError(f"{key}: the data were given as an object; change the data there")
 
 
 def _run(experiment: Experiment, progress: bool) -> Run:

@@ -97,6 +97,8 @@ class DataSettings(Section):
     length: Count | None = None
     """Number of tokens of a text. Longer texts are cut off at the end. Default: the 95th percentile of the training texts, at most 256.
     For `data.task=language`, the length of a block; default: 80."""
+    classes: tuple[str, ...] = ()
+    """The classes in the order of tables and reports, such as low,middle,high. Default: sorted by number or by name."""
     columns: tuple[str, ...] = ()
     """Input columns of a table, which may include columns that look like identifiers. Default: all other columns."""
     drop: tuple[str, ...] = ()
@@ -134,7 +136,7 @@ class DataSettings(Section):
     factor_clients: Annotated[int, Field(ge=2)] | None = None
     """Number of clients among which `data.factor` divides the training examples. Default: 4."""
 
-    @field_validator("columns", "drop", "missing_values", "text", mode="before")
+    @field_validator("classes", "columns", "drop", "missing_values", "text", mode="before")
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return comma_separated(str(value)) if isinstance(value, str | int | float) else value

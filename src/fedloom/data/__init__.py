@@ -13,6 +13,7 @@ from fedloom.data.catalogue import Source as Source
 if TYPE_CHECKING:
     from fedloom.data.arrays import from_arrays as from_arrays
     from fedloom.data.dataset import Dataset as Dataset
+    from fedloom.data.dataset import with_classes as with_classes
     from fedloom.data.factors import with_factor as with_factor
     from fedloom.data.federation import Federation as Federation
     from fedloom.data.layouts import TableOptions as TableOptions

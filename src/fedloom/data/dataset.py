@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from fedloom.data.preprocess import NumberInput, Part, PictureInput, Preprocess,
 from fedloom.errors import DataError
 from fedloom.inputs import Field, Inputs, InputSpec, Kind, named_tensors, tensors_of
 from fedloom.objectives import Classification, Objective, Strata
+
+log = logging.getLogger(__name__)
 
 Column = npt.NDArray[Any]
 
@@ -159,6 +162,27 @@ class Dataset:
         outputs = {"classification": "classes", "multilabel": "labels", "regression": "targets", "language": "tokens"}
         what = f"{self.objective.n_outputs} {outputs[self.objective.task]}"
         return f"<Dataset {self.name}: {self.spec}; {what}; {self.n_train} train + {n_test} test>"
+
+
+def with_classes(dataset: Dataset, names: Sequence[str]) -> Dataset:
+    """Return the data set with its classes in the order of `names`, which may include classes without examples.
+
+    Raise DataError if the task is not a classification, a name occurs twice, or a class with examples is not among the names.
+    """
+    shown = f"data.classes={','.join(names)}"
+    if not isinstance(dataset.objective, Classification):
+        raise DataError(f"{shown}: data={dataset.name} has the task {dataset.objective.task}, not classes; remove it")
+    places = {name: place for place, name in enumerate(names)}
+    if len(places) < len(names):
+        raise DataError(f"{shown}: a name occurs twice; remove one")
+    known = [dataset.classes[label] for label in np.unique(dataset.labels.numpy()).tolist()]
+    for name in known:
+        if name not in places:
+            raise DataError(f"{shown}: does not name '{name}', which is a class of data={dataset.name}; add it")
+    if unused := [name for name in names if name not in known]:
+        log.warning("%s: no example has the class %s", shown, ", ".join(unused))
+    order = torch.tensor([places.get(name, -1) for name in dataset.classes])
+    return replace(dataset, targets=order[dataset.labels], objective=Classification(names=tuple(names)))
 
 
 def describe(

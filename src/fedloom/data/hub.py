@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from fedloom.data.catalogue import SOURCES, Source
-from fedloom.data.layouts import TEST_NAMES, find_idx, find_leaf
+from fedloom.data.layouts import TEST_NAMES, find_idx, find_leaf, other_file
 from fedloom.errors import DataError, first_line, suggest
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)\b")
@@ -37,7 +37,10 @@ def find_files(name: str, path: str | Path | None, cache: Path) -> tuple[list[Pa
             known = f"; for your own files, use another name (data=mine), not data={name}"
             known += f"; for data={name}, {get}" if name in SOURCES and (get := SOURCES[name].get) else ""
             hint = known if name in SOURCES else own
-            raise DataError(f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet{hint}")
+            other = "" if name in SOURCES else other_file(folder)
+            raise DataError(
+                f"data.path={path}: has neither train.parquet nor train-00000-of-00001.parquet{hint}{other}"
+            )
         return files
     if (found := local_folder(name, cache)) is not None:
         return split_files(found)

@@ -147,6 +147,13 @@ def find_texts(place: Path) -> list[Path]:
     return sorted(found) if len(found) > n_others else []
 
 
+def other_file(folder: Path) -> str:
+    """Return a hint for a message that names a file in a folder that can be read by itself, or "" if there is none."""
+    known = (*TEXT_TABLES, ".parquet", ".npz")
+    found = next((file for file in sorted(folder.iterdir()) if file.name.lower().endswith(known)), None)
+    return f"; to read {found.name}, set data.path={found}" if found else ""
+
+
 def _check_exists(place: Path) -> None:
     if not place.is_file():
         raise DataError(f"data.path={place}: file does not exist")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from fedloom.data.layouts import SPLIT_WORDS
+from fedloom.data.layouts import SPLIT_WORDS, other_file
 from fedloom.data.picture_metadata import Metadata, Parts
 from fedloom.errors import DataError
 
@@ -36,6 +36,7 @@ def find_layout(folder: Path, where: str, metadata: Metadata | None, owner: str 
     if not found:
         raise DataError(
             f"{where}: has neither train.parquet nor pictures in folders named by class, nor metadata.csv with pictures"
+            + other_file(folder)
         )
     if metadata is not None:
         found = metadata.listed(found, notes)

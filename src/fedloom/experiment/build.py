@@ -58,6 +58,7 @@ def make_dataset(settings: Settings) -> data.Dataset:
     options = d.model_dump(include={"image_size", "rows", "task", "owner", "features", "revision"})
     texts = data.TextOptions(**d.model_dump(include={"text", "tokens", "case", "vocabulary", "min_count", "length"}))
     pool = data.load(d.name, d.path, table=table, texts=texts, **options)
+    pool = data.with_classes(pool, d.classes) if d.classes else pool
     return data.with_factor(pool, d.factor, d.factor_clients or FACTOR_CLIENTS) if d.factor else pool
 
 

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedloom
 from fedloom.config.settings import make_settings
 from fedloom.data import Federation, TableOptions, default_scheme, load, partition
 from fedloom.data.dataset import validated
@@ -252,6 +253,23 @@ def test_numbered_classes_are_in_numeric_order(table):
     )
     assert pool.classes == ("2", "9", "10")
     assert pool.labels.tolist() == [1, 2, 0, 1, 2, 0, 1, 0]
+
+
+def test_classes_in_a_chosen_order(tmp_path, caplog):
+    file = tmp_path / "sizes.csv"
+    file.write_text("x,label\n" + "".join(f"{i % 3}.5,{['high', 'low', 'middle'][i % 3]}\n" for i in range(9)))
+    pool = fedloom.load_data(file, classes="low,middle,huge,high")
+    assert (pool.classes, pool.labels[:3].tolist()) == (("low", "middle", "huge", "high"), [3, 0, 1])
+    assert "no example has the class huge" in caplog.text
+    for options, message in (
+        ({"classes": "low,high"}, r"data\.classes=low,high: does not name 'middle', which is a class of data=mine"),
+        ({"classes": "low,low,high,middle"}, "a name occurs twice"),
+        ({"classes": "a,b", "label": "x", "task": "regression"}, "has the task regression, not classes"),
+    ):
+        with pytest.raises(DataError, match=message):
+            fedloom.load_data(file, **options)
+    with pytest.raises(DataError, match=r"nor metadata\.csv with pictures; to read sizes\.csv, set data\.path="):
+        load("mine", tmp_path)
 
 
 def test_many_numbers_need_a_task(table):
