@@ -31,11 +31,12 @@ BRIEF = {"method.finetune_steps": 3, "method.n_synthetic": 8}
 
 
 QUICK_SERVER = {
+    "fedbuff": {"method.buffer_size": 2},
     "fedtgp": {"method.server_epochs": 3},
     "fedgen": {"method.server_steps": 3, "method.n_synthetic": 8},
     "ccvr": {"method.calibration_epochs": 1, "method.virtual_features": 10, "width": 8},
 }
-"""Short training on the server, long enough to compare two runs."""
+"""Short training on the server, long enough to compare two runs, and steps in every round."""
 
 
 WEAK = {"method.moment_weight": 1e-3}

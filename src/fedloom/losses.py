@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+ABSENT = -1e30
+"""The logit of a class with probability 0. It is finite, so that no loss or gradient multiplies 0 by infinity."""
+
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the mean cross-entropy of `logits` (B, Y) in nats. `labels` (B,) are integers below Y."""
@@ -31,6 +34,12 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
     """Return KL(softmax(targets) || softmax(logits)) of each example in nats: (B,); both (B, Y). No gradient flows through `targets`."""
     target = wide(targets).detach().log_softmax(1)
     return (target.exp() * (target - wide(logits).log_softmax(1))).sum(1)
+
+
+def without_true(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the logits (B, Y) with `ABSENT` as the logit of each example's true class; labels (B,)."""
+    true = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
+    return torch.where(true, ABSENT, logits)
 
 
 def squared_distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Tensor:

@@ -114,18 +114,19 @@ def dot(a: Tree, b: Tree) -> Tensor:
     return torch.stack([leaf.sum() for leaf in leaves(map_tree(torch.mul, a, b))]).sum()
 
 
-def mean_cosine(trees: Sequence[Tree]) -> float:
-    """Return the mean cosine over all pairs of two or more trees. Each tree is treated as one vector.
-
-    The result is between -1 and 1. The cosine of a zero vector with any other vector is 0.
-    """
+def cosines(trees: Sequence[Tree]) -> Tensor:
+    """Return the cosine of every pair of trees, (n, n) in float64. Each tree is treated as one vector. A zero vector has cosine 0."""
     gram = torch.zeros(len(trees), len(trees), dtype=torch.float64)
     for same in zip(*(leaves(tree) for tree in trees), strict=True):
         rows = torch.stack(same).reshape(len(trees), -1).double()
         gram += (rows @ rows.T).cpu()
     norms = gram.diagonal().sqrt()
-    cosines = gram / torch.outer(norms, norms).clamp(min=torch.finfo(torch.float64).tiny)
-    return float(cosines.triu(1).sum() / (len(trees) * (len(trees) - 1) / 2))
+    return gram / torch.outer(norms, norms).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def mean_cosine(trees: Sequence[Tree]) -> float:
+    """Return the mean of `cosines` over all pairs of two or more trees. It is between -1 and 1."""
+    return float(cosines(trees).triu(1).sum() / (len(trees) * (len(trees) - 1) / 2))
 
 
 def mean(trees: Sequence[Tree], shares: Sequence[float] | None = None) -> Tree:

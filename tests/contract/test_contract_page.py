@@ -71,7 +71,7 @@ def test_an_example_runs(experiment, hook):
     assert run.rows[-1]["personal_accuracy"] > 0
 
 
-ONE_METHOD = {"exchange", "exchanges", "finish", "keeps_shared", "pooled", "ragged", "remedy", "server_nets"}
+ONE_METHOD = {"exchange", "exchanges", "finish", "keeps_shared", "pooled", "ragged", "remedy"}
 """Names of `Method` that only one built-in method (with its subclasses) defines so far."""
 
 

@@ -235,6 +235,7 @@ OTHER_PARTS = {
     **dict.fromkeys(("fedamp", "fedfomo"), "model"),
     "fd": "predictions",
     "fedkd": "update",
+    "ifca": "models",
 }
 """The largest part of a message that has no `weights`."""
 PARTS = [
@@ -248,7 +249,8 @@ PARTS = [
 def test_every_method_accepts_transforms_of_its_messages(experiment, reference, method, part):
     word = "int8" if part == "weights" else f"{part}/int8"
     only_up = part == "variance" or method == "fedgh"
-    ways = {"uplink": word} if only_up else {"uplink": word, "downlink": word}
+    up = "int8" if part == "models" else word
+    ways = {"uplink": up} if only_up else {"uplink": up, "downlink": word}
     run = make(experiment, method, "mlp", "debug+bytes+sequential", **ways)
     summary = run.run()
     kinds, plain = summary["bytes_by_kind"], reference(method, "mlp").summary["bytes_by_kind"]
@@ -512,6 +514,9 @@ WITHOUT_GRAM_LAYERS = {
     "apfl",
     "fedamp",
     "fedasam",
+    "fedcross",
+    "feddyn",
+    "fedgamma",
     "fedmr",
     "fedmut",
     "fedpac",
@@ -520,6 +525,8 @@ WITHOUT_GRAM_LAYERS = {
     "fedrir",
     "fedtype",
     "pfedme",
+    "fedsam",
+    "fedspeed",
     "scaffold",
 }
 """Methods whose losses read weights, whose optimisers are not plain SGD, or that take no steps."""

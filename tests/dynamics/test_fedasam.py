@@ -1,4 +1,4 @@
-"""FedASAM: its steps equal those of the released minimiser, which is reimplemented here."""
+"""FedASAM, FedSAM and FedGamma: their steps equal those of the released minimiser, which is reimplemented here."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedloom import Batch, FedASAM, FedAvg, Nets, tree
+from fedloom import Batch, FedASAM, FedAvg, FedGamma, FedSAM, Nets, tree
 from fedloom.nets import read_weights, write_weights
 
 
@@ -15,11 +15,14 @@ def _wide(float64):
     """Compare in float64."""
 
 
-def climb_and_step(model: nn.Module, x: Any, y: Any, lr: float, rho: float, eta: float) -> None:
-    """Take one step as in the released ASAM: climb, compute the gradient there, return, and step."""
+def climb_and_step(model: nn.Module, x: Any, y: Any, lr: float, rho: float, eta: float | None) -> None:
+    """Take one step as in the released ASAM (SAM without `eta`): climb, compute the gradient there, return, and step."""
     nn.functional.cross_entropy(model(x), y).backward()
     named = list(model.named_parameters())
-    scale = {name: p.detach().abs() + eta if "weight" in name else torch.ones_like(p) for name, p in named}
+    scale = {
+        name: p.detach().abs() + eta if eta is not None and "weight" in name else torch.ones_like(p)
+        for name, p in named
+    }
     norm = sum((scale[name] * p.grad).square().sum() for name, p in named).sqrt()
     before = {name: p.detach().clone() for name, p in named}
     with torch.no_grad():
@@ -33,16 +36,22 @@ def climb_and_step(model: nn.Module, x: Any, y: Any, lr: float, rho: float, eta:
     model.zero_grad()
 
 
-@pytest.mark.parametrize("epochs", [1, 20])  # the second long enough for steps to be replayed
-def test_a_client_takes_the_steps_of_the_released_minimiser(experiment, epochs):
-    method = FedASAM(lr=0.1, rho=0.4, eta=0.1, local_epochs=epochs)
+@pytest.mark.parametrize(
+    ("method", "eta"),
+    [
+        (FedASAM(lr=0.1, rho=0.4, eta=0.1), 0.1),
+        (FedASAM(lr=0.1, rho=0.4, eta=0.1, local_epochs=20), 0.1),  # long enough for steps to be replayed
+        (FedSAM(lr=0.1, rho=0.4, local_epochs=3), None),
+    ],
+)
+def test_a_client_takes_the_steps_of_the_released_minimiser(experiment, method, eta):
     run = experiment(method, clients=1, rounds=1, batch_size=1000, **{"data.rows": 60})
     modules = run.problem.modules(0)
     model = modules["model"].requires_grad_(True)
     x, y = run.data.train(0)
     run.run()
-    for _ in range(epochs):
-        climb_and_step(model, x, y, 0.1, 0.4, 0.1)
+    for _ in range(method.local_epochs):
+        climb_and_step(model, x, y, 0.1, 0.4, eta)
     for name, tensor in run.server["weights"]["params"].items():
         torch.testing.assert_close(tensor, dict(model.named_parameters())[name.removeprefix("model.")].detach())
 
@@ -75,3 +84,17 @@ def test_the_climb_has_length_rho_in_units_of_t(experiment):
     before = float(nn.functional.cross_entropy(modules["model"](x), y).detach())
     write_weights(modules, moved)
     assert float(nn.functional.cross_entropy(modules["model"](x), y).detach()) > before
+
+
+def test_fedgamma_is_scaffold_with_fedsams_gradients(experiment):
+    """Without the ascent step it is SCAFFOLD. The first step is FedSAM's, and its gradient becomes the control variate."""
+    still, plain = experiment(FedGamma(rho=0.0)), experiment("scaffold")
+    still.run(), plain.run()
+    tree.map_tree(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12) or a, still.server, plain.server)
+    one = {"clients": 1, "rounds": 1, "batch_size": 1000, "data.rows": 60}
+    gamma, sam = experiment(FedGamma(lr=0.1, rho=0.4), **one), experiment(FedSAM(lr=0.1, rho=0.4), **one)
+    start = gamma.server["weights"]["params"]
+    gamma.run(), sam.run()
+    tree.map_tree(torch.testing.assert_close, gamma.server["weights"]["params"], sam.server["weights"]["params"])
+    gradient = tree.map_tree(lambda a, b: (a - b) / 0.1, start, sam.server["weights"]["params"])
+    tree.map_tree(torch.testing.assert_close, gamma.engine.client(0).memory["control"], gradient)

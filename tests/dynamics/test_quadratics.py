@@ -8,38 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from fedloom import FedAvg, FedMR, FedProx, PerFedAvg, PFedMe, Scaffold, from_arrays, tree
-
-A = np.array([[1.0, 0.5], [0.2, 2.0]])  # curvatures: clients, dimensions
-B = np.array([[1.0, -1.0], [-2.0, 3.0]])  # optima
-ROWS = 8
-
-
-class Vector(nn.Module):
-    """One parameter vector."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.zeros(2))
-
-
-class Quadratic:
-    """The nets and the loss. All examples of a client contain (a_i, b_i)."""
-
-    def nets(self, arch, task):
-        return {"model": Vector()}
-
-    def error(self, nets, batch):
-        a, b = batch.x[:, :2], batch.x[:, 2:]
-        return 0.5 * (a * (nets.params["model.w"] - b).square()).sum(1).mean()
-
-    def predictors(self):
-        return {"personal": self.guess}
-
-    def guess(self, nets, x, down, memory):
-        return torch.zeros(len(x), 2) + nets.params["model.w"].sum()
+from fedloom import FedAvg, FedMR, FedProx, PerFedAvg, PFedMe, Scaffold, tree
+from rig import BIASED, ETA, OPTIMUM, A, B, E, Quadratic, Vector, near
 
 
 @dataclass(frozen=True)
@@ -117,39 +88,6 @@ class WrongMemory(QuadraticScaffold):
     def uplink(self, client, received, down, turn):
         message, memory = super().uplink(client, received, down, turn)
         return message, tree.map_tree(torch.neg, memory)
-
-
-@pytest.fixture
-def settle(experiment):
-    """Return a function that runs a method on the two clients, and returns the server's vector and the experiment."""
-    y = np.zeros(2 * ROWS, int)
-    y[::2] = 1
-    x = np.repeat(np.concatenate([A, B], 1), ROWS, 0)
-    owner = np.repeat(["first", "second"], ROWS)
-    dataset = from_arrays(x, y, columns={"owner": owner})
-
-    def go(method, rounds=60, **settings):
-        chosen = {
-            "model": "logistic", "clients": 2, "rounds": rounds, "eval_every": rounds, "batch_size": 100,
-            "partition": {"name": "natural", "column": "owner", "min_examples": 2}, "checkpoint_every": 0,
-        }  # fmt: skip
-        run = experiment(method, dataset=dataset, **(chosen | settings))
-        run.run()
-        server = run.server
-        return (
-            server["weights"]["params"]["model.w"] if "weights" in server else server["slots"]["params"]["model.w"]
-        ), run
-
-    return go
-
-
-ETA, E = 0.1, 10
-BIASED = ((1 - (1 - ETA * A) ** E) * B).sum(0) / (1 - (1 - ETA * A) ** E).sum(0)
-OPTIMUM = (A * B).sum(0) / A.sum(0)
-
-
-def near(w, expected, tolerance=1e-8):
-    return bool(np.abs(w.numpy() - expected).max() < tolerance)
 
 
 def test_the_two_answers_differ():

@@ -4,23 +4,7 @@ import pytest
 import torch
 
 from fedloom import FedExP, FedMut, Round, Stream, tree
-from fedloom.method import Arrival
-
-
-def uplink(*values):
-    return {"weights": {"params": {"model.w": torch.tensor(values)}, "buffers": {"model.running_var": torch.ones(1)}}}
-
-
-def round_of(shares, number=1):
-    return Round(number, len(shares), tuple(Arrival(i, i, p) for i, p in enumerate(shares)), Stream(0, number))
-
-
-def start(method, *values):
-    return method.init_server(uplink(*values)["weights"], None, round_of([1.0]))  # type: ignore[arg-type]
-
-
-def params(state):
-    return state["weights"]["params"]["model.w"]
+from rig import params, round_of, start, uplink
 
 
 def test_fedexp_is_fedavg_if_changes_are_equal_and_half_the_cohorts_size_if_they_are_orthogonal():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fedloom.methods.apfl import APFL as APFL
     from fedloom.methods.ccvr import CCVR as CCVR
     from fedloom.methods.centralised import Centralised as Centralised
+    from fedloom.methods.clustered_sampling import ClusteredSampling as ClusteredSampling
     from fedloom.methods.ditto import Ditto as Ditto
     from fedloom.methods.fd import FD as FD
     from fedloom.methods.fedadagrad import FedAdagrad as FedAdagrad
@@ -25,16 +26,24 @@ if TYPE_CHECKING:
     from fedloom.methods.fedavgm import FedAvgM as FedAvgM
     from fedloom.methods.fedbabu import FedBABU as FedBABU
     from fedloom.methods.fedbn import FedBN as FedBN
+    from fedloom.methods.fedbuff import FedBuff as FedBuff
     from fedloom.methods.fedcp import FedCP as FedCP
+    from fedloom.methods.fedcross import FedCross as FedCross
     from fedloom.methods.feddbe import FedDBE as FedDBE
+    from fedloom.methods.feddisco import FedDisco as FedDisco
+    from fedloom.methods.feddyn import FedDyn as FedDyn
     from fedloom.methods.fedexp import FedExP as FedExP
     from fedloom.methods.fedfomo import FedFomo as FedFomo
+    from fedloom.methods.fedgamma import FedGamma as FedGamma
     from fedloom.methods.fedgen import FedGen as FedGen
     from fedloom.methods.fedgh import FedGH as FedGH
     from fedloom.methods.fedkd import FedKD as FedKD
+    from fedloom.methods.fedlc import FedLC as FedLC
     from fedloom.methods.fedmr import FedMR as FedMR
     from fedloom.methods.fedmrl import FedMRL as FedMRL
     from fedloom.methods.fedmut import FedMut as FedMut
+    from fedloom.methods.fednova import FedNova as FedNova
+    from fedloom.methods.fedntd import FedNTD as FedNTD
     from fedloom.methods.fedpac import FedPAC as FedPAC
     from fedloom.methods.fedper import FedPer as FedPer
     from fedloom.methods.fedproto import FedProto as FedProto
@@ -43,12 +52,15 @@ if TYPE_CHECKING:
     from fedloom.methods.fedrir import FedRIR as FedRIR
     from fedloom.methods.fedrir_moments import FedRIRMoments as FedRIRMoments
     from fedloom.methods.fedrod import FedRoD as FedRoD
+    from fedloom.methods.fedsam import FedSAM as FedSAM
+    from fedloom.methods.fedspeed import FedSpeed as FedSpeed
     from fedloom.methods.fedtgp import FedTGP as FedTGP
     from fedloom.methods.fedtype import FedType as FedType
     from fedloom.methods.fedvtc import FedVTC as FedVTC
     from fedloom.methods.fedyogi import FedYogi as FedYogi
     from fedloom.methods.fml import FML as FML
     from fedloom.methods.gpfl import GPFL as GPFL
+    from fedloom.methods.ifca import IFCA as IFCA
     from fedloom.methods.lg_fedavg import LGFedAvg as LGFedAvg
     from fedloom.methods.local import Local as Local
     from fedloom.methods.moon import Moon as Moon

@@ -85,6 +85,12 @@ def within(found: Tree, form: Form) -> Tensor:
     return ((squares - (sums * means).sum(0)) / n).clamp(min=0)
 
 
+def counts_fault(counts: Tensor, class_counts: Tensor | None) -> str:
+    """Return why the class counts of an uplink (Y,) are not those of the client (None: not known to the server), or ""."""
+    known = class_counts is None or torch.equal(counts.double(), class_counts.double())
+    return "" if known and bool((counts >= 0).all()) else "'counts' are not the client's numbers of examples"
+
+
 def variance_fault(variance: Tensor, form: Form) -> str:
     """Return the reason why a client's variance is impossible, or "".
 

@@ -8,16 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedloom.method import Batch, Method, Paper
+from fedloom.method import Batch, Paper
+from fedloom.methods.fedsam import FedSAM, Params, steepest
 from fedloom.nets import Nets
 from fedloom.ranges import NonNegative
-from fedloom.tree import Tree
-
-Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class FedASAM(Method):
+class FedASAM(FedSAM):
     """FedASAM (Caldarola et al., ECCV 2022, section 4.1; ASAM: Kwon et al., ICML 2021, algorithm 1).
 
     Every local step first moves to the nearby weights with the highest loss (to first order), w + e with e = rho T^2 g / ||T g|| and T =
@@ -35,7 +33,6 @@ class FedASAM(Method):
     eta: NonNegative = 0.2
     """Constant added to |w| in T, so that small weights also move."""
 
-    accepts_late: ClassVar[bool] = True
     paper: ClassVar[Paper] = Paper(
         "Improving generalization in federated learning by seeking flat minima",
         "Caldarola, Caputo, Ciccone",
@@ -43,20 +40,13 @@ class FedASAM(Method):
         "https://arxiv.org/abs/2203.11834",
     )
 
-    def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the cross-entropy at w + e; no gradient flows through e."""
-        e = self.ascent(nets, batch)
-        worst = nets.with_params({name: nets.params[name] + e[name] for name in e})
-        return nets.loss(worst.model(batch.x), batch.y)
-
     def ascent(self, nets: Nets, batch: Batch) -> Params:
         """Return e for every parameter of the model."""
-        slopes = nets.frozen.gradient(lambda here: here.loss(here.model(batch.x), batch.y), ("model",))
-        here = {name: nets.params[name].detach() for name in slopes}
-        scales = {n: p.abs() + self.eta if is_weight(n) else torch.ones_like(p) for n, p in here.items()}
-        scaled = {name: scales[name] * slope for name, slope in slopes.items()}
-        length = torch.stack([s.square().sum() for s in scaled.values()]).sum().sqrt()
-        return {name: self.rho * scales[name] * s / (length + 1e-16) for name, s in scaled.items()}
+        return steepest(nets, batch, self.rho, self.scale)
+
+    def scale(self, name: str, p: Tensor) -> Tensor:
+        """Return T for a parameter."""
+        return p.abs() + self.eta if is_weight(name) else torch.ones_like(p)
 
 
 def is_weight(name: str) -> bool:

@@ -27,7 +27,7 @@ from fedloom.method import (
     Train,
     Turn,
 )
-from fedloom.methods.feature_statistics import among
+from fedloom.methods.feature_statistics import among, counts_fault
 from fedloom.nets import Nets, select
 from fedloom.ranges import Count, NonNegative, Positive, Share
 from fedloom.rng import Stream
@@ -147,10 +147,7 @@ class FedGen(Method):
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
         """Return a fault if the counts are not the client's class counts."""
-        known = class_counts is None or torch.equal(uplink["counts"].double(), class_counts.double())
-        return (
-            "" if known and bool((uplink["counts"] >= 0).all()) else "'counts' are not the client's numbers of examples"
-        )
+        return counts_fault(uplink["counts"], class_counts)
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
         """Return the mean model, and the generator after training with the heads in the uplinks."""

@@ -42,7 +42,8 @@ class Scaffold(Method):
         """Raise ValueError unless local steps are plain SGD, because option II derives the mean gradient from the change of the weights."""
         super().__post_init__()
         if self.optimizer != "sgd" or self.momentum or self.weight_decay:
-            raise ValueError("scaffold needs plain SGD; use optimizer=sgd, momentum=0, weight_decay=0")
+            name = type(self).__name__.lower()
+            raise ValueError(f"{name} needs plain SGD; use optimizer=sgd, momentum=0, weight_decay=0")
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
         """Return c_i = 0."""
