@@ -19,7 +19,7 @@ from fedloom.tree import Tree
 class FedGamma(Scaffold):
     """FedGamma (Dai et al., IEEE TNNLS 2023): sharpness-aware minimisation with control variates.
 
-    Sent: As with SCAFFOLD. Kept: As with SCAFFOLD.
+    Sent: The model and a control variate are sent in both directions. Kept: Each client keeps its control variate.
 
     Every local step applies grad f(w + e) - c_i + c to w, with FedSAM's e = rho g / ||g||. The control variate c_i estimates the client's
     gradient at w + e. With rho = 0, the method is SCAFFOLD.

@@ -19,9 +19,9 @@ from fedloom.tree import Tree
 class FedSpeed(FedDyn):
     """FedSpeed (Sun et al., ICLR 2023): a proximal term, its correction, and gradients after an ascent step.
 
-    Sent: As with FedDyn. Kept: As with FedDyn. FedSpeed shares FedDyn's equations: its proximal term is FedDyn's quadratic term, and its
-    prox-correction is FedDyn's linear term and h.
+    Sent: The whole model is sent in both directions. Kept: Each client keeps FedDyn's g_k.
 
+    FedSpeed shares FedDyn's equations: its proximal term is FedDyn's quadratic term, and its prox-correction is FedDyn's linear term and h.
     The gradient of f_k is computed at w + e, with FedSAM's e = rho g / ||g||; both corrections are computed at w. With rho = 0, the
     method is FedDyn, except that the model in use is x, as in the released code.
 
