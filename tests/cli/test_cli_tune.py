@@ -26,7 +26,7 @@ def test_tune_shows_everything_and_its_config_is_compared(tiny, cli):
     page = Path("tuned/tune.html").read_text()
     HTMLParser().feed(page)
     assert all(
-        text in page for text in ("Chosen settings", "Score by hyper-parameter", "at the edge", "lr=0.4", "seed 1")
+        text in page for text in ("Chosen candidates", "Score by hyper-parameter", "at the edge", "lr=0.4", "seed 1")
     )
     assert "Runs</h2>" not in page
     again = cli("tune", "--resume", "tuned", "--json")
@@ -39,7 +39,7 @@ def test_tune_shows_everything_and_its_config_is_compared(tiny, cli):
 def test_a_method_without_a_choice_ends_with_code_1(tiny):
     done = tiny("tune", "method=fedavg", "method.lr=1e30,1e31", "rounds=1", "out=tuned", "--quiet")
     assert (done.code, done.out) == (1, "tuned\n")
-    assert "fedloom: error: fedavg: no setting has a score; " in done.err
+    assert "fedloom: error: fedavg: no candidate has a score; " in done.err
     assert not Path("tuned/tuned.toml").exists()
     assert Path("tuned/tune.html").exists()
 

@@ -120,7 +120,7 @@ def test_a_run_resumes_in_the_middle_of_a_schedule(experiment):
 def test_newcomers_start_at_the_beginning_of_the_schedule(tmp_path):
     """The only local update of each new client is in the warm-up, so it equals the update with half of the learning rate."""
     about = {"model": "mlp", "clients": 4, "join": {"clients": 1, "turns": 1}, "progress": False, "rounds": 2}
-    about |= {"data": "digits", "partition": {"alpha": 0.5}, "precision": "fp64"}
+    about |= {"data.rows": 160, "partition": {"alpha": 0.5}, "precision": "fp64"}
     halved = fedloom.run(fedloom.Local(lr=0.02), schedule={"warmup": 1}, out=tmp_path / "a", **about)
     full = fedloom.run(fedloom.Local(lr=0.01), out=tmp_path / "b", **about)
     joined = [run.summary["new_clients"]["joined"] for run in (halved, full)]

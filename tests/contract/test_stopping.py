@@ -31,7 +31,10 @@ def test_patience_counts_rounds_since_the_first_best_value():
     assert reason([3.0, 2.0, 2.5, 2.5], 2, ERROR)["best_round"] == 2
     assert reason([0.7, 0.6], 4, every=5)["round"] == 10  # one scored round, but five rounds
     assert reason([0.7, 0.6, 0.6, 0.6], 2, after=3) is None
-    assert reason([0.7, 0.6, 0.6, 0.6, 0.6], 2, after=3)["best_round"] == 1
+    later = reason([0.7, 0.6, 0.6, 0.6, 0.6], 2, after=3)
+    assert stopped_in_words(later, 9) == (
+        "stopped after round 5 of 9: valid_accuracy has not improved since round 1 (stop.patience=2, stop.after=3)"
+    )
     assert reason([], 1) is reason([0.1, 0.1], None) is None
 
 

@@ -1,4 +1,4 @@
-"""`fedloom.tools.tuning`: plans, draws, the searches, and the chosen settings."""
+"""`fedloom.tools.tuning`: plans, draws, the searches, and the chosen candidates."""
 
 from __future__ import annotations
 
@@ -67,16 +67,22 @@ def test_draws_are_different_and_follow_from_the_seed():
     ("words", "message"),
     [
         (("method=fedavg,fedprox",), "no hyper-parameter has several values"),
-        ((*TWO, "fedprox.mu=0.1,1"), r"different numbers of settings \(fedavg 2, fedprox 4\).* more values of fedavg"),
-        ((*TWO, "tune.settings=3"), "tune.settings=3: fedavg has only 2 settings"),
-        ((*TWO, "tune.settings=1"), "tune.settings=1: must be at least 2"),
-        (("method=fedavg", "method.lr=0.01..1"), "fedavg.lr: has a range: set tune.settings=N"),
-        ((*TWO, "tune.search=tpe"), "tune.search=tpe: set tune.settings=N"),
-        (("method=fedavg", "method.lr=1..0.1", "tune.settings=2"), "fedavg.lr=1..0.1: must be LOW..HIGH"),
-        (("method=fedavg", "method.local_epochs=1..2.5", "tune.settings=2"), "both integers"),
-        (("method=fedmr", "method.secure=0..1", "tune.settings=2"), "secure is not a number"),
+        (
+            (*TWO, "fedprox.mu=0.1,1"),
+            r"different numbers of candidates \(fedavg 2, fedprox 4\).* more values for fedavg",
+        ),
+        ((*TWO, "tune.candidates=3"), "tune.candidates=3: fedavg has only 2 candidates"),
+        ((*TWO, "tune.candidates=1"), "tune.candidates=1: must be at least 2"),
+        (
+            ("method=fedavg", "method.lr=0.01..1"),
+            "fedavg.lr: is a range, so the grid has no end; set tune.candidates=N",
+        ),
+        ((*TWO, "tune.search=tpe"), "tune.search=tpe: has no grid; set tune.candidates=N"),
+        (("method=fedavg", "method.lr=1..0.1", "tune.candidates=2"), "fedavg.lr=1..0.1: must be LOW..HIGH"),
+        (("method=fedavg", "method.local_epochs=1..2.5", "tune.candidates=2"), "both integers"),
+        (("method=fedmr", "method.secure=0..1", "tune.candidates=2"), "secure is not a number"),
         ((*TWO, "tune.search=random"), "tune.search=random: must be one of grid, halving, tpe"),
-        ((*TWO, "tune.setings=2"), "unknown key 'tune.setings'.*settings"),
+        ((*TWO, "tune.setings=2"), "unknown key 'tune.setings'.*candidates"),
         ((*TWO, "tune=halving"), "tune=halving: is a table"),
         (("method=fedavg", "method.lr=0.1,x"), "method.lr=x: must be a number"),
         ((*TWO, "rounds=5,10"), "rounds=5,10: all rows share this setting"),
@@ -106,13 +112,15 @@ def test_the_choice_is_the_best_mean_over_seeds():
 
 
 def test_a_value_at_the_edge_is_reported_unless_nothing_lies_beyond():
-    (arm,) = tuning("method=fedprox", "method.lr=0.1,0.2,0.4", "method.mu=0,1", "method.optimizer=sgd,adam").arms
-    assert dict(arm.edges({"lr": 0.4, "mu": 0, "optimizer": "adam"})) == {"lr": "largest"}
-    assert dict(arm.edges({"lr": 0.2, "mu": 1, "optimizer": "sgd"})) == {"mu": "largest"}
-    assert dict(arm.edges({"lr": 0.1, "mu": 0, "optimizer": "sgd"})) == {"lr": "smallest"}
-    (arm,) = tuning("method=fedavg", "method.lr=0.01..1", "tune.settings=2").arms
-    assert dict(arm.edges({"lr": 0.0101})) == {"lr": "smallest"}
-    assert not dict(arm.edges({"lr": 0.1}))
+    (contender,) = tuning(
+        "method=fedprox", "method.lr=0.1,0.2,0.4", "method.mu=0,1", "method.optimizer=sgd,adam"
+    ).contenders
+    assert dict(contender.edges({"lr": 0.4, "mu": 0, "optimizer": "adam"})) == {"lr": "largest"}
+    assert dict(contender.edges({"lr": 0.2, "mu": 1, "optimizer": "sgd"})) == {"mu": "largest"}
+    assert dict(contender.edges({"lr": 0.1, "mu": 0, "optimizer": "sgd"})) == {"lr": "smallest"}
+    (contender,) = tuning("method=fedavg", "method.lr=0.01..1", "tune.candidates=2").contenders
+    assert dict(contender.edges({"lr": 0.0101})) == {"lr": "smallest"}
+    assert not dict(contender.edges({"lr": 0.1}))
 
 
 def test_rungs_double_and_give_every_method_the_same_rounds():
@@ -134,7 +142,7 @@ def grid(tmp_path_factory):
     return folder
 
 
-def test_a_grid_is_tried_with_every_seed_and_a_setting_that_diverges_is_no_end(grid):
+def test_a_grid_is_tried_with_every_seed_and_a_candidate_that_diverges_is_no_end(grid):
     found = json.loads((grid / "tune.json").read_text())
     fedavg, fedprox = found["methods"]
     assert [one["values"] for one in fedavg["tried"]] == [{"lr": 0.05}, {"lr": 0.4}, {"lr": 1e30}]
@@ -146,9 +154,9 @@ def test_a_grid_is_tried_with_every_seed_and_a_setting_that_diverges_is_no_end(g
         means = [one["mean"] for one in method["tried"] if one["mean"] is not None]
         assert method["tried"][method["best"]]["mean"] == max(means)
     rows = [json.loads(line) for line in (grid / "fedavg-lr0.4-seed1/metrics.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows] == [2]  # scored only in the rounds in which settings are ranked
+    assert [row["round"] for row in rows] == [2]  # scored only in the rounds in which candidates are ranked
     assert fedavg["tried"][1]["scores"]["1"] == rows[-1]["valid_accuracy"]
-    assert found["settings"] == 3
+    assert found["candidates"] == 3
     assert fedprox["keys"] == ["mu"]
 
 
@@ -213,13 +221,13 @@ def test_halving_pauses_the_worse_half_and_continues_the_better_one(tmp_path, gr
 
 
 @NO_OPTUNA
-def test_tpe_chooses_the_same_settings_again(tmp_path):
+def test_tpe_chooses_the_same_candidates_again(tmp_path):
     words = (
         "method=fedavg,fedprox",
         "method.lr=0.001..1",
         "fedprox.mu=[0.1, 1, 10]",
         "tune.search=tpe",
-        "tune.settings=3",
+        "tune.candidates=3",
     )
     found, folders = tuning(*words, "rounds=1"), [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
@@ -241,7 +249,7 @@ def test_tpe_chooses_the_same_settings_again(tmp_path):
 
 def test_without_optuna_tpe_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optuna", None)
-    found = tuning("method=fedavg", "method.lr=0.01,0.1", "tune.search=tpe", "tune.settings=2")
+    found = tuning("method=fedavg", "method.lr=0.01,0.1", "tune.search=tpe", "tune.candidates=2")
     with pytest.raises(UsageError, match=r"tune.search=tpe: needs Optuna: pip install 'fedloom\[tune\]'"):
         create_tuning(found, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
   fedloom tune method=fedavg,fedprox fedavg.lr=0.05,0.1,0.2,0.4 fedprox.lr=0.1,0.2 fedprox.mu=0.01,0.1 seed=0,1
-  fedloom tune method=fedavg,fedrir method.lr=0.001..1 tune.settings=8          8 settings of each, drawn at random
-  fedloom tune method=fedavg,fedrir method.lr=0.001..1 tune.settings=8 tune.search=halving
+  fedloom tune method=fedavg,fedrir method.lr=0.001..1 tune.candidates=8        8 candidates of each method, drawn at random
+  fedloom tune method=fedavg,fedrir method.lr=0.001..1 tune.candidates=8 tune.search=halving
   fedloom tune configs/digits.toml fedavg.lr=0.1,0.2 local.lr=0.1,0.2 fedmr.lr=0.05,0.1 fedrir.lr=1e-3,4e-3 out=runs/tuned
   fedloom tune --resume runs/tuned                     continue; finished runs are kept
   fedloom compare runs/tuned/tuned.toml                compare the methods with the chosen values, on test examples
 
-A hyper-parameter has several values (lr=0.1,0.2) or a range (lr=0.001..1, on a logarithmic scale if the ends differ by a factor of
-ten). The choice is the best mean over seeds of the primary metric on validation examples (eval.valid, default 0.2). Every method
-needs the same number of settings, and gets the same rounds.
+A candidate is one combination of values of a method's hyper-parameters. A hyper-parameter has several values (lr=0.1,0.2) or a range
+(lr=0.001..1, on a logarithmic scale if the ends differ by a factor of ten). The command chooses the candidate with the best mean over
+seeds of the primary metric on validation examples (eval.valid, default 0.2). Every method needs the same number of candidates.
 
 keys in addition to those of fedloom compare:
 """
@@ -76,8 +76,8 @@ def _run(tuning: Tuning, folder: Path, quiet: bool, accept_changes: bool) -> Non
 
     announce(
         {
-            "methods": ", ".join(arm.label for arm in tuning.arms),
-            "search": f"{tuning.rules.search}, {tuning.size} settings of every method",
+            "methods": ", ".join(contender.label for contender in tuning.contenders),
+            "search": f"{tuning.rules.search}, {tuning.size} candidates of every method",
             "seeds": ", ".join(map(str, tuning.seeds)),
             "rounds": ", ".join(map(str, tuning.rungs())),
             "data": tuning.settings.data.name,
@@ -95,7 +95,7 @@ class TuningProgress:
     def __init__(self, tuning: Tuning, shown: Show, done: int) -> None:
         """`done` is the total number of rounds that the runs have already completed."""
         self._shown, self._done = shown, done
-        self._total = len(tuning.arms) * len(tuning.seeds) * tuning.budget
+        self._total = len(tuning.contenders) * len(tuning.seeds) * tuning.budget
 
     def __call__(self, job: PlannedRun, until: int) -> OnRound:
         """Return the function that shows the progress of a run that ends or pauses at round `until`."""

@@ -17,12 +17,13 @@ class TuneSettings(Section):
     """The search for hyper-parameters (docs/tuning.md)."""
 
     search: Literal["grid", "halving", "tpe"] = "grid"
-    """`grid`: every setting runs for all rounds; `halving`: the worse half of a method's settings stops after a few rounds, half of the
-    others after twice as many, and so on; `tpe`: Optuna's tree-structured Parzen estimator chooses each setting by the previous scores."""
-    settings: Count | None = None
-    """Number of settings of every method, which are drawn at random (`grid`, `halving`) or chosen by `tpe`. Default: the whole grid."""
+    """`grid`: every candidate runs for all rounds; `halving`: the worse half of a method's candidates stops after a few rounds, half of the
+    others after twice as many, and so on; `tpe`: Optuna's tree-structured Parzen estimator chooses each candidate by the previous
+    scores."""
+    candidates: Count | None = None
+    """Number of candidates of every method, which are drawn at random (`grid`, `halving`) or chosen by `tpe`. Default: the whole grid."""
     seed: Whole = 0
-    """Seed of the random draws of settings."""
+    """Seed of the random draws of candidates."""
 
 
 def make_tune_settings(table: Any) -> TuneSettings:

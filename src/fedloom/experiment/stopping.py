@@ -33,7 +33,8 @@ def reason_to_stop(rows: Sequence[Mapping[str, Any]], rules: StopSettings, metri
     """Return the reason why a run stops after the round of its latest row of metrics, or None if it does not stop.
 
     Rounds are counted from the first round with the best value, or from `stop.after` if that is later. An undefined value (None) is not an
-    improvement. The result contains `round`, `measure`, `best`, `best_round` (None if no value was defined) and `patience`.
+    improvement. The result contains `round`, `measure`, `best`, `best_round` (None if no value was defined), `patience`, and `after` if it
+    is set.
     """
     if rules.patience is None or not rows:
         return None
@@ -43,11 +44,13 @@ def reason_to_stop(rows: Sequence[Mapping[str, Any]], rules: StopSettings, metri
     best, place = max(known, key=lambda one: sign * one[0], default=(None, None))
     if last - max(place or 0, rules.after) < rules.patience:
         return None
-    return {"round": last, "measure": measure, "best": best, "best_round": place, "patience": rules.patience}
+    found = {"round": last, "measure": measure, "best": best, "best_round": place, "patience": rules.patience}
+    return found | ({"after": rules.after} if rules.after else {})
 
 
 def stopped_in_words(stopped: Mapping[str, Any], planned: int) -> str:
     """Return the result of `reason_to_stop` in words, without a full stop. `planned` is the planned number of rounds."""
     best = "is undefined" if stopped["best_round"] is None else f"has not improved since round {stopped['best_round']}"
     place = f"stopped after round {stopped['round']} of {planned}"
-    return f"{place}: {stopped['measure']} {best} (stop.patience={stopped['patience']})"
+    after = f", stop.after={stopped['after']}" if "after" in stopped else ""
+    return f"{place}: {stopped['measure']} {best} (stop.patience={stopped['patience']}{after})"

@@ -112,11 +112,11 @@ def _local_words(members: Group) -> str:
 
 
 def _schedule_words(schedule: object) -> list[str]:
-    """Return a schedule of the learning rate in words, such as `cosine` and `warm-up 5 rounds`."""
+    """Return a schedule of the learning rate in words, such as `cosine schedule` and `warm-up 5 rounds`."""
     if not isinstance(schedule, Mapping):
         return []
     name, warmup = schedule.get("name", "constant"), schedule.get("warmup", 0)
-    return [shown(name)] * (name != "constant") + [f"warm-up {shown(warmup)} rounds"] * bool(warmup)
+    return [f"{shown(name)} schedule"] * (name != "constant") + [f"warm-up {shown(warmup)} rounds"] * bool(warmup)
 
 
 def _groups(record: RunRecord) -> str:

@@ -28,7 +28,7 @@ def read_tuning(file: Path) -> dict[str, Any]:
 
 
 def tuning_grids(found: Mapping[str, Any]) -> list[Grid]:
-    """Return one table per method with all settings that were tried, in their order. The chosen setting is bold."""
+    """Return one table per method with all candidates that were tried, in their order. The chosen candidate is bold."""
     return [_grid(found, method) for method in found["methods"]]
 
 
@@ -58,7 +58,7 @@ def _about(found: Mapping[str, Any]) -> dict[str, str]:
     return {
         "data": printable(str(found["data"])),
         "search": SEARCHES.get(found["search"], printable(str(found["search"]))),
-        "settings per method": str(found["settings"]),
+        "candidates per method": str(found["candidates"]),
         "rounds": ", ".join(map(str, found["rungs"])),
         "seeds": ", ".join(map(str, found["seeds"])),
         "chosen on": f"{_measure(found)} ({held_out})",
@@ -71,26 +71,24 @@ def _measure(found: Mapping[str, Any]) -> str:
 
 
 def _reading(found: Mapping[str, Any]) -> str:
-    rungs = len(found["rungs"]) > 1
-    halving = (
-        " After each number of rounds except the last, the worse half of a method's settings stopped." if rungs else ""
-    )
+    halved = "After each number of rounds except the last, the worse half of a method's candidates stopped. "
     return (
-        f"Every method had {found['settings']} settings and the same rounds.{halving} The choice is the best mean over seeds on validation "
-        "examples; test examples were not used. fedloom compare tuned.toml compares the methods with these choices on test examples."
+        f"Every method had {found['candidates']} candidates and the same rounds. {halved if len(found['rungs']) > 1 else ''}"
+        "The chosen candidate has the best mean over seeds on validation examples. Test examples were not used. The command "
+        "fedloom compare tuned.toml compares the methods with these values on test examples."
     )
 
 
 def _choice(found: Mapping[str, Any]) -> Grid:
-    """Return a table with the chosen setting of every method."""
+    """Return a table with the chosen candidate of every method."""
     primary = read_primary(found["primary"], "tune.json")
     rows = []
     for method in found["methods"]:
         chosen = method["tried"][method["best"]] if method["best"] is not None else None
         words = Cell(values_words(chosen["values"])) if chosen else Cell("none")
         rows.append((Cell(printable(method["label"])), words, _mean(chosen, primary) if chosen else EMPTY))
-    headers = ("Method", "setting", f"validation\n{primary.name}")
-    return Grid(title=f"Chosen settings, {_measure(found)}", headers=headers, rows=tuple(rows), caption="")
+    headers = ("Method", "candidate", f"validation\n{primary.name}")
+    return Grid(title=f"Chosen candidates, {_measure(found)}", headers=headers, rows=tuple(rows), caption="")
 
 
 def _grid(found: Mapping[str, Any], method: Mapping[str, Any]) -> Grid:
@@ -106,7 +104,7 @@ def _grid(found: Mapping[str, Any], method: Mapping[str, Any]) -> Grid:
         mean = _mean(one, primary)._replace(bold=best)
         rows.append((Cell(values_words(one["values"])), mean, *each, *rounds, chosen))
     several = "mean ± std" if len(seeds) > 1 else f"seed {seeds[0]}"
-    headers = ("Setting", several, *(f"seed {seed}" for seed in shown), *(["rounds"] if short else []), "")
+    headers = ("Candidate", several, *(f"seed {seed}" for seed in shown), *(["rounds"] if short else []), "")
     label = printable(method["label"])
     return Grid(title=f"{label}, {_measure(found)}", headers=headers, rows=tuple(rows), caption="")
 

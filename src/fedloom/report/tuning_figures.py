@@ -24,7 +24,7 @@ from fedloom.report.style import (
 SIZE = (4.9, 3.1)  # width and height of a figure in inches
 LOG_FROM = 4  # minimum ratio of the largest to the smallest value for a logarithmic axis
 MOST_TICKS = 6
-NOTE = "Dot: a setting, mean over seeds; line: the best setting with each value."
+NOTE = "Dot: a candidate, mean over seeds; line: the best candidate with each value."
 
 
 def tuning_figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -38,7 +38,7 @@ def tuning_figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _points(tried: Sequence[Mapping[str, Any]], key: str, primary: Primary) -> dict[float, list[float]]:
-    """Return the scores of the settings, in the units of the report, by the value of a hyper-parameter in increasing order.
+    """Return the scores of the candidates, in the units of the report, by the value of a hyper-parameter in increasing order.
 
     Return an empty dictionary if the hyper-parameter is not a number.
     """

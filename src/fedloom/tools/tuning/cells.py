@@ -1,4 +1,4 @@
-"""The runs of a tuning, one for each setting and seed, and their validation scores.
+"""The runs of a tuning, one for each candidate and seed, and their validation scores.
 
 A run that is finished, or that has reached its given number of rounds, is never repeated. If a run fails because of its hyper-parameters,
 the failure is recorded, and the tuning continues. The runs also score test examples, but this module does not read these scores.
@@ -31,7 +31,7 @@ OnRun = Callable[[PlannedRun, int], OnRound | None]  # called before a run, with
 
 @dataclass(kw_only=True)
 class Tried:
-    """A setting of a method, and its validation scores."""
+    """A candidate of a method, and its validation scores."""
 
     label: str
     values: Values  # of the hyper-parameters that are tuned
@@ -41,12 +41,12 @@ class Tried:
 
     @property
     def mean(self) -> float | None:
-        """The mean score over seeds, by which settings are ranked, or None if a run failed."""
+        """The mean score over seeds, by which candidates are ranked, or None if a run failed."""
         return None if self.failed or not self.scores else statistics.fmean(self.scores.values())
 
 
 class Cells:
-    """The runs of a tuning, with one run for each setting and seed. Each run ends or pauses at a given round."""
+    """The runs of a tuning, with one run for each candidate and seed. Each run ends or pauses at a given round."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Cells:
         self._failed: dict[str, str] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
     def score(self, tried: Tried, row: Row, until: int) -> None:
-        """Run a setting with every seed up to round `until`, and set its scores. Runs that have reached this round are not repeated."""
+        """Run a candidate with every seed up to round `until`, and set its scores. Runs that have reached this round are not repeated."""
         tried.rounds, tried.scores = until, {}
         for seed in self.tuning.seeds:
             job = self.tuning.job(row, seed, self._folder)
@@ -104,7 +104,7 @@ class Cells:
         raise _FailedError(reason)
 
     def ranked(self, tried: Sequence[Tried]) -> list[Tried]:
-        """Return the settings from best to worst. Settings with equal scores keep their order, and those without a score are last."""
+        """Return the candidates from best to worst. Candidates with equal scores keep their order, and those without a score are last."""
         sign = -1 if self.metric.better == "higher" else 1
         return sorted(tried, key=lambda one: math.inf if one.mean is None else sign * one.mean)
 
@@ -120,7 +120,7 @@ def rounds_reached(folder: Path) -> int:
 
 
 def best_of(tried: Sequence[Tried], metric: Metric) -> Tried | None:
-    """Return the setting with the best mean score among those with the most rounds, or None if all settings failed."""
+    """Return the candidate with the best mean score among those with the most rounds, or None if all candidates failed."""
     sign = 1 if metric.better == "higher" else -1
     known = [(one.rounds, sign * one.mean, one) for one in tried if one.mean is not None]
     return max(known, key=lambda known: known[:2])[2] if known else None

@@ -1,4 +1,4 @@
-"""The folder of a tuning: create it, run the settings that have not run yet, and write the results."""
+"""The folder of a tuning: create it, run the candidates that have not run yet, and write the results."""
 
 from __future__ import annotations
 
@@ -52,13 +52,15 @@ def run_tuning(
     *,
     given: GivenObjects = NOTHING,
 ) -> dict[str, list[Tried]]:
-    """Run what has not run yet, write the results and the tuned config file, and return all settings that were tried, by method.
+    """Run what has not run yet, write the results and the tuned config file, and return all candidates that were tried, by method.
 
     The folder is locked during the tuning. `accept_changes` and `given` are as for `fedloom.tools.compare.execute`.
     """
     with FolderLock(folder):
         dataset = given.dataset or make_dataset(tuning.settings)
         cells = Cells(tuning, folder, replace(given, dataset=dataset), on_run=on_run, accept_changes=accept_changes)
-        tried = {arm.label: SEARCHES[tuning.rules.search](tuning, arm, cells) for arm in tuning.arms}
+        tried = {
+            contender.label: SEARCHES[tuning.rules.search](tuning, contender, cells) for contender in tuning.contenders
+        }
         write_results(tuning, folder, tried, dataset.objective.primary)
     return tried

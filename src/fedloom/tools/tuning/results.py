@@ -17,13 +17,13 @@ from fedloom.report.tuning import values_words
 from fedloom.tools.compare_rows import variant_table
 from fedloom.tools.tuning.cells import Tried, best_of
 from fedloom.tools.tuning.plan import Tuning
-from fedloom.tools.tuning.space import Arm
+from fedloom.tools.tuning.space import Contender
 
 RESULT, TUNED, PAGE = "tune.json", "tuned.toml", "tune.html"
 
 
 def write_results(tuning: Tuning, folder: Path, tried: Mapping[str, list[Tried]], metric: Metric) -> None:
-    """Write `tune.json`, which reports read. If every method has a chosen setting, also write `tuned.toml`."""
+    """Write `tune.json`, which reports read. If every method has a chosen candidate, also write `tuned.toml`."""
     best = {label: best_of(found, metric) for label, found in tried.items()}
     settings = tuning.settings
     content = {
@@ -31,13 +31,16 @@ def write_results(tuning: Tuning, folder: Path, tried: Mapping[str, list[Tried]]
         "primary": metric._asdict(),
         "data": settings.data.name,
         "search": tuning.rules.search,
-        "settings": tuning.size,
+        "candidates": tuning.size,
         "tune_seed": tuning.rules.seed,
         "rounds": settings.rounds,
         "rungs": tuning.rungs(),
         "valid": settings.eval.valid,
         "seeds": list(tuning.seeds),
-        "methods": [_facts(arm, tried[arm.label], best[arm.label], tuning.size) for arm in tuning.arms],
+        "methods": [
+            _facts(contender, tried[contender.label], best[contender.label], tuning.size)
+            for contender in tuning.contenders
+        ],
     }
     to = RunFolder(folder)
     to.write_json(RESULT, content)
@@ -45,21 +48,23 @@ def write_results(tuning: Tuning, folder: Path, tried: Mapping[str, list[Tried]]
         to.write(TUNED, _tuned(tuning, content, {label: one for label, one in best.items() if one}))
 
 
-def _facts(arm: Arm, tried: Sequence[Tried], best: Tried | None, n: int) -> dict[str, Any]:
-    """Return the contents of `tune.json` for one method. `n` is the number of settings that the search should have tried."""
-    edges = dict(arm.edges(best.values)) if best else {}
-    warnings = [f"{arm.label}: {_edge_words(key, best.values[key], which)}" for key, which in edges.items() if best]
+def _facts(contender: Contender, tried: Sequence[Tried], best: Tried | None, n: int) -> dict[str, Any]:
+    """Return the contents of `tune.json` for one method. `n` is the number of candidates that the search should have tried."""
+    edges = dict(contender.edges(best.values)) if best else {}
+    warnings = [
+        f"{contender.label}: {_edge_words(key, best.values[key], which)}" for key, which in edges.items() if best
+    ]
     if best is None:
-        warnings.append(f"{arm.label}: no setting has a score; {tried[0].failed}")
+        warnings.append(f"{contender.label}: no candidate has a score; {tried[0].failed}")
     if len(tried) < n:
         warnings.append(
-            f"{arm.label}: only {len(tried)} of {n} settings were tried, because the search repeated itself"
+            f"{contender.label}: only {len(tried)} of {n} candidates were tried, because the search repeated itself"
         )
     spread = [{**asdict(one), "mean": one.mean, "std": _std(one)} for one in tried]
     return {
-        "label": arm.label,
-        "method": arm.row.method["name"],
-        "keys": list(arm.space),
+        "label": contender.label,
+        "method": contender.row.method["name"],
+        "keys": list(contender.space),
         "tried": spread,
         "best": tried.index(best) if best else None,
         "warnings": warnings,
@@ -76,9 +81,9 @@ def _std(one: Tried) -> float | None:
 
 
 def _tuned(tuning: Tuning, content: Mapping[str, Any], best: Mapping[str, Tried]) -> str:
-    """Return the text of the config file for `fedloom compare`, with comments that list the settings that were tried."""
+    """Return the text of the config file for `fedloom compare`, with comments that list the candidates that were tried."""
     values = {key: value for key, value in tuning.values.items() if key not in ("tune", "method", "variant", "reading")}
-    names = {arm.label: arm.row.method["name"] for arm in tuning.arms}
+    names = {contender.label: contender.row.method["name"] for contender in tuning.contenders}
     plain = {label: name for label, name in names.items() if label == name.rpartition(":")[2]}
     base = {key: value for key, value in values.items() if key in Settings.model_fields and key != "seed"}
     comments = _comments(tuning, content)
@@ -87,14 +92,14 @@ def _tuned(tuning: Tuning, content: Mapping[str, Any], best: Mapping[str, Tried]
     elif tuning.settings.stop.patience is not None:
         base["eval"] = {**base.get("eval", {}), "valid": tuning.settings.eval.valid}
     tables: dict[str, Any] = {"variant": {}}
-    for arm in tuning.arms:
-        row = arm.row._replace(method={**arm.row.method, **best[arm.label].values})
+    for contender in tuning.contenders:
+        row = contender.row._replace(method={**contender.row.method, **best[contender.label].values})
         table = variant_table(row)
-        if arm.label in plain:
+        if contender.label in plain:
             del table["method"]
-            tables[arm.label] = table
+            tables[contender.label] = table
         else:
-            tables["variant"][arm.label] = table
+            tables["variant"][contender.label] = table
     told = {"title": values["title"]} if "title" in values else {}
     listed = [plain.get(label, label) for label in names]
     body = {**told, "method": listed, "seed": list(tuning.seeds), **base, **{k: v for k, v in tables.items() if v}}
@@ -102,13 +107,13 @@ def _tuned(tuning: Tuning, content: Mapping[str, Any], best: Mapping[str, Tried]
 
 
 def _comments(tuning: Tuning, content: Mapping[str, Any]) -> str:
-    """Return comments that list the settings that were tried, with their scores."""
+    """Return comments that list the candidates that were tried, with their scores."""
     held_out = (
         f"{100 * content['valid']:g} % of each client's training examples" if content["valid"] else "from the partition"
     )
     lines = [
         f"Tuned by fedloom tune on {content['measure']} ({held_out}) after {content['rounds']} rounds:",
-        f"{content['search']} search, {content['settings']} settings of every method, mean of seeds"
+        f"{content['search']} search, {content['candidates']} candidates of every method, mean of seeds"
         f" {', '.join(map(str, tuning.seeds))}. Test examples were not used.",
         "",
         f"  fedloom compare {TUNED}",
@@ -125,7 +130,7 @@ def _comments(tuning: Tuning, content: Mapping[str, Any]) -> str:
 
 
 def _line(one: Mapping[str, Any], content: Mapping[str, Any]) -> str:
-    """Return a setting and its score, such as `lr=0.1  0.8915 ±0.0344`."""
+    """Return a candidate and its score, such as `lr=0.1  0.8915 ±0.0344`."""
     score = one["failed"] or f"{one['mean']:.4f}" + ("" if one["std"] is None else f" ±{one['std']:.4f}")
     short = f" (stopped after {one['rounds']} rounds)" if one["rounds"] < content["rounds"] else ""
     return f"{values_words(one['values'])}  {score}{short}"

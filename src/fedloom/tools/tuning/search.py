@@ -1,4 +1,4 @@
-"""The searches, which choose the settings that run: a grid or draws from it, successive halving, and Optuna's TPE."""
+"""The searches, which choose the candidates that run: a grid or draws from it, successive halving, and Optuna's TPE."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from fedloom.errors import UsageError
 from fedloom.rng import Stream
 from fedloom.tools.tuning.cells import Cells, Tried
 from fedloom.tools.tuning.plan import Tuning
-from fedloom.tools.tuning.space import Arm, Range, Space
+from fedloom.tools.tuning.space import Contender, Range, Space
 
-ASKS = 50  # maximum number of suggestions per requested setting; TPE may then end with fewer different settings
-STARTUP = 1 / 3  # fraction of TPE's settings that are drawn at random before its model is used
+ASKS = 50  # maximum number of suggestions per requested candidate; TPE may then end with fewer different candidates
+STARTUP = 1 / 3  # fraction of TPE's candidates that are drawn at random before its model is used
 
-Search = Callable[[Tuning, Arm, Cells], list[Tried]]
+Search = Callable[[Tuning, Contender, Cells], list[Tried]]
 
 
-def halved(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
-    """Run all settings up to the first rung, then the better half of them up to the next rung, and so on.
+def halved(tuning: Tuning, contender: Contender, cells: Cells) -> list[Tried]:
+    """Run all candidates up to the first rung, then the better half of them up to the next rung, and so on.
 
-    Return all settings in their initial order. All methods have the same rungs and the same number of settings at each rung, and so the
+    Return all candidates in their initial order. All methods have the same rungs and the same number of candidates at each rung, and so the
     same total number of rounds.
     """
-    chosen = tuning.chosen(arm)
-    rows = arm.rows(chosen)
+    chosen = tuning.chosen(contender)
+    rows = contender.rows(chosen)
     tried = [Tried(label=row.label, values=values) for row, values in zip(rows, chosen, strict=True)]
     left = list(range(len(tried)))
     for place, until in enumerate(tuning.rungs()):
@@ -39,33 +39,33 @@ def halved(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
     return tried
 
 
-def with_tpe(tuning: Tuning, arm: Arm, cells: Cells) -> list[Tried]:
-    """Let Optuna's TPE choose the settings one after another.
+def with_tpe(tuning: Tuning, contender: Contender, cells: Cells) -> list[Tried]:
+    """Let Optuna's TPE choose the candidates one after another.
 
-    If a tuning is resumed, TPE starts again from the beginning. It chooses the same settings, because it receives the scores of the runs
+    If a tuning is resumed, TPE starts again from the beginning. It chooses the same candidates, because it receives the scores of the runs
     that are finished.
     """
     optuna = import_optuna()
     rules, metric = tuning.rules, cells.metric
-    seed = Stream(rules.seed, "tune", arm.label).torch_seed() % 2**32
-    n = min(tuning.size, arm.size)
+    seed = Stream(rules.seed, "tune", contender.label).torch_seed() % 2**32
+    n = min(tuning.size, contender.size)
     sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, round(STARTUP * n)))
     study = optuna.create_study(direction="maximize" if metric.better == "higher" else "minimize", sampler=sampler)
     tried = list[Tried]()
-    space = _distributions(optuna, arm.space)
+    space = _distributions(optuna, contender.space)
     for _ in range(ASKS * tuning.size):
         trial = study.ask(space)
-        values = _values(arm.space, trial.params)
+        values = _values(contender.space, trial.params)
         one = next((known for known in tried if known.values == values), None)
         if one is None:
-            row = arm.setting(values)
+            row = contender.candidate(values)
             one = Tried(label=row.label, values=values)
             cells.score(one, row, tuning.settings.rounds)
             tried.append(one)
         known = cells.ranked([each for each in tried if each.mean is not None])
         if not known:
             study.tell(trial, state=optuna.trial.TrialState.FAIL)
-        else:  # a setting that failed gets the worst score of the settings that did not fail
+        else:  # a candidate that failed gets the worst score of the candidates that did not fail
             study.tell(trial, known[-1].mean if one.mean is None else one.mean)
         if len(tried) == n:
             break

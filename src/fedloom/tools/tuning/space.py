@@ -1,4 +1,4 @@
-"""The space of settings in which a method is tuned: values and ranges of its hyper-parameters, and random draws from them."""
+"""The space of candidates in which a method is tuned: values and ranges of its hyper-parameters, and random draws from them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 RANGE = re.compile(rf"({NUMBER})\.\.({NUMBER})")
 LOG_FROM = 10  # minimum ratio of the ends of a range for a logarithmic scale
 NEAR_END = 0.05  # fraction of a range: a best value that is closer to an end is at the edge
-MOST_DRAWS = 100  # maximum number of draws per requested setting
+MOST_DRAWS = 100  # maximum number of draws per requested candidate
 
 
 class Range(NamedTuple):
@@ -52,7 +52,7 @@ Space = Mapping[str, Sequence[Any] | Range]
 """The values or the range of each hyper-parameter that is tuned."""
 
 
-class Arm(NamedTuple):
+class Contender(NamedTuple):
     """A method (or variant) that is tuned: its row as given by the user, and its space."""
 
     row: Row
@@ -65,15 +65,15 @@ class Arm(NamedTuple):
 
     @property
     def size(self) -> float:
-        """The number of different settings, or infinity if a hyper-parameter has a range."""
+        """The number of different candidates, or infinity if a hyper-parameter has a range."""
         return math.prod(math.inf if isinstance(values, Range) else len(values) for values in self.space.values())
 
     def rows(self, chosen: Sequence[Values]) -> list[Row]:
-        """Return one row for each chosen setting, with all hyper-parameters. Its name contains the values that differ."""
-        return [self.setting(values) for values in chosen]
+        """Return one row for each chosen candidate, with all hyper-parameters. Its name contains the values that differ."""
+        return [self.candidate(values) for values in chosen]
 
-    def setting(self, values: Values) -> Row:
-        """Return the row of one setting."""
+    def candidate(self, values: Values) -> Row:
+        """Return the row of one candidate."""
         named = {key: value for key, value in values.items() if _varies(self.space[key])}
         label = label_of(self.label, named)
         return spelt_out(self.row._replace(label=label, method={**self.row.method, **values}))
@@ -90,26 +90,26 @@ class Arm(NamedTuple):
                 yield key, which
 
 
-def arm_of(row: Row) -> Arm:
+def contender_of(row: Row) -> Contender:
     """Return a method with the values and ranges of its hyper-parameters. Raise ConfigError if a range is invalid."""
     hints = get_type_hints(method_class(row.method["name"]))
     ranges = {key: found for key, text in row.method.items() if (found := _range(row.label, key, text, hints.get(key)))}
     space = {key: ranges.get(key) or values for key, values in {**row.method, **grid_of(row)}.items()}
     tuned = {key: values for key, values in space.items() if key in ranges or key in grid_of(row)}
-    return Arm(row, tuned)
+    return Contender(row, tuned)
 
 
 def whole_grid(space: Space) -> list[Values]:
-    """Return all settings of a space without ranges. The last hyper-parameter varies fastest."""
+    """Return all candidates of a space without ranges. The last hyper-parameter varies fastest."""
     lists = [list(values) for values in space.values()]
     return [dict(zip(space, chosen, strict=True)) for chosen in itertools.product(*lists)]
 
 
 def draws(space: Space, n: int, stream: Stream) -> list[Values]:
-    """Return `n` different settings, drawn at random.
+    """Return `n` different candidates, drawn at random.
 
     Raises:
-        ConfigError: the ranges contain too few different settings.
+        ConfigError: the ranges contain too few different candidates.
     """
     if not any(isinstance(values, Range) for values in space.values()):
         grid = whole_grid(space)
@@ -121,7 +121,7 @@ def draws(space: Space, n: int, stream: Stream) -> list[Values]:
             found.append(values)
         if len(found) == n:
             return found
-    raise ConfigError(f"tune.settings={n}: the ranges have too few different values; lower it, or widen the ranges")
+    raise ConfigError(f"tune.candidates={n}: the ranges have too few different values; lower it, or widen the ranges")
 
 
 def _drawn_value(among: Sequence[Any] | Range, stream: Stream) -> Any:
