@@ -49,7 +49,7 @@ def test_the_first_section_with_one_round(place, capsys, monkeypatch):
 
 
 def test_every_key_on_the_page_is_accepted_and_every_section_has_a_prediction():
-    assert sum(" predict " in command for command in COMMANDS) == PAGE.count("fedloom predict ") == 5
+    assert sum(" predict " in command for command in COMMANDS) == PAGE.count("fedloom predict ") == 6
     assert all("centralised" in command for command in COMMANDS if " compare " in command)
 
 

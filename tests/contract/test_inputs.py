@@ -71,7 +71,8 @@ def test_data_that_no_built_in_model_takes_are_refused(experiment):
     pool = from_arrays(x, np.arange(N) % Y, name="both", kind={"text": "token"}, vocabulary=V)
     for model, kind in (("mlp", "number"), ("table_mlp", "category")):
         message = (
-            rf"model={model}: .*text: token .*age: number .* kind={{'text': '{kind}'}}\); use a model of your own$"
+            rf"model={model}: .*text: token .*age: number .* kind={{'text': '{kind}'}}\); use a model of your own "
+            "whose forward takes text, age$"
         )
         with pytest.raises(ConfigError, match=message):
             experiment(dataset=pool, model={"name": model}, data="own", partition="iid", clients=3)

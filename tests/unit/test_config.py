@@ -22,7 +22,7 @@ UNUSUAL = {
         "normalise": "standard", "augment": "flip",
         "label": "income", "classes": ["low", "high"],
         "columns": ["age", "job"], "drop": ["id"], "split": "fold", "missing": "fill", "missing_values": ["-9"],
-        "decimal": ",", "encoding": "latin-1", "factor": "code", "factor_clients": 5,
+        "decimal": ",", "encoding": "latin-1", "preprocess": "p.json", "factor": "code", "factor_clients": 5,
         "features": True, "revision": "0123456789" * 4,
         "text": ["title", "body"], "tokens": "chars", "case": "lower", "vocabulary": 500, "min_count": 3, "length": 20,
     },

@@ -49,6 +49,7 @@ from starlette.routing import Route
 
 from fedloom import tree
 from fedloom.config.settings import make_settings, to_toml
+from fedloom.data import load
 from fedloom.deploy import certificates, doors, node_keys, proxy, server, superlink_store, supernode
 from fedloom.deploy.agent import WorkerProcess, answer_within, refusal, run_node
 from fedloom.deploy.budget import Patience, check_size, resident_mib
@@ -73,10 +74,7 @@ from fedloom.deploy.texts import server_unit
 from fedloom.errors import ConfigError, WireError
 from fedloom.method import Client
 
-DIGITS = {
-    "task": {"task": "classification", "names": list("0123456789")},
-    "inputs": [{"name": "", "shape": [1, 8, 8], "kind": "picture", "levels": []}],
-}
+DIGITS = {"preprocess": load("digits", rows=10).preprocess().text(indent=None)}
 
 # certificates
 
@@ -1049,9 +1047,7 @@ def test_a_node_says_why_the_server_refuses_it(tmp_path):
 
 
 def test_a_node_without_its_data_folder_does_not_start(folder):
-    with pytest.raises(
-        ConfigError, match=r"^data=data: the folder .*node-0/data does not exist; set data in .*node.toml$"
-    ):
+    with pytest.raises(ConfigError, match=r"^data=data: .*node-0/data does not exist; set data in .*node.toml$"):
         run_node(folder / "node-0")
 
 

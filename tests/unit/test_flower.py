@@ -17,9 +17,11 @@ import tomli_w
 import torch
 from PIL import Image
 
+from clinics import simulated_clinics, write_clinics
 from fedloom import tree
 from fedloom.config.settings import make_settings
 from fedloom.data import load
+from fedloom.data.preprocess import Given
 from fedloom.deploy import running
 from fedloom.deploy.engine import AcceptedUpdates, LostNode
 from fedloom.deploy.folder import Deployment, create_deployment
@@ -38,19 +40,19 @@ from fedloom.deploy.messages import (
     open_envelope,
     seal,
 )
+from fedloom.deploy.rows import read_own
 from fedloom.deploy.worker import NodeWorker
 from fedloom.errors import ConfigError, DataError, RunFolderError, UsageError, WireError
 from fedloom.experiment.arrivals import slowdowns
+from fedloom.experiment.build import make_preprocess
 from fedloom.experiment.loop import Experiment
+from fedloom.inputs import named_tensors
 from fedloom.methods.fedavg import FedAvg
 from fedloom.methods.registry import METHODS
 from fedloom.nets import write_weights
 from small import BRIEF, SMALL, brief, changed, losing
 
-DIGITS = {
-    "task": {"task": "classification", "names": list("0123456789")},
-    "inputs": [{"name": "", "shape": [1, 8, 8], "kind": "picture", "levels": []}],
-}
+DIGITS = {"preprocess": load("digits", rows=10).preprocess().text(indent=None)}
 
 VALUES: dict[str, Any] = {**SMALL, "rounds": 3, "precision": "fp64", "checkpoint_every": 1}
 Change = Callable[[str, int, bytes], bytes | LostNode]
@@ -882,8 +884,165 @@ def test_invalid_examples_are_refused_by_their_node(federation, rows, tmp_path):
     said: list[str] = []
     with pytest.raises(DataError, match="no node can take part"):
         running.prepare(place, values(clients=2) | {"out": str(tmp_path / "run")}, Wire(place), said.append)
-    assert any("nowhere: the folder with this node's data does not exist" in line for line in said)
-    assert any("'zero' is unknown to the server" in line for line in said)
+    assert any("nowhere: this node's data do not exist" in line for line in said)
+    assert any("the label 'zero' is not a class of the run" in line for line in said)
+
+
+@pytest.fixture
+def clinics(tmp_path) -> Callable[..., tuple[Deployment, dict[str, Path], dict[str, Any]]]:
+    """Return a function that creates two nodes with a table each; it returns the federation, the tables and the settings."""
+
+    def make(**settings: Any) -> tuple[Deployment, dict[str, Path], dict[str, Any]]:
+        files = write_clinics(tmp_path)
+        base = {"clients": 2, "rounds": 2, "batch_size": 16, "precision": "fp64", "checkpoint_every": 1}
+        data = {"data.name": "clinics", "data.path": str(files["server"])}
+        chosen = changed(base, method="fedper", **data, **settings)
+        place = create_deployment(tmp_path / "federation", chosen, 2, demo=True)
+        for i in range(2):
+            name_data(place.path / f"node-{i}", files[f"clinic-{i}"])
+        return place, files, chosen | {"out": str(tmp_path / "run")}
+
+    return make
+
+
+TABLE = {
+    "data.label": "risk",
+    "data.drop": "note,days",
+    "data.missing": "fill",
+    "model": {"name": "table_mlp", "hidden1": 8},
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        TABLE,
+        TABLE | {"data.normalise": "own"},
+        TABLE | {"data.label": "days", "data.drop": "note,risk", "data.task": "regression"},
+        {"data.text": "note", "data.label": "risk", "data.min_count": 1, "model": "text_mean"},
+    ],
+    ids=["classes", "own scaling", "numbers", "texts"],
+)
+def test_nodes_read_tables_and_texts_as_a_simulation_does(clinics, settings):
+    place, files, chosen = clinics(**settings)
+    said: list[str] = []
+    there = running.prepare(place, chosen, Wire(place), said.append)
+    there.run()
+    here = simulated_clinics(there, files, chosen)
+    worker = NodeWorker(place.path / "node-1")
+    given = Given(preprocess=there.data.preprocess, where="p", accepts_unknown=True)
+    mine = read_own(files["clinic-1"], worker._node.clients, make_settings(chosen), given)
+    for split in ("train", "test"):
+        (x, y), (x_here, y_here) = getattr(mine, split)(1), getattr(here.data, split)(1)
+        assert len(y) in (37, 13)
+        assert all(torch.equal(a, named_tensors(x_here)[name]) for name, a in named_tensors(x).items())
+        assert torch.equal(y, y_here)
+    here.run()
+    assert said == []
+    assert tree.equal(there.server, here.server)
+    for ours, theirs in zip(there.rows, here.rows, strict=True):
+        same = [key for key in theirs if key.startswith(("personal", "train")) and not key.endswith("seconds")]
+        assert len(same) > 1
+        assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+
+
+def test_a_preprocess_made_ahead_is_used_by_server_and_nodes(clinics, tmp_path):
+    _, files, _ = clinics(**TABLE)
+    options = {"name": "clinics", "path": str(files["both"]), "label": "risk", "drop": "note,days", "missing": "fill"}
+    made = make_preprocess(make_settings({"data": options}))
+    (tmp_path / "p.json").write_text(made.text())
+    chosen = {"data.name": "clinics", "data.path": str(files["server"]), "data.preprocess": str(tmp_path / "p.json")}
+    chosen = changed({"clients": 2, "rounds": 1}, **chosen, model="table_mlp", out=str(tmp_path / "ahead"))
+    place = create_deployment(tmp_path / "other", chosen, 2, demo=True)
+    (tmp_path / "two").mkdir()
+    name_data(place.path / "node-0", files["clinic-0"])
+    name_data(place.path / "node-1", files["clinic-1"])
+    experiment = running.prepare(place, chosen, Wire(place), pytest.fail)
+    experiment.run()
+    assert (tmp_path / "ahead/preprocess.json").read_text() == made.text()
+    assert len(experiment.rows) == 1
+    every = create_deployment(
+        tmp_path / "config", chosen, 1, demo=True
+    )  # the node reads the run's examples, but not p.json
+    (tmp_path / "p.json").rename(tmp_path / "moved.json")
+    moved = changed(
+        chosen, **{"data.preprocess": str(tmp_path / "moved.json"), "out": str(tmp_path / "last"), "partition": "iid"}
+    )
+    experiment = running.prepare(every, moved, Wire(every), pytest.fail)
+    assert experiment.data.n_clients == 2
+
+
+def test_several_clients_of_a_node_have_a_table_each(clinics, tmp_path):
+    _, files, chosen = clinics(**TABLE)
+    place = create_deployment(tmp_path / "one", chosen, 1, demo=True)
+    (tmp_path / "tables/client-1").mkdir(parents=True)
+    shutil.copy(files["clinic-0"], tmp_path / "tables/client-0.csv")
+    name_data(place.path / "node-0", tmp_path / "tables")
+    said: list[str] = []
+    with pytest.raises(DataError, match="no node can take part"):
+        running.prepare(place, chosen, Wire(place), said.append)
+    assert "client-1" in said[0]
+    shutil.copy(files["clinic-1"], tmp_path / "tables/client-1/train.csv")
+    experiment = running.prepare(place, chosen, Wire(place), pytest.fail)
+    assert [experiment.data.n_train(i) + experiment.data.n_test(i) for i in range(2)] == [40, 50]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("age,job,smokes", "age,work,smokes", "clinic-1.csv lacks the column 'job' of the server's preprocess.json"),
+        (
+            "days\n",
+            "days,weight\n",
+            "clinic-1.csv has the column 'weight', which is not in the server's preprocess.json; remove it (data.drop=weight)",
+        ),
+        ("low", "middle", "column 'risk': the label 'middle' is not a class of the run"),
+        ("clerk", "pilot", ""),
+    ],
+)  # fmt: skip
+def test_a_node_whose_table_does_not_fit_says_so_in_one_line_and_does_not_join(clinics, old, new, reason):
+    place, files, chosen = clinics(**TABLE)
+    text = files["clinic-1"].read_text().replace(old, new)
+    files["clinic-1"].write_text(text.replace("\n", ",1\n").replace("weight,1", "weight") if "weight" in new else text)
+    said: list[str] = []
+    experiment = running.prepare(place, chosen, Wire(place), said.append)
+    assert [line for line in said if "node-1" in line] == said
+    assert experiment.data.n_train(0) == 30
+    if not reason:  # a level that the server's rows do not have is unknown, as in predictions
+        assert said == []
+        assert experiment.data.n_train(1) == 37
+        return
+    (line,) = said
+    assert reason in line
+    assert "\n" not in line
+    assert experiment.data.n_train(1) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{}", "the server's preprocess.json is not a preprocess.json of format 1"),
+        ("[" * 10_000, "the server's preprocess.json is not a JSON file"),
+        (
+            "x" * (2**20 + 1),
+            "the header is not valid: header.hello.call.preprocess: String should have at most 1048576",
+        ),
+    ],
+)
+def test_a_description_that_a_node_receives_is_checked(federation, text, reason):
+    place = federation()
+    call = call_for(place).model_copy(update={"preprocess": text})
+    answer = open_envelope(NodeWorker(place.path / "node-0").answer(seal(Hello(call=call), {}))).header
+    assert answer.reason.startswith(reason)
+
+
+def test_a_description_that_is_too_large_for_a_message_is_refused(clinics, tmp_path):
+    words = tmp_path / "words.txt"
+    words.write_text("\n".join(f"word-number-{n:08}" for n in range(50_000)))
+    settings = {"data.text": "note", "data.label": "risk", "data.vocabulary": str(words), "model": "text_mean"}
+    place, _, chosen = clinics(**settings)
+    with pytest.raises(ConfigError, match="at most 1 MiB can be sent to nodes; use a smaller"):
+        running.prepare(place, chosen, Wire(place), pytest.fail)
 
 
 def test_statistics_of_all_examples_are_refused_on_devices(federation, rows, tmp_path):

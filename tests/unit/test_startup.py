@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -61,6 +63,12 @@ def test_help_of_settings_needs_pydantic_alone(command):
         ("fedloom deploy se", "server "),
         ("fedloom deploy init --no", "--nodes "),
         ("fedloom deploy run ward method=fedmu", "method=fedmut "),
+        ("fedloom preprocess people.csv data.lab", "data.label="),
+        ("fedloom preprocess people.csv data.missing=f", "data.missing=fill "),
+        ("fedloom preprocess people.csv o", "out="),
+        ("fedloom predict runs/mine cl", "client="),
+        ("fedloom predict runs/mine a.csv client=0 adapt=t", "adapt=true "),
+        ("fedloom predict runs/mine a.csv client=s", "client=server "),
     ],
 )
 def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, expected, monkeypatch):
@@ -81,6 +89,17 @@ def test_completion_knows_commands_settings_and_names_and_loads_no_torch(line, e
     done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
     assert done.stdout == expected
     assert set(done.stderr.split()) <= {"pydantic"}
+
+
+def test_completion_knows_the_clients_of_a_run(tmp_path):
+    parts = {"train": [[0], [1]], "clients": ["ann", "bob"]}
+    (tmp_path / "partition.json").write_text(json.dumps(parts))
+    given = SimpleNamespace(given=[str(tmp_path), "people.csv"])
+    assert list(completing.KEYS["predict"](given)["client"]) == ["ann", "bob", "server"]
+    (tmp_path / "partition.json").write_text(json.dumps(parts | {"clients": None}))
+    assert list(completing.KEYS["predict"](given)["client"]) == ["0", "1", "server"]
+    (tmp_path / "partition.json").write_text("[")
+    assert list(completing.KEYS["predict"](given)["client"]) == ["server"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="worker processes need Linux")

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import json
 import os
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import argcomplete
@@ -64,6 +68,8 @@ def parser(commands: Mapping[str, str], chosen: str = "", step: str = "") -> arg
             given.completer = lambda **_: STEPS
         elif any(about.get("metavar") == "[CONFIG.toml] key=value" for _, about in added):
             given.completer = complete_settings
+        elif command in KEYS:
+            given.completer = functools.partial(_complete_keys, KEYS[command])
     return whole
 
 
@@ -77,6 +83,45 @@ def _listed(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[
             return [fact["name"] for fact in KINDS[kind]()]
         case _:
             return ()
+
+
+def _complete_keys(
+    keys: Callable[[Namespace], Mapping[str, Iterable[str]]], prefix: str, parsed_args: Namespace, **_: Any
+) -> list[str]:
+    """Return completions of `prefix`: keys that are not given yet as `KEY=`, or values after the equals sign."""
+    key, equals, _text = prefix.partition("=")
+    known, given = keys(parsed_args), [word.partition("=")[0] for word in parsed_args.given or [] if "=" in word]
+    if not equals:
+        return [f"{name}=" for name in known if name not in given]
+    return [f"{key}={value}" for value in known.get(key, ())]
+
+
+def _predict_keys(parsed_args: Namespace) -> dict[str, Iterable[str]]:
+    """Return the keys of `fedloom predict` with their values; clients are those of the run folder that is given first."""
+    given = [word for word in parsed_args.given or [] if "=" not in word]
+    return {"client": _clients(Path(given[0])), "out": (), "adapt": ("true", "false")} if given else {}
+
+
+def _clients(folder: Path) -> Iterable[str]:
+    """Return the names of the clients of a run, or their numbers, and `server`."""
+    try:
+        content = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
+        return [*(content.get("clients") or map(str, range(len(content["train"])))), "server"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ["server"]
+
+
+def _preprocess_keys(parsed_args: Namespace) -> dict[str, Iterable[str]]:
+    from fedloom.cli.preprocessing import preprocess_keys
+
+    return {key: _values(key) for key in preprocess_keys()}
+
+
+KEYS: Mapping[str, Callable[[Namespace], Mapping[str, Iterable[str]]]] = {
+    "predict": _predict_keys,
+    "preprocess": _preprocess_keys,
+}
+"""The keys of commands that do not take all settings of a run."""
 
 
 def complete_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:

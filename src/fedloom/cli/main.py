@@ -58,6 +58,10 @@ COMMANDS: Mapping[str, Entry] = MappingProxyType(
         "cost": Entry(
             "fedloom.cli.costing:cost_command", "measure a client's local update, and check if it fits a small device"
         ),
+        "preprocess": Entry(
+            "fedloom.cli.preprocessing:preprocess_command",
+            "write how the values of your own file become model inputs, before any run",
+        ),
         "predict": Entry("fedloom.cli.predicting:predict_command", "predict new files with a model of a run"),
         "export": Entry("fedloom.cli.exporting:export_command", "export a client's model as an ONNX file for a device"),
         "partition": Entry(

@@ -30,6 +30,7 @@ LASTING: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "missing_values",
             "decimal",
             "encoding",
+            "preprocess",
         ),
         "partition": ("path", "column"),
         "schedule": ("at", "every", "factor", "floor"),

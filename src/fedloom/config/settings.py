@@ -84,7 +84,8 @@ class DataSettings(Section):
     """Label column of a table, or several columns, separated by commas (multilabel, regression). Default: the only column with a usual
     name, such as `label`, `class`, `target` or `y`."""
     text: tuple[str, ...] = ()
-    """Column of a table that contains texts, or several columns, which are joined. The texts are then the only inputs."""
+    """Column of a table that contains texts, or several columns, which are joined. The texts are then the only inputs,
+    unless `data.columns` lists others."""
     tokens: Literal["words", "chars", "bytes", "basic-english"] | None = None
     """Tokens of texts: words, characters, bytes, or words by the rules of torchtext's `basic_english`. Default: words, or bytes for
     `data.task=language`."""
@@ -100,7 +101,8 @@ class DataSettings(Section):
     classes: tuple[str, ...] = ()
     """The classes in the order of tables and reports, such as low,middle,high. Default: sorted by number or by name."""
     columns: tuple[str, ...] = ()
-    """Input columns of a table, which may include columns that look like identifiers. Default: all other columns."""
+    """Input columns of a table, which may include columns that look like identifiers. Default: all other columns,
+    or none with `data.text`."""
     drop: tuple[str, ...] = ()
     """Columns of a table that are not used."""
     split: str | None = None
@@ -118,6 +120,10 @@ class DataSettings(Section):
     """
     encoding: str | None = None
     """Encoding of a table in a text file, such as latin-1. Default: UTF-8."""
+    preprocess: Path | None = None
+    """File that describes how raw values become inputs, written by `fedloom preprocess` or by an earlier run (preprocess.json). Columns,
+    levels, vocabulary, scaling and classes are then taken from it, and data that do not match it are refused. Default: derived from the
+    data."""
     rows: Count | None = None
     """Use only this many training examples, drawn once at random. Test examples are not affected. Default: all."""
     image_size: Count | None = None

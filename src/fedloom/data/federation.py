@@ -17,7 +17,7 @@ from fedloom.data import augment as augmentation
 from fedloom.data.augment import AUGMENTS
 from fedloom.data.dataset import Dataset, validated
 from fedloom.data.partition import Partition
-from fedloom.data.preprocess import Preprocess, Scaling, model_input
+from fedloom.data.preprocess import Preprocess, Scaling, given_scaling, model_input
 from fedloom.data.scaling import NORMALISES, USUAL, owners_of, scale_and_shift, tell_of_scale
 from fedloom.data.schemes import Rows
 from fedloom.errors import DataError, suggest
@@ -52,7 +52,11 @@ class Federation:
         self, dataset: Dataset, partition: Partition, *, normalise: str | None = None, augment: str = "none"
     ) -> None:
         self.is_picture = "picture" in dataset.spec.kinds
-        chosen = normalise is not None
+        chosen, is_given = normalise is not None, dataset.is_scaled and normalise != "own"
+        if is_given and chosen:
+            raise DataError(
+                f"data.normalise={normalise}: data={dataset.name} has its scaling from data.preprocess; remove data.normalise, or use own"
+            )
         normalise = normalise or dataset.normalise or ("half" if self.is_picture else "none")
         for key, value, known in (("normalise", normalise, NORMALISES), ("augment", augment, AUGMENTS)):
             if value not in known:
@@ -78,12 +82,16 @@ class Federation:
             dataset = replace(dataset, inputs=images, changed=changed)
         self.dataset, self.partition = dataset, partition
         self.normalise, self.augment = normalise, augment
-        usual = not chosen and dataset.normalise is None  # every field then has the default for its kind
-        self._scaling: dict[str, Scaling] = {
-            f.name: scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise, partition)
-            for f in dataset.spec.fields
-            if not f.is_integer
-        }
+        usual = not (chosen or is_given or dataset.normalise)  # every field then has the default for its kind
+        self._scaling: dict[str, Scaling] = (
+            given_scaling(dataset.parts)
+            if is_given
+            else {
+                f.name: scale_and_shift(dataset, f, USUAL[f.kind] if usual else normalise, partition)
+                for f in dataset.spec.fields
+                if not f.is_integer
+            }
+        )
         self._owner_of = owners_of(dataset, partition) if normalise == "own" else None
         if usual:
             tell_of_scale(dataset)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fedloom.errors import DataError
+
+if TYPE_CHECKING:
+    from fedloom.data.preprocess import Given
 
 TEXT_TABLES = (".csv", ".tsv", ".csv.gz", ".tsv.gz")
 ARRAYS = (".npz", ".npy")
@@ -78,6 +81,7 @@ class Request:
     table: TableOptions = TableOptions()
     texts: TextOptions = NO_TEXT
     names: ClassNames = field(default_factory=dict)
+    given: Given | None = None
     cache: Path
 
 

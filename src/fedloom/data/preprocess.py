@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -228,10 +229,15 @@ class Preprocess(_Strict):
         mine, theirs = (one.model_dump(mode="json") for one in (self, other))
         return [key for key in mine if mine[key] != theirs[key]]
 
-    def text(self) -> str:
-        """Return the content of the file."""
+    def text(self, indent: int | None = 1) -> str:
+        """Return the content of the file. `indent`: spaces per level; None: everything in one line."""
         content = {"format": FORMAT, "fedloom": __version__, **self.model_dump(mode="json")}
-        return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @property
+    def coder(self) -> TextCoder | None:
+        """How texts become token ids; None if no input comes from texts."""
+        return next((part.text for part in self.inputs if isinstance(part, TokenInput) and part.text), None)
 
     @classmethod
     def parse(cls, text: str | bytes, where: str) -> Preprocess:
@@ -269,6 +275,22 @@ class Preprocess(_Strict):
             raise DataError(f"{place} cannot be read ({error.strerror})") from None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """A description that was made before, by which data are read.
+
+    Attributes:
+        preprocess: the description.
+        where: its name in messages, such as `data.preprocess=FILE`.
+        accepts_unknown: whether values that are not among the levels of a column, and missing ones without a level, become id 0. Otherwise
+            they are refused.
+    """
+
+    preprocess: Preprocess
+    where: str
+    accepts_unknown: bool = False
+
+
 def array_part(field: Field, resize: bool = False) -> Part:
     """Return the part for an input that comes from arrays or images. For `resize`, see `PictureInput`."""
     name, shape = field.name, field.shape
@@ -279,6 +301,16 @@ def array_part(field: Field, resize: bool = False) -> Part:
     if field.kind == "category":
         return CategoryInput(name=name, shape=shape, levels=field.levels)
     return TokenInput(name=name, shape=shape, vocabulary=field.levels[0])
+
+
+def given_scaling(parts: Iterable[Part]) -> dict[str, Scaling]:
+    """Return the scaling that the parts themselves have, by field. Raise DataError if clients have their own."""
+    scaled = [part for part in parts if isinstance(part, _Scaled)]
+    if any(part.own for part in scaled):
+        raise DataError(
+            "data.preprocess: has a scaling for each client of another run; set data.normalise=own, or make it with fedloom preprocess"
+        )
+    return {part.name: part.scaling() for part in scaled}
 
 
 def model_input(field: Field, values: Tensor, scaling: Scaling | None) -> Tensor:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +54,7 @@ class TableRows:
 
 
 def is_table(preprocess: Preprocess) -> bool:
-    """Return whether the inputs are columns of a table."""
+    """Return whether numbers or categories among the inputs are columns of a table."""
     return any(getattr(part, "columns", ()) for part in preprocess.inputs)
 
 
@@ -131,7 +131,7 @@ def _unnamed(preprocess: Preprocess, values: Array) -> Any:
 def table_inputs(preprocess: Preprocess, rows: TableRows) -> Inputs:
     """Return the rows of a table as stored inputs."""
     form, found = preprocess.table or TableFormat(), dict[str, Tensor]()
-    used = set[str](form.others)
+    used = {*form.others, *(preprocess.coder.columns if preprocess.coder else ())}
     for part in preprocess.inputs:
         if isinstance(part, NumberInput):
             columns = [values for c in part.columns for values in c.filled(_present(c, rows, form))]
@@ -139,6 +139,8 @@ def table_inputs(preprocess: Preprocess, rows: TableRows) -> Inputs:
         elif isinstance(part, CategoryInput):
             ids = np.stack([_ids(column, rows, form) for column in part.columns], axis=1)
             found[part.name] = torch.from_numpy(ids.astype(np.uint8 if max(part.levels) < 256 else np.int16))
+        elif isinstance(part, TokenInput) and part.text is not None:
+            found[part.name] = part.text.stored(column_texts(rows, part.text.columns))
         used |= {column.name for column in getattr(part, "columns", ())}
     if extra := [str(name) for name in rows.frame.columns if name not in used]:
         log.warning("inputs: the columns %s are not used", ", ".join(extra))
@@ -183,7 +185,24 @@ def column_numbers(rows: TableRows, name: str, form: TableFormat) -> Floats:
 
 
 def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDArray[np.int64]:
-    """Return the ids of a column of categories: 0 for unknown values, and 1 and above for known values."""
+    """Return the ids of a column of categories: 0 for unknown values, which are logged, else 1 and above."""
+    found = column_ids(column, rows, form)
+    if unknown := found.unknown:
+        shown = ", ".join(f"'{word}'" for word in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        log.warning("inputs: column '%s': %s did not occur in training; it counts as unknown", column.name, shown)
+    return found.ids
+
+
+class ColumnIds(NamedTuple):
+    """The ids of a column of categories, (N,); where they are 0 because a word is not among its levels; and these words."""
+
+    ids: npt.NDArray[np.int64]
+    is_unknown: npt.NDArray[np.bool_]
+    unknown: list[str]
+
+
+def column_ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> ColumnIds:
+    """Return the ids of a column of categories: 0 for unknown and missing values, else 1 and above; a missing value may have a level."""
     from fedloom.data.table_columns import BLANK, NO_NUMBER, is_number
 
     codes, words = column_words(rows, column.name)
@@ -192,11 +211,10 @@ def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDAr
     if all(is_number(level) for level in column.levels if level):
         blank |= NO_NUMBER  # a column of codes
     ids = [places.get("" if word in blank and word not in places else word, 0) for word in words]
-    if unknown := [word for word, place in zip(words, ids, strict=True) if not place and word not in blank]:
-        shown = ", ".join(f"'{word}'" for word in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        log.warning("inputs: column '%s': %s did not occur in training; it counts as unknown", column.name, shown)
-    found: npt.NDArray[np.int64] = np.array([*ids, places.get("", 0)], np.int64)[codes]  # the last one is for code -1
-    return found
+    is_new = [not place and word not in blank for word, place in zip(words, ids, strict=True)]
+    unknown = [word for word, new in zip(words, is_new, strict=True) if new]
+    found = np.array([*ids, places.get("", 0)], np.int64)[codes]  # the last one is for code -1
+    return ColumnIds(found, np.array([*is_new, False])[codes], unknown)
 
 
 def column_words(rows: TableRows, name: str) -> tuple[npt.NDArray[np.int64], list[str]]:
@@ -221,6 +239,14 @@ def _words(series: pd.Series[Any]) -> tuple[npt.NDArray[np.int64], list[str]]:
 # texts
 
 
+def column_texts(rows: TableRows, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the texts of all rows, one part per column; a missing part is empty."""
+    import pandas as pd
+
+    parts = [["" if pd.isna(v) else str(v) for v in rows.column(name).tolist()] for name in columns]
+    return list(zip(*parts, strict=True))
+
+
 def _are_ids(raw: Any) -> bool:
     """Return whether raw inputs are arrays of token ids."""
     return isinstance(raw, np.ndarray | Tensor) and (isinstance(raw, Tensor) or raw.dtype.kind in "iu")
@@ -243,12 +269,7 @@ def _raw_texts(coder: TextCoder, preprocess: Preprocess, raw: Any) -> list[tuple
         return [(str(text),) for text in raw]
     if not coder.columns:
         raise DataError(f"inputs: are {type(raw).__name__}; give a text, a list of texts, or text files (.txt)")
-    rows = table_rows(preprocess, raw)
-    parts = []
-    for name in coder.columns:
-        codes, words = column_words(rows, name)
-        parts.append([words[code] if code >= 0 else "" for code in codes.tolist()])
-    return list(zip(*parts, strict=True))
+    return column_texts(table_rows(preprocess, raw), coder.columns)
 
 
 def _names_file(text: str) -> bool:

@@ -1,7 +1,9 @@
-"""Targets of new examples, for scoring predictions: columns of a table, folders named by class, arrays or a data set."""
+"""Targets of new examples in stored form: columns of a table, folders named by class, arrays or a data set."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from fedloom.data.dataset import Dataset
-from fedloom.data.preprocess import Part, Preprocess, TableFormat
+from fedloom.data.dataset import Dataset, validated
+from fedloom.data.preprocess import Given, Part, Preprocess, TableFormat, check_stored
 from fedloom.data.raw_inputs import TableRows, column_numbers, column_words, is_table, table_inputs, table_rows
 from fedloom.errors import DataError, suggest
-from fedloom.inputs import Inputs, n_examples
+from fedloom.inputs import Inputs, InputSpec, n_examples
 from fedloom.objectives import Classification, MultiLabel, Objective, Regression
 
 Stored = tuple[Inputs, Tensor]
@@ -33,11 +35,46 @@ def stored_examples(preprocess: Preprocess, data: Any) -> Stored:
         return _checked(preprocess, preprocess.stored(data[0]), _targets(preprocess.objective, data[1]))
     if isinstance(data, str | Path) and Path(data).expanduser().is_dir():
         return _of_folder(preprocess, Path(data).expanduser())
-    if is_table(preprocess):
+    if is_table(preprocess) or (preprocess.coder and preprocess.coder.columns):
         rows = table_rows(preprocess, data)
-        return _checked(preprocess, table_inputs(preprocess, rows), _of_table(preprocess, rows))
+        return _checked(preprocess, table_inputs(preprocess, rows), table_targets(preprocess, rows))
     raise DataError(
         "data: must be inputs and targets (x, y), a folder with one folder of pictures for each class, or a data set"
+    )
+
+
+def conformed(pool: Dataset, given: Given) -> Dataset:
+    """Return a data set with the inputs, targets and scaling of `given`. Raise DataError if its examples do not fit."""
+    described = given.preprocess
+    if pool.spec.is_picture and described.spec.is_picture and (pool.input_shape[0], described.spec.shape[0]) == (1, 3):
+        colours = pool.images.expand(-1, 3, -1, -1).contiguous()  # as new grey images are converted
+        shape = (3, *pool.input_shape[1:])
+        pool = replace(pool, inputs=colours, spec=InputSpec((replace(pool.spec.fields[0], shape=shape),)), parts=())
+    mine, theirs = ([(f.name, f.kind, f.shape) for f in spec.fields] for spec in (pool.spec, described.spec))
+    if mine != theirs:
+        raise DataError(f"data={pool.name}: inputs are {pool.spec}, but those of {given.where} are {described.spec}")
+    if pool.objective.task != described.objective.task:
+        raise DataError(
+            f"data={pool.name}: the task is {pool.objective.task}, but that of {given.where} is {described.objective.task}"
+        )
+    for mine_part, their_part in zip(pool.preprocess().inputs, described.inputs, strict=True):
+        is_made = any(getattr(part, key, None) for part in (mine_part, their_part) for key in ("columns", "text"))
+        if is_made and _encoding(mine_part) != _encoding(their_part):
+            raise DataError(
+                f"data={pool.name}: its columns, levels or words differ from those of {given.where}; use another data.preprocess"
+            )
+    check_stored(described.spec, pool.inputs)
+    return validated(
+        replace(
+            pool,
+            targets=targets_as(described.objective, pool),
+            objective=described.objective,
+            spec=described.spec,
+            parts=described.inputs,
+            table=described.table,
+            is_scaled=True,
+            normalise=None,
+        )
     )
 
 
@@ -47,13 +84,19 @@ def _of_dataset(preprocess: Preprocess, data: Dataset) -> Stored:
         raise DataError(
             f"data={data.name}: its inputs or targets were not prepared as in training; pass the file instead"
         )
-    values = data.targets
-    if isinstance(data.objective, Classification):
-        return data.inputs, _classes(preprocess.objective, np.array(data.objective.names)[values.numpy()])
-    if isinstance(data.objective, Regression):
-        raw = values.double().numpy() * np.array(data.objective.std) + np.array(data.objective.mean)
-        return _checked(preprocess, data.inputs, _targets(preprocess.objective, raw))
-    return _checked(preprocess, data.inputs, values)
+    return _checked(preprocess, data.inputs, targets_as(preprocess.objective, data))
+
+
+def targets_as(objective: Objective, data: Dataset) -> Tensor:
+    """Return the targets of a data set as those of an objective of the same task. Raise DataError if it lacks one of the classes."""
+    mine = data.objective
+    if mine == objective:
+        return data.targets
+    if isinstance(mine, Classification):
+        return _classes(objective, np.array(mine.names)[data.targets.numpy()])
+    if isinstance(mine, Regression):
+        return _targets(objective, data.targets.double().numpy() * np.array(mine.std) + np.array(mine.mean))
+    return data.targets
 
 
 def _encoding(part: Part) -> dict[str, Any]:
@@ -70,15 +113,17 @@ def _of_folder(preprocess: Preprocess, folder: Path) -> Stored:
     return preprocess.stored(files), _classes(preprocess.objective, np.array([file.parent.name for file in files]))
 
 
-def _of_table(preprocess: Preprocess, rows: TableRows) -> Tensor:
+def table_targets(preprocess: Preprocess, rows: TableRows) -> Tensor:
+    """Return the targets in the label columns of a table. Raise DataError, with the place, if one is missing or is no class."""
     form = preprocess.table or TableFormat()
     if not form.labels:
         raise DataError("data: the run was not trained on a table with labels; give inputs and targets (x, y)")
     if isinstance(preprocess.objective, Classification):
         places, words = column_words(rows, form.labels[0])
-        if (places < 0).any():
-            raise DataError(f"{rows.place(int((places < 0).argmax()))}, column '{form.labels[0]}': no label")
-        return _classes(preprocess.objective, np.array(words)[places])
+        found = np.array([*words, ""])[places]  # the last one is for place -1
+        if (lacking := found == "").any():
+            raise DataError(f"{rows.place(int(lacking.argmax()))}, column '{form.labels[0]}': no label")
+        return _classes(preprocess.objective, found, lambda row: f"{rows.place(row)}, column '{form.labels[0]}'")
     columns = np.stack([column_numbers(rows, name, form) for name in form.labels], axis=1)
     if np.isnan(columns).any():
         row, place = np.argwhere(np.isnan(columns))[0].tolist()
@@ -103,22 +148,22 @@ def _targets(objective: Objective, raw: Any) -> Tensor:
     return torch.from_numpy(values.astype(np.uint8 if isinstance(objective, MultiLabel) else np.int64))
 
 
-def _classes(objective: Objective, labels: npt.NDArray[Any]) -> Tensor:
+def _classes(objective: Objective, labels: npt.NDArray[Any], where: Callable[[int], str] = lambda _: "data") -> Tensor:
     """Return the class numbers for labels, which are class names or class numbers.
 
-    Class numbers may be text only if no class name is a number.
+    Class numbers may be text only if no class name is a number. `where` returns the place of a label, for messages.
     """
     places = {name: i for i, name in enumerate(objective.names)}
     lower = {name.lower(): i for name, i in places.items()}
     are_words = not any(name.isdecimal() for name in places)
     found = []
-    for label in labels.tolist():
+    for row, label in enumerate(labels.tolist()):
         word = str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
         place = places.get(word, lower.get(word.lower()))
         if place is None and (isinstance(label, int) or are_words) and word.isdecimal() and int(word) < len(places):
             place = int(word)
         if place is None:
-            raise DataError(f"data: the label '{word}' is not a class of the run{suggest(word, places)}")
+            raise DataError(f"{where(row)}: the label '{word}' is not a class of the run{suggest(word, places)}")
         found.append(place)
     return torch.tensor(found, dtype=torch.int64)
 

@@ -11,7 +11,7 @@ from fedloom.data import hub, hub_repository, layouts, pfllib
 from fedloom.data.catalogue import SOURCES, Source
 from fedloom.data.dataset import Dataset
 from fedloom.data.layouts import NO_TEXT, Request, TableOptions, TextOptions
-from fedloom.data.preprocess import array_part
+from fedloom.data.preprocess import Given, PictureInput, array_part
 from fedloom.errors import DataError
 
 
@@ -27,6 +27,7 @@ def load(
     revision: str | None = None,
     table: TableOptions | None = None,
     texts: TextOptions | None = None,
+    given: Given | None = None,
     cache: str | Path | None = None,
 ) -> Dataset:
     """Return a data set as one pool of examples.
@@ -48,6 +49,7 @@ def load(
         revision: for `hub:OWNER/NAME`, the commit of the files; default: the newest one.
         table: options for reading a table.
         texts: options for reading texts.
+        given: a description of inputs and targets that was made before. It replaces the options that it determines.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -66,8 +68,11 @@ def load(
         features=features,
         table=table or TableOptions(),
         texts=texts or NO_TEXT,
+        given=given,
         cache=hub.cache_root(cache),
     )
+    if given is not None:
+        asked = _answered(asked, given)
     if not name.startswith(hub_repository.PREFIX):
         if revision is not None:
             raise DataError(f"data.revision={revision}: applies only to data=hub:OWNER/NAME; remove it")
@@ -82,14 +87,44 @@ def load(
     return replace(_loaded(asked, found.place), revision=found.revision)
 
 
+def _answered(asked: Request, given: Given) -> Request:
+    """Return the request with the size of images in `given`. Raise DataError for options that `given` determines."""
+    plain = {key: value for key, value in vars(asked.texts).items() if value not in (None, ())}
+    options = {"image_size": asked.image_size, "task": asked.task, **plain}
+    usual = TableOptions()
+    options |= {
+        key: value
+        for key, value in vars(asked.table).items()
+        if key not in ("owner", "by", "split", "drop") and value not in (getattr(usual, key), "drop")
+    }
+    if key := next((key for key, value in options.items() if value is not None), None):
+        value = options[key]
+        shown = ",".join(value) if isinstance(value, tuple) else value
+        raise DataError(f"data.{key}={shown}: {given.where} says how the data are read; remove data.{key}")
+    first = given.preprocess.inputs[0]
+    size = first.shape[1] if isinstance(first, PictureInput) and first.resize else None
+    return replace(asked, image_size=size)
+
+
 def _loaded(asked: Request, path: str | Path | None) -> Dataset:
     """Return the data set that `load` describes, unless its name refers to a repository on the hub."""
-    given, name = asked.name, asked.name.lower().replace("_", "-")
+    found = _read(asked, path)
+    if asked.given is None:
+        return found
+    from fedloom.data.raw_targets import conformed
+
+    return conformed(found, asked.given)
+
+
+def _read(asked: Request, path: str | Path | None) -> Dataset:
+    typed, name = asked.name, asked.name.lower().replace("_", "-")
     if not re.fullmatch(r"\w[\w.-]*", name):  # the name becomes part of file names
-        own = f"; for your own files, write data=mine data.path={given}" if Path(given).exists() else ""
-        raise DataError(f"data={given}: a name may contain only letters, digits, '-', '_' and '.'{own}")
+        own = f"; for your own files, write data=mine data.path={typed}" if Path(typed).exists() else ""
+        raise DataError(f"data={typed}: a name may contain only letters, digits, '-', '_' and '.'{own}")
     asked, source = replace(asked, name=name), SOURCES.get(name)
     known = source is not None or name == "pfllib"
+    if asked.given and not known:
+        asked = replace(asked, task=asked.given.preprocess.objective.task)
     if known and asked.task not in (None, usual := source.task if source else "classification"):
         raise DataError(f"data.task={asked.task}: data={name} is a {usual} data set; remove data.task")
     if known or path is None:
@@ -233,6 +268,7 @@ def _pictures(asked: Request, place: Path) -> Dataset:
         rows=asked.rows,
         task=asked.task or "classification",
         owner=asked.owner,
+        needs_every_class=asked.given is None,
     )
 
 
@@ -271,6 +307,10 @@ def _files(asked: Request, path: str | Path | None, files: layouts.Files | None 
             names=asked.names,
         )
     _refuse_options(name, None, asked.image_size)
+    if asked.given is not None:
+        from fedloom.data.described import described_table
+
+        return described_table(asked, asked.given, files)
     from fedloom.data import tables  # pandas is slow to import
 
     return tables.read_table(

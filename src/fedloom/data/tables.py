@@ -25,11 +25,13 @@ from fedloom.data.preprocess import (
     Part,
     TableFormat,
 )
+from fedloom.data.raw_inputs import TableRows, column_texts
 from fedloom.data.subset import choose_rows
 from fedloom.data.table_columns import TableColumn, check_levels, looks_like_id, typed
 from fedloom.data.table_files import RawTable, read_files
 from fedloom.data.table_targets import labelled
 from fedloom.data.targets import objective_for
+from fedloom.data.text import TextCoder
 from fedloom.data.text_sets import Documents, coded_texts, language_set, tell
 from fedloom.errors import DataError, suggest
 from fedloom.inputs import Inputs
@@ -60,7 +62,7 @@ def read_table(
     """Return the data set in the files of a table.
 
     Inputs are `numbers` (N, D), float32, and `categories` (N, C), integers, or the numbers alone as one tensor. A category is 1 or more; 0
-    stands for values that do not occur in the table.
+    stands for values that do not occur in the table. Texts are one tensor of token ids, or `text` (N, T) if there are other inputs.
 
     Args:
         name: name of the data set.
@@ -68,7 +70,7 @@ def read_table(
         options: see `TableOptions`.
         task: learning task; by default, it is derived from the label column.
         rows: number of training examples to keep.
-        texts: the columns that contain texts. If there are any, they are the only inputs, as token ids.
+        texts: the columns that contain texts, which become token ids. Other columns are then inputs only if `options.columns` lists them.
         names: class names by column, for files without class names in their metadata.
 
     Raises:
@@ -87,33 +89,31 @@ def table_dataset(
     texts: TextOptions = NO_TEXT,
 ) -> Dataset:
     """Return the data set in the rows of a table; see `read_table`."""
-    if texts.text and options.columns:
-        raise DataError(
-            f"data.columns={','.join(options.columns)}: with data.text, texts are the only inputs; remove data.columns"
-        )
     if texts.text and task == "language":
-        return _language(name, raw, options, rows=rows, texts=texts)
-    raw, roles = _divided(raw, replace(options, columns=texts.text) if texts.text else options, texts)
-    file = _title(raw)
-    columns = [] if texts.text else [_typed(raw, column, options) for column in roles.inputs]
+        return language_table(name, raw, options, rows=rows, texts=texts)
+    raw, roles = _divided(raw, options, texts)
+    file = title(raw)
+    columns = [_typed(raw, column, options) for column in roles.inputs]
     columns = [column for column in columns if _is_input(column, raw.n_train, file, roles.chosen)]
     if not columns and not texts.text:
         raise DataError(f"{file}: no input columns are left; all other columns are labels or owners, dropped, or empty")
     labels = [_typed(raw, column, options, raw.named(column)) for column in roles.labels]
     _refuse_missing(raw, labels, "labels must be present; remove these rows")
-    known = _known_texts(raw, texts.text, options.missing) if texts.text else _known(raw, columns, options.missing)
+    known = _known(raw, columns, options.missing)
+    if not (columns and options.missing == "fill"):  # with other inputs, an empty text is an unknown token
+        known &= known_texts(raw, texts.text, options.missing)
     keep, n_train = choose_rows(name, known, raw.n_train, rows)
     if not n_train:
         raise DataError(f"{file}: no training example is without missing values; set data.missing=fill")
     targets, names, task = labelled(labels, task, file)
     values, objective = objective_for(task, torch.from_numpy(targets[keep]), n_train, names=names)
     columns = [replace(column, values=column.values[keep]) for column in columns]
-    inputs, parts = (
-        _text_inputs(raw, keep, n_train, texts)
-        if texts.text
-        else column_inputs(columns, n_train, file, fills=options.missing == "fill")
-    )
-    used = set(texts.text) if texts.text else {column.name for column in columns}
+    inputs, parts = column_inputs(columns, n_train, file, fills=options.missing == "fill", alone=not texts.text)
+    if texts.text:
+        chosen = raw.taken(np.flatnonzero(keep), n_train)
+        ids, part = coded_texts(raw_texts(chosen, texts.text), n_train, texts, name="text" if columns else "")
+        inputs, parts = ({**inputs, "text": ids}, (*parts, part)) if columns else (ids, (part,))  # type: ignore[dict-item]
+    used = {*texts.text, *(column.name for column in columns)}
     pool = Dataset.described(
         name=name,
         inputs=inputs,
@@ -128,46 +128,53 @@ def table_dataset(
             decimal=options.decimal,
             encoding=options.encoding,
         ),
-        columns={c: _names(raw, c)[keep] for c in dict.fromkeys((roles.owner, options.by)) if c},
-        normalise=None if texts.text else "standard",
+        columns={c: column_names(raw, c)[keep] for c in dict.fromkeys((roles.owner, options.by)) if c},
+        normalise="standard" if any(column.kind == "number" for column in columns) or not texts.text else None,
     )
-    if texts.text:
+    if texts.text and not columns:
         return tell(pool)
     _tell(file, pool, columns, roles)
     return validated(pool)
 
 
-def _language(name: str, raw: RawTable, options: TableOptions, *, rows: int | None, texts: TextOptions) -> Dataset:
-    """Return blocks of the texts in a table. Every row is a document."""
-    names, file = [str(name) for name in raw.frame.columns], _title(raw)
-    _check_named(names, replace(options, columns=texts.text), file, "data.text")
-    split = options.split or _split_column(raw, options)
-    raw = _by_split(raw, split) if split else raw
+def language_table(
+    name: str,
+    raw: RawTable,
+    options: TableOptions,
+    *,
+    rows: int | None,
+    texts: TextOptions,
+    coder: TextCoder | None = None,
+) -> Dataset:
+    """Return blocks of the texts in a table; every row is a document. `coder`: as for `language_set`."""
+    if options.columns:
+        raise DataError(
+            f"data.columns={','.join(options.columns)}: with data.task=language, the texts are the only inputs; remove it"
+        )
+    names, file = [str(name) for name in raw.frame.columns], title(raw)
+    check_named(names, options, texts, file)
+    split = options.split or split_column(raw, replace(options, columns=texts.text))
+    raw = by_split(raw, split) if split else raw
     owner = options.owner or ("client" if "client" in names else None)
-    known = _known_texts(raw, texts.text, options.missing)
+    known = known_texts(raw, texts.text, options.missing)
     documents = Documents(
-        texts=_texts(raw, known, texts.text),
-        owners=_names(raw, owner)[known].tolist() if owner else None,
+        texts=raw_texts(raw.taken(np.flatnonzero(known), 0), texts.text),
+        owners=column_names(raw, owner)[known].tolist() if owner else None,
         is_test=np.flatnonzero(known) >= raw.n_train,
     )
-    return language_set(name, documents, texts, rows=rows)
+    return language_set(name, documents, texts, rows=rows, coder=coder)
 
 
-def _text_inputs(raw: RawTable, keep: npt.NDArray[np.bool_], n_train: int, texts: TextOptions) -> TypedInputs:
-    ids, part = coded_texts(_texts(raw, keep, texts.text), n_train, texts)
-    return ids, (part,)
+def raw_texts(raw: RawTable, columns: Sequence[str]) -> list[tuple[str, ...]]:
+    """Return the texts of all rows, one part per column."""
+    return column_texts(TableRows(raw.frame, raw.place), columns)
 
 
-def _texts(raw: RawTable, keep: npt.NDArray[np.bool_], columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the texts of the rows to keep, with one part per column."""
-    parts = [["" if pd.isna(v) else str(v) for v in raw.frame[column][keep].tolist()] for column in columns]
-    return list(zip(*parts, strict=True))
-
-
-def _known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDArray[np.bool_]:
-    """Return which rows have text in any of the columns. Raise DataError if others exist and `missing` is not "drop"."""
-    everything = np.ones(len(raw.frame), dtype=bool)
-    known = np.array([any(part.strip() for part in parts) for parts in _texts(raw, everything, columns)])
+def known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDArray[np.bool_]:
+    """Return the rows with text in any of the columns, if there are any. Raise DataError if others are not to be dropped."""
+    if not columns:
+        return np.ones(len(raw.frame), dtype=bool)
+    known = np.array([any(part.strip() for part in parts) for parts in raw_texts(raw, columns)])
     if not known.all() and missing != "drop":
         place, n = raw.place(int((~known).argmax())), int((~known).sum())
         raise DataError(
@@ -176,16 +183,17 @@ def _known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDA
     return known
 
 
-def _title(raw: RawTable) -> str:
+def title(raw: RawTable) -> str:
+    """Return the names of a table's files, for messages."""
     return " + ".join(file.name for file in raw.files)
 
 
 def _divided(raw: RawTable, options: TableOptions, texts: TextOptions = NO_TEXT) -> tuple[RawTable, _Roles]:
     """Return the table with training rows first, and the roles of its columns."""
-    names, file = [str(name) for name in raw.frame.columns], _title(raw)
-    key = "data.text" if texts.text else "data.columns"
-    _check_named(names, options, file, key)
-    split = options.split or _split_column(raw, options)
+    names, file = [str(name) for name in raw.frame.columns], title(raw)
+    check_named(names, options, texts, file)
+    given, options = options.columns, replace(options, columns=(*options.columns, *texts.text))
+    split = options.split or split_column(raw, options)
     owner = options.owner or ("client" if "client" in names and "client" not in options.columns else None)
     labels = _labels(names, options, file)
     taken = [*labels, *options.drop, *(column for column in (split, owner) if column)]
@@ -195,16 +203,17 @@ def _divided(raw: RawTable, options: TableOptions, texts: TextOptions = NO_TEXT)
             f"{file}: column '{column}' is named more than once; it can be in one of data.label, data.text, data.columns, data.drop, "
             "data.split and partition.column"
         )
-    inputs = options.columns or tuple(name for name in names if name not in taken)
-    roles = _Roles(labels=labels, owner=owner, inputs=inputs, chosen=bool(options.columns))
-    return (_by_split(raw, split) if split else raw), roles
+    inputs = given or (() if texts.text else tuple(name for name in names if name not in taken))
+    roles = _Roles(labels=labels, owner=owner, inputs=inputs, chosen=bool(given))
+    return (by_split(raw, split) if split else raw), roles
 
 
-def _check_named(names: Sequence[str], options: TableOptions, file: str, inputs: str) -> None:
+def check_named(names: Sequence[str], options: TableOptions, texts: TextOptions, file: str) -> None:
     """Raise DataError if the user names a column that does not exist."""
     wanted: dict[str, tuple[str | None, ...]] = {
         "data.label": _listed(options),
-        inputs: options.columns,
+        "data.text": texts.text,
+        "data.columns": options.columns,
         "data.drop": options.drop,
         "data.split": (options.split,),
         "partition.column": (options.owner,),
@@ -231,7 +240,7 @@ def _labels(names: list[str], options: TableOptions, file: str) -> tuple[str, ..
     raise DataError(f"{file}: {why}; set data.label to one of its columns: {', '.join(names)}")
 
 
-def _split_column(raw: RawTable, options: TableOptions) -> str | None:
+def split_column(raw: RawTable, options: TableOptions) -> str | None:
     """Return "split" if a column has this name and names the split of every row."""
     named = (*options.columns, *options.drop, *_listed(options), options.owner)
     if "split" not in raw.frame.columns or "split" in named or raw.n_train < len(raw.frame):
@@ -240,11 +249,11 @@ def _split_column(raw: RawTable, options: TableOptions) -> str | None:
     return "split" if words <= set(SPLIT_WORDS) and "train" in map(SPLIT_WORDS.get, words) else None
 
 
-def _by_split(raw: RawTable, column: str) -> RawTable:
+def by_split(raw: RawTable, column: str) -> RawTable:
     """Return the rows ordered by split, training rows first. Without test rows, validation rows are the test set."""
     if raw.n_train < len(raw.frame):
-        raise DataError(f"data.split={column}: {_title(raw)} already has a test file; remove data.split, or the file")
-    words = np.char.lower(_names(raw, column))
+        raise DataError(f"data.split={column}: {title(raw)} already has a test file; remove data.split, or the file")
+    words = np.char.lower(column_names(raw, column))
     for row, word in enumerate(words.tolist()):
         if word not in SPLIT_WORDS:
             raise DataError(f"{raw.place(row)}, column '{column}': '{word}' is not a split; use train, valid or test")
@@ -255,16 +264,16 @@ def _by_split(raw: RawTable, column: str) -> RawTable:
     if valid.any():
         log.warning(
             "%s: %d validation rows are used as training examples; to hold out validation examples, set eval.valid",
-            _title(raw),
+            title(raw),
             valid.sum(),
         )
     if test.all():
-        raise DataError(f"data.split={column}: {_title(raw)} has no training rows")
+        raise DataError(f"data.split={column}: {title(raw)} has no training rows")
     order = np.concatenate([np.flatnonzero(~test), np.flatnonzero(test)])
     return raw.taken(order, int((~test).sum()))
 
 
-def _names(raw: RawTable, column: str) -> Column:
+def column_names(raw: RawTable, column: str) -> Column:
     """Return a column's values as text. Raise DataError if one is missing."""
     values = raw.named(column)
     if values.dtype == np.float64:
@@ -280,7 +289,7 @@ def _typed(raw: RawTable, column: str, options: TableOptions, values: pd.Series[
     return typed(
         column,
         raw.frame[column] if values is None else values,
-        file=_title(raw),
+        file=title(raw),
         decimal=options.decimal,
         missing_values=options.missing_values,
     )
@@ -306,11 +315,13 @@ def _is_input(column: TableColumn, n_train: int, file: str, chosen: bool) -> boo
 
 def _known(raw: RawTable, columns: Sequence[TableColumn], missing: str) -> npt.NDArray[np.bool_]:
     """Return which rows to keep. Raise DataError if values are missing and `missing` is "refuse"."""
+    if not columns:
+        return np.ones(len(raw.frame), dtype=bool)
     if missing == "refuse":
         _refuse_missing(raw, columns, "set data.missing=drop (rows) or fill, or data.drop=COLUMN")
     lacking: npt.NDArray[np.bool_] = np.any([column.missing for column in columns], axis=0)
     if missing == "drop" and lacking.any():
-        log.warning("%s: %s rows with missing values are dropped", _title(raw), f"{int(lacking.sum()):,}")
+        log.warning("%s: %s rows with missing values are dropped", title(raw), f"{int(lacking.sum()):,}")
         return ~lacking
     return np.ones(len(lacking), dtype=bool)
 
@@ -326,15 +337,20 @@ TypedInputs = tuple[Inputs, tuple[Part, ...]]
 """Inputs, and a description of how they were made from columns."""
 
 
-def column_inputs(columns: Sequence[TableColumn], n_train: int, file: str, *, fills: bool = False) -> TypedInputs:
-    """Return `numbers` and `categories`, or the numbers alone as one tensor. With `fills`, the training mean replaces missing numbers."""
+def column_inputs(
+    columns: Sequence[TableColumn], n_train: int, file: str, *, fills: bool = False, alone: bool = True
+) -> TypedInputs:
+    """Return `numbers` and `categories`, or the numbers alone as one tensor.
+
+    `fills`: whether missing numbers become the training mean. `alone`: whether there are no other inputs.
+    """
     numbers = [column for column in columns if column.kind == "number"]
     categories = [_with_missing(column) for column in columns if column.kind == "category"]
     inputs, parts = dict[str, torch.Tensor](), list[Part]()
     if numbers:
         made = [_number_column(column, n_train, file, fills=fills) for column in numbers]
         stored = [values for c, column in zip(made, numbers, strict=True) for values in c.filled(column.values)]
-        name = "numbers" if categories else ""
+        name = "numbers" if categories or not alone else ""
         inputs[name] = torch.from_numpy(np.stack(stored, axis=1))
         parts.append(NumberInput(name=name, shape=(len(stored),), columns=tuple(made)))
     if categories:
@@ -343,7 +359,7 @@ def column_inputs(columns: Sequence[TableColumn], n_train: int, file: str, *, fi
         parts.append(CategoryInput(name="categories", shape=(len(levels),), levels=levels, columns=named))
         ids = np.stack([column.values + 1 for column in categories], axis=1)
         inputs["categories"] = torch.from_numpy(ids.astype(np.uint8 if max(levels) < 256 else np.int16))
-    return (inputs if categories else inputs[""]), tuple(parts)
+    return inputs.get("", inputs), tuple(parts)
 
 
 def _number_column(column: TableColumn, n_train: int, file: str, *, fills: bool) -> NumberColumn:
@@ -374,6 +390,8 @@ def _tell(file: str, pool: Dataset, columns: Sequence[TableColumn], roles: _Role
     for kind, plural in (("number", "numbers"), ("category", "categories")):
         if n := kinds.count(kind):
             found.append(f"{n} {plural if n > 1 else kind}")
+    if text := pool.spec.of("token"):
+        found.append(f"text of {text.shape[0]} tokens of {text.levels[0]:,} different")
     what = f"{pool.n_classes} classes" if pool.objective.task == "classification" else pool.objective.task
     found.append(f"label {', '.join(roles.labels)} ({what})")
     if roles.owner:

@@ -27,16 +27,22 @@ MOST_BYTES = 64 * 2**20  # maximum size of a text file
 Texts = Sequence[Sequence[str]]
 
 
-def coded_texts(texts: Texts, n_train: int, options: TextOptions) -> tuple[Tensor, TokenInput]:
-    """Return token ids (N, T), and how they are made. The vocabulary comes from the first `n_train` texts."""
-    tokens, case = kind_and_case(options, "words")
-    train = [stream(parts, tokens, case) for parts in texts[:n_train]]
-    coder = text_coder(train, options, default="words", length=options.length)
-    return coder.stored(texts), _part(coder)
+def coded_texts(
+    texts: Texts, n_train: int, options: TextOptions, coder: TextCoder | None = None, name: str = ""
+) -> tuple[Tensor, TokenInput]:
+    """Return token ids (N, T), and how they are made.
+
+    Without a `coder`, the vocabulary is that of the first `n_train` texts. `name`: of the input, if there are others.
+    """
+    if coder is None:
+        tokens, case = kind_and_case(options, "words")
+        train = [stream(parts, tokens, case) for parts in texts[:n_train]]
+        coder = text_coder(train, options, default="words", length=options.length)
+    return coder.stored(texts), _part(coder, name)
 
 
-def _part(coder: TextCoder) -> TokenInput:
-    return TokenInput(shape=(coder.length,), vocabulary=coder.size, text=coder)
+def _part(coder: TextCoder, name: str = "") -> TokenInput:
+    return TokenInput(name=name, shape=(coder.length,), vocabulary=coder.size, text=coder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,21 +54,26 @@ class Documents:
     is_test: npt.NDArray[np.bool_]
 
 
-def language_set(name: str, documents: Documents, options: TextOptions, *, rows: int | None) -> Dataset:
+def language_set(
+    name: str, documents: Documents, options: TextOptions, *, rows: int | None, coder: TextCoder | None = None
+) -> Dataset:
     """Return blocks of T tokens and, as targets, the next token at every position.
 
-    The documents of an owner are joined by the token `end` and cut into blocks of T + 1 tokens, which do not overlap. Without official
-    test documents, the last quarter of each owner's blocks is for testing; if owners are unknown, no blocks are. The column `client`
-    contains the owner.
+    `coder`: how texts become ids, if it was made before; `options` are then not used. The documents of an owner are joined by the token
+    `end`, and cut into blocks of T + 1 tokens that do not overlap. Without official test documents, the last quarter of each owner's
+    blocks is for testing; without owners, nothing is. The owner is in the column `client`.
     """
+    if coder is not None:
+        options = TextOptions(text=coder.columns, tokens=coder.tokens, case=coder.case, length=coder.length)
     length = options.length or BLOCK
     blocks, owner_of, tests = _blocks(documents, options, length)
     order = np.concatenate([np.flatnonzero(~tests), np.flatnonzero(tests)])
     n_train = int((~tests).sum())
     if not n_train:
         raise DataError(f"data={name}: the training texts are too short for a block of two tokens")
-    coder = text_coder([blocks[i] for i in order[:n_train]], options, default="bytes", length=length + 1)
-    coder = coder.model_copy(update={"length": length})
+    if coder is None:
+        coder = text_coder([blocks[i] for i in order[:n_train]], options, default="bytes", length=length + 1)
+        coder = coder.model_copy(update={"length": length})
     keep, n_train = choose_rows(name, np.ones(len(order), dtype=bool), n_train, rows)
     ids = [coder.numbered(blocks[i]) for i in order[keep]]
     columns: dict[str, Column] = {"client": np.array(owner_of)[order[keep]]} if documents.owners is not None else {}
@@ -124,7 +135,7 @@ def read_text_folder(asked: Request, place: Path, options: TextOptions) -> Datas
     For `data.task=language`, the upper folders are owners, or the files are if there are no folders. For other tasks, the folders are
     classes. Raise DataError if the layout matches neither, or if a file cannot be read.
     """
-    files = find_texts(place)
+    files, coder = find_texts(place), asked.given.preprocess.coder if asked.given else None
     inner, is_test = _splits(place, files)
     if asked.task == "language":
         owners = None if len(files) == 1 else [parts[0] if len(parts) > 1 else Path(parts[0]).stem for parts in inner]
@@ -133,6 +144,7 @@ def read_text_folder(asked: Request, place: Path, options: TextOptions) -> Datas
             Documents(texts=[(read_text(file),) for file in files], owners=owners, is_test=is_test),
             options,
             rows=asked.rows,
+            coder=coder,
         )
     if asked.task not in (None, "classification"):
         raise DataError(
@@ -147,7 +159,7 @@ def read_text_folder(asked: Request, place: Path, options: TextOptions) -> Datas
     chosen = order[keep].tolist()
     labels = [inner[i][0] for i in chosen]
     classes = tuple(sorted(set(labels)))
-    ids, part = coded_texts([(read_text(files[i]),) for i in chosen], n_train, options)
+    ids, part = coded_texts([(read_text(files[i]),) for i in chosen], n_train, options, coder)
     places = {name: i for i, name in enumerate(classes)}
     pool = Dataset.described(
         name=asked.name,

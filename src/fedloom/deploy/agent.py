@@ -132,10 +132,8 @@ def run_node(folder: Path) -> None:
 
 def _check_owner(folder: Path, node: NodeFile) -> None:
     """Raise ConfigError for settings by the node's owner that cannot be honoured."""
-    if node.data != "config" and not (folder / node.data).is_dir():
-        raise ConfigError(
-            f"data={node.data}: the folder {folder / node.data} does not exist; set data in {folder / 'node.toml'}"
-        )
+    if node.data != "config" and not (folder / node.data).exists():
+        raise ConfigError(f"data={node.data}: {folder / node.data} does not exist; set data in {folder / 'node.toml'}")
     if node.budget.memory_mib is not None and sys.platform != "linux":
         raise ConfigError(f"budget.memory_mib={node.budget.memory_mib}: can be enforced only on Linux; remove it")
 

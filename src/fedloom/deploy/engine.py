@@ -35,6 +35,7 @@ from fedloom.deploy.messages import (
     open_envelope,
     seal,
 )
+from fedloom.deploy.rows import example_groups
 from fedloom.engines.base import Engine, Problem, Reply, Score, ScoreRequest
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, RunFolderError, WireError
@@ -336,9 +337,9 @@ class FlowerEngine(Engine):
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[np.int64]]:
-        """The number of examples by split, per class if the task has classes, with one row per client."""
-        data, n = self.problem.data, self.problem.data.objective.shapes()["rows"]
-        groups = data.dataset.labels.numpy() if n > 1 else np.zeros(data.dataset.n_rows, np.int64)
+        """Number of examples, per class if there are any, by split, with one row per client."""
+        data = self.problem.data
+        groups, n = example_groups(data.dataset)
         own = {split: data.partition.counts(groups, n, split) for split in ("valid", "test")}
         return own | {"common": np.bincount(groups[data.partition.common], minlength=n)[None]}
 

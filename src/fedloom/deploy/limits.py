@@ -23,12 +23,13 @@ T = TypeVar("T")
 Whole = Annotated[int, Field(ge=0, lt=2**31)]  # small enough that table columns and sums do not overflow
 Name = Annotated[str, Field(max_length=128)]
 Path = Annotated[str, Field(max_length=256)]
-ClassName = Annotated[str, Field(max_length=200)]
 Counts = Annotated[list[Whole], FailFast(), Field(max_length=100_000)]  # number of examples by class
 Sums = Annotated[
     list[Annotated[int, Field(gt=-(2**62), lt=2**62)]], FailFast(), Field(max_length=100_000)
 ]  # the sums of a score
 Config = Annotated[str, Field(max_length=256 * KIB)]
+MAX_DESCRIPTION = 1024 * KIB  # characters of a preprocess.json; about 50,000 words of a vocabulary
+Description = Annotated[str, Field(max_length=MAX_DESCRIPTION)]
 
 
 class Limits(NamedTuple):

@@ -20,9 +20,9 @@ from fedloom.deploy.limits import (
     ONE_CLIENT,
     PHASES,
     TENSOR_HEADER,
-    ClassName,
     Config,
     Counts,
+    Description,
     Limits,
     Name,
     Path,
@@ -31,7 +31,6 @@ from fedloom.deploy.limits import (
 )
 from fedloom.engines.base import ScoreRequest
 from fedloom.errors import ConfigError, WireError
-from fedloom.inputs import InputSpec
 from fedloom.objectives import Objective, Score
 from fedloom.ranges import Positive
 from fedloom.tree import Tree
@@ -96,44 +95,13 @@ class Question(_Strict):
         return ScoreRequest(self.name, self.rows, self.fitted)
 
 
-class TaskFacts(_Strict):
-    """An `Objective` as part of a message."""
-
-    task: Literal["classification", "multilabel", "regression", "language"]
-    names: Annotated[list[ClassName], FailFast(), Field(max_length=100_000)]
-    mean: Annotated[list[float], FailFast(), Field(max_length=100_000)] = []
-    std: Annotated[list[float], FailFast(), Field(max_length=100_000)] = []
-    loss_name: Literal["mse", "huber"] = "mse"
-    delta: Positive = 1.0
-    vocabulary: Whole = 0
-
-    @classmethod
-    def of(cls, objective: Objective) -> TaskFacts:
-        """Return an objective as part of a message."""
-        return cls.model_validate(objective.content())
-
-
-class InputFacts(_Strict):
-    """An input field as part of a message."""
-
-    name: Name
-    shape: Annotated[list[Whole], FailFast(), Field(max_length=16)]
-    kind: Literal["picture", "number", "token", "category"]
-    levels: Annotated[list[Whole], FailFast(), Field(max_length=10_000)]
-
-    @classmethod
-    def of(cls, spec: InputSpec) -> list[InputFacts]:
-        """Return the description of inputs as part of a message."""
-        return [cls(name=f.name, shape=list(f.shape), kind=f.kind, levels=list(f.levels)) for f in spec.fields]
-
-
 class Call(_Strict):
-    """The part that all requests share: the run, its settings as TOML, the learning task, the inputs, and the time limit."""
+    """The part that all requests share: the run, its settings as TOML, its inputs and learning task (the text of a preprocess.json), and
+    the time limit."""
 
     run: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     config: Config
-    task: TaskFacts
-    inputs: Annotated[list[InputFacts], FailFast(), Field(max_length=64)]
+    preprocess: Description
     deadline_s: Positive
 
 
@@ -166,7 +134,8 @@ class ScoreMessage(_Strict):
 class Present(_Strict):
     """A node's clients.
 
-    For nodes with their own data, it also contains the number of examples of each class by split ("train", "valid", "test").
+    For nodes with their own data, it also contains the number of examples by split ("train", "valid", "test"): one number per class, or a
+    single number if the task has no classes.
     """
 
     kind: Literal["present"] = "present"

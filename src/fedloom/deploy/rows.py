@@ -14,67 +14,64 @@ from torch import Tensor
 from fedloom import data
 from fedloom.config.settings import Settings
 from fedloom.data import Dataset, Federation, Partition
-from fedloom.data.hub import cache_root
 from fedloom.data.partition import hold_out
-from fedloom.data.picture_folders import read_pictures
-from fedloom.deploy.messages import Call
+from fedloom.data.preprocess import Given
 from fedloom.errors import ConfigError, DataError
-from fedloom.inputs import Inputs
+from fedloom.inputs import Inputs, map_inputs
 from fedloom.rng import Stream
 
 Counts = Mapping[int, Mapping[str, Sequence[int]]]  # number of examples per class, by client and split
 SPLITS = ("train", "valid", "test")
 NONE = np.empty(0, np.int64)
+OWN = "own"  # name of a node's data
 
 
-def read_own(folder: Path, clients: Sequence[int], settings: Settings, call: Call) -> Federation:
+def read_own(folder: Path, clients: Sequence[int], settings: Settings, given: Given) -> Federation:
     """Return a node's own examples as a federation in which the clients of other nodes have none.
 
-    `folder` contains the client's data or, for several clients, one folder `client-<number>` per client. Data are parquet files
-    (train.parquet, and optionally test.parquet) or a folder of images (see `fedloom.data.picture_folders`). Without test examples, a
-    fraction of the other examples is held out (`partition.test_fraction`, default 0.25), drawn with the run's seed.
+    `folder` is a file or folder with the client's data or, for several clients, a folder with one file or folder `client-<number>` per
+    client. Data are tables, texts, arrays, parquet files or a folder of images, as for `data.path`. Without test examples, a fraction of
+    the other examples is held out (`partition.test_fraction`, default 0.25): the last blocks of a text; otherwise examples that are drawn
+    with the run's seed.
 
     Args:
         folder: see above.
         clients: the node's clients.
         settings: the run's settings.
-        call: contains the server's classes and input shape.
+        given: the server's description of inputs and targets.
 
     Raises:
-        DataError: data are missing, contain classes that the server lacks, or have a different shape.
+        DataError: data are missing, contain columns or classes that the server lacks, or have a different shape.
     """
     refuse_pooled_statistics(settings)
-    classes, input_shape = call.task.names, tuple(call.inputs[0].shape)
-    if call.task.task != "classification" or len(call.inputs) != 1:
-        raise DataError(f"own data on a node must have classes and one input; the server's task is {call.task.task}")
-    pools = [_read(place, settings) for place in _places(folder, clients)]
-    for pool, place in zip(pools, _places(folder, clients), strict=True):
-        if pool.input_shape != input_shape:
-            raise DataError(f"{place}: inputs have shape {pool.input_shape}, but the server's have {input_shape}")
-    labels = torch.cat([_renamed(pool, classes) for pool in pools])
-    images = torch.cat([pool.images for pool in pools])
-    whole = Dataset.labelled(
-        name=settings.data.name, images=images, labels=labels, n_train=len(labels), classes=tuple(classes)
-    )
+    pools = [_read(place, settings, given) for place in _places(folder, clients)]
+    targets = torch.cat([pool.targets for pool in pools])
+    inputs = map_inputs(lambda *parts: torch.cat(parts), *(pool.inputs for pool in pools))
+    whole = replace(pools[0], name=settings.data.name, inputs=inputs, targets=targets, n_train=len(targets), columns={})
     parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
     start = 0
     for i, pool in zip(clients, pools, strict=True):
         for split, rows in _split(pool, i, settings).items():
             parts[split][i] = rows + start
         start += pool.n_rows
-    partition = _partition(parts, NONE)
-    return Federation(whole, partition, normalise=settings.data.normalise, augment=settings.data.augment)
+    return _federation(whole, _partition(parts, NONE), settings, augment=settings.data.augment)
 
 
 def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[str, list[int]]]:
-    """Return the number of examples of each class, by client and split."""
-    labels, n_classes = federation.dataset.labels, federation.n_classes
-    every = {split: federation.partition.counts(labels, n_classes, split) for split in SPLITS}
+    """Return the number of examples by client and split: one number per class, or a single number if the task has no classes."""
+    groups, n = example_groups(federation.dataset)
+    every = {split: federation.partition.counts(groups, n, split) for split in SPLITS}
     return {i: {split: every[split][i].tolist() for split in SPLITS} for i in clients}
 
 
+def example_groups(dataset: Dataset) -> tuple[Any, int]:
+    """Return the group of each example, (N,), and the number of groups, in which examples are counted: classes, or one group for all."""
+    n = dataset.objective.shapes()["rows"]
+    return (dataset.targets.numpy() if n > 1 else np.zeros(dataset.n_rows, np.int64)), n
+
+
 class Remote(Federation):
-    """The server's view of data on devices: the number of examples of each class.
+    """The server's view of data on devices: numbers of examples.
 
     Only examples of the common test set are available.
     """
@@ -82,32 +79,29 @@ class Remote(Federation):
     counts_are_claims = True
 
     def __init__(self, held: Dataset, counts: Counts, settings: Settings) -> None:
-        """Create the view. `held` contains the server's own examples.
+        """Create the view. `held` contains the server's own examples, with the scaling that nodes receive.
 
         The common test set consists of its test examples or, if there are none, of all its examples.
         """
         refuse_pooled_statistics(settings)
         common = np.arange(held.n_train if held.n_train < held.n_rows else 0, held.n_rows)
         parts: dict[str, list[Any]] = {split: [NONE] * _n_clients(settings) for split in SPLITS}
-        labels, end = [held.labels], held.n_rows
+        targets, end = [held.targets], held.n_rows
+        _, n_groups = example_groups(held)
         for i in sorted(counts):
             for split in SPLITS:
-                mine = np.repeat(np.arange(held.n_classes), counts[i][split])
-                parts[split][i] = np.arange(end, end + len(mine))
-                labels.append(torch.from_numpy(mine))
-                end += len(mine)
+                n = sum(counts[i][split])
+                parts[split][i] = np.arange(end, end + n)
+                classes = torch.from_numpy(np.repeat(np.arange(n_groups), counts[i][split]))
+                targets.append(classes if n_groups > 1 else held.targets[:1].expand(n, *held.targets.shape[1:]))
+                end += n
         partition = _partition(parts, common)
-        inputs = held.images[:1].expand(end, *held.input_shape)
-        shown = replace(held, inputs=inputs, targets=torch.cat(labels), changed=None)  # devices have no changed images
-        chosen = settings.data.normalise
-        super().__init__(
-            shown, partition, normalise="none" if chosen == "own" else chosen
-        )  # clients' examples are not here
-        self._held = Federation(
-            held,
-            Partition(train=(NONE,), valid=(NONE,), test=(NONE,), common=common, scheme={}),
-            normalise=settings.data.normalise,
-        )  # fmt: skip
+        inputs = map_inputs(lambda t: t[:1].expand(end, *t.shape[1:]), held.inputs)
+        is_own = settings.data.normalise == "own"  # clients' own scaling is not known here
+        shown = replace(held, inputs=inputs, targets=torch.cat(targets), is_scaled=not is_own, changed=None)
+        super().__init__(shown, partition, normalise="none" if is_own else None)
+        own = Partition(train=(NONE,), valid=(NONE,), test=(NONE,), common=common, scheme={})
+        self._held = _federation(held, own, settings)
 
     def example(self) -> Inputs:
         """Return two of the server's own examples (see `Federation.example`)."""
@@ -129,7 +123,8 @@ def refuse_pooled_statistics(settings: Settings) -> None:
     """Raise ConfigError for settings that need the examples of all clients in one place."""
     if settings.data.normalise == "standard":
         raise ConfigError(
-            "data.normalise=standard: needs the examples of all clients; on devices use own, half or none"
+            "data.normalise=standard: needs the examples of all clients; on devices use own, half or none, or leave it out: numbers are "
+            "then scaled like the server's own examples, or as data.preprocess says"
         )
     if settings.data.augment == "resized-crop-flip-once":
         raise ConfigError(
@@ -148,47 +143,56 @@ def _n_clients(settings: Settings) -> int:
     return settings.clients
 
 
+def _federation(dataset: Dataset, partition: Partition, settings: Settings, augment: str = "none") -> Federation:
+    """Return a federation with the scaling that the data set has, unless each client has its own."""
+    own = "own" if settings.data.normalise == "own" else None
+    return Federation(dataset, partition, normalise=own, augment=augment)
+
+
 def _places(folder: Path, clients: Sequence[int]) -> list[Path]:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: the folder with this node's data does not exist; set data in node.toml")
+    if not folder.exists():
+        raise DataError(f"{folder}: this node's data do not exist; set data in node.toml")
     if len(clients) == 1:
         return [folder]
-    for i in clients:
-        if not (folder / f"client-{i}").is_dir():
-            raise DataError(f"{folder}: the folder 'client-{i}' with the data of client {i} is missing")
-    return [folder / f"client-{i}" for i in clients]
+    return [_place(folder, i) for i in clients]
 
 
-def _read(folder: Path, settings: Settings) -> Dataset:
-    d = settings.data
-    if any(folder.rglob("train*.parquet")):
-        pool = data.load(d.name, folder, image_size=d.image_size)
-        if not pool.spec.is_picture:
-            raise DataError(f"{folder}: no column of train.parquet has images; nodes do not read tables yet")
-        return pool
-    return read_pictures(
-        d.name,
-        folder,
-        where=str(folder),
-        image_size=d.image_size,
-        cache_root=cache_root(),
-        needs_every_class=False,
-    )
+def _place(folder: Path, i: int) -> Path:
+    """Return the file or folder with the data of one of several clients."""
+    found = [
+        place for place in (folder.iterdir() if folder.is_dir() else ()) if place.name.split(".")[0] == f"client-{i}"
+    ]
+    if len(found) != 1:
+        why = "is missing" if not found else f"exists {len(found)} times"
+        raise DataError(f"{folder}: the file or folder 'client-{i}' with the data of client {i} {why}")
+    return found[0]
 
 
-def _renamed(pool: Dataset, classes: Sequence[str]) -> Tensor:
-    places = {name: place for place, name in enumerate(classes)}
-    unknown = [pool.classes[c] for c in sorted(set(pool.labels.tolist())) if pool.classes[c] not in places]
-    if unknown:
-        raise DataError(f"class '{unknown[0]}' is unknown to the server, whose classes are {', '.join(classes)}")
-    return torch.tensor([places.get(name, -1) for name in pool.classes])[pool.labels]
+def _read(place: Path, settings: Settings, given: Given) -> Dataset:
+    """Return the examples of one client."""
+    is_hub = given.preprocess.spec.is_picture and place.is_dir() and any(place.rglob("train*.parquet"))
+    missing: Any = "drop" if settings.data.missing == "drop" else "refuse"
+    table = data.TableOptions(drop=settings.data.drop, missing=missing)
+    try:
+        return data.load(settings.data.name if is_hub else OWN, place, table=table, given=given)
+    except DataError as error:  # the node's owner set neither data.path nor data
+        raise DataError(
+            str(error).replace(f"data.path={place}", str(place)).replace(f"data={OWN}", str(place))
+        ) from error
 
 
 def _split(pool: Dataset, i: int, settings: Settings) -> Mapping[str, Any]:
+    """Return the numbers of a client's training, validation and test examples."""
     rng = Stream(settings.seed, "devices", i)
     train, test = np.arange(pool.n_train), np.arange(pool.n_train, pool.n_rows)
     if not len(test):
-        fraction = settings.partition.test_fraction
-        train, test = hold_out(train, 0.25 if fraction is None else fraction, rng.child("test"))
+        given = settings.partition.test_fraction
+        fraction = 0.25 if given is None else given
+        if pool.overlaps:
+            raise DataError(f"client {i}: {pool.overlaps}, so examples cannot be held out at random; add a test split")
+        if pool.objective.task == "language":  # blocks are in the order of the text
+            train, test = np.split(train, [len(train) - int(fraction * len(train))])
+        else:
+            train, test = hold_out(train, fraction, rng.child("test"))
     train, valid = hold_out(train, settings.eval.valid, rng.child("valid"))
     return {"train": train, "valid": valid, "test": test}

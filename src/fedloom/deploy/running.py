@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,27 @@ from pydantic import ValidationError
 from fedloom.config.parsing import read_toml
 from fedloom.config.settings import Settings, make_settings, to_toml
 from fedloom.data import Federation
+from fedloom.data.preprocess import Given
+from fedloom.data.raw_targets import conformed
 from fedloom.deploy.engine import AcceptedUpdates, FlowerEngine, Link, LostNode
 from fedloom.deploy.folder import Deployment, deployable
-from fedloom.deploy.limits import limits
+from fedloom.deploy.limits import MAX_DESCRIPTION, limits
 from fedloom.deploy.messages import (
     MAX_ROWS,
     Call,
     Hello,
-    InputFacts,
     NodeFailure,
     Present,
-    TaskFacts,
     open_envelope,
     seal,
 )
 from fedloom.deploy.rows import Remote
 from fedloom.engines.base import Problem
 from fedloom.errors import ConfigError, DataError, RunFolderError, WireError
-from fedloom.experiment.build import arithmetic, make_dataset, make_federation
+from fedloom.experiment.build import arithmetic, make_dataset, make_federation, make_preprocess
 from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.experiment.resuming import resumable
 from fedloom.experiment.run_folder import DEPLOYED, RunFolder
-from fedloom.objectives import Classification
 
 TURNS = "turns.json"  # file in the run folder with the record of accepted updates
 Tell = Callable[[str], None]
@@ -102,31 +101,36 @@ def _meet(deployment: Deployment, settings: Settings, run: str, link: Link, tell
     """
     _wait_for(deployment, link, tell)
     held = make_dataset(settings)
+    if held.normalise == "own" and settings.data.normalise is None:
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"normalise": "own"})})
+    described = held.preprocess() if settings.data.normalise == "own" else make_preprocess(settings, held)
+    text = described.text(indent=None)
+    if len(text) > MAX_DESCRIPTION:
+        raise ConfigError(
+            f"data: preprocess.json has {len(text) / 2**20:.1f} MiB, but at most {MAX_DESCRIPTION // 2**20} MiB can be sent to nodes; use "
+            "a smaller data.vocabulary, or columns with fewer levels"
+        )
     try:
         call = Call(
             run=run,
             config=to_toml(settings.model_copy(update={"out": None, "label": None, "log": ()})),
-            task=TaskFacts.of(held.objective),
-            inputs=InputFacts.of(held.spec),
+            preprocess=text,
             deadline_s=deployment.file.deadline_s,
         )
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(f"{first['loc'][0]} cannot be sent to nodes: {first['msg']}") from None
-    present = _introductions(deployment, link.nodes(), link, call, tell)
+    present = _introductions(deployment, link, call, described.objective.shapes()["rows"], tell)
     own = {node for node, who in present.items() if who.own_rows}
     if not own:
         return make_federation(settings, held), call
-    if not isinstance(held.objective, Classification):
-        raise ConfigError(
-            f"{', '.join(sorted(own))} have their own data, which needs classes, but data={held.name} is {held.objective.task}"
-        )
     if own != present.keys():
         others = ", ".join(sorted(present.keys() - own))
         raise ConfigError(
             f"{', '.join(sorted(own))} have their own data, but {others} use the config's; set data in every node.toml or in none"
         )
     counts = {int(i): each for who in present.values() for i, each in who.counts.items()}
+    held = conformed(held, Given(preprocess=described, where="data.preprocess"))
     return Remote(held, counts, settings), call
 
 
@@ -153,16 +157,15 @@ def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
         tell(f"continuing without {', '.join(sorted(missing))}")
 
 
-def _introductions(
-    deployment: Deployment, nodes: Sequence[str], link: Link, call: Call, tell: Tell
-) -> dict[str, Present]:
+def _introductions(deployment: Deployment, link: Link, call: Call, n_groups: int, tell: Tell) -> dict[str, Present]:
+    """Return the nodes' answers to a greeting. `n_groups`: of examples, which they count."""
     hello, file = seal(Hello(call=call), {}), deployment.file
     found: dict[str, Present] = {}
     reasons: list[str] = []
     wait_s = max(file.join_s, file.deadline_s)  # nodes may be busy with a killed run until Flower drops the run
-    for node, answer in link.exchange(dict.fromkeys(nodes, hello), wait_s).items():
+    for node, answer in link.exchange(dict.fromkeys(link.nodes(), hello), wait_s).items():
         try:
-            found[node] = _introduction(deployment, node, answer, call)
+            found[node] = _introduction(deployment, node, answer, n_groups)
         except WireError as error:
             reasons.append(f"{node}: {error}")
             tell(reasons[-1])
@@ -171,27 +174,27 @@ def _introductions(
     return found
 
 
-def _introduction(deployment: Deployment, node: str, answer: bytes | LostNode, call: Call) -> Present:
+def _introduction(deployment: Deployment, node: str, answer: bytes | LostNode, n_groups: int) -> Present:
     if isinstance(answer, LostNode):
         raise WireError(answer.reason)
     clients = deployment.file.nodes[node]
-    header = open_envelope(answer, limits(len(clients), n_counts=3 * len(clients) * len(call.task.names))).header
+    header = open_envelope(answer, limits(len(clients), n_counts=3 * len(clients) * n_groups)).header
     if isinstance(header, NodeFailure):
         raise WireError(header.reason)
     if not isinstance(header, Present):
         raise WireError(f"the answer has an unexpected kind ({header.kind})")
     if header.clients != clients:
         raise WireError(f"it has clients {header.clients[:20]}, but federation.toml has {clients[:20]}")
-    _check_counts(header, call)
+    _check_counts(header, n_groups)
     return header
 
 
-def _check_counts(header: Present, call: Call) -> None:
+def _check_counts(header: Present, n_groups: int) -> None:
     wanted = {str(i) for i in header.clients} if header.own_rows else set()
     if header.counts.keys() != wanted:
         raise WireError("its example counts are not for its own clients")
     for splits in header.counts.values():
-        if splits.keys() != {"train", "valid", "test"} or any(len(c) != len(call.task.names) for c in splits.values()):
+        if splits.keys() != {"train", "valid", "test"} or any(len(c) != n_groups for c in splits.values()):
             raise WireError("its example counts are not given by split and class")
     n_rows = sum(sum(each) for splits in header.counts.values() for each in splits.values())
     if n_rows > MAX_ROWS:

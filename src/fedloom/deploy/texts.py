@@ -21,8 +21,9 @@ FEDERATION = """\
 NODE = """\
 # server: address of the federation. runtime_port: port for this node's own processes, only on 127.0.0.1.
 # clients: numbers of this node's clients, as in the server's federation.toml.
-# data: folder with this device's data: train.parquet and test.parquet, or images in folders named by class; with several clients, a
-#       folder client-<number> for each. Or "config": the examples that the run's config gives these clients (for tests).
+# data: file or folder with this device's data: a table (.csv, .tsv, .parquet; train.csv and test.csv), texts, arrays, or pictures in
+#       folders named by class; with several clients, a file or folder client-<number> for each. Or "config": the examples that the run's
+#       config gives these clients (for tests).
 # folders: with data = "config", the folders and files that a run's config may name (data.path, partition.path). Others are refused.
 # budget: the most that this node spends; a request above a limit is refused. Change the limits as you like.
 #   message_mib: size of a request or an answer. parameters: of a client's nets. steps: of a client in one round.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fedloom.config.settings import Named, Settings, make_method, make_settings
+from fedloom.data.preprocess import Given, Preprocess
 from fedloom.deploy.budget import check_problem, check_settings
 from fedloom.deploy.files import NodeFile, read_file
 from fedloom.deploy.folder import weights_file
@@ -28,14 +29,12 @@ from fedloom.deploy.messages import (
     Assignment,
     Call,
     Hello,
-    InputFacts,
     Letter,
     NodeFailure,
     Present,
     Scored,
     ScoreMessage,
     SentScore,
-    TaskFacts,
     Trained,
     TrainMessage,
     Turned,
@@ -48,13 +47,14 @@ from fedloom.engines.base import Problem, Reply, Score
 from fedloom.engines.local import CohortMember as CohortMember
 from fedloom.engines.sequential import Sequential
 from fedloom.errors import ConfigError, UsageError, WireError
-from fedloom.experiment.build import make_federation, make_problem
+from fedloom.experiment.build import make_dataset, make_federation, make_problem
 from fedloom.method import Downlink
 from fedloom.methods.registry import halves
 from fedloom.tools.error_report import one_line
 from fedloom.tree import merge
 
 log = logging.getLogger("fedloom.node")
+SERVERS = "the server's preprocess.json"
 LONGEST = 300  # maximum number of characters in a reason that is sent to the server
 
 
@@ -154,12 +154,15 @@ class NodeWorker:
         torch.set_default_dtype(torch.float64 if settings.precision == "fp64" else torch.float32)
         torch.set_num_threads(settings.engine.threads)
         method = make_method(settings.method)
+        described = Preprocess.parse(call.preprocess, SERVERS)
+        given = Given(preprocess=described, where=SERVERS, accepts_unknown=True)
         if self._node.data == "config":
-            federation = make_federation(settings)
+            read = given if settings.data.preprocess else None
+            federation = make_federation(settings, make_dataset(settings, read))
         else:
             folder = self._folder / self._node.data
-            federation = read_own(folder, self._node.clients, settings, call)
-        if TaskFacts.of(federation.objective) != call.task or InputFacts.of(federation.spec) != call.inputs:
+            federation = read_own(folder, self._node.clients, settings, given)
+        if (federation.objective, federation.spec) != (described.objective, described.spec):
             raise ConfigError("this node's data differ from the server's in classes or input shape")
         if method.pooled:
             raise ConfigError(

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedloom import accelerator, data, tree
 from fedloom.config.settings import Named, Settings, check_cohort, with_scheme
+from fedloom.data.preprocess import Given, Preprocess
 from fedloom.engines import Engine, Problem, make_engine
 from fedloom.errors import ConfigError, MethodError
 from fedloom.experiment.arrivals import check_min_clients, slowdowns
@@ -50,16 +52,41 @@ def arithmetic(settings: Settings) -> Iterator[None]:
         torch.set_default_dtype(dtype)
 
 
-def make_dataset(settings: Settings) -> data.Dataset:
-    """Return the data set that the settings name."""
+def make_dataset(settings: Settings, given: Given | None = None) -> data.Dataset:
+    """Return the data set that the settings name. `given`: how it is read; default: as `data.preprocess` says, if it is set."""
     d, p = settings.data, settings.partition
+    if d.preprocess is not None and given is None:
+        given = Given(preprocess=Preprocess.read(d.preprocess), where=f"data.preprocess={d.preprocess}")
+    if given is not None and d.classes:
+        raise ConfigError(
+            f"data.classes={','.join(d.classes)}: {given.where} has the order of the classes; remove data.classes"
+        )
+    if given is not None and d.factor:
+        raise ConfigError(
+            f"data.factor={d.factor}: changes the images, so data.preprocess does not fit; remove one of them"
+        )
     keys = {"label", "columns", "drop", "split", "missing", "missing_values", "decimal", "encoding"}
     table = data.TableOptions(**d.model_dump(include=keys), owner=p.column, by=p.by)
     options = d.model_dump(include={"image_size", "rows", "task", "owner", "features", "revision"})
     texts = data.TextOptions(**d.model_dump(include={"text", "tokens", "case", "vocabulary", "min_count", "length"}))
-    pool = data.load(d.name, d.path, table=table, texts=texts, **options)
+    pool = data.load(d.name, d.path, table=table, texts=texts, given=given, **options)
     pool = data.with_classes(pool, d.classes) if d.classes else pool
     return data.with_factor(pool, d.factor, d.factor_clients or FACTOR_CLIENTS) if d.factor else pool
+
+
+def make_preprocess(settings: Settings, dataset: data.Dataset | None = None) -> Preprocess:
+    """Return how raw values become inputs, as a run with these settings writes it.
+
+    Raise ConfigError if each client has its own scaling.
+    """
+    if settings.data.normalise == "own":
+        raise ConfigError(
+            "data.normalise=own: each client computes its own scaling; leave it out here, and set it for the run"
+        )
+    dataset = make_dataset(settings) if dataset is None else dataset
+    train, none = np.arange(dataset.n_train), np.empty(0, np.int64)
+    everything = data.Partition(train=(train,), valid=(none,), test=(none,), common=none, scheme={})
+    return data.Federation(dataset, everything, normalise=settings.data.normalise).preprocess
 
 
 def resolved(settings: Settings, dataset: data.Dataset) -> Settings:

@@ -112,9 +112,10 @@ class OutsideArch(Arch):
     """A recipe for a user's module class, function or instance, which is split into body and head.
 
     A class or function is called only with those arguments that its signature names: `input_shape`, `n_classes` or `n_outputs`,
-    `vocabulary`, `width` and the options. An instance is copied, and its weights are the initial weights of every model. If the requested
-    width differs from the module's own width, the body gets a final linear layer that maps its output to the requested width, and the head
-    is replaced. A module without a linear head stays whole, for methods that do not need a head.
+    `vocabulary` (of tokens), `levels` (of categories), `width` and the options. An instance is copied, and its weights are the initial
+    weights of every model. If the requested width differs from the module's own width, the body gets a final linear layer that maps its
+    output to the requested width, and the head is replaced. A module without a linear head stays whole, for methods that do not need a
+    head.
     """
 
     def model(self) -> nn.Module:
@@ -162,10 +163,12 @@ class OutsideArch(Arch):
         return module
 
     def _arguments(self, signature: inspect.Signature, width: int | None) -> dict[str, object]:
-        tokens, n = self.spec.of("token"), self.n_outputs
+        tokens, categories, n = self.spec.of("token"), self.spec.of("category"), self.n_outputs
         offered = {"input_shape": self.spec.shape, "n_classes": n, "n_outputs": n, "width": width, **dict(self.options)}
         if tokens:
             offered["vocabulary"] = tokens.levels[0]
+        if categories:
+            offered["levels"] = categories.levels
         wanted: dict[str, object] = {key: value for key, value in offered.items() if key in signature.parameters}
         if width is None and "width" in wanted and signature.parameters["width"].default is not inspect.Parameter.empty:
             del wanted["width"]

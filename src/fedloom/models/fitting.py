@@ -48,4 +48,6 @@ def _fitting(spec: InputSpec, objective: Objective) -> str:
     found = [name for name in ZOO if spec.kinds <= KINDS[name] and (spec.is_single or name in BY_SPEC)]
     found = [name for name in found if (name in SEQUENCES) == (objective.task == "language")]
     own = "a model of your own"
+    if not spec.is_single:
+        own += f" whose forward takes {', '.join(field.name for field in spec.fields)}"
     return ", ".join([*found[:MOST_NAMES], f"or {own}"]) if found else own

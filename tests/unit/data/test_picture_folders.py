@@ -11,6 +11,7 @@ from PIL import Image
 
 from fedloom.config.settings import Settings
 from fedloom.data import from_arrays, load, partition
+from fedloom.data.preprocess import Given
 from fedloom.deploy import rows as on_devices
 from fedloom.errors import DataError
 
@@ -272,15 +273,20 @@ def test_pictures_equal_the_same_arrays(write):
 
 
 def test_devices_read_the_same_layouts_and_may_lack_classes(write):
-    settings = Settings()
-    flat = on_devices._read(write("dog/1.png", "cat/2.webp", root="flat"), settings)
-    assert (flat.n_train, flat.n_rows, flat.classes) == (2, 2, ("cat", "dog"))
-    split = on_devices._read(write("training/dog/1.png", "val/cat/2.png", "val/dog/3.png", root="split"), settings)
-    assert (split.n_train, split.n_rows, split.classes) == (1, 3, ("cat", "dog"))
-    csv = "file_name,label\n1.png,emu\n2.png,cat\n"
-    assert on_devices._read(write("1.png", "2.png", root="listed", metadata_csv=csv), settings).classes == (
-        "cat",
-        "emu",
+    server = load("mine", write("cat/1.webp", "dog/2.png", "emu/3.png", root="server"))
+    given, settings = Given(preprocess=server.preprocess(), where="p"), Settings()
+    flat = on_devices._read(write("dog/1.png", "cat/2.webp", root="flat"), settings, given)
+    assert (flat.n_train, flat.n_rows, flat.targets.tolist()) == (2, 2, [0, 1])
+    split = on_devices._read(
+        write("training/dog/1.png", "val/cat/2.png", "val/dog/3.png", root="split"), settings, given
     )
-    with pytest.raises(DataError, match=r"empty has neither train\.parquet nor pictures in folders named by class"):
-        on_devices._read(write(root="empty", notes_txt="none"), settings)
+    assert (split.n_train, split.n_rows, split.targets.tolist()) == (1, 3, [1, 0, 1])
+    assert torch.equal(
+        split.images[:, 0], split.images[:, 2]
+    )  # grey images become colour images, as those of the server
+    csv = "file_name,label\n1.png,emu\n2.png,cat\n"
+    assert on_devices._read(
+        write("1.png", "2.png", root="listed", metadata_csv=csv), settings, given
+    ).targets.tolist() == [2, 0]
+    with pytest.raises(DataError, match=r"empty: has neither train\.parquet nor pictures in folders named by class"):
+        on_devices._read(write(root="empty", notes_md="none"), settings, given)

@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedloom.data import Federation, TableOptions, from_arrays, load, partition
-from fedloom.data.preprocess import Preprocess
+from fedloom.data import Federation, TableOptions, TextOptions, from_arrays, load, partition
+from fedloom.data.preprocess import Given, Preprocess
 from fedloom.data.raw_targets import stored_examples
 from fedloom.errors import DataError
 from fedloom.inputs import named_tensors
@@ -20,6 +20,7 @@ numbers = st.one_of(
 words = st.sampled_from(["nurse", "clerk", "NA", "None", "", "?", "Ünal", 'say "hi"', "a,b", " x "])
 codes = st.sampled_from(["01", "02", "10", "NA", ""])
 truths = st.sampled_from(["yes", "no", "", "?"])
+notes = st.sampled_from(["", "good day", "Good,\nbad", "?", "ÜNAL &amp; 3rd", "a b c d e"])
 
 
 def same(a, b):
@@ -30,15 +31,19 @@ def same(a, b):
         assert torch.equal(a[name], b[name])
 
 
-@given(st.lists(st.tuples(numbers, words, codes, truths), min_size=40, max_size=60))
+@given(st.lists(st.tuples(numbers, words, codes, truths, notes), min_size=40, max_size=60), st.booleans())
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_the_training_file_becomes_the_training_inputs_bit_for_bit(tmp_path, rows):
-    table = pd.DataFrame(rows, columns=["size", "job", "code", "smokes"])
+def test_the_training_file_becomes_the_training_inputs_bit_for_bit(tmp_path, rows, with_text):
+    """Numbers, categories, missing values and texts: in predictions, and in a run with the same preprocess.json."""
+    table = pd.DataFrame(rows, columns=["size", "job", "code", "smokes", "note"])
     table["label"] = ["a", "b"] * (len(rows) // 2) + ["a"] * (len(rows) % 2)
     file = tmp_path / "mine.csv"
     table.to_csv(file, index=False)
+    columns = ("size", "job", "code", "smokes")
+    options = TableOptions(missing="fill", columns=columns if with_text else (), drop=() if with_text else ("note",))
+    texts = TextOptions(text=("note",), min_count=1) if with_text else None
     try:
-        pool = load("mine", file, table=TableOptions(missing="fill"))
+        pool = load("mine", file, table=options, texts=texts)
     except DataError:  # such as a column with one value
         reject()
     data = Federation(pool, partition(pool, 2, scheme="iid", min_examples=2))
@@ -49,6 +54,11 @@ def test_the_training_file_becomes_the_training_inputs_bit_for_bit(tmp_path, row
     stored, targets = stored_examples(preprocess, file)
     same(stored, pool.inputs)
     assert torch.equal(targets, pool.targets)
+    again = load("mine", file, given=Given(preprocess=preprocess, where="p.json"))
+    data = Federation(again, partition(again, 2, scheme="iid", min_examples=2))
+    same(data.rows(np.arange(len(rows)))[0], expected)
+    assert torch.equal(again.targets, pool.targets)
+    assert data.preprocess == preprocess
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import gzip
 import json
 import logging
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +18,7 @@ import fedloom
 from fedloom.config.settings import make_settings
 from fedloom.data import Federation, TableOptions, default_scheme, load, partition
 from fedloom.data.dataset import validated
+from fedloom.data.preprocess import Given
 from fedloom.data.raw_targets import stored_examples
 from fedloom.data.table_files import read_files
 from fedloom.deploy.rows import Remote, read_own
@@ -498,24 +498,14 @@ def test_carriage_returns_alone_are_refused(table):
     assert table("v,label\r\n3,a\r\n1,b\r\n2,a\r\n2,b\r\n").input_shape == (1,)
 
 
-def test_nodes_do_not_read_tables(tmp_path):
-    write(tmp_path / "train.parquet", v=pa.array([3, 1, 2, 2]), label=pa.array([0, 1, 0, 1]))
-    task = SimpleNamespace(names=("0", "1"), task="classification")
-    call = SimpleNamespace(task=task, inputs=[SimpleNamespace(shape=(1,))])
-    with pytest.raises(DataError, match=r"no column of train\.parquet has images; nodes do not read tables yet"):
-        read_own(tmp_path, [0], make_settings({"data": {"name": "mine"}, "clients": 1}), call)
-
-
 def test_nodes_scale_their_own_images_by_themselves(tmp_path, write_parquet, grey):
     """`data.normalise=own` on a node gives the same inputs as the same client has in a simulation."""
     pictures, labels = grey(8, 4), [0, 1] * 4
     write_parquet(tmp_path / "train.parquet", pictures[:6], labels[:6])
     write_parquet(tmp_path / "test.parquet", pictures[6:], labels[6:])
-    call = SimpleNamespace(
-        task=SimpleNamespace(names=("0", "1"), task="classification"), inputs=[SimpleNamespace(shape=(1, 4, 4))]
-    )
+    given = Given(preprocess=load("mine", tmp_path).preprocess(), where="the server's preprocess.json")
     settings = make_settings({"data": {"name": "mine", "normalise": "own"}, "clients": 3})
-    data = read_own(tmp_path, [1], settings, call)
+    data = read_own(tmp_path, [1], settings, given)
     x = np.stack(pictures) / 255
     expected = ((x - x[:6].mean()) / x[:6].std())[:, None].astype(np.float32)
     torch.testing.assert_close(data.train(1)[0], torch.from_numpy(expected[:6]))
@@ -523,7 +513,7 @@ def test_nodes_scale_their_own_images_by_themselves(tmp_path, write_parquet, gre
     server = Remote(replace(data.dataset, n_train=6), {1: {"train": [3, 3], "valid": [0, 0], "test": [1, 1]}}, settings)
     torch.testing.assert_close(server.common()[0], data.test(1)[0])
     with pytest.raises(ConfigError, match="on devices use own, half or none"):
-        read_own(tmp_path, [1], make_settings({"data": {"name": "mine", "normalise": "standard"}, "clients": 3}), call)
+        read_own(tmp_path, [1], make_settings({"data": {"name": "mine", "normalise": "standard"}, "clients": 3}), given)
 
 
 def test_a_column_called_client_names_the_owners(table):

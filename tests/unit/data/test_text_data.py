@@ -151,8 +151,10 @@ def test_rows_without_text_are_refused_or_dropped(reviews):
     ):
         read(reviews)
     assert read(reviews, table=TableOptions(missing="drop")).n_train == 3
-    with pytest.raises(DataError, match=r"data\.columns=client: with data\.text, texts are the only inputs"):
-        read(reviews, table=TableOptions(columns=("client",)))
+    with pytest.raises(
+        DataError, match=r"data\.columns=client: with data\.task=language, the texts are the only inputs"
+    ):
+        read(reviews, task="language", table=TableOptions(columns=("client",)))
 
 
 def test_texts_may_have_numbers_as_targets(tmp_path):
