@@ -31,7 +31,10 @@ def one_hot(labels: Tensor, n_classes: int) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return KL(softmax(targets) || softmax(logits)) of each example in nats: (B,); both (B, Y). No gradient flows through `targets`."""
+    """Return KL(softmax(targets) || softmax(logits)) (B,) of each example in nats.
+
+    Both arguments are logits (B, Y). No gradient flows through `targets`.
+    """
     target = wide(targets).detach().log_softmax(1)
     return (target.exp() * (target - wide(logits).log_softmax(1))).sum(1)
 

@@ -55,7 +55,7 @@ class Architecture(Protocol):
 
     @property
     def common(self) -> Architecture:
-        """The architecture of a model that all clients have in addition to their own (the setting `common_model`); default: this one."""
+        """The architecture of the model that all clients have in addition to their own (`common_model`). Default: this architecture."""
 
     @property
     def has_head(self) -> bool:

@@ -1,4 +1,4 @@
-"""FD: clients learn from the mean predictions of the others, without their own."""
+"""FD: clients learn from the mean predictions of other clients, without their own predictions."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_without_distillation_every_client_trains_alone(experiment):
 
 
 def test_each_of_two_clients_receives_the_means_of_the_other(experiment):
-    """The predictions of the trained model in evaluation mode, by hand; and an uplink has one row per class held."""
+    """Predictions are those of the trained model in evaluation mode, and an uplink has one row for each class of the client."""
     run = experiment(FD(), clients=2, **WHOLE)
     rounds = spied(run)
     run.run()
@@ -54,7 +54,7 @@ def test_each_of_two_clients_receives_the_means_of_the_other(experiment):
 
 
 def test_only_members_of_the_latest_round_are_left_out():
-    """Clients 0, 1 and 2 send; 3 does not. Client 0 alone has class 2."""
+    """Clients 0, 1 and 2 send uplinks; client 3 does not. Only client 0 has class 2."""
     method, server = FD(), {"predictions": torch.ones(3, 3, 3), "counts": torch.ones(3, 3), "clients": torch.arange(3)}
     rows = torch.eye(3)
     ups = [
@@ -75,7 +75,7 @@ def test_only_members_of_the_latest_round_are_left_out():
 
 
 def test_with_certain_targets_the_term_is_the_cross_entropy():
-    """Targets one-hot(y): gamma CE more, for the examples of known classes; and uniform targets by hand."""
+    """Targets one-hot(y) add gamma CE for examples of known classes; the loss with uniform targets is computed by hand."""
     method, choice = FD(gamma=2.0), arch("mlp", (1, 8, 8), 3)
     modules = {"model": choice.model()}
     nets, batch = Nets(modules, **read_weights(modules)), Batch(torch.randn(4, 1, 8, 8), torch.tensor([0, 1, 2, 0]))

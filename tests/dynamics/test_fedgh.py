@@ -25,7 +25,7 @@ def trained(method, uplinks):
 
 
 def test_the_first_step_is_the_gradient_of_the_cross_entropy():
-    """From a head of zeros: lr (onehot - 1 / Y) z'."""
+    """From a head of zeros, the first step is lr (onehot - 1 / Y) z'."""
     z = torch.tensor([[1.0, -2, 0, 3]])
     head = trained(FedGH(server_lr=0.3), [{"prototypes": z, "counts": torch.tensor([0.0, 7, 0])}])
     error = torch.tensor([-1.0, 2, -1]) / 3
@@ -34,7 +34,7 @@ def test_the_first_step_is_the_gradient_of_the_cross_entropy():
 
 
 def test_means_that_are_separable_are_learned():
-    """Two clients with different classes and one in common; the number of examples has no effect."""
+    """Two clients have different classes, and one class in common. The number of examples has no effect."""
     ups = [
         {"prototypes": torch.eye(D)[[0, 1]], "counts": torch.tensor([1.0, 2, 0])},
         {"prototypes": torch.eye(D)[[1, 2]], "counts": torch.tensor([0.0, 9, 1])},
@@ -47,7 +47,7 @@ def test_means_that_are_separable_are_learned():
 
 
 def test_clients_send_the_means_of_the_trained_body_and_no_head(experiment):
-    """Architectures differ; with lr 0, the head stays as it is; it is scored with each client's own body."""
+    """Architectures differ. With lr 0, the head does not change. It is scored with each client's own body."""
     settings = {"models": ["mlp", "resnet8"], "width": 12, "data.rows": 120}
     run = experiment(FedGH(server_lr=0.0), engine="debug+bytes+sequential", **settings)
     rounds, head = spied(run), tree.clone(run.server["weights"])

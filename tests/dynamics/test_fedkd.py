@@ -16,7 +16,7 @@ def _wide(float64):
 
 
 def test_the_rank_is_the_least_that_keeps_the_energy():
-    """diag(2, 1) has energies 0.8 and 0.2; a flat spectrum needs all singular values; zeros need none."""
+    """diag(2, 1) has energies 0.8 and 0.2. A flat spectrum needs all singular values, and a matrix of zeros needs none."""
     matrix = torch.diag(torch.tensor([2.0, 1.0]))
     ranks = {energy: len(factors(matrix, energy)["left"]) for energy in (0.75, 0.8, 0.95, 1.0)}
     assert ranks == {0.75: 1, 0.8: 1, 0.95: 2, 1.0: 2}
@@ -35,7 +35,7 @@ def test_the_fraction_grows_to_its_last_value_over_the_rounds():
 
 
 def test_each_net_learns_from_its_own_loss(experiment):
-    """Gradients by hand: teachers and divisor are constants, and H counts once for each net."""
+    """Gradients computed by hand: teachers and divisor are constants, and the gradient in each net contains H once."""
     run = experiment(FedKD(hidden_weight=0.7), **{"data.rows": 160})
     modules = run.problem.modules(0)
     weights = read_weights(modules)
@@ -74,7 +74,7 @@ def test_without_loss_of_energy_the_mentee_is_the_mean_of_the_trained_ones(exper
 
 @pytest.mark.parametrize("lossy", [False, True])
 def test_every_client_starts_from_the_servers_mentee(experiment, lossy):
-    """Compressed changes reach the members of the last round; all others, and those whose uplink was lost, receive the whole mentee."""
+    """Members of the last round receive compressed changes. Other clients, and those whose uplink was lost, receive the whole mentee."""
     run = experiment(FedKD(), cohort=3, rounds=4, engine="bytes+sequential", **{"data.rows": 160})
     run = losing(run, {2: [1]}) if lossy else run
     rounds, before, aggregate = spied(run), [], run.hooks.aggregate
@@ -116,7 +116,7 @@ def test_after_a_round_that_was_skipped_or_undone_the_whole_mentee_is_sent():
 
 
 def test_an_update_of_low_rank_is_small(experiment):
-    """One step on few examples: the first layer's change has their rank, so an uplink is smaller than the mentee."""
+    """After one step on n examples, the rank of the first layer's change is at most n, so an uplink is smaller than the mentee."""
     run = experiment(FedKD(), clients=2, rounds=1, batch_size=1000, **{"data.rows": 24, "model.hidden": 40})
     rounds = spied(run)
     kinds = run.run()["bytes_by_kind"]

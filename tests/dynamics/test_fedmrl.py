@@ -1,4 +1,4 @@
-"""FedMRL: both heads learn from one nested representation; only the common model travels."""
+"""FedMRL: both heads learn from one nested representation; only the common model is sent."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def _wide(float64):
 
 
 def test_the_loss_by_hand_and_which_weights_learn_from_which_head(experiment):
-    """The common head has no gradient into the projection's outputs beyond its own features."""
+    """The loss of the common head has no gradient in outputs of the projection that this head does not use."""
     run = experiment(FedMRL(small_features=5), **{"data.rows": 160})
     modules = run.problem.modules(0)
     weights = read_weights(modules)
@@ -40,7 +40,7 @@ def test_the_loss_by_hand_and_which_weights_learn_from_which_head(experiment):
 
 
 def test_only_the_common_model_travels_and_the_projection_is_kept(experiment):
-    """By default, it has a quarter of the features of the clients' own models, whose architectures differ."""
+    """By default, the common model has a quarter of the features of the clients' own models, whose architectures differ."""
     settings = {"models": ["mlp", "resnet8"], "width": 16, "common_model": "logistic", "data.rows": 120}
     run = experiment(FedMRL(), engine="debug+bytes+sequential", **settings)
     before = run.problem.modules(0)["projection"].weight

@@ -1,4 +1,4 @@
-"""FedType: conformal sets on known answers, both losses by hand, and the limits without transfer."""
+"""FedType: known conformal sets, both losses computed by hand, and the limits without transfer."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,7 +36,7 @@ class Fixed:
 
 
 def test_a_set_ends_at_the_threshold_and_its_last_class_is_random():
-    """Probabilities 0.6, 0.3, 0.1; penalties 0, 0.1, 0.2 in total: sums 0.6, 1.0, 1.2. At 0.8, class 2 is in with probability 1/3."""
+    """Probabilities 0.6, 0.3, 0.1; penalties 0, 0.1, 0.2 in total: sums 0.6, 1.0, 1.2. At 0.8, class 2 is in with chance 1/3."""
     method = FedType(free_ranks=1, proxy_penalty=0.1, temperature=1.0)
     logits = torch.tensor([0.1, 0.6, 0.3]).log().expand(4, 3)
     thresholds = method.thresholds("model", 3)
@@ -52,10 +52,10 @@ def test_a_set_ends_at_the_threshold_and_its_last_class_is_random():
 
 
 def test_sets_cover_the_classes_of_the_calibration_examples():
-    """The expected fraction of examples with their class in the set is 1 - alpha, unless a set needs its first class."""
+    """The expected fraction of examples whose class is in the set is 1 - alpha, except for sets that contain only their first class."""
     method, generator = FedType(alpha=0.25, free_ranks=2, proxy_penalty=0.05), torch.Generator().manual_seed(0)
     logits = torch.randn(600, 6, generator=generator)
-    y = torch.multinomial((logits * 0.5).softmax(1), 1, generator=generator)[:, 0]  # the model is too certain
+    y = torch.multinomial((logits * 0.5).softmax(1), 1, generator=generator)[:, 0]  # the model is overconfident
     total = {"model": torch.zeros(GRID), "personal": torch.zeros(GRID)}
     for part in (slice(0, 200), slice(200, 600)):
         total = method.calibrate(Fixed(), Batch(logits[part], y[part]), total, {}, {})

@@ -1,4 +1,4 @@
-"""FML: the private and the common model teach each other; and the architecture that clients have in common."""
+"""FML: mutual teaching of the private and the common model, and the architecture that clients have in common."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -35,7 +35,7 @@ def test_without_distillation_the_common_model_is_fedavgs_bit_for_bit(experiment
 
 
 def test_both_models_step_on_outputs_from_before_the_step(experiment):
-    """Two rounds of one step by hand: each loss has a gradient into its own model only."""
+    """Two rounds of one step, computed by hand: each loss has a gradient only in its own model."""
     alpha, beta, lr = 0.3, 0.6, 0.2
     run = experiment(FML(alpha=alpha, beta=beta, lr=lr), clients=2, **WHOLE)
     rounds = spied(run)

@@ -383,8 +383,8 @@ class Settings(Section):
     models: tuple[str, ...] = ()
     """Several architectures instead of `model`, which are assigned to the clients in turn."""
     common_model: Named = Named(name="")
-    """Architecture of the model that clients exchange in addition to their own, with fml, fedkd, fedtype and fedmrl.
-    Its options are `common_model.KEY`, as for `model`. Default: the same as the clients' own."""
+    """Architecture of the model that clients exchange in addition to their own model, for fml, fedkd, fedtype and fedmrl. Its options are
+    `common_model.KEY`, as for `model`. Default: the clients' own architecture."""
     width: Count | None = None
     """Number of features that each model body returns. Default: determined by the architecture."""
     same_init: bool = True

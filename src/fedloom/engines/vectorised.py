@@ -74,11 +74,12 @@ class Vectorised(Sequential):
             yield from self._group_turns(number, group)
 
     def _groups(self, number: int, members: Sequence[CohortMember]) -> list[list[CohortMember]]:
-        """Group clients of one architecture with the same phases, messages of the same form and similar numbers of examples, up to the
-        number of lanes.
+        """Return groups of clients, each with at most as many clients as there are lanes.
+
+        Clients of a group have the same architecture, the same phases, messages of the same form and similar numbers of examples.
         """
         alike: dict[tuple[int, tuple[str, ...], object], list[CohortMember]] = {}
-        messages = {id(member.message): member.message for member in members}  # often one for all
+        messages = {id(member.message): member.message for member in members}  # often one message for all clients
         forms = {key: tuple(tree.structure(message).items()) for key, message in messages.items()}
         p, phases = self.problem, self.problem.method.phases()
         for member in sorted(members, key=lambda member: (-p.data.n_train(member.client), member.slot)):

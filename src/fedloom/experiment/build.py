@@ -265,7 +265,7 @@ def _check_needs(name: str, problem: Problem) -> None:
 
 
 def every_arch(problem: Problem) -> tuple[Architecture, ...]:
-    """Return the clients' architectures and, if the method needs it, the one that they have in common."""
+    """Return the clients' architectures and, if the method needs it, the architecture that they have in common."""
     common = tuple(choice.common for choice in problem.archs[:1]) if "common_model" in problem.method.needed else ()
     return (*problem.archs, *common)
 

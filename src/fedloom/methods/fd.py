@@ -1,4 +1,4 @@
-"""FD: clients exchange their mean predictions for each class, and learn from those of the others."""
+"""FD: clients exchange their mean predictions for each class, and learn from the predictions of other clients."""
 
 from __future__ import annotations
 
@@ -39,18 +39,19 @@ class FD(Method):
     """FD (Jeong et al., 2018): federated distillation, for models of any architectures.
 
     For each of its classes y, a client sends F_y, the mean of its predicted probabilities (Y,) over its examples of the class. It receives
-    the mean of the *other* clients' F_y, and adds gamma * CE(mean F_y, p) to the cross-entropy of an example of class y with predicted
-    probabilities p.
+    the mean of the *other* clients' F_y. For an example of class y with predicted probabilities p, it adds gamma * CE(mean F_y, p) to the
+    cross-entropy.
 
-    Sent: predictions and counts of examples up (the server uses only which counts are 0); mean predictions and the number of clients
-    behind each down. Kept: the whole model, which is scored. There is no server model.
+    Sent: The uplink contains mean predictions F_y and the number of examples per class (the server only checks which numbers are 0). The
+    downlink contains mean predictions, and the number of clients in each mean. Kept: Each client keeps its whole model, which is scored.
+    There is no server model.
 
-    Choices: means are taken over the clients of the latest round, so a class that none of them holds adds no term. A member of that round
-    receives the mean without its own F_y; all others receive the whole mean. F_y is computed after training, in evaluation mode; the paper
-    averages over the training steps. The data augmentation of the same paper (FAug) is not included.
+    Means include the clients of the latest round, so a class without examples on these clients adds no term. A member of that round
+    receives the mean without its own F_y; other clients receive the mean over all members. F_y is computed after training, in evaluation
+    mode; in the paper, it is a mean over the training steps. The data augmentation of the same paper (FAug) is not implemented.
 
-    Difference from the code in HtFLlib and PFLlib: these average raw logits, use them as probabilities in the cross-entropy, which then has
-    no lower bound, and do not leave out the client's own.
+    Differences from the code in HtFLlib and PFLlib: these libraries average logits and use them as probabilities in the cross-entropy,
+    which then has no lower bound. Their means include the client's own logits.
     """
 
     gamma: NonNegative = 1.0
@@ -72,12 +73,15 @@ class FD(Method):
         return {"means": feature_statistics.no_sums(task.n_classes, task.n_classes)}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return room for the uplinks of one round: predictions (M, Y, Y), counts (M, Y), and the clients' numbers (M,), -1 for none."""
+        """Return empty tensors for the uplinks of one round: predictions (M, Y, Y), counts (M, Y), and the clients' numbers (M,).
+
+        M is the largest cohort. A slot without an uplink has the client number -1.
+        """
         m, y = task.max_cohort, task.n_classes
         return {"predictions": torch.zeros(m, y, y), "counts": torch.zeros(m, y), "clients": torch.full((m,), -1)}
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return the mean predictions, for each member without its own."""
+        """Return mean predictions for each member of the cohort, without its own predictions."""
         if not cohort:
             return Downlink(self.mean_without(server, -1))
         return Downlink(each=[self.mean_without(server, client) for client in cohort])
@@ -90,11 +94,14 @@ class FD(Method):
         return {"predictions": sums / counts.clamp(min=1)[:, None], "counts": counts}
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the training, then a sweep that collects the trained model's predictions."""
+        """Return the training phase, and a sweep that collects the trained model's predictions."""
         return *super().phases(), Sweep("means", self.collect)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the cross-entropy plus gamma times that with the others' predictions, 0 for examples of a class without any."""
+        """Return the cross-entropy plus gamma times the cross-entropy with the other clients' mean predictions.
+
+        The second term is 0 for examples of a class without predictions.
+        """
         logits, known = nets.model(batch.x), down["counts"][batch.y] > 0
         target: Tensor = down["predictions"][batch.y]
         distance = -(target * losses.wide(logits).log_softmax(1)).sum(1)
@@ -106,7 +113,7 @@ class FD(Method):
         return feature_statistics.add_sums(total, losses.wide(nets.model(batch.x)).softmax(1), batch.y)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return the mean predictions of the client's classes (C_k, Y), in the order of the classes, and all counts (Y,)."""
+        """Return the mean predictions (C_k, Y) of the client's classes, in the order of the classes, and the counts (Y,) of all classes."""
         found, dtype = client.memory["means"], down["predictions"].dtype
         predictions = feature_statistics.held_means(found, dtype)
         return {"predictions": predictions, "counts": found["counts"].to(dtype)}, client.memory
@@ -116,14 +123,14 @@ class FD(Method):
         return {"predictions": int((uplink["counts"] > 0).sum())}
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault of the counts, or one if a prediction is not a probability."""
+        """Return a message if a prediction is not a probability or a count is impossible, and an empty string otherwise."""
         predictions: Tensor = uplink["predictions"]
         outside = bool(((predictions < 0) | (predictions > 1.001)).any())  # 1 may have been rounded
         fault = "'predictions' has a number that is not a probability" if outside else ""
         return fault or feature_statistics.count_fault(uplink["counts"], class_counts)
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the uplinks of this round instead of those of the last one."""
+        """Return the uplinks of this round, which replace those of the previous round."""
         predictions, counts, clients = (torch.zeros_like(server[key]) for key in ("predictions", "counts", "clients"))
         clients -= 1
         for slot, (uplink, arrival) in enumerate(zip(uplinks, round.arrivals, strict=True)):
@@ -132,5 +139,5 @@ class FD(Method):
         return {"predictions": predictions, "counts": counts, "clients": clients}
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the client's own model; there is no server model."""
+        """Return the client's model as its predictor. There is no server model."""
         return {"personal": predict_model}

@@ -31,21 +31,22 @@ def no_sums(n_classes: int, width: int) -> Tree:
 
 
 def add_sums(found: Tree, vectors: Tensor, labels: Tensor) -> Tree:
-    """Add the vectors (B, p) of examples with these labels (B,) to the counts and sums."""
+    """Return the counts and sums after adding the vectors (B, p) of examples with these labels (B,)."""
     member = losses.one_hot(labels, len(found["counts"])).double()
     return {"counts": found["counts"] + member.sum(0), "sums": found["sums"] + member.T @ vectors.double()}
 
 
 def held_means(found: Tree, dtype: torch.dtype) -> Tensor:
-    """Return the mean vectors of the classes that have examples (C_k, p), in the order of the classes."""
+    """Return the mean vectors (C_k, p) of the classes that have examples, in the order of the classes."""
     held = found["counts"] > 0
     means: Tensor = found["sums"][held] / found["counts"][held, None]
     return means.to(dtype)
 
 
 def count_fault(counts: Tensor, class_counts: Tensor | None) -> str:
-    """Return why a client's numbers of examples (Y,) are impossible, or "": one is negative, not whole, or above the number in
-    `class_counts`, if that is known.
+    """Return a message if a client's numbers of examples (Y,) are impossible, and an empty string otherwise.
+
+    A number is impossible if it is negative, is not an integer, or exceeds that in `class_counts` (None: not known).
     """
     if bool(((counts < 0) | (counts != counts.round())).any()):
         return "'counts' has a number that is negative or not an integer"

@@ -1,4 +1,4 @@
-"""FedKD: a private mentor and a common mentee teach each other; the mentee's updates travel as truncated SVDs, both ways."""
+"""FedKD: a private mentor and a common mentee teach each other. Changes of the mentee are sent as truncated SVDs in both directions."""
 
 from __future__ import annotations
 
@@ -34,41 +34,43 @@ from fedloom.nets import Nets, without_negative_variances
 from fedloom.ranges import NonNegative, Share
 from fedloom.tree import Tree, Weights
 
-LEAST = 1e-6  # the sum of cross-entropies that divides the distillation terms is at least this
+LEAST = 1e-6  # minimum of the sum of cross-entropies by which the distillation terms are divided
 
 
 @dataclass(frozen=True)
 class FedKD(Method):
     """FedKD (Wu et al., Nature Communications 2022): federated learning with knowledge distillation and compressed updates.
 
-    Sent: the change of the common mentee `model` (architecture `common_model`), compressed, both ways. Kept: the private mentor `personal`,
-    of the client's own architecture, which is scored; `map`, a linear map from the mentee's features to the mentor's; and the last mentee
-    received. `server_accuracy` scores the mentee. With cross-entropies C_s and C_t of mentee and mentor, predicted probabilities p and
-    features z, every step minimises
+    Sent: Compressed changes of the common mentee `model`, whose architecture is `common_model`, are sent in both directions. Kept: Each
+    client keeps its private mentor `personal`, which has the client's own architecture, `map`, a linear map from the mentee's features to
+    the mentor's features, and the mentee that it received last. Clients are scored with the mentor; `server_accuracy` scores the mentee.
+
+    With the cross-entropies C_s and C_t of mentee and mentor, predicted probabilities p and features z, every step minimises
 
         C_t + (KL(p_s || p_t) + H) / (C_t + C_s)   over the mentor,
         C_s + (KL(p_t || p_s) + H) / (C_t + C_s)   over the mentee,   H = mean (z_t - map(z_s))^2.
 
-    The first argument of each KL divergence and the divisor are constants, so the distillation is weak while the models are wrong.
+    The first argument of each KL divergence and the divisor are constants. The divisor makes the distillation weak while the models have
+    large errors.
 
-    Compression: with singular values s of a matrix of changes (of a convolution: one row per output channel), only the first r singular
-    vectors are sent, with the least r for which sum_{i <= r} s_i^2 >= T sum s_i^2: r (rows + columns) numbers. T grows linearly over the
-    rounds. Vectors and running statistics are sent whole. The server adds up the clients' changes, compresses their mean with the same T,
-    adds the result to its mentee, and sends it. A client needs the mentee of the round before to add it to: one that was not in that round
-    receives the whole mentee.
+    A matrix of changes with singular values s (for a convolution, with one row per output channel) is compressed to its first r singular
+    vectors, which are r (rows + columns) numbers. r is the smallest number with sum_{i <= r} s_i^2 >= T sum s_i^2. T grows linearly over
+    the rounds. Vectors and running statistics are not compressed. The server compresses the mean of the clients' changes with the same T,
+    adds the result to its mentee, and sends the compressed mean. To use it, a client needs the mentee of the previous round. A client
+    that was not in the previous round receives the whole mentee.
 
-    Differences from the released code: ranks are the least that reach T (there, a matrix that needs all singular values becomes 0); H is
-    taken over the last features only (there, also over hidden layers and attention maps of a transformer); no gradient flows through
-    teachers and divisor; the KL divergence is a mean over examples, not over examples and classes. HtFLlib and PFLlib compress the weights,
-    not their changes.
+    Differences from the released code: r is the smallest rank that reaches T; in the released code, a matrix that needs all singular
+    values becomes 0. H compares only the last features; in the released code, it also compares hidden layers and attention maps of a
+    transformer. No gradient flows through teachers and divisor. The KL divergence is a mean over examples, not over examples and classes.
+    HtFLlib and PFLlib compress the weights, not their changes.
     """
 
     energy_start: Share = 0.95
-    """Fraction T of the squared singular values that is sent, at the start."""
+    """Initial fraction T of the sum of squared singular values that is sent."""
     energy_end: Share = 0.98
-    """The same in the last round; 1: nothing is lost."""
+    """Fraction T in the last round. With 1, compression loses nothing."""
     hidden_weight: NonNegative = 1.0
-    """Weight of H; 0: mentor and mentee teach each other by their predictions only."""
+    """Weight of H. With 0, mentor and mentee teach each other only by their predictions."""
 
     equal_shares: ClassVar[bool] = True
     uses_rounds: ClassVar[bool] = True
@@ -85,7 +87,7 @@ class FedKD(Method):
     # initial state
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return mentee, mentor, and the map between their features."""
+        """Return the mentee, the mentor, and the map between their features."""
         between = nn.Linear(arch.common.features, arch.features, bias=False)
         return {"model": arch.common.model(), "personal": arch.model(), "map": between}
 
@@ -94,8 +96,9 @@ class FedKD(Method):
         return {"mentee": self.travelling(weights)}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the mentee; the mean change of the last aggregation, its round, and its clients (K,), which have the mentee before it; and
-        the number of rounds.
+        """Return the server's state: the mentee, facts about the last aggregation, and the number of rounds.
+
+        The facts are the mean change, the round, and `holders` (K,), which marks the clients that have the mentee before this change.
         """
         mentee = self.travelling(weights)
         return {
@@ -109,10 +112,10 @@ class FedKD(Method):
     # messages
 
     def downlink(self, server: Tree, cohort: Sequence[int], round: Round) -> Downlink:
-        """Return the compressed change for clients with the mentee before it, and the whole mentee for all others."""
+        """Return the compressed change for clients that have the mentee before it, and the whole mentee for other clients."""
         whole = {"weights": server["weights"], "update": {"params": {}, "buffers": {}}}
         latest = int(server["number"])
-        if latest + 1 != round.number or latest < 0:  # the last round was skipped, or undone
+        if latest + 1 != round.number or latest < 0:  # the previous round was skipped or undone
             return Downlink(whole)
         change = compressed(server["change"], self.energy(latest, int(server["rounds"])))
         change["weights"] = {"params": {}, "buffers": {}}
@@ -125,14 +128,14 @@ class FedKD(Method):
         return Downlink({"weights": server["weights"]})
 
     def receive(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
-        """Return the client's weights with the received mentee, or with its last mentee plus the received change."""
+        """Return the client's weights with the received mentee, or with its previous mentee plus the received change."""
         if down.get("weights", {}).get("params"):
             return super().receive(weights, down, memory)
         mentee = changed(memory["mentee"], restored(down["update"], memory["mentee"]))
         return tree.merge(weights, mentee)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return the compressed change of the mentee; keep the mentee received."""
+        """Return the compressed change of the mentee as the uplink, and keep the received mentee."""
         before = self.travelling(received)
         change = tree.sub(self.travelling(client.weights), before)
         return compressed(change, self.energy(turn.number, turn.last + 1)), {"mentee": before}
@@ -146,14 +149,17 @@ class FedKD(Method):
         return {f"update/params/{name}/{side}": rank for name, rank in ranks for side in ("left", "right")}
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault if a factor has more rows than its matrix."""
+        """Return a message if a factor has more rows than its matrix has rows or columns.
+
+        Return an empty string otherwise.
+        """
         for name, sent in uplink["update"]["params"].items():
             if isinstance(sent, dict) and len(sent["left"]) > min(sent["left"].shape[1], sent["right"].shape[1]):
                 return f"'update/params/{name}' has more singular vectors than the matrix has rows or columns"
         return ""
 
     def energy(self, number: int, rounds: int) -> float:
-        """Return T in a round: it grows from the first to the last of `rounds`."""
+        """Return T in round `number` (from 0). T is `energy_end` in the last of `rounds` rounds."""
         return self.energy_start + (self.energy_end - self.energy_start) * (number + 1) / rounds
 
     # training
@@ -164,7 +170,10 @@ class FedKD(Method):
         return (Train("train", self.loss, nets, self.local_optimizer(), epochs=self.local_epochs),)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the sum of the losses of mentor and mentee; H counts once, because each of the two has its gradient into its own net."""
+        """Return the sum of the losses of mentor and mentee.
+
+        The sum contains H once, because its gradient in each net is that of the net's own loss.
+        """
         small, large = nets.model.body(batch.x), nets.personal.body(batch.x)
         mentee, mentor = nets.model.head(small), nets.personal.head(large)
         first, second = nets.loss(mentor, batch.y), nets.loss(mentee, batch.y)
@@ -191,7 +200,10 @@ class FedKD(Method):
 
 
 def compressed(change: Weights, energy: float) -> Tree:
-    """Return `update`: every matrix of the change as two factors, other tensors as they are; and `ranks`, those of the matrices (L,)."""
+    """Return `update`, in which each matrix of the change is replaced by two factors, and `ranks`, the ranks (L,) of the matrices.
+
+    Other tensors are not changed.
+    """
     params: dict[str, Any] = {}
     for name, value in change["params"].items():
         params[name] = factors(value.flatten(1), energy) if is_matrix(value) else value
@@ -200,7 +212,7 @@ def compressed(change: Weights, energy: float) -> Tree:
 
 
 def restored(update: Tree, like: Weights) -> Weights:
-    """Return the change that `compressed` made smaller, with the shapes of `like`."""
+    """Return the change in an `update` of `compressed`, with the shapes of `like`."""
 
     def whole(sent: Any, shape: torch.Size) -> Tensor:
         value: Tensor = (sent["left"].T @ sent["right"]).view(shape) if isinstance(sent, dict) else sent
@@ -211,14 +223,15 @@ def restored(update: Tree, like: Weights) -> Weights:
 
 
 def is_matrix(value: Tensor) -> bool:
-    """Return whether a tensor is sent as two factors: it has several rows and several columns."""
+    """Return whether a tensor is sent as two factors, which is so if it has several rows and several columns."""
     return value.ndim > 1 and len(value) > 1 and value[0].numel() > 1
 
 
 def factors(matrix: Tensor, energy: float) -> dict[str, Tensor]:
     """Return factors of a matrix (m, n) that keep a fraction `energy` of its squared singular values: `left` (r, m) and `right` (r, n).
 
-    Both have the roots of the singular values, so the matrix is left.T @ right. A matrix that is not finite has factors that are not.
+    The matrix is left.T @ right. Both factors are scaled by the square roots of the singular values. If the matrix contains numbers that
+    are not finite, the factors are NaN.
     """
     if not bool(matrix.isfinite().all()):
         return {

@@ -1,4 +1,4 @@
-"""FedMRL: a small common model and a private one share a nested representation."""
+"""FedMRL: a small common model and a private model share a nested representation."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from fedloom.tree import Tree
 class FedMRL(Method):
     """FedMRL (Yi et al., NeurIPS 2024): model-heterogeneous federated learning with Matryoshka representations.
 
-    Sent: the common model `model`, both ways, of the architecture `common_model` with d features. Kept: the private model `personal`, of
-    the client's own architecture with D features, and `projection`, a linear map from d + D features to D. With z_s and z the features of
-    the two bodies, r = projection([z_s, z]) goes to the private head, and its first d numbers to the common head. The sum of both
-    cross-entropies trains all three nets. A client predicts with the private head. There is no server model: the common head has only
-    seen numbers that a private projection made.
+    Sent: The common model `model` is sent in both directions. It has the architecture `common_model` with d features. Kept: Each client
+    keeps its private model `personal`, which has the client's own architecture with D features, and `projection`, a linear map from d + D
+    features to D features.
 
-    Differences: common models are averaged by examples. As released, all uploads in the authors' code are one object, so the mean is the
-    last client's model. The code in HtFLlib does not keep the trained projection.
+    With z_s and z the features of the common and the private body, the representation is r = projection([z_s, z]). The private head uses
+    r, and the common head uses its first d numbers. The sum of both losses trains all three nets. A client predicts with the private head.
+    There is no server model, because the common head is trained only on the outputs of private projections.
+
+    Differences from the released code: common models are averaged, weighted by numbers of examples. In the authors' code, all uploads are
+    the same object, so the mean is the last client's model. The code in HtFLlib does not keep the trained projection.
     """
 
     small_features: Whole = 0
-    """Features d of the common model, at most those of each client's own model; 0: a quarter of these (HtFLlib: 128 of 512)."""
+    """Number d of features of the common model, which must not exceed that of any private model. With 0, it is a quarter of the number of
+    features of the first architecture (HtFLlib: 128 of 512)."""
 
     accepts_late: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("vector", "head", "common_model")
@@ -43,7 +46,7 @@ class FedMRL(Method):
     )
 
     def nets(self, arch: Architecture, task: Task) -> dict[str, nn.Module]:
-        """Return the common model, the private one, and the projection."""
+        """Return the common model, the private model and the projection. Raise ConfigError if d is larger than D."""
         small, width = self.small_features or max(task.width // 4, 1), arch.features
         if small > width:
             raise ConfigError(
@@ -58,7 +61,7 @@ class FedMRL(Method):
         return (Train("train", self.loss, nets, optimizer, epochs=self.local_epochs),)
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> tuple[Tensor, Logs]:
-        """Return the sum of the losses of the private head and of the common one."""
+        """Return the sum of the losses of the private head and of the common head."""
         r, n_small = self.representation(nets, batch.x)
         own = nets.loss(nets.personal.head(r), batch.y)
         common = nets.loss(nets.model.head(r[:, :n_small]), batch.y)
@@ -71,10 +74,10 @@ class FedMRL(Method):
         return r, small.shape[1]
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the private head on the nested representation; there is no server model."""
+        """Return the predictor of a client, which uses the private head on r. There is no server model."""
         return {"personal": self.predict}
 
     def predict(self, nets: Nets, x: Any, down: Tree, memory: Tree) -> Tensor:
-        """Return the outputs of the private head."""
+        """Return the outputs of the private head, such as logits (B, Y)."""
         outputs: Tensor = nets.personal.head(self.representation(nets, x)[0])
         return outputs

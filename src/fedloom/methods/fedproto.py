@@ -37,7 +37,7 @@ from fedloom.tree import Tree, Weights
 
 
 def body_and_head(arch: Architecture, task: Task) -> dict[str, nn.Module]:
-    """Return an architecture's body and head. Raise ConfigError if its number of features is not that of the first architecture."""
+    """Return an architecture's body and head. Raise ConfigError if its number of features differs from that of the first architecture."""
     if arch.features != task.width:
         raise ConfigError(
             f"models: {arch.name} has {arch.features} features, but another architecture has {task.width}; "

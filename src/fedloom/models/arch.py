@@ -48,7 +48,7 @@ class Arch:
         width: the requested common feature width; None means the architecture's own width.
         options: sorted pairs (name, value), which are hashable, so that recipes can be compared and clients can be grouped by them.
         base: pretrained weights and low-rank adapters of the body.
-        other: the recipe for the model that all clients have in common, if it differs from this one.
+        other: the recipe for the model that all clients have in common, if it differs from this recipe.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Arch:
 
     @property
     def common(self) -> Arch:
-        """The recipe for the model that all clients have in common; default: this one."""
+        """The recipe for the model that all clients have in common. Default: this recipe."""
         return self.other or self
 
     def model(self) -> nn.Module:

@@ -28,7 +28,7 @@ KEYS = {
     "downlink": "downlink_bytes",
     "time": "seconds",
 }  # columns without a unit in the header
-COUNTS = ("examples", "uplink_bytes", "downlink_bytes")  # columns of the table of clients that hold whole numbers
+COUNTS = ("examples", "uplink_bytes", "downlink_bytes")  # integer columns of the table of clients
 PREAMBLE = """\
 % The rules are those of booktabs, if the document uses it.
 \\providecommand{\\toprule}{\\hline}\\providecommand{\\midrule}{\\hline}\\providecommand{\\bottomrule}{\\hline}

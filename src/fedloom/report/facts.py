@@ -71,7 +71,7 @@ def partition_words(record: RunRecord) -> str:
 
 
 def owners(record: RunRecord) -> list[str]:
-    """Return the names of the clients' owners, in the order of the clients; an empty list if they have no names."""
+    """Return the names of the clients' owners, in the order of the clients, or an empty list if they have no names."""
     found = record.partition.get("clients")
     return [shown(name) for name in found] if isinstance(found, list) else []
 

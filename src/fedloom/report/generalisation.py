@@ -73,7 +73,7 @@ def _scores(primary: Primary, digits: int) -> list[Column]:
 
 
 def _held(record: RunRecord, primary: Primary) -> float | None:
-    """Return the score on the classes that clients hold, or None if every client holds all classes."""
+    """Return the score on the classes that clients have, or None if every client has all classes."""
     measure = primary.measure("general")
     return None if headline(record, measure, "not_held") is None else headline(record, measure, "held")
 

@@ -189,7 +189,7 @@ def _detail(record: RunRecord) -> Detail:
 
 
 def _repeats(record: RunRecord, place: tuple[str, str]) -> bool:
-    """Return whether the score over trained clients only equals that over all clients."""
+    """Return whether this is the score over trained clients, and it equals the score over all clients."""
     same = headline(record, record.primary.measure(*place)) == headline(record, record.primary.measure("personal"))
     return place == ("personal", "trained") and same
 

@@ -16,7 +16,7 @@ from fedloom.report.waiting import Waiting
 
 PIXELS = 112  # pixels per inch of a figure, with which two figures fit next to each other
 MOST_PARTITIONS = 6
-MOST_NAMES = 30  # of clients
+MOST_NAMES = 30  # maximum number of clients whose names are shown
 
 
 class Plot(NamedTuple):
@@ -156,7 +156,7 @@ def _partitions(records: Sequence[RunRecord]) -> tuple[list[Noted], str]:
 
 
 def _owners(record: RunRecord) -> str:
-    """Return the names of the clients, if they have names and there are at most `MOST_NAMES`."""
+    """Return a line with the names of the clients, or "" if they have no names or there are more than `MOST_NAMES`."""
     names = owners(record)
     if not 0 < len(names) <= MOST_NAMES:
         return ""

@@ -205,7 +205,7 @@ def _task_from(facts: Mapping[str, Any]) -> Task:
 
 def _modules(settings: Settings, method: Method, task: Task, place: int, x: Inputs) -> Any:
     example = map_inputs(lambda v: v[torch.arange(2) % len(v)], x)
-    models = settings.models[place : place + 1]  # the others would count as memory
+    models = settings.models[place : place + 1]  # only this one, because other models would add to the measured memory
     one = settings.model_copy(update={"models": models})
     recipe = make_archs(one, task.spec, task.objective, example)[0]
     return fresh_modules(lambda: method.nets(recipe, task), Stream(settings.seed, "init"))
