@@ -140,11 +140,15 @@ VARIANTS = {
     "fedrir, off": ("fedrir", {"method.mcsl": "off", "method.buffers": "shared", "model": "fedrir_cnn", "width": 16}),
     "fedrir, masked pixels": ("fedrir", MASKED),
     "own starts": ("fedper", {"same_init": False}),
+    "apfl, learned": ("apfl", {"method.alpha_lr": 0.5}),
+    "per_fedavg, hf": ("per_fedavg", {"method.variant": "hf", "batch_size": 8}),
+    "fedamp, cosine": ("fedamp", {"method.attention": "cosine"}),
+    "fedfomo, valid": ("fedfomo", {"eval": {"valid": 0.2}}),
     "scores": ("fedper", {"eval": {"fitted": True, "valid": 0.2, "clients": 3, "general_every": 1}}),
 }
 
 
-ELSEWHERE = ("fedvtc, architectures", "fedvtc, at the end", "fedrir, off", "own starts", "scores")
+ELSEWHERE = ("fedvtc, architectures", "fedvtc, at the end", "fedrir, off", "own starts", "scores", "fedfomo, valid")
 """Variants that change the code that a worker process runs. All other variants change only numbers."""
 
 

@@ -79,7 +79,10 @@ def test_without_the_pull_clients_train_alone(experiment):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lr": 0.1, "alpha": 0.05}, r"alpha=0\.05: the pull diverges, because lr mu / alpha = 2 is not below 2"),
+        (
+            {"lr": 0.1, "mu": 1.0, "alpha": 0.05},
+            r"alpha=0\.05: the pull diverges, because lr mu / alpha = 2 is not below 2",
+        ),
         ({"own_share": 0.5}, r"own_share=0\.5: has no effect with attention=distance"),
     ],
 )

@@ -54,7 +54,7 @@ class QuadraticPFedMe(Quadratic, PFedMe):
 
     def loss(self, nets, batch, down, memory):
         theta = nets.with_params(nets.renamed("personal", "model"))
-        return self.error(theta, batch) + self.distance(nets, batch, down, memory)
+        return self.error(theta, batch) + super().loss(_Zero(nets), batch, down, memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +66,12 @@ class _Zero:
     """Nets whose logits give a constant cross-entropy."""
 
     def __init__(self, nets) -> None:
-        self.params, self.loss = nets.params, nets.loss
+        self.params, self.loss, self.renamed = nets.params, nets.loss, nets.renamed
 
     def model(self, x):
         return torch.zeros(len(x), 2)
+
+    personal = model
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class FedAMP(KeptModels):
     sent; running statistics stay with the client. The pull is the gradient of a squared distance, as in the paper, unlike in public code.
     """
 
-    mu: NonNegative = 1.0
+    mu: NonNegative = 0.1
     """Weight of the pull towards u_i (the paper's lambda). With 0, every client trains alone."""
     alpha: Positive = 1.0
     """Step size of the server. A large value makes the pull weak and the mixing strong. lr mu / alpha must be below 2."""
