@@ -1,4 +1,4 @@
-"""Small problems with known answers: two clients with quadratic losses, and uplinks of one vector.
+"""Small problems with known results: two clients with quadratic losses, and uplinks of one vector.
 
 Client i minimises 1/2 sum_d a_id (w_d - b_id)^2 by E steps of size eta: w -> b_i + (1 - eta a_i)^E (w - b_i).
 """

@@ -36,7 +36,7 @@ QUICK_SERVER = {
     "fedgen": {"method.server_steps": 3, "method.n_synthetic": 8},
     "ccvr": {"method.calibration_epochs": 1, "method.virtual_features": 10, "width": 8},
 }
-"""Short training on the server, long enough to compare two runs, and steps in every round."""
+"""Options for short runs: the server trains long enough to compare two runs, and takes steps in every round."""
 
 
 WEAK = {"method.moment_weight": 1e-3}

@@ -40,7 +40,7 @@ def kl_divergence(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def without_true(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the logits (B, Y) with `ABSENT` as the logit of each example's true class; labels (B,)."""
+    """Return the logits (B, Y) with `ABSENT` as the logit of each example's true class. `labels` has shape (B,)."""
     true = labels[:, None] == torch.arange(logits.shape[1], device=logits.device)
     return torch.where(true, ABSENT, logits)
 

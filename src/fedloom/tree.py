@@ -115,7 +115,10 @@ def dot(a: Tree, b: Tree) -> Tensor:
 
 
 def cosines(trees: Sequence[Tree]) -> Tensor:
-    """Return the cosine of every pair of trees, (n, n) in float64. Each tree is treated as one vector. A zero vector has cosine 0."""
+    """Return the cosines (n, n) of all pairs of trees, as float64.
+
+    Each tree is treated as one vector. The cosine with a zero vector is 0.
+    """
     gram = torch.zeros(len(trees), len(trees), dtype=torch.float64)
     for same in zip(*(leaves(tree) for tree in trees), strict=True):
         rows = torch.stack(same).reshape(len(trees), -1).double()

@@ -15,7 +15,7 @@ def round_of(examples, number=0):
 
 @pytest.mark.parametrize("m", [1, 3, 8])
 def test_urns_hold_every_client_in_proportion_to_its_examples(m):
-    """Exactly, in integers: each urn is full, and a client of n examples has m n places in all. Client 3 is larger than an urn."""
+    """Each urn is full, and a client with n examples has m n places in total (integers, so exactly). Client 3 is larger than an urn."""
     examples = [5, 1, 9, 70, 12, 3, 8, 2]
     changes = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     for method in (ClusteredSampling(), ClusteredSampling(distance="l1"), ClusteredSampling(distance="l2")):

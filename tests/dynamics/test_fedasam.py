@@ -87,7 +87,7 @@ def test_the_climb_has_length_rho_in_units_of_t(experiment):
 
 
 def test_fedgamma_is_scaffold_with_fedsams_gradients(experiment):
-    """Without the ascent step it is SCAFFOLD. The first step is FedSAM's, and its gradient becomes the control variate."""
+    """Without the ascent step, the method is SCAFFOLD. The first step is FedSAM's, and its gradient becomes the control variate."""
     still, plain = experiment(FedGamma(rho=0.0)), experiment("scaffold")
     still.run(), plain.run()
     tree.map_tree(lambda a, b: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12) or a, still.server, plain.server)

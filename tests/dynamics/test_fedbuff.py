@@ -1,4 +1,4 @@
-"""FedBuff: when the server steps, how much late changes count, and when it is FedAvg with equal weights."""
+"""FedBuff: the steps of the server, the weights of late changes, and the case in which it is FedAvg with equal weights."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_a_buffer_that_is_not_full_is_kept_and_used_later():
 
 
 def test_a_change_counts_by_the_servers_steps_since_its_downlink():
-    """Three steps later, half; a round without a step, or without any uplink, makes no change staler."""
+    """Three steps later, the weight is a half. A round without a step or without uplinks does not increase the staleness."""
     method = FedBuff(buffer_size=1)
     server = start(method, 0.0)
     for number in range(3):

@@ -1,4 +1,4 @@
-"""FedCross: with whom a model is crossed, what crossing preserves, and when it is FedAvg with equal weights."""
+"""FedCross: collaborators, values that crossing preserves, and the case in which it is FedAvg with equal weights."""
 
 import pytest
 import torch

@@ -12,7 +12,7 @@ from rig import ETA, OPTIMUM, A, B, E, Quadratic, near
 
 @dataclass(frozen=True)
 class QuadraticFedDyn(Quadratic, FedDyn):
-    """FedDyn on quadratics, whose `error` replaces FedDyn's."""
+    """FedDyn with the `error` of quadratics."""
 
 
 def gradients_of(run):
@@ -49,7 +49,7 @@ def test_alpha_zero_is_refused():
 
 
 def test_fedspeed_is_feddyn_with_fedsams_gradients(experiment):
-    """One step of one client: x moves twice as far as FedSAM's model. Without the ascent step it is FedDyn, but x is in use."""
+    """One step of one client: x moves twice as far as FedSAM's model. Without the ascent step, the method is FedDyn, but x is in use."""
     one = {"clients": 1, "rounds": 1, "batch_size": 1000, "data.rows": 60}
     speed, sam = experiment(FedSpeed(rho=0.3), **one), experiment("fedsam", **one, **{"method.rho": 0.3})
     start = sam.server["weights"]["params"]

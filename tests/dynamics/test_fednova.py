@@ -1,4 +1,4 @@
-"""FedNova: clients with more steps do not pull harder, on losses whose answer is known."""
+"""FedNova: clients with more steps do not have more influence, on losses with known results."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from small import spied
 
 @dataclass(frozen=True)
 class Linear(Quadratic, FedNova):
-    """Clients with constant gradients: the mean of their inputs."""
+    """Clients with constant gradients, which are the means of their inputs."""
 
     def loss(self, nets, batch, down, memory):
         return (batch.x.mean(0) * nets.params["model.w"]).sum()
@@ -38,7 +38,7 @@ def one_round(experiment):
 
 
 def effective(steps, momentum):
-    """The sum of the coefficients of the gradients in a change, by simulation."""
+    """Return the sum of the coefficients of the gradients in a change, found by simulation."""
     velocity = total = 0.0
     for _ in range(steps):
         velocity = momentum * velocity + 1

@@ -1,4 +1,4 @@
-"""IFCA: clients find the cluster of their group, and one cluster is FedAvg."""
+"""IFCA: clients find the cluster of their group, and with one cluster, the method is FedAvg."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def test_one_cluster_is_fedavg(experiment):
 
 
 def test_two_groups_with_opposite_labels_find_their_own_models(experiment):
-    """Two clients label x > 0 as 1, two as 0. From the first round on, each group takes one model, which then fits it."""
+    """Two clients label x > 0 as 1, and two as 0. From the first round on, each group selects one model, which then fits its examples."""
     x = np.random.default_rng(0).normal(size=(80, 1))
     group = np.repeat([0, 0, 1, 1], 20)
     y = (x[:, 0] > 0).astype(int) ^ group

@@ -1,4 +1,4 @@
-"""FedNTD, FedLC and FedDisco: losses and weights that depend on class labels, on known answers."""
+"""FedNTD, FedLC and FedDisco: losses and weights that depend on class labels, with known results."""
 
 import math
 
@@ -16,12 +16,12 @@ def same(one, other):
 
 
 def test_fedntds_distillation_has_known_values():
-    """Teacher (., ln 3, 0), student (., 0, 0), true class 0: q = (3/4, 1/4) and (1/2, 1/2). With two classes, there is nothing to keep."""
+    """Teacher (., ln 3, 0), student (., 0, 0), true class 0: q = (3/4, 1/4) and (1/2, 1/2). With two classes, the distillation is 0."""
     teacher, student = torch.tensor([[7.0, math.log(3), 0.0]]), torch.tensor([[-5.0, 0.0, 0.0]], requires_grad=True)
     value = FedNTD().distillation(student, teacher, torch.tensor([0]))
     assert float(value.detach()) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-5)
     (slope,) = torch.autograd.grad(value, student)
-    torch.testing.assert_close(slope, torch.tensor([[0.0, -0.25, 0.25]]))  # the true class has no part in it
+    torch.testing.assert_close(slope, torch.tensor([[0.0, -0.25, 0.25]]))  # the true class has no effect
     warm = FedNTD(temperature=2.0).distillation(2 * student, 2 * teacher, torch.tensor([0]))
     assert float(warm.detach()) == pytest.approx(4 * float(value.detach()), rel=1e-5)
     assert FedNTD().distillation(torch.randn(4, 2), torch.randn(4, 2), torch.tensor([0, 1, 0, 1])).abs() < 1e-6

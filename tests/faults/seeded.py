@@ -46,8 +46,8 @@ AREAS = (
             ),
             Fault(
                 "SCAFFOLD's server moves c as if every client had taken part",
-                "len(uplinks) / round.n_clients)",
-                "1.0)",
+                'mean["control"], len(uplinks) / round.n_clients)',
+                'mean["control"], 1.0)',
                 "scaffold",
             ),
             Fault(

@@ -40,7 +40,7 @@ class ClusteredSampling(Method):
     """
 
     urns: Literal["similarity", "size"] = "similarity"
-    """How urns are filled: by the similarity of the clients' last changes (algorithm 2), or by their examples (algorithm 1)."""
+    """Criterion for filling urns: similarity of the clients' last changes (algorithm 2) or numbers of examples (algorithm 1)."""
     distance: Literal["arccos", "l1", "l2"] = "arccos"
     """The distance between changes: the angle, the sum of absolute differences, or the sum of squared differences."""
 
@@ -53,14 +53,17 @@ class ClusteredSampling(Method):
     )
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the model, how often each client is drawn for the first round (K,), and the last changes (K, P), at first 0."""
+        """Return the model, the last changes (K, P), which are 0, and the draw for the first round.
+
+        The draw (K,) is the number of times that each client is drawn.
+        """
         server = super().init_server(weights, task, round)
         n_params = sum(p.numel() for p in server["weights"]["params"].values()) if self.urns == "similarity" else 0
         changes = torch.zeros(task.n_clients, n_params)
         return server | {"changes": changes, "drawn": self.draw(changes, task.max_cohort, round)}
 
     def cohort(self, server: Tree, task: Task, size: int, round: Round) -> Sequence[int]:
-        """Return the clients that were drawn, each once."""
+        """Return the clients that were drawn, without repetitions."""
         if size != task.max_cohort:
             raise ConfigError(
                 f"participation=MIN-MAX: clustered_sampling needs the same number of clients in every round, not {size} and "
@@ -70,7 +73,10 @@ class ClusteredSampling(Method):
         return found
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return the mean of the models, as often as each was drawn; the changes; and the draw for the next round."""
+        """Return the mean of the models, the last changes, and the draw for the next round.
+
+        The weight of a model in the mean is proportional to the number of times that its client was drawn.
+        """
         clients = [arrival.client for arrival in round.arrivals]
         times = server["drawn"][clients].double()
         mean = tree.mean([uplink["weights"] for uplink in uplinks], (times / times.sum()).tolist())
@@ -83,7 +89,7 @@ class ClusteredSampling(Method):
         return {"weights": mean, "changes": changes, "drawn": drawn}
 
     def draw(self, changes: Tensor, m: int, round: Round) -> Tensor:
-        """Return how often each client is drawn (K,), in sum m: one client from each urn."""
+        """Draw one client from each of m urns, and return the number of times that each client is drawn (K,)."""
         if not all(round.examples):
             raise ConfigError(
                 "method=clustered_sampling: needs the number of examples of every client before the first round"
@@ -110,7 +116,7 @@ class ClusteredSampling(Method):
         return filled(clusters[split:], shuffled, examples, m)
 
     def distances(self, changes: Tensor) -> Tensor:
-        """Return the distances (K, K) of the clients' changes (K, P)."""
+        """Return the distances (K, K) between the clients' changes (K, P)."""
         if self.distance != "arccos":
             return torch.cdist(changes, changes, 1) if self.distance == "l1" else torch.cdist(changes, changes).square()
         cosines = tree.cosines([{"change": change} for change in changes])
@@ -120,15 +126,15 @@ class ClusteredSampling(Method):
 
 
 def largest_first(examples: Sequence[int]) -> Group:
-    """Return the clients in the order of their examples, largest first."""
+    """Return the clients in the order of their numbers of examples, largest first."""
     return sorted(range(len(examples)), key=lambda i: -examples[i])
 
 
 def filled(starts: Sequence[Group], order: Sequence[int], examples: Sequence[int], m: int) -> list[Urn]:
-    """Return m urns of sum(examples) places, which together hold every client m times its examples.
+    """Return m urns with sum(examples) places each. Together, they contain the examples of every client m times.
 
-    A client that can fill urns alone does so. What remains of it, and all others, go whole into the urn that their group starts, or, in
-    the given order, into the first urns that have places left.
+    A client that can fill urns alone does so. The places that then remain for a client are all in the urn that its group in `starts`
+    starts. For clients without such a group, they are in the first urns with free places, in the order of `order`.
     """
     capacity, n = sum(examples), len(examples)
     rest = [m * held % capacity for held in examples]
@@ -149,9 +155,9 @@ def filled(starts: Sequence[Group], order: Sequence[int], examples: Sequence[int
 
 
 def ward_clusters(points: npt.NDArray[np.float64], sizes: Sequence[int], capacity: int) -> list[Group]:
-    """Return the largest groups of Ward's hierarchical clustering whose sizes add up to at most `capacity`, in order of first members.
+    """Return the largest groups of Ward's hierarchical clustering whose sizes sum to at most `capacity`, in order of first members.
 
-    `points` (K, D); `sizes` (K,), each at most `capacity`. Distances follow the formula of Lance and Williams.
+    `points` has shape (K, D). `sizes` (K,) are at most `capacity`. Distances are updated by the formula of Lance and Williams.
     """
     n = len(points)
     squared = np.square(points[:, None] - points).sum(2)

@@ -87,7 +87,7 @@ def within(found: Tree, form: Form) -> Tensor:
 
 
 def counts_fault(counts: Tensor, class_counts: Tensor | None) -> str:
-    """Return why the class counts of an uplink (Y,) are not those of the client (None: not known to the server), or ""."""
+    """Return a message if the counts (Y,) of an uplink are not `class_counts` (None: not known) or are negative, and "" otherwise."""
     known = class_counts is None or torch.equal(counts.double(), class_counts.double())
     return "" if known and bool((counts >= 0).all()) else "'counts' are not the client's numbers of examples"
 

@@ -1,4 +1,4 @@
-"""FedASAM: clients look for flat minima by adaptive sharpness-aware minimisation."""
+"""FedASAM: clients search for flat minima by adaptive sharpness-aware minimisation."""
 
 from __future__ import annotations
 

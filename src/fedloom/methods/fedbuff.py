@@ -48,7 +48,10 @@ class FedBuff(Method):
     )
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the model, an empty buffer, the next round, and the server's steps before it and before each earlier round."""
+        """Return the model, an empty buffer, the number of the next round, and `steps` (REMEMBERED,), which are 0.
+
+        `steps` contains the numbers of the server's steps before the next round and before each earlier round.
+        """
         server, none = super().init_server(weights, task, round), torch.zeros(REMEMBERED, dtype=torch.int64)
         return server | {"buffer": empty(server["weights"]), "steps": none, "next": none[0].clone()}
 
@@ -71,14 +74,14 @@ class FedBuff(Method):
         return {"weights": x, "buffer": buffer, "steps": steps, "next": torch.tensor(round.number + 1)}
 
     def history(self, server: Tree, round: Round) -> list[int]:
-        """Return the server's steps before this round and before each earlier one, back to the oldest uplink of this round."""
+        """Return the number of the server's steps before this round and before each earlier round, back to that of the oldest uplink."""
         steps: list[int] = server["steps"].tolist()
         skipped = round.number - int(server["next"])  # rounds without an uplink
         oldest = max(arrival.age for arrival in round.arrivals)
         return [steps[0]] * skipped + steps + steps[-1:] * oldest
 
     def step(self, x: Weights, buffer: Tree) -> Weights:
-        """Return the model after the step of a full buffer."""
+        """Return the model after a step with the full buffer."""
         means = tree.map_tree(lambda total: total / buffer["scales"], buffer["statistics"])
         buffers = tree.map_tree(
             lambda mean, old: mean.to(old.dtype) if old.is_floating_point() else mean.round().to(old.dtype),
@@ -91,7 +94,7 @@ class FedBuff(Method):
         }
 
     def server_logs(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Mapping[str, float]:
-        """Return the server's steps before the round, the changes in the buffer, and the mean age of the uplinks in steps."""
+        """Return the number of steps before the round, the number of changes in the buffer, and the mean staleness of the uplinks."""
         history = self.history(server, round)
         late = [history[0] - history[arrival.age] for arrival in round.arrivals]
         held = float(server["buffer"]["held"])
@@ -109,5 +112,5 @@ def empty(weights: Weights) -> Tree:
 
 
 def doubled(buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return running statistics in float64, counters included."""
+    """Return running statistics, including counters, as float64."""
     return {name: value.double() for name, value in buffers.items()}

@@ -1,4 +1,4 @@
-"""FedCross: the server trains several models, and mixes each with a small share of another one after every round."""
+"""FedCross: the server trains several models, and mixes each model with a small share of another model after every round."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from fedloom.tree import Tree, Weights
 class FedCross(Method):
     """FedCross (Hu et al., ICDE 2024): multi-model cross-aggregation.
 
-    Sent: A whole model is sent in both directions: a different one for each member of the cohort, but as many bytes as with FedAvg. Kept:
-    Clients keep nothing between rounds.
+    Sent: A whole model is sent in both directions. Each member of the cohort receives a different model, with as many bytes as in FedAvg.
+    Kept: Clients keep nothing between rounds.
 
     The server keeps one model (slot) per member of the cohort. In each round, it sends slot i to the i-th member. Let v_i be the returned
     models. Slot i becomes alpha v_i + (1 - alpha) v_j, where v_j is its collaborator. The model in use is the equal-weight mean of the
@@ -34,7 +34,7 @@ class FedCross(Method):
     momentum: Fraction = 0.5
     local_epochs: Count = 5
     alpha: Share = 0.99
-    """A model's own share in cross-aggregation. With 1, models are never mixed."""
+    """Weight of a model itself in cross-aggregation. With 1, models are never mixed."""
     collaborator: Literal["lowest", "highest", "in_order"] = "lowest"
     """The collaborator of a model: the least similar model, the most similar one, or each other model in turn."""
     first_stage_rounds: Whole = 0
@@ -49,7 +49,7 @@ class FedCross(Method):
     )
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the stacked slots, every leaf (slots, ...), and the model in use."""
+        """Return the stacked slots, in which every leaf has the shape (slots, ...), and the model in use."""
         own = self.travelling(weights)
         return {"slots": tree.stack([own] * task.max_cohort), "weights": own}
 
@@ -75,7 +75,7 @@ class FedCross(Method):
         return [tree.mean([model, models[j]], shares) for model, j in zip(models, others, strict=True)]
 
     def collaborators(self, cosines: Tensor, number: int) -> list[int]:
-        """Return the collaborator of each model in round `number`; `cosines` (m, m) are the similarities of m > 1 models."""
+        """Return the collaborator of each model in round `number`. `cosines` (m, m) contains the similarities of m > 1 models."""
         m = len(cosines)
         if self.collaborator == "in_order":
             return [(i + number % (m - 1) + 1) % m for i in range(m)]

@@ -1,4 +1,4 @@
-"""FedDisco: clients whose classes are spread more evenly weigh more in the mean."""
+"""FedDisco: clients with more even class proportions have larger weights in the mean."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class FedDisco(Method):
     """
 
     a: NonNegative = 0.5
-    """How much a client's discrepancy lowers its weight."""
+    """Factor of a client's discrepancy, which reduces its weight."""
     b: float = 0.1
-    """Constant added to every weight; it must be compared with a d_k and n_k / N."""
+    """Constant that is added to every weight. Its scale is that of a d_k and n_k / N."""
     metric: Literal["kl", "l1", "l2", "cosine"] = "kl"
     """The distance between class proportions."""
 
@@ -59,7 +59,7 @@ class FedDisco(Method):
         return sent | {"counts": memory["counts"]}, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault if the counts are not those of the client."""
+        """Return a message if the counts are not those of the client, and an empty string otherwise."""
         return counts_fault(uplink["counts"], class_counts)
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
@@ -67,7 +67,7 @@ class FedDisco(Method):
         return {"weights": tree.mean([uplink["weights"] for uplink in uplinks], self.shares(uplinks, round))}
 
     def shares(self, uplinks: Sequence[Tree], round: Round) -> list[float]:
-        """Return the weights of the arrivals; they sum to 1."""
+        """Return the weights of the arrivals, whose sum is 1."""
         late = torch.tensor([1 + arrival.age for arrival in round.arrivals], dtype=torch.float64).sqrt()
         sizes = torch.tensor(round.shares, dtype=torch.float64) * late
         d = self.discrepancies(torch.stack([uplink["counts"] for uplink in uplinks]).double())
@@ -76,7 +76,7 @@ class FedDisco(Method):
         return shares
 
     def discrepancies(self, counts: Tensor) -> Tensor:
-        """Return d_k (m,) of class counts (m, Y)."""
+        """Return d_k (m,) for class counts (m, Y)."""
         found = counts / counts.sum(1, keepdim=True)
         even = torch.full_like(found, 1 / found.shape[1])
         away = found - even

@@ -1,4 +1,4 @@
-"""FedDyn: every client's loss is regularised dynamically, so that its minimum agrees with that of the federation."""
+"""FedDyn: clients regularise their losses dynamically, so that their minima agree with that of the federation."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class FedDyn(Method):
     FedAvg's for every alpha.
 
     Differences from the released code: alpha is the same for all clients (the code divides it by a client's relative number of examples),
-    and gradients are not clipped. The code scores mean_k y_k and the mean over all clients' last models; the latter is not included. If
+    and gradients are not clipped. The code scores mean_k y_k, and also the mean of all clients' last models, which is not implemented. If
     an uplink is lost after its client has trained, h is no longer the mean of all g_k. Running statistics are averaged.
     """
 
     alpha: Positive = 0.01
-    """Strength of the regularisation (in the paper 0.1, 0.01 or 0.001)."""
+    """Weight of the regularisation (0.1, 0.01 or 0.001 in the paper)."""
 
     combines: ClassVar[Combines] = "mean"
     paper: ClassVar[Paper] = Paper(
@@ -63,7 +63,7 @@ class FedDyn(Method):
         return nets.loss(nets.model(batch.x), batch.y)
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return y_k, and store g_k - alpha (y_k - x)."""
+        """Return y_k as the uplink, and keep g_k - alpha (y_k - x)."""
         sent = self.travelling(client.weights)
         moved = tree.sub(sent["params"], down["weights"]["params"])
         return {"weights": sent}, {"gradient": tree.add(client.memory["gradient"], moved, -self.alpha)}

@@ -1,4 +1,4 @@
-"""FedGamma: SCAFFOLD whose gradients are those of sharpness-aware minimisation."""
+"""FedGamma: SCAFFOLD with the gradients of sharpness-aware minimisation."""
 
 from __future__ import annotations
 
@@ -39,5 +39,5 @@ class FedGamma(Scaffold):
     )
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return SCAFFOLD's loss at w + e; its gradient is grad f(w + e) - c_i + c."""
+        """Return SCAFFOLD's loss at w + e, whose gradient is grad f(w + e) - c_i + c."""
         return super().loss(moved_by(nets, steepest(nets, batch, self.rho)), batch, down, memory)

@@ -31,9 +31,9 @@ class FedLC(Method):
     """
 
     tau: NonNegative = 1.0
-    """Strength of the margins; 0: none, and no class is left out."""
+    """Factor of the margins. With 0, there are no margins, and no class is left out."""
     denominator: Literal["all", "others"] = "all"
-    """The classes in the softmax's denominator: all of the client's classes, or (as printed) those other than the true one."""
+    """The classes in the denominator of the softmax: all of the client's classes, or (as in the paper) all but the true class."""
 
     accepts_late: ClassVar[bool] = True
     needs: ClassVar[tuple[Need, ...]] = ("classes",)
@@ -45,7 +45,10 @@ class FedLC(Method):
     )
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return what is added to the logits (Y,): -tau n_c^(-1/4), or `losses.ABSENT` for a class without examples."""
+        """Return the margins (Y,), which are added to the logits.
+
+        A margin is -tau n_c^(-1/4), or `losses.ABSENT` for a class without examples. With tau = 0, all margins are 0.
+        """
         held = data.class_counts > 0
         margins = -self.tau * data.class_counts.clamp(min=1) ** -0.25
         return {"margins": torch.where(held, margins, losses.ABSENT) if self.tau else torch.zeros_like(margins)}
@@ -57,7 +60,7 @@ class FedLC(Method):
 
 
 def unbounded(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the mean of -log(e^s_y / sum_{c != y} e^s_c) of logits s (B, Y); the loss of a client with one class is 0."""
+    """Return the mean of -log(e^s_y / sum_{c != y} e^s_c) for logits s (B, Y). With only one class, it is 0."""
     others = losses.without_true(logits, labels).logsumexp(1)
     margin = others - logits.gather(1, labels[:, None])[:, 0]
     return torch.where(others > losses.ABSENT / 2, margin, 0).mean()

@@ -20,13 +20,13 @@ class FedNova(Method):
 
     Sent: The whole model is sent in both directions, and clients also send one number. Kept: Clients keep nothing between rounds.
 
-    A client's change D_k is a sum of its gradients, with coefficients whose sum, divided by lr, is its effective number of steps a_k.
+    A client's change D_k is -lr times a weighted sum of its gradients. The sum of the weights is its effective number of steps a_k.
     Without momentum, a_k is the number of steps; with momentum, it is larger. The server divides every change by its a_k, and multiplies
     the mean by the mean of a_k: x <- x + (sum_k p_k a_k) sum_k p_k D_k / a_k, with p_k the fraction of the cohort's examples. If all a_k
     are equal, the method is FedAvg. With `devices.stragglers=partial`, a_k counts the steps that a slow client has taken.
 
     As in the released code, momentum starts at 0 in every round, and weight decay is a part of the gradient. The proximal local solver
-    and the server's momentum are not included. Running statistics are averaged by numbers of examples.
+    and the server's momentum are not implemented. Running statistics are averaged by numbers of examples.
     """
 
     accepts_late: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class FedNova(Method):
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a local optimiser other than SGD, for which the number of effective steps is not defined."""
+        """Raise ValueError if the local optimiser is not SGD, because the number of effective steps is then not defined."""
         super().__post_init__()
         if self.optimizer != "sgd":
             raise ValueError(f"optimizer={self.optimizer}: fednova needs SGD; use optimizer=sgd")
@@ -56,11 +56,11 @@ class FedNova(Method):
         return sent | {"effective_steps": torch.tensor(self.effective_steps(turn.steps["train"]))}, memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return why a_k is impossible: a client takes at least one step."""
+        """Return a message if a_k is below 1, because a client takes at least one step, and an empty string otherwise."""
         return "" if uplink["effective_steps"] >= 1 else "'effective_steps' is below 1"
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return x moved by the normalised mean of the changes."""
+        """Return the sum of x and the normalised mean of the changes."""
         x, shares = server["weights"]["params"], round.shares
         steps = [float(uplink["effective_steps"]) for uplink in uplinks]
         total = sum(p * a for p, a in zip(shares, steps, strict=True))

@@ -1,4 +1,4 @@
-"""FedNTD: local models stay near the global model's predictions for the classes other than the true one."""
+"""FedNTD: local models stay near the global model's predictions for the classes other than the true class."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FedNTD(Method):
         return nets.loss(logits, batch.y) + self.beta * forgotten, {"forgotten": forgotten}
 
     def distillation(self, logits: Tensor, received: Tensor, labels: Tensor) -> Tensor:
-        """Return T^2 KL(q received || q) in nats; both logits are (B, Y), labels (B,)."""
+        """Return the mean of T^2 KL(q of the received model || q) in nats, for logits (B, Y) of both models and labels (B,)."""
         own, teacher = (
             losses.without_true(losses.wide(values) / self.temperature, labels) for values in (logits, received)
         )

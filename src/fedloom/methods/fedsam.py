@@ -1,4 +1,4 @@
-"""FedSAM: clients look for flat minima by sharpness-aware minimisation."""
+"""FedSAM: clients search for flat minima by sharpness-aware minimisation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class FedSAM(Method):
     )
 
     def loss(self, nets: Nets, batch: Batch, down: Tree, memory: Tree) -> Tensor:
-        """Return the loss at w + e; no gradient flows through e."""
+        """Return the loss at w + e. No gradient flows through e."""
         worst = moved_by(nets, self.ascent(nets, batch))
         return nets.loss(worst.model(batch.x), batch.y)
 
@@ -52,7 +52,7 @@ class FedSAM(Method):
 
 
 def unscaled(name: str, p: Tensor) -> Tensor:
-    """Return ones: all parameters are measured in the same unit."""
+    """Return ones, which are the scale T of FedSAM."""
     return torch.ones_like(p)
 
 

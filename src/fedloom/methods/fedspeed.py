@@ -25,8 +25,8 @@ class FedSpeed(FedDyn):
     The gradient of f_k is computed at w + e, with FedSAM's e = rho g / ||g||; both corrections are computed at w. With rho = 0, the
     method is FedDyn, except that the model in use is x, as in the released code.
 
-    As in the released code (FL-Simulator), the gradient of f_k is the one at w + e; the paper mixes it with the gradient at w. The code's
-    clipping of gradients is not included. Other differences: see FedDyn.
+    As in the released code (FL-Simulator), the gradient of f_k is that at w + e; in the paper, it is mixed with the gradient at w. The
+    clipping of gradients in the released code is not implemented. The other differences are those of FedDyn.
     """
 
     alpha: Positive = 0.1
@@ -42,7 +42,7 @@ class FedSpeed(FedDyn):
     )
 
     def error(self, nets: Nets, batch: Batch) -> Tensor:
-        """Return f_k at w + e; no gradient flows through e."""
+        """Return f_k at w + e. No gradient flows through e."""
         return super().error(moved_by(nets, steepest(nets, batch, self.rho)), batch)
 
     def deploy(self, server: Tree, task: Task, round: Round) -> Downlink:

@@ -45,8 +45,8 @@ class IFCA(Method):
     weighted by numbers of examples. A model that no client selected stays unchanged. With one cluster, the method is FedAvg.
 
     Before a client predicts, it selects a model by its training examples, as in the released FEMNIST code (the MNIST code uses the labels
-    of test examples). A client that joins later does the same. There is no model for all clients, so there is no server accuracy. Several
-    clusters may select the same model; the paper then restarts with another seed. A body that all clusters share is not included.
+    of test examples). A client that joins later does the same. There is no model for all clients, so there is no server accuracy. Groups of
+    clients may select the same model; the paper then restarts with another seed. A body that all clusters share is not implemented.
     """
 
     clusters: Count = 4
@@ -66,11 +66,11 @@ class IFCA(Method):
         return {f"cluster{j}": arch.model() for j in range(1, self.clusters)}
 
     def init_memory(self, weights: Weights, task: Task, data: ClientData) -> Tree:
-        """Return the summed losses of the models on all training examples, (clusters,)."""
+        """Return zero sums (clusters,) of the losses of all models on the training examples."""
         return {"losses": {"sum": torch.zeros(self.clusters)}}
 
     def init_server(self, weights: Weights, task: Task, round: Round) -> Tree:
-        """Return the models, stacked: every leaf is (clusters, ...)."""
+        """Return the stacked models, in which every leaf has the shape (clusters, ...)."""
         first = self.travelling(weights)
         others = [
             {
@@ -90,11 +90,11 @@ class IFCA(Method):
         return self.chosen(weights, down, memory)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Return the selection of a model, and its training."""
+        """Return the phases that select a model, and those that train it."""
         return *self.adapt(), *super().phases()
 
     def adapt(self) -> tuple[Phase, ...]:
-        """Return the selection of a model."""
+        """Return the phases that select a model."""
         return Sweep("losses", self.compare), Set("choose", self.chosen)
 
     def compare(self, nets: Nets, batch: Batch, total: Tree, down: Tree, memory: Tree) -> Tree:
@@ -105,24 +105,24 @@ class IFCA(Method):
         return {"sum": total["sum"] + len(batch.y) * torch.stack(found).to(total["sum"].dtype)}
 
     def chosen(self, weights: Weights, down: Tree, memory: Tree) -> Weights:
-        """Return the weights with the model that has the smallest loss, or the first of several."""
+        """Return the weights with the model that has the smallest loss. If several models have it, return the first one."""
         best = int(memory["losses"]["sum"].argmin())
         return tree.merge(weights, tree.unstack(down["models"])[best])
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
-        """Return the trained model and its cluster, one-hot (clusters,)."""
+        """Return the trained model, and the number of its cluster as a one-hot vector (clusters,)."""
         sums = client.memory["losses"]["sum"]
         cluster = losses.one_hot(sums.argmin()[None], self.clusters)[0]
         return {"weights": self.travelling(client.weights), "cluster": cluster}, client.memory
 
     def uplink_fault(self, uplink: Tree, class_counts: Tensor | None) -> str:
-        """Return a fault unless the uplink names exactly one cluster."""
+        """Return a message unless the uplink names exactly one cluster, and an empty string otherwise."""
         found = uplink["cluster"].sort().values
         right = bool((found[:-1] == 0).all()) and float(found[-1]) == 1
         return "" if right else "'cluster' does not name one cluster"
 
     def aggregate(self, server: Tree, uplinks: Sequence[Tree], round: Round) -> Tree:
-        """Return each model as the mean over the clients that selected it."""
+        """Return the models, each of which is the mean over the clients that selected it."""
         models = tree.unstack(server["models"])
         for j, members in enumerate(self.members(uplinks)):
             if members:
@@ -141,5 +141,5 @@ class IFCA(Method):
         return {f"cluster{j}": float(len(members)) for j, members in enumerate(self.members(uplinks))}
 
     def predictors(self) -> dict[str, Predictor]:
-        """Return the model of the client's cluster; the server has no model for all clients."""
+        """Return the client's predictor, which uses the model of its cluster. The server has no model for all clients."""
         return {"personal": predict_model}
