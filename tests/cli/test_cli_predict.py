@@ -63,6 +63,28 @@ def test_tables_and_pictures(runs, capsys):
     assert -20 < float(rows[0]["prediction"]) < 30
 
 
+def test_owners_with_numbers_as_names_come_first(runs, capsys, caplog, tmp_path):
+    """The persons of `har` are 01 to 30, so client=02 is not client 2."""
+    rows = [f"{i % 7},{'ab'[i % 2]},{'02' if i < 20 else '07'}" for i in range(40)]
+    (tmp_path / "steps.csv").write_text("x,label,client\n" + "\n".join(rows) + "\n")
+    words = [
+        "data=mine",
+        f"data.path={tmp_path / 'steps.csv'}",
+        "model=table_mlp",
+        "rounds=1",
+        "method=local",
+        "--quiet",
+    ]
+    assert main(["run", *words, f"out={tmp_path / 'run'}"]) == 0
+    found = {
+        c: predicted(capsys, tmp_path / "run", tmp_path / "steps.csv", f"client={c}")[1] for c in ("02", "07", "0", "1")
+    }
+    assert found["02"] == found["0"] != found["07"] == found["1"]
+    assert "client=02: taken as the name of an owner, whose client has the number 0" in caplog.text
+    _, _, err = predicted(capsys, tmp_path / "run", tmp_path / "steps.csv", "client=2")
+    assert "client=2: must be from 0 to 1, or a name, such as 02" in err
+
+
 def test_predictions_go_to_a_new_file(runs, capsys):
     target = runs / "said.csv"
     code, rows, _ = predicted(capsys, runs / "table", runs / "people.csv", "client=0", f"out={target}")

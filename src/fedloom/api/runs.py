@@ -81,6 +81,11 @@ class Run:
         """Number of clients, including those that joined after training."""
         return self._experiment.data.n_clients
 
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Names of the clients' owners, in the order of the clients. Empty if the clients have no names."""
+        return self._experiment.data.partition.owners
+
     @cached_property
     def metrics(self) -> pd.DataFrame:
         """The metrics table, with one row per evaluated round."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from fedloom.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedloom.api.runs import Run
+
+log = logging.getLogger(__name__)
 
 EXAMPLES = """\
   fedloom predict runs/mine people.csv client=3        a table: one line per row, with the prediction of client 3's model
@@ -68,14 +71,22 @@ def _divided(words: Sequence[str], client: str | None) -> tuple[list[str], dict[
 
 def _rows(run: Run, files: Sequence[str], options: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """Yield one row of the output for each example."""
-    text = options["client"]
-    client = int(text) if text.isdecimal() else text
+    client = _client(run, options["client"])
     adapt = options.get("adapt", "true") == "true"
     pictures = run.preprocess.spec.is_picture
     for file in files:
         for i, answer in enumerate(_answers(run, client, file, adapt), start=1):
             row: dict[str, Any] = {"file": file} if pictures or len(files) > 1 else {}
             yield row | ({} if pictures else {"row": i}) | answer
+
+
+def _client(run: Run, text: str) -> int | str:
+    """Return the name of an owner or, if no owner has this name, a client's number, or a word such as server."""
+    if text in run.owners:
+        if text.isdecimal() and (number := run.owners.index(text)) != int(text):
+            log.warning("client=%s: taken as the name of an owner, whose client has the number %d", text, number)
+        return text
+    return int(text) if text.isdecimal() else text
 
 
 def _answers(run: Run, client: int | str, file: str, adapt: bool) -> Iterator[dict[str, str]]:

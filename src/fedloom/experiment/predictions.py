@@ -81,7 +81,8 @@ class Predictions:
             raise ConfigError(f"client={client}: no such client{known}")
         i = owners.index(client) if isinstance(client, str) else client
         if not isinstance(i, int | np.integer) or isinstance(i, bool) or not 0 <= i < n:
-            raise ConfigError(f"client={client}: must be from 0 to {n - 1}")
+            names = f", or a name, such as {owners[0]}" if owners else ""
+            raise ConfigError(f"client={client}: must be from 0 to {n - 1}{names}")
         return int(i)
 
     def outputs(self, client: int | str, inputs: Any, adapt: bool = True, batch: int = AT_ONCE) -> Tensor:
