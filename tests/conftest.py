@@ -78,6 +78,12 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
     return make
 
 
+@pytest.fixture(autouse=True)
+def not_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave files in the system's cache: no test survives a power failure, and a flush waits for whatever other processes write."""
+    monkeypatch.setattr("fedloom.experiment.run_folder.to_disk", lambda: None)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Return the folder of real data sets, each in a folder of parquet files.

@@ -235,6 +235,11 @@ def test_tokens_reach_the_loss_as_integers(tmp_path):
 METHODS_THAT_LEARN = ("fedavg", "fedper", "fedmr")
 
 
+def mostly_slow(quick):
+    """Return the methods that learn; all but one are marked slow."""
+    return [pytest.param(name, marks=[] if name == quick else pytest.mark.slow) for name in METHODS_THAT_LEARN]
+
+
 @pytest.mark.parametrize("method", METHODS_THAT_LEARN)
 def test_a_regression_beats_the_mean(tmp_path, method):
     settings = {"model": "mlp", "clients": 4, "rounds": 8, "method.lr": 0.01, "method.local_epochs": 2}
@@ -243,7 +248,7 @@ def test_a_regression_beats_the_mean(tmp_path, method):
     assert run.summary["primary"] == {"name": "rmse", "better": "lower", "percent": False, "unit": ""}
 
 
-@pytest.mark.parametrize("method", METHODS_THAT_LEARN)
+@pytest.mark.parametrize("method", mostly_slow("fedmr"))
 def test_labels_beat_the_best_constant_answer(tmp_path, method):
     digits = fedloom.data.load("digits")
     y = digits.labels.numpy()
@@ -262,7 +267,7 @@ def test_labels_beat_the_best_constant_answer(tmp_path, method):
     assert len(run.summary["personal_f1"]) == 3
 
 
-@pytest.mark.parametrize("method", METHODS_THAT_LEARN)
+@pytest.mark.parametrize("method", mostly_slow("fedper"))
 def test_next_bytes_beat_the_most_frequent_one(tmp_path, method):
     blocks, owners = [], []
     for module in (textwrap, string):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -622,9 +623,15 @@ def make_method(choice: Named) -> Method:
         hint = have if 0 < len(owners) < 5 else near_keys(f"method.{key}", fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
-        return TypeAdapter(cls).validate_python(choice.options)
+        return _adapter(cls).validate_python(choice.options)
     except ValidationError as error:
         raise ConfigError(explain(error, "method.", cls)) from None
+
+
+@functools.lru_cache(maxsize=64)
+def _adapter(cls: type[Method]) -> TypeAdapter[Method]:
+    """Return the validator of a method's hyper-parameters, which takes longer to build than a small model."""
+    return TypeAdapter(cls)
 
 
 def to_toml(settings: Settings) -> str:
