@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fedloom.engines import Problem
-from fedloom.experiment.run_folder import environment
+from fedloom.experiment.environment import environment
 from fedloom.tools import bench
 
 

@@ -1,0 +1,339 @@
+"""Compare fedloom's methods with PFLlib's, weight by weight.
+
+    git clone https://github.com/TsingZ0/PFLlib && pip install h5py cvxpy
+    python benchmarks/verify/pfllib.py --clone PFLlib                  all methods
+    python benchmarks/verify/pfllib.py --clone PFLlib scaffold ditto   some of them
+
+Both train the same four clients with the same initial weights for three rounds, on full batches and in float64, so that no random draw is
+left. The result is the largest relative difference of the weights that each of them holds at the end, on the server and on the clients.
+PFLlib's servers and clients run as they are in the clone: the script replaces only what evaluates and saves, and the reader of data files,
+which would convert inputs to float32. Some differences have a known cause, which `Case.switch` removes in PFLlib's code or in ours.
+
+The results are in `benchmarks/results/verify-pfllib.json`, and the page docs/verification.md shows them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import io
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedloom.config.settings import make_settings
+from fedloom.experiment.loop import Experiment
+from fedloom.experiment.environment import environment
+from fedloom.nets import read_weights
+
+RESULTS = Path(__file__).parents[1] / "results" / "verify-pfllib.json"
+CLIENTS, TRAIN, TEST, ROUNDS, HIDDEN, LR = 4, 40, 10, 3, 20, 0.1
+EQUAL = 1e-6  # the largest relative difference that counts as equal
+
+Arrays = list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method in both tools."""
+
+    server: str
+    """PFLlib's server, as module:Class."""
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    """fedloom's hyper-parameters."""
+    rounds: int = ROUNDS
+    """Number of our rounds."""
+    theirs: Mapping[str, Any] = field(default_factory=dict)
+    """PFLlib's arguments."""
+    split: bool = True
+    """Whether PFLlib divides the model into a base and a head."""
+    parts: Mapping[str, tuple[Callable[[Experiment], Sequence[Arrays]], Callable[[Any], Sequence[Arrays]]]]
+    """What is compared: by name, a function of our run and one of PFLlib's server, which return one list of tensors per model."""
+    starts: Callable[[Experiment, Any], None] | None = None
+    """Copies initial weights beyond the model's from our run to PFLlib's server."""
+    switch: Callable[[Any], None] | None = None
+    """Changes PFLlib's server so that a difference with a known cause disappears."""
+    cause: str = ""
+    """The cause, with the place in PFLlib's code."""
+
+
+# what is compared
+
+
+def our_server(net: str = "model") -> Callable[[Experiment], Sequence[Arrays]]:
+    """Return the server's parameters of one net."""
+    return lambda run: [chosen(run.server["weights"]["params"], net)]
+
+
+def our_clients(net: str = "model") -> Callable[[Experiment], Sequence[Arrays]]:
+    """Return each client's parameters of one net."""
+    return lambda run: [chosen(run.engine.client(i).weights["params"], net) for i in range(CLIENTS)]
+
+
+def chosen(params: Mapping[str, Tensor], net: str) -> Arrays:
+    """Return the tensors of a net, or of a part of it such as `model:body`, in the order of the modules.
+
+    Some methods have the nets `body` and `head` instead of `model`.
+    """
+    prefix = net.replace(":", ".") + "."
+    if not any(name.startswith("model.") for name in params):
+        prefix = prefix.removeprefix("model.")
+    return [tensor.detach().clone() for name, tensor in params.items() if name.startswith(prefix)]
+
+
+def their_server(part: str = "") -> Callable[[Any], Sequence[Arrays]]:
+    """Return the parameters of PFLlib's global model, or of one of its attributes."""
+    return lambda server: [parameters(getattr(server.global_model, part) if part else server.global_model)]
+
+
+def their_clients(path: str = "model") -> Callable[[Any], Sequence[Arrays]]:
+    """Return the parameters of an attribute of each of PFLlib's clients, such as `model.head`."""
+
+    def of(client: Any) -> Arrays:
+        found = client
+        for name in path.split("."):
+            found = getattr(found, name)
+        return parameters(found)
+
+    return lambda server: [of(client) for client in server.clients]
+
+
+def parameters(module: nn.Module) -> Arrays:
+    """Return a module's parameters."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def start_clients(run: Experiment, server: Any, net: str, path: str) -> None:
+    """Give an attribute of PFLlib's clients the initial weights of one of our nets."""
+    weights = chosen(read_weights(run.problem.modules(0))["params"], net)
+    for client in server.clients:
+        with torch.no_grad():
+            for p, tensor in zip(getattr(client, path).parameters(), weights, strict=True):
+                p.copy_(tensor)
+
+
+def prototypes_after_training(server: Any) -> None:
+    """Let PFLlib's clients compute prototypes with the trained model, by the method that the released code leaves out."""
+    for client in server.clients:
+        train = client.train
+        client.train = lambda client=client, train=train: (train(), client.collect_protos())
+
+
+SERVER = (our_server(), their_server())
+CLIENT = (our_clients(), their_clients())
+BODY = (our_server("model:body"), their_server())
+HEADS = (our_clients("model:head"), their_clients("model.head"))
+
+CASES: dict[str, Case] = {
+    "fedavg": Case(server="serveravg:FedAvg", split=False, parts={"server": SERVER}),
+    "local": Case(server="serverlocal:Local", split=False, parts={"clients": CLIENT}),
+    "fedprox": Case(
+        server="serverprox:FedProx", ours={"mu": 0.5}, theirs={"mu": 0.5}, split=False, parts={"server": SERVER}
+    ),
+    "scaffold": Case(server="serverscaffold:SCAFFOLD", split=False, parts={"server": SERVER}),
+    "fedper": Case(server="serverper:FedPer", parts={"body": BODY, "heads": HEADS}),
+    "fedrep": Case(
+        server="serverrep:FedRep", ours={"head_epochs": 2}, theirs={"plocal_epochs": 2}, parts={"body": BODY, "heads": HEADS}
+    ),
+    "ditto": Case(
+        server="serverditto:Ditto",
+        ours={"mu": 0.5, "personal_epochs": 2},
+        theirs={"mu": 0.5, "plocal_epochs": 2},
+        split=False,
+        parts={"server": SERVER, "personal": (our_clients("personal"), their_clients("model_per"))},
+    ),
+    "fedbabu": Case(
+        server="serverbabu:FedBABU", theirs={"fine_tuning_epochs": 0}, parts={"body": BODY},
+    ),
+    "moon": Case(
+        server="servermoon:MOON", ours={"mu": 1.0, "temperature": 0.5}, theirs={"mu": 1.0, "tau": 0.5}, parts={"server": SERVER}
+    ),
+    "fedproto": Case(
+        server="serverproto:FedProto",
+        ours={"local_epochs": 1, "prototype_mean": "uniform"},
+        theirs={"local_epochs": 1, "lamda": 1.0},
+        parts={"clients": CLIENT},
+        switch=prototypes_after_training,
+        cause="PFLlib averages features during training (clientproto.py, train); the paper and fedloom, with the trained model",
+    ),
+    "fedrod": Case(
+        server="serverrod:FedROD",
+        starts=lambda run, server: start_clients(run, server, "own", "head"),
+        parts={"server": SERVER, "personal heads": (our_clients("own"), their_clients("head"))},
+    ),
+    "fedala": Case(
+        server="serverala:FedALA",
+        ours={"first_epochs": 11},  # PFLlib stops when the losses of ten epochs are close, here after eleven
+        theirs={"rand_percent": 100, "layer_idx": 2, "eta": 1.0},
+        split=False,
+        parts={"server": SERVER, "clients": CLIENT},
+    ),
+    "feddbe": Case(
+        server="serverdbe:FedDBE",
+        ours={"kappa": 1.0, "mean_momentum": 1.0},
+        theirs={"kl_weight": 1.0, "momentum": 1.0},
+        rounds=ROUNDS + 1,  # our first round is PFLlib's initialization period
+        parts={"server": SERVER},
+    ),
+}
+
+
+# our side
+
+
+@contextlib.contextmanager
+def federation() -> Iterator[Path]:
+    """Write a partition of the digits into four clients of equal size and different classes, and return the folder."""
+    from fedloom.data import load
+
+    labels = load("digits").labels.numpy()
+    order = np.argsort(labels[: 2 * CLIENTS * (TRAIN + TEST)], kind="stable")[:: 2]
+    blocks = np.array_split(order, 2 * CLIENTS)  # two blocks of neighbouring classes per client
+    rows = [np.concatenate([blocks[i], blocks[i + CLIENTS]]) for i in range(CLIENTS)]
+    rows = [np.random.default_rng(i).permutation(mine) for i, mine in enumerate(rows)]
+    dealt = {"train": [mine[:TRAIN].tolist() for mine in rows], "test": [mine[TRAIN:].tolist() for mine in rows]}
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "dealt.json").write_text(json.dumps(dealt))
+        yield Path(folder)
+
+
+def our_run(name: str, case: Case, folder: Path) -> Experiment:
+    """Return our run, before its first round."""
+    settings = {
+        "method": {"name": name, "lr": LR, "local_epochs": 2, **case.ours},
+        "model": {"name": "mlp", "hidden": HIDDEN},
+        "data": {"name": "digits"},
+        "partition": {"name": "file", "path": str(folder / "dealt.json")},
+        "engine": {"name": "sequential", "threads": 1},
+        "rounds": case.rounds,
+        "batch_size": TRAIN,
+        "precision": "fp64",
+        "out": str(folder / name),
+    }
+    return Experiment(make_settings(settings))
+
+
+# PFLlib's side
+
+
+class Net(nn.Module):
+    """Our MLP with the attribute names that PFLlib expects."""
+
+    def __init__(self, weights: Arrays) -> None:
+        super().__init__()
+        self.linear, self.fc = nn.Linear(64, HIDDEN), nn.Linear(HIDDEN, 10)
+        with torch.no_grad():
+            for p, tensor in zip(self.parameters(), weights, strict=True):
+                p.copy_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, 10)."""
+        return self.fc(torch.relu(self.linear(x.flatten(1))))
+
+
+def defaults(system: Path) -> dict[str, Any]:
+    """Return the defaults of PFLlib's arguments, read from main.py, which itself imports torchvision."""
+    parser = argparse.ArgumentParser()
+    for node in ast.walk(ast.parse((system / "main.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "parser.add_argument":
+            exec(ast.unparse(node), {"parser": parser})
+    return vars(parser.parse_args([]))
+
+
+def their_run(case: Case, run: Experiment, system: Path) -> Any:
+    """Return PFLlib's server with its clients, before the first round."""
+    data = {
+        (i, is_train): list(zip(*(run.data.train if is_train else run.data.test)(i), strict=True))
+        for i in range(CLIENTS)
+        for is_train in (True, False)
+    }
+    reader = importlib.import_module("utils.data_utils")
+    reader.read_client_data = lambda _, i, is_train=True, few_shot=0: data[i, is_train]
+    base = importlib.import_module("flcore.servers.serverbase")
+    for name in ("save_results", "save_global_model"):
+        setattr(base.Server, name, lambda *_: None)
+    module, cls = case.server.split(":")
+    servers = importlib.import_module(f"flcore.servers.{module}")
+    values = defaults(system) | {
+        "device": "cpu", "dataset": "digits", "num_clients": CLIENTS, "global_rounds": ROUNDS - 1, "batch_size": TRAIN,
+        "local_epochs": 2, "local_learning_rate": LR, "feature_dim": HIDDEN, **case.theirs,
+    }  # fmt: skip
+    args = types.SimpleNamespace(**values)
+    weights = read_weights(run.problem.modules(0))["params"]
+    args.model = Net(chosen(weights, "model"))
+    if case.split:
+        args.head = copy.deepcopy(args.model.fc)
+        args.model.fc = nn.Identity()
+        args.model = importlib.import_module("flcore.trainmodel.models").BaseHeadSplit(args.model, args.head)
+    server = getattr(servers, cls)(args, 0)
+    server.evaluate = lambda *_, **__: None
+    server.rs_test_acc = server.rs_test_acc_per = [0]
+    return server
+
+
+def difference(ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> float:
+    """Return the largest relative difference of two lists of models: of the norms, tensor by tensor."""
+    if [[x.shape for x in model] for model in ours] != [[x.shape for x in model] for model in theirs]:
+        raise SystemExit("the two tools hold different tensors")
+    pairs = [(x, y) for one, other in zip(ours, theirs, strict=True) for x, y in zip(one, other, strict=True)]
+    return max(float((x - y).norm() / y.norm().clamp(min=1e-300)) for x, y in pairs)
+
+
+def compare(name: str, case: Case, folder: Path, system: Path) -> dict[str, Any]:
+    """Run a method in both tools, and return the differences of their weights."""
+    torch.set_default_dtype(torch.float64)
+    with torch.random.fork_rng():
+        run = our_run(name, case, folder)
+        random.seed(0), np.random.seed(0), torch.manual_seed(0)
+        with contextlib.redirect_stdout(io.StringIO()):
+            server = their_run(case, run, system)
+            if case.starts:
+                case.starts(run, server)
+            if case.switch:
+                case.switch(server)
+            server.train()
+    start = chosen(read_weights(run.problem.modules(0))["params"], "model")
+    run.run()
+    moved = difference([chosen(run.engine.client(0).weights["params"], "model")], [start])
+    found = {what: difference(ours(run), theirs(server)) for what, (ours, theirs) in case.parts.items()}
+    return {"moved": moved, "differences": found, "equal": max(found.values()) < EQUAL, "cause": case.cause}
+
+
+def main() -> None:
+    """Compare the methods, print the differences, and save them if all methods were compared."""
+    parser = argparse.ArgumentParser(description="Compare fedloom's methods with PFLlib's, weight by weight.")
+    parser.add_argument("methods", nargs="*", choices=[*CASES, []], metavar="METHOD")
+    parser.add_argument("--clone", required=True, help="path of a clone of PFLlib")
+    given = parser.parse_args()
+    system = Path(given.clone).resolve() / "system"
+    if not (system / "main.py").is_file():
+        raise SystemExit(f"--clone {given.clone}: there is no system/main.py; clone https://github.com/TsingZ0/PFLlib")
+    sys.path.insert(0, str(system))
+    results = {}
+    with federation() as folder:
+        for name in given.methods or CASES:
+            results[name] = compare(name, CASES[name], folder, system)
+            shown = ", ".join(f"{what} {value:.1e}" for what, value in results[name]["differences"].items())
+            print(f"{name:12}{'equal' if results[name]['equal'] else 'differs':9}{shown}", flush=True)
+    if not given.methods:
+        commit = subprocess.run(["git", "-C", given.clone, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        facts = {"peer": "PFLlib", "commit": commit.stdout.strip(), "rounds": ROUNDS, "environment": environment()}
+        RESULTS.write_text(json.dumps({**facts, "methods": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
