@@ -189,6 +189,38 @@ CASES: dict[str, Case] = {
         rounds=ROUNDS + 1,  # our first round is PFLlib's initialization period
         parts={"server": SERVER},
     ),
+    "lg_fedavg": Case(
+        server="serverlg:LG_FedAvg",
+        parts={"head": (our_server("model:head"), their_server()), "bodies": (our_clients("model:body"), their_clients("model.base"))},
+    ),
+    "pfedme": Case(
+        server="serverpFedMe:pFedMe",
+        ours={"mu": 1.0, "personal_lr": 0.05, "inner_steps": 3, "local_steps": 0, "weight_decay": 0.001},
+        theirs={"lamda": 1.0, "p_learning_rate": 0.05, "K": 3, "beta": 1.0},
+        split=False,
+        parts={"server": SERVER},
+    ),
+    "fedpac": Case(
+        server="serverpac:FedPAC",
+        ours={"prototype_mean": "uniform", "head_lr": LR, "momentum": 0.0, "weight_decay": 0.0},
+        theirs={"lamda": 1.0},
+        parts={"body": BODY},
+    ),
+    "fedamp": Case(
+        server="serveramp:FedAMP",
+        theirs={"lamda": 1.0, "alphaK": 1.0, "sigma": 1.0},
+        split=False,
+        parts={"clients": (our_clients(), their_clients())},
+        cause="PFLlib computes the pull from `.data`, so it has no gradient (clientamp.py, train), and clients train alone",
+    ),
+    "apfl": Case(
+        server="serverapfl:APFL",
+        ours={"alpha": 0.5},
+        theirs={"alpha": 0.5},
+        split=False,
+        parts={"server": SERVER, "personal": (our_clients("personal"), their_clients("model_per"))},
+        cause="PFLlib trains the personal model on its own gradient and mixes it after each local update (clientapfl.py, train)",
+    ),
 }
 
 
@@ -280,7 +312,7 @@ def their_run(case: Case, run: Experiment, system: Path) -> Any:
         args.model.fc = nn.Identity()
         args.model = importlib.import_module("flcore.trainmodel.models").BaseHeadSplit(args.model, args.head)
     server = getattr(servers, cls)(args, 0)
-    server.evaluate = lambda *_, **__: None
+    server.evaluate = server.evaluate_personalized = lambda *_, **__: None
     server.rs_test_acc = server.rs_test_acc_per = [0]
     return server
 
@@ -288,7 +320,8 @@ def their_run(case: Case, run: Experiment, system: Path) -> Any:
 def difference(ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> float:
     """Return the largest relative difference of two lists of models: of the norms, tensor by tensor."""
     if [[x.shape for x in model] for model in ours] != [[x.shape for x in model] for model in theirs]:
-        raise SystemExit("the two tools hold different tensors")
+        shapes = [[list(x.shape) for x in models[0]] for models in (ours, theirs)]
+        raise SystemExit(f"the two tools hold different tensors: {len(ours)} x {shapes[0]}, {len(theirs)} x {shapes[1]}")
     pairs = [(x, y) for one, other in zip(ours, theirs, strict=True) for x, y in zip(one, other, strict=True)]
     return max(float((x - y).norm() / y.norm().clamp(min=1e-300)) for x, y in pairs)
 
@@ -305,10 +338,10 @@ def compare(name: str, case: Case, folder: Path, system: Path) -> dict[str, Any]
                 case.starts(run, server)
             if case.switch:
                 case.switch(server)
+            start = parameters(server.clients[0].model)
             server.train()
-    start = chosen(read_weights(run.problem.modules(0))["params"], "model")
     run.run()
-    moved = difference([chosen(run.engine.client(0).weights["params"], "model")], [start])
+    moved = difference([start], [parameters(server.clients[0].model)])
     found = {what: difference(ours(run), theirs(server)) for what, (ours, theirs) in case.parts.items()}
     return {"moved": moved, "differences": found, "equal": max(found.values()) < EQUAL, "cause": case.cause}
 
