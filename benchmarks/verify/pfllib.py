@@ -18,7 +18,9 @@ import argparse
 import ast
 import contextlib
 import copy
+import functools
 import importlib
+import inspect
 import io
 import json
 import random
@@ -34,6 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fedloom.config.settings import make_settings
 from fedloom.experiment.loop import Experiment
@@ -102,14 +105,12 @@ def their_server(part: str = "") -> Callable[[Any], Sequence[Arrays]]:
 
 def their_clients(path: str = "model") -> Callable[[Any], Sequence[Arrays]]:
     """Return the parameters of an attribute of each of PFLlib's clients, such as `model.head`."""
+    return lambda server: [parameters(attribute(client, path)) for client in server.clients]
 
-    def of(client: Any) -> Arrays:
-        found = client
-        for name in path.split("."):
-            found = getattr(found, name)
-        return parameters(found)
 
-    return lambda server: [of(client) for client in server.clients]
+def attribute(client: Any, path: str) -> Any:
+    """Return an attribute of an attribute, such as `model.head`."""
+    return functools.reduce(getattr, path.split("."), client)
 
 
 def parameters(module: nn.Module) -> Arrays:
@@ -122,7 +123,7 @@ def start_clients(run: Experiment, server: Any, net: str, path: str) -> None:
     weights = chosen(read_weights(run.problem.modules(0))["params"], net)
     for client in server.clients:
         with torch.no_grad():
-            for p, tensor in zip(getattr(client, path).parameters(), weights, strict=True):
+            for p, tensor in zip(attribute(client, path).parameters(), weights, strict=True):
                 p.copy_(tensor)
 
 
@@ -131,6 +132,73 @@ def prototypes_after_training(server: Any) -> None:
     for client in server.clients:
         train = client.train
         client.train = lambda client=client, train=train: (train(), client.collect_protos())
+
+
+def heads_as_sent(server: Any) -> None:
+    """Let PFLlib combine the heads that clients have sent, in the order of their statistics, and keep weights below 0.001."""
+    receive = server.receive_models
+
+    def receive_copies() -> None:
+        receive()
+        server.uploaded_heads = copy.deepcopy(server.uploaded_heads)
+
+    server.receive_models = receive_copies
+    module = sys.modules[type(server).__module__]
+    module.random = types.SimpleNamespace(sample=lambda population, k: list(population)[:k])
+    exec(inspect.getsource(module.solve_quadratic).replace("eps = 1e-3", "eps = 0"), vars(module))
+
+
+def constant_teachers(server: Any) -> None:
+    """Let PFLlib's clients use the mean KL divergence over examples, with a constant teacher."""
+    for client in server.clients:
+        client.KL = lambda student, teacher: F.kl_div(student, teacher.detach(), reduction="batchmean")
+
+
+def policies_and_contexts(run: Experiment, server: Any) -> None:
+    """Start PFLlib's FedCP from our policy, and from the context of the initial head."""
+    start_clients(run, server, "policy", "model.gate.cs")
+    for client in server.clients:
+        client.set_head_g(client.model.head_g)
+
+
+def softmax_policy(server: Any) -> None:
+    """Remove the Gumbel noise of PFLlib's policy."""
+    module = sys.modules[type(server).__module__]
+    module.F = types.SimpleNamespace(gumbel_softmax=lambda x, dim, **_: x.softmax(dim))
+
+
+def embeddings_and_layers(run: Experiment, server: Any) -> None:
+    """Start PFLlib's GPFL from our embeddings and our conditional layer."""
+    start_clients(run, server, "classes", "GCE")
+    start_clients(run, server, "valve", "CoV")
+
+
+def contexts_of_received_embeddings(server: Any) -> None:
+    """Let PFLlib's clients compute contexts from the received embeddings, and a mean distance over examples."""
+    module = sys.modules[type(server.clients[0]).__module__]
+    shim = types.ModuleType("torch")
+    shim.__dict__.update(vars(torch), norm=lambda x, _: x.norm(dim=1).mean())
+    module.torch = shim
+    for client in server.clients:
+        receive = client.set_GCE
+
+        def receive_twice(GCE: nn.Module, receive: Callable[[nn.Module], None] = receive) -> None:
+            receive(GCE)
+            receive(GCE)  # now from the received embeddings
+
+        client.set_GCE = receive_twice
+        receive_twice(client.GCE)
+
+
+def separate_head(server: Any) -> None:
+    """Give PFLlib's server a head of its own."""
+    server.head = copy.deepcopy(server.head)
+    server.opt_h = torch.optim.SGD(server.head.parameters(), lr=server.server_learning_rate)
+
+
+def their_head(server: Any) -> Sequence[Arrays]:
+    """Return the parameters of the head that PFLlib's server trains."""
+    return [parameters(server.head)]
 
 
 SERVER = (our_server(), their_server())
@@ -205,6 +273,9 @@ CASES: dict[str, Case] = {
         ours={"prototype_mean": "uniform", "head_lr": LR, "momentum": 0.0, "weight_decay": 0.0},
         theirs={"lamda": 1.0},
         parts={"body": BODY},
+        switch=heads_as_sent,
+        cause="PFLlib overwrites each client's head before it combines the next one's, draws the order of the heads anew, so that the "
+        "statistics are those of other clients (serverpac.py, receive_models), and sets weights below 0.001 to 0 (solve_quadratic)",
     ),
     "fedamp": Case(
         server="serveramp:FedAMP",
@@ -220,6 +291,52 @@ CASES: dict[str, Case] = {
         split=False,
         parts={"server": SERVER, "personal": (our_clients("personal"), their_clients("model_per"))},
         cause="PFLlib trains the personal model on its own gradient and mixes it after each local update (clientapfl.py, train)",
+    ),
+    "fml": Case(
+        server="serverfml:FML",
+        ours={"alpha": 0.5, "beta": 0.5},
+        theirs={"alpha": 0.5, "beta": 0.5},
+        split=False,
+        starts=lambda run, server: start_clients(run, server, "personal", "model"),
+        switch=constant_teachers,
+        parts={"server": SERVER, "personal": (our_clients("personal"), their_clients())},
+        cause="PFLlib divides the KL divergence by the number of classes, too, and lets gradients flow through the teachers (clientfml.py, train)",
+    ),
+    "fedgh": Case(
+        server="servergh:FedGH",
+        ours={"server_lr": 0.1, "server_batch": 1000},
+        theirs={"server_learning_rate": 0.1},
+        switch=separate_head,
+        cause="In PFLlib, the server's head and client 0's head are one module, which client 0 trains, too (servergh.py, __init__)",
+        parts={"head": (our_server("model:head"), their_head), "bodies": (our_clients("model:body"), their_clients("model.base"))},
+    ),
+    "fedcp": Case(
+        server="servercp:FedCP",
+        ours={"mmd_weight": 1.0},
+        theirs={"lamda": 1.0},
+        starts=policies_and_contexts,
+        switch=softmax_policy,
+        parts={
+            "body": (our_server("model:body"), lambda server: [parameters(server.global_modules)]),
+            "common head": (our_server("common"), lambda server: [parameters(server.head)]),
+            "policy": (our_server("policy"), lambda server: [parameters(server.cs)]),
+            "heads": (our_clients("model:head"), their_clients("model.model.head")),
+        },
+        cause="PFLlib adds Gumbel noise to the policy (servercp.py, ConditionalSelection) and starts from a random context",
+    ),
+    "gpfl": Case(
+        server="servergpfl:GPFL",
+        ours={"magnitude": 0.1, "embedding_decay": 0.1},
+        theirs={"lamda": 0.1, "mu": 0.1},
+        starts=embeddings_and_layers,
+        switch=contexts_of_received_embeddings,
+        parts={
+            "body": BODY,
+            "embeddings": (our_server("classes"), lambda server: [parameters(server.GCE)]),
+            "heads": (our_clients("model:head"), their_clients("model.head")),
+        },
+        cause="PFLlib computes contexts from the client's own embeddings, and 0 in the first round (clientgpfl.py, set_GCE); its distance is "
+        "the norm of the whole batch (train)",
     ),
 }
 
