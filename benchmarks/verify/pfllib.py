@@ -27,6 +27,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import textwrap
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ from fedloom.experiment.environment import environment
 from fedloom.nets import read_weights
 
 RESULTS = Path(__file__).parents[1] / "results" / "verify-pfllib.json"
-CLIENTS, TRAIN, TEST, ROUNDS, HIDDEN, LR = 4, 40, 10, 3, 20, 0.1
+CLIENTS, TRAIN, VALID, TEST, ROUNDS, HIDDEN, LR = 4, 40, 8, 10, 3, 20, 0.1
 EQUAL = 1e-6  # the largest relative difference that counts as equal
 
 Arrays = list[Tensor]
@@ -68,6 +69,8 @@ class Case:
     """What is compared: by name, a function of our run and one of PFLlib's server, which return one list of tensors per model."""
     starts: Callable[[Experiment, Any], None] | None = None
     """Copies initial weights beyond the model's from our run to PFLlib's server."""
+    valid: bool = False
+    """Whether our clients hold out the validation examples that PFLlib holds out."""
     switch: Callable[[Any], None] | None = None
     """Changes PFLlib's server so that a difference with a known cause disappears."""
     cause: str = ""
@@ -190,6 +193,51 @@ def contexts_of_received_embeddings(server: Any) -> None:
         receive_twice(client.GCE)
 
 
+def edited(method: Callable[..., Any], *changes: tuple[str, str]) -> Callable[..., Any]:
+    """Return a method of PFLlib with changes to its source code."""
+    source = textwrap.dedent(inspect.getsource(method))
+    for old, new in changes:
+        if old not in source:
+            raise SystemExit(f"{method.__qualname__} of PFLlib has changed: it does not contain '{old}'")
+        source = source.replace(old, new)
+    names = dict(vars(sys.modules[method.__module__]))
+    exec(source, names)
+    return names[method.__name__]  # type: ignore[no-any-return]
+
+
+def squared_pull(server: Any) -> None:
+    """Let PFLlib's FedAMP minimise half the squared distance."""
+    changes = ("p.data.view(-1)", "p.view(-1)"), ("torch.norm(gm-pm, p=2)", "(gm - pm).square().sum()")
+    train = edited(type(server.clients[0]).train, *changes)
+    for client in server.clients:
+        client.train = functools.partial(train, client)
+
+
+def current_models(server: Any) -> None:
+    """Let PFLlib's FedFomo compare candidates with a client's current model."""
+    for client in server.clients:
+        train = client.train
+
+        def train_from_current(client: Any = client, train: Callable[[], None] = train) -> None:
+            client.old_model = copy.deepcopy(client.model)
+            train()
+
+        client.train = train_from_current
+
+
+def align_on_all_examples(server: Any) -> None:
+    """Let PFLlib's FedAS align on full batches, from the second round."""
+    send = server.send_selected_models
+    server.send_selected_models = lambda selected, number: send(selected, number) if number else None
+    for client in server.clients:
+        client.load_train_data = functools.partial(full_batches, client.load_train_data)
+
+
+def full_batches(load: Callable[[], Any], batch_size: int = 0) -> Any:
+    """Return PFLlib's batches of the usual size."""
+    return load()
+
+
 def separate_head(server: Any) -> None:
     """Give PFLlib's server a head of its own."""
     server.head = copy.deepcopy(server.head)
@@ -279,10 +327,29 @@ CASES: dict[str, Case] = {
     ),
     "fedamp": Case(
         server="serveramp:FedAMP",
-        theirs={"lamda": 1.0, "alphaK": 1.0, "sigma": 1.0},
+        ours={"mu": 1.0, "alpha": 0.2, "sigma": 1.0},
+        theirs={"lamda": 1.0, "alphaK": 0.2, "sigma": 1.0},
         split=False,
-        parts={"clients": (our_clients(), their_clients())},
-        cause="PFLlib computes the pull from `.data`, so it has no gradient (clientamp.py, train), and clients train alone",
+        switch=squared_pull,
+        parts={"clients": CLIENT},
+        cause="PFLlib computes the pull from `.data`, so it has no gradient, and from a distance that is not squared (clientamp.py, train)",
+    ),
+    "fedfomo": Case(
+        server="serverfomo:FedFomo",
+        ours={"candidates": CLIENTS - 1, "epsilon": 0.0},
+        theirs={"M": CLIENTS, "batch_size": TRAIN - VALID},
+        split=False,
+        valid=True,
+        switch=current_models,
+        parts={"clients": CLIENT},
+        cause="PFLlib compares candidates with the client's model before its last training (clientfomo.py, train)",
+    ),
+    "fedas": Case(
+        server="serveras:FedAS",
+        ours={"fisher_batch": 1000},
+        switch=align_on_all_examples,
+        parts={"body": (our_server("model:body"), their_server("base")), "heads": HEADS},
+        cause="PFLlib aligns on batches of 16 without the last examples, and already in the first round (clientas.py, set_parameters)",
     ),
     "apfl": Case(
         server="serverapfl:APFL",
@@ -354,9 +421,11 @@ def federation() -> Iterator[Path]:
     blocks = np.array_split(order, 2 * CLIENTS)  # two blocks of neighbouring classes per client
     rows = [np.concatenate([blocks[i], blocks[i + CLIENTS]]) for i in range(CLIENTS)]
     rows = [np.random.default_rng(i).permutation(mine) for i, mine in enumerate(rows)]
-    dealt = {"train": [mine[:TRAIN].tolist() for mine in rows], "test": [mine[TRAIN:].tolist() for mine in rows]}
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "dealt.json").write_text(json.dumps(dealt))
+        for name, n_valid in (("dealt", 0), ("valid", VALID)):
+            splits = {"train": slice(TRAIN - n_valid), "valid": slice(TRAIN - n_valid, TRAIN), "test": slice(TRAIN, None)}
+            dealt = {split: [mine[part].tolist() for mine in rows] for split, part in splits.items()}
+            Path(folder, f"{name}.json").write_text(json.dumps(dealt))
         yield Path(folder)
 
 
@@ -366,7 +435,7 @@ def our_run(name: str, case: Case, folder: Path) -> Experiment:
         "method": {"name": name, "lr": LR, "local_epochs": 2, **case.ours},
         "model": {"name": "mlp", "hidden": HIDDEN},
         "data": {"name": "digits"},
-        "partition": {"name": "file", "path": str(folder / "dealt.json")},
+        "partition": {"name": "file", "path": str(folder / ("valid.json" if case.valid else "dealt.json"))},
         "engine": {"name": "sequential", "threads": 1},
         "rounds": case.rounds,
         "batch_size": TRAIN,
@@ -406,9 +475,9 @@ def defaults(system: Path) -> dict[str, Any]:
 def their_run(case: Case, run: Experiment, system: Path) -> Any:
     """Return PFLlib's server with its clients, before the first round."""
     data = {
-        (i, is_train): list(zip(*(run.data.train if is_train else run.data.test)(i), strict=True))
+        (i, is_train): [pair for split in splits for pair in zip(*getattr(run.data, split)(i), strict=True)]
         for i in range(CLIENTS)
-        for is_train in (True, False)
+        for is_train, splits in ((True, ("train", *(["valid"] if case.valid else []))), (False, ("test",)))
     }
     reader = importlib.import_module("utils.data_utils")
     reader.read_client_data = lambda _, i, is_train=True, few_shot=0: data[i, is_train]
@@ -429,7 +498,8 @@ def their_run(case: Case, run: Experiment, system: Path) -> Any:
         args.model.fc = nn.Identity()
         args.model = importlib.import_module("flcore.trainmodel.models").BaseHeadSplit(args.model, args.head)
     server = getattr(servers, cls)(args, 0)
-    server.evaluate = server.evaluate_personalized = lambda *_, **__: None
+    for name in ("evaluate", "evaluate_personalized", "evaluate_one_step", "avg_generalization_metrics"):
+        setattr(server, name, lambda *_, **__: None)
     server.rs_test_acc = server.rs_test_acc_per = [0]
     return server
 
