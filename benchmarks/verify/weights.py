@@ -1,0 +1,94 @@
+"""The weights that a comparison of two tools compares, and what a comparison consists of."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.experiment.loop import Experiment
+from fedloom.nets import read_weights
+
+CLIENTS, TRAIN, VALID, TEST, ROUNDS, HIDDEN, LR = 4, 40, 8, 10, 3, 20, 0.1
+
+Arrays = list[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One method in both tools."""
+
+    server: str
+    """PFLlib's server, as module:Class."""
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    """fedloom's hyper-parameters."""
+    rounds: int = ROUNDS
+    """Number of our rounds."""
+    theirs: Mapping[str, Any] = field(default_factory=dict)
+    """PFLlib's arguments."""
+    split: bool = True
+    """Whether PFLlib divides the model into a base and a head."""
+    parts: Mapping[str, tuple[Callable[[Experiment], Sequence[Arrays]], Callable[[Any], Sequence[Arrays]]]]
+    """What is compared: by name, a function of our run and one of PFLlib's server, which return one list of tensors per model."""
+    starts: Callable[[Experiment, Any], None] | None = None
+    """Copies initial weights beyond the model's from our run to PFLlib's server."""
+    valid: bool = False
+    """Whether our clients hold out the validation examples that PFLlib holds out."""
+    switch: Callable[[Any], None] | None = None
+    """Changes PFLlib's server so that a difference with a known cause disappears."""
+    cause: str = ""
+    """The cause, with the place in PFLlib's code."""
+
+
+def our_server(net: str = "model") -> Callable[[Experiment], Sequence[Arrays]]:
+    """Return the server's parameters of one net."""
+    return lambda run: [chosen(run.server["weights"]["params"], net)]
+
+
+def our_clients(net: str = "model") -> Callable[[Experiment], Sequence[Arrays]]:
+    """Return each client's parameters of one net."""
+    return lambda run: [chosen(run.engine.client(i).weights["params"], net) for i in range(CLIENTS)]
+
+
+def chosen(params: Mapping[str, Tensor], net: str) -> Arrays:
+    """Return the tensors of a net, or of a part of it such as `model:body`, in the order of the modules.
+
+    Some methods have the nets `body` and `head` instead of `model`.
+    """
+    prefix = net.replace(":", ".") + "."
+    if not any(name.startswith("model.") for name in params):
+        prefix = prefix.removeprefix("model.")
+    return [tensor.detach().clone() for name, tensor in params.items() if name.startswith(prefix)]
+
+
+def their_server(part: str = "") -> Callable[[Any], Sequence[Arrays]]:
+    """Return the parameters of PFLlib's global model, or of one of its attributes."""
+    return lambda server: [parameters(getattr(server.global_model, part) if part else server.global_model)]
+
+
+def their_clients(path: str = "model") -> Callable[[Any], Sequence[Arrays]]:
+    """Return the parameters of an attribute of each of PFLlib's clients, such as `model.head`."""
+    return lambda server: [parameters(attribute(client, path)) for client in server.clients]
+
+
+def attribute(client: Any, path: str) -> Any:
+    """Return an attribute of an attribute, such as `model.head`."""
+    return functools.reduce(getattr, path.split("."), client)
+
+
+def parameters(module: nn.Module) -> Arrays:
+    """Return a module's parameters."""
+    return [p.detach().clone() for p in module.parameters()]
+
+
+def start_clients(run: Experiment, server: Any, net: str, path: str) -> None:
+    """Give an attribute of PFLlib's clients the initial weights of one of our nets."""
+    weights = chosen(read_weights(run.problem.modules(0))["params"], net)
+    for client in server.clients:
+        with torch.no_grad():
+            for p, tensor in zip(attribute(client, path).parameters(), weights, strict=True):
+                p.copy_(tensor)
