@@ -1,6 +1,7 @@
 """Rules of the source code that no linter checks."""
 
 import ast
+import importlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -121,3 +122,17 @@ def test_no_class_uses_private_names_of_another_class():
             ):
                 wrong.append(f"{file}: {name} uses {leaf.attr}")
     assert wrong == []
+
+
+SCRIPTS = [
+    file for folder in ("benchmarks", "examples") for file in sorted((Path(__file__).parents[2] / folder).rglob("*.py"))
+]
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
+def test_scripts_import_names_that_exist(file):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fedloom":
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.import_module(f"{node.module}.{name.name}")
