@@ -623,7 +623,7 @@ def make_method(choice: Named) -> Method:
         hint = have if 0 < len(owners) < 5 else near_keys(f"method.{key}", fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
-        return _adapter(cls).validate_python(choice.options)
+        return _adapter(cls).validate_python(choice.options)  # type: ignore[arg-type]  # classes are hashable
     except ValidationError as error:
         raise ConfigError(explain(error, "method.", cls)) from None
 
