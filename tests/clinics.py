@@ -37,7 +37,7 @@ def write_clinics(folder: Path) -> dict[str, Path]:
 
 
 def simulated_clinics(deployed: Experiment, files: dict[str, Path], values: dict[str, Any]) -> Experiment:
-    """Return the simulation of a deployed run: the rows of both clinics in one table, with the nodes' own splits. It is not yet run."""
+    """Return the simulation of a deployed run: the rows of both clinics in one table, with the nodes' own splits. It has not run yet."""
     settings = make_settings(values | {"engine": {"name": "sequential", "threads": 1}})
     preprocess = Preprocess.read(deployed.folder.path / "preprocess.json")
     given = Given(preprocess=preprocess, where="p", accepts_unknown=True)

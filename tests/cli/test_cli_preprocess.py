@@ -1,4 +1,4 @@
-"""`fedloom preprocess`: what a file holds, and a run that uses the result."""
+"""`fedloom preprocess`: the contents of the file, and a run that uses it."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Two nodes with a table each: a federation of processes gives the inputs and the numbers of a simulation with the same rows."""
+"""Two nodes with one table each: a federation of processes has the inputs and the results of a simulation with the same rows."""
 
 import pytest
 from federation import values

@@ -890,7 +890,7 @@ def test_invalid_examples_are_refused_by_their_node(federation, rows, tmp_path):
 
 @pytest.fixture
 def clinics(tmp_path) -> Callable[..., tuple[Deployment, dict[str, Path], dict[str, Any]]]:
-    """Return a function that creates two nodes with a table each; it returns the federation, the tables and the settings."""
+    """Return a function that creates two nodes with one table each, and returns the federation, the tables and the settings."""
 
     def make(**settings: Any) -> tuple[Deployment, dict[str, Path], dict[str, Any]]:
         files = write_clinics(tmp_path)

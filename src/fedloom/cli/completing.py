@@ -88,7 +88,7 @@ def _listed(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> Iterable[
 def _complete_keys(
     keys: Callable[[Namespace], Mapping[str, Iterable[str]]], prefix: str, parsed_args: Namespace, **_: Any
 ) -> list[str]:
-    """Return completions of `prefix`: keys that are not given yet as `KEY=`, or values after the equals sign."""
+    """Return completions of `prefix`: `KEY=` for keys that are not given yet, or values after the equals sign."""
     key, equals, _text = prefix.partition("=")
     known, given = keys(parsed_args), [word.partition("=")[0] for word in parsed_args.given or [] if "=" in word]
     if not equals:
@@ -97,7 +97,7 @@ def _complete_keys(
 
 
 def _predict_keys(parsed_args: Namespace) -> dict[str, Iterable[str]]:
-    """Return the keys of `fedloom predict` with their values; clients are those of the run folder that is given first."""
+    """Return the keys of `fedloom predict` with their values. The clients are those of the first argument, a run folder."""
     given = [word for word in parsed_args.given or [] if "=" not in word]
     return {"client": _clients(Path(given[0])), "out": (), "adapt": ("true", "false")} if given else {}
 
@@ -121,7 +121,7 @@ KEYS: Mapping[str, Callable[[Namespace], Mapping[str, Iterable[str]]]] = {
     "predict": _predict_keys,
     "preprocess": _preprocess_keys,
 }
-"""The keys of commands that do not take all settings of a run."""
+"""Functions that return the keys of a command and their values, for commands that do not accept all settings of a run."""
 
 
 def complete_settings(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:

@@ -26,7 +26,7 @@ keys: those of data.* that say how files are read (fedloom run --help), and
 """
 COLUMNS = ("partition.column", "partition.by")
 WITHOUT_EFFECT = ("path", "preprocess", "revision", "augment", "factor", "factor_clients", "features")
-SHOWN = 5  # most levels or words of a line
+SHOWN = 5  # maximum number of levels or words in a line
 
 
 def preprocess_command(words: Sequence[str]) -> int:
@@ -68,7 +68,7 @@ def preprocess_keys() -> list[str]:
 
 
 def _values(file: str, options: dict[str, str]) -> Values:
-    """Return the tables of settings."""
+    """Return the tables of settings from the file and the options of the command."""
     from fedloom.config.parsing import from_words
 
     if not Path(file).expanduser().exists():
@@ -81,7 +81,7 @@ def _values(file: str, options: dict[str, str]) -> Values:
 
 
 def _lines(made: Preprocess) -> Iterator[str]:
-    """Yield what was understood, in lines."""
+    """Yield lines that describe the task and the inputs."""
     labels = made.table.labels if made.table else ()
     named = f" of {', '.join(labels)}" if labels else ""
     names, content = made.objective.names, made.objective.content()
@@ -134,7 +134,7 @@ def _number_lines(part: Any) -> Iterator[str]:
 
 
 def _scale(part: Any) -> str:
-    """Return how values are scaled, in words."""
+    """Return the scaling of values in words."""
     if part.kind not in ("picture", "number"):
         return ""
     unit = 255.0 if part.kind == "picture" else 1.0

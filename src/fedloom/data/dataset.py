@@ -27,14 +27,14 @@ class Dataset:
     """A pool of N examples, training examples first.
 
     Examples 0 .. n_train-1 are the official training examples. The others are the official test examples; there may be none. `inputs` is
-    one tensor (N, ...), or several tensors by name; `spec` describes them. Images are uint8 (N, C, H, W) with values from 0 to 255, numbers
-    are floating point, and tokens and categories are integers. `targets` has the form that `objective` requires, such as int64 class labels
-    (N,). `columns` contains further values (N,), such as the domain or the writer of each example. `normalise` is the default for
-    `Federation`. `overlaps` describes how examples of one owner overlap, such as windows of a text; random splits are then refused, because
-    test data would leak into training data. `revision` is the commit of the hub's files, for `data=hub:OWNER/NAME`. `parts` describes how
-    raw values become `inputs`, field by field; by default, inputs come from arrays. `table` describes how a table was read. `is_scaled`
-    says whether `parts` also contains the scaling of the inputs, which was made before. `factor` names the column with a known client
-    factor, if there is one; `changed` contains the same images with another value of the factor.
+    one tensor (N, ...), or several tensors by name; `spec` describes them. Images are uint8 (N, C, H, W) with values from 0 to 255,
+    numbers are floating point, and tokens and categories are integers. `targets` has the form that `objective` requires, such as int64
+    class labels (N,). `columns` contains further values (N,), such as the domain or the writer of each example. `normalise` is the default
+    for `Federation`. `overlaps` describes how examples of one owner overlap, such as windows of a text; random splits are then refused,
+    because test data would leak into training data. `revision` is the commit of the hub's files, for `data=hub:OWNER/NAME`. `parts`
+    describes how raw values become `inputs`, field by field; by default, inputs come from arrays. `table` describes how a table was read.
+    `is_scaled` states whether `parts` already contains the scaling of the inputs. `factor` names the column with a known client factor, if
+    there is one; `changed` contains the same images with another value of the factor.
     """
 
     name: str

@@ -1,4 +1,7 @@
-"""Data that are read as a `preprocess.json` says that was made before: no column gets a type, and no vocabulary is built."""
+"""Tables that are read by an existing `preprocess.json`.
+
+Types of columns, vocabularies and scaling come from the file, not from the data.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ from fedloom.data.table_files import RawTable, read_files
 from fedloom.data.tables import by_split, check_named, column_names, known_texts, language_table, split_column, title
 from fedloom.errors import DataError, suggest
 
-SHOWN = 5  # most levels in a message
+SHOWN = 5  # maximum number of levels in a message
 
 
 def described_table(asked: Request, given: Given, files: Files) -> Dataset:
-    """Return the data set in the files of a table, with inputs and targets as `given` says.
+    """Return the data set in the files of a table, with the inputs and targets that `given` describes.
 
     Raises:
-        DataError: a column is missing or new, a value is not among the levels of its column or the classes, or a value is missing that
-            `given` does not fill.
+        DataError: a column is missing or new, a value is not a level of its column or a class, or `given` contains no replacement for a
+            missing value.
     """
     described, options = given.preprocess, asked.table
     coder, form = described.coder, described.table or TableFormat()
@@ -58,13 +61,13 @@ def described_table(asked: Request, given: Given, files: Files) -> Dataset:
 
 
 def _check_columns(raw: RawTable, needed: list[str], asked: Request, given: Given) -> None:
-    """Raise DataError if a column is missing, or if another one is neither an input nor known as no input."""
+    """Raise DataError if a column is missing, or if there is a column that the preprocess.json does not mention."""
     names, options, form = list(raw.frame.columns), asked.table, given.preprocess.table or TableFormat()
     for column in needed:
         if column not in names:
             raise DataError(f"{title(raw)} lacks the column '{column}' of {given.where}{suggest(column, names)}")
     if not is_table(given.preprocess):
-        return  # texts are chosen by name, so other columns do not matter
+        return  # texts are chosen by name, so other columns have no effect
     known = {*needed, *form.others, *options.drop, options.split, options.owner, options.by, "client", "split"}
     if strange := next((name for name in names if name not in known), None):
         raise DataError(
@@ -74,7 +77,7 @@ def _check_columns(raw: RawTable, needed: list[str], asked: Request, given: Give
 
 
 def _known(raw: RawTable, given: Given, missing: str) -> npt.NDArray[np.bool_]:
-    """Return which rows to keep. Raise DataError for unknown levels, and for missing values unless their rows are to be dropped."""
+    """Return which rows (N,) to keep. Raise DataError if levels are unknown, or if values are missing and `missing` is not "drop"."""
     described, rows = given.preprocess, TableRows(raw.frame, raw.place)
     lacking = _lacking(rows, given)
     first = next((name for name, rows_without in lacking.items() if rows_without.any()), None)
@@ -91,7 +94,10 @@ def _known(raw: RawTable, given: Given, missing: str) -> npt.NDArray[np.bool_]:
 
 
 def _lacking(rows: TableRows, given: Given) -> dict[str, npt.NDArray[np.bool_]]:
-    """Return where values are missing that are not filled in, (N,), by column. Raise DataError for unknown levels, if they are refused."""
+    """Return, for each column, the rows (N,) with missing values that cannot be filled.
+
+    Raise DataError if there are unknown levels, and `given` does not accept them.
+    """
     form, found = given.preprocess.table or TableFormat(), dict[str, npt.NDArray[np.bool_]]()
     for part in given.preprocess.inputs:
         if isinstance(part, NumberInput):

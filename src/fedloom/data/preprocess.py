@@ -230,13 +230,13 @@ class Preprocess(_Strict):
         return [key for key in mine if mine[key] != theirs[key]]
 
     def text(self, indent: int | None = 1) -> str:
-        """Return the content of the file. `indent`: spaces per level; None: everything in one line."""
+        """Return the content of the file. `indent` is the number of spaces per level; with None, the content is one line."""
         content = {"format": FORMAT, "fedloom": __version__, **self.model_dump(mode="json")}
         return json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
     @property
     def coder(self) -> TextCoder | None:
-        """How texts become token ids; None if no input comes from texts."""
+        """The rules by which texts become token ids, or None if no input consists of texts."""
         return next((part.text for part in self.inputs if isinstance(part, TokenInput) and part.text), None)
 
     @classmethod
@@ -277,13 +277,13 @@ class Preprocess(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """A description that was made before, by which data are read.
+    """An existing description, by which data are read.
 
     Attributes:
         preprocess: the description.
         where: its name in messages, such as `data.preprocess=FILE`.
-        accepts_unknown: whether values that are not among the levels of a column, and missing ones without a level, become id 0. Otherwise
-            they are refused.
+        accepts_unknown: whether values that are not levels of their column, and missing values without a level, become id 0. Otherwise,
+            they are errors.
     """
 
     preprocess: Preprocess
@@ -304,7 +304,7 @@ def array_part(field: Field, resize: bool = False) -> Part:
 
 
 def given_scaling(parts: Iterable[Part]) -> dict[str, Scaling]:
-    """Return the scaling that the parts themselves have, by field. Raise DataError if clients have their own."""
+    """Return the scaling in the parts, by field. Raise DataError if each client has its own scaling."""
     scaled = [part for part in parts if isinstance(part, _Scaled)]
     if any(part.own for part in scaled):
         raise DataError(

@@ -54,7 +54,7 @@ class TableRows:
 
 
 def is_table(preprocess: Preprocess) -> bool:
-    """Return whether numbers or categories among the inputs are columns of a table."""
+    """Return whether inputs are numbers or categories from columns of a table."""
     return any(getattr(part, "columns", ()) for part in preprocess.inputs)
 
 
@@ -185,7 +185,7 @@ def column_numbers(rows: TableRows, name: str, form: TableFormat) -> Floats:
 
 
 def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDArray[np.int64]:
-    """Return the ids of a column of categories: 0 for unknown values, which are logged, else 1 and above."""
+    """Return the ids (N,) of a column of categories, from 1. Unknown values have id 0, and are logged."""
     found = column_ids(column, rows, form)
     if unknown := found.unknown:
         shown = ", ".join(f"'{word}'" for word in unknown[:3]) + (", ..." if len(unknown) > 3 else "")
@@ -194,7 +194,10 @@ def _ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> npt.NDAr
 
 
 class ColumnIds(NamedTuple):
-    """The ids of a column of categories, (N,); where they are 0 because a word is not among its levels; and these words."""
+    """The ids (N,) of a column of categories, and its unknown words.
+
+    `is_unknown` (N,) marks the rows whose word is not a level of the column, and `unknown` contains these words.
+    """
 
     ids: npt.NDArray[np.int64]
     is_unknown: npt.NDArray[np.bool_]
@@ -202,7 +205,7 @@ class ColumnIds(NamedTuple):
 
 
 def column_ids(column: CategoryColumn, rows: TableRows, form: TableFormat) -> ColumnIds:
-    """Return the ids of a column of categories: 0 for unknown and missing values, else 1 and above; a missing value may have a level."""
+    """Return the ids of a column of categories, from 1. Unknown values, and missing values without a level, have id 0."""
     from fedloom.data.table_columns import BLANK, NO_NUMBER, is_number
 
     codes, words = column_words(rows, column.name)
@@ -240,7 +243,7 @@ def _words(series: pd.Series[Any]) -> tuple[npt.NDArray[np.int64], list[str]]:
 
 
 def column_texts(rows: TableRows, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the texts of all rows, one part per column; a missing part is empty."""
+    """Return the texts of all rows, with one part per column. A missing part is an empty string."""
     import pandas as pd
 
     parts = [["" if pd.isna(v) else str(v) for v in rows.column(name).tolist()] for name in columns]

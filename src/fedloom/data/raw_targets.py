@@ -44,10 +44,10 @@ def stored_examples(preprocess: Preprocess, data: Any) -> Stored:
 
 
 def conformed(pool: Dataset, given: Given) -> Dataset:
-    """Return a data set with the inputs, targets and scaling of `given`. Raise DataError if its examples do not fit."""
+    """Return a data set with the inputs, targets and scaling of `given`. Raise DataError if its examples do not match."""
     described = given.preprocess
     if pool.spec.is_picture and described.spec.is_picture and (pool.input_shape[0], described.spec.shape[0]) == (1, 3):
-        colours = pool.images.expand(-1, 3, -1, -1).contiguous()  # as new grey images are converted
+        colours = pool.images.expand(-1, 3, -1, -1).contiguous()  # like new greyscale images
         shape = (3, *pool.input_shape[1:])
         pool = replace(pool, inputs=colours, spec=InputSpec((replace(pool.spec.fields[0], shape=shape),)), parts=())
     mine, theirs = ([(f.name, f.kind, f.shape) for f in spec.fields] for spec in (pool.spec, described.spec))
@@ -88,7 +88,7 @@ def _of_dataset(preprocess: Preprocess, data: Dataset) -> Stored:
 
 
 def targets_as(objective: Objective, data: Dataset) -> Tensor:
-    """Return the targets of a data set as those of an objective of the same task. Raise DataError if it lacks one of the classes."""
+    """Return the targets of a data set in the stored form of an objective of the same task. Raise DataError if a class is unknown."""
     mine = data.objective
     if mine == objective:
         return data.targets
@@ -114,13 +114,13 @@ def _of_folder(preprocess: Preprocess, folder: Path) -> Stored:
 
 
 def table_targets(preprocess: Preprocess, rows: TableRows) -> Tensor:
-    """Return the targets in the label columns of a table. Raise DataError, with the place, if one is missing or is no class."""
+    """Return the targets in the label columns of a table. Raise DataError, which names the place, if a label is missing or not a class."""
     form = preprocess.table or TableFormat()
     if not form.labels:
         raise DataError("data: the run was not trained on a table with labels; give inputs and targets (x, y)")
     if isinstance(preprocess.objective, Classification):
         places, words = column_words(rows, form.labels[0])
-        found = np.array([*words, ""])[places]  # the last one is for place -1
+        found = np.array([*words, ""])[places]  # place -1 is the empty word
         if (lacking := found == "").any():
             raise DataError(f"{rows.place(int(lacking.argmax()))}, column '{form.labels[0]}': no label")
         return _classes(preprocess.objective, found, lambda row: f"{rows.place(row)}, column '{form.labels[0]}'")

@@ -49,7 +49,7 @@ def load(
         revision: for `hub:OWNER/NAME`, the commit of the files; default: the newest one.
         table: options for reading a table.
         texts: options for reading texts.
-        given: a description of inputs and targets that was made before. It replaces the options that it determines.
+        given: an existing description of inputs and targets. It replaces the options that it determines.
         cache: folder for decoded images; default: `$FEDLOOM_CACHE`, else `~/.cache/fedloom`.
 
     Raises:
@@ -88,7 +88,7 @@ def load(
 
 
 def _answered(asked: Request, given: Given) -> Request:
-    """Return the request with the size of images in `given`. Raise DataError for options that `given` determines."""
+    """Return the request with the image size of `given`. Raise DataError if an option is set that `given` determines."""
     plain = {key: value for key, value in vars(asked.texts).items() if value not in (None, ())}
     options = {"image_size": asked.image_size, "task": asked.task, **plain}
     usual = TableOptions()

@@ -100,7 +100,7 @@ def table_dataset(
     labels = [_typed(raw, column, options, raw.named(column)) for column in roles.labels]
     _refuse_missing(raw, labels, "labels must be present; remove these rows")
     known = _known(raw, columns, options.missing)
-    if not (columns and options.missing == "fill"):  # with other inputs, an empty text is an unknown token
+    if not (columns and options.missing == "fill"):  # with other inputs, an empty text becomes an unknown token
         known &= known_texts(raw, texts.text, options.missing)
     keep, n_train = choose_rows(name, known, raw.n_train, rows)
     if not n_train:
@@ -146,7 +146,7 @@ def language_table(
     texts: TextOptions,
     coder: TextCoder | None = None,
 ) -> Dataset:
-    """Return blocks of the texts in a table; every row is a document. `coder`: as for `language_set`."""
+    """Return blocks of the texts in a table, in which every row is a document. `coder` is as for `language_set`."""
     if options.columns:
         raise DataError(
             f"data.columns={','.join(options.columns)}: with data.task=language, the texts are the only inputs; remove it"
@@ -166,12 +166,15 @@ def language_table(
 
 
 def raw_texts(raw: RawTable, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the texts of all rows, one part per column."""
+    """Return the texts of all rows, with one part per column."""
     return column_texts(TableRows(raw.frame, raw.place), columns)
 
 
 def known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDArray[np.bool_]:
-    """Return the rows with text in any of the columns, if there are any. Raise DataError if others are not to be dropped."""
+    """Return which rows (N,) have text in at least one of the columns, or all rows if there are no columns.
+
+    Raise DataError if rows have no text, and `missing` is not "drop".
+    """
     if not columns:
         return np.ones(len(raw.frame), dtype=bool)
     known = np.array([any(part.strip() for part in parts) for parts in raw_texts(raw, columns)])
@@ -342,7 +345,7 @@ def column_inputs(
 ) -> TypedInputs:
     """Return `numbers` and `categories`, or the numbers alone as one tensor.
 
-    `fills`: whether missing numbers become the training mean. `alone`: whether there are no other inputs.
+    `fills` states whether missing numbers become the training mean, and `alone` whether there are no other inputs.
     """
     numbers = [column for column in columns if column.kind == "number"]
     categories = [_with_missing(column) for column in columns if column.kind == "category"]

@@ -30,9 +30,9 @@ Texts = Sequence[Sequence[str]]
 def coded_texts(
     texts: Texts, n_train: int, options: TextOptions, coder: TextCoder | None = None, name: str = ""
 ) -> tuple[Tensor, TokenInput]:
-    """Return token ids (N, T), and how they are made.
+    """Return token ids (N, T), and a description of how texts become token ids.
 
-    Without a `coder`, the vocabulary is that of the first `n_train` texts. `name`: of the input, if there are others.
+    Without a `coder`, the vocabulary is that of the first `n_train` texts. `name` is the name of the input if there are other inputs.
     """
     if coder is None:
         tokens, case = kind_and_case(options, "words")
@@ -59,9 +59,9 @@ def language_set(
 ) -> Dataset:
     """Return blocks of T tokens and, as targets, the next token at every position.
 
-    `coder`: how texts become ids, if it was made before; `options` are then not used. The documents of an owner are joined by the token
-    `end`, and cut into blocks of T + 1 tokens that do not overlap. Without official test documents, the last quarter of each owner's
-    blocks is for testing; without owners, nothing is. The owner is in the column `client`.
+    If `coder` is set, it contains the rules by which texts become ids, and `options` have no effect. The documents of an owner are joined
+    by the token `end`, and cut into blocks of T + 1 tokens that do not overlap. Without official test documents, the last quarter of each
+    owner's blocks is for testing. Without owners, no blocks are for testing. The owner is in the column `client`.
     """
     if coder is not None:
         options = TextOptions(text=coder.columns, tokens=coder.tokens, case=coder.case, length=coder.length)

@@ -337,7 +337,7 @@ class FlowerEngine(Engine):
 
     @cached_property
     def _rows(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Number of examples, per class if there are any, by split, with one row per client."""
+        """Number of examples by split, with one row per client. A row has one number per class, or one number if there are no classes."""
         data = self.problem.data
         groups, n = example_groups(data.dataset)
         own = {split: data.partition.counts(groups, n, split) for split in ("valid", "test")}

@@ -28,7 +28,7 @@ Sums = Annotated[
     list[Annotated[int, Field(gt=-(2**62), lt=2**62)]], FailFast(), Field(max_length=100_000)
 ]  # the sums of a score
 Config = Annotated[str, Field(max_length=256 * KIB)]
-MAX_DESCRIPTION = 1024 * KIB  # characters of a preprocess.json; about 50,000 words of a vocabulary
+MAX_DESCRIPTION = 1024 * KIB  # maximum number of characters of a preprocess.json, enough for about 50,000 words
 Description = Annotated[str, Field(max_length=MAX_DESCRIPTION)]
 
 

@@ -31,8 +31,8 @@ def read_own(folder: Path, clients: Sequence[int], settings: Settings, given: Gi
 
     `folder` is a file or folder with the client's data or, for several clients, a folder with one file or folder `client-<number>` per
     client. Data are tables, texts, arrays, parquet files or a folder of images, as for `data.path`. Without test examples, a fraction of
-    the other examples is held out (`partition.test_fraction`, default 0.25): the last blocks of a text; otherwise examples that are drawn
-    with the run's seed.
+    the other examples is held out (`partition.test_fraction`, default 0.25). They are the last blocks of a text, or otherwise examples that
+    are drawn with the run's seed.
 
     Args:
         folder: see above.
@@ -65,7 +65,7 @@ def counts_of(federation: Federation, clients: Sequence[int]) -> dict[int, dict[
 
 
 def example_groups(dataset: Dataset) -> tuple[Any, int]:
-    """Return the group of each example, (N,), and the number of groups, in which examples are counted: classes, or one group for all."""
+    """Return the groups (N,) in which examples are counted, and the number of groups. Groups are classes, or one group of all examples."""
     n = dataset.objective.shapes()["rows"]
     return (dataset.targets.numpy() if n > 1 else np.zeros(dataset.n_rows, np.int64)), n
 
@@ -97,7 +97,7 @@ class Remote(Federation):
                 end += n
         partition = _partition(parts, common)
         inputs = map_inputs(lambda t: t[:1].expand(end, *t.shape[1:]), held.inputs)
-        is_own = settings.data.normalise == "own"  # clients' own scaling is not known here
+        is_own = settings.data.normalise == "own"  # the server does not know the clients' own scaling
         shown = replace(held, inputs=inputs, targets=torch.cat(targets), is_scaled=not is_own, changed=None)
         super().__init__(shown, partition, normalise="none" if is_own else None)
         own = Partition(train=(NONE,), valid=(NONE,), test=(NONE,), common=common, scheme={})
@@ -175,14 +175,14 @@ def _read(place: Path, settings: Settings, given: Given) -> Dataset:
     table = data.TableOptions(drop=settings.data.drop, missing=missing)
     try:
         return data.load(settings.data.name if is_hub else OWN, place, table=table, given=given)
-    except DataError as error:  # the node's owner set neither data.path nor data
+    except DataError as error:  # the node's owner has set neither data.path nor data
         raise DataError(
             str(error).replace(f"data.path={place}", str(place)).replace(f"data={OWN}", str(place))
         ) from error
 
 
 def _split(pool: Dataset, i: int, settings: Settings) -> Mapping[str, Any]:
-    """Return the numbers of a client's training, validation and test examples."""
+    """Return the indices of a client's training, validation and test examples, by split."""
     rng = Stream(settings.seed, "devices", i)
     train, test = np.arange(pool.n_train), np.arange(pool.n_train, pool.n_rows)
     if not len(test):

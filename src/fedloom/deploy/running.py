@@ -158,7 +158,7 @@ def _wait_for(deployment: Deployment, link: Link, tell: Tell) -> None:
 
 
 def _introductions(deployment: Deployment, link: Link, call: Call, n_groups: int, tell: Tell) -> dict[str, Present]:
-    """Return the nodes' answers to a greeting. `n_groups`: of examples, which they count."""
+    """Return the nodes' answers to a greeting. `n_groups` is the number of groups in which nodes count their examples."""
     hello, file = seal(Hello(call=call), {}), deployment.file
     found: dict[str, Present] = {}
     reasons: list[str] = []

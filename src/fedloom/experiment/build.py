@@ -53,7 +53,10 @@ def arithmetic(settings: Settings) -> Iterator[None]:
 
 
 def make_dataset(settings: Settings, given: Given | None = None) -> data.Dataset:
-    """Return the data set that the settings name. `given`: how it is read; default: as `data.preprocess` says, if it is set."""
+    """Return the data set that the settings name.
+
+    `given` is a description by which the data are read. Default: that in the file `data.preprocess`, if it is set.
+    """
     d, p = settings.data, settings.partition
     if d.preprocess is not None and given is None:
         given = Given(preprocess=Preprocess.read(d.preprocess), where=f"data.preprocess={d.preprocess}")
@@ -75,7 +78,7 @@ def make_dataset(settings: Settings, given: Given | None = None) -> data.Dataset
 
 
 def make_preprocess(settings: Settings, dataset: data.Dataset | None = None) -> Preprocess:
-    """Return how raw values become inputs, as a run with these settings writes it.
+    """Return the description of how raw values become inputs, as a run with these settings writes it.
 
     Raise ConfigError if each client has its own scaling.
     """

@@ -1,4 +1,4 @@
-"""Data that are read as a preprocess.json says that was made before: equal inputs, and what is refused."""
+"""Data that are read by an existing preprocess.json: equal inputs, and data that are errors."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ def lines(rows):
 
 
 def described(file, **settings):
-    """Return how the file becomes inputs, as `fedloom preprocess` writes it."""
+    """Return the description of how the file becomes inputs, as `fedloom preprocess` writes it."""
     made = make_preprocess(make_settings({"data": {"name": "mine", "path": str(file), **settings}}))
     return Given(preprocess=Preprocess.parse(made.text(), "file"), where="data.preprocess=p.json")
 

@@ -283,7 +283,7 @@ def test_devices_read_the_same_layouts_and_may_lack_classes(write):
     assert (split.n_train, split.n_rows, split.targets.tolist()) == (1, 3, [1, 0, 1])
     assert torch.equal(
         split.images[:, 0], split.images[:, 2]
-    )  # grey images become colour images, as those of the server
+    )  # greyscale images become colour images, like those of the server
     csv = "file_name,label\n1.png,emu\n2.png,cat\n"
     assert on_devices._read(
         write("1.png", "2.png", root="listed", metadata_csv=csv), settings, given
