@@ -1,16 +1,16 @@
 """Compare fedloom's methods with PFLlib's, weight by weight.
 
     git clone https://github.com/TsingZ0/PFLlib && pip install h5py cvxpy
-    python benchmarks/verify/pfllib.py --clone PFLlib                  all methods; saves the results
-    python benchmarks/verify/pfllib.py --clone PFLlib scaffold ditto   some of them
+    python benchmarks/verify/pfllib.py --clone PFLlib                  all methods, and save the results
+    python benchmarks/verify/pfllib.py --clone PFLlib scaffold ditto   only these methods
 
-Both tools train the same four clients for three rounds from the same initial weights. Batches contain all examples of a client, and
-numbers are in float64, so that no random draw is left. The result is the largest relative difference of the weights on the server and on
+Both tools train the same four clients for three rounds from the same initial weights. Batches contain all examples of a client, so that
+nothing is drawn at random, and numbers are in float64. The result is the largest relative difference of the weights on the server and on
 the clients after the last round.
 
-PFLlib's servers and clients run as they are in the clone, with three exceptions: evaluation and saving are left out; the reader of data
-files, which would convert inputs to float32, is replaced; and if PFLlib is known to differ from the paper, `Case.switch` removes the
-difference, and `Case.cause` names it. docs/verification.md shows the results, which are in benchmarks/results/verify-pfllib.json.
+The code of PFLlib's servers and clients is that of the clone, with three exceptions. Evaluation and saving are left out. The reader of
+data files, which would convert inputs to float32, is replaced. If PFLlib is known to differ from the paper, `Case.switch` removes the
+difference, and `Case.cause` names it. The results are in benchmarks/results/verify-pfllib.json, and docs/verification.md shows them.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from fedloom.experiment.loop import Experiment
 from fedloom.nets import read_weights
 
 RESULTS = Path(__file__).parents[1] / "results" / "verify-pfllib.json"
-EQUAL = 1e-6  # the largest relative difference that counts as equal
+EQUAL = 1e-6  # models with a smaller relative difference are equal
 
 
 @contextlib.contextmanager
 def federation() -> Iterator[Path]:
-    """Write a partition of the digits into four clients of equal size and different classes, and return the folder."""
+    """Write a partition of the digits into four clients of equal size and different classes, and yield its folder."""
     from fedloom.data import load
 
     labels = load("digits").labels.numpy()
@@ -145,7 +145,7 @@ def their_run(case: Case, run: Experiment, system: Path) -> Any:
 
 
 def difference(ours: Sequence[Arrays], theirs: Sequence[Arrays]) -> float:
-    """Return the largest relative difference of two lists of models: of the norms, tensor by tensor."""
+    """Return the largest relative difference of two lists of models, which is ||x - y|| / ||y|| for each pair of tensors."""
     if [[x.shape for x in model] for model in ours] != [[x.shape for x in model] for model in theirs]:
         shapes = [[list(x.shape) for x in models[0]] for models in (ours, theirs)]
         raise SystemExit(

@@ -20,7 +20,7 @@ from fedloom.experiment.loop import Experiment
 
 
 def prototypes_after_training(server: Any) -> None:
-    """Let PFLlib's clients compute prototypes with the trained model, by the method that the released code leaves out."""
+    """Let PFLlib's clients compute prototypes with the trained model, by the method that the released code does not call."""
     for client in server.clients:
         train = client.train
         client.train = lambda client=client, train=train: (train(), client.collect_protos())
@@ -111,7 +111,7 @@ def squared_regularisation(server: Any) -> None:
 
 
 def our_start_of_feddyn(run: Experiment) -> Sequence[Arrays]:
-    """Return x, the model that clients start from: PFLlib's global model."""
+    """Return x, the model from which clients start, which corresponds to PFLlib's global model."""
     return [chosen(run.hooks.downlink(run.server, ROUNDS, [0]).to(0)["weights"]["params"], "model")]
 
 
@@ -187,7 +187,7 @@ def full_batches(load: Callable[[], Any], batch_size: int = 0) -> Any:
 
 
 def separate_head(server: Any) -> None:
-    """Give PFLlib's server a head of its own."""
+    """Give PFLlib's server a separate head."""
     server.head = copy.deepcopy(server.head)
     server.opt_h = torch.optim.SGD(server.head.parameters(), lr=server.server_learning_rate)
 

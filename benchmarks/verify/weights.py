@@ -1,4 +1,4 @@
-"""The weights that a comparison of two tools compares, and what a comparison consists of."""
+"""Descriptions of comparisons of two tools, and the weights that are compared."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Arrays = list[Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One method in both tools."""
+    """A method in both tools."""
 
     server: str
-    """PFLlib's server, as module:Class."""
+    """PFLlib's server, in the form module:Class."""
     ours: Mapping[str, Any] = field(default_factory=dict)
     """fedloom's hyper-parameters."""
     rounds: int = ROUNDS
@@ -33,15 +33,15 @@ class Case:
     split: bool = True
     """Whether PFLlib divides the model into a base and a head."""
     parts: Mapping[str, tuple[Callable[[Experiment], Sequence[Arrays]], Callable[[Any], Sequence[Arrays]]]]
-    """What is compared: by name, a function of our run and one of PFLlib's server, which return one list of tensors per model."""
+    """The models that are compared, by name: functions of our run and of PFLlib's server that return one list of tensors per model."""
     starts: Callable[[Experiment, Any], None] | None = None
-    """Copies initial weights beyond the model's from our run to PFLlib's server."""
+    """A function that copies further initial weights, in addition to the model's, from our run to PFLlib's server."""
     valid: bool = False
     """Whether our clients hold out the validation examples that PFLlib holds out."""
     switch: Callable[[Any], None] | None = None
-    """Changes PFLlib's server so that a difference with a known cause disappears."""
+    """A function that changes PFLlib's server so that it no longer has a difference with a known cause."""
     cause: str = ""
-    """The cause, with the place in PFLlib's code."""
+    """The cause of this difference, with the place in PFLlib's code."""
 
 
 def our_server(net: str = "model") -> Callable[[Experiment], Sequence[Arrays]]:

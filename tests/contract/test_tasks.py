@@ -236,7 +236,7 @@ METHODS_THAT_LEARN = ("fedavg", "fedper", "fedmr")
 
 
 def mostly_slow(quick):
-    """Return the methods that learn; all but one are marked slow."""
+    """Return the methods that learn. All except one are marked slow."""
     return [pytest.param(name, marks=[] if name == quick else pytest.mark.slow) for name in METHODS_THAT_LEARN]
 
 

@@ -1,4 +1,4 @@
-"""The page about verification shows the committed results."""
+"""The page docs/verification.md shows the committed results."""
 
 import json
 from pathlib import Path
