@@ -23,7 +23,13 @@ def test_files_by_suffix_instead_of_the_page(run):
         assert Path(f"new/t.{kind}").read_text()
     assert run("report", "run", "out=run/page.html", "--quiet").code == 0
     assert len(json.loads(Path("c.json").read_text())["clients"]) == 4
-    assert json.loads(Path("new/t.json").read_text())["methods"][0]["steps"] > 0
+    (row,) = json.loads(Path("new/t.json").read_text())["methods"]
+    assert row["steps"] > 0
+    assert (row["optimizer"], row["local_epochs"]) == (
+        "sgd",
+        1,
+    )  # defaults of the method, which the settings do not have
+    assert "Defaults of the method" in Path("run/page.html").read_text()
     assert not Path("run/report.html").exists()
     for kind, start in (("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):
         done = run("report", "run", f"plot=p.{kind}", "--quiet")

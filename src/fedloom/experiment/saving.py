@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
     folder.write_json(
         "environment.json", environment() | {"device": accelerator.describe_device(experiment.place.device)}
     )
-    folder.write("partition.json", json.dumps(_partition_record(experiment)))
+    folder.write("partition.json", json.dumps(_partition_record(experiment), default=str))
     folder.write(PREPROCESS, experiment.data.preprocess.text())
     folder.facts = run_facts(experiment, folder)
 
@@ -50,8 +51,8 @@ def extend_run(experiment: Experiment, before: int) -> None:
 
 
 def _partition_record(experiment: Experiment) -> Row:
-    """Return the content of `partition.json`: the assignment of examples to clients, and the primary metric for
-    reports of unfinished runs.
+    """Return the content of `partition.json`: the assignment of examples to clients and, for reports of unfinished runs, too,
+    the primary metric and all hyper-parameters of the method.
     """
     strata = experiment.data.dataset.strata()
     n = len(strata.names)
@@ -61,6 +62,7 @@ def _partition_record(experiment: Experiment) -> Row:
         "classes": list(strata.names),
         "class_counts": counts,
         "primary": primary,
+        "hyper_parameters": dataclasses.asdict(experiment.method),
         **experiment.partition.content(),
     }
 

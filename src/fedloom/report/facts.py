@@ -88,16 +88,21 @@ def local_training(groups: Sequence[Group]) -> str:
 
 def training_facts(members: Group) -> dict[str, Any]:
     """Return `lr`, `optimizer`, `local_epochs` and `steps` (mean per client and round) of a group's runs, as far as they are known."""
-    method = members.records[0].config.get("method")
-    settings = method if isinstance(method, Mapping) else {}
+    settings = hyper_parameters(members.records[0])
     found = {key: settings[key] for key in ("lr", "optimizer", "local_epochs") if key in settings}
     clients = [r.clients["steps"].mean() for r in members.counted if r.clients is not None and "steps" in r.clients]
     return found | ({"steps": float(sum(clients) / len(clients))} if clients else {})
 
 
+def hyper_parameters(record: RunRecord) -> dict[str, Any]:
+    """Return the hyper-parameters of a run's method, including defaults if the run folder has them."""
+    known, given = record.partition.get("hyper_parameters"), record.config.get("method")
+    return {**(known if isinstance(known, Mapping) else {}), **(given if isinstance(given, Mapping) else {})}
+
+
 def _local_words(members: Group) -> str:
-    known, method = training_facts(members), members.records[0].config.get("method")
-    if "lr" not in known or not isinstance(method, Mapping):
+    known, method = training_facts(members), hyper_parameters(members.records[0])
+    if "lr" not in known:
         return ""
     name = str(known.get("optimizer", ""))
     parts = [OPTIMISERS.get(name, name), f"lr {shown(known['lr'])}"]

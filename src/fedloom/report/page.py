@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from fedloom.errors import UsageError
 from fedloom.report import units
-from fedloom.report.facts import scheme, settings_in_words, shown
+from fedloom.report.facts import hyper_parameters, scheme, settings_in_words, shown
 from fedloom.report.generalisation import generalisation_grid
 from fedloom.report.groups import flat_settings, headline, other_metrics, run_total
 from fedloom.report.looked_at import analysis_grids, pictures
@@ -175,6 +175,7 @@ def _detail(record: RunRecord) -> Detail:
         "Other metrics": _others(record),
         **({"Privacy": _pairs(privacy)} if (privacy := (record.summary or {}).get("privacy")) else {}),
         "Settings": _pairs(record.config),
+        "Defaults of the method": _pairs(_defaults(record)),
         "Environment": _pairs(record.environment),
     }
     command = printable(str(record.environment.get("command", "")))
@@ -197,6 +198,13 @@ def _repeats(record: RunRecord, place: tuple[str, str]) -> bool:
 def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
     known = {key: value for key, value in flat_settings(tree).items() if key != "command" and value not in ("", [])}
     return {printable(key): shown(value) for key, value in known.items()}
+
+
+def _defaults(record: RunRecord) -> dict[str, Any]:
+    """Return the hyper-parameters that are not among the settings."""
+    given = record.config.get("method")
+    known = given if isinstance(given, Mapping) else {}
+    return {key: value for key, value in hyper_parameters(record).items() if key not in known and value is not None}
 
 
 def _score_cell(record: RunRecord, measure: str, statistic: str) -> Cell:

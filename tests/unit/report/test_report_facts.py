@@ -79,3 +79,6 @@ def test_local_training_names_rate_optimiser_and_steps(record: RunRecord) -> Non
     assert local_training(group([one])) == f"Local training: {first}."
     assert local_training(group([one, other])) == f"Local training: {first} (fedavg); Adam, lr 0.001, 1 epoch (fedrir)."
     assert local_training(group([with_config(record, method="mine")])) == ""
+    known = {**record.partition, "hyper_parameters": {"lr": 0.1, "optimizer": "sgd", "local_epochs": 2}}
+    short = dataclasses.replace(with_config(record, method={"name": "fedavg", "lr": 1}), clients=None, partition=known)
+    assert local_training(group([short])) == "Local training: SGD, lr 1, 2 epochs."
