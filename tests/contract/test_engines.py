@@ -49,6 +49,9 @@ references: dict[tuple[Any, ...], Left] = {}
 def make(experiment, method, model, engine, **settings):
     what = TOYS[method]() if method in TOYS else method
     chosen = {**SETTINGS, "engine": engine, "model": model, **MODELS.get(model, {}), **brief(method), **settings}
+    chosen["schedule.warmup"] = min(
+        1, chosen["rounds"] - 1
+    )  # the first of several rounds has half of the learning rate
     return experiment(what, **chosen)
 
 

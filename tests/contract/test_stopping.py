@@ -7,6 +7,7 @@ from fedloom import tree
 from fedloom.config.settings import StopSettings
 from fedloom.errors import ConfigError, RunFolderError
 from fedloom.experiment.loop import Experiment
+from fedloom.experiment.manifest import read_manifest
 from fedloom.experiment.stopping import reason_to_stop, stopped_in_words
 from fedloom.experiment.verifying import verify
 from fedloom.objectives import Metric
@@ -82,7 +83,7 @@ def test_an_interrupted_run_stops_in_the_same_round(experiment):
 def test_a_stopped_run_can_go_on(experiment):
     whole = experiment("fedper", **RUN)
     whole.run()
-    run = experiment("fedper", **RUN, **STOP)
+    run = experiment("fedper", **{**RUN, "checkpoint_every": 1}, **STOP)
     last = run.run()["rounds"]
     path = run.folder.path
     with pytest.raises(RunFolderError, match="this run is finished"):
@@ -91,6 +92,8 @@ def test_a_stopped_run_can_go_on(experiment):
         Experiment.resume(path, rounds=last)
     longer = Experiment.resume(path, rounds=12)
     interrupted_after(longer, last + 1)
+    record = read_manifest(path / "checkpoint" / "manifest.json")
+    assert record["resumed"][-1]["noted"] == [f"rounds=12 (it stopped early after {last})"]
     longer = Experiment.resume(path)
     summary = longer.run()
     assert summary["rounds"] > last + 1

@@ -31,6 +31,7 @@ def test_every_config_file_of_the_repository_is_valid(validator, file):
     [
         'method = ["fedavg", "fedmr+fedprox", "my.py:Mine"]\nseed = [0, 1]',
         'method = {name = "my.py:Mine", depth = 3}',
+        'tune = {search = "halving", candidates = 4}\nfedavg.lr = [0.1, 0.2]\nfedprox = {lr = "0.1,0.2", mu = "0.01..1"}',
         'models = "mlp,fedavg_cnn"\nuplink = ["topk:0.1", "int8"]',
         'data = "digits"\npartition = "iid"\nparticipation = "0.1-1.0"\n"engine.lanes" = 4',
         'model = {name = "mlp", hidden = 8, lora = 2}\n[fedrir]\nlr = 0.1\n[variant.a]\nmethod = "fedrir"\nmcsl = "off"',
@@ -46,6 +47,7 @@ def test_valid_files_are_valid(validator, text):
         "rouns = 5", "rounds = 0", 'rounds = "5"', 'method = {name = "fedrir", lrr = 1}', 'model = {name = "mlp", hiden = 3}',
         'data.normalise = "x"', 'partition = "iidd"', "engine.lanes = 0", '"data.rows" = "x"', "fedrir.lr = 0",
         '[variant.a]\nmethod = "fedrir"\nmcsl = "y"', "[variant.a]\nlr = 0.1", "screen.nrom = 3", "seed = [-1]",
+        'tune.search = "x"', 'fedavg.lr = ["x"]',
     ],
 )  # fmt: skip
 def test_mistakes_are_found(validator, text):

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from fedloom.config.parsing import SECTIONS
 from fedloom.config.settings import Named, Section, Settings
+from fedloom.config.tuning import TuneSettings
 from fedloom.data.catalogue import SOURCES
 from fedloom.methods import source_facts
 from fedloom.methods.registry import METHODS
@@ -25,10 +26,11 @@ _ADAPTERS: Schema = {
 }
 _TYPES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 _TEXT: Schema = {"type": "string"}
+SEVERAL = r"^[^,]+((,[^,]+)+|\.\.[^,]+)$"  # a list of values as text, or a range
 
 
 def config_schema(engines: Sequence[str] = ()) -> Schema:
-    """Return the JSON schema of the config files of `fedloom run` and `fedloom compare`.
+    """Return the JSON schema of the config files of `fedloom run`, `fedloom compare` and `fedloom tune`.
 
     Hyper-parameters of registered methods and options of registered models are checked by name. Users' own methods and models
     (`my.py:Mine`) and combinations (`fedmr+fedprox`) may have any keys.
@@ -61,6 +63,7 @@ def config_schema(engines: Sequence[str] = ()) -> Schema:
             "description": "Rows of a comparison, by label: a method and its hyper-parameters.",
             "additionalProperties": _by_name("method", variants) | {"required": ["method"]},
         },
+        "tune": _plain(TuneSettings.model_json_schema()),
         **{name: _closed(options) for name, options in methods.items() if name not in shared},
     }
     return {
@@ -95,7 +98,7 @@ def _several(name: Schema, table: Schema, described: Schema) -> Schema:
 
 def _or_several(value: Schema) -> Schema:
     """Return the schema of a hyper-parameter that may also have several values, which are compared."""
-    return {"anyOf": [value, {"type": "array", "items": value}]}
+    return {"anyOf": [value, {"type": "array", "items": value}, {"type": "string", "pattern": SEVERAL}]}
 
 
 def _by_name(key: str, tables: dict[str, Schema]) -> Schema:

@@ -43,11 +43,13 @@ def describe_run(experiment: Experiment, folder: RunFolder) -> None:
 def extend_run(experiment: Experiment, before: int) -> None:
     """Write the higher number of rounds, and remove the files of a finished run: its summary, manifest and signature."""
     folder = experiment.folder
+    stopped = folder.summary().get("stopped_early")
     folder.write("config.toml", to_toml(experiment.settings))
     for name in ("summary.json", SIGNATURE, MANIFEST):
         (folder.path / name).unlink(missing_ok=True)
     if folder.resumption:
-        folder.resumption.noted.append(f"rounds={experiment.settings.rounds} (was {before})")
+        was = f"it stopped early after {stopped['round']}" if stopped else f"was {before}"
+        folder.resumption.noted.append(f"rounds={experiment.settings.rounds} ({was})")
 
 
 def _partition_record(experiment: Experiment) -> Row:
