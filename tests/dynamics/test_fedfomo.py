@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fedloom import FedFomo, Stream, tree
+from fedloom.experiment.build import buffers_policy, initial_weights
 from fedloom.method import Round
 from small import spied
 
@@ -87,6 +88,12 @@ def test_clients_that_only_see_worse_models_train_alone(experiment):
     one.run(), other.run()
     for i in range(3):
         assert tree.equal(one.engine.client(i).weights, other.engine.client(i).weights)
+
+
+@pytest.mark.parametrize(("method", "expected"), [("fedfomo", "shared"), ("fedamp", "private")])
+def test_a_run_records_whether_running_statistics_are_sent(experiment, method, expected):
+    run = experiment(method, model="resnet8", **TINY)
+    assert buffers_policy(run.server, initial_weights(run.problem)) == expected
 
 
 def test_without_validation_examples_training_examples_are_used_and_one_line_says_so(experiment, caplog):

@@ -29,7 +29,7 @@ from fedloom.nets import norm_layers, read_weights, select
 from fedloom.objectives import Classification, Metric, Objective
 from fedloom.training.batches import Plan
 from fedloom.training.turn import ONE_VALUE, TOO_FEW
-from fedloom.tree import Weights
+from fedloom.tree import Tree, Weights
 from fedloom.wire.codec import Codec
 from fedloom.wire.transforms import parse
 
@@ -412,8 +412,11 @@ def initial_weights(problem: Problem) -> Weights:
     return read_weights(problem.modules(0))
 
 
-def buffers_policy(method: Method, weights: Weights) -> str | None:
-    """Return whether running statistics are sent ("shared") or stay with the client ("private"), or None if there are none."""
+def buffers_policy(server: Tree, weights: Weights) -> str | None:
+    """Return whether running statistics are sent ("shared") or stay with the client ("private"), or None if there are none.
+
+    `server`: the server's state, which contains the statistics if they are sent.
+    """
     if not weights["buffers"]:
         return None
-    return "shared" if method.travelling(weights)["buffers"] else "private"
+    return "shared" if any("/buffers/" in f"/{path}" for path in tree.structure(server)) else "private"

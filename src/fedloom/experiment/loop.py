@@ -115,7 +115,7 @@ class Experiment:
             self.hooks = ServerSide(self.problem)
             self.server = self.hooks.init(weights)
             self.combination = combination_of(settings, self.problem, lambda: self.hooks.downlink(self.server, 0, [0]))
-            self._buffers = buffers_policy(self.method, weights)
+            self._buffers = buffers_policy(self.server, weights)
             self.engine: Engine = (parts.engine or partial(engine_for, settings, self.place))(self.problem)
         self.done = self.saved = 0  # completed rounds, and rounds in the latest checkpoint
         self.stopped: Row | None = None  # the reason for early stopping; `rounds` is then the last completed round

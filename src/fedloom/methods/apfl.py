@@ -77,8 +77,7 @@ class APFL(Method):
         """Return f(w) + f(m); f(m) has gradients in v and a, but not in w."""
         common = nets.loss(nets.model(batch.x), batch.y)
         mixed = nets.loss(self.mixture(nets, batch.x), batch.y)
-        a = nets.params["alpha.own"].clone()  # a copy, because the optimiser updates the parameter in place
-        return common + mixed, {"common": common, "mixture": mixed, "alpha": a}
+        return common + mixed, {"common": common, "mixture": mixed, "alpha": nets.params["alpha.own"]}
 
     def mixture(self, nets: Nets, x: Any) -> Tensor:
         """Return the outputs of m, such as logits (B, Y)."""

@@ -85,7 +85,9 @@ def place_values(wanted: Params, batch: Batch) -> tuple[Params, Batch]:
 
 
 def with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Split the result of a loss function into the loss and its logs.
+    """Split the result of a loss function into the loss and copies of its logs.
+
+    A logged parameter is copied, because the optimiser updates it in place before its value is read.
 
     Raises:
         MethodError: the loss is not a 0-d tensor.
@@ -94,4 +96,4 @@ def with_logs(result: Tensor | tuple[Tensor, dict[str, Tensor]]) -> tuple[Tensor
     if not isinstance(loss, Tensor) or loss.ndim:
         found = f"one of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise MethodError(f"a loss must be a 0-d tensor, not {found}")
-    return loss, logs
+    return loss, {name: value.clone() for name, value in logs.items()}
