@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 from fedloom import Batch, FedKD, Nets, Round, Stream, tree
-from fedloom.methods.fedkd import factors, restored
+from fedloom.methods.fedkd import compressed, factors, restored
 from fedloom.nets import read_weights
 from small import losing, spied
 
@@ -125,6 +125,15 @@ def test_an_update_of_low_rank_is_small(experiment):
         assert 0 < first <= run.data.n_train(reply.client)
         assert sent == 8 * (first * (64 + 40) + second * (40 + 10) + 40 + 10)
     assert kinds["uplink"]["update"] < kinds["downlink"]["weights"]
+
+
+def test_ranks_belong_to_names_in_any_order():
+    change = {"params": {"b": torch.eye(3), "c": torch.ones(3), "a": torch.ones(2, 4)}, "buffers": {}}
+    up = compressed(change, 1.0)
+    assert up["ranks"].tolist() == [1, 3]
+    turned = {**up, "update": {**up["update"], "params": dict(sorted(up["update"]["params"].items()))}}
+    for sent in (up, turned):
+        assert FedKD().ragged(sent)["update/params/b/left"] == 3
 
 
 def test_factors_with_too_many_rows_are_a_fault():

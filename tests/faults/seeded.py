@@ -374,6 +374,12 @@ AREAS = (
             ),
             Fault("int8 rounds down", "steps.round()", "steps.floor()", "int8"),
             Fault(
+                "the int8 scale of an empty tensor has another type",
+                "leaf.new_zeros((), dtype=torch.float32)",
+                "torch.zeros(())",
+                "fedproto-prototypes",
+            ),
+            Fault(
                 "noise does not grow with the clip",
                 "deviation = self.noise * self.clip",
                 "deviation = self.noise",

@@ -302,6 +302,12 @@ def test_nothing_is_overwritten(folder):
             ["h"],
             "models=nonet.py:Net: file nonet.py does not exist",
         ),
+        (
+            {"clients": 2, "common_model": {"name": "nonet.py:Net"}},
+            1,
+            ["h"],
+            "common_model=nonet.py:Net: file nonet.py does not exist",
+        ),
     ],
 )
 def test_undeployable_settings_are_refused(tmp_path, values, nodes, hosts, message):

@@ -226,6 +226,16 @@ def test_architectures_may_differ_and_cohorts_may_be_small(deployed, simulated):
     assert scores(there.experiment) == scores(here)
 
 
+def test_members_may_receive_messages_of_different_forms(deployed, simulated):
+    """FedKD: the change of the common model, or the whole of it; ranks differ from client to client."""
+    settings = {"method": "fedkd", "models": "mlp,logistic", "common_model": {"name": "mlp", "hidden": 5}, "cohort": 2}
+    there, here = deployed(**settings, rounds=4), simulated(**settings, rounds=4)
+    assert tree.equal(there.experiment.server, here.server)
+    assert scores(there.experiment) == scores(here)
+    assert {"weights", "update"} <= here.ledger.kinds["downlink"].keys()
+    assert there.said == []
+
+
 def test_states_stay_on_their_node(deployed):
     ran = deployed(method="fedper")
     states = {file.parent.name for file in ran.deployment.path.glob("node-0/state/*/*/*.safetensors")}

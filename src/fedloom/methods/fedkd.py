@@ -142,7 +142,8 @@ class FedKD(Method):
 
     def ragged(self, uplink: Tree) -> Mapping[str, int]:
         """Return the rank of every compressed matrix, by the paths of its two factors."""
-        names = [name for name, sent in uplink["update"]["params"].items() if isinstance(sent, dict) and "left" in sent]
+        sent = uplink["update"]["params"]
+        names = [name for name in sorted(sent) if isinstance(sent[name], dict) and "left" in sent[name]]
         ranks = zip(
             names, uplink["ranks"].flatten().tolist(), strict=False
         )  # the form of `ranks` is checked afterwards
@@ -202,12 +203,12 @@ class FedKD(Method):
 def compressed(change: Weights, energy: float) -> Tree:
     """Return `update`, in which each matrix of the change is replaced by two factors, and `ranks`, the ranks (L,) of the matrices.
 
-    Other tensors are not changed.
+    Ranks are in the alphabetical order of the names, because a message may arrive in another order. Other tensors are not changed.
     """
     params: dict[str, Any] = {}
     for name, value in change["params"].items():
         params[name] = factors(value.flatten(1), energy) if is_matrix(value) else value
-    ranks = [len(sent["left"]) for sent in params.values() if isinstance(sent, dict)]
+    ranks = [len(sent["left"]) for _, sent in sorted(params.items()) if isinstance(sent, dict)]
     return {"update": {**change, "params": params}, "ranks": torch.tensor(ranks, dtype=torch.int32)}
 
 
@@ -241,7 +242,10 @@ def factors(matrix: Tensor, energy: float) -> dict[str, Tensor]:
     kept = s.double().square().cumsum(0)
     rank = int((kept < energy * kept[-1]).sum()) + 1 if kept[-1] > 0 else 0
     roots = s[:rank].sqrt()
-    return {"left": (u[:, :rank] * roots).T.contiguous(), "right": roots[:, None] * v[:rank]}
+    pair = {"left": (u[:, :rank] * roots).T, "right": roots[:, None] * v[:rank]}
+    return {
+        side: factor.contiguous() for side, factor in pair.items()
+    }  # as received, so both ends compute the same bits
 
 
 def changed(mentee: Weights, change: Weights) -> Weights:
