@@ -25,6 +25,7 @@ SIZE = (4.9, 3.1)  # width and height of a figure in inches
 LOG_FROM = 4  # minimum ratio of the largest to the smallest value for a logarithmic axis
 MOST_TICKS = 6
 NOTE = "Dot: a candidate, mean over seeds; line: the best candidate with each value."
+HALVED = " Candidates that stopped have the scores of earlier rounds."
 
 
 def tuning_figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -34,7 +35,8 @@ def tuning_figures(found: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     points = {key: {m["label"]: _points(m["tried"], key, primary) for m in found["methods"]} for key in keys}
     points = {key: {label: each for label, each in lines.items() if len(each) > 1} for key, lines in points.items()}
     figures = [(_figure(key, lines, primary, list(found["methods"])), "") for key, lines in points.items() if lines]
-    return for_page([FigureSection("Score by hyper-parameter", "tuning", figures, NOTE)] if figures else [])
+    note = NOTE + HALVED * (len(found["rungs"]) > 1)
+    return for_page([FigureSection("Score by hyper-parameter", "tuning", figures, note)] if figures else [])
 
 
 def _points(tried: Sequence[Mapping[str, Any]], key: str, primary: Primary) -> dict[float, list[float]]:

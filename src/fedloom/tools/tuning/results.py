@@ -113,8 +113,8 @@ def _comments(tuning: Tuning, content: Mapping[str, Any]) -> str:
     )
     lines = [
         f"Tuned by fedloom tune on {content['measure']} ({held_out}) after {content['rounds']} rounds:",
-        f"{content['search']} search, {content['candidates']} candidates of every method, mean of seeds"
-        f" {', '.join(map(str, tuning.seeds))}. Test examples were not used.",
+        f"{content['search']} search, {content['candidates']} candidates of every method,"
+        f" {'mean of seeds' if len(tuning.seeds) > 1 else 'seed'} {', '.join(map(str, tuning.seeds))}. Test examples were not used.",
         "",
         f"  fedloom compare {TUNED}",
         "",
