@@ -41,7 +41,7 @@ def test_a_run_with_the_file_is_the_run_without_it(place, capsys):
         "numbers     age: mean 39.462, standard deviation 11.541; missing values become 39.462, and a further column marks them",
         "            smokes (no is 0, yes is 1): mean 0.5, standard deviation 0.5; missing values become 0.5",
         "categories  job: 2 levels (clerk, nurse)",
-        "no inputs   name, note",
+        "not used    name, note",
         "file        people.json",
     ]
     common = [*RUN, "model=table_mlp", "data.path=people.csv"]
@@ -59,7 +59,7 @@ def test_texts_pictures_and_arrays_are_told_in_lines(place, capsys):
     words = ["people.csv", "data.text=note", "data.label=income", "data.columns=age", "data.missing=fill"]
     code, out, err = run(capsys, "preprocess", *words, "out=text.json")
     assert code == 0, err
-    assert "text        the first 2 words of note, lower case; 7 different, such as day, bad, good" in out
+    assert "text        the first 2 words of note, in lower case; 7 different, such as day, bad, good" in out
     assert json.loads((place / "text.json").read_text())["inputs"][1]["name"] == "text"
     for i in range(8):
         (place / "shapes" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def test_texts_pictures_and_arrays_are_told_in_lines(place, capsys):
     code, out, err = run(capsys, "preprocess", "shapes", "data.image_size=8")
     assert (code, out.splitlines()) == (
         0,
-        ["task        classification: a, b", "pictures    1 x 8 x 8, from -1 to 1", "file        preprocess.json"],
+        ["task        classification: a, b", "images      1 x 8 x 8, from -1 to 1", "file        preprocess.json"],
     )
     np.savez(place / "x.npz", x=np.ones((4, 2, 5)), y=np.arange(4.0) / 4)
     code, out, err = run(capsys, "preprocess", "x.npz", "data.task=regression", "out=x.json")

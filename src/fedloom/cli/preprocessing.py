@@ -17,7 +17,7 @@ EXAMPLES = """\
   fedloom preprocess people.csv data.label=income                  written to preprocess.json in this folder
   fedloom preprocess people.csv data.label=income data.missing=fill data.drop=name out=people.json
   fedloom preprocess reviews.csv data.text=review data.label=stars
-  fedloom preprocess pictures data.image_size=32
+  fedloom preprocess images data.image_size=32
   fedloom run data=mine data.path=people.csv data.preprocess=people.json
 
 keys: those of data.* that say how files are read (fedloom run --help), and
@@ -92,7 +92,7 @@ def _lines(made: Preprocess) -> Iterator[str]:
     for part in made.inputs:
         yield from _part_lines(part)
     if made.table and (unused := [name for name in made.table.others if name not in labels]):
-        yield f"no inputs   {', '.join(unused)}"
+        yield f"not used    {', '.join(unused)}"
 
 
 def _part_lines(part: Part) -> Iterator[str]:
@@ -107,11 +107,13 @@ def _part_lines(part: Part) -> Iterator[str]:
             of = f" of {' and '.join(part.text.columns)}" if part.text.columns else ""
             words = f", such as {_few(part.text.words)}" if part.text.words else ""
             cut = f"the first {part.text.length} {part.text.tokens}{of}"
-            yield f"text        {cut}, {part.text.case} case; {part.text.size:,} different{words}"
+            case = "in lower case" if part.text.case == "lower" else "in their own case"
+            yield f"text        {cut}, {case}; {part.text.size:,} different{words}"
         case _:
             below = f", values below {max(part.field.bounds)}" if part.field.is_integer else ""
             size = " x ".join(map(str, part.shape))
-            yield f"{part.kind + 's':<12}{part.name + ': ' if part.name else ''}{size}{below}{_scale(part)}"
+            kind = "images" if part.kind == "picture" else f"{part.kind}s"
+            yield f"{kind:<12}{part.name + ': ' if part.name else ''}{size}{below}{_scale(part)}"
 
 
 def _number_lines(part: Any) -> Iterator[str]:
