@@ -28,7 +28,7 @@ def test_files_by_suffix_instead_of_the_page(run):
     assert (row["optimizer"], row["local_epochs"]) == (
         "sgd",
         1,
-    )  # defaults of the method, which the settings do not have
+    )  # defaults of the method, which the settings do not contain
     assert "Defaults of the method" in Path("run/page.html").read_text()
     assert not Path("run/report.html").exists()
     for kind, start in (("svg", b"<?xml"), ("pdf", b"%PDF"), ("png", b"\x89PNG")):

@@ -227,7 +227,7 @@ def test_architectures_may_differ_and_cohorts_may_be_small(deployed, simulated):
 
 
 def test_members_may_receive_messages_of_different_forms(deployed, simulated):
-    """FedKD: the change of the common model, or the whole of it; ranks differ from client to client."""
+    """FedKD sends the change of the common model or the whole model, and ranks differ between clients."""
     settings = {"method": "fedkd", "models": "mlp,logistic", "common_model": {"name": "mlp", "hidden": 5}, "cohort": 2}
     there, here = deployed(**settings, rounds=4), simulated(**settings, rounds=4)
     assert tree.equal(there.experiment.server, here.server)

@@ -415,7 +415,7 @@ def initial_weights(problem: Problem) -> Weights:
 def buffers_policy(server: Tree, weights: Weights) -> str | None:
     """Return whether running statistics are sent ("shared") or stay with the client ("private"), or None if there are none.
 
-    `server`: the server's state, which contains the statistics if they are sent.
+    `server` is the server's state, which contains the statistics if they are sent.
     """
     if not weights["buffers"]:
         return None

@@ -53,8 +53,9 @@ def extend_run(experiment: Experiment, before: int) -> None:
 
 
 def _partition_record(experiment: Experiment) -> Row:
-    """Return the content of `partition.json`: the assignment of examples to clients and, for reports of unfinished runs, too,
-    the primary metric and all hyper-parameters of the method.
+    """Return the content of `partition.json`: the assignment of examples to clients, the primary metric and all hyper-parameters.
+
+    Reports read the metric and the hyper-parameters from this file because unfinished runs have no summary.
     """
     strata = experiment.data.dataset.strata()
     n = len(strata.names)

@@ -245,7 +245,7 @@ def factors(matrix: Tensor, energy: float) -> dict[str, Tensor]:
     pair = {"left": (u[:, :rank] * roots).T, "right": roots[:, None] * v[:rank]}
     return {
         side: factor.contiguous() for side, factor in pair.items()
-    }  # as received, so both ends compute the same bits
+    }  # contiguous like received tensors, so that bits are equal
 
 
 def changed(mentee: Weights, change: Weights) -> Weights:

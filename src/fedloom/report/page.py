@@ -201,7 +201,7 @@ def _pairs(tree: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _defaults(record: RunRecord) -> dict[str, Any]:
-    """Return the hyper-parameters that are not among the settings."""
+    """Return the hyper-parameters that the settings do not contain."""
     given = record.config.get("method")
     known = given if isinstance(given, Mapping) else {}
     return {key: value for key, value in hyper_parameters(record).items() if key not in known and value is not None}
