@@ -426,7 +426,7 @@ def test_a_comparison_in_python(people, tmp_path):
         fedloom.compare(methods, data=data, **common, **{"method.lr": 0.02})
     named = fedloom.compare(["fedavg"], data=data, out=tmp_path / "e", **common, **{"method.lr": 0.02})
     assert named.runs["fedavg-seed0"].settings.method.options["lr"] == 0.02
-    with pytest.raises(UsageError, match=r"use seeds=\[\.\.\.\]"):
+    with pytest.raises(UsageError, match=r"pass seeds=\[\.\.\.\]"):
         fedloom.compare(["fedavg"], seed=1)
     assert not (tmp_path / "d").exists()
 
