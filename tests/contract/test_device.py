@@ -16,7 +16,7 @@ from fedloom.engines import vectorised
 from fedloom.experiment.loop import Experiment
 from fedloom.methods.registry import METHODS
 from fedloom.training.fast import step_cache
-from small import interrupted_after
+from small import brief, interrupted_after
 
 SETTINGS = {"clients": 3, "cohort": 2, "rounds": 2, "batch_size": 32, "data.rows": 120}
 ROOMY, TIGHT = 1 << 40, 0
@@ -37,7 +37,7 @@ def elsewhere(monkeypatch):
 
 def make(experiment, method, model, engine, **settings):
     what = TOYS[method]() if method in TOYS else method
-    return experiment(what, **{**SETTINGS, "engine": engine, "model": model, **settings})
+    return experiment(what, **{**SETTINGS, "engine": engine, "model": model, **brief(method), **settings})
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom import losses, tree
 from fedloom.method import Batch, Downlink, Logs, Paper, Round, Task
-from fedloom.methods.kept_models import KeptModels
+from fedloom.methods.kept_models import KeptModels, combination
 from fedloom.nets import Nets
 from fedloom.ranges import Fraction, NonNegative, Positive
 from fedloom.tree import Tree, Weights
@@ -120,8 +120,3 @@ class FedAMP(KeptModels):
         """Return the mean of xi_ii over the clients of this round (`own_weight`)."""
         own = [float(self.attentions(server, arrival.client)[arrival.client]) for arrival in round.arrivals]
         return {"own_weight": sum(own) / len(own)}
-
-
-def combination(models: Tree, shares: Tensor) -> Tree:
-    """Return the sum of stacked models (K, ...), weighted by `shares` (K,)."""
-    return tree.map_tree(lambda p: torch.tensordot(shares.to(p.dtype), p, 1), models)

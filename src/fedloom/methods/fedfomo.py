@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom import tree
 from fedloom.method import Batch, Client, ClientData, Downlink, Paper, Phase, Round, Set, Sweep, Task, Turn
-from fedloom.methods.kept_models import KeptModels
+from fedloom.methods.kept_models import KeptModels, combination
 from fedloom.nets import Nets
 from fedloom.ranges import Count, NonNegative, Proportion
 from fedloom.tree import Tree, Weights
@@ -125,7 +125,7 @@ class FedFomo(KeptModels):
         better = self.gains(weights, down, memory).clamp(min=0)
         if not better.any():
             return weights
-        return tree.merge(weights, tree.mean(tree.unstack(down["model"]), (better / better.sum()).tolist()))
+        return tree.merge(weights, combination(down["model"], better / better.sum()))
 
     def uplink(self, client: Client, received: Weights, down: Tree, turn: Turn) -> tuple[Tree, Tree]:
         """Return the model and the affinities as the uplink, and keep the affinities."""

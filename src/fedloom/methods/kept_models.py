@@ -53,3 +53,14 @@ class KeptModels(Method):
     def predictors(self) -> dict[str, Predictor]:
         """Return the client's predictor; the server has no model."""
         return {"personal": predict_model}
+
+
+def combination(models: Tree, shares: Tensor) -> Tree:
+    """Return the sum of stacked models (K, ...), weighted by `shares` (K,). Integer leaves (counters) are rounded."""
+
+    def combined(stacked: Tensor) -> Tensor:
+        exact = stacked if stacked.is_floating_point() else stacked.double()
+        total: Tensor = torch.tensordot(shares.to(exact.dtype), exact, 1)
+        return total if stacked.is_floating_point() else total.round().to(stacked.dtype)
+
+    return tree.map_tree(combined, models)
