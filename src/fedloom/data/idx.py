@@ -113,7 +113,7 @@ def _pair(file: Path) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         raise DataError(f"{file}: the file of its labels, {name}, is missing")
     pictures, numbers = read_idx(file), read_idx(labels)
     if pictures.ndim != 3 or pictures.dtype != np.uint8 or numbers.ndim != 1 or numbers.dtype.kind not in "iu":
-        raise DataError(f"{file} must have bytes (N, height, width), and {labels.name} whole numbers (N,)")
+        raise DataError(f"{file} must contain bytes (N, height, width), and {labels.name} integers (N,)")
     if len(pictures) != len(numbers) or not len(numbers):
         raise DataError(f"{file} has {len(pictures):,} images, but {labels.name} has {len(numbers):,} labels")
     return pictures, numbers

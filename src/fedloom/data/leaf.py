@@ -218,7 +218,7 @@ def _examples(content: Any, where: str) -> Examples | None:
     if isinstance(x[0], str) and isinstance(y[0], str):
         return Examples("windows", char_ids(x, where), char_ids(y, where)[:, 0].astype(np.int64))
     if not all(isinstance(label, int | float) and abs(label) < 2**31 and label == int(label) for label in y):
-        raise DataError(f"{where}: labels must be whole numbers")
+        raise DataError(f"{where}: labels must be integers")
     return Examples(*_values(x, where), np.array([int(label) for label in y], np.int64))
 
 

@@ -163,7 +163,7 @@ def looks_like_id(column: TableColumn, n_train: int) -> str | None:
     if column.kind != "number" or not column.is_whole or not len(present):
         return None
     if float(np.abs(present).max()) > LARGEST_EXACT:
-        return f"has whole numbers above {LARGEST_EXACT:,}"
+        return f"has integers above {LARGEST_EXACT:,}"
     parts = [part for part in (column.values[:n_train], column.values[n_train:]) if len(part)]
     rising = all(bool((np.diff(part) > 0).all()) for part in parts) and len(parts[0]) > 2
     return "rises from row to row" if rising else None
