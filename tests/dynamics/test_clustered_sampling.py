@@ -40,6 +40,14 @@ def test_groups_with_orthogonal_changes_send_one_client_each_in_every_round():
     )
 
 
+def test_the_largest_clusters_stay_whole():
+    """Groups of 8, 7 and 7 examples, and two urns of 22 places: the first stays in one urn, and one of the others is divided."""
+    changes = torch.eye(3).repeat_interleave(torch.tensor([4, 3, 3]), 0)
+    urns = np.stack(ClusteredSampling().similar(changes, [2, 2, 2, 2, 3, 2, 2, 3, 2, 2], 2, Stream(0)))
+    assert sorted(urns[:, :4].sum(1).tolist()) == [0, 16]
+    assert sorted(urns[:, group].sum(1).min() > 0 for group in (slice(4, 7), slice(7, 10))) == [False, True]
+
+
 def test_clients_that_were_never_drawn_are_at_distance_0_from_all():
     changes = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 2.0], [0.0, 0.0]])
     found = ClusteredSampling().distances(changes)

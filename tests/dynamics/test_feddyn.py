@@ -37,6 +37,13 @@ def test_the_first_step_is_twice_fedavgs_for_any_alpha_and_the_mean_is_in_use(se
         assert near(run.hooks.deploy(run.server, 1).common["weights"]["params"]["model.w"], step, 1e-12)
 
 
+def test_the_first_local_updates_are_the_closed_form(settle):
+    """While g = 0, a client minimises f + alpha / 2 ||y||^2 from x = 0: the quadratic term shortens its steps."""
+    _, run = settle(QuadraticFedDyn(lr=ETA, local_epochs=E, alpha=2.0), rounds=1)
+    y = (1 - (1 - ETA * (A + 2.0)) ** E) * A * B / (A + 2.0)
+    assert near(run.hooks.deploy(run.server, 1).common["weights"]["params"]["model.w"], y.mean(0), 1e-12)
+
+
 def test_h_is_the_mean_over_all_clients_whoever_takes_part(settle):
     _, run = settle(QuadraticFedDyn(lr=ETA, local_epochs=E, alpha=0.5), rounds=3, cohort=1)
     np.testing.assert_allclose(run.server["h"]["model.w"].numpy(), np.mean(gradients_of(run), 0), atol=1e-12)
