@@ -3,6 +3,8 @@
 Client i minimises 1/2 sum_d a_id (w_d - b_id)^2 by E steps of size eta: w -> b_i + (1 - eta a_i)^E (w - b_i).
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import nn
@@ -57,8 +59,18 @@ def round_of(shares, number=1):
     return Round(number, len(shares), tuple(Arrival(i, i, p) for i, p in enumerate(shares)), Stream(0, number))
 
 
-def start(method, *values):
-    return method.init_server(uplink(*values)["weights"], None, round_of([1.0]))  # type: ignore[arg-type]
+class Facts(NamedTuple):
+    """The facts of a task that servers read."""
+
+    max_cohort: int = 4
+    rounds: int = 9
+
+
+TASK = Facts()
+
+
+def start(method, *values, task=TASK):
+    return method.init_server(uplink(*values)["weights"], task, round_of([1.0]))
 
 
 def params(state):

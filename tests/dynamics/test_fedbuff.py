@@ -5,7 +5,7 @@ import torch
 
 from fedloom import FedBuff, Round, Stream
 from fedloom.method import Arrival
-from rig import params, round_of, start, uplink
+from rig import Facts, params, round_of, start, uplink
 
 
 def arrivals(*ages, number=1):
@@ -57,10 +57,15 @@ def test_running_statistics_are_means_over_the_buffer():
             "model.running_var": torch.tensor([variance]),
             "model.count": torch.tensor(int(variance)),
         }
-    server = method.init_server(ups[0]["weights"], None, round_of([1.0]))  # type: ignore[arg-type]
+    server = method.init_server(ups[0]["weights"], Facts(), round_of([1.0]))
     after = method.aggregate(server, ups, round_of([0.5] * 2, 0))["weights"]["buffers"]
     assert after["model.running_var"] == 3.5
     assert after["model.count"].dtype == torch.int64
+
+
+def test_a_buffer_that_no_run_can_fill_is_reported(caplog):
+    start(FedBuff(buffer_size=37), 0.0)
+    assert "method.buffer_size=37: the run has at most 36 uplinks" in caplog.text
 
 
 def test_slow_clients_arrive_later_in_a_run(experiment):

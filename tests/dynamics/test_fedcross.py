@@ -4,18 +4,11 @@ import pytest
 import torch
 
 from fedloom import FedCross
-from rig import params, round_of, uplink
-
-
-class Slots:
-    """A task with this many slots."""
-
-    def __init__(self, n):
-        self.max_cohort = n
+from rig import Facts, params, round_of, start, uplink
 
 
 def server_of(method, n):
-    return method.init_server(uplink(0.0, 0.0)["weights"], Slots(n), round_of([1.0]))
+    return start(method, 0.0, 0.0, task=Facts(max_cohort=n))
 
 
 def slots(state):

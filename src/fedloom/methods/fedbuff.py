@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,6 +16,7 @@ from fedloom.method import Combines, Method, Paper, Round, Task
 from fedloom.ranges import Count, Positive
 from fedloom.tree import Tree, Weights
 
+log = logging.getLogger(__name__)
 REMEMBERED = 100  # rounds; an older uplink counts as if it had been sent in the earliest of them
 
 
@@ -52,6 +55,9 @@ class FedBuff(Method):
 
         `steps` contains the numbers of the server's steps before the next round and before each earlier round.
         """
+        most = task.rounds * task.max_cohort
+        if most < self.buffer_size:
+            warn_once(self.buffer_size, most)
         server, none = super().init_server(weights, task, round), torch.zeros(REMEMBERED, dtype=torch.int64)
         return server | {"buffer": empty(server["weights"]), "steps": none, "next": none[0].clone()}
 
@@ -99,6 +105,13 @@ class FedBuff(Method):
         late = [history[0] - history[arrival.age] for arrival in round.arrivals]
         held = float(server["buffer"]["held"])
         return {"steps": float(history[0]), "held": held, "staleness": sum(late) / len(late)}
+
+
+@functools.cache  # the state is also created to count costs
+def warn_once(buffer_size: int, most: int) -> None:
+    """Log that a run with at most `most` uplinks never fills the buffer."""
+    what = "the run has at most %d uplinks, so the model never changes; use a smaller buffer or more rounds"
+    log.warning(f"method.buffer_size=%d: {what}", buffer_size, most)
 
 
 def empty(weights: Weights) -> Tree:
