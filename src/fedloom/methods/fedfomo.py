@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fedloom import tree
-from fedloom.method import Batch, Client, ClientData, Downlink, Paper, Phase, Round, Set, Sweep, Task, Turn
+from fedloom.method import Batch, Client, ClientData, Combines, Downlink, Paper, Phase, Round, Set, Sweep, Task, Turn
 from fedloom.methods.kept_models import KeptModels, combination
 from fedloom.nets import Nets
 from fedloom.ranges import Count, NonNegative, Proportion
@@ -48,6 +48,7 @@ class FedFomo(KeptModels):
     """Decrease of epsilon per round, down to 0."""
 
     also_travels: ClassVar[tuple[str, ...]] = (*KeptModels.also_travels, "candidates", "affinity")
+    combines: ClassVar[Combines] = "individual"
     paper: ClassVar[Paper] = Paper(
         "Personalized federated learning with first order model optimization",
         "Zhang, Sapra, Fidler, Yeung, Alvarez",
