@@ -47,6 +47,29 @@ FEW_STEPS = {"method.local_steps": 3, "method.inner_steps": 2}
 """Short local updates for pFedMe, whose local updates are measured in batches instead of epochs."""
 
 
+KINDS = (
+    "fedavg",
+    "scaffold",
+    "fedmr",
+    "fedper",
+    "fedrir",
+    "fedvtc",
+    "fedproto",
+    "ditto",
+    "fedpac",
+    "fedfomo",
+    "ifca",
+    "fedkd",
+    "ccvr",
+)
+"""One method of each kind: what clients send and keep, what the server keeps, and how often they exchange messages."""
+
+
+def kinds_first(methods: Collection[str]) -> list[Any]:
+    """Return methods as parameters of a test whose subject is the framework. Those not in `KINDS` run only with `pytest -m slow`."""
+    return [pytest.param(method, marks=[] if method in KINDS else pytest.mark.slow) for method in methods]
+
+
 def brief(method: str) -> dict[str, Any]:
     """Return the settings that make a method's runs short, or comparable between engines (`WEAK`)."""
     return {"fedvtc": BRIEF, "fedrir_moments": WEAK, "pfedme": FEW_STEPS}.get(method, QUICK_SERVER.get(method, {}))

@@ -17,7 +17,7 @@ from fedloom.models import arch
 from fedloom.nets import read_weights, select, write_weights
 from fedloom.objectives import Classification
 from fedloom.training.turn import fresh_modules
-from small import brief
+from small import brief, kinds_first
 
 SETTINGS = {
     "clients": 6,
@@ -67,7 +67,7 @@ def _wide(float64):
     """Run all tests of this file in float64."""
 
 
-@pytest.mark.parametrize("name", JOINABLE)
+@pytest.mark.parametrize("name", kinds_first(JOINABLE))
 def test_newcomers_leave_training_and_the_server_as_they_are(experiment, tmp_path, name):
     settings = {**SHORT, **brief(name)}
     run = experiment(name, **settings)

@@ -184,7 +184,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "settings"), CASES)
 def test_devices_give_the_numbers_of_the_sequential_engine(deployed, simulated, method, settings):
-    short = {"method": method, "rounds": 2, "data.rows": 160, **settings}
+    short = {"method": method, "rounds": 2, "data.rows": 100, **settings}
     there, here = deployed(**short), simulated(**short)
     assert tree.equal(there.experiment.server, here.server)
     assert scores(there.experiment) == scores(here)
