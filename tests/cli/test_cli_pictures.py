@@ -18,7 +18,7 @@ MISTAKES = {
     ),
     "mixed depths": (
         ("p/cat/1.png", "p/dog/home/2.png"), {}, "",
-        "data.path=p: pictures lie at different depths ('cat/1.png' and 'dog/home/2.png'); move them to one depth, or list them in",
+        "data.path=p: images are at different folder depths ('cat/1.png' and 'dog/home/2.png'); move them to the same depth, or list them in",
     ),
     "a loose picture": (("p/cat/1.png", "p/2.png"), {}, "", "different depths ('2.png' and 'cat/1.png')"),
     "mixed depths in splits": (

@@ -87,7 +87,7 @@ def test_keys_are_checked_before_the_run(tiny, cli, monkeypatch):
     Path("no.key").write_text("no key")
     for name, said in (
         ("none.key", "--sign=none.key: cannot be read: No such file"),
-        ("no.key", "--sign=no.key: must be an Ed25519 or P-384 private key, OpenSSH or PEM"),
+        ("no.key", "--sign=no.key: must be an Ed25519 or P-384 private key in OpenSSH or PEM format"),
         ("p256.key", "--sign=p256.key: must be an Ed25519 or P-384 private key"),
         ("secret.key", "remove its passphrase with ssh-keygen -p on a copy"),
     ):

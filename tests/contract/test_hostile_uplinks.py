@@ -33,7 +33,8 @@ def events(run, kind):
 
 @pytest.mark.parametrize(
     ("method", "more"),
-    [*((method, {}) for method in METHODS if method in KINDS or METHODS[method].also_travels), ("fedavg", SIZES), ("scaffold", SIZES), ("fedbn", {"model": "resnet8"}),
+    [*((method, {}) for method in METHODS if method in KINDS or METHODS[method].also_travels),
+     ("fedavg", SIZES), ("scaffold", SIZES), ("fedbn", {"model": "resnet8"}),
      ("fedproto", {"models": "mlp,fedavg_cnn", "width": 16}), ("fedvtc", {"method.covariance": "full"}),
      ("fedvtc", {"uplink": "variance/int8", "method.covariance": "full"}), ("fedavg", {"uplink": "topk:0.05,int8"}),
      ("fedavg", {"devices.stragglers": "late", "devices.slow": 0.3, "devices.slowdown": 2})],

@@ -138,7 +138,7 @@ def test_a_broken_experiment_is_not_run_again(experiment):
     """Clients have run local updates whose results the server has not received."""
     run = experiment("scaffold", **SETTINGS)
     interrupted_after(run, 1)
-    with pytest.raises(RunFolderError, match="this experiment has already run; resume its folder in a new experiment"):
+    with pytest.raises(RunFolderError, match="this experiment has already run; to continue it, resume its folder"):
         run.run()
 
 

@@ -110,5 +110,5 @@ def test_a_large_honest_answer_passes():
 
 def test_a_message_that_no_one_may_open_is_not_sent():
     turns = [Turned(client=i, slot=i, failure="x" * 1000) for i in range(4096)] * 2
-    with pytest.raises(ConfigError, match=rf"at most {MAX_HEADER} are allowed; put fewer clients on a node"):
+    with pytest.raises(ConfigError, match=rf"at most {MAX_HEADER} are allowed; assign fewer clients to each node"):
         seal(Trained.model_construct(turns=turns, notes=[]), {})

@@ -325,7 +325,7 @@ def _integers(tensor: Tensor, what: str, kind: Kind) -> Tensor:
     if tensor.is_floating_point():
         raise DataError(f"from_arrays: {what} is {_describe(tensor)}; {kind} inputs must be integers")
     if kind == "category" and tensor.ndim != 2:
-        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; categories must be (N, columns)")
+        raise DataError(f"from_arrays: {what} is {_describe(tensor)}; categories must have the shape (N, columns)")
     low, high = int(tensor.min()), int(tensor.max())
     if low < 0:
         raise DataError(f"from_arrays: {what} contains the value {low}; {kind} inputs must be at least 0")

@@ -39,7 +39,7 @@ def read_har(asked: Request, folder: Path) -> Dataset:
     """
     root = next((place for place in (folder, folder / "UCI HAR Dataset") if (place / "train").is_dir()), None)
     if root is None:
-        raise DataError(f"{folder} requires the folders train and test of 'UCI HAR Dataset'")
+        raise DataError(f"{folder} must contain the folders train and test of the 'UCI HAR Dataset'")
     parts = [_read_part(root, split, features=asked.features) for split in ("train", "test")]
     x, y, subjects = (np.concatenate(part) for part in zip(*parts, strict=True))
     train, test = _split_in_time(y, subjects)

@@ -209,7 +209,7 @@ def _read_split(files: list[Path]) -> Users:
 def _examples(content: Any, where: str) -> Examples | None:
     """Return a user's examples, or None if there are none. Raise DataError if they are malformed; its message starts with `where`."""
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("x", "y")):
-        raise DataError(f"{where} requires lists 'x' and 'y'")
+        raise DataError(f"{where} must contain lists 'x' and 'y'")
     x, y = content["x"], content["y"]
     if len(x) != len(y):
         raise DataError(f"{where} has {len(x)} inputs and {len(y)} labels")

@@ -31,7 +31,7 @@ def users_of(file: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{file} cannot be read as LEAF's JSON ({error})") from error
     users, numbers = counts.get("users"), counts.get("num_samples")
     if not isinstance(users, list) or not isinstance(numbers, list) or not found:
-        raise DataError(f"{file} requires 'users', 'num_samples' and 'user_data'")
+        raise DataError(f"{file} must contain 'users', 'num_samples' and 'user_data'")
     if dict(zip(users, numbers, strict=False)) != found or len(users) != len(numbers):
         raise DataError(f"{file}: 'users' and 'num_samples' do not match the examples in 'user_data'; write it again")
 

@@ -130,8 +130,8 @@ def _check_depth(layout: Layout, owner: str | None, *, is_listed: bool) -> None:
         return
     if len(first) > 1:
         raise DataError(
-            f"{layout.where}: pictures lie at different depths ('{first[shallow]}' and '{first[max(first)]}'); "
-            "move them to one depth, or list them in metadata.csv"
+            f"{layout.where}: images are at different folder depths ('{first[shallow]}' and '{first[max(first)]}'); "
+            "move them to the same depth, or list them in metadata.csv"
         )
     if shallow < needed:
         form = "DOMAIN/CLASS/PICTURE" if owner else "CLASS/PICTURE"

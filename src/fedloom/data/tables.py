@@ -181,7 +181,7 @@ def known_texts(raw: RawTable, columns: Sequence[str], missing: str) -> npt.NDAr
     if not known.all() and missing != "drop":
         place, n = raw.place(int((~known).argmax())), int((~known).sum())
         raise DataError(
-            f"{place}, column '{columns[0]}': no text; {n:,} rows without text in all; set data.missing=drop (rows)"
+            f"{place}, column '{columns[0]}': no text; in all, {n:,} rows have no text; set data.missing=drop to drop them"
         )
     return known
 

@@ -102,7 +102,7 @@ def _numbers(raw: RawTable, column: str) -> pd.Series[float]:
 def _required(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
         found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "no files"
-        raise DataError(f"{folder} requires the file {name}, but has {found}")
+        raise DataError(f"{folder} must contain the file {name}, but contains {found}")
     return folder / name
 
 

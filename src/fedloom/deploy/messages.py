@@ -237,7 +237,7 @@ def seal(header: BaseModel, trees: Mapping[str, Tree]) -> bytes:
     text = json.dumps({"header": header.model_dump(mode="python"), "parts": parts}).encode()
     if len(text) > MAX_HEADER:
         raise ConfigError(
-            f"the header of a message has {len(text)} bytes, but at most {MAX_HEADER} are allowed; put fewer clients on a node"
+            f"the header of a message has {len(text)} bytes, but at most {MAX_HEADER} are allowed; assign fewer clients to each node"
         )
     return b"".join([MAGIC, len(text).to_bytes(8, "little"), text, *encoded.values()])
 

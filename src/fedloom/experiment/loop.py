@@ -211,7 +211,7 @@ class Experiment:
         """
         if self._has_run:
             raise RunFolderError(
-                f"{self.folder.path}: this experiment has already run; resume its folder in a new experiment"
+                f"{self.folder.path}: this experiment has already run; to continue it, resume its folder"
             )
         self._has_run = True
         try:

@@ -49,12 +49,12 @@ class SharedHead:
         """Return the body that client `i` receives after `number` rounds, before `adapt`, with the classifier of all clients.
 
         Raises:
-            DivergedError: there is no classifier, because features are not finite or too large.
+            DivergedError: there is no classifier, because features are too large or not finite.
         """
         method = self._problem.method
         message, features = self.fit(number, down).to(i), method.shared_features()
         if KEY not in message or features is None:
-            raise DivergedError(f"after round {number}, features are not finite or too large; try a smaller method.lr")
+            raise DivergedError(f"after round {number}, features are too large or not finite; try a smaller method.lr")
 
         def predict(nets: Nets, x: Inputs, down: Tree, memory: Tree) -> Tensor:
             return head_outputs(features(nets, x, down, memory), down[KEY])
@@ -74,6 +74,6 @@ class SharedHead:
         head = fitted_head(total[0]) if total else None
         if head is None:
             log.warning(
-                "the shared head is not fitted after round %d, because features are not finite or too large", number
+                "the shared head is not fitted after round %d, because features are too large or not finite", number
             )
         return head

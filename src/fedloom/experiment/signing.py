@@ -107,7 +107,7 @@ def _load(file: Path, kind: str, option: str) -> Any:
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:
         hint = "; remove its passphrase with ssh-keygen -p on a copy" if "assword" in str(error) else ""
         raise ConfigError(
-            f"{option}={file}: must be an Ed25519 or P-384 {kind} key, OpenSSH or PEM ({str(error).rstrip('.')}){hint}"
+            f"{option}={file}: must be an Ed25519 or P-384 {kind} key in OpenSSH or PEM format ({str(error).rstrip('.')}){hint}"
         ) from None
     return key
 

@@ -71,7 +71,7 @@ def clients_text(records: Sequence[RunRecord], kind: str) -> str:
     """
     rows = [row for g in group(records) for record in g.counted for row in _clients(g, record)]
     if not rows:
-        raise UsageError("clients: no run has results of clients yet (clients.parquet)")
+        raise UsageError("clients: no run has results per client yet (clients.parquet)")
     if kind == "csv":
         return _csv(rows)
     if kind == "json":

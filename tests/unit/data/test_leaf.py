@@ -219,8 +219,8 @@ def test_other_numbers_are_vectors(tmp_path):
         ({"u": ([[1.0, 2.0]], [0.5])}, {}, "labels must be integers"),
         ({"u": ([[1.0, 2.0]], [0, 1])}, {}, "has 1 inputs and 2 labels"),
         ({"u": ([[1.0, 2.0]], [0])}, {"num_samples": [2]}, "'users' and 'num_samples' do not match"),
-        ({"u": ([[1.0, 2.0]], [0])}, {"users": None}, "requires 'users', 'num_samples' and 'user_data'"),
-        ({}, {}, "requires 'users'"),
+        ({"u": ([[1.0, 2.0]], [0])}, {"users": None}, "must contain 'users', 'num_samples' and 'user_data'"),
+        ({}, {}, "must contain 'users'"),
     ],
 )
 def test_malformed_files_are_refused(tmp_path, users, more, message):
@@ -236,7 +236,7 @@ def test_malformed_files_are_refused(tmp_path, users, more, message):
 def test_damaged_files_are_refused(tmp_path, text):
     file = write(tmp_path / "train" / "a.json", {"u": ([[1.0]], [0])})
     file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=r"a\.json cannot be read as LEAF's JSON|requires lists"):
+    with pytest.raises(DataError, match=r"a\.json cannot be read as LEAF's JSON|must contain lists"):
         load("mine", tmp_path)
 
 

@@ -50,7 +50,7 @@ def test_adult_takes_the_options_of_tables(adult):
     with pytest.raises(DataError, match=r"adult\.test, line 2 has 14 fields instead of 15"):
         load("adult", adult)
     (adult / "adult.test").unlink()
-    with pytest.raises(DataError, match=r"requires the file adult\.test, but has adult\.data"):
+    with pytest.raises(DataError, match=r"must contain the file adult\.test, but contains adult\.data"):
         load("adult", adult)
 
 
@@ -122,7 +122,7 @@ def test_malformed_heart_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="line 1 has 2 fields instead of 14"):
         load("heart-disease", tmp_path)
     file.unlink()
-    with pytest.raises(DataError, match=r"requires the file processed\.va\.data"):
+    with pytest.raises(DataError, match=r"must contain the file processed\.va\.data"):
         load("heart-disease", tmp_path)
 
 

@@ -147,7 +147,7 @@ def test_rows_without_text_are_refused_or_dropped(reviews):
     reviews.write_text(CSV.replace("Good plot", ""))
     with pytest.raises(
         DataError,
-        match=r"reviews\.csv, line 4, column 'text': no text; 1 rows without text in all; set data\.missing=drop",
+        match=r"reviews\.csv, line 4, column 'text': no text; in all, 1 rows have no text; set data\.missing=drop",
     ):
         read(reviews)
     assert read(reviews, table=TableOptions(missing="drop")).n_train == 3

@@ -58,7 +58,7 @@ def _facts(contender: Contender, tried: Sequence[Tried], best: Tried | None, n: 
         warnings.append(f"{contender.label}: no candidate has a score; {tried[0].failed}")
     if len(tried) < n:
         warnings.append(
-            f"{contender.label}: only {len(tried)} of {n} candidates were tried, because the search repeated itself"
+            f"{contender.label}: only {len(tried)} of {n} candidates were tried, because the search proposed the same candidates again"
         )
     spread = [{**asdict(one), "mean": one.mean, "std": _std(one)} for one in tried]
     return {
