@@ -81,7 +81,7 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
 @pytest.fixture(autouse=True)
 def not_to_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave files in the system's cache: no test needs to survive a power failure, and a flush also waits for writes of other processes."""
-    monkeypatch.setattr("fedloom.experiment.run_folder.to_disk", lambda: None)
+    monkeypatch.setattr("os.sync", lambda: None)
 
 
 @pytest.fixture(scope="session")

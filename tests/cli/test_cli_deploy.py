@@ -99,7 +99,7 @@ def test_a_node_joins_is_renewed_and_revoked(cli):
     assert made["node"] == "site-1 admitted; clients 0, 1, 2, 3"
     taking = ("deploy", "join", "site-1", "--finish", made["answer"], "--authority", made["authority"])
     assert "start the node: fedloom deploy node site-1" in shown(cli(*taking))["next"]
-    assert "data=data: the folder site-1/data does not exist" in cli("deploy", "node", "site-1").err
+    assert "data=data: site-1/data does not exist" in cli("deploy", "node", "site-1").err
     new = shown(cli("deploy", "rotate", "site-1"))
     renewal = ("deploy", "rotate", "ward", new["request"], "--fingerprint", new["fingerprint"])
     assert "has a new key; the old key remains valid for one day" in shown(cli(*renewal))["node"]
@@ -107,7 +107,7 @@ def test_a_node_joins_is_renewed_and_revoked(cli):
     assert "restart the node: fedloom deploy node site-1" in shown(cli(*taking))["next"]
     assert "restart the server" in shown(cli("deploy", "rotate", "ward", "server"))["next"]
     assert "site-1 is revoked" in shown(cli("deploy", "revoke", "ward", "site-1"))["node"]
-    assert shown(cli("deploy", "revoke", "ward", "site-1"))["node"] == "site-1 was revoked before"
+    assert shown(cli("deploy", "revoke", "ward", "site-1"))["node"] == "site-1 is already revoked"
     log = cli("deploy", "audit", "ward").out
     assert [line.split()[1] for line in log.splitlines()[:-1]] == [
         "create",

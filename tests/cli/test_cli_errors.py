@@ -62,7 +62,7 @@ MISTAKES = {
     "run data=cifar10": "data=cifar10: not found; put train.parquet",
     "run data.path=/nowhere": "data.path=/nowhere: folder does not exist",
     "run method=fedrri": "(did you mean 'fedrir'?)",
-    "run method.mu=1": "method.mu: fedavg has no such hyper-parameter; methods that have it: ditto, fedprox",
+    "run method.mu=1": "method.mu: fedavg has no such hyper-parameter; methods that have it: ditto, fedamp, fedprox",
     "run method.lrr=1": "method.lrr: fedavg has no such hyper-parameter (did you mean 'lr'?)",
     "run method.lr=fast": "method.lr=fast: must be a number",
     "run method.lr=-1": "method.lr=-1: must be above 0",

@@ -18,11 +18,11 @@ MISTAKES = {
     ),
     "mixed depths": (
         ("p/cat/1.png", "p/dog/home/2.png"), {}, "",
-        "data.path=p: images are at different folder depths ('cat/1.png' and 'dog/home/2.png'); move them to the same depth, or list them in",
+        "data.path=p: images are at different folder depths ('cat/1.png' and 'dog/home/2.png'); move them to the same depth, or",
     ),
-    "a loose picture": (("p/cat/1.png", "p/2.png"), {}, "", "different depths ('2.png' and 'cat/1.png')"),
+    "a loose picture": (("p/cat/1.png", "p/2.png"), {}, "", "different folder depths ('2.png' and 'cat/1.png')"),
     "mixed depths in splits": (
-        ("p/train/cat/1.png", "p/test/cat/x/2.png"), {}, "", "different depths ('train/cat/1.png' and 'test/cat/x/2.png')",
+        ("p/train/cat/1.png", "p/test/cat/x/2.png"), {}, "", "different folder depths ('train/cat/1.png' and 'test/cat/x/2.png')",
     ),
     "splits and classes": (
         ("p/train/cat/1.png", "p/test/cat/1.png", "p/extra/cat/2.png"), {}, "",

@@ -129,7 +129,7 @@ def test_changes_are_accepted_with_a_flag_and_shown(tiny, cli):
     )
     done = cli("run", "--resume", "cut", "--accept-changes")
     assert done.code == 0
-    assert "Resumed with other settings, code or versions: cut." in done.out
+    assert "Resumed with other settings, code or versions: cut." in " ".join(done.out.split())
     assert "its config.toml was edited: batch_size=8 (was 16)" in Path("cut/report.html").read_text()
     assert cli("run", "--accept-changes").err == (
         "fedloom: error: --accept-changes: applies only to fedloom run --resume FOLDER\n"

@@ -127,7 +127,10 @@ def test_lanes_that_do_not_fit_are_halved(experiment, monkeypatch, caplog, fits)
     with caplog.at_level(logging.WARNING):
         assert_close(left_by(make(experiment, "fedper", "mlp", "vectorised", **settings)), plain)
     assert set(tried) == ({2} if fits > 1 else set())
-    assert caplog.messages[0] == "5 clients side by side exceed the memory; using half as many from now on"
+    assert (
+        caplog.messages[0]
+        == "5 clients side by side do not fit in memory; half as many are trained side by side from now on"
+    )
     assert len(caplog.messages) == (1 if fits > 1 else 2)
 
 

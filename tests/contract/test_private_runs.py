@@ -122,7 +122,7 @@ def test_what_a_client_keeps_is_not_protected_from_its_own_users(experiment):
 def test_loud_noise_few_clients_and_running_statistics_are_reported(experiment, caplog):
     experiment("fedavg", model="resnet8", **ALL).combination.announce()
     said = " ".join(caplog.messages)
-    assert "a bound that may fail with probability 1/4 says little about 4 clients" in said
+    assert "a guarantee that may fail with probability 1/4 is weak for 4 clients" in said
     assert "times the norm that a client may have at most, so little can be learnt" in said
     assert "set method.buffers=private" in said
     experiment("fedproto", **ALL, **CLIPS).combination.announce()

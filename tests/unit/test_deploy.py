@@ -337,7 +337,7 @@ def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("name", ["runtime.secret", "ca.crt", "keys/node-1.pub"])
 def test_a_server_without_its_keys_is_refused_in_one_line(folder, name):
     (folder / "server" / name).unlink()
-    with pytest.raises(ConfigError, match=f"server/{name}: is missing or not readable"):
+    with pytest.raises(ConfigError, match=f"server/{name} is missing or not readable"):
         Deployment(folder)
 
 

@@ -76,7 +76,7 @@ def trained(loss, nets, optimizer=SGD, augment=None, epochs=3, draw=None):
     phase = Train("train", loss, ("model",), optimizer, epochs, draw=draw)
     client = Client(read_weights(nets), {}, {})
     context = ClientContext(rows=rows, plan=Plan(2), task=TASK, rng=Stream(0))
-    after, _, logs = run_phases((phase,), Gradients(nets), client, {}, context, turn=Turn(0, 3, 9), lr_scale=0.9)
+    after, _, logs = run_phases((phase,), Gradients(nets), client, {}, context, turn=Turn(0, 3, 9, lr_scale=0.9))
     return after.weights["params"], logs
 
 

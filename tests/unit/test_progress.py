@@ -55,7 +55,7 @@ def test_a_line_comes_at_least_every_thirty_seconds_also_where_no_round_ends(clo
             show.tick()
     gaps = [after - before for before, after in zip([100.0, *times], times, strict=False)]
     assert max(gaps) <= MOST_S
-    assert lines[0] == "fedavg: no round is finished yet  25 s so far"
+    assert lines[0] == "fedavg: no round has finished yet  25 s so far"
     assert lines[-1] == "fedavg: round 1/3  about 4 min left"
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Values = dict[str, Any]
 DEFAULT_CLIENTS = 10
+NAMED = 5  # the most methods that a hint names
 OWNERS_KNOWN = ("natural", "file", "own", "given")  # partitions that fix the number of clients
 
 
@@ -619,8 +620,9 @@ def make_method(choice: Named) -> Method:
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in choice.options.keys() - fields:
         owners = [name for name, other in METHODS.items() if key in {field.name for field in dataclasses.fields(other)}]
-        have = f"; methods that have it: {', '.join(owners)}"
-        hint = have if 0 < len(owners) < 5 else near_keys(f"method.{key}", fields)
+        more = f" and {len(owners) - NAMED} more" if len(owners) > NAMED else ""
+        have = f"; methods that have it: {', '.join(owners[:NAMED])}{more}"
+        hint = have if owners else near_keys(f"method.{key}", fields)
         raise ConfigError(f"method.{key}: {choice.name} has no such hyper-parameter{hint}")
     try:
         return _adapter(cls).validate_python(choice.options)  # type: ignore[arg-type]  # classes are hashable
