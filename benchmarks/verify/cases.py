@@ -235,4 +235,26 @@ CASES: dict[str, Case] = {
         "(clientkd.py, train); it compresses weights, not their changes, and a matrix that needs all singular values becomes 0 "
         "(decomposition), so the compression is off here",
     ),
+    "fedbn": Case(
+        server="serverbn:FedBN",
+        split=False,
+        norm=True,
+        parts={
+            "server": (
+                our_server(),
+                lambda server: [[*parameters(server.global_model.linear), *parameters(server.global_model.fc)]],
+            ),
+            "norms": (our_clients(), their_clients("model.bn")),
+        },
+    ),
+    "per_fedavg": Case(
+        server="serverperavg:PerAvg",
+        ours={"inner_lr": LR},
+        theirs={"batch_size": TRAIN // 2},
+        split=False,
+        watch=s.batches_of_per_fedavg,
+        switch=s.our_halves_once,
+        parts={"server": SERVER},
+        cause="PFLlib trains every client twice in a round (serverperavg.py, train)",
+    ),
 }

@@ -35,12 +35,12 @@ from typing import Any
 import numpy as np
 import torch
 from cases import CASES
-from torch import Tensor, nn
-from weights import CLIENTS, HIDDEN, LR, ROUNDS, TEST, TRAIN, VALID, Arrays, Case, chosen, parameters
+from torch import nn
+from weights import CLIENTS, HIDDEN, LR, ROUNDS, TEST, TRAIN, VALID, Arrays, Case, Net, chosen, parameters
 
 from fedloom.config.settings import make_settings
 from fedloom.experiment.environment import environment
-from fedloom.experiment.loop import Experiment
+from fedloom.experiment.loop import Experiment, GivenObjects
 from fedloom.nets import read_weights
 
 RESULTS = Path(__file__).parents[1] / "results" / "verify-pfllib.json"
@@ -73,7 +73,7 @@ def our_run(name: str, case: Case, folder: Path) -> Experiment:
     """Return our run, before its first round."""
     settings = {
         "method": {"name": name, "lr": LR, "local_epochs": 2, **case.ours},
-        "model": {"name": "mlp", "hidden": HIDDEN},
+        "model": {"name": "Net"} if case.norm else {"name": "mlp", "hidden": HIDDEN},
         "data": {"name": "digits"},
         "partition": {"name": "file", "path": str(folder / ("valid.json" if case.valid else "dealt.json"))},
         "engine": {"name": "sequential", "threads": 1},
@@ -82,25 +82,10 @@ def our_run(name: str, case: Case, folder: Path) -> Experiment:
         "precision": "fp64",
         "out": str(folder / name),
     }
-    return Experiment(make_settings(settings))
+    return Experiment(make_settings(settings), GivenObjects(model=Net if case.norm else None))
 
 
 # PFLlib's side
-
-
-class Net(nn.Module):
-    """Our MLP with the attribute names that PFLlib expects."""
-
-    def __init__(self, weights: Arrays) -> None:
-        super().__init__()
-        self.linear, self.fc = nn.Linear(64, HIDDEN), nn.Linear(HIDDEN, 10)
-        with torch.no_grad():
-            for p, tensor in zip(self.parameters(), weights, strict=True):
-                p.copy_(tensor)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits (B, 10)."""
-        return self.fc(torch.relu(self.linear(x.flatten(1))))
 
 
 def defaults(system: Path) -> dict[str, Any]:
@@ -132,7 +117,10 @@ def their_run(case: Case, run: Experiment, system: Path) -> Any:
     }  # fmt: skip
     args = types.SimpleNamespace(**values)
     weights = read_weights(run.problem.modules(0))["params"]
-    args.model = Net(chosen(weights, "model"))
+    args.model = Net(case.norm)
+    with torch.no_grad():
+        for p, tensor in zip(args.model.parameters(), chosen(weights, "model"), strict=True):
+            p.copy_(tensor)
     if case.split:
         args.head = copy.deepcopy(args.model.fc)
         args.model.fc = nn.Identity()
@@ -160,18 +148,20 @@ def compare(name: str, case: Case, folder: Path, system: Path) -> dict[str, Any]
     torch.set_default_dtype(torch.float64)
     with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
         run = our_run(name, case, folder)
+        with case.watch() as seen:
+            run.run()
         random.seed(0)
         np.random.seed(0)  # noqa: NPY002 (PFLlib uses it)
         torch.manual_seed(0)
         with contextlib.redirect_stdout(io.StringIO()):
             server = their_run(case, run, system)
+            server.seen = seen
             if case.starts:
                 case.starts(run, server)
             if case.switch:
                 case.switch(server)
             start = parameters(server.clients[0].model)
             server.train()
-    run.run()
     moved = difference([start], [parameters(server.clients[0].model)])
     found = {what: difference(ours(run), theirs(server)) for what, (ours, theirs) in case.parts.items()}
     return {"moved": moved, "differences": found, "equal": max(found.values()) < EQUAL, "cause": case.cause}

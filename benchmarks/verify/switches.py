@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from weights import ROUNDS, TRAIN, Arrays, chosen, parameters, start_clients
 
 from fedloom.experiment.loop import Experiment
+from fedloom.method import Batch
+from fedloom.methods import per_fedavg
+from fedloom.training.fast import step_cache
 
 
 def prototypes_after_training(server: Any) -> None:
@@ -159,6 +163,46 @@ def constant_teachers_of_fedkd(server: Any) -> None:
         owner.decomposition = functools.partial(whole, owner)
     for client in server.clients:
         client.train = functools.partial(train, client)
+
+
+@contextlib.contextmanager
+def batches_of_per_fedavg() -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Record the batches that our clients divide into halves, in the order of clients and steps."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    parts, short = per_fedavg.parts, step_cache.SHORT_S
+
+    def noted(batch: Batch, n: int) -> list[Batch]:
+        if len(batch.y) == TRAIN:  # operations are counted with fewer examples
+            seen.append((batch.x.clone(), batch.y.clone()))
+        return parts(batch, n)
+
+    per_fedavg.parts, step_cache.SHORT_S = noted, 0.0  # a replayed step would not call it
+    try:
+        yield seen
+    finally:
+        per_fedavg.parts, step_cache.SHORT_S = parts, short
+
+
+class Recorded:
+    """A loader that returns one recorded batch per pass."""
+
+    def __init__(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
+        self.rest = iter(batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        yield next(self.rest)
+
+
+def our_halves_once(server: Any) -> None:
+    """Let PFLlib's Per-FedAvg train once per round, on the halves of our batches."""
+    server.train = functools.partial(
+        edited(type(server).train, ("client.train()\n            client.train()", "client.train()")), server
+    )
+    n_steps = len(server.seen) // (ROUNDS * len(server.clients))
+    for i, client in enumerate(server.clients):
+        turns = [(number * len(server.clients) + i) * n_steps for number in range(ROUNDS)]
+        loader = Recorded([batch for start in turns for batch in server.seen[start : start + n_steps]])
+        client.load_train_data = lambda *_, loader=loader: loader
 
 
 def current_models(server: Any) -> None:

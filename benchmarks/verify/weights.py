@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ class Case:
     """The models that are compared, by name: functions of our run and of PFLlib's server that return one list of tensors per model."""
     starts: Callable[[Experiment, Any], None] | None = None
     """A function that copies further initial weights, in addition to the model's, from our run to PFLlib's server."""
+    norm: bool = False
+    """Whether the model has a normalisation layer."""
+    watch: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    """A context for our run. Its value becomes the attribute `seen` of PFLlib's server."""
     valid: bool = False
     """Whether our clients hold out the validation examples that PFLlib holds out."""
     switch: Callable[[Any], None] | None = None
@@ -73,6 +78,20 @@ def their_server(part: str = "") -> Callable[[Any], Sequence[Arrays]]:
 def their_clients(path: str = "model") -> Callable[[Any], Sequence[Arrays]]:
     """Return the parameters of an attribute of each of PFLlib's clients, such as `model.head`."""
     return lambda server: [parameters(attribute(client, path)) for client in server.clients]
+
+
+class Net(nn.Module):
+    """Our MLP with the attribute names that PFLlib expects, and `bn`, a normalisation layer or nothing."""
+
+    def __init__(self, norm: bool = True) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(64, HIDDEN), nn.BatchNorm1d(HIDDEN) if norm else nn.Identity()
+        self.fc = nn.Linear(HIDDEN, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, 10)."""
+        logits: Tensor = self.fc(torch.relu(self.bn(self.linear(x.flatten(1)))))
+        return logits
 
 
 def attribute(client: Any, path: str) -> Any:
