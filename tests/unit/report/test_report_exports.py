@@ -77,7 +77,7 @@ def test_clients_have_one_row_each(tmp_path: Path, kind: str) -> None:
 
 def test_runs_without_clients_have_no_table_of_clients(tmp_path: Path) -> None:
     Scene(finished=False).write(tmp_path / "a")
-    with pytest.raises(UsageError, match="no run has results of clients"):
+    with pytest.raises(UsageError, match="no run has results per client"):
         clients_text(read([tmp_path]), "csv")
 
 
