@@ -36,7 +36,7 @@ import numpy as np
 import torch
 from cases import CASES
 from torch import nn
-from weights import CLIENTS, HIDDEN, LR, ROUNDS, TEST, TRAIN, VALID, Arrays, Case, Net, chosen, parameters
+from weights import CLIENTS, HIDDEN, LR, ROUNDS, TEST, TRAIN, VALID, Arrays, Case, Net, chosen, fill, parameters
 
 from fedloom.config.settings import make_settings
 from fedloom.experiment.environment import environment
@@ -118,9 +118,7 @@ def their_run(case: Case, run: Experiment, system: Path) -> Any:
     args = types.SimpleNamespace(**values)
     weights = read_weights(run.problem.modules(0))["params"]
     args.model = Net(case.norm)
-    with torch.no_grad():
-        for p, tensor in zip(args.model.parameters(), chosen(weights, "model"), strict=True):
-            p.copy_(tensor)
+    fill(args.model, chosen(weights, "model"))
     if case.split:
         args.head = copy.deepcopy(args.model.fc)
         args.model.fc = nn.Identity()

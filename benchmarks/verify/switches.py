@@ -98,20 +98,23 @@ def edited(method: Callable[..., Any], *changes: tuple[str, str]) -> Callable[..
     return names[method.__name__]  # type: ignore[no-any-return]
 
 
-def squared_pull(server: Any) -> None:
-    """Let PFLlib's FedAMP minimise half the squared distance."""
-    changes = ("p.data.view(-1)", "p.view(-1)"), ("torch.norm(gm-pm, p=2)", "(gm - pm).square().sum()")
+def edit_training(server: Any, *changes: tuple[str, str]) -> None:
+    """Change the source code of the training of PFLlib's clients."""
     train = edited(type(server.clients[0]).train, *changes)
     for client in server.clients:
         client.train = functools.partial(train, client)
 
 
+def squared_pull(server: Any) -> None:
+    """Let PFLlib's FedAMP minimise half the squared distance."""
+    changes = ("p.data.view(-1)", "p.view(-1)"), ("torch.norm(gm-pm, p=2)", "(gm - pm).square().sum()")
+    edit_training(server, *changes)
+
+
 def squared_regularisation(server: Any) -> None:
     """Let PFLlib's FedDyn add half the squared distance."""
     change = ("torch.norm(v1 - self.global_model_vector, 2)", "(v1 - self.global_model_vector).square().sum()")
-    train = edited(type(server.clients[0]).train, change)
-    for client in server.clients:
-        client.train = functools.partial(train, client)
+    edit_training(server, change)
 
 
 def our_start_of_feddyn(run: Experiment) -> Sequence[Arrays]:
@@ -150,7 +153,7 @@ def constant_teachers_of_fedkd(server: Any) -> None:
         ("L_h = self.MSE(rep, self.W_h(rep_g))", "L_h = self.MSE(rep, self.W_h(rep_g).detach())"),
         ("L_h_g = self.MSE(rep, self.W_h(rep_g))", "L_h_g = self.MSE(rep.detach(), self.W_h(rep_g))"),
     )
-    train = edited(type(server.clients[0]).train, *changes)
+    edit_training(server, *changes)
 
     def whole(owner: Any) -> None:
         model = owner.global_model
@@ -161,8 +164,6 @@ def constant_teachers_of_fedkd(server: Any) -> None:
 
     for owner in (server, *server.clients):
         owner.decomposition = functools.partial(whole, owner)
-    for client in server.clients:
-        client.train = functools.partial(train, client)
 
 
 @contextlib.contextmanager

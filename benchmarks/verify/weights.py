@@ -104,10 +104,15 @@ def parameters(module: nn.Module) -> Arrays:
     return [p.detach().clone() for p in module.parameters()]
 
 
+def fill(module: nn.Module, weights: Arrays) -> None:
+    """Copy weights into the parameters of a module."""
+    with torch.no_grad():
+        for p, tensor in zip(module.parameters(), weights, strict=True):
+            p.copy_(tensor)
+
+
 def start_clients(run: Experiment, server: Any, net: str, path: str) -> None:
     """Give an attribute of PFLlib's clients the initial weights of one of our nets."""
     weights = chosen(read_weights(run.problem.modules(0))["params"], net)
     for client in server.clients:
-        with torch.no_grad():
-            for p, tensor in zip(attribute(client, path).parameters(), weights, strict=True):
-                p.copy_(tensor)
+        fill(attribute(client, path), weights)
